@@ -1,0 +1,115 @@
+"""Every error a user can see: one tree, each with the HTTP status it becomes.
+
+    MoesaicError                 500  the root; catch this to catch them all
+      InvalidRequest             400  what was asked cannot be done as asked
+        InvalidParameter         400  one named value is out of range or of the wrong kind
+        InvalidMessages          400  a conversation that the chat format cannot hold
+        PromptTooLong            400  more tokens than the model, or its cache, can ever hold
+      NotFound                   404  no such model, file, format, chat format, ...
+      CheckpointError            422  weights on disk that do not say what they should
+        ConfigError              422  a configuration key is missing, wrong, or not understood
+        TokenizerError           422  no tokenizer, or one that cannot be read exactly
+      DownloadError              502  a file could not be fetched, or arrived damaged
+      Overloaded                 429  the queue is full: try again later
+      Cancelled                  499  the caller took the request back
+      NumericalError             500  the model computed NaN or infinity for this request
+      EngineStopped              503  the engine was closed, or died; the cause is chained
+
+A message is one line that says what is wrong and, where it can, what to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+
+class MoesaicError(Exception):
+    """The root of the tree. ``status`` is the HTTP status a server answers with."""
+
+    status: ClassVar[int] = 500
+
+
+class InvalidRequest(MoesaicError):
+    """What was asked cannot be done as asked."""
+
+    status = 400
+
+
+class InvalidParameter(InvalidRequest):
+    """One named value is out of range or of the wrong kind.
+
+    ``param`` is the name as the caller wrote it, so that an API can point at the field.
+    """
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(f"{param}: {message}")
+        self.param = param
+
+
+class InvalidMessages(InvalidRequest):
+    """A conversation that the chat format cannot hold: unknown role, wrong order, no content."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt has ``tokens`` tokens where at most ``limit`` can ever be held."""
+
+    def __init__(self, tokens: int, limit: int, why: str = "the context length") -> None:
+        super().__init__(f"the prompt has {tokens} tokens, but {why} allows {limit}: shorten it")
+        self.tokens = tokens
+        self.limit = limit
+
+
+class NotFound(MoesaicError):
+    """No such model, file, format or chat format; the message names what exists."""
+
+    status = 404
+
+
+class CheckpointError(MoesaicError):
+    """Weights on disk that do not say what they should.
+
+    ``path`` is the file or directory at fault; it stands at the head of the message.
+    """
+
+    status = 422
+
+    def __init__(self, path: Path | str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = Path(path)
+
+
+class ConfigError(CheckpointError):
+    """A configuration key is missing, has a wrong value, or changes the computation in a way not known here."""
+
+
+class TokenizerError(CheckpointError):
+    """There is no tokenizer, or one that cannot be read exactly."""
+
+
+class DownloadError(MoesaicError):
+    """A file could not be fetched, or arrived damaged."""
+
+    status = 502
+
+
+class Overloaded(MoesaicError):
+    """The queue is full: try again later."""
+
+    status = 429
+
+
+class Cancelled(MoesaicError):
+    """The caller took the request back."""
+
+    status = 499
+
+
+class NumericalError(MoesaicError):
+    """The model computed NaN or infinity for this request; others in the batch are not affected."""
+
+
+class EngineStopped(MoesaicError):
+    """The engine was closed, or died; the cause is chained."""
+
+    status = 503

@@ -1,0 +1,29 @@
+"""What the unquantized formats share: one part, ``weight``, in the format's own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moesaic.formats import Layout, Packed, Shape
+
+
+class Plain(Packed):
+    """A weight stored as it is, rounded to ``dtype``."""
+
+    dtype: ClassVar[torch.dtype]
+
+    @classmethod
+    def layout(cls, shape: Shape) -> Layout:
+        return {"weight": (shape, cls.dtype)}
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight.to(cls.dtype)}
+
+    @classmethod
+    def unpack(cls, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return parts["weight"].to(dtype)

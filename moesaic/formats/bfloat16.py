@@ -1,0 +1,14 @@
+"""bfloat16: float32's range with 8 bits of precision; what Mixtral and Llama 3 are published in."""
+
+from __future__ import annotations
+
+import torch
+
+from moesaic.formats._plain import Plain
+
+
+class Format(Plain):
+    """A weight in bfloat16."""
+
+    name = "bfloat16"
+    dtype = torch.bfloat16

@@ -1,0 +1,14 @@
+"""IEEE half precision: more precise than bfloat16 within +-65504; what older checkpoints are published in."""
+
+from __future__ import annotations
+
+import torch
+
+from moesaic.formats._plain import Plain
+
+
+class Format(Plain):
+    """A weight in float16."""
+
+    name = "float16"
+    dtype = torch.float16

@@ -1,0 +1,189 @@
+"""What a model may call: five ops, the Batch they work on, and the Group they are split over.
+
+Knows the signature, the shapes and the meaning of every op, and chooses the backend that runs
+it: one file = one backend, ``reference`` always the last resort. Does not know any model.
+
+A backend file defines any subset of the five names and
+
+    why_not(op, device, format) -> str | None      None: I run this; else why I do not
+
+Legend: T tokens of this step, S sequences, d hidden size, f intermediate size, E experts,
+k experts per token, H query heads, G key/value heads, D head size, B block size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from moesaic import registry
+from moesaic.errors import InvalidParameter
+from moesaic.formats import Packed
+
+OPS = ("linear", "experts", "attention", "rms_norm", "rope")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The paged key/value cache: block b of layer l is ``keys[l][b]``.
+
+    Memory is handed out in blocks of B token places; place i of block b is slot b * B + i.
+    """
+
+    keys: Sequence[Tensor]  # per layer [blocks, B, G, D]
+    values: Sequence[Tensor]  # per layer [blocks, B, G, D]
+
+    @property
+    def block_size(self) -> int:
+        return self.keys[0].shape[1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of the engine as flat tensors: "run tokens [cached : cached + n] of these sequences".
+
+    Tokens of one sequence are consecutive, sequences follow one another, nothing is padded.
+    With ``cache`` None the step stands alone: every sequence is whole and starts at position 0
+    (training, scoring), and slots and tables are empty.
+    """
+
+    tokens: Tensor  # [T] int64, token ids
+    positions: Tensor  # [T] int64, place of each token in its sequence
+    starts: tuple[int, ...]  # [S + 1], sequence s owns tokens starts[s] : starts[s + 1]
+    lengths: tuple[int, ...]  # [S], tokens of each sequence after this step, cached ones included
+    slots: Tensor  # [T] int64, cache slot that each token's key and value go to
+    tables: Tensor  # [S, blocks] int64, cache blocks of each sequence in order; -1: given back or unused
+    outputs: Tensor  # [R] int64, the rows whose logits are wanted
+    cache: Cache | None
+
+    @classmethod
+    def whole(cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Batch:
+        """Return a batch of whole sequences without a cache, every row wanted."""
+        lengths = tuple(len(ids) for ids in sequences)
+        starts = (0, *(sum(lengths[: i + 1]) for i in range(len(lengths))))
+        positions = [place for length in lengths for place in range(length)]
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        return cls(
+            tokens=torch.tensor([id for ids in sequences for id in ids], dtype=torch.int64, device=device),
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
+            starts=starts,
+            lengths=lengths,
+            slots=nothing,
+            tables=nothing.reshape(0, 0),
+            outputs=torch.arange(starts[-1], device=device),
+            cache=None,
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that hold one model together; a group of one by default.
+
+    A layer holds shard ``rank`` of ``size`` and calls ``sum`` or ``gather`` where the parts meet
+    (Megatron-LM, arXiv:1909.08053 §3). ``handle`` is the torch process group, None for all ranks.
+    """
+
+    rank: int = 0
+    size: int = 1
+    handle: Any = None
+
+    def share(self, total: int, what: str) -> slice:
+        """Return this rank's part of ``total`` things.
+
+        Raises:
+            InvalidParameter: the group's size does not divide ``total``.
+        """
+        if total % self.size:
+            raise InvalidParameter("group size", f"{self.size} ranks do not divide {total} {what}")
+        part = total // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of every rank's ``x``."""
+        if self.size > 1:
+            torch.distributed.all_reduce(x, group=self.handle)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return every rank's ``x`` side by side along the last axis."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, x.contiguous(), group=self.handle)
+        return torch.cat(parts, dim=-1)
+
+
+def linear(x: Tensor, weight: Packed) -> Tensor:
+    """Return x [T, in] times weight [out, in] transposed: [T, out], in x's dtype."""
+    return cast(Tensor, _pick("linear", x.device.type, weight.name)(x, weight))
+
+
+def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
+    """Return the score-weighted sum of the chosen experts' SwiGLU for each token: [T, d].
+
+    y[t] = sum over j of scores[t, j] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t])), e = ids[t, j]
+
+    Args:
+        x: [T, d].
+        gate, up: [E, f, d]; Mixtral's w1 and w3.
+        down: [E, d, f]; Mixtral's w2.
+        ids: [T, k] int64, the chosen experts, distinct within a row.
+        scores: [T, k] float32, their weights; routing itself is the model's affair.
+    """
+    return cast(Tensor, _pick("experts", x.device.type, gate.name)(x, gate, up, down, ids, scores))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window: int | None) -> Tensor:
+    """Store k and v in the cache, then let each query see its own sequence up to itself: [T, H, D].
+
+    Scores are scaled by 1 / sqrt(D). A token at position p sees positions max(0, p - window + 1) .. p;
+    without a window, 0 .. p. Cache places outside a sequence may hold anything, NaN included.
+
+    Args:
+        q: [T, H, D].
+        k, v: [T, G, D] with G dividing H; query head h reads key head h // (H / G)
+            (GQA, arXiv:2305.13245).
+        layer: which layer's cache.
+        window: how many positions a token sees, itself included; None: all.
+    """
+    return cast(Tensor, _pick("attention", q.device.type, None)(q, k, v, batch, layer, window))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, in x's dtype.
+
+    RMSNorm, arXiv:1910.07467.
+    """
+    return cast(Tensor, _pick("rms_norm", x.device.type, None)(x, weight, eps))
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (x[i], x[i + D/2]) of x [T, heads, D] by the angles whose cos and sin are [T, D/2].
+
+    RoPE, arXiv:2104.09864, in Hugging Face's half-split order; computed in float32, in x's dtype.
+    """
+    return cast(Tensor, _pick("rope", x.device.type, None)(x, cos, sin))
+
+
+@functools.cache
+def backends() -> tuple[str, ...]:
+    """Return the backends in the order they are asked: ``reference`` last, the rest by name."""
+    return tuple(sorted(registry.names("ops"), key=lambda name: (name == "reference", name)))
+
+
+def explain(op: str, device: str, format: str | None) -> dict[str, str | None]:
+    """Return, for each backend in order, None if it can run this and else why it does not."""
+    return {name: registry.load("ops", name).why_not(op, device, format) for name in backends()}
+
+
+@functools.cache
+def _pick(op: str, device: str, format: str | None) -> Callable[..., Any]:
+    """Return the first willing backend's function; a pure function of its arguments, hence cached."""
+    willing = next(name for name, why in explain(op, device, format).items() if why is None)
+    return cast(Callable[..., Any], getattr(registry.load("ops", willing), op))
