@@ -6,6 +6,8 @@ written in place, so gradients flow.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,8 +29,10 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     out = torch.zeros_like(x, dtype=torch.float32)
     for expert in ids.unique().tolist():
         token, choice = torch.where(ids == expert)
-        rows = x[token]
-        hidden = F.silu(F.linear(rows, gate.dequantize(x.dtype, expert))) * F.linear(rows, up.dequantize(x.dtype, expert))
+        rows = x.index_select(0, token)  # its gradient is index_add, many times faster than indexing's
+        hidden = F.silu(F.linear(rows, gate.dequantize(x.dtype, expert))) * F.linear(
+            rows, up.dequantize(x.dtype, expert)
+        )
         answer = F.linear(hidden, down.dequantize(x.dtype, expert))
         out = out.index_add(0, token, answer.float() * scores[token, choice, None])
     return out.to(x.dtype)
@@ -38,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
     if batch.cache is not None:
         _write(batch.cache, layer, batch.slots, k, v)
     out = []
-    for s, (begin, end) in enumerate(zip(batch.starts, batch.starts[1:], strict=False)):
+    for s, (begin, end) in enumerate(itertools.pairwise(batch.starts)):
         if batch.cache is None:
             keys, values, first = k[begin:end], v[begin:end], 0
         else:

@@ -1,0 +1,1 @@
+"""Moesaic: sparse mixture-of-experts chat models on your own hardware."""

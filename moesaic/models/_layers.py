@@ -1,0 +1,298 @@
+"""The pieces that models are made of. Their arguments are numbers, never the name of a model.
+
+Every layer takes a ``Group`` and holds its own shard (Megatron-LM, arXiv:1909.08053 §3), and
+says by ``slots`` which tensor of a checkpoint fills it and which part of that tensor it holds.
+
+Legend: T tokens, d hidden size, f intermediate size, V vocabulary, H query heads, G key/value
+heads, D head size, E experts, k experts per token; sizes inside a layer are those of its shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moesaic import ops
+from moesaic.formats import Packed, Slot
+from moesaic.models import _rope
+from moesaic.ops import Batch, Group
+
+Formats = Mapping[str, type[Packed]]
+"""Which format a weight gets, by its role: embedding, attention, mlp, experts, head."""
+
+ALL = slice(None)
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias. Split by "out", a rank holds some rows of W; by "in", some columns, and y is summed."""
+
+    def __init__(
+        self, out: int, inp: int, format: type[Packed], group: Group, split: Literal["out", "in"] | None = None
+    ) -> None:
+        super().__init__()
+        rows = group.share(out, "output features") if split == "out" else slice(0, out)
+        columns = group.share(inp, "input features") if split == "in" else slice(0, inp)
+        self.full, self.index = (out, inp), (rows, columns)
+        self.weight = format.empty((rows.stop - rows.start, columns.stop - columns.start))
+        self.group, self.summed = group, split == "in"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.linear(x, self.weight)
+        return self.group.sum(y) if self.summed else y
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        yield Slot(f"{name}.weight", self.full, self.index, self.weight.store)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv:1910.07467); the weight stays float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        yield Slot(f"{name}.weight", tuple(self.weight.shape), (ALL,), _copy(self.weight))
+
+
+class Router(nn.Module):
+    """Logits [T, E] of a token's liking for each expert, in float32 and never quantized."""
+
+    def __init__(self, experts: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, size, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight)
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        yield Slot(f"{name}.weight", tuple(self.weight.shape), (ALL, ALL), _copy(self.weight))
+
+
+class Embedding(nn.Module):
+    """Token ids [T] to vectors [T, d]; a rank holds a part of the vocabulary."""
+
+    def __init__(self, vocab: int, size: int, format: type[Packed], group: Group, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.share = group.share(vocab, "vocabulary entries")
+        self.full = (vocab, size)
+        self.weight = format.empty((self.share.stop - self.share.start, size))
+        self.group, self.dtype = group, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return F.embedding(ids, self.weight.dequantize(self.dtype))
+        mine = (ids >= self.share.start) & (ids < self.share.stop)
+        x = F.embedding(torch.where(mine, ids - self.share.start, 0), self.weight.dequantize(self.dtype))
+        return self.group.sum(x * mine[:, None])
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        yield Slot(f"{name}.weight", self.full, (self.share, ALL), self.weight.store)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped key/value heads (GQA, arXiv:2305.13245).
+
+    With a window, a token sees that many positions, itself included (Mistral 7B, arXiv:2310.06825 §2).
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        size: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        format: type[Packed],
+        group: Group,
+    ) -> None:
+        super().__init__()
+        group.share(heads, "query heads")
+        share = group.share(kv_heads, "key/value heads")
+        self.kv_heads, self.head_dim = share.stop - share.start, head_dim
+        self.layer, self.window = layer, window
+        self.wq = Linear(heads * head_dim, size, format, group, "out")
+        self.wk = Linear(kv_heads * head_dim, size, format, group, "out")
+        self.wv = Linear(kv_heads * head_dim, size, format, group, "out")
+        self.wo = Linear(size, heads * head_dim, format, group, "in")
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        q = ops.rope(self._split(self.wq(x)), cos, sin)  # [T, H, D]
+        k = ops.rope(self._split(self.wk(x)), cos, sin)  # [T, G, D]
+        v = self._split(self.wv(x))  # [T, G, D]
+        y = ops.attention(q, k, v, batch, self.layer, self.window)
+        return self.wo(y.flatten(1))  # type: ignore[no-any-return]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        for part, linear in (("q_proj", self.wq), ("k_proj", self.wk), ("v_proj", self.wv), ("o_proj", self.wo)):
+            yield from linear.slots(f"{name}.{part}")
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks as three stacked weights; a rank holds a part of every expert's intermediate size."""
+
+    def __init__(self, experts: int, size: int, inner: int, format: type[Packed], group: Group) -> None:
+        super().__init__()
+        self.share = group.share(inner, "intermediate features")
+        mine = self.share.stop - self.share.start
+        self.experts, self.size, self.inner, self.group = experts, size, inner, group
+        self.gate = format.empty((experts, mine, size))  # [E, f, d]
+        self.up = format.empty((experts, mine, size))  # [E, f, d]
+        self.down = format.empty((experts, size, mine))  # [E, d, f]
+
+    def forward(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+        return self.group.sum(ops.experts(x, self.gate, self.up, self.down, ids, scores))
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        wide, tall = (self.inner, self.size), (self.size, self.inner)
+        for e in range(self.experts):
+            yield Slot(f"{name}.{e}.w1.weight", wide, (self.share, ALL), _entry(self.gate, e))
+            yield Slot(f"{name}.{e}.w2.weight", tall, (ALL, self.share), _entry(self.down, e))
+            yield Slot(f"{name}.{e}.w3.weight", wide, (self.share, ALL), _entry(self.up, e))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). ``mlp`` is whatever the model puts between."""
+
+    def __init__(self, attention: Attention, mlp: nn.Module, size: int, eps: float) -> None:
+        super().__init__()
+        self.attention, self.mlp = attention, mlp
+        self.attention_norm, self.mlp_norm = RMSNorm(size, eps), RMSNorm(size, eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, batch)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        yield from self.attention_norm.slots(f"{name}.input_layernorm")
+        yield from self.attention.slots(f"{name}.self_attn")
+        yield from self.mlp_norm.slots(f"{name}.post_attention_layernorm")
+        yield from self.mlp.slots(name)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that every decoder here has. Sizes are the whole model's, not a shard's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int
+    norm_eps: float
+    rope: _rope.Rope
+    window: int | None
+    tied: bool
+    labels: tuple[str, ...] = ()
+    """The classes of a sequence-classification head; empty for a language model."""
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm, and a head over the vocabulary or, with labels, over classes.
+
+    ``model(batch)`` gives normalized hidden states [T, d], ``model.logits(hidden)`` float32 scores
+    [R, V] (or [R, labels]). The attributes below it are what an engine needs to know.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        mlp: Callable[[], nn.Module],
+        formats: Formats,
+        group: Group,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.shape, self.group, self.dtype = shape, group, dtype
+        self.embed = Embedding(shape.vocab_size, shape.hidden_size, formats["embedding"], group, dtype)
+        self.blocks = nn.ModuleList(
+            Block(self._attention(layer, formats["attention"]), mlp(), shape.hidden_size, shape.norm_eps)
+            for layer in range(shape.num_layers)
+        )
+        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.head = self._head(formats)
+        self.frequencies: Tensor | None = None
+
+    def _attention(self, layer: int, format: type[Packed]) -> Attention:
+        s = self.shape
+        return Attention(layer, s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim, s.window, format, self.group)
+
+    def _head(self, formats: Formats) -> Linear:
+        if self.shape.labels:  # too few rows to be worth splitting
+            return Linear(len(self.shape.labels), self.shape.hidden_size, formats["head"], Group())
+        head = Linear(self.shape.vocab_size, self.shape.hidden_size, formats["head"], self.group, "out")
+        if self.shape.tied:
+            head.weight = self.embed.weight
+        return head
+
+    def forward(self, batch: Batch) -> Tensor:
+        if self.frequencies is None:  # not a buffer: it must stay float32 and off the meta device
+            self.frequencies = self.shape.rope.frequencies(self.shape.head_dim).to(batch.tokens.device)
+        cos, sin = _rope.tables(self.frequencies, batch.positions)
+        x = self.embed(batch.tokens)
+        for block in self.blocks:
+            x = block(x, cos, sin, batch)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 scores [R, V], or [R, labels], of hidden states [R, d]."""
+        scores: Tensor = self.head(hidden)
+        return (scores if self.shape.labels else self.group.gather(scores)).float()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.shape.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """The most positions the model was made for."""
+        return self.shape.max_length
+
+    @property
+    def window(self) -> int | None:
+        """How far back any layer looks; None if some layer looks back to the start."""
+        return self.shape.window
+
+    @property
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """Return (key/value heads, head size) of each layer's cache, of this rank's shard."""
+        return [(block.attention.kv_heads, block.attention.head_dim) for block in self.blocks]  # type: ignore[union-attr, misc]
+
+    def slots(self) -> Iterator[Slot]:
+        """Yield the place of every tensor that a checkpoint must have, in the order they are used."""
+        yield from self.embed.slots("model.embed_tokens")
+        for layer, block in enumerate(self.blocks):
+            yield from block.slots(f"model.layers.{layer}")  # type: ignore[operator]
+        yield from self.norm.slots("model.norm")
+        if self.shape.labels:
+            yield from self.head.slots("score")
+        elif not self.shape.tied:
+            yield from self.head.slots("lm_head")
+
+
+def _copy(target: Tensor) -> Callable[[Tensor], None]:
+    def store(tensor: Tensor) -> None:
+        with torch.no_grad():
+            target.copy_(tensor)
+
+    return store
+
+
+def _entry(stack: Packed, index: int) -> Callable[[Tensor], None]:
+    return lambda tensor: stack.store(tensor, index)

@@ -1,0 +1,78 @@
+"""Takes from a configuration the numbers that every decoder here has.
+
+The families differ in what an absent key means; ``Defaults`` holds that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moesaic.models import _rope
+from moesaic.models._config import Keys
+from moesaic.models._layers import Shape
+
+CAUSAL = "ForCausalLM"
+CLASSIFIER = "ForSequenceClassification"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a family means by an absent key. ``kv_heads`` None: as many as query heads."""
+
+    rope_theta: float
+    kv_heads: int | None
+    norm_eps: float
+    window: int | None = None
+
+
+def read(keys: Keys, families: Mapping[str, Defaults]) -> Shape:
+    """Take the numbers of a decoder; ``keys`` must name one of ``families`` as its model_type."""
+    defaults = families[keys.get("model_type")]
+    keys.only("hidden_act", "silu")
+    keys.only("attention_bias", False)
+    heads = keys.integer("num_attention_heads")
+    kv_heads = keys.integer("num_key_value_heads", defaults.kv_heads or heads)
+    if heads % kv_heads:
+        raise keys.fail(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+    size = keys.integer("hidden_size")
+    head_dim = keys.integer("head_dim", size // heads)
+    if head_dim % 2:
+        raise keys.fail(f"head_dim is {head_dim}, but rotary positions need an even number")
+    return Shape(
+        vocab_size=keys.integer("vocab_size"),
+        hidden_size=size,
+        intermediate_size=keys.integer("intermediate_size"),
+        num_layers=keys.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_length=keys.integer("max_position_embeddings", 2048),
+        norm_eps=keys.number("rms_norm_eps", defaults.norm_eps),
+        rope=_rope.read(keys, defaults.rope_theta),
+        window=_window(keys, defaults.window),
+        tied=keys.flag("tie_word_embeddings", False),
+        labels=_labels(keys),
+    )
+
+
+def _window(keys: Keys, default: int | None) -> int | None:
+    """Take the sliding window; null switches it off even where the family has one by default."""
+    if not keys.has("sliding_window"):
+        return default
+    return None if keys.get("sliding_window") is None else keys.integer("sliding_window")
+
+
+def _labels(keys: Keys) -> tuple[str, ...]:
+    """Return the class names if the architecture is a classifier, in the order of the head's rows."""
+    architectures = keys.get("architectures") or [CAUSAL]
+    name = str(architectures[0])
+    if name.endswith(CAUSAL):
+        return ()
+    if not name.endswith(CLASSIFIER):
+        raise keys.fail(f"architecture {name!r} is not supported; only ...{CAUSAL} and ...{CLASSIFIER} are")
+    named = keys.get("id2label") or {str(i): f"LABEL_{i}" for i in range(keys.integer("num_labels", 2))}
+    try:
+        return tuple(str(named[key]) for key in sorted(named, key=int))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise keys.fail(f"id2label is {named!r}, expected {{number: name}}") from error

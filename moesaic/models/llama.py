@@ -1,0 +1,62 @@
+"""Llama 2, Llama 3 and Mistral 7B: the dense decoder with a SwiGLU feed-forward network.
+
+Llama 2, arXiv:2307.09288; The Llama 3 Herd of Models, arXiv:2407.21783; Mistral 7B,
+arXiv:2310.06825, which is the same with a sliding window. SwiGLU is arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moesaic.formats import Slot
+from moesaic.models import _shape
+from moesaic.models._config import Keys
+from moesaic.models._layers import Decoder, Formats, Linear, Shape
+from moesaic.ops import Group
+
+MODEL_TYPES = {
+    "llama": _shape.Defaults(rope_theta=1e4, kv_heads=None, norm_eps=1e-6),
+    "mistral": _shape.Defaults(rope_theta=1e4, kv_heads=8, norm_eps=1e-6, window=4096),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of a dense decoder."""
+
+    shape: Shape
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, size: int, inner: int, formats: Formats, group: Group) -> None:
+        super().__init__()
+        self.gate = Linear(inner, size, formats["mlp"], group, "out")
+        self.up = Linear(inner, size, formats["mlp"], group, "out")
+        self.down = Linear(size, inner, formats["mlp"], group, "in")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        yield from self.gate.slots(f"{name}.mlp.gate_proj")
+        yield from self.up.slots(f"{name}.mlp.up_proj")
+        yield from self.down.slots(f"{name}.mlp.down_proj")
+
+
+def configure(keys: Keys) -> Config:
+    """Return the configuration that ``keys`` describe."""
+    keys.only("mlp_bias", False)
+    return Config(_shape.read(keys, MODEL_TYPES))
+
+
+def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
+    """Return the model with unset weights on the current default device."""
+    size, inner = config.shape.hidden_size, config.shape.intermediate_size
+    return Decoder(config.shape, lambda: SwiGLU(size, inner, formats, group), formats, group, dtype)

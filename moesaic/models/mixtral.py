@@ -1,0 +1,63 @@
+"""Mixtral: a Mistral decoder whose feed-forward network is a sparse mixture of experts.
+
+Mixtral of Experts, arXiv:2401.04088. 8x7B and 8x22B differ in numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.formats import Slot
+from moesaic.models import _shape
+from moesaic.models._config import Keys
+from moesaic.models._layers import Decoder, Experts, Formats, Router, Shape
+from moesaic.ops import Group
+
+MODEL_TYPES = {"mixtral": _shape.Defaults(rope_theta=1e6, kv_heads=8, norm_eps=1e-5)}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of a Mixtral."""
+
+    shape: Shape
+    num_experts: int
+    experts_per_token: int
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes to its k best experts, weighted by the softmax over those k (§2.1, eq. 1-2)."""
+
+    def __init__(self, config: Config, formats: Formats, group: Group) -> None:
+        super().__init__()
+        size, inner = config.shape.hidden_size, config.shape.intermediate_size
+        self.k = config.experts_per_token
+        self.gate = Router(config.num_experts, size)
+        self.experts = Experts(config.num_experts, size, inner, formats["experts"], group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        best, ids = self.gate(x).topk(self.k, dim=-1)  # [T, k]
+        return self.experts(x, ids, best.softmax(dim=-1))  # type: ignore[no-any-return]
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        yield from self.gate.slots(f"{name}.block_sparse_moe.gate")
+        yield from self.experts.slots(f"{name}.block_sparse_moe.experts")
+
+
+def configure(keys: Keys) -> Config:
+    """Return the configuration that ``keys`` describe."""
+    shape = _shape.read(keys, MODEL_TYPES)
+    experts = keys.integer("num_local_experts", 8)
+    chosen = keys.integer("num_experts_per_tok", 2)
+    if chosen > experts:
+        raise keys.fail(f"num_experts_per_tok is {chosen}, but there are only {experts} experts")
+    return Config(shape, experts, chosen)
+
+
+def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
+    """Return the model with unset weights on the current default device."""
+    return Decoder(config.shape, lambda: MixtureOfExperts(config, formats, group), formats, group, dtype)
