@@ -1,0 +1,160 @@
+"""Safetensors files: a checked header, and tensors read in part or written as they come.
+
+Knows the container only: eight bytes with the header's length, a JSON header of names, dtypes,
+shapes and offsets, then the data. Does not know what the tensors are for.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moesaic.checkpoints._views import Index, TensorInfo, View, bounds
+from moesaic.errors import CheckpointError
+
+HEADER_LIMIT = 100_000_000  # the reference implementation's own bound
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class SafetensorsFiles:
+    """Several safetensors files that hold disjoint tensors, as one store, in the order of the data on disk.
+
+    Raises:
+        CheckpointError: a file is missing, cut short, or has a header that cannot be true.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self._files: dict[Path, Any] = {}
+        self._open = ExitStack()
+        for path in paths:
+            self._add(path)
+
+    def _add(self, path: Path) -> None:
+        for name, info in _header(path).items():
+            if name in self.tensors:
+                raise CheckpointError(path, f"{name} is also in {self.tensors[name].file.name}")
+            self.tensors[name] = info
+        try:
+            self._files[path] = self._open.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(path, f"not a safetensors file: {error}") from error
+
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        """Return the part ``index`` of tensor ``name``; the memory is the mapped file's."""
+        info = self.tensors[name]
+        part = bounds(index, info.shape)
+        file = self._files[info.file]
+        if part == bounds(None, info.shape):
+            whole: Tensor = file.get_tensor(name)
+            return whole
+        cut: Tensor = file.get_slice(name)[part]
+        return cut
+
+    def close(self) -> None:
+        """Give the files back; tensors already read stay valid."""
+        self._open.close()
+        self._files.clear()
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    """Return what the header of ``path`` declares, in data order, after checking it against the file's size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            entries, data = _entries(path, file, size)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+    infos = [(*_checked(path, name, entry, data), name) for name, entry in entries.items()]
+    return {name: info for _, info, name in sorted(infos, key=lambda item: item[0])}
+
+
+def _entries(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """Return the header's entries without its metadata, and the number of data bytes behind it."""
+    if size < 8:
+        raise CheckpointError(path, f"cut short: {size} bytes are no safetensors file; fetch it again")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(HEADER_LIMIT, size - 8):
+        raise CheckpointError(path, f"cut short or damaged: a header of {length} bytes in a file of {size}")
+    try:
+        entries = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"damaged: the header is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(path, "damaged: the header is not a JSON object")
+    entries.pop("__metadata__", None)
+    return entries, size - 8 - length
+
+
+def _checked(path: Path, name: str, entry: Any, data: int) -> tuple[int, TensorInfo]:
+    """Return the offset and the description of one header entry, or raise CheckpointError."""
+    try:
+        code, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        numbers = (*shape, begin, end)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(path, f"damaged: the header entry of {name} is incomplete") from error
+    if code not in DTYPES:
+        raise CheckpointError(path, f"{name} has dtype {code!r}, known are {', '.join(DTYPES)}")
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise CheckpointError(path, f"damaged: the header entry of {name} has a shape or offset that is no size")
+    wanted = math.prod(shape) * DTYPES[code].itemsize
+    if end - begin != wanted:
+        raise CheckpointError(path, f"damaged: {name} {list(shape)} needs {wanted} bytes, has {end - begin}")
+    if end > data:
+        raise CheckpointError(path, f"cut short: {name} ends at byte {end} of the data, found {data}; fetch it again")
+    return begin, TensorInfo(shape, DTYPES[code], path)
+
+
+def write_file(path: Path, views: Mapping[str, View], wrote: Callable[[int], None] | None = None) -> None:
+    """Write ``views`` to ``path``, one tensor in memory at a time; ``wrote`` is told the bytes of each.
+
+    Wider dtypes go first, so that every tensor is aligned to its own element size.
+    """
+    order = sorted(views, key=lambda name: -views[name].info.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        info = views[name].info
+        header[name] = {
+            "dtype": CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            tensor = views[name].read().contiguous()
+            assert tensor.shape == views[name].info.shape and tensor.dtype == views[name].info.dtype
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            if wrote is not None:
+                wrote(tensor.nbytes)

@@ -1,0 +1,104 @@
+"""Hugging Face's layout: config.json, and safetensors files with or without an index.
+
+Knows the names that transformers gives and gave to the same weights, and presents all of them in
+the classic scheme: Mixtral's experts one by one (``block_sparse_moe.experts.E.w1``), although newer
+files stack them (``mlp.experts.gate_up_proj`` [E, 2f, d], gate rows before up rows, and
+``mlp.experts.down_proj`` [E, d, f]). Does not interpret the configuration.
+
+Legend: E experts, f intermediate size, d hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from moesaic.checkpoints import Checkpoint
+from moesaic.checkpoints._json import read_json
+from moesaic.checkpoints._safetensors import SafetensorsFiles
+from moesaic.checkpoints._views import Part, Store, Stored, View
+from moesaic.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LOOKS_FOR = f"{SINGLE} or {INDEX}"
+
+_EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+_STACK = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
+_ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
+_NUMBERS = {"gate": "w1", "down": "w2", "up": "w3"}
+
+
+def detect(path: Path) -> bool:
+    """Return whether the folder holds weights under Hugging Face's names."""
+    return (path / SINGLE).is_file() or (path / INDEX).is_file()
+
+
+def open(path: Path) -> Checkpoint:
+    """Open the checkpoint in the folder ``path``.
+
+    Raises:
+        ConfigError: config.json is missing or is no JSON object.
+        CheckpointError: a file is missing or damaged, or the index and the files disagree.
+    """
+    config = read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    store = _store(path)
+    views = dict(view for name in store.tensors for view in _classic(store, name))
+    return Checkpoint("hf", path, config, read_json(generation) if generation.exists() else {}, views, store.close)
+
+
+def _store(path: Path) -> SafetensorsFiles:
+    """Return the files of the checkpoint, checked against the index if there is one."""
+    if not (path / INDEX).is_file():
+        return SafetensorsFiles([path / SINGLE])
+    places = _places(path / INDEX)
+    store = SafetensorsFiles(path / file for file in dict.fromkeys(places.values()))
+    try:
+        for name, file in places.items():
+            if name not in store.tensors or store.tensors[name].file.name != file:
+                raise CheckpointError(path / file, f"{name} is missing: {INDEX} says it is here")
+        for name, info in store.tensors.items():
+            if name not in places:
+                raise CheckpointError(info.file, f"{name} is surplus: {INDEX} does not name it")
+    except CheckpointError:
+        store.close()
+        raise
+    return store
+
+
+def _places(index: Path) -> dict[str, str]:
+    """Return {tensor: file} of an index, file names plain and sorted by file."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(index, "has no weight_map")
+    for name, file in places.items():
+        # A name with a separator would let an index read outside its folder.
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise CheckpointError(index, f"{name} lies in {file!r}, which is not a plain .safetensors file name")
+    return dict(sorted(places.items(), key=lambda item: item[1]))
+
+
+def _classic(store: Store, name: str) -> Iterator[tuple[str, View]]:
+    """Yield the classic names, and what stands behind them, of one tensor on disk."""
+    whole = Stored(store, name)
+    if found := _STACK.fullmatch(name):
+        yield from _unstack(whole, found[1], found[2])
+    elif found := _EXPERT.fullmatch(name):
+        yield f"{found[1]}.block_sparse_moe.experts.{found[2]}.{_NUMBERS[found[3]]}.weight", whole
+    elif found := _ROUTER.fullmatch(name):
+        yield f"{found[1]}.block_sparse_moe.gate.weight", whole
+    else:
+        yield name, whole
+
+
+def _unstack(whole: View, layer: str, kind: str) -> Iterator[tuple[str, View]]:
+    """Yield the experts of one stacked tensor."""
+    if len(whole.info.shape) != 3 or (kind == "gate_up" and whole.info.shape[1] % 2):
+        raise CheckpointError(whole.info.file, f"{layer}.mlp.experts.{kind}_proj has shape {list(whole.info.shape)}")
+    experts, rows, _ = whole.info.shape
+    cuts = {"w2": slice(0, rows)} if kind == "down" else {"w1": slice(0, rows // 2), "w3": slice(rows // 2, rows)}
+    for expert in range(experts):
+        for number, cut in cuts.items():
+            part = Part(whole, (slice(expert, expert + 1), cut), drop=True)
+            yield f"{layer}.block_sparse_moe.experts.{expert}.{number}.weight", part
