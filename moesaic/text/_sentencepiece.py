@@ -1,0 +1,173 @@
+"""Reads SentencePiece's ``tokenizer.model`` (BPE): Llama 2, Mistral and Mixtral v1, v2, v3, v7.
+
+Knows the few fields of the ModelProto message that change the result, by number (the published
+sentencepiece_model.proto). Refuses what it would not encode exactly: unigram models, character maps,
+whitespace as a suffix. Does not know chat formats.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moesaic.errors import TokenizerError
+from moesaic.text._vocabulary import BYTE_PIECES, MAX_IDS, SPACE, Vocabulary, merges
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+BPE = 2
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
+
+Field = int | bytes
+
+
+class Piece(NamedTuple):
+    text: str
+    score: float
+    kind: int
+
+
+def read(path: Path, data: bytes) -> Vocabulary:
+    """Return the vocabulary of a SentencePiece BPE model.
+
+    Raises:
+        TokenizerError: truncated, not a ModelProto, or a model that cannot be encoded exactly.
+    """
+    try:
+        pieces, trainer, normalizer = _model(data)
+    except (ValueError, struct.error) as error:
+        raise TokenizerError(path, f"not a SentencePiece model, or a damaged one ({error})") from error
+    _check(path, pieces, trainer, normalizer)
+    return _vocabulary(pieces, trainer, dummy=bool(normalizer.get(3, 1)))
+
+
+def _check(path: Path, pieces: list[Piece], trainer: dict[int, Field], normalizer: dict[int, Field]) -> None:
+    texts = {piece.text for piece in pieces}
+    problems = {
+        "has no pieces": not pieces,
+        f"has more than {MAX_IDS} pieces": len(pieces) > MAX_IDS,
+        "has a piece twice": len(texts) != len(pieces),
+        "has an empty piece": "" in texts,
+        "is not a BPE model": trainer.get(3, 1) != BPE,
+        "has no unknown piece": not any(piece.kind == UNKNOWN for piece in pieces),
+        "has pieces of an unknown kind": any(
+            piece.kind not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE) for piece in pieces
+        ),
+        "lacks some of the 256 byte pieces": bool(trainer.get(35, 0)) and not texts.issuperset(BYTE_PIECES),
+        "has a byte piece that names no byte": any(p.kind == BYTE and p.text not in BYTE_PIECES for p in pieces),
+        "puts whitespace at the end of words": bool(trainer.get(24, 0)),
+        "rewrites characters (a precompiled character map)": bool(normalizer.get(2, b"")),
+        "removes extra whitespace": bool(normalizer.get(4, 1)),
+        "does not escape whitespace": not normalizer.get(5, 1),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise TokenizerError(path, f"this SentencePiece model {problem}, which is not supported")
+
+
+def _vocabulary(pieces: list[Piece], trainer: dict[int, Field], dummy: bool) -> Vocabulary:
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE as BPEModel
+
+    ids = {piece.text: id for id, piece in enumerate(pieces)}
+    of_kind = {kind: {p.text: ids[p.text] for p in pieces if p.kind == kind} for kind in range(7)}
+    normal = sorted((p for p in pieces if p.kind == NORMAL), key=lambda piece: -piece.score)
+    unknown = next(iter(of_kind[UNKNOWN]))
+    fallback = bool(trainer.get(35, 0))
+    model = BPEModel(
+        vocab=of_kind[NORMAL] | of_kind[BYTE] | of_kind[UNKNOWN],
+        merges=merges((piece.text for piece in normal), of_kind[NORMAL]),
+        unk_token=unknown,
+        byte_fallback=fallback,
+        fuse_unk=True,
+    )
+    bos, eos = (of_kind[CONTROL].get(_text(trainer, key, default)) for key, default in ((46, "<s>"), (47, "</s>")))
+    surface = _text(trainer, 44, " \u2047 ").encode()
+    return Vocabulary(
+        core=Tokenizer(model),
+        pieces=[_bytes(piece, surface) for piece in pieces],
+        control=of_kind[CONTROL],
+        bos_id=bos,
+        eos_ids=frozenset() if eos is None else frozenset({eos}),
+        escape=True,
+        dummy=dummy,
+        strip=dummy,
+        unstripped=frozenset([*of_kind[BYTE].values(), *of_kind[UNKNOWN].values()]),
+        fixed=of_kind[USER_DEFINED],
+        errors="moesaic.one_for_each",
+    )
+
+
+def _bytes(piece: Piece, unknown: bytes) -> bytes:
+    match piece.kind:
+        case 2:
+            return unknown
+        case 3:
+            return piece.text.encode()
+        case 6:
+            return bytes([BYTE_PIECES[piece.text]])
+        case _:
+            return piece.text.replace(SPACE, " ").encode()
+
+
+def _model(data: bytes) -> tuple[list[Piece], dict[int, Field], dict[int, Field]]:
+    pieces: list[Piece] = []
+    parts: dict[int, dict[int, Field]] = {2: {}, 3: {}}
+    for number, value in _fields(data):
+        if number == 1:
+            pieces.append(_piece(dict(_fields(_as_bytes(value)))))
+        elif number in parts:
+            parts[number] |= dict(_fields(_as_bytes(value)))
+    return pieces, parts[2], parts[3]
+
+
+def _piece(fields: dict[int, Field]) -> Piece:
+    (score,) = struct.unpack("<f", _as_bytes(fields.get(2, b"\0\0\0\0")))
+    kind = fields.get(3, NORMAL)
+    if not isinstance(kind, int):
+        raise ValueError("a piece has no kind")
+    return Piece(_text(fields, 1, ""), score, kind)
+
+
+def _text(fields: dict[int, Field], number: int, default: str) -> str:
+    return _as_bytes(fields[number]).decode() if number in fields else default
+
+
+def _as_bytes(value: Field) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    raise ValueError("a number stands where text should")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Field]]:
+    """Yield (field number, value) of one protobuf message; a length is checked before it is believed."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, wire = key >> 3, key & 7
+        if wire == VARINT:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        length = {FIXED64: 8, FIXED32: 4}.get(wire, -1)
+        if wire == BYTES:
+            length, at = _varint(data, at)
+        if length < 0 or number == 0:
+            raise ValueError(f"unexpected byte at {at}")
+        if at + length > len(data):
+            raise ValueError(f"it ends {at + length - len(data)} bytes too early")
+        yield number, data[at : at + length]
+        at += length
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for place in range(10):
+        if at >= len(data):
+            raise ValueError("it ends within a number")
+        value |= (data[at] & 127) << (7 * place)
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+    raise ValueError(f"unexpected byte at {at}")
