@@ -68,10 +68,7 @@ class Tokenizer:
         """
         text = _without_surrogates(text)
         v = self._vocabulary
-        if v.escape:
-            ids = self._escaped(text, prefix)
-        else:
-            ids = _run(v.core if prefix or v.bare is None else v.bare, text)
+        ids = self._escaped(text, prefix) if v.escape else _run(v.core if prefix or v.bare is None else v.bare, text)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def encode_marked(self, text: str, mark: str = "") -> list[int]:
