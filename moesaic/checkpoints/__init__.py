@@ -124,6 +124,11 @@ def open(path: Path | str) -> Checkpoint:
     return checkpoint
 
 
+def surplus_reason(name: str) -> str | None:
+    """Return why a checkpoint may hold a tensor of this name that no model asks for, or None if it may not."""
+    return next((reason for pattern, reason in HARMLESS.items() if pattern.fullmatch(name)), None)
+
+
 def fill(slots: Iterable[Slot], checkpoint: Checkpoint, *, progress: Callable[[int, int], None] | None = None) -> None:
     """Fill every slot of a model from ``checkpoint``, streamed in disk order, one tensor in memory at a time.
 
@@ -191,7 +196,7 @@ def _harmless(name: str, checkpoint: Checkpoint) -> bool:
     """Return whether a surplus tensor may be passed over; reads only where a tied head must be compared."""
     if name == HEAD and checkpoint.config.get(TIED) is True and EMBEDDING in checkpoint.tensors:
         return _same(checkpoint, HEAD, EMBEDDING)
-    return any(pattern.fullmatch(name) for pattern in HARMLESS)
+    return surplus_reason(name) is not None
 
 
 def _same(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> bool:

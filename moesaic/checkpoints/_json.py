@@ -31,3 +31,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(path, "does not hold a JSON object")
     return value
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """Return the JSON object in ``path``, or an empty one if there is no such file."""
+    return read_json(path) if path.exists() else {}

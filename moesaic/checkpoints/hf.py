@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moesaic.checkpoints import Checkpoint
-from moesaic.checkpoints._json import read_json
+from moesaic.checkpoints._json import read_json, read_json_if_there
 from moesaic.checkpoints._safetensors import SafetensorsFiles
 from moesaic.checkpoints._views import Part, Store, Stored, View
+from moesaic.checkpoints._write import Wrote, safetensors, target, views, write_json
 from moesaic.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,10 +43,39 @@ def open(path: Path) -> Checkpoint:
         CheckpointError: a file is missing or damaged, or the index and the files disagree.
     """
     config = read_json(path / "config.json")
-    generation = path / "generation_config.json"
     store = _store(path)
-    views = dict(view for name in store.tensors for view in _classic(store, name))
-    return Checkpoint("hf", path, config, read_json(generation) if generation.exists() else {}, views, store.close)
+    try:
+        found = dict(view for name in store.tensors for view in _classic(store, name))
+    except CheckpointError:
+        store.close()
+        raise
+    generation = read_json_if_there(path / "generation_config.json")
+    return Checkpoint("hf", path, config, generation, found, store.close)
+
+
+def write(source: Checkpoint, path: Path, shards: int = 1, wrote: Wrote | None = None) -> None:
+    """Write ``source`` in this layout, under classic names, into ``shards`` safetensors files.
+
+    Args:
+        source: what to write.
+        path: a folder that does not exist yet, or is empty.
+        shards: how many files.
+        wrote: called with the bytes of each tensor written.
+
+    Raises:
+        InvalidParameter: ``path`` holds something, or there are more shards than tensors.
+        CheckpointError: the source cannot be read, or the target cannot be written.
+    """
+    found = views(source)
+    files = [SINGLE] if shards == 1 else [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    with target(path, source) as folder:
+        places = safetensors(folder, found, files, wrote)
+        if shards != 1:
+            total = sum(view.info.nbytes for view in found.values())
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        if source.generation:
+            write_json(folder / "generation_config.json", source.generation)
+        write_json(folder / "config.json", source.config)
 
 
 def _store(path: Path) -> SafetensorsFiles:
