@@ -26,30 +26,52 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
-    out = torch.zeros_like(x, dtype=torch.float32)
-    for expert in ids.unique().tolist():
-        token, choice = torch.where(ids == expert)
-        rows = x.index_select(0, token)  # its gradient is index_add, many times faster than indexing's
-        hidden = F.silu(F.linear(rows, gate.dequantize(x.dtype, expert))) * F.linear(
-            rows, up.dequantize(x.dtype, expert)
-        )
-        answer = F.linear(hidden, down.dequantize(x.dtype, expert))
-        out = out.index_add(0, token, answer.float() * scores[token, choice, None])
-    return out.to(x.dtype)
+    order = ids.flatten().argsort(stable=True)  # choices in the order of their experts
+    token = order // ids.shape[1]
+    counts = torch.bincount(ids.flatten(), minlength=gate.shape[0]).tolist()
+    chosen = [expert for expert, count in enumerate(counts) if count]
+    weights = zip(*(_entries(stack, chosen, x.dtype) for stack in (gate, up, down)), strict=True)
+    rows = x.index_select(0, token).split([counts[expert] for expert in chosen])
+    parts = [
+        F.linear(F.silu(F.linear(part, g)) * F.linear(part, u), d)
+        for part, (g, u, d) in zip(rows, weights, strict=True)
+    ]
+    answers = torch.cat(parts).float() * scores.flatten()[order, None]
+    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, answers).to(x.dtype)
+
+
+def _entries(stack: Packed, chosen: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """Return the plain weights of the chosen entries.
+
+    Where gradients are wanted all are unpacked at once: the gradient of picking one entry is a
+    whole stack of zeros, that of taking all apart is one stack.
+    """
+    if torch.is_grad_enabled() and any(part.requires_grad for part in stack.parts().values()):
+        entries = stack.dequantize(dtype).unbind(0)
+        return [entries[index] for index in chosen]
+    return [stack.dequantize(dtype, index) for index in chosen]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window: int | None) -> Tensor:
     if batch.cache is not None:
         _write(batch.cache, layer, batch.slots, k, v)
-    out = []
-    for s, (begin, end) in enumerate(itertools.pairwise(batch.starts)):
-        if batch.cache is None:
-            keys, values, first = k[begin:end], v[begin:end], 0
-        else:
-            keys, values, first = _read(batch.cache, layer, batch.tables[s], batch.lengths[s])
-        places = first + torch.arange(len(keys), device=q.device)
-        out.append(_attend(q[begin:end], keys, values, batch.positions[begin:end], places, window))
-    return torch.cat(out)
+    counts = [end - begin for begin, end in itertools.pairwise(batch.starts)]
+    parts = zip(q.split(counts), k.split(counts), v.split(counts), batch.positions.split(counts), strict=True)
+    return torch.cat([_sequence(batch, layer, s, *part, window) for s, part in enumerate(parts)])
+
+
+def _sequence(
+    batch: Batch, layer: int, s: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
+) -> Tensor:
+    """Return the attention of sequence ``s``: its new tokens' q, k, v, and what the cache holds of it."""
+    length = batch.lengths[s]
+    if length == len(q) and (window is None or length <= window):
+        return _attend(q, k, v, None)  # the whole sequence is in this step: plain causal attention
+    if batch.cache is None:
+        keys, values, first = k, v, 0
+    else:
+        keys, values, first = _read(batch.cache, layer, batch.tables[s], length)
+    return _attend(q, keys, values, _seen(positions, first + torch.arange(len(keys), device=q.device), window))
 
 
 def _write(cache: Cache, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -70,18 +92,18 @@ def _read(cache: Cache, layer: int, table: Tensor, length: int) -> tuple[Tensor,
     return keys, values, first
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, places: Tensor, window: int | None) -> Tensor:
-    """Return softmax(q k / sqrt(D)) v with queries at ``positions`` and keys at ``places``."""
+def _seen(positions: Tensor, places: Tensor, window: int | None) -> Tensor:
+    """Return which keys at ``places`` each query at ``positions`` sees: [queries, keys] bool."""
     seen = places[None, :] <= positions[:, None]
     if window is not None:
         seen &= places[None, :] > positions[:, None] - window
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        keys.to(q.dtype).transpose(0, 1)[None],
-        values.to(q.dtype).transpose(0, 1)[None],
-        attn_mask=seen,
-        enable_gqa=True,
-    )
+    return seen
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
+    """Return softmax(q k / sqrt(D)) v for one sequence; ``seen`` None: causal, query i at key i."""
+    heads_first = (each.to(q.dtype).transpose(0, 1)[None] for each in (q, keys, values))
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 
