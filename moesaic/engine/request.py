@@ -79,7 +79,7 @@ class Sampling:
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open=True)
         for name in ("frequency_penalty", "presence_penalty"):
             _number(name, getattr(self, name), -2.0, 2.0)
-        _bias(self.logit_bias)
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         _stops(self.stop)
         object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         _integer("min_tokens", self.min_tokens, 0)
@@ -124,12 +124,14 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
         )
 
 
-def _bias(bias: Any) -> None:
+def _bias(bias: Any) -> dict[int, float]:
+    """Return a copy, which nobody can change after it was checked."""
     if not isinstance(bias, Mapping) or len(bias) > MAX_BIAS_ENTRIES:
         raise InvalidParameter("logit_bias", f"expected at most {MAX_BIAS_ENTRIES} pairs of token id and number")
     for id, value in bias.items():
         _integer("logit_bias", id, 0)
         _number("logit_bias", value, -100.0, 100.0)
+    return dict(bias)
 
 
 def _stops(stops: Any) -> None:

@@ -1,0 +1,75 @@
+"""A small Mixtral with random weights, and what it says when nothing clever is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic import formats, models
+from moesaic.models._layers import Decoder
+from moesaic.ops import Batch
+
+Oracle = Callable[[Decoder, Sequence[int], int], list[int]]
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., Decoder]:
+    """A factory: the same weights each time, with the configuration keys given changed."""
+
+    def make(**changes: object) -> Decoder:
+        raw = {
+            "model_type": "mixtral",
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+        model = models.build(raw | changes, Path("config.json"), formats.load("float32"), dtype=torch.float32)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(torch.randn(weight.shape, generator=generator) * (0.4 if weight.ndim > 1 else 1.0))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(build: Callable[..., Decoder]) -> Decoder:
+    return build()
+
+
+@pytest.fixture(scope="session")
+def windowed(build: Callable[..., Decoder]) -> Decoder:
+    return build(sliding_window=9)
+
+
+@pytest.fixture(scope="session")
+def greedy() -> Oracle:
+    """The ids that follow a prompt when all of it is computed anew for each token, without a cache."""
+
+    def run(model: Decoder, prompt: Sequence[int], count: int) -> list[int]:
+        ids = list(prompt)
+        with torch.inference_mode():
+            for _ in range(count):
+                ids.append(int(model.logits(model(Batch.whole([ids]))[-1:]).argmax()))
+        return ids[len(prompt) :]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[tuple[int, ...]]:
+    """Prompts of many lengths, some with a prefix in common."""
+    draw = torch.Generator().manual_seed(3)
+    common = torch.randint(61, (20,), generator=draw).tolist()
+    tails = [torch.randint(61, (n,), generator=draw).tolist() for n in (1, 2, 5, 11, 17, 23, 31)]
+    return [tuple(common[: 4 * i] + tail) for i, tail in enumerate(tails)] + [tuple(common), tuple(common[:16])]

@@ -1,0 +1,420 @@
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from moesaic.engine import Done, Limits, Request, Sampling, Token
+from moesaic.engine.blocks import Blocks
+from moesaic.engine.scheduler import Outcome, Scheduler
+from moesaic.errors import InvalidParameter, Overloaded, PromptTooLong
+
+
+def says(ids):
+    """The next token of a model that looks at all it was told; 0 is EOS."""
+    return hash(tuple(ids)) % 11
+
+
+def answer(request, limit):
+    ids = list(request.ids)
+    while len(ids) < limit:
+        ids.append(says(ids))
+        if ids[-1] in request.stop_ids:
+            break
+    return ids[len(request.ids) :]
+
+
+class World:
+    """A scheduler, and a cache that remembers for each slot which prefix was written there."""
+
+    def __init__(self, count, size, limits, context=200, window=None):
+        self.scheduler = Scheduler(Blocks(count, size), limits, context, window)
+        self.size, self.window, self.memory = size, window, {}
+        self.live, self.events = [], {}
+
+    def submit(self, ids, priority=0, salt="", **sampling):
+        sequences = self.scheduler.prepare(Request(tuple(ids), Sampling(**sampling), (0,), priority, salt), 0)
+        self.scheduler.add(sequences)
+        self.live += sequences
+        self.events |= {sequence: [] for sequence in sequences}
+        return sequences
+
+    def start(self):
+        step = self.scheduler.next()
+        if step:
+            self.write(step)
+        return step
+
+    def write(self, step):
+        """Do what a model would with the cache, and see that nobody writes where another reads."""
+        slots = [self.slot(run.sequence, p) for run in step.runs for p in self.places(run)]
+        assert len(set(slots)) == len(slots), "a slot is used twice in a step"
+        assert len({run.sequence for run in step.runs}) == len(step.runs)
+        assert sum(run.count for run in step.runs) <= self.scheduler.limits.batch_tokens
+        assert all(run.count > 0 and not run.sequence.ended for run in step.runs)
+        for run in step.runs:
+            for p in self.places(run):
+                slot = self.slot(run.sequence, p)
+                holders = [s for s in self.scheduler.sequences() if slot // self.size in s.table]
+                assert holders == [run.sequence], "a shared block is written to"
+                self.memory[slot] = (run.sequence.request.salt, tuple(run.sequence.ids[: p + 1]))
+        for run in step.runs:
+            sequence, end = run.sequence, run.sequence.cached + run.count
+            first = 0 if self.window is None else max(0, sequence.cached - self.window + 1)
+            for p in range(first, end):
+                seen = self.memory[self.slot(sequence, p)]
+                assert seen == (sequence.request.salt, tuple(sequence.ids[: p + 1])), "a place holds another prefix"
+
+    def places(self, run):
+        return range(run.sequence.cached, run.sequence.cached + run.count)
+
+    def slot(self, sequence, p):
+        block = sequence.table[p // self.size]
+        assert block >= 0, "a place that is needed was given back"
+        return block * self.size + p % self.size
+
+    def finish(self, step):
+        tokens = {run.sequence: [Token(says(run.sequence.ids))] for run in step.runs if run.samples}
+        for sequence, events in self.scheduler.commit(step, Outcome(tokens)):
+            self.tell(sequence, events)
+
+    def tell(self, sequence, events):
+        assert not any(isinstance(event, Done) for event in self.events[sequence]), "something comes after Done"
+        self.events[sequence] += events
+        if sequence.ended:
+            self.live.remove(sequence)
+
+    def cancel(self, sequence):
+        done = self.scheduler.cancel(sequence)
+        if done:
+            self.tell(sequence, [done])
+
+    def drain(self, steps=5000):
+        while (step := self.start()) is not None:
+            self.finish(step)
+            steps -= 1
+            assert steps, "somebody starves"
+
+    def check(self):
+        self.scheduler.blocks.check(sequence.table for sequence in self.scheduler.sequences())
+        assert set(self.scheduler.sequences()) == set(self.live)
+        assert self.scheduler.running <= self.scheduler.limits.sequences
+
+    def check_answers(self):
+        for sequence, events in self.events.items():
+            *tokens, done = events
+            assert isinstance(done, Done)
+            ids = [token.id for token in tokens if isinstance(token, Token)]
+            expected = answer(sequence.request, sequence.limit)
+            if done.reason == "cancelled":
+                assert ids == expected[: len(ids)]
+            else:
+                assert ids == expected
+                assert done.reason == ("stop" if ids[-1] == 0 else "length")
+            assert done.completion_tokens == len(ids)
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(
+        count=st.integers(1, 24),
+        size=st.integers(1, 8),
+        sequences=st.integers(1, 6),
+        extra=st.integers(0, 20),
+        patience=st.integers(1, 50),
+        window=st.none() | st.integers(1, 12),
+    )
+    def begin(self, count, size, sequences, extra, patience, window):
+        limits = Limits(sequences + extra, sequences, queue=12, patience=patience)
+        self.world = World(count, size, limits, context=60, window=window)
+        self.step = None
+
+    @rule(
+        ids=st.lists(st.integers(1, 2), min_size=1, max_size=40),
+        priority=st.integers(-1, 1),
+        salt=st.sampled_from(["", "a"]),
+        max_tokens=st.integers(1, 20),
+        n=st.integers(1, 3),
+    )
+    def submit(self, ids, priority, salt, max_tokens, n):
+        try:
+            self.world.submit(ids, priority, salt, max_tokens=max_tokens, n=n)
+        except PromptTooLong as error:
+            assert len(ids) + 1 > self.world.scheduler.capacity == error.limit + 1
+        except Overloaded:
+            assert self.world.scheduler.waiting + n > 12
+
+    @precondition(lambda self: self.step is None)
+    @rule()
+    def start(self):
+        self.step = self.world.start()
+
+    @precondition(lambda self: self.step is not None)
+    @rule()
+    def finish(self):
+        self.world.finish(self.step)
+        self.step = None
+
+    @precondition(lambda self: self.world.live)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.world.cancel(data.draw(st.sampled_from(self.world.live)))
+
+    @precondition(lambda self: self.world.live)
+    @rule(data=st.data())
+    def fail(self, data):
+        sequence = data.draw(st.sampled_from(self.world.live))
+        for block in self.world.scheduler.fail(sequence):
+            for place in range(self.world.size):
+                self.world.memory.pop(block * self.world.size + place, None)
+        self.world.live.remove(sequence)
+        del self.world.events[sequence]
+
+    @invariant()
+    def sound(self):
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            if self.step:
+                self.finish()
+            self.world.drain()
+            self.world.check()
+            self.world.check_answers()
+            assert self.world.scheduler.blocks.available == self.world.scheduler.blocks.count, "blocks leaked"
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def world(count=32, size=4, batch_tokens=16, sequences=4, context=200, window=None, **limits):
+    return World(count, size, Limits(batch_tokens, sequences, **limits), context, window)
+
+
+def counts(step):
+    return {run.sequence.arrival: run.count for run in step.runs}
+
+
+def test_a_long_prompt_runs_in_pieces_beside_the_answers_of_others():
+    w = world(batch_tokens=8)
+    [first] = w.submit([1, 2], max_tokens=10, ignore_eos=True)
+    w.finish(w.start())
+    [second] = w.submit([1] * 20, max_tokens=2)
+    seen = []
+    while second.generated == 0:
+        step = w.start()
+        seen.append(counts(step))
+        w.finish(step)
+    assert seen == [{0: 1, 1: 7}, {0: 1, 1: 7}, {0: 1, 1: 6}]
+    assert first.generated == 4
+
+
+def test_an_older_prompt_leaves_every_running_sequence_a_token():
+    w = world(batch_tokens=8)
+    w.submit([1, 2], max_tokens=10, ignore_eos=True)
+    w.finish(w.start())
+    w.submit([1] * 30, priority=-1, max_tokens=2)
+    assert counts(w.start()) == {0: 1, 1: 7}
+
+
+def test_the_lower_number_goes_first_and_arrival_decides_within_one():
+    w = world(sequences=1)
+    arrivals = [w.submit([1, 2], priority=p, max_tokens=1)[0] for p in (1, 0, 1, -5, 0)]
+    order = []
+    while (step := w.start()) is not None:
+        order += [arrivals.index(run.sequence) for run in step.runs]
+        w.finish(step)
+    assert order == [3, 1, 4, 0, 2]
+
+
+def test_a_better_priority_takes_the_seat_of_a_worse_one_but_never_of_an_equal():
+    w = world(sequences=1)
+    [low] = w.submit([1] * 6, priority=3, max_tokens=8)
+    w.finish(w.start())
+    [equal] = w.submit([2] * 6, priority=3, max_tokens=1)
+    [high] = w.submit([3] * 6, priority=2, max_tokens=1)
+    step = w.start()
+    assert [run.sequence for run in step.runs] == [high]
+    assert (low.preemptions, low.cached, low.table) == (1, 0, [])
+    w.finish(step)
+    assert [run.sequence for run in w.start().runs] == [low], "it was there before the equal one"
+    assert low.cached == 4, "what the prefix cache still holds is not computed again"
+    assert equal.preemptions == 0
+
+
+def test_under_pressure_the_last_in_order_is_preempted_and_the_answers_are_the_same():
+    w = world(count=6, size=2, sequences=3)
+    a, b = (w.submit([n] * 4, max_tokens=8)[0] for n in (1, 2))
+    w.drain()
+    assert (a.preemptions, b.preemptions) == (0, 1)
+    w.check_answers()
+
+
+def test_a_newcomer_is_not_let_in_only_to_be_preempted():
+    w = world(count=6, size=2, sequences=3, batch_tokens=16)
+    w.submit([1] * 6, max_tokens=6)
+    w.finish(w.start())  # holds 3 of 6 blocks, and will need a fourth next
+    [second] = w.submit([2] * 4, max_tokens=1)
+    assert counts(w.start()) == {0: 1}, "its 2 blocks would leave nothing to grow into"
+    assert second.table == []
+
+
+def test_nobody_waits_longer_than_the_patience_behind_better_priorities():
+    w = world(sequences=1, patience=20, queue=1000)
+    [low] = w.submit([2, 2], priority=9, max_tokens=5)
+    for _ in range(100):
+        w.submit([1, 2], priority=0, max_tokens=1)
+        w.finish(w.start())
+        if low.ended:
+            break
+    assert low.ended
+    assert 20 <= w.scheduler.steps <= 30
+
+
+def test_a_sequence_that_runs_is_preempted_by_priority_only_until_it_aged():
+    w = world(sequences=1, patience=5, queue=1000)
+    [low] = w.submit([1, 2], priority=9, max_tokens=50, ignore_eos=True)
+    for _ in range(200):
+        w.submit([1, 2], priority=0, max_tokens=1)
+        w.finish(w.start())
+        if low.ended or low.generated == 50:
+            break
+    assert low.preemptions <= 1
+
+
+def test_followers_wait_for_the_leader_and_reuse_its_prompt():
+    w = world(batch_tokens=8)
+    leader, *followers = w.submit([1] * 17, n=3, max_tokens=3)
+    for _ in range(2):
+        step = w.start()
+        assert [run.sequence for run in step.runs] == [leader]
+        w.finish(step)
+    w.finish(w.start())
+    assert leader.generated == 1
+    step = w.start()
+    assert {run.sequence: run.count for run in step.runs} == {leader: 1, followers[0]: 1, followers[1]: 1}
+    assert followers[0].table[:4] == followers[1].table[:4] == leader.table[:4]
+    assert followers[0].table[4] != leader.table[4], "the last block is being written and is nobody else's"
+    w.finish(step)
+    w.drain()
+    assert [events[-1].cached_tokens for events in w.events.values()] == [0, 16, 16]
+
+
+def test_followers_do_not_wait_for_a_leader_that_is_gone():
+    w = world()
+    leader, follower = w.submit([1] * 5, n=2, max_tokens=3)
+    w.cancel(leader)
+    assert [run.sequence for run in w.start().runs] == [follower]
+
+
+def test_the_last_prompt_token_always_runs():
+    w = world()
+    for _ in range(2):
+        [sequence] = w.submit([1] * 8, max_tokens=1)
+        w.finish(w.start())
+    assert w.events[sequence][-1].cached_tokens == 4
+
+
+def test_a_follow_up_finds_the_whole_conversation():
+    w = world()
+    [first] = w.submit([1] * 6, max_tokens=7, ignore_eos=True)
+    w.drain()
+    [second] = w.submit([*first.ids, 5, 6], max_tokens=1)
+    w.drain()
+    assert w.events[second][-1].cached_tokens == (len(first.ids) - 1) // 4 * 4
+
+
+def test_salts_keep_tenants_apart():
+    w = world()
+    for salt, hits in (("a", 0), ("b", 0), ("a", 8), ("", 0)):
+        [sequence] = w.submit([1] * 9, salt=salt, max_tokens=1)
+        w.drain()
+        assert w.events[sequence][-1].cached_tokens == hits
+
+
+def test_cancelling_frees_blocks_at_once_also_during_a_step():
+    w = world()
+    [a] = w.submit([1] * 9, max_tokens=5)
+    [b] = w.submit([2] * 9, max_tokens=5)
+    step = w.start()
+    w.cancel(a)
+    w.check()
+    w.finish(step)
+    assert [type(event) for event in w.events[a]] == [Done]
+    w.cancel(b)
+    assert w.scheduler.cancel(b) is None
+    assert w.scheduler.blocks.available == 32
+    assert w.start() is None
+
+
+def test_what_a_failed_sequence_held_is_not_found_again():
+    w = world()
+    [a] = w.submit([1] * 9, max_tokens=5)
+    w.finish(w.start())
+    assert len(w.scheduler.fail(a)) == 3
+    w.live.remove(a)
+    [b] = w.submit([1] * 9, max_tokens=1)
+    w.finish(w.start())
+    assert w.events[b][-1].cached_tokens == 0
+
+
+def test_of_a_failed_sequence_only_what_nobody_else_holds_is_to_be_wiped():
+    w = world()
+    leader, follower = w.submit([1] * 9, n=2, max_tokens=5, ignore_eos=True)
+    w.finish(w.start())
+    w.finish(w.start())
+    assert follower.table[:2] == leader.table[:2]
+    own = leader.table[2:]
+    assert w.scheduler.fail(leader) == own[::-1]
+
+
+def test_a_window_gives_back_what_it_left_behind():
+    w = world(count=5, size=2, context=100, window=5, batch_tokens=4)
+    [a] = w.submit([1] * 30, max_tokens=20, ignore_eos=True)
+    w.drain()
+    assert len(a.ids) == 50
+    assert w.scheduler.capacity == 100
+    w.check_answers()
+
+
+def test_a_window_wider_than_the_cache_does_not_stretch_it():
+    assert world(count=5, size=2, context=100, window=30).scheduler.capacity == 10
+
+
+def test_an_answer_is_clipped_to_what_fits():
+    w = world(count=2, size=4)
+    [a] = w.submit([1] * 5, max_tokens=100, stop_token_ids=(), ignore_eos=True)
+    w.drain()
+    assert w.events[a][-1].reason == "length"
+    assert len(a.ids) == 8
+
+
+@pytest.mark.parametrize(("count", "context", "limit"), [(2, 100, 7), (10, 6, 5)])
+def test_what_can_never_fit_is_refused(count, context, limit):
+    w = world(count=count, size=4, context=context)
+    w.submit([1] * limit)
+    with pytest.raises(PromptTooLong) as caught:
+        w.submit([1] * (limit + 1))
+    assert (caught.value.tokens, caught.value.limit) == (limit + 1, limit)
+
+
+def test_a_full_queue_refuses():
+    w = world(queue=3, queue_tokens=10)
+    w.submit([1], n=2)
+    with pytest.raises(Overloaded):
+        w.submit([1], n=2)
+    with pytest.raises(Overloaded):
+        w.submit([1] * 9)
+    assert w.scheduler.waiting == 2
+    w.submit([1] * 8)
+
+
+def test_one_long_prompt_is_taken_by_an_empty_queue():
+    w = world(queue_tokens=10)
+    w.submit([1] * 20)
+
+
+@pytest.mark.parametrize("change", [{"batch_tokens": 3}, {"queue": 0}, {"patience": 0}, {"sequences": -1}])
+def test_wrong_limits_are_refused(change):
+    with pytest.raises(InvalidParameter):
+        Limits(**({"batch_tokens": 8, "sequences": 4} | change))
