@@ -25,6 +25,7 @@ TEKKEN_PATTERN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+LLAMA3_RANKS = 128_000
 LLAMA3_SPECIALS = 256
 # Named as in the Llama 3.1 release, which gave names to some that Llama 3 had only reserved.
 LLAMA3_NAMED = (
@@ -49,7 +50,8 @@ def read_ranks(path: Path, data: bytes) -> Vocabulary:
     """Return the vocabulary of Llama 3's ``tokenizer.model``: lines of base64 and rank.
 
     Raises:
-        TokenizerError: a line that is none, or ranks with gaps.
+        TokenizerError: a line that is none, ranks with gaps, or not as many as Llama 3 has: the ids of
+            the special tokens follow from that number, so a file cut between two lines would move them.
     """
     pieces: list[bytes] = []
     for number, line in enumerate(data.splitlines(), 1):
@@ -61,6 +63,8 @@ def read_ranks(path: Path, data: bytes) -> Vocabulary:
         if rank != len(pieces):
             raise TokenizerError(path, f"line {number} has rank {rank} where {len(pieces)} should stand")
         pieces.append(piece)
+    if len(pieces) != LLAMA3_RANKS:
+        raise TokenizerError(path, f"has {len(pieces)} ranks where Llama 3 has {LLAMA3_RANKS}: the file is damaged")
     reserved = (f"reserved_special_token_{2 + n}" for n in range(LLAMA3_SPECIALS - len(LLAMA3_NAMED)))
     names = [f"<|{name}|>" for name in (*LLAMA3_NAMED, *reserved)]
     control = {name: len(pieces) + place for place, name in enumerate(names)}

@@ -1,0 +1,134 @@
+"""Streaming is decoding, only earlier: whatever the ids and wherever the borders fall."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from moesaic.errors import InvalidParameter
+from moesaic.text.stream import Detokenizer, StopStrings, TextStream
+from moesaic.text.tokenizer import Tokenizer
+
+NAMES = ("v1", "v2", "v3", "v7", "tekken", "llama3")
+Opened = Callable[[str], Tokenizer]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("skip_special", [True, False])
+def test_joined_pieces_are_the_decoded_whole(name: str, skip_special: bool, opened: Opened) -> None:
+    tokenizer = opened(name)
+    some = st.one_of(st.integers(-2, tokenizer.vocab_size + 2), st.integers(0, 1300))
+
+    def check(ids: Sequence[int]) -> None:
+        detokenizer = Detokenizer(tokenizer, skip_special=skip_special)
+        shown = [detokenizer.add(id) for id in ids]
+        assert "".join(shown) + detokenizer.finish() == tokenizer.decode(ids, skip_special=skip_special)
+
+    settings(max_examples=150, deadline=None)(given(st.lists(some, max_size=15))(check))()
+    settings(max_examples=100, deadline=None)(given(st.text(max_size=40))(lambda text: check(tokenizer.encode(text))))()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_finished_characters_are_shown(name: str, opened: Opened) -> None:
+    tokenizer = opened(name)
+    text = "Grüße 🙂‍↕️ 𐍈 鿿 日本 ꙮ 🇩🇪"
+    detokenizer, shown = Detokenizer(tokenizer), ""
+    for id in tokenizer.encode(text):
+        shown += detokenizer.add(id)
+        assert text.startswith(shown)
+    assert shown == text  # nothing held back that was finished
+    assert detokenizer.finish() == ""
+
+
+def test_bytes_that_cannot_become_a_character(opened: Opened) -> None:
+    tokenizer = opened("v1")
+    byte = {value: 3 + value for value in range(256)}
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.add(byte[b]) for b in (0xF0, 0x9F, 0x99, 0x82)] == ["", "", "", "🙂"]
+    assert [detokenizer.add(byte[b]) for b in (0xF0, 0x9F, 0x41)] == ["", "", "\ufffd\ufffdA"]
+    assert detokenizer.add(byte[0xFF]) == "\ufffd"
+    assert detokenizer.add(byte[0xE2]) == ""
+    assert detokenizer.finish() == "\ufffd"
+
+
+def test_the_cost_of_a_token_does_not_grow(opened: Opened) -> None:
+    tokenizer = opened("v1")
+    asked: list[int] = []
+
+    class Counting(Tokenizer):
+        def bytes(self, id: int, first: bool = False) -> bytes:
+            asked.append(id)
+            return super().bytes(id, first)
+
+    counting = Counting(tokenizer._vocabulary)
+    detokenizer = Detokenizer(counting)
+    for id in [1000] * 500:
+        detokenizer.add(id)
+    assert len(asked) == 500
+
+
+def _passed(stops: Sequence[str], pieces: Sequence[str]) -> tuple[str, bool]:
+    strings, shown = StopStrings(stops), ""
+    for piece in pieces:
+        text, stopped = strings.add(piece)
+        shown += text
+        if stopped:
+            return shown, True
+    shown += strings.finish()
+    return shown, strings.stopped is not None
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
+    st.lists(st.text(alphabet="abc", max_size=3), max_size=12),
+)
+@example(["bcda", "cd"], ["abcd", "b"])
+@example(["bcda", "cd"], ["abcd", "a"])
+@example(["bcda", "cd"], ["abcd"])
+@example(["aab"], ["a", "a", "a", "b"])
+def test_stops_at_the_earliest_occurrence(stops: list[str], pieces: list[str]) -> None:
+    whole = "".join(pieces)
+    found = [at for stop in stops if (at := whole.find(stop)) >= 0]
+    assert _passed(stops, pieces) == (whole[: min(found, default=None)], bool(found))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="ab", max_size=20), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3))
+def test_holds_back_no_more_than_needed(text: str, stops: list[str]) -> None:
+    strings, shown, seen = StopStrings(stops), "", ""
+    for character in text:
+        piece, stopped = strings.add(character)
+        shown, seen = shown + piece, seen + character
+        if stopped:
+            break
+        held = seen[len(shown) :]
+        assert seen.startswith(shown)
+        assert not held or any(stop.startswith(held) for stop in stops) or any(stop in held for stop in stops)
+
+
+def test_text_stream(opened: Opened) -> None:
+    tokenizer = opened("v1")
+    ids = tokenizer.encode("Once there was a rabbit.\nUser: and then? 🙂")
+    stream = TextStream(tokenizer, ["\nUser:"])
+    shown = ""
+    for id in ids:
+        text, stopped = stream.add(id)
+        shown += text
+        if stopped:
+            break
+    assert (shown, stream.stopped) == ("Once there was a rabbit.", "\nUser:")
+    assert stream.add(ids[0]) == ("", True)
+    assert stream.finish() == ""
+
+    stream = TextStream(tokenizer, ["🙂🙂"])
+    parts = [stream.add(id)[0] for id in ids]
+    assert "🙂" not in "".join(parts)  # it may be half of a stop string
+    assert "".join(parts) + stream.finish() == tokenizer.decode(ids)
+    assert stream.stopped is None
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(InvalidParameter, match="stop"):
+        StopStrings(["a", ""])
