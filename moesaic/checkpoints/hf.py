@@ -1,4 +1,4 @@
-"""Hugging Face's layout: config.json, and safetensors files with or without an index.
+"""Hugging Face's layout: config.json, and safetensors (or, older, torch) files with or without an index.
 
 Knows the names that transformers gives and gave to the same weights, and presents all of them in
 the classic scheme: Mixtral's experts one by one (``block_sparse_moe.experts.E.w1``), although newer
@@ -11,18 +11,20 @@ Legend: E experts, f intermediate size, d hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from moesaic.checkpoints import Checkpoint
 from moesaic.checkpoints._json import read_json, read_json_if_there
-from moesaic.checkpoints._safetensors import SafetensorsFiles
-from moesaic.checkpoints._views import Part, Store, Stored, View
+from moesaic.checkpoints._union import union
+from moesaic.checkpoints._views import Part, View
 from moesaic.checkpoints._write import Wrote, safetensors, target, views, write_json
 from moesaic.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LOOKS_FOR = f"{SINGLE} or {INDEX}"
+KINDS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+"""What weights are called, whole or indexed; safetensors is taken where both are there."""
+LOOKS_FOR = " or ".join(name for kind in KINDS for name in kind)
 
 _EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _STACK = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
@@ -32,7 +34,7 @@ _NUMBERS = {"gate": "w1", "down": "w2", "up": "w3"}
 
 def detect(path: Path) -> bool:
     """Return whether the folder holds weights under Hugging Face's names."""
-    return (path / SINGLE).is_file() or (path / INDEX).is_file()
+    return any((path / name).is_file() for kind in KINDS for name in kind)
 
 
 def open(path: Path) -> Checkpoint:
@@ -43,14 +45,14 @@ def open(path: Path) -> Checkpoint:
         CheckpointError: a file is missing or damaged, or the index and the files disagree.
     """
     config = read_json(path / "config.json")
-    store = _store(path)
+    stored, close = _stored(path)
     try:
-        found = dict(view for name in store.tensors for view in _classic(store, name))
+        found = dict(named for name, view in stored.items() for named in _classic(name, view))
     except CheckpointError:
-        store.close()
+        close()
         raise
     generation = read_json_if_there(path / "generation_config.json")
-    return Checkpoint("hf", path, config, generation, found, store.close)
+    return Checkpoint("hf", path, config, generation, found, close)
 
 
 def write(source: Checkpoint, path: Path, shards: int = 1, wrote: Wrote | None = None) -> None:
@@ -78,40 +80,47 @@ def write(source: Checkpoint, path: Path, shards: int = 1, wrote: Wrote | None =
         write_json(folder / "config.json", source.config)
 
 
-def _store(path: Path) -> SafetensorsFiles:
-    """Return the files of the checkpoint, checked against the index if there is one."""
-    if not (path / INDEX).is_file():
-        return SafetensorsFiles([path / SINGLE])
-    places = _places(path / INDEX)
-    store = SafetensorsFiles(path / file for file in dict.fromkeys(places.values()))
-    try:
-        for name, file in places.items():
-            if name not in store.tensors or store.tensors[name].file.name != file:
-                raise CheckpointError(path / file, f"{name} is missing: {INDEX} says it is here")
-        for name, info in store.tensors.items():
-            if name not in places:
-                raise CheckpointError(info.file, f"{name} is surplus: {INDEX} does not name it")
-    except CheckpointError:
-        store.close()
-        raise
-    return store
+def _stored(path: Path) -> tuple[dict[str, View], Callable[[], None]]:
+    """Return the tensors under the names on disk, checked against the index if there is one, and what closes them."""
+    for single, index in KINDS:
+        if (path / index).is_file():
+            places = _places(path / index, Path(single).suffix)
+            found, close = union([path / file for file in dict.fromkeys(places.values())])
+            try:
+                _agree(found, places, path / index)
+            except CheckpointError:
+                close()
+                raise
+            return found, close
+        if (path / single).is_file():
+            return union([path / single])
+    raise CheckpointError(path, f"holds no weights; looked for {LOOKS_FOR}")
 
 
-def _places(index: Path) -> dict[str, str]:
+def _agree(found: Mapping[str, View], places: Mapping[str, str], index: Path) -> None:
+    """Raise CheckpointError unless every tensor is where the index says, and no other is there."""
+    for name, file in places.items():
+        if name not in found or found[name].info.file.name != file:
+            raise CheckpointError(index.with_name(file), f"{name} is missing: {index.name} says it is here")
+    for name, view in found.items():
+        if name not in places:
+            raise CheckpointError(view.info.file, f"{name} is surplus: {index.name} does not name it")
+
+
+def _places(index: Path, suffix: str) -> dict[str, str]:
     """Return {tensor: file} of an index, file names plain and sorted by file."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(index, "has no weight_map")
     for name, file in places.items():
         # A name with a separator would let an index read outside its folder.
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise CheckpointError(index, f"{name} lies in {file!r}, which is not a plain .safetensors file name")
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(suffix):
+            raise CheckpointError(index, f"{name} lies in {file!r}, which is not a plain {suffix} file name")
     return dict(sorted(places.items(), key=lambda item: item[1]))
 
 
-def _classic(store: Store, name: str) -> Iterator[tuple[str, View]]:
+def _classic(name: str, whole: View) -> Iterator[tuple[str, View]]:
     """Yield the classic names, and what stands behind them, of one tensor on disk."""
-    whole = Stored(store, name)
     if found := _STACK.fullmatch(name):
         yield from _unstack(whole, found[1], found[2])
     elif found := _EXPERT.fullmatch(name):

@@ -14,7 +14,7 @@ Legend: E experts, f intermediate size, d hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._json import read_json, read_json_if_there
 from moesaic.checkpoints._numbers import Numbers, common_dtype, from_config
 from moesaic.checkpoints._original import to_classic, to_original
-from moesaic.checkpoints._safetensors import SafetensorsFiles
-from moesaic.checkpoints._torchfile import TorchFiles
-from moesaic.checkpoints._views import Part, Stored, Transposed, View
+from moesaic.checkpoints._union import union
+from moesaic.checkpoints._views import Part, Transposed, View
 from moesaic.checkpoints._write import Wrote, generation, safetensors, target, untied, write_json
 from moesaic.errors import CheckpointError, ConfigError
 
@@ -70,7 +69,7 @@ def open(path: Path) -> Checkpoint:
     """
     numbers = _numbers(read_json(path / "params.json"), path / "params.json")
     generation_config = read_json_if_there(path / "generation_config.json")
-    stored, close = _stored(_files(path))
+    stored, close = union(_files(path))
     try:
         found = to_classic(_split(stored, numbers), numbers, path)
     except CheckpointError:
@@ -109,22 +108,6 @@ def _files(path: Path) -> list[Path]:
         if files := sorted(file for file in path.glob("consolidated*") if pattern.fullmatch(file.name)):
             return files
     return []
-
-
-def _stored(files: Sequence[Path]) -> tuple[dict[str, View], Callable[[], None]]:
-    """Return every tensor of the files, which hold different ones, and what closes them."""
-    if files[0].suffix == ".safetensors":
-        safe = SafetensorsFiles(files)
-        return {name: Stored(safe, name) for name in safe.tensors}, safe.close
-    torch_files = TorchFiles(files)
-    found: dict[str, View] = {}
-    for file in torch_files.files:
-        for name in file.tensors:
-            if name in found:
-                torch_files.close()
-                raise CheckpointError(file.path, f"{name} is also in {found[name].info.file.name}")
-            found[name] = Stored(file, name)
-    return found, torch_files.close
 
 
 def _split(stored: Mapping[str, View], numbers: Numbers) -> dict[str, View]:

@@ -1,0 +1,402 @@
+"""Fetching over a real connection: a server in this process counts what it sends and misbehaves on request."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import resource
+import signal
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from moesaic.errors import DownloadError, InvalidParameter, NotFound
+from moesaic.pull import choose, pull
+
+WEIGHTS = bytes(range(256)) * 2000
+
+
+def tar(files=None, *, prefix="mistral-7B/", extra=()):
+    """Return an archive of some files, and of whatever odd members a test adds."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in (files or {"params.json": b"{}", "consolidated.00.pth": WEIGHTS}).items():
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for member in extra:
+            archive.addfile(member)
+    return out.getvalue()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves ``body`` at /m.tar. ``ranges``, ``etag``, ``cut`` and ``headers`` say how well."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/m.tar"
+        self.body, self.etag, self.ranges, self.cut = tar(), '"one"', True, None
+        self.headers, self.asked, self.sent = {}, [], 0
+        self.routes = {}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server: Server = self.server  # type: ignore[assignment]
+        server.asked.append((self.path, dict(self.headers)))
+        path = self.path.partition("?")[0]
+        if path in server.routes:
+            self.answer(*server.routes[path])
+        elif path != "/m.tar":
+            self.answer(404, {}, b"")
+        else:
+            self.archive(server)
+
+    def archive(self, server):
+        span, body, headers, code = self.headers.get("Range"), server.body, dict(server.headers), 200
+        if server.etag:
+            headers["ETag"] = server.etag
+        start = 0
+        if span and server.ranges and self.headers.get("If-Range") in (None, server.etag):
+            start = int(span.removeprefix("bytes=").partition("-")[0])
+            if start >= len(body):
+                self.answer(416, {"Content-Range": f"bytes */{len(body)}", **headers}, b"")
+                return
+            code, headers["Content-Range"] = 206, f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.answer(code, headers, body[start:], server.cut)
+
+    def answer(self, code, headers, body, cut=None):
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:cut])
+            self.server.sent += len(body[:cut])
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def left(path):
+    """Return the names of everything in a folder, hidden files too."""
+    return sorted(file.name for file in path.iterdir())
+
+
+def test_an_archive_becomes_a_folder(server, tmp_path):
+    seen = []
+    found = pull(server.url, tmp_path / "model", progress=lambda done, total: seen.append((done, total)))
+    assert found == tmp_path / "model"
+    assert (found / "consolidated.00.pth").read_bytes() == WEIGHTS
+    assert left(tmp_path) == ["model"] and left(found) == ["consolidated.00.pth", "params.json"]
+    assert seen[-1] == (len(server.body), len(server.body)) and seen == sorted(seen)
+
+
+def test_a_compressed_archive_without_a_folder_of_its_own(server, tmp_path):
+    server.routes["/x.tar.gz"] = (200, {}, gzip.compress(tar(prefix="./")))
+    found = pull(server.url.replace("m.tar", "x.tar.gz"), tmp_path / "model")
+    assert left(found) == ["consolidated.00.pth", "params.json"]
+
+
+def test_the_cache_is_not_fetched_twice(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = pull(server.url)
+    assert found.parent == tmp_path / "moesaic"
+    assert pull(server.url) == found and len(server.asked) == 1
+
+
+def test_a_broken_connection_is_resumed_where_it_broke(server, tmp_path):
+    server.cut = 100_000
+    with pytest.raises(DownloadError, match=r"ended after 100000 of \d+ bytes; run it again"):
+        pull(server.url, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert (tmp_path / "m.tar.part").read_bytes() == server.body[:100_000]
+    server.cut = None
+    pull(server.url, tmp_path / "model")
+    assert server.asked[-1][1]["Range"] == "bytes=100000-"
+    assert server.asked[-1][1]["If-Range"] == '"one"'
+    assert server.sent == len(server.body)
+    assert left(tmp_path) == ["model"]
+
+
+def test_a_server_without_ranges_sends_all_again(server, tmp_path):
+    server.cut, server.ranges = 100_000, False
+    with pytest.raises(DownloadError):
+        pull(server.url, tmp_path / "model")
+    server.cut = None
+    found = pull(server.url, tmp_path / "model")
+    assert server.sent == 100_000 + len(server.body)
+    assert (found / "consolidated.00.pth").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("etag", ['"two"', 'W/"two"', None])
+def test_another_version_is_never_spliced_on(server, tmp_path, etag):
+    server.cut = 100_000
+    with pytest.raises(DownloadError):
+        pull(server.url, tmp_path / "model")
+    server.cut, server.etag = None, etag
+    server.body = tar({"params.json": b"{}", "consolidated.00.pth": WEIGHTS[::-1]})
+    found = pull(server.url, tmp_path / "model")
+    assert (found / "consolidated.00.pth").read_bytes() == WEIGHTS[::-1]
+
+
+def test_without_a_validator_nothing_is_resumed(server, tmp_path):
+    server.cut, server.etag = 100_000, None
+    with pytest.raises(DownloadError):
+        pull(server.url, tmp_path / "model")
+    server.cut = None
+    pull(server.url, tmp_path / "model")
+    assert "Range" not in server.asked[-1][1]
+
+
+def test_a_complete_part_is_only_unpacked(server, tmp_path):
+    """As after a crash between download and unpacking."""
+    (tmp_path / "m.tar.part").write_bytes(server.body)
+    (tmp_path / "m.tar.part.json").write_text(json.dumps({"url": server.url, "mark": '"one"'}))
+    pull(server.url, tmp_path / "model")
+    assert server.sent == 0 and left(tmp_path) == ["model"]
+
+
+def test_a_longer_part_than_the_file_is_fetched_anew(server, tmp_path):
+    (tmp_path / "m.tar.part").write_bytes(server.body + b"x")
+    (tmp_path / "m.tar.part.json").write_text(json.dumps({"url": server.url, "mark": '"one"'}))
+    pull(server.url, tmp_path / "model")
+    assert server.sent == len(server.body)
+
+
+def test_the_digest_may_come_three_ways(server, tmp_path):
+    digest = hashlib.sha256(server.body)
+    pull(server.url, tmp_path / "a", sha256=digest.hexdigest())
+    pull(f"{server.url}#sha256={digest.hexdigest()}", tmp_path / "b")
+    server.headers = {"Repr-Digest": f"sha-256=:{base64.b64encode(digest.digest()).decode()}:"}
+    pull(server.url, tmp_path / "c")
+    assert left(tmp_path) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("way", ["argument", "fragment", "Repr-Digest", "Digest", "X-Checksum-Sha256"])
+def test_a_damaged_body_is_refused(server, tmp_path, way):
+    digest = hashlib.sha256(server.body)
+    encoded = base64.b64encode(digest.digest()).decode()
+    server.body = server.body[:-2000] + bytes(2000 - 1) + b"!"
+    server.headers = {
+        "Repr-Digest": {"Repr-Digest": f"sha-256=:{encoded}:"},
+        "Digest": {"Digest": f"SHA-256={encoded}"},
+        "X-Checksum-Sha256": {"X-Checksum-Sha256": digest.hexdigest()},
+    }.get(way, {})
+    url = f"{server.url}#sha256={digest.hexdigest()}" if way == "fragment" else server.url
+    with pytest.raises(DownloadError, match=f"arrived damaged: expected sha256 {digest.hexdigest()}"):
+        pull(url, tmp_path / "model", sha256=digest.hexdigest() if way == "argument" else None)
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "m.tar.part").exists()  # resuming it would never end well
+
+
+def test_a_redirect_is_followed_and_keeps_the_range(server, tmp_path):
+    server.routes["/old.tar"] = (302, {"Location": "/m.tar"}, b"")
+    url = server.url.replace("m.tar", "old.tar")
+    server.cut = 100_000
+    with pytest.raises(DownloadError):
+        pull(url, tmp_path / "model")
+    server.cut = None
+    pull(url, tmp_path / "model")
+    assert server.sent == len(server.body)
+
+
+@pytest.mark.parametrize("to", ["ftp://127.0.0.1/m.tar", "file:///etc/passwd"])
+def test_a_redirect_elsewhere_is_refused(server, tmp_path, to):
+    server.routes["/m.tar"] = (302, {"Location": to}, b"")
+    with pytest.raises(DownloadError, match=r"redirects to|answers 302"):
+        pull(server.url, tmp_path / "model")
+
+
+def test_what_the_server_refuses_is_one_line(server, tmp_path):
+    with pytest.raises(DownloadError, match=r"gone\.tar: the server answers 404") as caught:
+        pull(server.url.replace("m.tar", "gone.tar"), tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DownloadError, match="refused"):
+        pull("http://127.0.0.1:9/m.tar", tmp_path / "model")
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_came(server, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(DownloadError, match=r"File too large; run it again"):
+            pull(server.url, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "m.tar.part").stat().st_size == 200_000
+    pull(server.url, tmp_path / "model")
+    assert server.asked[-1][1]["Range"] == "bytes=200000-"
+
+
+def test_a_file_bigger_than_the_disk_is_refused_before_it_is_fetched(server, tmp_path):
+    server.headers = {"Content-Length": str(1 << 60)}
+    server.body = b""
+    with pytest.raises(DownloadError, match="but the disk has"):
+        pull(server.url, tmp_path / "model")
+
+
+def odd(name, kind=tarfile.REGTYPE, link=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, link
+    return member
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        odd("/etc/evil"),
+        odd("../evil"),
+        odd("a/../../evil"),
+        odd("a\\evil"),
+        odd("m/link", tarfile.SYMTYPE, "/etc/passwd"),
+        odd("m/link", tarfile.LNKTYPE, "m/params.json"),
+        odd("m/device", tarfile.CHRTYPE),
+        odd("m/pipe", tarfile.FIFOTYPE),
+    ],
+    ids=lambda member: member.name,
+)
+def test_a_hostile_archive_is_refused_by_name(server, tmp_path, member):
+    server.body = tar(extra=[member])
+    with pytest.raises(DownloadError, match="refused") as caught:
+        pull(server.url, tmp_path / "inner" / "model")
+    assert repr(member.name) in str(caught.value)
+    assert left(tmp_path) == ["inner"]
+    assert left(tmp_path / "inner") == ["m.tar.part", "m.tar.part.json"]
+
+
+@pytest.mark.parametrize("body", [b"no archive at all" * 100, tar()[:1000], gzip.compress(tar())[:300], b"x"])
+def test_what_is_no_archive_is_refused(server, tmp_path, body):
+    server.body = body
+    with pytest.raises(DownloadError, match="archive"):
+        pull(server.url, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_second_pull_of_the_same_part_waits_for_nobody(server, tmp_path):
+    import fcntl
+
+    with (tmp_path / "m.tar.part").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DownloadError, match="being written by another process"):
+            pull(server.url, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        ("just-a-name", {}),
+        ("a/b/c", {}),
+        ("org/../name", {}),
+        ("ftp://host/m.tar", {}),
+        ("http://127.0.0.1:9/m.zip", {}),
+        ("http://127.0.0.1:9/m.tar#sha256=abc", {}),
+        ("http://127.0.0.1:9/m.tar#sha256=" + "a" * 64, {"sha256": "b" * 64}),
+        ("org/name", {"sha256": "b" * 64}),
+    ],
+)
+def test_what_cannot_be_asked_for(tmp_path, source, options):
+    with pytest.raises(InvalidParameter):
+        pull(source, tmp_path / "model", **options)
+    assert left(tmp_path) == []
+
+
+def test_a_folder_that_holds_something_is_left_alone(server, tmp_path):
+    (tmp_path / "letter").write_text("dear")
+    with pytest.raises(InvalidParameter, match="exists already"):
+        pull(server.url, tmp_path)
+    assert left(tmp_path) == ["letter"] and not server.asked
+
+
+# The hub
+
+
+def test_one_kind_of_weights_is_chosen_the_safest_there_is():
+    always = ["config.json", "tokenizer.json"]
+    offered = {
+        "code": ["modeling.py", "tokenizer.py", "tokenizer/evil.json", "original/consolidated.00.pth"],
+        "bin": ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
+        "torch": ["consolidated.00.pt", "consolidated.01.pt"],
+        "mistral": ["consolidated.safetensors"],
+        "hf": ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+    }
+    assert choose([*always, *offered["code"]]) == []
+    so_far = list(offered["code"])
+    for kind in ("bin", "torch", "mistral", "hf"):
+        so_far += offered[kind]
+        assert choose([*always, *so_far]) == [*always, *offered[kind]]
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """A hub with one repository, as far as huggingface_hub asks."""
+    commit, files = "c" * 40, {"config.json": b"{}", "model.safetensors": WEIGHTS, "run.py": b"evil", "x.bin": b"evil"}
+    repository = {"id": "org/name", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+    tree = [{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in files.items()]
+    for revision in ("main", commit):
+        server.routes[f"/api/models/org/name/revision/{revision}"] = (200, {}, json.dumps(repository).encode())
+        server.routes[f"/api/models/org/name/tree/{revision}"] = (200, {}, json.dumps(tree).encode())
+        for name, data in files.items():
+            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
+            server.routes[f"/org/name/resolve/{revision}/{name}"] = (200, headers, data)
+    server.routes["/api/models/org/name"] = server.routes["/api/models/org/name/revision/main"]
+    server.routes["/api/models/org/none/tree/main"] = (404, {"X-Error-Code": "RepoNotFound"}, b"")
+    server.routes["/api/models/org/gated/tree/main"] = (403, {"X-Error-Code": "GatedRepo"}, b"")
+    from huggingface_hub import constants
+
+    url = server.url.removesuffix("/m.tar")
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return server
+
+
+def test_a_hub_repository_arrives_without_its_code(hub, tmp_path):
+    seen = []
+    found = pull("org/name", tmp_path / "model", progress=lambda done, total: seen.append((done, total)))
+    assert found == tmp_path / "model"
+    assert {"config.json", "model.safetensors"} <= set(left(found)) <= {"config.json", "model.safetensors", ".cache"}
+    assert (found / "model.safetensors").read_bytes() == WEIGHTS
+    assert seen[-1][0] == len(WEIGHTS) + 2
+    assert not [path for path, _ in hub.asked if path.endswith(("run.py", "x.bin"))]
+
+
+def test_the_hub_cache_serves_when_the_hub_is_gone(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    found = pull("org/name")
+    assert Path(found).is_relative_to(tmp_path / "cache") and (found / "config.json").read_bytes() == b"{}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pull("org/name") == found
+    with pytest.raises(DownloadError, match="cannot be reached, and it is not in the cache"):
+        pull("org/other")
+
+
+def test_what_the_hub_refuses_is_one_line(hub):
+    with pytest.raises(NotFound, match="the hub has no org/none"):
+        pull("org/none")
+    with pytest.raises(DownloadError, match="log in first"):
+        pull("org/gated")
