@@ -73,12 +73,9 @@ def test_mistral_formats(name: str, opened: Opened, mistral: Callable[[str], Mis
 
     check()
     # A system message in the middle, turns of one role in a row, and an assistant who begins.
+    talk = _conversation(None, ["a", "b", "c"])
     for messages in (
-        [
-            *_conversation(None, ["a"]),
-            *_conversation("be brief", ["b", "c"])[:1],
-            *_conversation(None, ["a", "b", "c"])[1:],
-        ],
+        [talk[0], *_conversation("be brief", []), *talk[1:]],
         [*_conversation("x", ["a"]), *_conversation(None, ["b", "c"]), *_conversation(None, ["d"])],
         talk[1:],
     ):
