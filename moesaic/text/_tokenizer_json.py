@@ -21,6 +21,7 @@ from moesaic.text._vocabulary import BYTE_PIECES, MAX_IDS, SPACE, Vocabulary, by
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATTERNS = frozenset({LLAMA3_PATTERN, TEKKEN_PATTERN, GPT2_PATTERN})
 NORMALIZERS = frozenset({"Sequence", "Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD"})
+SPACED = frozenset({"Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
 PRE_TOKENIZERS = frozenset({"Sequence", "ByteLevel", "Metaspace", "Split", "Digits"})
 BOS, EOS = ("<s>", "<|begin_of_text|>"), ("</s>", "<|end_of_text|>")  # where no file names them
 Node = dict[str, Any]
@@ -70,12 +71,8 @@ def _vocabulary(path: Path, tree: Node) -> Vocabulary:
         raise TokenizerError(path, f"has no vocabulary, or ids outside 0..{MAX_IDS - 1}")
     control = {text: token["id"] for text, token in added.items() if token["special"]}
     decoders = list(_walk(tree.get("decoder")))
-    kinds = {node["type"] for node in decoders}
-    byte_level = kinds == {"ByteLevel"}
-    spaced = bool(kinds) and kinds <= {"Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
-    if not byte_level and not spaced:
-        raise TokenizerError(path, f"decoder {' + '.join(sorted(kinds)) or 'none'} is not supported")
-    fallback = "ByteFallback" in kinds
+    byte_level = _check_decoders(path, decoders)
+    fallback = any(node["type"] == "ByteFallback" for node in decoders)
     bare = _without_prefix(tree)
     bos, eos = _named(path, control)
     return Vocabulary(
@@ -86,9 +83,26 @@ def _vocabulary(path: Path, tree: Node) -> Vocabulary:
         eos_ids=frozenset() if eos is None else frozenset({eos}),
         bare=None if bare == tree else _core(path, bare),
         once=any(node.get("prepend_scheme") == "first" for node in _walk(tree.get("pre_tokenizer"))),
-        strip=spaced and any(_strips(node) for node in decoders),
+        strip=any(_strips(node) for node in decoders),
         errors="moesaic.one_for_each" if fallback else "replace",
     )
+
+
+def _check_decoders(path: Path, decoders: list[Node]) -> bool:
+    """Return whether pieces are bytes (or else text with U+2581 for a space); decoding is done here, not there."""
+    kinds = {node["type"] for node in decoders}
+    if kinds == {"ByteLevel"}:
+        return True
+    plain = all(
+        node.get("pattern", {"String": SPACE}) == {"String": SPACE}
+        and node.get("replacement", SPACE) == SPACE
+        and node.get("content", " ") == " "
+        and (node.get("start", 0), node.get("stop", 0)) in ((0, 0), (1, 0))
+        for node in decoders
+    )
+    if not plain or not kinds <= SPACED or not kinds & {"Replace", "Metaspace"}:
+        raise TokenizerError(path, f"decoder {' + '.join(sorted(kinds)) or 'none'} is not supported as it stands")
+    return False
 
 
 def _strips(decoder: Node) -> bool:

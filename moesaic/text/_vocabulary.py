@@ -69,12 +69,12 @@ def merges(ranked: Iterable[str], known: Container[str]) -> list[tuple[str, str]
     """Return the BPE merges of a vocabulary that only ranks its pieces.
 
     Such a file says which piece wins, not of which two it was made: every split into two known
-    pieces may lead to it. The longest left part comes first, since equal ranks merge leftmost first.
+    pieces may lead to it.
     """
     return [
         (piece[:cut], piece[cut:])
         for piece in ranked
-        for cut in range(len(piece) - 1, 0, -1)
+        for cut in range(1, len(piece))
         if piece[:cut] in known and piece[cut:] in known
     ]
 
