@@ -98,4 +98,5 @@ def listing(states: list[dict[str, Any]]) -> list[tuple[int, str, str, list[int]
     ]
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -186,5 +186,5 @@ class Rotary:
         begin, end = rows.start // size * size, -(-rows.stop // size) * size
         tensor = self._other.read((slice(begin, end), *rest))
         pairs = (size // 2, 2) if self._halves else (2, size // 2)
-        turned = tensor.reshape(-1, *pairs, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
+        turned = tensor.reshape((end - begin) // size, *pairs, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
         return turned[rows.start - begin : rows.stop - begin]

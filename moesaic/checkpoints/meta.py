@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from moesaic.errors import CheckpointError, ConfigError, InvalidParameter
 LOOKS_FOR = "params.json without 'hidden_dim', and consolidated.NN.pth or merged.{N}GPUs.NN.pth"
 
 EMBEDDING = "tok_embeddings.weight"
+UNSAID = -1  # the vocab_size of Llama 1 and 2, who leave it to their tokenizer
 LLAMA2_VOCAB = 32_000
 SMALL = {(2048, 16), (3072, 28)}  # (dim, n_layers) of Llama 3.2 1B and 3B
 _FILE = re.compile(r"(consolidated|merged\.(\d+)GPUs)\.(\d\d)\.pth")
@@ -64,13 +66,14 @@ def open(path: Path) -> Checkpoint:
     """
     params = Fields(read_json(path / "params.json"), path / "params.json")
     generation_config = read_json_if_there(path / "generation_config.json")
-    hidden = params.integer("dim")
+    numbers = _numbers(params)
     files = _files(path)
     _whole(files, path)
     store = TorchFiles(files)
     try:
-        joined = _join(store.files, hidden)
-        numbers = _numbers(params, hidden, joined)
+        joined = _join(store.files, numbers.hidden)
+        if numbers.vocab == UNSAID and EMBEDDING in joined:
+            numbers = replace(numbers, vocab=joined[EMBEDDING].info.shape[0])
         found = to_classic(joined, numbers, path)
     except CheckpointError:
         store.close()
@@ -185,13 +188,11 @@ def _legal(numbers: Numbers) -> list[int]:
     return [count for count in range(1, min(common, 99) + 1) if common % count == 0]
 
 
-def _numbers(params: Fields, hidden: int, joined: Mapping[str, View]) -> Numbers:
-    """Return what a params.json says."""
-    heads, layers = params.integer("n_heads"), params.integer("n_layers")
-    vocab = params.take("vocab_size", -1)
-    if vocab == -1 and EMBEDDING in joined:  # Llama 1 and 2 leave it to their tokenizer
-        vocab = joined[EMBEDDING].info.shape[0]
-    if type(vocab) is not int or vocab < 1:
+def _numbers(params: Fields) -> Numbers:
+    """Return what a params.json says, ``vocab`` perhaps UNSAID."""
+    hidden, heads, layers = params.integer("dim"), params.integer("n_heads"), params.integer("n_layers")
+    vocab = params.take("vocab_size", UNSAID)
+    if type(vocab) is not int or (vocab < 1 and vocab != UNSAID):
         raise params.fail(f"vocab_size is {vocab!r}, expected a positive whole number")
     theta = params.number("rope_theta", 10_000.0)
     scaling = _scaling(params, (hidden, layers) in SMALL)
