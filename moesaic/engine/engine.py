@@ -118,6 +118,7 @@ class Engine:
         *,
         cache_tokens: int = 16384,
         block_size: int = 16,
+        context: int | None = None,
         limits: Limits | None = None,
         dtype: torch.dtype = torch.float32,
         thread: bool = True,
@@ -131,6 +132,8 @@ class Engine:
             cache_tokens: places in the key/value cache, rounded down to whole blocks. No request may be
                 longer than this, unless the model has a window that fits it.
             block_size: places in a block.
+            context: the most tokens of a request, prompt and answer together; None: as many as the model
+                was made for.
             limits: how much may run and wait at once.
             dtype: of the cache.
             thread: run the loop in a thread of its own. Without it, reading a stream drives the loop,
@@ -140,16 +143,19 @@ class Engine:
                 engine's thread. It must be quick and must not raise: an error in it ends the engine.
 
         Raises:
-            InvalidParameter: the cache would not hold one block, or a size is not positive.
+            InvalidParameter: the cache would not hold one block, a size is not positive, or the context is
+                longer than the model's.
         """
         if block_size < 1:
             raise InvalidParameter("block_size", f"is {block_size}, expected at least 1")
         if cache_tokens < block_size:
             raise InvalidParameter("cache_tokens", f"{cache_tokens} do not fill one block of {block_size}")
+        if context is not None and not 2 <= context <= model.max_length:
+            raise InvalidParameter("context", f"is {context}, expected 2 to the model's {model.max_length}")
         device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
         blocks = Blocks(cache_tokens // block_size, block_size)
         self._runner = Runner(model, blocks.count, block_size, dtype, device, poison=poison)
-        self._scheduler = Scheduler(blocks, limits or Limits(), model.max_length, model.window)
+        self._scheduler = Scheduler(blocks, limits or Limits(), context or model.max_length, model.window)
         self._vocab, self._on_events = model.vocab_size, on_events
         self._lock = threading.Condition()  # around everything below, and the scheduler
         self._streams: dict[Sequence, Stream] = {}

@@ -28,6 +28,8 @@ from torch.nn import functional as F
 from moesaic.engine.request import Sampling, Sequence, Token
 
 NEVER = float("-inf")
+HEAD = 1024
+"""How many of the likeliest tokens top-p looks at before it sorts the whole vocabulary."""
 
 
 def sample(logits: Tensor, sequences: Listing[Sequence]) -> dict[Sequence, list[Token]]:
@@ -120,9 +122,23 @@ def top_k(logits: Tensor, k: Tensor) -> Tensor:
 
 
 def top_p(logits: Tensor, p: Tensor) -> Tensor:
-    """Keep the smallest set of likeliest tokens whose mass reaches p."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    return _keep(logits, order, _before(ordered.softmax(-1)) < p)
+    """Keep the smallest set of likeliest tokens whose mass reaches p, and what equals the last of them.
+
+    Only rows whose likeliest HEAD tokens do not reach p are sorted whole; each decides for itself.
+    """
+    probabilities = logits.softmax(-1)
+    head = probabilities.topk(min(HEAD, logits.shape[-1])).values
+    least = _reach(head, p)
+    flat = (head.sum(-1) < p[:, 0]).nonzero()[:, 0]
+    if len(flat):
+        least[flat] = _reach(probabilities[flat].sort(descending=True).values, p[flat])
+    return logits.masked_fill(probabilities < least, NEVER)
+
+
+def _reach(ordered: Tensor, p: Tensor) -> Tensor:
+    """Return the entry [R, 1] of falling ``ordered`` at which the sum reaches p."""
+    place = (ordered.cumsum(-1) < p).sum(-1, keepdim=True)
+    return ordered.gather(-1, place.clamp(max=ordered.shape[-1] - 1))
 
 
 def min_p(logits: Tensor, p: Tensor) -> Tensor:
@@ -137,16 +153,9 @@ def typical_p(logits: Tensor, p: Tensor) -> Tensor:
     probabilities = logprobs.exp()
     expected = -(probabilities * logprobs).nansum(-1, keepdim=True)
     order = (-logprobs - expected).abs().sort(dim=-1, stable=True).indices
-    return _keep(logits, order, _before(probabilities.gather(-1, order)) < p)
-
-
-def _before(ordered: Tensor) -> Tensor:
-    """Return the sum of all that comes before each entry, so that the first is always kept."""
-    return F.pad(ordered.cumsum(-1)[:, :-1], (1, 0))
-
-
-def _keep(logits: Tensor, order: Tensor, kept: Tensor) -> Tensor:
-    return logits.masked_fill(~torch.empty_like(kept).scatter_(-1, order, kept), NEVER)
+    ordered = probabilities.gather(-1, order)
+    before = F.pad(ordered.cumsum(-1)[:, :-1], (1, 0))  # the first is always kept
+    return logits.masked_fill(~torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, before < p), NEVER)
 
 
 Truncation = tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Sampling], float], float]
@@ -178,7 +187,7 @@ def truncate(logits: Tensor, samplings: Listing[Sampling]) -> Tensor:
 def _draw(logits: Tensor, sequences: Listing[Sequence]) -> list[int]:
     """Return one id for each row of adjusted logits [R, V]."""
     kept = truncate(logits, [sequence.request.sampling for sequence in sequences])
-    mass = kept.double().softmax(-1).cumsum(-1)  # in float32, a large vocabulary's tail would be rounded away
+    mass = kept.softmax(-1).cumsum(-1, dtype=torch.float64)  # a float32 sum would round a large vocabulary's tail away
     numbers = torch.tensor([uniform(sequence) for sequence in sequences], dtype=torch.float64, device=mass.device)
     return torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True)[:, 0].tolist()
 

@@ -341,9 +341,7 @@ class Scheduler:
         for token in tokens:
             sequence.ids.append(token.id)
             events.append(token)
-            stopped = (
-                token.id in sequence.request.stop_ids and sequence.generated >= sequence.request.sampling.min_tokens
-            )
+            stopped = token.id in sequence.request.stop_ids  # before min_tokens the sampler gives none
             if stopped or len(sequence.ids) >= sequence.limit:
                 self._end(sequence)
                 events.append(_done(sequence, "stop" if stopped else "length", token.id if stopped else None))

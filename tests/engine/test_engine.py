@@ -197,6 +197,14 @@ def test_an_answer_ends_where_the_context_does(model):
     assert (len(answer), done.reason) == (model.max_length - 120, "length")
 
 
+def test_a_context_shorter_than_the_models_is_kept_to(model):
+    engine = manual(model, context=20)
+    [answer], _ = run(engine, [ask([1] * 15, max_tokens=None)])
+    assert len(answer) == 5
+    with pytest.raises(PromptTooLong):
+        engine.submit(ask([1] * 20))
+
+
 def test_logprobs_come_with_tokens_and_the_prompts_come_first(model, prompts):
     engine = manual(model, block_size=4)
     run(engine, [ask(prompts[5])])  # so that there would be something to find
@@ -242,8 +250,8 @@ def test_a_full_queue_refuses_and_later_does_not(model):
     assert [len(list(stream)) for stream in streams] == [NEW + 1] * 2
 
 
-@pytest.mark.parametrize("options", [{"block_size": 0}, {"cache_tokens": 15}])
-def test_a_cache_of_nothing_is_refused(model, options):
+@pytest.mark.parametrize("options", [{"block_size": 0}, {"cache_tokens": 15}, {"context": 1}, {"context": 129}])
+def test_impossible_sizes_are_refused(model, options):
     with pytest.raises(InvalidParameter):
         Engine(model, thread=False, **options)
 

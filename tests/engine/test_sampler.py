@@ -57,6 +57,19 @@ def test_each_truncation_is_transformers(name, cut):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_top_p_sorts_the_rest_only_of_rows_that_need_it(monkeypatch):
+    logits = torch.cat([rows(4, scale=0.1), rows(4, scale=9.0)])
+    p = column(*[0.3, 0.9] * 4)
+    expected = torch.cat([TopPLogitsWarper(float(v))(None, row[None]) for row, v in zip(logits, p, strict=True)])
+    monkeypatch.setattr(sampler, "HEAD", 8)
+    assert torch.equal(sampler.top_p(logits, p), expected)
+
+
+def test_top_p_does_not_choose_among_equals():
+    logits = torch.tensor([[1.0, 0.0, 0.0, 0.0, -9.0]])
+    assert sampler.top_p(logits, column(0.5)).isfinite().tolist() == [[True, True, True, True, False]]
+
+
 @pytest.mark.parametrize("name", WARPERS)
 def test_every_row_has_its_own_parameter(name):
     ours, theirs, values = WARPERS[name]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moesaic.engine import Done, Limits, Request, Sampling, Token
+from moesaic.engine import Done, Limits, PromptLogprobs, Request, Sampling, Token
 from moesaic.engine.blocks import Blocks
 from moesaic.engine.scheduler import Outcome, Scheduler
 from moesaic.errors import InvalidParameter, Overloaded, PromptTooLong
@@ -74,8 +74,13 @@ class World:
 
     def finish(self, step):
         tokens = {run.sequence: [Token(says(run.sequence.ids))] for run in step.runs if run.samples}
-        for sequence, events in self.scheduler.commit(step, Outcome(tokens)):
+        scores = {run.sequence: self.scores(run) for run in step.runs if run.sequence.scores_prompt}
+        for sequence, events in self.scheduler.commit(step, Outcome(tokens, scores)):
             self.tell(sequence, events)
+
+    def scores(self, run):
+        """What follows in the prompt on each token of this run."""
+        return [Token(id) for id in run.sequence.request.ids[run.sequence.cached + 1 :][: run.count]]
 
     def tell(self, sequence, events):
         assert not any(isinstance(event, Done) for event in self.events[sequence]), "something comes after Done"
@@ -111,6 +116,11 @@ class World:
                 assert ids == expected
                 assert done.reason == ("stop" if ids[-1] == 0 else "length")
             assert done.completion_tokens == len(ids)
+            prompts = [event for event in tokens if isinstance(event, PromptLogprobs)]
+            assert prompts == tokens[: len(prompts)]
+            assert len(prompts) == (sequence.scores_prompt and bool(ids))
+            for prompt in prompts:
+                assert tuple(token.id for token in prompt.tokens) == sequence.request.ids
 
 
 class Machine(RuleBasedStateMachine):
@@ -133,10 +143,11 @@ class Machine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "a"]),
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
+        scores=st.sampled_from([None, None, 0]),
     )
-    def submit(self, ids, priority, salt, max_tokens, n):
+    def submit(self, ids, priority, salt, max_tokens, n, scores):
         try:
-            self.world.submit(ids, priority, salt, max_tokens=max_tokens, n=n)
+            self.world.submit(ids, priority, salt, max_tokens=max_tokens, n=n, prompt_logprobs=scores)
         except PromptTooLong as error:
             assert len(ids) + 1 > self.world.scheduler.capacity == error.limit + 1
         except Overloaded:
@@ -257,6 +268,34 @@ def test_a_newcomer_is_not_let_in_only_to_be_preempted():
     [second] = w.submit([2] * 4, max_tokens=1)
     assert counts(w.start()) == {0: 1}, "its 2 blocks would leave nothing to grow into"
     assert second.table == []
+
+
+def test_cached_blocks_that_a_newcomer_reuses_are_not_room_to_grow_into():
+    w = world(count=6, size=2, sequences=3)
+    w.submit([2] * 4, max_tokens=1)
+    w.finish(w.start())  # leaves 2 known blocks
+    w.submit([1] * 5, max_tokens=6, ignore_eos=True)
+    w.finish(w.start())  # holds 3, so that one is free
+    [third] = w.submit([2] * 4 + [3] * 3, max_tokens=1)
+    assert counts(w.start()) == {1: 1}
+    assert third.table == []
+
+
+def test_nobody_is_let_in_while_those_before_it_fill_the_step():
+    w = world(batch_tokens=8)
+    w.submit([1] * 20)
+    w.submit([2] * 4)
+    assert counts(w.start()) == {0: 8}
+
+
+def test_the_prompts_logprobs_survive_a_preemption():
+    w = world(sequences=1, batch_tokens=4)
+    [low] = w.submit(range(1, 12), priority=3, prompt_logprobs=0, max_tokens=2)
+    w.finish(w.start())
+    w.submit([1], max_tokens=1)
+    w.drain()
+    assert low.preemptions == 1
+    w.check_answers()
 
 
 def test_nobody_waits_longer_than_the_patience_behind_better_priorities():
