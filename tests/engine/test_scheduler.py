@@ -248,9 +248,13 @@ def test_a_better_priority_takes_the_seat_of_a_worse_one_but_never_of_an_equal()
     assert [run.sequence for run in step.runs] == [high]
     assert (low.preemptions, low.cached, low.table) == (1, 0, [])
     w.finish(step)
-    assert [run.sequence for run in w.start().runs] == [low], "it was there before the equal one"
+    step = w.start()
+    assert [run.sequence for run in step.runs] == [low], "it was there before the equal one"
     assert low.cached == 4, "what the prefix cache still holds is not computed again"
     assert equal.preemptions == 0
+    w.finish(step)
+    w.drain()
+    assert w.events[low][-1].cached_tokens == 0, "its own blocks are no gift of the prefix cache"
 
 
 def test_under_pressure_the_last_in_order_is_preempted_and_the_answers_are_the_same():
