@@ -1,0 +1,114 @@
+"""The line that is typed: where it ends, and where it is remembered.
+
+Knows prompt_toolkit and the history file. Does not know what a line means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.formatted_text import FormattedText
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
+
+BLOCK = '"""'
+HISTORY_BYTES = 1 << 20
+"""A larger history file is cut to its newer half when a session begins."""
+
+
+def unfinished(text: str) -> bool:
+    """Whether Enter begins a new line: after a backslash, and within a block of triple quotes."""
+    if text.lstrip().startswith(BLOCK):
+        inner = text.strip()
+        return len(inner) < 2 * len(BLOCK) or not inner.endswith(BLOCK)
+    return text.endswith("\\")
+
+
+def meant(text: str) -> str:
+    """Return what was typed without the marks that joined its lines."""
+    inner = text.strip()
+    if inner.startswith(BLOCK) and inner.endswith(BLOCK) and len(inner) >= 2 * len(BLOCK):
+        return inner[len(BLOCK) : -len(BLOCK)].strip("\n")
+    return text.replace("\\\n", "\n").rstrip()
+
+
+def history_path() -> Path:
+    """Return where what was typed is remembered, by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "moesaic" / "history"
+
+
+class _Kept(FileHistory):
+    """A history file; what can no longer be written is remembered for this session only."""
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(string)
+
+
+def history(path: Path) -> History:
+    """Return the history in ``path``, readable by its owner alone and bounded; in memory if that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        path.chmod(0o600)
+        if path.stat().st_size > HISTORY_BYTES:
+            _halve(path)
+    except OSError:
+        return InMemoryHistory()
+    return _Kept(str(path))
+
+
+def _halve(path: Path) -> None:
+    """Keep the newer half, from where an entry begins: a line with ``#``, after an empty one."""
+    tail = path.read_bytes()[-HISTORY_BYTES // 2 :]
+    begin = tail.find(b"\n\n#")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(tail[begin + 1 :] if begin >= 0 else b"")
+    part.replace(path)
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if unfinished(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.reset()
+
+    @keys.add("c-d")
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.delete()
+        else:
+            event.app.exit(exception=EOFError)
+
+    return keys
+
+
+def line_editor() -> PromptSession[str]:
+    """Return what reads from the terminal, with line editing and history; where output goes elsewhere, on stderr."""
+    return PromptSession(
+        FormattedText([("bold", "> ")]),
+        multiline=True,
+        reserve_space_for_menu=0,
+        key_bindings=_keys(),
+        history=history(history_path()),
+        prompt_continuation=lambda width, _line, _wraps: "." * (width - 1) + " ",
+        output=create_output(always_prefer_tty=True),
+    )
