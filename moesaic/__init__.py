@@ -1,1 +1,30 @@
-"""Moesaic: sparse mixture-of-experts chat models on your own hardware."""
+"""Moesaic: sparse mixture-of-experts chat models on your own hardware.
+
+The public names. Importing this module imports neither torch nor anything else that is slow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moesaic import errors
+from moesaic.engine.request import Sampling
+
+if TYPE_CHECKING:
+    from moesaic.classifier import Classifier
+    from moesaic.llm import LLM, Answer, Reply, Text
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Answer", "Classifier", "Reply", "Sampling", "Text", "errors"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Classifier":
+        from moesaic.classifier import Classifier
+
+        return Classifier
+    if name in __all__:
+        from moesaic import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -134,9 +134,7 @@ def _chat(args: argparse.Namespace) -> int:
         if text is None:
             from moesaic.console.session import Session
 
-            known = (
-                args.model is None or Path(args.model).exists()
-            )  # else a hub id, whose folder has a digest for a name
+            known = args.model is None or Path(args.model).exists()  # a hub id's folder is named by a digest
             return Session(conversation, llm.name if known else args.model).run()
         from moesaic.console import once
 
@@ -286,7 +284,8 @@ def _add_perplexity(commands: Commands) -> None:
 def _perplexity(args: argparse.Namespace) -> int:
     from moesaic.bench import quality
     from moesaic.console.progress import bar
-    from moesaic.llm import BUILT_IN, load_model
+    from moesaic.llm import BUILT_IN
+    from moesaic.loading import load_model
     from moesaic.text.tokenizer import Tokenizer
 
     texts = quality.read_texts(args.file)

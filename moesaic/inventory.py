@@ -29,13 +29,12 @@ def _entry(folder: str, name: str) -> Row:
 
 
 def _chat_formats() -> Iterator[Row]:
-    from moesaic.llm import OWN_TEMPLATE
     from moesaic.text.chat import FORMATS
 
     for name, form in FORMATS.items():
         needs = f"made of the control tokens {' '.join(form.needs)}" if form.needs else "plain text, for any tokenizer"
         yield {"name": name, "about": needs}
-    yield {"name": OWN_TEMPLATE, "about": "the checkpoint's own template, run in a child process with limits"}
+    yield {"name": "template", "about": "the checkpoint's own template, run in a child process with limits"}
 
 
 def _ops() -> Iterator[Row]:

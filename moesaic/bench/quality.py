@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, NumericalError
-from moesaic.llm import Loaded
+from moesaic.loading import Loaded
 from moesaic.ops import Batch
 from moesaic.text.tokenizer import Tokenizer
 

@@ -38,6 +38,9 @@ class Packed(nn.Module):
     name: ClassVar[str]
     """The format's name, its file's stem."""
 
+    error: ClassVar[float]
+    """The most that quantizing changes a weight drawn from a normal distribution, |w' - w| / |w|."""
+
     shape: Shape
 
     def __init__(self, shape: Shape, parts: Mapping[str, Tensor]) -> None:

@@ -12,3 +12,4 @@ class Format(Plain):
 
     name = "bfloat16"
     dtype = torch.bfloat16
+    error = 2**-8

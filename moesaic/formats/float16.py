@@ -12,3 +12,4 @@ class Format(Plain):
 
     name = "float16"
     dtype = torch.float16
+    error = 2**-11

@@ -12,3 +12,4 @@ class Format(Plain):
 
     name = "float32"
     dtype = torch.float32
+    error = 0.0

@@ -24,6 +24,8 @@ from moesaic.models._config import Keys
 from moesaic.models._layers import Decoder
 from moesaic.ops import Group
 
+__all__ = ["Decoder", "build", "types"]
+
 ROLES = ("embedding", "attention", "mlp", "experts", "head")
 
 

@@ -19,12 +19,33 @@ _REQUIRED = object()
 
 # Keys that describe training, bookkeeping, or what the engine and text layers read for themselves.
 HARMLESS = frozenset(
-    """
-    architectures model_type torch_dtype dtype transformers_version _name_or_path use_cache
-    bos_token_id eos_token_id pad_token_id initializer_range attention_dropout output_router_logits
-    router_aux_loss_coef router_jitter_noise pretraining_tp id2label label2id problem_type
-    num_labels classifier_dropout return_dict use_return_dict max_length unsloth_version
-    """.split()
+    {
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "_name_or_path",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "attention_dropout",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "pretraining_tp",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "num_labels",
+        "classifier_dropout",
+        "return_dict",
+        "use_return_dict",
+        "max_length",
+        "unsloth_version",
+    }
 )
 
 

@@ -134,7 +134,7 @@ class Attention(nn.Module):
         return self.wo(y.flatten(1))  # type: ignore[no-any-return]
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.view(len(x), -1, self.head_dim)
 
     def slots(self, name: str) -> Iterator[Slot]:
         for part, linear in (("q_proj", self.wq), ("k_proj", self.wk), ("v_proj", self.wv), ("o_proj", self.wo)):

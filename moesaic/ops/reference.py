@@ -102,8 +102,8 @@ def _seen(positions: Tensor, places: Tensor, window: int | None) -> Tensor:
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
     """Return softmax(q k / sqrt(D)) v for one sequence; ``seen`` None: causal, query i at key i."""
-    heads_first = (each.to(q.dtype).transpose(0, 1)[None] for each in (q, keys, values))
-    out = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
+    q, keys, values = (each.to(q.dtype).transpose(0, 1)[None] for each in (q, keys, values))  # [1, heads, n, D]
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 

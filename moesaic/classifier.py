@@ -1,0 +1,58 @@
+"""Models with a sequence-classification head: text in, a probability for each label out.
+
+Knows how a text becomes scores. Does not use the engine: a text is read once, whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from moesaic.errors import InvalidRequest, PromptTooLong
+from moesaic.loading import Loaded, Progress, load_model
+from moesaic.ops import Batch
+from moesaic.text.tokenizer import Tokenizer
+
+
+class Classifier:
+    """A model with a sequence-classification head: text in, a probability for each label out."""
+
+    def __init__(self, loaded: Loaded, tokenizer: Tokenizer) -> None:
+        self.loaded, self.tokenizer = loaded, tokenizer
+        self.labels = loaded.model.shape.labels
+
+    @classmethod
+    def load(
+        cls, model: str | Path, *, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None
+    ) -> Self:
+        """Load a classifier; arguments and errors as for ``LLM.load``."""
+        loaded = load_model(Path(model), dtype=dtype, device=device, progress=progress)
+        if not loaded.model.shape.labels:
+            raise InvalidRequest(f"{model} has no classification head: use LLM.load")
+        return cls(loaded, Tokenizer.open(Path(model)))
+
+    @torch.inference_mode()
+    def classify(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        """Return for each text the probability of every label, by the head's score at its last token.
+
+        Raises:
+            PromptTooLong: a text has more tokens than the model was made for.
+            InvalidRequest: a text is empty.
+        """
+        prompts = [self.tokenizer.encode(text, bos=True) for text in texts]
+        for ids in prompts:
+            if len(ids) > self.loaded.model.max_length:
+                raise PromptTooLong(len(ids), self.loaded.model.max_length)
+            if not ids:
+                raise InvalidRequest("there is nothing to classify: the text is empty")
+        return [self._scores(ids) for ids in prompts]
+
+    def _scores(self, ids: list[int]) -> dict[str, float]:
+        model = self.loaded.model
+        device = next(model.parameters()).device
+        hidden = model(Batch.whole([ids], device))
+        probabilities = model.logits(hidden[-1:]).softmax(-1)[0].tolist()
+        return dict(zip(self.labels, probabilities, strict=True))

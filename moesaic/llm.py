@@ -1,0 +1,373 @@
+"""Text in, text out: the one door to the engine.
+
+Knows how a checkpoint becomes a model, a tokenizer and an engine, how a conversation becomes a
+request, and how its events become text again. Does not know terminals or HTTP.
+
+    llm = LLM.load()                                           # the built-in model
+    answer = llm.chat([{"role": "user", "content": "Tell me a story."}], max_tokens=200)
+    print(answer.text)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+from moesaic.engine import Done, Engine, Limits, PromptLogprobs, Request, Sampling, Stream, Token
+from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
+from moesaic.loading import Loaded, Progress, load_model, sizes
+from moesaic.text import chat, template
+from moesaic.text.chat import ChatFormat
+from moesaic.text.stream import TextStream
+from moesaic.text.tokenizer import Tokenizer
+
+BUILT_IN = Path(__file__).parent / "builtin" / "tales"
+"""The checkpoint that is loaded when none is named: a small Mixtral that tells stories."""
+
+OWN_TEMPLATE = "template"
+"""The chat format that runs the checkpoint's own template, in a child process with limits."""
+
+CHARACTERS_PER_TOKEN = 16
+"""More than any text has, so that a hopelessly long one is refused before it costs a tokenizer's time."""
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of an answer: what can be shown now, and the tokens that came. Either may be empty."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    ``reason`` is "stop" (the model ended it, or a stop string or id did), "length" or "cancelled".
+    """
+
+    text: str
+    reason: Literal["stop", "length", "cancelled"]
+    tokens: tuple[Token, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose keys and values were still in the cache."""
+    stop: str | None = None
+    """The stop string that was met."""
+    prompt_logprobs: tuple[Token, ...] = ()
+    alternatives: tuple[Answer, ...] = ()
+    """With ``n`` > 1, the other n - 1 answers."""
+
+
+class Reply:
+    """A running answer: iterate over its pieces; afterwards ``answer`` is the whole. From one thread."""
+
+    def __init__(self, stream: Stream, tokenizer: Tokenizer, request: Request, *, strip: bool = False) -> None:
+        self._stream, self._request = stream, request
+        self._strip = strip  # white space in front of the answer belongs to the format
+        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._shown: list[str] = []
+        self._tokens: list[Token] = []
+        self._prompt_logprobs: tuple[Token, ...] = ()
+        self._done: Done | None = None
+
+    def __iter__(self) -> Iterator[Text]:
+        """Yield pieces as they come.
+
+        Raises:
+            NumericalError: the model computed NaN or infinity for this answer.
+            EngineStopped: the engine was closed, or died; the cause is chained.
+        """
+        for event in self._stream:
+            if isinstance(event, Done):
+                self._done = event
+                yield self._show(self._text.finish())
+            elif isinstance(event, PromptLogprobs):
+                self._prompt_logprobs = event.tokens
+            elif self._text.stopped is None:
+                yield self._take(event)
+
+    def _take(self, token: Token) -> Text:
+        self._tokens.append(token)
+        if token.id in self._request.stop_ids:  # it ends the answer and is no part of it
+            return Text("", (token,))
+        text, stopped = self._text.add(token.id)
+        if stopped:
+            self._stream.cancel()
+        return self._show(text, token)
+
+    def _show(self, text: str, *tokens: Token) -> Text:
+        if self._strip:
+            text = text.lstrip()
+            self._strip = not text
+        self._shown.append(text)
+        return Text(text, tokens)
+
+    def cancel(self) -> None:
+        """Take the request back; iteration goes on to the end, which comes at once."""
+        self._stream.cancel()
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; reads to its end first."""
+        for _ in self:
+            pass
+        assert self._done is not None, "a stream ended with neither Done nor an error"
+        return Answer(
+            text="".join(self._shown),
+            reason="stop" if self._text.stopped is not None else self._done.reason,
+            tokens=tuple(self._tokens),
+            prompt_tokens=self._done.prompt_tokens,
+            cached_tokens=self._done.cached_tokens,
+            stop=self._text.stopped,
+            prompt_logprobs=self._prompt_logprobs,
+        )
+
+
+class LLM:
+    """A chat model, ready to answer; safe to share among threads.
+
+    Attributes:
+        loaded: the model and its checkpoint.
+        tokenizer: between text and ids.
+        format: the chat format; None: the checkpoint's own template.
+        engine: what runs the requests.
+        context: the most tokens that prompt and answer can have together.
+        defaults: sampling values that the checkpoint recommends.
+    """
+
+    def __init__(
+        self, loaded: Loaded, tokenizer: Tokenizer, engine: Engine, chat_format: ChatFormat | None, name: str
+    ) -> None:
+        self.loaded, self.tokenizer, self.engine = loaded, tokenizer, engine
+        self.format, self.name = chat_format, name
+        self.context = engine.capacity
+        self.defaults = _recommended(loaded.generation)
+        self._template = template.load(loaded.path) if chat_format is None else None
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        context: int | None = None,
+        cache_tokens: int | None = None,
+        block_size: int = 16,
+        chat_format: str | None = None,
+        limits: Limits | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Load a model and start its engine.
+
+        Args:
+            model: a folder in any layout, or None for the built-in model.
+            dtype: float32, bfloat16, float16, or auto: what the checkpoint is stored in.
+            device: where it runs.
+            context: the most tokens of prompt and answer; None: what the model was made for, as far
+                as a quarter of the free memory holds its key/value cache.
+            cache_tokens: places in the key/value cache, shared by all that runs at once; None: four
+                contexts, within the same bound.
+            block_size: places in a block of the cache.
+            chat_format: a name of ``moesaic list chat-formats``, "template" to run the checkpoint's own
+                in a sandbox, None to tell by the checkpoint.
+            limits: how much may run and wait at once.
+            progress: called with the bytes read so far and in all.
+
+        Raises:
+            NotFound: no such model or chat format.
+            CheckpointError: the checkpoint or its tokenizer is missing, damaged or not understood.
+            InvalidParameter: a value is out of range.
+        """
+        path = BUILT_IN if model is None else Path(model)
+        if not path.is_dir():
+            raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
+        tokenizer = Tokenizer.open(path)
+        loaded = load_model(path, dtype=dtype, device=device, progress=progress)
+        if loaded.model.shape.labels:
+            raise InvalidRequest(f"{path} is a classifier, which does not chat: use Classifier.load")
+        if tokenizer.vocab_size > loaded.model.vocab_size:
+            raise InvalidRequest(
+                f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {loaded.model.vocab_size}"
+            )
+        length, places = sizes(loaded.model, context, cache_tokens, block_size)
+        form = _format(chat_format, tokenizer, loaded)
+        engine = Engine(
+            loaded.model,
+            cache_tokens=places,
+            block_size=block_size,
+            context=length,
+            limits=limits,
+            dtype=loaded.model.dtype,
+        )
+        return cls(loaded, tokenizer, engine, form, "built-in" if model is None else path.name)
+
+    def close(self) -> None:
+        """Stop the engine; running answers raise EngineStopped."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def encode_chat(self, messages: Messages, *, continue_final: bool = False) -> list[int]:
+        """Return the prompt ids of a conversation, up to where the answer begins.
+
+        Raises:
+            InvalidMessages: the chat format cannot hold it.
+        """
+        self._bound(sum(len(str(message.get("content"))) for message in messages if isinstance(message, Mapping)))
+        if self.format is not None:
+            return self.format.encode(messages, self.tokenizer, continue_final=continue_final)
+        assert self._template is not None
+        if continue_final:
+            raise InvalidRequest("a checkpoint's own template cannot continue an answer: choose a chat format")
+        return template.encode(self._template, messages, self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the prompt ids of a plain text, the beginning-of-text token in front.
+
+        Raises:
+            InvalidRequest: it is so long that it cannot fit, which is known without tokenizing it.
+        """
+        self._bound(len(text))
+        return self.tokenizer.encode(text, bos=True)
+
+    def _bound(self, characters: int) -> None:
+        most = CHARACTERS_PER_TOKEN * self.context
+        if characters > most:
+            raise InvalidRequest(
+                f"the prompt has {characters} characters; {self.context} tokens never hold over {most}"
+            )
+
+    def submit(self, ids: Sequence[int], sampling: Sampling, *, chat: bool = False, priority: int = 0) -> list[Reply]:
+        """Start a request and return its ``n`` replies. With ``chat``, the chat format's ends count too.
+
+        Raises:
+            PromptTooLong, InvalidParameter, Overloaded, EngineStopped: see ``Engine.submit``.
+        """
+        eos = self.loaded.eos_ids | self.tokenizer.eos_ids
+        if chat and self.format is not None:
+            eos |= self.format.stop_ids(self.tokenizer)
+            sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
+        request = Request(tuple(ids), sampling, eos_ids=tuple(sorted(eos)), priority=priority)
+        strip = chat and self.format is not None and bool(self.format.stop_strings)
+        return [Reply(stream, self.tokenizer, request, strip=strip) for stream in self.engine.submit(request)]
+
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[True], **sampling: Any) -> Reply: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Messages], *, stream: Literal[False] = False, **sampling: Any
+    ) -> list[Answer]: ...
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[False] = False, **sampling: Any) -> Answer: ...
+
+    def chat(
+        self, messages: Messages | Sequence[Messages], *, stream: bool = False, **sampling: Any
+    ) -> Reply | Answer | list[Answer]:
+        """Answer a conversation, or each of a list of conversations at once.
+
+        Args:
+            messages: [{"role": "system" | "user" | "assistant", "content": text}, ...].
+            stream: return a ``Reply`` to iterate over.
+            **sampling: the fields of ``Sampling``; what is not given is as the checkpoint recommends.
+
+        Raises:
+            InvalidMessages, InvalidParameter, PromptTooLong: before anything runs.
+        """
+        options = self.sampling(**sampling)
+        if messages and not isinstance(messages[0], Mapping):
+            return self._all([self.encode_chat(each) for each in messages], options, chat=True)  # type: ignore[arg-type]
+        ids = self.encode_chat(messages)  # type: ignore[arg-type]
+        return self._one(ids, options, chat=True, stream=stream)
+
+    @overload
+    def complete(self, prompt: str, *, stream: Literal[True], **sampling: Any) -> Reply: ...
+    @overload
+    def complete(self, prompt: str, *, stream: Literal[False] = False, **sampling: Any) -> Answer: ...
+    @overload
+    def complete(self, prompt: list[str], *, stream: Literal[False] = False, **sampling: Any) -> list[Answer]: ...
+
+    def complete(
+        self, prompt: str | list[str], *, stream: bool = False, **sampling: Any
+    ) -> Reply | Answer | list[Answer]:
+        """Go on from a text, or from each of a list of texts at once; no chat format is applied.
+
+        Arguments and errors as for ``chat``.
+        """
+        options = self.sampling(**sampling)
+        if isinstance(prompt, str):
+            return self._one(self.encode(prompt), options, chat=False, stream=stream)
+        return self._all([self.encode(each) for each in prompt], options, chat=False)
+
+    def sampling(self, **values: Any) -> Sampling:
+        """Return a ``Sampling`` of these values over the checkpoint's recommendations.
+
+        Raises:
+            InvalidParameter: there is no such field, or a value is out of range.
+        """
+        unknown = sorted(values.keys() - Sampling.__dataclass_fields__.keys())
+        if unknown:
+            known = ", ".join(Sampling.__dataclass_fields__)
+            raise InvalidParameter(unknown[0], f"is no sampling parameter; there are {known}")
+        return Sampling(**(self.defaults | values))
+
+    def _one(self, ids: list[int], sampling: Sampling, *, chat: bool, stream: bool) -> Reply | Answer:
+        if stream and sampling.n > 1:
+            raise InvalidParameter("n", "is more than 1: read several answers at once through LLM.submit")
+        replies = self.submit(ids, sampling, chat=chat)
+        return replies[0] if stream else _joined(replies)
+
+    def _all(self, prompts: list[list[int]], sampling: Sampling, *, chat: bool) -> list[Answer]:
+        """Answer every prompt, keeping the engine as full as its queue allows."""
+        for ids in prompts:  # before anything runs
+            if len(ids) >= self.context:
+                raise PromptTooLong(len(ids), self.context - 1)
+        running: deque[list[Reply]] = deque()
+        answers: list[Answer] = []
+        for ids in prompts:
+            while True:
+                try:
+                    running.append(self.submit(ids, sampling, chat=chat))
+                    break
+                except Overloaded:
+                    if not running:
+                        raise
+                    answers.append(_joined(running.popleft()))
+        return answers + [_joined(replies) for replies in running]
+
+
+def _joined(replies: list[Reply]) -> Answer:
+    first, *others = [reply.answer for reply in replies]
+    return replace(first, alternatives=tuple(others))
+
+
+def _recommended(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling values of generation_config.json; greedy where it says that nothing is drawn."""
+    fields = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+    named = {name: generation[name] for name in fields if generation.get(name) is not None}
+    return named | ({"temperature": 0.0} if generation.get("do_sample") is False else {})
+
+
+def _format(name: str | None, tokenizer: Tokenizer, loaded: Loaded) -> ChatFormat | None:
+    if name == OWN_TEMPLATE:
+        return None
+    if name is not None:
+        return chat.get(name)
+    try:
+        written = template.load(loaded.path)
+    except template.TemplateError:
+        written = None
+    return chat.choose(tokenizer, architecture=loaded.config.get("model_type"), template=written)

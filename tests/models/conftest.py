@@ -1,0 +1,16 @@
+"""The same tiny model twice, for every choice that changes the computation."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tiny import CASES, ours, theirs
+
+
+@pytest.fixture(scope="session", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """transformers' model, ours, and the checkpoint that both were made from."""
+    model = theirs(*CASES[request.param])
+    folder = tmp_path_factory.mktemp("pair")
+    model.save_pretrained(folder)
+    return model, ours(folder), folder

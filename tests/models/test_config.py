@@ -1,0 +1,90 @@
+"""Configurations are read by allow-list: what may change the computation and is not known is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic import formats, models
+from moesaic.errors import ConfigError
+from tests.tiny import LLAMA31, SIZES
+
+GOOD = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **SIZES}
+
+
+def build(**changes: object) -> models.Decoder:
+    raw = {key: value for key, value in (GOOD | changes).items() if value is not ...}
+    return models.build(raw, Path("here"), formats.load("float32"), dtype=torch.float32, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2' is not known"),
+        ({"model_type": ...}, "model_type None"),
+        ({"hidden_size": ...}, "'hidden_size' is missing"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
+        ({"head_dim": 15}, "head_dim is 15"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0, "beta": 2}}, "'beta' is not known"),
+        ({"rope_scaling": [1]}, "rope_scaling is [1]"),
+        ({"quantization_config": {"bits": 4}}, "'quantization_config' is not known"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "'auto_map' is not known"),
+        ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is not known"),
+        ({"architectures": ["MixtralForTokenClassification"]}, "MixtralForTokenClassification"),
+        ({"architectures": ["MixtralForSequenceClassification"], "id2label": {"a": 1}}, "id2label"),
+    ],
+)
+def test_refused_by_name(changes, named):
+    with pytest.raises(ConfigError) as caught:
+        build(**changes)
+    assert named in str(caught.value)
+    assert str(caught.value).startswith("here: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, False, [], {}, ""])
+def test_an_unknown_key_that_asks_for_nothing_is_passed_over(value):
+    build(some_new_switch=value)
+
+
+def test_what_an_absent_key_means_depends_on_the_family():
+    assert build(model_type="mistral").window == 4096
+    assert build(model_type="mistral", sliding_window=None).window is None
+    assert build(model_type="mixtral").window is None
+    assert build(model_type="mixtral").shape.rope.theta == 1e6
+    assert build(model_type="llama").shape.rope.theta == 1e4
+    assert build(model_type="llama", num_key_value_heads=...).shape.num_kv_heads == 4
+    assert build(model_type="mixtral", num_attention_heads=16, num_key_value_heads=...).shape.num_kv_heads == 8
+
+
+def test_both_vocabularies_of_rope_say_the_same():
+    old = {key: value for key, value in LLAMA31.items() if key not in ("rope_type", "rope_theta")}
+    new = build(rope_parameters=LLAMA31).shape.rope
+    assert new.kind == "llama3"
+    assert build(rope_theta=5e5, rope_scaling={"type": "llama3", **old}).shape.rope == new
+
+
+def test_mixtral_8x7b_has_its_published_size():
+    """46.7 billion parameters (arXiv:2401.04088 §1 rounds to 47), counted on the meta device."""
+    model = build(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    assert sum(parameter.numel() for parameter in model.parameters()) == 46_702_792_704

@@ -1,0 +1,152 @@
+"""Every backend against a naive twin that a person can check by eye; caches poisoned with NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from moesaic import formats, ops, registry
+from moesaic.ops import Batch, Cache, Group
+
+BACKENDS = registry.names("ops")
+torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return registry.load("ops", request.param)
+
+
+def naive_attention(q, keys, values, positions, window):
+    """One query, one head, one score at a time."""
+    out = torch.full_like(q, math.nan)
+    heads, group = q.shape[1], q.shape[1] // keys.shape[1]
+    for t, place in enumerate(positions):
+        first = 0 if window is None else max(0, place - window + 1)
+        for h in range(heads):
+            scores = torch.stack([q[t, h] @ keys[p, h // group] for p in range(first, place + 1)]) / q.shape[2] ** 0.5
+            weights = (scores - scores.max()).exp()
+            weights = weights / weights.sum()
+            out[t, h] = sum(w * values[p, h // group] for w, p in zip(weights, range(first, place + 1), strict=True))
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+def test_attention_over_a_poisoned_cache(backend, heads, kv_heads, block, window):
+    """Three sequences, each computed in two steps of uneven size, through scattered blocks."""
+    size, lengths, first = 6, [5, 1, 9], [3, 1, 4]
+    needed = [-(-length // block) for length in lengths]
+    order = torch.randperm(sum(needed) + 3).tolist()
+    blocks = [[order.pop() for _ in range(count)] for count in needed]
+    cache = Cache(*([torch.full((sum(needed) + 3, block, kv_heads, size), math.nan)] for _ in range(2)))
+    q, k, v = ([torch.randn(length, n, size) for length in lengths] for n in (heads, kv_heads, kv_heads))
+    found = [[] for _ in lengths]
+    for begin, end in (([0, 0, 0], first), (first, lengths)):
+        chosen = [s for s in range(3) if end[s] > begin[s]]
+        flat = [(s, p) for s in chosen for p in range(begin[s], end[s])]
+        tables = torch.full((len(chosen), max(needed)), -1)
+        for row, s in enumerate(chosen):
+            tables[row, : needed[s]] = torch.tensor(blocks[s])
+        counts = [end[s] - begin[s] for s in chosen]
+        batch = Batch(
+            tokens=torch.zeros(len(flat), dtype=torch.int64),
+            positions=torch.tensor([p for _, p in flat]),
+            starts=tuple(sum(counts[:i]) for i in range(len(counts) + 1)),
+            lengths=tuple(end[s] for s in chosen),
+            slots=torch.tensor([blocks[s][p // block] * block + p % block for s, p in flat]),
+            tables=tables,
+            outputs=torch.arange(len(flat)),
+            cache=cache,
+        )
+        pick = lambda x: torch.cat([x[s][begin[s] : end[s]] for s in chosen])  # noqa: B023, E731
+        out = backend.attention(pick(q), pick(k), pick(v), batch, 0, window)
+        for s, part in zip(chosen, out.split(counts), strict=True):
+            found[s].append(part)
+    for s, length in enumerate(lengths):
+        expected = naive_attention(q[s], k[s], v[s], range(length), window)
+        torch.testing.assert_close(torch.cat(found[s]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("format", registry.names("formats"))
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 4, 1), (7, 8, 2), (5, 3, 3), (64, 8, 2)])
+def test_experts(backend, format, tokens, experts, k):
+    d, f = 24, 16
+    packed = formats.load(format)
+    gate, up, down = (packed.pack(torch.randn(experts, *shape) / 4) for shape in ((f, d), (f, d), (d, f)))
+    x = torch.randn(tokens, d)
+    ids = torch.stack([torch.randperm(max(experts - 1, k))[:k] for _ in range(tokens)])  # the last one stays empty
+    scores = torch.rand(tokens, k)
+    expected = torch.zeros(tokens, d)
+    for t in range(tokens):
+        for e, score in zip(ids[t].tolist(), scores[t], strict=True):
+            g, u, w = (stack.dequantize(index=e) for stack in (gate, up, down))
+            inner = g @ x[t]
+            expected[t] += score * (w @ (inner / (1 + (-inner).exp()) * (u @ x[t])))
+    found = backend.experts(x, gate, up, down, ids, scores)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_gradients(backend):
+    if backend.__name__ != "moesaic.ops.reference":
+        pytest.skip("only the reference is differentiable")
+    packed = formats.load("float32")
+    stacks = [packed.pack(torch.randn(3, *shape).double().float()) for shape in ((4, 5), (4, 5), (5, 4))]
+    for stack in stacks:
+        stack.requires_grad_(True)
+    x, scores = torch.randn(6, 5, requires_grad=True), torch.rand(6, 2, requires_grad=True)
+    ids = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [0, 1], [1, 0]])
+    backend.experts(x, *stacks, ids, scores).square().sum().backward()
+    with torch.no_grad():
+        for tensor in (x, scores, *(stack.weight for stack in stacks)):
+            place = tuple(0 for _ in tensor.shape)
+            base, h = tensor[place].item(), 1e-2
+            values = []
+            for shift in (h, -h):
+                tensor[place] = base + shift
+                values.append(backend.experts(x, *stacks, ids, scores).square().sum().item())
+            tensor[place] = base
+            slope = (values[0] - values[1]) / (2 * h)
+            assert tensor.grad[place].item() == pytest.approx(slope, rel=0.05, abs=0.05)
+
+
+@pytest.mark.parametrize("format", registry.names("formats"))
+@pytest.mark.parametrize(("tokens", "inp", "out"), [(1, 8, 3), (5, 33, 17), (64, 64, 128)])
+def test_linear(backend, format, tokens, inp, out):
+    weight = formats.load(format).pack(torch.randn(out, inp))
+    x = torch.randn(tokens, inp)
+    expected = torch.stack([(weight.dequantize() * row).sum(-1) for row in x])
+    torch.testing.assert_close(backend.linear(x, weight), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rms_norm(backend):
+    x, weight = torch.randn(5, 33), torch.rand(33)
+    expected = torch.stack([row / math.sqrt((row.double() ** 2).mean() + 1e-5) * weight for row in x])
+    torch.testing.assert_close(backend.rms_norm(x, weight, 1e-5), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rope_turns_each_pair_by_its_angle(backend):
+    x, angles = torch.randn(4, 2, 6), torch.randn(4, 3)
+    found = backend.rope(x, angles.cos(), angles.sin())
+    for t in range(4):
+        for i in range(3):
+            pair = torch.complex(x[t, :, i], x[t, :, i + 3])
+            turned = pair * torch.polar(torch.tensor(1.0), angles[t, i])
+            torch.testing.assert_close(found[t, :, i], turned.real, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found[t, :, i + 3], turned.imag, atol=1e-5, rtol=1e-5)
+
+
+def test_the_choice_of_backend_is_explained():
+    for op in ops.OPS:
+        reasons = ops.explain(op, "cpu", "float32")
+        assert list(reasons)[-1] == "reference"
+        assert reasons["reference"] is None
+
+
+def test_a_group_divides_only_what_divides():
+    assert Group(1, 4).share(8, "heads") == slice(2, 4)
+    with pytest.raises(Exception, match="3 ranks do not divide 8 heads"):
+        Group(0, 3).share(8, "heads")

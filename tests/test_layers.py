@@ -1,0 +1,117 @@
+"""Who may import whom, read from the source: function-level imports count, for that is how cycles hide."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "moesaic"
+EVERYONE = {"errors", "registry", ""}
+MAY = {
+    "formats": set(),
+    "ops": {"formats"},
+    "models": {"ops", "formats"},
+    "checkpoints": {"formats"},
+    "text": set(),
+    "engine": {"ops", "formats"},
+    "pull": set(),
+    "convert": {"checkpoints"},
+    "loading": {"checkpoints", "models", "ops", "formats"},
+    "llm": {"loading", "engine", "text", "checkpoints", "models", "ops", "formats"},
+    "classifier": {"loading", "text", "ops"},
+    "bench": {"llm", "loading", "engine", "text", "checkpoints", "models", "ops", "formats"},
+    "console": {"llm", "engine", "text"},
+    "cli": {"*"},
+    "errors": set(),
+    "registry": set(),
+    "": {"engine", "llm", "classifier"},  # the public names
+}
+"""What each part may import besides ``errors`` and ``registry``; docs/architecture.md draws it."""
+REGISTRIES = ("formats", "ops", "models", "checkpoints")
+
+
+def part_of(module: str) -> str:
+    """Return the part of the package that a module ``moesaic.…`` belongs to; "" is the package itself."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 else ""
+
+
+def imports(source: str) -> set[str]:
+    """Return the modules of moesaic that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {
+                f"{node.module}.{alias.name}" if exists(node, alias) else f"{node.module}" for alias in node.names
+            }
+    return {name for name in found if name.split(".")[0] == "moesaic"}
+
+
+def exists(node: ast.ImportFrom, alias: ast.alias) -> bool:
+    """Return whether what is imported is itself a module, not a name in one."""
+    path = ROOT.parent.joinpath(*(node.module or "").split("."), alias.name)
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def module_of(path: Path) -> str:
+    names = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def offences(module: str, source: str) -> list[str]:
+    part = part_of(module)
+    allowed = MAY[part]
+    found = []
+    for name in imports(source):
+        target = part_of(name)
+        if target not in allowed | EVERYONE | {part} and "*" not in allowed:
+            found.append(f"{module} imports {name}")
+        if part in REGISTRIES and target == part:
+            entry, sibling = module.split(".")[2:], name.split(".")[2:]
+            if entry and not entry[0].startswith("_") and sibling and not sibling[0].startswith("_"):
+                found.append(f"{module} imports its sibling {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_downwards(path):
+    assert offences(module_of(path), path.read_text()) == []
+
+
+def test_an_upward_import_is_found_also_inside_a_function():
+    assert offences("moesaic.ops.native", "def f():\n    from moesaic.models import mixtral\n")
+    assert offences("moesaic.models.llama", "from moesaic.models import mixtral\n")
+    assert offences("moesaic.text.chat", "import moesaic.llm\n")
+    assert not offences("moesaic.models.llama", "from moesaic.models import _layers\n")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_stay_readable(path):
+    """No file much over 400 lines, no function over 80."""
+    source = path.read_text()
+    assert source.count("\n") <= 420
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 80, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_nothing_unpickles(path):
+    """Pickles are read in one place, a child process; nothing else may even import the means."""
+    banned = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not banned & {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.module not in banned
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "torch.jit.load"):
+            assert path.name == "_torchfile_child.py"
+            assert "weights_only=True" in ast.unparse(node)

@@ -1,0 +1,71 @@
+"""Tiny random models of transformers, the independent implementation that ours is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from moesaic import checkpoints, formats, models
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA31 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "mixtral-top1-of-4": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
+    "mixtral-top2-of-8": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "mixtral-top3-of-8": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3}),
+    "mixtral-mha": ("Mixtral", {"num_key_value_heads": 4}),
+    "mixtral-window": ("Mixtral", {"sliding_window": 9}),
+    "mixtral-wide-heads": ("Mixtral", {"head_dim": 24}),
+    "mixtral-tied": ("Mixtral", {"tie_word_embeddings": True}),
+    "llama-gqa": ("Llama", {}),
+    "llama-mha": ("Llama", {"num_key_value_heads": 4}),
+    "llama-3.1-rope": ("Llama", {"rope_parameters": LLAMA31}),
+    "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-wide-heads": ("Llama", {"head_dim": 32}),
+    "mistral-window": ("Mistral", {"sliding_window": 7}),
+}
+"""Every numeric choice that changes the computation, as a family and its configuration."""
+
+
+def theirs(family: str, changes: dict[str, object], head: str = "ForCausalLM") -> transformers.PreTrainedModel:
+    """Return a tiny random model of transformers, in float32, with weights large enough to matter."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | changes)
+    model = getattr(transformers, f"{family}{head}")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def ours(folder: Path, format: str = "float32") -> models.Decoder:
+    """Return our model of the checkpoint in ``folder``."""
+    with checkpoints.open(folder) as checkpoint:
+        dtype = getattr(torch, format)
+        model = models.build(checkpoint.config, folder, formats.load(format), dtype=dtype)
+        checkpoints.fill(model.slots(), checkpoint)
+    return model
