@@ -130,7 +130,7 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[l
         if message["role"] == "user":
             ids += tokenizer.encode(f"[INST] {message['content']} [/INST]").ids
         else:
-            said = tokenizer.encode(message["content"]).ids + [EOS]
+            said = [*tokenizer.encode(message["content"]).ids, EOS]
             spans.append((len(ids), min(len(ids) + len(said), LONGEST)))
             ids += said
     return ids[:LONGEST], [span for span in spans if span[0] < LONGEST]

@@ -1,0 +1,41 @@
+# Two commands do all the set-up: `make chat` and `make test`. Both may be repeated at will.
+#
+#   make chat               talk to the built-in model; ARGS="--temperature 0" passes flags on
+#   make test               the whole test suite; ARGS="tests/engine -x" runs a part of it
+#   make check              lint, types and layers
+#   make clean              remove what make made
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Torch first and pinned: a range would pull gigabytes of CUDA where there may be no GPU.
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: chat test check clean
+
+chat: $(VENV)/installed
+	@$(BIN)/moesaic chat $(ARGS)
+
+test: $(VENV)/installed-test
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/installed-test
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_layers.py
+
+$(VENV)/python: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Moesaic needs Python 3.11 or later; try make PYTHON=python3.12")'
+	@echo "Setting up $(VENV); the first time takes a minute ..." >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $$(cat constraints.txt) >&2
+	@touch $@
+
+$(VENV)/installed: pyproject.toml $(VENV)/python
+	@$(PIP) --editable . >&2
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml $(VENV)/installed
+	@$(PIP) --editable '.[test]' >&2
+	@touch $@
+
+clean:
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
