@@ -82,7 +82,8 @@ class Packed(nn.Module):
 
     def parts(self) -> dict[str, Tensor]:
         """Return the parts by name."""
-        return dict(self.named_parameters(recurse=False))
+        # Not named_parameters(): this is called for every weight of every step.
+        return {part: tensor for part, tensor in self._parameters.items() if tensor is not None}
 
     def dequantize(self, dtype: torch.dtype = torch.float32, index: int | None = None) -> Tensor:
         """Return the plain weight [..., out, in] in ``dtype``, or entry ``index`` of a stack."""

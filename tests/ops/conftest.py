@@ -1,0 +1,18 @@
+"""The same tests on every device there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", "cuda"], autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Make tensors on this device by default."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
