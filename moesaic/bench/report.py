@@ -1,0 +1,67 @@
+"""Where a figure comes from: the machine, the versions, the command, the date and the commit.
+
+Knows how to say it as a JSON object for docs/results. Does not know what is measured.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
+
+
+def record(command: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``figures`` with everything needed to understand and to repeat them."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "figures": dict(figures),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return what the machine is: processor, cores this process may use, memory in GiB."""
+    return {
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name; family, model and stepping too, since a virtual machine may hide the name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    numbers = ", ".join(f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts)
+    return f"{facts.get('model name', platform.processor())} ({numbers})"
+
+
+def commit() -> str | None:
+    """Return the commit of the source, with a mark if files were changed since; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-changed" if changed.stdout.strip() else "")

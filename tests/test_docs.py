@@ -1,0 +1,127 @@
+"""What the documents show is run: the README's Python and commands, the examples, the links, the flags."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moesaic
+from moesaic import cli, registry
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "moesaic/builtin/tales/README.md",
+    ROOT / "recipes/tales/README.md",
+]
+README = PAGES[0].read_text()
+
+FLAGS = {
+    "chat": "chat-format context device dtype json max-tokens message min-p plain-text repetition-penalty seed stats "
+    "system temperature top-k top-p",
+    "pull": "sha256 to",
+    "convert": "shards to",
+    "list": "json",
+    "perplexity": "device dtype json length",
+}
+"""Every flag has an owner: a new one is a decision, made here."""
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    parser = cli._parser()
+    [actions] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions.choices)
+
+
+def test_the_readmes_python_runs(tmp_path):
+    [program] = blocks("python")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 100
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run_and_are_short(example, tmp_path):
+    assert example.read_text().count("\n") < 40
+    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_readmes_commands_are_understood():
+    shown = [line[2:] for page in PAGES for block in blocks("console", page.read_text()) for line in block.splitlines()]
+    lines = [line for line in shown if line.startswith("moesaic ")]
+    assert lines
+    for line in lines:
+        cli._parser().parse_args(shlex.split(line)[1:])
+
+
+def test_what_make_is_told_is_there():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    used = {
+        name
+        for page in PAGES
+        for name in re.findall(r"\bmake (?:-s )?([a-z]+)\b", "\n".join(blocks("console", page.read_text())))
+    }
+    assert {"chat", "test"} <= used <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_flags_are_frozen():
+    found = {
+        name: " ".join(
+            sorted(
+                option[2:]
+                for action in parser._actions
+                for option in action.option_strings
+                if option[:2] == "--" and option != "--help"
+            )
+        )
+        for name, parser in commands().items()
+    }
+    assert found == FLAGS
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_command_explains_itself_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"moesaic {name}" in shown.partition("example")[2]
+
+
+def test_public_names_exist_and_are_documented():
+    for name in moesaic.__all__:
+        assert getattr(moesaic, name).__doc__
+
+
+def test_the_readme_names_what_this_build_has():
+    for folder in ("formats", "checkpoints", "models"):
+        for name in registry.names(folder):
+            assert name in README.lower(), f"{folder}/{name}"
+
+
+def test_the_architecture_page_draws_every_part():
+    page = (ROOT / "docs/architecture.md").read_text()
+    for path in (ROOT / "moesaic").iterdir():
+        if not path.name.startswith("__pycache__"):
+            assert path.name in page or path.stem in page, path.name
