@@ -12,7 +12,6 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,14 +44,15 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 class SafetensorsFiles:
     """Several safetensors files that hold disjoint tensors, as one store, in the order of the data on disk.
 
+    Only the file that was read last is mapped, so that reading in order never holds more than one.
+
     Raises:
         CheckpointError: a file is missing, cut short, or has a header that cannot be true.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.tensors: dict[str, TensorInfo] = {}
-        self._files: dict[Path, Any] = {}
-        self._open = ExitStack()
+        self._mapped: tuple[Path, Any] | None = None
         for path in paths:
             self._add(path)
 
@@ -61,26 +61,36 @@ class SafetensorsFiles:
             if name in self.tensors:
                 raise CheckpointError(path, f"{name} is also in {self.tensors[name].file.name}")
             self.tensors[name] = info
-        try:
-            self._files[path] = self._open.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(path, f"not a safetensors file: {error}") from error
+        self._map(path)  # the library's own checks, before anything is read
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """Return the part ``index`` of tensor ``name``; the memory is the mapped file's."""
         info = self.tensors[name]
         part = bounds(index, info.shape)
-        file = self._files[info.file]
+        file = self._map(info.file)
         if part == bounds(None, info.shape):
             whole: Tensor = file.get_tensor(name)
             return whole
         cut: Tensor = file.get_slice(name)[part]
         return cut
 
+    def _map(self, path: Path) -> Any:
+        """Return the open file at ``path``, closing the one before it; tensors already read stay valid."""
+        if self._mapped is None or self._mapped[0] != path:
+            self.close()
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(path, f"not a safetensors file: {error}") from error
+            file.__enter__()
+            self._mapped = (path, file)
+        return self._mapped[1]
+
     def close(self) -> None:
-        """Give the files back; tensors already read stay valid."""
-        self._open.close()
-        self._files.clear()
+        """Give the file back; tensors already read stay valid."""
+        if self._mapped is not None:
+            self._mapped[1].__exit__(None, None, None)
+            self._mapped = None
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:

@@ -99,7 +99,7 @@ def _load(conversation: Conversation, text: str) -> Outcome:
 
 
 def _path(text: str) -> Path:
-    if not text:
+    if not text or "\0" in text:
         raise InvalidRequest("name a file")
     try:
         return Path(text).expanduser()

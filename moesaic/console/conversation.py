@@ -16,7 +16,7 @@ from typing import Any, Self
 from moesaic.console import saved
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, PromptTooLong
-from moesaic.llm import LLM, Reply
+from moesaic.llm import CHARACTERS_PER_TOKEN, LLM, Reply
 from moesaic.text import chat
 from moesaic.text.chat import Message
 
@@ -147,7 +147,7 @@ class Conversation:
         self.llm, self.plain, self.system = llm, plain, system
         self.messages: list[Message] = []
         self.settings = dict(settings or {})
-        self._unanswered: str | None = None
+        self._unanswered: Sequence[Message] | None = None  # what was said up to a question that got no answer
         self._sampling(self.settings)
 
     @property
@@ -178,7 +178,7 @@ class Conversation:
             InvalidRequest: nothing was asked yet.
         """
         if self._unanswered is not None:
-            return self.ask(self._unanswered)
+            return self._start(self._unanswered)
         place = self._last_question()
         if place is None:
             raise InvalidRequest("there is nothing to repeat: ask something first")
@@ -257,7 +257,7 @@ class Conversation:
             self.messages = [*said, {"role": "assistant", "content": answer}]
             self._unanswered = None
         else:
-            self._unanswered = said[-1]["content"]
+            self._unanswered = said
 
     def _last_question(self) -> int | None:
         places = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
@@ -266,7 +266,7 @@ class Conversation:
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         return [*([Message(role="system", content=self.system)] if self.system else []), *messages]
 
-    def _start(self, said: list[Message]) -> Turn:
+    def _start(self, said: Sequence[Message]) -> Turn:
         kept, dropped = self._fit(self._with_system(said))
         ids = self._encode(kept)
         [reply] = self.llm.submit(ids, self.sampling, chat=not self.plain)
@@ -279,12 +279,16 @@ class Conversation:
         try:
             return chat.fit(messages, self._count, context - reserved)
         except PromptTooLong:  # a long question may have a shorter answer
+            self._encode(self._with_system(messages[-1:]))  # a hopeless one is refused here
             return chat.fit(messages, self._count, context - 1)
 
     def _count(self, messages: list[Message]) -> int:
-        return len(self._encode(messages))
+        """Return the tokens of a prompt; of one that is far too long, any number that is too large."""
+        characters = sum(len(message["content"]) for message in messages)
+        hopeless = characters > CHARACTERS_PER_TOKEN * self.llm.context
+        return characters if hopeless else len(self._encode(messages))
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         if self.plain:
-            return self.llm.tokenizer.encode("\n".join(message["content"] for message in messages), bos=True)
+            return self.llm.encode("\n".join(message["content"] for message in messages))
         return self.llm.encode_chat(messages)

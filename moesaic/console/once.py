@@ -12,15 +12,21 @@ from moesaic.console.conversation import Conversation, Turn
 from moesaic.console.visible import visible
 from moesaic.errors import InvalidRequest
 
+LONGEST = 64 << 20
+"""Bytes of input that are read at most; no context holds as many."""
+
 
 def read_input() -> str:
-    """Return all of standard input.
+    """Return all of standard input, without the newline at its end.
 
     Raises:
-        InvalidRequest: there is none, or it is no UTF-8.
+        InvalidRequest: there is none, too much, or it is no UTF-8.
     """
+    data = sys.stdin.buffer.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        raise InvalidRequest(f"standard input has more than {LONGEST} bytes, which no context holds")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"standard input is not UTF-8 (byte {error.start})") from error
     if not text.strip():

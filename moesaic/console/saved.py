@@ -39,15 +39,22 @@ def write(path: Path, content: Saved, model: str) -> None:
     Raises:
         InvalidRequest: it cannot be written, or ``path`` is something else than a conversation.
     """
-    if path.exists():
-        try:
-            read(path)
-        except (InvalidRequest, NotFound) as error:
-            raise InvalidRequest(f"{path} exists and is no saved conversation: choose another name") from error
+    _make_sure_of(path)
     body = {"moesaic": VERSION, "model": model, "messages": content.messages, "settings": content.settings}
     text = json.dumps(body, ensure_ascii=True, indent=1)  # ASCII also carries half characters safely
     try:
         _replace(path, text + "\n")
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _make_sure_of(path: Path) -> None:
+    """Raise unless ``path`` is free, or an older conversation."""
+    try:
+        if path.exists():
+            read(path)
+    except (InvalidRequest, NotFound) as error:
+        raise InvalidRequest(f"{path} exists and is no saved conversation: choose another name") from error
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from error
 

@@ -1,0 +1,102 @@
+"""Perplexity against the definition, computed token by token with transformers."""
+
+import json
+import lzma
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from moesaic.bench import quality
+from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, NotFound
+from moesaic.loading import Loaded, load_model
+from moesaic.text.tokenizer import Tokenizer
+
+TEXTS = ["Once upon a time there was a rabbit, and it had seven brothers.", "", "Grüße 🐇", "word " * 50]
+
+
+@pytest.fixture(scope="module")
+def loaded(talker: Path) -> Loaded:
+    return load_model(talker)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(talker: Path) -> Tokenizer:
+    return Tokenizer.open(talker)
+
+
+@torch.no_grad()
+def naive(path: Path, tokenizer: Tokenizer, length: int) -> tuple[float, int]:
+    """Return (sum of -log p, tokens): each token from those before it, back to the last multiple of ``length``."""
+    model = transformers.MixtralForCausalLM.from_pretrained(path)
+    nats, count = 0.0, 0
+    for text in TEXTS:
+        ids = [1, *tokenizer.encode(text), 2]
+        for place in range(1, len(ids)):
+            begin = (place - 1) // length * length
+            logits = model(torch.tensor([ids[begin:place]])).logits[0, -1]
+            nats -= float(logits.double().log_softmax(-1)[ids[place]])
+            count += 1
+    return nats, count
+
+
+@pytest.mark.parametrize("length", [1, 7, 512])
+def test_every_token_is_predicted_once(talker: Path, loaded: Loaded, tokenizer: Tokenizer, length: int) -> None:
+    nats, count = naive(talker, tokenizer, length)
+    found = quality.perplexity(loaded, tokenizer, TEXTS, length)
+    assert (found.documents, found.tokens) == (4, count)
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / sum(len(t.encode()) for t in TEXTS), rel=1e-5)
+
+
+def test_the_grouping_of_windows_changes_nothing(
+    loaded: Loaded, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    whole = quality.perplexity(loaded, tokenizer, TEXTS, 7, lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    monkeypatch.setattr(quality, "STEP_TOKENS", 10)
+    monkeypatch.setattr(quality, "LOGIT_ROWS", 3)
+    assert quality.perplexity(loaded, tokenizer, TEXTS, 7).nats == pytest.approx(whole.nats, rel=1e-6)
+
+
+def test_what_is_refused(loaded: Loaded, tokenizer: Tokenizer) -> None:
+    for length in (0, 4097):
+        with pytest.raises(InvalidParameter, match="length"):
+            quality.perplexity(loaded, tokenizer, TEXTS, length)
+    for nothing in ([], [""]):
+        with pytest.raises(InvalidRequest, match="no text"):
+            quality.perplexity(loaded, tokenizer, nothing)
+
+
+def test_files(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text, "source": "x"}) + "\n" for text in TEXTS)
+    (tmp_path / "a.txt").write_text(TEXTS[2], "utf-8")
+    (tmp_path / "a.jsonl").write_text(lines + "\n")
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    assert quality.read_texts(tmp_path / "a.txt") == [TEXTS[2]]
+    assert quality.read_texts(tmp_path / "a.jsonl") == quality.read_texts(tmp_path / "a.jsonl.xz") == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"x", "expected a .txt"),
+        ("a.txt", b"\xff", "not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}', "line 2"),
+        ("a.jsonl", b'{"text": "x"}\n\n{', "line 3"),
+        ("a.jsonl", b'["text"]', "line 1"),
+        ("a.jsonl.xz", b"\xfd7zXZ", "cannot be read"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}')[:-9], "cannot be read"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MoesaicError, match=words):
+        quality.read_texts(tmp_path / name)
+    with pytest.raises(NotFound):
+        quality.read_texts(tmp_path / "missing.txt")

@@ -1,0 +1,119 @@
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.console import saved
+from moesaic.errors import InvalidMessages, InvalidParameter, InvalidRequest, MoesaicError, NotFound
+
+MESSAGES: Any = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Grüße\n\x1b 🐇 \ud800"},
+    {"role": "assistant", "content": ""},
+]
+SETTINGS = {"temperature": 0.5, "stop": ("a", "b"), "logit_bias": {7: -1.0}, "seed": None}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    saved.write(path, saved.Saved(MESSAGES, SETTINGS), "tiny")
+    assert saved.read(path) == saved.Saved(MESSAGES, SETTINGS)
+    assert path.stat().st_mode & 0o777 == 0o600
+    saved.write(path, saved.Saved([], {}), "tiny")
+    assert saved.read(path) == saved.Saved([], {})
+    assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
+
+
+def test_other_files_are_not_replaced(tmp_path: Path) -> None:
+    other = tmp_path / "model.safetensors"
+    other.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    with pytest.raises(InvalidRequest, match="no saved conversation: choose another name"):
+        saved.write(other, saved.Saved(MESSAGES, {}), "tiny")
+    assert other.read_bytes() == b"\x08\0\0\0\0\0\0\0{}      "
+
+
+@pytest.mark.parametrize("name", [".", "missing/talk.json", "x" * 300, "file/talk.json"])
+def test_where_nothing_can_be_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MoesaicError):
+        saved.write(tmp_path / name, saved.Saved(MESSAGES, {}), "tiny")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no such file"):
+        saved.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe\xfd",
+        b"[" * 100_000,
+        b'{"messages": []}',
+        b'{"moesaic": 2, "messages": []}',
+        b'{"moesaic": 1}',
+        b'{"moesaic": 1, "messages": {}}',
+        b'{"moesaic": 1, "messages": [], "settings": []}',
+        b'{"moesaic": 1, "messages": [], "tools": []}',
+    ],
+)
+def test_what_is_no_conversation(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "talk.json"
+    path.write_bytes(content)
+    with pytest.raises(InvalidRequest, match=r"talk\.json") as caught:
+        saved.read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "wizard", "content": "x"}, {"role": "user"}, {"role": "user", "content": 3}, "hello", None]
+)
+def test_a_message_that_is_none(tmp_path: Path, message: Any) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps({"moesaic": 1, "messages": [message]}))
+    with pytest.raises(InvalidMessages, match=r"talk\.json: messages\[0\]"):
+        saved.read(path)
+
+
+@given(st.integers(0, 400), st.binary(min_size=1, max_size=3))
+def test_damage_is_a_typed_error_or_a_conversation(tmp_path_factory: Any, place: int, noise: bytes) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "talk.json"
+    saved.write(path, saved.Saved(MESSAGES, SETTINGS), "tiny")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + noise + whole[place + len(noise) :])
+    with contextlib.suppress(MoesaicError):
+        assert isinstance(saved.read(path), saved.Saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("temperature", "0.7", 0.7),
+        ("top_k", "40", 40),
+        ("seed", "none", None),
+        ("seed", "null", None),
+        ("stop", "END", ("END",)),
+        ("stop", '["a", "b"]', ("a", "b")),
+        ("stop_token_ids", "[1, 2]", (1, 2)),
+        ("logit_bias", '{"5": -2}', {5: -2}),
+        ("ignore_eos", "true", True),
+        ("temperature", "warm", "warm"),
+        ("temperature", "[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_typed(name: str, text: str, value: Any) -> None:
+    assert saved.typed(name, text) == value
+
+
+def test_a_bias_for_no_token() -> None:
+    with pytest.raises(InvalidParameter, match="logit_bias"):
+        saved.typed("logit_bias", '{"a": 1}')

@@ -1,0 +1,214 @@
+"""The program as a shell runs it: output, one line for an error, exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moesaic import __version__, cli
+from moesaic.checkpoints import open as open_checkpoint
+from moesaic.llm import LLM
+
+
+def run(*arguments: str | Path, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run([sys.executable, "-m", "moesaic.cli", *map(str, arguments)], input=data, capture_output=True)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run in this process, hold the error to one line and exit code 2, and return the line."""
+    assert cli.main([*map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("moesaic: error: ")
+    return err
+
+
+def test_help_imports_nothing_slow() -> None:
+    program = """
+import sys
+from moesaic import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as end:
+    assert end.code == 0
+slow = {"torch", "numpy", "rich", "prompt_toolkit", "tokenizers", "huggingface_hub"} & sys.modules.keys()
+assert not slow, slow
+"""
+    for arguments in (["--help"], ["chat", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"moesaic {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["chat", "pull", "convert", "list", "perplexity"])
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert f"  moesaic {command}" in text and "example" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["chat", "--top-k", "x"], ["convert", "a", "b", "--to", "z"]])
+def test_a_command_line_that_is_wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert "error:" in capsys.readouterr().err
+
+
+# chat
+
+
+def test_piped_input_is_one_message_and_output_only_the_answer(talker: Path) -> None:
+    done = run("chat", talker, "--max-tokens", "8", "--temperature", "0", stdin="Tell me\na story.\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    with LLM.load(talker) as llm:
+        messages = [{"role": "user", "content": "Tell me\na story."}]
+        assert done.stdout == llm.chat(messages, max_tokens=8, temperature=0.0).text + "\n"
+
+
+def test_a_message_with_json(talker: Path) -> None:
+    done = run("chat", talker, "-m", "Hello", "--json", "--max-tokens", "8", "--seed", "1", "--stats", stdin="ignored")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    answer = json.loads(done.stdout)
+    assert (answer["reason"], answer["tokens"]) == ("length", 8)
+    assert set(answer) == {
+        *("text", "reason", "tokens", "prompt_tokens"),
+        *("seconds", "first_token_seconds", "tokens_per_second"),
+    }
+    assert done.stderr.startswith("8 tokens · ") and done.stderr.count("\n") == 1
+
+
+def test_plain_text_and_system(
+    talker: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy = ["--max-tokens", "6", "--temperature", "0", "-m", "Hello"]
+    said = []
+    for more in (["--plain-text"], ["--system", "Be brief."], ["--chat-format", "plain"]):
+        assert cli.main(["chat", str(talker), *greedy, *more]) == 0
+        said.append(capsys.readouterr().out)
+    with LLM.load(talker) as llm, LLM.load(talker, chat_format="plain") as plain:
+        options = {"max_tokens": 6, "temperature": 0.0}
+        hello = {"role": "user", "content": "Hello"}
+        assert said == [
+            llm.complete("Hello", **options).text + "\n",
+            llm.chat([{"role": "system", "content": "Be brief."}, hello], **options).text + "\n",
+            plain.chat([hello], **options).text + "\n",
+        ]
+
+
+@pytest.mark.parametrize(("stdin", "words"), [("", "empty"), (" \n", "empty"), (b"\xff\n", "not UTF-8")])
+def test_input_that_is_no_message(talker: Path, stdin: str | bytes, words: str) -> None:
+    done = run("chat", talker, stdin=stdin)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("moesaic: error: standard input is ") and words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_is_wrong_is_said_in_one_line(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ("-m", "Hello")
+    assert "no such folder" in refused(capsys, "chat", tmp_path / "none", *ask)
+    assert "top_p: is 2.0" in refused(capsys, "chat", tmp_path / "none", *ask, "--top-p", "2")  # before it is loaded
+    assert "no chat format 'x'" in refused(capsys, "chat", tmp_path / "none", *ask, "--chat-format", "x")
+    assert "the message is empty" in refused(capsys, "chat", talker, "-m", " ")
+    assert "--plain-text goes with neither" in refused(capsys, "chat", talker, *ask, "--plain-text", "--system", "x")
+    assert "the prompt has" in refused(capsys, "chat", talker, "-m", "word " * 100, "--context", "64")
+    assert "context: is 1" in refused(capsys, "chat", talker, *ask, "--context", "1")
+    assert "device" in refused(capsys, "chat", talker, *ask, "--device", "abacus")
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(
+    talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent, empty, named = tmp_path / "silent", tmp_path / "empty", tmp_path / "named"
+    for folder in (silent, empty, named):
+        shutil.copytree(talker, folder)
+    (silent / "tokenizer.model").unlink()
+    (empty / "model.safetensors").write_bytes(b"")
+    config = json.loads((named / "config.json").read_text())
+    (named / "config.json").write_text(json.dumps(config | {"model_type": "evil\x1b]0;owned\x07\nsecond"}))
+    assert "tokenizer" in refused(capsys, "chat", silent, "-m", "Hello")
+    assert "model.safetensors" in refused(capsys, "chat", empty, "-m", "Hello")
+    assert "\x1b" not in refused(capsys, "chat", named, "-m", "Hello")
+
+
+def test_a_hub_id_that_cannot_be_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "neither org/name" in refused(capsys, "pull", "a b c")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for arguments in (["pull", "org/missing"], ["chat", "org/missing", "-m", "Hello"]):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "moesaic: error: org/missing: the hub cannot be reached, and it is not in the cache\n"
+
+
+def test_nobody_reads_the_output(talker: Path) -> None:
+    command = (
+        f"{sys.executable} -m moesaic.cli chat {talker} -m Hello --max-tokens 4000 | head -c 5; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, errors="replace")
+    assert done.stdout.endswith("141\n") and done.stderr == ""
+
+
+# The others
+
+
+def test_convert(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", str(talker), str(tmp_path / "new"), "--to", "mistral"]) == 0
+    with open_checkpoint(tmp_path / "new") as checkpoint:
+        assert checkpoint.layout == "mistral"
+    line = refused(capsys, "convert", talker, tmp_path / "new", "--to", "hf")
+    assert str(tmp_path / "new") in line
+    assert "no such folder" in refused(capsys, "convert", tmp_path / "none", tmp_path / "x", "--to", "hf")
+    assert not (tmp_path / "x").exists()
+
+
+def test_perplexity(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a rabbit.")
+    assert cli.main(["perplexity", str(text), str(talker), "--length", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["documents"] == 1 and found["bytes"] == 36 and 1000 < found["perplexity"] < 1e6
+    assert cli.main(["perplexity", str(text), str(talker), "--length", "16"]) == 0
+    assert f"perplexity {found['perplexity']:.4f} per token" in capsys.readouterr().out
+    assert "no such file" in refused(capsys, "perplexity", tmp_path / "none.txt", talker)
+    assert "length: is 0" in refused(capsys, "perplexity", text, talker, "--length", "0")
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("models", "mixtral"),
+        ("formats", "bfloat16"),
+        ("checkpoints", "hf"),
+        ("ops", "experts"),
+        ("chat-formats", "aime"),
+    ],
+)
+def test_list(what: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", what]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert cli.main(["list", what, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert name in [row["name"] for row in rows]
+    assert [line.split()[0] for line in lines] == [row["name"] for row in rows]
+    assert all(row.get("about", row.get("backend")) for row in rows)
+
+
+def test_the_choices_of_the_command_line_are_those_of_the_program() -> None:
+    from moesaic import loading, registry
+    from moesaic.engine import Sampling
+
+    assert ("auto", *loading.DTYPES) == cli.DTYPES
+    assert sorted(cli.LAYOUTS) == registry.names("checkpoints")
+    assert set(cli.SAMPLING) <= set(Sampling.__dataclass_fields__)
