@@ -82,7 +82,7 @@ class SafetensorsFiles:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(path, f"not a safetensors file: {error}") from error
-            file.__enter__()
+            file.__enter__()  # type: ignore[no-untyped-call]
             self._mapped = (path, file)
         return self._mapped[1]
 

@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from moesaic import formats, models
 from moesaic.models._layers import Decoder, Router
 from moesaic.ops import Batch, reference
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
     "vocab_size": 4096,
@@ -98,7 +99,7 @@ def plain_rows(
 
 
 def chat_rows(
-    ids: np.ndarray, index: list[list], tokens: int, seed: int
+    ids: np.ndarray, index: list[tuple[int, list[tuple[int, int]]]], tokens: int, seed: int
 ) -> Iterator[tuple[list[list[int]], list[list[bool]]]]:
     """Yield batches of whole conversations, about ``tokens`` tokens each, of like length; True: the assistant's."""
     chance = np.random.default_rng(seed)
