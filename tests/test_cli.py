@@ -149,7 +149,10 @@ def name_an_architecture(folder: Path, name: str) -> None:
         (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors"),
         (cut, "model.safetensors"),
-        (lambda folder: change(folder, "model.norm.weight", torch.ones(7)), "model.norm.weight has the wrong shape: expected [32], found [7]"),
+        (
+            lambda folder: change(folder, "model.norm.weight", torch.ones(7)),
+            "model.norm.weight has the wrong shape: expected [32], found [7]",
+        ),
         (lambda folder: change(folder, "model.norm.weight", torch.full((32,), float("nan"))), "NaN"),
         (lambda folder: name_an_architecture(folder, "evil\x1b]0;owned\x07\nsecond"), "evil\\x1b]0;owned"),
     ],
