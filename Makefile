@@ -29,7 +29,7 @@ $(VENV)/python: constraints.txt
 	@$(PIP) $$(cat constraints.txt) >&2
 	@touch $@
 
-$(VENV)/installed: pyproject.toml $(VENV)/python
+$(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/formats/*) $(VENV)/python
 	@$(PIP) --editable . >&2
 	@touch $@
 

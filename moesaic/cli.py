@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_chat, _add_pull, _add_convert, _add_list, _add_perplexity):
+    for add in (_add_chat, _add_pull, _add_convert, _add_pack, _add_list, _add_perplexity, _add_bench):
         add(commands)
     return parser
 
@@ -113,6 +113,9 @@ def _add_chat(commands: Commands) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder, or org/name on the hub; default: built-in")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as the checkpoint is stored")
+    parser.add_argument(
+        "--format", metavar="F", help="quantize: q8, q4, q3, q2, a format, or experts=int2,attention=int8"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
 
@@ -164,6 +167,7 @@ def _load(args: argparse.Namespace) -> LLM:
         return LLM.load(
             path,
             dtype=args.dtype,
+            format=args.format,
             device=args.device,
             context=args.context,
             chat_format=args.chat_format,
@@ -235,6 +239,34 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_pack(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "pack",
+        _pack,
+        "quantize a model once, into a folder that loads at once",
+        "The weights are laid out\n"
+        "as the kernels read them and mapped ever after; the new folder appears whole or not at all.",
+        "moesaic pack ./mixtral ./mixtral-q4 --format q4",
+        "moesaic pack ./mixtral ./mixtral-small --format experts=int2,attention=int8",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, or org/name on the hub")
+    parser.add_argument("dst", metavar="DST", type=Path, help="a new folder")
+    parser.add_argument("--format", metavar="F", required=True, help="q8, q4, q3, q2, a format, or role=format,...")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of activations and of what stays plain")
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from moesaic import packed
+    from moesaic.console.progress import bar
+
+    path = _folder(args.model)
+    assert path is not None
+    with bar("packing") as progress:
+        packed.pack(path, args.dst, args.format, None if args.dtype == "auto" else args.dtype, progress)
+    return 0
+
+
 # list
 
 
@@ -273,7 +305,7 @@ def _add_perplexity(commands: Commands) -> None:
         _perplexity,
         "measure how well a model predicts a text",
         "Prints perplexity per token\nand bits per byte. Each document is read in windows that do not overlap.",
-        "moesaic perplexity held-out.jsonl.xz ./model --length 512",
+        "moesaic perplexity held-out.jsonl.xz ./model --format q4",
     )
     parser.add_argument("file", metavar="FILE", type=Path, help='.txt, or .jsonl or .jsonl.xz with a "text" per line')
     _add_model(parser)
@@ -292,7 +324,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     path = _folder(args.model) or BUILT_IN
     tokenizer = Tokenizer.open(path)
     with bar("loading") as progress:
-        loaded = load_model(path, dtype=args.dtype, device=args.device, progress=progress)
+        loaded = load_model(path, dtype=args.dtype, format=args.format, device=args.device, progress=progress)
     with bar("documents", count=True) as progress:
         found = quality.perplexity(loaded, tokenizer, texts, args.length, progress)
     if args.json:
@@ -301,6 +333,57 @@ def _perplexity(args: argparse.Namespace) -> int:
     else:
         print(f"perplexity {found.perplexity:.4f} per token, {found.bits_per_byte:.4f} bits per byte")
         print(f"{found.documents:,} documents, {found.tokens:,} tokens, windows of {args.length}")
+    return 0
+
+
+# bench
+
+
+def _add_bench(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure this machine and this build",
+        description="Measure this machine and this build. Leave the machine alone meanwhile.",
+        epilog="example:\n  moesaic bench kernels --format int4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds: Commands = parser.add_subparsers(metavar="WHAT", required=True)
+    kernels = _command(
+        kinds,
+        "kernels",
+        _bench_kernels,
+        "the CPU kernels, op by op",
+        "Speeds of Mixtral's shapes, beside\n"
+        "the machine's read bandwidth and its fastest multiplication of bytes, measured first.",
+        "moesaic bench kernels",
+        "moesaic bench kernels --format int4,int2 --out kernels.json",
+    )
+    kernels.add_argument("--format", metavar="F,...", default="int8,int4,int3,int2", help="which formats")
+    kernels.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")
+    kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each figure (default 1)")
+    kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
+
+
+def _bench_kernels(args: argparse.Namespace) -> int:
+    from moesaic.bench import kernels, limits, report
+    from moesaic.formats import load
+    from moesaic.ops import native
+
+    names = args.format.split(",")
+    for name in names:
+        load(name)
+        if why := native.why_not("linear", "cpu", name):
+            raise InvalidRequest(f"there is nothing to measure: {why}")
+    if args.threads is not None:
+        native.set_threads(args.threads)
+    found = limits.measure(report=lambda line: print(line, flush=True))
+    rows = []
+    for row in kernels.measure(found, names, seconds=args.seconds):
+        rows.append(row)
+        print(kernels.line(row), flush=True)
+    if args.out:
+        command = f"moesaic bench kernels --format {args.format}"
+        report.write(args.out, report.record(command, kernels.figures(found, rows)))
     return 0
 
 

@@ -157,6 +157,7 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: str = "auto",
+        format: str | None = None,
         device: str = "cpu",
         context: int | None = None,
         cache_tokens: int | None = None,
@@ -170,6 +171,8 @@ class LLM:
         Args:
             model: a folder in any layout, or None for the built-in model.
             dtype: float32, bfloat16, float16, or auto: what the checkpoint is stored in.
+            format: what weights are quantized to while they are read: q8, q4, q3, q2, a format's name, or
+                role=format, ...; None: not at all.
             device: where it runs.
             context: the most tokens of prompt and answer; None: what the model was made for, as far
                 as a quarter of the free memory holds its key/value cache.
@@ -190,7 +193,7 @@ class LLM:
         if not path.is_dir():
             raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
         tokenizer = Tokenizer.open(path)
-        loaded = load_model(path, dtype=dtype, device=device, progress=progress)
+        loaded = load_model(path, dtype=dtype, format=format, device=device, progress=progress)
         if loaded.model.shape.labels:
             raise InvalidRequest(f"{path} is a classifier, which does not chat: use Classifier.load")
         if tokenizer.vocab_size > loaded.model.vocab_size:

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from moesaic import checkpoints, formats, models
-from moesaic.checkpoints import Checkpoint
+from moesaic import checkpoints, formats, models, packed
 from moesaic.errors import InvalidParameter
 from moesaic.models import Decoder
 
@@ -41,19 +40,27 @@ class Loaded:
         return frozenset(id for id in ids if isinstance(id, int) and 0 <= id < self.model.vocab_size)
 
 
-def load_model(path: Path, *, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None) -> Loaded:
+def load_model(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    format: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Loaded:
     """Read the checkpoint in folder ``path`` into a model.
 
     Args:
         path: a folder in any layout.
         dtype: float32, bfloat16, float16, or auto: what the checkpoint is stored in.
+        format: what weights are quantized to, see ``models.choose``; None: they stay plain, in ``dtype``.
         device: where the model goes.
         progress: called with the bytes read so far and in all.
 
     Raises:
         NotFound: there is no such folder.
         CheckpointError: something in it is missing, damaged or not understood.
-        InvalidParameter: an unknown dtype or device.
+        InvalidParameter: an unknown dtype, format or device.
     """
     if dtype not in ("auto", *DTYPES):
         raise InvalidParameter("dtype", f"is {dtype!r}, expected auto, {', '.join(DTYPES)}")
@@ -61,23 +68,27 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "cpu", progress
         place = torch.device(device)
     except RuntimeError as error:
         raise InvalidParameter("device", f"is {device!r}, which torch does not know") from error
+    if format is not None:
+        models.choose(format, "float32")  # refused before anything is read
+    if packed.is_packed(path):
+        return _packed(path, dtype, format, place)
     with checkpoints.open(path) as checkpoint:
-        name = _stored_dtype(checkpoint) if dtype == "auto" else dtype
-        model = models.build(
-            checkpoint.config, checkpoint.path, formats.load(name), dtype=getattr(torch, name), device=place
-        )
+        name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
+        roles = {role: formats.load(each) for role, each in models.choose(format or name, name).items()}
+        model = models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=place)
         checkpoints.fill(model.slots(), checkpoint, progress=progress)
         return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation)
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype that most of the checkpoint's bytes are in; float64 counts as float32."""
-    sizes: dict[str, int] = {}
-    for info in checkpoint.tensors.values():
-        name = str(info.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + info.nbytes
-    most = max(sizes, key=lambda name: sizes[name], default="float32")
-    return most if most in DTYPES else "float32"
+def _packed(path: Path, dtype: str, format: str | None, device: torch.device) -> Loaded:
+    """Map a packed folder. What is packed stays as it is."""
+    if format is not None or dtype != "auto":
+        raise InvalidParameter("format" if format is not None else "dtype", f"is decided: {path} holds packed weights")
+    said = packed.read(path)
+    model = packed.load(path)
+    if device.type != "cpu":
+        model.to(device)
+    return Loaded(path, "packed", model, said.config, said.generation)
 
 
 def sizes(model: Decoder, context: int | None, places: int | None, block: int) -> tuple[int, int]:

@@ -52,7 +52,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"moesaic {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["chat", "pull", "convert", "list", "perplexity"])
+@pytest.mark.parametrize("command", ["chat", "pull", "convert", "pack", "list", "perplexity", "bench"])
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])

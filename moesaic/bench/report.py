@@ -6,6 +6,7 @@ Knows how to say it as a JSON object for docs/results. Does not know what is mea
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -28,6 +29,12 @@ def record(command: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         | {name: importlib.metadata.version(name) for name in PACKAGES},
         "figures": dict(figures),
     }
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a record to ``path``, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def machine() -> dict[str, Any]:

@@ -44,6 +44,9 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIED = "tie_word_embeddings"
 
 
+FLOATS = ("float32", "bfloat16", "float16")
+
+
 class Checkpoint(AbstractContextManager["Checkpoint"]):
     """A checkpoint on disk, whatever its layout, in the common language; leaving it closes its files.
 
@@ -219,3 +222,13 @@ def _finite(tensor: Tensor, file: Path, name: str) -> None:
     if tensor.numel() and not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
         kind = "NaN" if torch.isnan(torch.aminmax(tensor)[0]) else "infinity"
         raise CheckpointError(file, f"{name} holds {kind}: expected finite weights; fetch the file again")
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype that most of the checkpoint's bytes are in; float64 counts as float32."""
+    sizes: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        name = str(info.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + info.nbytes
+    most = max(sizes, key=lambda name: sizes[name], default="float32")
+    return most if most in FLOATS else "float32"

@@ -57,7 +57,7 @@ class SafetensorsFiles:
             self._add(path)
 
     def _add(self, path: Path) -> None:
-        for name, info in _header(path).items():
+        for name, info in header(path).items():
             if name in self.tensors:
                 raise CheckpointError(path, f"{name} is also in {self.tensors[name].file.name}")
             self.tensors[name] = info
@@ -93,7 +93,7 @@ class SafetensorsFiles:
             self._mapped = None
 
 
-def _header(path: Path) -> dict[str, TensorInfo]:
+def header(path: Path) -> dict[str, TensorInfo]:
     """Return what the header of ``path`` declares, in data order, after checking it against the file's size."""
     try:
         size = path.stat().st_size
@@ -148,17 +148,17 @@ def write_file(path: Path, views: Mapping[str, View], wrote: Callable[[int], Non
     Wider dtypes go first, so that every tensor is aligned to its own element size.
     """
     order = sorted(views, key=lambda name: -views[name].info.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
         info = views[name].info
-        header[name] = {
+        entries[name] = {
             "dtype": CODES[info.dtype],
             "shape": list(info.shape),
             "data_offsets": [offset, offset + info.nbytes],
         }
         offset += info.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -2,9 +2,9 @@
 
 A file ``formats/<name>.py`` defines ``class Format(Packed)``:
 
-    layout(shape)              {part: (shape, dtype)} that a weight of this logical shape occupies
-    quantize(weight)           {part: tensor} of a plain weight
-    unpack(parts, dtype)       the plain weight again, as near as the format allows
+    layout(shape)                 {part: (shape, dtype)} that a weight of this logical shape occupies
+    quantize(weight)              {part: tensor} of a plain weight
+    unpack(parts, shape, dtype)   the plain weight again, as near as the format allows
 
 That is all a format owes; the reference backend works from it. A fast backend adds a tile
 reader under the same stem. Nothing here knows what a weight is used for.
@@ -60,8 +60,8 @@ class Packed(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def unpack(cls, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Return the plain weight [..., out, in] in ``dtype``; differentiable where the format is."""
+    def unpack(cls, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the plain weight of logical ``shape`` in ``dtype``; differentiable where the format is."""
         raise NotImplementedError
 
     @classmethod
@@ -87,10 +87,10 @@ class Packed(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32, index: int | None = None) -> Tensor:
         """Return the plain weight [..., out, in] in ``dtype``, or entry ``index`` of a stack."""
-        parts = self.parts()
+        parts, shape = self.parts(), self.shape
         if index is not None:
-            parts = {part: tensor[index] for part, tensor in parts.items()}
-        return self.unpack(parts, dtype)
+            parts, shape = {part: tensor[index] for part, tensor in parts.items()}, shape[1:]
+        return self.unpack(parts, shape, dtype)
 
     @torch.no_grad()
     def store(self, weight: Tensor, index: int | None = None) -> None:

@@ -25,5 +25,5 @@ class Plain(Packed):
         return {"weight": weight.to(cls.dtype)}
 
     @classmethod
-    def unpack(cls, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def unpack(cls, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
         return parts["weight"].to(dtype)

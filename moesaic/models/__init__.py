@@ -18,15 +18,50 @@ from typing import Any
 import torch
 
 from moesaic import registry
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, InvalidParameter
 from moesaic.formats import Packed
 from moesaic.models._config import Keys
 from moesaic.models._layers import Decoder
 from moesaic.ops import Group
 
-__all__ = ["Decoder", "build", "types"]
+__all__ = ["Decoder", "build", "choose", "types"]
 
 ROLES = ("embedding", "attention", "mlp", "experts", "head")
+QUANTIZED = ROLES[1:]
+"""Roles that a format may be chosen for; an embedding is looked up, not multiplied, and stays plain."""
+
+PRESETS = {
+    "q8": dict.fromkeys(QUANTIZED, "int8"),
+    "q4": dict.fromkeys(QUANTIZED, "int4") | {"head": "int8"},
+    "q3": {"attention": "int4", "mlp": "int3", "experts": "int3", "head": "int8"},
+    "q2": {"attention": "int4", "mlp": "int2", "experts": "int2", "head": "int8"},
+}
+"""Choices that fit together: what is small and always read keeps more bits than what is large."""
+
+
+def choose(text: str, plain: str) -> dict[str, str]:
+    """Return the format of each role that ``text`` asks for; the later part of it wins.
+
+    Args:
+        text: parts with commas between them: a preset, a format for all roles, or role=format.
+        plain: the format of what is not named.
+
+    Raises:
+        InvalidParameter: a part is none of these.
+    """
+    chosen, known = dict.fromkeys(ROLES, plain), registry.names("formats")
+    for part in text.split(","):
+        role, _, name = part.strip().rpartition("=")
+        if role and role not in QUANTIZED:
+            raise InvalidParameter("format", f"has no part {role!r}: there are {', '.join(QUANTIZED)}")
+        if name in PRESETS and not role:
+            chosen |= PRESETS[name]
+        elif name in known:
+            chosen |= dict.fromkeys([role] if role else QUANTIZED, name)
+        else:
+            choices = ", ".join((*(() if role else PRESETS), *known))
+            raise InvalidParameter("format", f"{name!r} is unknown: there are {choices}")
+    return chosen
 
 
 def types() -> dict[str, str]:
@@ -37,7 +72,7 @@ def types() -> dict[str, str]:
 def build(
     raw: Mapping[str, Any],
     path: Path,
-    format: type[Packed],
+    format: type[Packed] | Mapping[str, type[Packed]],
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -48,7 +83,7 @@ def build(
     Args:
         raw: the configuration, in config.json's vocabulary.
         path: where it came from, for error messages.
-        format: what the weights are made of; router and norms are float32 regardless.
+        format: what the weights are made of, for all or by role; router and norms are float32 regardless.
         dtype: what activations are computed in.
         device: where the weights go; ``meta`` takes no memory.
         group: the ranks that share the model.
@@ -65,5 +100,6 @@ def build(
     config = module.configure(keys)
     keys.finish()
     with torch.device(device):
-        model: Decoder = module.build(config, dict.fromkeys(ROLES, format), group or Group(), dtype)
+        roles = format if isinstance(format, Mapping) else dict.fromkeys(ROLES, format)
+        model: Decoder = module.build(config, roles, group or Group(), dtype)
     return model.eval()

@@ -121,7 +121,7 @@ class Group:
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
     """Return x [T, in] times weight [out, in] transposed: [T, out], in x's dtype."""
-    return cast(Tensor, _pick("linear", x.device.type, weight.name)(x, weight))
+    return cast(Tensor, _pick("linear", x.device.type, weight.name, _trained(x, weight))(x, weight))
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
@@ -136,7 +136,8 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
         ids: [T, k] int64, the chosen experts, distinct within a row.
         scores: [T, k] float32, their weights; routing itself is the model's affair.
     """
-    return cast(Tensor, _pick("experts", x.device.type, gate.name)(x, gate, up, down, ids, scores))
+    op = _pick("experts", x.device.type, gate.name, _trained(x, gate, up, down, scores))
+    return cast(Tensor, op(x, gate, up, down, ids, scores))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window: int | None) -> Tensor:
@@ -152,7 +153,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
         layer: which layer's cache.
         window: how many positions a token sees, itself included; None: all.
     """
-    return cast(Tensor, _pick("attention", q.device.type, None)(q, k, v, batch, layer, window))
+    return cast(Tensor, _pick("attention", q.device.type, None, _trained(q, k, v))(q, k, v, batch, layer, window))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -160,7 +161,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     RMSNorm, arXiv:1910.07467.
     """
-    return cast(Tensor, _pick("rms_norm", x.device.type, None)(x, weight, eps))
+    return cast(Tensor, _pick("rms_norm", x.device.type, None, _trained(x, weight))(x, weight, eps))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     RoPE, arXiv:2104.09864, in Hugging Face's half-split order; computed in float32, in x's dtype.
     """
-    return cast(Tensor, _pick("rope", x.device.type, None)(x, cos, sin))
+    return cast(Tensor, _pick("rope", x.device.type, None, _trained(x))(x, cos, sin))
 
 
 @functools.cache
@@ -182,8 +183,18 @@ def explain(op: str, device: str, format: str | None) -> dict[str, str | None]:
     return {name: registry.load("ops", name).why_not(op, device, format) for name in backends()}
 
 
+def _trained(*inputs: Tensor | Packed) -> bool:
+    """Return whether a gradient is wanted for any of the inputs."""
+    if not torch.is_grad_enabled():
+        return False
+    parts = [part for x in inputs for part in (x.parts().values() if isinstance(x, Packed) else (x,))]
+    return any(part.requires_grad for part in parts)
+
+
 @functools.cache
-def _pick(op: str, device: str, format: str | None) -> Callable[..., Any]:
+def _pick(op: str, device: str, format: str | None, trained: bool) -> Callable[..., Any]:
     """Return the first willing backend's function; a pure function of its arguments, hence cached."""
+    if trained:  # only the reference is differentiable
+        return cast(Callable[..., Any], getattr(registry.load("ops", "reference"), op))
     willing = next(name for name, why in explain(op, device, format).items() if why is None)
     return cast(Callable[..., Any], getattr(registry.load("ops", willing), op))

@@ -15,8 +15,34 @@ torch.manual_seed(0)
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    return registry.load("ops", request.param)
+def backend(request, device, monkeypatch):
+    found = registry.load("ops", request.param)
+    if why := found.why_not("rms_norm", device, None):
+        pytest.skip(f"{request.param}: {why}")
+    if hasattr(found, "_answer"):  # what a kernel forgets to write is NaN
+        monkeypatch.setattr(
+            found, "_answer", lambda x, shape: torch.full(shape, math.nan, dtype=x.dtype, device=x.device)
+        )
+    return found
+
+
+def rounded(x, backend, format):
+    """Return activations [T, n] as the backend multiplies them with weights of this format.
+
+    With whole-numbered weights, kernels round them to 8 bits, with a scale for each 256 columns.
+    """
+    if backend.__name__ == "moesaic.ops.reference" or not format.startswith("int"):
+        return x
+    parts = []
+    for part in x.float().split(256, dim=1):
+        size = part.abs().amax(1, keepdim=True)
+        parts.append((part * torch.where(size > 0, 127 / size, 0)).round() * (size / 127))
+    return torch.cat(parts, dim=1)
+
+
+def skip_unless_read(backend, op, device, format):
+    if why := backend.why_not(op, device, format):
+        pytest.skip(f"{backend.__name__}: {why}")
 
 
 def naive_attention(q, keys, values, positions, window):
@@ -72,22 +98,30 @@ def test_attention_over_a_poisoned_cache(backend, heads, kv_heads, block, window
 
 
 @pytest.mark.parametrize("format", registry.names("formats"))
-@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 4, 1), (7, 8, 2), (5, 3, 3), (64, 8, 2)])
-def test_experts(backend, format, tokens, experts, k):
-    d, f = 24, 16
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "d", "f"),
+    [(1, 4, 1, 24, 16), (7, 8, 2, 24, 16), (5, 3, 3, 300, 33), (64, 8, 2, 64, 320), (40, 2, 1, 33, 600)],
+)
+def test_experts(backend, device, format, tokens, experts, k, d, f):
+    skip_unless_read(backend, "experts", device, format)
     packed = formats.load(format)
     gate, up, down = (packed.pack(torch.randn(experts, *shape) / 4) for shape in ((f, d), (f, d), (d, f)))
     x = torch.randn(tokens, d)
     ids = torch.stack([torch.randperm(max(experts - 1, k))[:k] for _ in range(tokens)])  # the last one stays empty
     scores = torch.rand(tokens, k)
     expected = torch.zeros(tokens, d)
+    sent = rounded(x, backend, format)
     for t in range(tokens):
         for e, score in zip(ids[t].tolist(), scores[t], strict=True):
             g, u, w = (stack.dequantize(index=e) for stack in (gate, up, down))
-            inner = g @ x[t]
-            expected[t] += score * (w @ (inner / (1 + (-inner).exp()) * (u @ x[t])))
+            inner = g @ sent[t]
+            hidden = inner / (1 + (-inner).exp()) * (u @ sent[t])
+            expected[t] += score * (w @ rounded(hidden[None], backend, format)[0])
     found = backend.experts(x, gate, up, down, ids, scores)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    # A hidden value next to a half may be rounded the other way; no more than a few are.
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+    if not format.startswith("int"):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_experts_gradients(backend):
@@ -114,12 +148,17 @@ def test_experts_gradients(backend):
 
 
 @pytest.mark.parametrize("format", registry.names("formats"))
-@pytest.mark.parametrize(("tokens", "inp", "out"), [(1, 8, 3), (5, 33, 17), (64, 64, 128)])
-def test_linear(backend, format, tokens, inp, out):
+@pytest.mark.parametrize(
+    ("tokens", "inp", "out"),
+    [(1, 8, 3), (5, 33, 17), (64, 64, 128), (2, 4096, 40), (3, 320, 31), (4, 256, 32), (13, 700, 65), (300, 128, 33)],
+)
+def test_linear(backend, device, format, tokens, inp, out):
+    skip_unless_read(backend, "linear", device, format)
     weight = formats.load(format).pack(torch.randn(out, inp))
     x = torch.randn(tokens, inp)
-    expected = torch.stack([(weight.dequantize() * row).sum(-1) for row in x])
-    torch.testing.assert_close(backend.linear(x, weight), expected, atol=1e-4, rtol=1e-4)
+    plain = weight.dequantize().double()
+    expected = torch.stack([(plain * row).sum(-1) for row in rounded(x, backend, format).double()])
+    torch.testing.assert_close(backend.linear(x, weight).double(), expected, atol=1e-3, rtol=1e-5)
 
 
 def test_rms_norm(backend):

@@ -1,0 +1,20 @@
+// Four bits a weight: low halves of bytes are columns 0 .. 3, high ones columns 4 .. 7.
+#pragma once
+
+#include "../vec.h"
+
+namespace moesaic::MOESAIC_ISA {
+
+struct Int4 {
+    static constexpr int BITS = 4, GROUP = 32, FACTOR = 1;
+    static constexpr int RUN = 8;
+
+    template <class Body>
+    static MOESAIC_INLINE void run(const uint8_t* p, Body body) {
+        const I low = set(0x0f0f0f0f), a = load(p), b = load(p + 64);
+        body(0, bit_and(a, low), bit_and(b, low));
+        body(1, bit_and(shift_right<4>(a), low), bit_and(shift_right<4>(b), low));
+    }
+};
+
+}  // namespace moesaic::MOESAIC_ISA

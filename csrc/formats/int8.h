@@ -1,0 +1,19 @@
+// Eight bits a weight: v + 128, no scales. See moesaic/formats/_tiles.py for where the bytes lie.
+#pragma once
+
+#include "../vec.h"
+
+namespace moesaic::MOESAIC_ISA {
+
+struct Int8 {
+    static constexpr int BITS = 8, GROUP = 0, FACTOR = 1;
+    static constexpr int RUN = 4;  // columns that run() unpacks at once
+
+    // Call body(j, q0, q1) with columns 4 j .. 4 j + 3 of rows 0 .. 15 and 16 .. 31.
+    template <class Body>
+    static MOESAIC_INLINE void run(const uint8_t* p, Body body) {
+        body(0, load(p), load(p + 64));
+    }
+};
+
+}  // namespace moesaic::MOESAIC_ISA

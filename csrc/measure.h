@@ -1,0 +1,53 @@
+// The limits that speeds are compared with: how fast memory is read, and how fast bytes are multiplied.
+#pragma once
+
+#include "pool.h"
+#include "vec.h"
+
+namespace moesaic::MOESAIC_ISA {
+
+inline volatile int32_t sink;  // what is computed goes somewhere, so that it is computed
+
+constexpr int64_t PIECE = 4 << 20;
+
+// Read all of the memory once, with all threads: each piece of 4 MiB as some streams side by side,
+// asking for data `ahead` bytes before it is needed (0: leaving that to the processor).
+inline void read_memory(const uint8_t* memory, int64_t bytes, int streams, int ahead) {
+    run(bytes / PIECE, [&](int64_t piece, int) {
+        const uint8_t* p = memory + piece * PIECE;
+        const int64_t length = PIECE / streams;
+        I sum[8];
+        for (auto& each : sum) each = set(0);
+        for (int64_t at = 0; at < length; at += 128) {
+            for (int s = 0; s < streams; ++s) {
+                const uint8_t* line = p + s * length + at;
+                if (ahead) {
+                    prefetch(line + ahead);
+                    prefetch(line + ahead + 64);
+                }
+                sum[2 * s] = add(sum[2 * s], load(line));
+                sum[2 * s + 1] = add(sum[2 * s + 1], load(line + 64));
+            }
+        }
+        for (int i = 1; i < 8; ++i) sum[0] = add(sum[0], sum[i]);
+        sink = largest(sum[0]);
+    });
+}
+
+// Multiply and add bytes in registers, with all threads; return how many of both were done.
+inline int64_t multiply(int64_t rounds) {
+    constexpr int SUMS = 2 * TILE, TASKS = 64;
+    run(TASKS, [&](int64_t, int) {
+        I sums[SUMS], a = set(sink), b = set(sink + 1);
+        for (auto& sum : sums) sum = set(0);
+        for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 24
+            for (int j = 0; j < SUMS; ++j) sums[j] = dot_biased(sums[j], a, b);
+        }
+        for (int j = 1; j < SUMS; ++j) sums[0] = add(sums[0], sums[j]);
+        sink = largest(sums[0]);
+    });
+    return TASKS * rounds * SUMS * 64 * 2;
+}
+
+}  // namespace moesaic::MOESAIC_ISA

@@ -1,0 +1,180 @@
+#include "pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include <pthread.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace moesaic {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// About what Python needs between two ops; longer would take the core from others for nothing.
+constexpr auto SPIN = std::chrono::microseconds(60);
+constexpr uint32_t CLOSED = 1u << 31;
+
+void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+// Spin until done() or for SPIN; return done().
+template <class F>
+bool spin(F done) {
+    const auto until = Clock::now() + SPIN;
+    do {
+        for (int i = 0; i < 64; ++i) {
+            if (done()) return true;
+            pause();
+        }
+    } while (Clock::now() < until);
+    return done();
+}
+
+class Pool {
+  public:
+    explicit Pool(int count) {
+        for (int worker = 1; worker < count; ++worker) helpers_.emplace_back([this, worker] { help(worker); });
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard lock(mutex_);
+            ending_ = true;
+        }
+        work_.notify_all();
+        for (auto& helper : helpers_) helper.join();
+    }
+
+    int count() const { return int(helpers_.size()) + 1; }
+
+    void run(int64_t count, Task task, void* context) {
+        task_ = task;
+        context_ = context;
+        count_ = count;
+        next_.store(0, std::memory_order_relaxed);
+        // Opens the gate. Who is just looking in from the run before is counted, hence no plain store.
+        inside_.fetch_and(~CLOSED, std::memory_order_acq_rel);
+        {
+            // A helper decides under this lock to sleep, so none can miss the new number.
+            std::lock_guard lock(mutex_);
+            epoch_.fetch_add(1, std::memory_order_release);
+        }
+        if (sleeping_.load(std::memory_order_relaxed) > 0) work_.notify_all();
+        work(0);
+        const uint32_t before = inside_.fetch_or(CLOSED, std::memory_order_acq_rel);
+        if (before == 0) return;  // who was not there in time is not waited for
+        const auto empty = [this] { return inside_.load(std::memory_order_acquire) == CLOSED; };
+        if (spin(empty)) return;
+        std::unique_lock lock(mutex_);
+        done_.wait(lock, empty);
+    }
+
+  private:
+    void work(int worker) {
+        for (;;) {
+            const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
+            if (index >= count_) return;
+            task_(context_, index, worker);
+        }
+    }
+
+    void help(int worker) {
+        uint64_t seen = 0;
+        for (;;) {
+            const auto news = [&] { return epoch_.load(std::memory_order_acquire) != seen || ending_.load(); };
+            if (!spin(news)) {
+                std::unique_lock lock(mutex_);
+                sleeping_.fetch_add(1);
+                work_.wait(lock, news);
+                sleeping_.fetch_sub(1);
+            }
+            if (ending_.load()) return;
+            seen = epoch_.load(std::memory_order_acquire);
+            if (!(inside_.fetch_add(1, std::memory_order_acq_rel) & CLOSED)) work(worker);
+            if (inside_.fetch_sub(1, std::memory_order_acq_rel) == (CLOSED | 1)) {
+                std::lock_guard lock(mutex_);
+                done_.notify_one();
+            }
+        }
+    }
+
+    Task task_ = nullptr;
+    void* context_ = nullptr;
+    int64_t count_ = 0;
+    alignas(64) std::atomic<int64_t> next_{0};
+    // How many helpers work on the task at hand; CLOSED when no more may begin.
+    alignas(64) std::atomic<uint32_t> inside_{CLOSED};
+    alignas(64) std::atomic<uint64_t> epoch_{0};
+    std::atomic<int> sleeping_{0};
+    std::atomic<bool> ending_{false};
+    std::mutex mutex_;
+    std::condition_variable work_, done_;
+    std::vector<std::thread> helpers_;
+};
+
+std::mutex turn;
+Pool* pool = nullptr;
+
+// Threads do not survive a fork; the child makes its own when it needs them.
+void after_fork() {
+    pool = nullptr;
+    new (&turn) std::mutex;
+}
+
+const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+
+Pool& current() {
+    if (!pool) pool = new Pool(std::clamp(int(std::thread::hardware_concurrency()), 1, 1024));
+    return *pool;
+}
+
+}  // namespace
+
+Turn::Turn() { turn.lock(); }
+Turn::~Turn() { turn.unlock(); }
+
+void run(int64_t count, Task task, void* context) {
+    if (count == 1) {
+        task(context, 0, 0);
+    } else if (count > 1) {
+        current().run(count, task, context);
+    }
+}
+
+int threads() { return current().count(); }
+
+void set_threads(int count) {
+    if (pool && pool->count() == count) return;
+    delete pool;
+    pool = new Pool(count);
+}
+
+uint8_t* scratch(int number, int64_t bytes) {
+    static struct { uint8_t* memory; int64_t bytes; } slots[16 + 1024];
+    auto& slot = slots[number];
+    if (slot.bytes < bytes) {
+        std::free(slot.memory);
+        const int64_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+        slot.memory = static_cast<uint8_t*>(std::aligned_alloc(4096, size));
+        if (!slot.memory) throw std::bad_alloc();
+        slot.bytes = size;
+    }
+    return slot.memory;
+}
+
+}  // namespace moesaic

@@ -1,0 +1,302 @@
+// Sixteen 32-bit lanes, as the instruction set at hand has them. A file that includes this is compiled
+// once for each: AVX-512 with VNNI, AVX2, and plain C++ (which the compiler maps to NEON and others).
+//
+// All is in the namespace MOESAIC_ISA, so that the linker cannot mix code of two instruction sets;
+// for the same reason nothing here may call a template of the standard library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#define MOESAIC_ISA avx512
+#define MOESAIC_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define MOESAIC_ISA avx2
+#define MOESAIC_AVX2 1
+#else
+#define MOESAIC_ISA portable
+#endif
+
+#define MOESAIC_INLINE inline __attribute__((always_inline))
+
+namespace moesaic::MOESAIC_ISA {
+
+MOESAIC_INLINE int32_t word(const void* p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return x;
+}
+
+MOESAIC_INLINE float bf16_to_float(uint16_t x) {
+    const uint32_t wide = uint32_t(x) << 16;
+    float f;
+    memcpy(&f, &wide, 4);
+    return f;
+}
+
+// Rounds to nearest, ties to even; a NaN stays one.
+MOESAIC_INLINE uint16_t float_to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+MOESAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+#if MOESAIC_AVX512
+
+using I = __m512i;  // 16 int32, or 32 int16, or 64 bytes
+using F = __m512;   // 16 float
+
+constexpr int TILE = 12;  // tokens whose sums for 32 rows fit the registers
+
+MOESAIC_INLINE I load(const void* p) { return _mm512_loadu_si512(p); }
+MOESAIC_INLINE void store(void* p, I x) { _mm512_storeu_si512(p, x); }
+MOESAIC_INLINE I set(int32_t x) { return _mm512_set1_epi32(x); }
+MOESAIC_INLINE I broadcast(const void* p) { return _mm512_set1_epi32(word(p)); }
+MOESAIC_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
+MOESAIC_INLINE I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+template <int N>
+MOESAIC_INLINE I shift_right(I a) { return _mm512_srli_epi32(a, N); }
+template <int N>
+MOESAIC_INLINE I shift_left(I a) { return _mm512_slli_epi32(a, N); }
+template <int N>
+MOESAIC_INLINE I shift_right_signed(I a) { return _mm512_srai_epi32(a, N); }
+MOESAIC_INLINE I negate(I a) { return _mm512_sub_epi32(_mm512_setzero_si512(), a); }
+MOESAIC_INLINE I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+MOESAIC_INLINE I multiply_words(I a, I b) { return _mm512_mullo_epi16(a, b); }
+MOESAIC_INLINE I subtract_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
+// acc + the sum of four products in each lane: u unsigned bytes, s signed bytes.
+MOESAIC_INLINE I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
+// The same for weights v that are stored as v + BIAS.
+constexpr int BIAS = 128;
+MOESAIC_INLINE I dot_biased(I acc, I w, I s) { return _mm512_dpbusd_epi32(acc, w, s); }
+// acc + the sum of two products of signed words in each lane.
+MOESAIC_INLINE I dot_words(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+MOESAIC_INLINE I load_bytes(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+MOESAIC_INLINE I load_words_of_bytes(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+MOESAIC_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+MOESAIC_INLINE I to_int(F x) { return _mm512_cvtps_epi32(x); }  // nearest, ties to even
+MOESAIC_INLINE F zero() { return _mm512_setzero_ps(); }
+MOESAIC_INLINE F set(float x) { return _mm512_set1_ps(x); }
+MOESAIC_INLINE F load_float(const float* p) { return _mm512_loadu_ps(p); }
+MOESAIC_INLINE void store_float(float* p, F x) { _mm512_storeu_ps(p, x); }
+MOESAIC_INLINE F load_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+MOESAIC_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+MOESAIC_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+MOESAIC_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+MOESAIC_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+MOESAIC_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+MOESAIC_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }  // b where one is NaN
+MOESAIC_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+MOESAIC_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
+MOESAIC_INLINE I bits(F a) { return _mm512_castps_si512(a); }
+MOESAIC_INLINE F from_bits(I a) { return _mm512_castsi512_ps(a); }
+
+#elif MOESAIC_AVX2
+
+struct I { __m256i a, b; };
+struct F { __m256 a, b; };
+
+constexpr int TILE = 3;
+
+MOESAIC_INLINE I load(const void* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+MOESAIC_INLINE void store(void* p, I x) {
+    _mm256_storeu_si256((__m256i*)p, x.a);
+    _mm256_storeu_si256((__m256i*)p + 1, x.b);
+}
+MOESAIC_INLINE I set(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+MOESAIC_INLINE I broadcast(const void* p) { return set(word(p)); }
+#define MOESAIC_BOTH(name, function) \
+    MOESAIC_INLINE I name(I x, I y) { return {function(x.a, y.a), function(x.b, y.b)}; }
+MOESAIC_BOTH(add, _mm256_add_epi32)
+MOESAIC_BOTH(bit_and, _mm256_and_si256)
+MOESAIC_BOTH(bit_or, _mm256_or_si256)
+MOESAIC_BOTH(multiply_words, _mm256_mullo_epi16)
+MOESAIC_BOTH(subtract_bytes, _mm256_sub_epi8)
+MOESAIC_BOTH(max, _mm256_max_epi32)
+#undef MOESAIC_BOTH
+template <int N>
+MOESAIC_INLINE I shift_right(I x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
+template <int N>
+MOESAIC_INLINE I shift_left(I x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
+template <int N>
+MOESAIC_INLINE I shift_right_signed(I x) { return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)}; }
+MOESAIC_INLINE I negate(I x) {
+    return {_mm256_sub_epi32(_mm256_setzero_si256(), x.a), _mm256_sub_epi32(_mm256_setzero_si256(), x.b)};
+}
+// u below 128, so that the sum of two products stays within 16 bits.
+MOESAIC_INLINE __m256i dot(__m256i acc, __m256i u, __m256i s) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+}
+MOESAIC_INLINE I dot(I acc, I u, I s) { return {dot(acc.a, u.a, s.a), dot(acc.b, u.b, s.b)}; }
+// v itself; its sign goes over to the activation.
+constexpr int BIAS = 0;
+MOESAIC_INLINE __m256i dot_biased(__m256i acc, __m256i v, __m256i s) {
+    return dot(acc, _mm256_abs_epi8(v), _mm256_sign_epi8(s, v));
+}
+MOESAIC_INLINE I dot_biased(I acc, I v, I s) { return {dot_biased(acc.a, v.a, s.a), dot_biased(acc.b, v.b, s.b)}; }
+MOESAIC_INLINE I dot_words(I acc, I x, I y) {
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
+}
+MOESAIC_INLINE I load_bytes(const void* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
+}
+MOESAIC_INLINE I load_words_of_bytes(const void* p) {
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+MOESAIC_INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+MOESAIC_INLINE I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+MOESAIC_INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+MOESAIC_INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+MOESAIC_INLINE F load_float(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+MOESAIC_INLINE void store_float(float* p, F x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+MOESAIC_INLINE F load_bf16(const uint16_t* p) {
+    const __m128i* q = (const __m128i*)p;
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16))};
+}
+MOESAIC_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+MOESAIC_INLINE F fms(F x, F y, F z) { return {_mm256_fmsub_ps(x.a, y.a, z.a), _mm256_fmsub_ps(x.b, y.b, z.b)}; }
+MOESAIC_INLINE F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+MOESAIC_INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+MOESAIC_INLINE F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+MOESAIC_INLINE F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+MOESAIC_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+MOESAIC_INLINE I bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+MOESAIC_INLINE F from_bits(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+
+#else
+
+// Vectors of the compiler (GCC and Clang), which it cuts into what the processor has.
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef float F __attribute__((vector_size(64)));
+
+constexpr int TILE = 2;
+
+template <class T>
+MOESAIC_INLINE T load_as(const void* p) {
+    T x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+MOESAIC_INLINE I load(const void* p) { return load_as<I>(p); }
+MOESAIC_INLINE void store(void* p, I x) { memcpy(p, &x, 64); }
+MOESAIC_INLINE I set(int32_t x) { return I{} + x; }
+MOESAIC_INLINE I broadcast(const void* p) { return set(word(p)); }
+MOESAIC_INLINE I add(I a, I b) { return a + b; }
+MOESAIC_INLINE I bit_and(I a, I b) { return a & b; }
+MOESAIC_INLINE I bit_or(I a, I b) { return a | b; }
+template <int N>
+MOESAIC_INLINE I shift_right(I a) { return I(U(a) >> N); }
+template <int N>
+MOESAIC_INLINE I shift_left(I a) { return I(U(a) << N); }
+template <int N>
+MOESAIC_INLINE I shift_right_signed(I a) { return a >> N; }
+MOESAIC_INLINE I negate(I a) { return -a; }
+MOESAIC_INLINE I multiply_words(I a, I b) {
+    const U x = U(a), y = U(b);
+    return I(((x & 0xffff) * (y & 0xffff) & 0xffff) | ((x >> 16) * (y >> 16)) << 16);
+}
+MOESAIC_INLINE I subtract_bytes(I a, I b) {
+    const U x = U(a), y = U(b);
+    return I(((x | 0x80808080u) - (y & 0x7f7f7f7fu)) ^ ((x ^ ~y) & 0x80808080u));
+}
+MOESAIC_INLINE I dot(I acc, I u, I s) {
+    for (int j = 0; j < 32; j += 8) acc += I(U(u) >> j & 255) * (I(U(s) << (24 - j)) >> 24);
+    return acc;
+}
+constexpr int BIAS = 128;
+MOESAIC_INLINE I dot_biased(I acc, I w, I s) { return dot(acc, w, s); }
+MOESAIC_INLINE I dot_words(I acc, I a, I b) {
+    return acc + (I(U(a) << 16) >> 16) * (I(U(b) << 16) >> 16) + (a >> 16) * (b >> 16);
+}
+MOESAIC_INLINE I load_bytes(const void* p) {
+    I x;
+    for (int i = 0; i < 16; ++i) x[i] = ((const uint8_t*)p)[i];
+    return x;
+}
+MOESAIC_INLINE I load_words_of_bytes(const void* p) {
+    I x;
+    for (int i = 0; i < 16; ++i) {
+        const int32_t low = ((const int8_t*)p)[2 * i], high = ((const int8_t*)p)[2 * i + 1];
+        x[i] = int32_t(uint32_t(low & 0xffff) | uint32_t(high) << 16);
+    }
+    return x;
+}
+MOESAIC_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
+MOESAIC_INLINE I to_int(F x) {
+    I y;
+    for (int i = 0; i < 16; ++i) y[i] = x[i] == x[i] ? int32_t(__builtin_rintf(x[i])) : INT32_MIN;
+    return y;
+}
+MOESAIC_INLINE F zero() { return F{}; }
+MOESAIC_INLINE F set(float x) { return F{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+MOESAIC_INLINE F load_float(const float* p) { return load_as<F>(p); }
+MOESAIC_INLINE void store_float(float* p, F x) { memcpy(p, &x, 64); }
+MOESAIC_INLINE F load_bf16(const uint16_t* p) {
+    F x;
+    for (int i = 0; i < 16; ++i) x[i] = bf16_to_float(p[i]);
+    return x;
+}
+__attribute__((noinline)) inline F fma(F a, F b, F c) {
+    for (int i = 0; i < 16; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return a;
+}
+MOESAIC_INLINE F fms(F a, F b, F c) { return fma(a, b, -c); }
+MOESAIC_INLINE F mul(F a, F b) { return a * b; }
+MOESAIC_INLINE F add(F a, F b) { return a + b; }
+MOESAIC_INLINE F div(F a, F b) { return a / b; }
+MOESAIC_INLINE I bits(F x) { return I(x); }
+MOESAIC_INLINE F from_bits(I x) { return F(x); }
+MOESAIC_INLINE I choose(I mask, I a, I b) { return (mask & a) | (~mask & b); }
+MOESAIC_INLINE F min(F a, F b) { return from_bits(choose(I(a < b), bits(a), bits(b))); }
+MOESAIC_INLINE F max(F a, F b) { return from_bits(choose(I(a > b), bits(a), bits(b))); }
+MOESAIC_INLINE I max(I a, I b) { return choose(I(a > b), a, b); }
+
+#endif
+
+MOESAIC_INLINE int32_t largest(I x) {
+    int32_t v[16], most;
+    store(v, x);
+    most = v[0];
+    for (int i = 1; i < 16; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// e^x within 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.
+MOESAIC_INLINE F exp(F x) {
+    const F bounded = max(set(-104.0f), min(set(104.0f), x));  // the second argument goes through if it is NaN
+    const I n = to_int(mul(bounded, set(1.44269504f)));
+    const F whole = to_float(n);
+    F r = fma(whole, set(-0.693359375f), bounded);
+    r = fma(whole, set(2.12194440e-4f), r);
+    F p = set(1.9875691500e-4f);  // Cephes, expf
+    p = fma(p, r, set(1.3981999507e-3f));
+    p = fma(p, r, set(8.3334519073e-3f));
+    p = fma(p, r, set(4.1665795894e-2f));
+    p = fma(p, r, set(1.6666665459e-1f));
+    p = fma(p, r, set(5.0000001201e-1f));
+    p = fma(p, mul(r, r), add(r, set(1.0f)));
+    // 2^n in two steps, as n may lie outside the exponents of normal numbers.
+    const I half = shift_right_signed<1>(n), rest = add(n, negate(half));
+    const F first = from_bits(shift_left<23>(add(half, set(127)))), second = from_bits(shift_left<23>(add(rest, set(127))));
+    return mul(mul(p, first), second);
+}
+
+}  // namespace moesaic::MOESAIC_ISA

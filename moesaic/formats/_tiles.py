@@ -1,0 +1,264 @@
+"""What the integer formats share: tiles of 32 rows that a kernel reads from front to back.
+
+A weight stands for ``step * v`` with a small whole number v, -128 <= v <= 127, and one bfloat16
+step for each 256 columns of a row. Formats of fewer than 8 bits build v from a code q, with an
+own pair of numbers for each ``group`` columns of a row:
+
+    v = factor * scale * q - offset        q: ``bits`` bits, scale: 1 .. 15, offset: -127 .. 127
+
+Because v is whole, a product with whole activations is exact in whatever order it is summed up:
+every kernel, for one token or for many, gives the same bits.
+
+In memory, block by block of 32 rows, and in it superblock by superblock of 256 columns (the last
+one may have 64, 128 or 192; missing rows and columns are zero):
+
+    steps     [32] bfloat16
+    scales    [groups][16] uint8: the low four bits are row i's, the high ones row 16 + i's
+    offsets   [pairs of groups][2 halves][16 rows][2] int8; halves: rows 0 .. 15 and 16 .. 31
+    codes     see ``_codes``; a 32-bit word belongs to one row, a half of 16 rows fills 64 bytes
+
+Scales are padded to 64 bytes, offsets to a whole pair; int8 has neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moesaic.formats import Layout, Packed, Shape
+
+ROWS = 32
+SUPER = 256
+PAD = 64
+"""Columns are filled up to a multiple of this."""
+LARGEST_SCALE = 15
+HEADROOM = 120
+"""|w / step| stays below this, so that rounding outwards never leaves the range of v."""
+SLICE = 1 << 22
+"""Weights that are quantized at once, to bound the memory it needs."""
+
+
+class Tiled(Packed):
+    """A weight in tiles; a format names its numbers and nothing else."""
+
+    bits: ClassVar[int]
+    group: ClassVar[int] = 0
+    """Columns that share a scale and an offset; 0: none do, v itself is stored."""
+    factor: ClassVar[int] = 1
+
+    @classmethod
+    def layout(cls, shape: Shape) -> Layout:
+        *stack, out, columns = shape
+        return {"tiles": ((*stack, -(-out // ROWS), cls.block_bytes(columns)), torch.uint8)}
+
+    @classmethod
+    def block_bytes(cls, columns: int) -> int:
+        """Return the bytes of one block of 32 rows."""
+        return sum(end - begin for begin, end, _ in cls._superblocks(columns))
+
+    @classmethod
+    def _superblocks(cls, columns: int) -> Iterator[tuple[int, int, int]]:
+        """Yield where each superblock's bytes begin and end in a block, and how many columns it has."""
+        at, left = 0, -(-columns // PAD) * PAD
+        while left:
+            width = min(SUPER, left)
+            end = at + sum(cls._sections(width))
+            yield at, end, width
+            at, left = end, left - width
+
+    @classmethod
+    def _sections(cls, width: int) -> tuple[int, int, int, int]:
+        """Return the bytes of steps, scales, offsets and codes of a superblock."""
+        groups = width // cls.group if cls.group else 0
+        return 2 * ROWS, _padded(groups * 16), _padded(groups * ROWS), ROWS * width * cls.bits // 8
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
+        [(shape, dtype)] = cls.layout(tuple(weight.shape)).values()
+        tiles = torch.empty(shape, dtype=dtype, device=weight.device).reshape(-1, *shape[-2:])
+        rows = max(1, SLICE // weight.shape[-1] // ROWS) * ROWS
+        for matrix, target in zip(weight.reshape(-1, *weight.shape[-2:]), tiles, strict=True):
+            for begin in range(0, len(matrix), rows):
+                block = begin // ROWS
+                part = _filled(matrix[begin : begin + rows].float())
+                target[block : block + len(part) // ROWS] = cls._tile(part)
+        return {"tiles": tiles.reshape(shape)}
+
+    @classmethod
+    def unpack(cls, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+        tiles, (*stack, out, columns) = parts["tiles"], shape
+        pieces = []
+        for begin, end, width in cls._superblocks(columns):
+            pieces.append(cls._untile(tiles[..., begin:end].reshape(-1, end - begin), width))
+        plain = torch.cat(pieces, dim=-1).reshape(*stack, tiles.shape[-2] * ROWS, -1)
+        return plain[..., :out, :columns].to(dtype)
+
+    @classmethod
+    def _tile(cls, plain: Tensor) -> Tensor:
+        """Return the tiles [blocks, bytes] of plain weights [32 blocks, columns], both filled up."""
+        pieces = []
+        for part in plain.split(SUPER, dim=1):
+            step, scale, offset, codes = cls._round(part)
+            steps = step.to(torch.bfloat16).reshape(-1, ROWS).view(torch.uint8)
+            pieces += [steps, _pack_scales(scale), _pack_offsets(offset), cls._pack_codes(codes)]
+        return torch.cat(pieces, dim=1)
+
+    @classmethod
+    def _untile(cls, tile: Tensor, width: int) -> Tensor:
+        """Return plain float32 weights [blocks, 32, width] of one superblock's bytes [blocks, bytes]."""
+        steps, scales, offsets, codes = tile.split(cls._sections(width), dim=1)
+        step = steps.contiguous().view(torch.bfloat16).float()[:, :, None]
+        q = cls._unpack_codes(codes, width)
+        if not cls.group:
+            plain: Tensor = step * (q - 128)
+            return plain
+        groups = width // cls.group
+        scale = _unpack_scales(scales, groups)[..., None] * cls.factor
+        offset = _unpack_offsets(offsets, groups)[..., None]
+        v = q.reshape(*q.shape[:2], groups, cls.group) * scale - offset
+        plain = step * v.flatten(2)
+        return plain
+
+    @classmethod
+    def _round(cls, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return step [R], scale and offset [R, groups], and codes [R, width] of one superblock.
+
+        Of a few scales, the one with the least squared error is taken: a narrower grid cuts off
+        the group's extremes, and is finer for all others.
+        """
+        if not cls.group:
+            step = _upwards(part.abs().amax(1) / 127)
+            codes = (part / _nonzero(step)[:, None]).round().clamp(-127, 127) + 128
+            return step, part.new_zeros(len(part), 0), part.new_zeros(len(part), 0), codes
+        levels = (1 << cls.bits) - 1
+        w = part.reshape(len(part), -1, cls.group)
+        low, high = w.amin(2), w.amax(2)
+        reach = torch.maximum(
+            (high - low).amax(1) / (LARGEST_SCALE * levels * cls.factor), part.abs().amax(1) / HEADROOM
+        )
+        step = _upwards(reach)
+        w = w / _nonzero(step)[:, None, None]
+        low, high = w.amin(2), w.amax(2)
+        widest = ((high - low) / (levels * cls.factor)).ceil().clamp(1, LARGEST_SCALE)
+        best: tuple[Tensor, ...] | None = None
+        for share in NARROWER[cls.bits]:
+            scale = (widest * share).round().clamp(1, LARGEST_SCALE)
+            grid = scale * cls.factor
+            offset = ((grid * levels - low - high) / 2).round().clamp(-127, 127)
+            most = ((127 + offset) / grid).floor().clamp(0, levels)
+            codes = ((w + offset[..., None]) / grid[..., None]).round().clamp_min(0).minimum(most[..., None])
+            error = (codes * grid[..., None] - offset[..., None] - w).square().sum(2)
+            found = (error, scale, offset, codes)
+            if best is None:
+                best = found
+            else:
+                less = error < best[0]
+                best = tuple(
+                    torch.where(less if new.dim() == 2 else less[..., None], new, old)
+                    for new, old in zip(found, best, strict=True)
+                )
+        assert best is not None
+        return step, best[1], best[2], best[3].flatten(1)
+
+    @classmethod
+    def _pack_codes(cls, codes: Tensor) -> Tensor:
+        """Return the bytes [blocks, n] of codes [32 blocks, width]."""
+        q = codes.to(torch.uint8).reshape(-1, 2, 16, codes.shape[1])  # [blocks, halves, rows, width]
+        planes = [_pack_plane((q >> low) & ((1 << bits) - 1), bits) for low, bits in PLANES[cls.bits]]
+        # The planes of each 32 columns follow one another.
+        runs = codes.shape[1] // RUN[cls.bits]
+        return torch.cat([plane.reshape(len(q), runs, -1) for plane in planes], dim=2).flatten(1)
+
+    @classmethod
+    def _unpack_codes(cls, data: Tensor, width: int) -> Tensor:
+        """Return codes [blocks, 32, width] as float32, of bytes [blocks, n]."""
+        runs = width // RUN[cls.bits]
+        planes = data.reshape(len(data), runs, -1).split(
+            [ROWS * RUN[cls.bits] * bits // 8 for _, bits in PLANES[cls.bits]], dim=2
+        )
+        q = data.new_zeros(len(data), ROWS, width)
+        for (low, bits), plane in zip(PLANES[cls.bits], planes, strict=True):
+            q += _unpack_plane(plane.reshape(len(data), -1), bits, width) << low
+        return q.float()
+
+
+NARROWER = {2: (1.0, 0.9, 0.8, 0.7, 0.6), 3: (1.0, 0.9, 0.8), 4: (1.0, 0.93)}
+"""Scales that are tried, as shares of the one that reaches a group's extremes."""
+
+PLANES = {8: ((0, 8),), 4: ((0, 4),), 3: ((0, 2), (2, 1)), 2: ((0, 2),)}
+"""(lowest bit, bits) of the parts in which a code is stored: a field must divide a byte."""
+
+RUN = {8: PAD, 4: PAD, 3: 32, 2: PAD}
+"""Columns after which the planes begin anew."""
+
+
+def _pack_plane(q: Tensor, bits: int) -> Tensor:
+    """Return bytes [blocks, n] of fields [blocks, 2, 16, width].
+
+    With p = 8 / bits fields in a byte, 4 p columns of a row make one 32-bit word: field j of its
+    byte b is column 4 j + b. Then come the other rows of the half, the other half, the next columns.
+    """
+    fields = 8 // bits
+    blocks, _, _, width = q.shape
+    q = q.reshape(blocks, 2, 16, width // (4 * fields), fields, 4)
+    shifts = bits * torch.arange(fields, device=q.device, dtype=torch.uint8)
+    packed = (q << shifts[:, None]).sum(4, dtype=torch.uint8)  # [blocks, halves, rows, chunks, 4]
+    return packed.permute(0, 3, 1, 2, 4).reshape(blocks, -1)
+
+
+def _unpack_plane(data: Tensor, bits: int, width: int) -> Tensor:
+    """Return fields [blocks, 32, width] of bytes [blocks, n]."""
+    fields = 8 // bits
+    packed = data.reshape(len(data), -1, 2, 16, 1, 4)  # [blocks, chunks, halves, rows, 1, 4]
+    shifts = bits * torch.arange(fields, device=data.device, dtype=torch.uint8)
+    q = (packed >> shifts[:, None]) & ((1 << bits) - 1)
+    return q.permute(0, 2, 3, 1, 4, 5).reshape(len(data), ROWS, width)
+
+
+def _pack_scales(scale: Tensor) -> Tensor:
+    """Return bytes [blocks, padded] of scales [32 blocks, groups]."""
+    halves = scale.to(torch.uint8).reshape(len(scale) // ROWS, 2, 16, scale.shape[1])
+    packed = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).flatten(1)
+    return torch.nn.functional.pad(packed, (0, _padded(packed.shape[1]) - packed.shape[1]))
+
+
+def _unpack_scales(data: Tensor, groups: int) -> Tensor:
+    packed = data[:, : groups * 16].reshape(len(data), groups, 16)
+    return torch.cat((packed & 15, packed >> 4), dim=2).transpose(1, 2)  # [blocks, 32, groups]
+
+
+def _pack_offsets(offset: Tensor) -> Tensor:
+    """Return bytes [blocks, 32 groups] of offsets [32 blocks, groups]."""
+    even = torch.nn.functional.pad(offset, (0, offset.shape[1] % 2)).to(torch.int8)
+    pairs = even.reshape(len(even) // ROWS, 2, 16, even.shape[1] // 2, 2)
+    return pairs.permute(0, 3, 1, 2, 4).flatten(1).view(torch.uint8)
+
+
+def _unpack_offsets(data: Tensor, groups: int) -> Tensor:
+    pairs = data.contiguous().view(torch.int8).reshape(len(data), -(-groups // 2), 2, 16, 2)
+    return pairs.permute(0, 2, 3, 1, 4).reshape(len(data), ROWS, -1)[..., :groups]
+
+
+def _filled(part: Tensor) -> Tensor:
+    """Return weights [rows, columns] with zeros up to whole blocks."""
+    rows, columns = part.shape
+    return torch.nn.functional.pad(part, (0, -columns % PAD, 0, -rows % ROWS))
+
+
+def _upwards(x: Tensor) -> Tensor:
+    """Return the least bfloat16 numbers, as float32, that are not below x >= 0."""
+    rounded = x.to(torch.bfloat16)
+    bits = rounded.view(torch.int16)
+    return torch.where(rounded.float() < x, (bits + 1).view(torch.bfloat16), rounded).float()
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 1.0)
+
+
+def _padded(size: int) -> int:
+    return math.ceil(size / 64) * 64

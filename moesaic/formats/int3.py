@@ -1,0 +1,15 @@
+"""Three bits a weight (3.25 with its scales)."""
+
+from __future__ import annotations
+
+from moesaic.formats._tiles import Tiled
+
+
+class Format(Tiled):
+    """A weight of whole multiples of a step, 3 bits each."""
+
+    name = "int3"
+    bits = 3
+    group = 64
+    factor = 2
+    error = 0.2

@@ -1,0 +1,218 @@
+"""The ops on the CPU, in C++: binds ``csrc/``, which knows no torch.
+
+The library is built when the package is installed, and chooses at run time what the processor has:
+AVX-512 with VNNI, AVX2, or plain C++. Activations that meet an integer format are rounded to eight
+bits, with one scale for each token and 256 columns; see ``formats/_tiles.py``.
+
+Not differentiable: where a gradient is wanted, the reference is asked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moesaic.formats import Packed
+from moesaic.ops import OPS, Batch
+
+FORMATS = {"int8": 0, "int4": 1, "int4_64": 2, "int3": 3, "int2": 4}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGEST_HEAD = 1024
+
+
+class _Arguments(ctypes.Structure):
+    """A struct of csrc/kernels.h, filled field by field in its order."""
+
+    op: ClassVar[str]
+
+
+def _struct(op: str, *fields: tuple[str, Any]) -> type[_Arguments]:
+    return type(op, (_Arguments,), {"op": op, "_fields_": fields})
+
+
+_Linear = _struct(
+    "linear",
+    *(("format", c_int), ("type", c_int), ("tokens", c_int64), ("columns", c_int64), ("out", c_int64)),
+    *((name, c_void_p) for name in ("x", "weight", "y")),
+)
+_Experts = _struct(
+    "experts",
+    *(("format", c_int), ("type", c_int)),
+    *((name, c_int64) for name in ("tokens", "size", "inner", "experts", "choices")),
+    *((name, c_void_p) for name in ("x", "gate", "up", "down", "ids", "scores", "y")),
+)
+_Attention = _struct(
+    "attention",
+    *(("type", c_int), ("cache_type", c_int)),
+    *((name, c_int64) for name in ("tokens", "heads", "kv_heads", "size", "sequences", "block", "width", "window")),
+    *((name, c_void_p) for name in ("q", "k", "v", "keys", "values", "slots", "tables", "starts", "positions", "y")),
+)
+_Norm = _struct(
+    "rms_norm",
+    *(("type", c_int), ("tokens", c_int64), ("size", c_int64), ("eps", c_float)),
+    *((name, c_void_p) for name in ("x", "weight", "y")),
+)
+_Rope = _struct(
+    "rope",
+    *(("type", c_int), ("tokens", c_int64), ("heads", c_int64), ("size", c_int64)),
+    *((name, c_void_p) for name in ("x", "cos", "sin", "y")),
+)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Return the compiled library, or None where there is none."""
+    found = importlib.util.find_spec("moesaic.ops._native")  # wherever an editable install has put it
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    library.moesaic_isa.restype = ctypes.c_char_p
+    library.moesaic_multiply.restype = c_int64
+    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope):
+        getattr(library, f"moesaic_{struct.op}").argtypes = [POINTER(struct)]
+    set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, library)
+    return library
+
+
+def set_threads(count: int, library: ctypes.CDLL | None = None) -> None:
+    """Let ``count`` threads share the work, the caller's own among them; by default, as many as there are cores."""
+    (library or _built()).moesaic_set_threads(max(1, min(count, 1024)))
+
+
+def instruction_set() -> str:
+    """Return which of the compiled instruction sets is in use."""
+    return str(_built().moesaic_isa().decode())
+
+
+def use_instruction_set(name: str) -> bool:
+    """Use portable, avx2 or avx512; return whether this processor has it. For tests and comparisons."""
+    return bool(_built().moesaic_set_isa(("portable", "avx2", "avx512").index(name)))
+
+
+def read_memory(memory: Tensor, streams: int, ahead: int) -> None:
+    """Read all of ``memory`` once with all threads, to see how fast it goes; see csrc/measure.h."""
+    _built().moesaic_read(c_void_p(_at(memory)), c_int64(memory.nbytes), streams, ahead)
+
+
+def multiply(rounds: int) -> int:
+    """Multiply and add bytes in registers with all threads, and return how many operations that was."""
+    return int(_built().moesaic_multiply(c_int64(rounds)))
+
+
+def huge_pages(memory: Tensor) -> None:
+    """Ask the system to hold ``memory`` in pages of 2 MiB, where it has a choice: fewer misses in the TLB."""
+    page = 2 << 20
+    begin, end = -(-_at(memory) // page) * page, (_at(memory) + memory.nbytes) // page * page
+    advice = 14  # MADV_HUGEPAGE of Linux; elsewhere an error that changes nothing
+    if end > begin and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+
+
+def _built() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None, "the compiled kernels are missing"
+    return library
+
+
+def why_not(op: str, device: str, format: str | None) -> str | None:
+    """Declines without the library, off the CPU, and formats it does not read."""
+    if _library() is None:
+        return "it was not compiled when moesaic was installed"
+    if device != "cpu":
+        return "it runs on the CPU only"
+    if op in ("linear", "experts") and format not in FORMATS:
+        return f"it does not read {format}"
+    return None if op in OPS else "it has no such op"
+
+
+def linear(x: Tensor, weight: Packed) -> Tensor:
+    dtype = x.dtype
+    x, y = _native(x), _answer(x, (len(x), weight.shape[0]))
+    tiles = weight.parts()["tiles"]
+    columns, out = x.shape[1], weight.shape[0]
+    _run(_Linear(FORMATS[weight.name], TYPES[x.dtype], len(x), columns, out, _at(x), _at(tiles), _at(y)))
+    return y.to(dtype)
+
+
+def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
+    dtype = x.dtype
+    x, y = _native(x), _answer(x, tuple(x.shape))
+    ids, scores = ids.contiguous(), scores.float().contiguous()
+    stacks = [stack.parts()["tiles"] for stack in (gate, up, down)]
+    (count, inner, size), choices = gate.shape, ids.shape[1]
+    _run(
+        _Experts(
+            *(FORMATS[gate.name], TYPES[x.dtype], len(x), size, inner, count, choices),
+            *(_at(each) for each in (x, *stacks, ids, scores, y)),
+        )
+    )
+    return y.to(dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window: int | None) -> Tensor:
+    dtype = q.dtype
+    q, k, v, y = _native(q), _native(k), _native(v), _answer(q, tuple(q.shape))
+    tokens, heads, size = q.shape
+    assert size <= LARGEST_HEAD
+    keys = values = None
+    type = block = 0
+    if batch.cache is not None:
+        keys, values = batch.cache.keys[layer], batch.cache.values[layer]
+        type, block = TYPES[keys.dtype], batch.cache.block_size
+    starts = (c_int64 * len(batch.starts))(*batch.starts)
+    places = (batch.slots, batch.tables.contiguous())
+    _run(
+        _Attention(
+            *(TYPES[q.dtype], type, tokens, heads, k.shape[1], size, len(batch.lengths), block),
+            *(batch.tables.shape[1], window or 0),
+            *(_at(each) for each in (q, k, v)),
+            *(None if each is None else _at(each) for each in (keys, values)),
+            *(_at(each) for each in places),
+            *(ctypes.addressof(starts), _at(batch.positions), _at(y)),
+        )
+    )
+    return y.to(dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    dtype = x.dtype
+    x, y, weight = _native(x), _answer(x, tuple(x.shape)), weight.float().contiguous()
+    size = x.shape[-1]
+    _run(_Norm(TYPES[x.dtype], x.numel() // size, size, eps, _at(x), _at(weight), _at(y)))
+    return y.to(dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dtype = x.dtype
+    x, y = _native(x), _answer(x, tuple(x.shape))
+    tokens, heads, size = x.shape
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    _run(_Rope(TYPES[x.dtype], tokens, heads, size, *(_at(each) for each in (x, cos, sin, y))))
+    return y.to(dtype)
+
+
+def _native(x: Tensor) -> Tensor:
+    """Return ``x`` in one piece, in a dtype that the library reads."""
+    return (x if x.dtype in TYPES else x.float()).contiguous()
+
+
+def _answer(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype if x.dtype in TYPES else torch.float32)
+
+
+def _at(x: Tensor) -> int:
+    return x.data_ptr()
+
+
+def _run(arguments: _Arguments) -> None:
+    """Call the library; ctypes releases the interpreter's lock for it."""
+    if getattr(_built(), f"moesaic_{arguments.op}")(byref(arguments)):
+        raise MemoryError(f"no memory for {arguments.op}")

@@ -1,0 +1,133 @@
+"""Packed weights: the same answers as quantizing on the way in, mapped, and never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic import LLM, checkpoints, packed
+from moesaic.errors import CheckpointError, InvalidParameter
+from moesaic.loading import load_model
+
+GREEDY = {"temperature": 0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def folder(talker, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "model"
+    packed.pack(talker, path, "experts=int2,attention=int8")
+    return path
+
+
+def test_answers_are_those_of_quantizing_on_the_way_in(talker, folder):
+    with LLM.load(folder) as mapped, LLM.load(talker, format="experts=int2,attention=int8") as read:
+        assert mapped.complete("Once", **GREEDY).text == read.complete("Once", **GREEDY).text
+        assert mapped.loaded.layout == "packed"
+
+
+def test_every_part_is_as_quantizing_made_it(talker, folder):
+    mapped = dict(packed.load(folder).named_parameters())
+    read = dict(load_model(talker, format="experts=int2,attention=int8").model.named_parameters())
+    assert mapped.keys() == read.keys()
+    for name, parameter in read.items():
+        assert mapped[name].dtype == parameter.dtype and torch.equal(mapped[name], parameter)
+        assert mapped[name].data_ptr() % packed.ALIGNED == 0
+    kinds = {str(parameter.dtype) for name, parameter in read.items() if "router" in name or "norm" in name}
+    assert kinds == {"torch.float32"}
+
+
+def test_the_file_is_a_safetensors_file(folder):
+    from safetensors.torch import load_file
+
+    assert {name for name in load_file(folder / packed.WEIGHTS) if not name.startswith("pad.")} == {
+        name for name, _ in packed.load(folder).named_parameters()
+    }
+
+
+def test_what_is_packed_stays_as_it_is(folder):
+    with pytest.raises(InvalidParameter, match="format: is decided"):
+        LLM.load(folder, format="q4")
+    with pytest.raises(InvalidParameter, match="dtype: is decided"):
+        LLM.load(folder, dtype="float32")
+
+
+def test_a_place_that_is_taken_and_a_format_that_is_not_there(talker, folder, tmp_path):
+    with pytest.raises(InvalidParameter, match="exists already"):
+        packed.pack(talker, folder, "q4")
+    with pytest.raises(InvalidParameter, match="'q5' is unknown: there are q8, q4, q3, q2"):
+        packed.pack(talker, tmp_path / "new", "q5")
+    assert not any(tmp_path.iterdir())
+
+
+def damaged(folder: Path, path: Path) -> Path:
+    path.mkdir()
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"packed": 1, "dtype": "float32"}', b"\xff"])
+def test_a_mark_that_is_damaged(folder, tmp_path, content):
+    broken = damaged(folder, tmp_path / "broken")
+    (broken / packed.MARK).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"moesaic\.json: damaged"):
+        packed.load(broken)
+
+
+def test_a_later_version(folder, tmp_path):
+    broken = damaged(folder, tmp_path / "broken")
+    content = json.loads((broken / packed.MARK).read_text())
+    (broken / packed.MARK).write_text(json.dumps(content | {"packed": 2}))
+    with pytest.raises(CheckpointError, match="version 2, this build reads 1"):
+        packed.load(broken)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, 100_000])
+def test_weights_that_are_cut_short(folder, tmp_path, keep):
+    broken = damaged(folder, tmp_path / "broken")
+    os.truncate(broken / packed.WEIGHTS, keep)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
+        packed.load(broken)
+
+
+def test_weights_of_another_format(folder, tmp_path):
+    broken = damaged(folder, tmp_path / "broken")
+    content = json.loads((broken / packed.MARK).read_text())
+    content["formats"]["experts"] = "int8"
+    (broken / packed.MARK).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="is not as its configuration wants it"):
+        packed.load(broken)
+
+
+def test_packing_that_is_killed_leaves_nothing_that_loads(talker, tmp_path):
+    """Killed at a moment when half of the weights are written."""
+    program = """
+import os, signal, sys
+from moesaic import packed
+packed.pack(sys.argv[1], sys.argv[2], "q4",
+            progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if 2 * done > total else None)
+"""
+    new = tmp_path / "new"
+    done = subprocess.run([sys.executable, "-c", program, talker, new], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert not new.exists()
+    for left in tmp_path.iterdir():
+        with pytest.raises(CheckpointError):
+            checkpoints.open(left)
+        assert not packed.is_packed(left)
+    packed.pack(talker, new, "q4")  # and it does not stand in the way
+    packed.load(new)
+
+
+def test_weights_are_mapped_and_not_copied(folder):
+    model = packed.load(folder)
+    with Path("/proc/self/maps").open() as maps:
+        assert any(packed.WEIGHTS in line for line in maps)
+    assert next(model.parameters()).data_ptr()
