@@ -24,6 +24,7 @@ MAY = {
     "classifier": {"loading", "text", "ops"},
     "bench": {"llm", "loading", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "console": {"llm", "engine", "text"},
+    "inventory": {"models", "checkpoints", "ops", "formats", "text"},
     "cli": {"*"},
     "errors": set(),
     "registry": set(),

@@ -29,6 +29,9 @@ from moesaic.engine.runner import Model, Runner
 from moesaic.engine.scheduler import Limits, Outcome, Scheduler, Step
 from moesaic.errors import EngineStopped, InvalidParameter, MoesaicError, NumericalError
 
+SMALL = 100_000_000
+"""Parameters below which torch's threads cost more to wake, several hundred times a step, than they save."""
+
 Batches = queue.SimpleQueue[list[Event | MoesaicError]]
 News = list[tuple["Stream", list[Event | MoesaicError]]]
 
@@ -163,7 +166,9 @@ class Engine:
         self._stopped = False
         self._cause: BaseException | None = None
         self._prompt_tokens = self._generated = self._numerical = 0
-        self._thread = threading.Thread(target=self._loop, name="moesaic-engine", daemon=True) if thread else None
+        small = isinstance(model, nn.Module) and sum(part.numel() for part in model.parameters()) < SMALL
+        begin = self._loop_alone if small else self._loop
+        self._thread = threading.Thread(target=begin, name="moesaic-engine", daemon=True) if thread else None
         if self._thread:
             self._thread.start()
             atexit.register(self.close)  # a thread inside the model while the interpreter is taken down may crash it
@@ -254,6 +259,10 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _loop_alone(self) -> None:
+        torch.set_num_threads(1)
+        self._loop()
 
     def _loop(self) -> None:
         try:
