@@ -157,9 +157,7 @@ def _map(model: Decoder, file: Path, *, written: bool) -> None:
     for name, (begin, parameter) in _places(model).items():
         info = infos.get(name)
         if info is None or info.shape != tuple(parameter.shape) or info.dtype != parameter.dtype:
-            raise CheckpointError(
-                file, f"damaged: {name} is not as its configuration wants it; pack the model again"
-            )
+            raise CheckpointError(file, f"damaged: {name} is not as its configuration wants it; pack the model again")
         part = whole[data + begin : data + begin + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.Parameter(part, requires_grad=False))

@@ -83,10 +83,11 @@ def _linears(x: torch.Tensor, weights: list[Packed]) -> Callable[[], None]:
 
 def _experts(x: torch.Tensor, stacks: list[Packed], ids: torch.Tensor) -> Callable[[], None]:
     scores = torch.rand(ids.shape)
+    gate, up, down = stacks
 
     def call() -> None:
         # Other experts each time, so that none is in a cache from the call before.
-        native.experts(x, *stacks, (ids + int(torch.randint(EXPERTS, ()))) % EXPERTS, scores)
+        native.experts(x, gate, up, down, (ids + int(torch.randint(EXPERTS, ()))) % EXPERTS, scores)
 
     return call
 
