@@ -27,6 +27,7 @@ const Kernels* kernels = best();
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 const char* moesaic_isa() { return kernels->name; }
@@ -85,3 +86,4 @@ int64_t moesaic_multiply(int64_t rounds) {
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

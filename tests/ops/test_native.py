@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,8 +15,8 @@ import torch
 from moesaic import formats
 from moesaic.ops import Batch, Cache, native, reference
 
-if why := native.why_not("linear", "cpu", "int4"):
-    pytest.skip(f"native: {why}", allow_module_level=True)
+if shutil.which("c++") is None and native.why_not("linear", "cpu", "int4"):
+    pytest.skip("there is no compiler here, and so no kernels", allow_module_level=True)
 
 FORMATS = sorted(native.FORMATS)
 torch.manual_seed(0)
