@@ -46,11 +46,9 @@ def _ops() -> Iterator[Row]:
     for op in ops.OPS:
         for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
             for format in registry.names("formats") if op in ("linear", "experts") else [None]:
-                asked = ops.explain(op, device, format)
-                willing = next(name for name, why in asked.items() if why is None)
-                refused = {name: why for name, why in asked.items() if why is not None}
+                refused = {name: why for name, why in ops.explain(op, device, format).items() if why is not None}
                 on = f"{device}, {format}" if format else device
-                yield {"name": op, "on": on, "backend": willing, "passed_over": refused}
+                yield {"name": op, "on": on, "backend": ops.chosen(op, device, format), "passed_over": refused}
 
 
 def lines(rows: list[Row]) -> Iterator[str]:

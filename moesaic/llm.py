@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, overload
 
 from moesaic.engine import Done, Engine, Limits, PromptLogprobs, Request, Sampling, Stream, Token
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
-from moesaic.loading import Loaded, Progress, load_model, sizes
+from moesaic.loading import Loaded, Progress, load_model, sizes, torch_threads
 from moesaic.text import chat, template
 from moesaic.text.chat import ChatFormat
 from moesaic.text.stream import TextStream
@@ -209,6 +209,7 @@ class LLM:
             context=length,
             limits=limits,
             dtype=loaded.model.dtype,
+            torch_threads=torch_threads(loaded.model),
         )
         return cls(loaded, tokenizer, engine, form, "built-in" if model is None else path.name)
 

@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 
-from moesaic import checkpoints, formats, models, packed
+from moesaic import checkpoints, formats, models, ops, packed
 from moesaic.errors import InvalidParameter
+from moesaic.formats import Packed
 from moesaic.models import Decoder
+
+SMALL = 100_000_000
+"""Parameters."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 Progress = Callable[[int, int], None]
@@ -78,6 +82,19 @@ def load_model(
         model = models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=place)
         checkpoints.fill(model.slots(), checkpoint, progress=progress)
         return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation)
+
+
+def torch_threads(model: Decoder) -> int | None:
+    """Return how many threads torch should use for this model, None for its own choice.
+
+    One where there is little for it to do: in a small model its threads cost more to wake, some
+    hundred times a step, than they save; and beside our kernels they would take the cores away.
+    """
+    if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
+        return 1
+    device = next(model.parameters()).device.type
+    names = {weight.name for weight in model.blocks.modules() if isinstance(weight, Packed)}
+    return 1 if all(ops.chosen("linear", device, name) != "reference" for name in names) else None
 
 
 def _packed(path: Path, dtype: str, format: str | None, device: torch.device) -> Loaded:

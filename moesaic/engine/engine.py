@@ -29,9 +29,6 @@ from moesaic.engine.runner import Model, Runner
 from moesaic.engine.scheduler import Limits, Outcome, Scheduler, Step
 from moesaic.errors import EngineStopped, InvalidParameter, MoesaicError, NumericalError
 
-SMALL = 100_000_000
-"""Parameters below which torch's threads cost more to wake, several hundred times a step, than they save."""
-
 Batches = queue.SimpleQueue[list[Event | MoesaicError]]
 News = list[tuple["Stream", list[Event | MoesaicError]]]
 
@@ -125,6 +122,7 @@ class Engine:
         limits: Limits | None = None,
         dtype: torch.dtype = torch.float32,
         thread: bool = True,
+        torch_threads: int | None = None,
         poison: bool = False,
         on_events: Callable[[list[Stream]], None] | None = None,
     ) -> None:
@@ -141,6 +139,7 @@ class Engine:
             dtype: of the cache.
             thread: run the loop in a thread of its own. Without it, reading a stream drives the loop,
                 and so does ``step``.
+            torch_threads: threads that torch uses in the loop's thread; None: as many as it likes.
             poison: fill the cache with NaN first, to show that nothing unwritten is ever read.
             on_events: called after each step with the streams that have something to ``poll``, on the
                 engine's thread. It must be quick and must not raise: an error in it ends the engine.
@@ -166,9 +165,8 @@ class Engine:
         self._stopped = False
         self._cause: BaseException | None = None
         self._prompt_tokens = self._generated = self._numerical = 0
-        small = isinstance(model, nn.Module) and sum(part.numel() for part in model.parameters()) < SMALL
-        begin = self._loop_alone if small else self._loop
-        self._thread = threading.Thread(target=begin, name="moesaic-engine", daemon=True) if thread else None
+        self._torch_threads = torch_threads
+        self._thread = threading.Thread(target=self._loop, name="moesaic-engine", daemon=True) if thread else None
         if self._thread:
             self._thread.start()
             atexit.register(self.close)  # a thread inside the model while the interpreter is taken down may crash it
@@ -260,11 +258,9 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _loop_alone(self) -> None:
-        torch.set_num_threads(1)
-        self._loop()
-
     def _loop(self) -> None:
+        if self._torch_threads is not None:
+            torch.set_num_threads(self._torch_threads)
         try:
             while self._await_work():
                 self.step()

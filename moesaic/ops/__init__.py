@@ -183,6 +183,11 @@ def explain(op: str, device: str, format: str | None) -> dict[str, str | None]:
     return {name: registry.load("ops", name).why_not(op, device, format) for name in backends()}
 
 
+def chosen(op: str, device: str, format: str | None) -> str:
+    """Return the name of the backend that runs this, where no gradient is wanted."""
+    return next(name for name, why in explain(op, device, format).items() if why is None)
+
+
 def _trained(*inputs: Tensor | Packed) -> bool:
     """Return whether a gradient is wanted for any of the inputs."""
     if not torch.is_grad_enabled():
@@ -196,5 +201,4 @@ def _pick(op: str, device: str, format: str | None, trained: bool) -> Callable[.
     """Return the first willing backend's function; a pure function of its arguments, hence cached."""
     if trained:  # only the reference is differentiable
         return cast(Callable[..., Any], getattr(registry.load("ops", "reference"), op))
-    willing = next(name for name, why in explain(op, device, format).items() if why is None)
-    return cast(Callable[..., Any], getattr(registry.load("ops", willing), op))
+    return cast(Callable[..., Any], getattr(registry.load("ops", chosen(op, device, format)), op))

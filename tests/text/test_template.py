@@ -79,7 +79,10 @@ def test_what_templates_expect_to_find() -> None:
     [
         ("{{ 'a' * 3000000000 }}", "memory"),
         ("{{ '%3000000000d' % 1 }}", "memory"),
-        ("{% set n = namespace(x='aa') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "memory"),
+        (
+            "{% set n = namespace(x='aa') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "memory|processor time",
+        ),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "2 s of processor time"),
         ("{{ 'a' * 1000000 }}", "writes more than"),
         ("{% for i in range(99999) %}aaaa{% endfor %}", "writes more than"),
