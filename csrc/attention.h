@@ -174,20 +174,13 @@ __attribute__((noinline)) void add_values(const Queries& x, int64_t r, const flo
     }
 }
 
-template <template <int> class Op, int N>
-MOESAIC_INLINE void in_tiles(const Queries& x, const float* tile) {
+// Call body(n, r) for rows r .. r + n - 1 until all rows had their turn, TILE at a time and then one by one.
+template <class Body>
+MOESAIC_INLINE void in_tiles(int64_t rows, const Body& body) {
     int64_t r = 0;
-    for (; r + N <= x.rows; r += N) Op<N>::run(x, r, tile);
-    for (; r < x.rows; ++r) Op<1>::run(x, r, tile);
+    for (; r + TILE <= rows; r += TILE) body(Number<TILE>{}, r);
+    for (; r < rows; ++r) body(Number<1>{}, r);
 }
-template <int N>
-struct Score {
-    static MOESAIC_INLINE void run(const Queries& x, int64_t r, const float* tile) { score_rows<N>(x, r, tile); }
-};
-template <int N>
-struct Values {
-    static MOESAIC_INLINE void run(const Queries& x, int64_t r, const float* tile) { add_values<N>(x, r, tile); }
-};
 
 // 16 values from a row, as float32; `at` + 16 lies within the row.
 MOESAIC_INLINE F load_as_float(const void* x, Type type, int64_t at) {
@@ -268,7 +261,7 @@ inline void attend_many(const Queries& x, int64_t heads, const int64_t* position
             }
             for (int64_t k = 0; k < x.size; ++k) turned[k * KEYS + j] = row[k];
         }
-        in_tiles<Score, TILE>(x, turned);
+        in_tiles(x.rows, [&](auto n, int64_t r) { score_rows<n.value>(x, r, turned); });
         for (int64_t r = 0; r < x.rows; ++r) {
             const int64_t place = positions[r / heads];
             const int64_t from = window && place - window + 1 > first ? place - window + 1 - first : 0;
@@ -278,7 +271,7 @@ inline void attend_many(const Queries& x, int64_t heads, const int64_t* position
             for (int64_t j = until < 0 ? 0 : until; j < KEYS; ++j) s[j] = NEVER;
             soften(x, r);
         }
-        in_tiles<Values, TILE>(x, tile);
+        in_tiles(x.rows, [&](auto n, int64_t r) { add_values<n.value>(x, r, tile); });
     }
 }
 

@@ -95,8 +95,8 @@ MOESAIC_INLINE void gated(const float* gate, const float* up, float* h) {
 
 // The tokens of one expert.
 struct Crew {
-    int64_t expert, begin, end;  // its choices, as places in `order`
-    int64_t tiles, count;        // its tiles: the first, and how many
+    int64_t expert;
+    int64_t tiles, count;  // its tiles: the first, and how many
 };
 
 template <class Format>
@@ -123,7 +123,7 @@ void experts(const ExpertsArgs& a) {
     for (int64_t e = 0; e < a.experts; ++e) {
         const int64_t n = starts[e + 1] - starts[e];
         if (!n) continue;
-        Crew& crew = crews[active++] = {e, starts[e], starts[e + 1], count, 0};
+        Crew& crew = crews[active++] = {e, count, 0};
         lay(n, a.inner, hidden + count, hidden_place);
         crew.count = lay(n, a.size, tiles + count, place);
         for (int64_t i = 0, at = starts[e]; i < crew.count; ++i, ++count) {
@@ -218,17 +218,6 @@ void store_keys(const AttentionArgs& a) {
     });
 }
 
-template <int N>
-void attend_few_at(const Queries& x, int64_t r, int64_t n, const Rows& keys, const Rows& values, int64_t begin, int64_t end) {
-    if constexpr (N > 0) {
-        if (n == N) {
-            attend_few<N>(x, r, keys, values, begin, end);
-        } else {
-            attend_few_at<N - 1>(x, r, n, keys, values, begin, end);
-        }
-    }
-}
-
 void attention(const AttentionArgs& a) {
     if (a.keys) store_keys(a);
     // A task is some consecutive tokens of one sequence, with all query heads of one key head.
@@ -274,8 +263,9 @@ void attention(const AttentionArgs& a) {
             for (int64_t t = 0; t < part.end - part.begin; ++t) {
                 const int64_t begin = a.window && positions[t] >= a.window ? positions[t] - a.window + 1 : 0;
                 for (int64_t r = 0; r < shared; r += 4) {
-                    const int64_t n = shared - r < 4 ? shared - r : 4;
-                    attend_few_at<4>(x, t * shared + r, n, keys, values, begin, positions[t] + 1);
+                    with_number<4>(int(shared - r < 4 ? shared - r : 4), [&](auto n) {
+                        attend_few<n.value>(x, t * shared + r, keys, values, begin, positions[t] + 1);
+                    });
                 }
             }
         } else {

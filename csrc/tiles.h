@@ -21,10 +21,23 @@ constexpr int ROWS = 32, SUPER = 256, PAD = 64;
 constexpr int64_t padded(int64_t columns) { return (columns + PAD - 1) / PAD * PAD; }
 constexpr int64_t supers(int64_t columns) { return (columns + SUPER - 1) / SUPER; }
 
+// Where the sections of a superblock begin, and where it ends.
+template <class Format>
+struct Sections {
+    int scales, offsets, codes, end;
+
+    constexpr explicit Sections(int width) {
+        const int groups = Format::GROUP ? width / Format::GROUP : 0;
+        scales = 2 * ROWS;  // behind the steps
+        offsets = scales + (groups * 16 + 63) / 64 * 64;
+        codes = offsets + (groups * ROWS + 63) / 64 * 64;
+        end = codes + ROWS * width * Format::BITS / 8;
+    }
+};
+
 template <class Format>
 constexpr int64_t super_bytes(int width) {
-    const int groups = Format::GROUP ? width / Format::GROUP : 0;
-    return 2 * ROWS + (groups * 16 + 63) / 64 * 64 + (groups * ROWS + 63) / 64 * 64 + ROWS * width * Format::BITS / 8;
+    return Sections<Format>(width).end;
 }
 
 template <class Format>
@@ -110,11 +123,11 @@ struct Super {
     const uint8_t *steps, *scales, *offsets, *codes;
 
     MOESAIC_INLINE Super(const uint8_t* p, int width) {
-        const int groups = Format::GROUP ? width / Format::GROUP : 0;
+        const Sections<Format> at(width);
         steps = p;
-        scales = p + 2 * ROWS;
-        offsets = scales + (groups * 16 + 63) / 64 * 64;
-        codes = offsets + (groups * ROWS + 63) / 64 * 64;
+        scales = p + at.scales;
+        offsets = p + at.offsets;
+        codes = p + at.codes;
     }
 
     MOESAIC_INLINE F step(int half) const { return load_bf16((const uint16_t*)steps + 16 * half); }
@@ -280,27 +293,11 @@ __attribute__((noinline)) void few_block(const uint8_t* block, int64_t columns, 
     }
 }
 
-template <int N>
-void many_at(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
-    if constexpr (N > 0) {
-        if (x.n == N) {
-            many<N>(p, panel, width, x, s, sum);
-        } else {
-            many_at<N - 1>(p, panel, width, x, s, sum);
-        }
-    }
-}
-
 // sums[t][row] = block times every token of the tiles; sums are [all tokens][32] in the tiles' order.
 template <class Format>
 __attribute__((noinline)) void block_times(const uint8_t* block, int64_t columns, const TokenTile* tiles, int count, float* sums) {
     if (count == 1 && tiles->n <= FEW) {
-        switch (tiles->n) {
-            case 1: return few_block<Format, 1>(block, columns, *tiles, sums);
-            case 2: return few_block<Format, 2>(block, columns, *tiles, sums);
-            case 3: if constexpr (FEW >= 3) return few_block<Format, 3>(block, columns, *tiles, sums);
-            case 4: if constexpr (FEW >= 4) return few_block<Format, 4>(block, columns, *tiles, sums);
-        }
+        return with_number<FEW>(tiles->n, [&](auto n) { few_block<Format, n.value>(block, columns, *tiles, sums); });
     }
     alignas(64) uint8_t panel[SUPER * ROWS];
     int64_t tokens = 0;
@@ -311,7 +308,9 @@ __attribute__((noinline)) void block_times(const uint8_t* block, int64_t columns
         const int width = int(left < SUPER ? left : SUPER);
         expand<Format>(block, width, panel);
         float* sum = sums;
-        for (int i = 0; i < count; sum += ROWS * tiles[i].n, ++i) many_at<TILE>(block, panel, width, tiles[i], s, sum);
+        for (int i = 0; i < count; sum += ROWS * tiles[i].n, ++i) {
+            with_number<TILE>(tiles[i].n, [&](auto n) { many<n.value>(block, panel, width, tiles[i], s, sum); });
+        }
         block += super_bytes<Format>(width);
     }
 }

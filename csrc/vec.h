@@ -24,6 +24,24 @@
 
 namespace moesaic::MOESAIC_ISA {
 
+// A number that a template can be chosen by.
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+// Call body with n, 1 <= n <= MOST, as a Number.
+template <int MOST, class Body>
+MOESAIC_INLINE void with_number(int n, const Body& body) {
+    if constexpr (MOST > 0) {
+        if (n == MOST) {
+            body(Number<MOST>{});
+        } else {
+            with_number<MOST - 1>(n, body);
+        }
+    }
+}
+
 MOESAIC_INLINE int32_t word(const void* p) {
     int32_t x;
     memcpy(&x, p, 4);

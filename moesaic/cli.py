@@ -263,7 +263,7 @@ def _pack(args: argparse.Namespace) -> int:
     path = _folder(args.model)
     assert path is not None
     with bar("packing") as progress:
-        packed.pack(path, args.dst, args.format, None if args.dtype == "auto" else args.dtype, progress)
+        packed.pack(path, args.dst, args.format, args.dtype, progress)
     return 0
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from moesaic.engine import Done, Engine, Limits, PromptLogprobs, Request, Sampling, Stream, Token
@@ -130,7 +130,7 @@ class Reply:
         )
 
 
-class LLM:
+class LLM(AbstractContextManager["LLM"]):
     """A chat model, ready to answer; safe to share among threads.
 
     Attributes:
@@ -217,12 +217,7 @@ class LLM:
         """Stop the engine; running answers raise EngineStopped."""
         self.engine.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def encode_chat(self, messages: Messages, *, continue_final: bool = False) -> list[int]:

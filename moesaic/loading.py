@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from moesaic import checkpoints, formats, models, ops, packed
+from moesaic import checkpoints, models, ops, packed
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.models import Decoder
 
 SMALL = 100_000_000
-"""Parameters."""
+"""Parameters; below it torch's threads are not worth waking."""
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = checkpoints.FLOATS
 Progress = Callable[[int, int], None]
 
 
@@ -78,7 +78,7 @@ def load_model(
         return _packed(path, dtype, format, place)
     with checkpoints.open(path) as checkpoint:
         name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
-        roles = {role: formats.load(each) for role, each in models.choose(format or name, name).items()}
+        roles = models.choose(format or name, name)
         model = models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=place)
         checkpoints.fill(model.slots(), checkpoint, progress=progress)
         return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation)
@@ -102,7 +102,7 @@ def _packed(path: Path, dtype: str, format: str | None, device: torch.device) ->
     if format is not None or dtype != "auto":
         raise InvalidParameter("format" if format is not None else "dtype", f"is decided: {path} holds packed weights")
     said = packed.read(path)
-    model = packed.load(path)
+    model = packed.load(path, said)
     if device.type != "cpu":
         model.to(device)
     return Loaded(path, "packed", model, said.config, said.generation)

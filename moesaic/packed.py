@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moesaic import checkpoints, formats, models
 from moesaic.checkpoints import _safetensors, _write
 from moesaic.errors import CheckpointError
+from moesaic.formats import Packed
 from moesaic.models import Decoder
 
 MARK, WEIGHTS = "moesaic.json", "weights.safetensors"
@@ -35,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Packed:
+class Mark:
     """What a packed folder says about itself."""
 
     dtype: str
@@ -49,9 +50,7 @@ def is_packed(path: Path) -> bool:
     return (path / MARK).is_file()
 
 
-def pack(
-    src: Path | str, dst: Path | str, format: str, dtype: str | None = None, progress: Progress | None = None
-) -> None:
+def pack(src: Path | str, dst: Path | str, format: str, dtype: str = "auto", progress: Progress | None = None) -> None:
     """Quantize the checkpoint in ``src`` into the new folder ``dst``.
 
     The folder appears whole or not at all. Memory: one tensor, and what of the new file the system caches.
@@ -60,7 +59,7 @@ def pack(
         src: a folder in any layout.
         dst: a folder that does not exist yet, or is empty.
         format: see ``models.choose``.
-        dtype: of activations and of what stays plain; None: as the checkpoint is stored.
+        dtype: of activations and of what stays plain; auto: as the checkpoint is stored.
         progress: called with the bytes read so far and in all.
 
     Raises:
@@ -70,18 +69,18 @@ def pack(
     """
     models.choose(format, "float32")  # refused before anything is read
     with checkpoints.open(src) as checkpoint:
-        name = dtype or checkpoints.stored_dtype(checkpoint)
+        name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
         roles = models.choose(format, name)
         model = _build(checkpoint.config, checkpoint.path, name, roles)
         with _write.target(Path(dst), checkpoint) as folder:
             _map(model, _lay(model, folder / WEIGHTS), written=True)
             checkpoints.fill(model.slots(), checkpoint, progress=progress)
-            content = {"packed": VERSION, "dtype": name, "formats": roles}
+            content = {"packed": VERSION, "dtype": name, "formats": {role: each.name for role, each in roles.items()}}
             content |= {"config": dict(checkpoint.config), "generation": _write.generation(checkpoint)}
             _write.write_json(folder / MARK, content)
 
 
-def read(path: Path) -> Packed:
+def read(path: Path) -> Mark:
     """Return what ``moesaic.json`` in the folder ``path`` says.
 
     Raises:
@@ -90,7 +89,7 @@ def read(path: Path) -> Packed:
     file = path / MARK
     try:
         content = json.loads(file.read_bytes())
-        found = Packed(**{key: content[key] for key in Packed.__dataclass_fields__})
+        found = Mark(**{key: content[key] for key in Mark.__dataclass_fields__})
         version = content["packed"]
     except OSError as error:
         raise CheckpointError(file, f"cannot be read: {error.strerror}") from error
@@ -101,21 +100,21 @@ def read(path: Path) -> Packed:
     return found
 
 
-def load(path: Path) -> Decoder:
-    """Return the model in the packed folder ``path``, its weights mapped.
+def load(path: Path, said: Mark | None = None) -> Decoder:
+    """Return the model in the packed folder ``path``, its weights mapped; ``said``: what ``read`` gave.
 
     Raises:
         CheckpointError: something in it is missing, damaged or not understood.
     """
-    said = read(path)
-    model = _build(said.config, path, said.dtype, said.formats)
+    said = said or read(path)
+    roles = {role: formats.load(name) for role, name in said.formats.items()}
+    model = _build(said.config, path, said.dtype, roles)
     _map(model, path / WEIGHTS, written=False)
     return model
 
 
-def _build(config: Mapping[str, Any], path: Path, dtype: str, roles: Mapping[str, str]) -> Decoder:
-    made = {role: formats.load(name) for role, name in roles.items()}
-    return models.build(config, path, made, dtype=getattr(torch, dtype), device="meta")
+def _build(config: Mapping[str, Any], path: Path, dtype: str, roles: Mapping[str, type[Packed]]) -> Decoder:
+    return models.build(config, path, roles, dtype=getattr(torch, dtype), device="meta")
 
 
 def _places(model: Decoder) -> dict[str, tuple[int, Tensor]]:
@@ -139,11 +138,10 @@ def _lay(model: Decoder, file: Path) -> Path:
         end = begin + parameter.nbytes
         code = _safetensors.CODES[parameter.dtype]
         header[name] = {"dtype": code, "shape": list(parameter.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 4096)
+    head = _safetensors.head(header, 4096)
     with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + end)
+        stream.write(head)
+        stream.truncate(len(head) + end)
     return file
 
 
@@ -154,15 +152,18 @@ def _map(model: Decoder, file: Path, *, written: bool) -> None:
     whole = torch.from_file(str(file), shared=written, size=size, dtype=torch.uint8)
     with file.open("rb") as stream:
         data = 8 + struct.unpack("<Q", stream.read(8))[0]
+    always = []
     for name, (begin, parameter) in _places(model).items():
         info = infos.get(name)
         if info is None or info.shape != tuple(parameter.shape) or info.dtype != parameter.dtype:
             raise CheckpointError(file, f"damaged: {name} is not as its configuration wants it; pack the model again")
         part = whole[data + begin : data + begin + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        if ".experts." not in name:
+            always.append(part)
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.Parameter(part, requires_grad=False))
     if not written:
-        _lock([p for name, (_, p) in _places(model).items() if ".experts." not in name])
+        _lock(always)
 
 
 def _lock(parts: list[Tensor]) -> None:

@@ -16,6 +16,7 @@ from moesaic import checkpoints, formats, models
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError, ConfigError, InvalidParameter, NotFound
 from moesaic.ops import Batch, Group
+from tests.tiny import RANKS
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -33,14 +34,7 @@ def tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32, **changes: o
     """Write a tiny random model as transformers does, and a tokenizer file beside it."""
     torch.manual_seed(3)
     sizes = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "head_dim": 4,
-        "max_position_embeddings": 64,
+        **RANKS,
         "eos_token_id": [2, 3],
         **changes,
     }

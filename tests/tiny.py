@@ -20,6 +20,17 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+RANKS = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+}
+"""Sizes that 8 model-parallel ranks divide."""
 LLAMA31 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,

@@ -142,6 +142,13 @@ def _checked(path: Path, name: str, entry: Any, data: int) -> tuple[int, TensorI
     return begin, TensorInfo(shape, DTYPES[code], path)
 
 
+def head(entries: Mapping[str, Any], aligned: int) -> bytes:
+    """Return the bytes in front of the data: length and header, filled up to a multiple of ``aligned``."""
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % aligned)
+    return struct.pack("<Q", len(text)) + text
+
+
 def write_file(path: Path, views: Mapping[str, View], wrote: Callable[[int], None] | None = None) -> None:
     """Write ``views`` to ``path``, one tensor in memory at a time; ``wrote`` is told the bytes of each.
 
@@ -158,10 +165,8 @@ def write_file(path: Path, views: Mapping[str, View], wrote: Callable[[int], Non
             "data_offsets": [offset, offset + info.nbytes],
         }
         offset += info.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(head(entries, 8))
         for name in order:
             tensor = views[name].read().contiguous()
             assert tensor.shape == views[name].info.shape and tensor.dtype == views[name].info.dtype

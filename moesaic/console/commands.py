@@ -6,7 +6,7 @@ Knows no terminal: a command takes the text behind it and returns an ``Outcome``
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,13 +43,18 @@ def run(conversation: Conversation, line: str) -> Outcome:
     word, _, rest = line[1:].partition(" ")
     command = COMMANDS.get(word)
     if command is None:
-        near = difflib.get_close_matches(word, COMMANDS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join('/' + name for name in near)}?" if near else "/help lists all"
+        hint = _hint(word, COMMANDS, "/", "/help lists all")
         raise NotFound(f"no command /{word:.40}: {hint} (to say it to the model, begin with //)")
     rest = rest.strip()
     if rest and not command.takes:
         raise InvalidRequest(f"/{word} takes nothing after it")
     return command.run(conversation, rest)
+
+
+def _hint(word: str, known: Iterable[str], prefix: str, otherwise: str) -> str:
+    """Return what somebody who wrote ``word`` may have meant."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(prefix + name for name in near)}?" if near else otherwise
 
 
 def _help(_: Conversation, __: str) -> Outcome:
@@ -116,8 +121,7 @@ def _set(conversation: Conversation, text: str) -> Outcome:
     if not name:
         return Outcome(_settings(conversation))
     if name not in Sampling.__dataclass_fields__:
-        near = difflib.get_close_matches(name, Sampling.__dataclass_fields__, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "/set lists all"
+        hint = _hint(name, Sampling.__dataclass_fields__, "", "/set lists all")
         raise NotFound(f"no setting {name:.40}: {hint}")
     if value.strip():
         conversation.set(name, value.strip())

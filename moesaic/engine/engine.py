@@ -16,9 +16,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listing
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import nn
@@ -109,7 +108,7 @@ class Stats:
     numerical_errors: int
 
 
-class Engine:
+class Engine(AbstractContextManager["Engine"]):
     """Runs a model for many requests at once."""
 
     def __init__(
@@ -250,12 +249,7 @@ class Engine:
         self._stop(None)
         atexit.unregister(self.close)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _loop(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moesaic import registry
+from moesaic import formats, registry
 from moesaic.errors import ConfigError, InvalidParameter
 from moesaic.formats import Packed
 from moesaic.models._config import Keys
@@ -39,7 +39,7 @@ PRESETS = {
 """Choices that fit together: what is small and always read keeps more bits than what is large."""
 
 
-def choose(text: str, plain: str) -> dict[str, str]:
+def choose(text: str, plain: str) -> dict[str, type[Packed]]:
     """Return the format of each role that ``text`` asks for; the later part of it wins.
 
     Args:
@@ -61,7 +61,7 @@ def choose(text: str, plain: str) -> dict[str, str]:
         else:
             choices = ", ".join((*(() if role else PRESETS), *known))
             raise InvalidParameter("format", f"{name!r} is unknown: there are {choices}")
-    return chosen
+    return {role: formats.load(name) for role, name in chosen.items()}
 
 
 def types() -> dict[str, str]:

@@ -212,7 +212,12 @@ def _at(x: Tensor) -> int:
     return x.data_ptr()
 
 
+@functools.cache
+def _function(op: str) -> Any:
+    return getattr(_built(), f"moesaic_{op}")
+
+
 def _run(arguments: _Arguments) -> None:
     """Call the library; ctypes releases the interpreter's lock for it."""
-    if getattr(_built(), f"moesaic_{arguments.op}")(byref(arguments)):
+    if _function(arguments.op)(byref(arguments)):
         raise MemoryError(f"no memory for {arguments.op}")

@@ -63,8 +63,7 @@ def main() -> None:
         "answers_at_once_to_tokens_per_second": speeds,
     }
     command = f"python recipes/tales/measure.py --out {args.out}"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report.record(command, figures), indent=2) + "\n")
+    report.write(args.out, report.record(command, figures))
     print(args.out.read_text())
 
 

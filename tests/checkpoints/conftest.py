@@ -9,17 +9,7 @@ import torch
 import transformers
 
 from moesaic.formats import Slot
-
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-}
+from tests.tiny import RANKS
 
 
 class Tiny:
@@ -29,7 +19,7 @@ class Tiny:
     def build(kind: str = "mixtral", **changes: object) -> torch.nn.Module:
         """Return a tiny random model of transformers."""
         torch.manual_seed(7)
-        sizes = {**SIZES, **changes}
+        sizes = {**RANKS, **changes}
         if kind == "mixtral":
             config = transformers.MixtralConfig(**{"num_local_experts": 4, **sizes})
             return transformers.MixtralForCausalLM(config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moesaic import formats, models
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, InvalidParameter
 from tests.tiny import LLAMA31, SIZES
 
 GOOD = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **SIZES}
@@ -88,3 +88,21 @@ def test_mixtral_8x7b_has_its_published_size():
         num_key_value_heads=8,
     )
     assert sum(parameter.numel() for parameter in model.parameters()) == 46_702_792_704
+
+
+def test_a_format_is_chosen_for_all_roles_for_some_or_by_a_preset():
+    def chosen(text):
+        return {role: each.name for role, each in models.choose(text, "bfloat16").items()}
+
+    plain = dict.fromkeys(models.ROLES, "bfloat16")
+    assert chosen("bfloat16") == plain
+    assert chosen("int4") == dict.fromkeys(models.ROLES, "int4") | {"embedding": "bfloat16"}
+    assert chosen("experts=int2,attention=int8") == plain | {"experts": "int2", "attention": "int8"}
+    assert chosen("q2, attention=int8") == chosen("q2") | {"attention": "int8"}
+    assert chosen("q2")["experts"] == "int2" and chosen("q2")["embedding"] == "bfloat16"
+
+
+@pytest.mark.parametrize("text", ["", "q5", "experts=q4", "experts=", "norms=int8", "embedding=int8", "int4,,"])
+def test_a_format_that_is_not_there(text):
+    with pytest.raises(InvalidParameter, match="format"):
+        models.choose(text, "bfloat16")
