@@ -20,7 +20,7 @@ from typing import Any
 LABEL = "llama.cpp"
 MODULES, PACKAGES = ("llama_cpp", "gguf", "numpy"), ("llama-cpp-python", "gguf")
 INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python gguf'
-FORMATS = ("Q8_0", "Q4_0", "Q4_0-norepack", "Q4_K_S", "Q4_K_S-norepack", "Q2_K", "Q2_K-norepack")
+FORMATS = ("Q8_0", "Q8_0-norepack", "Q4_0", "Q4_0-norepack", "Q4_K_S", "Q4_K_S-norepack", "Q2_K", "Q2_K-norepack")
 
 PIECE = 2048
 """Most tokens in a call, llama.cpp's default."""
