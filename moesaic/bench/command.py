@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from moesaic import formats
@@ -65,7 +66,7 @@ def peers(
         chart.check(plot)
     flags = [f"--only {only}"] if only else []
     flags += [f"--rounds {rounds}", *([f"--threads {threads}"] if threads else []), *(["--busy"] if busy else [])]
-    most = limits.measure(report=_say) if native.why_not("linear", "cpu", "int8") is None else None
+    most = partial(limits.measure, report=_say) if native.why_not("linear", "cpu", "int8") is None else None
     found = compare.compare(pairs, work, plan=plan, pythons=chosen, limits=most, report=_say)
     print("\n".join(chart.tables(found)))
     record = report.record(" ".join(["moesaic bench peers", *flags]), found.figures())

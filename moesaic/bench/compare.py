@@ -208,7 +208,7 @@ def compare(
     shape: Shape | None = None,
     plan: Plan | None = None,
     pythons: Mapping[str, Path] | None = None,
-    limits: Limits | None = None,
+    limits: Callable[[], Limits] | None = None,
     report: Report = str,
 ) -> Comparison:
     """Measure all ``pairs`` of a peer and a format.
@@ -219,7 +219,7 @@ def compare(
         shape: of the model; by default Mixtral 8x7B's with two layers.
         plan: what is measured.
         pythons: the interpreter that has a peer, where it is not this one.
-        limits: what the machine can do, for the limit of each figure.
+        limits: finds what the machine can do, for the limit of each figure; called when there is something to measure.
         report: gets a line now and then.
 
     Raises:
@@ -228,6 +228,7 @@ def compare(
     shape, plan = shape or Shape(), plan or Plan()
     bench = _Bench(folder / shape.name, shape, plan, pythons or {}, report)
     rows = bench.present(pairs)
+    most = limits() if rows and limits is not None else None
     if rows:
         report("making the model's files")
         files = bench.files(rows, _model.write(shape, bench.folder))
@@ -241,8 +242,8 @@ def compare(
         reasons = [f"{name}: {why}" for name, why in (bench.left_out | bench.failed).items()]
         raise InvalidRequest("nothing was measured; " + "; ".join(reasons))
     for row in rows:
-        _finish(row, rows, shape, plan, limits)
-    return Comparison(shape, plan, limits, rows, bench.left_out, bench.failed)
+        _finish(row, rows, shape, plan, most)
+    return Comparison(shape, plan, most, rows, bench.left_out, bench.failed)
 
 
 class _Bench:

