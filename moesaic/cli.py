@@ -347,11 +347,11 @@ def _add_bench(commands: Commands) -> None:
         epilog="example:\n  moesaic bench kernels --format int4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds: Commands = parser.add_subparsers(metavar="WHAT", required=True)
+    kinds: Commands = parser.add_subparsers(metavar="WHAT", dest="what", required=True)
     kernels = _command(
         kinds,
         "kernels",
-        _bench_kernels,
+        _bench,
         "the CPU kernels, op by op",
         "Speeds of Mixtral's shapes, beside\n"
         "the machine's read bandwidth and its fastest multiplication of bytes, measured first.",
@@ -362,29 +362,37 @@ def _add_bench(commands: Commands) -> None:
     kernels.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")
     kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each figure (default 1)")
     kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
+    peers = _command(
+        kinds,
+        "peers",
+        _bench,
+        "this engine beside llama.cpp, vLLM and transformers",
+        "All run one random model with\n"
+        "Mixtral's dimensions and two layers, in turn. docs/benchmarks.md says how to install them.",
+        "moesaic bench peers --only moesaic:q4,moesaic_llm:q4,transformers",
+        "moesaic bench peers --python llama_cpp=./llama/bin/python --plot peers.svg --out peers.json",
+    )
+    peers.add_argument("--only", metavar="P[:F],...", help="these peers, or these formats of them; default: all")
+    peers.add_argument(
+        "--python", metavar="P=FILE", action="append", default=[], help="the interpreter that has a peer"
+    )
+    peers.add_argument("--work", type=Path, metavar="DIR", help="for the model's files, 30 GB; default: in the cache")
+    peers.add_argument("--rounds", type=int, default=3, metavar="N", help="of everything, interleaved (default 3)")
+    peers.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")
+    peers.add_argument("--busy", action="store_true", help="some cells also while another process keeps a core busy")
+    peers.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
+    peers.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .svg or .png")
 
 
-def _bench_kernels(args: argparse.Namespace) -> int:
-    from moesaic.bench import kernels, limits, report
-    from moesaic.formats import load
-    from moesaic.ops import native
+def _bench(args: argparse.Namespace) -> int:
+    from moesaic import pull
+    from moesaic.bench import command
 
-    names = args.format.split(",")
-    for name in names:
-        load(name)
-        if why := native.why_not("linear", "cpu", name):
-            raise InvalidRequest(f"there is nothing to measure: {why}")
-    if args.threads is not None:
-        native.set_threads(args.threads)
-    found = limits.measure(report=lambda line: print(line, flush=True))
-    rows = []
-    for row in kernels.measure(found, names, seconds=args.seconds):
-        rows.append(row)
-        print(kernels.line(row), flush=True)
-    if args.out:
-        command = f"moesaic bench kernels --format {args.format}"
-        report.write(args.out, report.record(command, kernels.figures(found, rows)))
-    return 0
+    if args.what == "kernels":
+        return command.kernels(args.format, args.threads, args.seconds, args.out)
+    work = args.work or pull.cache() / "bench"
+    given = (args.only, args.python, work, args.rounds, args.threads)
+    return command.peers(*given, busy=args.busy, out=args.out, plot=args.plot)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ MAY = {
     "loading": {"packed", "checkpoints", "models", "ops", "formats"},
     "llm": {"loading", "packed", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "classifier": {"loading", "text", "ops"},
-    "bench": {"llm", "loading", "engine", "text", "checkpoints", "models", "ops", "formats"},
+    "bench": {"llm", "packed", "loading", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "console": {"llm", "engine", "text"},
     "inventory": {"models", "checkpoints", "ops", "formats", "text"},
     "cli": {"*"},
