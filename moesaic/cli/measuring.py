@@ -1,0 +1,101 @@
+"""The subcommands that measure: ``perplexity`` and ``bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from moesaic.cli.flags import Commands, add_command, add_model, folder
+from moesaic.errors import InvalidRequest
+
+# perplexity
+
+
+def add_perplexity(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "perplexity",
+        _perplexity,
+        "measure how well a model predicts a text",
+        "Prints perplexity per token\nand bits per byte. Each document is read in windows that do not overlap.",
+        "moesaic perplexity held-out.jsonl.xz ./model --format q4",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help='.txt, or .jsonl or .jsonl.xz with a "text" per line')
+    add_model(parser)
+    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
+    parser.add_argument("--json", action="store_true", help="as a JSON object")
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    from moesaic.bench import quality
+    from moesaic.console.progress import bar
+    from moesaic.llm import BUILT_IN
+    from moesaic.loading import load_model
+    from moesaic.text.tokenizer import Tokenizer
+
+    texts = quality.read_texts(args.file)
+    path = folder(args.model) or BUILT_IN
+    tokenizer = Tokenizer.open(path)
+    with bar("loading") as progress:
+        loaded = load_model(path, dtype=args.dtype, format=args.format, device=args.device, progress=progress)
+    with bar("documents", count=True) as progress:
+        found = quality.perplexity(loaded, tokenizer, texts, args.length, progress)
+    if args.json:
+        numbers = {"documents": found.documents, "tokens": found.tokens, "bytes": found.bytes, "length": args.length}
+        print(json.dumps(numbers | {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}))
+    else:
+        print(f"perplexity {found.perplexity:.4f} per token, {found.bits_per_byte:.4f} bits per byte")
+        print(f"{found.documents:,} documents, {found.tokens:,} tokens, windows of {args.length}")
+    return 0
+
+
+# bench
+
+
+def add_bench(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure this machine and this build",
+        description="Measure this machine and this build. Leave the machine alone meanwhile.",
+        epilog="example:\n  moesaic bench kernels --format int4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds: Commands = parser.add_subparsers(metavar="WHAT", required=True)
+    kernels = add_command(
+        kinds,
+        "kernels",
+        _bench_kernels,
+        "the CPU kernels, op by op",
+        "Speeds of Mixtral's shapes, beside\n"
+        "the machine's read bandwidth and its fastest multiplication of bytes, measured first.",
+        "moesaic bench kernels",
+        "moesaic bench kernels --format int4,int2 --out kernels.json",
+    )
+    kernels.add_argument("--format", metavar="F,...", default="int8,int4,int3,int2", help="which formats")
+    kernels.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")
+    kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each figure (default 1)")
+    kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
+
+
+def _bench_kernels(args: argparse.Namespace) -> int:
+    from moesaic.bench import kernels, limits, report
+    from moesaic.formats import load
+    from moesaic.ops import native
+
+    names = args.format.split(",")
+    for name in names:
+        load(name)
+        if why := native.why_not("linear", "cpu", name):
+            raise InvalidRequest(f"there is nothing to measure: {why}")
+    if args.threads is not None:
+        native.set_threads(args.threads)
+    found = limits.measure(report=lambda line: print(line, flush=True))
+    rows = []
+    for row in kernels.measure(found, names, seconds=args.seconds):
+        rows.append(row)
+        print(kernels.line(row), flush=True)
+    if args.out:
+        command = f"moesaic bench kernels --format {args.format}"
+        report.write(args.out, report.record(command, kernels.figures(found, rows)))
+    return 0
