@@ -30,13 +30,15 @@ def add_command(
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add what says which model, and how it is held."""
+def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None:
+    """Add what says which model, and how it is held; with ``formats``, in several formats one after the other."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder, or org/name on the hub; default: built-in")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as the checkpoint is stored")
-    parser.add_argument(
-        "--format", metavar="F", help="quantize: q8, q4, q3, q2, a format, or experts=int2,attention=int8"
-    )
+    about = "quantize: q8, q4, q3, q2, a format, or experts=int2,attention=int8"
+    if formats:
+        parser.add_argument("--format", metavar="F", action="append", help=f"{about}; may be repeated")
+    else:
+        parser.add_argument("--format", metavar="F", help=about)
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
 

@@ -18,35 +18,42 @@ def add_perplexity(commands: Commands) -> None:
         "perplexity",
         _perplexity,
         "measure how well a model predicts a text",
-        "Prints perplexity per token\nand bits per byte. Each document is read in windows that do not overlap.",
+        "Prints perplexity per token\n"
+        "and bits per byte. Each document is read in windows that do not overlap.\n"
+        "With --format more than once, a table: what each format costs, beside the first.",
         "moesaic perplexity held-out.jsonl.xz ./model --format q4",
+        "moesaic perplexity held-out.jsonl.xz ./model --format bfloat16 --format int4 --format experts=int2,head=int8",
     )
     parser.add_argument("file", metavar="FILE", type=Path, help='.txt, or .jsonl or .jsonl.xz with a "text" per line')
-    add_model(parser)
+    add_model(parser, formats=True)
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
-    parser.add_argument("--json", action="store_true", help="as a JSON object")
+    parser.add_argument("--json", action="store_true", help="as a JSON object, or with several formats a list of them")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, with their origin, as JSON")
 
 
 def _perplexity(args: argparse.Namespace) -> int:
-    from moesaic.bench import quality
+    from moesaic import models
+    from moesaic.bench import quality, report
     from moesaic.console.progress import bar
     from moesaic.llm import BUILT_IN
     from moesaic.loading import load_model
     from moesaic.text.tokenizer import Tokenizer
 
+    for format in args.format or []:
+        models.choose(format, "float32")  # all of them before the first is measured
     texts = quality.read_texts(args.file)
     path = folder(args.model) or BUILT_IN
-    tokenizer = Tokenizer.open(path)
-    with bar("loading") as progress:
-        loaded = load_model(path, dtype=args.dtype, format=args.format, device=args.device, progress=progress)
-    with bar("documents", count=True) as progress:
-        found = quality.perplexity(loaded, tokenizer, texts, args.length, progress)
-    if args.json:
-        numbers = {"documents": found.documents, "tokens": found.tokens, "bytes": found.bytes, "length": args.length}
-        print(json.dumps(numbers | {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}))
-    else:
-        print(f"perplexity {found.perplexity:.4f} per token, {found.bits_per_byte:.4f} bits per byte")
-        print(f"{found.documents:,} documents, {found.tokens:,} tokens, windows of {args.length}")
+    tokenizer, rows = Tokenizer.open(path), []
+    for format in args.format or [None]:
+        with bar("loading") as progress:
+            loaded = load_model(path, dtype=args.dtype, format=format, device=args.device, progress=progress)
+        with bar("documents", count=True) as progress:
+            found = quality.perplexity(loaded, tokenizer, texts, args.length, progress)
+        rows.append(quality.row(format, loaded, found, args.length))
+        del loaded  # before the next one needs the memory
+    if args.out:
+        report.write(args.out, report.record(args.line, {"formats": rows}))
+    print(json.dumps(rows if len(rows) > 1 else rows[0]) if args.json else "\n".join(quality.lines(rows)))
     return 0
 
 
@@ -96,6 +103,5 @@ def _bench_kernels(args: argparse.Namespace) -> int:
         rows.append(row)
         print(kernels.line(row), flush=True)
     if args.out:
-        command = f"moesaic bench kernels --format {args.format}"
-        report.write(args.out, report.record(command, kernels.figures(found, rows)))
+        report.write(args.out, report.record(args.line, kernels.figures(found, rows)))
     return 0
