@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from moesaic.cli.flags import Commands, add_command, add_model, folder
+from moesaic.cli.flags import DTYPES, Commands, add_command, add_model, folder
 from moesaic.errors import InvalidRequest
+
+GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
 
 # perplexity
 
@@ -65,7 +68,7 @@ def add_bench(commands: Commands) -> None:
         "bench",
         help="measure this machine and this build",
         description="Measure this machine and this build. Leave the machine alone meanwhile.",
-        epilog="example:\n  moesaic bench kernels --format int4",
+        epilog="examples:\n  moesaic bench kernels --format int4\n  moesaic bench offline ./mixtral --format q4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds: Commands = parser.add_subparsers(metavar="WHAT", required=True)
@@ -83,6 +86,26 @@ def add_bench(commands: Commands) -> None:
     kernels.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")
     kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each figure (default 1)")
     kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
+    offline = add_command(
+        kinds,
+        "offline",
+        _bench_offline,
+        "a whole model through the engine: speed and memory",
+        "Of a model folder, or with --geometry of\n"
+        "a published model's sizes, with random weights that are made in place in the packed format.",
+        "moesaic bench offline --geometry mixtral-8x7b --format q2",
+        "moesaic bench offline ./mixtral-q4 --batch 8 --json offline.json",
+    )
+    offline.add_argument("model", metavar="MODEL", nargs="?", help="as for chat")
+    offline.add_argument("--geometry", metavar="NAME", help=", ".join(GEOMETRIES))
+    offline.add_argument("--layers", type=int, metavar="N", help="with --geometry: only so many layers")
+    offline.add_argument("--format", metavar="F", help="quantize, as for chat")
+    offline.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored; of a geometry bfloat16")
+    offline.add_argument("--context", type=int, metavar="N", help="tokens that the cache holds (default 8192)")
+    offline.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
+    offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
+    offline.add_argument("--batch", type=int, default=1, metavar="N", help="answers at once (default 1)")
+    offline.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
@@ -104,4 +127,21 @@ def _bench_kernels(args: argparse.Namespace) -> int:
         print(kernels.line(row), flush=True)
     if args.out:
         report.write(args.out, report.record(args.line, kernels.figures(found, rows)))
+    return 0
+
+
+def _bench_offline(args: argparse.Namespace) -> int:
+    from moesaic.bench import offline, report
+    from moesaic.console.progress import bar
+
+    work = offline.Work(args.prompt, args.tokens, args.batch)
+    wish = offline.Wish(args.geometry, args.layers, args.format, args.dtype, args.context)
+    if args.geometry and args.model:
+        raise InvalidRequest("--geometry goes without MODEL: it is a model of random weights")
+    path = None if args.geometry else folder(args.model)
+    with bar("loading") as progress:
+        figures = offline.run(path, wish, work, lambda line: print(line, file=sys.stderr), progress)
+    print("\n".join(offline.lines(figures)))
+    if args.json:
+        report.write(args.json, report.record(args.line, figures))
     return 0

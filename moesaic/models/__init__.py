@@ -23,10 +23,10 @@ from moesaic import formats, registry
 from moesaic.errors import ConfigError, InvalidParameter
 from moesaic.formats import Packed
 from moesaic.models._config import Keys
-from moesaic.models._layers import Decoder
+from moesaic.models._layers import Decoder, Experts
 from moesaic.ops import Group
 
-__all__ = ["Decoder", "build", "choose", "parameters", "types"]
+__all__ = ["Decoder", "Experts", "build", "choose", "parameters", "types"]
 
 ROLES = ("embedding", "attention", "mlp", "experts", "head")
 QUANTIZED = ROLES[1:]
