@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from moesaic import formats
+from moesaic.bench import geometry
 from moesaic.bench.limits import Limits, median_of
 from moesaic.formats import Packed
 from moesaic.ops import native
@@ -37,26 +38,12 @@ class Row:
     """Of the fastest multiplication of bytes measured."""
 
 
-def random_packed(format: type[Packed], shape: tuple[int, ...]) -> Packed:
-    """Return a weight of ``shape`` made in place: a few random rows, quantized, in random order all over."""
-    packed = format.empty(shape)
-    sample = format.quantize(torch.randn(512, shape[-1]) * 0.02)
-    for name, part in packed.parts().items():
-        native.huge_pages(part)  # before it is touched
-        rows = part.flatten(0, -2)
-        pool = sample[name].flatten(0, -2)
-        for begin in range(0, len(rows), 4096):
-            target = rows[begin : begin + 4096]
-            target.copy_(pool[torch.randint(len(pool), (len(target),))])
-    return packed
-
-
 def measure(limits: Limits, names: list[str], tokens: tuple[int, ...] = TOKENS, seconds: float = 1.0) -> Iterator[Row]:
     """Yield a row for each op, format and number of tokens."""
     for name in names:
         format = formats.load(name)
-        square = [random_packed(format, (SIZE, SIZE)) for _ in range(16)]
-        stacks = [random_packed(format, (EXPERTS, *shape)) for shape in ((INNER, SIZE), (INNER, SIZE), (SIZE, INNER))]
+        square = [_random(format, (SIZE, SIZE)) for _ in range(16)]
+        stacks = [_random(format, (EXPERTS, *shape)) for shape in ((INNER, SIZE), (INNER, SIZE), (SIZE, INNER))]
         for count in tokens:
             x = torch.randn(count, SIZE, dtype=torch.bfloat16)
             each = format.nbytes((SIZE, SIZE))
@@ -68,6 +55,12 @@ def measure(limits: Limits, names: list[str], tokens: tuple[int, ...] = TOKENS, 
             operations = 2 * count * CHOICES * 3 * INNER * SIZE
 
             yield _row("experts", name, count, each, operations, limits, _experts(x, stacks, ids), seconds)
+
+
+def _random(format: type[Packed], shape: tuple[int, ...]) -> Packed:
+    weight = format.empty(shape)
+    geometry.fill(weight, geometry.sample(format, shape[-1]))
+    return weight
 
 
 def _linears(x: torch.Tensor, weights: list[Packed]) -> Callable[[], None]:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moesaic import __version__
+from moesaic.cli.flags import DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.measuring import add_bench, add_perplexity
 from moesaic.errors import InvalidRequest, MoesaicError
 
 if TYPE_CHECKING:
     from moesaic.llm import LLM
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 LAYOUTS = ("hf", "mistral", "meta")
 LISTS = ("models", "formats", "ops", "checkpoints", "chat-formats")
 
@@ -29,6 +31,9 @@ LISTS = ("models", "formats", "ops", "checkpoints", "chat-formats")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's own) and return its exit code."""
     args = _parser().parse_args(argv)
+    args.line = shlex.join(
+        ["moesaic", *(sys.argv[1:] if argv is None else argv)]
+    )  # for the records of what is measured
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -55,24 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_chat, _add_pull, _add_convert, _add_pack, _add_list, _add_perplexity, _add_bench):
+    for add in (_add_chat, _add_pull, _add_convert, _add_pack, _add_list, add_perplexity, add_bench):
         add(commands)
-    return parser
-
-
-Commands = Any  # argparse's own name for what add_subparsers returns is private
-
-
-def _command(commands: Commands, name: str, run: Any, about: str, more: str, *examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}. {more}",
-        epilog="\n".join(["examples:" if len(examples) > 1 else "example:", *(f"  {line}" for line in examples)]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run)
     return parser
 
 
@@ -80,7 +69,7 @@ def _command(commands: Commands, name: str, run: Any, about: str, more: str, *ex
 
 
 def _add_chat(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "chat",
         _chat,
@@ -91,7 +80,7 @@ def _add_chat(commands: Commands) -> None:
         'echo "Tell me a story about a rabbit." | moesaic chat',
         'moesaic chat ./model -m "Hello!" --json',
     )
-    _add_model(parser)
+    add_model(parser)
     talk = parser.add_argument_group("conversation")
     talk.add_argument("--system", metavar="TEXT", default="", help="system prompt")
     talk.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; default: the model's own")
@@ -108,15 +97,6 @@ def _add_chat(commands: Commands) -> None:
     how.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
     how.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer; default: as many as fit")
     how.add_argument("--seed", type=int, metavar="N", help="makes answers repeatable")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder, or org/name on the hub; default: built-in")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as the checkpoint is stored")
-    parser.add_argument(
-        "--format", metavar="F", help="quantize: q8, q4, q3, q2, a format, or experts=int2,attention=int8"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -162,7 +142,7 @@ def _load(args: argparse.Namespace) -> LLM:
 
     if args.chat_format not in (None, OWN_TEMPLATE):
         chat.get(args.chat_format)  # before anything is fetched
-    path = _folder(args.model)
+    path = folder(args.model)
     with bar("loading") as progress:
         return LLM.load(
             path,
@@ -175,24 +155,11 @@ def _load(args: argparse.Namespace) -> LLM:
         )
 
 
-def _folder(model: str | None) -> Path | None:
-    """Return the folder that MODEL means: itself, or where the hub's files are put; None for the built-in model."""
-    from moesaic import pull
-    from moesaic.console.progress import bar
-
-    if model is None:
-        return None
-    if Path(model).exists() or not pull.HUB_ID.fullmatch(model) or model.startswith(("./", "../")):
-        return Path(model)
-    with bar(f"fetching {model}") as progress:
-        return pull.pull(model, progress=progress)
-
-
 # pull, convert
 
 
 def _add_pull(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "pull",
         _pull,
@@ -216,7 +183,7 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _add_convert(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "convert",
         _convert,
@@ -240,7 +207,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _add_pack(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "pack",
         _pack,
@@ -260,7 +227,7 @@ def _pack(args: argparse.Namespace) -> int:
     from moesaic import packed
     from moesaic.console.progress import bar
 
-    path = _folder(args.model)
+    path = folder(args.model)
     assert path is not None
     with bar("packing") as progress:
         packed.pack(path, args.dst, args.format, args.dtype, progress)
@@ -271,7 +238,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _add_list(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "list",
         _list,
@@ -293,107 +260,3 @@ def _list(args: argparse.Namespace) -> int:
     else:
         print("\n".join(inventory.lines(rows)))
     return 0
-
-
-# perplexity
-
-
-def _add_perplexity(commands: Commands) -> None:
-    parser = _command(
-        commands,
-        "perplexity",
-        _perplexity,
-        "measure how well a model predicts a text",
-        "Prints perplexity per token\nand bits per byte. Each document is read in windows that do not overlap.",
-        "moesaic perplexity held-out.jsonl.xz ./model --format q4",
-    )
-    parser.add_argument("file", metavar="FILE", type=Path, help='.txt, or .jsonl or .jsonl.xz with a "text" per line')
-    _add_model(parser)
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
-    parser.add_argument("--json", action="store_true", help="as a JSON object")
-
-
-def _perplexity(args: argparse.Namespace) -> int:
-    from moesaic.bench import quality
-    from moesaic.console.progress import bar
-    from moesaic.llm import BUILT_IN
-    from moesaic.loading import load_model
-    from moesaic.text.tokenizer import Tokenizer
-
-    texts = quality.read_texts(args.file)
-    path = _folder(args.model) or BUILT_IN
-    tokenizer = Tokenizer.open(path)
-    with bar("loading") as progress:
-        loaded = load_model(path, dtype=args.dtype, format=args.format, device=args.device, progress=progress)
-    with bar("documents", count=True) as progress:
-        found = quality.perplexity(loaded, tokenizer, texts, args.length, progress)
-    if args.json:
-        numbers = {"documents": found.documents, "tokens": found.tokens, "bytes": found.bytes, "length": args.length}
-        print(json.dumps(numbers | {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}))
-    else:
-        print(f"perplexity {found.perplexity:.4f} per token, {found.bits_per_byte:.4f} bits per byte")
-        print(f"{found.documents:,} documents, {found.tokens:,} tokens, windows of {args.length}")
-    return 0
-
-
-# bench
-
-
-def _add_bench(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="measure this machine and this build",
-        description="Measure this machine and this build. Leave the machine alone meanwhile.",
-        epilog="example:\n  moesaic bench kernels --format int4",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    kinds: Commands = parser.add_subparsers(metavar="WHAT", dest="what", required=True)
-    kernels = _command(
-        kinds,
-        "kernels",
-        _bench,
-        "the CPU kernels, op by op",
-        "Speeds of Mixtral's shapes, beside\n"
-        "the machine's read bandwidth and its fastest multiplication of bytes, measured first.",
-        "moesaic bench kernels",
-        "moesaic bench kernels --format int4,int2 --out kernels.json",
-    )
-    kernels.add_argument("--format", metavar="F,...", default="int8,int4,int3,int2", help="which formats")
-    kernels.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")
-    kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each figure (default 1)")
-    kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
-    peers = _command(
-        kinds,
-        "peers",
-        _bench,
-        "this engine beside llama.cpp, vLLM and transformers",
-        "All run one random model with\n"
-        "Mixtral's dimensions and two layers, in turn. docs/benchmarks.md says how to install them.",
-        "moesaic bench peers --only moesaic:q4,moesaic_llm:q4,transformers",
-        "moesaic bench peers --python llama_cpp=./llama/bin/python --plot peers.svg --out peers.json",
-    )
-    peers.add_argument("--only", metavar="P[:F],...", help="these peers, or these formats of them; default: all")
-    peers.add_argument(
-        "--python", metavar="P=FILE", action="append", default=[], help="the interpreter that has a peer"
-    )
-    peers.add_argument("--work", type=Path, metavar="DIR", help="for the model's files, 30 GB; default: in the cache")
-    peers.add_argument("--rounds", type=int, default=3, metavar="N", help="of everything, interleaved (default 3)")
-    peers.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")
-    peers.add_argument("--busy", action="store_true", help="some cells also while another process keeps a core busy")
-    peers.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
-    peers.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .svg or .png")
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from moesaic import pull
-    from moesaic.bench import command
-
-    if args.what == "kernels":
-        return command.kernels(args.format, args.threads, args.seconds, args.out)
-    work = args.work or pull.cache() / "bench"
-    given = (args.only, args.python, work, args.rounds, args.threads)
-    return command.peers(*given, busy=args.busy, out=args.out, plot=args.plot)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
