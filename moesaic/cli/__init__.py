@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -31,9 +32,9 @@ LISTS = ("models", "formats", "ops", "checkpoints", "chat-formats")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's own) and return its exit code."""
     args = _parser().parse_args(argv)
-    args.line = shlex.join(
-        ["moesaic", *(sys.argv[1:] if argv is None else argv)]
-    )  # for the records of what is measured
+    words = sys.argv[1:] if argv is None else argv
+    # For the records of what is measured, which leave out where things lie on this machine.
+    args.line = shlex.join(["moesaic", *(re.sub(r"(^|=)[~/].*/", r"\1", word) for word in words)])
     try:
         code: int = args.run(args)
         sys.stdout.flush()

@@ -99,7 +99,9 @@ def add_bench(commands: Commands) -> None:
         "moesaic bench peers --python llama_cpp=./llama/bin/python --plot peers.svg --out peers.json",
     )
     peers.add_argument("--only", metavar="P[:F],...", help="these peers, or these formats of them; default: all")
-    peers.add_argument("--python", metavar="P=FILE", action="append", default=[], help="the interpreter that has a peer")
+    peers.add_argument(
+        "--python", metavar="P=FILE", action="append", default=[], help="the interpreter that has a peer"
+    )
     peers.add_argument("--work", type=Path, metavar="DIR", help="for the model's files, 30 GB; default: in the cache")
     peers.add_argument("--rounds", type=int, default=3, metavar="N", help="of everything, interleaved (default 3)")
     peers.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")

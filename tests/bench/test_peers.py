@@ -120,7 +120,7 @@ def test_the_command_prints_the_tables_and_writes_the_record(
     out = tmp_path / "new" / "peers.json"
     assert cli.main(["bench", "peers", "--only", "moesaic", "--busy", "--out", str(out)]) == 2  # one row failed
     assert capsys.readouterr().out.splitlines() == "\n".join(chart.tables(found)).splitlines()
-    assert json.loads(out.read_text())["command"] == "moesaic bench peers --only moesaic --rounds 3 --busy"
+    assert json.loads(out.read_text())["command"] == "moesaic bench peers --only moesaic --busy --out peers.json"
 
 
 def test_plots_are_written(found: Comparison, tmp_path: Path) -> None:
