@@ -356,7 +356,7 @@ inline void many(const uint8_t* p, const uint8_t* panel, int width, const TokenT
 
 #endif
 
-constexpr int FEW = TILE < 4 ? TILE : 4;  // up to here codes are used as they are, without unpacking to v
+constexpr int FEW = TILE < 8 ? TILE : 8;  // up to here codes are used as they are, without unpacking to v
 
 template <class Format, int N>
 __attribute__((noinline)) void few_block(const uint8_t* block, int64_t columns, const TokenTile& x, float* sum) {
