@@ -119,7 +119,7 @@ def plot(found: Comparison, path: Path, caption: str) -> None:
     memory.set_visible(True)
     _panel(memory, rows, "peak memory, GiB", [(row.peak_bytes or 0) / 2**30 for row in rows], [])
     model = f"Mixtral of {found.shape.layers} layers, {plan.threads} threads"
-    figure.suptitle(f"tokens per second, {model}; the line across a bar: what memory and vector units allow")
+    figure.suptitle(f"bars and numbers: tokens per second, {model}; lines: what memory and vector units allow")
     figure.supxlabel(caption, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -128,14 +128,18 @@ def plot(found: Comparison, path: Path, caption: str) -> None:
 def _panel(axis: Any, rows: Sequence[Row], title: str, values: list[float], limits: Sequence[float | None]) -> None:
     peers = list(dict.fromkeys(row.peer for row in rows))
     colours = [COLOURS[peers.index(row.peer) % len(COLOURS)] for row in rows]
-    bars = axis.barh(range(len(rows)), values, color=colours)
-    axis.bar_label(bars, [_number(value) for value in values], padding=3, fontsize="x-small")
+    axis.barh(range(len(rows)), values, color=colours)
+    ends = list(values)
     for place, most in enumerate(limits):
         if most is not None:
             axis.vlines(most, place - 0.45, place + 0.45, color="black", linewidth=1.2)
+            ends[place] = max(values[place], most)
+    for place, end in enumerate(ends):  # behind both, so that no line crosses a number
+        text, beside = _number(values[place]), {"xytext": (3, 0), "textcoords": "offset points"}
+        axis.annotate(text, (end, place), va="center", fontsize="x-small", **beside)
     axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize="small")
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
-    axis.set_xlim(0, 1.18 * max([*values, *(most for most in limits if most is not None)]))
+    axis.set_xlim(0, 1.18 * max(ends))
     axis.set_title(title, fontsize="medium")
     axis.tick_params(axis="x", labelsize="small")
     axis.locator_params(axis="x", nbins=4)
