@@ -7,6 +7,10 @@
 
 namespace moesaic::MOESAIC_ISA {
 
+// What lies there is in memory: the compiler does not know that a tile load reads it, and GCC 12
+// believes that a tile configuration is shorter than it is.
+MOESAIC_INLINE void settle(const void* there) { __asm__ volatile("" : : "r"(there) : "memory"); }
+
 // While one of these lives, this thread's tiles are set up; afterwards the system need not save them.
 class Tiles {
   public:
@@ -20,14 +24,12 @@ class Tiles {
             shape.bytes[i] = 64;
             shape.rows[i] = 16;
         }
+        settle(&shape);
         _tile_loadconfig(&shape);
     }
     MOESAIC_INLINE ~Tiles() { _tile_release(); }
     Tiles(const Tiles&) = delete;
 };
-
-// What was stored before is in memory: the compiler does not know that a tile load reads it.
-MOESAIC_INLINE void settle() { __asm__ volatile("" ::: "memory"); }
 
 // Sixteen vectors of sixteen numbers, rows turned to columns.
 MOESAIC_INLINE void turn(F (&x)[16]) {

@@ -102,7 +102,7 @@ MOESAIC_INLINE void add_products(Block block, const PlainTile& x, int64_t from, 
     const uint16_t *high = block.rows, *low = high + 16 * block.stride / 2;
     const uint16_t* q = x.q + from * PlainTile::room_of(x.n);
     const bool two = x.n > 16;
-    settle();
+    settle(block.rows);
     if (fresh) {
         _tile_zero(0);
         _tile_zero(1);

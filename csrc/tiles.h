@@ -279,7 +279,7 @@ inline void many(const uint8_t* p, const uint8_t* panel, int width, const TokenT
     alignas(64) int32_t whole[4][16][16];
     const int8_t* q = x.q + s * SUPER * x.n;
     const bool two = x.n > 16;
-    settle();
+    settle(panel);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

@@ -353,19 +353,20 @@ def _finish(row: Row, rows: Sequence[Row], shape: Shape, plan: Plan, limits: Lim
             row.agrees = len(set(row.likeliest) & set(plain[name].likeliest))
             break
     if limits is not None:
-        row.limits = {cell.name: limit(cell, shape, limits, experts, rest) for cell in plan.cells()}
+        row.limits = {cell.name: limit(cell, shape, limits, row.format, experts, rest) for cell in plan.cells()}
 
 
-def limit(cell: Cell, shape: Shape, limits: Limits, experts: int, rest: int) -> float:
+def limit(cell: Cell, shape: Shape, limits: Limits, format: str, experts: int, rest: int) -> float:
     """Return the most tokens per second that ``cell`` could have, were the slower of memory and multipliers all.
 
     Every weight that is needed is read once in a step, the cache once, at the best speed measured; every
-    multiplication is one of bytes. What a step reads of the experts is what tokens that choose at random read.
+    multiplication is one of bytes, or of bfloat16 where weights are. What a step reads of the experts is what tokens that choose at random read.
 
     Args:
         cell: what is computed.
         shape: of the model.
         limits: of the machine.
+        format: of the weights.
         experts: bytes of all experts.
         rest: bytes of everything else that every step reads.
     """
@@ -374,4 +375,4 @@ def limit(cell: Cell, shape: Shape, limits: Limits, experts: int, rest: int) -> 
     read = rest + experts * shape.experts_read(tokens) / shape.experts + cached
     seen = cell.tokens if cell.batch else cell.tokens / 2
     operations = shape.operations(tokens, seen, cell.batch or 1)
-    return tokens / max(read / limits.read_gb_s / 1e9, operations / limits.int8_gop_s / 1e9)
+    return tokens / max(read / limits.read_gb_s / 1e9, operations / limits.gop_s(format) / 1e9)

@@ -34,8 +34,8 @@ class Row:
     gop_s: float
     read_share: float
     """Of the best read bandwidth measured."""
-    int8_share: float
-    """Of the fastest multiplication of bytes measured."""
+    peak_share: float
+    """Of the fastest multiplication measured, of bytes or of bfloat16."""
 
 
 def measure(limits: Limits, names: list[str], tokens: tuple[int, ...] = TOKENS, seconds: float = 1.0) -> Iterator[Row]:
@@ -97,14 +97,14 @@ def _row(
 ) -> Row:
     taken = median_of(call, seconds)
     gb_s, gop_s = size / taken / 1e9, operations / taken / 1e9
-    return Row(op, format, tokens, taken * 1e3, gb_s, gop_s, gb_s / limits.read_gb_s, gop_s / limits.int8_gop_s)
+    return Row(op, format, tokens, taken * 1e3, gb_s, gop_s, gb_s / limits.read_gb_s, gop_s / limits.gop_s(format))
 
 
 def line(row: Row) -> str:
     """Return a row as people read it."""
     return (
         f"{row.op:<8}{row.format:<8}{row.tokens:>5} tokens{row.milliseconds:>10.3f} ms"
-        f"{row.gb_s:>8.1f} GB/s ({row.read_share:>4.0%}){row.gop_s:>9.0f} GOP/s ({row.int8_share:>4.0%})"
+        f"{row.gb_s:>8.1f} GB/s ({row.read_share:>4.0%}){row.gop_s:>9.0f} GOP/s ({row.peak_share:>4.0%})"
     )
 
 

@@ -25,7 +25,7 @@ from moesaic.errors import InvalidParameter, NotFound
 
 SHAPE = Shape(hidden=256, inner=256, experts=4, heads=4, kv_heads=2, vocab=300)
 PLAN = Plan(prompts=(20,), contexts=(4, 20), batches=(1, 3), steps=2, rounds=1, threads=1, busy=True)
-LIMITS = Limits(read_gb_s=20.0, streams=1, ahead=0, int8_gop_s=500.0)
+LIMITS = Limits(read_gb_s=20.0, streams=1, ahead=0, int8_gop_s=500.0, bf16_gop_s=250.0, vnni_gop_s=500.0)
 PEERS = registry.names(compare.PEERS)
 
 
@@ -185,11 +185,14 @@ def test_llama_cpps_file_has_rotary_rows_as_neighbours_and_experts_stacked(work:
 
 
 def test_limits_follow_from_bytes_and_operations() -> None:
-    shape, limits = Shape(), Limits(read_gb_s=30.0, streams=1, ahead=0, int8_gop_s=600.0)
+    shape, limits = (
+        Shape(),
+        Limits(read_gb_s=30.0, streams=1, ahead=0, int8_gop_s=600.0, bf16_gop_s=300.0, vnni_gop_s=600.0),
+    )
     assert shape.expert_parameters == 2 * 8 * 176_160_768 and shape.other_parameters == 2 * 41_975_808 + 131_072_000
-    one = compare.limit(Cell(0, 1), shape, limits, shape.expert_parameters, shape.other_parameters)
+    one = compare.limit(Cell(0, 1), shape, limits, "int4", shape.expert_parameters, shape.other_parameters)
     assert one == pytest.approx(30e9 / (2 * 2 * 176_160_768 + shape.other_parameters))
-    many = compare.limit(Cell(512), shape, limits, shape.expert_parameters, shape.other_parameters)
+    many = compare.limit(Cell(512), shape, limits, "int4", shape.expert_parameters, shape.other_parameters)
     assert many == pytest.approx(600e9 / 1.6e9, rel=0.05)  # the operations of a token, without the head
 
 
