@@ -360,7 +360,8 @@ def limit(cell: Cell, shape: Shape, limits: Limits, format: str, experts: int, r
     """Return the most tokens per second that ``cell`` could have, were the slower of memory and multipliers all.
 
     Every weight that is needed is read once in a step, the cache once, at the best speed measured; every
-    multiplication is one of bytes, or of bfloat16 where weights are. What a step reads of the experts is what tokens that choose at random read.
+    multiplication is one of bytes, or of bfloat16 where weights are. What a step reads of the experts is
+    what tokens that choose at random read.
 
     Args:
         cell: what is computed.
