@@ -6,6 +6,9 @@ holding it in another format. Does not know what is measured.
 
 from __future__ import annotations
 
+import bisect
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic import models
-from moesaic.errors import InvalidParameter
+from moesaic import models, packed
+from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Packed
+from moesaic.llm import BUILT_IN
 from moesaic.loading import Loaded, cache_bytes
 from moesaic.models import Decoder
 from moesaic.ops import native
@@ -95,21 +99,28 @@ def need(config: Mapping[str, Any], format: str, dtype: str, cache_tokens: int) 
     )
 
 
-def check(name: str, layers: int | None, format: str, dtype: str, cache_tokens: int, free: int) -> Need:
-    """Return what the geometry takes, if ``free`` bytes are enough for it.
+def check(
+    name: str, layers: int | None, format: str, dtype: str, cache_tokens: int, free: int, *, mapped: bool = False
+) -> None:
+    """Refuse a geometry for which ``free`` bytes are not enough; with ``mapped``, its weights need none of them.
 
     Raises:
-        InvalidParameter: they are not; the message says what would fit.
+        InvalidParameter: the message says what would fit.
     """
+
+    def fits(config: Mapping[str, Any], format: str, mapped: bool = False) -> bool:
+        wanted = need(config, format, dtype, cache_tokens)
+        return wanted.total - mapped * wanted.weights <= free
+
     config = configuration(name, layers)
+    if fits(config, format, mapped):
+        return
+    hints = [f"--format {each}" for each in models.PRESETS if fits(config, each, mapped)][:1]
+    numbers = range(1, config["num_hidden_layers"])
+    fewer = bisect.bisect(numbers, False, key=lambda n: not fits(config | {"num_hidden_layers": n}, format, mapped))
+    hints += [f"--layers {fewer}"] if fewer else []
+    hints += ["--packed DIR"] if fits(config, format, mapped=True) else []
     wanted = need(config, format, dtype, cache_tokens)
-    if wanted.total <= free:
-        return wanted
-    smaller = [each for each in models.PRESETS if need(config, each, dtype, cache_tokens).total <= free]
-    one, two = (need(config | {"num_hidden_layers": n}, format, dtype, cache_tokens).total for n in (1, 2))
-    fitting = int((free - one) // (two - one)) + 1
-    hints = [f"--format {smaller[0]}"] if smaller else []
-    hints += [f"--layers {fitting}"] if fitting >= 1 else []
     takes = f"takes {wanted.weights / 1e9:.1f} GB of weights, {wanted.cache / 1e9:.1f} GB of cache"
     raise InvalidParameter(
         "geometry",
@@ -131,6 +142,37 @@ def build(config: Mapping[str, Any], name: str, format: str, dtype: str, progres
         progress: called with the bytes written so far and in all.
     """
     model = _outline(config, format, dtype).to_empty(device="cpu")
+    randomize(model, progress)
+    return Loaded(Path(name), "random", model, config, {})
+
+
+def pack(config: Mapping[str, Any], folder: Path, format: str, dtype: str, progress: Progress | None = None) -> None:
+    """Make the same in a new packed folder, where it may be more than memory; with the built-in model's tokenizer.
+
+    Raises:
+        InvalidParameter: the folder is there already, or the disk has no room for the weights.
+        CheckpointError: it cannot be written.
+    """
+    if folder.exists():
+        raise InvalidParameter("packed", f"{folder} exists already; name a new folder, or measure it as MODEL")
+    wanted = need(config, format, dtype, 0).weights
+    try:
+        folder.mkdir(parents=True)
+        if wanted > (free := shutil.disk_usage(folder).free):
+            folder.rmdir()
+            raise InvalidParameter("packed", f"takes {wanted / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left")
+        for each in BUILT_IN.glob("tokenizer*"):
+            shutil.copyfile(each, folder / each.name)
+        kinds = {role: each.name for role, each in models.choose(format, dtype).items()}
+        packed.create(folder, packed.Mark(dtype, kinds, config, {}), lambda model: randomize(model, progress))
+        with (folder / packed.WEIGHTS).open("rb") as file:
+            os.fsync(file.fileno())  # so that what is measured afterwards does not wait for it
+    except OSError as error:
+        raise CheckpointError(folder, f"cannot be written: {error.strerror}") from error
+
+
+def randomize(model: Decoder, progress: Progress | None = None) -> None:
+    """Fill a model's weights, wherever they lie; ``progress`` is called with the bytes written so far and in all."""
     samples: dict[tuple[str, int, float], Mapping[str, Tensor]] = {}
     total, done = sum(each.nbytes for each in model.parameters()), 0
     for module in model.modules():
@@ -146,7 +188,6 @@ def build(config: Mapping[str, Any], name: str, format: str, dtype: str, progres
         done += sum(part.nbytes for part in parts)
         if parts and progress is not None:
             progress(done, total)
-    return Loaded(Path(name), "random", model, config, {})
 
 
 def sample(format: type[Packed], columns: int, spread: float = SPREAD) -> Mapping[str, Tensor]:

@@ -7,6 +7,7 @@ the answers are drawn at temperature 1, so that tokens, and with them routing, s
 from __future__ import annotations
 
 import math
+import resource
 import statistics
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic import engine, models
+from moesaic import engine, memory, models
 from moesaic.bench import geometry, limits, report
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
@@ -94,6 +95,8 @@ class Speed:
     """Tokens in that time."""
     token_seconds: float
     """Median time from one token of an answer to its next, in that time."""
+    disk_bytes: int
+    """Read from disk meanwhile, the prompts' time included: of a mapped model what was not in memory."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ class Reads:
 class Wish:
     """Which model is to be measured, and how it is to be held.
 
-    With ``geometry`` it is one of random weights (``layers`` None: all of its layers), else a checkpoint.
+    With ``geometry`` it is one of random weights (``layers`` None: all of its layers), else a checkpoint;
+    ``packed`` is a new folder to make those weights in, mapped, so that they may be more than memory.
     ``context`` None: 8192 tokens, or as many as the model was made for. The rest is as for ``LLM.load``.
     """
 
@@ -129,6 +133,7 @@ class Wish:
     format: str | None = None
     dtype: str = "auto"
     context: int | None = None
+    packed: Path | None = None
 
 
 def run(
@@ -156,8 +161,9 @@ def run(
     """
     if wish.geometry is not None:
         load = _random(wish, work, progress)
-    elif wish.layers is not None:
-        raise InvalidParameter("layers", "goes with a geometry: a checkpoint has the layers it has")
+    elif wish.layers is not None or wish.packed is not None:
+        what = "layers" if wish.layers is not None else "packed"
+        raise InvalidParameter(what, "goes with a geometry: a checkpoint is as it is")
     else:
         load = _checkpoint(path or BUILT_IN, wish, progress)
     machine = None
@@ -188,9 +194,17 @@ def _random(wish: Wish, work: Work, progress: Progress | None) -> Load:
     name, dtype = wish.geometry, "bfloat16" if wish.dtype == "auto" else wish.dtype
     config, format = geometry.configuration(name, wish.layers), wish.format or dtype
     places = work.places(_context(wish, config["max_position_embeddings"], work))
-    geometry.check(name, wish.layers, format, dtype, places, report.free_memory())
+    folder, free = wish.packed, memory.available()
+    geometry.check(name, wish.layers, format, dtype, places, free, mapped=folder is not None)
+
+    def load() -> Loaded:
+        if folder is None:
+            return geometry.build(config, name, format, dtype, progress)
+        geometry.pack(config, folder, format, dtype, progress)
+        return load_model(folder)
+
     # Any tokenizer does: it has a text for each id, if only an empty one.
-    return lambda: (geometry.build(config, name, format, dtype, progress), Tokenizer.open(BUILT_IN), name)
+    return lambda: (load(), Tokenizer.open(BUILT_IN), name)
 
 
 def _checkpoint(path: Path, wish: Wish, progress: Progress | None) -> Load:
@@ -227,10 +241,10 @@ def measure(llm: LLM, work: Work, seed: int = 0) -> tuple[Speed, Reads]:
 
     _arrivals(submit(min(8, work.prompt), 2))
     with _routes(llm.loaded.model) as chosen, ThreadPoolExecutor(work.batch) as threads:
-        began = time.perf_counter()
+        began, read = time.perf_counter(), _disk_bytes()
         replies = [submit(work.prompt, work.generated) for _ in range(work.batch)]
         times = list(threads.map(_arrivals, replies))
-    speed = _speed(began, times, work)
+    speed = _speed(began, times, work, _disk_bytes() - read)
     return speed, _reads(llm, work, {layer: [ids for ids in all if len(ids) == work.batch] for layer, all in chosen})
 
 
@@ -239,7 +253,12 @@ def _arrivals(reply: Reply) -> list[float]:
     return [time.perf_counter() for piece in reply for _ in piece.tokens]
 
 
-def _speed(began: float, times: list[list[float]], work: Work) -> Speed:
+def _disk_bytes() -> int:
+    """Return how much this process had read from disks so far."""
+    return 512 * resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+
+
+def _speed(began: float, times: list[list[float]], work: Work, disk_bytes: int) -> Speed:
     first, begun, ended = (
         min(each[0] for each in times),
         max(each[0] for each in times),
@@ -254,6 +273,7 @@ def _speed(began: float, times: list[list[float]], work: Work) -> Speed:
         decode_tokens_s=count / (ended - begun),
         decode_tokens=count,
         token_seconds=statistics.median(gaps),
+        disk_bytes=disk_bytes,
     )
 
 
@@ -319,7 +339,7 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
             "cache_bytes": work.places(llm.context) * cache_bytes(model),
         },
         "work": asdict(work),
-        "memory": report.memory(),
+        "memory": report.resident(),
         "speed": asdict(speed),
         "reads": asdict(reads) | {"total": reads.total, "gb_s": reads.total * steps_s / 1e9},
         "limits": machine and asdict(machine),
@@ -329,20 +349,22 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield figures as people read them."""
-    model, memory, speed, reads = found["model"], found["memory"], found["speed"], found["reads"]
+    model, held, speed, reads = found["model"], found["memory"], found["speed"], found["reads"]
     kinds = ", ".join(f"{count} {name}" for name, count in model["weights"].items())
     yield f"{model['name']}: {model['layers']} layers, {model['parameters'] / 1e9:.2f} billion parameters ({kinds})"
     yield f"weights {model['weight_bytes'] / 1e9:.2f} GB, cache {model['cache_bytes'] / 1e9:.2f} GB, all of it written"
-    if memory:
-        huge = f", {memory['huge'] / memory['anonymous']:.0%} of it in huge pages" if memory.get("huge") else ""
-        own = f"own {memory['anonymous'] / 1e9:.2f} GB{huge}; files {memory['file'] / 1e9:.2f} GB"
-        yield f"peak memory {memory['peak'] / 1e9:.2f} GB; at the end: {own}"
+    if held:
+        huge = f", {held['huge'] / held['anonymous']:.0%} of it in huge pages" if held.get("huge") else ""
+        own = f"own {held['anonymous'] / 1e9:.2f} GB{huge}; files {held['file'] / 1e9:.2f} GB"
+        yield f"peak memory {held['peak'] / 1e9:.2f} GB; at the end: {own}"
     yield f"prompt  {speed['prefill_tokens_s']:>8.1f} tokens/s; first token after {speed['first_token_seconds']:.2f} s"
     each = f"{speed['token_seconds'] * 1e3:.0f} ms from token to token"
     yield f"answer  {speed['decode_tokens_s']:>8.2f} tokens/s over {speed['decode_tokens']} tokens; {each}"
     parts = ", ".join(f"{part} {reads[part] / 1e9:.2f}" for part in ("dense", "experts", "cache"))
     share = f" ({found['read_share']:.0%} of what was measured)" if found["read_share"] else ""
     yield f"a step reads {reads['total'] / 1e9:.2f} GB ({parts}): {reads['gb_s']:.1f} GB/s{share}"
+    if speed["disk_bytes"]:
+        yield f"read from disk meanwhile: {speed['disk_bytes'] / 1e9:.2f} GB"
     if reads["experts"]:
         spread = f"{reads['experts_per_layer']:.1f} experts in a layer; the busiest had {reads['busiest_share']:.0%}"
         yield f"a step uses {spread} of a layer's choices"

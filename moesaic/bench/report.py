@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moesaic import memory
+
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
 
@@ -48,19 +50,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def free_memory() -> int:
-    """Return how many bytes can be used before the system has to take some from others."""
-    available = _kilobytes(Path("/proc/meminfo")).get("MemAvailable")
-    return available or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def memory() -> dict[str, int]:
+def resident() -> dict[str, int]:
     """Return what memory this process has, in bytes; empty where the system does not say.
 
     ``peak`` is the most that was resident since the start, or since ``forget_peak``; ``anonymous`` is its
     own (a page counts once it was written), ``huge`` the part of that in pages of 2 MiB, ``file`` mapped files.
     """
-    status, rollup = _kilobytes(Path("/proc/self/status")), _kilobytes(Path("/proc/self/smaps_rollup"))
+    status, rollup = memory.kilobytes(Path("/proc/self/status")), memory.kilobytes(Path("/proc/self/smaps_rollup"))
     named = {"peak": status.get("VmHWM"), "anonymous": status.get("RssAnon"), "file": status.get("RssFile")}
     named["huge"] = rollup.get("AnonHugePages")
     return {name: value for name, value in named.items() if value is not None}
@@ -70,16 +66,6 @@ def forget_peak() -> None:
     """Let the peak of memory begin anew, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _kilobytes(path: Path) -> dict[str, int]:
-    """Return the lines "name: number kB" of a file of the system, in bytes; nothing where there is no such file."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return {}
-    parts = [line.split() for line in lines if line.endswith(" kB")]
-    return {name.rstrip(":"): int(number) * 1024 for name, number, _ in parts}
 
 
 def _processor() -> str:

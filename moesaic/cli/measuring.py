@@ -121,6 +121,7 @@ def add_bench(commands: Commands) -> None:
     offline.add_argument("model", metavar="MODEL", nargs="?", help="as for chat")
     offline.add_argument("--geometry", metavar="NAME", help=", ".join(GEOMETRIES))
     offline.add_argument("--layers", type=int, metavar="N", help="with --geometry: only so many layers")
+    offline.add_argument("--packed", type=Path, metavar="DIR", help="with --geometry: make it on disk, and map it")
     offline.add_argument("--format", metavar="F", help="quantize, as for chat")
     offline.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored; of a geometry bfloat16")
     offline.add_argument("--context", type=int, metavar="N", help="tokens that the cache holds (default 8192)")
@@ -183,7 +184,7 @@ def _bench_offline(args: argparse.Namespace) -> int:
     from moesaic.console.progress import bar
 
     work = offline.Work(args.prompt, args.tokens, args.batch)
-    wish = offline.Wish(args.geometry, args.layers, args.format, args.dtype, args.context)
+    wish = offline.Wish(args.geometry, args.layers, args.format, args.dtype, args.context, args.packed)
     if args.geometry and args.model:
         raise InvalidRequest("--geometry goes without MODEL: it is a model of random weights")
     path = None if args.geometry else folder(args.model)

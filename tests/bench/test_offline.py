@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -68,17 +67,26 @@ def test_mixtral_8x7b_in_two_bits_takes_less_than_20_gb() -> None:
     assert geometry.need(geometry.configuration("mixtral-8x7b"), "q2", "bfloat16", 8192).total < 20e9
 
 
-def test_what_does_not_fit_is_refused_and_told_what_would() -> None:
-    fitting = dict[str, list[Any]]()
-    for name, free in (("mixtral-8x7b", 22_000_000_000), ("mixtral-8x22b", 22_000_000_000), ("mixtral-8x7b", 10**9)):
-        with pytest.raises(InvalidParameter, match=f"^geometry: {name} in q4 takes") as caught:
-            geometry.check(name, None, "q4", "bfloat16", 8192, free)
-        fitting.setdefault(str(caught.value).rpartition(": ")[2], []).append((name, free))
-    assert list(fitting) == ["--format q3 or --layers 24 would fit", "--layers 14 would fit", "nothing of it would fit"]
-    geometry.check("mixtral-8x7b", None, "q3", "bfloat16", 8192, 22_000_000_000)
-    geometry.check("mixtral-8x7b", 24, "q4", "bfloat16", 8192, 22_000_000_000)
+@pytest.mark.parametrize(
+    ("name", "free", "hint"),
+    [
+        ("mixtral-8x7b", 22, "--format q3 or --layers 24 or --packed DIR would fit"),
+        ("mixtral-8x22b", 22, "--layers 14 or --packed DIR would fit"),
+        ("mixtral-8x22b", 4, "--layers 1 or --packed DIR would fit"),
+        ("mixtral-8x7b", 1, "nothing of it would fit"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_told_what_would(name: str, free: int, hint: str) -> None:
+    with pytest.raises(InvalidParameter, match=f"^geometry: {name} in q4 takes .* are free: {hint}$"):
+        geometry.check(name, None, "q4", "bfloat16", 8192, free * 10**9)
+
+
+def test_what_would_fit_does() -> None:
+    geometry.check("mixtral-8x7b", None, "q3", "bfloat16", 8192, 22 * 10**9)
+    geometry.check("mixtral-8x7b", 24, "q4", "bfloat16", 8192, 22 * 10**9)
+    geometry.check("mixtral-8x7b", None, "q4", "bfloat16", 8192, 22 * 10**9, mapped=True)
     with pytest.raises(InvalidParameter):
-        geometry.check("mixtral-8x7b", 25, "q4", "bfloat16", 8192, 22_000_000_000)
+        geometry.check("mixtral-8x7b", 25, "q4", "bfloat16", 8192, 22 * 10**9)
 
 
 @pytest.mark.parametrize("format", ["q2", "q4", "bfloat16"])
@@ -131,6 +139,17 @@ def test_a_checkpoint_is_measured_too(talker: Path) -> None:
     assert found["model"]["cache_bytes"] == 112 * 2 * 2 * 2 * 8 * 4  # whole blocks
 
 
+def test_random_weights_on_disk(tiny: str, tmp_path: Path) -> None:
+    wish, work = Wish(tiny, layers=2, format="q2", packed=tmp_path / "new"), Work(prompt=20, tokens=8)
+    made = offline.run(None, wish, work, buffer=0.01)
+    assert made["model"]["layout"] == "packed" and made["model"]["layers"] == 2
+    again = offline.run(tmp_path / "new", Wish(), work, buffer=0.01)
+    assert again["model"] | {"name": tiny} == made["model"]
+    assert again["reads"] | {"gb_s": 0} == made["reads"] | {"gb_s": 0}  # the same tokens
+    with pytest.raises(InvalidParameter, match="exists already"):
+        offline.run(None, wish, work, buffer=0.01)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_and_cache_are_written_memory() -> None:
     """Counted by the system, in a process that has little else."""
@@ -156,6 +175,7 @@ def test_what_is_refused(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
         (Wish("gpt"), "'gpt' is unknown: there are mixtral-8x7b"),
         (Wish(tiny, layers=25), "tiny has 1 to 24"),
         (Wish(layers=2), "layers: goes with a geometry"),
+        (Wish(packed=Path("new")), "packed: goes with a geometry"),
         (Wish(tiny, context=5000), "made for 4096 tokens"),
         (Wish(tiny, context=500), "prompt and its answer have 576"),
         (Wish(tiny, format="q5"), "'q5' is unknown"),
