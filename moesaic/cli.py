@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CACHE_DTYPES = (*DTYPES, "int8")
 LAYOUTS = ("hf", "mistral", "meta")
 LISTS = ("models", "formats", "ops", "checkpoints", "chat-formats")
 
@@ -100,6 +101,12 @@ def _add_chat(commands: Commands) -> None:
     talk.add_argument("--json", action="store_true", help="with -m or piped input: the answer as a JSON object")
     talk.add_argument("--stats", action="store_true", help="with -m or piped input: tokens and times on standard error")
     talk.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
+    talk.add_argument(
+        "--kv-cache-dtype",
+        choices=CACHE_DTYPES,
+        default="auto",
+        help="int8: half the memory of bfloat16; default: --dtype",
+    )
     how = parser.add_argument_group("sampling (default: what the checkpoint recommends)")
     how.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
     how.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: off")
@@ -170,6 +177,7 @@ def _load(args: argparse.Namespace) -> LLM:
             format=args.format,
             device=args.device,
             context=args.context,
+            kv_cache_dtype=args.kv_cache_dtype,
             chat_format=args.chat_format,
             progress=progress,
         )
@@ -309,6 +317,9 @@ def _add_perplexity(commands: Commands) -> None:
     )
     parser.add_argument("file", metavar="FILE", type=Path, help='.txt, or .jsonl or .jsonl.xz with a "text" per line')
     _add_model(parser)
+    parser.add_argument(
+        "--kv-cache-dtype", choices=CACHE_DTYPES, help="read keys and values from a cache; default: none"
+    )
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
     parser.add_argument("--json", action="store_true", help="as a JSON object")
 
@@ -317,7 +328,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     from moesaic.bench import quality
     from moesaic.console.progress import bar
     from moesaic.llm import BUILT_IN
-    from moesaic.loading import load_model
+    from moesaic.loading import cache_dtype, load_model
     from moesaic.text.tokenizer import Tokenizer
 
     texts = quality.read_texts(args.file)
@@ -325,8 +336,9 @@ def _perplexity(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.open(path)
     with bar("loading") as progress:
         loaded = load_model(path, dtype=args.dtype, format=args.format, device=args.device, progress=progress)
+    cache = cache_dtype(loaded.model, args.kv_cache_dtype) if args.kv_cache_dtype else None
     with bar("documents", count=True) as progress:
-        found = quality.perplexity(loaded, tokenizer, texts, args.length, progress)
+        found = quality.perplexity(loaded, tokenizer, texts, args.length, progress, cache)
     if args.json:
         numbers = {"documents": found.documents, "tokens": found.tokens, "bytes": found.bytes, "length": args.length}
         print(json.dumps(numbers | {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}))
