@@ -246,87 +246,162 @@ void experts(const ExpertsArgs& a) {
     });
 }
 
-constexpr int64_t FEW_ROWS = 8;   // up to here keys are taken row by row
 constexpr int64_t MANY_ROWS = 96;  // rows of a task, unless one query's heads are more
+constexpr int64_t FEW_ROWS = 16;   // up to here a long context is cut into several tasks
+
+int64_t size_of(Type type) { return type == Type::int8 ? 1 : type == Type::float32 ? 4 : 2; }
 
 void store_keys(const AttentionArgs& a) {
-    const int64_t row = a.kv_heads * a.size;
-    const bool same = a.type == a.cache_type;
-    const int64_t bytes = a.type == Type::float32 ? 4 : 2;
-    run_or_do((a.tokens + 63) / 64, a.tokens * row * TOUCHED, [&](int64_t task, int) {
+    const int64_t row = a.kv_heads * a.size, bytes = size_of(a.type), room = (a.size + 15) / 16 * 16;
+    run_or_do((a.tokens + 63) / 64, a.tokens * row * TOUCHED, [&](int64_t task, int worker) {
+        float* part = (float*)scratch(16 + worker, sizeof(float) * room);
         for (int64_t t = task * 64; t < (task + 1) * 64 && t < a.tokens; ++t) {
-            const int64_t to = a.slots[t] * row, from = t * row;
             for (int which = 0; which < 2; ++which) {
                 const void* x = which ? a.v : a.k;
                 void* y = which ? a.values : a.keys;
-                if (same) {
-                    memcpy((char*)y + to * bytes, (const char*)x + from * bytes, row * bytes);
-                } else {
-                    for (int64_t i = 0; i < row; ++i) write_one(y, a.cache_type, to + i, read_one(x, a.type, from + i));
+                if (a.type == a.cache_type) {
+                    memcpy((char*)y + a.slots[t] * row * bytes, (const char*)x + t * row * bytes, row * bytes);
+                    continue;
+                }
+                for (int64_t g = 0; g < a.kv_heads; ++g) {
+                    const int64_t to = a.slots[t] * a.kv_heads + g;
+                    read(x, a.type, t * row + g * a.size, a.size, part, room);
+                    if (a.cache_type == Type::int8) {
+                        round_head(part, a.size, (int8_t*)y + to * a.size, (which ? a.value_scales : a.key_scales) + to);
+                    } else {
+                        write(y, a.cache_type, to * a.size, a.size, part);
+                    }
                 }
             }
         }
     });
 }
 
+// Some tokens of one sequence with `heads` key heads from `head` on, over the places from .. until - 1.
+struct Part {
+    int64_t sequence, begin, end, head, heads, from, until;
+    int64_t states;  // where its states go, from which others make the answer; -1: it makes the answer itself
+};
+
+int64_t close_after(int64_t place) { return (place / CLOSE + 1) * CLOSE; }
+
 void attention(const AttentionArgs& a) {
     if (a.keys) store_keys(a);
-    // A task is some consecutive tokens of one sequence, with all query heads of one key head.
     const int64_t shared = a.heads / a.kv_heads, at_once = shared >= MANY_ROWS ? 1 : MANY_ROWS / shared;
-    struct Part { int64_t sequence, begin, end; };
-    Part* parts = (Part*)scratch(0, sizeof(Part) * (a.tokens / at_once + a.sequences + 1));
-    int64_t count = 0, seen = 0;  // seen: keys that all tokens together look at
-    for (int64_t s = 0; s < a.sequences; ++s) {
-        if (a.starts[s + 1] > a.starts[s]) seen += (a.starts[s + 1] - a.starts[s]) * (a.positions[a.starts[s + 1] - 1] + 1);
-        for (int64_t t = a.starts[s]; t < a.starts[s + 1]; t += at_once) {
-            parts[count++] = {s, t, t + at_once < a.starts[s + 1] ? t + at_once : a.starts[s + 1]};
-        }
-    }
     const int64_t room = (a.size + 31) / 32 * 32;
-    const float scaling = 1.0f / __builtin_sqrtf(float(a.size));
-    run_or_do(count * a.kv_heads, 2 * seen * a.heads * a.size, [&](int64_t task, int worker) {
-        const Part& part = parts[count - 1 - task / a.kv_heads];  // the longest contexts first
-        const int64_t g = task % a.kv_heads, rows = (part.end - part.begin) * shared;
-        Queries x = {rows, a.size, room, nullptr, nullptr, nullptr, nullptr, nullptr};
-        x.q = (float*)scratch(16 + worker, sizeof(float) * (rows * (2 * room + KEYS + 2) + 2 * KEYS * room));
-        x.out = x.q + rows * room;
-        x.scores = x.out + rows * room;
-        float* turned = x.scores + rows * KEYS;
-        float* tile = turned + KEYS * room;
-        x.top = tile + KEYS * room;
-        x.total = x.top + rows;
-        for (int64_t r = 0; r < rows; ++r) {
-            float* q = x.q + r * room;
-            read(a.q, a.type, ((part.begin + r / shared) * a.heads + g * shared + r % shared) * a.size, a.size, q, room);
-            for (int64_t k = 0; k < a.size; ++k) q[k] *= scaling;
-            x.top[r] = NEVER;
-            x.total[r] = 0.0f;
-        }
-        memset(x.out, 0, sizeof(float) * rows * room);
-        const int64_t stride = a.kv_heads * a.size;
-        const int64_t* table = a.keys ? a.tables + part.sequence * a.width : nullptr;
-        const Type type = a.keys ? a.cache_type : a.type;
-        const int64_t first = a.starts[part.sequence];
-        const Rows keys = {a.keys ? a.keys : a.k, type, table, first, a.block, stride, g * a.size};
-        const Rows values = {a.keys ? a.values : a.v, type, table, first, a.block, stride, g * a.size};
-        const int64_t* positions = a.positions + part.begin;
-        if (rows <= FEW_ROWS) {
-            for (int64_t t = 0; t < part.end - part.begin; ++t) {
-                const int64_t begin = a.window && positions[t] >= a.window ? positions[t] - a.window + 1 : 0;
-                for (int64_t r = 0; r < shared; r += 4) {
-                    with_number<4>(int(shared - r < 4 ? shared - r : 4), [&](auto n) {
-                        attend_few<n.value>(x, t * shared + r, keys, values, begin, positions[t] + 1);
-                    });
-                }
+    const auto first_seen = [&](int64_t t) { return a.window && a.positions[t] >= a.window ? a.positions[t] - a.window + 1 : 0; };
+    const auto pieces_of = [](const Part& p) { return (p.until - 1) / CLOSE - p.from / CLOSE + 1; };
+    // A prompt is cut into parts of some tokens and one key head. The last part of a sequence, where it is of
+    // few rows (decoding), takes all key heads, which lie side by side, unless there were too few tasks then:
+    // then it is cut into the pieces after which softmax is closed, and by heads.
+    const auto for_parts = [&](const auto& each) {  // call each(part, few) for the parts, with all key heads
+        for (int64_t s = 0; s < a.sequences; ++s) {
+            for (int64_t t = a.starts[s]; t < a.starts[s + 1]; t += at_once) {
+                const int64_t end = t + at_once < a.starts[s + 1] ? t + at_once : a.starts[s + 1];
+                const bool few = end == a.starts[s + 1] && (end - t == 1 || (end - t) * shared <= FEW_ROWS);
+                each(Part{s, t, end, 0, a.kv_heads, first_seen(t), a.positions[end - 1] + 1, -1}, few);
             }
-        } else {
-            attend_many(x, shared, positions, a.window, keys, values, turned, tile);
         }
-        for (int64_t r = 0; r < rows; ++r) {
-            float* out = x.out + r * room;
-            for (int64_t k = 0; k < a.size; ++k) out[k] /= x.total[r];
-            write(a.y, a.type, ((part.begin + r / shared) * a.heads + g * shared + r % shared) * a.size, a.size, out);
+    };
+    int64_t most = 0, few_parts = 0, pieces = 0, seen = 0;  // seen: places that all rows together look at
+    for_parts([&](const Part& part, bool few) {
+        most += few ? pieces_of(part) : 1;
+        few_parts += few;
+        pieces += few ? pieces_of(part) : 0;
+        seen += (part.end - part.begin) * (part.until - part.from);
+    });
+    const int64_t wanted = 2 * threads();
+    const bool cut = few_parts < wanted;
+    int64_t step = a.kv_heads;
+    while (step > 1 && (cut ? pieces : few_parts) * (a.kv_heads / step) < wanted) step = (step + 1) / 2;
+
+    Part* parts = (Part*)scratch(0, 2 * sizeof(Part) * most * a.kv_heads);
+    Part* joints = parts + most * a.kv_heads;  // parts of which there are states of pieces
+    int64_t count = 0, joint = 0, memory = 0;
+    for_parts([&](Part part, bool few) {
+        for (; part.head < a.kv_heads; part.head += part.heads) {
+            part.heads = few && a.kv_heads - part.head > step ? step : few ? a.kv_heads - part.head : 1;
+            if (!few || !cut || pieces_of(part) == 1) {
+                parts[count++] = part;
+                continue;
+            }
+            Part& piece = joints[joint++] = part;
+            piece.states = memory;
+            memory += pieces_of(part) * part.heads * State::floats((part.end - part.begin) * shared, room);
+            for (int64_t place = part.from, at = piece.states; place < part.until; place = close_after(place)) {
+                Part& next = parts[count++] = part;
+                next.from = place;
+                next.until = close_after(place) < part.until ? close_after(place) : part.until;
+                next.states = at;
+                at += part.heads * State::floats((part.end - part.begin) * shared, room);
+            }
         }
+    });
+    float* states = (float*)scratch(1, sizeof(float) * memory);
+    const auto rows_of = [&](const Part& part) { return (part.end - part.begin) * shared; };
+    const auto floats_of = [&](const Part& part) { return part.heads * State::floats(rows_of(part), room); };
+    const auto row_at = [&](const Part& part, int64_t row) {  // of x or y; row: of the part's [heads][tokens][shared]
+        const int64_t g = part.head + row / rows_of(part), r = row % rows_of(part);
+        return ((part.begin + r / shared) * a.heads + g * shared + r % shared) * a.size;
+    };
+    const auto merge = [&](const Part& part, float* all, float* piece) {
+        for (int64_t i = 0; i < part.heads; ++i) {
+            const int64_t at = i * State::floats(rows_of(part), room);
+            State::at(all + at, rows_of(part), room).merge(State::at(piece + at, rows_of(part), room), rows_of(part), room);
+        }
+    };
+    const auto clear = [&](const Part& part, float* all) {
+        for (int64_t i = 0; i < part.heads; ++i) {
+            State::at(all + i * State::floats(rows_of(part), room), rows_of(part), room).clear(rows_of(part), room);
+        }
+    };
+    const auto finish = [&](const Part& part, float* all) {
+        for (int64_t row = 0; row < part.heads * rows_of(part); ++row) {
+            const int64_t rows = rows_of(part), r = row % rows;
+            const State state = State::at(all + row / rows * State::floats(rows, room), rows, room);
+            float* out = state.out + r * room;
+            for (int64_t k = 0; k < room; k += 16) store_float(out + k, div(load_float(out + k), set(state.total[r])));
+            write(a.y, a.type, row_at(part, row), a.size, out);
+        }
+    };
+    const float scaling = 1.0f / __builtin_sqrtf(float(a.size));
+    run_or_do(count, 2 * seen * a.heads * a.size, [&](int64_t task, int worker) {
+        const Part& part = parts[count - 1 - task];  // the longest contexts first
+        const int64_t rows = rows_of(part), working = Queries::floats(part.heads, rows, room);
+        float* place = (float*)scratch(16 + worker, sizeof(float) * (working + 2 * floats_of(part)));
+        Queries x = {rows, shared, room, a.positions + part.begin, a.window, place, nullptr, nullptr, nullptr, nullptr};
+        x.sums = x.q + part.heads * rows * room;
+        x.scores = x.sums + part.heads * rows * 16;
+        x.keys = x.scores + rows * KEYS;
+        x.values = x.keys + KEYS * room;
+        for (int64_t row = 0; row < part.heads * rows; ++row) {
+            float* q = x.q + row * room;
+            read(a.q, a.type, row_at(part, row), a.size, q, room);
+            for (int64_t k = 0; k < room; k += 16) store_float(q + k, mul(load_float(q + k), set(scaling)));
+        }
+        const Context context = {
+            a.keys ? a.keys : a.k, a.keys ? a.values : a.v, a.key_scales, a.value_scales, a.keys ? a.cache_type : a.type,
+            a.keys ? a.tables + part.sequence * a.width : nullptr, a.starts[part.sequence], a.block,
+            a.kv_heads, part.head, part.heads, a.size, room,
+        };
+        if (part.states >= 0) {
+            attend(x, context, part.from, part.until, part.until, states + part.states);
+            return;
+        }
+        float *all = place + working, *piece = all + floats_of(part);
+        clear(part, all);
+        for (int64_t from = part.from; from < part.until; from = close_after(from)) {
+            attend(x, context, from, close_after(from) < part.until ? close_after(from) : part.until, part.until, piece);
+            merge(part, all, piece);
+        }
+        finish(part, all);
+    });
+    run_or_do(joint, memory * TOUCHED, [&](int64_t task, int worker) {
+        const Part& part = joints[task];
+        float* all = (float*)scratch(16 + worker, sizeof(float) * floats_of(part));
+        clear(part, all);
+        for (int64_t i = 0; i < pieces_of(part); ++i) merge(part, all, states + part.states + i * floats_of(part));
+        finish(part, all);
     });
 }
 

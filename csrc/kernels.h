@@ -6,7 +6,7 @@
 namespace moesaic {
 
 enum class Format : int { int8, int4, int4_64, int3, int2, bfloat16 };
-enum class Type : int { float32, bfloat16, float16 };
+enum class Type : int { float32, bfloat16, float16, int8 };  // int8: of a cache only
 
 // y [tokens, out] = x [tokens, columns] times weight [out, columns] transposed.
 struct LinearArgs {
@@ -38,6 +38,7 @@ struct AttentionArgs {
     int64_t window;        // how many positions a token sees; 0: all
     const void *q, *k, *v;
     void *keys, *values;        // [blocks, block, kv_heads, size]; null: no cache
+    float *key_scales, *value_scales;  // [blocks, block, kv_heads] of an int8 cache
     const int64_t* slots;       // [tokens], where keys and values go
     const int64_t* tables;      // [sequences, width]
     const int64_t* starts;      // [sequences + 1]

@@ -109,6 +109,7 @@ MOESAIC_INLINE I dot_biased(I acc, I w, I s) { return _mm512_dpbusd_epi32(acc, w
 // acc + the sum of two products of signed words in each lane.
 MOESAIC_INLINE I dot_words(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
 MOESAIC_INLINE I load_bytes(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+MOESAIC_INLINE I load_signed_bytes(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 MOESAIC_INLINE I load_words_of_bytes(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 MOESAIC_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 MOESAIC_INLINE I to_int(F x) { return _mm512_cvtps_epi32(x); }  // nearest, ties to even
@@ -129,6 +130,22 @@ MOESAIC_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 MOESAIC_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
 MOESAIC_INLINE I bits(F a) { return _mm512_castps_si512(a); }
 MOESAIC_INLINE F from_bits(I a) { return _mm512_castsi512_ps(a); }
+
+// The sum of all lanes of each of x[0 .. 15]: lanes 8 apart are added first, then 4, 2 and 1 apart.
+MOESAIC_INLINE F sums_of(const F* x) {
+    F eights[8], fours[4];
+    for (int i = 0; i < 8; ++i) {
+        const F a = x[i % 4 + i / 4 * 8], b = x[i % 4 + i / 4 * 8 + 4];
+        eights[i] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; ++i) {
+        fours[i] = add(_mm512_shuffle_f32x4(eights[i], eights[i + 4], 0x88), _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0xdd));
+    }
+    const F a = add(_mm512_shuffle_ps(fours[0], fours[1], 0x44), _mm512_shuffle_ps(fours[0], fours[1], 0xee));
+    const F b = add(_mm512_shuffle_ps(fours[2], fours[3], 0x44), _mm512_shuffle_ps(fours[2], fours[3], 0xee));
+    return add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+MOESAIC_INLINE float largest_of(F x) { return _mm512_reduce_max_ps(x); }
 
 #elif MOESAIC_AVX2
 
@@ -182,6 +199,10 @@ MOESAIC_INLINE I load_bytes(const void* p) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
             _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
 }
+MOESAIC_INLINE I load_signed_bytes(const void* p) {
+    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
+}
 MOESAIC_INLINE I load_words_of_bytes(const void* p) {
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
             _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p + 1))};
@@ -209,6 +230,25 @@ MOESAIC_INLINE F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(
 MOESAIC_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 MOESAIC_INLINE I bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 MOESAIC_INLINE F from_bits(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+
+// The sum of all lanes of each of x[0 .. 15]: lanes 8 apart are added first, then 4, 2 and 1 apart.
+MOESAIC_INLINE __m256 sums_of_eight(const F* x) {
+    __m256 fours[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m256 a = _mm256_add_ps(x[i].a, x[i].b), b = _mm256_add_ps(x[i + 4].a, x[i + 4].b);
+        fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    const __m256 a = _mm256_add_ps(_mm256_shuffle_ps(fours[0], fours[1], 0x44), _mm256_shuffle_ps(fours[0], fours[1], 0xee));
+    const __m256 b = _mm256_add_ps(_mm256_shuffle_ps(fours[2], fours[3], 0x44), _mm256_shuffle_ps(fours[2], fours[3], 0xee));
+    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+}
+MOESAIC_INLINE F sums_of(const F* x) { return {sums_of_eight(x), sums_of_eight(x + 8)}; }
+MOESAIC_INLINE float largest_of(F x) {
+    const __m256 eight = _mm256_max_ps(x.a, x.b);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 
 #else
 
@@ -262,6 +302,11 @@ MOESAIC_INLINE I load_bytes(const void* p) {
     for (int i = 0; i < 16; ++i) x[i] = ((const uint8_t*)p)[i];
     return x;
 }
+MOESAIC_INLINE I load_signed_bytes(const void* p) {
+    I x;
+    for (int i = 0; i < 16; ++i) x[i] = ((const int8_t*)p)[i];
+    return x;
+}
 MOESAIC_INLINE I load_words_of_bytes(const void* p) {
     I x;
     for (int i = 0; i < 16; ++i) {
@@ -299,6 +344,24 @@ MOESAIC_INLINE I choose(I mask, I a, I b) { return (mask & a) | (~mask & b); }
 MOESAIC_INLINE F min(F a, F b) { return from_bits(choose(I(a < b), bits(a), bits(b))); }
 MOESAIC_INLINE F max(F a, F b) { return from_bits(choose(I(a > b), bits(a), bits(b))); }
 MOESAIC_INLINE I max(I a, I b) { return choose(I(a > b), a, b); }
+// The sum of all lanes of each of x[0 .. 15]: lanes 8 apart are added first, then 4, 2 and 1 apart.
+MOESAIC_INLINE F sums_of(const F* x) {
+    F sums;
+    for (int i = 0; i < 16; ++i) {
+        float v[16];
+        store_float(v, x[i]);
+        for (int step = 8; step; step /= 2) {
+            for (int j = 0; j < step; ++j) v[j] += v[j + step];
+        }
+        sums[i] = v[0];
+    }
+    return sums;
+}
+MOESAIC_INLINE float largest_of(F x) {
+    float most = x[0];
+    for (int i = 1; i < 16; ++i) most = most > x[i] ? most : x[i];
+    return most;
+}
 
 #endif
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, overload
 
 from moesaic.engine import Done, Engine, Limits, PromptLogprobs, Request, Sampling, Stream, Token
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
-from moesaic.loading import Loaded, Progress, load_model, sizes, torch_threads
+from moesaic.loading import Loaded, Progress, cache_dtype, load_model, sizes, torch_threads
 from moesaic.text import chat, template
 from moesaic.text.chat import ChatFormat
 from moesaic.text.stream import TextStream
@@ -161,6 +161,7 @@ class LLM(AbstractContextManager["LLM"]):
         device: str = "cpu",
         context: int | None = None,
         cache_tokens: int | None = None,
+        kv_cache_dtype: str = "auto",
         block_size: int = 16,
         chat_format: str | None = None,
         limits: Limits | None = None,
@@ -178,6 +179,8 @@ class LLM(AbstractContextManager["LLM"]):
                 as a quarter of the free memory holds its key/value cache.
             cache_tokens: places in the key/value cache, shared by all that runs at once; None: four
                 contexts, within the same bound.
+            kv_cache_dtype: float32, bfloat16, float16, int8 (half of bfloat16's memory, or twice the places), or
+                auto: that of the activations.
             block_size: places in a block of the cache.
             chat_format: a name of ``moesaic list chat-formats``, "template" to run the checkpoint's own
                 in a sandbox, None to tell by the checkpoint.
@@ -200,6 +203,7 @@ class LLM(AbstractContextManager["LLM"]):
             "built-in" if model is None else path.name,
             context=context,
             cache_tokens=cache_tokens,
+            kv_cache_dtype=kv_cache_dtype,
             block_size=block_size,
             chat_format=chat_format,
             limits=limits,
@@ -214,6 +218,7 @@ class LLM(AbstractContextManager["LLM"]):
         *,
         context: int | None = None,
         cache_tokens: int | None = None,
+        kv_cache_dtype: str = "auto",
         block_size: int = 16,
         chat_format: str | None = None,
         limits: Limits | None = None,
@@ -224,7 +229,8 @@ class LLM(AbstractContextManager["LLM"]):
         if tokenizer.vocab_size > loaded.model.vocab_size:
             sizes_differ = f"{tokenizer.vocab_size} tokens, but the model only {loaded.model.vocab_size}"
             raise InvalidRequest(f"{loaded.path}: the tokenizer has {sizes_differ}")
-        length, places = sizes(loaded.model, context, cache_tokens, block_size)
+        stored = cache_dtype(loaded.model, kv_cache_dtype)
+        length, places = sizes(loaded.model, context, cache_tokens, block_size, stored)
         form = _format(chat_format, tokenizer, loaded)
         engine = Engine(
             loaded.model,
@@ -232,7 +238,7 @@ class LLM(AbstractContextManager["LLM"]):
             block_size=block_size,
             context=length,
             limits=limits,
-            dtype=loaded.model.dtype,
+            dtype=stored,
             torch_threads=torch_threads(loaded.model),
         )
         return cls(loaded, tokenizer, engine, form, name)

@@ -24,6 +24,7 @@ SMALL = 100_000_000
 """Parameters; below it torch's threads are not worth waking."""
 
 DTYPES = checkpoints.FLOATS
+CACHE_DTYPES = ("auto", *DTYPES, "int8")
 Progress = Callable[[int, int], None]
 
 
@@ -112,11 +113,34 @@ def _packed(path: Path, dtype: str, format: str | None, device: torch.device) ->
     return Loaded(path, "packed", model, said.config, said.generation)
 
 
-def sizes(model: Decoder, context: int | None, places: int | None, block: int) -> tuple[int, int]:
-    """Return the context and the places in the cache: as asked for, else as a quarter of the free memory allows."""
+def cache_dtype(model: Decoder, name: str) -> torch.dtype:
+    """Return the dtype of the key/value cache that ``name`` means: one of CACHE_DTYPES.
+
+    Raises:
+        InvalidParameter: it is none of them.
+    """
+    if name not in CACHE_DTYPES:
+        raise InvalidParameter("kv_cache_dtype", f"is {name!r}, expected {', '.join(CACHE_DTYPES)}")
+    dtype: torch.dtype = model.dtype if name == "auto" else getattr(torch, name)
+    return dtype
+
+
+def sizes(model: Decoder, context: int | None, places: int | None, block: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the context and the places in the cache: as asked for, else as a quarter of the free memory allows.
+
+    Args:
+        model: whose keys and values are cached.
+        context: the most tokens of a request, or None.
+        places: how many the cache has, or None.
+        block: places in a block.
+        dtype: of the cache.
+
+    Raises:
+        InvalidParameter: the context is longer than the model's.
+    """
     if context is not None and not 1 < context <= model.max_length:
         raise InvalidParameter("context", f"is {context}, but the model was made for 2 to {model.max_length} tokens")
-    per_token = cache_bytes(model)
+    per_token = ops.Cache.bytes_per_token(model.cache_shapes, dtype)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     affordable = max(block, free // 4 // per_token)
     if context is None:
@@ -124,8 +148,3 @@ def sizes(model: Decoder, context: int | None, places: int | None, block: int) -
     if places is None:
         places = max(context, min(4 * context, affordable))
     return context, -(-places // block) * block
-
-
-def cache_bytes(model: Decoder) -> int:
-    """Return the bytes that keys and values of one token take in the cache."""
-    return 2 * model.dtype.itemsize * sum(heads * size for heads, size in model.cache_shapes)

@@ -25,13 +25,13 @@ PAGES = [
 README = PAGES[0].read_text()
 
 FLAGS = {
-    "chat": "chat-format context device dtype format json max-tokens message min-p plain-text repetition-penalty seed "
-    "stats system temperature top-k top-p",
+    "chat": "chat-format context device dtype format json kv-cache-dtype max-tokens message min-p plain-text "
+    "repetition-penalty seed stats system temperature top-k top-p",
     "pull": "sha256 to",
     "convert": "shards to",
     "list": "json",
     "pack": "dtype format",
-    "perplexity": "device dtype format json length out",
+    "perplexity": "device dtype format json kv-cache-dtype length out",
     "bench": "",
 }
 """Every flag has an owner: a new one is a decision, made here."""

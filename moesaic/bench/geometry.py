@@ -21,9 +21,9 @@ from moesaic import models, packed
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Packed
 from moesaic.llm import BUILT_IN
-from moesaic.loading import Loaded, cache_bytes
+from moesaic.loading import Loaded
 from moesaic.models import Decoder
-from moesaic.ops import native
+from moesaic.ops import Cache, native
 
 _LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 _MIXTRAL = {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -94,8 +94,9 @@ def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
 def need(config: Mapping[str, Any], format: str, dtype: str, cache_tokens: int) -> Need:
     """Return what a model of this configuration takes; nothing is allocated."""
     model = _outline(config, format, dtype)
+    weights = sum(each.nbytes for each in model.parameters())
     return Need(
-        models.parameters(model), sum(each.nbytes for each in model.parameters()), cache_bytes(model) * cache_tokens
+        models.parameters(model), weights, Cache.bytes_per_token(model.cache_shapes, model.dtype) * cache_tokens
     )
 
 

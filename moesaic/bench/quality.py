@@ -15,7 +15,7 @@ import json
 import lzma
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from moesaic import models
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, NumericalError
 from moesaic.loading import Loaded
-from moesaic.ops import Batch
+from moesaic.ops import Batch, Cache
 from moesaic.text.tokenizer import Tokenizer
 
 STEP_TOKENS = 2048
@@ -65,6 +65,7 @@ def perplexity(
     texts: Sequence[str],
     length: int = 512,
     progress: Callable[[int, int], None] | None = None,
+    cache: torch.dtype | None = None,
 ) -> Quality:
     """Return how well the model predicts ``texts``, each a document of its own.
 
@@ -74,6 +75,7 @@ def perplexity(
         texts: documents.
         length: tokens in a window.
         progress: called with the tokenized documents computed so far and in all.
+        cache: the dtype of a key/value cache that attention reads, as in a chat; None: there is none.
 
     Raises:
         InvalidParameter: the model was not made for windows of this length.
@@ -87,7 +89,7 @@ def perplexity(
     for done, text in enumerate(texts):
         size += len(text.encode("utf-8", "replace"))
         for steps in _steps(_windows(_document(tokenizer, text), length)):
-            nats += _nats(loaded, steps)
+            nats += _nats(loaded, steps, cache)
             tokens += sum(len(targets) for _, targets in steps)
         if progress is not None:
             progress(done + 1, len(texts))
@@ -123,15 +125,28 @@ def _steps(windows: Iterator[Window]) -> Iterator[list[Window]]:
         yield step
 
 
-def _nats(loaded: Loaded, windows: list[Window]) -> float:
+def _nats(loaded: Loaded, windows: list[Window], cache: torch.dtype | None) -> float:
     """Return the sum of -log p of the windows' targets."""
     model = loaded.model
     device = next(model.parameters()).device
-    hidden: Tensor = model(Batch.whole([ids for ids, _ in windows], device))
+    batch = Batch.whole([ids for ids, _ in windows], device)
+    hidden: Tensor = model(batch if cache is None else _cached(batch, model.cache_shapes, cache))
     wanted = torch.tensor([id for _, targets in windows for id in targets], device=device)
     parts = zip(hidden.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True)
     losses = [F.cross_entropy(model.logits(rows).float(), ids, reduction="sum").double() for rows, ids in parts]
     return float(torch.stack(losses).sum())
+
+
+def _cached(batch: Batch, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Batch:
+    """Return ``batch`` with a cache, in which each sequence has one block."""
+    size, device = max(batch.lengths), batch.tokens.device
+    slots = [s * size + place for s, length in enumerate(batch.lengths) for place in range(length)]
+    return replace(
+        batch,
+        slots=torch.tensor(slots, device=device),
+        tables=torch.arange(len(batch.lengths), device=device)[:, None],
+        cache=Cache.zeros(shapes, len(batch.lengths), size, dtype, device),
+    )
 
 
 def row(format: str | None, loaded: Loaded, found: Quality, length: int) -> dict[str, Any]:

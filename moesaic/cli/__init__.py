@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic import __version__
-from moesaic.cli.flags import DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
 from moesaic.cli.measuring import add_bench, add_perplexity
 from moesaic.errors import InvalidRequest, MoesaicError
 
@@ -90,6 +90,12 @@ def _add_chat(commands: Commands) -> None:
     talk.add_argument("--json", action="store_true", help="with -m or piped input: the answer as a JSON object")
     talk.add_argument("--stats", action="store_true", help="with -m or piped input: tokens and times on standard error")
     talk.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
+    talk.add_argument(
+        "--kv-cache-dtype",
+        choices=CACHE_DTYPES,
+        default="auto",
+        help="int8: half the memory of bfloat16; default: --dtype",
+    )
     how = parser.add_argument_group("sampling (default: what the checkpoint recommends)")
     how.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
     how.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: off")
@@ -151,6 +157,7 @@ def _load(args: argparse.Namespace) -> LLM:
             format=args.format,
             device=args.device,
             context=args.context,
+            kv_cache_dtype=args.kv_cache_dtype,
             chat_format=args.chat_format,
             progress=progress,
         )

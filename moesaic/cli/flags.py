@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CACHE_DTYPES = (*DTYPES, "int8")
 
 Commands = Any  # argparse's own name for what add_subparsers returns is private
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from moesaic.cli.flags import DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
 from moesaic.errors import InvalidRequest
 
 GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
@@ -31,6 +31,9 @@ def add_perplexity(commands: Commands) -> None:
     )
     parser.add_argument("file", metavar="FILE", type=Path, help='.txt, or .jsonl or .jsonl.xz with a "text" per line')
     add_model(parser, formats=True)
+    parser.add_argument(
+        "--kv-cache-dtype", choices=CACHE_DTYPES, help="read keys and values from a cache; default: none"
+    )
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
     parser.add_argument("--json", action="store_true", help="as a JSON object, or with several formats a list of them")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, with their origin, as JSON")
@@ -41,7 +44,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     from moesaic.bench import quality, report
     from moesaic.console.progress import bar
     from moesaic.llm import BUILT_IN
-    from moesaic.loading import load_model
+    from moesaic.loading import cache_dtype, load_model
     from moesaic.text.tokenizer import Tokenizer
 
     for format in args.format or []:
@@ -52,8 +55,9 @@ def _perplexity(args: argparse.Namespace) -> int:
     for format in args.format or [None]:
         with bar("loading") as progress:
             loaded = load_model(path, dtype=args.dtype, format=format, device=args.device, progress=progress)
+        cache = cache_dtype(loaded.model, args.kv_cache_dtype) if args.kv_cache_dtype else None
         with bar("documents", count=True) as progress:
-            found = quality.perplexity(loaded, tokenizer, texts, args.length, progress)
+            found = quality.perplexity(loaded, tokenizer, texts, args.length, progress, cache)
         rows.append(quality.row(format, loaded, found, args.length))
         del loaded  # before the next one needs the memory
     if args.out:

@@ -135,7 +135,7 @@ class Engine(AbstractContextManager["Engine"]):
             context: the most tokens of a request, prompt and answer together; None: as many as the model
                 was made for.
             limits: how much may run and wait at once.
-            dtype: of the cache.
+            dtype: of the cache: a float dtype, or int8, see ``ops.Cache``.
             thread: run the loop in a thread of its own. Without it, reading a stream drives the loop,
                 and so does ``step``.
             torch_threads: threads that torch uses in the loop's thread; None: as many as it likes.

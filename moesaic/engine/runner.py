@@ -22,6 +22,9 @@ from moesaic.ops import Batch, Cache
 SCORED_AT_ONCE = 64
 """Prompt rows whose logits are in memory at a time: all of a long prompt's would take gigabytes."""
 
+UNWRITTEN = -128
+"""What a poisoned int8 cache holds under scales of NaN; no key or value is ever rounded to it."""
+
 
 class Model(Protocol):
     """What the engine asks of a model. ``moesaic.models`` has them; any module with these will do."""
@@ -62,15 +65,10 @@ class Runner:
         poison: bool = False,
     ) -> None:
         self.model, self.device = model, device
-        fill = float("nan") if poison else 0.0
-
-        def memory() -> list[Tensor]:
-            return [
-                torch.full((blocks, block_size, heads, size), fill, dtype=dtype, device=device)
-                for heads, size in model.cache_shapes
-            ]
-
-        self.cache = Cache(keys=memory(), values=memory())
+        self.cache = Cache.zeros(model.cache_shapes, blocks, block_size, dtype, device)
+        if poison:
+            for part in self.cache.tensors():
+                part.fill_(UNWRITTEN if part.dtype == torch.int8 else torch.nan)
 
     @torch.inference_mode()
     def run(self, step: Step) -> Outcome:
@@ -108,8 +106,8 @@ class Runner:
 
     def wipe(self, blocks: list[int]) -> None:
         """Overwrite blocks, so that what a broken sequence left in them can reach nobody."""
-        for layer in (*self.cache.keys, *self.cache.values):
-            layer[blocks] = 0
+        for part in self.cache.tensors():
+            part[blocks] = 0
 
 
 def _broken(hidden: Tensor, starts: tuple[int, ...], step: Step) -> set[Sequence]:

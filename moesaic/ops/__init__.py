@@ -34,10 +34,48 @@ class Cache:
     """The paged key/value cache: block b of layer l is ``keys[l][b]``.
 
     Memory is handed out in blocks of B token places; place i of block b is slot b * B + i.
+
+    An int8 cache holds what each token's key and value are rounded to, head by head: x = scale * q with
+    q = round(x * 127 / max |x|), to nearest, ties to even, and scale = max |x| / 127 in float32. Where max |x|
+    is at most 2^-100, q is 0. Where something is not finite, q is 0 and the scale NaN: all of it is NaN
+    when it is read again. float32 takes two bytes a head more than bfloat16 would, 1.5 % at D = 128,
+    but its rounding cannot push q beyond 127, nor its range end before that of x.
     """
 
     keys: Sequence[Tensor]  # per layer [blocks, B, G, D]
     values: Sequence[Tensor]  # per layer [blocks, B, G, D]
+    key_scales: Sequence[Tensor] = ()  # of an int8 cache, per layer [blocks, B, G] float32
+    value_scales: Sequence[Tensor] = ()  # likewise
+
+    @classmethod
+    def zeros(
+        cls,
+        shapes: Sequence[tuple[int, int]],
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> Cache:
+        """Return a cache of zeros for layers of these (G, D); ``dtype`` is a float dtype or int8."""
+
+        def memory(*sizes: tuple[int, ...], dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros((blocks, block_size, *size), dtype=dtype, device=device) for size in sizes)
+
+        if dtype != torch.int8:
+            return cls(memory(*shapes), memory(*shapes))
+        heads = [(count,) for count, _ in shapes]
+        scales = [memory(*heads, dtype=torch.float32) for _ in range(2)]
+        return cls(memory(*shapes), memory(*shapes), *scales)
+
+    @staticmethod
+    def bytes_per_token(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+        """Return what a token's keys and values take in a cache of ``zeros``."""
+        scale = torch.float32.itemsize if dtype == torch.int8 else 0
+        return sum(2 * heads * (size * dtype.itemsize + scale) for heads, size in shapes)
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Return all that the cache consists of; the first axis of each counts blocks."""
+        return (*self.keys, *self.values, *self.key_scales, *self.value_scales)
 
     @property
     def block_size(self) -> int:
@@ -61,6 +99,11 @@ class Batch:
     tables: Tensor  # [S, blocks] int64, cache blocks of each sequence in order; -1: given back or unused
     outputs: Tensor  # [R] int64, the rows whose logits are wanted
     cache: Cache | None
+
+    @functools.cached_property
+    def offsets(self) -> Tensor:
+        """``starts`` as a tensor [S + 1] int64, which every layer's kernel reads."""
+        return torch.tensor(self.starts, dtype=torch.int64, device=self.tokens.device)
 
     @classmethod
     def whole(cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Batch:
@@ -121,7 +164,7 @@ class Group:
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
     """Return x [T, in] times weight [out, in] transposed: [T, out], in x's dtype."""
-    return cast(Tensor, _pick("linear", x.device.type, weight.name, _trained(x, weight))(x, weight))
+    return cast(Tensor, _pick("linear", x.device, weight.name, _trained(x, weight))(x, weight))
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
@@ -136,7 +179,7 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
         ids: [T, k] int64, the chosen experts, distinct within a row.
         scores: [T, k] float32, their weights; routing itself is the model's affair.
     """
-    op = _pick("experts", x.device.type, gate.name, _trained(x, gate, up, down, scores))
+    op = _pick("experts", x.device, gate.name, _trained(x, gate, up, down, scores))
     return cast(Tensor, op(x, gate, up, down, ids, scores))
 
 
@@ -153,7 +196,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
         layer: which layer's cache.
         window: how many positions a token sees, itself included; None: all.
     """
-    return cast(Tensor, _pick("attention", q.device.type, None, _trained(q, k, v))(q, k, v, batch, layer, window))
+    return cast(Tensor, _pick("attention", q.device, None, _trained(q, k, v))(q, k, v, batch, layer, window))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -161,7 +204,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     RMSNorm, arXiv:1910.07467.
     """
-    return cast(Tensor, _pick("rms_norm", x.device.type, None, _trained(x, weight))(x, weight, eps))
+    return cast(Tensor, _pick("rms_norm", x.device, None, _trained(x, weight))(x, weight, eps))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -169,7 +212,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     RoPE, arXiv:2104.09864, in Hugging Face's half-split order; computed in float32, in x's dtype.
     """
-    return cast(Tensor, _pick("rope", x.device.type, None, _trained(x))(x, cos, sin))
+    return cast(Tensor, _pick("rope", x.device, None, _trained(x))(x, cos, sin))
 
 
 @functools.cache
@@ -197,8 +240,8 @@ def _trained(*inputs: Tensor | Packed) -> bool:
 
 
 @functools.cache
-def _pick(op: str, device: str, format: str | None, trained: bool) -> Callable[..., Any]:
+def _pick(op: str, device: torch.device, format: str | None, trained: bool) -> Callable[..., Any]:
     """Return the first willing backend's function; a pure function of its arguments, hence cached."""
     if trained:  # only the reference is differentiable
         return cast(Callable[..., Any], getattr(registry.load("ops", "reference"), op))
-    return cast(Callable[..., Any], getattr(registry.load("ops", chosen(op, device, format)), op))
+    return cast(Callable[..., Any], getattr(registry.load("ops", chosen(op, device.type, format)), op))

@@ -27,7 +27,7 @@ from moesaic.ops import OPS, Batch
 FORMATS = {"int8": 0, "int4": 1, "int4_64": 2, "int3": 3, "int2": 4, "bfloat16": 5}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LARGEST_HEAD = 1024
+CACHE_TYPES = TYPES | {torch.int8: 3}
 
 
 class _Arguments(ctypes.Structure):
@@ -55,7 +55,23 @@ _Attention = _struct(
     "attention",
     *(("type", c_int), ("cache_type", c_int)),
     *((name, c_int64) for name in ("tokens", "heads", "kv_heads", "size", "sequences", "block", "width", "window")),
-    *((name, c_void_p) for name in ("q", "k", "v", "keys", "values", "slots", "tables", "starts", "positions", "y")),
+    *(
+        (name, c_void_p)
+        for name in (
+            "q",
+            "k",
+            "v",
+            "keys",
+            "values",
+            "key_scales",
+            "value_scales",
+            "slots",
+            "tables",
+            "starts",
+            "positions",
+            "y",
+        )
+    ),
 )
 _Norm = _struct(
     "rms_norm",
@@ -141,69 +157,68 @@ def why_not(op: str, device: str, format: str | None) -> str | None:
 
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
-    dtype = x.dtype
-    x, y = _native(x), _answer(x, (len(x), weight.shape[0]))
+    dtype, x = x.dtype, _native(x)
+    (tokens, columns), out = x.shape, weight.shape[0]
+    y = _answer(x, (tokens, out))
     [data] = weight.parts().values()
-    columns, out = x.shape[1], weight.shape[0]
-    _run(_Linear(FORMATS[weight.name], TYPES[x.dtype], len(x), columns, out, _at(x), _at(data), _at(y)))
-    return y.to(dtype)
+    _run(_Linear(FORMATS[weight.name], TYPES[x.dtype], tokens, columns, out, _at(x), _at(data), _at(y)))
+    return _as(dtype, y)
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
-    dtype = x.dtype
-    x, y = _native(x), _answer(x, tuple(x.shape))
-    ids, scores = ids.contiguous(), scores.float().contiguous()
+    dtype, x = x.dtype, _native(x)
+    y = _answer(x, tuple(x.shape))
+    ids, scores = ids.contiguous(), _float(scores)
     stacks = [data for stack in (gate, up, down) for data in stack.parts().values()]
-    (count, inner, size), choices = gate.shape, ids.shape[1]
+    (count, inner, size), (tokens, choices) = gate.shape, ids.shape
     _run(
         _Experts(
-            *(FORMATS[gate.name], TYPES[x.dtype], len(x), size, inner, count, choices),
+            *(FORMATS[gate.name], TYPES[x.dtype], tokens, size, inner, count, choices),
             *(_at(each) for each in (x, *stacks, ids, scores, y)),
         )
     )
-    return y.to(dtype)
+    return _as(dtype, y)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window: int | None) -> Tensor:
-    dtype = q.dtype
-    q, k, v, y = _native(q), _native(k), _native(v), _answer(q, tuple(q.shape))
+    dtype, q, k, v = q.dtype, _native(q), _native(k), _native(v)
+    y = _answer(q, tuple(q.shape))
     tokens, heads, size = q.shape
-    assert size <= LARGEST_HEAD
-    keys = values = None
     type = block = 0
+    cached: list[int | None] = [None] * 4
     if batch.cache is not None:
-        keys, values = batch.cache.keys[layer], batch.cache.values[layer]
-        type, block = TYPES[keys.dtype], batch.cache.block_size
-    starts = (c_int64 * len(batch.starts))(*batch.starts)
-    places = (batch.slots, batch.tables.contiguous())
+        type, block = CACHE_TYPES[batch.cache.keys[0].dtype], batch.cache.block_size
+        parts = (batch.cache.keys, batch.cache.values, batch.cache.key_scales, batch.cache.value_scales)
+        cached = [_at(part[layer]) if part else None for part in parts]
+    tables = batch.tables.contiguous()
     _run(
         _Attention(
             *(TYPES[q.dtype], type, tokens, heads, k.shape[1], size, len(batch.lengths), block),
-            *(batch.tables.shape[1], window or 0),
-            *(_at(each) for each in (q, k, v)),
-            *(None if each is None else _at(each) for each in (keys, values)),
-            *(_at(each) for each in places),
-            *(ctypes.addressof(starts), _at(batch.positions), _at(y)),
+            *(tables.shape[1], window or 0),
+            *(_at(q), _at(k), _at(v), *cached),
+            *(_at(batch.slots), _at(tables), _at(batch.offsets), _at(batch.positions), _at(y)),
         )
     )
-    return y.to(dtype)
+    return _as(dtype, y)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    dtype = x.dtype
-    x, y, weight = _native(x), _answer(x, tuple(x.shape)), weight.float().contiguous()
+    dtype, x, weight = x.dtype, _native(x), _float(weight)
+    y = _answer(x, tuple(x.shape))
     size = x.shape[-1]
     _run(_Norm(TYPES[x.dtype], x.numel() // size, size, eps, _at(x), _at(weight), _at(y)))
-    return y.to(dtype)
+    return _as(dtype, y)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    dtype = x.dtype
-    x, y = _native(x), _answer(x, tuple(x.shape))
+    dtype, x, cos, sin = x.dtype, _native(x), _float(cos), _float(sin)
+    y = _answer(x, tuple(x.shape))
     tokens, heads, size = x.shape
-    cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    _run(_Rope(TYPES[x.dtype], tokens, heads, size, *(_at(each) for each in (x, cos, sin, y))))
-    return y.to(dtype)
+    _run(_Rope(TYPES[x.dtype], tokens, heads, size, _at(x), _at(cos), _at(sin), _at(y)))
+    return _as(dtype, y)
+
+
+# These run for every op of every step, and even a call of torch that changes nothing takes a microsecond.
 
 
 def _native(x: Tensor) -> Tensor:
@@ -211,8 +226,17 @@ def _native(x: Tensor) -> Tensor:
     return (x if x.dtype in TYPES else x.float()).contiguous()
 
 
+def _float(x: Tensor) -> Tensor:
+    """Return ``x`` in one piece, in float32."""
+    return (x if x.dtype is torch.float32 else x.float()).contiguous()
+
+
+def _as(dtype: torch.dtype, y: Tensor) -> Tensor:
+    return y if y.dtype is dtype else y.to(dtype)
+
+
 def _answer(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype if x.dtype in TYPES else torch.float32)
+    return x.new_empty(shape)
 
 
 def _at(x: Tensor) -> int:

@@ -54,7 +54,7 @@ def _entries(stack: Packed, chosen: list[int], dtype: torch.dtype) -> list[Tenso
 
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window: int | None) -> Tensor:
     if batch.cache is not None:
-        _write(batch.cache, layer, batch.slots, k, v)
+        k, v = _write(batch.cache, layer, batch.slots, k, v)
     counts = [end - begin for begin, end in itertools.pairwise(batch.starts)]
     parts = zip(q.split(counts), k.split(counts), v.split(counts), batch.positions.split(counts), strict=True)
     return torch.cat([_sequence(batch, layer, s, *part, window) for s, part in enumerate(parts)])
@@ -74,9 +74,34 @@ def _sequence(
     return _attend(q, keys, values, _seen(positions, first + torch.arange(len(keys), device=q.device), window))
 
 
-def _write(cache: Cache, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    cache.keys[layer].flatten(0, 1)[slots] = k.to(cache.keys[layer].dtype)
-    cache.values[layer].flatten(0, 1)[slots] = v.to(cache.values[layer].dtype)
+def _write(cache: Cache, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Store k and v; return them as they are read again, so that who is in the cache already makes no difference."""
+    stored = []
+    for x, memory, scales in ((k, cache.keys, cache.key_scales), (v, cache.values, cache.value_scales)):
+        if scales:
+            q, scale = round_heads(x)
+            scales[layer].flatten(0, 1)[slots] = scale
+            stored.append(_scaled(q, scale))
+        else:
+            q = x.to(memory[layer].dtype)
+            stored.append(q)
+        memory[layer].flatten(0, 1)[slots] = q
+    return stored[0], stored[1]
+
+
+def round_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x [..., D] as an int8 cache holds it: q [..., D] int8 and scale [...] float32; see ``Cache``."""
+    x = x.float()
+    most = x.abs().amax(-1)
+    # Not 127 / most, which torch computes as 127 * (1 / most): that rounds twice.
+    factor = torch.where(most > 2.0**-100, torch.full_like(most, 127.0) / most, 0.0)
+    finite = most.isfinite()
+    q = torch.where(finite[..., None], (x * factor[..., None]).round(), 0.0)
+    return q.to(torch.int8), torch.where(finite, most / 127, torch.nan)
+
+
+def _scaled(q: Tensor, scale: Tensor) -> Tensor:
+    return q.float() * scale[..., None]
 
 
 def _read(cache: Cache, layer: int, table: Tensor, length: int) -> tuple[Tensor, Tensor, int]:
@@ -87,8 +112,14 @@ def _read(cache: Cache, layer: int, table: Tensor, length: int) -> tuple[Tensor,
     table = table[: -(-length // cache.block_size)]
     lost = int((table < 0).sum())
     first = lost * cache.block_size
-    keys = cache.keys[layer][table[lost:]].flatten(0, 1)[: length - first]
-    values = cache.values[layer][table[lost:]].flatten(0, 1)[: length - first]
+
+    def rows(memory: Tensor) -> Tensor:
+        return memory[table[lost:]].flatten(0, 1)[: length - first]
+
+    keys, values = rows(cache.keys[layer]), rows(cache.values[layer])
+    if cache.key_scales:
+        keys = _scaled(keys, rows(cache.key_scales[layer]))
+        values = _scaled(values, rows(cache.value_scales[layer]))
     return keys, values, first
 
 

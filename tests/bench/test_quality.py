@@ -64,6 +64,16 @@ def test_the_grouping_of_windows_changes_nothing(
     assert quality.perplexity(loaded, tokenizer, TEXTS, 7).nats == pytest.approx(whole.nats, rel=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3), (torch.int8, 1e-2)])
+def test_a_cache_changes_as_much_as_it_rounds(
+    loaded: Loaded, tokenizer: Tokenizer, dtype: torch.dtype, close: float
+) -> None:
+    whole = quality.perplexity(loaded, tokenizer, TEXTS, 20)
+    found = quality.perplexity(loaded, tokenizer, TEXTS, 20, cache=dtype)
+    assert found.nats == pytest.approx(whole.nats, rel=close)
+    assert dtype == torch.float32 or found.nats != whole.nats
+
+
 def test_what_is_refused(loaded: Loaded, tokenizer: Tokenizer) -> None:
     for length in (0, 4097):
         with pytest.raises(InvalidParameter, match="length"):

@@ -128,6 +128,29 @@ def test_a_sliding_window_answers_the_same_on_a_cache_smaller_than_the_prompt(
     idle(engine)
 
 
+@pytest.mark.parametrize(
+    ("which", "options"),
+    [
+        ("model", {"block_size": 1, "limits": Limits(9, 9)}),
+        ("model", {"block_size": 16, "limits": Limits(40, 3)}),
+        ("model", {"block_size": 2, "cache_tokens": 60}),
+        ("windowed", {"block_size": 3, "limits": Limits(8, 8)}),
+    ],
+)
+def test_an_int8_cache_answers_the_same_whatever_the_company(which, options, prompts, request):
+    """Batched, in pieces, preempted, and from the prefix cache: as alone."""
+    model = request.getfixturevalue(which)
+    asked = [ask(prompt, max_tokens=15) for prompt in sorted(prompts, key=len)[:6]]
+    alone = [run(manual(model, dtype=torch.int8), [each])[0][0] for each in asked]
+    engine = manual(model, dtype=torch.int8, **options)
+    for _ in range(2):
+        answers, _ = run(engine, asked)
+        assert answers == alone
+    assert engine.stats().cached_tokens > 0
+    assert (engine.stats().preemptions > 0) == ("cache_tokens" in options)
+    idle(engine)
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 32),
@@ -259,11 +282,12 @@ def test_impossible_sizes_are_refused(model, options):
 # Failures
 
 
-def test_nan_ends_its_request_alone_and_leaves_nothing_behind(broken, model, greedy, prompts):
-    texts = {prompt: greedy(model, prompt, NEW) for prompt in prompts}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_nan_ends_its_request_alone_and_leaves_nothing_behind(broken, model, prompts, dtype):
+    texts = {prompt: run(manual(model, dtype=dtype), [ask(prompt)])[0][0] for prompt in prompts}
     texts = {prompt: text for prompt, text in texts.items() if BAD not in (*prompt, *text)}
     assert len(texts) >= 2
-    engine = Engine(broken, thread=False, block_size=4, limits=Limits(16, 8))
+    engine = Engine(broken, thread=False, block_size=4, limits=Limits(16, 8), dtype=dtype)
     good = [engine.submit(ask(prompt))[0] for prompt in texts]
     bad = [1, 2, 3, 4, 5, 6, 7, 8, BAD]
     for stream in engine.submit(ask(bad, temperature=1.0, n=2)):
@@ -273,7 +297,7 @@ def test_nan_ends_its_request_alone_and_leaves_nothing_behind(broken, model, gre
     assert [ids_of(list(stream)) for stream in good] == list(texts.values())
     assert engine.stats().numerical_errors == 2
     idle(engine)
-    assert not any(layer.isnan().any() for layer in (*engine._runner.cache.keys, *engine._runner.cache.values))
+    assert not any(part.isnan().any() for part in engine._runner.cache.tensors())
     _, [done] = run(engine, [ask(bad[:8], max_tokens=1)])
     assert done.cached_tokens == 0
 

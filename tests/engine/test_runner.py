@@ -21,8 +21,8 @@ def broken(model):
     return out
 
 
-def make(model, batch_tokens=256, blocks=64, size=4, poison=True):
-    runner = Runner(model, blocks, size, torch.float32, torch.device("cpu"), poison=poison)
+def make(model, batch_tokens=256, blocks=64, size=4, poison=True, dtype=torch.float32):
+    runner = Runner(model, blocks, size, dtype, torch.device("cpu"), poison=poison)
     return runner, Scheduler(Blocks(blocks, size), Limits(batch_tokens, 8), model.max_length, model.window)
 
 
@@ -60,20 +60,27 @@ def test_infinite_logits_of_a_sound_hidden_state_fail(model):
     assert runner.run(scheduler.next()).failed == {bad}
 
 
-def test_wiping_leaves_no_trace_and_touches_nothing_else(model):
-    runner, _ = make(model, blocks=3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_wiping_leaves_no_trace_and_touches_nothing_else(model, dtype):
+    runner, _ = make(model, blocks=3, dtype=dtype)
+    before = [part.clone() for part in runner.cache.tensors()]
     runner.wipe([0, 2])
-    for layer in (*runner.cache.keys, *runner.cache.values):
-        assert torch.equal(layer[[0, 2]], torch.zeros_like(layer[[0, 2]]))
-        assert layer[1].isnan().all()
+    for part, was in zip(runner.cache.tensors(), before, strict=True):
+        assert torch.equal(part[[0, 2]], torch.zeros_like(part[[0, 2]]))
+        assert torch.equal(part[1].nan_to_num(9), was[1].nan_to_num(9))
     runner.wipe([])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("poison", [True, False])
-def test_the_cache_has_the_models_shape(model, poison):
-    runner, _ = make(model, blocks=3, size=5, poison=poison)
+def test_the_cache_has_the_models_shape(model, poison, dtype):
+    runner, _ = make(model, blocks=3, size=5, poison=poison, dtype=dtype)
     assert [tuple(layer.shape) for layer in runner.cache.keys] == [(3, 5, 2, 8)] * 2
-    assert all(bool(layer.isnan().all()) == poison for layer in (*runner.cache.keys, *runner.cache.values))
+    for part in runner.cache.tensors():
+        expected = -128 if part.dtype == torch.int8 else torch.nan
+        assert torch.equal(
+            part.float().nan_to_num(9), torch.full(part.shape, expected if poison else 0.0).nan_to_num(9)
+        )
 
 
 @pytest.mark.parametrize("batch_tokens", [8, 13, 256])

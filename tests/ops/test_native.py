@@ -99,46 +99,117 @@ def test_columns_of_zeros():
     assert not native.linear(torch.zeros(3, 300), weight).any()
 
 
-@pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 128), (4, 4, 64), (6, 1, 40), (20, 1, 96)])
-def test_attention_equals_the_reference_for_prefill_and_decode(heads, kv_heads, size, cache_dtype, window):
-    """A long prompt in two chunks beside a sequence that decodes, in scattered blocks of a poisoned cache."""
-    lengths, cached, block = [150, 90, 37], [70, 89, 0], 16
-    blocks = torch.randperm(40)
-    tables = torch.full((3, 10), -1)
-    for s, length in enumerate(lengths):
-        tables[s, : -(-length // block)] = blocks[10 * s : 10 * s + -(-length // block)]
-    places = [range(c, n) for c, n in zip(cached, lengths, strict=True)]
-    answers = []
-    for backend in (reference, native):
-        torch.manual_seed(1)
-        cache = Cache(*([torch.full((40, block, kv_heads, size), math.nan, dtype=cache_dtype)] for _ in range(2)))
-        for s, count in enumerate(cached):
-            slots = [int(tables[s, p // block]) * block + p % block for p in range(count)]
-            cache.keys[0].flatten(0, 1)[slots] = torch.randn(count, kv_heads, size).to(cache_dtype)
-            cache.values[0].flatten(0, 1)[slots] = torch.randn(count, kv_heads, size).to(cache_dtype)
-        tokens = sum(map(len, places))
-        q = torch.randn(tokens, heads, size)
-        k, v = (torch.randn(tokens, kv_heads, size).to(cache_dtype).float() for _ in range(2))
+def stepwise(backend, cuts, q, k, v, cache_dtype, window, block=16):
+    """Attention in steps up to the lengths in ``cuts``, in scattered blocks of a poisoned cache.
+
+    q, k and v are those of whole sequences. Returns the answer of each, and the cache.
+    """
+    needed = [-(-len(each) // block) for each in q]
+    blocks = torch.randperm(sum(needed) + 2, generator=torch.Generator().manual_seed(2)).split([*needed, 2])
+    tables = torch.full((len(q), max(needed) + 1), -1)
+    for table, mine in zip(tables, blocks, strict=False):
+        table[: len(mine)] = mine
+    cache = Cache.zeros([tuple(k[0].shape[1:])], sum(needed) + 2, block, cache_dtype)
+    for part in cache.tensors():
+        part.fill_(-128 if part.dtype == torch.int8 else math.nan)
+    out, done = [[] for _ in q], [0] * len(q)
+    for lengths in cuts:
+        chosen = [s for s, length in enumerate(lengths) if length > done[s]]
+        parts = [slice(done[s], lengths[s]) for s in chosen]
+        counts = [part.stop - part.start for part in parts]
+        at = [torch.arange(part.start, part.stop) for part in parts]
         batch = Batch(
-            tokens=torch.zeros(tokens, dtype=torch.int64),
-            positions=torch.tensor([p for each in places for p in each]),
-            starts=(0, 80, 81, 118),
-            lengths=tuple(lengths),
-            slots=torch.tensor(
-                [int(tables[s, p // block]) * block + p % block for s, each in enumerate(places) for p in each]
-            ),
-            tables=tables,
-            outputs=torch.arange(tokens),
+            tokens=torch.zeros(sum(counts), dtype=torch.int64),
+            positions=torch.cat(at),
+            starts=tuple(sum(counts[:i]) for i in range(len(counts) + 1)),
+            lengths=tuple(lengths[s] for s in chosen),
+            slots=torch.cat([tables[s][p // block] * block + p % block for s, p in zip(chosen, at, strict=True)]),
+            tables=tables[chosen],
+            outputs=torch.arange(sum(counts)),
             cache=cache,
         )
-        answers.append(
-            (backend.attention(q, k, v, batch, 0, window), cache.keys[0].nan_to_num(9), cache.values[0].nan_to_num(9))
-        )
-    (expected, *stored), (found, *written) = answers
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-    assert all(torch.equal(one, other) for one, other in zip(stored, written, strict=True))
+        pick = lambda x: torch.cat([x[s][part] for s, part in zip(chosen, parts, strict=True)])  # noqa: B023, E731
+        found = backend.attention(pick(q), pick(k), pick(v), batch, 0, window).split(counts)
+        for s, part in zip(chosen, found, strict=True):
+            out[s].append(part)
+        done = lengths
+    return [torch.cat(parts) for parts in out], cache
+
+
+def drawn(lengths, heads, kv_heads, size, dtype=torch.float32):
+    torch.manual_seed(1)
+    return [[torch.randn(length, n, size).to(dtype) for length in lengths] for n in (heads, kv_heads, kv_heads)]
+
+
+CACHES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+HEADS = [(8, 2, 128), (4, 4, 64), (3, 1, 40), (8, 1, 96), (6, 2, 33), (20, 1, 64)]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), HEADS)
+def test_attention_equals_the_reference_for_prefill_and_decode(heads, kv_heads, size, cache_dtype, window):
+    """A long prompt in two chunks beside a sequence that decodes, in scattered blocks of a poisoned cache."""
+    cuts = [[70, 89, 0], [150, 90, 37]]
+    inputs = drawn(cuts[-1], heads, kv_heads, size)
+    expected, stored = stepwise(reference, cuts, *inputs, cache_dtype, window)
+    found, written = stepwise(native, cuts, *inputs, cache_dtype, window)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+    for one, other in zip(written.tensors(), stored.tensors(), strict=True):
+        assert torch.equal(one.nan_to_num(9), other.nan_to_num(9))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "cache_dtype"), [(8, 2, 64, torch.int8), (3, 1, 40, torch.bfloat16)]
+)
+def test_attention_gives_the_same_bits_in_pieces_in_a_crowd_and_with_any_number_of_threads(
+    heads, kv_heads, size, cache_dtype
+):
+    lengths = [1040, 530, 3]
+    inputs = drawn(lengths, heads, kv_heads, size, torch.bfloat16)
+    for window in (None, 600):
+        expected, _ = stepwise(reference, [lengths], *inputs, cache_dtype, window)
+        whole, _ = stepwise(native, [lengths], *inputs, cache_dtype, window)
+        for one, other in zip(whole, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
+        for threads, cuts in (
+            (1, [[1038, 0, 0], [1039, 529, 2], lengths]),
+            (3, [[20, 513, 3], [1030, 513, 3], [1033, 530, 3], [1039, 530, 3], lengths]),
+        ):
+            native.set_threads(threads)
+            found, _ = stepwise(native, cuts, *inputs, cache_dtype, window, block=7)
+            assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
+
+
+def test_every_instruction_set_gives_attention_the_same_bits():
+    cuts = [[70, 69, 0], [75, 70, 37]]
+    for heads, kv_heads, size in HEADS[2:5]:
+        inputs = drawn(cuts[-1], heads, kv_heads, size)
+        for cache_dtype in (torch.bfloat16, torch.int8):
+            answers = []
+            for isa in ("portable", "avx2", "avx512"):
+                if native.use_instruction_set(isa):
+                    found, cache = stepwise(native, cuts, *inputs, cache_dtype, 40)
+                    answers.append((*found, *(part.nan_to_num(9) for part in cache.tensors())))
+            for answer in answers[1:]:
+                assert all(torch.equal(one, other) for one, other in zip(answer, answers[0], strict=True))
+
+
+def test_attention_rounds_what_an_int8_cache_holds_as_the_reference_does():
+    """Rows of zeros, of tiny, huge and odd numbers, of exact halves, and with something that is not finite."""
+    rows = torch.randn(12, 2, 40) * torch.logspace(-45, 37, 12)[:, None, None]
+    rows[3] = 0
+    rows[4, 0] = torch.arange(40) - 20.5
+    rows[4, 0, 7] = 127
+    rows[5, 1, 39], rows[6, 0, 0], rows[7, 1, 12] = math.nan, math.inf, -math.inf
+    _, stored = stepwise(reference, [[12]], [rows], [rows], [rows], torch.int8, None)
+    _, written = stepwise(native, [[12]], [rows], [rows], [rows], torch.int8, None)
+    for one, other in zip(written.tensors(), stored.tensors(), strict=True):
+        assert torch.equal(one.nan_to_num(9), other.nan_to_num(9))
+        if one.dtype != torch.int8:
+            unwritten = 3 * 16 - 12
+            assert int(one.isnan().sum()) == unwritten * 2 + 3
 
 
 def test_attention_without_a_cache():

@@ -63,16 +63,29 @@ def naive_attention(q, keys, values, positions, window):
     return out
 
 
+def naive_int8(x):
+    """Each head of x [tokens, heads, D] as an int8 cache gives it back, one number at a time."""
+    out = torch.full_like(x, math.nan)
+    for row, to in zip(x.flatten(0, 1), out.flatten(0, 1), strict=True):
+        most = max(abs(value) for value in row)
+        for i, value in enumerate(row):
+            to[i] = round(float(value * (torch.tensor(127.0) / most))) * (most / 127)
+    return out
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
-def test_attention_over_a_poisoned_cache(backend, heads, kv_heads, block, window):
+def test_attention_over_a_poisoned_cache(backend, heads, kv_heads, cache_dtype, block, window):
     """Three sequences, each computed in two steps of uneven size, through scattered blocks."""
     size, lengths, first = 6, [5, 1, 9], [3, 1, 4]
     needed = [-(-length // block) for length in lengths]
     order = torch.randperm(sum(needed) + 3).tolist()
     blocks = [[order.pop() for _ in range(count)] for count in needed]
-    cache = Cache(*([torch.full((sum(needed) + 3, block, kv_heads, size), math.nan)] for _ in range(2)))
+    cache = Cache.zeros([(kv_heads, size)], sum(needed) + 3, block, cache_dtype)
+    for part in cache.tensors():
+        part.fill_(-128 if part.dtype == torch.int8 else math.nan)
     q, k, v = ([torch.randn(length, n, size) for length in lengths] for n in (heads, kv_heads, kv_heads))
     found = [[] for _ in lengths]
     for begin, end in (([0, 0, 0], first), (first, lengths)):
@@ -96,9 +109,44 @@ def test_attention_over_a_poisoned_cache(backend, heads, kv_heads, block, window
         out = backend.attention(pick(q), pick(k), pick(v), batch, 0, window)
         for s, part in zip(chosen, out.split(counts), strict=True):
             found[s].append(part)
+    seen = naive_int8 if cache_dtype == torch.int8 else lambda x: x
     for s, length in enumerate(lengths):
-        expected = naive_attention(q[s], k[s], v[s], range(length), window)
+        expected = naive_attention(q[s], seen(k[s]), seen(v[s]), range(length), window)
         torch.testing.assert_close(torch.cat(found[s]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+@pytest.mark.parametrize(
+    ("bad", "cache_dtype"),
+    # Infinity in a key of a float cache gives scores of infinity, and these may be negative: no weight, which is sound.
+    [(math.nan, torch.float32), (math.nan, torch.int8), (math.inf, torch.int8), (-math.inf, torch.int8)],
+)
+def test_what_is_not_finite_comes_out_of_the_cache_again(backend, bad, cache_dtype, which):
+    """And only in the sequence, and the heads, that it belongs to."""
+    inputs = {"q": torch.randn(6, 4, 16), "k": torch.randn(6, 2, 16), "v": torch.randn(6, 2, 16)}
+    inputs[which][2, 1, 5] = bad
+    batch = Batch(
+        tokens=torch.zeros(6, dtype=torch.int64),
+        positions=torch.tensor([0, 1, 2, 0, 1, 2]),
+        starts=(0, 3, 6),
+        lengths=(3, 3),
+        slots=torch.tensor([4, 5, 6, 0, 1, 2]),
+        tables=torch.tensor([[1], [0]]),
+        outputs=torch.arange(6),
+        cache=Cache.zeros([(2, 16)], 2, 4, cache_dtype),
+    )
+    sound = backend.attention(inputs["q"], inputs["k"], inputs["v"], batch, 0, None).isfinite().all(-1)
+    assert not sound[2, 2:].any()
+    assert sound[3:].all() and sound[:, :2].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_cache_takes_what_it_says(dtype):
+    shapes = [(2, 8), (3, 16)]
+    cache = Cache.zeros(shapes, 5, 4, dtype)
+    assert sum(part.nbytes for part in cache.tensors()) == 5 * 4 * Cache.bytes_per_token(shapes, dtype)
+    assert all(len(part) == 5 and not part.any() for part in cache.tensors())
+    assert cache.block_size == 4
 
 
 @pytest.mark.parametrize("format", registry.names("formats"))
