@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -390,7 +391,7 @@ def _bench_kernels(args: argparse.Namespace) -> int:
         native.set_threads(args.threads)
     found = limits.measure(report=lambda line: print(line, flush=True))
     rows = []
-    for row in kernels.measure(found, names, seconds=args.seconds):
+    for row in chain(kernels.measure(found, names, seconds=args.seconds), kernels.measure_others(found, args.seconds)):
         rows.append(row)
         print(kernels.line(row), flush=True)
     if args.out:
