@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
@@ -88,7 +89,7 @@ def add_bench(commands: Commands) -> None:
         "moesaic bench kernels",
         "moesaic bench kernels --format int4,int2 --out kernels.json",
     )
-    kernels.add_argument("--format", metavar="F,...", default="int8,int4,int3,int2", help="which formats")
+    kernels.add_argument("--format", metavar="F,...", default="bfloat16,int8,int4,int3,int2", help="which formats")
     kernels.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")
     kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each figure (default 1)")
     kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
@@ -149,7 +150,7 @@ def _bench_kernels(args: argparse.Namespace) -> int:
         native.set_threads(args.threads)
     found = limits.measure(report=lambda line: print(line, flush=True))
     rows = []
-    for row in kernels.measure(found, names, seconds=args.seconds):
+    for row in chain(kernels.measure(found, names, seconds=args.seconds), kernels.measure_others(found, args.seconds)):
         rows.append(row)
         print(kernels.line(row), flush=True)
     if args.out:
