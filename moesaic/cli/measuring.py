@@ -121,7 +121,7 @@ def add_bench(commands: Commands) -> None:
         "Of a model folder, or with --geometry of\n"
         "a published model's sizes, with random weights that are made in place in the packed format.",
         "moesaic bench offline --geometry mixtral-8x7b --format q2",
-        "moesaic bench offline ./mixtral-q4 --batch 8 --json offline.json",
+        "moesaic bench offline ./mixtral-q4 --batch 8 --out offline.json",
     )
     offline.add_argument("model", metavar="MODEL", nargs="?", help="as for chat")
     offline.add_argument("--geometry", metavar="NAME", help=", ".join(GEOMETRIES))
@@ -133,7 +133,7 @@ def add_bench(commands: Commands) -> None:
     offline.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
     offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
     offline.add_argument("--batch", type=int, default=1, metavar="N", help="answers at once (default 1)")
-    offline.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    offline.add_argument("--out", type=Path, metavar="FILE", help="write the figures there")
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
@@ -196,6 +196,6 @@ def _bench_offline(args: argparse.Namespace) -> int:
     with bar("loading") as progress:
         figures = offline.run(path, wish, work, lambda line: print(line, file=sys.stderr), progress)
     print("\n".join(offline.lines(figures)))
-    if args.json:
-        report.write(args.json, report.record(args.line, figures))
+    if args.out:
+        report.write(args.out, report.record(args.line, figures))
     return 0
