@@ -1,6 +1,12 @@
 // The C functions that Python calls. They check nothing: moesaic/ops/native.py does.
 
+#include <cstring>
 #include <new>
+
+#if defined(MOESAIC_HAS_amx) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 #include "pool.h"
@@ -9,21 +15,47 @@ using namespace moesaic;
 
 namespace {
 
-const Kernels* best() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        return &avx512::kernels;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-        return &avx2::kernels;
-    }
+#if defined(MOESAIC_HAS_amx)
+// The system must be asked before a process may use tile registers: they make what it saves 8 KiB larger.
+bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
 #endif
-    return &portable::kernels;
 }
+#endif
 
-const Kernels* kernels = best();
+// The instruction sets that this processor has, from the least on.
+struct Levels {
+    const Kernels* all[5];
+    int count;
+
+    void add(const Kernels* one) { all[count++] = one; }
+
+    Levels() : all{&portable::kernels}, count(1) {
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return;
+        add(&avx2::kernels);
+        if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bw") ||
+            !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return;
+        add(&avx512::kernels);
+#if defined(MOESAIC_HAS_avx512bf16)
+        if (!__builtin_cpu_supports("avx512bf16")) return;
+        add(&avx512bf16::kernels);
+#endif
+#if defined(MOESAIC_HAS_amx)
+        if (!__builtin_cpu_supports("amx-int8") || !__builtin_cpu_supports("amx-bf16") || !may_use_tiles()) return;
+        add(&amx::kernels);
+#endif
+#endif
+    }
+};
+
+const Levels levels;
+const Kernels* kernels = levels.all[levels.count - 1];
 
 }  // namespace
 
@@ -33,19 +65,15 @@ extern "C" {
 const char* moesaic_isa() { return kernels->name; }
 
 // Use another instruction set; 0 if this processor does not have it. For tests and comparisons.
-int moesaic_set_isa(int level) {
-    const Kernels* const top = best();
-#if defined(__x86_64__)
-    const Kernels* const all[] = {&portable::kernels, &avx2::kernels, &avx512::kernels};
-    const int highest = top == all[2] ? 2 : top == all[1] ? 1 : 0;
-#else
-    const Kernels* const all[] = {&portable::kernels};
-    const int highest = 0;
-#endif
-    if (level < 0 || level > highest) return 0;
-    Turn turn;
-    kernels = all[level];
-    return 1;
+int moesaic_set_isa(const char* name) {
+    for (int i = 0; i < levels.count; ++i) {
+        if (strcmp(levels.all[i]->name, name) == 0) {
+            Turn turn;
+            kernels = levels.all[i];
+            return 1;
+        }
+    }
+    return 0;
 }
 
 int moesaic_threads() {
@@ -83,6 +111,11 @@ void moesaic_read(const uint8_t* memory, int64_t bytes, int streams, int ahead) 
 int64_t moesaic_multiply(int64_t rounds) {
     Turn turn;
     return kernels->multiply(rounds);
+}
+
+int64_t moesaic_multiply_bf16(int64_t rounds) {
+    Turn turn;
+    return kernels->multiply_bf16(rounds);
 }
 
 }  // extern "C"

@@ -19,14 +19,20 @@ constexpr int64_t DIRECT_ROWS = 8;   // up to here rows take keys and values fro
 constexpr float NEVER = -1e30f;      // a score that is not seen; finite, so that no difference is a NaN
 constexpr float TINY = 0x1p-100f;    // what is not larger is rounded to zero: 127 / x stays finite
 
+#if defined(__aarch64__)
+typedef __fp16 Half;  // GCC knows _Float16 there from version 13 on only
+#else
+typedef _Float16 Half;
+#endif
+
 MOESAIC_INLINE float half_to_float(uint16_t x) {
-    _Float16 h;
+    Half h;
     memcpy(&h, &x, 2);
     return float(h);
 }
 
 MOESAIC_INLINE uint16_t float_to_half(float f) {
-    const _Float16 h = _Float16(f);
+    const Half h = Half(f);
     uint16_t x;
     memcpy(&x, &h, 2);
     return x;

@@ -4,13 +4,15 @@
 
 #include "attention.h"
 #include "measure.h"
+#include "plain.h"
 #include "pool.h"
 #include "tiles.h"
 
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
-constexpr int64_t AT_ONCE = 24;          // tiles that share an unpacked superblock
+constexpr int64_t AT_ONCE = 288 / TILE;  // tiles that share an unpacked superblock
+constexpr int64_t SOME = 4;              // blocks that share a look at the tokens
 constexpr int64_t TRIFLE = 1 << 19;      // multiplications that are not worth waking a thread for
 constexpr int64_t TOUCHED = 32;          // multiplications that reading and writing a value costs as much as
 
@@ -30,7 +32,8 @@ int width_of(int64_t columns, int64_t s) {
 }
 
 // Round row `row` of x into place i of the tile.
-void round_row(const void* x, Type type, int64_t row, int64_t columns, const TokenTile& tile, int i) {
+template <class Tokens>
+void round_row(const void* x, Type type, int64_t row, int64_t columns, const Tokens& tile, int i) {
     alignas(64) float part[SUPER];
     for (int64_t s = 0; s < supers(columns); ++s) {
         const int width = width_of(columns, s);
@@ -39,47 +42,70 @@ void round_row(const void* x, Type type, int64_t row, int64_t columns, const Tok
     }
 }
 
-// Tiles of as equal sizes as possible for `tokens` tokens, in memory from `place` on.
-int64_t lay(int64_t tokens, int64_t columns, TokenTile* tiles, uint8_t*& place) {
-    const int64_t count = (tokens + TILE - 1) / TILE;
-    for (int64_t i = 0; i < count; ++i) {
-        const int n = int(tokens * (i + 1) / count - tokens * i / count);
-        tiles[i] = TokenTile::at(place, columns, n);
-        place += TokenTile::bytes(columns, n);
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+int64_t tile_count(int64_t tokens) { return (tokens + TILE - 1) / TILE; }
+
+// How `tokens` tokens make tiles: the one that begins with token `first` has this many. With tile
+// registers full ones and a rest, else as equal ones as possible, since each size has a kernel.
+int tile_size(int64_t tokens, int64_t first) {
+    const int64_t left = tokens - first;
+#if MOESAIC_AMX
+    return int(least(left, TILE));
+#else
+    return int((left + tile_count(left) - 1) / tile_count(left));
+#endif
+}
+
+// Lay out tiles for `tokens` tokens, in memory from `place` on; firsts[i]: the first token of each, and the end.
+template <class Tokens>
+int64_t lay(int64_t tokens, int64_t columns, Tokens* tiles, int64_t* firsts, uint8_t*& place) {
+    int64_t count = 0;
+    for (int64_t first = 0; first < tokens; ++count) {
+        const int n = tile_size(tokens, first);
+        tiles[count] = Tokens::at(place, columns, n);
+        firsts[count] = first;
+        place += Tokens::bytes(columns, n);
+        first += n;
     }
+    firsts[count] = tokens;
     return count;
 }
 
-int64_t bytes_of_tiles(int64_t tokens, int64_t columns) {
-    return tokens * TokenTile::bytes(columns, 1);  // a larger tile is not larger than its tokens alone
+// At least what lay() takes; what a tile register reads behind the last token is in it.
+template <class Tokens>
+int64_t bytes_of_tiles(int64_t tiles, int64_t columns) {
+    return tiles * Tokens::bytes(columns, TILE) + 16 * SUPER;
 }
 
 template <class Format>
 void linear(const LinearArgs& a) {
-    const int64_t most = (a.tokens + TILE - 1) / TILE;
-    TokenTile* tiles = (TokenTile*)scratch(0, sizeof(TokenTile) * most);
-    uint8_t* place = scratch(1, bytes_of_tiles(a.tokens, a.columns));
-    const int64_t count = lay(a.tokens, a.columns, tiles, place);
+    using P = Products<Format>;
+    using Tokens = typename P::Tokens;
+    const Matrix m = {a.weight, a.out, a.columns};
+    const int64_t most = tile_count(a.tokens);
+    Tokens* tiles = (Tokens*)scratch(0, sizeof(Tokens) * most);
+    int64_t* firsts = (int64_t*)scratch(1, sizeof(int64_t) * (most + 1));
+    uint8_t* place = scratch(2, bytes_of_tiles<Tokens>(most, a.columns));
+    const int64_t count = lay(a.tokens, a.columns, tiles, firsts, place);
     run_or_do(count, a.tokens * a.columns * TOUCHED, [&](int64_t i, int) {
-        for (int j = 0; j < tiles[i].n; ++j) {
-            round_row(a.x, a.type, a.tokens * i / count + j, a.columns, tiles[i], j);
-        }
+        for (int j = 0; j < tiles[i].n; ++j) round_row(a.x, a.type, firsts[i] + j, a.columns, tiles[i], j);
     });
-    const int64_t blocks = (a.out + ROWS - 1) / ROWS, bytes = block_bytes<Format>(a.columns);
     const int64_t spans = (count + AT_ONCE - 1) / AT_ONCE;
-    int64_t share = blocks / (16 * threads());
-    share = share < 1 ? 1 : share > 8 ? 8 : share;
-    const int64_t shares = (blocks + share - 1) / share;
+    int64_t share = m.blocks() / (16 * threads());
+    share = share < 1 ? 1 : least(share, SOME);
+    const int64_t shares = (m.blocks() + share - 1) / share;
     run_or_do(shares * spans, a.tokens * a.columns * a.out, [&](int64_t task, int worker) {
-        float* sums = (float*)scratch(16 + worker, sizeof(float) * AT_ONCE * TILE * ROWS);
         const int64_t span = task / shares, begin = count * span / spans, end = count * (span + 1) / spans;
-        const int64_t until = (task % shares + 1) * share;
-        for (int64_t block = task % shares * share; block < until && block < blocks; ++block) {
-            block_times<Format>(a.weight + block * bytes, a.columns, tiles + begin, int(end - begin), sums);
-            const float* sum = sums;
-            const int width = int(a.out - block * ROWS < ROWS ? a.out - block * ROWS : ROWS);
-            for (int64_t t = a.tokens * begin / count; t < a.tokens * end / count; ++t, sum += ROWS) {
-                write(a.y, a.type, t * a.out + block * ROWS, width, sum);
+        const int64_t first = task % shares * share, blocks = least(share, m.blocks() - first);
+        const int64_t tokens = firsts[end] - firsts[begin], room = P::room(a.columns, int(blocks * (end - begin)));
+        float* sums = (float*)scratch(16 + worker, sizeof(float) * blocks * tokens * ROWS + room);
+        uint8_t* beside = (uint8_t*)(sums + blocks * tokens * ROWS);
+        P::times(m, first, int(blocks), tiles + begin, int(end - begin), beside, sums);
+        for (int64_t block = first; block < first + blocks; ++block) {
+            const int width = int(least(a.out - block * ROWS, ROWS));
+            for (int64_t t = firsts[begin]; t < firsts[end]; ++t, sums += ROWS) {
+                write(a.y, a.type, t * a.out + block * ROWS, width, sums);
             }
         }
     });
@@ -101,6 +127,8 @@ struct Crew {
 
 template <class Format>
 void experts(const ExpertsArgs& a) {
+    using P = Products<Format>;
+    using Tokens = typename P::Tokens;
     const int64_t chosen = a.tokens * a.choices;
     // Counting sort of the choices by expert, stable, so that sums are in the order of experts.
     int64_t* order = (int64_t*)scratch(0, sizeof(int64_t) * (chosen + a.experts + 1));
@@ -109,27 +137,28 @@ void experts(const ExpertsArgs& a) {
     for (int64_t i = 0; i < chosen; ++i) ++starts[a.ids[i] + 1];
     for (int64_t e = 0; e < a.experts; ++e) starts[e + 1] += starts[e];
     for (int64_t i = 0; i < chosen; ++i) order[starts[a.ids[i]]++] = i;
-    for (int64_t e = a.experts; e > 0; --e) starts[e] = starts[e - 1];
+    int64_t most = 0;  // tiles of all experts
+    for (int64_t e = a.experts; e > 0; --e) {
+        starts[e] = starts[e - 1];
+        if (e < a.experts) most += tile_count(starts[e + 1] - starts[e]);
+    }
     starts[0] = 0;
+    most += tile_count(starts[1]);
 
-    const int64_t most = chosen / TILE + a.experts + 1;
     Crew* crews = (Crew*)scratch(1, sizeof(Crew) * a.experts);
-    TokenTile* tiles = (TokenTile*)scratch(2, 2 * sizeof(TokenTile) * most);
-    TokenTile* hidden = tiles + most;
+    Tokens* tiles = (Tokens*)scratch(2, 2 * sizeof(Tokens) * most);
+    Tokens* hidden = tiles + most;
     int64_t* firsts = (int64_t*)scratch(3, sizeof(int64_t) * (most + 1));  // each tile's first choice
-    uint8_t* place = scratch(4, bytes_of_tiles(chosen, a.size));
-    uint8_t* hidden_place = scratch(5, bytes_of_tiles(chosen, a.inner));
+    uint8_t* place = scratch(4, bytes_of_tiles<Tokens>(most, a.size));
+    uint8_t* hidden_place = scratch(5, bytes_of_tiles<Tokens>(most, a.inner));
     int64_t active = 0, count = 0;
     for (int64_t e = 0; e < a.experts; ++e) {
         const int64_t n = starts[e + 1] - starts[e];
         if (!n) continue;
         Crew& crew = crews[active++] = {e, count, 0};
-        lay(n, a.inner, hidden + count, hidden_place);
-        crew.count = lay(n, a.size, tiles + count, place);
-        for (int64_t i = 0, at = starts[e]; i < crew.count; ++i, ++count) {
-            firsts[count] = at;
-            at += tiles[count].n;
-        }
+        lay(n, a.inner, hidden + count, firsts + count, hidden_place);
+        crew.count = lay(n, a.size, tiles + count, firsts + count, place);
+        for (int64_t i = 0; i < crew.count; ++i, ++count) firsts[count] += starts[e];
     }
     firsts[count] = chosen;
     run_or_do(count, chosen * a.size * TOUCHED, [&](int64_t i, int) {
@@ -148,50 +177,72 @@ void experts(const ExpertsArgs& a) {
             parts[pieces++] = {c, crews[c].tiles + crews[c].count * i / spans, crews[c].tiles + crews[c].count * (i + 1) / spans};
         }
     }
-    const int64_t inner_supers = supers(a.inner), inner_blocks = (a.inner + ROWS - 1) / ROWS;
-    const int64_t bytes = block_bytes<Format>(a.size);
+    const auto of_expert = [](const uint8_t* stack, int64_t expert, int64_t out, int64_t columns) {
+        return Matrix{stack + expert * P::bytes({stack, out, columns}), out, columns};
+    };
+    const int64_t inner_supers = supers(a.inner);
     const int64_t work = chosen * a.size * a.inner;
     run_or_do(pieces * inner_supers, 2 * work, [&](int64_t task, int worker) {
         const Part& part = parts[task / inner_supers];
-        const int64_t s = task % inner_supers;
+        const int64_t s = task % inner_supers, expert = crews[part.crew].expert;
+        const Matrix gates = of_expert(a.gate, expert, a.inner, a.size), ups = of_expert(a.up, expert, a.inner, a.size);
         const int64_t tokens = firsts[part.end] - firsts[part.begin];
-        float* gate = (float*)scratch(16 + worker, sizeof(float) * tokens * (2 * ROWS + SUPER));
-        float *up = gate + tokens * ROWS, *h = up + tokens * ROWS;
-        const int64_t expert = crews[part.crew].expert * inner_blocks, rows = width_of(a.inner, s);
+        const int here = int(part.end - part.begin);
+        const int64_t room = P::room(a.size, int(SOME * here));
+        float* gate = (float*)scratch(16 + worker, sizeof(float) * tokens * (2 * SOME * ROWS + SUPER) + room);
+        float *up = gate + tokens * SOME * ROWS, *h = up + tokens * SOME * ROWS;
+        uint8_t* beside = (uint8_t*)(h + tokens * SUPER);
+        const int rows = width_of(a.inner, s), blocks = (rows + ROWS - 1) / ROWS;
         memset(h, 0, sizeof(float) * tokens * SUPER);
-        for (int64_t b = 0; b * ROWS < rows; ++b) {
-            const int64_t at = (expert + s * (SUPER / ROWS) + b) * bytes;
-            block_times<Format>(a.gate + at, a.size, tiles + part.begin, int(part.end - part.begin), gate);
-            block_times<Format>(a.up + at, a.size, tiles + part.begin, int(part.end - part.begin), up);
-            for (int64_t t = 0; t < tokens; ++t) gated(gate + t * ROWS, up + t * ROWS, h + t * SUPER + b * ROWS);
+        for (int begin = 0; begin < blocks; begin += SOME) {
+            const int some = int(least(SOME, blocks - begin));
+            const int64_t first = s * (SUPER / ROWS) + begin;
+            P::times(gates, first, some, tiles + part.begin, here, beside, gate);
+            P::times(ups, first, some, tiles + part.begin, here, beside, up);
+            const float *g = gate, *u = up;
+            for (int b = begin; b < begin + some; ++b) {
+                for (int64_t t = 0; t < tokens; ++t, g += ROWS, u += ROWS) gated(g, u, h + t * SUPER + b * ROWS);
+            }
         }
         const float* from = h;
         for (int64_t i = part.begin; i < part.end; ++i) {
-            for (int j = 0; j < hidden[i].n; ++j, from += SUPER) hidden[i].round(j, s, int(rows), from);
+            for (int j = 0; j < hidden[i].n; ++j, from += SUPER) hidden[i].round(j, s, rows, from);
         }
     });
 
-    // Each task owns 32 columns of the answer and adds up all experts, in their order.
-    const int64_t out_blocks = (a.size + ROWS - 1) / ROWS, down_bytes = block_bytes<Format>(a.inner);
-    run_or_do(out_blocks, work, [&](int64_t block, int worker) {
-        float* answers = (float*)scratch(16 + worker, sizeof(float) * (a.tokens + AT_ONCE * TILE) * ROWS);
-        float* sums = answers + a.tokens * ROWS;
-        memset(answers, 0, sizeof(float) * a.tokens * ROWS);
+    // Each task owns some blocks of 32 columns of the answer and adds up all experts, in their order.
+    const int64_t out_blocks = (a.size + ROWS - 1) / ROWS;
+    int64_t share = out_blocks / (16 * threads());
+    share = share < 1 ? 1 : least(share, SOME);
+    const int64_t span = least(count, AT_ONCE);  // tiles of a part, at most
+    run_or_do((out_blocks + share - 1) / share, work, [&](int64_t task, int worker) {
+        const int64_t first = task * share, blocks = least(share, out_blocks - first);
+        const int64_t room = P::room(a.inner, int(share * span));
+        float* answers = (float*)scratch(16 + worker, sizeof(float) * (a.tokens + span * TILE) * blocks * ROWS + room);
+        float* sums = answers + a.tokens * blocks * ROWS;
+        uint8_t* beside = (uint8_t*)(sums + span * TILE * blocks * ROWS);
+        memset(answers, 0, sizeof(float) * a.tokens * blocks * ROWS);
         for (int64_t p = 0; p < pieces; ++p) {
             const Part& part = parts[p];
-            const uint8_t* weight = a.down + (crews[part.crew].expert * out_blocks + block) * down_bytes;
-            block_times<Format>(weight, a.inner, hidden + part.begin, int(part.end - part.begin), sums);
+            const Matrix downs = of_expert(a.down, crews[part.crew].expert, a.size, a.inner);
+            P::times(downs, first, int(blocks), hidden + part.begin, int(part.end - part.begin), beside, sums);
             const float* sum = sums;
-            for (int64_t i = firsts[part.begin]; i < firsts[part.end]; ++i, sum += ROWS) {
-                float* answer = answers + order[i] / a.choices * ROWS;
-                const F score = set(a.scores[order[i]]);
-                for (int r = 0; r < ROWS; r += 16) {
-                    store_float(answer + r, fma(load_float(sum + r), score, load_float(answer + r)));
+            for (int64_t b = 0; b < blocks; ++b) {
+                for (int64_t i = firsts[part.begin]; i < firsts[part.end]; ++i, sum += ROWS) {
+                    float* answer = answers + (b * a.tokens + order[i] / a.choices) * ROWS;
+                    const F score = set(a.scores[order[i]]);
+                    for (int r = 0; r < ROWS; r += 16) {
+                        store_float(answer + r, fma(load_float(sum + r), score, load_float(answer + r)));
+                    }
                 }
             }
         }
-        const int width = int(a.size - block * ROWS < ROWS ? a.size - block * ROWS : ROWS);
-        for (int64_t t = 0; t < a.tokens; ++t) write(a.y, a.type, t * a.size + block * ROWS, width, answers + t * ROWS);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int width = int(least(a.size - (first + b) * ROWS, ROWS));
+            for (int64_t t = 0; t < a.tokens; ++t) {
+                write(a.y, a.type, t * a.size + (first + b) * ROWS, width, answers + (b * a.tokens + t) * ROWS);
+            }
+        }
     });
 }
 
@@ -394,6 +445,7 @@ void with_format(Format format, Body&& body) {
         case Format::int4_64: return body(Int4_64{});
         case Format::int3: return body(Int3{});
         case Format::int2: return body(Int2{});
+        case Format::bfloat16: return body(Plain{});
     }
 }
 
@@ -411,6 +463,7 @@ const Kernels kernels = {
     rope,
     read_memory,
     multiply,
+    multiply_bf16,
 };
 
 }  // namespace moesaic::MOESAIC_ISA

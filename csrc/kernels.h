@@ -5,7 +5,7 @@
 
 namespace moesaic {
 
-enum class Format : int { int8, int4, int4_64, int3, int2 };
+enum class Format : int { int8, int4, int4_64, int3, int2, bfloat16 };
 enum class Type : int { float32, bfloat16, float16, int8 };  // int8: of a cache only
 
 // y [tokens, out] = x [tokens, columns] times weight [out, columns] transposed.
@@ -75,8 +75,11 @@ struct Kernels {
     // What this machine can do at most, for comparison; see measure.h.
     void (*read)(const uint8_t* memory, int64_t bytes, int streams, int ahead);
     int64_t (*multiply)(int64_t rounds);
+    int64_t (*multiply_bf16)(int64_t rounds);
 };
 
+namespace amx { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace portable { extern const Kernels kernels; }

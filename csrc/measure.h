@@ -1,6 +1,7 @@
 // The limits that speeds are compared with: how fast memory is read, and how fast bytes are multiplied.
 #pragma once
 
+#include "amx.h"
 #include "pool.h"
 #include "vec.h"
 
@@ -36,7 +37,20 @@ inline void read_memory(const uint8_t* memory, int64_t bytes, int streams, int a
 
 // Multiply and add bytes in registers, with all threads; return how many of both were done.
 inline int64_t multiply(int64_t rounds) {
-    constexpr int SUMS = 2 * TILE, TASKS = 64;
+    constexpr int TASKS = 64;
+#if MOESAIC_AMX
+    constexpr int SUMS = 4, WORTH = 16 * 16 * 64 * 2;
+    run(TASKS, [&](int64_t, int) {
+        const Tiles set_up;
+        for (int64_t i = 0; i < rounds; ++i) {
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+    });
+#else
+    constexpr int SUMS = 2 * TILE, WORTH = 64 * 2;
     run(TASKS, [&](int64_t, int) {
         I sums[SUMS], a = set(sink), b = set(sink + 1);
         for (auto& sum : sums) sum = set(0);
@@ -47,7 +61,39 @@ inline int64_t multiply(int64_t rounds) {
         for (int j = 1; j < SUMS; ++j) sums[0] = add(sums[0], sums[j]);
         sink = largest(sums[0]);
     });
-    return TASKS * rounds * SUMS * 64 * 2;
+#endif
+    return TASKS * rounds * SUMS * WORTH;
+}
+
+// The same for bfloat16.
+inline int64_t multiply_bf16(int64_t rounds) {
+    constexpr int TASKS = 64;
+#if MOESAIC_AMX
+    constexpr int SUMS = 4, WORTH = 16 * 16 * 32 * 2;
+    run(TASKS, [&](int64_t, int) {
+        const Tiles set_up;
+        for (int64_t i = 0; i < rounds; ++i) {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    });
+#else
+    constexpr int SUMS = 2 * TILE, WORTH = 32 * 2;
+    run(TASKS, [&](int64_t, int) {
+        F sums[SUMS];
+        const I a = set(sink), b = set(sink + 1);
+        for (auto& sum : sums) sum = zero();
+        for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 24
+            for (int j = 0; j < SUMS; ++j) sums[j] = dot_bf16(sums[j], a, b);
+        }
+        for (int j = 1; j < SUMS; ++j) sums[0] = add(sums[0], sums[j]);
+        sink = largest(bits(sums[0]));
+    });
+#endif
+    return TASKS * rounds * SUMS * WORTH;
 }
 
 }  // namespace moesaic::MOESAIC_ISA

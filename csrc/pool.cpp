@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <pthread.h>
+#include <sys/mman.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -22,6 +23,7 @@ using Clock = std::chrono::steady_clock;
 
 // About what Python needs between two ops; longer would take the core from others for nothing.
 constexpr auto SPIN = std::chrono::microseconds(60);
+constexpr int64_t HUGE_PAGE = 2 << 20;
 constexpr uint32_t CLOSED = 1u << 31;
 
 void pause() {
@@ -169,9 +171,12 @@ uint8_t* scratch(int number, int64_t bytes) {
     auto& slot = slots[number];
     if (slot.bytes < bytes) {
         std::free(slot.memory);
-        const int64_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-        slot.memory = static_cast<uint8_t*>(std::aligned_alloc(4096, size));
+        const int64_t page = bytes > HUGE_PAGE / 4 ? HUGE_PAGE : 4096, size = (bytes + bytes / 4 + page - 1) / page * page;
+        slot.memory = static_cast<uint8_t*>(std::aligned_alloc(page, size));
         if (!slot.memory) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+        if (page == HUGE_PAGE) madvise(slot.memory, size, MADV_HUGEPAGE);  // tokens are read in all corners at once
+#endif
         slot.bytes = size;
     }
     return slot.memory;

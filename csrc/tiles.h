@@ -1,12 +1,13 @@
-// Products of weight tiles and token tiles: one block of 32 rows with up to TILE tokens at a time.
+// Products of weights in integer formats and activations: blocks of 32 rows with up to TILE tokens at a time.
 //
 // Activations are rounded to whole numbers, x = scale * q with one scale for each token and 256
 // columns. Weights are whole multiples of a step in the same 256 columns, so a product of the two is
 // step * scale * (a whole number), and that number is exact in whatever order it is summed up. All
 // kernels add up the superblocks of a row in order, in float32: one token alone and a hundred
-// together, one thread and many, AVX-512 and plain C++ give the same bits.
+// together, one thread and many, AMX and plain C++ give the same bits.
 #pragma once
 
+#include "amx.h"
 #include "formats/int2.h"
 #include "formats/int3.h"
 #include "formats/int4.h"
@@ -46,10 +47,18 @@ constexpr int64_t block_bytes(int64_t columns) {
     return whole * super_bytes<Format>(SUPER) + (rest ? super_bytes<Format>(int(rest)) : 0);
 }
 
-// The rounded activations of n tokens, side by side: whatever is read together lies together.
+// A matrix of weights as it lies in memory, row after row, [out, columns].
+struct Matrix {
+    const uint8_t* data;
+    int64_t out, columns;
+
+    int64_t blocks() const { return (out + ROWS - 1) / ROWS; }
+};
+
+// The rounded activations of n tokens.
 struct TokenTile {
     int n;
-    int8_t* q;       // [columns / 4][n][4]
+    int8_t* q;       // [supers][n][256]
     float* scale;    // [supers][n]
     int32_t* total;  // [supers][n]: sums of q over a superblock
     int16_t* sums;   // [columns / 64][n][2]: sums over 32 columns, two in a word
@@ -57,7 +66,7 @@ struct TokenTile {
 
     static int64_t bytes(int64_t columns, int n) {
         const int64_t k = padded(columns), s = supers(columns);
-        return (n * (k + 8 * s + k / 64 * 4 + (k + 127) / 128 * 4) + 63) / 64 * 64;
+        return (n * (SUPER * s + 8 * s + k / 64 * 4 + (k + 127) / 128 * 4) + 63) / 64 * 64;
     }
 
     static TokenTile at(uint8_t* memory, int64_t columns, int n) {
@@ -65,7 +74,7 @@ struct TokenTile {
         TokenTile t;
         t.n = n;
         t.q = (int8_t*)memory;
-        t.scale = (float*)(t.q + n * k);
+        t.scale = (float*)(t.q + n * SUPER * s);
         t.total = (int32_t*)(t.scale + n * s);
         t.sums = (int16_t*)(t.total + n * s);
         t.wide = t.sums + n * (k / 32);
@@ -85,16 +94,14 @@ struct TokenTile {
         scale[s * n + i] = size / 127.0f;
         int32_t all = 0;
         const F factor = set(inverse);
-        for (int k = 0; k < padded(width); k += 32) {
+        int8_t* to = q + (s * n + i) * SUPER;
+        for (int k = 0; k < padded(width); k += 32, to += 32) {
             int32_t q32[32], sum = 0;
             store(q32, to_int(mul(load_float(x + k), factor)));
             store(q32 + 16, to_int(mul(load_float(x + k + 16), factor)));
-            int8_t* to = q + ((s * SUPER + k) / 4 * n + i) * 4;
-            for (int j = 0; j < 32; j += 4, to += 4 * n) {
-                for (int b = 0; b < 4; ++b) {
-                    to[b] = int8_t(q32[j + b]);
-                    sum += to[b];
-                }
+            for (int j = 0; j < 32; ++j) {
+                to[j] = int8_t(q32[j]);
+                sum += to[j];
             }
             const int64_t place = (s * SUPER + k) / 32;
             sums[(place / 2 * n + i) * 2 + place % 2] = int16_t(sum);
@@ -156,7 +163,7 @@ MOESAIC_INLINE void few(const uint8_t* p, int width, const TokenTile& x, int64_t
                 if (BIAS != 128) a = subtract_bytes(a, back), b = subtract_bytes(b, back);
 #pragma GCC unroll 12
                 for (int t = 0; t < N; ++t) {
-                    const I four = broadcast(q + ((k / 4 + j) * N + t) * 4);
+                    const I four = broadcast(q + t * SUPER + k + 4 * j);
                     whole[0][t] = dot_biased(whole[0][t], a, four);
                     whole[1][t] = dot_biased(whole[1][t], b, four);
                 }
@@ -193,7 +200,7 @@ MOESAIC_INLINE void few(const uint8_t* p, int width, const TokenTile& x, int64_t
                 Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
 #pragma GCC unroll 12
                     for (int t = 0; t < N; ++t) {
-                        const I four = broadcast(q + (((g * Format::GROUP + k) / 4 + j) * N + t) * 4);
+                        const I four = broadcast(q + t * SUPER + g * Format::GROUP + k + 4 * j);
                         part[0][t] = dot(part[0][t], a, four);
                         part[1][t] = dot(part[1][t], b, four);
                     }
@@ -217,7 +224,13 @@ MOESAIC_INLINE void few(const uint8_t* p, int width, const TokenTile& x, int64_t
     }
 }
 
-// Unpack a superblock to v + BIAS: [width / 4][2 halves][16 rows][4] bytes.
+#if MOESAIC_AMX
+constexpr int PANEL_BIAS = 0;
+#else
+constexpr int PANEL_BIAS = BIAS;
+#endif
+
+// Unpack a superblock to v + PANEL_BIAS: [width / 4][2 halves][16 rows][4] bytes.
 template <class Format>
 __attribute__((noinline)) void expand(const uint8_t* p, int width, uint8_t* panel) {
     const Super<Format> super(p, width);
@@ -233,9 +246,9 @@ __attribute__((noinline)) void expand(const uint8_t* p, int width, uint8_t* pane
                 factor[h] = multiply_words(bit_or(scale, shift_left<16>(scale)), set(Format::FACTOR * 0x10001));
                 const I own = bit_and(g % 2 ? shift_right<16>(pair) : pair, set(0xff));
                 const I two = bit_or(own, shift_left<8>(own));
-                offset[h] = subtract_bytes(bit_or(two, shift_left<16>(two)), set(int32_t(0x01010101u * BIAS)));
+                offset[h] = subtract_bytes(bit_or(two, shift_left<16>(two)), set(int32_t(0x01010101u * PANEL_BIAS)));
             } else {
-                offset[h] = set(int32_t(0x01010101u * (128 - BIAS)));
+                offset[h] = set(int32_t(0x01010101u * (128 - PANEL_BIAS)));
             }
         }
         for (int k = 0; k < GROUP; k += Format::RUN, codes += RUN_BYTES) {
@@ -250,32 +263,100 @@ __attribute__((noinline)) void expand(const uint8_t* p, int width, uint8_t* pane
     }
 }
 
+// sum[row] += (whole number of the superblock) * step * scale
+MOESAIC_INLINE void add_scaled(float* sum, I low, I high, F low_step, F high_step, float scale) {
+    const F factor = set(scale);
+    store_float(sum, fma(to_float(low), mul(low_step, factor), load_float(sum)));
+    store_float(sum + 16, fma(to_float(high), mul(high_step, factor), load_float(sum + 16)));
+}
+
 // sum[t][row] += (whole number of the superblock) * step * scale, from an unpacked superblock.
+#if MOESAIC_AMX
+
+inline void many(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
+    // Tiles 0 to 3 add up, 4 and 5 are tokens, 6 and 7 are rows. With up to 16 tokens, the second pair of
+    // sums takes every other step, as a product takes longer than the time to begin the next.
+    alignas(64) int32_t whole[4][16][16];
+    const int8_t* q = x.q + s * SUPER * x.n;
+    const bool two = x.n > 16;
+    settle(panel);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (two) {
+        for (int k = 0; k < width; k += 64, panel += 2048, q += 64) {
+            _tile_loadd(6, panel, 128);
+            _tile_loadd(4, q, SUPER);
+            _tile_dpbssd(0, 4, 6);
+            _tile_loadd(7, panel + 64, 128);
+            _tile_dpbssd(1, 4, 7);
+            _tile_loadd(5, q + 16 * SUPER, SUPER);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+    } else {
+        for (int k = 0; k < width; k += 64, panel += 2048, q += 64) {
+            _tile_loadd(4, q, SUPER);
+            _tile_loadd(6, panel, 128);
+            _tile_loadd(7, panel + 64, 128);
+            if (k % 128) {
+                _tile_dpbssd(2, 4, 6);
+                _tile_dpbssd(3, 4, 7);
+            } else {
+                _tile_dpbssd(0, 4, 6);
+                _tile_dpbssd(1, 4, 7);
+            }
+        }
+    }
+    _tile_stored(0, whole[0], 64);
+    _tile_stored(1, whole[1], 64);
+    _tile_stored(2, whole[2], 64);
+    _tile_stored(3, whole[3], 64);
+    const F low = load_bf16((const uint16_t*)p), high = load_bf16((const uint16_t*)p + 16);
+    const float* scale = x.scale + s * x.n;
+    if (two) {
+        for (int t = 0; t < 16; ++t, sum += ROWS) add_scaled(sum, load(whole[0][t]), load(whole[1][t]), low, high, scale[t]);
+        for (int t = 16; t < x.n; ++t, sum += ROWS) {
+            add_scaled(sum, load(whole[2][t - 16]), load(whole[3][t - 16]), low, high, scale[t]);
+        }
+    } else {
+        for (int t = 0; t < x.n; ++t, sum += ROWS) {
+            const I a = add(load(whole[0][t]), load(whole[2][t])), b = add(load(whole[1][t]), load(whole[3][t]));
+            add_scaled(sum, a, b, low, high, scale[t]);
+        }
+    }
+}
+
+#else
+
 template <int N>
-__attribute__((noinline)) void many(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
+__attribute__((noinline)) void many_of(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
     const int8_t* q = x.q + s * SUPER * N;
     I whole[2][N];
 #pragma GCC unroll 12
     for (int t = 0; t < N; ++t) whole[0][t] = whole[1][t] = set(-BIAS * x.total[s * N + t]);
-    for (int k = 0; k < width / 4; ++k, panel += 128, q += 4 * N) {
+    for (int k = 0; k < width; k += 4, panel += 128, q += 4) {
         const I a = load(panel), b = load(panel + 64);
 #pragma GCC unroll 12
         for (int t = 0; t < N; ++t) {
-            const I four = broadcast(q + 4 * t);
+            const I four = broadcast(q + t * SUPER);
             whole[0][t] = dot_biased(whole[0][t], a, four);
             whole[1][t] = dot_biased(whole[1][t], b, four);
         }
     }
     const F low = load_bf16((const uint16_t*)p), high = load_bf16((const uint16_t*)p + 16);
 #pragma GCC unroll 12
-    for (int t = 0; t < N; ++t, sum += ROWS) {
-        const F scale = set(x.scale[s * N + t]);
-        store_float(sum, fma(to_float(whole[0][t]), mul(low, scale), load_float(sum)));
-        store_float(sum + 16, fma(to_float(whole[1][t]), mul(high, scale), load_float(sum + 16)));
-    }
+    for (int t = 0; t < N; ++t, sum += ROWS) add_scaled(sum, whole[0][t], whole[1][t], low, high, x.scale[s * N + t]);
 }
 
-constexpr int FEW = TILE < 4 ? TILE : 4;  // up to here codes are used as they are, without unpacking to v
+inline void many(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
+    with_number<TILE>(x.n, [&](auto n) { many_of<n.value>(p, panel, width, x, s, sum); });
+}
+
+#endif
+
+constexpr int FEW = TILE < 8 ? TILE : 8;  // up to here codes are used as they are, without unpacking to v
 
 template <class Format, int N>
 __attribute__((noinline)) void few_block(const uint8_t* block, int64_t columns, const TokenTile& x, float* sum) {
@@ -293,26 +374,46 @@ __attribute__((noinline)) void few_block(const uint8_t* block, int64_t columns, 
     }
 }
 
-// sums[t][row] = block times every token of the tiles; sums are [all tokens][32] in the tiles' order.
+// What an integer format adds to the ops; csrc/plain.h has the same for bfloat16.
 template <class Format>
-__attribute__((noinline)) void block_times(const uint8_t* block, int64_t columns, const TokenTile* tiles, int count, float* sums) {
-    if (count == 1 && tiles->n <= FEW) {
-        return with_number<FEW>(tiles->n, [&](auto n) { few_block<Format, n.value>(block, columns, *tiles, sums); });
-    }
-    alignas(64) uint8_t panel[SUPER * ROWS];
-    int64_t tokens = 0;
-    for (int i = 0; i < count; ++i) tokens += tiles[i].n;
-    memset(sums, 0, sizeof(float) * ROWS * tokens);
-    int64_t s = 0;
-    for (int64_t left = padded(columns); left > 0; left -= SUPER, ++s) {
-        const int width = int(left < SUPER ? left : SUPER);
-        expand<Format>(block, width, panel);
-        float* sum = sums;
-        for (int i = 0; i < count; sum += ROWS * tiles[i].n, ++i) {
-            with_number<TILE>(tiles[i].n, [&](auto n) { many<n.value>(block, panel, width, tiles[i], s, sum); });
+struct Products {
+    using Tokens = TokenTile;
+
+    // Bytes that times() needs beside its sums.
+    static int64_t room(int64_t, int) { return 0; }
+
+    static int64_t bytes(const Matrix& m) { return m.blocks() * block_bytes<Format>(m.columns); }
+
+    // sums[block][token][row] = `count` blocks of rows times every token of the tiles, in the tiles' order.
+    static void times(const Matrix& m, int64_t first, int count, const Tokens* tiles, int tile_count, uint8_t*, float* sums) {
+        const int64_t stride = block_bytes<Format>(m.columns);
+        const uint8_t* block = m.data + first * stride;
+        if (tile_count == 1 && tiles->n <= FEW) {
+            for (int b = 0; b < count; ++b, block += stride, sums += tiles->n * ROWS) {
+                with_number<FEW>(tiles->n, [&](auto n) { few_block<Format, n.value>(block, m.columns, *tiles, sums); });
+            }
+            return;
         }
-        block += super_bytes<Format>(width);
+#if MOESAIC_AMX
+        const Tiles set_up;
+#endif
+        alignas(64) uint8_t panel[SUPER * ROWS];
+        int64_t tokens = 0;
+        for (int i = 0; i < tile_count; ++i) tokens += tiles[i].n;
+        memset(sums, 0, sizeof(float) * ROWS * tokens * count);
+        int64_t s = 0;
+        // The tokens' part of a superblock stays in the cache for all blocks.
+        for (int64_t left = padded(m.columns); left > 0; left -= SUPER, ++s) {
+            const int width = int(left < SUPER ? left : SUPER);
+            float* sum = sums;
+            for (int b = 0; b < count; ++b) {
+                const uint8_t* p = block + b * stride;
+                expand<Format>(p, width, panel);
+                for (int i = 0; i < tile_count; sum += ROWS * tiles[i].n, ++i) many(p, panel, width, tiles[i], s, sum);
+            }
+            block += super_bytes<Format>(width);
+        }
     }
-}
+};
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -1,5 +1,6 @@
 // Sixteen 32-bit lanes, as the instruction set at hand has them. A file that includes this is compiled
-// once for each: AVX-512 with VNNI, AVX2, and plain C++ (which the compiler maps to NEON and others).
+// once for each: AVX-512 with VNNI, the same with BF16, the same with AMX, AVX2, and plain C++ (which
+// the compiler maps to NEON and others).
 //
 // All is in the namespace MOESAIC_ISA, so that the linker cannot mix code of two instruction sets;
 // for the same reason nothing here may call a template of the standard library.
@@ -10,8 +11,16 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
-#define MOESAIC_ISA avx512
 #define MOESAIC_AVX512 1
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define MOESAIC_ISA amx
+#define MOESAIC_AMX 1
+#elif defined(__AVX512BF16__)
+#define MOESAIC_ISA avx512bf16
+#define MOESAIC_BF16 1
+#else
+#define MOESAIC_ISA avx512
+#endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #define MOESAIC_ISA avx2
@@ -70,7 +79,11 @@ MOESAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 using I = __m512i;  // 16 int32, or 32 int16, or 64 bytes
 using F = __m512;   // 16 float
 
+#if MOESAIC_AMX
+constexpr int TILE = 32;  // tokens whose sums for 32 rows fit the tile registers
+#else
 constexpr int TILE = 12;  // tokens whose sums for 32 rows fit the registers
+#endif
 
 MOESAIC_INLINE I load(const void* p) { return _mm512_loadu_si512(p); }
 MOESAIC_INLINE void store(void* p, I x) { _mm512_storeu_si512(p, x); }
@@ -351,6 +364,17 @@ MOESAIC_INLINE float largest_of(F x) {
 }
 
 #endif
+
+// acc + the sum of two products of bfloat16 numbers in each lane.
+MOESAIC_INLINE F dot_bf16(F acc, I a, I b) {
+#if MOESAIC_BF16
+    return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#else
+    const I high = set(int32_t(0xffff0000));
+    acc = fma(from_bits(shift_left<16>(a)), from_bits(shift_left<16>(b)), acc);
+    return fma(from_bits(bit_and(a, high)), from_bits(bit_and(b, high)), acc);
+#endif
+}
 
 MOESAIC_INLINE int32_t largest(I x) {
     int32_t v[16], most;

@@ -197,12 +197,38 @@ class LLM(AbstractContextManager["LLM"]):
             raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
         tokenizer = Tokenizer.open(path)
         loaded = load_model(path, dtype=dtype, format=format, device=device, progress=progress)
+        return cls.over(
+            loaded,
+            tokenizer,
+            "built-in" if model is None else path.name,
+            context=context,
+            cache_tokens=cache_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            block_size=block_size,
+            chat_format=chat_format,
+            limits=limits,
+        )
+
+    @classmethod
+    def over(
+        cls,
+        loaded: Loaded,
+        tokenizer: Tokenizer,
+        name: str,
+        *,
+        context: int | None = None,
+        cache_tokens: int | None = None,
+        kv_cache_dtype: str = "auto",
+        block_size: int = 16,
+        chat_format: str | None = None,
+        limits: Limits | None = None,
+    ) -> Self:
+        """Start an engine for a model that is in memory already; arguments and errors as for ``load``."""
         if loaded.model.shape.labels:
-            raise InvalidRequest(f"{path} is a classifier, which does not chat: use Classifier.load")
+            raise InvalidRequest(f"{loaded.path} is a classifier, which does not chat: use Classifier.load")
         if tokenizer.vocab_size > loaded.model.vocab_size:
-            raise InvalidRequest(
-                f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {loaded.model.vocab_size}"
-            )
+            sizes_differ = f"{tokenizer.vocab_size} tokens, but the model only {loaded.model.vocab_size}"
+            raise InvalidRequest(f"{loaded.path}: the tokenizer has {sizes_differ}")
         stored = cache_dtype(loaded.model, kv_cache_dtype)
         length, places = sizes(loaded.model, context, cache_tokens, block_size, stored)
         form = _format(chat_format, tokenizer, loaded)
@@ -215,7 +241,7 @@ class LLM(AbstractContextManager["LLM"]):
             dtype=stored,
             torch_threads=torch_threads(loaded.model),
         )
-        return cls(loaded, tokenizer, engine, form, "built-in" if model is None else path.name)
+        return cls(loaded, tokenizer, engine, form, name)
 
     def close(self) -> None:
         """Stop the engine; running answers raise EngineStopped."""

@@ -18,6 +18,7 @@ from moesaic import checkpoints, models, ops, packed
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.models import Decoder
+from moesaic.ops import native
 
 SMALL = 100_000_000
 """Parameters; below it torch's threads are not worth waking."""
@@ -81,6 +82,9 @@ def load_model(
         name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
         roles = models.choose(format or name, name)
         model = models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=place)
+        if place.type == "cpu":
+            for parameter in model.parameters():
+                native.huge_pages(parameter)  # before it is touched
         checkpoints.fill(model.slots(), checkpoint, progress=progress)
         return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation)
 
@@ -136,7 +140,7 @@ def sizes(model: Decoder, context: int | None, places: int | None, block: int, d
     """
     if context is not None and not 1 < context <= model.max_length:
         raise InvalidParameter("context", f"is {context}, but the model was made for 2 to {model.max_length} tokens")
-    per_token = ops.Cache.bytes_per_token(model.cache_shapes, dtype)
+    per_token = cache_bytes(model, dtype)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     affordable = max(block, free // 4 // per_token)
     if context is None:
@@ -144,3 +148,8 @@ def sizes(model: Decoder, context: int | None, places: int | None, block: int, d
     if places is None:
         places = max(context, min(4 * context, affordable))
     return context, -(-places // block) * block
+
+
+def cache_bytes(model: Decoder, dtype: torch.dtype) -> int:
+    """Return the bytes that keys and values of one token take in a cache of ``dtype``."""
+    return ops.Cache.bytes_per_token(model.cache_shapes, dtype)

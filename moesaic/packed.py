@@ -4,29 +4,28 @@
     weights.safetensors    every parameter of the model by its name, each at a multiple of 64 bytes
 
 beside the tokenizer's files. Loading maps the file: nothing is read before it is needed, what is
-needed is shared by all processes, and a model larger than memory runs, slowly.
+needed is shared by all processes, and a model larger than memory runs, slowly: what every token needs
+is kept, and experts are asked for as soon as they are chosen.
 
 Knows this folder. Does not know formats: a part is bytes of a shape and a dtype.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moesaic import checkpoints, formats, models
+from moesaic import checkpoints, formats, memory, models
 from moesaic.checkpoints import _safetensors, _write
 from moesaic.errors import CheckpointError
-from moesaic.formats import Packed
-from moesaic.models import Decoder
+from moesaic.models import Decoder, Experts
 
 MARK, WEIGHTS = "moesaic.json", "weights.safetensors"
 VERSION = 1
@@ -71,13 +70,23 @@ def pack(src: Path | str, dst: Path | str, format: str, dtype: str = "auto", pro
     with checkpoints.open(src) as checkpoint:
         name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
         roles = models.choose(format, name)
-        model = _build(checkpoint.config, checkpoint.path, name, roles)
         with _write.target(Path(dst), checkpoint) as folder:
-            _map(model, _lay(model, folder / WEIGHTS), written=True)
-            checkpoints.fill(model.slots(), checkpoint, progress=progress)
-            content = {"packed": VERSION, "dtype": name, "formats": {role: each.name for role, each in roles.items()}}
-            content |= {"config": dict(checkpoint.config), "generation": _write.generation(checkpoint)}
-            _write.write_json(folder / MARK, content)
+            kinds = {role: each.name for role, each in roles.items()}
+            said = Mark(name, kinds, dict(checkpoint.config), _write.generation(checkpoint))
+            create(folder, said, lambda model: checkpoints.fill(model.slots(), checkpoint, progress=progress))
+
+
+def create(folder: Path, said: Mark, fill: Callable[[Decoder], object]) -> None:
+    """Make a packed folder of what ``fill`` stores in a model's weights, which lie in the new file.
+
+    Raises:
+        ConfigError: the configuration is not understood.
+        OSError: the disk does not take it.
+    """
+    model = _build(said, folder)
+    _map(model, _lay(model, folder / WEIGHTS), written=True)
+    fill(model)
+    _write.write_json(folder / MARK, {"packed": VERSION} | asdict(said))  # last: without it there is no packed folder
 
 
 def read(path: Path) -> Mark:
@@ -107,14 +116,14 @@ def load(path: Path, said: Mark | None = None) -> Decoder:
         CheckpointError: something in it is missing, damaged or not understood.
     """
     said = said or read(path)
-    roles = {role: formats.load(name) for role, name in said.formats.items()}
-    model = _build(said.config, path, said.dtype, roles)
+    model = _build(said, path)
     _map(model, path / WEIGHTS, written=False)
     return model
 
 
-def _build(config: Mapping[str, Any], path: Path, dtype: str, roles: Mapping[str, type[Packed]]) -> Decoder:
-    return models.build(config, path, roles, dtype=getattr(torch, dtype), device="meta")
+def _build(said: Mark, path: Path) -> Decoder:
+    roles = {role: formats.load(name) for role, name in said.formats.items()}
+    return models.build(said.config, path, roles, dtype=getattr(torch, said.dtype), device="meta")
 
 
 def _places(model: Decoder) -> dict[str, tuple[int, Tensor]]:
@@ -148,8 +157,7 @@ def _lay(model: Decoder, file: Path) -> Path:
 def _map(model: Decoder, file: Path, *, written: bool) -> None:
     """Let the model's parameters be parts of ``file``; with ``written``, what is stored in them goes to it."""
     infos = _safetensors.header(file)
-    size = file.stat().st_size
-    whole = torch.from_file(str(file), shared=written, size=size, dtype=torch.uint8)
+    whole = _whole(file, written)
     with file.open("rb") as stream:
         data = 8 + struct.unpack("<Q", stream.read(8))[0]
     always = []
@@ -163,16 +171,36 @@ def _map(model: Decoder, file: Path, *, written: bool) -> None:
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.Parameter(part, requires_grad=False))
     if not written:
-        _lock(always)
+        # The rest is for the experts, the cache and others: what is locked cannot be taken back in need.
+        memory.lock(always, memory.total() // 2)
+        _ask_early(model)
 
 
-def _lock(parts: list[Tensor]) -> None:
-    """Ask the system to keep these in memory, as far as it lets us: they are read for every token."""
+def _whole(file: Path, written: bool) -> Tensor:
+    if written:
+        return torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8)
     try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        lock = libc.mlock2
-    except (OSError, AttributeError):
-        return
-    on_fault = 1  # when they are first read, not now
-    for part in parts:
-        lock(ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(part.nbytes), on_fault)
+        return memory.map_file(file)
+    except OSError as error:
+        raise CheckpointError(file, f"cannot be mapped: {error.strerror}") from error
+
+
+def _ask_early(model: Decoder) -> None:
+    """Have experts read from disk as soon as they are chosen, all at once, and not where a kernel stumbles on them."""
+    early = memory.Early()
+
+    def ask(layer: Experts, inputs: tuple[Tensor, ...]) -> None:
+        chosen = inputs[1]
+        if chosen.device.type != "cpu":  # the model was moved: nothing of it is mapped any more
+            return
+
+        def parts() -> Iterator[Tensor]:
+            for expert in chosen.unique().tolist():
+                for stack in (layer.gate, layer.up, layer.down):  # in the order in which they are read
+                    yield from (part[expert] for part in stack.parts().values())
+
+        early.ask(parts)
+
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.register_forward_pre_hook(ask)

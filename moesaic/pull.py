@@ -180,7 +180,7 @@ def _archive(address: str, dest: Path | None, sha256: str | None, progress: Prog
     stem = re.sub(r"\.(tar(\.gz)?|tgz)$", "", name)
     if stem == name or not stem or stem in (".", ".."):
         raise InvalidParameter("source", f"{url} does not name a .tar, .tar.gz or .tgz")
-    target = dest or _cache() / f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    target = dest or cache() / f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if dest is None:
             return target
@@ -209,7 +209,8 @@ def _split(address: str, sha256: str | None) -> tuple[str, str | None]:
     return url, next(iter(given), None)
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Return the folder for what can be had again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic"
 
 

@@ -1,7 +1,7 @@
 """The folder is the registry: a file's stem is the name under which it is known.
 
 Knows how to list and import the files of a registry folder (``formats``, ``ops``, ``models``,
-``checkpoints``). Does not know what they contain: the folder's ``__init__`` states the contract
+``checkpoints``, ``bench/peers``). Does not know what they contain: the folder's ``__init__`` states the contract
 and ``tests/test_contracts.py`` holds every file to it.
 """
 
@@ -23,7 +23,7 @@ def names(folder: str) -> list[str]:
 
 
 def load(folder: str, name: str) -> ModuleType:
-    """Import ``moesaic.<folder>.<name>``.
+    """Import the file ``moesaic/<folder>/<name>.py``.
 
     Raises:
         NotFound: no such file; the message names what exists. An import error *inside* the file
@@ -32,4 +32,4 @@ def load(folder: str, name: str) -> ModuleType:
     known = names(folder)
     if name not in known:
         raise NotFound(f"{folder} has no {name!r}; it has {', '.join(known)}")
-    return importlib.import_module(f"moesaic.{folder}.{name}")
+    return importlib.import_module(f"moesaic.{folder.replace('/', '.')}.{name}")

@@ -212,7 +212,29 @@ def test_perplexity(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["perplexity", str(text), str(talker), "--length", "16"]) == 0
     assert f"perplexity {found['perplexity']:.4f} per token" in capsys.readouterr().out
     assert "no such file" in refused(capsys, "perplexity", tmp_path / "none.txt", talker)
+    assert "'q5' is unknown" in refused(capsys, "perplexity", text, talker, "--format", "q4", "--format", "q5")
     assert "length: is 0" in refused(capsys, "perplexity", text, talker, "--length", "0")
+
+
+def test_perplexity_of_several_formats(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("Once upon a time there was a rabbit.")
+    asked = ["float32", "int8", "experts=int2,attention=int8"]
+    formats = [part for name in asked for part in ("--format", name)]
+    assert cli.main(["perplexity", str(text), str(talker), *formats, "--json", "--out", str(out)]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["format"] for row in rows] == asked
+    assert rows[0]["bits_per_weight"] == 32 > rows[1]["bits_per_weight"] > 8
+    alone = []
+    for name in asked:
+        assert cli.main(["perplexity", str(text), str(talker), "--format", name, "--json"]) == 0
+        alone.append(json.loads(capsys.readouterr().out))
+    assert rows == alone
+    record = json.loads(out.read_text())
+    assert record["figures"] == {"formats": rows} and record["command"].startswith("moesaic perplexity ")
+    assert cli.main(["perplexity", str(text), str(talker), *formats]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == asked and "+0.00%" in lines[1] and lines[4].startswith("1 doc")
 
 
 @pytest.mark.parametrize(

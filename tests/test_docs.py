@@ -31,7 +31,7 @@ FLAGS = {
     "convert": "shards to",
     "list": "json",
     "pack": "dtype format",
-    "perplexity": "device dtype format json kv-cache-dtype length",
+    "perplexity": "device dtype format json kv-cache-dtype length out",
     "bench": "",
 }
 """Every flag has an owner: a new one is a decision, made here."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic import LLM, checkpoints, packed
+from moesaic import LLM, checkpoints, memory, packed
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.loading import load_model
 
@@ -126,8 +130,69 @@ packed.pack(sys.argv[1], sys.argv[2], "q4",
     packed.load(new)
 
 
-def test_weights_are_mapped_and_not_copied(folder):
+READER = """
+import sys
+from pathlib import Path
+from moesaic import packed
+model = packed.load(Path(sys.argv[1]))
+print("opened", flush=True)
+sys.stdin.readline()
+assert all(bool(part.view(-1)[::8].isfinite().all()) for part in model.parameters())
+print("read", flush=True)
+sys.stdin.readline()
+"""
+
+
+def mapping(pid: int, name: str) -> int:
+    """Return how many bytes of ``name`` (Rss, Pss) a process has of the file of weights."""
+    blocks = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{pid}/smaps").read_text(), flags=re.M)
+    found = [re.search(rf"^{name}: +(\d+) kB", block, re.M) for block in blocks if packed.WEIGHTS in block]
+    assert found
+    return sum(1024 * int(each[1]) for each in found if each)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_opening_reads_nothing_and_two_processes_share_what_they_read(folder):
+    command = [sys.executable, "-c", READER, str(folder)]
+    size = (folder / packed.WEIGHTS).stat().st_size
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as one, subprocess.Popen(command, **pipes) as two:
+        assert one.stdout.readline() == two.stdout.readline() == "opened\n"
+        assert mapping(one.pid, "Rss") < 0.05 * size
+        for each in (one, two):
+            print(file=each.stdin, flush=True)
+        assert one.stdout.readline() == two.stdout.readline() == "read\n"
+        for each in (one, two):
+            assert mapping(each.pid, "Rss") > 0.9 * size
+            assert mapping(each.pid, "Pss") < 0.6 * mapping(each.pid, "Rss")
+        for each in (one, two):
+            each.stdin.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_answers_are_the_same_when_memory_runs_out_all_the_time(folder):
+    """Before each token, all the weights that are not locked are taken out of memory."""
+    with LLM.load(folder) as llm:
+        expected = llm.complete("Once", **GREEDY).text
+        libc, pieces, read = ctypes.CDLL(None), [], resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+        experts = [part for name, part in llm.loaded.model.named_parameters() if ".experts." in name]
+        for piece in llm.complete("Once", stream=True, **GREEDY):
+            pieces.append(piece.text)
+            for part in experts:
+                begin = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+                size = part.data_ptr() + part.nbytes - begin
+                libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), 21)  # MADV_PAGEOUT
+            with (folder / packed.WEIGHTS).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert "".join(pieces) == expected
+        if resource.getrusage(resource.RUSAGE_SELF).ru_inblock == read:
+            pytest.skip("the same answer, but the file cannot be dropped from memory here")
+
+
+def test_no_more_than_half_of_memory_is_locked(folder, monkeypatch):
+    """A dense model is read whole for each token: locked whole, it would leave others nothing."""
+    monkeypatch.setattr(memory, "total", lambda: 100_000)
+    asked = []
+    monkeypatch.setattr(memory, "lock", lambda parts, most: asked.append((len(list(parts)), most)))
     model = packed.load(folder)
-    with Path("/proc/self/maps").open() as maps:
-        assert any(packed.WEIGHTS in line for line in maps)
-    assert next(model.parameters()).data_ptr()
+    assert asked == [(sum(".experts." not in name for name, _ in model.named_parameters()), 50_000)]

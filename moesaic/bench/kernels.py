@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from moesaic import formats, ops
+from moesaic.bench import geometry
 from moesaic.bench.limits import Limits, median_of
 from moesaic.formats import Packed
 from moesaic.ops import native
@@ -45,30 +46,16 @@ class Row:
     gop_s: float
     read_share: float
     """Of the best read bandwidth measured."""
-    int8_share: float
-    """Of the fastest multiplication of bytes measured."""
-
-
-def random_packed(format: type[Packed], shape: tuple[int, ...]) -> Packed:
-    """Return a weight of ``shape`` made in place: a few random rows, quantized, in random order all over."""
-    packed = format.empty(shape)
-    sample = format.quantize(torch.randn(512, shape[-1]) * 0.02)
-    for name, part in packed.parts().items():
-        native.huge_pages(part)  # before it is touched
-        rows = part.flatten(0, -2)
-        pool = sample[name].flatten(0, -2)
-        for begin in range(0, len(rows), 4096):
-            target = rows[begin : begin + 4096]
-            target.copy_(pool[torch.randint(len(pool), (len(target),))])
-    return packed
+    peak_share: float
+    """Of the fastest multiplication measured, of bytes or of bfloat16."""
 
 
 def measure(limits: Limits, names: list[str], tokens: tuple[int, ...] = TOKENS, seconds: float = 1.0) -> Iterator[Row]:
     """Yield a row for each op, format and number of tokens."""
     for name in names:
         format = formats.load(name)
-        square = [random_packed(format, (SIZE, SIZE)) for _ in range(16)]
-        stacks = [random_packed(format, (EXPERTS, *shape)) for shape in ((INNER, SIZE), (INNER, SIZE), (SIZE, INNER))]
+        square = [_random(format, (SIZE, SIZE)) for _ in range(16)]
+        stacks = [_random(format, (EXPERTS, *shape)) for shape in ((INNER, SIZE), (INNER, SIZE), (SIZE, INNER))]
         for count in tokens:
             x = torch.randn(count, SIZE, dtype=torch.bfloat16)
             each = format.nbytes((SIZE, SIZE))
@@ -141,6 +128,12 @@ def _attention(lengths: list[int], last: int, dtype: torch.dtype) -> Callable[[]
     return call
 
 
+def _random(format: type[Packed], shape: tuple[int, ...]) -> Packed:
+    weight = format.empty(shape)
+    geometry.fill(weight, geometry.sample(format, shape[-1]))
+    return weight
+
+
 def _linears(x: torch.Tensor, weights: list[Packed]) -> Callable[[], object]:
     turn = 0
 
@@ -176,9 +169,8 @@ def _row(
 ) -> Row:
     taken = median_of(call, seconds)
     gb_s, gop_s = size / taken / 1e9, operations / taken / 1e9
-    return Row(
-        op, format, tokens, context, taken * 1e3, gb_s, gop_s, gb_s / limits.read_gb_s, gop_s / limits.int8_gop_s
-    )
+    shares = gb_s / limits.read_gb_s, gop_s / limits.gop_s(format)
+    return Row(op, format, tokens, context, taken * 1e3, gb_s, gop_s, *shares)
 
 
 def line(row: Row) -> str:
@@ -186,7 +178,7 @@ def line(row: Row) -> str:
     context = f" at {row.context}" if row.context else ""
     return (
         f"{row.op:<10}{row.format:<9}{row.tokens:>5} tokens{context:<8}{row.milliseconds:>10.3f} ms"
-        f"{row.gb_s:>8.1f} GB/s ({row.read_share:>4.0%}){row.gop_s:>9.0f} GOP/s ({row.int8_share:>4.0%})"
+        f"{row.gb_s:>8.1f} GB/s ({row.read_share:>4.0%}){row.gop_s:>9.0f} GOP/s ({row.peak_share:>4.0%})"
     )
 
 

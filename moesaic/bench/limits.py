@@ -27,6 +27,15 @@ class Limits:
     streams: int
     ahead: int
     int8_gop_s: float
+    """Products of bytes by the best instruction set there is: with AMX, by tile registers."""
+    bf16_gop_s: float
+    """The same of bfloat16."""
+    vnni_gop_s: float
+    """Products of bytes in vector registers, the limit of an engine without tiles; 0 where there is no AVX-512."""
+
+    def gop_s(self, format: str) -> float:
+        """Return the most operations in a second with weights of this format."""
+        return self.bf16_gop_s if format == "bfloat16" else self.int8_gop_s
 
 
 def measure(gigabytes: float = 1.0, runs: int = 3, report: Callable[[str], object] = str) -> Limits:
@@ -40,11 +49,22 @@ def measure(gigabytes: float = 1.0, runs: int = 3, report: Callable[[str], objec
         speeds[streams, ahead] = len(memory) / seconds / 1e9
         report(f"read, {streams} streams, {ahead} bytes ahead: {speeds[streams, ahead]:.1f} GB/s")
     (streams, ahead), best = max(speeds.items(), key=lambda item: item[1])
-    rounds = 20_000
-    operations = native.multiply(rounds)
-    fastest = operations / 1e9 / min(timed(lambda: native.multiply(rounds)) for _ in range(runs))
-    report(f"multiply bytes: {fastest:.0f} GOP/s")
-    return Limits(best, streams, ahead, fastest)
+    isa = native.instruction_set()
+    peaks = {"int8": _peak(native.multiply, runs), "bfloat16": _peak(native.multiply_bf16, runs), "VNNI": 0.0}
+    if native.use_instruction_set("avx512"):
+        peaks["VNNI"] = _peak(native.multiply, runs)
+        native.use_instruction_set(isa)
+    for name, peak in peaks.items():
+        report(f"multiply, {name}: {peak:.0f} GOP/s")
+    return Limits(best, streams, ahead, *peaks.values())
+
+
+def _peak(multiply: Callable[[int], int], runs: int, seconds: float = 0.1) -> float:
+    """Return the operations in a nanosecond, in as many rounds as take about ``seconds``."""
+    rounds = 1000
+    rounds = max(1, int(rounds * seconds / timed(lambda: multiply(rounds))))
+    operations = multiply(rounds)
+    return operations / 1e9 / min(timed(lambda: multiply(rounds)) for _ in range(runs))
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -14,14 +14,16 @@ from __future__ import annotations
 import json
 import lzma
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moesaic import models
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, NumericalError
 from moesaic.loading import Loaded
 from moesaic.ops import Batch, Cache
@@ -145,6 +147,36 @@ def _cached(batch: Batch, shapes: Sequence[tuple[int, int]], dtype: torch.dtype)
         tables=torch.arange(len(batch.lengths), device=device)[:, None],
         cache=Cache.zeros(shapes, len(batch.lengths), size, dtype, device),
     )
+
+
+def row(format: str | None, loaded: Loaded, found: Quality, length: int) -> dict[str, Any]:
+    """Return what was ``found`` of a model in ``format`` (None: as stored), beside how large it is."""
+    size = sum(each.nbytes for each in loaded.model.parameters())
+    return {
+        "format": format or "as stored",
+        "model_bytes": size,
+        "bits_per_weight": 8 * size / models.parameters(loaded.model),
+        "documents": found.documents,
+        "tokens": found.tokens,
+        "bytes": found.bytes,
+        "length": length,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+    }
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield rows as people read them: one as two lines, several as a table beside the first."""
+    first = rows[0]
+    if len(rows) == 1:
+        yield f"perplexity {first['perplexity']:.4f} per token, {first['bits_per_byte']:.4f} bits per byte"
+    else:
+        width = max(len(each["format"]) for each in rows)
+        yield f"{'':<{width}}  {'bits a weight':>13}  {'perplexity':>10}  {'bits a byte':>11}  {'difference':>10}"
+        for each in rows:
+            numbers = f"{each['bits_per_weight']:>13.2f}  {each['perplexity']:>10.4f}  {each['bits_per_byte']:>11.4f}"
+            yield f"{each['format']:<{width}}  {numbers}  {each['perplexity'] / first['perplexity'] - 1:>+10.2%}"
+    yield f"{first['documents']:,} documents, {first['tokens']:,} tokens, windows of {first['length']}"
 
 
 def read_texts(path: Path) -> list[str]:

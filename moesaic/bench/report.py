@@ -1,10 +1,11 @@
-"""Where a figure comes from: the machine, the versions, the command, the date and the commit.
+"""Where a figure comes from: the machine, the versions, the command, the date and the commit; and memory.
 
 Knows how to say it as a JSON object for docs/results. Does not know what is measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from moesaic import memory
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
@@ -45,6 +48,24 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def resident() -> dict[str, int]:
+    """Return what memory this process has, in bytes; empty where the system does not say.
+
+    ``peak`` is the most that was resident since the start, or since ``forget_peak``; ``anonymous`` is its
+    own (a page counts once it was written), ``huge`` the part of that in pages of 2 MiB, ``file`` mapped files.
+    """
+    status, rollup = memory.kilobytes(Path("/proc/self/status")), memory.kilobytes(Path("/proc/self/smaps_rollup"))
+    named = {"peak": status.get("VmHWM"), "anonymous": status.get("RssAnon"), "file": status.get("RssFile")}
+    named["huge"] = rollup.get("AnonHugePages")
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def forget_peak() -> None:
+    """Let the peak of memory begin anew, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _processor() -> str:

@@ -11,20 +11,22 @@ Knows which file a configuration belongs to. Does not read files and does not fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moesaic import formats, registry
 from moesaic.errors import ConfigError, InvalidParameter
 from moesaic.formats import Packed
 from moesaic.models._config import Keys
-from moesaic.models._layers import Decoder
+from moesaic.models._layers import Decoder, Experts
 from moesaic.ops import Group
 
-__all__ = ["Decoder", "build", "choose", "types"]
+__all__ = ["Decoder", "Experts", "build", "choose", "parameters", "types"]
 
 ROLES = ("embedding", "attention", "mlp", "experts", "head")
 QUANTIZED = ROLES[1:]
@@ -103,3 +105,11 @@ def build(
         roles = format if isinstance(format, Mapping) else dict.fromkeys(ROLES, format)
         model: Decoder = module.build(config, roles, group or Group(), dtype)
     return model.eval()
+
+
+def parameters(model: nn.Module) -> int:
+    """Return how many numbers the weights of ``model`` stand for, whatever they are stored in."""
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    inside = {id(part) for weight in packed for part in weight.parts().values()}
+    others = sum(each.numel() for each in model.parameters() if id(each) not in inside)
+    return others + sum(math.prod(weight.shape) for weight in packed)

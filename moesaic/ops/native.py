@@ -1,8 +1,9 @@
 """The ops on the CPU, in C++: binds ``csrc/``, which knows no torch.
 
 The library is built when the package is installed, and chooses at run time what the processor has:
-AVX-512 with VNNI, AVX2, or plain C++. Activations that meet an integer format are rounded to eight
-bits, with one scale for each token and 256 columns; see ``formats/_tiles.py``.
+AMX, AVX-512 with VNNI, AVX2, or plain C++. Activations that meet an integer format are rounded to
+eight bits, with one scale for each token and 256 columns, see ``formats/_tiles.py``; those that meet
+bfloat16 are rounded to it.
 
 Not differentiable: where a gradient is wanted, the reference is asked.
 """
@@ -23,7 +24,8 @@ from torch import Tensor
 from moesaic.formats import Packed
 from moesaic.ops import OPS, Batch
 
-FORMATS = {"int8": 0, "int4": 1, "int4_64": 2, "int3": 3, "int2": 4}
+FORMATS = {"int8": 0, "int4": 1, "int4_64": 2, "int3": 3, "int2": 4, "bfloat16": 5}
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CACHE_TYPES = TYPES | {torch.int8: 3}
 
@@ -91,7 +93,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(found.origin)
     library.moesaic_isa.restype = ctypes.c_char_p
-    library.moesaic_multiply.restype = c_int64
+    library.moesaic_multiply.restype = library.moesaic_multiply_bf16.restype = c_int64
     for struct in (_Linear, _Experts, _Attention, _Norm, _Rope):
         getattr(library, f"moesaic_{struct.op}").argtypes = [POINTER(struct)]
     set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, library)
@@ -109,8 +111,8 @@ def instruction_set() -> str:
 
 
 def use_instruction_set(name: str) -> bool:
-    """Use portable, avx2 or avx512; return whether this processor has it. For tests and comparisons."""
-    return bool(_built().moesaic_set_isa(("portable", "avx2", "avx512").index(name)))
+    """Use one of ``INSTRUCTION_SETS``; return whether this processor has it. For tests and comparisons."""
+    return bool(_built().moesaic_set_isa(name.encode()))
 
 
 def read_memory(memory: Tensor, streams: int, ahead: int) -> None:
@@ -121,6 +123,11 @@ def read_memory(memory: Tensor, streams: int, ahead: int) -> None:
 def multiply(rounds: int) -> int:
     """Multiply and add bytes in registers with all threads, and return how many operations that was."""
     return int(_built().moesaic_multiply(c_int64(rounds)))
+
+
+def multiply_bf16(rounds: int) -> int:
+    """Do the same with bfloat16 numbers."""
+    return int(_built().moesaic_multiply_bf16(c_int64(rounds)))
 
 
 def huge_pages(memory: Tensor) -> None:
@@ -153,8 +160,8 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
     dtype, x = x.dtype, _native(x)
     (tokens, columns), out = x.shape, weight.shape[0]
     y = _answer(x, (tokens, out))
-    tiles = weight.parts()["tiles"]
-    _run(_Linear(FORMATS[weight.name], TYPES[x.dtype], tokens, columns, out, _at(x), _at(tiles), _at(y)))
+    [data] = weight.parts().values()
+    _run(_Linear(FORMATS[weight.name], TYPES[x.dtype], tokens, columns, out, _at(x), _at(data), _at(y)))
     return _as(dtype, y)
 
 
@@ -162,7 +169,7 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     dtype, x = x.dtype, _native(x)
     y = _answer(x, tuple(x.shape))
     ids, scores = ids.contiguous(), _float(scores)
-    stacks = [stack.parts()["tiles"] for stack in (gate, up, down)]
+    stacks = [data for stack in (gate, up, down) for data in stack.parts().values()]
     (count, inner, size), (tokens, choices) = gate.shape, ids.shape
     _run(
         _Experts(

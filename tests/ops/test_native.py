@@ -64,14 +64,14 @@ def test_experts_too(format):
         assert torch.equal(native.experts(x[part], gate, up, down, ids[part], scores[part]), together[part])
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [name for name in FORMATS if name.startswith("int")])
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(format):
     gate, up, down = weights(format)
     for tokens in (1, 2, 4, 30):
         x, scores = torch.randn(tokens, 320), torch.rand(tokens, 2)
         ids = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
         found = []
-        for isa in ("portable", "avx2", "avx512"):
+        for isa in native.INSTRUCTION_SETS:
             if not native.use_instruction_set(isa):
                 continue
             assert native.instruction_set() == isa
@@ -188,7 +188,7 @@ def test_every_instruction_set_gives_attention_the_same_bits():
         inputs = drawn(cuts[-1], heads, kv_heads, size)
         for cache_dtype in (torch.bfloat16, torch.int8):
             answers = []
-            for isa in ("portable", "avx2", "avx512"):
+            for isa in native.INSTRUCTION_SETS:
                 if native.use_instruction_set(isa):
                     found, cache = stepwise(native, cuts, *inputs, cache_dtype, 40)
                     answers.append((*found, *(part.nan_to_num(9) for part in cache.tensors())))

@@ -9,21 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moesaic import __version__
+from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.measuring import add_bench, add_perplexity
 from moesaic.errors import InvalidRequest, MoesaicError
 
 if TYPE_CHECKING:
     from moesaic.llm import LLM
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-CACHE_DTYPES = (*DTYPES, "int8")
 LAYOUTS = ("hf", "mistral", "meta")
 LISTS = ("models", "formats", "ops", "checkpoints", "chat-formats")
 
@@ -31,6 +32,9 @@ LISTS = ("models", "formats", "ops", "checkpoints", "chat-formats")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's own) and return its exit code."""
     args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # For the records of what is measured, which leave out where things lie on this machine.
+    args.line = shlex.join(["moesaic", *(re.sub(r"(^|=)[~/].*/", r"\1", word) for word in words)])
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -57,24 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_chat, _add_pull, _add_convert, _add_pack, _add_list, _add_perplexity, _add_bench):
+    for add in (_add_chat, _add_pull, _add_convert, _add_pack, _add_list, add_perplexity, add_bench):
         add(commands)
-    return parser
-
-
-Commands = Any  # argparse's own name for what add_subparsers returns is private
-
-
-def _command(commands: Commands, name: str, run: Any, about: str, more: str, *examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}. {more}",
-        epilog="\n".join(["examples:" if len(examples) > 1 else "example:", *(f"  {line}" for line in examples)]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run)
     return parser
 
 
@@ -82,7 +70,7 @@ def _command(commands: Commands, name: str, run: Any, about: str, more: str, *ex
 
 
 def _add_chat(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "chat",
         _chat,
@@ -93,7 +81,7 @@ def _add_chat(commands: Commands) -> None:
         'echo "Tell me a story about a rabbit." | moesaic chat',
         'moesaic chat ./model -m "Hello!" --json',
     )
-    _add_model(parser)
+    add_model(parser)
     talk = parser.add_argument_group("conversation")
     talk.add_argument("--system", metavar="TEXT", default="", help="system prompt")
     talk.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; default: the model's own")
@@ -106,7 +94,7 @@ def _add_chat(commands: Commands) -> None:
         "--kv-cache-dtype",
         choices=CACHE_DTYPES,
         default="auto",
-        help="int8: half the memory of bfloat16; default: --dtype",
+        help="int8: half the memory of bfloat16; default: that of activations",
     )
     how = parser.add_argument_group("sampling (default: what the checkpoint recommends)")
     how.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
@@ -116,15 +104,6 @@ def _add_chat(commands: Commands) -> None:
     how.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
     how.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer; default: as many as fit")
     how.add_argument("--seed", type=int, metavar="N", help="makes answers repeatable")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder, or org/name on the hub; default: built-in")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as the checkpoint is stored")
-    parser.add_argument(
-        "--format", metavar="F", help="quantize: q8, q4, q3, q2, a format, or experts=int2,attention=int8"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -170,7 +149,7 @@ def _load(args: argparse.Namespace) -> LLM:
 
     if args.chat_format not in (None, OWN_TEMPLATE):
         chat.get(args.chat_format)  # before anything is fetched
-    path = _folder(args.model)
+    path = folder(args.model)
     with bar("loading") as progress:
         return LLM.load(
             path,
@@ -184,24 +163,11 @@ def _load(args: argparse.Namespace) -> LLM:
         )
 
 
-def _folder(model: str | None) -> Path | None:
-    """Return the folder that MODEL means: itself, or where the hub's files are put; None for the built-in model."""
-    from moesaic import pull
-    from moesaic.console.progress import bar
-
-    if model is None:
-        return None
-    if Path(model).exists() or not pull.HUB_ID.fullmatch(model) or model.startswith(("./", "../")):
-        return Path(model)
-    with bar(f"fetching {model}") as progress:
-        return pull.pull(model, progress=progress)
-
-
 # pull, convert
 
 
 def _add_pull(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "pull",
         _pull,
@@ -225,7 +191,7 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _add_convert(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "convert",
         _convert,
@@ -249,7 +215,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _add_pack(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "pack",
         _pack,
@@ -269,7 +235,7 @@ def _pack(args: argparse.Namespace) -> int:
     from moesaic import packed
     from moesaic.console.progress import bar
 
-    path = _folder(args.model)
+    path = folder(args.model)
     assert path is not None
     with bar("packing") as progress:
         packed.pack(path, args.dst, args.format, args.dtype, progress)
@@ -280,7 +246,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _add_list(commands: Commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "list",
         _list,
@@ -302,103 +268,3 @@ def _list(args: argparse.Namespace) -> int:
     else:
         print("\n".join(inventory.lines(rows)))
     return 0
-
-
-# perplexity
-
-
-def _add_perplexity(commands: Commands) -> None:
-    parser = _command(
-        commands,
-        "perplexity",
-        _perplexity,
-        "measure how well a model predicts a text",
-        "Prints perplexity per token\nand bits per byte. Each document is read in windows that do not overlap.",
-        "moesaic perplexity held-out.jsonl.xz ./model --format q4",
-    )
-    parser.add_argument("file", metavar="FILE", type=Path, help='.txt, or .jsonl or .jsonl.xz with a "text" per line')
-    _add_model(parser)
-    parser.add_argument(
-        "--kv-cache-dtype", choices=CACHE_DTYPES, help="read keys and values from a cache; default: none"
-    )
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
-    parser.add_argument("--json", action="store_true", help="as a JSON object")
-
-
-def _perplexity(args: argparse.Namespace) -> int:
-    from moesaic.bench import quality
-    from moesaic.console.progress import bar
-    from moesaic.llm import BUILT_IN
-    from moesaic.loading import cache_dtype, load_model
-    from moesaic.text.tokenizer import Tokenizer
-
-    texts = quality.read_texts(args.file)
-    path = _folder(args.model) or BUILT_IN
-    tokenizer = Tokenizer.open(path)
-    with bar("loading") as progress:
-        loaded = load_model(path, dtype=args.dtype, format=args.format, device=args.device, progress=progress)
-    cache = cache_dtype(loaded.model, args.kv_cache_dtype) if args.kv_cache_dtype else None
-    with bar("documents", count=True) as progress:
-        found = quality.perplexity(loaded, tokenizer, texts, args.length, progress, cache)
-    if args.json:
-        numbers = {"documents": found.documents, "tokens": found.tokens, "bytes": found.bytes, "length": args.length}
-        print(json.dumps(numbers | {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}))
-    else:
-        print(f"perplexity {found.perplexity:.4f} per token, {found.bits_per_byte:.4f} bits per byte")
-        print(f"{found.documents:,} documents, {found.tokens:,} tokens, windows of {args.length}")
-    return 0
-
-
-# bench
-
-
-def _add_bench(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="measure this machine and this build",
-        description="Measure this machine and this build. Leave the machine alone meanwhile.",
-        epilog="example:\n  moesaic bench kernels --format int4",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    kinds: Commands = parser.add_subparsers(metavar="WHAT", required=True)
-    kernels = _command(
-        kinds,
-        "kernels",
-        _bench_kernels,
-        "the CPU kernels, op by op",
-        "Speeds of Mixtral's shapes, beside\n"
-        "the machine's read bandwidth and its fastest multiplication of bytes, measured first.",
-        "moesaic bench kernels",
-        "moesaic bench kernels --format int4,int2 --out kernels.json",
-    )
-    kernels.add_argument("--format", metavar="F,...", default="int8,int4,int3,int2", help="which formats")
-    kernels.add_argument("--threads", type=int, metavar="N", help="default: as many as there are cores")
-    kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each figure (default 1)")
-    kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
-
-
-def _bench_kernels(args: argparse.Namespace) -> int:
-    from moesaic.bench import kernels, limits, report
-    from moesaic.formats import load
-    from moesaic.ops import native
-
-    names = args.format.split(",")
-    for name in names:
-        load(name)
-        if why := native.why_not("linear", "cpu", name):
-            raise InvalidRequest(f"there is nothing to measure: {why}")
-    if args.threads is not None:
-        native.set_threads(args.threads)
-    found = limits.measure(report=lambda line: print(line, flush=True))
-    rows = []
-    for row in chain(kernels.measure(found, names, seconds=args.seconds), kernels.measure_others(found, args.seconds)):
-        rows.append(row)
-        print(kernels.line(row), flush=True)
-    if args.out:
-        command = f"moesaic bench kernels --format {args.format}"
-        report.write(args.out, report.record(command, kernels.figures(found, rows)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The model that every peer runs: a Mixtral of any size with random weights, on disk.
+
+Knows how to write it as a Hugging Face checkpoint, one tensor in memory at a time, with a tokenizer
+whose pieces mean nothing. The same shape gives the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from moesaic.checkpoints import _safetensors
+from moesaic.checkpoints._views import Index, TensorInfo
+
+DEVIATION = 0.02
+"""Of the random weights, as Mixtral's are initialized."""
+SPECIAL = ("<unk>", "<s>", "</s>")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a Mixtral; by default 8x7B's with two layers."""
+
+    hidden: int = 4096
+    inner: int = 14336
+    experts: int = 8
+    chosen: int = 2
+    layers: int = 2
+    heads: int = 32
+    kv_heads: int = 8
+    vocab: int = 32000
+
+    @property
+    def name(self) -> str:
+        """A folder's name that tells this shape from others."""
+        return "mixtral-" + "-".join(str(value) for value in vars(self).values())
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of all experts in all layers."""
+        return self.layers * self.experts * 3 * self.hidden * self.inner
+
+    @property
+    def other_parameters(self) -> int:
+        """Of the matrices that every step reads: attention, router and head, but not the embedding."""
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_size
+        return self.layers * (attention + self.experts * self.hidden) + self.vocab * self.hidden
+
+    @property
+    def kv_bytes(self) -> int:
+        """What the cache holds for a token, at two bytes for a value."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_size
+
+    def experts_read(self, tokens: int) -> float:
+        """Return how many experts of a layer are read for ``tokens`` tokens that choose at random."""
+        return self.experts * (1 - (1 - self.chosen / self.experts) ** tokens)
+
+    def operations(self, tokens: int, context: float, heads: int) -> float:
+        """Return the multiplications and additions of a step.
+
+        Args:
+            tokens: how many are computed.
+            context: how many each of them sees, on average.
+            heads: for how many of them logits are wanted.
+        """
+        used = self.expert_parameters * self.chosen / self.experts
+        each = used + self.other_parameters - self.vocab * self.hidden
+        attention = 2 * self.layers * self.heads * self.head_size * context
+        return 2 * (tokens * (each + attention) + heads * self.vocab * self.hidden)
+
+
+def write(shape: Shape, folder: Path) -> Path:
+    """Return the checkpoint of ``shape`` inside ``folder``, made there unless it is there already."""
+    target = folder / "hf"
+    if not target.exists():
+        part = folder / "hf.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        (part / "config.json").write_text(json.dumps(_config(shape), indent=2) + "\n")
+        _tokenizer(shape.vocab).save(str(part / "tokenizer.json"))
+        file = part / "model.safetensors"
+        _safetensors.write_file(file, {name: _Random(name, size, file) for name, size in _tensors(shape)})
+        part.rename(target)
+    return target
+
+
+class _Random:
+    """A tensor that is drawn when it is read; vectors, which scale norms, are all one."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], file: Path) -> None:
+        self.info = TensorInfo(shape, torch.bfloat16, file)
+        self._seed = crc32(name.encode())
+
+    def read(self, index: Index | None = None) -> Tensor:
+        assert index is None
+        if len(self.info.shape) == 1:
+            return torch.ones(self.info.shape, dtype=torch.bfloat16)
+        draw = torch.Generator().manual_seed(self._seed)
+        return torch.empty(self.info.shape, dtype=torch.bfloat16).normal_(0, DEVIATION, generator=draw)
+
+
+def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
+    for layer in range(shape.layers):
+        name = f"model.layers.{layer}"
+        queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+        yield f"{name}.input_layernorm.weight", (shape.hidden,)
+        yield f"{name}.self_attn.q_proj.weight", (queries, shape.hidden)
+        yield f"{name}.self_attn.k_proj.weight", (keys, shape.hidden)
+        yield f"{name}.self_attn.v_proj.weight", (keys, shape.hidden)
+        yield f"{name}.self_attn.o_proj.weight", (shape.hidden, queries)
+        yield f"{name}.post_attention_layernorm.weight", (shape.hidden,)
+        yield f"{name}.block_sparse_moe.gate.weight", (shape.experts, shape.hidden)
+        for expert in range(shape.experts):
+            part = f"{name}.block_sparse_moe.experts.{expert}"
+            yield f"{part}.w1.weight", (shape.inner, shape.hidden)
+            yield f"{part}.w2.weight", (shape.hidden, shape.inner)
+            yield f"{part}.w3.weight", (shape.inner, shape.hidden)
+    yield "model.norm.weight", (shape.hidden,)
+    yield "lm_head.weight", (shape.vocab, shape.hidden)
+
+
+def _config(shape: Shape) -> dict[str, Any]:
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "torch_dtype": "bfloat16",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.chosen,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _tokenizer(vocab: int) -> tokenizers.Tokenizer:
+    """Return a byte-level tokenizer of ``vocab`` pieces, which has a text for every id."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*SPECIAL, *letters, *(f"piece{id}" for id in range(len(SPECIAL) + len(letters), vocab))][:vocab]
+    model = tokenizers.models.BPE(vocab={piece: id for id, piece in enumerate(pieces)}, merges=[])
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(list(SPECIAL))
+    return made

@@ -1,0 +1,81 @@
+"""Our engine as a user gets it: ``LLM``, with its scheduler, sampler, stream and text.
+
+Prompts are kept by the prefix cache, each in blocks of its own; a decode submits them again, and only
+the last block of each is computed anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+LABEL = "Moesaic, whole LLM"
+MODULES, PACKAGES = ("moesaic", "torch"), ("torch",)
+INSTALL = "pip install moesaic"
+FORMATS = ("q8", "q4", "q2", "bfloat16")
+
+LATE = 4
+"""Steps by which one request may start after another."""
+
+
+def environment(python: Path) -> dict[str, str]:
+    """Let our own interpreter find the very source that runs now; another one has its own."""
+    return {"PYTHONPATH": str(Path(__file__).parents[3])} if python == Path(sys.executable) else {}
+
+
+def make(source: Path, folder: Path, format: str) -> Path:
+    """Return the packed folder; plain weights are loaded as they are."""
+    from moesaic.bench.peers import _ours
+
+    return _ours.packed_folder(source, folder, format)
+
+
+class Peer:
+    """An LLM and the requests that run in it."""
+
+    def __init__(self, path: Path, format: str, threads: int, context: int, sequences: int) -> None:
+        from moesaic.bench.peers import _ours
+        from moesaic.engine import Sampling
+        from moesaic.llm import LLM
+        from moesaic.loading import torch_threads
+
+        self._sampling = Sampling
+        context += LATE
+        self._llm = LLM.load(path, context=context, cache_tokens=context * (sequences + 1))
+        model: Any = self._llm.loaded.model
+        _ours.use_threads(threads, torch_threads(model))
+        self._prompts: list[list[int]] = []
+        self._replies: list[Any] = []
+        self.about: dict[str, Any] = _ours.about(model) | {"sampling": "greedy"}
+        self.weights = _ours.weights(model)
+
+    def prefill(self, ids: list[int]) -> None:
+        self._submit(ids, 1).answer  # noqa: B018
+
+    def likeliest(self, ids: list[int], count: int) -> list[int]:
+        [token] = self._submit(ids, 1, logprobs=count).answer.tokens
+        return [id for id, _ in token.top][:count]
+
+    def fill(self, prompts: list[list[int]]) -> None:
+        self._prompts = prompts
+        for ids in prompts:
+            self.prefill(ids)
+
+    def begin(self, batch: int, steps: int) -> None:
+        replies = [self._submit(ids, steps + LATE) for ids in self._prompts[:batch]]
+        self._replies = [iter(reply) for reply in replies]
+
+    def step(self, ids: list[int]) -> None:
+        for reply in self._replies:
+            next(reply)
+
+    def end(self) -> None:
+        for reply in self._replies:
+            for _ in reply:
+                pass
+
+    def _submit(self, ids: list[int], tokens: int, **more: Any) -> Any:
+        sampling = self._sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True, **more)
+        [reply] = self._llm.submit(ids, sampling)
+        return reply

@@ -1,0 +1,103 @@
+"""Mapped files as the system holds them: really on disk, really read, counted by the system."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic import memory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+
+PAGE_OUT = 21  # MADV_PAGEOUT
+SIZE = 48 << 20
+
+
+def resident(part: Tensor) -> int:
+    """Return how many bytes of a page-aligned part of a mapping are in memory."""
+    pages = (ctypes.c_ubyte * -(-part.nbytes // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(part.nbytes), pages) == 0
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def forget(path: Path, mapped: Tensor) -> None:
+    """Have the system drop a file from memory; skip the test where it does not, as on a file system in memory."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(mapped.nbytes), PAGE_OUT)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident(mapped):
+        pytest.skip("the file cannot be dropped from memory here")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "weights"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+def test_a_file_larger_than_memory_can_be_mapped(tmp_path: Path) -> None:
+    path, size = tmp_path / "sparse", 2 * memory.total()
+    with path.open("wb") as file:
+        file.truncate(size)
+    mapped = memory.map_file(path)
+    assert mapped.nbytes == size and mapped[-1] == 0
+    mapped[-1] = 1  # into this process's own copy of the page
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        assert file.read() == b"\0"
+
+
+def test_what_is_asked_for_early_is_read_whole(file: Path) -> None:
+    mapped = memory.map_file(file)
+    forget(file, mapped)
+    begin, end = 4 << 20, 44 << 20  # more than any read-ahead
+    memory.Early().ask(lambda: [mapped[begin + 100 : end - 100]])
+    until = time.monotonic() + 30
+    while resident(mapped[begin:end]) < end - begin and time.monotonic() < until:
+        time.sleep(0.01)
+    assert resident(mapped[begin:end]) == end - begin
+    assert resident(mapped) < SIZE
+
+
+def test_nothing_is_asked_for_while_nothing_is_read_from_disk(file: Path) -> None:
+    mapped, early, asked = memory.map_file(file), memory.Early(), list[int]()
+
+    def parts() -> list[Tensor]:
+        asked.append(1)
+        return []
+
+    for _ in range(100 * memory.PATIENCE):  # other parts of this process may read now and then
+        before = len(asked)
+        early.ask(parts)
+        if len(asked) == before:
+            break
+    assert len(asked) == before >= memory.PATIENCE
+    forget(file, mapped)
+    assert int(mapped[SIZE // 2]) >= 0  # which reads from disk
+    early.ask(parts)
+    assert len(asked) > before
+
+
+def test_no_more_is_locked_than_allowed() -> None:
+    parts = [torch.zeros(mmap.PAGESIZE, dtype=torch.uint8) for _ in range(4)]
+    assert memory.lock(parts, 0) == 0
+    assert memory.lock(parts, 3 * mmap.PAGESIZE - 1) in (0, 2 * mmap.PAGESIZE)  # 0 where locking is not permitted
+
+
+def test_a_container_has_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = memory.total()
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "none", tmp_path / "max"))
+    (tmp_path / "max").write_text("max\n")
+    assert memory.total() >= whole
+    (tmp_path / "max").write_text("12345678\n")
+    assert memory.total() == 12345678 >= memory.available()
