@@ -140,7 +140,7 @@ def sizes(model: Decoder, context: int | None, places: int | None, block: int, d
     """
     if context is not None and not 1 < context <= model.max_length:
         raise InvalidParameter("context", f"is {context}, but the model was made for 2 to {model.max_length} tokens")
-    per_token = ops.Cache.bytes_per_token(model.cache_shapes, dtype)
+    per_token = cache_bytes(model, dtype)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     affordable = max(block, free // 4 // per_token)
     if context is None:
@@ -148,3 +148,8 @@ def sizes(model: Decoder, context: int | None, places: int | None, block: int, d
     if places is None:
         places = max(context, min(4 * context, affordable))
     return context, -(-places // block) * block
+
+
+def cache_bytes(model: Decoder, dtype: torch.dtype) -> int:
+    """Return the bytes that keys and values of one token take in a cache of ``dtype``."""
+    return ops.Cache.bytes_per_token(model.cache_shapes, dtype)

@@ -21,9 +21,9 @@ from moesaic import models, packed
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Packed
 from moesaic.llm import BUILT_IN
-from moesaic.loading import Loaded
+from moesaic.loading import Loaded, cache_bytes, cache_dtype
 from moesaic.models import Decoder
-from moesaic.ops import Cache, native
+from moesaic.ops import native
 
 _LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 _MIXTRAL = {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -91,17 +91,23 @@ def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
     return config
 
 
-def need(config: Mapping[str, Any], format: str, dtype: str, cache_tokens: int) -> Need:
-    """Return what a model of this configuration takes; nothing is allocated."""
+def need(config: Mapping[str, Any], format: str, dtype: str, cache_tokens: int, cache: str = "auto") -> Need:
+    """Return what a model of this configuration, and a cache of dtype ``cache``, take; nothing is allocated."""
     model = _outline(config, format, dtype)
-    weights = sum(each.nbytes for each in model.parameters())
-    return Need(
-        models.parameters(model), weights, Cache.bytes_per_token(model.cache_shapes, model.dtype) * cache_tokens
-    )
+    places = cache_tokens * cache_bytes(model, cache_dtype(model, cache))
+    return Need(models.parameters(model), sum(each.nbytes for each in model.parameters()), places)
 
 
 def check(
-    name: str, layers: int | None, format: str, dtype: str, cache_tokens: int, free: int, *, mapped: bool = False
+    name: str,
+    layers: int | None,
+    format: str,
+    dtype: str,
+    cache_tokens: int,
+    free: int,
+    *,
+    cache: str = "auto",
+    mapped: bool = False,
 ) -> None:
     """Refuse a geometry for which ``free`` bytes are not enough; with ``mapped``, its weights need none of them.
 
@@ -110,7 +116,7 @@ def check(
     """
 
     def fits(config: Mapping[str, Any], format: str, mapped: bool = False) -> bool:
-        wanted = need(config, format, dtype, cache_tokens)
+        wanted = need(config, format, dtype, cache_tokens, cache)
         return wanted.total - mapped * wanted.weights <= free
 
     config = configuration(name, layers)
@@ -121,7 +127,7 @@ def check(
     fewer = bisect.bisect(numbers, False, key=lambda n: not fits(config | {"num_hidden_layers": n}, format, mapped))
     hints += [f"--layers {fewer}"] if fewer else []
     hints += ["--packed DIR"] if fits(config, format, mapped=True) else []
-    wanted = need(config, format, dtype, cache_tokens)
+    wanted = need(config, format, dtype, cache_tokens, cache)
     takes = f"takes {wanted.weights / 1e9:.1f} GB of weights, {wanted.cache / 1e9:.1f} GB of cache"
     raise InvalidParameter(
         "geometry",

@@ -28,9 +28,9 @@ from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.llm import BUILT_IN, LLM, Reply
-from moesaic.loading import Loaded, Progress, load_model
+from moesaic.loading import Loaded, Progress, cache_bytes, load_model
 from moesaic.models import Experts
-from moesaic.ops import Cache, native
+from moesaic.ops import native
 from moesaic.text.tokenizer import Tokenizer
 
 CONTEXT = 8192
@@ -134,6 +134,7 @@ class Wish:
     dtype: str = "auto"
     context: int | None = None
     packed: Path | None = None
+    kv_cache_dtype: str = "auto"
 
 
 def run(
@@ -178,6 +179,7 @@ def run(
         name,
         context=length,
         cache_tokens=work.places(length),
+        kv_cache_dtype=wish.kv_cache_dtype,
         block_size=BLOCK,
         chat_format="plain",
         limits=work.limits,
@@ -195,7 +197,7 @@ def _random(wish: Wish, work: Work, progress: Progress | None) -> Load:
     config, format = geometry.configuration(name, wish.layers), wish.format or dtype
     places = work.places(_context(wish, config["max_position_embeddings"], work))
     folder, free = wish.packed, memory.available()
-    geometry.check(name, wish.layers, format, dtype, places, free, mapped=folder is not None)
+    geometry.check(name, wish.layers, format, dtype, places, free, cache=wish.kv_cache_dtype, mapped=folder is not None)
 
     def load() -> Loaded:
         if folder is None:
@@ -307,7 +309,7 @@ def _reads(llm: LLM, work: Work, chosen: dict[Experts, list[Tensor]]) -> Reads:
     return Reads(
         dense=total - stacks - looked_up,
         experts=round(sum(each * _expert_bytes(layer) for layer, each in distinct.items())),
-        cache=work.batch * min(length, model.window or length) * Cache.bytes_per_token(model.cache_shapes, model.dtype),
+        cache=work.batch * min(length, model.window or length) * cache_bytes(model, llm.engine.cache_dtype),
         experts_per_layer=statistics.fmean(distinct.values()) if distinct else 0.0,
         busiest_share=max((_busiest(steps) for steps in chosen.values()), default=0.0),
     )
@@ -336,7 +338,7 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
             "weights": dict(weights),
             "weight_bytes": sum(part.nbytes for part in model.parameters()),
             "context": llm.context,
-            "cache_bytes": work.places(llm.context) * Cache.bytes_per_token(model.cache_shapes, model.dtype),
+            "cache_bytes": work.places(llm.context) * cache_bytes(model, llm.engine.cache_dtype),
         },
         "work": asdict(work),
         "memory": report.resident(),

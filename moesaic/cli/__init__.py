@@ -94,7 +94,7 @@ def _add_chat(commands: Commands) -> None:
         "--kv-cache-dtype",
         choices=CACHE_DTYPES,
         default="auto",
-        help="int8: half the memory of bfloat16; default: --dtype",
+        help="int8: half the memory of bfloat16; default: that of activations",
     )
     how = parser.add_argument_group("sampling (default: what the checkpoint recommends)")
     how.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")

@@ -129,6 +129,7 @@ def add_bench(commands: Commands) -> None:
     offline.add_argument("--packed", type=Path, metavar="DIR", help="with --geometry: make it on disk, and map it")
     offline.add_argument("--format", metavar="F", help="quantize, as for chat")
     offline.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored; of a geometry bfloat16")
+    offline.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="default: that of activations")
     offline.add_argument("--context", type=int, metavar="N", help="tokens that the cache holds (default 8192)")
     offline.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
     offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
@@ -189,7 +190,9 @@ def _bench_offline(args: argparse.Namespace) -> int:
     from moesaic.console.progress import bar
 
     work = offline.Work(args.prompt, args.tokens, args.batch)
-    wish = offline.Wish(args.geometry, args.layers, args.format, args.dtype, args.context, args.packed)
+    wish = offline.Wish(
+        args.geometry, args.layers, args.format, args.dtype, args.context, args.packed, args.kv_cache_dtype
+    )
     if args.geometry and args.model:
         raise InvalidRequest("--geometry goes without MODEL: it is a model of random weights")
     path = None if args.geometry else folder(args.model)

@@ -157,6 +157,8 @@ class Engine(AbstractContextManager["Engine"]):
         blocks = Blocks(cache_tokens // block_size, block_size)
         self._runner = Runner(model, blocks.count, block_size, dtype, device, poison=poison)
         self._scheduler = Scheduler(blocks, limits or Limits(), context or model.max_length, model.window)
+        self.cache_dtype = dtype
+        """Of the key/value cache."""
         self._vocab, self._on_events = model.vocab_size, on_events
         self._lock = threading.Condition()  # around everything below, and the scheduler
         self._streams: dict[Sequence, Stream] = {}

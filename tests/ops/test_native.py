@@ -188,7 +188,7 @@ def test_every_instruction_set_gives_attention_the_same_bits():
         inputs = drawn(cuts[-1], heads, kv_heads, size)
         for cache_dtype in (torch.bfloat16, torch.int8):
             answers = []
-            for isa in ("portable", "avx2", "avx512"):
+            for isa in native.INSTRUCTION_SETS:
                 if native.use_instruction_set(isa):
                     found, cache = stepwise(native, cuts, *inputs, cache_dtype, 40)
                     answers.append((*found, *(part.nan_to_num(9) for part in cache.tensors())))
