@@ -121,8 +121,8 @@ struct TokenTile {
     }
 };
 
-// How far ahead weights are asked for: hardware stops at the end of a page of 4 KiB.
-constexpr int AHEAD = 4096;
+// How far ahead weights are asked for, in bytes: hardware stops at the end of a page of 4 KiB.
+constexpr int AHEAD = 2048;
 
 // The numbers of a superblock, where its sections begin.
 template <class Format>
