@@ -22,7 +22,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // About what Python needs between two ops; longer would take the core from others for nothing.
-constexpr auto SPIN = std::chrono::microseconds(60);
+constexpr auto SPIN = std::chrono::microseconds(150);
 constexpr int64_t HUGE_PAGE = 2 << 20;
 constexpr uint32_t CLOSED = 1u << 31;
 
