@@ -30,7 +30,7 @@ def tables(found: Comparison) -> Iterator[str]:
     yield f"tokens per second: median of {found.plan.rounds} rounds, {found.plan.threads} threads"
     yield from _table(found.rows, cells, lambda row, cell: _number(row.speed(cell)), facts=True)
     if found.limits:
-        yield "\nshare of what the memory, and byte multiplications in vector registers, would allow"
+        yield "\nshare of what the memory, and the fastest multiplications, would allow"
         yield from _table(found.rows, cells, lambda row, cell: f"{row.speed(cell) / row.limits[cell.name]:.0%}")
     steps = {row.format: row for row in found.rows if row.peer == STEP}
     wholes = [row for row in found.rows if row.peer == WHOLE and row.format in steps]

@@ -211,7 +211,7 @@ def compare(
     limits: Callable[[], Limits] | None = None,
     report: Report = str,
 ) -> Comparison:
-    """Measure all ``pairs`` of a peer and a format.
+    """Measure all ``pairs`` of a peer and a format; Ctrl-C ends it with what there is.
 
     Args:
         pairs: see ``choose``.
@@ -232,11 +232,17 @@ def compare(
     if rows:
         report("making the model's files")
         files = bench.files(rows, _model.write(shape, bench.folder))
-    for turn in range(plan.rounds):
-        for row in rows[:: 1 if turn % 2 == 0 else -1]:  # so that a drift favours nobody
-            if row.name not in bench.failed:
-                report(f"round {turn + 1} of {plan.rounds}: {row.name}")
-                bench.round(row, files[row.name])
+    try:
+        for turn in range(plan.rounds):
+            for row in rows[:: 1 if turn % 2 == 0 else -1]:  # so that a drift favours nobody
+                if row.name not in bench.failed:
+                    report(f"round {turn + 1} of {plan.rounds}: {row.name}")
+                    bench.round(row, files[row.name])
+    except KeyboardInterrupt:
+        report("stopped: what was measured until now is kept")
+        for row in rows:
+            if any(cell.name not in row.samples for cell in plan.cells()):
+                bench.failed.setdefault(row.name, "stopped before it was measured")
     rows = [row for row in rows if row.name not in bench.failed]
     if not rows:
         reasons = [f"{name}: {why}" for name, why in (bench.left_out | bench.failed).items()]

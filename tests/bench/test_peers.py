@@ -71,6 +71,23 @@ def test_what_is_missing_or_fails_is_said_and_does_not_stop_the_rest(found: Comp
     assert "left out: vllm: " in shown and "failed: Moesaic, model step, q5: " in shown
 
 
+def test_ctrl_c_keeps_what_was_measured(work: Path, found: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+
+    def run(_: object, row: compare.Row, path: str) -> None:
+        if turns:
+            raise KeyboardInterrupt
+        turns.append(path)
+        row.samples = {cell.name: [1.0] for cell in PLAN.cells()}
+        row.about = {"expert_bytes": 1, "other_bytes": 1}
+
+    monkeypatch.setattr(compare._Bench, "round", run)
+    pairs = [("moesaic", "q4"), ("moesaic_llm", "bfloat16")]
+    kept = compare.compare(pairs, work, shape=SHAPE, plan=PLAN)
+    assert [row.peer for row in kept.rows] == ["moesaic"]
+    assert kept.failed == {"Moesaic, whole LLM, bfloat16": "stopped before it was measured"}
+
+
 def test_a_peer_that_is_not_installed_is_named_with_its_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
