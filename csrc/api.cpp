@@ -37,11 +37,15 @@ struct Levels {
     Levels() : all{&portable::kernels}, count(1) {
 #if defined(__x86_64__)
         __builtin_cpu_init();
+#if defined(MOESAIC_HAS_avx2)
         if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return;
         add(&avx2::kernels);
+#endif
+#if defined(MOESAIC_HAS_avx512)
         if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bw") ||
             !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return;
         add(&avx512::kernels);
+#endif
 #if defined(MOESAIC_HAS_avx512bf16)
         if (!__builtin_cpu_supports("avx512bf16")) return;
         add(&avx512bf16::kernels);

@@ -72,6 +72,12 @@ int64_t lay(int64_t tokens, int64_t columns, Tokens* tiles, int64_t* firsts, uin
     return count;
 }
 
+// How many blocks a task takes: some, unless that leaves too few tasks to share out evenly.
+int64_t share_of(int64_t blocks) {
+    const int64_t fair = blocks / (16 * threads());
+    return fair < 1 ? 1 : least(fair, SOME);
+}
+
 // At least what lay() takes; what a tile register reads behind the last token is in it.
 template <class Tokens>
 int64_t bytes_of_tiles(int64_t tiles, int64_t columns) {
@@ -92,8 +98,7 @@ void linear(const LinearArgs& a) {
         for (int j = 0; j < tiles[i].n; ++j) round_row(a.x, a.type, firsts[i] + j, a.columns, tiles[i], j);
     });
     const int64_t spans = (count + AT_ONCE - 1) / AT_ONCE;
-    int64_t share = m.blocks() / (16 * threads());
-    share = share < 1 ? 1 : least(share, SOME);
+    const int64_t share = share_of(m.blocks());
     const int64_t shares = (m.blocks() + share - 1) / share;
     run_or_do(shares * spans, a.tokens * a.columns * a.out, [&](int64_t task, int worker) {
         const int64_t span = task / shares, begin = count * span / spans, end = count * (span + 1) / spans;
@@ -212,8 +217,7 @@ void experts(const ExpertsArgs& a) {
 
     // Each task owns some blocks of 32 columns of the answer and adds up all experts, in their order.
     const int64_t out_blocks = (a.size + ROWS - 1) / ROWS;
-    int64_t share = out_blocks / (16 * threads());
-    share = share < 1 ? 1 : least(share, SOME);
+    const int64_t share = share_of(out_blocks);
     const int64_t span = least(count, AT_ONCE);  // tiles of a part, at most
     run_or_do((out_blocks + share - 1) / share, work, [&](int64_t task, int worker) {
         const int64_t first = task * share, blocks = least(share, out_blocks - first);

@@ -114,26 +114,17 @@ MOESAIC_INLINE void add_products(Block block, const PlainTile& x, int64_t from, 
         _tile_loadd(2, partial + 16, 128);
         _tile_loadd(3, partial + 528, 128);
     }
-    if (two) {
-        for (int64_t k = 0; k < width; k += STEP, high += block.step, low += block.step, q += 1024) {
-            ahead.ask();
-            _tile_loadd(4, high, block.stride);
-            _tile_loadd(6, q, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, low, block.stride);
-            _tile_dpbf16ps(1, 5, 6);
+    for (int64_t k = 0; k < width; k += STEP, high += block.step, low += block.step, q += two ? 1024 : 512) {
+        ahead.ask();
+        _tile_loadd(4, high, block.stride);
+        _tile_loadd(6, q, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, low, block.stride);
+        _tile_dpbf16ps(1, 5, 6);
+        if (two) {
             _tile_loadd(7, q + 512, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
-        }
-    } else {
-        for (int64_t k = 0; k < width; k += STEP, high += block.step, low += block.step, q += 512) {
-            ahead.ask();
-            _tile_loadd(4, high, block.stride);
-            _tile_loadd(6, q, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, low, block.stride);
-            _tile_dpbf16ps(1, 5, 6);
         }
     }
     _tile_stored(0, partial, 128);
@@ -200,8 +191,8 @@ struct Products<Plain> {
 #if MOESAIC_AMX
     static int64_t room(int64_t columns, int tiles) { return 2 * ROWS * stepped(columns) + 4096 * tiles; }
 
-    // The tokens of one tile take the rows from where they lie. For more of them a part of the rows is
-    // copied together first: rows that are a power of two apart would push each other out of the cache.
+    // Rows are taken from where they lie, only those at a ragged end are copied. The tokens of one tile go
+    // through all columns at once; more of them take turns on a part that stays in the cache.
     static void times(const Matrix& m, int64_t first, int count, const Tokens* tiles, int tile_count, uint8_t* room, float* sums) {
         const Tiles set_up;
         const bool single = tile_count == 1;

@@ -119,7 +119,7 @@ def plot(found: Comparison, path: Path, caption: str) -> None:
     memory.set_visible(True)
     _panel(memory, rows, "peak memory, GiB", [(row.peak_bytes or 0) / 2**30 for row in rows], [])
     model = f"Mixtral of {found.shape.layers} layers, {plan.threads} threads"
-    figure.suptitle(f"bars and numbers: tokens per second, {model}; lines: what memory and vector units allow")
+    figure.suptitle(f"bars and numbers: tokens per second, {model}; lines: what memory and multipliers allow")
     figure.supxlabel(caption, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

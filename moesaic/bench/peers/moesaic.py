@@ -44,9 +44,7 @@ class Peer:
         self._model = load_model(path).model
         _ours.use_threads(threads, torch_threads(self._model))
         self._blocks = -(-context // BLOCK)
-        shapes = [(self._blocks * sequences, BLOCK, *shape) for shape in self._model.cache_shapes]
-        parts = [[torch.zeros(shape, dtype=self._model.dtype) for shape in shapes] for _ in "kv"]
-        self._cache = Cache(*parts)
+        self._cache = Cache.zeros(self._model.cache_shapes, self._blocks * sequences, BLOCK, self._model.dtype)
         self._length = self._batch = self._at = 0
         self.about: dict[str, Any] = _ours.about(self._model) | {"prompt_piece": self._chunk}
         self.weights = _ours.weights(self._model)
@@ -60,7 +58,7 @@ class Peer:
     def fill(self, prompts: list[list[int]]) -> None:
         # One is computed; the others are copies of it, which read the same and come quickly.
         self._prompt(prompts[0])
-        for layer in (*self._cache.keys, *self._cache.values):
+        for layer in self._cache.tensors():
             for place in range(1, len(prompts)):
                 layer[place * self._blocks : (place + 1) * self._blocks] = layer[: self._blocks]
         self._length = len(prompts[0])
