@@ -3,9 +3,9 @@
     moesaic.json           {"packed": 1, "dtype": ..., "formats": {role: format}, "config": {...}, "generation": {...}}
     weights.safetensors    every parameter of the model by its name, each at a multiple of 64 bytes
 
-beside the tokenizer's files. Loading maps the file: nothing is read before it is needed, what is
-needed is shared by all processes, and a model larger than memory runs, slowly: what every token needs
-is kept, and experts are asked for as soon as they are chosen.
+beside the tokenizer's files. Loading maps the file, which all processes share, and returns at once: a
+model that fits in memory is fetched in the background, in large pages; a larger one runs, slowly: what
+every token needs is kept, and experts are asked for as soon as they are chosen.
 
 Knows this folder. Does not know formats: a part is bytes of a shape and a dtype.
 """
@@ -86,6 +86,8 @@ def create(folder: Path, said: Mark, fill: Callable[[Decoder], object]) -> None:
     model = _build(said, folder)
     _map(model, _lay(model, folder / WEIGHTS), written=True)
     fill(model)
+    del model  # what is mapped cannot be dropped
+    memory.forget(folder / WEIGHTS)
     _write.write_json(folder / MARK, {"packed": VERSION} | asdict(said))  # last: without it there is no packed folder
 
 
@@ -173,7 +175,10 @@ def _map(model: Decoder, file: Path, *, written: bool) -> None:
     if not written:
         # The rest is for the experts, the cache and others: what is locked cannot be taken back in need.
         memory.lock(always, memory.total() // 2)
-        _ask_early(model)
+        if whole.nbytes < memory.available():
+            memory.fetch(whole)
+        else:
+            _ask_early(model)
 
 
 def _whole(file: Path, written: bool) -> Tensor:

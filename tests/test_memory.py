@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -31,9 +32,7 @@ def resident(part: Tensor) -> int:
 def forget(path: Path, mapped: Tensor) -> None:
     """Have the system drop a file from memory; skip the test where it does not, as on a file system in memory."""
     ctypes.CDLL(None).madvise(ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(mapped.nbytes), PAGE_OUT)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    memory.forget(path)
     if resident(mapped):
         pytest.skip("the file cannot be dropped from memory here")
 
@@ -55,6 +54,34 @@ def test_a_file_larger_than_memory_can_be_mapped(tmp_path: Path) -> None:
     with path.open("rb") as file:
         file.seek(size - 1)
         assert file.read() == b"\0"
+
+
+def test_what_is_fetched_is_in_memory(file: Path) -> None:
+    mapped = memory.map_file(file)
+    forget(file, mapped)
+    memory.fetch(mapped).join()
+    assert resident(mapped) == SIZE
+
+
+def large(mapped: Tensor) -> int:
+    """Return how many bytes of a mapping lie in pages of 2 MiB."""
+    blocks = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
+    mine = next(block for block in blocks if block.startswith(f"{mapped.data_ptr():x}-"))
+    return 1024 * int(re.search(r"^FilePmdMapped: +(\d+) kB", mine, re.M)[1])
+
+
+def test_what_is_fetched_lies_in_large_pages(file: Path) -> None:
+    libc, asked = ctypes.CDLL(None), memory.map_file(file)
+    forget(file, asked)
+    libc.madvise(ctypes.c_void_p(asked.data_ptr()), ctypes.c_size_t(SIZE), 14)  # MADV_HUGEPAGE
+    asked[::4096].sum()
+    if not large(asked):
+        pytest.skip("this system has no large pages for files")
+    del asked
+    mapped = memory.map_file(file)
+    forget(file, mapped)
+    memory.fetch(mapped).join()
+    assert large(mapped) == SIZE
 
 
 def test_what_is_asked_for_early_is_read_whole(file: Path) -> None:
