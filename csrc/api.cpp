@@ -106,6 +106,8 @@ MOESAIC_OP(experts, ExpertsArgs)
 MOESAIC_OP(attention, AttentionArgs)
 MOESAIC_OP(rms_norm, NormArgs)
 MOESAIC_OP(rope, RopeArgs)
+MOESAIC_OP(truncate, TruncateArgs)
+MOESAIC_OP(draw, DrawArgs)
 
 void moesaic_read(const uint8_t* memory, int64_t bytes, int streams, int ahead) {
     Turn turn;

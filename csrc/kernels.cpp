@@ -6,6 +6,7 @@
 #include "measure.h"
 #include "plain.h"
 #include "pool.h"
+#include "sampling.h"
 #include "tiles.h"
 
 namespace moesaic::MOESAIC_ISA {
@@ -440,6 +441,27 @@ void rope(const RopeArgs& a) {
     });
 }
 
+int64_t padded_floats(int64_t count) { return (count + 15) / 16 * 16; }
+
+void truncate(const TruncateArgs& a) {
+    run_or_do(a.rows, a.rows * a.vocabulary * TOUCHED, [&](int64_t t, int worker) {
+        const int64_t room = padded_floats(a.vocabulary);
+        float* x = (float*)scratch(16 + worker, sizeof(float) * room * 4);
+        for (int64_t i = a.vocabulary; i < room; ++i) x[i] = 0;
+        const Row row{a.vocabulary, x, x + room, x + 2 * room, (int32_t*)(x + 3 * room)};
+        truncate_row(a.logits + t * a.vocabulary, a.settings + t * 5, a.y + t * a.vocabulary, row);
+    });
+}
+
+void draw(const DrawArgs& a) {
+    run_or_do(a.rows, a.rows * a.vocabulary * TOUCHED, [&](int64_t t, int worker) {
+        const int64_t room = padded_floats(a.vocabulary);
+        float* x = (float*)scratch(16 + worker, sizeof(float) * room * 2);
+        for (int64_t i = a.vocabulary; i < room; ++i) x[i] = 0;
+        a.ids[t] = draw_from(a.logits + t * a.vocabulary, a.numbers[t], x, x + room, a.vocabulary);
+    });
+}
+
 // Call body with the type that stands for a format.
 template <class Body>
 void with_format(Format format, Body&& body) {
@@ -465,6 +487,8 @@ const Kernels kernels = {
     attention,
     rms_norm,
     rope,
+    truncate,
+    draw,
     read_memory,
     multiply,
     multiply_bf16,

@@ -65,6 +65,22 @@ struct RopeArgs {
     void* y;
 };
 
+// y = what temperature and truncations leave of logits, -inf where nothing.
+struct TruncateArgs {
+    int64_t rows, vocabulary;
+    const float* logits;    // [rows, vocabulary]
+    const float* settings;  // [rows, 5]: temperature, k, p, min-p, typical-p
+    float* y;
+};
+
+// ids[r] = the token that numbers[r] falls on if row r's tokens share [0, 1) out as softmax has it.
+struct DrawArgs {
+    int64_t rows, vocabulary;
+    const float* logits;
+    const double* numbers;
+    int64_t* ids;
+};
+
 struct Kernels {
     const char* name;
     void (*linear)(const LinearArgs&);
@@ -72,6 +88,8 @@ struct Kernels {
     void (*attention)(const AttentionArgs&);
     void (*rms_norm)(const NormArgs&);
     void (*rope)(const RopeArgs&);
+    void (*truncate)(const TruncateArgs&);
+    void (*draw)(const DrawArgs&);
     // What this machine can do at most, for comparison; see measure.h.
     void (*read)(const uint8_t* memory, int64_t bytes, int streams, int ahead);
     int64_t (*multiply)(int64_t rounds);

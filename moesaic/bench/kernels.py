@@ -26,6 +26,7 @@ CACHES = (torch.bfloat16, torch.int8)
 DECODED = tuple((sequences, context) for context in (2048, 8192) for sequences in (1, 4, 16))
 PROMPTS = (512, 2048)
 BLOCK = 16
+VOCABULARY = 32000
 STREAMED = 256 << 20
 """Bytes of keys and values that calls take turns with."""
 
@@ -78,6 +79,12 @@ def measure_others(limits: Limits, seconds: float = 1.0) -> Iterator[Row]:
         heads, angles = x.view(count, HEADS, HEAD_SIZE), torch.randn(count, HEAD_SIZE // 2)
         turn = functools.partial(native.rope, heads, angles.cos(), angles.sin())
         yield _row("rope", "bfloat16", count, 0, each, 3 * count * SIZE, limits, turn, seconds)
+    for count in (1, 16):
+        logits, each = 3 * torch.randn(count, VOCABULARY), 4 * count * VOCABULARY
+        cut = functools.partial(native.truncate, logits, torch.tensor([[0.7, 40, 0.9, 0.0, 1.0]] * count))
+        yield _row("truncate", "float32", count, 0, each, 2 * count * VOCABULARY, limits, cut, seconds)
+        pick = functools.partial(native.draw, logits, torch.rand(count, dtype=torch.float64))
+        yield _row("draw", "float32", count, 0, each, 2 * count * VOCABULARY, limits, pick, seconds)
     for dtype in CACHES:
         place = ops.Cache.bytes_per_token([(KV_HEADS, HEAD_SIZE)], dtype)
         for sequences, context in DECODED:

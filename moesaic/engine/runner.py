@@ -80,8 +80,7 @@ class Runner:
         tokens: dict[Sequence, list[Token]] = {}
         if rows:
             logits = self.model.logits(hidden[batch.outputs])
-            sound = torch.isfinite(logits).all(-1).tolist()
-            failed |= {sequence for sequence, good in zip(rows, sound, strict=True) if not good}
+            failed |= {sequence for sequence, good in zip(rows, _finite(logits).tolist(), strict=True) if not good}
             good = [row for row, sequence in enumerate(rows) if sequence not in failed]
             if good:
                 chosen = logits if len(good) == len(rows) else logits[good]
@@ -110,13 +109,20 @@ class Runner:
             part[blocks] = 0
 
 
+def _finite(x: Tensor) -> Tensor:
+    """Return which rows [R] of x [R, n] are finite throughout."""
+    # A sum is not, if any of its terms is not; the terms themselves are looked at only where it is not.
+    sound = torch.isfinite(x.sum(-1))
+    return sound if bool(sound.all()) else torch.isfinite(x).all(-1)
+
+
 def _broken(hidden: Tensor, starts: tuple[int, ...], step: Step) -> set[Sequence]:
     """Return the sequences with NaN or infinity in their rows of ``hidden`` [T, d].
 
     Every row is looked at, not only those that are sampled from: a key or value that is not finite
     makes the hidden state at its own place so, hence a block that passed here is safe to share.
     """
-    sound = torch.isfinite(hidden).all(-1)
+    sound = _finite(hidden)
     if bool(sound.all()):
         return set()
     spans = zip(step.runs, starts, starts[1:], strict=False)

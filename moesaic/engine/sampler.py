@@ -23,23 +23,24 @@ from collections.abc import Sequence as Listing
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from moesaic import ops
 from moesaic.engine.request import Sampling, Sequence, Token
 
 NEVER = float("-inf")
-HEAD = 1024
-"""How many of the likeliest tokens top-p looks at before it sorts the whole vocabulary."""
 
 
 def sample(logits: Tensor, sequences: Listing[Sequence]) -> dict[Sequence, list[Token]]:
     """Return the next token of each sequence from its row of ``logits`` [R, V], which must be finite."""
     adjusted = _adjust(logits, sequences)
-    ids = adjusted.argmax(-1).tolist()
-    drawn = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
-    if drawn:
-        for row, id in zip(drawn, _draw(adjusted[drawn], [sequences[row] for row in drawn]), strict=True):
-            ids[row] = id
+    ids = [0] * len(sequences)
+    for greedy in (True, False):
+        rows = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.greedy is greedy]
+        if rows:
+            chosen = adjusted if len(rows) == len(sequences) else adjusted[rows]
+            found = chosen.argmax(-1).tolist() if greedy else _draw(chosen, [sequences[row] for row in rows])
+            for row, id in zip(rows, found, strict=True):
+                ids[row] = id
     tokens = [Token(id) for id in ids]
     for row, sequence in enumerate(sequences):
         top = sequence.request.sampling.logprobs
@@ -106,90 +107,29 @@ def _ids(ids: object, row: Tensor) -> Tensor:
     return torch.tensor(list(ids), dtype=torch.int64, device=row.device)  # type: ignore[call-overload]
 
 
-# Truncations: what is left of the tail. Each takes logits [R, V] and a parameter per row [R, 1]
-
-
-def temper(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Divide by the temperature, the largest logit at 0 so that a small temperature overflows to -inf only."""
-    return (logits - logits.amax(-1, keepdim=True)) / temperature
-
-
-def top_k(logits: Tensor, k: Tensor) -> Tensor:
-    """Keep the k largest, and what equals the last of them."""
-    k = k.long().clamp(max=logits.shape[-1])
-    least = logits.topk(int(k.max())).values.gather(-1, k - 1)
-    return logits.masked_fill(logits < least, NEVER)
-
-
-def top_p(logits: Tensor, p: Tensor) -> Tensor:
-    """Keep the smallest set of likeliest tokens whose mass reaches p, and what equals the last of them.
-
-    Only rows whose likeliest HEAD tokens do not reach p are sorted whole; each decides for itself.
-    """
-    probabilities = logits.softmax(-1)
-    head = probabilities.topk(min(HEAD, logits.shape[-1])).values
-    least = _reach(head, p)
-    flat = (head.sum(-1) < p[:, 0]).nonzero()[:, 0]
-    if len(flat):
-        least[flat] = _reach(probabilities[flat].sort(descending=True).values, p[flat])
-    return logits.masked_fill(probabilities < least, NEVER)
-
-
-def _reach(ordered: Tensor, p: Tensor) -> Tensor:
-    """Return the entry [R, 1] of falling ``ordered`` at which the sum reaches p."""
-    place = (ordered.cumsum(-1) < p).sum(-1, keepdim=True)
-    return ordered.gather(-1, place.clamp(max=ordered.shape[-1] - 1))
-
-
-def min_p(logits: Tensor, p: Tensor) -> Tensor:
-    """Keep tokens at least p times as likely as the likeliest."""
-    probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), NEVER)
-
-
-def typical_p(logits: Tensor, p: Tensor) -> Tensor:
-    """Keep the tokens whose surprise is nearest to the expected one, up to mass p."""
-    logprobs = logits.log_softmax(-1)
-    probabilities = logprobs.exp()
-    expected = -(probabilities * logprobs).nansum(-1, keepdim=True)
-    order = (-logprobs - expected).abs().sort(dim=-1, stable=True).indices
-    ordered = probabilities.gather(-1, order)
-    before = F.pad(ordered.cumsum(-1)[:, :-1], (1, 0))  # the first is always kept
-    return logits.masked_fill(~torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, before < p), NEVER)
-
-
-Truncation = tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Sampling], float], float]
-
-TRUNCATIONS: tuple[Truncation, ...] = (
-    (temper, lambda s: s.temperature, 1.0),
-    (top_k, lambda s: s.top_k, 0),
-    (top_p, lambda s: s.top_p, 1.0),
-    (min_p, lambda s: s.min_p, 0.0),
-    (typical_p, lambda s: s.typical_p, 1.0),
-)
-"""What is done to a row that is drawn from, in order: the function, its parameter, and the value that is off."""
-
-
-def truncate(logits: Tensor, samplings: Listing[Sampling]) -> Tensor:
-    """Return logits [R, V] after temperature and truncation; each step touches only the rows that want it."""
-    logits = logits.clone()
-    for change, parameter, off in TRUNCATIONS:
-        rows = [row for row, sampling in enumerate(samplings) if parameter(sampling) != off]
-        if rows:
-            values = [parameter(samplings[row]) for row in rows]
-            logits[rows] = change(logits[rows], torch.tensor(values, device=logits.device)[:, None])
-    return logits
-
-
 # The draw
+
+
+SETTINGS: tuple[Callable[[Sampling], float], ...] = (
+    lambda s: s.temperature,
+    lambda s: s.top_k,
+    lambda s: s.top_p,
+    lambda s: s.min_p,
+    lambda s: s.typical_p,
+)
+"""The settings of ``ops.truncate``, in its order."""
+
+PLAIN = [1.0, 0, 1.0, 0.0, 1.0]
+"""Settings that leave a row as it is."""
 
 
 def _draw(logits: Tensor, sequences: Listing[Sequence]) -> list[int]:
     """Return one id for each row of adjusted logits [R, V]."""
-    kept = truncate(logits, [sequence.request.sampling for sequence in sequences])
-    mass = kept.softmax(-1).cumsum(-1, dtype=torch.float64)  # a float32 sum would round a large vocabulary's tail away
-    numbers = torch.tensor([uniform(sequence) for sequence in sequences], dtype=torch.float64, device=mass.device)
-    return torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True)[:, 0].tolist()
+    settings = [[setting(sequence.request.sampling) for setting in SETTINGS] for sequence in sequences]
+    if any(each != PLAIN for each in settings):
+        logits = ops.truncate(logits, torch.tensor(settings, dtype=torch.float32, device=logits.device))
+    numbers = torch.tensor([uniform(sequence) for sequence in sequences], dtype=torch.float64, device=logits.device)
+    return ops.draw(logits, numbers).tolist()
 
 
 def uniform(sequence: Sequence) -> float:

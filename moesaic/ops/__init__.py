@@ -1,14 +1,14 @@
-"""What a model may call: five ops, the Batch they work on, and the Group they are split over.
+"""What a model and the sampler may call: the ops, the Batch they work on, and the Group they are split over.
 
 Knows the signature, the shapes and the meaning of every op, and chooses the backend that runs
 it: one file = one backend, ``reference`` always the last resort. Does not know any model.
 
-A backend file defines any subset of the five names and
+A backend file defines any subset of ``OPS`` and
 
     why_not(op, device, format) -> str | None      None: I run this; else why I do not
 
-Legend: T tokens of this step, S sequences, d hidden size, f intermediate size, E experts,
-k experts per token, H query heads, G key/value heads, D head size, B block size.
+Legend: T tokens of this step, S sequences, R rows of logits, V vocabulary, d hidden size, f intermediate size,
+E experts, k experts per token, H query heads, G key/value heads, D head size, B block size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moesaic import registry
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 
-OPS = ("linear", "experts", "attention", "rms_norm", "rope")
+OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw")
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,32 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     RoPE, arXiv:2104.09864, in Hugging Face's half-split order; computed in float32, in x's dtype.
     """
     return cast(Tensor, _pick("rope", x.device, None, _trained(x))(x, cos, sin))
+
+
+def truncate(logits: Tensor, settings: Tensor) -> Tensor:
+    """Return logits [R, V] after temperature and truncations: float32, -inf where nothing is left.
+
+    x = (logits - max) / temperature; then, each by the softmax of what the one before it has left: the k
+    largest and what equals the last of them; the smallest set of likeliest tokens whose mass reaches p, and what
+    equals the last of them (nucleus sampling, arXiv:1904.09751); tokens at least min-p times as likely
+    as the likeliest (arXiv:2407.01082); the tokens whose surprise is nearest to the expected one, up to
+    mass typical-p (arXiv:2202.00666).
+
+    Args:
+        logits: [R, V] float32; -inf where a token is forbidden, at least one of each row finite.
+        settings: [R, 5] float32: temperature > 0, k (0: all), p, min-p (0: off), typical-p; p and typical-p
+            of 1 are off.
+    """
+    return cast(Tensor, _pick("truncate", logits.device, None, False)(logits, settings))
+
+
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Return one id for each row of logits [R, V] float32: [R] int64.
+
+    The tokens of a row share out [0, 1) in the order of their ids, each as much as softmax gives it; the
+    answer is the one that numbers [R], float64 in [0, 1), falls on.
+    """
+    return cast(Tensor, _pick("draw", logits.device, None, False)(logits, numbers))
 
 
 @functools.cache

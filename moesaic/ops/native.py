@@ -83,6 +83,16 @@ _Rope = _struct(
     *(("type", c_int), ("tokens", c_int64), ("heads", c_int64), ("size", c_int64)),
     *((name, c_void_p) for name in ("x", "cos", "sin", "y")),
 )
+_Truncate = _struct(
+    "truncate",
+    *((name, c_int64) for name in ("rows", "vocabulary")),
+    *((name, c_void_p) for name in ("logits", "settings", "y")),
+)
+_Draw = _struct(
+    "draw",
+    *((name, c_int64) for name in ("rows", "vocabulary")),
+    *((name, c_void_p) for name in ("logits", "numbers", "ids")),
+)
 
 
 @functools.cache
@@ -94,7 +104,7 @@ def _library() -> ctypes.CDLL | None:
     library = ctypes.CDLL(found.origin)
     library.moesaic_isa.restype = ctypes.c_char_p
     library.moesaic_multiply.restype = library.moesaic_multiply_bf16.restype = c_int64
-    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope):
+    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope, _Truncate, _Draw):
         getattr(library, f"moesaic_{struct.op}").argtypes = [POINTER(struct)]
     set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, library)
     return library
@@ -216,6 +226,20 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tokens, heads, size = x.shape
     _run(_Rope(TYPES[x.dtype], tokens, heads, size, _at(x), _at(cos), _at(sin), _at(y)))
     return _as(dtype, y)
+
+
+def truncate(logits: Tensor, settings: Tensor) -> Tensor:
+    logits, settings = _float(logits), _float(settings)
+    y = _answer(logits, tuple(logits.shape))
+    _run(_Truncate(*logits.shape, _at(logits), _at(settings), _at(y)))
+    return y
+
+
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+    logits, numbers = _float(logits), numbers.double().contiguous()
+    ids = torch.empty(len(logits), dtype=torch.int64)
+    _run(_Draw(*logits.shape, _at(logits), _at(numbers), _at(ids)))
+    return ids
 
 
 # These run for every op of every step, and even a call of torch that changes nothing takes a microsecond.

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from moesaic.formats import Packed
 from moesaic.ops import Batch, Cache
 
+NEVER = float("-inf")
+
 
 def why_not(op: str, device: str, format: str | None) -> str | None:
     """Never declines."""
@@ -148,3 +150,59 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def truncate(logits: Tensor, settings: Tensor) -> Tensor:
+    x = logits.float().clone()
+    for column, (change, off) in enumerate(TRUNCATIONS):
+        rows = (settings[:, column] != off).nonzero()[:, 0]
+        if len(rows):
+            x[rows] = change(x[rows], settings[rows, column : column + 1])
+    return x
+
+
+def temper(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Divide by the temperature, the largest logit at 0 so that a small temperature overflows to -inf only."""
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
+
+
+def top_k(logits: Tensor, k: Tensor) -> Tensor:
+    """Keep the k largest, and what equals the last of them."""
+    k = k.long().clamp(max=logits.shape[-1])
+    least = logits.sort(descending=True).values.gather(-1, k - 1)
+    return logits.masked_fill(logits < least, NEVER)
+
+
+def top_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keep the smallest set of likeliest tokens whose mass reaches p, and what equals the last of them."""
+    probabilities = logits.softmax(-1)
+    ordered = probabilities.sort(descending=True).values
+    place = (ordered.cumsum(-1, dtype=torch.float64) < p).sum(-1, keepdim=True)
+    least = ordered.gather(-1, place.clamp(max=logits.shape[-1] - 1))
+    return logits.masked_fill(probabilities < least, NEVER)
+
+
+def min_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keep tokens at least p times as likely as the likeliest."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), NEVER)
+
+
+def typical_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the expected one, up to mass p."""
+    logprobs = logits.log_softmax(-1)
+    probabilities = logprobs.exp()
+    expected = -(probabilities * logprobs).nansum(-1, keepdim=True)
+    order = (-logprobs - expected).abs().sort(dim=-1, stable=True).indices
+    ordered = probabilities.gather(-1, order)
+    before = F.pad(ordered.cumsum(-1, dtype=torch.float64)[:, :-1], (1, 0))  # the first is always kept
+    return logits.masked_fill(~torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, before < p), NEVER)
+
+
+TRUNCATIONS = ((temper, float("nan")), (top_k, 0.0), (top_p, 1.0), (min_p, 0.0), (typical_p, 1.0))
+"""What is done to a row, in order, and the setting that leaves it as it is; of temperature, none does."""
+
+
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+    mass = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # a float32 sum would lose a vocabulary's tail
+    return torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True)[:, 0]

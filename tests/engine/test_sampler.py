@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor, SequenceBiasLogitsProcessor
 
+from moesaic import ops, registry
 from moesaic.engine import sampler
 from moesaic.engine.request import Request, Sampling, Sequence, Token
 
@@ -33,50 +34,6 @@ def rows(count=16, seed=0, scale=3.0):
 
 def column(*values):
     return torch.tensor(values)[:, None]
-
-
-WARPERS = {
-    "temperature": (sampler.temper, TemperatureLogitsWarper, [0.1, 0.7, 1.5, 20.0]),
-    "top_k": (sampler.top_k, TopKLogitsWarper, [1, 2, 7, V, V + 9]),
-    "top_p": (sampler.top_p, TopPLogitsWarper, [1e-6, 0.1, 0.5, 0.9, 0.999]),
-    "min_p": (sampler.min_p, MinPLogitsWarper, [0.0, 0.01, 0.2, 1.0]),
-    "typical_p": (sampler.typical_p, TypicalLogitsWarper, [1e-6, 0.2, 0.7, 0.95]),
-}
-
-
-@pytest.mark.parametrize("name", WARPERS)
-@pytest.mark.parametrize("cut", [None, 5])
-def test_each_truncation_is_transformers(name, cut):
-    ours, theirs, values = WARPERS[name]
-    logits = rows()
-    if cut:  # what an earlier truncation leaves
-        logits = TopKLogitsWarper(cut)(None, logits)
-    for value in values:
-        expected = theirs(value)(None, logits.clone()).softmax(-1)
-        got = ours(logits, column(*[value] * len(logits))).softmax(-1)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_top_p_sorts_the_rest_only_of_rows_that_need_it(monkeypatch):
-    logits = torch.cat([rows(4, scale=0.1), rows(4, scale=9.0)])
-    p = column(*[0.3, 0.9] * 4)
-    expected = torch.cat([TopPLogitsWarper(float(v))(None, row[None]) for row, v in zip(logits, p, strict=True)])
-    monkeypatch.setattr(sampler, "HEAD", 8)
-    assert torch.equal(sampler.top_p(logits, p), expected)
-
-
-def test_top_p_does_not_choose_among_equals():
-    logits = torch.tensor([[1.0, 0.0, 0.0, 0.0, -9.0]])
-    assert sampler.top_p(logits, column(0.5)).isfinite().tolist() == [[True, True, True, True, False]]
-
-
-@pytest.mark.parametrize("name", WARPERS)
-def test_every_row_has_its_own_parameter(name):
-    ours, theirs, values = WARPERS[name]
-    logits = rows(len(values))
-    got = ours(logits, column(*values)).softmax(-1)
-    for row, value in enumerate(values):
-        torch.testing.assert_close(got[row : row + 1], theirs(value)(None, logits[row : row + 1]).softmax(-1))
 
 
 def test_the_whole_chain_has_the_order_of_transformers():
@@ -99,8 +56,12 @@ def test_the_whole_chain_has_the_order_of_transformers():
     for seed in range(50):
         row = rows(1, seed)
         expected = theirs(seen, row.clone()).softmax(-1)
-        got = sampler.truncate(sampler.adjust(row[0].clone(), seq)[None], [s]).softmax(-1)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+        settings = torch.tensor([[setting(s) for setting in sampler.SETTINGS]])
+        for backend in ops.backends():
+            got = (
+                registry.load("ops", backend).truncate(sampler.adjust(row[0].clone(), seq)[None], settings).softmax(-1)
+            )
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_frequency_and_presence_count_the_answer_only():

@@ -14,5 +14,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")
     torch.set_default_device(request.param)
+    torch.manual_seed(0)  # whatever ran before
     yield request.param
     torch.set_default_device(None)

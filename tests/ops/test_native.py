@@ -19,7 +19,6 @@ if shutil.which("c++") is None and native.why_not("linear", "cpu", "int4"):
     pytest.skip("there is no compiler here, and so no kernels", allow_module_level=True)
 
 FORMATS = sorted(native.FORMATS)
-torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

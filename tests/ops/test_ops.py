@@ -11,7 +11,6 @@ from moesaic import formats, ops, registry
 from moesaic.ops import Batch, Cache, Group
 
 BACKENDS = registry.names("ops")
-torch.manual_seed(0)
 
 
 @pytest.fixture(params=BACKENDS)
