@@ -11,18 +11,21 @@ request, and how its events become text again. Does not know terminals or HTTP.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
-from moesaic.engine import Done, Engine, Limits, PromptLogprobs, Request, Sampling, Stream, Token
+import torch
+
+from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
 from moesaic.loading import Loaded, Progress, cache_dtype, load_model, sizes, torch_threads
+from moesaic.ops import Batch
+from moesaic.reply import Answer, Reply, Text
 from moesaic.text import chat, template
 from moesaic.text.chat import ChatFormat
-from moesaic.text.stream import TextStream
 from moesaic.text.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent / "builtin" / "tales"
@@ -36,98 +39,7 @@ CHARACTERS_PER_TOKEN = 16
 
 Messages = Sequence[Mapping[str, Any]]
 
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of an answer: what can be shown now, and the tokens that came. Either may be empty."""
-
-    text: str
-    tokens: tuple[Token, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer.
-
-    ``reason`` is "stop" (the model ended it, or a stop string or id did), "length" or "cancelled".
-    """
-
-    text: str
-    reason: Literal["stop", "length", "cancelled"]
-    tokens: tuple[Token, ...]
-    prompt_tokens: int
-    cached_tokens: int
-    """Prompt tokens whose keys and values were still in the cache."""
-    stop: str | None = None
-    """The stop string that was met."""
-    prompt_logprobs: tuple[Token, ...] = ()
-    alternatives: tuple[Answer, ...] = ()
-    """With ``n`` > 1, the other n - 1 answers."""
-
-
-class Reply:
-    """A running answer: iterate over its pieces; afterwards ``answer`` is the whole. From one thread."""
-
-    def __init__(self, stream: Stream, tokenizer: Tokenizer, request: Request, *, strip: bool = False) -> None:
-        self._stream, self._request = stream, request
-        self._strip = strip  # white space in front of the answer belongs to the format
-        self._text = TextStream(tokenizer, request.sampling.stop)
-        self._shown: list[str] = []
-        self._tokens: list[Token] = []
-        self._prompt_logprobs: tuple[Token, ...] = ()
-        self._done: Done | None = None
-
-    def __iter__(self) -> Iterator[Text]:
-        """Yield pieces as they come.
-
-        Raises:
-            NumericalError: the model computed NaN or infinity for this answer.
-            EngineStopped: the engine was closed, or died; the cause is chained.
-        """
-        for event in self._stream:
-            if isinstance(event, Done):
-                self._done = event
-                yield self._show(self._text.finish())
-            elif isinstance(event, PromptLogprobs):
-                self._prompt_logprobs = event.tokens
-            elif self._text.stopped is None:
-                yield self._take(event)
-
-    def _take(self, token: Token) -> Text:
-        self._tokens.append(token)
-        if token.id in self._request.stop_ids:  # it ends the answer and is no part of it
-            return Text("", (token,))
-        text, stopped = self._text.add(token.id)
-        if stopped:
-            self._stream.cancel()
-        return self._show(text, token)
-
-    def _show(self, text: str, *tokens: Token) -> Text:
-        if self._strip:
-            text = text.lstrip()
-            self._strip = not text
-        self._shown.append(text)
-        return Text(text, tokens)
-
-    def cancel(self) -> None:
-        """Take the request back; iteration goes on to the end, which comes at once."""
-        self._stream.cancel()
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer; reads to its end first."""
-        for _ in self:
-            pass
-        assert self._done is not None, "a stream ended with neither Done nor an error"
-        return Answer(
-            text="".join(self._shown),
-            reason="stop" if self._text.stopped is not None else self._done.reason,
-            tokens=tuple(self._tokens),
-            prompt_tokens=self._done.prompt_tokens,
-            cached_tokens=self._done.cached_tokens,
-            stop=self._text.stopped,
-            prompt_logprobs=self._prompt_logprobs,
-        )
+__all__ = ["LLM", "Answer", "Reply", "Text"]
 
 
 class LLM(AbstractContextManager["LLM"]):
@@ -264,14 +176,43 @@ class LLM(AbstractContextManager["LLM"]):
             raise InvalidRequest("a checkpoint's own template cannot continue an answer: choose a chat format")
         return template.encode(self._template, messages, self.tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the prompt ids of a plain text, the beginning-of-text token in front.
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Return the prompt ids of a plain text, by default with the beginning-of-text token in front.
+
+        Where the text itself begins with that token's name, it is read as the token, once: programs that
+        write a chat format by hand put it there.
 
         Raises:
             InvalidRequest: it is so long that it cannot fit, which is known without tokenizing it.
         """
         self._bound(len(text))
-        return self.tokenizer.encode(text, bos=True)
+        first = self.tokenizer.bos_id
+        name = self.tokenizer.piece(first) if first is not None else ""
+        written = bool(name) and text.startswith(name)
+        ids = self.tokenizer.encode(text[len(name) :] if written else text, bos=bos or written)
+        return ids
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
+        """Return a vector of length 1 for each text, the mean of its last hidden states, and the tokens read.
+
+        Models made to chat were not trained for this; the vectors tell roughly what a text is about.
+
+        Raises:
+            InvalidRequest: a text is empty. PromptTooLong: it has more tokens than the model was made for.
+        """
+        prompts = [self.encode(text) if isinstance(text, str) else list(text) for text in texts]
+        model = self.loaded.model
+        for ids in prompts:
+            if not ids:
+                raise InvalidRequest("there is nothing to embed: the text is empty")
+            if max(ids) >= model.vocab_size:
+                raise InvalidParameter("input", f"token id {max(ids)} is not in the vocabulary of {model.vocab_size}")
+            if len(ids) > model.max_length:
+                raise PromptTooLong(len(ids), model.max_length)
+        device = next(model.parameters()).device
+        vectors = [model(Batch.whole([ids], device)).float().mean(0) for ids in prompts]
+        return [(vector / vector.norm()).tolist() for vector in vectors], sum(map(len, prompts))
 
     def _bound(self, characters: int) -> None:
         most = CHARACTERS_PER_TOKEN * self.context
@@ -280,8 +221,26 @@ class LLM(AbstractContextManager["LLM"]):
                 f"the prompt has {characters} characters; {self.context} tokens never hold over {most}"
             )
 
-    def submit(self, ids: Sequence[int], sampling: Sampling, *, chat: bool = False, priority: int = 0) -> list[Reply]:
+    def submit(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        chat: bool = False,
+        priority: int = 0,
+        salt: str = "",
+        skip_special: bool = True,
+        begins: bool | None = None,
+    ) -> list[Reply]:
         """Start a request and return its ``n`` replies. With ``chat``, the chat format's ends count too.
+
+        Args:
+            ids: the prompt.
+            sampling: how tokens are chosen.
+            chat: whether the prompt is a conversation in the chat format.
+            priority, salt: see ``Request``.
+            skip_special: leave the names of special tokens out of the text.
+            begins: whether the answer begins a text, where a leading space is dropped; None: if ``chat``.
 
         Raises:
             PromptTooLong, InvalidParameter, Overloaded, EngineStopped: see ``Engine.submit``.
@@ -290,9 +249,13 @@ class LLM(AbstractContextManager["LLM"]):
         if chat and self.format is not None:
             eos |= self.format.stop_ids(self.tokenizer)
             sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
-        request = Request(tuple(ids), sampling, eos_ids=tuple(sorted(eos)), priority=priority)
+        request = Request(tuple(ids), sampling, eos_ids=tuple(sorted(eos)), priority=priority, salt=salt)
         strip = chat and self.format is not None and bool(self.format.stop_strings)
-        return [Reply(stream, self.tokenizer, request, strip=strip) for stream in self.engine.submit(request)]
+        begins = chat if begins is None else begins
+        return [
+            Reply(stream, self.tokenizer, request, strip=strip and begins, skip_special=skip_special, begins=begins)
+            for stream in self.engine.submit(request)
+        ]
 
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **sampling: Any) -> Reply: ...
