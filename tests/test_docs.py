@@ -29,7 +29,7 @@ FLAGS = {
     "repetition-penalty seed stats system temperature top-k top-p",
     "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
     "insecure-no-auth keys kv-cache-dtype log-format log-level max-body memory otel port queue queue-timeout "
-    "request-timeout sequences strict-model-name tls-cert tls-key",
+    "request-timeout sequences strict-model-name tls-cert tls-key trusted-proxy",
     "keys": "admin concurrent file priority requests-per-minute tokens-per-minute",
     "pull": "sha256 to",
     "convert": "shards to",
