@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +27,7 @@ DISCARDED = 8 << 20
 """Bytes that are thrown away so, at most."""
 CRAWL = 16 << 10
 """Who takes less than this of what waits for him, in ``reader_seconds``, takes nothing."""
+AT_ONCE = struct.pack("ii", 1, 0)
 TOO_LARGE = b"431 Request Header Fields Too Large"
 CROWDED = b"503 Service Unavailable\r\nretry-after: 5"
 REFUSED = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
@@ -106,7 +109,7 @@ class Connection(HttpToolsProtocol):
             return
         cycle = self.cycle
         if cycle is not None and cycle.response_started and not cycle.response_complete:
-            self._raw.abort()  # then nobody takes it for whole
+            self._break()
         elif self._in_head:
             self._close()
         else:
@@ -115,7 +118,13 @@ class Connection(HttpToolsProtocol):
     def _close(self) -> None:
         """Close; who does not take what was sent before, is cut off."""
         self._raw.close()
-        self._arm(self.bounds.reader_seconds, self._raw.abort)
+        self._arm(self.bounds.reader_seconds, self._break)
+
+    def _break(self) -> None:
+        """End it so that nobody takes what came for whole, and nothing waits in the system to be taken."""
+        with contextlib.suppress(OSError):
+            self._raw.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+        self._raw.abort()
 
     def _linger(self) -> None:
         self._deaf = True
@@ -134,7 +143,7 @@ class Connection(HttpToolsProtocol):
         if self._deaf:
             self._head += len(data)
             if self._head > DISCARDED:
-                self._raw.abort()
+                self._break()
             return
         if self._in_head:
             self._head += len(data)
@@ -171,13 +180,16 @@ class Connection(HttpToolsProtocol):
         self._disarm()
         super().on_headers_complete()
         # Until the request is read: an answer that comes before is the last one here.
-        self._keep, self.cycle.keep_alive = self.cycle.keep_alive, False
+        self._keep, self.cycle.keep_alive = self.cycle.keep_alive and not self.parser.should_upgrade(), False
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_head, self._head, self._size = True, 0, 0
         if not self.cycle.response_started:
             self.cycle.keep_alive = self._keep
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: whoever asks for another protocol goes on with this one, and leaves."""
 
     def _late(self) -> None:
         self._timer = None
@@ -199,7 +211,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if spoken:
-            self._raw.abort()
+            self._break()
         else:
             self._say(status)
             self._linger()
@@ -243,6 +255,6 @@ class Connection(HttpToolsProtocol):
     def _look_again(self) -> None:
         if self._unread - self._raw.get_write_buffer_size() < CRAWL:
             self._stalled = None
-            self._raw.abort()
+            self._break()
         else:
             self._look()
