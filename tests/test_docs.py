@@ -31,6 +31,7 @@ FLAGS = {
     "insecure-no-auth keys kv-cache-dtype log-format log-level max-body memory otel port queue queue-timeout "
     "request-timeout sequences strict-model-name tls-cert tls-key trusted-proxy",
     "keys": "admin concurrent file priority requests-per-minute tokens-per-minute",
+    "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype",
     "pull": "sha256 to",
     "convert": "shards to",
     "list": "json",

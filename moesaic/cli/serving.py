@@ -70,11 +70,23 @@ def add_serve(commands: Commands) -> None:
     out.add_argument("--otel", action="store_true", help="traces to OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
-def _serve(args: argparse.Namespace) -> int:
+def need_packages() -> None:
+    """Refuse to go on without the packages that serving needs.
+
+    Raises:
+        InvalidRequest: one is missing.
+    """
     try:
+        import msgspec  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InvalidRequest("serving needs more packages: pip install 'moesaic[serve]'") from error
+
+
+def _serve(args: argparse.Namespace) -> int:
+    need_packages()
     from moesaic.serve import front, keys, logs
     from moesaic.serve.settings import Settings
 
@@ -162,13 +174,14 @@ def books(args: argparse.Namespace) -> list[Book]:
         shown = name or (model.rstrip("/").split("/")[-1] if model else "built-in")
         aliases = tuple({model} - {shown, None}) if model and "/" in model and not Path(model).exists() else ()
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
-        found.append(Book(Card(shown, aliases, state="unloaded"), partial(_open, args, path, shown), size))
+        found.append(Book(Card(shown, aliases, state="unloaded"), partial(open_model, args, path, shown), size))
     if len({book.card.name for book in found}) < len(found):
         raise InvalidRequest("two models have the same name: name them, as in a=./one b=./two")
     return found
 
 
-async def _open(args: argparse.Namespace, path: Path | None, name: str) -> Door:
+async def open_model(args: argparse.Namespace, path: Path | None, name: str) -> Door:
+    """Return the door to a model, loaded as the command line says."""
     from moesaic.classifier import Classifier
     from moesaic.engine import Limits
     from moesaic.llm import LLM

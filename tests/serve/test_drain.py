@@ -36,7 +36,7 @@ async def opened(args, path, name):
     door.watching = asyncio.ensure_future(watch())
     return door
 
-serving._open = opened
+serving.open_model = opened
 sys.exit(cli.main(["serve", "--port", "0", *sys.argv[2:]]))
 """
 """``moesaic serve``, over a model that says one word and waits until a file is there."""

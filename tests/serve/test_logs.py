@@ -43,11 +43,12 @@ def test_neither_prompts_nor_keys_are_written_down(written):
         body = {"messages": [{"role": "user", "content": SECRET}], "prompt": SECRET, "input": SECRET, "user": SECRET}
         body |= {"stop": [SECRET], "inputs": SECRET, "guided_regex": SECRET, "response_format": {"type": SECRET}}
         plain = {name: value for name, value in body.items() if name not in ("guided_regex", "response_format")}
-        for endpoint in server.app.endpoints:
-            path = endpoint.path.replace("{name:path}", "x")
-            for sent in (plain, plain | {"stream": True}, body, body | {"temperature": SECRET}, {SECRET: SECRET}):
-                httpx.request(endpoint.method, server.url + path, json=sent, headers=headers)
-            httpx.request(endpoint.method, server.url + path, headers={"authorization": f"Bearer x{SECRET}"})
+        with httpx.Client(base_url=server.url) as client:
+            for endpoint in server.app.endpoints:
+                path = endpoint.path.replace("{name:path}", "x")
+                for sent in (plain, plain | {"stream": True}, body, body | {"temperature": SECRET}, {SECRET: SECRET}):
+                    client.request(endpoint.method, path, json=sent, headers=headers)
+                client.request(endpoint.method, path, headers={"authorization": f"Bearer x{SECRET}"})
         server.door.script = Script(refusal=RuntimeError(SECRET))
         httpx.post(server.url + "/v1/chat/completions", json=plain, headers=headers)
         figures = httpx.get(server.url + "/metrics", headers=headers).text
