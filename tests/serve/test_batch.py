@@ -106,7 +106,7 @@ def test_the_same_id_twice_is_an_error(files):
     write(files[0], line("a"), line("b"), line("a"))
     count, door = run(files, concurrency=1)
     assert (count.answered, count.failed, len(door.asked)) == (2, 1, 2)
-    assert "line 1 already" in [each["error"] for each in results(files[1]) if each["error"]][0]["message"]
+    assert "line 1 already" in next(each["error"] for each in results(files[1]) if each["error"])["message"]
     assert run(files)[0].skipped == 3
 
 
