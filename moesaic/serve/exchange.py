@@ -142,9 +142,9 @@ class Call:
         # With keys, a client may stand back behind others, but not step in front of them.
         wish = max(0, ask.priority) if self.app.keys.wanted and not self.key.admin else ask.priority
         ask = replace(ask, tenant=self.key.name, priority=wish + self.key.priority)
-        if self._watches:  # the first is what ``begin`` counted
+        if len(self._watches) >= self._begun:  # the first is the request itself, which was counted
             self.begin()
-        watch = Watch(self.app.metrics, self.app.settings, ask, self._span(ask))
+        watch = Watch(self.app.metrics, self.app.settings, ask, self._span(ask), self._settle_early)
         self._watches.append(watch)
         answers = await watch.admitted(self.door.ask(ask))
         self.running.append(answers)
@@ -177,6 +177,11 @@ class Call:
         self.running.clear()
         self._watches.clear()
         self._begun = self.spent = 0
+
+    def _settle_early(self) -> None:
+        """Settle as soon as all has been said: who has heard the end may come again at once."""
+        if all(watch.ended for watch in self._watches):
+            self.close()
 
 
 def header(scope: Scope, name: bytes) -> str | None:
