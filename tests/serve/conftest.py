@@ -52,7 +52,7 @@ class ScriptedAnswers:
         scored = self._ask.sampling.get("prompt_logprobs") is not None
         prompt = (Mark(1, "<s>", True), Mark(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
         for index in range(count):
-            yield Begun(index, prompt)
+            yield Begun(index, prompt, 2)
         most = self._ask.sampling.get("max_tokens") or len(self._script.pieces)
         for place, text in enumerate(self._script.pieces[:most]):
             for index in range(count):

@@ -12,6 +12,7 @@ import pytest
 
 from moesaic.door import Ended, Load
 from moesaic.errors import NumericalError, Overloaded
+from moesaic.serve.app import App
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
 from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
@@ -236,7 +237,19 @@ def test_who_waits_too_long_for_his_turn_is_told_to_come_back(stream):
         assert server.door.cancelled == 1
 
 
+def test_who_waits_too_long_to_be_let_in_at_all_is_told_to_come_back():
+    class Closed(Scripted):
+        async def ask(self, ask):
+            await asyncio.Event().wait()
+
+    with running(Closed, Settings(queue_seconds=0.2)) as server:
+        answer = post(server, CHAT)
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+
+
 def test_a_turn_that_has_come_is_not_waited_for():
+    with running(lambda: Scripted(Script(pause=0.2)), Settings(queue_seconds=0.3)) as server:
+        assert post(server, CHAT).status_code == 200
     with running(lambda: Scripted(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=1.5)) as server:
         answer = post(server, CHAT)
         assert answer.status_code == 504 and server.door.cancelled == 1
@@ -248,7 +261,7 @@ def test_an_answer_that_takes_too_long_is_an_event_in_a_stream():
         assert answer.status_code == 200 and "[DONE]" not in answer.text
         last = json.loads(answer.text.split("data: ")[-1])
         assert last["error"]["code"] == 504
-        assert server.door.cancelled == 1
+        eventually(lambda: server.door.cancelled == 1)
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
@@ -328,7 +341,32 @@ def test_tokens_are_paid_for_by_those_who_leave_too():
         with Raw(server) as raw:
             raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
         eventually(lambda: server.app.running == 0)
+        assert server.app.keys._tokens["anna"].left == 1 - (2 + 1)  # the prompt, and the one token that came
         assert post(server, CHAT, headers=ANNA).status_code == 429
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_share_is_given_back_before_the_end_is_heard(stream):
+    keys, running_then = limited(concurrent=1), []
+    body = json.dumps(CHAT | {"stream": stream}).encode()
+    fields = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"authorization", b"Bearer k")]
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": fields, "query_string": b"", "root_path": ""}
+    coming = [{"type": "http.request", "body": body}]
+
+    async def receive():
+        return coming.pop() if coming else await asyncio.Event().wait()
+
+    async def send(message):
+        if b"[DONE]" in message.get("body", b"") or (
+            b"chat.completion" in message.get("body", b"")[:200] and not stream
+        ):
+            running_then.append(dict(keys._running))
+
+    async def main():
+        await App(Scripted(), keys=keys)(scope, receive, send)
+
+    asyncio.run(main())
+    assert running_then == [{}]
 
 
 def test_a_client_cannot_step_in_front_of_others():

@@ -24,6 +24,7 @@ from tests.serve.raw import CHAT, Raw, eventually
 MARGIN = 5.0
 """Seconds beyond a deadline in which even a loaded machine must have kept it."""
 QUICK = Settings(header_seconds=0.4, body_seconds=0.4, idle_seconds=0.4, reader_seconds=0.4)
+POST = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 JSON = {"content-type": "application/json"}
 LOCKED = Keys((Key("anna", "0" * 64),))
 
@@ -162,6 +163,16 @@ def test_a_body_that_is_announced_too_long_is_refused_before_it_is_read(usual):
     assert answer.status_code == 413, "it was read while the client was still writing"
 
 
+def test_what_follows_a_refusal_is_read_for_a_while(usual):
+    """Closing on unread data is a reset, which may destroy the answer before the client has read it."""
+    with Raw(usual) as raw:
+        raw.send(POST + "Content-Length: 5000000\r\n\r\n")
+        raw.until(b"}")
+        for _ in range(64):
+            raw.send(b"x" * 16_384)
+        assert raw.socket.recv(1) == b""
+
+
 def test_chunks_beyond_the_limit_are_cut_off(usual):
     with Raw(usual) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
@@ -205,7 +216,6 @@ def test_compressed_bodies_are_refused(usual, coding):
 
 # Smuggling
 
-POST = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 SMUGGLED = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -230,6 +240,7 @@ SMUGGLED = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
         POST + "Transfer-Encoding: chunked\r\n\r\n0x1\r\nx\r\n0\r\n\r\n" + SMUGGLED,
         POST + "Transfer-Encoding: chunked\r\n\r\n2\r\n{}0\r\n\r\n" + SMUGGLED,
         POST + "Transfer-Encoding: chunked\r\n\r\n2\n{}\n0\n\n" + SMUGGLED,
+        POST.replace("v1/embeddings", "nothing") + "Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         POST + "X: 1\r\n folded\r\nContent-Length: 2\r\n\r\n{}",
         POST + "X\0: 1\r\nContent-Length: 2\r\n\r\n{}",
         POST + "X: a\0b\r\nContent-Length: 2\r\n\r\n{}",
@@ -349,6 +360,17 @@ def test_a_whole_answer_that_nobody_takes_is_dropped():
         eventually(lambda: server.door.cancelled)
         eventually(lambda: not connections)
         raw.__exit__()
+
+
+def test_what_is_left_of_an_answer_when_the_connection_is_closed_is_dropped():
+    """Of one of these sizes a little is left that the system did not take, and nothing more is ever written."""
+    pieces = Script(pieces=("x" * 32_000,) * 48)
+    with running(lambda: Scripted(pieces), QUICK) as server:
+        connections = server.front.server_state.connections
+        for most in range(4, 49):
+            Raw(server, receive_buffer=4096).post(CHAT | {"max_tokens": most}, "Connection: close")
+        eventually(lambda: len(server.door.asked) == 45)
+        eventually(lambda: not connections, 40)
 
 
 def test_requests_in_a_row_whose_answers_nobody_takes_are_dropped():
