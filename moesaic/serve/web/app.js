@@ -77,8 +77,6 @@ function heedKey(event) {
   else chat.stop();
 }
 
-chat.addEventListener("opened", writeAddress);
-chat.addEventListener("stored", writeAddress);
 chat.addEventListener("notice", (event) => notify(/** @type {CustomEvent} */ (event).detail));
 chat.addEventListener("failed", (event) => {
   void explain(/** @type {CustomEvent} */ (event).detail, () => {
@@ -113,6 +111,8 @@ byId("key-change").addEventListener("click", async () => {
 offerThemes();
 await chat.recover();
 await readAddress();
-await Promise.all([sidebar.show(), loadModels()]);
+chat.addEventListener("opened", writeAddress); // only now: the address had to be read first
+chat.addEventListener("stored", writeAddress);
 writeAddress();
+await Promise.all([sidebar.show(), loadModels()]);
 if (matchMedia("(hover: hover)").matches && !document.querySelector("dialog[open]")) composer.focus();

@@ -24,6 +24,8 @@ const SAVE_EVERY = 1000; // ms, while an answer is being written
 export class Chat extends EventTarget {
   /** @type {Set<Generation>} */
   #running = new Set();
+  /** @type {Map<Conversation, number>} what is not on disk yet, and how often it is waiting for that */
+  #saving = new Map();
   /** Whether another tab is writing the answer of the open conversation. */
   elsewhere = false;
   store = new Store((change) => this.#changedElsewhere(change));
@@ -31,7 +33,10 @@ export class Chat extends EventTarget {
 
   constructor() {
     super();
-    addEventListener("pagehide", () => this.#running.forEach(({ conversation }) => rescue(conversation)));
+    addEventListener("pagehide", () => {
+      const running = [...this.#running].map(({ conversation }) => conversation);
+      for (const conversation of new Set([...running, ...this.#saving.keys()])) rescue(conversation);
+    });
   }
 
   /** @param {string} name @param {unknown} [detail] */
@@ -52,7 +57,6 @@ export class Chat extends EventTarget {
   /** Takes in what an earlier page was writing when it was left. */
   async recover() {
     await this.#guarded(() => recover(this.store));
-    this.#tell("stored");
   }
 
   /** Begins a new conversation with the model and the settings used last. */
@@ -232,7 +236,11 @@ export class Chat extends EventTarget {
   /** @param {Conversation} conversation @param {boolean} [live] */
   async #save(conversation, live = false) {
     const { id } = conversation;
+    this.#saving.set(conversation, (this.#saving.get(conversation) ?? 0) + 1);
     const outcome = await this.#guarded(() => this.store.save(conversation, live));
+    const waiting = /** @type {number} */ (this.#saving.get(conversation)) - 1;
+    if (waiting > 0) this.#saving.set(conversation, waiting);
+    else this.#saving.delete(conversation);
     if (outcome === "copied") {
       this.#tell("notice", "This conversation went on in another tab. What was said here is kept as a copy.");
     }

@@ -3,7 +3,8 @@
 import { byId } from "./dom.js";
 import { fit } from "./message.js";
 
-const NUMBERS = new Intl.NumberFormat("en");
+const NUMBERS = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const TENTHS = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
 export class Composer {
   #input = /** @type {HTMLTextAreaElement} */ (byId("input"));
@@ -82,7 +83,7 @@ export class Composer {
 
   #showProgress() {
     const { tokens, rate, prompt } = this.#progress();
-    const speed = rate === null ? "" : ` · ${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`;
+    const speed = rate === null ? "" : ` · ${(rate < 100 ? TENTHS : NUMBERS).format(rate)} tokens/s`;
     byId("speed").textContent = tokens === 0 ? "" : `${NUMBERS.format(tokens)} tokens${speed}`;
     const limit = this.model()?.context ?? null;
     byId("context").hidden = limit === null || prompt === 0;

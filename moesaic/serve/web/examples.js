@@ -158,6 +158,28 @@ export const LANGUAGES = Object.freeze([
     ],
   },
   {
+    language: "Français",
+    code: "fr",
+    examples: [
+      {
+        name: "Assistant",
+        about: "Des réponses claires et honnêtes",
+        system:
+          "Tu es un assistant serviable et honnête. Réponds en français, clairement et sans détour. Si tu n'es pas " +
+          "sûr de quelque chose, dis-le.",
+        start: "Que visiter à Lisbonne un jour de pluie ?",
+      },
+      {
+        name: "Traductrice",
+        about: "De toute langue vers le français",
+        system:
+          "Tu es traductrice. Traduis en français naturel tout ce que l'utilisateur écrit. Garde le ton et la mise en " +
+          "forme. Réponds uniquement par la traduction.",
+        start: "Better late than never.",
+      },
+    ],
+  },
+  {
     language: "中文",
     code: "zh",
     examples: [
@@ -184,28 +206,6 @@ export const LANGUAGES = Object.freeze([
         about: "一步一步地讲解",
         system: "你是一位有耐心的老师。请用中文一步一步地讲解,举一个生活中的例子,最后提一个问题来检查是否理解。",
         start: "为什么月亮会有圆缺?",
-      },
-    ],
-  },
-  {
-    language: "Français",
-    code: "fr",
-    examples: [
-      {
-        name: "Assistant",
-        about: "Des réponses claires et honnêtes",
-        system:
-          "Tu es un assistant serviable et honnête. Réponds en français, clairement et sans détour. Si tu n'es pas " +
-          "sûr de quelque chose, dis-le.",
-        start: "Que visiter à Lisbonne un jour de pluie ?",
-      },
-      {
-        name: "Traductrice",
-        about: "De toute langue vers le français",
-        system:
-          "Tu es traductrice. Traduis en français naturel tout ce que l'utilisateur écrit. Garde le ton et la mise en " +
-          "forme. Réponds uniquement par la traduction.",
-        start: "Better late than never.",
       },
     ],
   },

@@ -33,8 +33,28 @@ const MARKER = /^( *)([-*+]|(\d{1,9})[.)])(?:( +)(.*))?$/;
  * @returns {{line: number, block: Block}[]}
  */
 export function parse(source) {
-  return new Blocks(source.split(/\r\n|\r|\n/), 0).parse();
+  return new Blocks(splitLines(source), 0).parse();
 }
+
+/**
+ * Returns the place of the first block that may become another one when more text follows.
+ *
+ * It is the last that begins in a whole line: what begins in the unfinished one may yet turn out to belong to
+ * it (a lone "2" becomes "2. next item"), unless an empty line lies between and it is no list.
+ * @param {string} source
+ * @param {{line: number, block: Block}[]} found what `parse` has found in it
+ * @returns {number}
+ */
+export function undecided(source, found) {
+  const lines = splitLines(source);
+  const last = found.findLastIndex(({ line }) => line < lines.length - 1);
+  const begun = found[last + 1];
+  const apart = last >= 0 && begun && found[last].block.type !== "list" && isBlank(lines[begun.line - 1]);
+  return apart ? last + 1 : Math.max(0, last);
+}
+
+/** @param {string} source @returns {string[]} */
+const splitLines = (source) => source.split(/\r\n|\r|\n/);
 
 /** @param {string[]} lines @param {number} depth @returns {Block[]} */
 const parseNested = (lines, depth) => new Blocks(lines, depth).parse().map((found) => found.block);

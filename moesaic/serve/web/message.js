@@ -40,6 +40,7 @@ export class MessageView {
     );
     this.#show();
     this.#tools.append(...this.#buttons(answer));
+    if (answer && message.model) this.#tools.append(element("span", { class: "by" }, message.model));
   }
 
   #show() {
@@ -61,9 +62,14 @@ export class MessageView {
     return [copyButton, edit, iconButton("again", "Regenerate", () => actions.regenerate(message))];
   }
 
-  /** Shows what has been added to the text; returns the nodes that will not change any more. */
+  /** Shows what has been added to the text. */
   grow() {
-    return this.#markdown?.grow(this.message.content) ?? [];
+    this.#markdown?.grow(this.message.content);
+  }
+
+  /** @returns {HTMLElement[]} the paragraphs that have been completed since the last call */
+  takeSettled() {
+    return this.#markdown?.takeSettled() ?? [];
   }
 
   /** @returns {readonly HTMLElement[]} the end of the text, which may still change */

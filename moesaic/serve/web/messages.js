@@ -69,15 +69,18 @@ export class MessagesView {
         busy: generation !== undefined,
       });
     });
-    if (generation && !generation.begun) this.#wait();
+    if (generation && !generation.begun) this.#wait(generation.message);
     if (this.chat.elsewhere) this.#root.append(element("p", { class: "elsewhere" }, "The answer is being written in another tab."));
     const other = this.#opened !== conversation.id;
     this.#opened = conversation.id;
-    if (other || generation) this.#scroller.pin();
+    if (views.length === 0) this.#scroller.reset();
+    else if (other || generation) this.#scroller.pin();
     else this.#scroller.follow();
   }
 
-  #wait() {
+  /** @param {Message} message */
+  #wait(message) {
+    this.#viewOf(message).takeSettled(); // what is continued has been read
     this.#root.append(this.#waiting);
     this.#spoken.replaceChildren(element("p", {}, "Answering"));
   }
@@ -105,8 +108,10 @@ export class MessagesView {
     const { generation } = this.chat;
     if (!generation?.begun) return;
     this.#waiting.remove();
-    if (!this.#viewOf(generation.message).node.isConnected) this.show();
-    this.#speak(this.#viewOf(generation.message).grow());
+    const view = this.#viewOf(generation.message);
+    if (view.node.isConnected) view.grow();
+    else this.show();
+    this.#speak(view.takeSettled());
     this.#scroller.follow();
   }
 
@@ -123,7 +128,8 @@ export class MessagesView {
     this.show();
     const last = this.chat.conversation.messages.at(-1);
     if (last?.role !== "assistant") return;
-    this.#speak(this.#viewOf(last).tail);
+    const view = this.#viewOf(last);
+    this.#speak([...view.takeSettled(), ...view.tail]);
     this.#spoken.append(element("p", {}, last.cut ? "The answer is not complete." : "End of the answer."));
   }
 

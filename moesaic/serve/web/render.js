@@ -5,7 +5,7 @@
  */
 
 import { element, icon } from "./dom.js";
-import { parse } from "./markdown.js";
+import { parse, undecided } from "./markdown.js";
 
 /** @typedef {import("./markdown.js").Block} Block @typedef {import("./markdown.js").Span} Span */
 
@@ -21,6 +21,8 @@ export class MarkdownView {
   /** @type {Block | null} the block of the last of them */
   #last = null;
   #source = "";
+  /** @type {HTMLElement[]} settled, and not taken yet */
+  #fresh = [];
 
   /** @param {HTMLElement} root */
   constructor(root) {
@@ -30,39 +32,31 @@ export class MarkdownView {
   /**
    * Shows `source`, which continues what was shown before.
    * @param {string} source
-   * @returns {HTMLElement[]} the nodes that have been settled by it
    */
   grow(source) {
-    if (source === this.#source) return [];
+    if (source === this.#source) return;
     this.#source = source;
     const rest = source.slice(this.#settled);
     const found = parse(rest);
-    const kept = this.#lastBegun(found, rest);
-    if (found.length === 1 && this.#tail.length === 1 && this.#appendCode(found[0].block)) return [];
+    const kept = undecided(rest, found);
+    if (found.length === 1 && this.#tail.length === 1 && this.#appendCode(found[0].block)) return;
     for (const node of this.#tail) node.remove();
     const nodes = found.map(({ block }) => renderBlock(block));
     this.root.append(...nodes);
     this.#tail = nodes.slice(kept);
     this.#last = found.at(-1)?.block ?? null;
     if (kept > 0) this.#settled += offsetOfLine(rest, found[kept].line);
-    return nodes.slice(0, kept);
+    this.#fresh.push(...nodes.slice(0, kept));
+  }
+
+  /** @returns {HTMLElement[]} the nodes that have been settled since the last call */
+  takeSettled() {
+    return this.#fresh.splice(0);
   }
 
   /** @returns {readonly HTMLElement[]} the nodes that are not settled, which is what an answer ends with */
   get tail() {
     return this.#tail;
-  }
-
-  /**
-   * Returns which block the text may still change: the last that begins in a whole line. A block that begins
-   * in the unfinished line may yet turn out to belong to the one before.
-   * @param {{line: number, block: Block}[]} found
-   * @param {string} rest
-   * @returns {number}
-   */
-  #lastBegun(found, rest) {
-    const unfinished = (rest.match(/\r\n|\r|\n/g) ?? []).length;
-    return Math.max(0, found.findLastIndex(({ line }) => line < unfinished));
   }
 
   /** @param {Block} block @returns {boolean} whether it is the code shown last, and only had to be lengthened */

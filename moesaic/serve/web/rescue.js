@@ -9,7 +9,7 @@ import { put, storage } from "./preferences.js";
 
 const PREFIX = "moesaic.rescue.";
 
-/** @param {Conversation} conversation one whose answer is being written */
+/** @param {Conversation} conversation one that is not stored as it is now */
 export function rescue(conversation) {
   put(storage("localStorage"), PREFIX + conversation.id, JSON.stringify(conversation));
 }
@@ -26,7 +26,7 @@ export async function recover(store) {
     area?.removeItem(name);
     const stored = await store.get(left.id);
     // Removed, or gone on with, in another tab: then that holds.
-    if (stored ? !continues(left, stored) : left.revision > 0) continue;
+    if (stored ? stored.revision !== left.revision && !continues(left, stored) : left.revision > 0) continue;
     await store.save({ ...left, revision: stored?.revision ?? 0 });
   }
 }

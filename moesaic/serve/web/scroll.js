@@ -27,7 +27,14 @@ export class Scroller {
     if (left < NEAR) this.#pinned = true;
     else if (scrollTop < this.#before) this.#pinned = false; // only the reader scrolls up
     this.#before = scrollTop;
-    this.button.hidden = this.#pinned;
+    this.#offer();
+  }
+
+  /** Goes to the beginning, where there is nothing to follow. */
+  reset() {
+    this.#pinned = false;
+    this.area.scrollTop = 0;
+    this.button.hidden = true;
   }
 
   /** Goes to the end and stays there. */
@@ -39,6 +46,10 @@ export class Scroller {
   /** Goes to the end if the reader is there. */
   follow() {
     if (this.#pinned) this.area.scrollTop = this.area.scrollHeight;
-    this.button.hidden = this.#pinned;
+    this.#offer();
+  }
+
+  #offer() {
+    this.button.hidden = this.#pinned || this.area.querySelector("article") === null;
   }
 }

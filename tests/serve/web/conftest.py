@@ -79,6 +79,12 @@ class Chat:
         """The texts of all messages."""
         return [text.strip() for text in self.page.locator("#messages article .body").all_inner_texts()]
 
+    def listed(self, *titles: str) -> None:
+        """Wait until these are the conversations in the list, in this order."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator("#conversations a")).to_have_text(list(titles), timeout=20_000)
+
     def reload(self) -> None:
         self.page.reload()
         self.ready()

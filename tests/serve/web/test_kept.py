@@ -13,10 +13,6 @@ from tests.serve.web.conftest import Chat, Open
 from tests.serve.web.stub import Server, says
 
 
-def titles(chat: Chat) -> list[str]:
-    return chat.page.locator("#conversations a").all_inner_texts()
-
-
 def take(chat: Chat, path: Path) -> None:
     chat.page.locator("#file").set_input_files(path)
 
@@ -43,12 +39,12 @@ def test_a_list_of_conversations(chat: Chat, server: Server) -> None:
     chat.button("New conversation").click()
     chat.page.locator("#welcome:visible").wait_for()
     chat.ask("About pears")
-    assert titles(chat) == ["About pears", "About apples"]
+    chat.listed("About pears", "About apples")
     chat.page.get_by_role("link", name="About apples").click()
     chat.wait_for("You said: About apples")
     chat.page.get_by_label("Search conversations").fill("SAID: about pe")
     chat.page.get_by_role("link", name="About apples").wait_for(state="detached")
-    assert titles(chat) == ["About pears"]
+    chat.listed("About pears")
     chat.page.get_by_label("Search conversations").fill("plums")
     chat.page.get_by_text("Nothing found").wait_for()
 
@@ -105,7 +101,7 @@ def test_two_tabs_do_not_overwrite_each_other(open_chat: Open, server: Server) -
     assert one.said[-1] == "From the first, done"
     assert other.said[-1] == "From the second"
     one.reload()
-    assert sorted(titles(one)) == ["Shared", "Shared (copy)"]
+    one.listed("Shared", "Shared (copy)")
 
 
 def test_two_tabs_with_two_conversations(open_chat: Open, server: Server) -> None:
@@ -120,7 +116,7 @@ def test_two_tabs_with_two_conversations(open_chat: Open, server: Server) -> Non
     other.page.get_by_role("link", name="First").wait_for()
     for chat in (one, other):
         chat.reload()
-        assert sorted(titles(chat)) == ["First", "Second"]
+        chat.listed("Second", "First")
 
 
 def test_deleted_in_another_tab(open_chat: Open) -> None:
@@ -149,7 +145,7 @@ def test_export_and_import(chat: Chat, tmp_path: Path) -> None:
     chat.page.get_by_text("Conversations are kept in this browser only.").wait_for()
     take(chat, path)
     chat.page.get_by_text("2 conversations were imported.").wait_for()
-    assert titles(chat) == ["Zweite", "Grüße 🐇"]
+    chat.listed("Zweite", "Grüße 🐇")
     chat.page.get_by_role("link", name="Grüße").click()
     chat.wait_for("You said: Grüße 🐇")
 
@@ -189,7 +185,7 @@ def test_a_bad_file_gives_one_message(chat: Chat, tmp_path: Path, content: bytes
     take(chat, path)
     chat.page.locator(".notice").get_by_text(message).wait_for()
     assert chat.page.locator(".notice").count() == 1
-    assert titles(chat) == []
+    chat.listed()
 
 
 def test_a_full_store_says_so(chat: Chat, tmp_path: Path) -> None:
@@ -198,4 +194,4 @@ def test_a_full_store_says_so(chat: Chat, tmp_path: Path) -> None:
     path.write_text(json.dumps({"moesaic": 1, "conversations": [said] * 1001}))
     take(chat, path)
     chat.page.get_by_text("No room for more: at most 1000 conversations").wait_for()
-    assert titles(chat) == []
+    chat.listed()
