@@ -55,10 +55,10 @@ async function explain(error, again) {
   if (error instanceof ApiError && error.status === 401) {
     const reason = error.message || "This server asks for an API key.";
     if (await askKey(reason)) again();
-    else messages.fail(reason);
+    else messages.fail(reason, again);
     return;
   }
-  messages.fail(/** @type {Error} */ (error).message);
+  messages.fail(/** @type {Error} */ (error).message, again);
 }
 
 async function loadModels() {
@@ -87,6 +87,9 @@ chat.addEventListener("failed", (event) => {
 chat.addEventListener("replaced", (event) => {
   const { count, undo } = /** @type {CustomEvent} */ (event).detail;
   notify(count === 1 ? "1 message was replaced." : `${count} messages were replaced.`, { label: "Undo", run: undo });
+});
+chat.addEventListener("ended", () => {
+  if (models.current && models.current.state !== "loaded") void loadModels(); // it has been loaded by the question
 });
 addEventListener("hashchange", () => void readAddress());
 addEventListener("popstate", () => void readAddress());

@@ -244,6 +244,9 @@ export class Chat extends EventTarget {
     if (outcome === "copied") {
       this.#tell("notice", "This conversation went on in another tab. What was said here is kept as a copy.");
     }
+    if (outcome === "removed" && !live && conversation === this.conversation) {
+      this.#tell("notice", "This conversation was deleted in another tab: what is said here now is not kept.");
+    }
     if (id !== conversation.id && conversation === this.conversation) this.#tell("opened");
     if (!live) this.#tell("stored");
   }

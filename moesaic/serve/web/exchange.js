@@ -63,7 +63,7 @@ function readOne(entry, where) {
   if (!Array.isArray(entry?.messages)) throw new ImportError(`This file is damaged: ${where} has no messages.`);
   const [system, ...rest] = entry.messages[0]?.role === "system" ? entry.messages : [null, ...entry.messages];
   if (system && typeof system.content !== "string") throw new ImportError(`This file is damaged: ${where}, system prompt.`);
-  const messages = rest.map((message, place) => readMessage(message, `${where}, message ${place + 1}`));
+  const messages = rest.map((/** @type {any} */ message, /** @type {number} */ place) => readMessage(message, `${where}, message ${place + 1}`));
   const title = typeof entry.title === "string" ? entry.title.slice(0, LONGEST_NAME) : "";
   return newConversation({
     title: title.trim() || titleOf(messages[0]?.content ?? "") || "Imported conversation",

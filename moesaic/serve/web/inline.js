@@ -6,15 +6,16 @@
  * one pass, nesting is bounded, and only addresses with a harmless scheme become links.
  */
 
+import { emphasize } from "./emphasis.js";
+
 /**
  * @typedef {{type: "text", text: string} | {type: "code", text: string} | {type: "break"}
  *   | {type: "strong" | "emphasis" | "strike", children: Span[]}
  *   | {type: "link", href: string, children: Span[]} | {type: "image", href: string | null, alt: string}} Span
- * @typedef {{char: string, count: number, opens: boolean, closes: boolean}} Run a run of `*`, `_` or `~`
+ * @typedef {import("./emphasis.js").Run} Run
  */
 
 const SCHEMES = new Set(["http:", "https:", "mailto:"]);
-const NESTING = 16;
 const OPEN_BRACKETS = 64;
 const ESCAPED = /[!-/:-@[-`{-~]/;
 const TARGET = /\(\s*(?:<([^<>\n]*)>|([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*))(?:\s+(?:"[^"\n]*"|'[^'\n]*'))?\s*\)/y;
@@ -179,8 +180,7 @@ class Inline {
     } else if (href === null) {
       this.#nodes.push(...inside, { type: "text", text: this.text.slice(start, this.#at) });
     } else {
-      const children = inside.slice(1).flatMap((node) => ("char" in node || node.type !== "link" ? [node] : node.children));
-      this.#nodes.push({ type: "link", href, children: emphasize(children) });
+      this.#nodes.push({ type: "link", href, children: emphasize(inside.slice(1).flatMap(unlink)) });
     }
   }
 
@@ -214,6 +214,9 @@ class Inline {
   }
 }
 
+/** @param {Span | Run} node @returns {(Span | Run)[]} what stands in a link, which holds no other link */
+const unlink = (node) => ("type" in node && node.type === "link" ? node.children : [node]);
+
 /** @param {string} text @param {number} at @returns {number} how often the character at `at` is repeated */
 function runLength(text, at) {
   let end = at + 1;
@@ -229,77 +232,3 @@ const isPunctuation = (char) => /[\p{P}\p{S}]/u.test(char);
 
 /** @param {string} outer @param {string} inner @returns {boolean} whether a run between them leans on `inner` */
 const flanks = (outer, inner) => !/\s/.test(inner) && (!isPunctuation(inner) || /\s/.test(outer) || isPunctuation(outer));
-
-/**
- * Pairs the runs of `*`, `_` and `~~` among the nodes (CommonMark's delimiter stack) and returns plain spans.
- * @param {(Span | Run)[]} nodes
- * @returns {Span[]}
- */
-function emphasize(nodes) {
-  /** @type {{run: Run, spans: Span[]}[]} runs that may still open something, and what follows each */
-  const stack = [];
-  /** @type {Span[]} */
-  const root = [];
-  const top = () => stack.at(-1)?.spans ?? root;
-  for (const node of nodes) {
-    if (!("char" in node)) {
-      top().push(node);
-      continue;
-    }
-    if (node.closes) closeRun(node, stack, root);
-    if (node.count > 0 && node.opens && stack.length < NESTING) stack.push({ run: node, spans: [] });
-    else if (node.count > 0) top().push({ type: "text", text: node.char.repeat(node.count) });
-  }
-  while (stack.length > 0) unopen(stack, root);
-  return join(root);
-}
-
-/**
- * Lets a closing run take as many openers as it has characters for.
- * @param {Run} run
- * @param {{run: Run, spans: Span[]}[]} stack
- * @param {Span[]} root
- */
-function closeRun(run, stack, root) {
-  while (run.count > 0) {
-    const place = stack.findLastIndex((entry) => entry.run.char === run.char);
-    if (place < 0) return;
-    while (stack.length > place + 1) unopen(stack, root);
-    const opener = /** @type {{run: Run, spans: Span[]}} */ (stack.at(-1));
-    const used = opener.run.count >= 2 && run.count >= 2 ? 2 : 1;
-    const type = run.char === "~" ? "strike" : used === 2 ? "strong" : "emphasis";
-    opener.spans = [{ type, children: join(opener.spans) }];
-    opener.run.count -= run.char === "~" ? 2 : used;
-    run.count -= run.char === "~" ? 2 : used;
-    if (opener.run.count <= 0) unopen(stack, root);
-  }
-}
-
-/**
- * Takes the last opener off the stack: what is left of it is text.
- * @param {{run: Run, spans: Span[]}[]} stack
- * @param {Span[]} root
- */
-function unopen(stack, root) {
-  const entry = stack.pop();
-  if (!entry) return;
-  const below = stack.at(-1)?.spans ?? root;
-  if (entry.run.count > 0) below.push({ type: "text", text: entry.run.char.repeat(entry.run.count) });
-  for (const span of entry.spans) below.push(span);
-}
-
-/**
- * Joins neighbouring texts.
- * @param {Span[]} spans
- * @returns {Span[]}
- */
-function join(spans) {
-  /** @type {Span[]} */
-  const joined = [];
-  for (const span of spans) {
-    const last = joined.at(-1);
-    if (span.type === "text" && last?.type === "text") last.text += span.text;
-    else joined.push(span.type === "text" ? { ...span } : span);
-  }
-  return joined;
-}

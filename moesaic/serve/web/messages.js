@@ -136,11 +136,14 @@ export class MessagesView {
   /**
    * Shows below the messages what went wrong.
    * @param {string} text
+   * @param {() => void} again what may help
    */
-  fail(text) {
-    const again = textButton("Try again", "quiet-button", () => this.chat.proceed());
-    const failure = element("div", { class: "failure", role: "alert" }, element("span", {}, text));
-    if (this.chat.conversation.messages.length > 0) failure.append(again);
+  fail(text, again) {
+    const retry = textButton("Try again", "quiet-button", () => {
+      failure.remove();
+      again();
+    });
+    const failure = element("div", { class: "failure", role: "alert" }, element("span", {}, text), retry);
     this.#root.querySelector(".failure")?.remove();
     this.#root.append(failure);
     this.#scroller.follow();

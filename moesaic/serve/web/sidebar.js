@@ -16,12 +16,16 @@ export class Sidebar {
   #file = /** @type {HTMLInputElement} */ (byId("file"));
   #renaming = false;
   #asked = 0;
+  #typing = 0;
 
   /** @param {import("./chat.js").Chat} chat @param {() => void} onOpen called when the reader chooses a conversation */
   constructor(chat, onOpen) {
     this.chat = chat;
     this.onOpen = onOpen;
-    this.#search.addEventListener("input", () => void this.show());
+    this.#search.addEventListener("input", () => {
+      clearTimeout(this.#typing); // a search reads everything, so it waits for the end of the word
+      this.#typing = setTimeout(() => void this.show(), 200);
+    });
     byId("import").addEventListener("click", () => this.#file.click());
     this.#file.addEventListener("change", () => void this.#import());
     byId("export-all").addEventListener("click", () => void this.#exportAll());
@@ -46,7 +50,9 @@ export class Sidebar {
     const focused = document.activeElement?.closest("li")?.dataset.id;
     const { busy } = this.chat;
     this.#list.replaceChildren(...shown.map((summary) => this.#row(summary, busy.has(summary.id))));
-    if (focused) this.#list.querySelector(`[data-id="${CSS.escape(focused)}"] a`)?.focus();
+    /** @type {HTMLElement | null} */
+    const again = focused ? this.#list.querySelector(`[data-id="${CSS.escape(focused)}"] a`) : null;
+    again?.focus();
     this.#empty.hidden = shown.length > 0;
     this.#empty.textContent = wanted ? "Nothing found" : "Conversations are kept in this browser only.";
   }

@@ -22,6 +22,9 @@ document.addEventListener("securitypolicyviolation", (event) => {
 });
 """
 
+# No sandbox, because containers forbid it one; what is shown here comes from the tests alone.
+ARGUMENTS = ["--no-sandbox", "--host-resolver-rules=MAP chat.test 127.0.0.1"]
+
 
 @pytest.fixture
 def server() -> Iterator[Server]:
@@ -40,8 +43,7 @@ def browser() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        # Without a sandbox, because containers forbid it one; what is shown here comes from the tests alone.
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         yield started
         started.close()
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tests.serve.web.conftest import Chat, Open
 from tests.serve.web.stub import Answer, Server, says
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
 
 
 def test_an_answer_comes_piece_by_piece(chat: Chat, server: Server) -> None:
@@ -181,6 +186,34 @@ def test_copying(chat: Chat, server: Server) -> None:
     chat.page.locator("article.assistant .tools").get_by_role("button", name="Copy").click()
     chat.page.locator(".tools use[href='#icon-check']").wait_for(state="attached")
     assert chat.page.evaluate("navigator.clipboard.readText()") == "So:\n\n```python\nprint('<b>')\n```\n"
+
+
+def test_over_plain_http(open_chat: Open, server: Server) -> None:
+    """From another machine, where browsers offer neither clipboard nor locks nor random UUIDs."""
+    server.url = server.url.replace("127.0.0.1", "chat.test")
+    chat = open_chat()
+    assert chat.page.evaluate("[isSecureContext, typeof navigator.clipboard]") == [False, "undefined"]
+    chat.ask("Hello")
+    chat.page.locator("article.assistant .tools").get_by_role("button", name="Copy").click()
+    chat.page.locator(".tools use[href='#icon-check']").wait_for(state="attached")
+    chat.page.locator("#input").focus()
+    chat.page.keyboard.press("Control+V")
+    assert chat.page.locator("#input").input_value() == "You said: Hello"
+    chat.stored("You said: Hello")
+    chat.reload()
+    assert chat.said == ["Hello", "You said: Hello"]
+
+
+def test_where_nothing_can_be_stored(context: BrowserContext, open_chat: Open) -> None:
+    context.add_init_script("""
+      for (const name of ["indexedDB", "localStorage", "sessionStorage"]) {
+        Object.defineProperty(window, name, { get() { throw new DOMException("no", "SecurityError"); } });
+      }
+    """)
+    chat = open_chat()
+    chat.ask("Hello")
+    chat.page.get_by_text("This browser stores nothing for this page").wait_for()
+    assert chat.said == ["Hello", "You said: Hello"]
 
 
 def test_with_the_keyboard_alone(chat: Chat, server: Server) -> None:
