@@ -161,7 +161,7 @@ def _bench_kernels(args: argparse.Namespace) -> int:
 
 def _bench_peers(args: argparse.Namespace) -> int:
     from moesaic import pull
-    from moesaic.bench import chart, compare, limits, report
+    from moesaic.bench import chart, compare, limits, plotting, report
     from moesaic.ops import native
 
     def say(line: str) -> None:
@@ -172,7 +172,7 @@ def _bench_peers(args: argparse.Namespace) -> int:
     if args.threads is not None:
         plan = replace(plan, threads=args.threads)
     if args.plot:
-        chart.check(args.plot)
+        plotting.check(args.plot)
     most = partial(limits.measure, report=say) if native.why_not("linear", "cpu", "int4") is None else None
     work = args.work or pull.cache() / "bench"
     found = compare.compare(pairs, work, plan=plan, pythons=pythons, limits=most, report=say)
