@@ -89,6 +89,7 @@ def figures(run: Run, promised: dict[str, float]) -> dict[str, Any]:
         "max_concurrency": run.load.concurrency,
         "num_prompts": len(run.records),
         "duration": seconds,
+        "interrupted": run.interrupted,
         "completed": len(good),
         "failed": len(run.records) - len(good),
         "failures": dict(Counter(record.failure for record in run.records if record.failure)),

@@ -42,6 +42,8 @@ def lines(found: Sequence[Figures]) -> Iterator[str]:
     yield from _one(found[0]) if len(found) == 1 else _several(found)
     for each in found:
         where = "" if len(found) == 1 else f" with {setting(each)}"
+        if each["interrupted"]:
+            yield f"interrupted{where}: only what had ended by then is counted"
         if each["failures"]:
             yield f"failed{where}: {', '.join(f'{count} x {kind}' for kind, count in each['failures'].items())}"
         if each["warning"]:
@@ -141,7 +143,7 @@ def _distributions(axes: Any, run: Run) -> None:
 
 def _course(axes: Any, found: Sequence[Figures]) -> None:
     closed = found[0]["max_concurrency"] is not None
-    at = [each["max_concurrency"] if closed else float(each["request_rate"]) for each in found]
+    labels = [str(each["max_concurrency"] if closed else each["request_rate"]) for each in found]
     panels = (
         ("tokens/s of all", (("output_throughput", "output"), ("total_token_throughput", "with prompts"))),
         ("tokens/s of a stream", (("mean_stream_throughput", "mean"), ("p10_stream_throughput", "p10"))),
@@ -153,10 +155,9 @@ def _course(axes: Any, found: Sequence[Figures]) -> None:
     )
     for axis, (title, curves) in zip(axes, panels, strict=True):
         for (key, label), colour in zip(curves, COLOURS, strict=False):
-            axis.plot(at, [_gap(each[key]) for each in found], marker="o", color=colour, label=label)
+            axis.plot(range(len(found)), [_gap(each[key]) for each in found], marker="o", color=colour, label=label)
         axis.set_ylim(bottom=0)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(at, [f"{each:g}" for each in at])
+        axis.set_xticks(range(len(found)), labels)
         axis.legend(fontsize="small", frameon=False)
         _dress(axis, title, "requests at once" if closed else "requests a second")
 

@@ -130,6 +130,8 @@ class Run:
     """How late the client's timer was, in seconds, again and again."""
     cpu: float = 0.0
     """Seconds of processor time that the client took."""
+    interrupted: bool = False
+    """Whether somebody ended it early; what was running then is no record."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ async def measure(endpoint: Endpoint, asks: Iterator[Ask], load: Load, watch: Wa
         asks: what.
         load: when.
         watch: called about once a second.
+
+    Cancelled, it returns what is there by then.
 
     Raises:
         InvalidRequest: no warm-up was answered, or so many files cannot be open.
@@ -224,6 +228,8 @@ class _Crowd:
         ticker = asyncio.create_task(self._tick(watch))
         try:
             await (self._closed() if times is None else self._open(times))
+        except asyncio.CancelledError:
+            run.interrupted = True
         finally:
             ticker.cancel()
         run.ended, run.cpu = clock(), time.process_time() - cpu
@@ -234,6 +240,7 @@ class _Crowd:
         async with asyncio.TaskGroup() as users:
             for _ in range(self._load.concurrency or 0):
                 users.create_task(self._user())
+                await asyncio.sleep(0)  # or all would begin before the first has sent anything
 
     async def _user(self) -> None:
         until = math.inf if self._load.duration is None else self._run.began + self._load.duration

@@ -65,6 +65,10 @@ class Found:
     def failed(self) -> int:
         return sum(each["failed"] for each in self.figures)
 
+    @property
+    def interrupted(self) -> bool:
+        return self.runs[-1].interrupted
+
     def record(self, command: str) -> dict[str, Any]:
         """Return all of it for a file: of one load flat, as vLLM's benchmark writes it; of several in ``settings``."""
         origin = report.record(command, {})
@@ -81,7 +85,7 @@ async def sweep(
     promised: dict[str, float] | None = None,
     watch: Callable[[Load, Standing], object] | None = None,
 ) -> Found:
-    """Put each of ``loads`` on a server.
+    """Put each of ``loads`` on a server; cancelled, return what is there by then.
 
     Args:
         target: the server.
@@ -106,6 +110,8 @@ async def sweep(
         for number, load in enumerate(loads):
             tell = None if watch is None else lambda standing, load=load: watch(load, standing)
             runs.append(await measure(endpoint, work.asks(str(number)), load, tell))
+            if runs[-1].interrupted:
+                break
     about = {
         "backend": endpoint.name,
         "model_id": endpoint.model,

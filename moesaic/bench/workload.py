@@ -100,7 +100,8 @@ class Words:
             raise InvalidParameter("shared_prefix_tokens", what)
 
     def asks(self, part: str, /) -> Iterator[Ask]:
-        prefix = random.Random(f"{self.seed} prefix").choices(WORDS, k=self.shared_prefix_tokens)
+        shared = round(self.shared_prefix_tokens / self.scale.per_word)
+        prefix = random.Random(f"{self.seed} prefix").choices(WORDS, k=shared)
         draw = random.Random(f"{self.seed} {part}")
         while True:
             tokens = self._length(draw, self.prompt_tokens)

@@ -31,7 +31,8 @@ def add_serving(kinds: Commands) -> None:
         "serving",
         _bench_serving,
         "a load on a server over HTTP: time to first token, speed, failures",
-        "Any server\nthat speaks one of the dialects. Exit status 1: a request failed.",
+        "Any server\nthat speaks one of the dialects. Exit status 1: a request failed. "
+        "Ctrl-C ends it, with the\nfigures so far.",
         "moesaic bench serving http://localhost:8000 --concurrency 1,4,16 --duration 60 --plot load.svg",
         "moesaic bench serving http://localhost:8000 --request-rate 2.5 --requests 200 --goodput ttft=500,tpot=50",
         "moesaic bench serving http://localhost:7777 --dialect aime --model mixtral_chat --workload aime-short",
@@ -101,6 +102,8 @@ def _bench_serving(args: argparse.Namespace) -> int:
         title = f"{found.about['model_id']} over {found.about['backend']}"
         caption = f"client: {record['machine']['cpu']}, {record['date']}, commit {record['commit']}"
         load_report.plot(found.runs, found.figures, args.plot, title, caption)
+    if found.interrupted:
+        return 130
     return 1 if found.failed and not args.allow_failures else 0
 
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,9 @@ def test_the_same_seed_asks_the_same() -> None:
     assert len({ask.prompt for ask in first(words)}) == 20
     [prefix] = {tuple(ask.prompt.split()[:30]) for ask in first(words)}
     assert prefix == tuple(first(words, "1")[0].prompt.split()[:30])
+    halved = replace(words, scale=Scale(2, 3))
+    assert {tuple(ask.prompt.split()[:15]) for ask in first(halved)} == {prefix[:15]}
+    assert len({ask.prompt.split()[15] for ask in first(halved)}) > 1
     for ask in first(words):
         assert len(ask.prompt.split()) == ask.prompt_tokens and 80 <= (ask.prompt_tokens or 0) <= 120
         assert 40 <= ask.max_tokens <= 60
@@ -192,7 +196,11 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dialect", ["openai-chat", "openai", "tgi", "aime"])
 def test_a_closed_loop(dialect: str) -> None:
     found = put(
-        script := Script(), Load(concurrency=3, requests=10), dialect=dialect, manner=Manner(poll=0.001), key="secret"
+        script := Script(pause=0.002),
+        Load(concurrency=3, requests=10),
+        dialect=dialect,
+        manner=Manner(poll=0.001),
+        key="secret",
     )
     [run], [each] = found.runs, found.figures
     assert [record.index for record in run.records] == list(range(10))
@@ -257,6 +265,22 @@ def test_settings_come_one_after_the_other_with_questions_of_their_own() -> None
     assert [each["completed"] for each in found.figures] == [4, 4, 4]
     prompts = [body["messages"][0]["content"] for _, _, body in script.asked]
     assert len(set(prompts)) == len(prompts) == 12 + 2
+
+
+def test_interrupted_it_shows_what_there_is() -> None:
+    async def interrupt(script: Script) -> Found:
+        loads = [Load(concurrency=2, duration=3600.0), Load(concurrency=3, requests=1)]
+        whole = asyncio.create_task(sweep(Target(script.url), Source(WORDS), loads))
+        while len(script.asked) < 10:
+            await asyncio.sleep(0.01)
+        whole.cancel()
+        return await whole
+
+    with played(Script(pause=0.01)) as script:
+        found = asyncio.run(interrupt(script))
+    [run], [each] = found.runs, found.figures
+    assert found.interrupted and each["interrupted"]
+    assert each["completed"] == len(run.records) > 0 and each["failed"] == 0
 
 
 # who
@@ -395,7 +419,8 @@ def test_without_aiohttp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with played(Script()) as script:
-        for place, users in enumerate(("2", "1,2")):
+        loads = (["--concurrency", "2"], ["--concurrency", "1,2"], ["--request-rate", "100,inf"])
+        for place, load in enumerate(loads):
             file = tmp_path / f"{place}.svg"
-            assert command(script, "--concurrency", users, "--requests", "4", "--plot", str(file)) == 0
+            assert command(script, *load, "--requests", "4", "--plot", str(file)) == 0
             assert file.read_text().count("<svg") == 1

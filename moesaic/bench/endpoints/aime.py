@@ -32,7 +32,8 @@ class Dialect(Endpoint):
         inputs: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(client, manner, model)
-        self._keys = {"client_session_auth_key": session, "key": client.key}
+        known = {"client_session_auth_key": session, "key": client.key}
+        self._keys = {name: value for name, value in known.items() if value}
         self._inputs = inputs
 
     @classmethod
@@ -51,7 +52,7 @@ class Dialect(Endpoint):
         job = reply.get("job_id")
         if not reply.get("success") or not isinstance(job, str):
             raise Failed("error event", said(reply.get("error") or "no job_id"))
-        query, length, state = {"job_id": job} | self._query(), 0, ""
+        query, length, state = {"job_id": job} | self._keys, 0, ""
         while state != "done":
             await asyncio.sleep(self.manner.poll)
             reply = _object(await self.client.get(f"/{self.model}/progress", query))
@@ -74,9 +75,6 @@ class Dialect(Endpoint):
         if self.manner.temperature is not None:
             body["temperature"] = self.manner.temperature
         return body | self.manner.extra | self._keys
-
-    def _query(self) -> dict[str, str]:
-        return {name: value for name, value in self._keys.items() if value}
 
 
 def _note(reply: dict[str, Any], length: int, now: float, answer: Answer) -> int:
