@@ -156,7 +156,7 @@ def _course(axes: Any, found: Sequence[Figures]) -> None:
     for axis, (title, curves) in zip(axes, panels, strict=True):
         for (key, label), colour in zip(curves, COLOURS, strict=False):
             axis.plot(range(len(found)), [_gap(each[key]) for each in found], marker="o", color=colour, label=label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axis.set_xticks(range(len(found)), labels)
         axis.legend(fontsize="small", frameon=False)
         _dress(axis, title, "requests at once" if closed else "requests a second")
