@@ -39,6 +39,7 @@ class Metrics:
     def __init__(self, load: Callable[[], Mapping[str, Load]]) -> None:
         self.registry = CollectorRegistry()
         self._load = load
+        self._labelled: dict[tuple[int, str], list[Histogram]] = {}
         self._tgi: dict[tuple[str, str], float] = {}
         model = ("model_name",)
         self.requests = self._counter("moesaic_http_requests", "Requests.", ("method", "path", "status"))
@@ -72,8 +73,16 @@ class Metrics:
 
     def observe(self, histograms: list[Histogram], model: str, value: float) -> None:
         """Enter a value under all the names that it has."""
-        for each in histograms:
-            (each.labels(model) if each._labelnames else each).observe(value)
+        for each in self._children(id(histograms), model, histograms):
+            each.observe(value)
+
+    def _children(self, key: int, model: str, histograms: list[Histogram]) -> list[Histogram]:
+        """Return the histograms of a model; looked up once, as this happens for every token."""
+        found = self._labelled.get((key, model))
+        if found is None:
+            found = [each.labels(model) if each._labelnames else each for each in histograms]
+            self._labelled[key, model] = found
+        return found
 
     def count_tgi(self, name: str, label: str = "") -> None:
         """Count under a name of TGI's, whose counters lack the suffix that Prometheus' library puts behind all."""
