@@ -11,19 +11,23 @@ request, and how its events become text again. Does not know terminals or HTTP.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
-from moesaic.engine import Done, Engine, Limits, PromptLogprobs, Request, Sampling, Stream, Token
+from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
 from moesaic.loading import Loaded, Progress, cache_dtype, load_model, sizes, torch_threads
+from moesaic.reply import Answer, Reply, Text
 from moesaic.text import chat, template
 from moesaic.text.chat import ChatFormat
-from moesaic.text.stream import TextStream
+from moesaic.text.compiler import Compiler
+from moesaic.text.grammar import Grammar
 from moesaic.text.tokenizer import Tokenizer
+
+__all__ = ["BUILT_IN", "LLM", "OWN_TEMPLATE", "Answer", "Messages", "Reply", "Text"]
 
 BUILT_IN = Path(__file__).parent / "builtin" / "tales"
 """The checkpoint that is loaded when none is named: a small Mixtral that tells stories."""
@@ -35,99 +39,6 @@ CHARACTERS_PER_TOKEN = 16
 """More than any text has, so that a hopelessly long one is refused before it costs a tokenizer's time."""
 
 Messages = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of an answer: what can be shown now, and the tokens that came. Either may be empty."""
-
-    text: str
-    tokens: tuple[Token, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer.
-
-    ``reason`` is "stop" (the model ended it, or a stop string or id did), "length" or "cancelled".
-    """
-
-    text: str
-    reason: Literal["stop", "length", "cancelled"]
-    tokens: tuple[Token, ...]
-    prompt_tokens: int
-    cached_tokens: int
-    """Prompt tokens whose keys and values were still in the cache."""
-    stop: str | None = None
-    """The stop string that was met."""
-    prompt_logprobs: tuple[Token, ...] = ()
-    alternatives: tuple[Answer, ...] = ()
-    """With ``n`` > 1, the other n - 1 answers."""
-
-
-class Reply:
-    """A running answer: iterate over its pieces; afterwards ``answer`` is the whole. From one thread."""
-
-    def __init__(self, stream: Stream, tokenizer: Tokenizer, request: Request, *, strip: bool = False) -> None:
-        self._stream, self._request = stream, request
-        self._strip = strip  # white space in front of the answer belongs to the format
-        self._text = TextStream(tokenizer, request.sampling.stop)
-        self._shown: list[str] = []
-        self._tokens: list[Token] = []
-        self._prompt_logprobs: tuple[Token, ...] = ()
-        self._done: Done | None = None
-
-    def __iter__(self) -> Iterator[Text]:
-        """Yield pieces as they come.
-
-        Raises:
-            NumericalError: the model computed NaN or infinity for this answer.
-            EngineStopped: the engine was closed, or died; the cause is chained.
-        """
-        for event in self._stream:
-            if isinstance(event, Done):
-                self._done = event
-                yield self._show(self._text.finish())
-            elif isinstance(event, PromptLogprobs):
-                self._prompt_logprobs = event.tokens
-            elif self._text.stopped is None:
-                yield self._take(event)
-
-    def _take(self, token: Token) -> Text:
-        self._tokens.append(token)
-        if token.id in self._request.stop_ids:  # it ends the answer and is no part of it
-            return Text("", (token,))
-        text, stopped = self._text.add(token.id)
-        if stopped:
-            self._stream.cancel()
-        return self._show(text, token)
-
-    def _show(self, text: str, *tokens: Token) -> Text:
-        if self._strip:
-            text = text.lstrip()
-            self._strip = not text
-        self._shown.append(text)
-        return Text(text, tokens)
-
-    def cancel(self) -> None:
-        """Take the request back; iteration goes on to the end, which comes at once."""
-        self._stream.cancel()
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer; reads to its end first."""
-        for _ in self:
-            pass
-        assert self._done is not None, "a stream ended with neither Done nor an error"
-        return Answer(
-            text="".join(self._shown),
-            reason="stop" if self._text.stopped is not None else self._done.reason,
-            tokens=tuple(self._tokens),
-            prompt_tokens=self._done.prompt_tokens,
-            cached_tokens=self._done.cached_tokens,
-            stop=self._text.stopped,
-            prompt_logprobs=self._prompt_logprobs,
-        )
 
 
 class LLM(AbstractContextManager["LLM"]):
@@ -149,6 +60,7 @@ class LLM(AbstractContextManager["LLM"]):
         self.format, self.name = chat_format, name
         self.context = engine.capacity
         self.defaults = _recommended(loaded.generation)
+        self._grammars = Compiler(tokenizer, loaded.model.vocab_size)
         self._template = template.load(loaded.path) if chat_format is None else None
 
     @classmethod
@@ -280,37 +192,60 @@ class LLM(AbstractContextManager["LLM"]):
                 f"the prompt has {characters} characters; {self.context} tokens never hold over {most}"
             )
 
-    def submit(self, ids: Sequence[int], sampling: Sampling, *, chat: bool = False, priority: int = 0) -> list[Reply]:
-        """Start a request and return its ``n`` replies. With ``chat``, the chat format's ends count too.
+    def submit(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        chat: bool = False,
+        priority: int = 0,
+        grammar: Grammar | None = None,
+    ) -> list[Reply]:
+        """Start a request and return its ``n`` replies.
+
+        Args:
+            ids: the prompt, see ``encode_chat`` and ``encode``.
+            sampling: how tokens are chosen.
+            chat: the chat format's ends count too.
+            priority: the lower number goes first.
+            grammar: what every answer has to be; cut by ``max_tokens`` or a stop string, it is the beginning of that.
 
         Raises:
             PromptTooLong, InvalidParameter, Overloaded, EngineStopped: see ``Engine.submit``.
+            InvalidParameter, Overloaded, NotInstalled: the grammar cannot be had, see ``Compiler.compile``.
         """
         eos = self.loaded.eos_ids | self.tokenizer.eos_ids
+        strip = False
         if chat and self.format is not None:
             eos |= self.format.stop_ids(self.tokenizer)
-            sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
-        request = Request(tuple(ids), sampling, eos_ids=tuple(sorted(eos)), priority=priority)
-        strip = chat and self.format is not None and bool(self.format.stop_strings)
+            if grammar is None:  # which says itself where its text begins and ends
+                sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
+                strip = bool(self.format.stop_strings)
+        constraint = None if grammar is None else self._grammars.compile(grammar)
+        request = Request(tuple(ids), sampling, eos_ids=tuple(sorted(eos)), priority=priority, constraint=constraint)
         return [Reply(stream, self.tokenizer, request, strip=strip) for stream in self.engine.submit(request)]
 
     @overload
-    def chat(self, messages: Messages, *, stream: Literal[True], **sampling: Any) -> Reply: ...
+    def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> Reply: ...
     @overload
-    def chat(
-        self, messages: Sequence[Messages], *, stream: Literal[False] = False, **sampling: Any
-    ) -> list[Answer]: ...
+    def chat(self, messages: Sequence[Messages], *, stream: Literal[False] = False, **options: Any) -> list[Answer]: ...
     @overload
-    def chat(self, messages: Messages, *, stream: Literal[False] = False, **sampling: Any) -> Answer: ...
+    def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Any) -> Answer: ...
 
     def chat(
-        self, messages: Messages | Sequence[Messages], *, stream: bool = False, **sampling: Any
+        self,
+        messages: Messages | Sequence[Messages],
+        *,
+        stream: bool = False,
+        grammar: Grammar | None = None,
+        **sampling: Any,
     ) -> Reply | Answer | list[Answer]:
         """Answer a conversation, or each of a list of conversations at once.
 
         Args:
             messages: [{"role": "system" | "user" | "assistant", "content": text}, ...].
             stream: return a ``Reply`` to iterate over.
+            grammar: what every answer has to be.
             **sampling: the fields of ``Sampling``; what is not given is as the checkpoint recommends.
 
         Raises:
@@ -318,19 +253,20 @@ class LLM(AbstractContextManager["LLM"]):
         """
         options = self.sampling(**sampling)
         if messages and not isinstance(messages[0], Mapping):
-            return self._all([self.encode_chat(each) for each in messages], options, chat=True)  # type: ignore[arg-type]
+            prompts = [self.encode_chat(each) for each in messages]  # type: ignore[arg-type]
+            return self._all(prompts, options, chat=True, grammar=grammar)
         ids = self.encode_chat(messages)  # type: ignore[arg-type]
-        return self._one(ids, options, chat=True, stream=stream)
+        return self._one(ids, options, chat=True, grammar=grammar, stream=stream)
 
     @overload
-    def complete(self, prompt: str, *, stream: Literal[True], **sampling: Any) -> Reply: ...
+    def complete(self, prompt: str, *, stream: Literal[True], **options: Any) -> Reply: ...
     @overload
-    def complete(self, prompt: str, *, stream: Literal[False] = False, **sampling: Any) -> Answer: ...
+    def complete(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> Answer: ...
     @overload
-    def complete(self, prompt: list[str], *, stream: Literal[False] = False, **sampling: Any) -> list[Answer]: ...
+    def complete(self, prompt: list[str], *, stream: Literal[False] = False, **options: Any) -> list[Answer]: ...
 
     def complete(
-        self, prompt: str | list[str], *, stream: bool = False, **sampling: Any
+        self, prompt: str | list[str], *, stream: bool = False, grammar: Grammar | None = None, **sampling: Any
     ) -> Reply | Answer | list[Answer]:
         """Go on from a text, or from each of a list of texts at once; no chat format is applied.
 
@@ -338,8 +274,8 @@ class LLM(AbstractContextManager["LLM"]):
         """
         options = self.sampling(**sampling)
         if isinstance(prompt, str):
-            return self._one(self.encode(prompt), options, chat=False, stream=stream)
-        return self._all([self.encode(each) for each in prompt], options, chat=False)
+            return self._one(self.encode(prompt), options, chat=False, grammar=grammar, stream=stream)
+        return self._all([self.encode(each) for each in prompt], options, chat=False, grammar=grammar)
 
     def sampling(self, **values: Any) -> Sampling:
         """Return a ``Sampling`` of these values over the checkpoint's recommendations.
@@ -353,13 +289,13 @@ class LLM(AbstractContextManager["LLM"]):
             raise InvalidParameter(unknown[0], f"is no sampling parameter; there are {known}")
         return Sampling(**(self.defaults | values))
 
-    def _one(self, ids: list[int], sampling: Sampling, *, chat: bool, stream: bool) -> Reply | Answer:
+    def _one(self, ids: list[int], sampling: Sampling, *, stream: bool, **how: Any) -> Reply | Answer:
         if stream and sampling.n > 1:
             raise InvalidParameter("n", "is more than 1: read several answers at once through LLM.submit")
-        replies = self.submit(ids, sampling, chat=chat)
+        replies = self.submit(ids, sampling, **how)
         return replies[0] if stream else _joined(replies)
 
-    def _all(self, prompts: list[list[int]], sampling: Sampling, *, chat: bool) -> list[Answer]:
+    def _all(self, prompts: list[list[int]], sampling: Sampling, **how: Any) -> list[Answer]:
         """Answer every prompt, keeping the engine as full as its queue allows."""
         for ids in prompts:  # before anything runs
             if len(ids) >= self.context:
@@ -369,7 +305,7 @@ class LLM(AbstractContextManager["LLM"]):
         for ids in prompts:
             while True:
                 try:
-                    running.append(self.submit(ids, sampling, chat=chat))
+                    running.append(self.submit(ids, sampling, **how))
                     break
                 except Overloaded:
                     if not running:

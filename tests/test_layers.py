@@ -21,7 +21,8 @@ MAY = {
     "memory": set(),
     "packed": {"memory", "checkpoints", "models", "formats"},
     "loading": {"packed", "checkpoints", "models", "ops", "formats"},
-    "llm": {"loading", "packed", "engine", "text", "checkpoints", "models", "ops", "formats"},
+    "reply": {"engine", "text"},
+    "llm": {"reply", "loading", "packed", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "classifier": {"loading", "text", "ops"},
     "bench": {"llm", "loading", "packed", "memory", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "console": {"llm", "engine", "text"},
@@ -29,7 +30,7 @@ MAY = {
     "cli": {"*"},
     "errors": set(),
     "registry": set(),
-    "": {"engine", "llm", "classifier"},  # the public names
+    "": {"engine", "llm", "classifier", "text"},  # the public names
 }
 """What each part may import besides ``errors`` and ``registry``; docs/architecture.md draws it."""
 REGISTRIES = ("formats", "ops", "models", "checkpoints")

@@ -1,0 +1,107 @@
+"""A running answer: the engine's events become text that can be shown.
+
+Knows tokens, stop strings, and when an answer is whole. Does not know prompts, models or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from moesaic.engine import Done, PromptLogprobs, Request, Stream, Token
+from moesaic.text.stream import TextStream
+from moesaic.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of an answer: what can be shown now, and the tokens that came. Either may be empty."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    ``reason`` is "stop" (the model ended it, or a stop string or id did), "length" or "cancelled".
+    """
+
+    text: str
+    reason: Literal["stop", "length", "cancelled"]
+    tokens: tuple[Token, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose keys and values were still in the cache."""
+    stop: str | None = None
+    """The stop string that was met."""
+    prompt_logprobs: tuple[Token, ...] = ()
+    alternatives: tuple[Answer, ...] = ()
+    """With ``n`` > 1, the other n - 1 answers."""
+
+
+class Reply:
+    """A running answer: iterate over its pieces; afterwards ``answer`` is the whole. From one thread."""
+
+    def __init__(self, stream: Stream, tokenizer: Tokenizer, request: Request, *, strip: bool = False) -> None:
+        self._stream, self._request = stream, request
+        self._strip = strip  # white space in front of the answer belongs to the format
+        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._shown: list[str] = []
+        self._tokens: list[Token] = []
+        self._prompt_logprobs: tuple[Token, ...] = ()
+        self._done: Done | None = None
+
+    def __iter__(self) -> Iterator[Text]:
+        """Yield pieces as they come.
+
+        Raises:
+            NumericalError: the model computed NaN or infinity for this answer.
+            EngineStopped: the engine was closed, or died; the cause is chained.
+        """
+        for event in self._stream:
+            if isinstance(event, Done):
+                self._done = event
+                yield self._show(self._text.finish())
+            elif isinstance(event, PromptLogprobs):
+                self._prompt_logprobs = event.tokens
+            elif self._text.stopped is None:
+                yield self._take(event)
+
+    def _take(self, token: Token) -> Text:
+        self._tokens.append(token)
+        if token.id in self._request.stop_ids:  # it ends the answer and is no part of it
+            return Text("", (token,))
+        text, stopped = self._text.add(token.id)
+        if stopped:
+            self._stream.cancel()
+        return self._show(text, token)
+
+    def _show(self, text: str, *tokens: Token) -> Text:
+        if self._strip:
+            text = text.lstrip()
+            self._strip = not text
+        self._shown.append(text)
+        return Text(text, tokens)
+
+    def cancel(self) -> None:
+        """Take the request back; iteration goes on to the end, which comes at once."""
+        self._stream.cancel()
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; reads to its end first."""
+        for _ in self:
+            pass
+        assert self._done is not None, "a stream ended with neither Done nor an error"
+        return Answer(
+            text="".join(self._shown),
+            reason="stop" if self._text.stopped is not None else self._done.reason,
+            tokens=tuple(self._tokens),
+            prompt_tokens=self._done.prompt_tokens,
+            cached_tokens=self._done.cached_tokens,
+            stop=self._text.stopped,
+            prompt_logprobs=self._prompt_logprobs,
+        )
