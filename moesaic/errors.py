@@ -6,12 +6,18 @@
         InvalidMessages          400  a conversation that the chat format cannot hold
         PromptTooLong            400  more tokens than the model, or its cache, can ever hold
         GrammarError             400  an answer cannot go on as its grammar demands
+        TooLarge                 413  more bytes than a server takes in at once
+      Unauthorized               401  no key, or one that is not known
       NotFound                   404  no such model, file, format, chat format, ...
+      WrongMethod                405  the route has other methods
       CheckpointError            422  weights on disk that do not say what they should
         ConfigError              422  a configuration key is missing, wrong, or not understood
         TokenizerError           422  no tokenizer, or one that cannot be read exactly
       DownloadError              502  a file could not be fetched, or arrived damaged
       Overloaded                 429  the queue is full: try again later
+        KeyExhausted             429  this key's share is used up: try again later
+      Unavailable                503  the server is loading, draining, or waited too long for its turn
+      TimedOut                   504  the answer took longer than the server allows
       Cancelled                  499  the caller took the request back
       NumericalError             500  the model computed NaN or infinity for this request
       EngineStopped              503  the engine was closed, or died; the cause is chained
@@ -66,10 +72,32 @@ class GrammarError(InvalidRequest):
     """An answer cannot go on as its grammar demands: no token of the vocabulary fits, or finding one costs too much."""
 
 
+class TooLarge(InvalidRequest):
+    """More bytes than a server takes in at once."""
+
+    status = 413
+
+
+class Unauthorized(MoesaicError):
+    """No key, or one that is not known."""
+
+    status = 401
+
+
 class NotFound(MoesaicError):
     """No such model, file, format or chat format; the message names what exists."""
 
     status = 404
+
+
+class WrongMethod(MoesaicError):
+    """The route has other methods, ``allowed``."""
+
+    status = 405
+
+    def __init__(self, method: str, allowed: str) -> None:
+        super().__init__(f"{method:.20} is not possible here; {allowed} is")
+        self.allowed = allowed
 
 
 class CheckpointError(MoesaicError):
@@ -103,6 +131,26 @@ class Overloaded(MoesaicError):
     """The queue is full: try again later."""
 
     status = 429
+
+
+class KeyExhausted(Overloaded):
+    """This key's share is used up: try again in ``retry_after`` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unavailable(MoesaicError):
+    """The server is loading, draining, or waited too long for its turn: try again later."""
+
+    status = 503
+
+
+class TimedOut(MoesaicError):
+    """The answer took longer than the server allows."""
+
+    status = 504
 
 
 class Cancelled(MoesaicError):

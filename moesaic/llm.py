@@ -14,20 +14,22 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
+
+import torch
 
 from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
 from moesaic.loading import Loaded, Progress, cache_dtype, load_model, sizes, torch_threads
+from moesaic.ops import Batch
 from moesaic.reply import Answer, Reply, Text
 from moesaic.text import chat, template
 from moesaic.text.chat import ChatFormat
 from moesaic.text.compiler import Compiler
 from moesaic.text.grammar import Grammar
 from moesaic.text.tokenizer import Tokenizer
-
-__all__ = ["BUILT_IN", "LLM", "OWN_TEMPLATE", "Answer", "Messages", "Reply", "Text"]
 
 BUILT_IN = Path(__file__).parent / "builtin" / "tales"
 """The checkpoint that is loaded when none is named: a small Mixtral that tells stories."""
@@ -39,6 +41,8 @@ CHARACTERS_PER_TOKEN = 16
 """More than any text has, so that a hopelessly long one is refused before it costs a tokenizer's time."""
 
 Messages = Sequence[Mapping[str, Any]]
+
+__all__ = ["LLM", "Answer", "Reply", "Text"]
 
 
 class LLM(AbstractContextManager["LLM"]):
@@ -176,14 +180,43 @@ class LLM(AbstractContextManager["LLM"]):
             raise InvalidRequest("a checkpoint's own template cannot continue an answer: choose a chat format")
         return template.encode(self._template, messages, self.tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the prompt ids of a plain text, the beginning-of-text token in front.
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Return the prompt ids of a plain text, by default with the beginning-of-text token in front.
+
+        Where the text itself begins with that token's name, it is read as the token, once: programs that
+        write a chat format by hand put it there.
 
         Raises:
             InvalidRequest: it is so long that it cannot fit, which is known without tokenizing it.
         """
         self._bound(len(text))
-        return self.tokenizer.encode(text, bos=True)
+        first = self.tokenizer.bos_id
+        name = self.tokenizer.piece(first) if first is not None else ""
+        written = bool(name) and text.startswith(name)
+        ids = self.tokenizer.encode(text[len(name) :] if written else text, bos=bos or written)
+        return ids
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
+        """Return a vector of length 1 for each text, the mean of its last hidden states, and the tokens read.
+
+        Models made to chat were not trained for this; the vectors tell roughly what a text is about.
+
+        Raises:
+            InvalidRequest: a text is empty. PromptTooLong: it has more tokens than the model was made for.
+        """
+        prompts = [self.encode(text) if isinstance(text, str) else list(text) for text in texts]
+        model = self.loaded.model
+        for ids in prompts:
+            if not ids:
+                raise InvalidRequest("there is nothing to embed: the text is empty")
+            if max(ids) >= model.vocab_size:
+                raise InvalidParameter("input", f"token id {max(ids)} is not in the vocabulary of {model.vocab_size}")
+            if len(ids) > model.max_length:
+                raise PromptTooLong(len(ids), model.max_length)
+        device = next(model.parameters()).device
+        vectors = [model(Batch.whole([ids], device)).float().mean(0) for ids in prompts]
+        return [(vector / vector.norm()).tolist() for vector in vectors], sum(map(len, prompts))
 
     def _bound(self, characters: int) -> None:
         most = CHARACTERS_PER_TOKEN * self.context
@@ -199,31 +232,40 @@ class LLM(AbstractContextManager["LLM"]):
         *,
         chat: bool = False,
         priority: int = 0,
+        salt: str = "",
+        skip_special: bool = True,
+        begins: bool | None = None,
         grammar: Grammar | None = None,
     ) -> list[Reply]:
-        """Start a request and return its ``n`` replies.
+        """Start a request and return its ``n`` replies. With ``chat``, the chat format's ends count too.
 
         Args:
-            ids: the prompt, see ``encode_chat`` and ``encode``.
+            ids: the prompt.
             sampling: how tokens are chosen.
-            chat: the chat format's ends count too.
-            priority: the lower number goes first.
-            grammar: what every answer has to be; cut by ``max_tokens`` or a stop string, it is the beginning of that.
+            chat: whether the prompt is a conversation in the chat format.
+            priority, salt: see ``Request``.
+            skip_special: leave the names of special tokens out of the text.
+            begins: whether the answer begins a text, where a leading space is dropped; None: if ``chat``.
+            grammar: what the answer has to be; cut by ``max_tokens`` or a stop string, it is the beginning of that.
 
         Raises:
             PromptTooLong, InvalidParameter, Overloaded, EngineStopped: see ``Engine.submit``.
             InvalidParameter, Overloaded, NotInstalled: the grammar cannot be had, see ``Compiler.compile``.
         """
         eos = self.loaded.eos_ids | self.tokenizer.eos_ids
+        begins = chat if begins is None else begins
         strip = False
         if chat and self.format is not None:
             eos |= self.format.stop_ids(self.tokenizer)
             if grammar is None:  # which says itself where its text begins and ends
                 sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
                 strip = bool(self.format.stop_strings)
-        constraint = None if grammar is None else self._grammars.compile(grammar)
-        request = Request(tuple(ids), sampling, eos_ids=tuple(sorted(eos)), priority=priority, constraint=constraint)
-        return [Reply(stream, self.tokenizer, request, strip=strip) for stream in self.engine.submit(request)]
+        constraint = None if grammar is None else partial(self._grammars.compile(grammar), begins=begins)
+        request = Request(tuple(ids), sampling, tuple(sorted(eos)), priority, salt, constraint)
+        return [
+            Reply(stream, self.tokenizer, request, strip=strip and begins, skip_special=skip_special, begins=begins)
+            for stream in self.engine.submit(request)
+        ]
 
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> Reply: ...
@@ -274,8 +316,8 @@ class LLM(AbstractContextManager["LLM"]):
         """
         options = self.sampling(**sampling)
         if isinstance(prompt, str):
-            return self._one(self.encode(prompt), options, chat=False, grammar=grammar, stream=stream)
-        return self._all([self.encode(each) for each in prompt], options, chat=False, grammar=grammar)
+            return self._one(self.encode(prompt), options, grammar=grammar, stream=stream)
+        return self._all([self.encode(each) for each in prompt], options, grammar=grammar)
 
     def sampling(self, **values: Any) -> Sampling:
         """Return a ``Sampling`` of these values over the checkpoint's recommendations.

@@ -6,6 +6,7 @@ text or the engine.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,6 +88,17 @@ def load_model(
                 native.huge_pages(parameter)  # before it is touched
         checkpoints.fill(model.slots(), checkpoint, progress=progress)
         return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation)
+
+
+def is_classifier(path: Path) -> bool:
+    """Return whether the checkpoint in folder ``path`` has a classification head; False where that cannot be read."""
+    name = packed.MARK if packed.is_packed(path) else "config.json"
+    try:
+        config = json.loads((path / name).read_bytes())
+        named = config["config"]["architectures"] if packed.is_packed(path) else config["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # whoever loads it says what is wrong
+    return any(str(each).endswith("ForSequenceClassification") for each in named)
 
 
 def torch_threads(model: Decoder) -> int | None:

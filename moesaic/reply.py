@@ -1,6 +1,6 @@
-"""A running answer: the engine's events become text that can be shown.
+"""A running answer: the engine's events as text, never half a character, never past a stop string.
 
-Knows tokens, stop strings, and when an answer is whole. Does not know prompts, models or HTTP.
+Knows streams, tokenizers and stop strings. Does not know how a request came about.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from moesaic.engine import Done, PromptLogprobs, Request, Stream, Token
+from moesaic.engine import Done, Event, PromptLogprobs, Request, Stream, Token
 from moesaic.text.stream import TextStream
 from moesaic.text.tokenizer import Tokenizer
 
@@ -37,6 +37,8 @@ class Answer:
     """Prompt tokens whose keys and values were still in the cache."""
     stop: str | None = None
     """The stop string that was met."""
+    stop_id: int | None = None
+    """The token that ended it."""
     prompt_logprobs: tuple[Token, ...] = ()
     alternatives: tuple[Answer, ...] = ()
     """With ``n`` > 1, the other n - 1 answers."""
@@ -45,10 +47,19 @@ class Answer:
 class Reply:
     """A running answer: iterate over its pieces; afterwards ``answer`` is the whole. From one thread."""
 
-    def __init__(self, stream: Stream, tokenizer: Tokenizer, request: Request, *, strip: bool = False) -> None:
-        self._stream, self._request = stream, request
+    def __init__(
+        self,
+        stream: Stream,
+        tokenizer: Tokenizer,
+        request: Request,
+        *,
+        strip: bool = False,
+        skip_special: bool = True,
+        begins: bool = True,
+    ) -> None:
+        self.stream, self.request = stream, request
         self._strip = strip  # white space in front of the answer belongs to the format
-        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._text = TextStream(tokenizer, request.sampling.stop, skip_special=skip_special, begins=begins)
         self._shown: list[str] = []
         self._tokens: list[Token] = []
         self._prompt_logprobs: tuple[Token, ...] = ()
@@ -61,22 +72,29 @@ class Reply:
             NumericalError: the model computed NaN or infinity for this answer.
             EngineStopped: the engine was closed, or died; the cause is chained.
         """
-        for event in self._stream:
-            if isinstance(event, Done):
-                self._done = event
-                yield self._show(self._text.finish())
-            elif isinstance(event, PromptLogprobs):
-                self._prompt_logprobs = event.tokens
-            elif self._text.stopped is None:
-                yield self._take(event)
+        for event in self.stream:
+            yield from self._read(event)
+
+    def poll(self) -> list[Text]:
+        """Return the pieces that have come so far, without waiting. Raises as iteration does."""
+        return [piece for event in self.stream.poll() for piece in self._read(event)]
+
+    def _read(self, event: Event) -> Iterator[Text]:
+        if isinstance(event, Done):
+            self._done = event
+            yield self._show(self._text.finish())
+        elif isinstance(event, PromptLogprobs):
+            self._prompt_logprobs = event.tokens
+        elif self._text.stopped is None:
+            yield self._take(event)
 
     def _take(self, token: Token) -> Text:
         self._tokens.append(token)
-        if token.id in self._request.stop_ids:  # it ends the answer and is no part of it
+        if token.id in self.request.stop_ids:  # it ends the answer and is no part of it
             return Text("", (token,))
         text, stopped = self._text.add(token.id)
         if stopped:
-            self._stream.cancel()
+            self.stream.cancel()
         return self._show(text, token)
 
     def _show(self, text: str, *tokens: Token) -> Text:
@@ -88,7 +106,17 @@ class Reply:
 
     def cancel(self) -> None:
         """Take the request back; iteration goes on to the end, which comes at once."""
-        self._stream.cancel()
+        self.stream.cancel()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end has been read."""
+        return self._done is not None
+
+    @property
+    def prompt_logprobs(self) -> tuple[Token, ...]:
+        """Of the prompt's tokens, if asked for; there before the first piece."""
+        return self._prompt_logprobs
 
     @property
     def answer(self) -> Answer:
@@ -103,5 +131,6 @@ class Reply:
             prompt_tokens=self._done.prompt_tokens,
             cached_tokens=self._done.cached_tokens,
             stop=self._text.stopped,
+            stop_id=self._done.stop_id if self._text.stopped is None else None,
             prompt_logprobs=self._prompt_logprobs,
         )

@@ -27,6 +27,10 @@ README = PAGES[0].read_text()
 FLAGS = {
     "chat": "chat-format context device dtype format json kv-cache-dtype max-tokens message min-p plain-text "
     "repetition-penalty seed stats system temperature top-k top-p",
+    "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
+    "insecure-no-auth keys kv-cache-dtype log-format log-level max-body memory otel port queue queue-timeout "
+    "request-timeout sequences strict-model-name tls-cert tls-key",
+    "keys": "admin concurrent file priority requests-per-minute tokens-per-minute",
     "pull": "sha256 to",
     "convert": "shards to",
     "list": "json",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from moesaic import __version__
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
 from moesaic.cli.measuring import add_bench, add_perplexity
+from moesaic.cli.serving import add_keys, add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
 
 if TYPE_CHECKING:
@@ -61,7 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_chat, _add_pull, _add_convert, _add_pack, _add_list, add_perplexity, add_bench):
+    for add in (
+        _add_chat,
+        add_serve,
+        add_keys,
+        _add_pull,
+        _add_convert,
+        _add_pack,
+        _add_list,
+        add_perplexity,
+        add_bench,
+    ):
         add(commands)
     return parser
 

@@ -124,7 +124,6 @@ class Engine(AbstractContextManager["Engine"]):
         thread: bool = True,
         torch_threads: int | None = None,
         poison: bool = False,
-        on_events: Callable[[list[Stream]], None] | None = None,
     ) -> None:
         """Allocate the cache and start.
 
@@ -141,8 +140,6 @@ class Engine(AbstractContextManager["Engine"]):
                 and so does ``step``.
             torch_threads: threads that torch uses in the loop's thread; None: as many as it likes.
             poison: fill the cache with NaN first, to show that nothing unwritten is ever read.
-            on_events: called after each step with the streams that have something to ``poll``, on the
-                engine's thread. It must be quick and must not raise: an error in it ends the engine.
 
         Raises:
             InvalidParameter: the cache would not hold one block, a size is not positive, or the context is
@@ -160,7 +157,8 @@ class Engine(AbstractContextManager["Engine"]):
         self._scheduler = Scheduler(blocks, limits or Limits(), context or model.max_length, model.window)
         self.cache_dtype = dtype
         """Of the key/value cache."""
-        self._vocab, self._on_events = model.vocab_size, on_events
+        self._vocab = model.vocab_size
+        self._on_events: Callable[[list[Stream]], None] | None = None
         self._lock = threading.Condition()  # around everything below, and the scheduler
         self._streams: dict[Sequence, Stream] = {}
         self._cancelled: list[Sequence] = []
@@ -172,6 +170,19 @@ class Engine(AbstractContextManager["Engine"]):
         if self._thread:
             self._thread.start()
             atexit.register(self.close)  # a thread inside the model while the interpreter is taken down may crash it
+
+    def listen(self, on_events: Callable[[list[Stream]], None]) -> None:
+        """Have this called after each step with the streams that have something to ``poll``, on the engine's thread.
+
+        It must be quick and must not raise: an error in it ends the engine. There is one listener; what came
+        before it was named is not told again.
+        """
+        self._on_events = on_events
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was closed, or died."""
+        return self._stopped
 
     @property
     def capacity(self) -> int:

@@ -244,13 +244,17 @@ def _table(tokenizer: Tokenizer, size: int, *, first: bool) -> LLTokenizer:
 
 
 class Compiled:
-    """A compiled grammar: call it for each answer's ``Matcher``."""
+    """A compiled grammar: call it for each answer's ``Matcher``.
+
+    ``begins`` says whether the answer begins a text, where a leading space is not shown, or goes on with one.
+    """
 
     def __init__(self, tables: _Tables, matchers: list[LLMatcher]) -> None:
         self._tables, self._matchers = tables, matchers
 
-    def __call__(self) -> Matcher:
-        return Matcher(self._tables, [matcher.deep_copy() for matcher in self._matchers])
+    def __call__(self, *, begins: bool = True) -> Matcher:
+        used = self._matchers if begins else self._matchers[:1]
+        return Matcher(self._tables, [matcher.deep_copy() for matcher in used])
 
 
 class Matcher:

@@ -25,7 +25,7 @@ MAX_CHOICES = 512
 class Grammar:
     """What an answer has to be.
 
-    ``value`` is for json_schema the schema (a mapping, or its JSON text), for json_object None, for regex
+    ``value`` is for json_schema the schema (a mapping, or its JSON text), for json_object nothing, for regex
     and lark the text (Rust's regex syntax; llguidance's Lark dialect), for choice a sequence of strings.
     ``param`` is what errors call it.
 
@@ -59,7 +59,7 @@ class Grammar:
         return f"{self.kind}:{self.value if isinstance(self.value, str) else json.dumps(self.value)}"
 
     def _nothing(self, value: Any) -> None:
-        if value is not None:
+        if value not in (None, {}):
             raise self.error("of kind json_object takes no value")
 
     def _text(self, value: Any, most: int) -> str:

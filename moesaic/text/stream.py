@@ -20,10 +20,11 @@ class Detokenizer:
     character are returned as U+FFFD as soon as that is certain.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, begins: bool = True) -> None:
+        """Decode a text from its beginning, where a SentencePiece loses its leading space, or one that goes on."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._fresh = True
+        self._fresh = begins
         self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.byte_errors)
 
     def add(self, id: int) -> str:
@@ -97,8 +98,10 @@ class StopStrings:
 class TextStream:
     """One sequence's way from ids to text that can be shown: detokenizer and stop strings in one."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, skip_special: bool = True) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special)
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, skip_special: bool = True, begins: bool = True
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special, begins=begins)
         self._stops = StopStrings(stops)
 
     @property

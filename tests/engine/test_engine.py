@@ -409,7 +409,8 @@ def test_many_threads_submit_read_and_cancel(model, greedy, prompts):
 
 def test_a_listener_is_told_once_a_step_and_polls(model, prompts):
     told = queue.SimpleQueue()
-    engine = Engine(model, on_events=told.put)
+    engine = Engine(model)
+    engine.listen(told.put)
     streams = engine.submit(ask(prompts[1], temperature=1.0, n=2))
     seen, ended = {stream: [] for stream in streams}, 0
     while ended < 2:

@@ -31,7 +31,7 @@ def nested(depth: int) -> dict[str, Any]:
         ("json_schema", '{"enum": ["' + "x" * grammar.MAX_BYTES + '"]}', "64 KiB"),
         ("json_schema", nested(17), "deeper than 16, at #/items/items"),
         ("json_schema", '{"items": ' * 5000 + "1" + "}" * 5000, "deeper than 16"),
-        ("json_object", {}, "takes no value"),
+        ("json_object", {"a": 1}, "takes no value"),
         ("regex", "", "not empty"),
         ("regex", None, "must be a string"),
         ("regex", "a" * 4097, "4 KiB"),
@@ -57,7 +57,7 @@ def test_the_bounds_themselves_are_taken() -> None:
     Grammar("json_schema", nested(16))
     Grammar("regex", "a" * 4096)
     Grammar("choice", [str(n) for n in range(512)])
-    Grammar("json_object")
+    assert Grammar("json_object", {}) == Grammar("json_object")
 
 
 def test_errors_name_it_as_its_sender_does() -> None:

@@ -1,0 +1,192 @@
+"""The door to a model, whoever runs it: what is asked of it, and what it answers, event by event.
+
+Knows no text format, no HTTP and no torch: this is what lets a program that has no model, such as a
+gateway, offer the same as one that has. ``local`` is the door of models in this process.
+
+Everything here is made of plain values, so that it can be written as JSON and read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Reason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked: a conversation or a prompt, and how to answer.
+
+    Exactly one of ``messages`` and ``prompt`` is there. ``sampling`` has the fields of
+    ``moesaic.Sampling`` that were asked for; what is left out is as the checkpoint recommends.
+    """
+
+    model: str = ""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    continue_final: bool = False
+    """Whether the last message, which is then the assistant's, is to be continued."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    grammar: tuple[str, Any] | None = None
+    """A kind and a value; see ``moesaic.text.grammar``."""
+    truncate: int | None = None
+    """Read only this many tokens of the prompt, its last ones."""
+    bos: bool = True
+    """Put the beginning-of-text token in front of a prompt that is text, unless it is there already."""
+    skip_special: bool = True
+    priority: int = 0
+    tenant: str = ""
+    """Whose request it is: different tenants share no cached prefix. Set by the server alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A token as it is shown."""
+
+    id: int
+    text: str
+    special: bool = False
+    logprob: float | None = None
+    top: tuple[tuple[int, str, float], ...] = ()
+    """The likeliest: id, text, log-probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The prompt is read. Comes once for each answer, before its first piece."""
+
+    index: int
+    prompt: tuple[Mark, ...] = ()
+    """Its tokens with their log-probabilities, if asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a tool, or a further part of its arguments."""
+
+    place: int
+    """Which of the answer's calls this is."""
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer: text that can be shown now, tokens that came, calls of tools. Any may be empty."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[Mark, ...] = ()
+    calls: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of one answer."""
+
+    index: int
+    reason: Reason
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int = 0
+    stop: str | None = None
+    """The stop string that was met."""
+    stop_id: int | None = None
+    """The token that ended it."""
+    called: bool = False
+    """Whether the answer called tools."""
+
+
+Event = Begun | Piece | Ended
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model that can be asked."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    task: Literal["chat", "classify"] = "chat"
+    state: Literal["loaded", "loading", "unloaded", "failed"] = "loaded"
+    context: int | None = None
+    """The most tokens of prompt and answer; None until it is known."""
+    labels: tuple[str, ...] = ()
+    """Of a classifier."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Architecture, dtype, formats and backends, to be shown."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a model is; what rises, rises from its start."""
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    blocks: int = 0
+    free_blocks: int = 0
+    numerical_errors: int = 0
+    alive: bool = True
+    """Whether it can still answer."""
+
+
+class Answers(Protocol):
+    """A running request: its events, those of its ``n`` answers as they come. Read by one task."""
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """Yield events; an error of the tree in ``moesaic.errors`` ends it."""
+        ...
+
+    def ready(self) -> list[Event]:
+        """Return the events that can be had without waiting."""
+        ...
+
+    def cancel(self) -> None:
+        """Take the request back; nothing more comes."""
+        ...
+
+
+class Door(Protocol):
+    """What offers models. Every method raises errors of the tree in ``moesaic.errors``, before anything runs."""
+
+    def cards(self) -> Sequence[Card]:
+        """Return the models, the default first."""
+        ...
+
+    def load(self) -> Mapping[str, Load]:
+        """Return how busy each loaded model is."""
+        ...
+
+    async def ask(self, ask: Ask) -> Answers:
+        """Take a request in."""
+        ...
+
+    async def tokenize(self, ask: Ask) -> list[Mark]:
+        """Return the prompt's tokens, as they would be read."""
+        ...
+
+    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        ...
+
+    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
+        """Return a vector for each text, and how many tokens were read."""
+        ...
+
+    async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
+        """Return the probability of each label for each text."""
+        ...
+
+    async def close(self) -> None:
+        """End everything."""
+        ...

@@ -1,0 +1,272 @@
+"""The door to one model in this process: an ``LLM`` or a ``Classifier`` behind an event loop.
+
+The engine has its thread; once a step it wakes the loop, which turns new tokens into text for
+everybody at once. Tokenizing happens in threads of its own, so that a long prompt holds up no stream.
+Knows loops and threads. Does not know HTTP, nor more than one model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from moesaic.classifier import Classifier
+from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.engine import Stream, Token
+from moesaic.errors import InvalidRequest, MoesaicError, Overloaded
+from moesaic.llm import LLM
+from moesaic.reply import Reply, Text
+from moesaic.text.grammar import Grammar
+from moesaic.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+BEHIND = 4096
+"""Pieces that may wait for somebody who does not fetch them; then the request is taken back."""
+
+TOKENIZERS = 2
+"""Threads that tokenize."""
+
+
+class LocalAnswers:
+    """A running request. Made and read on the loop's thread; see ``door.Answers``."""
+
+    def __init__(self, replies: Sequence[Reply], tokenizer: Tokenizer) -> None:
+        self._replies, self._tokenizer = replies, tokenizer
+        self._begun: set[int] = set()
+        self._events: deque[Event] = deque()
+        self._failed: MoesaicError | None = None
+        self._open = len(replies)
+        self._waiter: asyncio.Future[None] | None = None
+
+    def pump(self, reply: Reply) -> bool:
+        """Read what has come for one of the answers; return whether it has ended."""
+        if self._failed:
+            return True
+        try:
+            pieces = reply.poll()
+        except MoesaicError as error:
+            self._fail(error)
+            return True
+        index = reply.stream.index
+        if index not in self._begun and (pieces or reply.ended):
+            self._begun.add(index)
+            self._events.append(Begun(index, tuple(self._mark(token) for token in reply.prompt_logprobs)))
+        for piece in pieces:
+            if piece.text or piece.tokens:
+                self._events.append(self._piece(index, piece))
+        if reply.ended:
+            self._open -= 1
+            self._events.append(_ended(index, reply))
+        elif len(self._events) > BEHIND:
+            self._fail(Overloaded("the answer was not fetched as fast as it came"))
+        self._wake()
+        return reply.ended
+
+    def _piece(self, index: int, piece: Text) -> Piece:
+        return Piece(index, piece.text, tuple(self._mark(token) for token in piece.tokens))
+
+    def _mark(self, token: Token) -> Mark:
+        tokenizer = self._tokenizer
+        top = tuple((id, tokenizer.piece(id), value) for id, value in token.top)
+        return Mark(token.id, tokenizer.piece(token.id), tokenizer.is_special(token.id), token.logprob, top)
+
+    def _fail(self, error: MoesaicError) -> None:
+        self._failed = error
+        self.cancel()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def cancel(self) -> None:
+        for reply in self._replies:
+            if not reply.ended:
+                reply.cancel()
+
+    def ready(self) -> list[Event]:
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            while self._events:
+                yield self._events.popleft()
+            if self._failed:
+                raise self._failed
+            if not self._open:
+                return
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+
+def _ended(index: int, reply: Reply) -> Ended:
+    answer = reply.answer
+    return Ended(
+        index,
+        answer.reason,
+        answer.prompt_tokens,
+        len(answer.tokens),
+        answer.cached_tokens,
+        answer.stop,
+        answer.stop_id,
+    )
+
+
+class Local:
+    """One model in this process; see ``door.Door``. Made on the loop that it answers on."""
+
+    def __init__(self, llm: LLM, aliases: Sequence[str] = ()) -> None:
+        self._llm, self._aliases = llm, tuple(aliases)
+        self._loop = asyncio.get_running_loop()
+        self._pool = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="moesaic-text")
+        self._running: dict[Stream, tuple[LocalAnswers, Reply]] = {}
+        self._news: deque[Stream] = deque()
+        self._told = False
+        llm.engine.listen(self._on_events)
+
+    # What follows runs on the engine's thread
+
+    def _on_events(self, streams: list[Stream]) -> None:
+        self._news.extend(streams)
+        if not self._told:
+            self._told = True
+            try:
+                self._loop.call_soon_threadsafe(self._pump)
+            except RuntimeError:  # the loop is gone, and with it everybody who could listen
+                self._news.clear()
+
+    # and what follows on the loop's
+
+    def _pump(self) -> None:
+        self._told = False  # before looking: what comes from here on is told again
+        while self._news:
+            stream = self._news.popleft()
+            found = self._running.get(stream)
+            if found and found[0].pump(found[1]):
+                del self._running[stream]
+
+    def cards(self) -> Sequence[Card]:
+        llm = self._llm
+        about = {"architecture": llm.loaded.config.get("model_type"), "layout": llm.loaded.layout}
+        return [Card(llm.name, self._aliases, context=llm.context, about=about)]
+
+    def load(self) -> Mapping[str, Load]:
+        stats = self._llm.engine.stats()
+        return {
+            self._llm.name: Load(
+                stats.running,
+                stats.waiting,
+                stats.steps,
+                stats.prompt_tokens,
+                stats.generated_tokens,
+                stats.cached_tokens,
+                stats.preemptions,
+                stats.blocks,
+                stats.free_blocks,
+                stats.numerical_errors,
+                alive=not self._llm.engine.stopped,
+            )
+        }
+
+    async def ask(self, ask: Ask) -> LocalAnswers:
+        replies = await self._in_pool(lambda: self._submit(ask))
+        answers = LocalAnswers(replies, self._llm.tokenizer)
+        for reply in replies:
+            self._running[reply.stream] = answers, reply
+            self._news.append(reply.stream)  # what came before anybody listened
+        self._pump()
+        return answers
+
+    def _submit(self, ask: Ask) -> list[Reply]:
+        llm = self._llm
+        sampling = llm.sampling(**ask.sampling)
+        return llm.submit(
+            self._ids(ask),
+            sampling,
+            chat=ask.messages is not None,
+            priority=ask.priority,
+            salt=ask.tenant,
+            skip_special=ask.skip_special,
+            begins=ask.messages is not None and not ask.continue_final,
+            grammar=None if ask.grammar is None else Grammar(*ask.grammar),  # type: ignore[arg-type]
+        )
+
+    def _ids(self, ask: Ask) -> list[int]:
+        llm = self._llm
+        if ask.messages is not None:
+            ids = llm.encode_chat(ask.messages, continue_final=ask.continue_final)
+        elif isinstance(ask.prompt, str):
+            ids = llm.encode(ask.prompt, bos=ask.bos)
+        else:
+            ids = list(ask.prompt or ())
+        return ids[-ask.truncate :] if ask.truncate else ids
+
+    async def _in_pool(self, call: Callable[[], T]) -> T:
+        try:
+            return await self._loop.run_in_executor(self._pool, call)
+        except (MoesaicError, Exception):
+            raise
+        except BaseException as error:  # a panic of the tokenizers' Rust is one
+            if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | SystemExit):
+                raise
+            raise InvalidRequest(f"the text could not be read: {type(error).__name__}") from error
+
+    async def tokenize(self, ask: Ask) -> list[Mark]:
+        tokenizer = self._llm.tokenizer
+        ids = await self._in_pool(lambda: self._ids(ask))
+        return [Mark(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
+
+    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        return await self._in_pool(lambda: self._llm.tokenizer.decode(ids, skip_special=False))
+
+    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
+        return await self._in_pool(lambda: self._llm.embed(texts))
+
+    async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
+        raise InvalidRequest(f"{self._llm.name} is a chat model and has no classes")
+
+    async def close(self) -> None:
+        await self._loop.run_in_executor(None, self._llm.close)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class LocalClassifier:
+    """One classifier in this process; see ``door.Door``."""
+
+    def __init__(self, classifier: Classifier, name: str, aliases: Sequence[str] = ()) -> None:
+        self._classifier, self._name, self._aliases = classifier, name, tuple(aliases)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="moesaic-classify")
+
+    def cards(self) -> Sequence[Card]:
+        shape = self._classifier.loaded.model.shape
+        return [Card(self._name, self._aliases, "classify", context=shape.max_length, labels=shape.labels)]
+
+    def load(self) -> Mapping[str, Load]:
+        return {self._name: Load()}
+
+    async def ask(self, ask: Ask) -> LocalAnswers:
+        raise InvalidRequest(f"{self._name} is a classifier, which does not chat: ask /v1/classify")
+
+    async def tokenize(self, ask: Ask) -> list[Mark]:
+        tokenizer = self._classifier.tokenizer
+        ids = tokenizer.encode(ask.prompt, bos=ask.bos) if isinstance(ask.prompt, str) else list(ask.prompt or ())
+        return [Mark(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
+
+    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        return self._classifier.tokenizer.decode(ids, skip_special=False)
+
+    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
+        raise InvalidRequest(f"{self._name} is a classifier: ask a chat model for embeddings")
+
+    async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
+        loop = asyncio.get_running_loop()
+        return list(await loop.run_in_executor(self._pool, self._classifier.classify, texts))
+
+    async def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)

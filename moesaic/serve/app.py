@@ -1,0 +1,259 @@
+"""The ASGI application: every dialect's routes over one door, each with its guard.
+
+Knows routes and the order of checks. Does not know what an API looks like inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+from starlette.staticfiles import StaticFiles
+
+from moesaic import registry
+from moesaic.door import Door
+from moesaic.errors import MoesaicError, NotFound, Unauthorized, Unavailable, WrongMethod
+from moesaic.serve.dialects import _openai
+from moesaic.serve.exchange import (
+    Call,
+    Disconnected,
+    Endpoint,
+    Failure,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    Sender,
+    Streamed,
+    Whole,
+    decode,
+    failure_of,
+    header,
+    read_body,
+)
+from moesaic.serve.guard import Guard
+from moesaic.serve.keys import NOBODY, Keys
+from moesaic.serve.progress import Progress
+from moesaic.serve.settings import Settings
+from moesaic.serve.tracing import Tracer
+from moesaic.serve.watch import Metrics
+
+log = logging.getLogger("moesaic.serve")
+
+WEB = Path(__file__).parent / "web"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "manifest-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'"
+)
+SAFE = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+]
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class App:
+    """The application. ``draining`` is set when it is to take nothing new."""
+
+    def __init__(
+        self, door: Door, settings: Settings | None = None, keys: Keys | None = None, tracer: Tracer | None = None
+    ) -> None:
+        self.door, self.settings, self.keys = door, settings or Settings(), keys or Keys()
+        self.tracer = tracer
+        self.metrics = Metrics(door.load)
+        self.guard = Guard(self.settings, self.keys)
+        self.progress = Progress(door, self.settings.stall_seconds)
+        self.description: dict[str, Any] | None = None
+        self.draining = False
+        self.running = 0
+        """Requests that are being answered."""
+        self.endpoints = list(endpoints())
+        routes: list[Any] = [Route(each.path, _Run(self, each), methods=[each.method]) for each in self.endpoints]
+        self._router = Router(routes, default=self._not_found, redirect_slashes=False)
+        self._files = StaticFiles(directory=WEB, check_dir=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1003})
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while (await receive())["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        await self.door.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = header(scope, b"x-request-id")
+        scope["request_id"] = given if given and REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope["app"] = self  # then a wrong method is raised, and shown as an API shows errors
+        scope["begun"] = time.monotonic()
+        headers = [*SAFE, (b"x-request-id", scope["request_id"].encode()), *self.guard.cors(scope)]
+        scope["sender"] = sender = Sender(send, self.settings, headers)
+        try:
+            self.guard.check_host(scope)
+            if scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method"):
+                await sender.whole(Whole(b"", 204, ""))
+            elif self._is_page(scope):
+                await self._page(scope, receive, send, headers)
+            else:
+                await self._router(scope, receive, send)
+        except HTTPException as error:
+            await self._refuse(scope, WrongMethod(scope["method"], (error.headers or {}).get("Allow", "")))
+        except MoesaicError as error:
+            await self._refuse(scope, error)
+        self._log(scope, sender)
+
+    # The web chat
+
+    def _is_page(self, scope: Scope) -> bool:
+        if scope["method"] not in ("GET", "HEAD"):
+            return False
+        wants_page = scope["path"] == "/" and "text/html" in (header(scope, b"accept") or "")
+        return wants_page or scope["path"].startswith("/web/")
+
+    async def _page(self, scope: Scope, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        """Serve a file of the web chat; it is open to everybody, what it asks for is not."""
+        extra = [*headers, (b"content-security-policy", PAGE_POLICY.encode()), (b"cache-control", b"no-cache")]
+        name = "index.html" if scope["path"] == "/" else scope["path"].removeprefix("/web/")
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                scope["sender"].status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or not (WEB / name).is_file():
+            raise NotFound("there is no such file")
+        await self._files({**scope, "path": f"/{name}", "root_path": ""}, receive, with_headers)
+
+    # APIs
+
+    async def _not_found(self, scope: Scope, _: Receive, __: Send) -> None:
+        raise NotFound(f"there is no {scope['method']} {scope['path'][:100]!r} here")
+
+    async def run(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> None:
+        """Answer one request of an endpoint, or raise before anything was sent."""
+        key = NOBODY if endpoint.public else self.guard.who(scope)
+        if endpoint.admin and not key.admin:
+            raise Unauthorized("this needs an admin's key")
+        if self.draining and endpoint.body is not None:
+            raise Unavailable("the server is about to stop: ask another, or try again later")
+        call = Call(self, endpoint, scope, key, scope["request_id"])
+        if endpoint.body is not None:
+            call.body = decode(await read_body(scope, receive, self.settings), endpoint.body)
+        self.running += 1
+        try:
+            await _unless_left(self._answer(call, scope["sender"]), receive)
+        finally:
+            self.running -= 1
+            call.close()
+
+    async def _answer(self, call: Call, sender: Sender) -> None:
+        answer = await call.endpoint.run(call)
+        if isinstance(answer, Streamed):
+            assert call.endpoint.broken is not None, "an endpoint that streams must say how a stream breaks"
+            await sender.stream(answer, call.endpoint.broken)
+        else:
+            await sender.whole(answer)
+
+    async def _refuse(self, scope: Scope, error: BaseException, endpoint: Endpoint | None = None) -> None:
+        sender: Sender = scope["sender"]
+        if sender.started:
+            return
+        failure = failure_of(error)
+        shape = endpoint.failure if endpoint else shape_of(scope["path"])
+        headers = {"retry-after": str(max(1, round(failure.retry_after)))} if failure.retry_after is not None else {}
+        if isinstance(error, WrongMethod):
+            headers["allow"] = error.allowed
+        if failure.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        with contextlib.suppress(Disconnected):
+            await sender.whole(Whole(shape(failure), failure.status, headers=headers))
+
+    def _log(self, scope: Scope, sender: Sender) -> None:
+        route = scope.get("endpoint")
+        path = route.endpoint.path if isinstance(route, _Run) else "other"
+        self.metrics.requests.labels(scope["method"], path, str(sender.status or 499)).inc()
+        log.info(
+            "request",
+            extra={
+                "id": scope["request_id"],
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": sender.status or 499,
+                "ms": round(1000 * (time.monotonic() - scope["begun"]), 1),
+                "client": (scope.get("client") or ("",))[0],
+            },
+        )
+
+
+class _Run:
+    """An endpoint as the router calls it."""
+
+    def __init__(self, app: App, endpoint: Endpoint) -> None:
+        self.app, self.endpoint = app, endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, _: Send) -> None:
+        try:
+            await self.app.run(self.endpoint, scope, receive)
+        except Disconnected:
+            pass
+        except Exception as error:
+            if not isinstance(error, MoesaicError):
+                log.exception("an endpoint broke", extra={"id": scope["request_id"]})
+            await self.app._refuse(scope, error, self.endpoint)
+
+
+async def _unless_left(work: Any, receive: Receive) -> None:
+    """Run ``work``, and stop it when the client leaves."""
+    running = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((running, left), return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+            raise Disconnected
+        await running
+    finally:
+        left.cancel()
+        if not running.done():
+            running.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def endpoints() -> Iterable[Endpoint]:
+    """Yield the routes of every dialect."""
+    for name in registry.names("serve/dialects"):
+        yield from registry.load("serve/dialects", name).ENDPOINTS
+
+
+def shape_of(path: str) -> Any:
+    """Return how an error is shown where no route was found: as OpenAI does under /v1, elsewhere as TGI does."""
+    if path.startswith("/v1"):
+        return _openai.failure
+    return _plain
+
+
+def _plain(failure: Failure) -> Any:
+    return {"error": failure.message, "error_type": failure.kind}

@@ -1,0 +1,150 @@
+"""What there is to ask: OpenAI's ``/v1/models``, and its embeddings; vLLM's tokenizing and classifying."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from moesaic import __version__
+from moesaic.door import Card
+from moesaic.errors import InvalidParameter
+from moesaic.serve.dialects import _openai as openai
+from moesaic.serve.exchange import Answer, Call, Endpoint, Whole
+
+BEGUN = openai.now()
+
+
+class EmbeddingBody(Struct):
+    """Texts, or token ids, to make vectors of."""
+
+    input: str | list[Any]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: openai.Positive | None = None
+    user: str | None = None
+
+
+class ClassifyBody(Struct):
+    """Texts to tell the class of."""
+
+    input: str | Annotated[list[str], Meta(min_length=1)]
+    model: str | None = None
+
+
+class DetokenizeBody(Struct):
+    """Token ids to be text again."""
+
+    tokens: Annotated[list[openai.Whole], Meta(max_length=2**20)]
+    model: str | None = None
+
+
+def shown(card: Card) -> dict[str, Any]:
+    """Return a model as OpenAI lists it, with vLLM's fields and ours."""
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": BEGUN,
+        "owned_by": "moesaic",
+        "root": card.name,
+        "parent": None,
+        "permission": [],
+        "max_model_len": card.context,
+        "state": card.state,
+        "task": card.task,
+    }
+
+
+async def models(call: Call) -> Answer:
+    """List the models."""
+    return Whole({"object": "list", "data": [shown(card) for card in call.door.cards()]})
+
+
+async def model(call: Call) -> Answer:
+    """Show one model."""
+    return Whole(shown(openai.card_of(call.door, call.parameters["name"])))
+
+
+async def embeddings(call: Call) -> Answer:
+    """Make a vector of each text."""
+    body: EmbeddingBody = call.body
+    name = openai.model_of(call, body.model)
+    texts = _texts(body.input, call.settings.prompts)
+    vectors, read = await call.door.embed(name, texts)
+    if body.dimensions is not None:
+        if body.dimensions > len(vectors[0]):
+            raise InvalidParameter("dimensions", f"is {body.dimensions}, but the vectors have {len(vectors[0])}")
+        vectors = [_shortened(vector, body.dimensions) for vector in vectors]
+    data = [
+        {
+            "object": "embedding",
+            "index": place,
+            "embedding": vector if body.encoding_format == "float" else _packed(vector),
+        }
+        for place, vector in enumerate(vectors)
+    ]
+    used = {"prompt_tokens": read, "total_tokens": read}
+    return Whole({"object": "list", "data": data, "model": name, "usage": used})
+
+
+def _texts(given: str | list[Any], most: int) -> list[str | list[int]]:
+    if isinstance(given, str):
+        return [given]
+    if given and all(isinstance(each, int) and not isinstance(each, bool) for each in given):
+        given = [given]
+    if not 1 <= len(given) <= most:
+        raise InvalidParameter("input", f"holds {len(given)} texts, expected 1 to {most}")
+    for each in given:
+        ids = isinstance(each, list) and each and all(type(id) is int and 0 <= id < 2**31 for id in each)
+        if not (isinstance(each, str) or ids):
+            raise InvalidParameter("input", "expected a text, token ids, or a list of either")
+    return given
+
+
+def _shortened(vector: list[float], size: int) -> list[float]:
+    """Return the first numbers of a vector, of length 1 again."""
+    kept = vector[:size]
+    length = sum(value * value for value in kept) ** 0.5 or 1.0
+    return [value / length for value in kept]
+
+
+def _packed(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+async def classify(call: Call) -> Answer:
+    """Tell how likely each class is for each text."""
+    body: ClassifyBody = call.body
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    if len(texts) > call.settings.prompts:
+        raise InvalidParameter("input", f"holds {len(texts)} texts, expected 1 to {call.settings.prompts}")
+    name = openai.model_of(call, body.model)
+    data = []
+    for place, scores in enumerate(await call.door.classify(name, texts)):
+        label = max(scores, key=lambda each: scores[each])
+        data.append({"index": place, "label": label, "probs": list(scores.values()), "scores": dict(scores)})
+    head = {"id": openai.new_id("classify"), "object": "list", "created": openai.now(), "model": name}
+    return Whole(head | {"data": data})
+
+
+async def detokenize(call: Call) -> Answer:
+    """Return the text of token ids."""
+    body: DetokenizeBody = call.body
+    return Whole({"prompt": await call.door.detokenize(openai.model_of(call, body.model), body.tokens)})
+
+
+async def version(_: Call) -> Answer:
+    """Return which version this is."""
+    return Whole({"version": __version__})
+
+
+ENDPOINTS = (
+    Endpoint("/v1/models", models, openai.failure, method="GET", summary="List the models."),
+    Endpoint("/v1/models/{name:path}", model, openai.failure, method="GET", summary="Show one model."),
+    Endpoint("/v1/embeddings", embeddings, openai.failure, body=EmbeddingBody, summary="Make vectors of texts."),
+    Endpoint("/v1/classify", classify, openai.failure, body=ClassifyBody, summary="Tell the class of texts."),
+    Endpoint("/detokenize", detokenize, openai.failure, body=DetokenizeBody, summary="Text of token ids."),
+    Endpoint("/version", version, openai.failure, method="GET", summary="The version."),
+)

@@ -1,0 +1,58 @@
+"""What those who run the server ask: is it alive, is it ready, how is it doing, what does it offer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moesaic.serve import openapi
+from moesaic.serve.dialects import _openai as openai
+from moesaic.serve.exchange import Answer, Call, Endpoint, Whole
+
+
+async def health(call: Call) -> Answer:
+    """Answer 200 as long as the models can still answer: whoever asks restarts the process otherwise."""
+    dead = [name for name, load in call.door.load().items() if not load.alive]
+    if dead:
+        return Whole({"status": "dead", "error": "unhealthy", "error_type": "healthcheck"}, 503)
+    return Whole({"status": "ok"})
+
+
+async def ready(call: Call) -> Answer:
+    """Answer 200 if a request would be taken in and get on now; 503 tells a load balancer to go elsewhere."""
+    why = call.app.progress.why_not()
+    if call.app.draining:
+        why = "draining"
+    return Whole({"status": why or "ready"}, 503 if why else 200, headers={"retry-after": "5"} if why else {})
+
+
+async def metrics(call: Call) -> Answer:
+    """Return all figures, for Prometheus."""
+    return Whole(call.app.metrics.text(), media="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def load(call: Call) -> Answer:
+    """Return how many requests run, as vLLM does, and each model's figures."""
+    loads = call.door.load()
+    shown = {name: {field: getattr(each, field) for field in each.__dataclass_fields__} for name, each in loads.items()}
+    return Whole({"server_load": sum(each.running + each.waiting for each in loads.values()), "models": shown})
+
+
+async def description(call: Call) -> Answer:
+    """Return the OpenAPI description of every route."""
+    return Whole(described(call))
+
+
+def described(call: Call) -> dict[str, Any]:
+    if call.app.description is None:
+        call.app.description = openapi.describe(call.app.endpoints)
+    return call.app.description
+
+
+ENDPOINTS = (
+    Endpoint("/health", health, openai.failure, method="GET", public=True, summary="Whether it is alive."),
+    Endpoint("/ping", health, openai.failure, method="GET", public=True, summary="The same."),
+    Endpoint("/ready", ready, openai.failure, method="GET", public=True, summary="Whether it takes requests."),
+    Endpoint("/metrics", metrics, openai.failure, method="GET", summary="Figures for Prometheus."),
+    Endpoint("/load", load, openai.failure, method="GET", summary="How busy it is."),
+    Endpoint("/openapi.json", description, openai.failure, method="GET", summary="This description."),
+)

@@ -1,0 +1,186 @@
+"""API keys: who may ask, and how much.
+
+A key is never kept: only its SHA-256 is, in the file as in memory. The file is JSON,
+
+    {"keys": [{"name": "anna", "sha256": "…", "requests_per_minute": 60, "tokens_per_minute": 20000,
+               "concurrent": 4, "priority": 0, "admin": false}, …]}
+
+of which all but the first two may be left out. Knows keys and limits. Does not know HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import InvalidRequest, KeyExhausted, Unauthorized
+
+LONGEST = 256
+"""Bytes of a key; longer ones are not even hashed."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key's owner and limits; None: no limit."""
+
+    name: str
+    sha256: str
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Of prompts and answers together."""
+    concurrent: int | None = None
+    """Requests at the same time."""
+    priority: int = 0
+    """The lower number goes first."""
+    admin: bool = False
+
+
+NOBODY = Key("", "")
+"""Who asks where no keys are wanted."""
+
+
+class Bucket:
+    """Tokens that drip in at ``per_minute``, up to one minute's worth."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.rate, self.most, self.left, self.at = per_minute / 60, float(per_minute), float(per_minute), now
+
+    def wait(self, now: float) -> float:
+        """Return in how many seconds there is something to take; 0: now."""
+        self.left = min(self.most, self.left + (now - self.at) * self.rate)
+        self.at = now
+        return 0.0 if self.left >= 1 else (1 - self.left) / self.rate
+
+    def take(self, count: float) -> None:
+        """Take so much, even if there is less: what a request costs is known only at its end."""
+        self.left -= count
+
+
+class Keys:
+    """The keys that are let in; with none, everybody is."""
+
+    def __init__(self, keys: tuple[Key, ...] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._running: dict[str, int] = {}
+        self._requests: dict[str, Bucket] = {}
+        self._tokens: dict[str, Bucket] = {}
+        self.replace(keys)
+
+    def replace(self, keys: tuple[Key, ...]) -> None:
+        """Let in these from now on; what is running goes on."""
+        self._by_digest = {bytes.fromhex(key.sha256): key for key in keys}
+        now = self._clock()
+        self._requests = {k.name: Bucket(k.requests_per_minute, now) for k in keys if k.requests_per_minute}
+        self._tokens = {k.name: Bucket(k.tokens_per_minute, now) for k in keys if k.tokens_per_minute}
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a key is needed at all."""
+        return bool(self._by_digest)
+
+    def owner(self, given: bytes | None) -> Key:
+        """Return whose key this is.
+
+        Raises:
+            Unauthorized: it is nobody's.
+        """
+        if not self.wanted:
+            return NOBODY
+        if given and len(given) <= LONGEST:
+            digest = hashlib.sha256(given).digest()
+            found = None
+            for known, key in self._by_digest.items():  # all of them, whichever it is
+                if hmac.compare_digest(known, digest):
+                    found = key
+            if found:
+                return found
+        raise Unauthorized("a valid API key is needed: send it as `Authorization: Bearer KEY`")
+
+    def begin(self, key: Key) -> None:
+        """Count a request as running.
+
+        Raises:
+            KeyExhausted: the key's share is used up.
+        """
+        now = self._clock()
+        if key.concurrent is not None and self._running.get(key.name, 0) >= key.concurrent:
+            raise KeyExhausted(f"this key may run {key.concurrent} requests at a time", 1.0)
+        for bucket, what in ((self._requests.get(key.name), "requests"), (self._tokens.get(key.name), "tokens")):
+            wait = bucket.wait(now) if bucket else 0.0
+            if bucket and wait:
+                raise KeyExhausted(f"this key's {what} of this minute are used up ({bucket.most:.0f})", wait)
+        if requests := self._requests.get(key.name):
+            requests.take(1)
+        self._running[key.name] = self._running.get(key.name, 0) + 1
+
+    def end(self, key: Key, tokens: int) -> None:
+        """Count a request as done, which cost so many tokens."""
+        self._running[key.name] = max(0, self._running.get(key.name, 0) - 1)
+        if bucket := self._tokens.get(key.name):
+            bucket.wait(self._clock())
+            bucket.take(tokens)
+
+
+def new(name: str, **limits: Any) -> tuple[str, Key]:
+    """Return a new key, to be shown once, and what is kept of it."""
+    written = f"msc-{secrets.token_urlsafe(32)}"
+    return written, Key(name, digest(written), **limits)
+
+
+def digest(key: str) -> str:
+    """Return what is kept of a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def read(path: Path) -> tuple[Key, ...]:
+    """Return the keys in a file.
+
+    Raises:
+        InvalidRequest: it cannot be read or is not what is expected; the message never quotes it.
+    """
+    try:
+        listed = json.loads(path.read_bytes())["keys"]
+        keys = tuple(_key(each) for each in listed)
+    except OSError as error:
+        raise InvalidRequest(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidRequest(f"{path}: is no file of keys; `moesaic keys add` makes one") from error
+    if len({key.name for key in keys}) < len(keys):
+        raise InvalidRequest(f"{path}: two keys have the same name")
+    return keys
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    known = {field.name for field in fields(Key)}
+    if entry.keys() - known or len(bytes.fromhex(entry["sha256"])) != 32 or not isinstance(entry["name"], str):
+        raise ValueError("unknown field")
+    for name in ("requests_per_minute", "tokens_per_minute", "concurrent"):
+        value = entry.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(name)
+    return Key(**entry)
+
+
+def write(path: Path, keys: tuple[Key, ...]) -> None:
+    """Write keys so that nobody else can read them, and the old file is there until the new one is whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    content = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(content + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def from_environment(value: str) -> tuple[Key, ...]:
+    """Return the keys that are listed, parted by commas, in a variable of the environment."""
+    listed = [each.strip() for each in value.split(",") if each.strip()]
+    return tuple(Key(f"environment-{place}", digest(each)) for place, each in enumerate(listed, 1))

@@ -1,0 +1,70 @@
+"""Traces for OpenTelemetry, one span for each request, in the words of its conventions for generative models.
+
+Optional: ``pip install 'moesaic[otel]'``, and OTEL_EXPORTER_OTLP_ENDPOINT says where they go. Prompts and answers
+are never in them. Follows https://opentelemetry.io/docs/specs/semconv/gen-ai/ (status: development).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moesaic.door import Ask
+from moesaic.errors import InvalidRequest
+
+SAMPLED = ("temperature", "top_p", "top_k", "max_tokens", "seed", "frequency_penalty", "presence_penalty")
+
+
+class Span:
+    """A request's span."""
+
+    def __init__(self, span: Any) -> None:
+        self._span = span
+
+    def end(self, reason: str, prompt_tokens: int, generated_tokens: int, first: float | None) -> None:
+        """End it: why, after how many tokens, the first of them after how many seconds."""
+        self._span.set_attribute("gen_ai.response.finish_reasons", (reason,))
+        self._span.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
+        self._span.set_attribute("gen_ai.usage.output_tokens", generated_tokens)
+        if first is not None:
+            self._span.set_attribute("gen_ai.response.time_to_first_chunk", first)
+        if reason not in ("stop", "length", "cancelled"):
+            self._span.set_attribute("error.type", reason)
+        self._span.end()
+
+
+class Tracer:
+    """Begins spans."""
+
+    def __init__(self, service: str = "moesaic") -> None:
+        """Set the exporter up.
+
+        Raises:
+            InvalidRequest: OpenTelemetry is not installed.
+        """
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            raise InvalidRequest("traces need OpenTelemetry: pip install 'moesaic[otel]'") from error
+        self._provider = TracerProvider(resource=Resource.create({"service.name": service}))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("moesaic")
+
+    def begin(self, ask: Ask) -> Span:
+        """Return the span of a request."""
+        operation = "chat" if ask.messages is not None else "text_completion"
+        named = {f"gen_ai.request.{name}": ask.sampling[name] for name in SAMPLED if name in ask.sampling}
+        attributes = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "moesaic",
+            "gen_ai.request.model": ask.model,
+            "gen_ai.request.choice.count": ask.sampling.get("n", 1),
+            **named,
+        }
+        return Span(self._tracer.start_span(f"{operation} {ask.model}", attributes=attributes))
+
+    def close(self) -> None:
+        """Send what has not gone out yet."""
+        self._provider.shutdown()

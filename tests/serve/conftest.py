@@ -1,0 +1,178 @@
+"""Servers to ask: the application over a scripted door, and over a real model, both behind real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.serve import front
+from moesaic.serve.app import App
+from moesaic.serve.keys import Keys
+from moesaic.serve.settings import Settings
+
+
+@dataclass
+class Script:
+    """What a scripted model answers: pieces with pauses between them, perhaps an error at the end."""
+
+    pieces: Sequence[str] = ("Hello", ", ", "world", "!")
+    pause: float = 0.0
+    reason: str = "stop"
+    error: Exception | None = None
+    refusal: Exception | None = None
+    held: bool = False
+    """Whether the answer waits, after its first piece, until ``Scripted.go`` is set."""
+
+
+class ScriptedAnswers:
+    """See ``door.Answers``."""
+
+    def __init__(self, door: Scripted, ask: Ask, script: Script) -> None:
+        self._door, self._ask, self._script = door, ask, script
+        self.cancelled = False
+
+    def ready(self) -> list[Event]:
+        return []
+
+    def cancel(self) -> None:
+        if not self.cancelled:
+            self.cancelled = True
+            self._door.cancelled += 1
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        count = self._ask.sampling.get("n", 1)
+        scored = self._ask.sampling.get("prompt_logprobs") is not None
+        prompt = (Mark(1, "<s>", True), Mark(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
+        for index in range(count):
+            yield Begun(index, prompt)
+        most = self._ask.sampling.get("max_tokens") or len(self._script.pieces)
+        for place, text in enumerate(self._script.pieces[:most]):
+            for index in range(count):
+                yield Piece(index, text, (Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),)),))
+            if self._script.held and place == 0:
+                await self._door.go.wait()
+            await asyncio.sleep(self._script.pause)
+        if self._script.error:
+            raise self._script.error
+        cut = most < len(self._script.pieces)
+        for index in range(count):
+            yield Ended(index, "length" if cut else self._script.reason, 2, min(most, len(self._script.pieces)))  # type: ignore[arg-type]
+
+
+class Scripted:
+    """A door without a model; ``asked`` has what came through."""
+
+    def __init__(self, script: Script | None = None) -> None:
+        self.script = script or Script()
+        self.asked: list[Ask] = []
+        self.cancelled = 0
+        self.go = asyncio.Event()
+        self.loads = {"scripted": Load(blocks=10, free_blocks=10)}
+        self.listed = [Card("scripted", ("alias",), context=100), Card("other", context=50)]
+
+    def cards(self) -> Sequence[Card]:
+        return self.listed
+
+    def load(self) -> Mapping[str, Load]:
+        return self.loads
+
+    async def ask(self, ask: Ask) -> ScriptedAnswers:
+        self.asked.append(ask)
+        if self.script.refusal:
+            raise self.script.refusal
+        return ScriptedAnswers(self, ask, replace(self.script))
+
+    async def tokenize(self, ask: Ask) -> list[Mark]:
+        words = ask.prompt.split() if isinstance(ask.prompt, str) else [str(id) for id in ask.prompt or ()]
+        return [Mark(1, "<s>", True)] * ask.bos + [Mark(20 + place, word) for place, word in enumerate(words)]
+
+    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    async def embed(self, model: str, texts: Sequence[Any]) -> tuple[list[list[float]], int]:
+        return [[1.0, 0.0, 0.0] for _ in texts], len(texts)
+
+    async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
+        return [{"good": 0.75, "bad": 0.25} for _ in texts]
+
+    async def close(self) -> None:
+        self.go.set()
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    app: App
+    url: str
+    loop: asyncio.AbstractEventLoop
+    stop: Callable[[], None] = field(repr=False)
+
+    @property
+    def door(self) -> Any:
+        return self.app.door
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Do something on the server's thread."""
+        self.loop.call_soon_threadsafe(function)
+
+
+@contextlib.contextmanager
+def running(
+    make: Callable[[], Any] = Scripted, settings: Settings | None = None, keys: Keys | None = None
+) -> Iterator[Server]:
+    """Run a server over the door that ``make`` makes on its loop, on a free port of loopback."""
+    settings = replace(settings or Settings(), port=0)
+    listening = front.bind(settings)
+    started: threading.Event = threading.Event()
+    found: list[Any] = []
+
+    async def main() -> None:
+        made = make()
+        door = await made if asyncio.iscoroutine(made) else made
+        app = App(door, settings, keys)
+        server = front.Server(front.configured(app), app)
+        found.extend((app, server, asyncio.get_running_loop()))
+        started.set()
+        await server._serve([listening])
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    assert started.wait(60)
+    app, server, loop = found
+
+    def stop() -> None:
+        server.should_exit = server.force_exit = True
+        thread.join(30)
+
+    host, port = listening.getsockname()[:2]
+    try:
+        yield Server(app, f"http://{host}:{port}", loop, stop)
+    finally:
+        stop()
+        listening.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with running() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def tales() -> Iterator[Server]:
+    """The built-in model, served."""
+    from moesaic.llm import LLM
+    from moesaic.local import Local
+
+    llm = LLM.load()
+    with running(lambda: Local(llm)) as found:
+        yield found

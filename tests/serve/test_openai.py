@@ -1,0 +1,229 @@
+"""OpenAI's API over a scripted model: shapes, streams, refusals, and failures that never look like success."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from moesaic.errors import NumericalError, Overloaded, PromptTooLong
+from tests.serve.conftest import Script
+
+CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def events(text: str) -> list[str]:
+    return [line[6:] for line in text.split("\n") if line.startswith("data: ")]
+
+
+def post(server, path, body, **options):
+    return httpx.post(server.url + path, json=body, timeout=30, **options)
+
+
+def test_a_whole_answer(server):
+    found = post(server, "/v1/chat/completions", CHAT).json()
+    assert found["object"] == "chat.completion" and found["model"] == "scripted"
+    [choice] = found["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hello, world!"}
+    assert choice["finish_reason"] == "stop"
+    assert found["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 4,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+def test_the_joined_stream_is_the_whole_answer(server):
+    body = CHAT | {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
+    answer = post(server, "/v1/chat/completions", body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = events(answer.text)
+    assert done == "[DONE]"
+    chunks = [json.loads(chunk) for chunk in chunks]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 8
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    for index in (0, 1):
+        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(c["delta"].get("content", "") for c in mine) == "Hello, world!"
+        assert [c["finish_reason"] for c in mine] == [None] * 5 + ["stop"]
+
+
+def test_max_tokens_gives_length(server):
+    found = post(server, "/v1/chat/completions", CHAT | {"max_tokens": 2}).json()
+    assert found["choices"][0]["finish_reason"] == "length"
+    assert found["choices"][0]["message"]["content"] == "Hello, "
+
+
+def test_logprobs(server):
+    found = post(server, "/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 1}).json()
+    entries = found["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in entries] == ["Hello", ", ", "world", "!"]
+    assert entries[0]["top_logprobs"] == [{"token": "Hello", "logprob": -0.25, "bytes": list(b"Hello")}]
+
+
+def test_what_is_asked_reaches_the_door(server):
+    body = CHAT | {
+        "temperature": 0.5,
+        "top_p": 0,
+        "top_k": -1,
+        "stop": "END",
+        "seed": 7,
+        "logit_bias": {"12": -100},
+        "max_completion_tokens": 9,
+        "unknown": {"is": "ignored"},
+    }
+    assert post(server, "/v1/chat/completions", body).status_code == 200
+    [ask] = server.door.asked
+    assert ask.sampling == {
+        "temperature": 0.5,
+        "top_p": 1e-9,
+        "top_k": 0,
+        "stop": ("END",),
+        "seed": 7,
+        "logit_bias": {12: -100.0},
+        "max_tokens": 9,
+    }
+    assert ask.messages == ({"role": "user", "content": "Hi"},)
+
+
+def test_parts_of_text_are_joined_and_others_refused(server):
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    assert post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}).status_code == 200
+    assert server.door.asked[0].messages[0]["content"] == "Hello"
+    image = [{"type": "image_url", "image_url": {"url": "http://example.org/x.png"}}]
+    answer = post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": image}]})
+    assert answer.status_code == 400 and "text only" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["scripted", "alias", "tgi", "dummy", "", None])
+def test_names_of_the_default_model(server, name):
+    assert post(server, "/v1/chat/completions", CHAT | {"model": name}).json()["model"] == "scripted"
+
+
+def test_an_unknown_model_is_not_found(server):
+    answer = post(server, "/v1/chat/completions", CHAT | {"model": "gpt-4"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+    assert "scripted, other" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 1e9}, "temperature"),
+        ({"n": 100}, "n"),
+        ({"messages": []}, "messages"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"seed": 2**70}, "seed"),
+        ({"response_format": {"type": "poem"}}, "response_format"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_parameters_name(server, change, param):
+    answer = post(server, "/v1/chat/completions", CHAT | change)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert not server.door.asked
+
+
+def test_a_missing_field_is_named(server):
+    error = post(server, "/v1/chat/completions", {"model": "scripted"}).json()["error"]
+    assert (error["param"], "missing" in error["message"]) == ("messages", True)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry"),
+    [(Overloaded("full"), 429, "1"), (PromptTooLong(9, 3), 400, None), (RuntimeError("secret"), 500, None)],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_is_a_status_also_of_a_stream(server, error, status, retry, stream):
+    server.door.script = Script(refusal=error)
+    answer = post(server, "/v1/chat/completions", CHAT | {"stream": stream})
+    assert answer.status_code == status
+    assert answer.headers.get("retry-after") == retry
+    assert "secret" not in answer.text
+
+
+def test_an_error_in_a_stream_is_an_event_and_no_good_end(server):
+    server.door.script = Script(error=NumericalError("the model computed NaN"))
+    answer = post(server, "/v1/chat/completions", CHAT | {"stream": True})
+    assert answer.status_code == 200
+    *chunks, last = events(answer.text)
+    assert json.loads(last)["error"]["message"] == "the model computed NaN"
+    assert "[DONE]" not in answer.text
+    assert all(choice["finish_reason"] is None for chunk in chunks for choice in json.loads(chunk)["choices"])
+    whole = post(server, "/v1/chat/completions", CHAT)
+    assert whole.status_code == 500 and "choices" not in whole.json()
+
+
+def test_completions_of_several_prompts(server):
+    body = {"model": "scripted", "prompt": ["one", [1, 2]], "n": 2, "max_tokens": 3}
+    found = post(server, "/v1/completions", body).json()
+    assert [(c["index"], c["text"]) for c in found["choices"]] == [(i, "Hello, world") for i in range(4)]
+    assert found["usage"]["prompt_tokens"] == 4 and found["usage"]["completion_tokens"] == 12
+    assert [ask.prompt for ask in server.door.asked] == ["one", (1, 2)]
+    *chunks, done = events(post(server, "/v1/completions", body | {"stream": True}).text)
+    texts = ["", "", "", ""]
+    for chunk in map(json.loads, chunks):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert done == "[DONE]" and texts == ["Hello, world"] * 4
+
+
+def test_scoring_as_lm_eval_asks_for_it(server):
+    body = {"prompt": [[1, 5]], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1}
+    [choice] = post(server, "/v1/completions", body).json()["choices"]
+    assert choice["text"] == "1 5Hello"
+    assert choice["logprobs"] == {
+        "text_offset": [0, 3, 5],
+        "token_logprobs": [None, -0.5, -0.25],
+        "tokens": ["<s>", "Hi", "Hello"],
+        "top_logprobs": [None, {"Hi": -0.5}, {"Hello": -0.25}],
+    }
+    [choice] = post(server, "/v1/completions", body | {"max_tokens": 0}).json()["choices"]
+    assert choice["logprobs"]["tokens"] == ["<s>", "Hi"] and choice["text"] == "1 5"
+
+
+def test_embeddings(server):
+    found = post(server, "/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64"}).json()
+    assert [entry["embedding"] for entry in found["data"]] == ["AACAPwAAAAAAAAAA"] * 2
+    short = post(server, "/v1/embeddings", {"input": "a", "dimensions": 2}).json()
+    assert short["data"][0]["embedding"] == [1.0, 0.0]
+    assert post(server, "/v1/embeddings", {"input": []}).status_code == 400
+
+
+def test_models(server):
+    listed = httpx.get(server.url + "/v1/models").json()["data"]
+    assert [(card["id"], card["max_model_len"]) for card in listed] == [("scripted", 100), ("other", 50)]
+    assert httpx.get(server.url + "/v1/models/other").json()["id"] == "other"
+    assert httpx.get(server.url + "/v1/models/none").status_code == 404
+
+
+def test_classes(server):
+    found = post(server, "/v1/classify", {"input": "fine"}).json()
+    assert found["data"] == [
+        {"index": 0, "label": "good", "probs": [0.75, 0.25], "scores": {"good": 0.75, "bad": 0.25}}
+    ]
+
+
+def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
+    body = {"messages": [{"role": "user", "content": "Tell a story."}], "temperature": 0, "max_tokens": 40}
+    whole = post(tales, "/v1/chat/completions", body).json()
+    *chunks, done = events(post(tales, "/v1/chat/completions", body | {"stream": True}).text)
+    joined = "".join(c["delta"].get("content", "") for chunk in chunks for c in json.loads(chunk)["choices"])
+    assert done == "[DONE]" and joined == whole["choices"][0]["message"]["content"] and len(joined) > 20
+    prompt = {"prompt": "Once upon", "temperature": 0, "max_tokens": 8, "echo": True}
+    assert post(tales, "/v1/completions", prompt).json()["choices"][0]["text"].startswith("Once upon a")
+
+
+def test_the_built_in_models_vectors_are_of_length_one(tales):
+    found = post(tales, "/v1/embeddings", {"input": ["a king", "a queen", "the sea"]}).json()
+    vectors = [entry["embedding"] for entry in found["data"]]
+    assert all(abs(sum(x * x for x in vector) - 1) < 1e-3 for vector in vectors)
+    assert vectors[0] != vectors[1]
