@@ -30,6 +30,7 @@ from moesaic.text.chat import ChatFormat
 from moesaic.text.compiler import Compiler
 from moesaic.text.grammar import Grammar
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tools import Tools
 
 BUILT_IN = Path(__file__).parent / "builtin" / "tales"
 """The checkpoint that is loaded when none is named: a small Mixtral that tells stories."""
@@ -166,16 +167,24 @@ class LLM(AbstractContextManager["LLM"]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def encode_chat(self, messages: Messages, *, continue_final: bool = False) -> list[int]:
-        """Return the prompt ids of a conversation, up to where the answer begins.
+    def encode_chat(self, messages: Messages, *, continue_final: bool = False, tools: Tools | None = None) -> list[int]:
+        """Return the prompt ids of a conversation, up to where the answer begins, which may call ``tools``.
 
         Raises:
             InvalidMessages: the chat format cannot hold it.
         """
-        self._bound(sum(len(str(message.get("content"))) for message in messages if isinstance(message, Mapping)))
+        parts = (
+            message.get(key)
+            for message in messages
+            if isinstance(message, Mapping)
+            for key in ("content", "tool_calls")
+        )
+        self._bound(sum(len(str(part)) for part in parts if part is not None))
         if self.format is not None:
-            return self.format.encode(messages, self.tokenizer, continue_final=continue_final)
+            return self.format.encode(messages, self.tokenizer, continue_final=continue_final, tools=tools)
         assert self._template is not None
+        if tools is not None:
+            raise InvalidRequest("a checkpoint's own template is not given tools: choose a chat format")
         if continue_final:
             raise InvalidRequest("a checkpoint's own template cannot continue an answer: choose a chat format")
         return template.encode(self._template, messages, self.tokenizer)
@@ -236,6 +245,7 @@ class LLM(AbstractContextManager["LLM"]):
         skip_special: bool = True,
         begins: bool | None = None,
         grammar: Grammar | None = None,
+        tools: Tools | None = None,
     ) -> list[Reply]:
         """Start a request and return its ``n`` replies. With ``chat``, the chat format's ends count too.
 
@@ -247,6 +257,7 @@ class LLM(AbstractContextManager["LLM"]):
             skip_special: leave the names of special tokens out of the text.
             begins: whether the answer begins a text, where a leading space is dropped; None: if ``chat``.
             grammar: what the answer has to be; cut by ``max_tokens`` or a stop string, it is the beginning of that.
+            tools: what the answer may call, or has to: those that ``encode_chat`` was given.
 
         Raises:
             PromptTooLong, InvalidParameter, Overloaded, EngineStopped: see ``Engine.submit``.
@@ -255,6 +266,7 @@ class LLM(AbstractContextManager["LLM"]):
         eos = self.loaded.eos_ids | self.tokenizer.eos_ids
         begins = chat if begins is None else begins
         strip = False
+        grammar = self._forced(tools, grammar)
         if chat and self.format is not None:
             eos |= self.format.stop_ids(self.tokenizer)
             if grammar is None:  # which says itself where its text begins and ends
@@ -262,10 +274,21 @@ class LLM(AbstractContextManager["LLM"]):
                 strip = bool(self.format.stop_strings)
         constraint = None if grammar is None else partial(self._grammars.compile(grammar), begins=begins)
         request = Request(tuple(ids), sampling, tuple(sorted(eos)), priority, salt, constraint)
+        streams = self.engine.submit(request)
+        found = [self.format.calls(self.tokenizer, tools) if self.format and tools else None for _ in streams]
+        how: dict[str, Any] = {"strip": strip and begins, "skip_special": skip_special, "begins": begins}
         return [
-            Reply(stream, self.tokenizer, request, strip=strip and begins, skip_special=skip_special, begins=begins)
-            for stream in self.engine.submit(request)
+            Reply(stream, self.tokenizer, request, calls=calls, **how)
+            for stream, calls in zip(streams, found, strict=True)
         ]
+
+    def _forced(self, tools: Tools | None, grammar: Grammar | None) -> Grammar | None:
+        """Return what the answer has to be, a call of a tool if one is required."""
+        if tools is None or not tools.enforced or self.format is None:
+            return grammar
+        if grammar is not None:
+            raise InvalidParameter("tool_choice", "cannot require a call of an answer that has a grammar")
+        return self.format.forced(self.tokenizer, tools)
 
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> Reply: ...
@@ -280,25 +303,30 @@ class LLM(AbstractContextManager["LLM"]):
         *,
         stream: bool = False,
         grammar: Grammar | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         **sampling: Any,
     ) -> Reply | Answer | list[Answer]:
         """Answer a conversation, or each of a list of conversations at once.
 
         Args:
-            messages: [{"role": "system" | "user" | "assistant", "content": text}, ...].
+            messages: [{"role": "system" | "user" | "assistant" | "tool", "content": text}, ...].
             stream: return a ``Reply`` to iterate over.
             grammar: what every answer has to be.
+            tools, tool_choice, parallel_tool_calls: what the answer may call, or has to, see ``Tools.of``.
             **sampling: the fields of ``Sampling``; what is not given is as the checkpoint recommends.
 
         Raises:
             InvalidMessages, InvalidParameter, PromptTooLong: before anything runs.
         """
         options = self.sampling(**sampling)
+        offered = Tools.of(tools, tool_choice, parallel_tool_calls)
         if messages and not isinstance(messages[0], Mapping):
-            prompts = [self.encode_chat(each) for each in messages]  # type: ignore[arg-type]
-            return self._all(prompts, options, chat=True, grammar=grammar)
-        ids = self.encode_chat(messages)  # type: ignore[arg-type]
-        return self._one(ids, options, chat=True, grammar=grammar, stream=stream)
+            prompts = [self.encode_chat(each, tools=offered) for each in messages]  # type: ignore[arg-type]
+            return self._all(prompts, options, chat=True, grammar=grammar, tools=offered)
+        ids = self.encode_chat(messages, tools=offered)  # type: ignore[arg-type]
+        return self._one(ids, options, chat=True, grammar=grammar, tools=offered, stream=stream)
 
     @overload
     def complete(self, prompt: str, *, stream: Literal[True], **options: Any) -> Reply: ...

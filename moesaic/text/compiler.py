@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from moesaic.errors import GrammarError, InvalidRequest, NotInstalled, Overloaded
 from moesaic.text import _trial
-from moesaic.text.grammar import Grammar
+from moesaic.text.grammar import STYLE, Grammar
 from moesaic.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ CACHED = 128  # compiled grammars kept
 CACHED_BYTES = 4 << 20  # ... and their sources together
 COMPILING = 2  # at the same time
 WAIT_SECONDS = 10.0
-
-STYLE = {"whitespace_pattern": "[ ]?"}
-"""One space may stand wherever JSON lets white space stand: with more, a model can write nothing else for ever."""
 
 LIMITS: dict[str, Any] = {"max_lexer_states": 20_000, "verbose_errors": False}
 """Of llguidance: the states of an answer's lexer take one or two kilobytes each; the other defaults are low enough."""

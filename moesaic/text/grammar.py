@@ -20,6 +20,9 @@ MAX_DEPTH = 16
 MAX_REGEX_BYTES = 4 << 10
 MAX_CHOICES = 512
 
+STYLE = {"whitespace_pattern": "[ ]?"}
+"""One space may stand wherever JSON lets white space stand: with more, a model can write nothing else for ever."""
+
 
 @dataclass(frozen=True)
 class Grammar:
