@@ -97,7 +97,8 @@ def _serve(args: argparse.Namespace) -> int:
     logs.set_up(args.log_level, as_json=args.log_format == "json")
     listening = front.bind(settings)  # before a model is read: a port that is taken is known at once
     try:
-        asyncio.run(_run(args, settings, who, listening))
+        with asyncio.Runner(loop_factory=front.loop_factory()) as runner:
+            runner.run(_run(args, settings, who, listening))
     finally:
         listening.close()
     return 0

@@ -137,6 +137,15 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
 
 
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes uvloop's event loop, which writes to sockets at half the cost; None where there is none."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
 def bind(settings: Settings) -> socket.socket:
     """Return a listening socket.
 
