@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from moesaic.classifier import Classifier
-from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
 from moesaic.engine import Stream, Token
 from moesaic.errors import InvalidRequest, MoesaicError, Overloaded
 from moesaic.llm import LLM
 from moesaic.reply import Reply, Text
+from moesaic.text.grammar import Grammar
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tools import Tools
 
 T = TypeVar("T")
 
@@ -43,6 +45,7 @@ class LocalAnswers:
         self._events: deque[Event] = deque()
         self._failed: MoesaicError | None = None
         self._open = len(replies)
+        self._called: dict[int, int] = {}  # index -> calls so far
         self._waiter: asyncio.Future[None] | None = None
 
     def pump(self, reply: Reply) -> bool:
@@ -59,7 +62,7 @@ class LocalAnswers:
             self._begun.add(index)
             self._events.append(Begun(index, tuple(self._mark(token) for token in reply.prompt_logprobs)))
         for piece in pieces:
-            if piece.text or piece.tokens:
+            if piece.text or piece.tokens or piece.calls:
                 self._events.append(self._piece(index, piece))
         if reply.ended:
             self._open -= 1
@@ -70,7 +73,11 @@ class LocalAnswers:
         return reply.ended
 
     def _piece(self, index: int, piece: Text) -> Piece:
-        return Piece(index, piece.text, tuple(self._mark(token) for token in piece.tokens))
+        marks = tuple(self._mark(token) for token in piece.tokens)
+        first = self._called.get(index, 0)
+        self._called[index] = first + len(piece.calls)
+        calls = (Call(place, call.id, call.name, call.arguments) for place, call in enumerate(piece.calls, first))
+        return Piece(index, piece.text, marks, tuple(calls))
 
     def _mark(self, token: Token) -> Mark:
         tokenizer = self._tokenizer
@@ -118,7 +125,12 @@ def _ended(index: int, reply: Reply) -> Ended:
         answer.cached_tokens,
         answer.stop,
         answer.stop_id,
+        called=bool(answer.calls),
     )
+
+
+def _tools(ask: Ask) -> Tools | None:
+    return Tools.of(ask.tools, ask.tool_choice, ask.parallel_tool_calls)
 
 
 class Local:
@@ -198,6 +210,7 @@ class Local:
     def _submit(self, ask: Ask) -> list[Reply]:
         llm = self._llm
         sampling = llm.sampling(**ask.sampling)
+        tools = _tools(ask)
         return llm.submit(
             self._ids(ask),
             sampling,
@@ -206,12 +219,14 @@ class Local:
             salt=ask.tenant,
             skip_special=ask.skip_special,
             begins=ask.messages is not None and not ask.continue_final,
+            grammar=None if ask.grammar is None else Grammar(*ask.grammar),  # type: ignore[arg-type]
+            tools=tools,
         )
 
     def _ids(self, ask: Ask) -> list[int]:
         llm = self._llm
         if ask.messages is not None:
-            ids = llm.encode_chat(ask.messages, continue_final=ask.continue_final)
+            ids = llm.encode_chat(ask.messages, continue_final=ask.continue_final, tools=_tools(ask))
         elif isinstance(ask.prompt, str):
             ids = llm.encode(ask.prompt, bos=ask.bos)
         else:

@@ -33,7 +33,7 @@ MAY = {
     "cli": {"*"},
     "errors": set(),
     "registry": set(),
-    "": {"engine", "llm", "classifier"},  # the public names
+    "": {"engine", "llm", "classifier", "text"},  # the public names
 }
 """What each part may import besides ``errors`` and ``registry``; docs/architecture.md draws it."""
 REGISTRIES = ("formats", "ops", "models", "checkpoints", "bench.endpoints", "serve.dialects")
