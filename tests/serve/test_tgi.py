@@ -11,6 +11,7 @@ from moesaic.door import Ended, Load, Mark, Piece
 from moesaic.errors import EngineStopped, KeyExhausted, NumericalError, Overloaded, PromptTooLong, TimedOut
 from moesaic.serve.dialects._tgi import Parameters, checked
 from moesaic.serve.dialects.tgi_info import placed
+from moesaic.serve.keys import Key, Keys, digest
 from moesaic.serve.settings import Settings, TgiBounds
 from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
 from tests.serve.test_openai import events, post
@@ -355,6 +356,17 @@ def test_health(server):
         answer = httpx.get(server.url + path)
         assert answer.status_code == 503
         assert (answer.json()["error"], answer.json()["error_type"]) == ("unhealthy", "healthcheck")
+
+
+def test_where_a_key_is_needed():
+    key = Keys((Key("anna", digest("secret")),))
+    with running(keys=key) as server:
+        for found in (post(server, "/generate", BODY), post(server, "/", BODY), httpx.get(server.url + "/info")):
+            assert found.status_code == 401 and found.json().keys() == {"error"}
+        assert httpx.get(server.url).status_code == 200
+        named = {"authorization": "Bearer secret"}
+        assert post(server, "/", BODY, headers=named).status_code == 200
+        assert httpx.get(server.url + "/nothing", headers=named).status_code == 404
 
 
 def test_info():

@@ -126,6 +126,7 @@ class Writer:
             "object": "text_completion",
             "created": openai.now(),
             "model": ask.model,
+            "system_fingerprint": openai.FINGERPRINT,
         }
 
     async def whole(self, running: Sequence[AsyncIterator[Event]]) -> dict[str, Any]:
