@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moesaic.classifier import Classifier
 from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
@@ -43,6 +43,7 @@ class LocalAnswers:
         self._replies, self._tokenizer = replies, tokenizer
         self._begun: set[int] = set()
         self._events: deque[Event] = deque()
+        self._held: dict[int, list[Event]] = {}  # last pieces, which go out with the end that is about to come
         self._failed: MoesaicError | None = None
         self._open = len(replies)
         self._called: dict[int, int] = {}  # index -> calls so far
@@ -61,9 +62,12 @@ class LocalAnswers:
         if index not in self._begun and (pieces or reply.ended):
             self._begun.add(index)
             self._events.append(Begun(index, tuple(self._mark(token) for token in reply.prompt_logprobs)))
-        for piece in pieces:
-            if piece.text or piece.tokens or piece.calls:
-                self._events.append(self._piece(index, piece))
+        wanted = [piece for piece in pieces if piece.text or piece.tokens or piece.calls]
+        shown: list[Event] = [self._piece(index, piece) for piece in wanted]
+        if reply.stopped and not reply.ended:
+            self._held.setdefault(index, []).extend(shown)
+            return False
+        self._events.extend([*self._held.pop(index, ()), *shown])
         if reply.ended:
             self._open -= 1
             self._events.append(_ended(index, reply))
@@ -133,6 +137,20 @@ def _tools(ask: Ask) -> Tools | None:
     return Tools.of(ask.tools, ask.tool_choice, ask.parallel_tool_calls)
 
 
+def _about(llm: LLM) -> Mapping[str, Any]:
+    weight = next(llm.loaded.model.parameters())
+    tokenizer = llm.tokenizer
+    ends = sorted(llm.loaded.eos_ids | tokenizer.eos_ids)
+    return {
+        "architecture": llm.loaded.config.get("model_type"),
+        "layout": llm.loaded.layout,
+        "dtype": str(llm.loaded.model.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "bos_token": None if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(ends[0]) if ends else None,
+    }
+
+
 class Local:
     """One model in this process; see ``door.Door``. Made on the loop that it answers on."""
 
@@ -144,6 +162,7 @@ class Local:
         self._news: deque[Stream] = deque()
         self._told = False
         self._looked = 0.0  # when the loop last took what had come
+        self._about = _about(llm)
         llm.engine.listen(self._on_events)
 
     # What follows runs on the engine's thread
@@ -177,8 +196,7 @@ class Local:
 
     def cards(self) -> Sequence[Card]:
         llm = self._llm
-        about = {"architecture": llm.loaded.config.get("model_type"), "layout": llm.loaded.layout}
-        return [Card(llm.name, self._aliases, context=llm.context, about=about)]
+        return [Card(llm.name, self._aliases, context=llm.context, about=self._about)]
 
     def load(self) -> Mapping[str, Load]:
         stats = self._llm.engine.stats()
@@ -228,7 +246,7 @@ class Local:
         if ask.messages is not None:
             ids = llm.encode_chat(ask.messages, continue_final=ask.continue_final, tools=_tools(ask))
         elif isinstance(ask.prompt, str):
-            ids = llm.encode(ask.prompt, bos=ask.bos)
+            ids = llm.encode(ask.prompt, bos=ask.bos, marked=ask.marked)
         else:
             ids = list(ask.prompt or ())
         return ids[-ask.truncate :] if ask.truncate else ids

@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ class App:
         self.draining = False
         self.running = 0
         """Requests that are being answered."""
+        self.asking = 0
+        """What of them asks a model; one may ask for several answers."""
         self.endpoints = list(endpoints())
         routes: list[Any] = [Route(each.path, _Run(self, each), methods=[each.method]) for each in self.endpoints]
         self._router = Router(routes, default=self._not_found, redirect_slashes=False)
@@ -183,7 +186,9 @@ class App:
         if failure.status == 401:
             headers["www-authenticate"] = "Bearer"
         with contextlib.suppress(Disconnected):
-            await sender.whole(Whole(shape(failure), failure.status, headers=headers))
+            shown = shape(failure)
+            answer = shown if isinstance(shown, Whole) else Whole(shown, failure.status)
+            await sender.whole(replace(answer, headers={**answer.headers, **headers}))
 
     def _log(self, scope: Scope, sender: Sender) -> None:
         route = scope.get("endpoint")

@@ -11,20 +11,22 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from moesaic.door import Answers, Ask, Door, Event
-from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, TooLarge
+from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, Overloaded, TooLarge
 from moesaic.serve.keys import Key
 from moesaic.serve.settings import Settings
 from moesaic.serve.watch import Watch
 
 if TYPE_CHECKING:
     from moesaic.serve.app import App
+
+T = TypeVar("T")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -78,7 +80,8 @@ Answer = Whole | Streamed
 class Endpoint:
     """One route of an API.
 
-    ``failure`` shows an error as this API does, ``broken`` as an event in a stream that has begun.
+    ``failure`` shows an error as this API does (a ``Whole`` where its status differs from ours), ``broken`` as an
+    event in a stream that has begun.
     """
 
     path: str
@@ -129,23 +132,37 @@ class Call:
 
         The request is taken in when this returns, and taken back when the exchange ends before it.
         """
+        answers, watch = await self._admitted(ask)
+        return watch.events(answers)
+
+    async def ask_in_batches(self, ask: Ask) -> AsyncIterator[list[Event]]:
+        """Do the same, with all events together that can be had at once: an answer's last token and its end can."""
+        answers, watch = await self._admitted(ask)
+        return watch.batches(answers)
+
+    async def _admitted(self, ask: Ask) -> tuple[Answers, Watch]:
         ask = replace(ask, tenant=self.key.name, priority=ask.priority + self.key.priority)
-        keys = self.app.keys
+        keys, most = self.app.keys, self.settings.concurrent_requests
+        if most is not None and self.app.asking >= most:
+            raise Overloaded(f"{most} requests are being answered, and no more are taken in")
         keys.begin(self.key)
+        self.app.asking += 1
         watch = Watch(self.app.metrics, self.app.settings, ask, self.app.tracer)
         try:
             answers = await watch.admitted(self.door.ask(ask))
         except BaseException:
+            self.app.asking -= 1
             keys.end(self.key, 0)
             raise
         self.running.append((answers, watch))
-        return watch.events(answers)
+        return answers, watch
 
     def close(self) -> None:
         """Take back what still runs, and settle with the key."""
         for answers, watch in self.running:
             answers.cancel()
             watch.close()
+            self.app.asking -= 1
             self.app.keys.end(self.key, watch.tokens)
         self.running.clear()
 
@@ -208,13 +225,37 @@ def decode(body: bytes, kind: Any) -> Any:
         text = body.decode()
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         _shallow(value)
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise _misfit(str(error)) from None
+        return fit(value, kind)
     except RecursionError:
         raise InvalidRequest(f"the body is nested deeper than {DEPTH}") from None
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
+
+
+def fit(value: Any, kind: Any) -> Any:
+    """Return what JSON was decoded to as a value of a type.
+
+    Raises:
+        InvalidRequest, InvalidParameter: it is not of that type.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _misfit(str(error)) from None
+
+
+async def together(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Do several things at once and return what they return; the first error ends them all, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_awaited(each)) for each in work]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

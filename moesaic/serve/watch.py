@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -166,11 +166,20 @@ class Watch:
 
     async def events(self, answers: Answers) -> AsyncIterator[Event]:
         """Yield the events, within the time that is allowed."""
+        async with contextlib.aclosing(self.batches(answers, all_at_once=False)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(self, answers: Answers, *, all_at_once: bool = True) -> AsyncGenerator[list[Event]]:
+        """Do the same, with all events together that can be had at once."""
         try:
             async with self._deadline():
                 async for event in answers:
-                    self._see(event)
-                    yield event
+                    batch = [event, *answers.ready()] if all_at_once else [event]
+                    for each in batch:
+                        self._see(each)
+                    yield batch
         except MoesaicError as error:
             self._failed(error)
             raise

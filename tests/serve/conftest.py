@@ -36,10 +36,12 @@ class ScriptedAnswers:
 
     def __init__(self, door: Scripted, ask: Ask, script: Script) -> None:
         self._door, self._ask, self._script = door, ask, script
+        self._events: list[Event] = []
         self.cancelled = False
 
     def ready(self) -> list[Event]:
-        return []
+        events, self._events = self._events, []
+        return events
 
     def cancel(self) -> None:
         if not self.cancelled:
@@ -47,23 +49,31 @@ class ScriptedAnswers:
             self._door.cancelled += 1
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        count = self._ask.sampling.get("n", 1)
-        scored = self._ask.sampling.get("prompt_logprobs") is not None
+        async for events in self._steps():
+            self._events += events
+            while self._events:
+                yield self._events.pop(0)
+
+    async def _steps(self) -> AsyncIterator[list[Event]]:
+        """Yield what comes together; the ends come with the last tokens, as a door promises."""
+        script, sampling = self._script, self._ask.sampling
+        count = sampling.get("n", 1)
+        scored = sampling.get("prompt_logprobs") is not None
         prompt = (Mark(1, "<s>", True), Mark(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
-        for index in range(count):
-            yield Begun(index, prompt)
-        most = self._ask.sampling.get("max_tokens") or len(self._script.pieces)
-        for place, text in enumerate(self._script.pieces[:most]):
-            for index in range(count):
-                yield Piece(index, text, (Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),)),))
-            if self._script.held and place == 0:
+        yield [Begun(index, prompt) for index in range(count)]
+        pieces = script.pieces[: sampling.get("max_tokens") or len(script.pieces)]
+        reason = "length" if len(pieces) < len(script.pieces) else script.reason
+        for place, text in enumerate(pieces):
+            mark = Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),))
+            events: list[Event] = [Piece(index, text, (mark,)) for index in range(count)]
+            if place == len(pieces) - 1 and not script.error:
+                events += [Ended(index, reason, 2, len(pieces)) for index in range(count)]  # type: ignore[arg-type]
+            yield events
+            if script.held and place == 0:
                 await self._door.go.wait()
-            await asyncio.sleep(self._script.pause)
-        if self._script.error:
-            raise self._script.error
-        cut = most < len(self._script.pieces)
-        for index in range(count):
-            yield Ended(index, "length" if cut else self._script.reason, 2, min(most, len(self._script.pieces)))  # type: ignore[arg-type]
+            await asyncio.sleep(script.pause)
+        if script.error:
+            raise script.error
 
 
 class Scripted:
