@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
 from moesaic.serve import front
 from moesaic.serve.app import App
 from moesaic.serve.keys import Keys
@@ -27,6 +27,10 @@ class Script:
     reason: str = "stop"
     error: Exception | None = None
     refusal: Exception | None = None
+    calls: Sequence[Call] = ()
+    """Parts of calls of tools, which come after the text; each in a piece of its own."""
+    stop: str | None = None
+    cached: int = 0
     held: bool = False
     """Whether the answer waits, after its first piece, until ``Scripted.go`` is set."""
 
@@ -51,7 +55,7 @@ class ScriptedAnswers:
         scored = self._ask.sampling.get("prompt_logprobs") is not None
         prompt = (Mark(1, "<s>", True), Mark(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
         for index in range(count):
-            yield Begun(index, prompt)
+            yield Begun(index, prompt, 2)
         most = self._ask.sampling.get("max_tokens") or len(self._script.pieces)
         for place, text in enumerate(self._script.pieces[:most]):
             for index in range(count):
@@ -59,11 +63,19 @@ class ScriptedAnswers:
             if self._script.held and place == 0:
                 await self._door.go.wait()
             await asyncio.sleep(self._script.pause)
+        for part in self._script.calls:
+            for index in range(count):
+                yield Piece(index, calls=(part,))
         if self._script.error:
             raise self._script.error
-        cut = most < len(self._script.pieces)
         for index in range(count):
-            yield Ended(index, "length" if cut else self._script.reason, 2, min(most, len(self._script.pieces)))  # type: ignore[arg-type]
+            yield self._ended(index, min(most, len(self._script.pieces)))
+
+    def _ended(self, index: int, generated: int) -> Ended:
+        script = self._script
+        reason = "length" if generated < len(script.pieces) else script.reason
+        called = bool(script.calls)
+        return Ended(index, reason, 2, generated, script.cached, script.stop, None, called)  # type: ignore[arg-type]
 
 
 class Scripted:
@@ -90,7 +102,8 @@ class Scripted:
         return ScriptedAnswers(self, ask, replace(self.script))
 
     async def tokenize(self, ask: Ask) -> list[Mark]:
-        words = ask.prompt.split() if isinstance(ask.prompt, str) else [str(id) for id in ask.prompt or ()]
+        prompt = ask.prompt if ask.messages is None else " ".join(turn["content"] for turn in ask.messages)
+        words = prompt.split() if isinstance(prompt, str) else [str(id) for id in prompt or ()]
         return [Mark(1, "<s>", True)] * ask.bos + [Mark(20 + place, word) for place, word in enumerate(words)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
