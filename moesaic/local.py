@@ -61,7 +61,8 @@ class LocalAnswers:
         index = reply.stream.index
         if index not in self._begun and (pieces or reply.ended):
             self._begun.add(index)
-            self._events.append(Begun(index, tuple(self._mark(token) for token in reply.prompt_logprobs)))
+            prompt = tuple(self._mark(token) for token in reply.prompt_logprobs)
+            self._events.append(Begun(index, prompt, len(reply.request.ids)))
         wanted = [piece for piece in pieces if piece.text or piece.tokens or piece.calls]
         shown: list[Event] = [self._piece(index, piece) for piece in wanted]
         if reply.stopped and not reply.ended:

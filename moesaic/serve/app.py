@@ -42,6 +42,7 @@ from moesaic.serve.exchange import (
     read_body,
 )
 from moesaic.serve.guard import Guard
+from moesaic.serve.kept import Kept
 from moesaic.serve.keys import NOBODY, Keys
 from moesaic.serve.progress import Progress
 from moesaic.serve.settings import Settings
@@ -74,6 +75,7 @@ class App:
         self.tracer = tracer
         self.metrics = Metrics(door.load)
         self.guard = Guard(self.settings, self.keys)
+        self.kept = Kept(self.settings.kept_responses, self.settings.kept_bytes)
         self.progress = Progress(door, self.settings.stall_seconds)
         self.description: dict[str, Any] | None = None
         self.draining = False
@@ -170,7 +172,7 @@ class App:
         answer = await call.endpoint.run(call)
         if isinstance(answer, Streamed):
             assert call.endpoint.broken is not None, "an endpoint that streams must say how a stream breaks"
-            await sender.stream(answer, call.endpoint.broken)
+            await sender.stream(answer, answer.broken or call.endpoint.broken)
         else:
             await sender.whole(answer)
 
@@ -179,7 +181,7 @@ class App:
         if sender.started:
             return
         failure = failure_of(error)
-        shape = endpoint.failure if endpoint else shape_of(scope["path"])
+        shape = endpoint.failure if endpoint else self._shape_of(scope["path"])
         headers = {"retry-after": str(max(1, round(failure.retry_after)))} if failure.retry_after is not None else {}
         if isinstance(error, WrongMethod):
             headers["allow"] = error.allowed
@@ -189,6 +191,16 @@ class App:
             shown = shape(failure)
             answer = shown if isinstance(shown, Whole) else Whole(shown, failure.status)
             await sender.whole(replace(answer, headers={**answer.headers, **headers}))
+
+    def _shape_of(self, path: str) -> Any:
+        """Return how an error is shown where no route was found, or none of that method.
+
+        As the route at or above this path shows it; else as OpenAI does under /v1, and as TGI does elsewhere.
+        """
+        for endpoint in self.endpoints:
+            if endpoint.path != "/" and f"{path}/".startswith(f"{endpoint.path}/"):
+                return endpoint.failure
+        return _openai.failure if path.startswith("/v1") else _plain
 
     def _log(self, scope: Scope, sender: Sender) -> None:
         route = scope.get("endpoint")
@@ -251,13 +263,6 @@ def endpoints() -> Iterable[Endpoint]:
     """Yield the routes of every dialect."""
     for name in registry.names("serve/dialects"):
         yield from registry.load("serve/dialects", name).ENDPOINTS
-
-
-def shape_of(path: str) -> Any:
-    """Return how an error is shown where no route was found: as OpenAI does under /v1, elsewhere as TGI does."""
-    if path.startswith("/v1"):
-        return _openai.failure
-    return _plain
 
 
 def _plain(failure: Failure) -> Any:

@@ -67,10 +67,14 @@ class Whole:
 
 @dataclass(frozen=True)
 class Streamed:
-    """An answer as it comes: frames of server-sent events."""
+    """An answer as it comes: frames of server-sent events.
+
+    ``broken`` shows an error as an event of this very stream, where its endpoint's cannot.
+    """
 
     frames: AsyncIterator[bytes]
     headers: Mapping[str, str] = field(default_factory=dict)
+    broken: Callable[[Failure], bytes] | None = None
 
 
 Answer = Whole | Streamed
@@ -95,6 +99,8 @@ class Endpoint:
     """Whether it is open to everybody."""
     admin: bool = False
     summary: str = ""
+    query: Mapping[str, Any] = field(default_factory=dict)
+    """What may stand behind the path's question mark: names and JSON schemas."""
 
 
 @dataclass

@@ -56,9 +56,8 @@ def _operation(endpoint: Endpoint, path: str) -> dict[str, Any]:
         (schema,), _ = msgspec.json.schema_components([endpoint.body], ref_template="#/components/schemas/{name}")
         out["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     named = re.findall(r"\{(\w+)\}", path)
-    if named:
-        out["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in named
-        ]
-    return out
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for name in named
+    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in endpoint.query.items()]
+    return out | ({"parameters": parameters} if parameters else {})

@@ -71,6 +71,10 @@ class Settings:
     """Wrong keys from one address after which it is not listened to for a while."""
     prompts: int = 128
     """Prompts, or texts to embed, in one request."""
+    kept_responses: int = 1000
+    """Answers of ``/v1/responses`` that each key may go on from, ..."""
+    kept_bytes: int = 16 << 20
+    """... and how much they may take; the oldest go first."""
     strict_model_name: bool = False
     """Refuse ``tgi``, ``dummy`` and the like as names of the default model."""
     concurrent_requests: int | None = None
