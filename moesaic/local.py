@@ -25,8 +25,10 @@ from moesaic.text.tools import Tools
 
 T = TypeVar("T")
 
-BEHIND = 4096
+BEHIND = 1024
 """Pieces that may wait for somebody who does not fetch them; then the request is taken back."""
+READING = 256
+"""Requests whose text may wait to be tokenized; more are refused."""
 
 PACE = 0.015
 """Seconds between looks at what has come: a model that steps faster gives readers a few tokens at a time. Each look
@@ -34,6 +36,30 @@ takes the engine's cores for a moment, and nobody sees the difference."""
 
 TOKENIZERS = 2
 """Threads that tokenize."""
+
+
+async def in_pool(pool: ThreadPoolExecutor, call: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
+    """Return what ``call`` returns in a thread. Whoever leaves meanwhile has it undone.
+
+    Raises:
+        InvalidRequest: something that is no Exception came out, such as a panic of the tokenizers' Rust.
+    """
+    work = pool.submit(call)
+    try:
+        return await asyncio.shield(asyncio.wrap_future(work))
+    except asyncio.CancelledError:
+        if not work.cancel() and undo is not None:
+            work.add_done_callback(lambda done: undo(done.result()) if done.exception() is None else None)
+        raise
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InvalidRequest(f"the text could not be read: {type(error).__name__}") from error
+
+
+def _take_back(replies: Sequence[Reply]) -> None:
+    for reply in replies:
+        reply.cancel()
 
 
 class LocalAnswers:
@@ -164,6 +190,8 @@ class Local:
         self._told = False
         self._looked = 0.0  # when the loop last took what had come
         self._about = _about(llm)
+        self._reading = 0
+        self._vectors = ThreadPoolExecutor(1, thread_name_prefix="moesaic-embed")
         llm.engine.listen(self._on_events)
 
     # What follows runs on the engine's thread
@@ -218,7 +246,13 @@ class Local:
         }
 
     async def ask(self, ask: Ask) -> LocalAnswers:
-        replies = await self._in_pool(lambda: self._submit(ask))
+        if self._reading >= READING:
+            raise Overloaded(f"{READING} requests wait to be read already: try again later")
+        self._reading += 1
+        try:
+            replies = await in_pool(self._pool, lambda: self._submit(ask), _take_back)
+        finally:
+            self._reading -= 1
         answers = LocalAnswers(replies, self._llm.tokenizer)
         for reply in replies:
             self._running[reply.stream] = answers, reply
@@ -252,33 +286,24 @@ class Local:
             ids = list(ask.prompt or ())
         return ids[-ask.truncate :] if ask.truncate else ids
 
-    async def _in_pool(self, call: Callable[[], T]) -> T:
-        try:
-            return await self._loop.run_in_executor(self._pool, call)
-        except (MoesaicError, Exception):
-            raise
-        except BaseException as error:  # a panic of the tokenizers' Rust is one
-            if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | SystemExit):
-                raise
-            raise InvalidRequest(f"the text could not be read: {type(error).__name__}") from error
-
     async def tokenize(self, ask: Ask) -> list[Mark]:
         tokenizer = self._llm.tokenizer
-        ids = await self._in_pool(lambda: self._ids(ask))
+        ids = await in_pool(self._pool, lambda: self._ids(ask))
         return [Mark(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
-        return await self._in_pool(lambda: self._llm.tokenizer.decode(ids, skip_special=False))
+        return await in_pool(self._pool, lambda: self._llm.tokenizer.decode(ids, skip_special=False))
 
     async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        return await self._in_pool(lambda: self._llm.embed(texts))
+        return await in_pool(self._vectors, lambda: self._llm.embed(texts))
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
         raise InvalidRequest(f"{self._llm.name} is a chat model and has no classes")
 
     async def close(self) -> None:
         await self._loop.run_in_executor(None, self._llm.close)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._vectors):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class LocalClassifier:
@@ -310,8 +335,7 @@ class LocalClassifier:
         raise InvalidRequest(f"{self._name} is a classifier: ask a chat model for embeddings")
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
-        loop = asyncio.get_running_loop()
-        return list(await loop.run_in_executor(self._pool, self._classifier.classify, texts))
+        return list(await in_pool(self._pool, lambda: self._classifier.classify(texts)))
 
     async def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -55,6 +55,8 @@ class Settings:
     """After this a connection without a request is closed."""
     connections: int = 2000
     connections_per_address: int = 1200
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses of proxies whose word in X-Forwarded-For is taken for where a request comes from."""
     request_seconds: float = 600.0
     """The most that an answer may take; 0: no bound."""
     queue_seconds: float = 300.0

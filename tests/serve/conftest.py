@@ -136,6 +136,7 @@ class Server:
 
     app: App
     url: str
+    front: front.Server
     loop: asyncio.AbstractEventLoop
     stop: Callable[[], None] = field(repr=False)
 
@@ -146,6 +147,14 @@ class Server:
     def call(self, function: Callable[[], object]) -> None:
         """Do something on the server's thread."""
         self.loop.call_soon_threadsafe(function)
+
+    def call_sync(self, function: Callable[[], Any]) -> Any:
+        """Do something there, and return what it returns."""
+
+        async def run() -> Any:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(20)
 
 
 @contextlib.contextmanager
@@ -178,7 +187,7 @@ def running(
 
     host, port = listening.getsockname()[:2]
     try:
-        yield Server(app, f"http://{host}:{port}", loop, stop)
+        yield Server(app, f"http://{host}:{port}", server, loop, stop)
     finally:
         stop()
         listening.close()
