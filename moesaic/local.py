@@ -31,6 +31,9 @@ BEHIND = 4096
 TOKENIZERS = 2
 """Threads that tokenize."""
 
+COMPILERS = 2
+"""Threads that take in requests with grammars: a hostile one takes seconds, and must not hold up the others."""
+
 
 class LocalAnswers:
     """A running request. Made and read on the loop's thread; see ``door.Answers``."""
@@ -136,6 +139,7 @@ class Local:
         self._llm, self._aliases = llm, tuple(aliases)
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="moesaic-text")
+        self._grammars = ThreadPoolExecutor(COMPILERS, thread_name_prefix="moesaic-grammar")
         self._running: dict[Stream, tuple[LocalAnswers, Reply]] = {}
         self._news: deque[Stream] = deque()
         self._told = False
@@ -186,7 +190,8 @@ class Local:
         }
 
     async def ask(self, ask: Ask) -> LocalAnswers:
-        replies = await self._in_pool(lambda: self._submit(ask))
+        constrained = ask.grammar is not None or ask.tool_choice not in ("none", "auto")
+        replies = await self._in_pool(lambda: self._submit(ask), self._grammars if constrained else None)
         answers = LocalAnswers(replies, self._llm.tokenizer)
         for reply in replies:
             self._running[reply.stream] = answers, reply
@@ -220,9 +225,9 @@ class Local:
             ids = list(ask.prompt or ())
         return ids[-ask.truncate :] if ask.truncate else ids
 
-    async def _in_pool(self, call: Callable[[], T]) -> T:
+    async def _in_pool(self, call: Callable[[], T], pool: ThreadPoolExecutor | None = None) -> T:
         try:
-            return await self._loop.run_in_executor(self._pool, call)
+            return await self._loop.run_in_executor(pool or self._pool, call)
         except (MoesaicError, Exception):
             raise
         except BaseException as error:  # a panic of the tokenizers' Rust is one
@@ -246,7 +251,8 @@ class Local:
 
     async def close(self) -> None:
         await self._loop.run_in_executor(None, self._llm.close)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._grammars):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class LocalClassifier:
