@@ -2,6 +2,7 @@
 #
 #   make chat               talk to the built-in model; ARGS="--temperature 0" passes flags on
 #   make test               the whole test suite; ARGS="tests/engine -x" runs a part of it
+#   make test-clients       real clients against a real server; downloads each into an environment of its own
 #   make check              lint, types and layers
 #   make clean              remove what make made
 
@@ -11,13 +12,16 @@ BIN    := $(VENV)/bin
 # Torch first and pinned: a range would pull gigabytes of CUDA where there may be no GPU.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: chat test check clean
+.PHONY: chat test test-clients check clean
 
 chat: $(VENV)/installed
 	@$(BIN)/moesaic chat $(ARGS)
 
 test: $(VENV)/installed-test
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(VENV)/installed-test
+	@$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
 
 check: $(VENV)/installed-test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_layers.py

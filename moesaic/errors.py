@@ -7,7 +7,9 @@
         PromptTooLong            400  more tokens than the model, or its cache, can ever hold
         GrammarError             400  an answer cannot go on as its grammar demands
         TooLarge                 413  more bytes than a server takes in at once
+        WrongMedia               415  a body that is not JSON, or is compressed
       Unauthorized               401  no key, or one that is not known
+      Forbidden                  403  not with this key, or not from this page
       NotFound                   404  no such model, file, format, chat format, ...
       WrongMethod                405  the route has other methods
       CheckpointError            422  weights on disk that do not say what they should
@@ -78,10 +80,22 @@ class TooLarge(InvalidRequest):
     status = 413
 
 
+class WrongMedia(InvalidRequest):
+    """A body that is not JSON, or is compressed."""
+
+    status = 415
+
+
 class Unauthorized(MoesaicError):
     """No key, or one that is not known."""
 
     status = 401
+
+
+class Forbidden(MoesaicError):
+    """Not with this key, or not from this page."""
+
+    status = 403
 
 
 class NotFound(MoesaicError):

@@ -189,17 +189,21 @@ class LLM(AbstractContextManager["LLM"]):
             raise InvalidRequest("a checkpoint's own template cannot continue an answer: choose a chat format")
         return template.encode(self._template, messages, self.tokenizer)
 
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+    def encode(self, text: str, *, bos: bool = True, marked: bool = False) -> list[int]:
         """Return the prompt ids of a plain text, by default with the beginning-of-text token in front.
 
         Where the text itself begins with that token's name, it is read as the token, once: programs that
-        write a chat format by hand put it there.
+        write a chat format by hand put it there. With ``marked``, the same holds for all special tokens, wherever
+        they stand: for texts that are a chat format written by hand, and never for what a user of theirs wrote.
 
         Raises:
             InvalidRequest: it is so long that it cannot fit, which is known without tokenizing it.
         """
         self._bound(len(text))
         first = self.tokenizer.bos_id
+        if marked:
+            ids = self.tokenizer.encode_marked(text)
+            return [first, *ids] if bos and first is not None and ids[:1] != [first] else ids
         name = self.tokenizer.piece(first) if first is not None else ""
         written = bool(name) and text.startswith(name)
         ids = self.tokenizer.encode(text[len(name) :] if written else text, bos=bos or written)

@@ -131,6 +131,11 @@ class Reply:
         self.stream.cancel()
 
     @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met; the end comes with the engine's next step, if it has not been read."""
+        return self._text.stopped is not None
+
+    @property
     def ended(self) -> bool:
         """Whether the end has been read."""
         return self._done is not None

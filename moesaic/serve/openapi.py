@@ -15,9 +15,11 @@ ANSWERS = {
     200: "The answer; a stream of server-sent events if one was asked for.",
     400: "What was asked cannot be done as asked.",
     401: "A valid key is needed.",
+    403: "Not with this key, or not from this page.",
     404: "There is no such model or route.",
     405: "The route has other methods.",
     413: "The body is too large.",
+    415: "The body is not JSON, or is compressed.",
     422: "A value is not possible here.",
     424: "The model failed.",
     429: "Too much is asked for: try again after the time in Retry-After.",
@@ -56,9 +58,8 @@ def _operation(endpoint: Endpoint, path: str) -> dict[str, Any]:
         (schema,), _ = msgspec.json.schema_components([endpoint.body], ref_template="#/components/schemas/{name}")
         out["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     named = re.findall(r"\{(\w+)\}", path)
-    if named:
-        out["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in named
-        ]
-    return out
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for name in named
+    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in endpoint.query.items()]
+    return out | ({"parameters": parameters} if parameters else {})
