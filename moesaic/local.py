@@ -37,6 +37,9 @@ takes the engine's cores for a moment, and nobody sees the difference."""
 TOKENIZERS = 2
 """Threads that tokenize."""
 
+COMPILERS = 2
+"""Threads that take in requests with grammars: a hostile one takes seconds, and must not hold up the others."""
+
 
 async def in_pool(pool: ThreadPoolExecutor, call: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
     """Return what ``call`` returns in a thread. Whoever leaves meanwhile has it undone.
@@ -185,12 +188,13 @@ class Local:
         self._llm, self._aliases = llm, tuple(aliases)
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="moesaic-text")
+        self._grammars = ThreadPoolExecutor(COMPILERS, thread_name_prefix="moesaic-grammar")
         self._running: dict[Stream, tuple[LocalAnswers, Reply]] = {}
         self._news: deque[Stream] = deque()
         self._told = False
         self._looked = 0.0  # when the loop last took what had come
         self._about = _about(llm)
-        self._reading = 0
+        self._reading = {self._pool: 0, self._grammars: 0}
         self._vectors = ThreadPoolExecutor(1, thread_name_prefix="moesaic-embed")
         llm.engine.listen(self._on_events)
 
@@ -246,13 +250,15 @@ class Local:
         }
 
     async def ask(self, ask: Ask) -> LocalAnswers:
-        if self._reading >= READING:
+        constrained = ask.grammar is not None or ask.tool_choice not in ("none", "auto")
+        pool = self._grammars if constrained else self._pool
+        if self._reading[pool] >= READING:
             raise Overloaded(f"{READING} requests wait to be read already: try again later")
-        self._reading += 1
+        self._reading[pool] += 1
         try:
-            replies = await in_pool(self._pool, lambda: self._submit(ask), _take_back)
+            replies = await in_pool(pool, lambda: self._submit(ask), _take_back)
         finally:
-            self._reading -= 1
+            self._reading[pool] -= 1
         answers = LocalAnswers(replies, self._llm.tokenizer)
         for reply in replies:
             self._running[reply.stream] = answers, reply
@@ -302,7 +308,7 @@ class Local:
 
     async def close(self) -> None:
         await self._loop.run_in_executor(None, self._llm.close)
-        for pool in (self._pool, self._vectors):
+        for pool in (self._pool, self._grammars, self._vectors):
             pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -30,6 +30,7 @@ SCHEMA = {
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "The weather.", "parameters": SCHEMA}}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 BOTH = [WEATHER, CLOCK]
+BAD = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}}
 WAYS = [{"temperature": 0}, {"temperature": 1.5, "seed": 1}, {"temperature": 1.5, "seed": 2}]
 
 
@@ -185,10 +186,12 @@ def test_a_stop_string_ends_text_before_a_mark(mistral3):
     [
         ({"tools": BOTH, "tool_choice": "required", "grammar": Grammar("json_object")}, "tool_choice: cannot"),
         ({"tool_choice": "required"}, "tool_choice: is required"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}],
-          "tool_choice": "required"}, "tools: .*Invalid type"),
+        (
+            {"tools": [CLOCK, BAD], "tool_choice": "required"},
+            r"tools\[1\].function.parameters: .*#/properties/a: Invalid",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused_before_anything_runs(llm, options, match):
     before = llm.engine.stats().prompt_tokens
     with pytest.raises(errors.InvalidParameter, match=match):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.errors import GrammarError, InvalidRequest, NotInstalled, Overloaded
+from moesaic.errors import GrammarError, InvalidParameter, InvalidRequest, NotInstalled, Overloaded
 from moesaic.text import _trial
 from moesaic.text.grammar import STYLE, Grammar
 from moesaic.text.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CACHED = 128  # compiled grammars kept
 CACHED_BYTES = 4 << 20  # ... and their sources together
 COMPILING = 2  # at the same time
+MAX_PARTS = 16  # tried, to find the one at fault
 WAIT_SECONDS = 10.0
 
 LIMITS: dict[str, Any] = {"max_lexer_states": 20_000, "verbose_errors": False}
@@ -76,6 +77,10 @@ class Compiler:
             raise Overloaded("too many grammars are being compiled: try again later")
         try:
             compiled = self._compile(grammar)
+        except InvalidParameter:
+            for part in grammar.parts[:MAX_PARTS]:
+                try_out(part)
+            raise
         finally:
             self._turns.release()
         with self._lock:

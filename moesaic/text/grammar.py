@@ -30,7 +30,8 @@ class Grammar:
 
     ``value`` is for json_schema the schema (a mapping, or its JSON text), for json_object nothing, for regex
     and lark the text (Rust's regex syntax; llguidance's Lark dialect), for choice a sequence of strings.
-    ``param`` is what errors call it.
+    ``param`` is what errors call it. ``parts`` are grammars that it was made of: where it is refused, the
+    one among them that is at fault is named.
 
     Raises:
         InvalidParameter: an unknown kind, a value of the wrong kind, or one past the bounds above.
@@ -39,6 +40,7 @@ class Grammar:
     kind: Kind
     value: Any = None
     param: str = field(default="grammar", compare=False)
+    parts: tuple[Grammar, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         checks: dict[str, Callable[[Any], Any]] = {

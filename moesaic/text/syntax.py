@@ -67,14 +67,14 @@ def forced(syntax: Syntax, tools: Tools, control: Mapping[str, int]) -> Grammar:
     Raises:
         InvalidParameter: the schemas are too long together to hold an answer to all of them.
     """
-    calls = {
-        f"call_{place}": _written(syntax, tool, f"arguments_{place}", control)
-        for place, tool in enumerate(tools.wanted)
-    }
-    schemas = {f"arguments_{place}": _json_rule(tool) for place, tool in enumerate(tools.wanted)}
+    wanted = {place: tool for place, tool in enumerate(tools.offered) if tool in tools.wanted}
+    calls = {f"call_{n}": _written(syntax, tool, f"arguments_{n}", control) for n, tool in wanted.items()}
+    schemas = {f"arguments_{n}": _json_rule(tool) for n, tool in wanted.items()}
     rules = {"start": _start(syntax, tools, control), "call": " | ".join(calls)} | calls | schemas
+    text = "\n".join(f"{name}: {rule}" for name, rule in rules.items()) + "\n"
+    parts = [Grammar("json_schema", tool.schema, f"tools[{n}].function.parameters") for n, tool in wanted.items()]
     try:
-        return Grammar("lark", "\n".join(f"{name}: {rule}" for name, rule in rules.items()) + "\n", "tools")
+        return Grammar("lark", text, "tools", tuple(parts))
     except InvalidParameter as error:
         raise InvalidParameter("tools", "have schemas too long to require a call: name the function") from error
 
