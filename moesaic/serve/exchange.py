@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+EXACT = 2**53
+"""Below this a float is as exact as a whole number."""
 DEPTH = 32
 """How deep JSON may be nested."""
 
@@ -205,14 +208,16 @@ async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes
 
 
 def decode(body: bytes, kind: Any) -> Any:
-    """Return JSON as a value of a type, strictly: no NaN, no key twice, no abyss of brackets.
+    """Return JSON as a value of a type, strictly: no NaN, no infinity, no key twice, no abyss of brackets.
+
+    A whole number may be written as one with a fraction of nothing: JSON knows no difference.
 
     Raises:
         InvalidRequest, InvalidParameter: it is not that; a parameter is named where one is at fault.
     """
     try:
         text = body.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_no_constant)
         _shallow(value)
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -228,6 +233,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key stands twice in an object")
     return found
+
+
+def _number(written: str) -> float:
+    value = float(written)
+    if math.isinf(value):
+        raise ValueError(f"{written:.40} is too large a number")
+    return int(value) if value.is_integer() and abs(value) < EXACT else value
 
 
 def _no_constant(name: str) -> Any:
