@@ -12,7 +12,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,14 +80,18 @@ class App:
         self.guard = Guard(self.settings, self.keys)
         self.kept = Kept(self.settings.kept_responses, self.settings.kept_bytes)
         self.progress = Progress(door, self.settings.stall_seconds)
-        self.description: dict[str, Any] | None = None
+        self.descriptions: dict[bool, dict[str, Any]] = {}
+        """OpenAPI's, with and without keys, as far as they were asked for."""
         self.draining = False
         self.running = 0
         """Requests that are being answered."""
         self.asking = 0
         """What of them asks a model; one may ask for several answers."""
         self.endpoints = list(endpoints())
-        routes: list[Any] = [Route(each.path, _Run(self, each), methods=[each.method]) for each in self.endpoints]
+        paths: dict[str, dict[str, Endpoint]] = {}
+        for each in self.endpoints:
+            paths.setdefault(each.path, {})[each.method] = each
+        routes: list[Any] = [Route(path, _Run(self, path, by), methods=list(by)) for path, by in paths.items()]
         self._router = Router(routes, default=self._not_found, redirect_slashes=False)
         self._files = StaticFiles(directory=WEB, check_dir=False)
 
@@ -123,7 +127,8 @@ class App:
             else:
                 await self._router(scope, receive, send)
         except HTTPException as error:
-            await self._refuse(scope, WrongMethod(scope["method"], (error.headers or {}).get("Allow", "")))
+            allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
+            await self._refuse(scope, WrongMethod(scope["method"], ", ".join(allowed)))
         except MoesaicError as error:
             await self._refuse(scope, error)
         finally:
@@ -229,7 +234,7 @@ class App:
 
     def _log(self, scope: Scope, sender: Sender) -> None:
         route = scope.get("endpoint")
-        path = route.endpoint.path if isinstance(route, _Run) else "other"
+        path = route.path if isinstance(route, _Run) else "other"
         self.metrics.requests.labels(scope["method"], path, str(sender.status or 499)).inc()
         log.info(
             "request",
@@ -245,26 +250,27 @@ class App:
 
 
 class _Run:
-    """An endpoint as the router calls it."""
+    """The endpoints of one path, by method, as the router calls them."""
 
-    def __init__(self, app: App, endpoint: Endpoint) -> None:
-        self.app, self.endpoint = app, endpoint
+    def __init__(self, app: App, path: str, endpoints: Mapping[str, Endpoint]) -> None:
+        self.app, self.path, self.endpoints = app, path, endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, _: Send) -> None:
+        endpoint = self.endpoints["GET" if scope["method"] == "HEAD" else scope["method"]]
         try:
-            await self.app.run(self.endpoint, scope, receive)
+            await self.app.run(endpoint, scope, receive)
         except Disconnected:
             pass
         except asyncio.CancelledError:
             if not self.app.draining:
                 raise
-            await self.app._refuse(scope, Unavailable("the server is stopping"), self.endpoint)
+            await self.app._refuse(scope, Unavailable("the server is stopping"), endpoint)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of somebody's Rust is no Exception
             if not isinstance(error, MoesaicError):
                 log.error("an endpoint broke", extra={"id": scope["request_id"], **logs.trace(error)})
-            await self.app._refuse(scope, error, self.endpoint)
+            await self.app._refuse(scope, error, endpoint)
 
 
 async def _unless_left(work: Any, receive: Receive) -> None:

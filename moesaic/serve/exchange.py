@@ -35,6 +35,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+EXACT = 2**53
+"""Below this a float is as exact as a whole number."""
 DEPTH = 32
 """How deep JSON may be nested."""
 LONG = 64 << 10
@@ -254,14 +256,16 @@ async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes
 
 
 def decode(body: bytes, kind: Any) -> Any:
-    """Return JSON as a value of a type, strictly: no NaN, no key twice, no abyss of brackets.
+    """Return JSON as a value of a type, strictly: no NaN, no infinity, no key twice, no abyss of brackets.
+
+    A whole number may be written as one with a fraction of nothing: JSON knows no difference.
 
     Raises:
         InvalidRequest, InvalidParameter: it is not that; a parameter is named where one is at fault.
     """
     try:
         text = body.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_no_constant)
         _shallow(value)
         if SURROGATE.search(text):  # halves of a character are no text: nothing can be done with them
             json.dumps(value, ensure_ascii=False).encode()
@@ -307,15 +311,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-def _finite(written: str) -> float:
+def _number(written: str) -> float:
     value = float(written)
     if math.isinf(value):
-        raise ValueError("a number is too large")
-    return value
+        raise ValueError(f"{written:.40} is too large a number")
+    return int(value) if value.is_integer() and abs(value) < EXACT else value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _shallow(value: Any) -> None:
