@@ -16,6 +16,7 @@ from moesaic.serve.settings import Settings, TgiBounds
 from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
 from tests.serve.test_openai import events, post
 
+JSON = {"content-type": "application/json"}
 BODY = {"inputs": "Hi you"}
 GREEDY = {"do_sample": False, "details": True}
 
@@ -287,7 +288,7 @@ def test_a_body_that_is_none(server):
     answer = post(server, "/generate", {"prompt": "x"})
     assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
     assert "inputs" in answer.json()["error"]
-    broken = httpx.post(server.url + "/generate", content=b"{")
+    broken = httpx.post(server.url + "/generate", content=b"{", headers=JSON)
     assert (broken.status_code, broken.json()["error_type"]) == (422, "validation")
 
 
