@@ -65,6 +65,8 @@ class Begun:
     index: int
     prompt: tuple[Mark, ...] = ()
     """Its tokens with their log-probabilities, if asked for."""
+    prompt_tokens: int = 0
+    """How many it has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,9 @@ def add_serve(commands: Commands) -> None:
     net.add_argument("-p", "--port", type=int, help="default 8000; 0: any free one")
     net.add_argument("--allowed-host", action="append", metavar="NAME", help="a name clients call it by; *: any")
     net.add_argument("--cors-origin", action="append", metavar="URL", help="a page's origin that may call it")
+    net.add_argument(
+        "--trusted-proxy", action="append", metavar="ADDR", help="a proxy whose X-Forwarded-For is believed"
+    )
     net.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
     net.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
     keys = parser.add_argument_group("keys")
@@ -95,10 +98,11 @@ def _serve(args: argparse.Namespace) -> int:
         "concurrent_requests": args.concurrent_requests,
         "prompts": args.prompts,
         "tgi": TgiBounds(**launch.bounds),
+        "trusted_proxies": tuple(args.trusted_proxy or ()),
     }
     named = {name: value for name, value in given.items() if value is not None}
     settings = Settings(host=args.host, port=args.port, **named)
-    who = keys.Keys(_keys(args))
+    who = keys.Keys(_keys(args), wanted=args.keys is not None)
     if not settings.loopback and not who.wanted and not args.insecure_no_auth:
         raise InvalidRequest(
             f"{args.host} can be reached from elsewhere: give --keys FILE (`moesaic keys add` makes one), "
@@ -108,9 +112,11 @@ def _serve(args: argparse.Namespace) -> int:
         raise InvalidRequest("--tls-cert and --tls-key go together")
     logs.set_up(args.log_level, as_json=args.log_format == "json")
     _say(launch)
+    front.prepare(settings.connections)
     listening = front.bind(settings)  # before a model is read: a port that is taken is known at once
     try:
-        asyncio.run(_run(args, settings, who, listening))
+        with asyncio.Runner(loop_factory=front.loop_factory()) as runner:
+            runner.run(_run(args, settings, who, listening))
     finally:
         listening.close()
     return 0
@@ -144,6 +150,8 @@ async def _run(args: argparse.Namespace, settings: Any, who: Any, listening: Any
         except MoesaicError as error:
             log.error("the keys stay as they were", extra={"why": str(error)})
 
+    if not settings.loopback and not args.tls_cert:
+        log.warning("keys and prompts travel unencrypted: give --tls-cert, or have a proxy in front that encrypts")
     address, port = listening.getsockname()[:2]
     scheme = "https" if args.tls_cert else "http"
     log.info("serving", extra={"url": f"{scheme}://{address}:{port}", "models": [c.name for c in shelf.cards()]})

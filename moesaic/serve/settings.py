@@ -55,6 +55,8 @@ class Settings:
     """After this a connection without a request is closed."""
     connections: int = 2000
     connections_per_address: int = 1200
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses of proxies whose word in X-Forwarded-For is taken for where a request comes from."""
     request_seconds: float = 600.0
     """The most that an answer may take; 0: no bound."""
     queue_seconds: float = 300.0
@@ -71,6 +73,10 @@ class Settings:
     """Wrong keys from one address after which it is not listened to for a while."""
     prompts: int = 128
     """Prompts, or texts to embed, in one request."""
+    kept_responses: int = 1000
+    """Answers of ``/v1/responses`` that each key may go on from, ..."""
+    kept_bytes: int = 16 << 20
+    """... and how much they may take; the oldest go first."""
     strict_model_name: bool = False
     """Refuse ``tgi``, ``dummy`` and the like as names of the default model."""
     concurrent_requests: int | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
 from moesaic.serve import front
 from moesaic.serve.app import App
 from moesaic.serve.keys import Keys
@@ -27,6 +27,10 @@ class Script:
     reason: str = "stop"
     error: Exception | None = None
     refusal: Exception | None = None
+    calls: Sequence[Call] = ()
+    """Parts of calls of tools, which come after the text; each in a piece of its own."""
+    stop: str | None = None
+    cached: int = 0
     held: bool = False
     """Whether the answer waits, after its first piece, until ``Scripted.go`` is set."""
 
@@ -60,20 +64,29 @@ class ScriptedAnswers:
         count = sampling.get("n", 1)
         scored = sampling.get("prompt_logprobs") is not None
         prompt = (Mark(1, "<s>", True), Mark(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
-        yield [Begun(index, prompt) for index in range(count)]
+        yield [Begun(index, prompt, 2) for index in range(count)]
         pieces = script.pieces[: sampling.get("max_tokens") or len(script.pieces)]
-        reason = "length" if len(pieces) < len(script.pieces) else script.reason
         for place, text in enumerate(pieces):
             mark = Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),))
             events: list[Event] = [Piece(index, text, (mark,)) for index in range(count)]
             if place == len(pieces) - 1 and not script.error:
-                events += [Ended(index, reason, 2, len(pieces)) for index in range(count)]  # type: ignore[arg-type]
+                events += [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+                events += [self._ended(index, len(pieces)) for index in range(count)]
             yield events
             if script.held and place == 0:
                 await self._door.go.wait()
             await asyncio.sleep(script.pause)
         if script.error:
             raise script.error
+        if not pieces:
+            calls: list[Event] = [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+            yield calls + [self._ended(index, 0) for index in range(count)]
+
+    def _ended(self, index: int, generated: int) -> Ended:
+        script = self._script
+        reason = "length" if generated < len(script.pieces) else script.reason
+        called = bool(script.calls)
+        return Ended(index, reason, 2, generated, script.cached, script.stop, None, called)  # type: ignore[arg-type]
 
 
 class Scripted:
@@ -100,7 +113,8 @@ class Scripted:
         return ScriptedAnswers(self, ask, replace(self.script))
 
     async def tokenize(self, ask: Ask) -> list[Mark]:
-        words = ask.prompt.split() if isinstance(ask.prompt, str) else [str(id) for id in ask.prompt or ()]
+        prompt = ask.prompt if ask.messages is None else " ".join(turn["content"] for turn in ask.messages)
+        words = prompt.split() if isinstance(prompt, str) else [str(id) for id in prompt or ()]
         return [Mark(1, "<s>", True)] * ask.bos + [Mark(20 + place, word) for place, word in enumerate(words)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
@@ -122,6 +136,7 @@ class Server:
 
     app: App
     url: str
+    front: front.Server
     loop: asyncio.AbstractEventLoop
     stop: Callable[[], None] = field(repr=False)
 
@@ -132,6 +147,14 @@ class Server:
     def call(self, function: Callable[[], object]) -> None:
         """Do something on the server's thread."""
         self.loop.call_soon_threadsafe(function)
+
+    def call_sync(self, function: Callable[[], Any]) -> Any:
+        """Do something there, and return what it returns."""
+
+        async def run() -> Any:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(20)
 
 
 @contextlib.contextmanager
@@ -164,7 +187,7 @@ def running(
 
     host, port = listening.getsockname()[:2]
     try:
-        yield Server(app, f"http://{host}:{port}", loop, stop)
+        yield Server(app, f"http://{host}:{port}", server, loop, stop)
     finally:
         stop()
         listening.close()

@@ -204,8 +204,8 @@ def frame(content: Any) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(12)}"
+def new_id(prefix: str, between: str = "-") -> str:
+    return f"{prefix}{between}{secrets.token_hex(12)}"
 
 
 def now() -> int:
