@@ -47,7 +47,12 @@ chunks = list(client.chat_completion(messages, max_tokens=20, temperature=0.0001
 out["chat"] = [chat.choices[0].message.content, chat.choices[0].finish_reason, chat.usage.completion_tokens]
 out["chat stream"] = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
-schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]}
+schema = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 9}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
 forms = {
     "json_schema": {"type": "json_schema", "json_schema": {"name": "who", "schema": schema}},
     "json_object": {"type": "json_object", "value": schema},
