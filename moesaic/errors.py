@@ -5,8 +5,11 @@
         InvalidParameter         400  one named value is out of range or of the wrong kind
         InvalidMessages          400  a conversation that the chat format cannot hold
         PromptTooLong            400  more tokens than the model, or its cache, can ever hold
+        GrammarError             400  an answer cannot go on as its grammar demands
         TooLarge                 413  more bytes than a server takes in at once
+        WrongMedia               415  a body that is not JSON, or is compressed
       Unauthorized               401  no key, or one that is not known
+      Forbidden                  403  not with this key, or not from this page
       NotFound                   404  no such model, file, format, chat format, ...
       WrongMethod                405  the route has other methods
       CheckpointError            422  weights on disk that do not say what they should
@@ -20,6 +23,7 @@
       Cancelled                  499  the caller took the request back
       NumericalError             500  the model computed NaN or infinity for this request
       EngineStopped              503  the engine was closed, or died; the cause is chained
+      NotInstalled               501  a package that this needs is not installed; the message says how to get it
 
 A message is one line that says what is wrong and, where it can, what to do.
 """
@@ -66,16 +70,32 @@ class PromptTooLong(InvalidRequest):
         self.limit = limit
 
 
+class GrammarError(InvalidRequest):
+    """An answer cannot go on as its grammar demands: no token of the vocabulary fits, or finding one costs too much."""
+
+
 class TooLarge(InvalidRequest):
     """More bytes than a server takes in at once."""
 
     status = 413
 
 
+class WrongMedia(InvalidRequest):
+    """A body that is not JSON, or is compressed."""
+
+    status = 415
+
+
 class Unauthorized(MoesaicError):
     """No key, or one that is not known."""
 
     status = 401
+
+
+class Forbidden(MoesaicError):
+    """Not with this key, or not from this page."""
+
+    status = 403
 
 
 class NotFound(MoesaicError):
@@ -161,3 +181,9 @@ class EngineStopped(MoesaicError):
     """The engine was closed, or died; the cause is chained."""
 
     status = 503
+
+
+class NotInstalled(MoesaicError):
+    """A package that this needs is not installed; the message says how to get it."""
+
+    status = 501

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from starlette.staticfiles import StaticFiles
 
 from moesaic import registry
 from moesaic.door import Door
-from moesaic.errors import MoesaicError, NotFound, Unauthorized, Unavailable, WrongMethod
+from moesaic.errors import Forbidden, MoesaicError, NotFound, TimedOut, Unavailable, WrongMethod
+from moesaic.serve import logs
 from moesaic.serve.dialects import _openai
 from moesaic.serve.exchange import (
+    LONG,
     Call,
     Disconnected,
     Endpoint,
@@ -81,6 +85,8 @@ class App:
         self.draining = False
         self.running = 0
         """Requests that are being answered."""
+        self.asking = 0
+        """What of them asks a model; one may ask for several answers."""
         self.endpoints = list(endpoints())
         paths: dict[str, dict[str, Endpoint]] = {}
         for each in self.endpoints:
@@ -108,10 +114,12 @@ class App:
         scope["request_id"] = given if given and REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope["app"] = self  # then a wrong method is raised, and shown as an API shows errors
         scope["begun"] = time.monotonic()
+        scope["client"] = (self.guard.client(scope), 0)
         headers = [*SAFE, (b"x-request-id", scope["request_id"].encode()), *self.guard.cors(scope)]
         scope["sender"] = sender = Sender(send, self.settings, headers)
         try:
             self.guard.check_host(scope)
+            self.guard.check_origin(scope)
             if scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method"):
                 await sender.whole(Whole(b"", 204, ""))
             elif self._is_page(scope):
@@ -123,7 +131,8 @@ class App:
             await self._refuse(scope, WrongMethod(scope["method"], ", ".join(allowed)))
         except MoesaicError as error:
             await self._refuse(scope, error)
-        self._log(scope, sender)
+        finally:
+            self._log(scope, sender)
 
     # The web chat
 
@@ -157,21 +166,39 @@ class App:
         """Answer one request of an endpoint, or raise before anything was sent."""
         key = NOBODY if endpoint.public else self.guard.who(scope)
         if endpoint.admin and not key.admin:
-            raise Unauthorized("this needs an admin's key")
+            raise Forbidden("this needs an admin's key")
         if self.draining and endpoint.body is not None:
             raise Unavailable("the server is about to stop: ask another, or try again later")
         call = Call(self, endpoint, scope, key, scope["request_id"])
-        if endpoint.body is not None:
-            call.body = decode(await read_body(scope, receive, self.settings), endpoint.body)
         self.running += 1
+        error: BaseException | None = None
         try:
+            if endpoint.body is not None:
+                call.body = await self._body(endpoint, scope, receive)
+                call.begin()
             await _unless_left(self._answer(call, scope["sender"]), receive)
+        except BaseException as caught:
+            error = caught
+            raise
         finally:
             self.running -= 1
-            call.close()
+            call.close(error)
+
+    async def _body(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> Any:
+        body = await read_body(scope, receive, self.settings)
+        if len(body) > LONG:
+            return await asyncio.to_thread(decode, body, endpoint.body)
+        return decode(body, endpoint.body)
 
     async def _answer(self, call: Call, sender: Sender) -> None:
-        answer = await call.endpoint.run(call)
+        seconds = self.settings.request_seconds
+        try:
+            async with asyncio.timeout(seconds or None) as bound:
+                answer = await call.endpoint.run(call)
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            raise TimedOut(f"the answer took longer than {seconds:g} s") from None
         if isinstance(answer, Streamed):
             assert call.endpoint.broken is not None, "an endpoint that streams must say how a stream breaks"
             await sender.stream(answer, answer.broken or call.endpoint.broken)
@@ -184,13 +211,16 @@ class App:
             return
         failure = failure_of(error)
         shape = endpoint.failure if endpoint else self._shape_of(scope["path"])
-        headers = {"retry-after": str(max(1, round(failure.retry_after)))} if failure.retry_after is not None else {}
+        wait = failure.retry_after
+        headers = {} if wait is None else {"retry-after": str(max(1, math.ceil(wait)))}
         if isinstance(error, WrongMethod):
             headers["allow"] = error.allowed
         if failure.status == 401:
             headers["www-authenticate"] = "Bearer"
         with contextlib.suppress(Disconnected):
-            await sender.whole(Whole(shape(failure), failure.status, headers=headers))
+            shown = shape(failure)
+            answer = shown if isinstance(shown, Whole) else Whole(shown, failure.status)
+            await sender.whole(replace(answer, headers={**answer.headers, **headers}))
 
     def _shape_of(self, path: str) -> Any:
         """Return how an error is shown where no route was found, or none of that method.
@@ -211,10 +241,10 @@ class App:
             extra={
                 "id": scope["request_id"],
                 "method": scope["method"],
-                "path": scope["path"],
+                "path": scope["path"][:200],
                 "status": sender.status or 499,
                 "ms": round(1000 * (time.monotonic() - scope["begun"]), 1),
-                "client": (scope.get("client") or ("",))[0],
+                "client": scope["client"][0],
             },
         )
 
@@ -231,9 +261,15 @@ class _Run:
             await self.app.run(endpoint, scope, receive)
         except Disconnected:
             pass
-        except Exception as error:
+        except asyncio.CancelledError:
+            if not self.app.draining:
+                raise
+            await self.app._refuse(scope, Unavailable("the server is stopping"), endpoint)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of somebody's Rust is no Exception
             if not isinstance(error, MoesaicError):
-                log.exception("an endpoint broke", extra={"id": scope["request_id"]})
+                log.error("an endpoint broke", extra={"id": scope["request_id"], **logs.trace(error)})
             await self.app._refuse(scope, error, endpoint)
 
 
@@ -251,8 +287,9 @@ async def _unless_left(work: Any, receive: Receive) -> None:
         await running
     finally:
         left.cancel()
-        if not running.done():
+        if not running.done():  # this was cancelled itself; let the work say its last word
             running.cancel()
+            await asyncio.wait((running,))
 
 
 async def _left(receive: Receive) -> None:

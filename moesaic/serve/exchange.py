@@ -1,8 +1,8 @@
 """One request from its bytes to its answer: read, decode, run, send, and never a failure that looks like success.
 
 Before the first byte is sent, an error is a status; after it, an error event, and the stream is closed
-without the mark of a good end. A client that leaves takes its request back; one that takes nothing of its
-answer for a minute is given up. Knows ASGI and JSON. Does not know what is asked.
+without the mark of a good end. A client that leaves takes its request back. Knows ASGI and JSON. Does not know
+what is asked.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from moesaic.door import Answers, Ask, Door, Event
-from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, TooLarge
+from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, Overloaded, TooLarge, Unavailable, WrongMedia
 from moesaic.serve.keys import Key
 from moesaic.serve.settings import Settings
 from moesaic.serve.watch import Watch
 
 if TYPE_CHECKING:
     from moesaic.serve.app import App
+    from moesaic.serve.tracing import Span
+
+T = TypeVar("T")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -36,6 +39,10 @@ EXACT = 2**53
 """Below this a float is as exact as a whole number."""
 DEPTH = 32
 """How deep JSON may be nested."""
+LONG = 64 << 10
+"""Bytes of JSON from which on it is decoded in a thread, for it would hold up streams."""
+MEDIA = re.compile(r"application/([\w.-]+\+)?json", re.I)
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Disconnected(Exception):
@@ -85,7 +92,8 @@ Answer = Whole | Streamed
 class Endpoint:
     """One route of an API.
 
-    ``failure`` shows an error as this API does, ``broken`` as an event in a stream that has begun.
+    ``failure`` shows an error as this API does (a ``Whole`` where its status differs from ours), ``broken`` as an
+    event in a stream that has begun.
     """
 
     path: str
@@ -113,7 +121,11 @@ class Call:
     key: Key
     id: str
     body: Any = None
-    running: list[tuple[Answers, Watch]] = field(default_factory=list)
+    running: list[Answers] = field(default_factory=list)
+    spent: int = 0
+    """Tokens that it has cost, besides those of what was asked through ``ask``."""
+    _watches: list[Watch] = field(default_factory=list)
+    _begun: int = 0
 
     @property
     def door(self) -> Door:
@@ -138,25 +150,58 @@ class Call:
 
         The request is taken in when this returns, and taken back when the exchange ends before it.
         """
-        ask = replace(ask, tenant=self.key.name, priority=ask.priority + self.key.priority)
-        keys = self.app.keys
-        keys.begin(self.key)
-        watch = Watch(self.app.metrics, self.app.settings, ask, self.app.tracer)
-        try:
-            answers = await watch.admitted(self.door.ask(ask))
-        except BaseException:
-            keys.end(self.key, 0)
-            raise
-        self.running.append((answers, watch))
+        answers, watch = await self._admitted(ask)
         return watch.events(answers)
 
-    def close(self) -> None:
-        """Take back what still runs, and settle with the key."""
-        for answers, watch in self.running:
+    async def ask_in_batches(self, ask: Ask) -> AsyncIterator[list[Event]]:
+        """Do the same, with all events together that can be had at once: an answer's last token and its end can."""
+        answers, watch = await self._admitted(ask)
+        return watch.batches(answers)
+
+    async def _admitted(self, ask: Ask) -> tuple[Answers, Watch]:
+        # With keys, a client may stand back behind others, but not step in front of them.
+        wish = max(0, ask.priority) if self.app.keys.wanted and not self.key.admin else ask.priority
+        ask = replace(ask, tenant=self.key.name, priority=wish + self.key.priority)
+        most = self.settings.concurrent_requests
+        if most is not None and self.app.asking >= most:
+            raise Overloaded(f"{most} requests are being answered, and no more are taken in")
+        if self._watches:  # the first is what ``begin`` counted
+            self.begin()
+        watch = Watch(self.app.metrics, self.app.settings, ask, self._span(ask))
+        self._watches.append(watch)
+        self.app.asking += 1
+        answers = await watch.admitted(self.door.ask(ask))
+        self.running.append(answers)
+        return answers, watch
+
+    def _span(self, ask: Ask) -> Span | None:
+        tracer = self.app.tracer
+        return tracer.begin(ask, self.header(b"traceparent"), self.header(b"tracestate")) if tracer else None
+
+    def begin(self) -> None:
+        """Count a request against the key's share.
+
+        Raises:
+            KeyExhausted: there is nothing left of it.
+        """
+        self.app.keys.begin(self.key)
+        self._begun += 1
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Take back what still runs, which ``error`` ended if anything did, and settle with the key."""
+        for answers in self.running:
             answers.cancel()
-            watch.close()
-            self.app.keys.end(self.key, watch.tokens)
+        if isinstance(error, Disconnected | asyncio.CancelledError):
+            error = None
+        for watch in self._watches:
+            self.app.asking -= 1
+            watch.close(error)
+            self.spent += watch.tokens
+        for place in range(self._begun):
+            self.app.keys.end(self.key, 0 if place else self.spent)
         self.running.clear()
+        self._watches.clear()
+        self._begun = self.spent = 0
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -183,14 +228,17 @@ async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes
     """Return the body of a request.
 
     Raises:
-        TooLarge, InvalidRequest: it is too long, is compressed, or did not come in time.
+        TooLarge, WrongMedia, InvalidRequest: it is too long, is no JSON, or did not come in time.
         Disconnected: the client left first.
     """
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length) > settings.body_bytes:
         raise TooLarge(f"the body has {length} bytes, at most {settings.body_bytes} are taken")
     if (header(scope, b"content-encoding") or "identity") != "identity":
-        raise InvalidRequest("compressed bodies are not taken")
+        raise WrongMedia("compressed bodies are not taken")
+    # Pages of other origins can send anything but this without asking first.
+    if not MEDIA.fullmatch((header(scope, b"content-type") or "").partition(";")[0].strip()):
+        raise WrongMedia("the body must be JSON: send it with `Content-Type: application/json`")
     body = bytearray()
     try:
         async with asyncio.timeout(settings.body_seconds):
@@ -219,13 +267,41 @@ def decode(body: bytes, kind: Any) -> Any:
         text = body.decode()
         value = json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_no_constant)
         _shallow(value)
+        if SURROGATE.search(text):  # halves of a character are no text: nothing can be done with them
+            json.dumps(value, ensure_ascii=False).encode()
+        return fit(value, kind)
+    except RecursionError:
+        raise InvalidRequest(f"the body is nested deeper than {DEPTH}") from None
+    except UnicodeError:
+        raise InvalidRequest("the body is not JSON: it is no valid UTF-8, or has half a character") from None
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+
+
+def fit(value: Any, kind: Any) -> Any:
+    """Return what JSON was decoded to as a value of a type.
+
+    Raises:
+        InvalidRequest, InvalidParameter: it is not of that type.
+    """
+    try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise _misfit(str(error)) from None
-    except RecursionError:
-        raise InvalidRequest(f"the body is nested deeper than {DEPTH}") from None
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
+
+
+async def together(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Do several things at once and return what they return; the first error ends them all, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_awaited(each)) for each in work]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -281,7 +357,6 @@ class Sender:
         self.status = 0
         self._busy = 0  # frames that are being sent
         self._last = 0.0  # when one was
-        self._stuck = False
 
     async def whole(self, answer: Whole) -> None:
         body = answer.body()
@@ -297,44 +372,38 @@ class Sender:
             if self.started and not isinstance(error, Disconnected):
                 await self._send({"type": "http.response.body", "body": broken(failure_of(error))})
             raise
+        except asyncio.CancelledError:  # the client has left, and hears nothing; or the server stops
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1 if self.started else 0):
+                    last = broken(failure_of(Unavailable("the server is stopping")))
+                    await self._send({"type": "http.response.body", "body": last})
+            raise
         if not self.started:  # an answer without a frame
             await self._start(200, "text/event-stream; charset=utf-8", answer.headers)
         await self._send({"type": "http.response.body", "body": b""})
 
     async def _frames(self, frames: AsyncIterator[bytes], headers: Mapping[str, str]) -> None:
         sse = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
-        this = asyncio.current_task()
-        assert this is not None
-        watchdog = asyncio.ensure_future(self._watch_over(this, sse))
+        silence = asyncio.ensure_future(self._fill_silence(sse))
         try:
             async for frame in frames:
                 await self._frame(frame, sse)
-        except asyncio.CancelledError:
-            if self._stuck:
-                this.uncancel()
-                raise Disconnected from None
-            raise
         finally:
-            watchdog.cancel()
+            silence.cancel()
 
-    async def _watch_over(self, sending: asyncio.Task[Any], sse: Mapping[str, str]) -> None:
-        """Fill silences with comments, and give up a reader who takes nothing.
+    async def _fill_silence(self, sse: Mapping[str, str]) -> None:
+        """Send comments where nothing else is sent, so that proxies do not cut the stream.
 
         One task for a whole stream: a timer for each frame would cost more than the frame.
         """
-        clock, settings = asyncio.get_running_loop().time, self._settings
+        clock, patience = asyncio.get_running_loop().time, self._settings.keep_alive_seconds
         self._last = clock()
         while True:
             quiet = clock() - self._last
-            if self._busy and quiet >= settings.reader_seconds:
-                self._stuck = True
-                sending.cancel()
-                return
-            if not self._busy and quiet >= settings.keep_alive_seconds:
+            if not self._busy and quiet >= patience:
                 await self._frame(b": keep-alive\n\n", sse)
                 quiet = 0.0
-            bound = settings.reader_seconds if self._busy else settings.keep_alive_seconds
-            await asyncio.sleep(max(0.01, bound - quiet))
+            await asyncio.sleep(max(0.01, patience - quiet))
 
     async def _frame(self, frame: bytes, sse: Mapping[str, str]) -> None:
         self._busy += 1

@@ -1,8 +1,7 @@
-"""The server under the application: sockets, signals, and deadlines that the HTTP library does not have.
+"""The server under the application: its socket, its signals, its end.
 
-uvicorn by itself reads headers of any length for any time. Here they have ``Settings.header_seconds`` and
-``header_bytes``, and connections are counted, also by address. A first SIGTERM or SIGINT drains: what runs
-is given ``drain_seconds``, what comes is refused with 503; a second one ends at once. SIGHUP reads the keys again.
+A first SIGTERM or SIGINT drains: what runs is given ``drain_seconds``, what comes is refused with 503; a second
+one ends at once. SIGHUP reads the keys again. What a single connection may do is in ``connection``.
 """
 
 from __future__ import annotations
@@ -12,100 +11,22 @@ import contextlib
 import logging
 import signal
 import socket
-from collections import Counter
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from moesaic.errors import InvalidRequest
 from moesaic.serve.app import App
+from moesaic.serve.connection import LINGER, bounded
 from moesaic.serve.settings import Settings
 
 log = logging.getLogger("moesaic.serve")
 
-HEADERS = 100
-"""Fields of one request."""
-REFUSED = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-
-
-def bounded(settings: Settings) -> type[HttpToolsProtocol]:
-    """Return uvicorn's protocol with these bounds."""
-    addresses: Counter[str] = Counter()
-
-    class Bounded(HttpToolsProtocol):
-        _timer: asyncio.TimerHandle | None = None
-        _head = 0
-        _in_head = True
-        _counted = ""
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._counted = self.client[0] if self.client else ""
-            addresses[self._counted] += 1
-            crowded = addresses[self._counted] > settings.connections_per_address
-            if crowded or len(self.connections) > settings.connections:
-                transport.close()
-            else:
-                self._arm()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            addresses[self._counted] -= 1
-            if not addresses[self._counted]:
-                del addresses[self._counted]
-            self._disarm()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            if self._in_head:
-                self._head += len(data)
-                if self._head > settings.header_bytes + settings.body_bytes:  # nobody sends that much in one piece
-                    self._refuse(b"431 Request Header Fields Too Large")
-                    return
-            super().data_received(data)
-            if self._in_head and self._head > settings.header_bytes and self.parser is not None:
-                self._refuse(b"431 Request Header Fields Too Large")
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._in_head = True
-            if self._timer is None:
-                self._arm()
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            super().on_header(name, value)
-            if len(self.headers) > HEADERS:
-                raise ValueError("too many header fields")
-
-        def on_headers_complete(self) -> None:
-            self._in_head, self._head = False, 0
-            self._disarm()
-            super().on_headers_complete()
-
-        def _arm(self) -> None:
-            self._timer = self.loop.call_later(settings.header_seconds, self._late)
-
-        def _disarm(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _late(self) -> None:
-            self._timer = None
-            if self._head:
-                self._refuse(b"408 Request Timeout")
-            else:
-                self.transport.close()
-
-        def _refuse(self, status: bytes) -> None:
-            body = b'{"error":{"message":"%b","type":"invalid_request_error"}}' % status
-            if not self.transport.is_closing():
-                self.transport.write(REFUSED % (status, len(body), body))
-                self.transport.close()
-
-    return Bounded
+BACKLOG = 1024
+FILES = 256
+"""Open files besides connections."""
 
 
 class Server(uvicorn.Server):
@@ -122,7 +43,10 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
             return
         self._app.draining = True
-        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
+        self._loop.call_soon_threadsafe(self._begin_to_drain)
+
+    def _begin_to_drain(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
         log.info("draining", extra={"running": self._app.running})
@@ -133,8 +57,49 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, as uvicorn does, but let nobody take his time over TLS's handshake."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        await self.lifespan.startup()
+        config, settings = self.config, self._app.settings
+        patience: dict[str, Any] = {}
+        if config.ssl:
+            patience = {"ssl_handshake_timeout": settings.header_seconds, "ssl_shutdown_timeout": LINGER}
+
+        def connection() -> asyncio.Protocol:
+            kind: Any = config.http_protocol_class
+            made: asyncio.Protocol = kind(config, self.server_state, self.lifespan.state)
+            return made
+
+        self.servers = [
+            await self._loop.create_server(connection, sock=each, ssl=config.ssl, backlog=BACKLOG, **patience)
+            for each in sockets or ()
+        ]
+        self.started = True
+
+
+def prepare(connections: int) -> None:
+    """Let this process have as many files open as there may be connections, and leave no image of its memory behind."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if most < wanted:
+            log.warning("too few files may be open for all connections", extra={"open": most, "wanted": wanted})
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes uvloop's event loop, which writes to sockets at half the cost; None where there is none."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -148,7 +113,7 @@ def bind(settings: Settings) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))
-        listening.listen(1024)
+        listening.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listening.close()
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -190,8 +155,8 @@ def configured(app: App, certificate: str | None = None, private_key: str | None
         "access_log": False,
         "server_header": False,
         "proxy_headers": False,
-        "timeout_keep_alive": round(app.settings.idle_seconds) or 1,
-        "timeout_graceful_shutdown": 5,
+        "timeout_keep_alive": app.settings.idle_seconds,
+        "timeout_graceful_shutdown": 2,
         "ssl_certfile": certificate,
         "ssl_keyfile": private_key,
     }

@@ -6,11 +6,12 @@ from headers. Knows ASGI scopes. Does not know what a route does.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import time
 from collections.abc import Callable, Iterable
 
-from moesaic.errors import InvalidRequest, KeyExhausted, Unauthorized
+from moesaic.errors import Forbidden, InvalidRequest, KeyExhausted, Unauthorized
 from moesaic.serve.exchange import Scope
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
@@ -44,6 +45,31 @@ class Guard:
         if found[1].strip("[]").lower() not in self._hosts:
             raise InvalidRequest("this server is not called by that Host: start it with --allowed-host NAME")
 
+    def client(self, scope: Scope) -> str:
+        """Return where a request comes from: the nearest address that is not one of our own proxies."""
+        address = str((scope.get("client") or ("",))[0])
+        trusted = self._settings.trusted_proxies
+        if address in trusted:
+            said = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
+            for each in reversed(said.decode("latin-1").split(",")):
+                if each.strip() not in trusted:
+                    return _address(each.strip()) or address
+        return address
+
+    def check_origin(self, scope: Scope) -> None:
+        """Refuse to do what a page of another origin wants done, which needs no leave to send simple requests.
+
+        Raises:
+            Forbidden: the page's origin is neither this server's own nor among those that were named.
+        """
+        origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
+        if origin is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+        own = origin.lower() in (b"http://" + host.lower(), b"https://" + host.lower())
+        if not own and not self.cors(scope):
+            raise Forbidden("pages of that origin may not use this server: start it with --cors-origin URL")
+
     def cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         """Return the headers that let a page of another origin read the answer; none for all but the listed ones."""
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
@@ -67,7 +93,7 @@ class Guard:
         if not self._keys.wanted:
             return self._keys.owner(None)
         address = (scope.get("client") or ("", 0))[0]
-        self._check_patience(address)
+        self._check_patience(address)  # before the key is looked at: the answer tells nothing about it
         try:
             return self._keys.owner(_key(scope["headers"]))
         except Unauthorized:
@@ -80,11 +106,18 @@ class Guard:
             raise KeyExhausted("too many wrong keys from this address", 60 - (self._clock() - recent[0]))
 
     def _note_wrong(self, address: str) -> None:
-        if len(self._wrong) >= WATCHED:
+        if len(self._wrong) >= WATCHED and address not in self._wrong:
             self._wrong.pop(next(iter(self._wrong)))
         kept = self._wrong.setdefault(address, [])
         kept.append(self._clock())
         del kept[: -self._settings.failed_keys_per_minute]
+
+
+def _address(written: str) -> str | None:
+    try:
+        return str(ipaddress.ip_address(written))
+    except ValueError:
+        return None
 
 
 def _key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

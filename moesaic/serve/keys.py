@@ -43,6 +43,8 @@ class Key:
     admin: bool = False
 
 
+ENVIRONMENT = "environment-"
+"""What the names of keys from the environment begin with."""
 NOBODY = Key("", "")
 """Who asks where no keys are wanted."""
 
@@ -65,26 +67,40 @@ class Bucket:
 
 
 class Keys:
-    """The keys that are let in; with none, everybody is."""
+    """The keys that are let in. Without any at the start everybody is; after that, whoever has one of the newest."""
 
-    def __init__(self, keys: tuple[Key, ...] = (), clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, keys: tuple[Key, ...] = (), clock: Callable[[], float] = time.monotonic, *, wanted: bool = False
+    ) -> None:
+        """Let in these.
+
+        Args:
+            keys: who is let in.
+            clock: seconds.
+            wanted: a key is needed even if there is none yet.
+        """
+        self.wanted = wanted or bool(keys)
+        """Whether a key is needed at all. Stays as it is: the last key's end must not open the door to all."""
         self._clock = clock
         self._running: dict[str, int] = {}
         self._requests: dict[str, Bucket] = {}
         self._tokens: dict[str, Bucket] = {}
+        self._by_digest: dict[bytes, Key] = {}
         self.replace(keys)
 
     def replace(self, keys: tuple[Key, ...]) -> None:
-        """Let in these from now on; what is running goes on."""
+        """Let in these from now on; what is running goes on, and nobody's share is filled up by it."""
         self._by_digest = {bytes.fromhex(key.sha256): key for key in keys}
-        now = self._clock()
-        self._requests = {k.name: Bucket(k.requests_per_minute, now) for k in keys if k.requests_per_minute}
-        self._tokens = {k.name: Bucket(k.tokens_per_minute, now) for k in keys if k.tokens_per_minute}
+        self._requests = self._buckets(self._requests, {key.name: key.requests_per_minute for key in keys})
+        self._tokens = self._buckets(self._tokens, {key.name: key.tokens_per_minute for key in keys})
 
-    @property
-    def wanted(self) -> bool:
-        """Whether a key is needed at all."""
-        return bool(self._by_digest)
+    def _buckets(self, known: Mapping[str, Bucket], rates: Mapping[str, int | None]) -> dict[str, Bucket]:
+        out = {}
+        for name, rate in rates.items():
+            if rate:
+                same = name in known and known[name].most == rate
+                out[name] = known[name] if same else Bucket(rate, self._clock())
+        return out
 
     def owner(self, given: bytes | None) -> Key:
         """Return whose key this is.
@@ -123,7 +139,9 @@ class Keys:
 
     def end(self, key: Key, tokens: int) -> None:
         """Count a request as done, which cost so many tokens."""
-        self._running[key.name] = max(0, self._running.get(key.name, 0) - 1)
+        left = self._running.pop(key.name, 0) - 1
+        if left > 0:
+            self._running[key.name] = left
         if bucket := self._tokens.get(key.name):
             bucket.wait(self._clock())
             bucket.take(tokens)
@@ -151,17 +169,21 @@ def read(path: Path) -> tuple[Key, ...]:
         keys = tuple(_key(each) for each in listed)
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidRequest(f"{path}: is no file of keys; `moesaic keys add` makes one") from error
     if len({key.name for key in keys}) < len(keys):
         raise InvalidRequest(f"{path}: two keys have the same name")
+    if any(key.name.startswith(ENVIRONMENT) for key in keys):
+        raise InvalidRequest(f"{path}: names that begin with {ENVIRONMENT!r} are those of MOESAIC_API_KEYS")
     return keys
 
 
 def _key(entry: Mapping[str, Any]) -> Key:
     known = {field.name for field in fields(Key)}
-    if entry.keys() - known or len(bytes.fromhex(entry["sha256"])) != 32 or not isinstance(entry["name"], str):
-        raise ValueError("unknown field")
+    if entry.keys() - known or len(bytes.fromhex(entry["sha256"])) != 32 or not _is_name(entry["name"]):
+        raise ValueError("unknown field, or no name")
+    if type(entry.get("priority", 0)) is not int or type(entry.get("admin", False)) is not bool:
+        raise ValueError("priority, admin")
     for name in ("requests_per_minute", "tokens_per_minute", "concurrent"):
         value = entry.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -169,18 +191,25 @@ def _key(entry: Mapping[str, Any]) -> Key:
     return Key(**entry)
 
 
+def _is_name(given: object) -> bool:
+    return isinstance(given, str) and 0 < len(given) <= 128 and given.isprintable()
+
+
 def write(path: Path, keys: tuple[Key, ...]) -> None:
     """Write keys so that nobody else can read them, and the old file is there until the new one is whole."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     content = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(content + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(content + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def from_environment(value: str) -> tuple[Key, ...]:
     """Return the keys that are listed, parted by commas, in a variable of the environment."""
     listed = [each.strip() for each in value.split(",") if each.strip()]
-    return tuple(Key(f"environment-{place}", digest(each)) for place, each in enumerate(listed, 1))
+    return tuple(Key(f"{ENVIRONMENT}{place}", digest(each)) for place, each in enumerate(listed, 1))

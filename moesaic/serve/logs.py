@@ -9,7 +9,10 @@ import json
 import logging
 import sys
 import time
+import traceback
 
+FRAMES = 30
+"""Of a trace, the innermost."""
 USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -33,6 +36,12 @@ class Readable(logging.Formatter):
         extra = " ".join(f"{name}={value!r}" for name, value in vars(record).items() if name not in USUAL)
         line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()!r:.400} {extra}"
         return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+
+
+def trace(error: BaseException) -> dict[str, object]:
+    """Return where an error came from, for a record. What it says is left out: it may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+    return {"error": type(error).__name__, "trace": [f"{each.filename}:{each.lineno} {each.name}" for each in frames]}
 
 
 def set_up(level: str = "info", *, as_json: bool = True) -> None:

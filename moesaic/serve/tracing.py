@@ -14,21 +14,29 @@ from moesaic.errors import InvalidRequest
 SAMPLED = ("temperature", "top_p", "top_k", "max_tokens", "seed", "frequency_penalty", "presence_penalty")
 
 
+WELL = ("stop", "length", "cancelled")
+"""How a request ends without an error."""
+
+
 class Span:
     """A request's span."""
 
     def __init__(self, span: Any) -> None:
         self._span = span
 
-    def end(self, reason: str, prompt_tokens: int, generated_tokens: int, first: float | None) -> None:
+    def end(self, reason: str, prompt: int, cached: int, generated: int, first: float | None) -> None:
         """End it: why, after how many tokens, the first of them after how many seconds."""
-        self._span.set_attribute("gen_ai.response.finish_reasons", (reason,))
-        self._span.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
-        self._span.set_attribute("gen_ai.usage.output_tokens", generated_tokens)
+        figures = {"input_tokens": prompt, "cache_read.input_tokens": cached, "output_tokens": generated}
+        self._span.set_attributes({f"gen_ai.usage.{name}": value for name, value in figures.items()})
         if first is not None:
             self._span.set_attribute("gen_ai.response.time_to_first_chunk", first)
-        if reason not in ("stop", "length", "cancelled"):
+        if reason in WELL:
+            self._span.set_attribute("gen_ai.response.finish_reasons", (reason,))
+        else:
+            from opentelemetry.trace import StatusCode
+
             self._span.set_attribute("error.type", reason)
+            self._span.set_status(StatusCode.ERROR)
         self._span.end()
 
 
@@ -46,24 +54,32 @@ class Tracer:
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise InvalidRequest("traces need OpenTelemetry: pip install 'moesaic[otel]'") from error
+        self._context = TraceContextTextMapPropagator()
         self._provider = TracerProvider(resource=Resource.create({"service.name": service}))
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("moesaic")
 
-    def begin(self, ask: Ask) -> Span:
-        """Return the span of a request."""
+    def begin(self, ask: Ask, traceparent: str | None = None, tracestate: str | None = None) -> Span:
+        """Return the span of a request, in the trace that its client is in, if it says so (W3C Trace Context)."""
+        from opentelemetry.trace import SpanKind
+
         operation = "chat" if ask.messages is not None else "text_completion"
         named = {f"gen_ai.request.{name}": ask.sampling[name] for name in SAMPLED if name in ask.sampling}
         attributes = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "moesaic",
             "gen_ai.request.model": ask.model,
+            "gen_ai.response.model": ask.model,
             "gen_ai.request.choice.count": ask.sampling.get("n", 1),
             **named,
         }
-        return Span(self._tracer.start_span(f"{operation} {ask.model}", attributes=attributes))
+        told = {"traceparent": traceparent or "", "tracestate": tracestate or ""}
+        parent = self._context.extract({name: value for name, value in told.items() if value})
+        name = f"{operation} {ask.model}"
+        return Span(self._tracer.start_span(name, parent, SpanKind.SERVER, attributes=attributes))
 
     def close(self) -> None:
         """Send what has not gone out yet."""

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
-from moesaic.door import Answers, Ask, Begun, Ended, Event, Load, Piece
-from moesaic.errors import MoesaicError, Overloaded, TimedOut, Unavailable
+from moesaic.door import Answers, Ask, Begun, Ended, Event, Load
+from moesaic.errors import Cancelled, MoesaicError, TimedOut, Unavailable
 from moesaic.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from moesaic.serve.tracing import Tracer
+    from moesaic.serve.tracing import Span
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
@@ -29,7 +29,7 @@ WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 TGI_SECONDS = tuple(0.0001 * 1.5**n for n in range(1, 36))
 
-FAILURES = {429: "overloaded", 503: "overloaded", 500: "generation", 504: "incomplete"}
+FAILURES = {429: "overloaded", 503: "overloaded", 500: "generation", 504: "incomplete", 499: "dropped"}
 """TGI's words for what went wrong, by status; all else is ``validation``."""
 
 
@@ -39,10 +39,12 @@ class Metrics:
     def __init__(self, load: Callable[[], Mapping[str, Load]]) -> None:
         self.registry = CollectorRegistry()
         self._load = load
+        self._labelled: dict[tuple[int, str], list[Histogram]] = {}
         self._tgi: dict[tuple[str, str], float] = {}
         model = ("model_name",)
         self.requests = self._counter("moesaic_http_requests", "Requests.", ("method", "path", "status"))
-        self.ended = self._counter("moesaic_request_ended", "Requests that ended.", ("model_name", "reason"))
+        self.begun = self._counter("moesaic_request_begun", "Requests to models.", model)
+        self.ended = self._counter("moesaic_request_ended", "How they ended.", ("model_name", "reason"))
         self.success = self._counter("vllm:request_success", "As vLLM has it.", ("model_name", "finished_reason"))
         self.first = self._both("time_to_first_token_seconds", "Until the first token.", FIRST, model)
         self.between = self._both("inter_token_latency_seconds", "Between tokens.", BETWEEN, model)
@@ -51,13 +53,20 @@ class Metrics:
         self.per_token += self._histograms("tgi_request_mean_time_per_token_duration", "TGI's.", TGI_SECONDS, ())
         self.whole = self._both("e2e_request_latency_seconds", "Whole requests.", WHOLE, model)
         self.whole += self._histograms("tgi_request_duration", "TGI's.", TGI_SECONDS, ())
-        self.queue = self._both("request_queue_time_seconds", "Waiting for a turn.", WHOLE, model)
+        self.queue = self._both("request_queue_time_seconds", "Until the prompt was read.", WHOLE, model)
         self.queue += self._histograms("tgi_request_queue_duration", "TGI's.", TGI_SECONDS, ())
-        self.inference = self._histograms("tgi_request_inference_duration", "TGI's.", TGI_SECONDS, ())
+        self.inference = self._both("request_inference_time_seconds", "From then on.", WHOLE, model)
+        self.inference += self._histograms("tgi_request_inference_duration", "TGI's.", TGI_SECONDS, ())
+        self.decoding = self._both("request_decode_time_seconds", "From first to last token.", WHOLE, model)
         self.prompt = self._both("request_prompt_tokens", "Tokens of prompts.", TOKENS, model)
         self.prompt += self._histograms("tgi_request_input_length", "TGI's.", TOKENS, ())
         self.generated = self._both("request_generation_tokens", "Tokens of answers.", TOKENS, model)
         self.generated += self._histograms("tgi_request_generated_tokens", "TGI's.", TOKENS, ())
+        self.most = self._both("request_params_max_tokens", "The most tokens asked for.", TOKENS, model)
+        self.most += self._histograms("vllm:request_max_num_generation_tokens", "As vLLM has it.", TOKENS, model)
+        self.most += self._histograms("tgi_request_max_new_tokens", "TGI's.", TOKENS, ())
+        self.answers = self._both("request_params_n", "Answers asked for.", (1, 2, 5, 10, 20), model)
+        self.validation = self._histograms("tgi_request_validation_duration", "TGI's.", TGI_SECONDS, ())
         self.registry.register(self)
 
     def _counter(self, name: str, about: str, labels: Iterable[str]) -> Counter:
@@ -72,8 +81,16 @@ class Metrics:
 
     def observe(self, histograms: list[Histogram], model: str, value: float) -> None:
         """Enter a value under all the names that it has."""
-        for each in histograms:
-            (each.labels(model) if each._labelnames else each).observe(value)
+        for each in self._children(id(histograms), model, histograms):
+            each.observe(value)
+
+    def _children(self, key: int, model: str, histograms: list[Histogram]) -> list[Histogram]:
+        """Return the histograms of a model; looked up once, as this happens for every token."""
+        found = self._labelled.get((key, model))
+        if found is None:
+            found = [each.labels(model) if each._labelnames else each for each in histograms]
+            self._labelled[key, model] = found
+        return found
 
     def count_tgi(self, name: str, label: str = "") -> None:
         """Count under a name of TGI's, whose counters lack the suffix that Prometheus' library puts behind all."""
@@ -132,115 +149,150 @@ def _used(load: Load) -> float:
     return 1 - load.free_blocks / load.blocks if load.blocks else 0.0
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far one answer has come: when its first and its newest token came, and how many there are."""
+
+    first: float | None = None
+    last: float = 0.0
+    tokens: int = 0
+
+
 class Watch:
-    """One request on its way through the door."""
+    """One request on its way through the door. It ends once: well, with an error, or because nobody waits any more."""
 
-    def __init__(self, metrics: Metrics, settings: Settings, ask: Ask, tracer: Tracer | None) -> None:
-        self._metrics, self._settings, self._ask = metrics, settings, ask
-        self._begin = time.monotonic()
-        self._begun: float | None = None
-        self._first: float | None = None
-        self._last = self._begin
-        self._prompt_tokens = self._generated = 0
-        self._reason = "cancelled"
-        self._span = tracer.begin(ask) if tracer else None
+    def __init__(self, metrics: Metrics, settings: Settings, ask: Ask, span: Span | None) -> None:
+        self._metrics, self._settings, self._model, self._span = metrics, settings, ask.model, span
+        self._clock = asyncio.get_running_loop().time
+        self._begin = self._clock()
+        self._read: float | None = None  # when the prompt was
+        self._answers: dict[int, Progress] = {}
+        self._open = int(ask.sampling.get("n", 1))
+        self._prompt_tokens = self._cached = 0
+        self._ended = False
+        metrics.begun.labels(self._model).inc()
         metrics.count_tgi("tgi_request_count")
-
-    async def admitted(self, asking: Awaitable[Answers]) -> Answers:
-        """Wait until the door has taken the request in."""
-        try:
-            return await asking
-        except MoesaicError as error:
-            self._failed(error)
-            self.close()
-            raise
-
-    async def events(self, answers: Answers) -> AsyncIterator[Event]:
-        """Yield the events, within the time that is allowed."""
-        try:
-            async with self._deadline():
-                async for event in answers:
-                    self._see(event)
-                    yield event
-        except MoesaicError as error:
-            self._failed(error)
-            raise
+        metrics.observe(metrics.answers, self._model, self._open)
+        if "max_tokens" in ask.sampling:
+            metrics.observe(metrics.most, self._model, ask.sampling["max_tokens"])
 
     @property
     def tokens(self) -> int:
-        """What the request has cost, prompt and answers."""
-        return self._prompt_tokens + self._generated
+        """What the request has cost until now, prompt and answers; also one that nobody waited for."""
+        return self._prompt_tokens + sum(each.tokens for each in self._answers.values())
 
-    @contextlib.asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
-        """Let the request end with an error when it waits, or runs, for too long."""
-        loop, settings = asyncio.get_running_loop(), self._settings
-        task = asyncio.current_task()
-        late: list[MoesaicError] = []
+    async def admitted(self, asking: Awaitable[Answers]) -> Answers:
+        """Wait until the door has taken the request in.
 
-        def give_up(error: MoesaicError, only_waiting: bool) -> None:
-            if task and not (only_waiting and self._begun is not None):
-                late.append(error)
-                task.cancel()
-
-        timers = []
-        if settings.queue_seconds:
-            error: MoesaicError = Unavailable(f"the request waited {settings.queue_seconds:g} s for its turn")
-            timers.append(loop.call_later(settings.queue_seconds, give_up, error, True))
-        if settings.request_seconds:
-            error = TimedOut(f"the answer took longer than {settings.request_seconds:g} s")
-            timers.append(loop.call_later(settings.request_seconds, give_up, error, False))
+        Raises:
+            Unavailable: that took longer than a request may wait.
+        """
         try:
-            yield
-        except asyncio.CancelledError:
-            if late and task:
-                task.uncancel()
-                raise late[0] from None
-            raise
-        finally:
-            for timer in timers:
-                timer.cancel()
+            async with asyncio.timeout_at(self._until()) as bound:
+                answers = await asking
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            raise self._late() from None
+        self._metrics.observe(self._metrics.validation, self._model, self._clock() - self._begin)
+        return answers
+
+    async def events(self, answers: Answers) -> AsyncIterator[Event]:
+        """Yield the events, within the time that is allowed. The clock stands still for no one but a slow reader.
+
+        Raises:
+            Unavailable: the request waited too long for its turn. TimedOut: its answer took too long.
+        """
+        async with contextlib.aclosing(self.batches(answers, all_at_once=False)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(self, answers: Answers, *, all_at_once: bool = True) -> AsyncGenerator[list[Event]]:
+        """Do the same, with all events together that can be had at once."""
+        source = aiter(answers)
+        while True:
+            try:
+                async with asyncio.timeout_at(self._until()) as bound:
+                    event = await anext(source)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if not bound.expired():
+                    raise
+                raise self._late() from None
+            batch = [event, *answers.ready()] if all_at_once else [event]
+            for each in batch:
+                self._see(each)
+            yield batch
+
+    def _until(self) -> float | None:
+        """Return when patience is at its end."""
+        waits = self._settings.queue_seconds if self._read is None else 0.0
+        bounds = [self._begin + each for each in (waits, self._settings.request_seconds) if each]
+        return min(bounds, default=None)
+
+    def _late(self) -> MoesaicError:
+        queue, whole = self._settings.queue_seconds, self._settings.request_seconds
+        if self._read is None and queue and (not whole or queue <= whole):
+            return Unavailable(f"the request waited {queue:g} s for its turn")
+        return TimedOut(f"the answer took longer than {whole:g} s")
 
     def _see(self, event: Event) -> None:
-        now = time.monotonic()
-        metrics, model = self._metrics, self._ask.model
-        if isinstance(event, Piece) and event.tokens:
-            if self._first is None:
-                self._first = now
-                metrics.observe(metrics.first, model, now - self._begin)
+        now, metrics = self._clock(), self._metrics
+        if isinstance(event, Begun):
+            self._prompt_tokens = event.prompt_tokens or self._prompt_tokens
+            if self._read is None:
+                self._read = now
+                metrics.observe(metrics.queue, self._model, now - self._begin)
+            return
+        answer = self._answers.setdefault(event.index, Progress())
+        if isinstance(event, Ended):
+            self._end(answer, event, now)
+        elif event.tokens:
+            if answer.first is None:
+                answer.first = now
+                metrics.observe(metrics.first, self._model, now - self._begin)
             else:
-                metrics.observe(metrics.between, model, (now - self._last) / len(event.tokens))
-            self._last = now
-        elif isinstance(event, Begun) and self._begun is None:
-            self._begun = now
-            metrics.observe(metrics.queue, model, now - self._begin)
-        elif isinstance(event, Ended):
-            self._prompt_tokens = event.prompt_tokens
-            self._generated += event.generated_tokens
-            self._reason = event.reason
-            self._end(event, now)
+                metrics.observe(metrics.between, self._model, (now - answer.last) / len(event.tokens))
+            answer.last = now
+            answer.tokens += len(event.tokens)
 
-    def _end(self, event: Ended, now: float) -> None:
-        metrics, model = self._metrics, self._ask.model
-        metrics.ended.labels(model, event.reason).inc()
+    def _end(self, answer: Progress, event: Ended, now: float) -> None:
+        """Enter the end of one answer; the last one's is that of the request."""
+        metrics, model = self._metrics, self._model
+        answer.tokens = event.generated_tokens
+        self._prompt_tokens, self._cached = event.prompt_tokens, event.cached_tokens
         metrics.success.labels(model, "abort" if event.reason == "cancelled" else event.reason).inc()
-        metrics.count_tgi("tgi_request_success")
-        metrics.observe(metrics.whole, model, now - self._begin)
-        metrics.observe(metrics.inference, model, now - (self._begun or now))
-        metrics.observe(metrics.prompt, model, event.prompt_tokens)
         metrics.observe(metrics.generated, model, event.generated_tokens)
-        if self._first is not None and event.generated_tokens > 1:
-            metrics.observe(metrics.per_token, model, (now - self._first) / (event.generated_tokens - 1))
+        if answer.first is not None:
+            metrics.observe(metrics.decoding, model, answer.last - answer.first)
+            if event.generated_tokens > 1:
+                between = (answer.last - answer.first) / (event.generated_tokens - 1)
+                metrics.observe(metrics.per_token, model, between)
+        self._open -= 1
+        if not self._open:
+            self._finish(event.reason)
+            metrics.count_tgi("tgi_request_success")
+            metrics.observe(metrics.whole, model, now - self._begin)
+            metrics.observe(metrics.inference, model, now - (self._read or now))
+            metrics.observe(metrics.prompt, model, event.prompt_tokens)
 
-    def _failed(self, error: MoesaicError) -> None:
-        self._reason = type(error).__name__
-        self._metrics.ended.labels(self._ask.model, self._reason).inc()
-        kind = "overloaded" if isinstance(error, Overloaded) else FAILURES.get(error.status, "validation")
-        self._metrics.count_tgi("tgi_request_failure", kind)
+    def close(self, error: BaseException | None) -> None:
+        """Say that nothing more comes, because of ``error`` if that was not the end; None: nobody waits any more."""
+        if self._ended:
+            return
+        error = error or Cancelled("the client left")
+        self._metrics.success.labels(self._model, "abort").inc(self._open)
+        status = error.status if isinstance(error, MoesaicError) else 500
+        self._metrics.count_tgi("tgi_request_failure", FAILURES.get(status, "validation"))
+        self._finish("cancelled" if isinstance(error, Cancelled) else type(error).__name__)
 
-    def close(self) -> None:
-        """Say that nothing more comes."""
+    def _finish(self, reason: str) -> None:
+        self._ended = True
+        self._metrics.ended.labels(self._model, reason).inc()
         if self._span:
-            first = self._first - self._begin if self._first is not None else None
-            self._span.end(self._reason, self._prompt_tokens, self._generated, first)
-            self._span = None
+            firsts = [each.first for each in self._answers.values() if each.first is not None]
+            generated = sum(each.tokens for each in self._answers.values())
+            first = min(firsts) - self._begin if firsts else None
+            self._span.end(reason, self._prompt_tokens, self._cached, generated, first)

@@ -40,10 +40,12 @@ class ScriptedAnswers:
 
     def __init__(self, door: Scripted, ask: Ask, script: Script) -> None:
         self._door, self._ask, self._script = door, ask, script
+        self._events: list[Event] = []
         self.cancelled = False
 
     def ready(self) -> list[Event]:
-        return []
+        events, self._events = self._events, []
+        return events
 
     def cancel(self) -> None:
         if not self.cancelled:
@@ -51,25 +53,34 @@ class ScriptedAnswers:
             self._door.cancelled += 1
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        count = self._ask.sampling.get("n", 1)
-        scored = self._ask.sampling.get("prompt_logprobs") is not None
+        async for events in self._steps():
+            self._events += events
+            while self._events:
+                yield self._events.pop(0)
+
+    async def _steps(self) -> AsyncIterator[list[Event]]:
+        """Yield what comes together; the ends come with the last tokens, as a door promises."""
+        script, sampling = self._script, self._ask.sampling
+        count = sampling.get("n", 1)
+        scored = sampling.get("prompt_logprobs") is not None
         prompt = (Mark(1, "<s>", True), Mark(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
-        for index in range(count):
-            yield Begun(index, prompt, 2)
-        most = self._ask.sampling.get("max_tokens") or len(self._script.pieces)
-        for place, text in enumerate(self._script.pieces[:most]):
-            for index in range(count):
-                yield Piece(index, text, (Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),)),))
-            if self._script.held and place == 0:
+        yield [Begun(index, prompt, 2) for index in range(count)]
+        pieces = script.pieces[: sampling.get("max_tokens") or len(script.pieces)]
+        for place, text in enumerate(pieces):
+            mark = Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),))
+            events: list[Event] = [Piece(index, text, (mark,)) for index in range(count)]
+            if place == len(pieces) - 1 and not script.error:
+                events += [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+                events += [self._ended(index, len(pieces)) for index in range(count)]
+            yield events
+            if script.held and place == 0:
                 await self._door.go.wait()
-            await asyncio.sleep(self._script.pause)
-        for part in self._script.calls:
-            for index in range(count):
-                yield Piece(index, calls=(part,))
-        if self._script.error:
-            raise self._script.error
-        for index in range(count):
-            yield self._ended(index, min(most, len(self._script.pieces)))
+            await asyncio.sleep(script.pause)
+        if script.error:
+            raise script.error
+        if not pieces:
+            calls: list[Event] = [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+            yield calls + [self._ended(index, 0) for index in range(count)]
 
     def _ended(self, index: int, generated: int) -> Ended:
         script = self._script
@@ -125,6 +136,7 @@ class Server:
 
     app: App
     url: str
+    front: front.Server
     loop: asyncio.AbstractEventLoop
     stop: Callable[[], None] = field(repr=False)
 
@@ -135,6 +147,14 @@ class Server:
     def call(self, function: Callable[[], object]) -> None:
         """Do something on the server's thread."""
         self.loop.call_soon_threadsafe(function)
+
+    def call_sync(self, function: Callable[[], Any]) -> Any:
+        """Do something there, and return what it returns."""
+
+        async def run() -> Any:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(20)
 
 
 @contextlib.contextmanager
@@ -167,7 +187,7 @@ def running(
 
     host, port = listening.getsockname()[:2]
     try:
-        yield Server(app, f"http://{host}:{port}", loop, stop)
+        yield Server(app, f"http://{host}:{port}", server, loop, stop)
     finally:
         stop()
         listening.close()

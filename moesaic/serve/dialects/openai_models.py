@@ -81,6 +81,7 @@ async def embeddings(call: Call) -> Answer:
     name = openai.model_of(call, body.model)
     texts = _texts(body.input, call.settings.prompts)
     vectors, read = await call.door.embed(name, texts)
+    call.spent += read
     if body.dimensions is not None:
         if body.dimensions > len(vectors[0]):
             raise InvalidParameter("dimensions", f"is {body.dimensions}, but the vectors have {len(vectors[0])}")

@@ -1,0 +1,405 @@
+"""One request from its bytes to its answer: what is no JSON, who leaves, who waits, what breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+
+import httpx
+import pytest
+
+from moesaic.door import Ended, Load
+from moesaic.errors import NumericalError, Overloaded
+from moesaic.serve.keys import Key, Keys
+from moesaic.serve.settings import Settings
+from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
+from tests.serve.raw import CHAT, Raw, eventually
+
+PATH = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def usual():
+    with running() as found:
+        yield found
+
+
+def post(server, body, **options):
+    return httpx.post(server.url + PATH, json=body, timeout=30, **options)
+
+
+def send(server, content: bytes, headers=JSON):
+    return httpx.post(server.url + PATH, content=content, headers=headers, timeout=30)
+
+
+# Bodies
+
+WHOLE = '{"messages": [{"role": "user", "content": "Hi"}], "x": %s}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b" ",
+        b"null",
+        b"[]",
+        b"1",
+        b'"text"',
+        b"{",
+        b"{}}",
+        b"{} {}",
+        b"{'a': 1}",
+        b"\xff\xfe{}",
+        b'\xef\xbb\xbf{"messages": []}',
+        '{"messages": []}'.encode("utf-16"),
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+        b'{"messages": [{"role": "user", "content": "a\nb"}]}',
+        b'{"messages": [{"role": "user", "content": "\x00"}]}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "\\uDC00 x"}]}',
+        b'{"messages": [{"role": "user", "content": "Hi"}], "model": "\\ud83d"}',
+        b'{"messages": [{"role": "user", "content": "Hi"}], "\\udfff": 1}',
+        b'{"messages": 1, "messages": [{"role": "user", "content": "Hi"}]}',
+        b'{"messages": [{"role": "user", "role": "system", "content": "Hi"}]}',
+        *(
+            (WHOLE % value).encode()
+            for value in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "01", "0x1", "1.", ".5", "+1")
+        ),
+        (WHOLE % ("[" * 40 + "]" * 40)).encode(),
+        (WHOLE % ('{"a":' * 40 + "1" + "}" * 40)).encode(),
+        b"[" * 1_000_000,
+        b'{"a":' * 300_000,
+        (WHOLE % ("[" * 100_000 + "]" * 100_000)).encode(),
+    ],
+    ids=lambda content: repr(content[:40]),
+)
+def test_what_is_no_json_of_ours_is_400(usual, content):
+    before = len(usual.door.asked)
+    answer = send(usual, content)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert len(answer.content) < 1000
+    assert len(usual.door.asked) == before
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "seed", "max_tokens", "n", "top_k", "priority", "min_p"])
+@pytest.mark.parametrize("value", ["9" * 400, "-" + "9" * 400, "1e308", "1e999", "NaN", "true", '"1"', "[]", "{}"])
+def test_no_number_is_taken_for_granted(usual, field, value):
+    answer = send(usual, f'{{"messages": [{{"role": "user", "content": "Hi"}}], "{field}": {value}}}'.encode())
+    assert answer.status_code == 400, answer.text
+
+
+def test_whole_characters_and_the_deepest_json_are_read(usual):
+    content = '{"messages": [{"role": "user", "content": "\\ud83d\\ude00 \\u0000 \U0001f600"}], "x": %s}'
+    assert send(usual, (content % ("[" * 28 + "]" * 28)).encode()).status_code == 200
+    assert usual.door.asked[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
+
+
+def test_a_long_body_is_read_too(usual):
+    long = "tale " * 100_000
+    assert post(usual, {"messages": [{"role": "user", "content": long}]}).status_code == 200
+    assert usual.door.asked[-1].messages[0]["content"] == long
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize("more", ["", "; charset=utf-8"])
+def test_only_json_is_taken(usual, kind, more):
+    answer = send(usual, json.dumps(CHAT).encode(), {"content-type": kind + more})
+    assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
+    for fine in ("application/json", "APPLICATION/JSON; charset=utf-8", "application/vnd.x+json"):
+        assert send(usual, json.dumps(CHAT).encode(), {"content-type": fine}).status_code == 200
+    with Raw(usual) as raw:
+        data = json.dumps(CHAT)
+        raw.send(f"POST {PATH} HTTP/1.1\r\nHost: {raw.host}\r\nContent-Length: {len(data)}\r\n\r\n{data}")
+        assert raw.status() == 415
+
+
+def test_a_request_keeps_its_id_and_a_strange_one_gets_another(usual):
+    assert post(usual, CHAT, headers={"x-request-id": "job-7.a_b"}).headers["x-request-id"] == "job-7.a_b"
+    for given in ("a b", "x" * 65, "<script>", ""):
+        shown = post(usual, CHAT, headers={"x-request-id": given}).headers["x-request-id"]
+        assert shown != given and len(shown) == 16
+
+
+def test_no_request_opens_a_connection_to_anywhere(usual, monkeypatch):
+    reached = []
+    connect, mine = socket.socket.connect, threading.get_ident()
+
+    def watched(self, address):
+        if threading.get_ident() != mine:  # the server's threads, and not the client
+            reached.append(address)
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", watched)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **_: reached.append(asked) or [])
+    monkeypatch.setattr(usual.loop, "create_connection", lambda *asked, **_: reached.append(asked))
+    evil = "http://169.254.169.254/latest"
+    bodies = [
+        CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": evil}}]}]},
+        CHAT | {"messages": [{"role": "user", "content": f"![]({evil})"}], "documents": [evil], "chat_template": evil},
+        {"prompt": evil, "input": evil, "inputs": evil, "url": evil, "model": evil, "lora_path": evil},
+        {"prompt": evil, "input": evil, "inputs": evil},
+    ]
+    for endpoint in usual.app.endpoints:
+        for body in bodies if endpoint.body else [b""]:
+            with Raw(usual) as raw:
+                head = (
+                    f"{endpoint.method} {endpoint.path.replace('{name:path}', evil)} HTTP/1.1\r\nHost: {raw.host}\r\n"
+                )
+                data = json.dumps(body) if body else ""
+                head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+                assert raw.send(head + data).status() in (200, 400, 404)
+    assert reached == []
+
+
+# Who leaves
+
+
+def test_a_client_who_leaves_a_stream_takes_its_request_back(server):
+    server.door.script = Script(held=True)
+    raw = Raw(server).post(CHAT | {"stream": True})
+    raw.until(b"Hello")
+    assert server.door.cancelled == 0 and server.app.running == 1
+    raw.socket.close()
+    eventually(lambda: server.door.cancelled == 1)
+    eventually(lambda: server.app.running == 0)
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/completions"])
+def test_a_client_who_leaves_before_a_whole_answer_takes_its_request_back(server, path):
+    server.door.script = Script(held=True)
+    raw = Raw(server).post(CHAT | {"prompt": ["one", "two"], "n": 2}, path=path)
+    asked = 1 if path == PATH else 2
+    eventually(lambda: len(server.door.asked) == asked)
+    assert server.door.cancelled == 0
+    raw.socket.close()
+    eventually(lambda: server.door.cancelled == asked)
+    eventually(lambda: server.app.running == 0)
+
+
+def test_a_client_who_leaves_while_a_refusal_is_worked_out_leaves_nothing(server):
+    """Before the door has taken the request in: a model may be loading, or its text being read."""
+    came, go, taken = threading.Event(), asyncio.Event(), []
+
+    async def slow(ask):
+        came.set()
+        try:
+            await go.wait()
+        finally:
+            taken.append(ask)
+
+    server.door.ask = slow
+    raw = Raw(server).post(CHAT)
+    assert came.wait(20)
+    raw.socket.close()
+    eventually(lambda: taken and server.app.running == 0)
+
+
+# Who waits
+
+
+def test_a_silent_stream_gets_comments():
+    quick = Settings(keep_alive_seconds=0.1)
+    with running(lambda: Scripted(Script(held=True)), quick) as server, Raw(server) as raw:
+        raw.post(CHAT | {"stream": True})
+        raw.until(b": keep-alive\n\n")
+        raw.until(b": keep-alive\n\n")
+        server.call(server.door.go.set)
+        assert b"[DONE]" in raw.until(b"0\r\n\r\n")
+
+
+class Waiting(Scripted):
+    """A door behind which nothing begins."""
+
+    async def ask(self, ask):
+        answers = await super().ask(ask)
+        answers.__class__ = Never
+        return answers
+
+
+class Never(ScriptedAnswers):
+    async def __aiter__(self):
+        await asyncio.Event().wait()
+        yield Ended(0, "stop", 1, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_too_long_for_his_turn_is_told_to_come_back(stream):
+    with running(Waiting, Settings(queue_seconds=0.2)) as server:
+        answer = post(server, CHAT | {"stream": stream})
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+        assert server.door.cancelled == 1
+
+
+def test_a_turn_that_has_come_is_not_waited_for():
+    with running(lambda: Scripted(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=1.5)) as server:
+        answer = post(server, CHAT)
+        assert answer.status_code == 504 and server.door.cancelled == 1
+
+
+def test_an_answer_that_takes_too_long_is_an_event_in_a_stream():
+    with running(lambda: Scripted(Script(held=True)), Settings(request_seconds=0.3)) as server:
+        answer = post(server, CHAT | {"stream": True})
+        assert answer.status_code == 200 and "[DONE]" not in answer.text
+        last = json.loads(answer.text.split("data: ")[-1])
+        assert last["error"]["code"] == 504
+        assert server.door.cancelled == 1
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/completions"])
+def test_time_runs_out_for_several_at_once(path):
+    with running(lambda: Scripted(Script(held=True)), Settings(request_seconds=0.3)) as server:
+        body = CHAT | {"prompt": ["a", "b", "c"], "n": 2}
+        answer = httpx.post(server.url + path, json=body, timeout=30)
+        assert answer.status_code == 504
+        streamed = httpx.post(server.url + path, json=body | {"stream": True}, timeout=30)
+        assert "[DONE]" not in streamed.text and '"code":504' in streamed.text
+        eventually(lambda: server.app.running == 0)
+
+
+def test_time_runs_out_for_what_is_no_answer_too():
+    class Slow(Scripted):
+        async def embed(self, model, texts):
+            await asyncio.Event().wait()
+
+    with running(Slow, Settings(request_seconds=0.2)) as server:
+        assert httpx.post(server.url + "/v1/embeddings", json={"input": "x"}, timeout=30).status_code == 504
+
+
+# Limits of keys
+
+
+def limited(**limits):
+    return Keys((Key("anna", _digest("k"), **limits), Key("ben", _digest("b"))))
+
+
+def _digest(key):
+    from moesaic.serve import keys
+
+    return keys.digest(key)
+
+
+ANNA = {"authorization": "Bearer k"}
+BEN = {"authorization": "Bearer b"}
+
+
+def test_requests_at_the_same_time_are_bounded_for_one_key_alone():
+    with running(lambda: Scripted(Script(held=True)), keys=limited(concurrent=1)) as server:
+        with Raw(server) as raw:
+            raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
+            refused = post(server, CHAT, headers=ANNA)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            embedded = httpx.post(server.url + "/v1/embeddings", json={"input": "x"}, headers=ANNA)
+            assert embedded.status_code == 429
+            server.call(server.door.go.set)
+            raw.until(b"[DONE]")
+            assert post(server, CHAT, headers=BEN).status_code == 200
+            eventually(lambda: post(server, CHAT, headers=ANNA).status_code == 200)
+        assert not server.app.keys._running
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/embeddings", "/v1/classify", "/detokenize"])
+def test_requests_of_a_minute_are_bounded_whatever_they_are(path):
+    with running(keys=limited(requests_per_minute=2)) as server:
+        body = CHAT | {"input": "x", "tokens": [1]}
+        found = [httpx.post(server.url + path, json=body, headers=ANNA) for _ in range(3)]
+        assert [answer.status_code for answer in found] == [200, 200, 429]
+        assert 1 <= int(found[2].headers["retry-after"]) <= 30
+        assert httpx.get(server.url + "/v1/models", headers=ANNA).status_code == 200
+
+
+def test_tokens_are_paid_for_by_those_who_leave_too():
+    long = Script(pieces=("x",) * 50, held=False)
+    with running(lambda: Scripted(long), keys=limited(tokens_per_minute=52)) as server:
+        assert post(server, CHAT, headers=ANNA).status_code == 200
+        assert post(server, CHAT, headers=ANNA).status_code == 429
+    with running(lambda: Scripted(Script(held=True)), keys=limited(tokens_per_minute=1)) as server:
+        with Raw(server) as raw:
+            raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
+        eventually(lambda: server.app.running == 0)
+        assert post(server, CHAT, headers=ANNA).status_code == 429
+
+
+def test_a_client_cannot_step_in_front_of_others():
+    with running(keys=limited(priority=5)) as server:
+        for asked, given in ((-100, 5), (None, 5), (3, 8)):
+            assert post(server, CHAT | {"priority": asked}, headers=ANNA).status_code == 200
+            assert server.door.asked[-1].priority == given
+
+
+def test_what_is_asked_carries_the_keys_name_and_never_the_clients_word(server):
+    with running(keys=limited()) as locked:
+        post(locked, CHAT | {"user": "ben", "tenant": "ben", "cache_salt": "ben"}, headers=ANNA)
+        assert locked.door.asked[0].tenant == "anna"
+
+
+# What breaks
+
+
+def test_a_full_queue_is_429(server):
+    server.door.script = Script(refusal=Overloaded("257 requests are waiting already"))
+    answer = post(server, CHAT)
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+
+
+class Panic(BaseException):
+    """As pyo3's."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the secret text"), Panic("the secret text"), KeyError("the secret")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_foresaw_is_500_without_its_text(server, caplog, error, stream):
+    server.door.script = Script(refusal=error)
+    answer = post(server, CHAT | {"stream": stream})
+    assert answer.status_code == 500 and "secret" not in answer.text
+    server.door.script = Script()
+    assert post(server, CHAT).status_code == 200
+    assert "secret" not in caplog.text and "an endpoint broke" in caplog.text
+    assert caplog.records[0].error == type(error).__name__
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the secret"), NumericalError("NaN"), Panic("the secret")])
+def test_an_error_after_the_first_byte_is_never_a_good_end(server, error):
+    server.door.script = Script(error=error)
+    with Raw(server) as raw:
+        answer = raw.post(CHAT | {"stream": True}, "Connection: close").rest()
+    assert answer.startswith(b"HTTP/1.1 200") and b"Hello" in answer
+    assert b"[DONE]" not in answer and b'"stop"' not in answer and b"secret" not in answer
+    assert b'"error"' in answer or not answer.endswith(b"0\r\n\r\n")
+
+
+# Whether it gets on
+
+
+def test_health_and_readiness():
+    now = [0.0]
+    with running(settings=Settings(stall_seconds=10)) as server:
+        server.app.progress._clock = lambda: now[0]
+
+        def states():
+            return [httpx.get(f"{server.url}/{name}").status_code for name in ("health", "ready")]
+
+        assert states() == [200, 200]
+        server.door.loads = {"scripted": Load(running=1, steps=5)}
+        assert states() == [200, 200]
+        now[0] = 9
+        assert states() == [200, 200]
+        now[0] = 11
+        assert states() == [200, 503]
+        assert "stalled" in httpx.get(server.url + "/ready").json()["status"]
+        server.door.loads = {"scripted": Load(running=1, steps=6)}
+        assert states() == [200, 200]
+        now[0] = 99
+        server.door.loads = {"scripted": Load(steps=6)}  # nothing to do is no standstill
+        assert states() == [200, 200]
+        server.door.loads = {"scripted": Load(steps=6, waiting=1)}
+        assert states() == [200, 200]
+        server.door.loads = {"scripted": Load(alive=False)}
+        assert states() == [503, 503]
+        assert httpx.get(server.url + "/ready").headers["retry-after"]

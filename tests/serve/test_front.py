@@ -1,0 +1,406 @@
+"""Sockets in hostile hands: slow, long, split, smuggled, silent, too many."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+
+import httpx
+import pytest
+
+from moesaic.serve import front
+from moesaic.serve.connection import LINGER
+from moesaic.serve.keys import Key, Keys
+from moesaic.serve.settings import Settings
+from tests.serve.conftest import Script, Scripted, running
+from tests.serve.raw import CHAT, Raw, eventually
+
+MARGIN = 5.0
+"""Seconds beyond a deadline in which even a loaded machine must have kept it."""
+QUICK = Settings(header_seconds=0.4, body_seconds=0.4, idle_seconds=0.4, reader_seconds=0.4)
+JSON = {"content-type": "application/json"}
+LOCKED = Keys((Key("anna", "0" * 64),))
+
+
+@pytest.fixture(scope="module")
+def quick():
+    with running(settings=QUICK) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def usual():
+    with running() as found:
+        yield found
+
+
+def refused(raw: Raw, status: int) -> None:
+    """The answer is a refusal in JSON, and then the connection is closed."""
+    answer = raw.rest()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert int(head[9:12]) == status, answer
+    assert b"connection: close" in head.lower()
+    assert json.loads(body)["error"]
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+# Heads
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [f"X-Long: {'x' * 33_000}"],
+        [f"X-{place}: {'x' * 1000}" for place in range(40)],
+        [f"{'X' * 33_000}: 1"],
+        [f"X-Long: {'x' * 500_000}"],
+        [f"X-{place}: 1" for place in range(101)],
+        [f"X-{place}: 1" for place in range(5000)],
+    ],
+)
+def test_too_large_a_head_is_431(usual, fields):
+    with Raw(usual) as raw:
+        refused(raw.get("/health", *fields), 431)
+
+
+def test_a_head_of_the_largest_size_is_read(usual):
+    with Raw(usual) as raw:
+        assert raw.get("/health", f"X-Long: {'x' * 31_000}", *[f"X-{each}: 1" for each in range(90)]).status() == 200
+    with Raw(usual) as raw:
+        refused(raw.get("/" + "x" * 33_000), 431)
+
+
+def test_a_head_without_an_end_is_431(usual):
+    with Raw(usual) as raw:
+        began = monotonic()
+        raw.send("GET /health HTTP/1.1\r\nX-Long: ")
+        try:
+            for _ in range(64):
+                raw.send(b"x" * 2**20)
+        except OSError:
+            pass
+        assert monotonic() - began < 20
+    with Raw(usual) as raw:
+        raw.send("GET /health HTTP/1.1\r\nX-Long: " + "x" * 40_000)
+        refused(raw, 431)
+
+
+def test_a_head_that_drips_is_cut_off(quick):
+    with Raw(quick) as raw:
+        assert raw.drip(b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 9999, 0.05, 10) < 0.4 + LINGER + MARGIN
+    with Raw(quick) as raw:
+        raw.send("GET /hea")
+        refused(raw, 408)
+
+
+def test_a_connection_that_says_nothing_is_closed(quick):
+    with Raw(quick) as raw:
+        began = monotonic()
+        assert raw.rest() == b"" and monotonic() - began < 0.4 + MARGIN
+
+
+@pytest.mark.parametrize("dripped", [b"GET /health HTTP/1.1\r\nX: " + b"x" * 9999, b"\r\n", b"\n"])
+def test_what_drips_on_a_kept_connection_is_cut_off(quick, dripped):
+    """Line breaks too, which belong to no request and wind up no parser."""
+    with Raw(quick) as raw:
+        raw.get().until(b'"ok"}')
+        assert raw.drip(dripped, 0.05, 10) < 0.4 + LINGER + MARGIN
+
+
+def test_an_idle_connection_is_closed(quick):
+    with Raw(quick) as raw:
+        raw.get().until(b'"ok"}')
+        began = monotonic()
+        assert raw.rest() == b"" and monotonic() - began < 0.4 + MARGIN
+
+
+# Bodies
+
+
+def test_a_body_that_drips_is_refused_in_time(quick):
+    with Raw(quick) as raw:
+        raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
+        raw.send("Content-Length: 5000\r\n\r\n{")
+        began = monotonic()
+        refused(raw, 400)
+        assert monotonic() - began < 0.4 + LINGER + MARGIN
+
+
+@pytest.mark.parametrize(
+    ("head", "server"),
+    [
+        ("POST /v1/embeddings", "locked"),
+        ("GET /v1/models", "locked"),
+        ("GET /health", "open"),
+        ("POST /nothing", "open"),
+        ("POST /health", "open"),
+    ],
+)
+def test_a_body_that_nobody_reads_holds_no_connection(head, server):
+    """What is refused, or has no use for a body, is answered before the body: its rest must not keep us waiting."""
+    with running(settings=QUICK, keys=LOCKED if server == "locked" else None) as found, Raw(found) as raw:
+        raw.send(
+            f"{head} HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
+        )
+        answer = raw.until(b"}")
+        assert b"connection: close" in answer.lower()
+        assert raw.drip(b"x", 0.05, 15) < LINGER + MARGIN
+
+
+def test_a_body_that_is_announced_too_long_is_refused_before_it_is_read(usual):
+    with Raw(usual) as raw:
+        raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
+        raw.send(f"Expect: 100-continue\r\nContent-Length: {300 << 20}\r\n\r\n")
+        refused(raw, 413)
+    answer = httpx.post(usual.url + "/v1/embeddings", content=b"x" * (6 << 20), headers=JSON)
+    assert answer.status_code == 413, "it was read while the client was still writing"
+
+
+def test_chunks_beyond_the_limit_are_cut_off(usual):
+    with Raw(usual) as raw:
+        raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
+        raw.send("Transfer-Encoding: chunked\r\n\r\n")
+        sent = 0
+        try:
+            while sent < 300 << 20:
+                raw.send(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+                sent += 0x10000
+        except OSError:
+            pass
+        assert sent < 64 << 20
+        assert b" 413 " in raw.rest()[:20]
+
+
+def test_a_body_of_exactly_the_limit_is_read(usual):
+    body = json.dumps({"input": "x"}).encode()
+    body += b" " * (usual.app.settings.body_bytes - len(body))
+    assert httpx.post(usual.url + "/v1/embeddings", content=body, headers=JSON).status_code == 200
+    assert httpx.post(usual.url + "/v1/embeddings", content=body + b" ", headers=JSON).status_code == 413
+
+
+def test_a_body_in_chunks_is_read_and_its_trailers_are_no_headers():
+    with running(keys=LOCKED) as server, Raw(server) as raw:
+        raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
+        raw.send('Transfer-Encoding: chunked\r\n\r\nd\r\n{"input":"x"}\r\n0\r\nAuthorization: Bearer x\r\n\r\n')
+        assert raw.status() == 401
+    with running() as server, Raw(server) as raw:
+        raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
+        raw.send(
+            'Transfer-Encoding: chunked\r\n\r\nd\r\n{"input":"x"}\r\n0\r\nHost: evil\r\nContent-Encoding: gzip\r\n\r\n'
+        )
+        assert raw.status() == 200, "a second Host would have been refused"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "identity, gzip", "x"])
+def test_compressed_bodies_are_refused(usual, coding):
+    answer = httpx.post(usual.url + "/v1/embeddings", content=b"{}", headers=JSON | {"content-encoding": coding})
+    assert answer.status_code == 415
+
+
+# Smuggling
+
+POST = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+SMUGGLED = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        POST + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + "Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}" + SMUGGLED,
+        POST + "Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}" + SMUGGLED,
+        POST + "Content-Length: 2, 3\r\n\r\n{}" + SMUGGLED,
+        POST + "Content-Length: +2\r\n\r\n{}" + SMUGGLED,
+        POST + "Content-Length: -2\r\n\r\n{}" + SMUGGLED,
+        POST + "Content-Length: 0x2\r\n\r\n{}" + SMUGGLED,
+        POST + f"Content-Length: {2**64 + 2}\r\n\r\n{{}}" + SMUGGLED,
+        POST + "Content-Length : 2\r\n\r\n{}" + SMUGGLED,
+        POST + "Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + "Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + "Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\nx" + SMUGGLED,
+        POST + "Transfer-Encoding: chunked\r\n\r\n-1\r\nx" + SMUGGLED,
+        POST + "Transfer-Encoding: chunked\r\n\r\n0x1\r\nx\r\n0\r\n\r\n" + SMUGGLED,
+        POST + "Transfer-Encoding: chunked\r\n\r\n2\r\n{}0\r\n\r\n" + SMUGGLED,
+        POST + "Transfer-Encoding: chunked\r\n\r\n2\n{}\n0\n\n" + SMUGGLED,
+        POST + "X: 1\r\n folded\r\nContent-Length: 2\r\n\r\n{}",
+        POST + "X\0: 1\r\nContent-Length: 2\r\n\r\n{}",
+        POST + "X: a\0b\r\nContent-Length: 2\r\n\r\n{}",
+        POST + "X: a\rb\r\nContent-Length: 2\r\n\r\n{}",
+        POST + ": 1\r\nContent-Length: 2\r\n\r\n{}",
+        POST.replace("\r\n", "\n") + "Content-Length: 2\n\n{}" + SMUGGLED,
+        "GET /version\r\n\r\n",
+        "GET /version HTTP/9.9\r\n\r\n",
+        "GET /ver sion HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "GET /\xe4 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        "\0" * 100,
+    ],
+)
+def test_what_two_servers_might_read_differently_is_400_and_closed(usual, sent):
+    with Raw(usual) as raw:
+        refused(raw.send(sent), 400)
+
+
+def test_a_broken_body_is_answered_once():
+    """The head was good, and the request had begun to be worked on, when the body turned out to be broken."""
+    with running() as server, Raw(server) as raw:
+        raw.send(POST + "Transfer-Encoding: chunked\r\n\r\n")
+        eventually(lambda: server.app.running)
+        refused(raw.send("zz\r\n"), 400)
+        eventually(lambda: not server.app.running)
+
+
+def test_requests_in_a_row_are_answered_in_order(usual):
+    with Raw(usual) as raw:
+        for path in ("/version", "/nothing", "/health"):
+            raw.get(path)
+        answer = raw.get("/v1/models", "Connection: close").rest()
+    assert [int(each[:3]) for each in answer.split(b"HTTP/1.1 ")[1:]] == [200, 404, 200, 200]
+
+
+def test_what_would_be_another_protocol_is_not_upgraded_to(usual):
+    for kind in ("websocket", "h2c"):
+        upgrade = (f"Upgrade: {kind}", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13")
+        with Raw(usual) as raw:
+            answer = raw.get("/health", *upgrade).rest()
+            assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer
+        with Raw(usual) as raw:
+            refused(raw.post({"input": "x"}, *upgrade, path="/v1/embeddings"), 400)
+
+
+# Connections
+
+
+def test_too_many_connections_of_one_address():
+    with running(settings=Settings(connections_per_address=3)) as server:
+        kept = [Raw(server).get() for _ in range(3)]
+        for raw in kept:
+            raw.until(b'"ok"}')
+        with Raw(server) as raw:
+            assert raw.rest().startswith(b"HTTP/1.1 503")
+        kept.pop().__exit__()
+
+        def again() -> bool:
+            with Raw(server) as raw:
+                return raw.get().status() == 200
+
+        eventually(again)
+        for raw in kept:
+            raw.__exit__()
+        eventually(lambda: not server.app.running)
+
+
+def test_too_many_connections_in_all():
+    settings = Settings(connections=3, connections_per_address=1, trusted_proxies=("127.0.0.1",))
+    with running(settings=settings) as server:
+        kept = [Raw(server).get() for _ in range(3)]  # a proxy of ours is not counted by its address
+        for raw in kept:
+            raw.until(b'"ok"}')
+        with Raw(server) as raw:
+            answer = raw.rest()
+            assert answer.startswith(b"HTTP/1.1 503") and b"retry-after: 5" in answer
+        for raw in kept:
+            raw.__exit__()
+
+
+# Readers who do not read
+
+
+def stalled(server, count: int, body: dict) -> list[Raw]:
+    return [Raw(server, receive_buffer=4096).post(body) for _ in range(count)]
+
+
+def memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_readers_who_do_not_read_cost_little_and_are_dropped():
+    endless = Script(pieces=("x" * 16_000,) * 2000)
+    with running(lambda: Scripted(endless), Settings(reader_seconds=3)) as server:
+        httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3})
+        before = memory()
+        kept = stalled(server, 200, CHAT | {"stream": True})
+        eventually(lambda: len(server.door.asked) == 201)
+        other = httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3}).json()
+        assert other["choices"][0]["message"]["content"] == "x" * 48_000
+        eventually(lambda: server.app.running == 0, 60)
+        assert memory() - before < 50 << 20
+        assert server.door.cancelled >= 200
+        for raw in kept:
+            assert b"[DONE]" not in raw.rest()[-1000:]
+            raw.__exit__()
+
+
+def test_a_whole_answer_that_nobody_takes_is_dropped():
+    huge = Script(pieces=("x" * (1 << 20),) * 24)
+    with running(lambda: Scripted(huge), QUICK) as server:
+        [raw] = stalled(server, 1, CHAT)
+        connections = server.front.server_state.connections
+        eventually(lambda: server.door.cancelled)
+        eventually(lambda: not connections)
+        raw.__exit__()
+
+
+def test_requests_in_a_row_whose_answers_nobody_takes_are_dropped():
+    with running(settings=QUICK) as server:
+        connections = server.front.server_state.connections
+        raw = Raw(server, receive_buffer=4096)
+        raw.socket.settimeout(1)
+        try:
+            for _ in range(20_000):
+                raw.get("/openapi.json")
+        except OSError:
+            pass
+        eventually(lambda: not connections, 30)
+        raw.__exit__()
+
+
+# What is open
+
+
+def listening() -> set[str]:
+    """Return where this process listens."""
+    found = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[3] for line in found.splitlines() if f"pid={os.getpid()}," in line}
+
+
+@pytest.mark.skipif(not shutil.which("ss"), reason="there is no ss")
+def test_there_is_one_socket_and_no_other(usual):
+    before = listening()
+    with running() as server:
+        for path in ("/health", "/v1/models", "/openapi.json", "/metrics"):
+            httpx.get(server.url + path)
+        httpx.post(server.url + "/v1/chat/completions", json=CHAT)
+        assert listening() - before == {server.url.removeprefix("http://")}
+        assert server.url.startswith("http://127.0.0.1:")
+
+
+def test_a_port_that_is_taken_is_told_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(front.InvalidRequest, match="cannot listen"):
+            front.bind(Settings(port=taken.getsockname()[1]))
+
+
+def test_as_many_files_may_be_open_as_there_may_be_connections():
+    program = (
+        "import resource\n"
+        "from moesaic.serve import front\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
+        "front.prepare(200)\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_CORE)[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["456", "0"]

@@ -1,0 +1,280 @@
+"""What stands in front of every route: keys, hosts, origins, wrong keys, proxies; and the page's own walls."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from moesaic import cli
+from moesaic.errors import Forbidden, KeyExhausted, Unauthorized
+from moesaic.serve import app as application
+from moesaic.serve import keys
+from moesaic.serve.guard import Guard
+from moesaic.serve.keys import Keys
+from moesaic.serve.settings import Settings
+from tests.serve.conftest import running
+from tests.serve.raw import CHAT, Raw
+
+PUBLIC = {"/health", "/ping", "/ready"}
+WRITTEN, ANNA = keys.new("anna")
+
+
+@pytest.fixture(scope="module")
+def locked():
+    settings = Settings(failed_keys_per_minute=10**6)
+    with running(keys=Keys((ANNA,)), settings=settings) as found:
+        yield found
+
+
+def bearer(key: str = WRITTEN) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+# Keys
+
+
+def test_every_route_but_the_public_ones_wants_a_key(locked):
+    assert {each.path for each in locked.app.endpoints if each.public} <= PUBLIC
+    with httpx.Client(base_url=locked.url) as client:
+        for each in locked.app.endpoints:
+            path = each.path.replace("{name:path}", "x")
+            for headers in ({}, bearer("wrong"), {"x-api-key": "wrong"}):
+                answer = client.request(each.method, path, headers=headers, content=b"{}" if each.body else None)
+                assert (answer.status_code == 401) == (not each.public), (each, headers)
+            if not each.public:
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert client.request(each.method, path, headers=bearer()).status_code != 401
+
+
+@pytest.mark.parametrize("headers", [bearer(), {"x-api-key": WRITTEN}, {"authorization": WRITTEN}])
+def test_a_key_is_sent_as_openais_or_as_anthropics_clients_do(locked, headers):
+    assert httpx.get(locked.url + "/version", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [b"Authorization: Bearer \xff\xfe"],
+        ["Authorization: Bearer ключ".encode()],
+        [b"Authorization: " + b"x" * 20_000],
+        [b"Authorization: Bearer " + WRITTEN.encode(), b"Authorization: Bearer " + WRITTEN.encode()],
+        [b"Authorization: Bearer " + WRITTEN.encode(), b"X-Api-Key: " + WRITTEN.encode()],
+        [b"Authorization:"],
+        [b"Authorization: Bearer"],
+        [b"Authorization: Bearer  "],
+        [b"Authorization: Basic " + WRITTEN.encode()],
+        [b"Authorization: Bearer " + WRITTEN.upper().encode()],
+        [b"Authorization: Bearer " + ANNA.sha256.encode()],
+    ],
+)
+def test_what_is_no_key_is_401_and_never_500(locked, fields):
+    with Raw(locked) as raw:
+        raw.send(b"\r\n".join([b"GET /version HTTP/1.1", b"Host: " + raw.host.encode(), *fields, b"", b""]))
+        assert raw.status() == 401
+
+
+def test_a_key_of_a_megabyte_is_not_even_hashed():
+    with pytest.raises(Unauthorized):
+        Keys((ANNA,)).owner(b"x" * 2**20)
+    long = "k" * (keys.LONGEST + 1)
+    with pytest.raises(Unauthorized):
+        Keys((keys.Key("long", keys.digest(long)),)).owner(long.encode())
+
+
+def test_wrong_keys_are_not_listened_to_for_ever():
+    now = [0.0]
+    guard = Guard(Settings(failed_keys_per_minute=3), Keys((ANNA,)), lambda: now[0])
+
+    def who(key: str, address: str = "10.0.0.1") -> str:
+        scope = {"headers": [(b"authorization", f"Bearer {key}".encode())], "client": (address, 1)}
+        return guard.who(scope).name
+
+    for _ in range(3):
+        with pytest.raises(Unauthorized):
+            who("wrong")
+        now[0] += 10
+    for key in ("wrong", WRITTEN):  # the answer tells nothing about the key
+        with pytest.raises(KeyExhausted) as caught:
+            who(key)
+        assert caught.value.retry_after == 30
+    assert who(WRITTEN, "10.0.0.2") == "anna"
+    now[0] += 31
+    assert who(WRITTEN) == "anna"
+    with pytest.raises(Unauthorized):
+        who("wrong")
+
+
+def test_addresses_with_wrong_keys_are_forgotten_rather_than_piled_up(monkeypatch):
+    monkeypatch.setattr("moesaic.serve.guard.WATCHED", 3)
+    guard = Guard(Settings(failed_keys_per_minute=1), Keys((ANNA,)))
+    for place in range(10):
+        with pytest.raises(Unauthorized):
+            guard.who({"headers": [], "client": (f"10.0.0.{place}", 1)})
+    assert len(guard._wrong) == 3
+
+
+def test_too_many_wrong_keys_are_429_over_http():
+    with running(keys=Keys((ANNA,)), settings=Settings(failed_keys_per_minute=2)) as server:
+        found = [httpx.get(server.url + "/version", headers=bearer("no")) for _ in range(3)]
+        assert [answer.status_code for answer in found] == [401, 401, 429]
+        assert 55 <= int(found[2].headers["retry-after"]) <= 60
+        assert httpx.get(server.url + "/health").status_code == 200
+
+
+def test_a_server_for_others_does_not_start_without_keys(capsys, monkeypatch):
+    monkeypatch.delenv("MOESAIC_API_KEYS", raising=False)
+    assert cli.main(["serve", "--host", "0.0.0.0", "--port", "0"]) == 2
+    assert "--keys" in capsys.readouterr().err
+
+
+def test_no_key_is_known_from_the_start():
+    for name in ("", "moesaic", "admin", "test", "sk-none", "changeme"):
+        with pytest.raises(Unauthorized):
+            Keys(wanted=True).owner(name.encode())
+
+
+# Hosts and origins
+
+HOSTS = ["", "/", "?", "#", "@", "a b", "a/b", "127.0.0.1/", "127.0.0.1?x", "127.0.0.1#x", "user@127.0.0.1", "a\\b"]
+HOSTS += ["127.0.0.1:80:80", "127.0.0.1:", "127.0.0.1:port", "[::1", "::1", "lo\xe4calhost", "localhost,evil", "\x7f"]
+
+
+@pytest.mark.parametrize("host", [*HOSTS, "evil.example", "127.0.0.1.evil.example", "localhost.", "169.254.169.254"])
+def test_a_malformed_or_foreign_host_is_refused(server, host):
+    with Raw(server) as raw:
+        assert raw.get(host=host).status() == 400
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8000"])
+def test_the_servers_own_names_are_let_in(server, host):
+    with Raw(server) as raw:
+        assert raw.get(host=host).status() == 200
+
+
+def test_no_host_two_hosts_and_a_host_in_the_target(server):
+    for head in ("GET /health HTTP/1.1\r\n\r\n", "GET /health HTTP/1.0\r\n\r\n"):
+        with Raw(server) as raw:
+            assert raw.send(head).status() == 400
+    with Raw(server) as raw:
+        assert raw.get("/health", "Host: evil.example").status() == 400
+    with Raw(server) as raw:
+        assert raw.get("http://evil.example/health").status() == 200  # nothing is decided by it
+    with Raw(server) as raw:
+        assert raw.get("http://localhost/health", host="evil.example").status() == 400
+
+
+def test_a_rebound_name_reaches_nothing(server):
+    for path in ("/", "/v1/models", "/health", "/nothing", "/web/index.html"):
+        with Raw(server) as raw:
+            assert raw.get(path, "Accept: text/html", host="rebound.evil.example:8000").status() == 400
+    assert not server.door.asked
+
+
+def test_a_named_host_is_let_in_and_others_are_not():
+    with running(settings=Settings(allowed_hosts=("chat.example.org",))) as server:
+        for host, status in (("chat.example.org", 200), ("CHAT.example.org:443", 200), ("other.example.org", 400)):
+            with Raw(server) as raw:
+                assert raw.get(host=host).status() == status
+
+
+def test_pages_of_other_origins_are_told_nothing_by_default(server):
+    answer = httpx.get(server.url + "/v1/models", headers={"origin": "https://evil.example"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    answer = httpx.options(server.url + "/v1/chat/completions", headers=asked)
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_pages_of_other_origins_cannot_have_anything_done(server):
+    """What a browser sends without asking first: text/plain, or a form, or nothing, with the page's origin."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/json"):
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://localhost"):
+            headers = {"origin": origin, "content-type": kind}
+            answer = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
+            assert answer.status_code == 403
+    assert not server.door.asked
+    own = {"origin": server.url}
+    assert httpx.post(server.url + "/v1/chat/completions", headers=own, json=CHAT).status_code == 200
+
+
+def test_named_origins_are_let_in_and_never_with_credentials():
+    for allowed, shown in ((("https://chat.example.org",), "https://chat.example.org"), (("*",), "*")):
+        with running(settings=Settings(cors_origins=allowed)) as server:
+            headers = {"origin": "https://chat.example.org"}
+            answer = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] == shown
+            assert "access-control-allow-credentials" not in answer.headers
+    guard = Guard(Settings(cors_origins=("https://a.example",)), Keys())
+    scope = {"method": "DELETE", "headers": [(b"host", b"localhost"), (b"origin", b"https://b.example")]}
+    with pytest.raises(Forbidden):
+        guard.check_origin(scope)
+    assert guard.cors(scope) == []
+
+
+# Proxies
+
+
+def test_an_address_is_taken_from_a_proxy_that_is_trusted_only():
+    def seen(client: str, said: str, trusted: tuple[str, ...]) -> str:
+        headers = [(b"x-forwarded-for", each.encode()) for each in said.split("|")]
+        return Guard(Settings(trusted_proxies=trusted), Keys()).client({"client": (client, 1), "headers": headers})
+
+    assert seen("10.0.0.9", "1.2.3.4", ()) == "10.0.0.9"
+    assert seen("10.0.0.9", "1.2.3.4", ("10.0.0.1",)) == "10.0.0.9"
+    assert seen("10.0.0.1", "6.6.6.6, 1.2.3.4", ("10.0.0.1",)) == "1.2.3.4"  # what the client made up comes first
+    assert seen("10.0.0.1", "6.6.6.6|1.2.3.4, 10.0.0.2", ("10.0.0.1", "10.0.0.2")) == "1.2.3.4"
+    assert seen("10.0.0.1", "2001:DB8::1", ("10.0.0.1",)) == "2001:db8::1"
+    assert seen("10.0.0.1", "\n{}", ("10.0.0.1",)) == "10.0.0.1"
+
+
+# The page
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "index.html").write_text("<!doctype html><title>hello</title>")
+    (tmp_path / "web" / ".hidden").write_text("hidden")
+    (tmp_path / "secret").write_text("secret")
+    monkeypatch.setattr(application, "WEB", tmp_path / "web")
+    with running(keys=Keys((ANNA,))) as server:
+        yield server
+
+
+def test_the_page_is_open_and_walled_in(page):
+    answer = httpx.get(page.url + "/", headers={"accept": "text/html"})
+    assert answer.status_code == 200 and "hello" in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert "frame-ancestors 'none'" in policy and "connect-src 'self'" in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["x-frame-options"] == "DENY"
+    assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/web/../secret", "/web/%2e%2e/secret", "/web/..%2fsecret", "/web/%2e%2e%2fsecret", "/web/....//secret"),
+        *("/web//etc/passwd", "/web/%2fetc%2fpasswd", "/web/..\\secret", "/web/%5c..%5csecret", "/web/.hidden"),
+        *(
+            "/web/",
+            "/web/.",
+            "/web/..",
+            "/web/%00",
+            "/web/index.html%00.js",
+            "/web/x/../../secret",
+            "/web/%252e%252e/secret",
+        ),
+    ],
+)
+def test_no_path_leads_out_of_the_page(page, path):
+    with Raw(page) as raw:
+        answer = raw.get(path, "Connection: close").rest()
+    assert (
+        int(answer[9:12]) in (404, 400)
+        and b"secret" not in answer.replace(path.encode(), b"")
+        and b"root:" not in answer
+    )

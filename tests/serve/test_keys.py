@@ -1,0 +1,153 @@
+"""Keys: what is kept, what is let in, and how much."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import pytest
+
+from moesaic import cli
+from moesaic.errors import InvalidRequest, KeyExhausted, Unauthorized
+from moesaic.serve import keys
+from moesaic.serve.keys import Key, Keys
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_key_is_random_and_only_its_digest_is_kept(tmp_path, capsys):
+    file = tmp_path / "keys.json"
+    for name in ("anna", "ben"):
+        assert cli.main(["keys", "add", name, "--file", str(file), "--concurrent", "2"]) == 0
+    written = capsys.readouterr().out.split()
+    assert len(set(written)) == 2 and all(len(each) >= 43 for each in written)
+    assert not any(each in file.read_text() for each in written)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    known = Keys(keys.read(file))
+    assert known.owner(written[0].encode()) == Key("anna", keys.digest(written[0]), concurrent=2)
+    assert cli.main(["keys", "revoke", "anna", "--file", str(file)]) == 0
+    known.replace(keys.read(file))
+    with pytest.raises(Unauthorized):
+        known.owner(written[0].encode())
+    assert known.owner(written[1].encode()).name == "ben"
+
+
+def test_revoking_the_last_key_lets_nobody_in(tmp_path):
+    written, anna = keys.new("anna")
+    known = Keys((anna,))
+    known.replace(())
+    for given in (None, b"", written.encode()):
+        with pytest.raises(Unauthorized):
+            known.owner(given)
+    with pytest.raises(Unauthorized):
+        Keys((), wanted=True).owner(None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"\xff",
+        b'{"keys": {}',
+        b'{"keys": [1]}',
+        b'{"keys": [{"name": "a"}]}',
+        b'{"keys": [{"name": "a", "sha256": "zz"}]}',
+        b'{"keys": [{"name": "", "sha256": "%b"}]}' % (b"0" * 64),
+        b'{"keys": [{"name": "a\\nb", "sha256": "%b"}]}' % (b"0" * 64),
+        b'{"keys": [{"name": "environment-1", "sha256": "%b"}]}' % (b"0" * 64),
+        b'{"keys": [{"name": "a", "sha256": "%b", "concurrent": 0}]}' % (b"0" * 64),
+        b'{"keys": [{"name": "a", "sha256": "%b", "admin": "yes"}]}' % (b"0" * 64),
+        b'{"keys": [{"name": "a", "sha256": "%b", "priority": "high"}]}' % (b"0" * 64),
+        b'{"keys": [{"name": "a", "sha256": "%b", "rpm": 3}]}' % (b"0" * 64),
+        b'{"keys": [{"name": "a", "sha256": "%b"}, {"name": "a", "sha256": "%b"}]}' % (b"0" * 64, b"1" * 64),
+    ],
+)
+def test_a_damaged_file_is_refused_without_quoting_it(tmp_path, content):
+    (tmp_path / "keys.json").write_bytes(content)
+    with pytest.raises(InvalidRequest) as caught:
+        keys.read(tmp_path / "keys.json")
+    assert "0000" not in str(caught.value) and "sha256" not in str(caught.value)
+
+
+def test_no_file_is_no_crash(tmp_path, capsys):
+    assert cli.main(["serve", "--keys", str(tmp_path / "none.json"), "--port", "0"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_keys_of_the_environment():
+    known = Keys(keys.from_environment("one, two,,"))
+    assert known.owner(b"two").name == "environment-2"
+    with pytest.raises(Unauthorized):
+        known.owner(b"")
+
+
+def exhausted(known: Keys, key: Key) -> float:
+    with pytest.raises(KeyExhausted) as caught:
+        known.begin(key)
+    return caught.value.retry_after
+
+
+def test_requests_of_a_minute():
+    clock, key = Clock(), Key("a", "0" * 64, requests_per_minute=6)
+    known = Keys((key,), clock)
+    for _ in range(6):
+        known.begin(key)
+    assert exhausted(known, key) == pytest.approx(10)
+    clock.now += 10
+    known.begin(key)
+    assert exhausted(known, key) == pytest.approx(10)
+    other = Key("b", "1" * 64, requests_per_minute=6)
+    known.replace((key, other))
+    known.begin(other)
+    assert exhausted(known, key) == pytest.approx(10), "reading the keys again must not fill up a share"
+
+
+def test_tokens_of_a_minute_are_paid_at_the_end():
+    clock, key = Clock(), Key("a", "0" * 64, tokens_per_minute=600)
+    known = Keys((key,), clock)
+    known.begin(key)
+    known.end(key, 1200)
+    assert exhausted(known, key) == pytest.approx(60.1)
+    clock.now += 61
+    known.begin(key)
+
+
+def test_requests_at_the_same_time():
+    key = Key("a", "0" * 64, concurrent=2)
+    known = Keys((key,))
+    known.begin(key)
+    known.begin(key)
+    assert exhausted(known, key) > 0
+    known.end(key, 0)
+    known.begin(key)
+    for _ in range(2):
+        known.end(key, 0)
+    assert not known._running, "nobody who has left is remembered"
+
+
+def test_a_refused_request_costs_nothing():
+    clock, key = Clock(), Key("a", "0" * 64, requests_per_minute=2, concurrent=1)
+    known = Keys((key,), clock)
+    known.begin(key)
+    for _ in range(5):
+        exhausted(known, key)
+    known.end(key, 0)
+    known.begin(key)
+
+
+def test_the_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    file = tmp_path / "keys.json"
+    keys.write(file, (Key("a", "0" * 64),))
+    before = file.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(OSError):
+        keys.write(file, ())
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == before and json.loads(before)["keys"][0]["name"] == "a"
