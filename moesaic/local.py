@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from moesaic.classifier import Classifier
 from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
 from moesaic.engine import Stream, Token
-from moesaic.errors import InvalidRequest, MoesaicError, Overloaded
+from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, Overloaded
 from moesaic.llm import LLM
 from moesaic.reply import Reply, Text
 from moesaic.text.grammar import Grammar
@@ -298,6 +298,9 @@ class Local:
         return [Mark(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        most = self._llm.loaded.model.vocab_size
+        if max(ids, default=0) >= most:
+            raise InvalidParameter("tokens", f"token id {max(ids)} is not in the vocabulary of {most}")
         return await in_pool(self._pool, lambda: self._llm.tokenizer.decode(ids, skip_special=False))
 
     async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:

@@ -40,6 +40,7 @@ FLAGS = {
     "rope-factor rope-scaling shard-uds-path sharded speculate tokenizer-config-path trust-remote-code usage-stats "
     "validation-workers waiting-served-ratio watermark-delta watermark-gamma weights-cache-override",
     "keys": "admin concurrent file priority requests-per-minute tokens-per-minute",
+    "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype",
     "pull": "sha256 to",
     "convert": "shards to",
     "list": "json",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic import __version__
+from moesaic.cli.batch import add_batch
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
 from moesaic.cli.measuring import add_bench, add_perplexity
 from moesaic.cli.serving import add_keys, add_serve
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_chat,
         add_serve,
         add_keys,
+        add_batch,
         _add_pull,
         _add_convert,
         _add_pack,

@@ -76,11 +76,23 @@ def add_serve(commands: Commands) -> None:
     launcher.add_flags(parser)
 
 
-def _serve(args: argparse.Namespace) -> int:
+def need_packages() -> None:
+    """Refuse to go on without the packages that serving needs.
+
+    Raises:
+        InvalidRequest: one is missing.
+    """
     try:
+        import msgspec  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InvalidRequest("serving needs more packages: pip install 'moesaic[serve]'") from error
+
+
+def _serve(args: argparse.Namespace) -> int:
+    need_packages()
     from moesaic.serve import front, keys, logs
     from moesaic.serve.settings import Settings, TgiBounds
 
@@ -186,13 +198,14 @@ def books(args: argparse.Namespace) -> list[Book]:
         shown = name or (called.rstrip("/").split("/")[-1] if called else "built-in")
         aliases = tuple({called} - {shown, None}) if called and "/" in called and not Path(called).exists() else ()
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
-        found.append(Book(Card(shown, aliases, state="unloaded"), partial(_open, args, path, shown), size))
+        found.append(Book(Card(shown, aliases, state="unloaded"), partial(open_model, args, path, shown), size))
     if len({book.card.name for book in found}) < len(found):
         raise InvalidRequest("two models have the same name: name them, as in a=./one b=./two")
     return found
 
 
-async def _open(args: argparse.Namespace, path: Path | None, name: str) -> Door:
+async def open_model(args: argparse.Namespace, path: Path | None, name: str) -> Door:
+    """Return the door to a model, loaded as the command line says."""
     from moesaic.classifier import Classifier
     from moesaic.engine import Limits
     from moesaic.llm import LLM

@@ -203,6 +203,7 @@ class App:
             assert call.endpoint.broken is not None, "an endpoint that streams must say how a stream breaks"
             await sender.stream(answer, answer.broken or call.endpoint.broken)
         else:
+            call.close()  # before the answer is there: who has it may come again at once
             await sender.whole(answer)
 
     async def _refuse(self, scope: Scope, error: BaseException, endpoint: Endpoint | None = None) -> None:

@@ -165,9 +165,9 @@ class Call:
         most = self.settings.concurrent_requests
         if most is not None and self.app.asking >= most:
             raise Overloaded(f"{most} requests are being answered, and no more are taken in")
-        if self._watches:  # the first is what ``begin`` counted
+        if len(self._watches) >= self._begun:  # the first is the request itself, which was counted
             self.begin()
-        watch = Watch(self.app.metrics, self.app.settings, ask, self._span(ask))
+        watch = Watch(self.app.metrics, self.app.settings, ask, self._span(ask), self._settle_early)
         self._watches.append(watch)
         self.app.asking += 1
         answers = await watch.admitted(self.door.ask(ask))
@@ -202,6 +202,11 @@ class Call:
         self.running.clear()
         self._watches.clear()
         self._begun = self.spent = 0
+
+    def _settle_early(self) -> None:
+        """Settle as soon as all has been said: who has heard the end may come again at once."""
+        if all(watch.ended for watch in self._watches):
+            self.close()
 
 
 def header(scope: Scope, name: bytes) -> str | None:

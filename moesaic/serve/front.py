@@ -25,6 +25,8 @@ from moesaic.serve.settings import Settings
 log = logging.getLogger("moesaic.serve")
 
 BACKLOG = 1024
+UNREAD = 256 << 10
+"""Bytes that the system keeps for a reader: Linux would take up to 4 MiB for each."""
 FILES = 256
 """Open files besides connections."""
 
@@ -111,6 +113,7 @@ def bind(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)  # connections have it from here
     try:
         listening.bind((settings.host, settings.port))
         listening.listen(BACKLOG)

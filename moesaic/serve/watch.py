@@ -161,7 +161,9 @@ class Progress:
 class Watch:
     """One request on its way through the door. It ends once: well, with an error, or because nobody waits any more."""
 
-    def __init__(self, metrics: Metrics, settings: Settings, ask: Ask, span: Span | None) -> None:
+    def __init__(
+        self, metrics: Metrics, settings: Settings, ask: Ask, span: Span | None, done: Callable[[], None]
+    ) -> None:
         self._metrics, self._settings, self._model, self._span = metrics, settings, ask.model, span
         self._clock = asyncio.get_running_loop().time
         self._begin = self._clock()
@@ -169,7 +171,8 @@ class Watch:
         self._answers: dict[int, Progress] = {}
         self._open = int(ask.sampling.get("n", 1))
         self._prompt_tokens = self._cached = 0
-        self._ended = False
+        self._done = done
+        self.ended = False
         metrics.begun.labels(self._model).inc()
         metrics.count_tgi("tgi_request_count")
         metrics.observe(metrics.answers, self._model, self._open)
@@ -277,10 +280,11 @@ class Watch:
             metrics.observe(metrics.whole, model, now - self._begin)
             metrics.observe(metrics.inference, model, now - (self._read or now))
             metrics.observe(metrics.prompt, model, event.prompt_tokens)
+            self._done()
 
     def close(self, error: BaseException | None) -> None:
         """Say that nothing more comes, because of ``error`` if that was not the end; None: nobody waits any more."""
-        if self._ended:
+        if self.ended:
             return
         error = error or Cancelled("the client left")
         self._metrics.success.labels(self._model, "abort").inc(self._open)
@@ -289,7 +293,7 @@ class Watch:
         self._finish("cancelled" if isinstance(error, Cancelled) else type(error).__name__)
 
     def _finish(self, reason: str) -> None:
-        self._ended = True
+        self.ended = True
         self._metrics.ended.labels(self._model, reason).inc()
         if self._span:
             firsts = [each.first for each in self._answers.values() if each.first is not None]

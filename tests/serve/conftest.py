@@ -16,6 +16,7 @@ from moesaic.serve import front
 from moesaic.serve.app import App
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
+from tests.serve.raw import Raw
 
 
 @dataclass
@@ -172,17 +173,28 @@ def running(
         door = await made if asyncio.iscoroutine(made) else made
         app = App(door, settings, keys)
         server = front.Server(front.configured(app), app)
-        found.extend((app, server, asyncio.get_running_loop()))
+        server.lifespan = server.config.lifespan_class(server.config)
+        await server.startup([listening])
+        stopped = asyncio.Event()
+        found.extend((app, server, asyncio.get_running_loop(), stopped))
         started.set()
-        await server._serve([listening])
+        await stopped.wait()
+        for each in server.servers:
+            each.close()
+        for connection in list(server.server_state.connections):
+            connection._break()  # type: ignore[union-attr]
+        while server.server_state.connections or server.server_state.tasks:
+            await asyncio.sleep(0.001)
+        await server.lifespan.shutdown()  # no second of uvicorn's waits: there are many tests
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert started.wait(60)
-    app, server, loop = found
+    app, server, loop, stopped = found
 
     def stop() -> None:
-        server.should_exit = server.force_exit = True
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(stopped.set)
         thread.join(30)
 
     host, port = listening.getsockname()[:2]
@@ -192,6 +204,13 @@ def running(
         stop()
         listening.close()
         assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while Raw.opened:
+        Raw.opened.pop().socket.close()
 
 
 @pytest.fixture

@@ -6,14 +6,16 @@ import json
 import socket
 from collections.abc import Callable
 from time import monotonic, sleep
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 class Raw:
-    """A connection to a server."""
+    """A connection to a server; closed at the end of the test at the latest."""
+
+    opened: ClassVar[list[Raw]] = []
 
     def __init__(self, server: Any, receive_buffer: int | None = None) -> None:
         found = urlsplit(server.url)
@@ -24,6 +26,7 @@ class Raw:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.connect((found.hostname, found.port))
         self.socket.settimeout(20)
+        self.opened.append(self)
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ from moesaic.errors import NumericalError, Overloaded, PromptTooLong
 from moesaic.serve import keys
 from tests.serve.conftest import Script, running
 
+JSON = {"content-type": "application/json"}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -232,10 +233,10 @@ def test_the_built_in_models_vectors_are_of_length_one(tales):
 
 def test_whole_numbers_may_have_a_fraction_of_nothing(server):
     raw = '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2.0, "temperature": 1.0, "top_k": 3e0}'
-    assert httpx.post(server.url + "/v1/chat/completions", content=raw).status_code == 200
+    assert httpx.post(server.url + "/v1/chat/completions", content=raw, headers=JSON).status_code == 200
     assert server.door.asked[0].sampling == {"max_tokens": 2, "temperature": 1.0, "top_k": 3}
     for wrong in ("2.5", "1e400", "-1e400"):
-        answer = httpx.post(server.url + "/v1/chat/completions", content=raw.replace("2.0", wrong))
+        answer = httpx.post(server.url + "/v1/chat/completions", content=raw.replace("2.0", wrong), headers=JSON)
         assert answer.status_code == 400, wrong
 
 

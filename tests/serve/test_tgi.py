@@ -16,6 +16,7 @@ from moesaic.serve.settings import Settings, TgiBounds
 from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
 from tests.serve.test_openai import events, post
 
+JSON = {"content-type": "application/json"}
 BODY = {"inputs": "Hi you"}
 GREEDY = {"do_sample": False, "details": True}
 

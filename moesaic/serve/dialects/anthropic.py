@@ -266,7 +266,8 @@ class Content:
     def _part(self, part: ToolCall) -> Iterator[bytes]:
         if part.place not in self._calls:
             self._calls[part.place] = len(self.blocks)
-            yield from self._begin({"type": "tool_use", "id": part.id, "name": part.name, "input": ""})
+            name = part.id or openai.new_id("toolu", "_")
+            yield from self._begin({"type": "tool_use", "id": name, "name": part.name, "input": ""})
         index = self._calls[part.place]
         self.blocks[index]["input"] += part.arguments
         yield self._delta(index, {"type": "input_json_delta", "partial_json": part.arguments})

@@ -1,0 +1,234 @@
+"""A file of requests: every one is answered once, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moesaic import cli
+from moesaic.errors import InvalidRequest, Overloaded
+from moesaic.serve import batch
+from moesaic.serve.app import App
+from moesaic.serve.settings import Settings
+from tests.serve.conftest import Script, Scripted
+from tests.serve.raw import eventually
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+def line(custom_id, body=CHAT, url="/v1/chat/completions", **more) -> str:
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body} | more)
+
+
+def write(path, *lines) -> None:
+    path.write_text("".join(f"{each}\n" for each in lines))
+
+
+def results(path) -> list[dict]:
+    return [json.loads(each) for each in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def files(tmp_path):
+    return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+
+def run(files, door=None, **options):
+    async def main():
+        made = door() if door else Scripted()
+        app = App(made, Settings(request_seconds=0, queue_seconds=0))
+        return await batch.run(app, *files, **options), made
+
+    return asyncio.run(main())
+
+
+def test_every_request_is_answered(files):
+    write(
+        files[0],
+        line("chat"),
+        line("text", {"prompt": ["a", "b"], "max_tokens": 2}, "/v1/completions"),
+        line("vector", {"input": "x"}, "/v1/embeddings"),
+        "",
+        line("class", {"input": "x"}, "/v1/classify"),
+        line("unknown model", CHAT | {"model": "none"}),
+        line("unknown route", {}, "/v1/nothing"),
+        line("wrong", CHAT | {"temperature": -1}),
+    )
+    seen = []
+    count, _ = run(files, progress=lambda done, total: seen.append((done, total)))
+    assert (count.answered, count.failed, count.skipped) == (4, 3, 0)
+    assert seen[0] == (0, 7) and seen[-1] == (7, 7)
+    found = {each["custom_id"]: each for each in results(files[1])}
+    assert len(found) == 7
+    assert all(each.keys() == {"id", "custom_id", "response", "error"} for each in found.values())
+    assert found["chat"]["response"]["body"]["choices"][0]["message"]["content"] == "Hello, world!"
+    assert len(found["text"]["response"]["body"]["choices"]) == 2
+    assert found["vector"]["response"]["body"]["data"][0]["embedding"] == [1.0, 0.0, 0.0]
+    statuses = [found[name]["response"]["status_code"] for name in ("class", "unknown model", "unknown route", "wrong")]
+    assert statuses == [200, 404, 404, 400]
+    assert found["wrong"]["response"]["body"]["error"]["param"] == "temperature"
+    assert len({each["response"]["request_id"] for each in found.values()}) == 7
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ("{", "not JSON"),
+        ("[]", "object"),
+        (line(7), "custom_id"),
+        (line(""), "custom_id"),
+        (line("x", [], "/v1/embeddings"), "body"),
+        (line("x", method="GET"), "method"),
+        (line("x", url="http://evil.example/"), "url"),
+        (line("x", CHAT | {"stream": True}), "stream"),
+        (line("x")[:-1] + ', "custom_id": "y"}', "twice"),
+        (line("x").replace('"Hi"', "NaN"), "NaN"),
+        ('{"custom_id": "x"}', "missing"),
+    ],
+)
+def test_what_is_no_request_is_told_with_its_line(files, bad, why):
+    write(files[0], line("a"), bad, line("b"))
+    count, door = run(files)
+    assert (count.answered, count.failed) == (2, 1) and len(door.asked) == 2
+    [told] = [each for each in results(files[1]) if each["error"]]
+    assert told["custom_id"] is None and told["response"] is None
+    assert told["error"]["line"] == 2 and why in told["error"]["message"] and "line 2" in told["error"]["message"]
+    again, door = run(files)
+    assert (again.answered, again.failed, again.skipped, len(door.asked)) == (2, 1, 3, 0)
+    assert len(results(files[1])) == 3
+
+
+def test_the_same_id_twice_is_an_error(files):
+    write(files[0], line("a"), line("b"), line("a"))
+    count, door = run(files, concurrency=1)
+    assert (count.answered, count.failed, len(door.asked)) == (2, 1, 2)
+    assert "line 1 already" in next(each["error"] for each in results(files[1]) if each["error"])["message"]
+    assert run(files)[0].skipped == 3
+
+
+def test_what_is_answered_is_not_asked_again_and_half_a_line_is_cut_off(files):
+    write(files[0], *[line(f"r{n}") for n in range(6)])
+    run(files)
+    whole = files[1].read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in (b"", lines[3][:1], lines[3][:-1], b'{"id": "x\xff'):
+        files[1].write_bytes(b"".join(lines[:3]) + cut)
+        count, door = run(files)
+        assert (count.answered, count.skipped, len(door.asked)) == (6, 3, 3)
+        assert sorted(each["custom_id"] for each in results(files[1])) == [f"r{n}" for n in range(6)]
+
+
+def test_a_file_of_something_else_is_not_touched(files):
+    write(files[0], line("a"))
+    for content in (b"a diary\n", b"{}\n", b"[]\n", files[0].read_bytes()):
+        files[1].write_bytes(content)
+        with pytest.raises(InvalidRequest, match=r"out\.jsonl:1"):
+            run(files)
+        assert files[1].read_bytes() == content
+    with pytest.raises(InvalidRequest, match="another file"):
+        run((files[0], files[0]))
+    with pytest.raises(InvalidRequest, match="No such file"):
+        run((files[0].with_name("none"), files[1]))
+
+
+def test_so_many_run_at_a_time(files):
+    write(files[0], *[line(f"r{n}") for n in range(20)])
+    most = [0, 0]
+
+    class Counting(Scripted):
+        async def ask(self, ask):
+            most[0] += 1
+            most[1] = max(most)
+            await asyncio.sleep(0)
+            answers = await super().ask(ask)
+            most[0] -= 1
+            return answers
+
+    run(files, Counting, concurrency=5)
+    assert most[1] == 5
+
+
+def test_a_full_queue_is_waited_for(files, monkeypatch):
+    write(files[0], line("a"))
+    waited = []
+
+    async def no_time(seconds):
+        waited.append(seconds)
+
+    class Full(Scripted):
+        async def ask(self, ask):
+            self.script = Script(refusal=Overloaded("full") if len(self.asked) < 3 else None)
+            return await super().ask(ask)
+
+    monkeypatch.setattr(batch.asyncio, "sleep", no_time)
+    count, _ = run(files, Full)
+    assert count.answered == 1 and waited[:3] == [1.0, 1.0, 1.0]
+
+
+def test_two_processes_do_not_write_into_one_file(files):
+    pytest.importorskip("fcntl")
+    write(files[0], line("a"))
+    with files[1].open("ab+", buffering=0) as other:
+        batch._lock(other, files[1])
+        with pytest.raises(InvalidRequest, match="another process"):
+            run(files)
+
+
+PROGRAM = """
+import asyncio, sys
+from moesaic import cli
+from moesaic.cli import serving
+from tests.serve.conftest import Script, Scripted
+
+async def opened(args, path, name):
+    return Scripted(Script(pieces=("word",) * 4, pause=0.01))
+
+serving.open_model = opened
+sys.exit(cli.main(["run-batch", *sys.argv[1:]]))
+"""
+
+
+def test_killed_and_run_again_every_request_is_answered_once(files):
+    count = 60
+    write(files[0], *[line(f"r{n}") for n in range(count)], "no request")
+    command = [sys.executable, "-c", PROGRAM, str(files[0]), str(files[1]), "--concurrency", "3"]
+    kills = 0
+    while True:
+        had = files[1].read_bytes().count(b"\n") if files[1].exists() else 0
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        if kills < 3:
+            eventually(lambda: files[1].exists() and files[1].read_bytes().count(b"\n") >= had + 8)  # noqa: B023
+            process.kill()
+            process.communicate()
+            kills += 1
+            with files[1].open("ab") as torn:
+                torn.write(b'{"id": "batch_req_1", "custom_id": "r59", "respon')
+            continue
+        _, err = process.communicate(timeout=60)
+        break
+    assert process.returncode == 1, err
+    assert f"{count} answered, 1 failed" in err
+    found = [each["custom_id"] for each in results(files[1])]
+    assert sorted(filter(None, found)) == sorted(f"r{n}" for n in range(count)) and len(found) == count + 1
+
+
+def test_with_the_built_in_model(files, capsys):
+    text = {"prompt": "Once upon", "max_tokens": 4, "temperature": 0}
+    write(files[0], line("a", text, "/v1/completions"), line("b", CHAT | {"max_tokens": 3}))
+    assert cli.main(["run-batch", str(files[0]), str(files[1]), "--concurrency", "2"]) == 0
+    assert "2 answered, 0 failed" in capsys.readouterr().err
+    [found] = [each for each in results(files[1]) if each["custom_id"] == "a"]
+    assert found["response"]["body"]["choices"][0]["text"].startswith(" a")
+    assert cli.main(["run-batch", str(files[0]), str(files[1])]) == 0
+    assert "2 of them before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["none.jsonl", "out.jsonl"], ["--concurrency", "0", __file__, "out.jsonl"]])
+def test_what_cannot_be_is_one_line(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run-batch", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

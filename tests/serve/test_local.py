@@ -1,0 +1,183 @@
+"""The door to a model in this process: who leaves frees everything, tenants share nothing, figures add up."""
+
+from __future__ import annotations
+
+import threading
+
+import httpx
+import pytest
+
+from moesaic.engine import Limits
+from moesaic.llm import LLM
+from moesaic.local import Local
+from moesaic.serve import keys
+from moesaic.serve.keys import Key, Keys
+from moesaic.serve.settings import Settings
+from tests.serve.conftest import running
+from tests.serve.raw import Raw, eventually
+
+PATH = "/v1/chat/completions"
+KEYS = Keys((Key("anna", keys.digest("a")), Key("ben", keys.digest("b"))))
+ANNA, BEN = {"authorization": "Bearer a"}, {"authorization": "Bearer b"}
+
+
+@pytest.fixture(scope="module")
+def real():
+    llm = LLM.load(limits=Limits(sequences=4, queue=4))
+    with running(lambda: Local(llm), Settings(reader_seconds=2), KEYS) as server:
+        server.llm = llm
+        yield server
+
+
+def body(text: str, **more):
+    return {"messages": [{"role": "user", "content": text}], "temperature": 0, **more}
+
+
+def post(server, sent, headers=ANNA, path=PATH):
+    return httpx.post(server.url + path, json=sent, headers=headers, timeout=60)
+
+
+def free(server) -> bool:
+    stats = server.llm.engine.stats()
+    return not stats.running and not stats.waiting and stats.free_blocks == stats.blocks and not server.door._running
+
+
+ENDLESS = {"ignore_eos": True}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_frees_everything_and_others_go_on_as_ever(real, stream):
+    alone = post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"]
+    leaving = [
+        Raw(real).post(body("A long tale.", stream=stream, **ENDLESS), "Authorization: Bearer a") for _ in range(3)
+    ]
+    eventually(lambda: real.llm.engine.stats().running == 3)
+    found = []
+    beside = threading.Thread(
+        target=lambda: found.append(post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"])
+    )
+    beside.start()
+    for raw in leaving:
+        raw.socket.close()
+    beside.join(60)
+    assert found == [alone]
+    eventually(lambda: free(real))
+    eventually(lambda: real.app.running == 0 and not real.app.keys._running)
+
+
+def test_who_leaves_while_his_text_is_read_leaves_no_request_behind(real, monkeypatch):
+    reading, go = threading.Event(), threading.Event()
+    encode = real.llm.encode_chat
+
+    def slow(*given, **more):
+        reading.set()
+        assert go.wait(30)
+        return encode(*given, **more)
+
+    monkeypatch.setattr(real.llm, "encode_chat", slow)
+    before = real.llm.engine.stats().prompt_tokens
+    raw = Raw(real).post(body("A long tale.", **ENDLESS), "Authorization: Bearer a")
+    assert reading.wait(30)
+    raw.socket.close()
+    eventually(lambda: real.app.running == 0)
+    go.set()
+    eventually(lambda: real.llm.engine.stats().prompt_tokens > before)
+    eventually(lambda: free(real))
+
+
+def test_readers_who_do_not_read_leave_the_batch_and_others_as_they_are(real):
+    alone = post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"]
+    sent = body("A long tale.", stream=True, logprobs=True, top_logprobs=20, **ENDLESS)
+    stalled = [Raw(real, receive_buffer=4096).post(sent, "Authorization: Bearer a") for _ in range(3)]
+    eventually(lambda: real.llm.engine.stats().running == 3)
+    assert post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"] == alone
+    eventually(lambda: free(real), 60)
+    for raw in stalled:
+        raw.socket.close()
+
+
+def test_a_full_queue_is_429_and_what_was_taken_in_is_answered(real):
+    taken = []
+    for figures in ((4, 0), (4, 4)):
+        for _ in range(4):
+            taken.append(Raw(real).post(body("A tale.", stream=True, **ENDLESS), "Authorization: Bearer a"))
+        eventually(lambda: (real.llm.engine.stats().running, real.llm.engine.stats().waiting) == figures)  # noqa: B023
+    answer = post(real, body("One more.", max_tokens=2))
+    assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+    for raw in taken:
+        raw.socket.close()
+    eventually(lambda: free(real))
+    assert post(real, body("One more.", max_tokens=2)).status_code == 200
+
+
+def test_two_keys_share_no_cached_prefix(real):
+    long = "Once upon a time there was a king who had three daughters. " * 12
+
+    def cached(headers) -> int:
+        usage = post(real, body(long, max_tokens=1), headers).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert [cached(ANNA), cached(BEN)] == [0, 0]
+    assert cached(ANNA) > 0 and cached(BEN) > 0
+
+
+class Panic(BaseException):
+    """As pyo3's."""
+
+
+def test_a_tokenizer_that_panics_is_400(real, monkeypatch):
+    def panic(*_, **__):
+        raise Panic("retry-limit-in-match over: the secret prompt")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(real.llm, "encode_chat", panic)
+        broken.setattr(real.llm, "encode", panic)
+        for path, sent in ((PATH, body("Hi")), ("/v1/completions", {"prompt": "Hi"})):
+            answer = post(real, sent, path=path)
+            assert answer.status_code == 400 and "secret" not in answer.text
+    assert post(real, body("Hi", max_tokens=2)).status_code == 200
+
+
+def test_too_long_a_text_is_refused_before_it_is_tokenized(real, monkeypatch):
+    monkeypatch.setattr(real.llm.tokenizer, "encode", lambda *_, **__: pytest.fail("it was tokenized"))
+    long = "x" * 1_000_000
+    for path, sent in ((PATH, body(long)), ("/v1/completions", {"prompt": long}), ("/v1/embeddings", {"input": long})):
+        assert post(real, sent, path=path).status_code == 400
+
+
+@pytest.mark.parametrize("text", ["\0", "\u2028\u202e", "<s></s>[INST]", "\U0010ffff" * 50, "a\u0300" * 200, ""])
+def test_strange_texts_are_answered(real, text):
+    answer = post(real, body(text, max_tokens=2))
+    assert answer.status_code in (200, 400), answer.text
+
+
+@pytest.mark.parametrize("ids", [[2**31 - 1], [10**6], [-1], [1.5], [True], ["x", 1], [[]], [], [[1], "x", [None]]])
+def test_token_ids_that_are_none_are_400(real, ids):
+    assert post(real, {"prompt": ids, "max_tokens": 1}, path="/v1/completions").status_code == 400
+    assert post(real, {"input": ids}, path="/v1/embeddings").status_code == 400
+    assert not ids or post(real, {"tokens": ids}, path="/detokenize").status_code == 400
+
+
+def test_figures_add_up_with_what_was_asked(real):
+    def figure(text: str, name: str) -> float:
+        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+    before = httpx.get(real.url + "/metrics", headers=ANNA).text
+    used = [post(real, body(f"Tell {n}.", max_tokens=5 + n, n=1 + n % 2)).json()["usage"] for n in range(4)]
+    after = httpx.get(real.url + "/metrics", headers=ANNA).text
+
+    def grown(name: str) -> float:
+        return figure(after, name) - figure(before, name)
+
+    generated = sum(each["completion_tokens"] for each in used)
+    for prefix in ("moesaic_", "vllm:"):
+        assert grown(prefix + "generation_tokens_total") == generated
+        assert grown(prefix + "request_generation_tokens_sum") == generated
+        assert grown(prefix + "request_prompt_tokens_sum") == sum(each["prompt_tokens"] for each in used)
+        assert grown(prefix + "e2e_request_latency_seconds_count") == 4
+        assert grown(prefix + "time_to_first_token_seconds_count") == 6
+        assert grown(prefix + "inter_token_latency_seconds_count") == generated - 6
+    assert grown("moesaic_request_begun_total") == grown("moesaic_request_ended_total") == 4
+    assert grown("vllm:request_success_total") == 6
+    assert grown("tgi_request_count ") == grown("tgi_request_success ") == 4
+    assert figure(after, "moesaic_num_requests_running") == 0

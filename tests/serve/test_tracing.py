@@ -1,0 +1,117 @@
+"""Traces: spans arrive at a collector, in the present words, in the client's trace, without a word of a prompt."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+
+from moesaic.errors import InvalidRequest
+from moesaic.serve.tracing import Tracer
+from tests.serve.conftest import Script
+from tests.serve.raw import CHAT
+
+pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+SECRET = "the-secret-prompt"
+
+
+@pytest.fixture
+def collector(monkeypatch):
+    """What an OpenTelemetry collector was sent."""
+    received = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield received
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def spans(received) -> list:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    found = []
+    for path, body in received:
+        assert path == "/v1/traces"
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                found += scope.spans
+    return found
+
+
+def attributes(span) -> dict:
+    out = {}
+    for each in span.attributes:
+        value = each.value
+        kind = value.WhichOneof("value")
+        out[each.key] = (
+            [item.string_value for item in value.array_value.values] if kind == "array_value" else getattr(value, kind)
+        )
+    return out
+
+
+def test_spans_arrive_with_the_present_names_and_without_prompts(server, collector):
+    server.app.tracer = Tracer()
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    headers = {"traceparent": f"00-{trace}-{parent}-01", "tracestate": "vendor=1"}
+    body = CHAT | {"messages": [{"role": "user", "content": SECRET}], "user": SECRET, "stop": [SECRET]}
+    sampled = {"temperature": 0.5, "max_tokens": 3, "seed": 7, "top_p": 0.9, "frequency_penalty": 1}
+    httpx.post(server.url + "/v1/chat/completions", json=body | sampled, headers=headers)
+    httpx.post(server.url + "/v1/completions", json={"prompt": SECRET, "stream": True})
+    server.door.script = Script(refusal=InvalidRequest(SECRET))
+    httpx.post(server.url + "/v1/completions", json={"prompt": SECRET}, headers={"traceparent": "nonsense"})
+    server.app.tracer.close()
+    chat, text, refused = sorted(spans(collector), key=lambda span: span.start_time_unix_nano)
+    assert SECRET.encode() not in b"".join(body for _, body in collector)
+    assert chat.name == "chat scripted" and chat.kind == 2  # a server's
+    assert chat.trace_id.hex() == trace and chat.parent_span_id.hex() == parent
+    assert text.trace_id.hex() != trace and not text.parent_span_id and not refused.parent_span_id
+    told = attributes(chat)
+    assert told.pop("gen_ai.response.time_to_first_chunk") >= 0
+    assert told == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "moesaic",
+        "gen_ai.request.model": "scripted",
+        "gen_ai.response.model": "scripted",
+        "gen_ai.request.choice.count": 1,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.max_tokens": 3,
+        "gen_ai.request.seed": 7,
+        "gen_ai.request.top_p": 0.9,
+        "gen_ai.request.frequency_penalty": 1,
+        "gen_ai.response.finish_reasons": ["length"],
+        "gen_ai.usage.input_tokens": 2,
+        "gen_ai.usage.cache_read.input_tokens": 0,
+        "gen_ai.usage.output_tokens": 3,
+    }
+    assert text.name == "text_completion scripted"
+    assert attributes(refused)["error.type"] == "InvalidRequest" and refused.status.code == 2
+    assert "error.type" not in attributes(text)
+
+
+def test_a_collector_that_is_away_holds_nobody_up(server, monkeypatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    server.app.tracer = Tracer()
+    assert httpx.post(server.url + "/v1/chat/completions", json=CHAT).status_code == 200
+    server.app.tracer.close()
+
+
+def test_without_opentelemetry_it_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(InvalidRequest, match=r"moesaic\[otel\]"):
+        Tracer()
