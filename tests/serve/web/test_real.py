@@ -21,7 +21,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Real]:
 
 
 @pytest.mark.parametrize("server", ["built-in"], indirect=True)
-def test_the_built_in_model_tells_a_story_and_goes_on_after_a_reload(open_chat: Open, server: Real) -> None:
+def test_the_built_in_model_tells_a_story_which_a_reload_keeps(open_chat: Open, server: Real) -> None:
     chat = open_chat()
     chat.ask("Tell me a story about a rabbit.")
     asked, told = chat.said
@@ -29,8 +29,6 @@ def test_the_built_in_model_tells_a_story_and_goes_on_after_a_reload(open_chat: 
     chat.stored(told.split(".")[0])
     chat.reload()
     assert chat.said[0] == asked and len(chat.said[1]) > 40
-    chat.ask("And then?")
-    assert len(chat.said) == 4 and chat.said[3]
 
 
 def test_stop_takes_the_request_back(open_chat: Open, server: Real) -> None:
