@@ -229,7 +229,7 @@ class App:
         As the route at or above this path shows it; else as OpenAI does under /v1, and as TGI does elsewhere.
         """
         for endpoint in self.endpoints:
-            if endpoint.path != "/" and f"{path}/".startswith(f"{endpoint.path}/"):
+            if endpoint.path not in ("/", "/v1") and f"{path}/".startswith(f"{endpoint.path}/"):
                 return endpoint.failure
         return _openai.failure if path.startswith("/v1") else _plain
 

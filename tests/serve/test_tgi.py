@@ -290,6 +290,13 @@ def test_a_body_that_is_none(server):
     assert "inputs" in answer.json()["error"]
     broken = httpx.post(server.url + "/generate", content=b"{", headers=JSON)
     assert (broken.status_code, broken.json()["error_type"]) == (422, "validation")
+    plain = httpx.post(server.url + "/generate", content=b"{}", headers={"content-type": "text/plain"})
+    assert plain.status_code == 415 and plain.json().keys() == {"error"}
+
+
+def test_routes_that_are_not_there_below_v1_are_openais(server):
+    assert post(server, "/v1/nothing", BODY).json()["error"]["type"] == "not_found_error"
+    assert post(server, "/generate/nothing", BODY).json().keys() == {"error"}
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def input_tokens(bounds: TgiBounds, context: int | None) -> int | None:
 def failure(reason: Failure) -> Whole:
     """Return an error as TGI's clients read it: they make a typed exception of ``error_type``."""
     text, status = reason.message, reason.status
-    if status in (401, 404, 405, 413):
+    if status in (401, 404, 405, 413, 415):
         return Whole({"error": text}, status)  # without a type: the client's own exception for the status is right
     if status == 400:
         return Whole({"error": INVALID + text, "error_type": "validation"}, 422)
