@@ -55,9 +55,10 @@ def serving(log: Path, *flags: str) -> Iterator[str]:
     try:
         yield address(process, log)
     finally:
+        died = process.poll()
         process.terminate()
         code = process.wait(60)
-    assert code == 0, log.read_text()[-4000:]
+        assert died is None and code == 0, f"the server ended with {code}: {log.read_text()[-4000:]}"
 
 
 def address(process: subprocess.Popen[bytes], log: Path) -> str:

@@ -37,7 +37,7 @@ def check(url: str, tmp_path: Path, *flags: str) -> str:
 
 def test_the_built_in_model(tmp_path):
     with serving(tmp_path / "log", "--context", "64") as url:
-        check(url, tmp_path, "--workers", "2")
+        check(url, tmp_path)
     log = (tmp_path / "log").read_text()
     assert '"trace"' not in log and '"status": 500' not in log
 
