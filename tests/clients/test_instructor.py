@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 
 from moesaic.door import Call
@@ -31,6 +29,5 @@ def test_modes(python, scripted, mode):
         assert ask.grammar[0] == ("json_schema" if mode == "JSON_SCHEMA" else "json_object")
 
 
-@pytest.mark.skipif(find_spec("moesaic.text.grammar") is None, reason="this build has no grammars")
 def test_the_built_in_model(python, served):
     assert set(run(python, "instructor_client.py", served, "JSON_SCHEMA", "built-in")) == {"name", "people"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 
 from moesaic.door import Call
@@ -45,6 +43,5 @@ def test_structured_output(python, scripted):
     assert run(python, "langchain_client.py", scripted.url, "function", "scripted") == OSLO
 
 
-@pytest.mark.skipif(find_spec("moesaic.text.grammar") is None, reason="this build has no grammars")
 def test_structured_output_of_the_built_in_model(python, served):
     assert set(run(python, "langchain_client.py", served, "parse", "built-in")) == {"name", "people"}

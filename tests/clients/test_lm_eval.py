@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,6 @@ def python():
 
 @pytest.mark.parametrize("tokenizer", ["local", "remote"])
 def test_scores_and_answers(python, served, tokenizer, tmp_path):
-    if tokenizer == "remote" and find_spec("moesaic.serve.dialects.tgi_info") is None:
-        pytest.skip("this build has no /tokenizer_info")
     which = str(TALES) if tokenizer == "local" else "remote"
     found = run(python, "lm_eval_client.py", served, which, str(tmp_path), HF_HOME=str(tmp_path / "hf"), **OFFLINE)
     assert found["accuracy"] == 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import json
 
 import pytest
 
@@ -12,7 +12,6 @@ from tests.clients.conftest import environment, run
 from tests.serve.conftest import Script
 
 pytestmark = pytest.mark.clients
-GRAMMARS = find_spec("moesaic.text.grammar") is not None
 CALLS = (
     Call(0, "call_a", "weather", '{"city":'),
     Call(0, arguments=' "Oslo"}'),
@@ -94,10 +93,16 @@ def test_parsed_answers(python, scripted):
         assert kind == "json_schema" and set(schema["properties"]) == {"name", "people"}
 
 
-@pytest.mark.skipif(not GRAMMARS, reason="this build has no grammars")
 def test_parsed_answers_of_the_built_in_model(python, served):
     found = run(python, "openai_scripted.py", served, "parse", "built-in")
     assert set(found["chat"]) == set(found["response"]) == {"name", "people"}
+
+
+def test_the_built_in_model_calls_a_tool_if_it_must(python, served):
+    found = run(python, "openai_scripted.py", served, "forced", "built-in")
+    assert found["chat"][0] == found["response"][0] == "weather"
+    for _, arguments in found.values():
+        assert set(json.loads(arguments)) == {"city"}
 
 
 def test_a_full_server_is_asked_again(python, scripted):

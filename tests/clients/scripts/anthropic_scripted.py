@@ -4,12 +4,12 @@ import json
 import sys
 
 import anthropic
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class City(BaseModel):
-    name: str
-    people: int
+    name: str = Field(max_length=12)
+    people: int = Field(ge=0, le=999_999)
 
 
 url, part = sys.argv[1:]

@@ -15,8 +15,8 @@ BASE = {"base_url": url + "/v1", "api_key": "any"}
 class City(BaseModel):
     """A city."""
 
-    name: str = Field(description="what it is called")
-    people: int
+    name: str = Field(description="what it is called", max_length=12)
+    people: int = Field(ge=0, le=999_999)
 
 
 @tool

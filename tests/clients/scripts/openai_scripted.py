@@ -4,12 +4,12 @@ import json
 import sys
 
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class City(BaseModel):
-    name: str
-    people: int
+    name: str = Field(max_length=12)
+    people: int = Field(ge=0, le=999_999)
 
 
 url, part = sys.argv[1:3]
@@ -44,10 +44,25 @@ def response_tools():
     return {"calls": calls, "alike": calls == again, "kinds": sorted(set(kinds)), "status": goes_on.status}
 
 
+def forced():
+    """Let a model that would not call a tool by itself do so; by a name, and because any must be."""
+    function = FUNCTION | {"parameters": {**SCHEMA, "properties": {"city": {"type": "string", "maxLength": 12}}}}
+    tools, name = [{"type": "function", "function": function}], {"type": "function", "function": {"name": "weather"}}
+    chat = client.chat.completions.create(
+        tools=tools, tool_choice=name, parallel_tool_calls=False, max_tokens=100, **ASK
+    ).choices[0]
+    tools = [{"type": "function", "strict": False, **function}]
+    response = client.responses.create(
+        tools=tools, tool_choice="required", parallel_tool_calls=False, max_output_tokens=100, **ITEMS
+    )
+    [call], [item] = chat.message.tool_calls, response.output
+    return {"chat": [call.function.name, call.function.arguments], "response": [item.name, item.arguments]}
+
+
 def parse():
-    most = {"max_tokens": 60} if len(sys.argv) > 3 else {}
+    most = {"max_tokens": 100} if len(sys.argv) > 3 else {}
     chat = client.chat.completions.parse(response_format=City, **ASK, **most).choices[0].message.parsed
-    most = {"max_output_tokens": 60} if len(sys.argv) > 3 else {}
+    most = {"max_output_tokens": 100} if len(sys.argv) > 3 else {}
     response = client.responses.parse(text_format=City, **ITEMS, **most).output_parsed
     return {"chat": chat.model_dump(), "response": response.model_dump()}
 
@@ -71,5 +86,5 @@ def broken():
     return {"chat": seen, "response": kinds}
 
 
-found = {"chat-tools": chat_tools, "response-tools": response_tools, "parse": parse, "busy": busy, "broken": broken}
-print(json.dumps(found[part]()))
+parts = {"chat-tools": chat_tools, "response-tools": response_tools, "forced": forced}
+print(json.dumps((parts | {"parse": parse, "busy": busy, "broken": broken})[part]()))
