@@ -27,7 +27,6 @@ from moesaic.errors import Forbidden, MoesaicError, NotFound, TimedOut, Unavaila
 from moesaic.serve import logs
 from moesaic.serve.dialects import _openai
 from moesaic.serve.exchange import (
-    LONG,
     Call,
     Disconnected,
     Endpoint,
@@ -39,15 +38,14 @@ from moesaic.serve.exchange import (
     Sender,
     Streamed,
     Whole,
-    decode,
     failure_of,
     header,
-    read_body,
 )
 from moesaic.serve.guard import Guard
 from moesaic.serve.kept import Kept
 from moesaic.serve.keys import NOBODY, Keys
 from moesaic.serve.progress import Progress
+from moesaic.serve.reading import LONG, decode, read_body
 from moesaic.serve.settings import Settings
 from moesaic.serve.tracing import Tracer
 from moesaic.serve.watch import Metrics

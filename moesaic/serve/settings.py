@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,10 +87,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             low = 0 if name in ("port", "request_seconds", "queue_seconds") else 1e-9
-            if isinstance(value, int | float) and not isinstance(value, bool) and value < low:
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value >= low:
                 raise InvalidParameter(name, f"is {value}, expected {'at least 0' if low == 0 else 'more than 0'}")
 
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        return self.host in ("127.0.0.1", "::1", "localhost") or self.host.startswith("127.")
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

@@ -19,7 +19,8 @@ from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _tgi as tgi
 from moesaic.serve.dialects._tgi import GenerateBody, Wanted
-from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole, fit, together
+from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole, together
+from moesaic.serve.reading import fit
 
 
 @dataclass
