@@ -1,7 +1,9 @@
-# Two commands do all the set-up: `make chat` and `make test`. Both may be repeated at will.
+# These do all the set-up there is, and may be repeated at will.
 #
 #   make chat               talk to the built-in model; ARGS="--temperature 0" passes flags on
+#   make serve              put it behind HTTP, with a web chat; ARGS="--port 8080" passes flags on
 #   make test               the whole test suite; ARGS="tests/engine -x" runs a part of it
+#   make test-clients       real clients against a real server; downloads each into an environment of its own
 #   make check              lint, types and layers
 #   make clean              remove what make made
 
@@ -11,13 +13,19 @@ BIN    := $(VENV)/bin
 # Torch first and pinned: a range would pull gigabytes of CUDA where there may be no GPU.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: chat test check clean
+.PHONY: chat serve test test-clients check clean
 
 chat: $(VENV)/installed
 	@$(BIN)/moesaic chat $(ARGS)
 
+serve: $(VENV)/installed-serve
+	@$(BIN)/moesaic serve --log-format text $(ARGS)
+
 test: $(VENV)/installed-test
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(VENV)/installed-test
+	@$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
 
 check: $(VENV)/installed-test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_layers.py
@@ -31,6 +39,10 @@ $(VENV)/python: constraints.txt
 
 $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/formats/*) $(VENV)/python
 	@$(PIP) --editable . >&2
+	@touch $@
+
+$(VENV)/installed-serve: pyproject.toml $(VENV)/installed
+	@$(PIP) --editable '.[serve]' >&2
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml $(VENV)/installed

@@ -13,9 +13,10 @@ from moesaic.engine.request import Sampling
 if TYPE_CHECKING:
     from moesaic.classifier import Classifier
     from moesaic.llm import LLM, Answer, Reply, Text
+    from moesaic.text.grammar import Grammar
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Answer", "Classifier", "Reply", "Sampling", "Text", "errors"]
+__all__ = ["LLM", "Answer", "Classifier", "Grammar", "Reply", "Sampling", "Text", "errors"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from moesaic.classifier import Classifier
 
         return Classifier
+    if name == "Grammar":
+        from moesaic.text.grammar import Grammar
+
+        return Grammar
     if name in __all__:
         from moesaic import llm
 

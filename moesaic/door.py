@@ -36,6 +36,8 @@ class Ask:
     """A kind and a value; see ``moesaic.text.grammar``."""
     truncate: int | None = None
     """Read only this many tokens of the prompt, its last ones."""
+    marked: bool = False
+    """Take the names of special tokens in a prompt that is text for these tokens: whoever wrote it wrote all of it."""
     bos: bool = True
     """Put the beginning-of-text token in front of a prompt that is text, unless it is there already."""
     skip_special: bool = True
@@ -150,7 +152,7 @@ class Answers(Protocol):
         ...
 
     def ready(self) -> list[Event]:
-        """Return the events that can be had without waiting."""
+        """Return the events that can be had without waiting; with an answer's last token, its end can be had."""
         ...
 
     def cancel(self) -> None:

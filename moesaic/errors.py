@@ -5,6 +5,7 @@
         InvalidParameter         400  one named value is out of range or of the wrong kind
         InvalidMessages          400  a conversation that the chat format cannot hold
         PromptTooLong            400  more tokens than the model, or its cache, can ever hold
+        GrammarError             400  an answer cannot go on as its grammar demands
         TooLarge                 413  more bytes than a server takes in at once
         WrongMedia               415  a body that is not JSON, or is compressed
       Unauthorized               401  no key, or one that is not known
@@ -22,6 +23,7 @@
       Cancelled                  499  the caller took the request back
       NumericalError             500  the model computed NaN or infinity for this request
       EngineStopped              503  the engine was closed, or died; the cause is chained
+      NotInstalled               501  a package that this needs is not installed; the message says how to get it
 
 A message is one line that says what is wrong and, where it can, what to do.
 """
@@ -66,6 +68,10 @@ class PromptTooLong(InvalidRequest):
         super().__init__(f"the prompt has {tokens} tokens, but {why} allows {limit}: shorten it")
         self.tokens = tokens
         self.limit = limit
+
+
+class GrammarError(InvalidRequest):
+    """An answer cannot go on as its grammar demands: no token of the vocabulary fits, or finding one costs too much."""
 
 
 class TooLarge(InvalidRequest):
@@ -175,3 +181,9 @@ class EngineStopped(MoesaicError):
     """The engine was closed, or died; the cause is chained."""
 
     status = 503
+
+
+class NotInstalled(MoesaicError):
+    """A package that this needs is not installed; the message says how to get it."""
+
+    status = 501

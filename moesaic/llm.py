@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -26,7 +27,10 @@ from moesaic.ops import Batch
 from moesaic.reply import Answer, Reply, Text
 from moesaic.text import chat, template
 from moesaic.text.chat import ChatFormat
+from moesaic.text.compiler import Compiler
+from moesaic.text.grammar import Grammar
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tools import Tools
 
 BUILT_IN = Path(__file__).parent / "builtin" / "tales"
 """The checkpoint that is loaded when none is named: a small Mixtral that tells stories."""
@@ -61,6 +65,7 @@ class LLM(AbstractContextManager["LLM"]):
         self.format, self.name = chat_format, name
         self.context = engine.capacity
         self.defaults = _recommended(loaded.generation)
+        self._grammars = Compiler(tokenizer, loaded.model.vocab_size)
         self._template = template.load(loaded.path) if chat_format is None else None
 
     @classmethod
@@ -162,31 +167,43 @@ class LLM(AbstractContextManager["LLM"]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def encode_chat(self, messages: Messages, *, continue_final: bool = False) -> list[int]:
-        """Return the prompt ids of a conversation, up to where the answer begins.
+    def encode_chat(self, messages: Messages, *, continue_final: bool = False, tools: Tools | None = None) -> list[int]:
+        """Return the prompt ids of a conversation, up to where the answer begins, which may call ``tools``.
 
         Raises:
             InvalidMessages: the chat format cannot hold it.
         """
-        self._bound(sum(len(str(message.get("content"))) for message in messages if isinstance(message, Mapping)))
+        parts = (
+            message.get(key)
+            for message in messages
+            if isinstance(message, Mapping)
+            for key in ("content", "tool_calls")
+        )
+        self._bound(sum(len(str(part)) for part in parts if part is not None))
         if self.format is not None:
-            return self.format.encode(messages, self.tokenizer, continue_final=continue_final)
+            return self.format.encode(messages, self.tokenizer, continue_final=continue_final, tools=tools)
         assert self._template is not None
+        if tools is not None:
+            raise InvalidRequest("a checkpoint's own template is not given tools: choose a chat format")
         if continue_final:
             raise InvalidRequest("a checkpoint's own template cannot continue an answer: choose a chat format")
         return template.encode(self._template, messages, self.tokenizer)
 
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+    def encode(self, text: str, *, bos: bool = True, marked: bool = False) -> list[int]:
         """Return the prompt ids of a plain text, by default with the beginning-of-text token in front.
 
         Where the text itself begins with that token's name, it is read as the token, once: programs that
-        write a chat format by hand put it there.
+        write a chat format by hand put it there. With ``marked``, the same holds for all special tokens, wherever
+        they stand: for texts that are a chat format written by hand, and never for what a user of theirs wrote.
 
         Raises:
             InvalidRequest: it is so long that it cannot fit, which is known without tokenizing it.
         """
         self._bound(len(text))
         first = self.tokenizer.bos_id
+        if marked:
+            ids = self.tokenizer.encode_marked(text)
+            return [first, *ids] if bos and first is not None and ids[:1] != [first] else ids
         name = self.tokenizer.piece(first) if first is not None else ""
         written = bool(name) and text.startswith(name)
         ids = self.tokenizer.encode(text[len(name) :] if written else text, bos=bos or written)
@@ -231,6 +248,8 @@ class LLM(AbstractContextManager["LLM"]):
         salt: str = "",
         skip_special: bool = True,
         begins: bool | None = None,
+        grammar: Grammar | None = None,
+        tools: Tools | None = None,
     ) -> list[Reply]:
         """Start a request and return its ``n`` replies. With ``chat``, the chat format's ends count too.
 
@@ -241,59 +260,87 @@ class LLM(AbstractContextManager["LLM"]):
             priority, salt: see ``Request``.
             skip_special: leave the names of special tokens out of the text.
             begins: whether the answer begins a text, where a leading space is dropped; None: if ``chat``.
+            grammar: what the answer has to be; cut by ``max_tokens`` or a stop string, it is the beginning of that.
+            tools: what the answer may call, or has to: those that ``encode_chat`` was given.
 
         Raises:
             PromptTooLong, InvalidParameter, Overloaded, EngineStopped: see ``Engine.submit``.
+            InvalidParameter, Overloaded, NotInstalled: the grammar cannot be had, see ``Compiler.compile``.
         """
         eos = self.loaded.eos_ids | self.tokenizer.eos_ids
+        begins = chat if begins is None else begins
+        strip = False
+        grammar = self._forced(tools, grammar)
         if chat and self.format is not None:
             eos |= self.format.stop_ids(self.tokenizer)
-            sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
-        request = Request(tuple(ids), sampling, eos_ids=tuple(sorted(eos)), priority=priority, salt=salt)
-        strip = chat and self.format is not None and bool(self.format.stop_strings)
-        begins = chat if begins is None else begins
+            if grammar is None:  # which says itself where its text begins and ends
+                sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
+                strip = bool(self.format.stop_strings)
+        constraint = None if grammar is None else partial(self._grammars.compile(grammar), begins=begins)
+        request = Request(tuple(ids), sampling, tuple(sorted(eos)), priority, salt, constraint)
+        streams = self.engine.submit(request)
+        found = [self.format.calls(self.tokenizer, tools) if self.format and tools else None for _ in streams]
+        how: dict[str, Any] = {"strip": strip and begins, "skip_special": skip_special, "begins": begins}
         return [
-            Reply(stream, self.tokenizer, request, strip=strip and begins, skip_special=skip_special, begins=begins)
-            for stream in self.engine.submit(request)
+            Reply(stream, self.tokenizer, request, calls=calls, **how)
+            for stream, calls in zip(streams, found, strict=True)
         ]
 
+    def _forced(self, tools: Tools | None, grammar: Grammar | None) -> Grammar | None:
+        """Return what the answer has to be, a call of a tool if one is required."""
+        if tools is None or not tools.enforced or self.format is None:
+            return grammar
+        if grammar is not None:
+            raise InvalidParameter("tool_choice", "cannot require a call of an answer that has a grammar")
+        return self.format.forced(self.tokenizer, tools)
+
     @overload
-    def chat(self, messages: Messages, *, stream: Literal[True], **sampling: Any) -> Reply: ...
+    def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> Reply: ...
     @overload
-    def chat(
-        self, messages: Sequence[Messages], *, stream: Literal[False] = False, **sampling: Any
-    ) -> list[Answer]: ...
+    def chat(self, messages: Sequence[Messages], *, stream: Literal[False] = False, **options: Any) -> list[Answer]: ...
     @overload
-    def chat(self, messages: Messages, *, stream: Literal[False] = False, **sampling: Any) -> Answer: ...
+    def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Any) -> Answer: ...
 
     def chat(
-        self, messages: Messages | Sequence[Messages], *, stream: bool = False, **sampling: Any
+        self,
+        messages: Messages | Sequence[Messages],
+        *,
+        stream: bool = False,
+        grammar: Grammar | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        **sampling: Any,
     ) -> Reply | Answer | list[Answer]:
         """Answer a conversation, or each of a list of conversations at once.
 
         Args:
-            messages: [{"role": "system" | "user" | "assistant", "content": text}, ...].
+            messages: [{"role": "system" | "user" | "assistant" | "tool", "content": text}, ...].
             stream: return a ``Reply`` to iterate over.
+            grammar: what every answer has to be.
+            tools, tool_choice, parallel_tool_calls: what the answer may call, or has to, see ``Tools.of``.
             **sampling: the fields of ``Sampling``; what is not given is as the checkpoint recommends.
 
         Raises:
             InvalidMessages, InvalidParameter, PromptTooLong: before anything runs.
         """
         options = self.sampling(**sampling)
+        offered = Tools.of(tools, tool_choice, parallel_tool_calls)
         if messages and not isinstance(messages[0], Mapping):
-            return self._all([self.encode_chat(each) for each in messages], options, chat=True)  # type: ignore[arg-type]
-        ids = self.encode_chat(messages)  # type: ignore[arg-type]
-        return self._one(ids, options, chat=True, stream=stream)
+            prompts = [self.encode_chat(each, tools=offered) for each in messages]  # type: ignore[arg-type]
+            return self._all(prompts, options, chat=True, grammar=grammar, tools=offered)
+        ids = self.encode_chat(messages, tools=offered)  # type: ignore[arg-type]
+        return self._one(ids, options, chat=True, grammar=grammar, tools=offered, stream=stream)
 
     @overload
-    def complete(self, prompt: str, *, stream: Literal[True], **sampling: Any) -> Reply: ...
+    def complete(self, prompt: str, *, stream: Literal[True], **options: Any) -> Reply: ...
     @overload
-    def complete(self, prompt: str, *, stream: Literal[False] = False, **sampling: Any) -> Answer: ...
+    def complete(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> Answer: ...
     @overload
-    def complete(self, prompt: list[str], *, stream: Literal[False] = False, **sampling: Any) -> list[Answer]: ...
+    def complete(self, prompt: list[str], *, stream: Literal[False] = False, **options: Any) -> list[Answer]: ...
 
     def complete(
-        self, prompt: str | list[str], *, stream: bool = False, **sampling: Any
+        self, prompt: str | list[str], *, stream: bool = False, grammar: Grammar | None = None, **sampling: Any
     ) -> Reply | Answer | list[Answer]:
         """Go on from a text, or from each of a list of texts at once; no chat format is applied.
 
@@ -301,8 +348,8 @@ class LLM(AbstractContextManager["LLM"]):
         """
         options = self.sampling(**sampling)
         if isinstance(prompt, str):
-            return self._one(self.encode(prompt), options, chat=False, stream=stream)
-        return self._all([self.encode(each) for each in prompt], options, chat=False)
+            return self._one(self.encode(prompt), options, grammar=grammar, stream=stream)
+        return self._all([self.encode(each) for each in prompt], options, grammar=grammar)
 
     def sampling(self, **values: Any) -> Sampling:
         """Return a ``Sampling`` of these values over the checkpoint's recommendations.
@@ -316,13 +363,13 @@ class LLM(AbstractContextManager["LLM"]):
             raise InvalidParameter(unknown[0], f"is no sampling parameter; there are {known}")
         return Sampling(**(self.defaults | values))
 
-    def _one(self, ids: list[int], sampling: Sampling, *, chat: bool, stream: bool) -> Reply | Answer:
+    def _one(self, ids: list[int], sampling: Sampling, *, stream: bool, **how: Any) -> Reply | Answer:
         if stream and sampling.n > 1:
             raise InvalidParameter("n", "is more than 1: read several answers at once through LLM.submit")
-        replies = self.submit(ids, sampling, chat=chat)
+        replies = self.submit(ids, sampling, **how)
         return replies[0] if stream else _joined(replies)
 
-    def _all(self, prompts: list[list[int]], sampling: Sampling, *, chat: bool) -> list[Answer]:
+    def _all(self, prompts: list[list[int]], sampling: Sampling, **how: Any) -> list[Answer]:
         """Answer every prompt, keeping the engine as full as its queue allows."""
         for ids in prompts:  # before anything runs
             if len(ids) >= self.context:
@@ -332,7 +379,7 @@ class LLM(AbstractContextManager["LLM"]):
         for ids in prompts:
             while True:
                 try:
-                    running.append(self.submit(ids, sampling, chat=chat))
+                    running.append(self.submit(ids, sampling, **how))
                     break
                 except Overloaded:
                     if not running:

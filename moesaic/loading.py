@@ -148,18 +148,28 @@ def sizes(model: Decoder, context: int | None, places: int | None, block: int, d
         dtype: of the cache.
 
     Raises:
-        InvalidParameter: the context is longer than the model's.
+        InvalidParameter: the context is longer than the model's, or the cache is larger than the machine's memory.
     """
     if context is not None and not 1 < context <= model.max_length:
         raise InvalidParameter("context", f"is {context}, but the model was made for 2 to {model.max_length} tokens")
     per_token = cache_bytes(model, dtype)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     affordable = max(block, free // 4 // per_token)
+    if places is not None:
+        _check_room(model, places, per_token)
     if context is None:
         context = min(model.max_length, affordable)
     if places is None:
         places = max(context, min(4 * context, affordable))
     return context, -(-places // block) * block
+
+
+def _check_room(model: Decoder, places: int, per_token: int) -> None:
+    """Refuse a cache that is larger than all of the machine's memory."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if places * per_token > there and next(model.parameters()).device.type == "cpu":
+        takes = f"takes {places * per_token / 1e9:.1f} GB, and this machine has {there / 1e9:.1f}"
+        raise InvalidParameter("cache_tokens", f"is {places}, which {takes}")
 
 
 def cache_bytes(model: Decoder, dtype: torch.dtype) -> int:

@@ -11,15 +11,17 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moesaic.classifier import Classifier
-from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
 from moesaic.engine import Stream, Token
 from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, Overloaded
 from moesaic.llm import LLM
 from moesaic.reply import Reply, Text
+from moesaic.text.grammar import Grammar
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tools import Tools
 
 T = TypeVar("T")
 
@@ -28,8 +30,15 @@ BEHIND = 1024
 READING = 256
 """Requests whose text may wait to be tokenized; more are refused."""
 
+PACE = 0.015
+"""Seconds between looks at what has come: a model that steps faster gives readers a few tokens at a time. Each look
+takes the engine's cores for a moment, and nobody sees the difference."""
+
 TOKENIZERS = 2
 """Threads that tokenize."""
+
+COMPILERS = 2
+"""Threads that take in requests with grammars: a hostile one takes seconds, and must not hold up the others."""
 
 
 async def in_pool(pool: ThreadPoolExecutor, call: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
@@ -63,8 +72,10 @@ class LocalAnswers:
         self._replies, self._tokenizer = replies, tokenizer
         self._begun: set[int] = set()
         self._events: deque[Event] = deque()
+        self._held: dict[int, list[Event]] = {}  # last pieces, which go out with the end that is about to come
         self._failed: MoesaicError | None = None
         self._open = len(replies)
+        self._called: dict[int, int] = {}  # index -> calls so far
         self._waiter: asyncio.Future[None] | None = None
 
     def pump(self, reply: Reply) -> bool:
@@ -81,9 +92,12 @@ class LocalAnswers:
             self._begun.add(index)
             prompt = tuple(self._mark(token) for token in reply.prompt_logprobs)
             self._events.append(Begun(index, prompt, len(reply.request.ids)))
-        for piece in pieces:
-            if piece.text or piece.tokens:
-                self._events.append(self._piece(index, piece))
+        wanted = [piece for piece in pieces if piece.text or piece.tokens or piece.calls]
+        shown: list[Event] = [self._piece(index, piece) for piece in wanted]
+        if reply.stopped and not reply.ended:
+            self._held.setdefault(index, []).extend(shown)
+            return False
+        self._events.extend([*self._held.pop(index, ()), *shown])
         if reply.ended:
             self._open -= 1
             self._events.append(_ended(index, reply))
@@ -93,7 +107,11 @@ class LocalAnswers:
         return reply.ended
 
     def _piece(self, index: int, piece: Text) -> Piece:
-        return Piece(index, piece.text, tuple(self._mark(token) for token in piece.tokens))
+        marks = tuple(self._mark(token) for token in piece.tokens)
+        first = self._called.get(index, 0)
+        self._called[index] = first + len(piece.calls)
+        calls = (Call(place, call.id, call.name, call.arguments) for place, call in enumerate(piece.calls, first))
+        return Piece(index, piece.text, marks, tuple(calls))
 
     def _mark(self, token: Token) -> Mark:
         tokenizer = self._tokenizer
@@ -141,7 +159,26 @@ def _ended(index: int, reply: Reply) -> Ended:
         answer.cached_tokens,
         answer.stop,
         answer.stop_id,
+        called=bool(answer.calls),
     )
+
+
+def _tools(ask: Ask) -> Tools | None:
+    return Tools.of(ask.tools, ask.tool_choice, ask.parallel_tool_calls)
+
+
+def _about(llm: LLM) -> Mapping[str, Any]:
+    weight = next(llm.loaded.model.parameters())
+    tokenizer = llm.tokenizer
+    ends = sorted(llm.loaded.eos_ids | tokenizer.eos_ids)
+    return {
+        "architecture": llm.loaded.config.get("model_type"),
+        "layout": llm.loaded.layout,
+        "dtype": str(llm.loaded.model.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "bos_token": None if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(ends[0]) if ends else None,
+    }
 
 
 class Local:
@@ -151,10 +188,13 @@ class Local:
         self._llm, self._aliases = llm, tuple(aliases)
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="moesaic-text")
+        self._grammars = ThreadPoolExecutor(COMPILERS, thread_name_prefix="moesaic-grammar")
         self._running: dict[Stream, tuple[LocalAnswers, Reply]] = {}
         self._news: deque[Stream] = deque()
         self._told = False
-        self._reading = 0
+        self._looked = 0.0  # when the loop last took what had come
+        self._about = _about(llm)
+        self._reading = {self._pool: 0, self._grammars: 0}
         self._vectors = ThreadPoolExecutor(1, thread_name_prefix="moesaic-embed")
         llm.engine.listen(self._on_events)
 
@@ -165,13 +205,21 @@ class Local:
         if not self._told:
             self._told = True
             try:
-                self._loop.call_soon_threadsafe(self._pump)
+                self._loop.call_soon_threadsafe(self._pace)
             except RuntimeError:  # the loop is gone, and with it everybody who could listen
                 self._news.clear()
 
     # and what follows on the loop's
 
+    def _pace(self) -> None:
+        wait = self._looked + PACE - self._loop.time()
+        if wait > 0:
+            self._loop.call_later(wait, self._pump)
+        else:
+            self._pump()
+
     def _pump(self) -> None:
+        self._looked = self._loop.time()
         self._told = False  # before looking: what comes from here on is told again
         while self._news:
             stream = self._news.popleft()
@@ -181,8 +229,7 @@ class Local:
 
     def cards(self) -> Sequence[Card]:
         llm = self._llm
-        about = {"architecture": llm.loaded.config.get("model_type"), "layout": llm.loaded.layout}
-        return [Card(llm.name, self._aliases, context=llm.context, about=about)]
+        return [Card(llm.name, self._aliases, context=llm.context, about=self._about)]
 
     def load(self) -> Mapping[str, Load]:
         stats = self._llm.engine.stats()
@@ -203,13 +250,15 @@ class Local:
         }
 
     async def ask(self, ask: Ask) -> LocalAnswers:
-        if self._reading >= READING:
+        constrained = ask.grammar is not None or ask.tool_choice not in ("none", "auto")
+        pool = self._grammars if constrained else self._pool
+        if self._reading[pool] >= READING:
             raise Overloaded(f"{READING} requests wait to be read already: try again later")
-        self._reading += 1
+        self._reading[pool] += 1
         try:
-            replies = await in_pool(self._pool, lambda: self._submit(ask), _take_back)
+            replies = await in_pool(pool, lambda: self._submit(ask), _take_back)
         finally:
-            self._reading -= 1
+            self._reading[pool] -= 1
         answers = LocalAnswers(replies, self._llm.tokenizer)
         for reply in replies:
             self._running[reply.stream] = answers, reply
@@ -220,6 +269,7 @@ class Local:
     def _submit(self, ask: Ask) -> list[Reply]:
         llm = self._llm
         sampling = llm.sampling(**ask.sampling)
+        tools = _tools(ask)
         return llm.submit(
             self._ids(ask),
             sampling,
@@ -228,14 +278,16 @@ class Local:
             salt=ask.tenant,
             skip_special=ask.skip_special,
             begins=ask.messages is not None and not ask.continue_final,
+            grammar=None if ask.grammar is None else Grammar(*ask.grammar),  # type: ignore[arg-type]
+            tools=tools,
         )
 
     def _ids(self, ask: Ask) -> list[int]:
         llm = self._llm
         if ask.messages is not None:
-            ids = llm.encode_chat(ask.messages, continue_final=ask.continue_final)
+            ids = llm.encode_chat(ask.messages, continue_final=ask.continue_final, tools=_tools(ask))
         elif isinstance(ask.prompt, str):
-            ids = llm.encode(ask.prompt, bos=ask.bos)
+            ids = llm.encode(ask.prompt, bos=ask.bos, marked=ask.marked)
         else:
             ids = list(ask.prompt or ())
         return ids[-ask.truncate :] if ask.truncate else ids
@@ -259,7 +311,7 @@ class Local:
 
     async def close(self) -> None:
         await self._loop.run_in_executor(None, self._llm.close)
-        for pool in (self._pool, self._vectors):
+        for pool in (self._pool, self._grammars, self._vectors):
             pool.shutdown(wait=False, cancel_futures=True)
 
 

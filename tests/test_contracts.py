@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+from collections import deque
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moesaic import checkpoints, formats, models, ops, registry
-from moesaic.errors import CheckpointError, NotFound
+from moesaic.bench import endpoints
+from moesaic.bench.endpoints import Answer, Ask, Endpoint, Failed, Manner, _http
+from moesaic.errors import CheckpointError, InvalidRequest, NotFound
 from moesaic.formats import Packed
+from tests.scripted import CONTEXT, TEMPLATE, Script, serving
 from tests.tiny import ours, theirs
 
 
@@ -134,6 +142,116 @@ class TestCheckpoints:
     def test_says_what_it_looks_for(self, layout, tmp_path):
         assert registry.load("checkpoints", layout).LOOKS_FOR
         assert registry.load("checkpoints", layout).detect(tmp_path) is False
+
+
+@pytest.mark.parametrize("name", registry.names(endpoints.FOLDER))
+class TestEndpoints:
+    """Every dialect, spoken with a server that plays a script."""
+
+    def ask(self, name: str, script: Script, act: Callable[[Endpoint], Awaitable[Any]], **manner: Any) -> Any:
+        """Return what ``act`` returns of the endpoint."""
+
+        async def run() -> Any:
+            async with _http.connect(script.url, "secret", {"X-Who": "me"}) as client:
+                dialect = name.replace("_", "-")
+                return await act(await endpoints.open(client, Manner(poll=0.001, **manner), dialect, None))
+
+        with serving(script):
+            return asyncio.run(run())
+
+    async def answer(self, endpoint: Endpoint, ask: Ask | None = None) -> Answer:
+        answer = Answer()
+        await endpoint.answer(ask or Ask("one two three", 9), answer)
+        return answer
+
+    def test_its_name_is_its_file(self, name):
+        dialect = endpoints.load(name.replace("_", "-"))
+        assert dialect.name == name.replace("_", "-") and not inspect.isabstract(dialect)
+        assert dialect.__module__ == f"moesaic.bench.endpoints.{name}"
+
+    def test_notes_every_piece_and_what_the_server_counts(self, name):
+        found = self.ask(name, Script(key="secret"), self.answer)
+        assert len(found.arrivals) == 5 and list(found.arrivals) == sorted(found.arrivals)
+        assert (found.tokens, found.prompt_tokens) == (5, TEMPLATE + 6)
+
+    def test_a_server_that_does_not_count(self, name):
+        found = self.ask(name, Script(counts=False), self.answer)
+        assert len(found.arrivals) == 5
+        assert (found.tokens, found.prompt_tokens) == (None, None)
+
+    @pytest.mark.parametrize(
+        ("fault", "kind"),
+        [
+            ("error", "error event"),
+            ("cut", "cut stream"),
+            ("short", "cut stream"),
+            ("refuse", "status 429"),
+            ("page", "bad reply"),
+        ],
+    )
+    def test_a_failure_is_told_by_its_kind_and_ends_nothing_else(self, name, fault, kind):
+        async def twice(endpoint: Endpoint) -> tuple[Failed, Answer]:
+            with pytest.raises(Failed) as caught:
+                await self.answer(endpoint)
+            return caught.value, await self.answer(endpoint)
+
+        failed, next = self.ask(name, Script(faults=deque([fault])), twice)
+        assert failed.kind == kind
+        assert failed.retry_after == ("7" if fault == "refuse" else None)
+        assert ("it broke" in failed.detail) == (fault == "error")
+        assert "\n" not in str(failed)
+        assert len(next.arrivals) == 5
+
+    def test_says_what_it_was_told_to(self, name):
+        script, dialect = Script(), endpoints.load(name.replace("_", "-"))
+        manner = {"temperature": 0.5, "extra": {"top_k": 7}, "ignore_eos": dialect.ignores_eos}
+        self.ask(name, script, self.answer, **manner)
+        [(path, headers, body)] = script.asked
+        assert path == (dialect.path or "/tiny") and headers["x-who"] == "me"
+        assert headers["authorization"] == "Bearer secret"
+        body = body | body.get("parameters", {})
+        assert (body["temperature"], body["top_k"]) == (0.5, 7)
+        assert body.get("ignore_eos", False) == dialect.ignores_eos
+        assert 9 in body.values()
+
+    def test_what_it_cannot_say_is_refused(self, name):
+        if not endpoints.load(name.replace("_", "-")).ignores_eos:
+            with pytest.raises(InvalidRequest, match="ignore-eos"):
+                self.ask(name, Script(), self.answer, ignore_eos=True)
+
+    def test_conversations(self, name):
+        said = (
+            {"role": "user", "content": "a b"},
+            {"role": "assistant", "content": "c"},
+            {"role": "user", "content": "d"},
+        )
+        script = Script()
+        if endpoints.load(name.replace("_", "-")).chats:
+            self.ask(name, script, lambda endpoint: self.answer(endpoint, Ask("", 9, said)))
+            assert all(word in str(script.asked[0][2]) for word in ("a b", "assistant", "d"))
+
+    def test_is_found_where_it_is_spoken_and_only_there(self, name):
+        rank = endpoints.load(name.replace("_", "-")).rank
+        if rank is None:
+            return
+
+        async def opened(script: Script) -> str:
+            async with _http.connect(script.url) as client:
+                return (await endpoints.open(client, Manner(), "auto", None)).name
+
+        for speaks in ((name,), ("nothing",)):
+            with serving(Script(speaks=speaks)) as script:
+                if speaks == (name,):
+                    assert asyncio.run(opened(script)) == name.replace("_", "-")
+                else:
+                    with pytest.raises(InvalidRequest, match="--dialect"):
+                        asyncio.run(opened(script))
+
+    def test_knows_the_context_if_the_server_says(self, name):
+        async def context(endpoint: Endpoint) -> int | None:
+            return endpoint.context
+
+        assert self.ask(name, Script(), context) == (None if name == "aime" else CONTEXT)
 
 
 def test_an_unknown_name_is_refused_with_what_exists():

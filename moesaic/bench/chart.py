@@ -6,17 +6,13 @@ imported when one is drawn.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from moesaic.bench.compare import Cell, Comparison, Row
-from moesaic.errors import InvalidParameter, InvalidRequest
+from moesaic.bench.plotting import COLOURS
 
-SUFFIXES = (".svg", ".png")
-COLOURS = ("#4477aa", "#228833", "#ee6677", "#ccbb44", "#66ccee", "#aa3377")
-"""One for each engine; Paul Tol's bright scheme, which colour-blind readers can tell apart."""
 FACTS = ("bits", "GiB", "same", "spread")
 """What stands in front of a row's speeds: see docs/benchmarks.md."""
 STEP, WHOLE = "moesaic", "moesaic_llm"
@@ -73,19 +69,6 @@ def _facts(row: Row, cells: Sequence[Cell]) -> list[str]:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def check(path: Path) -> None:
-    """Refuse a plot that could not be drawn, before anything is measured.
-
-    Raises:
-        InvalidParameter: the file's kind is not known.
-        InvalidRequest: matplotlib is missing.
-    """
-    if path.suffix not in SUFFIXES:
-        raise InvalidParameter("plot", f"{path} ends in neither {' nor '.join(SUFFIXES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InvalidRequest("a plot needs matplotlib: pip install 'moesaic[plot]'")
 
 
 def plot(found: Comparison, path: Path, caption: str) -> None:

@@ -47,6 +47,7 @@ def _run_batch(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"{args.source}: no such file")
     args.models = [args.model] if args.model else []
     args.sequences, args.queue = args.concurrency, 8 * args.concurrency + 256
+    args.batch_tokens = None
     count = asyncio.run(_answer(args))
     before = f", {count.skipped} of them before" if count.skipped else ""
     print(f"{count.answered} answered, {count.failed} failed{before}", file=sys.stderr)

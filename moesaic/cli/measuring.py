@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.load import add_serving
 from moesaic.errors import InvalidRequest
 
 GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
@@ -74,8 +75,9 @@ def add_bench(commands: Commands) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure this machine and this build",
-        description="Measure this machine and this build. Leave the machine alone meanwhile.",
-        epilog="examples:\n  moesaic bench kernels --format int4\n  moesaic bench offline ./mixtral --format q4",
+        description="Measure this machine and this build, or a server. Leave the machine alone meanwhile.",
+        epilog="examples:\n  moesaic bench kernels --format int4\n  moesaic bench offline ./mixtral --format q4\n"
+        "  moesaic bench serving http://localhost:8000 --concurrency 1,4,16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds: Commands = parser.add_subparsers(metavar="WHAT", required=True)
@@ -135,6 +137,7 @@ def add_bench(commands: Commands) -> None:
     offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
     offline.add_argument("--batch", type=int, default=1, metavar="N", help="answers at once (default 1)")
     offline.add_argument("--out", type=Path, metavar="FILE", help="write the figures there")
+    add_serving(kinds)
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
@@ -161,7 +164,7 @@ def _bench_kernels(args: argparse.Namespace) -> int:
 
 def _bench_peers(args: argparse.Namespace) -> int:
     from moesaic import pull
-    from moesaic.bench import chart, compare, limits, report
+    from moesaic.bench import chart, compare, limits, plotting, report
     from moesaic.ops import native
 
     def say(line: str) -> None:
@@ -172,7 +175,7 @@ def _bench_peers(args: argparse.Namespace) -> int:
     if args.threads is not None:
         plan = replace(plan, threads=args.threads)
     if args.plot:
-        chart.check(args.plot)
+        plotting.check(args.plot)
     most = partial(limits.measure, report=say) if native.why_not("linear", "cpu", "int4") is None else None
     work = args.work or pull.cache() / "bench"
     found = compare.compare(pairs, work, plan=plan, pythons=pythons, limits=most, report=say)

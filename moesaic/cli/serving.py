@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.cli import launcher
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, folder
+from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, MoesaicError, NotFound
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ def add_serve(commands: Commands) -> None:
         "moesaic serve ./mixtral-q4 --port 8080",
         "moesaic serve chat=./mixtral small=./mistral-7b --memory 20 --host 0.0.0.0 --keys keys.json",
     )
+    parser.usage = "moesaic serve [FLAGS] [MODEL ...]"
     parser.add_argument("models", metavar="MODEL", nargs="*", help="folders, or org/name on the hub; default: built-in")
     model = parser.add_argument_group("models")
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as the checkpoint is stored")
@@ -38,14 +42,15 @@ def add_serve(commands: Commands) -> None:
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     model.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
     model.add_argument("--cache-tokens", type=int, metavar="N", help="places in the key/value cache of each model")
-    model.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half the memory")
+    stored = (*CACHE_DTYPES, *launcher.FP8)
+    model.add_argument("--kv-cache-dtype", choices=stored, default="auto", help="int8: half the memory; fp8: int8")
     model.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`")
     model.add_argument("--memory", type=float, metavar="GB", help="most that loaded models may take together")
     model.add_argument("--sequences", type=int, metavar="N", help="answers at the same time (default 64)")
     model.add_argument("--queue", type=int, metavar="N", help="answers that may wait; more get 429 (default 256)")
     net = parser.add_argument_group("network")
-    net.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    net.add_argument("--port", type=int, default=8000, help="default 8000; 0: any free one")
+    net.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    net.add_argument("-p", "--port", type=int, help="default 8000; 0: any free one")
     net.add_argument("--allowed-host", action="append", metavar="NAME", help="a name clients call it by; *: any")
     net.add_argument("--cors-origin", action="append", metavar="URL", help="a page's origin that may call it")
     net.add_argument(
@@ -68,6 +73,7 @@ def add_serve(commands: Commands) -> None:
     out.add_argument("--log-format", choices=("json", "text"), default="json")
     out.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     out.add_argument("--otel", action="store_true", help="traces to OTEL_EXPORTER_OTLP_ENDPOINT")
+    launcher.add_flags(parser)
 
 
 def need_packages() -> None:
@@ -88,8 +94,11 @@ def need_packages() -> None:
 def _serve(args: argparse.Namespace) -> int:
     need_packages()
     from moesaic.serve import front, keys, logs
-    from moesaic.serve.settings import Settings
+    from moesaic.serve.settings import Settings, TgiBounds
 
+    launch = launcher.translate(args, os.environ)
+    args = launch.args
+    os.environ.update(launch.environment)  # for the libraries that read it
     given = {
         "allowed_hosts": tuple(args.allowed_host or ()),
         "cors_origins": tuple(args.cors_origin or ()),
@@ -98,6 +107,9 @@ def _serve(args: argparse.Namespace) -> int:
         "drain_seconds": args.drain_timeout,
         "body_bytes": args.max_body,
         "strict_model_name": args.strict_model_name,
+        "concurrent_requests": args.concurrent_requests,
+        "prompts": args.prompts,
+        "tgi": TgiBounds(**launch.bounds),
         "trusted_proxies": tuple(args.trusted_proxy or ()),
     }
     named = {name: value for name, value in given.items() if value is not None}
@@ -106,18 +118,27 @@ def _serve(args: argparse.Namespace) -> int:
     if not settings.loopback and not who.wanted and not args.insecure_no_auth:
         raise InvalidRequest(
             f"{args.host} can be reached from elsewhere: give --keys FILE (`moesaic keys add` makes one), "
-            "MOESAIC_API_KEYS, or --insecure-no-auth to let everybody in"
+            "MOESAIC_API_KEYS, --api-key, or --insecure-no-auth to let everybody in"
         )
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InvalidRequest("--tls-cert and --tls-key go together")
     logs.set_up(args.log_level, as_json=args.log_format == "json")
+    _say(launch)
     front.prepare(settings.connections)
     listening = front.bind(settings)  # before a model is read: a port that is taken is known at once
     try:
-        asyncio.run(_run(args, settings, who, listening))
+        with asyncio.Runner(loop_factory=front.loop_factory()) as runner:
+            runner.run(_run(args, settings, who, listening))
     finally:
         listening.close()
     return 0
+
+
+def _say(launch: launcher.Launch) -> None:
+    """Tell what TGI's flags were taken as."""
+    if launch.said:
+        lines = ("moesaic: TGI's flags, as they are taken here:", *(f"  {one_line(line)}" for line in launch.said))
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 async def _run(args: argparse.Namespace, settings: Any, who: Any, listening: Any) -> None:
@@ -157,7 +178,8 @@ def _keys(args: argparse.Namespace) -> tuple[Key, ...]:
     from moesaic.serve import keys
 
     listed = keys.read(args.keys) if args.keys else ()
-    return (*listed, *keys.from_environment(os.environ.get("MOESAIC_API_KEYS", "")))
+    one = (keys.Key("api-key", keys.digest(args.api_key)),) if args.api_key else ()
+    return (*listed, *one, *keys.from_environment(os.environ.get("MOESAIC_API_KEYS", "")))
 
 
 def books(args: argparse.Namespace) -> list[Book]:
@@ -167,12 +189,14 @@ def books(args: argparse.Namespace) -> list[Book]:
 
     found = []
     for given in args.models or [None]:
-        name, _, model = given.rpartition("=") if given else ("", "", None)
+        # A path may have a "=" in it, behind the name that it then needs.
+        name, _, model = given.partition("=") if given and "=" in given else ("", "", given)
         path = folder(model)
         if path is not None and not path.is_dir():
             raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
-        shown = name or (model.rstrip("/").split("/")[-1] if model else "built-in")
-        aliases = tuple({model} - {shown, None}) if model and "/" in model and not Path(model).exists() else ()
+        called = model if model is None or Path(model).exists() else model.partition("@")[0]
+        shown = name or (called.rstrip("/").split("/")[-1] if called else "built-in")
+        aliases = tuple({called} - {shown, None}) if called and "/" in called and not Path(called).exists() else ()
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
         found.append(Book(Card(shown, aliases, state="unloaded"), partial(open_model, args, path, shown), size))
     if len({book.card.name for book in found}) < len(found):
@@ -193,6 +217,8 @@ async def open_model(args: argparse.Namespace, path: Path | None, name: str) -> 
         limits = replace(limits, sequences=args.sequences, batch_tokens=max(limits.batch_tokens, args.sequences))
     if args.queue is not None:
         limits = replace(limits, queue=args.queue)
+    if args.batch_tokens is not None:
+        limits = replace(limits, sequences=min(limits.sequences, args.batch_tokens), batch_tokens=args.batch_tokens)
 
     def load() -> LLM | Classifier:
         if path is not None and is_classifier(path):

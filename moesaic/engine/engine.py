@@ -55,6 +55,7 @@ class Stream:
         Raises:
             StopIteration: after ``Done``, or after an error was raised.
             NumericalError: the model computed NaN or infinity for this answer.
+            GrammarError: no token can follow under the request's constraint.
             EngineStopped: the engine was closed, or died; the cause is chained.
         """
         if self._ended:
@@ -311,6 +312,9 @@ class Engine(AbstractContextManager["Engine"]):
             self._runner.wipe(self._scheduler.fail(sequence))
             self._numerical += 1
             news.append((self._streams.pop(sequence), [NumericalError("the model computed NaN or infinity")]))
+        for sequence, error in outcome.refused.items():
+            self._scheduler.cancel(sequence)
+            news.append((self._streams.pop(sequence), [error]))
         for sequence, events in self._scheduler.commit(step, outcome):
             self._generated += sum(isinstance(event, Token) for event in events)
             ended = isinstance(events[-1], Done)

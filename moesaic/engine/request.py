@@ -7,11 +7,15 @@ ids, and ``Sampling.stop`` is carried only for the layer above that turns ids in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from moesaic.errors import InvalidParameter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_N = 8
 MAX_LOGPROBS = 20
@@ -58,7 +62,7 @@ class Sampling:
     max_tokens: int | None = None
     """The most tokens to generate; None: as many as fit. Clipped to what the context has room for."""
     min_tokens: int = 0
-    """No EOS and no stop id before this many tokens."""
+    """No EOS and no stop id before this many tokens, unless a grammar leaves nothing else."""
     n: int = 1
     """How many answers; 1 .. 8."""
     seed: int | None = None
@@ -152,6 +156,33 @@ def _ids(name: str, ids: Any) -> tuple[int, ...]:
     return out
 
 
+class Constraint(Protocol):
+    """What one answer may say next: a grammar, and where in it the answer is.
+
+    Each of a request's answers has its own, used by the engine's thread alone. It knows text, not ends:
+    which ids end an answer is the request's affair (``Request.stop_ids``), a constraint says only
+    when it may end.
+    """
+
+    def mask(self) -> NDArray[np.int32]:
+        """Return the tokens that may come next: [V / 32, rounded up], token t is bit t % 32 of word t // 32.
+
+        Raises:
+            GrammarError: this cannot be found out; the answer ends with it.
+        """
+
+    def accept(self, id: int) -> None:
+        """Enter the next token of the answer. Called once for each, but for the one that ends it. Never raises."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer is whole as it stands."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is whole and nothing can follow."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt and what to do with it.
@@ -169,6 +200,8 @@ class Request:
     """The lower number goes first; first come, first served within one."""
     salt: str = ""
     """Requests with different salts share no cached prefix. One per tenant; set by the server, never by a client."""
+    constraint: Callable[[], Constraint] | None = None
+    """Makes what holds an answer to a grammar, one for each of the n; None: anything may be said."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", _ids("prompt", self.ids))
@@ -188,9 +221,9 @@ class Request:
 class Token:
     """One token of an answer.
 
-    ``logprob`` and ``top`` are of the model's own distribution, before bias, penalties, temperature
-    and truncation; None and empty unless asked for. ``top`` is ordered by falling probability, ties
-    by lower id.
+    ``logprob`` and ``top`` are of the model's own distribution, before bias, penalties, grammar,
+    temperature and truncation: under a grammar the likeliest may be tokens that it forbids. None and
+    empty unless asked for. ``top`` is ordered by falling probability, ties by lower id.
     """
 
     id: int
@@ -248,6 +281,7 @@ class Sequence:
     ended: bool = False
     primed: bool = False  # the whole prompt has been in the cache once
     prompt_logprobs: list[Token] = field(default_factory=list)
+    constraint: Constraint | None = None  # at the end of ids: it moves when they grow, and only then
 
     @property
     def prompt(self) -> int:

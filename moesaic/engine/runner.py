@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moesaic.engine import sampler
+from moesaic.engine import masks, sampler
 from moesaic.engine.batch import assemble
 from moesaic.engine.request import Sequence, Token
 from moesaic.engine.scheduler import Outcome, Run, Step
@@ -75,22 +75,25 @@ class Runner:
         """Run the model on ``step`` and choose the next tokens."""
         batch = assemble(step, self.cache, self.device)
         hidden = self.model(batch)
-        failed = _broken(hidden, batch.starts, step)
         rows = [run.sequence for run in step.runs if run.samples]
+        # Between starting the model and looking at what it gave: an accelerator is at work meanwhile.
+        allowed, refused = masks.allowed(rows, self.model.vocab_size)
+        failed = _broken(hidden, batch.starts, step)
         tokens: dict[Sequence, list[Token]] = {}
         if rows:
             logits = self.model.logits(hidden[batch.outputs])
             failed |= {sequence for sequence, good in zip(rows, _finite(logits).tolist(), strict=True) if not good}
-            good = [row for row, sequence in enumerate(rows) if sequence not in failed]
+            good = [row for row, sequence in enumerate(rows) if sequence not in failed and sequence not in refused]
             if good:
                 chosen = logits if len(good) == len(rows) else logits[good]
-                tokens = sampler.sample(chosen, [rows[row] for row in good])
+                tokens = sampler.sample(chosen, [rows[row] for row in good], allowed)
         scores = {
             run.sequence: self._scores(hidden[begin:], run)
             for run, begin in zip(step.runs, batch.starts, strict=False)
             if run.sequence.scores_prompt and not run.sequence.generated and run.sequence not in failed
         }
-        return Outcome(tokens, scores, frozenset(failed))
+        refused = {sequence: error for sequence, error in refused.items() if sequence not in failed}
+        return Outcome(tokens, scores, frozenset(failed), refused)
 
     def _scores(self, hidden: Tensor, run: Run) -> list[Token]:
         """Return the log-probabilities of the prompt's tokens that follow those of this run."""

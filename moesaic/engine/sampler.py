@@ -2,9 +2,9 @@
 
 A row goes through, in this order (that of transformers' ``generate``, and of vLLM where it has the
 same step): logit bias, no end before ``min_tokens``, repetition penalty, frequency and presence
-penalties; the greedy rows then take the largest logit; the others go on through temperature,
-top-k, top-p, min-p, typical-p, and one draw. Log-probabilities that are reported are of the row
-as the model gave it.
+penalties, what a grammar forbids (``masks``); the greedy rows then take the largest logit; the
+others go on through temperature, top-k, top-p, min-p, typical-p, and one draw. Log-probabilities
+that are reported are of the row as the model gave it.
 
 The draw inverts the distribution at a number that is a hash of (seed, index of the answer, place
 in the answer) and of nothing else: no generator's state that a preemption or the company in a
@@ -18,10 +18,12 @@ Legend: R rows, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listing
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic import ops
@@ -30,9 +32,16 @@ from moesaic.engine.request import Sampling, Sequence, Token
 NEVER = float("-inf")
 
 
-def sample(logits: Tensor, sequences: Listing[Sequence]) -> dict[Sequence, list[Token]]:
-    """Return the next token of each sequence from its row of ``logits`` [R, V], which must be finite."""
+def sample(
+    logits: Tensor, sequences: Listing[Sequence], allowed: Mapping[Sequence, NDArray[np.bool_]] | None = None
+) -> dict[Sequence, list[Token]]:
+    """Return the next token of each sequence from its row of ``logits`` [R, V], which must be finite.
+
+    ``allowed`` has the tokens [V] that a grammar allows, at least one, for each sequence that has a grammar.
+    """
     adjusted = _adjust(logits, sequences)
+    if allowed:
+        adjusted = _forbid(adjusted, sequences, allowed, fresh=adjusted is not logits)
     ids = [0] * len(sequences)
     for greedy in (True, False):
         rows = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.greedy is greedy]
@@ -91,7 +100,8 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
     s = sequence.request.sampling
     if s.logit_bias:
         row[_ids(s.logit_bias, row)] += torch.tensor(list(s.logit_bias.values()), device=row.device)
-    if sequence.generated < s.min_tokens and sequence.request.stop_ids:
+    # Under a grammar it is the mask that knows whether an end can be done without.
+    if sequence.generated < s.min_tokens and sequence.request.stop_ids and sequence.constraint is None:
         row[_ids(sequence.request.stop_ids, row)] = NEVER
     if s.repetition_penalty != 1:
         seen = _ids(set(sequence.ids), row)
@@ -101,6 +111,18 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
         counts = torch.bincount(answer, minlength=len(row))
         row -= s.frequency_penalty * counts + s.presence_penalty * (counts > 0)
     return row
+
+
+def _forbid(
+    logits: Tensor, sequences: Listing[Sequence], allowed: Mapping[Sequence, NDArray[np.bool_]], *, fresh: bool
+) -> Tensor:
+    """Return logits [R, V] with -inf where a sequence's grammar does not allow the token."""
+    rows = [row for row, sequence in enumerate(sequences) if sequence in allowed]
+    if rows:
+        kept = torch.from_numpy(np.stack([allowed[sequences[row]] for row in rows])).to(logits.device)
+        logits = logits if fresh else logits.clone()
+        logits[rows] = logits[rows].masked_fill_(~kept, NEVER)
+    return logits
 
 
 def _ids(ids: object, row: Tensor) -> Tensor:

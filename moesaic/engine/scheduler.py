@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from moesaic.engine import blocks as prefix
 from moesaic.engine.blocks import Blocks
 from moesaic.engine.request import Done, Event, PromptLogprobs, Reason, Request, Sequence, Token
-from moesaic.errors import InvalidParameter, Overloaded, PromptTooLong
+from moesaic.errors import InvalidParameter, MoesaicError, Overloaded, PromptTooLong
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class Outcome:
     """Log-probabilities of the prompt's tokens cached + 1 .. cached + count, where they are wanted."""
     failed: frozenset[Sequence] = frozenset()
     """Sequences for which the model computed NaN or infinity."""
+    refused: Mapping[Sequence, MoesaicError] = field(default_factory=dict)
+    """Sequences whose grammar leaves no next token, and why."""
 
 
 class Scheduler:
@@ -127,7 +129,9 @@ class Scheduler:
         out: list[Sequence] = []
         for index in range(sampling.n):
             leader = out[0] if out else None
-            out.append(Sequence(request, index, 0, seed, limit, list(request.ids), list(digests), leader))
+            sequence = Sequence(request, index, 0, seed, limit, list(request.ids), list(digests), leader)
+            sequence.constraint = request.constraint() if request.constraint else None
+            out.append(sequence)
         return out
 
     def add(self, sequences: Listing[Sequence]) -> None:
@@ -342,9 +346,10 @@ class Scheduler:
             sequence.ids.append(token.id)
             events.append(token)
             stopped = token.id in sequence.request.stop_ids  # before min_tokens the sampler gives none
-            if stopped or len(sequence.ids) >= sequence.limit:
+            whole = not stopped and _completes(sequence, token.id)
+            if stopped or whole or len(sequence.ids) >= sequence.limit:
                 self._end(sequence)
-                events.append(_done(sequence, "stop" if stopped else "length", token.id if stopped else None))
+                events.append(_done(sequence, "stop" if stopped or whole else "length", token.id if stopped else None))
                 break
         return events
 
@@ -358,6 +363,14 @@ class Scheduler:
 def _rank(sequence: Sequence) -> tuple[bool, int, int]:
     """The smaller goes first."""
     return (not sequence.aged, 0 if sequence.aged else sequence.request.priority, sequence.arrival)
+
+
+def _completes(sequence: Sequence, id: int) -> bool:
+    """Enter a token into the sequence's grammar; return whether nothing can follow."""
+    if sequence.constraint is None:
+        return False
+    sequence.constraint.accept(id)
+    return sequence.constraint.done
 
 
 def _held(sequence: Sequence) -> list[int]:

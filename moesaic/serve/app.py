@@ -12,7 +12,8 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from moesaic.errors import Forbidden, MoesaicError, NotFound, TimedOut, Unavaila
 from moesaic.serve import logs
 from moesaic.serve.dialects import _openai
 from moesaic.serve.exchange import (
-    LONG,
     Call,
     Disconnected,
     Endpoint,
@@ -38,14 +38,14 @@ from moesaic.serve.exchange import (
     Sender,
     Streamed,
     Whole,
-    decode,
     failure_of,
     header,
-    read_body,
 )
 from moesaic.serve.guard import Guard
+from moesaic.serve.kept import Kept
 from moesaic.serve.keys import NOBODY, Keys
 from moesaic.serve.progress import Progress
+from moesaic.serve.reading import LONG, decode, read_body
 from moesaic.serve.settings import Settings
 from moesaic.serve.tracing import Tracer
 from moesaic.serve.watch import Metrics
@@ -76,13 +76,20 @@ class App:
         self.tracer = tracer
         self.metrics = Metrics(door.load)
         self.guard = Guard(self.settings, self.keys)
+        self.kept = Kept(self.settings.kept_responses, self.settings.kept_bytes)
         self.progress = Progress(door, self.settings.stall_seconds)
-        self.description: dict[str, Any] | None = None
+        self.descriptions: dict[bool, dict[str, Any]] = {}
+        """OpenAPI's, with and without keys, as far as they were asked for."""
         self.draining = False
         self.running = 0
         """Requests that are being answered."""
+        self.asking = 0
+        """What of them asks a model; one may ask for several answers."""
         self.endpoints = list(endpoints())
-        routes: list[Any] = [Route(each.path, _Run(self, each), methods=[each.method]) for each in self.endpoints]
+        paths: dict[str, dict[str, Endpoint]] = {}
+        for each in self.endpoints:
+            paths.setdefault(each.path, {})[each.method] = each
+        routes: list[Any] = [Route(path, _Run(self, path, by), methods=list(by)) for path, by in paths.items()]
         self._router = Router(routes, default=self._not_found, redirect_slashes=False)
         self._files = StaticFiles(directory=WEB, check_dir=False)
 
@@ -118,7 +125,8 @@ class App:
             else:
                 await self._router(scope, receive, send)
         except HTTPException as error:
-            await self._refuse(scope, WrongMethod(scope["method"], (error.headers or {}).get("Allow", "")))
+            allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
+            await self._refuse(scope, WrongMethod(scope["method"], ", ".join(allowed)))
         except MoesaicError as error:
             await self._refuse(scope, error)
         finally:
@@ -191,7 +199,7 @@ class App:
             raise TimedOut(f"the answer took longer than {seconds:g} s") from None
         if isinstance(answer, Streamed):
             assert call.endpoint.broken is not None, "an endpoint that streams must say how a stream breaks"
-            await sender.stream(answer, call.endpoint.broken)
+            await sender.stream(answer, answer.broken or call.endpoint.broken)
         else:
             call.close()  # before the answer is there: who has it may come again at once
             await sender.whole(answer)
@@ -201,7 +209,7 @@ class App:
         if sender.started:
             return
         failure = failure_of(error)
-        shape = endpoint.failure if endpoint else shape_of(scope["path"])
+        shape = endpoint.failure if endpoint else self._shape_of(scope["path"])
         wait = failure.retry_after
         headers = {} if wait is None else {"retry-after": str(max(1, math.ceil(wait)))}
         if isinstance(error, WrongMethod):
@@ -209,11 +217,23 @@ class App:
         if failure.status == 401:
             headers["www-authenticate"] = "Bearer"
         with contextlib.suppress(Disconnected):
-            await sender.whole(Whole(shape(failure), failure.status, headers=headers))
+            shown = shape(failure)
+            answer = shown if isinstance(shown, Whole) else Whole(shown, failure.status)
+            await sender.whole(replace(answer, headers={**answer.headers, **headers}))
+
+    def _shape_of(self, path: str) -> Any:
+        """Return how an error is shown where no route was found, or none of that method.
+
+        As the route at or above this path shows it; else as OpenAI does under /v1, and as TGI does elsewhere.
+        """
+        for endpoint in self.endpoints:
+            if endpoint.path not in ("/", "/v1") and f"{path}/".startswith(f"{endpoint.path}/"):
+                return endpoint.failure
+        return _openai.failure if path.startswith("/v1") else _plain
 
     def _log(self, scope: Scope, sender: Sender) -> None:
         route = scope.get("endpoint")
-        path = route.endpoint.path if isinstance(route, _Run) else "other"
+        path = route.path if isinstance(route, _Run) else "other"
         self.metrics.requests.labels(scope["method"], path, str(sender.status or 499)).inc()
         log.info(
             "request",
@@ -229,26 +249,27 @@ class App:
 
 
 class _Run:
-    """An endpoint as the router calls it."""
+    """The endpoints of one path, by method, as the router calls them."""
 
-    def __init__(self, app: App, endpoint: Endpoint) -> None:
-        self.app, self.endpoint = app, endpoint
+    def __init__(self, app: App, path: str, endpoints: Mapping[str, Endpoint]) -> None:
+        self.app, self.path, self.endpoints = app, path, endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, _: Send) -> None:
+        endpoint = self.endpoints["GET" if scope["method"] == "HEAD" else scope["method"]]
         try:
-            await self.app.run(self.endpoint, scope, receive)
+            await self.app.run(endpoint, scope, receive)
         except Disconnected:
             pass
         except asyncio.CancelledError:
             if not self.app.draining:
                 raise
-            await self.app._refuse(scope, Unavailable("the server is stopping"), self.endpoint)
+            await self.app._refuse(scope, Unavailable("the server is stopping"), endpoint)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of somebody's Rust is no Exception
             if not isinstance(error, MoesaicError):
                 log.error("an endpoint broke", extra={"id": scope["request_id"], **logs.trace(error)})
-            await self.app._refuse(scope, error, self.endpoint)
+            await self.app._refuse(scope, error, endpoint)
 
 
 async def _unless_left(work: Any, receive: Receive) -> None:
@@ -279,13 +300,6 @@ def endpoints() -> Iterable[Endpoint]:
     """Yield the routes of every dialect."""
     for name in registry.names("serve/dialects"):
         yield from registry.load("serve/dialects", name).ENDPOINTS
-
-
-def shape_of(path: str) -> Any:
-    """Return how an error is shown where no route was found: as OpenAI does under /v1, elsewhere as TGI does."""
-    if path.startswith("/v1"):
-        return _openai.failure
-    return _plain
 
 
 def _plain(failure: Failure) -> Any:

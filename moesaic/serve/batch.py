@@ -23,7 +23,8 @@ from msgspec import Meta, Struct
 
 from moesaic.errors import InvalidRequest
 from moesaic.serve.app import App
-from moesaic.serve.exchange import Message, decode
+from moesaic.serve.exchange import Message
+from moesaic.serve.reading import decode
 
 TRIES = 20
 """How often a request is repeated that the server has no room for."""

@@ -1,25 +1,22 @@
-"""One request from its bytes to its answer: read, decode, run, send, and never a failure that looks like success.
+"""One request on its way to its answer: run, send, and never a failure that looks like success.
 
 Before the first byte is sent, an error is a status; after it, an error event, and the stream is closed
-without the mark of a good end. A client that leaves takes its request back. Knows ASGI and JSON. Does not know
-what is asked.
+without the mark of a good end. A client that leaves takes its request back. Knows ASGI. Does not know how a
+body is read (``reading``) nor what is asked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from moesaic.door import Answers, Ask, Door, Event
-from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, TooLarge, Unavailable, WrongMedia
+from moesaic.errors import MoesaicError, Overloaded, Unavailable
 from moesaic.serve.keys import Key
 from moesaic.serve.settings import Settings
 from moesaic.serve.watch import Watch
@@ -28,17 +25,12 @@ if TYPE_CHECKING:
     from moesaic.serve.app import App
     from moesaic.serve.tracing import Span
 
+T = TypeVar("T")
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-
-DEPTH = 32
-"""How deep JSON may be nested."""
-LONG = 64 << 10
-"""Bytes of JSON from which on it is decoded in a thread, for it would hold up streams."""
-MEDIA = re.compile(r"application/([\w.-]+\+)?json", re.I)
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Disconnected(Exception):
@@ -71,10 +63,14 @@ class Whole:
 
 @dataclass(frozen=True)
 class Streamed:
-    """An answer as it comes: frames of server-sent events."""
+    """An answer as it comes: frames of server-sent events.
+
+    ``broken`` shows an error as an event of this very stream, where its endpoint's cannot.
+    """
 
     frames: AsyncIterator[bytes]
     headers: Mapping[str, str] = field(default_factory=dict)
+    broken: Callable[[Failure], bytes] | None = None
 
 
 Answer = Whole | Streamed
@@ -84,7 +80,8 @@ Answer = Whole | Streamed
 class Endpoint:
     """One route of an API.
 
-    ``failure`` shows an error as this API does, ``broken`` as an event in a stream that has begun.
+    ``failure`` shows an error as this API does (a ``Whole`` where its status differs from ours), ``broken`` as an
+    event in a stream that has begun.
     """
 
     path: str
@@ -98,6 +95,8 @@ class Endpoint:
     """Whether it is open to everybody."""
     admin: bool = False
     summary: str = ""
+    query: Mapping[str, Any] = field(default_factory=dict)
+    """What may stand behind the path's question mark: names and JSON schemas."""
 
 
 @dataclass
@@ -139,16 +138,29 @@ class Call:
 
         The request is taken in when this returns, and taken back when the exchange ends before it.
         """
+        answers, watch = await self._admitted(ask)
+        return watch.events(answers)
+
+    async def ask_in_batches(self, ask: Ask) -> AsyncIterator[list[Event]]:
+        """Do the same, with all events together that can be had at once: an answer's last token and its end can."""
+        answers, watch = await self._admitted(ask)
+        return watch.batches(answers)
+
+    async def _admitted(self, ask: Ask) -> tuple[Answers, Watch]:
         # With keys, a client may stand back behind others, but not step in front of them.
         wish = max(0, ask.priority) if self.app.keys.wanted and not self.key.admin else ask.priority
         ask = replace(ask, tenant=self.key.name, priority=wish + self.key.priority)
+        most = self.settings.concurrent_requests
+        if most is not None and self.app.asking >= most:
+            raise Overloaded(f"{most} requests are being answered, and no more are taken in")
         if len(self._watches) >= self._begun:  # the first is the request itself, which was counted
             self.begin()
         watch = Watch(self.app.metrics, self.app.settings, ask, self._span(ask), self._settle_early)
         self._watches.append(watch)
+        self.app.asking += 1
         answers = await watch.admitted(self.door.ask(ask))
         self.running.append(answers)
-        return watch.events(answers)
+        return answers, watch
 
     def _span(self, ask: Ask) -> Span | None:
         tracer = self.app.tracer
@@ -170,6 +182,7 @@ class Call:
         if isinstance(error, Disconnected | asyncio.CancelledError):
             error = None
         for watch in self._watches:
+            self.app.asking -= 1
             watch.close(error)
             self.spent += watch.tokens
         for place in range(self._begun):
@@ -201,102 +214,18 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(error.status, type(error).__name__, str(error), getattr(error, "param", None), wait)
 
 
-# Reading
-
-
-async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:
-    """Return the body of a request.
-
-    Raises:
-        TooLarge, WrongMedia, InvalidRequest: it is too long, is no JSON, or did not come in time.
-        Disconnected: the client left first.
-    """
-    length = header(scope, b"content-length")
-    if length is not None and length.isdigit() and int(length) > settings.body_bytes:
-        raise TooLarge(f"the body has {length} bytes, at most {settings.body_bytes} are taken")
-    if (header(scope, b"content-encoding") or "identity") != "identity":
-        raise WrongMedia("compressed bodies are not taken")
-    # Pages of other origins can send anything but this without asking first.
-    if not MEDIA.fullmatch((header(scope, b"content-type") or "").partition(";")[0].strip()):
-        raise WrongMedia("the body must be JSON: send it with `Content-Type: application/json`")
-    body = bytearray()
+async def together(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Do several things at once and return what they return; the first error ends them all, and is raised."""
     try:
-        async with asyncio.timeout(settings.body_seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Disconnected
-                body += message.get("body", b"")
-                if len(body) > settings.body_bytes:
-                    raise TooLarge(f"the body has more than {settings.body_bytes} bytes")
-                if not message.get("more_body"):
-                    return bytes(body)
-    except TimeoutError:
-        raise InvalidRequest(f"the body did not come within {settings.body_seconds:g} s") from None
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_awaited(each)) for each in work]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
-def decode(body: bytes, kind: Any) -> Any:
-    """Return JSON as a value of a type, strictly: no NaN, no key twice, no abyss of brackets.
-
-    Raises:
-        InvalidRequest, InvalidParameter: it is not that; a parameter is named where one is at fault.
-    """
-    try:
-        text = body.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
-        _shallow(value)
-        if SURROGATE.search(text):  # halves of a character are no text: nothing can be done with them
-            json.dumps(value, ensure_ascii=False).encode()
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise _misfit(str(error)) from None
-    except RecursionError:
-        raise InvalidRequest(f"the body is nested deeper than {DEPTH}") from None
-    except UnicodeError:
-        raise InvalidRequest("the body is not JSON: it is no valid UTF-8, or has half a character") from None
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-def _finite(written: str) -> float:
-    value = float(written)
-    if math.isinf(value):
-        raise ValueError("a number is too large")
-    return value
-
-
-def _shallow(value: Any) -> None:
-    level = [value]
-    for _ in range(DEPTH):
-        level = [
-            inner
-            for each in level
-            if isinstance(each, dict | list)
-            for inner in (each.values() if isinstance(each, dict) else each)
-        ]
-        if not level:
-            return
-    raise RecursionError
-
-
-def _misfit(message: str) -> InvalidRequest:
-    found = re.fullmatch(r"(.*) - at `\$\.?(.*?)`", message, re.S)
-    if found and found[2]:
-        return InvalidParameter(found[2], found[1])
-    if missing := re.fullmatch(r"Object missing required field `(.*?)`.*", message):
-        return InvalidParameter(missing[1], "is missing")
-    return InvalidRequest(found[1] if found else message)
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
 
 
 # Sending

@@ -29,38 +29,40 @@ ANSWERS = {
 }
 
 
-def describe(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    """Return the description of all routes."""
+def describe(endpoints: Sequence[Endpoint], *, keys: bool) -> dict[str, Any]:
+    """Return the description of all routes; ``keys`` says whether one is needed."""
     bodies = [each.body for each in endpoints if each.body is not None]
     _, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
         path = re.sub(r"\{(\w+):\w+\}", r"{\1}", endpoint.path)
-        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path)
-    scheme = {"type": "http", "scheme": "bearer"}
+        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path, keys)
+    schemes = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "Moesaic", "version": __version__},
         "paths": paths,
-        "components": {"schemas": components, "securitySchemes": {"key": scheme}},
+        "components": {"schemas": components, "securitySchemes": schemes if keys else {}},
     }
 
 
-def _operation(endpoint: Endpoint, path: str) -> dict[str, Any]:
+def _operation(endpoint: Endpoint, path: str, keys: bool) -> dict[str, Any]:
     out: dict[str, Any] = {
         "summary": endpoint.summary,
         "operationId": f"{endpoint.method.lower()}{re.sub(r'[^A-Za-z0-9]+', '_', path)}",
         "responses": {str(status): {"description": about} for status, about in ANSWERS.items()},
     }
-    if not endpoint.public:
-        out["security"] = [{"key": []}]
+    if keys and not endpoint.public:
+        out["security"] = [{"bearer": []}, {"x-api-key": []}]
     if endpoint.body is not None:
         (schema,), _ = msgspec.json.schema_components([endpoint.body], ref_template="#/components/schemas/{name}")
         out["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     named = re.findall(r"\{(\w+)\}", path)
-    if named:
-        out["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in named
-        ]
-    return out
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for name in named
+    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in endpoint.query.items()]
+    return out | ({"parameters": parameters} if parameters else {})

@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from moesaic.errors import InvalidParameter
+
+
+@dataclass(frozen=True)
+class TgiBounds:
+    """What TGI's own routes allow, by the names of its launcher's flags; the numbers are its defaults."""
+
+    max_best_of: int = 2
+    max_stop_sequences: int = 4
+    max_top_n_tokens: int = 5
+    max_input_tokens: int | None = None
+    """Of a prompt; None: whatever leaves room for one token of an answer."""
+    max_total_tokens: int | None = None
+    """Of prompt and answer; None: the model's context."""
+    grammar: bool = True
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What else ``/info`` is to tell of what was asked for at the start."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_input_tokens", "max_total_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidParameter(name, f"is {value}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -50,8 +74,15 @@ class Settings:
     """Wrong keys from one address after which it is not listened to for a while."""
     prompts: int = 128
     """Prompts, or texts to embed, in one request."""
+    kept_responses: int = 1000
+    """Answers of ``/v1/responses`` that each key may go on from, ..."""
+    kept_bytes: int = 16 << 20
+    """... and how much they may take; the oldest go first."""
     strict_model_name: bool = False
     """Refuse ``tgi``, ``dummy`` and the like as names of the default model."""
+    concurrent_requests: int | None = None
+    """Requests to models at the same time, those that wait among them; None: as many as the engine's queue takes."""
+    tgi: TgiBounds = TgiBounds()
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

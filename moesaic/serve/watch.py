@@ -7,7 +7,8 @@ Knows events and clocks. Does not know HTTP, and sees no text.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ class Metrics:
     def __init__(self, load: Callable[[], Mapping[str, Load]]) -> None:
         self.registry = CollectorRegistry()
         self._load = load
+        self._labelled: dict[tuple[int, str], list[Histogram]] = {}
         self._tgi: dict[tuple[str, str], float] = {}
         model = ("model_name",)
         self.requests = self._counter("moesaic_http_requests", "Requests.", ("method", "path", "status"))
@@ -79,8 +81,16 @@ class Metrics:
 
     def observe(self, histograms: list[Histogram], model: str, value: float) -> None:
         """Enter a value under all the names that it has."""
-        for each in histograms:
-            (each.labels(model) if each._labelnames else each).observe(value)
+        for each in self._children(id(histograms), model, histograms):
+            each.observe(value)
+
+    def _children(self, key: int, model: str, histograms: list[Histogram]) -> list[Histogram]:
+        """Return the histograms of a model; looked up once, as this happens for every token."""
+        found = self._labelled.get((key, model))
+        if found is None:
+            found = [each.labels(model) if each._labelnames else each for each in histograms]
+            self._labelled[key, model] = found
+        return found
 
     def count_tgi(self, name: str, label: str = "") -> None:
         """Count under a name of TGI's, whose counters lack the suffix that Prometheus' library puts behind all."""
@@ -196,6 +206,13 @@ class Watch:
         Raises:
             Unavailable: the request waited too long for its turn. TimedOut: its answer took too long.
         """
+        async with contextlib.aclosing(self.batches(answers, all_at_once=False)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(self, answers: Answers, *, all_at_once: bool = True) -> AsyncGenerator[list[Event]]:
+        """Do the same, with all events together that can be had at once."""
         source = aiter(answers)
         while True:
             try:
@@ -207,8 +224,10 @@ class Watch:
                 if not bound.expired():
                     raise
                 raise self._late() from None
-            self._see(event)
-            yield event
+            batch = [event, *answers.ready()] if all_at_once else [event]
+            for each in batch:
+                self._see(each)
+            yield batch
 
     def _until(self) -> float | None:
         """Return when patience is at its end."""

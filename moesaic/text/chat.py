@@ -4,33 +4,38 @@ Knows the formats by name, which of them a checkpoint was trained with, and how 
 to fit. Never runs a checkpoint's own template (``template`` does, on request) and never lets the text
 of a message become a control token: those are put in as ids, the text between them is encoded alone.
 
-Mistral's formats follow mistral-common, version by version; ``llama3`` the Llama 3 model card;
-``aime`` the worker interface of that name, which is Llama 2's form.
+Mistral's formats follow mistral-common, version by version (``_mistral``); ``llama3`` and ``llama3.1`` the
+model cards (``_llama3``); ``aime`` the worker interface of that name, which is Llama 2's form. A format
+that knows no tools is told of them in words, and asked to write calls as JSON.
 """
 
 from __future__ import annotations
 
 import bisect
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 from moesaic.errors import InvalidMessages, InvalidRequest, NotFound, PromptTooLong
+from moesaic.text import _llama3, _mistral, syntax
+from moesaic.text.calls import Calls
+from moesaic.text.grammar import Grammar
+from moesaic.text.messages import JOIN, Message, validate
+from moesaic.text.syntax import Syntax
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tools import Tools
 
-ROLES = ("system", "user", "assistant")
-JOIN = "\n\n"  # between texts that become one message
+__all__ = ["FORMATS", "ChatFormat", "Message", "choose", "fit", "get", "validate"]
 
+Encoder = Callable[[list[Message], Tokenizer, Tools | None], list[int]]
 
-class Message(TypedDict):
-    """One turn: ``role`` is system, user or assistant."""
-
-    role: str
-    content: str
-
-
-Encoder = Callable[[list[Message], Tokenizer], list[int]]
+OFFER = (
+    "You can call these functions:\n{listed}\n\nTo call one, answer with nothing but a line of JSON of this form: "
+    '{{"name": "the function\'s name", "arguments": {{"an argument": "its value"}}}}. To call several, write such a '
+    "line for each. Where no function helps, answer in plain words."
+)
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,37 @@ class ChatFormat:
     needs: tuple[str, ...] = ()  # control tokens without which there is no such format
     ends: tuple[str, ...] = ()  # control tokens that end an answer, besides the tokenizer's own
     stop_strings: tuple[str, ...] = ()  # text that ends an answer, where no token does
+    syntax: Syntax = syntax.PLAIN  # how it writes calls of tools
 
     def fits(self, tokenizer: Tokenizer) -> bool:
         """Whether the tokenizer has the control tokens that this format is made of."""
         return all(token in tokenizer.control for token in self.needs)
 
+    def calls_as(self, tokenizer: Tokenizer) -> Syntax:
+        """Return how calls are written: the format's own way, if the tokenizer has the control tokens for it."""
+        native = all(mark in tokenizer.control for mark in self.syntax.marks)
+        return self.syntax if native else syntax.PLAIN
+
+    def calls(self, tokenizer: Tokenizer, tools: Tools) -> Calls:
+        """Return what finds the calls in one answer."""
+        return Calls(self.calls_as(tokenizer), tools)
+
+    def forced(self, tokenizer: Tokenizer, tools: Tools) -> Grammar:
+        """Return the grammar of an answer that is a call of one of the wanted tools; errors as ``syntax.forced``."""
+        return syntax.forced(self.calls_as(tokenizer), tools, tokenizer.control)
+
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, continue_final: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        continue_final: bool = False,
+        tools: Tools | None = None,
     ) -> list[int]:
         """Return the prompt's ids, from the beginning-of-text token to where the answer begins.
 
-        With ``continue_final`` the last message is the assistant's and is to be continued.
+        With ``continue_final`` the last message is the assistant's and is to be continued. ``tools`` are
+        what the answer may call.
 
         Raises:
             InvalidMessages: see ``validate``; or ``continue_final`` and the last role do not agree.
@@ -72,43 +97,13 @@ class ChatFormat:
             raise InvalidMessages("the last message is the assistant's: add a user message, or ask to continue it")
         if continue_final and not answered:
             raise InvalidMessages("there is nothing to continue: the last message is not the assistant's")
-        return self.build(turns, tokenizer)
+        if self.calls_as(tokenizer) is syntax.PLAIN:
+            turns, tools = _in_words(turns, tools), None
+        return self.build(turns, tokenizer, tools)
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Return the ids that end an answer; a generation config may name more."""
         return tokenizer.eos_ids | {tokenizer.control[token] for token in self.ends if token in tokenizer.control}
-
-
-def validate(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Return the conversation with consecutive turns of one role joined by an empty line.
-
-    Raises:
-        InvalidMessages: no messages, an unknown role, or content that is missing or no string.
-    """
-    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
-        raise InvalidMessages("messages must be a list of objects with role and content")
-    if not messages:
-        raise InvalidMessages("messages is empty: at least one is needed")
-    turns: list[Message] = []
-    for place, message in enumerate(messages):
-        turn = _checked(place, message)
-        if turns and turns[-1]["role"] == turn["role"]:
-            turns[-1]["content"] += JOIN + turn["content"]
-        else:
-            turns.append(turn)
-    return turns
-
-
-def _checked(place: int, message: Any) -> Message:
-    if not isinstance(message, Mapping):
-        raise InvalidMessages(f"messages[{place}] must be an object with role and content")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise InvalidMessages(f"messages[{place}] has the role {role!r:.80}; it can be {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        problem = "no content" if content is None else f"content of type {type(content).__name__}"
-        raise InvalidMessages(f"messages[{place}] has {problem}; it must be a string")
-    return {"role": role, "content": content}
 
 
 def fit(
@@ -160,7 +155,7 @@ def choose(tokenizer: Tokenizer, *, architecture: str | None = None, template: s
         NotFound: the template is of a format that is not built in.
     """
     if get("llama3").fits(tokenizer):
-        return get("llama3")
+        return get("llama3.1" if "ipython" in (template or "") else "llama3")
     if get("mistral-v3").fits(tokenizer):
         return get(_mistral_version(tokenizer, template))
     if template is not None and template.strip():
@@ -175,8 +170,12 @@ def choose(tokenizer: Tokenizer, *, architecture: str | None = None, template: s
 def _mistral_version(tokenizer: Tokenizer, template: str | None) -> str:
     stated = re.match(r"v(\d+)", tokenizer.version or "")
     # Every tekken file has the later control tokens, so only what is said counts there.
+    if stated:
+        for version in (13, 11, 7):
+            if int(stated[1]) >= version and get(f"mistral-v{version}").fits(tokenizer):
+                return f"mistral-v{version}"
     system = "[SYSTEM_PROMPT]" in (template or "") if tokenizer.byte_level else True
-    if (int(stated[1]) >= 7 if stated else system) and get("mistral-v7").fits(tokenizer):
+    if not stated and system and get("mistral-v7").fits(tokenizer):
         return "mistral-v7"
     if tokenizer.byte_level:
         return "mistral-tekken"
@@ -208,7 +207,22 @@ def _into(turns: Iterable[Message], place: int, system: str) -> list[Message]:
     ]
 
 
-def _mistral_v1(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+def _in_words(turns: list[Message], tools: Tools | None) -> list[Message]:
+    """Return the conversation without calls and results: both as text, and the tools in the system's."""
+    out: list[Message] = []
+    for turn in turns:
+        if turn["role"] == "tool":
+            out.append({"role": "user", "content": f"Result of {turn['name']}: {turn['content']}"})
+            continue
+        calls = [f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in turn.get("tool_calls", ())]
+        out.append({"role": turn["role"], "content": "\n".join((*filter(None, (turn["content"],)), *calls))})
+    if tools is not None:
+        listed = "\n".join(json.dumps(tool.described()["function"], ensure_ascii=False) for tool in tools.offered)
+        out.insert(turns[0]["role"] == "system", {"role": "system", "content": OFFER.format(listed=listed)})
+    return validate(out)
+
+
+def _mistral_v1(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None) -> list[int]:
     """Return ids with ``[INST]`` as plain text and the system text in the first user turn."""
     system, turns = _without_system(messages)
     ids = _bos(tokenizer)
@@ -221,35 +235,17 @@ def _mistral_v1(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _mistral_v3(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """Return ids with ``[INST]`` as a control token and the system text in the last user turn (v2, v3)."""
-    system, turns = _without_system(messages)
-    last = max(place for place, turn in enumerate(turns) if turn["role"] == "user")
-    return _mistral_turns(_into(turns, last, system), tokenizer)
+def _mistral_from(version: int) -> Encoder:
+    """Return what writes one of Mistral's later versions; up to v3 the system text is in the last user turn."""
 
+    def build(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None) -> list[int]:
+        if version < 7:
+            system, turns = _without_system(messages)
+            last = max(place for place, turn in enumerate(turns) if turn["role"] == "user")
+            messages = _into(turns, last, system)
+        return _mistral.turns(messages, tokenizer, tools, version)
 
-def _mistral_turns(turns: list[Message], tokenizer: Tokenizer) -> list[int]:
-    ids = _bos(tokenizer)
-    marks = {"user": ("[INST]", "[/INST]"), "system": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")}
-    for place, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            ids += tokenizer.encode(turn["content"].rstrip(" "))
-            ids += _eos(tokenizer) if place < len(turns) - 1 else []
-        else:
-            begin, end = marks[turn["role"]]
-            ids += [tokenizer.control[begin], *tokenizer.encode(turn["content"]), tokenizer.control[end]]
-    return ids
-
-
-def _llama3(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    control = tokenizer.control
-    ids = _bos(tokenizer)
-    opened: Message = {"role": "assistant", "content": ""}
-    answered = messages[-1]["role"] == "assistant"
-    for turn in messages if answered else [*messages, opened]:
-        ids += [control["<|start_header_id|>"], *tokenizer.encode(turn["role"]), control["<|end_header_id|>"]]
-        ids += [*tokenizer.encode("\n\n"), *tokenizer.encode(turn["content"].strip()), control["<|eot_id|>"]]
-    return ids[:-1]  # the last turn is open
+    return build
 
 
 AIME_MARKS = re.compile(r"<<SYS>>|<</SYS>>|\[INST\]|\[/INST\]|<s>|</s>")
@@ -262,7 +258,7 @@ def _unmarked(text: str) -> str:
     return text
 
 
-def _aime(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+def _aime(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None) -> list[int]:
     """Return one beginning-of-text token per exchange; the marks are taken out of what was said."""
     system, turns = _without_system(messages)
     said = [_unmarked(turn["content"]) for turn in turns]
@@ -276,7 +272,7 @@ def _aime(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _plain(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+def _plain(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None) -> list[int]:
     """Return a dialogue as plain text, for models that were never taught a format."""
     names = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
     text = ""
@@ -287,21 +283,22 @@ def _plain(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
 
 
 INST = ("[INST]", "[/INST]")
+SYSTEM = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 FORMATS: Mapping[str, ChatFormat] = {
     form.name: form
     for form in (
         ChatFormat("mistral-v1", _mistral_v1),
-        ChatFormat("mistral-v2", _mistral_v3, needs=INST),
-        ChatFormat("mistral-v3", _mistral_v3, needs=INST),
-        ChatFormat("mistral-tekken", _mistral_v3, needs=INST),
-        ChatFormat("mistral-v7", _mistral_turns, needs=(*INST, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
+        ChatFormat("mistral-v2", _mistral_from(2), needs=INST, syntax=syntax.MISTRAL),
+        ChatFormat("mistral-v3", _mistral_from(3), needs=INST, syntax=syntax.MISTRAL),
+        ChatFormat("mistral-tekken", _mistral_from(3), needs=INST, syntax=syntax.MISTRAL),
+        ChatFormat("mistral-v7", _mistral_from(7), needs=(*INST, *SYSTEM), syntax=syntax.MISTRAL),
+        ChatFormat("mistral-v11", _mistral_from(11), needs=(*INST, *SYSTEM, "[ARGS]"), syntax=syntax.MISTRAL_11),
+        ChatFormat("mistral-v13", _mistral_from(13), needs=(*INST, *SYSTEM, "[ARGS]"), syntax=syntax.MISTRAL_13),
         ChatFormat("aime", _aime),
-        ChatFormat(
-            "llama3",
-            _llama3,
-            needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-            ends=("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
-        ),
+        ChatFormat("llama3", _llama3.turns, needs=HEADERS, ends=TURN_ENDS),
+        ChatFormat("llama3.1", _llama3.turns_31, needs=HEADERS, ends=TURN_ENDS, syntax=syntax.LLAMA),
         ChatFormat("plain", _plain, stop_strings=("\nUser:",)),
     )
 }

@@ -22,7 +22,7 @@ from typing import Any
 from moesaic.errors import ConfigError, InvalidMessages, InvalidRequest
 from moesaic.text import _render
 from moesaic.text._vocabulary import read_bounded
-from moesaic.text.chat import Message, validate
+from moesaic.text.messages import Message, validate
 from moesaic.text.tokenizer import Tokenizer
 
 MAX_TEMPLATE_CHARS = 256 << 10
@@ -68,12 +68,12 @@ def render(
     """Return what ``template`` makes of a conversation, as text; ``bos`` and ``eos`` are names of tokens.
 
     Raises:
-        InvalidMessages: see ``chat.validate``, or the template itself refuses this conversation.
+        InvalidMessages: see ``messages.validate``, or the template itself refuses this conversation.
         TemplateError: the template is malformed, tries what the sandbox forbids, or breaks a limit.
     """
     if len(template) > MAX_TEMPLATE_CHARS:
         raise TemplateError("chat template", f"longer than {MAX_TEMPLATE_CHARS} characters")
-    turns = validate(messages)
+    turns = _turns(messages)
     limit = 4 * (len(template) + sum(len(turn["content"]) for turn in turns)) + OUTPUT_SPARE
     values = {
         "messages": turns,
@@ -106,10 +106,17 @@ def encode(
     eos = names.get(min(tokenizer.eos_ids), "") if tokenizer.eos_ids else ""
     mark = f"\ue000{secrets.token_hex(16)}\ue001"
     marked: list[Message] = [
-        {"role": turn["role"], "content": _break(turn["content"], tokenizer, mark)} for turn in validate(messages)
+        {"role": turn["role"], "content": _break(turn["content"], tokenizer, mark)} for turn in _turns(messages)
     ]
     text = render(template, marked, bos=bos, eos=eos, add_generation_prompt=add_generation_prompt)
     return tokenizer.encode_marked(text, mark)
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    turns = validate(messages)
+    if any(turn["role"] == "tool" for turn in turns):
+        raise InvalidMessages("a checkpoint's own template is not given results of tools: choose a chat format")
+    return turns
 
 
 def _break(text: str, tokenizer: Tokenizer, mark: str) -> str:

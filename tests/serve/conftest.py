@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
 from moesaic.serve import front
 from moesaic.serve.app import App
 from moesaic.serve.keys import Keys
@@ -28,6 +28,10 @@ class Script:
     reason: str = "stop"
     error: Exception | None = None
     refusal: Exception | None = None
+    calls: Sequence[Call] = ()
+    """Parts of calls of tools, which come after the text; each in a piece of its own."""
+    stop: str | None = None
+    cached: int = 0
     held: bool = False
     """Whether the answer waits, after its first piece, until ``Scripted.go`` is set."""
 
@@ -37,10 +41,12 @@ class ScriptedAnswers:
 
     def __init__(self, door: Scripted, ask: Ask, script: Script) -> None:
         self._door, self._ask, self._script = door, ask, script
+        self._events: list[Event] = []
         self.cancelled = False
 
     def ready(self) -> list[Event]:
-        return []
+        events, self._events = self._events, []
+        return events
 
     def cancel(self) -> None:
         if not self.cancelled:
@@ -48,23 +54,40 @@ class ScriptedAnswers:
             self._door.cancelled += 1
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        count = self._ask.sampling.get("n", 1)
-        scored = self._ask.sampling.get("prompt_logprobs") is not None
+        async for events in self._steps():
+            self._events += events
+            while self._events:
+                yield self._events.pop(0)
+
+    async def _steps(self) -> AsyncIterator[list[Event]]:
+        """Yield what comes together; the ends come with the last tokens, as a door promises."""
+        script, sampling = self._script, self._ask.sampling
+        count = sampling.get("n", 1)
+        scored = sampling.get("prompt_logprobs") is not None
         prompt = (Mark(1, "<s>", True), Mark(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
-        for index in range(count):
-            yield Begun(index, prompt, 2)
-        most = self._ask.sampling.get("max_tokens") or len(self._script.pieces)
-        for place, text in enumerate(self._script.pieces[:most]):
-            for index in range(count):
-                yield Piece(index, text, (Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),)),))
-            if self._script.held and place == 0:
+        yield [Begun(index, prompt, 2) for index in range(count)]
+        pieces = script.pieces[: sampling.get("max_tokens") or len(script.pieces)]
+        for place, text in enumerate(pieces):
+            mark = Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),))
+            events: list[Event] = [Piece(index, text, (mark,)) for index in range(count)]
+            if place == len(pieces) - 1 and not script.error:
+                events += [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+                events += [self._ended(index, len(pieces)) for index in range(count)]
+            yield events
+            if script.held and place == 0:
                 await self._door.go.wait()
-            await asyncio.sleep(self._script.pause)
-        if self._script.error:
-            raise self._script.error
-        cut = most < len(self._script.pieces)
-        for index in range(count):
-            yield Ended(index, "length" if cut else self._script.reason, 2, min(most, len(self._script.pieces)))  # type: ignore[arg-type]
+            await asyncio.sleep(script.pause)
+        if script.error:
+            raise script.error
+        if not pieces:
+            calls: list[Event] = [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+            yield calls + [self._ended(index, 0) for index in range(count)]
+
+    def _ended(self, index: int, generated: int) -> Ended:
+        script = self._script
+        reason = "length" if generated < len(script.pieces) else script.reason
+        called = bool(script.calls)
+        return Ended(index, reason, 2, generated, script.cached, script.stop, None, called)  # type: ignore[arg-type]
 
 
 class Scripted:
@@ -91,7 +114,8 @@ class Scripted:
         return ScriptedAnswers(self, ask, replace(self.script))
 
     async def tokenize(self, ask: Ask) -> list[Mark]:
-        words = ask.prompt.split() if isinstance(ask.prompt, str) else [str(id) for id in ask.prompt or ()]
+        prompt = ask.prompt if ask.messages is None else " ".join(turn["content"] for turn in ask.messages)
+        words = prompt.split() if isinstance(prompt, str) else [str(id) for id in prompt or ()]
         return [Mark(1, "<s>", True)] * ask.bos + [Mark(20 + place, word) for place, word in enumerate(words)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:

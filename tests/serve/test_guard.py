@@ -15,7 +15,7 @@ from moesaic.serve.settings import Settings
 from tests.serve.conftest import running
 from tests.serve.raw import CHAT, Raw
 
-PUBLIC = {"/health", "/ping", "/ready"}
+PUBLIC = {"/", "/health", "/ping", "/ready"}
 WRITTEN, ANNA = keys.new("anna")
 
 

@@ -8,8 +8,10 @@ import httpx
 import pytest
 
 from moesaic.errors import NumericalError, Overloaded, PromptTooLong
-from tests.serve.conftest import Script
+from moesaic.serve import keys
+from tests.serve.conftest import Script, running
 
+JSON = {"content-type": "application/json"}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -227,3 +229,31 @@ def test_the_built_in_models_vectors_are_of_length_one(tales):
     vectors = [entry["embedding"] for entry in found["data"]]
     assert all(abs(sum(x * x for x in vector) - 1) < 1e-3 for vector in vectors)
     assert vectors[0] != vectors[1]
+
+
+def test_whole_numbers_may_have_a_fraction_of_nothing(server):
+    raw = '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2.0, "temperature": 1.0, "top_k": 3e0}'
+    assert httpx.post(server.url + "/v1/chat/completions", content=raw, headers=JSON).status_code == 200
+    assert server.door.asked[0].sampling == {"max_tokens": 2, "temperature": 1.0, "top_k": 3}
+    for wrong in ("2.5", "1e400", "-1e400"):
+        answer = httpx.post(server.url + "/v1/chat/completions", content=raw.replace("2.0", wrong), headers=JSON)
+        assert answer.status_code == 400, wrong
+
+
+def test_a_wrong_method_is_told_all_right_ones(server):
+    answer = httpx.put(server.url + "/v1/responses/resp_1", json={})
+    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, HEAD")
+
+
+def test_the_description_asks_for_keys_where_they_are_wanted(server):
+    described = httpx.get(server.url + "/openapi.json").json()
+    assert "security" not in described["paths"]["/v1/models"]["get"]
+    written, key = keys.new("anna")
+    with running(keys=keys.Keys((key,))) as guarded:
+        asked = {"x-api-key": written}
+        described = httpx.get(guarded.url + "/openapi.json", headers=asked).json()
+    assert described["paths"]["/v1/models"]["get"]["security"] == [{"bearer": []}, {"x-api-key": []}]
+    assert "security" not in described["paths"]["/health"]["get"]
+    assert {entry["name"] for entry in described["paths"]["/v1/responses/{id}/input_items"]["get"]["parameters"]} == {
+        *("id", "limit", "order", "after")
+    }

@@ -2,11 +2,13 @@
 
 import functools
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from moesaic.text._tiktoken import TEKKEN_NAMED
 from moesaic.text.tokenizer import Tokenizer
 
 
@@ -33,3 +35,21 @@ def files() -> dict[str, Path]:
 def opened(files: dict[str, Path]) -> Callable[[str], Tokenizer]:
     """Each file is opened once for all tests: the large ones take a second."""
     return functools.cache(lambda name: Tokenizer.open(files[name]))
+
+
+@pytest.fixture(scope="session")
+def later_tekken(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Small files of versions whose published ones are not at hand."""
+
+    def make(version: str) -> Path:
+        tree = json.loads(files["tekken"].read_bytes())
+        names = [*TEKKEN_NAMED, "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"]
+        names += [f"<SPECIAL_{id}>" for id in range(len(names), 1000)]
+        tree["special_tokens"] = [{"rank": id, "token_str": name, "is_control": True} for id, name in enumerate(names)]
+        tree["vocab"] = tree["vocab"][:2000]
+        tree["config"] |= {"version": version, "default_vocab_size": 3000, "num_vocab_tokens": 2000}
+        path = tmp_path_factory.mktemp(version) / "tekken.json"
+        path.write_text(json.dumps(tree))
+        return path
+
+    return functools.cache(make)

@@ -149,8 +149,11 @@ def test_plain(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_text_never_becomes_a_control_token(name: str, opened: Opened) -> None:
-    tokenizer = opened({**MISTRAL, "llama3": "llama3"}.get(name, "v1"))
+def test_text_never_becomes_a_control_token(name: str, opened: Opened, later_tekken: Callable[[str], Path]) -> None:
+    if name in ("mistral-v11", "mistral-v13"):
+        tokenizer = Tokenizer.open(later_tekken(name.removeprefix("mistral-")))
+    else:
+        tokenizer = opened({**MISTRAL, "llama3": "llama3", "llama3.1": "llama3"}.get(name, "v1"))
     form, specials = FORMATS[name], set(tokenizer.control.values())
 
     def control(text: str) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from moesaic import __version__
 from moesaic.door import Card, Door, Ended, Mark
 from moesaic.errors import InvalidParameter, NotFound
 from moesaic.serve.exchange import Call, Failure
@@ -22,6 +23,9 @@ KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 CODES = {401: "invalid_api_key", 404: "model_not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
 STAND_INS = ("", "tgi", "dummy", "default")
 """Names under which clients ask for whatever model there is."""
+
+FINGERPRINT = f"moesaic-{__version__}"
+"""What answers with the same seed have in common, as far as the server goes; TGI's older client asks for it."""
 
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Whole = Annotated[int, Meta(ge=0, le=2**31)]
@@ -200,8 +204,8 @@ def frame(content: Any) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(12)}"
+def new_id(prefix: str, between: str = "-") -> str:
+    return f"{prefix}{between}{secrets.token_hex(12)}"
 
 
 def now() -> int:

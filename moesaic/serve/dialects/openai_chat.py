@@ -108,7 +108,12 @@ class Writer:
 
     def __init__(self, body: ChatBody, model: str) -> None:
         self._body, self._top = body, body.top_logprobs or 0
-        self._head = {"id": openai.new_id("chatcmpl"), "created": openai.now(), "model": model}
+        self._head = {
+            "id": openai.new_id("chatcmpl"),
+            "created": openai.now(),
+            "model": model,
+            "system_fingerprint": openai.FINGERPRINT,
+        }
         options = body.stream_options
         self._usage = bool(options and options.include_usage)
 

@@ -12,7 +12,7 @@ from msgspec import Meta
 from moesaic.door import Ask, Begun, Ended, Event, Mark, Piece
 from moesaic.errors import InvalidParameter
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole
+from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole, together
 
 Ids = Annotated[list[openai.Whole], Meta(min_length=1)]
 DEFAULT_TOKENS = 16
@@ -126,11 +126,12 @@ class Writer:
             "object": "text_completion",
             "created": openai.now(),
             "model": ask.model,
+            "system_fingerprint": openai.FINGERPRINT,
         }
 
     async def whole(self, running: Sequence[AsyncIterator[Event]]) -> dict[str, Any]:
         choices, ended = [], []
-        for place, found in enumerate(await _gathered([self._read(events) for events in running])):
+        for place, found in enumerate(await together([self._read(events) for events in running])):
             prompt, answers = found
             best = sorted(answers, key=lambda one: -one.likelihood)[: self._n] if self._tried > self._n else answers
             for index, one in enumerate(best):
@@ -221,13 +222,6 @@ class Writer:
         if self._body.return_token_ids:
             choice["token_ids"] = [mark.id for mark in marks]
         return openai.frame(self._head | {"choices": [choice]})
-
-
-async def _gathered(work: Sequence[Any]) -> list[Any]:
-    """Do several things at once; the first error ends all."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(each) for each in work]
-    return [task.result() for task in tasks]
 
 
 async def _merged(running: Sequence[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -42,7 +43,7 @@ class DetokenizeBody(Struct):
 
 
 def shown(card: Card) -> dict[str, Any]:
-    """Return a model as OpenAI lists it, with vLLM's fields and ours."""
+    """Return a model as OpenAI lists it, with vLLM's fields, Anthropic's and ours."""
     return {
         "id": card.name,
         "object": "model",
@@ -52,14 +53,21 @@ def shown(card: Card) -> dict[str, Any]:
         "parent": None,
         "permission": [],
         "max_model_len": card.context,
+        "type": "model",
+        "display_name": card.name,
+        "created_at": datetime.fromtimestamp(BEGUN, UTC).isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": card.context,
         "state": card.state,
         "task": card.task,
     }
 
 
 async def models(call: Call) -> Answer:
-    """List the models."""
-    return Whole({"object": "list", "data": [shown(card) for card in call.door.cards()]})
+    """List the models; a page of Anthropic's as well, and the only one."""
+    data = [shown(card) for card in call.door.cards()]
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return Whole({"object": "list", "data": data, "has_more": False} | ends)
 
 
 async def model(call: Call) -> Answer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moesaic.serve import openapi
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.exchange import Answer, Call, Endpoint, Whole
@@ -39,13 +37,10 @@ async def load(call: Call) -> Answer:
 
 async def description(call: Call) -> Answer:
     """Return the OpenAPI description of every route."""
-    return Whole(described(call))
-
-
-def described(call: Call) -> dict[str, Any]:
-    if call.app.description is None:
-        call.app.description = openapi.describe(call.app.endpoints)
-    return call.app.description
+    made, keys = call.app.descriptions, call.app.keys.wanted
+    if keys not in made:
+        made[keys] = openapi.describe(call.app.endpoints, keys=keys)
+    return Whole(made[keys])
 
 
 ENDPOINTS = (

@@ -1,0 +1,83 @@
+/** Which of the runs of `*`, `_` and `~~` in a paragraph belong together (CommonMark's delimiter stack). */
+
+/**
+ * @typedef {import("./inline.js").Span} Span
+ * @typedef {{char: string, count: number, opens: boolean, closes: boolean}} Run a run of `*`, `_` or `~`, and
+ *   whether it may open or close something
+ */
+
+const NESTING = 16;
+
+/**
+ * Pairs the runs among the nodes and returns plain spans.
+ * @param {(Span | Run)[]} nodes
+ * @returns {Span[]}
+ */
+export function emphasize(nodes) {
+  /** @type {{run: Run, spans: Span[]}[]} runs that may still open something, and what follows each */
+  const stack = [];
+  /** @type {Span[]} */
+  const root = [];
+  const top = () => stack.at(-1)?.spans ?? root;
+  for (const node of nodes) {
+    if (!("char" in node)) {
+      top().push(node);
+      continue;
+    }
+    if (node.closes) closeRun(node, stack, root);
+    if (node.count > 0 && node.opens && stack.length < NESTING) stack.push({ run: node, spans: [] });
+    else if (node.count > 0) top().push({ type: "text", text: node.char.repeat(node.count) });
+  }
+  while (stack.length > 0) unopen(stack, root);
+  return join(root);
+}
+
+/**
+ * Lets a closing run take as many openers as it has characters for.
+ * @param {Run} run
+ * @param {{run: Run, spans: Span[]}[]} stack
+ * @param {Span[]} root
+ */
+function closeRun(run, stack, root) {
+  while (run.count > 0) {
+    const place = stack.findLastIndex((entry) => entry.run.char === run.char);
+    if (place < 0) return;
+    while (stack.length > place + 1) unopen(stack, root);
+    const opener = /** @type {{run: Run, spans: Span[]}} */ (stack.at(-1));
+    const used = opener.run.count >= 2 && run.count >= 2 ? 2 : 1;
+    const type = run.char === "~" ? "strike" : used === 2 ? "strong" : "emphasis";
+    opener.spans = [{ type, children: join(opener.spans) }];
+    opener.run.count -= run.char === "~" ? 2 : used;
+    run.count -= run.char === "~" ? 2 : used;
+    if (opener.run.count <= 0) unopen(stack, root);
+  }
+}
+
+/**
+ * Takes the last opener off the stack: what is left of it is text.
+ * @param {{run: Run, spans: Span[]}[]} stack
+ * @param {Span[]} root
+ */
+function unopen(stack, root) {
+  const entry = stack.pop();
+  if (!entry) return;
+  const below = stack.at(-1)?.spans ?? root;
+  if (entry.run.count > 0) below.push({ type: "text", text: entry.run.char.repeat(entry.run.count) });
+  for (const span of entry.spans) below.push(span);
+}
+
+/**
+ * Joins neighbouring texts.
+ * @param {Span[]} spans
+ * @returns {Span[]}
+ */
+function join(spans) {
+  /** @type {Span[]} */
+  const joined = [];
+  for (const span of spans) {
+    const last = joined.at(-1);
+    if (span.type === "text" && last?.type === "text") last.text += span.text;
+    else joined.push(span.type === "text" ? { ...span } : span);
+  }
+  return joined;
+}

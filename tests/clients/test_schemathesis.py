@@ -1,0 +1,49 @@
+"""schemathesis: what the description of the server promises is asked for in thousands of ways, right and wrong.
+
+``SCHEMATHESIS_EXAMPLES`` is how many examples there are for each operation, besides those at the edges of every
+schema. ``SCHEMATHESIS_PATH`` takes only one operation's path. ``positive_data_acceptance`` is left out: a schema
+cannot say that a model is unknown, a prompt too long, or a role not the model's own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moesaic.serve import keys
+from moesaic.serve.settings import Settings
+from tests.clients.conftest import environment, serving
+from tests.serve.conftest import running
+
+pytestmark = pytest.mark.clients
+
+
+def check(url: str, tmp_path: Path, *flags: str) -> str:
+    """Run schemathesis with a fixed seed and return what it said."""
+    examples = os.environ.get("SCHEMATHESIS_EXAMPLES", "15")
+    if path := os.environ.get("SCHEMATHESIS_PATH"):
+        flags = (*flags, "--include-path", path)
+    python = environment("schemathesis", "schemathesis==4.32.5")
+    command = [str(python.with_name("st")), "run", f"{url}/openapi.json", "--seed", "1", "-n", examples]
+    command += ["--exclude-checks", "positive_data_acceptance", "--continue-on-failure", "--no-color", *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    print(done.stdout[-2000:])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_built_in_model(tmp_path):
+    with serving(tmp_path / "log", "--context", "64") as url:
+        check(url, tmp_path)
+    log = (tmp_path / "log").read_text()
+    assert '"trace"' not in log and '"status": 500' not in log
+
+
+def test_keys_are_asked_for_wherever_they_are_said_to_be(tmp_path):
+    written, key = keys.new("anna")
+    with running(settings=Settings(failed_keys_per_minute=10**9), keys=keys.Keys((key,))) as server:
+        flags = ("--phases", "coverage", "-H", f"Authorization: Bearer {written}")
+        check(server.url, tmp_path, *flags, "--checks", "ignored_auth,not_a_server_error,status_code_conformance")

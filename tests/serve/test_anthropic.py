@@ -1,0 +1,284 @@
+"""Anthropic's API over a scripted model: shapes, streams, what becomes of blocks, errors as clients read them."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from moesaic.door import Call
+from moesaic.errors import NumericalError, Overloaded, Unavailable
+from moesaic.serve import keys
+from tests.serve.conftest import Script, running
+
+ASK = {"model": "scripted", "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
+TOOL = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}
+CALLS = (
+    Call(0, "call_a", "weather", '{"city":'),
+    Call(0, arguments=' "Oslo"}'),
+    Call(1, "call_b", "weather", "{}"),
+)
+
+
+def post(server, body, path="/v1/messages", **options):
+    headers = {"anthropic-version": "2023-06-01"} | options.pop("headers", {})
+    return httpx.post(server.url + path, json=body, headers=headers, timeout=30, **options)
+
+
+def stream(server, body):
+    """Return the kinds and the contents of the events of an answer."""
+    answer = post(server, body | {"stream": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found = []
+    for block in answer.text.strip().split("\n\n"):
+        kind, data = block.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert kind == f"event: {found[-1]['type']}"
+    return found
+
+
+def test_a_whole_answer(server):
+    server.door.script = Script(cached=1)
+    answer = post(server, ASK)
+    found = answer.json()
+    assert found.pop("id").startswith("msg_") and answer.headers["request-id"]
+    assert found == {
+        "type": "message",
+        "role": "assistant",
+        "model": "scripted",
+        "content": [{"type": "text", "text": "Hello, world!"}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {
+            "input_tokens": 1,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 1,
+            "output_tokens": 4,
+        },
+    }
+
+
+def test_a_stream(server):
+    found = stream(server, ASK)
+    assert [event["type"] for event in found] == [
+        *("message_start", "content_block_start", "ping"),
+        *["content_block_delta"] * 4,
+        *("content_block_stop", "message_delta", "message_stop"),
+    ]
+    begin = found[0]["message"]
+    assert (begin["content"], begin["stop_reason"], begin["usage"]["input_tokens"]) == ([], None, 2)
+    assert found[1] == {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    assert "".join(event["delta"]["text"] for event in found[3:7]) == "Hello, world!"
+    assert found[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
+    assert found[-2]["usage"]["output_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "reason"),
+    [
+        (Script(), {"max_tokens": 2}, ("max_tokens", None)),
+        (Script(stop="END"), {"stop_sequences": ["END"]}, ("stop_sequence", "END")),
+        (Script(calls=CALLS), {"tools": [TOOL]}, ("tool_use", None)),
+    ],
+)
+def test_why_an_answer_ends(server, script, more, reason):
+    server.door.script = script
+    found = post(server, ASK | more).json()
+    assert (found["stop_reason"], found["stop_sequence"]) == reason
+    delta = stream(server, ASK | more)[-2]["delta"]
+    assert (delta["stop_reason"], delta["stop_sequence"]) == reason
+
+
+def test_calls_of_tools(server):
+    server.door.script = Script(pieces=("Let me see.",), calls=CALLS)
+    found = post(server, ASK | {"tools": [TOOL]}).json()
+    assert found["content"] == [
+        {"type": "text", "text": "Let me see."},
+        {"type": "tool_use", "id": "call_a", "name": "weather", "input": {"city": "Oslo"}},
+        {"type": "tool_use", "id": "call_b", "name": "weather", "input": {}},
+    ]
+    found = stream(server, ASK | {"tools": [TOOL]})
+    blocks = [event for event in found if event["type"].startswith("content_block")]
+    assert [(event["type"].removeprefix("content_block_"), event["index"]) for event in blocks] == [
+        *(("start", 0), ("delta", 0), ("stop", 0)),
+        *(("start", 1), ("delta", 1), ("delta", 1), ("stop", 1)),
+        *(("start", 2), ("delta", 2), ("stop", 2)),
+    ]
+    assert blocks[3]["content_block"] == {"type": "tool_use", "id": "call_a", "name": "weather", "input": {}}
+    assert "".join(event["delta"]["partial_json"] for event in blocks[4:6]) == '{"city": "Oslo"}'
+
+
+def test_an_answer_that_is_only_a_call(server):
+    server.door.script = Script(pieces=(), calls=CALLS[:2])
+    assert [block["type"] for block in post(server, ASK).json()["content"]] == ["tool_use"]
+    assert [event["type"] for event in stream(server, ASK)][1:3] == ["content_block_start", "ping"]
+
+
+def test_a_call_that_max_tokens_cut_has_no_input(server):
+    server.door.script = Script(pieces=(), calls=CALLS[:1])
+    assert post(server, ASK).json()["content"][0]["input"] == {}
+
+
+def test_what_is_asked_reaches_the_door(server):
+    body = ASK | {
+        "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}, text("Be kind.")],
+        "temperature": 0.5,
+        "top_p": 0,
+        "top_k": 3,
+        "stop_sequences": ["END", ""],
+        "metadata": {"user_id": "x"},
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "tools": [TOOL],
+        "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True},
+        "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+    }
+    assert post(server, body).status_code == 200
+    [ask] = server.door.asked
+    assert ask.messages[0] == {"role": "system", "content": "Be brief.\n\nBe kind."}
+    assert ask.sampling == {"max_tokens": 50, "temperature": 0.5, "top_p": 1e-9, "top_k": 3, "stop": ("END",)}
+    schema = TOOL["input_schema"]
+    function = {"name": "weather", "description": "Tells it.", "parameters": schema}
+    assert ask.tools == ({"type": "function", "function": function},)
+    assert ask.tool_choice == {"type": "function", "function": {"name": "weather"}}
+    assert not ask.parallel_tool_calls and not ask.continue_final
+    assert ask.grammar == ("json_schema", {"type": "object"})
+
+
+def text(content):
+    return {"type": "text", "text": content}
+
+
+def test_results_of_tools_become_turns_of_their_own(server):
+    calls = [
+        text("Let me see."),
+        {"type": "thinking", "thinking": "hm", "signature": ""},
+        {"type": "tool_use", "id": "call_a", "name": "weather", "input": {"city": "Oslo"}},
+    ]
+    results = [
+        {"type": "tool_result", "tool_use_id": "call_a", "content": [text("rain"), text("wind")]},
+        {"type": "tool_result", "tool_use_id": "call_b"},
+        text("And now?"),
+    ]
+    turns = [{"role": "assistant", "content": calls}, {"role": "user", "content": results}]
+    assert post(server, ASK | {"messages": ASK["messages"] + turns}).status_code == 200
+    function = {"name": "weather", "arguments": '{"city":"Oslo"}'}
+    assert server.door.asked[0].messages == (
+        {"role": "user", "content": "Hi"},
+        {
+            "role": "assistant",
+            "content": "Let me see.",
+            "tool_calls": [{"id": "call_a", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "call_a", "content": "rain\n\nwind"},
+        {"role": "tool", "tool_call_id": "call_b", "content": ""},
+        {"role": "user", "content": "And now?"},
+    )
+
+
+def test_the_assistants_last_message_is_continued(server):
+    turns = [*ASK["messages"], {"role": "assistant", "content": "Hel"}]
+    assert post(server, ASK | {"messages": turns}).status_code == 200
+    assert server.door.asked[0].continue_final
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [({"type": "auto"}, "auto"), ({"type": "any"}, "required"), ({"type": "none"}, "none"), (None, "auto")],
+)
+def test_choices_of_tools(server, choice, expected):
+    assert post(server, ASK | {"tools": [TOOL], "tool_choice": choice}).status_code == 200
+    assert server.door.asked[0].tool_choice == expected
+
+
+RESULT = {"type": "tool_result", "tool_use_id": "call_a"}
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "tool_result"}]}]}, "tool_result"),
+        ({"messages": [{"role": "user", "content": [RESULT | {"content": 5}]}]}, "neither text nor blocks"),
+        ({"messages": [{"role": "user", "content": [RESULT | {"content": ["x"]}]}]}, "no object"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_use_id"),
+        ({"messages": [{"role": "king", "content": "Hi"}]}, "king"),
+        ({"system": [IMAGE]}, "system"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash_20250124"),
+        ({"tools": [{"name": "nothing"}]}, "input_schema"),
+        ({"tool_choice": {"type": "any"}}, "no tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "time"}}, "'time'"),
+        ({"output_config": {"format": {"type": "poem"}}}, "json_schema"),
+    ],
+)
+def test_what_cannot_be_is_refused(server, change, message):
+    answer = post(server, ASK | change)
+    assert answer.status_code == 400, answer.text
+    found = answer.json()
+    assert (found["type"], found["error"]["type"]) == ("error", "invalid_request_error")
+    assert message in found["error"]["message"]
+    assert not server.door.asked
+
+
+def test_counting(server):
+    body = {"model": "scripted", "system": "Be brief.", "messages": [{"role": "user", "content": "one two three"}]}
+    assert post(server, body, "/v1/messages/count_tokens").json() == {"input_tokens": 6}
+    assert not server.door.asked
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (Overloaded("full"), 429, "rate_limit_error"),
+        (Unavailable("loading"), 503, "overloaded_error"),
+        (NumericalError("NaN"), 500, "api_error"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_refusal_is_a_status(server, error, status, kind, streamed):
+    server.door.script = Script(refusal=error)
+    answer = post(server, ASK | {"stream": streamed})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
+    assert ("retry-after" in answer.headers) == (status != 500)
+
+
+def test_an_error_in_a_stream_is_an_event_and_nothing_follows(server):
+    server.door.script = Script(error=NumericalError("the model computed NaN"))
+    found = stream(server, ASK)
+    error = {"type": "api_error", "message": "the model computed NaN"}
+    assert found[-1] == {"type": "error", "error": error}
+    assert not {"message_stop", "message_delta"} & {event["type"] for event in found}
+    assert post(server, ASK).status_code == 500
+
+
+def test_errors_around_the_routes_have_anthropics_shape(server):
+    assert post(server, ASK | {"model": "other-1"}).json()["error"]["type"] == "not_found_error"
+    for answer in (httpx.get(server.url + "/v1/messages"), post(server, ASK, "/v1/messages/batches")):
+        assert answer.json()["type"] == "error", answer.text
+    assert "type" not in post(server, ASK, "/v1/nothing").json()
+
+
+def test_keys_as_anthropics_clients_send_them():
+    written, key = keys.new("anna")
+    with running(keys=keys.Keys((key,))) as server:
+        assert post(server, ASK).json()["error"]["type"] == "authentication_error"
+        assert post(server, ASK, headers={"x-api-key": written}).status_code == 200
+
+
+def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
+    body = {"max_tokens": 30, "temperature": 0, "messages": [{"role": "user", "content": "Tell a story."}]}
+    whole = post(tales, body).json()
+    found = stream(tales, body)
+    joined = "".join(event["delta"]["text"] for event in found if event["type"] == "content_block_delta")
+    assert joined == whole["content"][0]["text"] and len(joined) > 20
+    counted = post(tales, body, "/v1/messages/count_tokens").json()["input_tokens"]
+    begin = found[0]["message"]["usage"]["input_tokens"]
+    usage = whole["usage"]
+    assert begin == counted == usage["input_tokens"] + usage["cache_read_input_tokens"]

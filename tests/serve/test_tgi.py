@@ -1,0 +1,515 @@
+"""TGI's API: its shapes, its refusals word for word, streams that add up to the whole, errors that stay errors."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from moesaic.door import Ended, Load, Mark, Piece
+from moesaic.errors import EngineStopped, KeyExhausted, NumericalError, Overloaded, PromptTooLong, TimedOut
+from moesaic.serve.dialects._tgi import Parameters, checked
+from moesaic.serve.dialects.tgi_info import placed
+from moesaic.serve.keys import Key, Keys, digest
+from moesaic.serve.settings import Settings, TgiBounds
+from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
+from tests.serve.test_openai import events, post
+
+JSON = {"content-type": "application/json"}
+BODY = {"inputs": "Hi you"}
+GREEDY = {"do_sample": False, "details": True}
+
+
+def asks(parameters, **more):
+    return BODY | {"parameters": parameters} | more
+
+
+def token(place, text, special=False):
+    return {"id": 10 + place, "text": text, "logprob": -0.25, "special": special}
+
+
+def test_a_whole_answer(server):
+    answer = post(server, "/generate", asks(GREEDY))
+    assert answer.json() == {
+        "generated_text": "Hello, world!",
+        "details": {
+            "finish_reason": "eos_token",
+            "generated_tokens": 4,
+            "seed": None,
+            "prefill": [],
+            "tokens": [token(place, text) for place, text in enumerate(("Hello", ", ", "world", "!"))],
+        },
+    }
+    assert post(server, "/generate", BODY).json() == {"generated_text": "Hello, world!"}
+    assert answer.headers["x-compute-characters"] == "6"
+    assert (answer.headers["x-prompt-tokens"], answer.headers["x-generated-tokens"]) == ("2", "4")
+    for name in ("compute-type", "compute-time", "total-time", "validation-time", "queue-time", "inference-time"):
+        assert f"x-{name}" in answer.headers
+
+
+def test_the_compatible_route_wraps_and_repeats_the_prompt(server):
+    for path in ("/", "/v1", "/v1/"):
+        assert post(server, path, BODY).json() == [{"generated_text": "Hi youHello, world!"}]
+    [found] = post(server, "/", asks({"return_full_text": False})).json()
+    assert found["generated_text"] == "Hello, world!"
+    assert post(server, "/generate", asks({"return_full_text": True})).json()["generated_text"].startswith("Hi you")
+    *_, last = events(post(server, "/", BODY | {"stream": True}).text)
+    assert json.loads(last)["generated_text"] == "Hi youHello, world!"
+
+
+@pytest.mark.parametrize("path", ["/generate_stream", "/", "/v1/", "/invocations"])
+def test_a_stream_has_one_event_for_each_token(server, path):
+    answer = post(server, path, asks({"details": True, "seed": 7, "temperature": 0.5, "top_n_tokens": 1}, stream=True))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-accel-buffering"] == "no" and answer.headers["x-compute-characters"] == "6"
+    found = [json.loads(event) for event in events(answer.text)]
+    assert [each["index"] for each in found] == [1, 2, 3, 4]
+    assert found[0] == {
+        "index": 1,
+        "token": token(0, "Hello"),
+        "top_tokens": [token(0, "Hello")],
+        "generated_text": None,
+        "details": None,
+    }
+    assert [each["generated_text"] is None for each in found] == [True, True, True, False]
+    whole = "Hello, world!" if path == "/generate_stream" else "Hi youHello, world!"
+    assert found[-1]["generated_text"] == whole and whole.endswith("".join(each["token"]["text"] for each in found))
+    assert found[-1]["details"] == {
+        "finish_reason": "eos_token",
+        "generated_tokens": 4,
+        "seed": 7,
+        "input_length": 3,
+    }
+    assert "[DONE]" not in answer.text
+
+
+def test_details_of_a_stream_are_there_on_request_only(server):
+    *_, last = events(post(server, "/generate_stream", BODY).text)
+    assert json.loads(last)["details"] is None and "top_tokens" not in json.loads(last)
+
+
+class Apart(ScriptedAnswers):
+    """Held-back text, two tokens at once, a stop string, and an end that comes alone."""
+
+    async def __aiter__(self):
+        yield Piece(0, "", (Mark(1, "\ufffd"),))
+        yield Piece(0, "é", (Mark(2, "\ufffd"),))
+        yield Piece(0, " we", (Mark(3, " w"), Mark(4, "e")))
+        yield Piece(0, "", (Mark(5, "ST"),))
+        yield Piece(0, "!")
+        yield Ended(0, "stop", 2, 5, stop="STOP")
+
+
+def test_texts_of_a_stream_add_up_whatever_was_held_back(monkeypatch):
+    class Door(Scripted):
+        async def ask(self, ask):
+            return Apart(self, ask, self.script)
+
+    with running(Door) as server:
+        found = [json.loads(event) for event in events(post(server, "/generate_stream", asks(GREEDY)).text)]
+        whole = post(server, "/generate", asks(GREEDY)).json()
+    assert [each["token"]["text"] for each in found] == ["", "é", "", " we", "", "!STOP"]
+    assert found[-1]["generated_text"] == whole["generated_text"] == "é we!STOP"
+    assert found[-1]["details"]["finish_reason"] == whole["details"]["finish_reason"] == "stop_sequence"
+    assert [each["token"] for each in found] == whole["details"]["tokens"]
+
+
+def test_the_best_of_several(monkeypatch):
+    class Door(Scripted):
+        async def ask(self, ask):
+            self.script = Script(pieces=(("Good", "Better")[len(self.asked)],))
+            found = await super().ask(ask)
+            found.scale = len(self.asked)
+            return found
+
+    class Answers(ScriptedAnswers):
+        async def _steps(self):
+            async for step in super()._steps():
+                yield [
+                    Piece(e.index, e.text, tuple(Mark(m.id, m.text, False, -1 / self.scale) for m in e.tokens))
+                    if isinstance(e, Piece)
+                    else e
+                    for e in step
+                ] + [Ended(0, "length", 2, 1)] * isinstance(step[0], Piece) * (not isinstance(step[-1], Ended))
+
+    monkeypatch.setattr("tests.serve.conftest.ScriptedAnswers", Answers)
+    with running(Door) as server:
+        found = post(server, "/generate", asks({"best_of": 2, "do_sample": True, "details": True})).json()
+        seeds = [ask.sampling["seed"] for ask in server.door.asked]
+    assert found["generated_text"] == "Better"
+    [other] = found["details"]["best_of_sequences"]
+    assert other["generated_text"] == "Good" and other["tokens"][0]["logprob"] == -1
+    assert [other["seed"], found["details"]["seed"]] == seeds and len(set(seeds)) == 2
+
+
+def test_what_is_asked_reaches_the_door(server):
+    parameters = {
+        "temperature": 0.5,
+        "top_k": 5,
+        "top_p": 0.9,
+        "typical_p": 0.8,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": -1,
+        "max_new_tokens": 9,
+        "stop": ["END"],
+        "seed": 2**64 - 1,
+        "top_n_tokens": 2,
+        "decoder_input_details": True,
+        "truncate": 50,
+        "grammar": {"type": "regex", "value": "a+"},
+        "unknown": {"is": "ignored"},
+    }
+    found = post(server, "/generate", asks(parameters)).json()
+    assert found["details"]["prefill"] == [
+        {"id": 1, "text": "<s>", "logprob": None},
+        {"id": 5, "text": "Hi", "logprob": -0.5},
+    ]
+    [ask] = server.door.asked
+    assert ask.sampling == {
+        "temperature": 0.5,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.0,
+        "typical_p": 0.8,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": -1.0,
+        "max_tokens": 9,
+        "stop": ("END",),
+        "logprobs": 2,
+        "prompt_logprobs": 0,
+        "seed": 2**64 - 1,
+    }
+    assert (ask.model, ask.prompt, ask.grammar) == ("scripted", (1, 20, 21), ("regex", "a+"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "greedy"),
+    [
+        ({}, True),
+        (None, False),
+        ({"temperature": 1.0}, True),
+        ({"temperature": 0.7}, False),
+        ({"top_p": 1.0}, True),
+        ({"top_p": 0.9}, False),
+        ({"typical_p": 0.9}, False),
+        ({"top_k": 3}, False),
+        ({"do_sample": True}, False),
+        ({"do_sample": False, "temperature": 0.5}, False),
+    ],
+)
+def test_when_tokens_are_drawn(server, parameters, greedy):
+    body = BODY if parameters is None else asks(parameters)
+    assert post(server, "/generate", body).status_code == 200
+    [ask] = server.door.asked
+    assert (ask.sampling["temperature"] == 0) == greedy
+    assert 0 <= ask.sampling["seed"] < 2**53
+    assert ask.sampling["max_tokens"] == 100 - 3  # what is left of the context
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        ({"best_of": 0}, "`best_of` must be > 0 and <= 2. Given: 0"),
+        ({"best_of": 3}, "`best_of` must be > 0 and <= 2. Given: 3"),
+        ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
+        ({"best_of": 2, "do_sample": True, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
+        ({"temperature": 0}, "`temperature` must be strictly positive"),
+        ({"temperature": -1.5}, "`temperature` must be strictly positive"),
+        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be strictly positive"),
+        ({"frequency_penalty": 2.1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+        ({"top_p": 0.0}, "`top_p` must be > 0.0 and < 1.0"),
+        ({"top_p": 1.1}, "`top_p` must be > 0.0 and < 1.0"),
+        ({"typical_p": 0}, "`typical_p` must be > 0.0 and < 1.0"),
+        ({"top_k": 0}, "`top_k` must be strictly positive"),
+        ({"truncate": 0}, "`truncate` must be strictly positive and less than 99. Given: 0"),
+        ({"truncate": 100}, "`truncate` must be strictly positive and less than 99. Given: 100"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
+        (
+            {"max_new_tokens": 98},
+            "`inputs` tokens + `max_new_tokens` must be <= 100. Given: 3 `inputs` tokens and 98 `max_new_tokens`",
+        ),
+        ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
+        ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+        ({"grammar": {"type": "poem", "value": "x"}}, "grammar is not supported"),
+        ({"grammar": {"type": "json", "value": 3}}, "grammar is not supported"),
+        ({"grammar": {"type": "json", "value": "{"}}, "grammar is not valid: "),
+        ({"watermark": True}, "`watermark` is not supported"),
+        ({"adapter_id": "x"}, "`adapter_id` is not supported"),
+        ({"seed": -1}, "`seed` must be >= 0 and < 2^64. Given: -1"),
+        ({"temperature": "hot"}, "parameters.temperature: Expected"),
+    ],
+)
+def test_refusals_have_tgis_words(server, parameters, text):
+    answer = post(server, "/generate", asks(parameters))
+    found = answer.json()
+    assert answer.status_code == 422 and found["error_type"] == "validation"
+    assert found["error"].startswith(f"Input validation error: {text}")
+    if text[-1] not in ": " and text.startswith("`") and "supported" not in text:
+        assert found["error"] == f"Input validation error: {text}"
+    assert not server.door.asked
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        ({"best_of": 2, "do_sample": True}, "`best_of` != 1 is not supported when streaming tokens"),
+        ({"decoder_input_details": True}, "`decoder_input_details` == true is not supported when streaming tokens"),
+        ({"top_p": 0}, "`top_p` must be > 0.0 and < 1.0"),
+    ],
+)
+def test_a_stream_is_refused_with_a_real_status(server, parameters, text):
+    answer = post(server, "/generate_stream", asks(parameters))
+    assert answer.status_code == 422
+    assert answer.json() == {"error": f"Input validation error: {text}", "error_type": "validation"}
+
+
+def test_what_is_null_is_not_there(server):
+    assert post(server, "/generate", asks(dict.fromkeys(Parameters.__struct_fields__))).status_code == 200
+    assert server.door.asked[0].sampling["temperature"] == 0
+
+
+def test_an_empty_text_and_too_long_ones():
+    with running(settings=Settings(tgi=TgiBounds(max_best_of=1, max_input_tokens=4, max_total_tokens=10))) as server:
+        said = {
+            "`inputs` cannot be empty": {"inputs": ""},
+            "`inputs` must have less than 4 tokens. Given: 5": {"inputs": "a b c d"},
+            "`best_of` != 1 is not allowed for this endpoint": asks({"best_of": 2, "do_sample": True}),
+            "`inputs` tokens + `max_new_tokens` must be <= 10. Given: 3 `inputs` tokens and 8 `max_new_tokens`": asks(
+                {"max_new_tokens": 8}
+            ),
+        }
+        for text, body in said.items():
+            assert post(server, "/generate", body).json()["error"] == f"Input validation error: {text}"
+        assert post(server, "/generate", asks({"max_new_tokens": 7})).status_code == 200
+
+
+def test_a_body_that_is_none(server):
+    answer = post(server, "/generate", {"prompt": "x"})
+    assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
+    assert "inputs" in answer.json()["error"]
+    broken = httpx.post(server.url + "/generate", content=b"{", headers=JSON)
+    assert (broken.status_code, broken.json()["error_type"]) == (422, "validation")
+    plain = httpx.post(server.url + "/generate", content=b"{}", headers={"content-type": "text/plain"})
+    assert plain.status_code == 415 and plain.json().keys() == {"error"}
+
+
+def test_routes_that_are_not_there_below_v1_are_openais(server):
+    assert post(server, "/v1/nothing", BODY).json()["error"]["type"] == "not_found_error"
+    assert post(server, "/generate/nothing", BODY).json().keys() == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text", "kind"),
+    [
+        (Overloaded("full"), 429, "Model is overloaded", "overloaded"),
+        (KeyExhausted("used up", 3), 429, "used up", "overloaded"),
+        (PromptTooLong(9, 3), 422, "Input validation error: the prompt has 9 tokens", "validation"),
+        (NumericalError("NaN"), 424, "Request failed during generation: NaN", "generation"),
+        (EngineStopped("gone"), 503, "gone", "unhealthy"),
+        (TimedOut("late"), 504, "late", "incomplete_generation"),
+        (RuntimeError("secret"), 500, "Request failed during generation: ", "generation"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_an_error_before_the_first_byte_is_a_status(server, path, error, status, text, kind):
+    server.door.script = Script(refusal=error)
+    answer = post(server, path, BODY)
+    assert answer.status_code == status and answer.json()["error_type"] == kind
+    assert answer.json()["error"].startswith(text) and "secret" not in answer.text
+    assert ("retry-after" in answer.headers) == (status in (429, 503))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (NumericalError("NaN"), "generation"),
+        (EngineStopped("gone"), "generation"),
+        (TimedOut("late"), "incomplete_generation"),
+        (Overloaded("slow"), "overloaded"),
+    ],
+)
+def test_an_error_in_a_stream_is_an_event_and_no_end(server, error, kind):
+    server.door.script = Script(error=error)
+    answer = post(server, "/generate_stream", asks(GREEDY))
+    *found, last = [json.loads(line[5:]) for line in answer.text.split("\n") if line.startswith("data:")]
+    assert answer.status_code == 200 and last["error_type"] == kind
+    assert len(found) == 4 and all(each["generated_text"] is each["details"] is None for each in found)
+
+
+def test_an_error_of_one_of_several_is_that_error(server):
+    server.door.script = Script(error=NumericalError("NaN"))
+    best = asks({"best_of": 2, "do_sample": True})
+    assert post(server, "/generate", best).status_code == 424
+    both = {"prompt": ["a", "b"], "max_tokens": 4}
+    assert post(server, "/v1/completions", both).json()["error"]["message"] == "NaN"
+
+
+def test_no_more_than_so_many_at_once():
+    with running(lambda: Scripted(Script(held=True)), Settings(concurrent_requests=1)) as server:
+        with httpx.stream("POST", server.url + "/generate_stream", json=BODY) as first:
+            lines = first.iter_lines()
+            assert "Hello" in next(lines)
+            assert post(server, "/generate", BODY).json()["error"] == "Model is overloaded"
+            server.call(server.door.go.set)
+            assert "world" in "".join(lines)
+        assert post(server, "/generate", BODY).status_code == 200
+
+
+def test_health(server):
+    assert (httpx.get(server.url).status_code, httpx.get(server.url).content) == (200, b"")
+    assert httpx.get(server.url + "/health").status_code == 200
+    server.door.loads = {"scripted": Load(alive=False)}
+    for path in ("/", "/health", "/ping"):
+        answer = httpx.get(server.url + path)
+        assert answer.status_code == 503
+        assert (answer.json()["error"], answer.json()["error_type"]) == ("unhealthy", "healthcheck")
+
+
+def test_where_a_key_is_needed():
+    key = Keys((Key("anna", digest("secret")),))
+    with running(keys=key) as server:
+        for found in (post(server, "/generate", BODY), post(server, "/", BODY), httpx.get(server.url + "/info")):
+            assert found.status_code == 401 and found.json().keys() == {"error"}
+        assert httpx.get(server.url).status_code == 200
+        named = {"authorization": "Bearer secret"}
+        assert post(server, "/", BODY, headers=named).status_code == 200
+        assert httpx.get(server.url + "/nothing", headers=named).status_code == 404
+
+
+def test_info():
+    told = Settings(
+        concurrent_requests=9, prompts=3, tgi=TgiBounds(max_total_tokens=50, told={"validation_workers": 7})
+    )
+    with running(settings=told) as server:
+        found = httpx.get(server.url + "/info").json()
+    assert (found["model_id"], found["model_pipeline_tag"], found["router"]) == ("alias", "text-generation", "moesaic")
+    assert (found["max_total_tokens"], found["max_input_tokens"], found["max_input_length"]) == (50, 49, 49)
+    assert (found["max_concurrent_requests"], found["max_client_batch_size"], found["max_best_of"]) == (9, 3, 2)
+    assert (found["validation_workers"], found["max_stop_sequences"], found["docker_label"]) == (7, 4, None)
+    for name in ("model_sha", "model_dtype", "model_device_type", "waiting_served_ratio", "max_batch_total_tokens"):
+        assert name in found
+    for name in ("max_waiting_tokens", "version", "sha"):
+        assert name in found
+
+
+def test_tokenize_in_both_dialects(server):
+    assert post(server, "/tokenize", {"inputs": "one two"}).json() == [
+        {"id": 1, "text": "", "start": 0, "stop": 0},
+        {"id": 20, "text": "one", "start": 0, "stop": 3},
+        {"id": 21, "text": "two", "start": 4, "stop": 7},
+    ]
+    assert post(server, "/tokenize", {"prompt": "one", "add_special_tokens": False}).json() == {
+        "count": 1,
+        "max_model_len": 100,
+        "tokens": [20],
+        "token_strs": ["one"],
+    }
+    assert post(server, "/tokenize", {}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("marks", "text", "spans"),
+    [
+        ([" Hello", " you"], "Hello you", [(0, 5), (5, 9)]),
+        (["Gr", "\ufffd", "\ufffd", "n"], "Grün", [(0, 2), (2, 3), (2, 3), (3, 4)]),
+        (["\ufffd", "\ufffd"], "é", [(0, 1), (0, 1)]),
+        (["<s>", "a", "</s>"], "a</s>", [(0, 0), (0, 1), (1, 5)]),
+        ([" you", " and", " you"], "you and you", [(0, 3), (3, 7), (7, 11)]),
+        (["a", "b"], "a\tb", [(0, 1), (2, 3)]),
+        (["a", "\ufffd", "\ufffd", "a", "a"], "aéaa", [(0, 1), (1, 2), (1, 2), (2, 3), (3, 4)]),
+    ],
+)
+def test_where_tokens_stand(marks, text, spans):
+    found = placed([Mark(9, mark, mark[0] == "<") for mark in marks], text)
+    assert [(each["start"], each["stop"]) for each in found] == spans
+    assert all(each["text"] == text[each["start"] : each["stop"]] for each in found)
+
+
+def test_sagemakers_and_vertexs_routes(server):
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert post(server, "/invocations", chat).json()["choices"][0]["message"]["content"] == "Hello, world!"
+    assert post(server, "/invocations", {"prompt": "Hi"}).json()["choices"][0]["text"] == "Hello, world!"
+    assert post(server, "/invocations", BODY).json() == [{"generated_text": "Hi youHello, world!"}]
+    assert post(server, "/invocations", {"messages": 3}).json()["error_type"] == "validation"
+    assert post(server, "/invocations", {"x": 3}).status_code == 422
+    assert post(server, "/vertex", {"instances": [BODY, BODY]}).json() == {"predictions": ["Hello, world!"] * 2}
+    assert post(server, "/vertex", {"instances": []}).status_code == 422
+
+
+def test_schemas_as_grammars():
+    def of(grammar):
+        return checked(Parameters(grammar=grammar), TgiBounds(), stream=False).grammar
+
+    schema = {"type": "object", "properties": {}}
+    assert of({"type": "json", "value": schema}) == of({"type": "json_object", "value": schema})
+    assert of({"type": "json", "value": json.dumps(schema)}) == ("json_schema", schema)
+    assert of({"type": "json_schema", "value": {"name": "x", "schema": schema}}) == ("json_schema", schema)
+    assert of({"type": "json_schema", "value": schema}) == ("json_schema", schema)
+    assert of({"type": "json_object"}) == ("json_object", {})
+
+
+# The built-in model
+
+STORY = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 30, "details": True}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"temperature": 0.8, "seed": 5, "top_p": 0.9}, {"stop": ["the"]}, {"top_n_tokens": 2}, {"max_new_tokens": 1}],
+)
+def test_the_built_in_model_answers_alike_whole_and_streamed(tales, more):
+    body = STORY | {"parameters": STORY["parameters"] | more}
+    whole = post(tales, "/generate", body).json()
+    found = [json.loads(event) for event in events(post(tales, "/generate_stream", body).text)]
+    assert found[-1]["generated_text"] == whole["generated_text"] == "".join(each["token"]["text"] for each in found)
+    tokens = whole["details"]["tokens"]
+    assert [each["token"]["id"] for each in found] == [each["id"] for each in tokens]
+    assert [each["token"]["text"] for each in found] == [each["text"] for each in tokens]
+    assert all(each["token"]["logprob"] <= 0 for each in found)
+    assert [each["index"] for each in found] == list(range(1, whole["details"]["generated_tokens"] + 1))
+    end = found[-1]["details"]
+    assert (
+        end["finish_reason"] == whole["details"]["finish_reason"] == ("stop_sequence" if "stop" in more else "length")
+    )
+    assert end["seed"] == whole["details"]["seed"] == more.get("seed")
+    if "stop" in more:
+        assert whole["generated_text"].endswith("the") and whole["generated_text"].count("the") == 1
+    if "top_n_tokens" in more:
+        assert all(len(each["top_tokens"]) == 2 for each in found)
+        assert [each["top_tokens"] for each in found] == whole["details"]["top_tokens"]
+
+
+def test_a_drawn_seed_repeats_its_answer(tales):
+    body = STORY | {"parameters": STORY["parameters"] | {"do_sample": True}}
+    first = post(tales, "/generate", body).json()
+    again = body | {"parameters": body["parameters"] | {"seed": first["details"]["seed"]}}
+    assert post(tales, "/generate", again).json()["generated_text"] == first["generated_text"]
+
+
+def test_special_tokens_in_a_prompt_written_by_hand_are_read_as_such(tales):
+    info = httpx.get(tales.url + "/tokenizer_info").json()
+    bos, eos = info["bos_token"], info["eos_token"]
+
+    def ids(text):
+        return [each["id"] for each in post(tales, "/tokenize", {"inputs": text}).json()]
+
+    plain = ids("Hello")
+    assert ids(f"{bos}Hello") == plain
+    assert len(ids(f"Hello{eos}")) == len(plain) + 1
+    for text in (f"{bos}Hello", f"Hello{eos}"):
+        body = {"inputs": text, "parameters": {"decoder_input_details": True, "max_new_tokens": 1}}
+        read = post(tales, "/generate", body).json()
+        assert [each["id"] for each in read["details"]["prefill"]] == ids(text)
+    assert read["details"]["prefill"][0]["logprob"] is None and read["details"]["prefill"][1]["logprob"] < 0
+
+
+def test_tokens_of_a_conversation(tales):
+    body = {"messages": [{"role": "user", "content": "Tell a story about Zoë."}]}
+    found = post(tales, "/chat_tokenize", body).json()
+    assert "Tell a story about Zoë." in found["templated_text"]
+    shown = found["tokenize_response"]
+    assert all(found["templated_text"][each["start"] : each["stop"]] == each["text"] for each in shown)
+    assert [each["id"] for each in shown] == post(tales, "/tokenize", body).json()["tokens"]
+    stops = [each["stop"] for each in shown]
+    assert stops == sorted(stops) and stops[-1] == len(found["templated_text"])

@@ -1,0 +1,65 @@
+"""The page before the real server: the application over a real socket, with the built-in model and a scripted one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serve.conftest import Script, Scripted, running
+from tests.serve.conftest import Server as Real
+from tests.serve.web.conftest import Open
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Iterator[Real]:
+    if getattr(request, "param", "") == "built-in":
+        yield request.getfixturevalue("tales")
+    else:
+        with running() as found:
+            yield found
+
+
+@pytest.mark.parametrize("server", ["built-in"], indirect=True)
+def test_the_built_in_model_tells_a_story_which_a_reload_keeps(open_chat: Open, server: Real) -> None:
+    chat = open_chat()
+    chat.ask("Tell me a story about a rabbit.")
+    asked, told = chat.said
+    assert asked == "Tell me a story about a rabbit." and len(told) > 40
+    chat.stored(max(re.findall(r"[a-z ]+", told), key=len))  # nothing that JSON would escape
+    chat.reload()
+    assert chat.said[0] == asked and len(chat.said[1]) > 40
+
+
+def test_stop_takes_the_request_back(open_chat: Open, server: Real) -> None:
+    server.door.script = Script(pieces=("Once ", "upon"), held=True)
+    chat = open_chat()
+    chat.send("Go on")
+    chat.wait_for("Once")
+    chat.button("Stop").click()
+    chat.finished()
+    assert isinstance(server.door, Scripted)
+    chat.wait_for("Stopped before the end.")
+    for _ in range(200):
+        if server.door.cancelled:
+            break
+        chat.page.wait_for_timeout(50)
+    assert server.door.cancelled == 1
+
+
+def test_another_model_is_asked(open_chat: Open, server: Real) -> None:
+    chat = open_chat()
+    chat.page.get_by_label("Model").select_option("other")
+    chat.ask("Hi")
+    assert [ask.model for ask in server.door.asked] == ["other"]
+    assert chat.said[1] == "Hello, world!"
+
+
+def test_nothing_that_a_model_writes_is_loaded_or_run(open_chat: Open, server: Real) -> None:
+    evil = "<script>document.title='x'</script> ![a](https://example.org/x.png) [b](javascript:alert(1)) <img src=//x>"
+    server.door.script = Script(pieces=(evil,))
+    chat = open_chat()  # which looks at all that the page loaded, and at what its policy forbade
+    chat.ask("Be evil")
+    assert chat.page.locator("#messages img, #messages script").count() == 0
+    assert chat.page.title() != "x"

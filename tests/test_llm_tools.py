@@ -1,0 +1,211 @@
+"""Tools from a request to its calls: forced on models that would never call, found where a model writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jsonschema
+import mistral_common
+import pytest
+import torch
+import transformers
+
+from moesaic import LLM, Grammar, errors
+from moesaic.text.tools import Tools
+
+HELLO = [{"role": "user", "content": "What is the weather in Paris?"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"$ref": "#/$defs/city"},
+        "unit": {"enum": ["°C", "°F"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "$defs": {"city": {"type": "string", "maxLength": 10}},
+}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "The weather.", "parameters": SCHEMA}}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+BOTH = [WEATHER, CLOCK]
+BAD = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}}
+WAYS = [{"temperature": 0}, {"temperature": 1.5, "seed": 1}, {"temperature": 1.5, "seed": 2}]
+
+
+@pytest.fixture(scope="module")
+def mistral3(talker, tmp_path_factory):
+    """A random model with the tokenizer of Mistral's third version, whose calls have a control token."""
+    path = shutil.copytree(talker, tmp_path_factory.mktemp("v3") / "model")
+    config = transformers.MixtralConfig.from_pretrained(path)
+    config.vocab_size = 32768
+    torch.manual_seed(6)
+    transformers.MixtralForCausalLM(config).save_pretrained(path)
+    (path / "tokenizer.model").unlink()
+    data = Path(next(iter(mistral_common.__path__))) / "data"
+    shutil.copy(data / "mistral_instruct_tokenizer_240323.model.v3", path / "tokenizer.model")
+    return path
+
+
+@pytest.fixture(scope="module", params=["built-in", "mistral-v1", "mistral-v3"])
+def llm(request, talker, mistral3):
+    folder = {"built-in": None, "mistral-v1": talker, "mistral-v3": mistral3}[request.param]
+    with LLM.load(folder, **({} if folder is None else {"chat_format": request.param})) as llm:
+        yield llm
+
+
+def valid(answer, schemas):
+    """Assert that an answer is calls and nothing else, with arguments of their schemas."""
+    assert answer.reason == "stop"
+    assert answer.text.strip() == ""
+    assert answer.calls
+    for call in answer.calls:
+        jsonschema.validate(json.loads(call.arguments), schemas[call.name])
+    assert len({call.id for call in answer.calls}) == len(answer.calls)
+
+
+ALL = {"get_weather": SCHEMA, "clock": {"type": "object", "maxProperties": 0}}
+
+
+def test_a_required_call_is_one(llm):
+    for way in WAYS:
+        answer = llm.chat(HELLO, tools=BOTH, tool_choice="required", parallel_tool_calls=False, max_tokens=300, **way)
+        valid(answer, ALL)
+        assert len(answer.calls) == 1
+
+
+def test_several_may_be_called_where_that_is_allowed(llm):
+    found = set()
+    for seed in range(6):
+        answer = llm.chat(HELLO, tools=BOTH, tool_choice="required", temperature=1.5, seed=seed, max_tokens=1500)
+        valid(answer, ALL)
+        found.add(len(answer.calls))
+    assert max(found) > 1
+
+
+def test_a_named_function_is_called(llm):
+    for tool, name in ((WEATHER, "get_weather"), (CLOCK, "clock")):
+        choice = {"type": "function", "function": {"name": tool["function"]["name"]}}
+        answer = llm.chat(HELLO, tools=BOTH, tool_choice=choice, temperature=1.5, seed=3, max_tokens=300)
+        valid(answer, ALL)
+        assert [call.name for call in answer.calls] == [name]
+
+
+def test_ids_are_of_the_formats_style(llm):
+    answer = llm.chat(HELLO, tools=[CLOCK], tool_choice="required", temperature=0, max_tokens=300)
+    form = r"[a-zA-Z0-9]{9}" if llm.format.name == "mistral-v3" else r"call_[a-zA-Z0-9]{24}"
+    assert all(re.fullmatch(form, call.id) for call in answer.calls)
+
+
+def test_the_control_token_stands_in_front_and_is_not_shown(mistral3):
+    with LLM.load(mistral3) as llm:
+        assert llm.format.name == "mistral-v3"
+        answer = llm.chat(HELLO, tools=[CLOCK], tool_choice="required", temperature=0, max_tokens=300)
+        assert answer.tokens[0].id == llm.tokenizer.control["[TOOL_CALLS]"]
+        assert answer.text == ""
+
+
+def test_streamed_calls_are_those_of_the_whole(llm):
+    options = {"tools": BOTH, "tool_choice": "required", "temperature": 1.5, "seed": 5, "max_tokens": 600}
+    whole = llm.chat(HELLO, **options)
+    pieces = list(llm.chat(HELLO, stream=True, **options))
+    calls = [(call.name, call.arguments) for piece in pieces for call in piece.calls]
+    assert calls == [(call.name, call.arguments) for call in whole.calls]
+    assert [token.id for piece in pieces for token in piece.tokens] == [token.id for token in whole.tokens]
+
+
+def test_every_one_of_n_answers_calls(llm):
+    answer = llm.chat(HELLO, tools=BOTH, tool_choice="required", temperature=1.5, seed=2, n=3, max_tokens=900)
+    for each in (answer, *answer.alternatives):
+        valid(each, ALL)
+
+
+def test_a_conversation_goes_on_after_its_calls(llm):
+    answer = llm.chat(HELLO, tools=BOTH, tool_choice="required", temperature=0, max_tokens=900)
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in answer.calls
+    ]
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "22 °C"} for call in answer.calls]
+    messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": calls}, *results]
+    prompt = llm.tokenizer.decode(llm.encode_chat(messages), skip_special=False)
+    assert prompt.count("22 °C") == len(calls)
+    assert llm.chat(messages, tools=BOTH, max_tokens=8).tokens
+
+
+def test_cut_calls_stay_text(llm):
+    answer = llm.chat(HELLO, tools=[WEATHER], tool_choice="required", temperature=0, max_tokens=6)
+    assert (answer.reason, answer.calls) == ("length", ())
+    assert answer.text.removeprefix("[TOOL_CALLS]").lstrip().startswith(("{", "["))
+
+
+def test_with_auto_nothing_is_forced_and_with_none_nothing_is_told(llm):
+    plain = llm.encode_chat(HELLO)
+    assert llm.encode_chat(HELLO, tools=Tools.of(BOTH, "none")) == plain
+    silent = llm.chat(HELLO, tools=BOTH, tool_choice="none", temperature=0, max_tokens=12)
+    assert silent.text == llm.chat(HELLO, temperature=0, max_tokens=12).text
+    told = llm.tokenizer.decode(llm.encode_chat(HELLO, tools=Tools.of(BOTH)), skip_special=False)
+    assert '"name": "get_weather"' in told
+    answer = llm.chat(HELLO, tools=BOTH, temperature=0, max_tokens=12)
+    assert answer.tokens
+    assert answer.calls == ()
+
+
+def test_what_a_model_writes_of_itself_is_found(llm, monkeypatch):
+    """With auto the model is free: here a grammar that knows nothing of tools stands in for its will."""
+    written = '{"name": "get_weather", "arguments": {"city": "Łódź", "days": 2}}'
+    syntax = llm.format.calls_as(llm.tokenizer)
+    mark = f"<[{llm.tokenizer.control[syntax.mark]}]> " if syntax.mark else ""
+    free = f"[{written}]" if syntax.mark else written
+    script = Grammar("lark", f'start: "Well.\\n" {mark}{json.dumps(free, ensure_ascii=False)}')
+    answer = llm.chat(HELLO, tools=BOTH, grammar=script, temperature=0, max_tokens=300)
+    assert answer.text == "Well.\n"
+    assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == [
+        ("get_weather", {"city": "Łódź", "days": 2})
+    ]
+    twice = Grammar(
+        "lark", f'start: {mark}"[" {json.dumps(written, ensure_ascii=False)} ", " {json.dumps(written)} "]"'
+    )
+    answer = llm.chat(HELLO, tools=BOTH, grammar=twice, parallel_tool_calls=False, temperature=0, max_tokens=900)
+    assert (len(answer.calls), answer.reason) == (1, "stop")
+
+
+def test_a_stop_string_ends_text_before_a_mark(mistral3):
+    with LLM.load(mistral3) as llm:
+        mark = llm.tokenizer.control["[TOOL_CALLS]"]
+        script = Grammar("lark", f'start: "ab" <[{mark}]> "[{{\\"name\\": \\"clock\\"}}]"')
+        answer = llm.chat(HELLO, tools=BOTH, grammar=script, stop=("abc",), temperature=0)
+        assert (answer.text, [call.name for call in answer.calls]) == ("ab", ["clock"])
+        answer = llm.chat(HELLO, tools=BOTH, grammar=script, stop=("ab",), temperature=0)
+        assert (answer.text, answer.calls, answer.stop) == ("", (), "ab")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tools": BOTH, "tool_choice": "required", "grammar": Grammar("json_object")}, "tool_choice: cannot"),
+        ({"tool_choice": "required"}, "tool_choice: is required"),
+        (
+            {"tools": [CLOCK, BAD], "tool_choice": "required"},
+            r"tools\[1\].function.parameters: .*#/properties/a: Invalid",
+        ),
+    ],
+)
+def test_refused_before_anything_runs(llm, options, match):
+    before = llm.engine.stats().prompt_tokens
+    with pytest.raises(errors.InvalidParameter, match=match):
+        llm.chat(HELLO, **options)
+    assert llm.engine.stats().prompt_tokens == before
+
+
+def test_a_checkpoints_own_template_takes_no_tools(talker, tmp_path):
+    folder = shutil.copytree(talker, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with LLM.load(folder, chat_format="template") as llm:
+        with pytest.raises(errors.InvalidRequest, match="choose a chat format"):
+            llm.chat(HELLO, tools=BOTH)
+        call = {"id": "x", "function": {"name": "clock", "arguments": "{}"}}
+        talk = [*HELLO, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        with pytest.raises(errors.InvalidMessages, match="choose a chat format"):
+            llm.chat([*talk, {"role": "tool", "tool_call_id": "x", "content": "y"}])
