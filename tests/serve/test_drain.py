@@ -172,6 +172,13 @@ def test_keys_are_read_again(start, tmp_path):
     assert first not in str(server.lines) and second not in str(server.lines)
 
 
+def test_a_file_without_keys_lets_nobody_in(start, tmp_path):
+    keys.write(tmp_path / "keys.json", ())
+    server = start("--keys", str(tmp_path / "keys.json"))
+    assert httpx.get(server.url + "/v1/models").status_code == 401
+    assert httpx.get(server.url + "/ready").status_code == 200
+
+
 def test_keys_of_the_environment(start):
     server = start(MOESAIC_API_KEYS="one,two")
     assert httpx.get(server.url + "/v1/models").status_code == 401

@@ -12,7 +12,6 @@ import pytest
 
 from moesaic.door import Ended, Load
 from moesaic.errors import NumericalError, Overloaded
-from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
 from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
 from tests.serve.raw import CHAT, Raw, eventually
@@ -236,7 +235,19 @@ def test_who_waits_too_long_for_his_turn_is_told_to_come_back(stream):
         assert server.door.cancelled == 1
 
 
+def test_who_waits_too_long_to_be_let_in_at_all_is_told_to_come_back():
+    class Closed(Scripted):
+        async def ask(self, ask):
+            await asyncio.Event().wait()
+
+    with running(Closed, Settings(queue_seconds=0.2)) as server:
+        answer = post(server, CHAT)
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+
+
 def test_a_turn_that_has_come_is_not_waited_for():
+    with running(lambda: Scripted(Script(pause=0.2)), Settings(queue_seconds=0.3)) as server:
+        assert post(server, CHAT).status_code == 200
     with running(lambda: Scripted(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=1.5)) as server:
         answer = post(server, CHAT)
         assert answer.status_code == 504 and server.door.cancelled == 1
@@ -269,79 +280,6 @@ def test_time_runs_out_for_what_is_no_answer_too():
 
     with running(Slow, Settings(request_seconds=0.2)) as server:
         assert httpx.post(server.url + "/v1/embeddings", json={"input": "x"}, timeout=30).status_code == 504
-
-
-# Limits of keys
-
-
-def limited(**limits):
-    return Keys((Key("anna", _digest("k"), **limits), Key("ben", _digest("b"))))
-
-
-def _digest(key):
-    from moesaic.serve import keys
-
-    return keys.digest(key)
-
-
-ANNA = {"authorization": "Bearer k"}
-BEN = {"authorization": "Bearer b"}
-
-
-def test_requests_at_the_same_time_are_bounded_for_one_key_alone():
-    with running(lambda: Scripted(Script(held=True)), keys=limited(concurrent=1)) as server:
-        with Raw(server) as raw:
-            raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
-            refused = post(server, CHAT, headers=ANNA)
-            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-            embedded = httpx.post(server.url + "/v1/embeddings", json={"input": "x"}, headers=ANNA)
-            assert embedded.status_code == 429
-            server.call(server.door.go.set)
-            raw.until(b"[DONE]")
-            assert post(server, CHAT, headers=BEN).status_code == 200
-            for _ in range(20):  # whoever has heard the end may come again at once
-                answer = post(server, CHAT | {"stream": True}, headers=ANNA)
-                assert answer.status_code == 200 and "[DONE]" in answer.text
-                assert post(server, CHAT, headers=ANNA).status_code == 200
-                body = {"prompt": ["a", "b"]}
-                assert httpx.post(server.url + "/v1/completions", json=body, headers=ANNA).status_code == 429
-        eventually(lambda: not server.app.keys._running)
-
-
-@pytest.mark.parametrize("path", [PATH, "/v1/embeddings", "/v1/classify", "/detokenize"])
-def test_requests_of_a_minute_are_bounded_whatever_they_are(path):
-    with running(keys=limited(requests_per_minute=2)) as server:
-        body = CHAT | {"input": "x", "tokens": [1]}
-        found = [httpx.post(server.url + path, json=body, headers=ANNA) for _ in range(3)]
-        assert [answer.status_code for answer in found] == [200, 200, 429]
-        assert 1 <= int(found[2].headers["retry-after"]) <= 30
-        assert httpx.get(server.url + "/v1/models", headers=ANNA).status_code == 200
-
-
-def test_tokens_are_paid_for_by_those_who_leave_too():
-    long = Script(pieces=("x",) * 50, held=False)
-    with running(lambda: Scripted(long), keys=limited(tokens_per_minute=52)) as server:
-        assert post(server, CHAT, headers=ANNA).status_code == 200
-        assert post(server, CHAT, headers=ANNA).status_code == 429
-    with running(lambda: Scripted(Script(held=True)), keys=limited(tokens_per_minute=1)) as server:
-        with Raw(server) as raw:
-            raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
-        eventually(lambda: server.app.running == 0)
-        assert post(server, CHAT, headers=ANNA).status_code == 429
-
-
-def test_a_client_cannot_step_in_front_of_others():
-    with running(keys=limited(priority=5)) as server:
-        for asked, given in ((-100, 5), (None, 5), (3, 8)):
-            assert post(server, CHAT | {"priority": asked}, headers=ANNA).status_code == 200
-            assert server.door.asked[-1].priority == given
-
-
-def test_what_is_asked_carries_the_keys_name_and_never_the_clients_word(server):
-    with running(keys=limited()) as locked:
-        post(locked, CHAT | {"user": "ben", "tenant": "ben", "cache_salt": "ben"}, headers=ANNA)
-        assert locked.door.asked[0].tenant == "anna"
 
 
 # What breaks

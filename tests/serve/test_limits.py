@@ -1,0 +1,109 @@
+"""What one key may ask, over HTTP: whatever it asks, and whether or not it waits for the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from moesaic.serve.app import App
+from moesaic.serve.keys import Key, Keys, digest
+from tests.serve.conftest import Script, Scripted, running
+from tests.serve.raw import CHAT, Raw, eventually
+
+PATH = "/v1/chat/completions"
+
+
+def post(server, body, **options):
+    return httpx.post(server.url + PATH, json=body, timeout=30, **options)
+
+
+def limited(**limits):
+    return Keys((Key("anna", digest("k"), **limits), Key("ben", digest("b"))))
+
+
+ANNA = {"authorization": "Bearer k"}
+BEN = {"authorization": "Bearer b"}
+
+
+def test_requests_at_the_same_time_are_bounded_for_one_key_alone():
+    with running(lambda: Scripted(Script(held=True)), keys=limited(concurrent=1)) as server:
+        with Raw(server) as raw:
+            raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
+            refused = post(server, CHAT, headers=ANNA)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            embedded = httpx.post(server.url + "/v1/embeddings", json={"input": "x"}, headers=ANNA)
+            assert embedded.status_code == 429
+            server.call(server.door.go.set)
+            raw.until(b"[DONE]")
+            assert post(server, CHAT, headers=BEN).status_code == 200
+            for _ in range(20):  # whoever has heard the end may come again at once
+                answer = post(server, CHAT | {"stream": True}, headers=ANNA)
+                assert answer.status_code == 200 and "[DONE]" in answer.text
+                assert post(server, CHAT, headers=ANNA).status_code == 200
+                body = {"prompt": ["a", "b"]}
+                assert httpx.post(server.url + "/v1/completions", json=body, headers=ANNA).status_code == 429
+        eventually(lambda: not server.app.keys._running)
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/embeddings", "/v1/classify", "/detokenize"])
+def test_requests_of_a_minute_are_bounded_whatever_they_are(path):
+    with running(keys=limited(requests_per_minute=2)) as server:
+        body = CHAT | {"input": "x", "tokens": [1]}
+        found = [httpx.post(server.url + path, json=body, headers=ANNA) for _ in range(3)]
+        assert [answer.status_code for answer in found] == [200, 200, 429]
+        assert 1 <= int(found[2].headers["retry-after"]) <= 30
+        assert httpx.get(server.url + "/v1/models", headers=ANNA).status_code == 200
+
+
+def test_tokens_are_paid_for_by_those_who_leave_too():
+    long = Script(pieces=("x",) * 50, held=False)
+    with running(lambda: Scripted(long), keys=limited(tokens_per_minute=52)) as server:
+        assert post(server, CHAT, headers=ANNA).status_code == 200
+        assert post(server, CHAT, headers=ANNA).status_code == 429
+    with running(lambda: Scripted(Script(held=True)), keys=limited(tokens_per_minute=1)) as server:
+        with Raw(server) as raw:
+            raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
+        eventually(lambda: server.app.running == 0)
+        assert server.app.keys._tokens["anna"].left == 1 - (2 + 1)  # the prompt, and the one token that came
+        assert post(server, CHAT, headers=ANNA).status_code == 429
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_share_is_given_back_before_the_end_is_heard(stream):
+    keys, running_then = limited(concurrent=1), []
+    body = json.dumps(CHAT | {"stream": stream}).encode()
+    fields = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"authorization", b"Bearer k")]
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": fields, "query_string": b"", "root_path": ""}
+    coming = [{"type": "http.request", "body": body}]
+
+    async def receive():
+        return coming.pop() if coming else await asyncio.Event().wait()
+
+    async def send(message):
+        if b"[DONE]" in message.get("body", b"") or (
+            b"chat.completion" in message.get("body", b"")[:200] and not stream
+        ):
+            running_then.append(dict(keys._running))
+
+    async def main():
+        await App(Scripted(), keys=keys)(scope, receive, send)
+
+    asyncio.run(main())
+    assert running_then == [{}]
+
+
+def test_a_client_cannot_step_in_front_of_others():
+    with running(keys=limited(priority=5)) as server:
+        for asked, given in ((-100, 5), (None, 5), (3, 8)):
+            assert post(server, CHAT | {"priority": asked}, headers=ANNA).status_code == 200
+            assert server.door.asked[-1].priority == given
+
+
+def test_what_is_asked_carries_the_keys_name_and_never_the_clients_word(server):
+    with running(keys=limited()) as locked:
+        post(locked, CHAT | {"user": "ben", "tenant": "ben", "cache_salt": "ben"}, headers=ANNA)
+        assert locked.door.asked[0].tenant == "anna"
