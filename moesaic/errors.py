@@ -12,6 +12,7 @@
       Forbidden                  403  not with this key, or not from this page
       NotFound                   404  no such model, file, format, chat format, ...
       WrongMethod                405  the route has other methods
+      Conflict                   409  the idempotency key was used for another request
       CheckpointError            422  weights on disk that do not say what they should
         ConfigError              422  a configuration key is missing, wrong, or not understood
         TokenizerError           422  no tokenizer, or one that cannot be read exactly
@@ -19,6 +20,8 @@
       Overloaded                 429  the queue is full: try again later
         KeyExhausted             429  this key's share is used up: try again later
       Unavailable                503  the server is loading, draining, or waited too long for its turn
+        StorageFull              503  what keeps the jobs has no room left
+      PoisonedJob                500  every worker that had this request died of it
       TimedOut                   504  the answer took longer than the server allows
       Cancelled                  499  the caller took the request back
       NumericalError             500  the model computed NaN or infinity for this request
@@ -114,6 +117,12 @@ class WrongMethod(MoesaicError):
         self.allowed = allowed
 
 
+class Conflict(MoesaicError):
+    """The idempotency key was used for another request already: take a new key for a new request."""
+
+    status = 409
+
+
 class CheckpointError(MoesaicError):
     """Weights on disk that do not say what they should.
 
@@ -159,6 +168,14 @@ class Unavailable(MoesaicError):
     """The server is loading, draining, or waited too long for its turn: try again later."""
 
     status = 503
+
+
+class StorageFull(Unavailable):
+    """What keeps the jobs has no room left: nothing new is taken in until there is."""
+
+
+class PoisonedJob(MoesaicError):
+    """Every worker that had this request died while it had it; it is set aside and not tried again."""
 
 
 class TimedOut(MoesaicError):
