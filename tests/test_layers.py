@@ -30,6 +30,7 @@ MAY = {
     "bench": {"llm", "loading", "packed", "memory", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "console": {"llm", "engine", "text"},
     "inventory": {"models", "checkpoints", "ops", "formats", "text"},
+    "cluster": {"door", "serve"},
     "cli": {"*"},
     "errors": set(),
     "registry": set(),

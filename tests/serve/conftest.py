@@ -162,9 +162,12 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    make: Callable[[], Any] = Scripted, settings: Settings | None = None, keys: Keys | None = None
+    make: Callable[[], Any] = Scripted,
+    settings: Settings | None = None,
+    keys: Keys | None = None,
+    routes: Callable[[Any], Any] = lambda _: (),
 ) -> Iterator[Server]:
-    """Run a server over the door that ``make`` makes on its loop, on a free port of loopback."""
+    """Run a server over the door that ``make`` makes on its loop, with more ``routes``, on a free port of loopback."""
     settings = replace(settings or Settings(), port=0)
     listening = front.bind(settings)
     started: threading.Event = threading.Event()
@@ -173,7 +176,7 @@ def running(
     async def main() -> None:
         made = make()
         door = await made if asyncio.iscoroutine(made) else made
-        app = App(door, settings, keys)
+        app = App(door, settings, keys, more=routes(door))
         server = front.Server(front.configured(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listening])
