@@ -17,7 +17,7 @@ VERSION = 1
 _TABLES = """
 CREATE TABLE store (
     one BIGINT PRIMARY KEY, version BIGINT NOT NULL, tick BIGINT NOT NULL, groups BIGINT NOT NULL
-);
+){busy};
 INSERT INTO store (one, version, tick, groups) VALUES (1, {version}, 0, 0);
 CREATE TABLE jobs (
     seq {serial},

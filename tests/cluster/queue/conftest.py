@@ -7,13 +7,34 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.queue.places import File, Place, Sync
+from tests.cluster.queue.server import Database, Server
 
 
-@pytest.fixture(params=["sqlite"])
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    place = File(tmp_path_factory.mktemp("jobs"))
-    yield place
-    place.close()
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def database(server: Server) -> Iterator[Database]:
+    database = Database(server)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[File]:
+    file = File(tmp_path_factory.mktemp("jobs"))
+    yield file
+    file.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest) -> Place:
+    place: Place = request.getfixturevalue({"sqlite": "file", "postgres": "database"}[request.param])
+    return place
 
 
 @pytest.fixture
