@@ -18,7 +18,7 @@ Knows lines, flows and turns. Does not know leases, nor what a job is about.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -154,19 +154,23 @@ class Place(NamedTuple):
     """Of its line."""
 
 
-_PLACE = """SELECT
-    (SELECT queued FROM lines WHERE model = ? AND priority = ?),
+PLACE = """(SELECT queued FROM lines WHERE model = ? AND priority = ?),
     (SELECT clock FROM lines WHERE model = ? AND priority = ?),
     (SELECT last FROM lines WHERE model = ? AND priority = ?),
     (SELECT finish FROM flows WHERE tenant = ? AND model = ? AND priority = ?),
     (SELECT MIN(share) FROM lines WHERE priority = ? AND queued > 0)"""
+"""Columns of a query that ``place`` reads; their values are those of ``placing``."""
 
 
-def place(job: Job | Row) -> Steps[Place]:
-    """Return where a job stands that comes now."""
+def placing(job: Job | Row) -> tuple[str | int, ...]:
+    """Return what the columns ``PLACE`` are asked with."""
     line = (job.model, job.priority)
-    rows = yield Statement(_PLACE, (*line, *line, *line, job.tenant, *line, job.priority))
-    queued, clock, last, finish, least = (number or 0 for number in rows[0])
+    return (*line, *line, *line, job.tenant, *line, job.priority)
+
+
+def place(columns: Sequence[int | None]) -> Place:
+    """Return where a job stands that comes now."""
+    queued, clock, last, finish, least = (number or 0 for number in columns)
     if not queued:
         clock = max(clock, last)
     return Place(max(clock, finish), clock, 0 if queued else least)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from moesaic.cluster.jobs import Beat, Bounds, Held, Hold, Job, Lease, Record, State
-from moesaic.cluster.queue._lines import COLUMNS, Moves, Place, Row, choose, place
+from moesaic.cluster.queue._lines import COLUMNS, PLACE, Moves, Place, Row, choose, place, placing
 from moesaic.cluster.queue._steps import SKIP, Many, Outcome, Statement, Steps
 from moesaic.errors import Conflict, InvalidParameter, Overloaded, Unavailable
 
@@ -22,13 +22,14 @@ NEW_WORK = ""
 
 _BY_ID = f"SELECT {COLUMNS} FROM jobs WHERE id IN ?"
 _ENDED = "(SELECT tick FROM store)"
-_KNOWN = """SELECT
+_KNOWN = f"""SELECT
     (SELECT digest FROM jobs WHERE id = ?),
     (SELECT id FROM names WHERE tenant = ? AND once = ?),
     (SELECT digest FROM names WHERE tenant = ? AND once = ?),
     (SELECT CAST(COALESCE(SUM(queued), 0) AS BIGINT) FROM flows WHERE tenant = ?),
     (SELECT CAST(COALESCE(SUM(queued), 0) AS BIGINT) FROM lines),
-    (SELECT CAST(COALESCE(SUM(cost), 0) AS BIGINT) FROM lines)"""
+    (SELECT CAST(COALESCE(SUM(cost), 0) AS BIGINT) FROM lines),
+    {PLACE}"""
 _INSERT = """INSERT INTO jobs (id, model, kind, tenant, cost, priority, once, digest, state, turn)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?) RETURNING seq"""
 _GROUP = f"""SELECT {COLUMNS} FROM jobs WHERE state = 'queued' AND suspect > 0 AND suspect = ? AND model IN ?
@@ -71,8 +72,8 @@ def submit(job: Job, bounds: Bounds) -> Steps[Outcome[str]]:
     """See ``Store.submit``."""
     _valid(job)
     name = (job.tenant, job.once)
-    rows = yield Statement(_KNOWN, (job.id, *name, *name, job.tenant))
-    there, named, digest, of_tenant, queued, cost = rows[0]
+    rows = yield Statement(_KNOWN, (job.id, *name, *name, job.tenant, *placing(job)))
+    there, named, digest, of_tenant, queued, cost, *columns = rows[0]
     if there is not None:
         named, digest = job.id, there
     if named is not None:
@@ -83,7 +84,7 @@ def submit(job: Job, bounds: Bounds) -> Steps[Outcome[str]]:
         raise Overloaded(f"{of_tenant} requests of yours wait already: try again when some are answered")
     if queued >= bounds.queued or cost + job.cost > bounds.queued_cost:
         raise Unavailable(f"{queued} requests wait already: try again later")
-    where = yield from place(job)
+    where = place(columns)
     yield from _insert(job, where)
     moves = Moves()
     moves.wait(job)
@@ -277,7 +278,8 @@ def revive(id: str) -> Steps[Outcome[bool]]:
     job = jobs.get(id)
     if job is None or job.state != "dead":
         return Outcome(False)
-    where = yield from place(job)
+    columns = yield Statement(f"SELECT {PLACE}", placing(job))
+    where = place(columns[0])
     update = "UPDATE jobs SET state = 'queued', ended = NULL, crashes = 0, suspect = 0, turn = ? WHERE seq = ?"
     yield Many(update, [(where.turn, job.seq)])
     if job.once:

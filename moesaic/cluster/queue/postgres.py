@@ -1,8 +1,8 @@
 """Jobs in PostgreSQL: for several gateways, which share one database.
 
 Each store has one connection for its operations. A task owns it, takes all operations that wait, runs each in a
-savepoint inside one transaction, and commits: one flush of the disk for all of them. Whoever writes locks the one row of
-``store`` first, so the writers of several gateways take turns, a transaction each, and no operation meets another
+savepoint inside one transaction, and commits: one flush of the disk for all of them. Whoever writes locks the one row
+of ``store`` first, so the writers of several gateways take turns, a transaction each, and no operation meets another
 halfway. A gateway that stands still in the middle is put out of the way by the server, which ends its connection
 (``idle_in_transaction_session_timeout``).
 
@@ -210,10 +210,14 @@ async def _commit(
         Exception: it could not be committed, as far as this side knows; then all of them have failed.
     """
     if all(each.reads for each in group):
-        await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
     else:
-        await connection.execute("BEGIN; SELECT tick FROM store WHERE one = 1 FOR UPDATE")
-    outcomes = [await _outcome(connection, each.operation) for each in group]
+        begin = "BEGIN; SELECT tick FROM store WHERE one = 1 FOR UPDATE"
+    outcomes = []
+    for each in group:
+        await connection.execute(f"{begin}; SAVEPOINT operation")
+        outcomes.append(await _outcome(connection, each.operation))
+        begin = "RELEASE operation"
     news = list(dict.fromkeys(id for each in outcomes if isinstance(each, Outcome) for id in each.news))
     for payload in _payloads(news):
         await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
@@ -237,18 +241,14 @@ def _payloads(ids: Sequence[str]) -> list[str]:
 
 
 async def _outcome(connection: asyncpg.Connection, operation: Operation[Any]) -> Outcome[Any] | BaseException:
-    """Run one operation in a savepoint; return what comes of it, also if that is an error of its own."""
-    await connection.execute("SAVEPOINT operation")
-    outcome: Outcome[Any] | BaseException
+    """Run one operation; return what comes of it, also if that is an error of its own: then nothing of it is left."""
     try:
-        outcome = await _run(connection, operation)
+        return await _run(connection, operation)
     except Exception as error:  # whatever it is, whoever waits for this one gets it, and the others go on
         if connection.is_closed() or isinstance(error, OSError):
             raise
-        outcome = _explain(error)
         await connection.execute("ROLLBACK TO operation")
-    await connection.execute("RELEASE operation")
-    return outcome
+        return _explain(error)
 
 
 async def _run(connection: asyncpg.Connection, operation: Operation[T]) -> Outcome[T]:
