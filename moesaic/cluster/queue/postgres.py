@@ -92,6 +92,8 @@ async def open(where: str, bounds: Bounds) -> Store:
 class PostgresStore(Kept):
     """See the module."""
 
+    shared = True
+
     def __init__(self, where: str, bounds: Bounds, connection: asyncpg.Connection) -> None:
         super().__init__(bounds)
         self._where = where

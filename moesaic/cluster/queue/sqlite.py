@@ -70,6 +70,8 @@ async def open(where: str, bounds: Bounds) -> Store:
 class SqliteStore(Kept):
     """See the module."""
 
+    shared = False
+
     def __init__(self, path: Path, bounds: Bounds) -> None:
         super().__init__(bounds)
         self._loop = asyncio.get_running_loop()
