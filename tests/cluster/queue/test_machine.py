@@ -1,6 +1,6 @@
 """Random sequences of everything a store does, beside a model of it that is too plain to be wrong.
 
-``MOESAIC_SEQUENCES`` says how many are run over SQLite; over PostgreSQL a fortieth of them is, for each operation is a
+``MOESAIC_SEQUENCES`` says how many are run over SQLite; over PostgreSQL a sixteenth of them is, for each operation is a
 dozen ways to the server and back.
 """
 
@@ -287,4 +287,4 @@ def test_sqlite_does_as_the_model(files):
 
 
 def test_postgres_does_as_the_model(database):
-    run(Databases(database), max(SEQUENCES // 40, 1))
+    run(Databases(database), max(SEQUENCES // 16, 1))
