@@ -20,6 +20,7 @@ class Known:
 
     job: Job
     place: int
+    number: int
     state: str = "queued"
     fence: int = 0
     beat: int = 0
@@ -57,7 +58,6 @@ class Model:
         self.tick_count = 0
         self.groups = 0
         self.places = 0
-        self.order: list[str] = []
 
     def queued(self) -> list[Known]:
         return [known for known in self.jobs.values() if known.state == "queued"]
@@ -77,8 +77,7 @@ class Model:
         if len(waiting) >= self.bounds.queued or cost > self.bounds.queued_cost:
             raise Unavailable("")
         self.places += 1
-        self.jobs[job.id] = Known(job, self.places)
-        self.order.append(job.id)
+        self.jobs[job.id] = Known(job, self.places, number=self.places)
         if job.once:
             self.names[job.tenant, job.once] = Name(job.id, job.digest)
         return job.id
@@ -165,13 +164,9 @@ class Model:
 
     def lose(self, beats: Sequence[Beat]) -> list[str]:
         lost = [
-            self.jobs[id]
-            for id in self.order
-            if id in self.jobs
-            and any(
-                each.hold.id == id and self.jobs[id].holds(each.hold.fence) and self.jobs[id].beat == each.beat
-                for each in beats
-            )
+            known
+            for id, known in self.jobs.items()
+            if any(each.hold.id == id and known.holds(each.hold.fence) and known.beat == each.beat for each in beats)
         ]
         for known in lost:
             known.crashes += 1
@@ -210,14 +205,10 @@ class Model:
         self.tick_count += 1
         old = self.tick_count - self.bounds.once_ticks
         self.names = {key: name for key, name in self.names.items() if name.ended is None or name.ended >= old}
-        ended = sorted(
-            (known.ended, self.order.index(id)) for id, known in self.jobs.items() if known.ended is not None
-        )
-        keep = [each for each in ended if each[0] >= self.tick_count - self.bounds.kept_ticks]
-        keep = keep[max(len(keep) - self.bounds.kept, 0) :]
-        for each in ended:
-            if each not in keep:
-                del self.jobs[self.order[each[1]]]
+        ended = sorted((known.ended, known.number, id) for id, known in self.jobs.items() if known.ended is not None)
+        young = [each for each in ended if each[0] >= self.tick_count - self.bounds.kept_ticks]
+        for each in set(ended) - set(young[max(len(young) - self.bounds.kept, 0) :]):
+            del self.jobs[each[2]]
         return self.tick_count
 
     def depths(self) -> dict[str, Depth]:

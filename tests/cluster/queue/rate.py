@@ -1,7 +1,7 @@
 """How many jobs a second the stores take in, and lease and end: ``python -m tests.cluster.queue.rate`` prints JSON.
 
-A job has a body of 2,000 bytes and a result of 1,000. "1" is one caller, who waits for each answer before it asks again;
-"64" are 64 of them. Each figure is of ``--jobs`` jobs, after as many to warm up.
+A job has a body of 2,000 bytes and a result of 1,000. "1" is one caller, who waits for each answer before it asks
+again; "64" are 64 of them. Each figure is of ``--jobs`` jobs, after as many to warm up.
 """
 
 from __future__ import annotations

@@ -158,6 +158,14 @@ def test_a_connection_that_is_lost_is_made_anew(faulty, file, monkeypatch):
     assert store.look("a") is not None
 
 
+def test_what_is_committed_is_flushed(file):
+    """Whether it is, only a power cut would show; that it is asked for, the connection says."""
+    store = file.open()
+    names = ("synchronous", "journal_mode", "locking_mode", "wal_autocheckpoint", "journal_size_limit")
+    found = [run(store, f"PRAGMA {name}")[0][0] for name in names]
+    assert found == [2, "wal", "exclusive", 1000, 64 << 20]
+
+
 def test_a_file_has_one_store(file):
     first = file.open()
     with pytest.raises(Unavailable, match="in use by another gateway"):

@@ -189,6 +189,15 @@ def test_a_full_disk_is_told_and_outlived(server, database, when):
     assert store.check() == "ok"
 
 
+def test_what_is_committed_is_flushed(database):
+    """Whether it is, only a power cut would show; that it is asked for, the connection says."""
+    store = database.open()
+    ask = store.store._connection.fetchval
+    names = ("synchronous_commit", "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+    found = [store.loop.run_until_complete(ask(f"SHOW {name}")) for name in names]
+    assert found == ["on", "10s", "10s", "5s"]
+
+
 def test_a_database_of_another_version_is_refused(server, database):
     database.open().close()
     server.sql("UPDATE moesaic.store SET version = 99", database.database)
