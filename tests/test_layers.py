@@ -23,6 +23,7 @@ MAY = {
     "loading": {"packed", "checkpoints", "models", "ops", "formats"},
     "reply": {"engine", "text"},
     "door": set(),
+    "client": set(),
     "local": {"door", "llm", "classifier", "reply", "engine", "text"},
     "serve": {"door"},
     "llm": {"reply", "loading", "packed", "engine", "text", "checkpoints", "models", "ops", "formats"},

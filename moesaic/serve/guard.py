@@ -78,7 +78,8 @@ class Guard:
             return []
         return [
             (b"access-control-allow-origin", b"*" if "*" in allowed else origin),
-            (b"access-control-allow-headers", b"authorization, content-type, x-api-key, anthropic-version"),
+            (b"access-control-allow-headers", b"authorization, content-type, x-api-key, anthropic-version, idempotency-key"),
+            (b"access-control-expose-headers", b"retry-after, x-request-id, idempotency-replayed"),
             (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
             (b"vary", b"origin"),
         ]
