@@ -38,7 +38,7 @@ from pathlib import Path
 
 
 class MoesaicError(Exception):
-    """The root of the tree. ``status`` is the HTTP status a server answers with, and to a client the one that it got."""
+    """The root of the tree. ``status`` is the HTTP status that a server answers with, and that a client got."""
 
     status: int = 500
     retry_after: float | None = None

@@ -62,12 +62,11 @@ class Plan:
 
 
 def event(index: int, reason: str | None = None, **delta: Any) -> bytes:
-    choice = {"index": index, "delta": delta, "finish_reason": reason}
-    return frame({"id": "a", "model": "m", "choices": [choice]})
+    return frame({"choices": [{"index": index, "delta": delta} | ({"finish_reason": reason} if reason else {})]})
 
 
 def frame(value: Any) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def parts(text: str, size: int) -> Iterator[str]:
@@ -83,7 +82,7 @@ def stream(plan: Plan, place: int) -> bytes:
     other, size = plan.other if place else "", 5 - place % 3
     text = "Gruß" if other == "text" else "Gr" if other == "short" else TEXT
     arguments = "{}" if other == "arguments" else ARGUMENTS
-    out = [event(0, role="assistant", content="")]
+    out = [frame({"id": "a", "model": "m", "choices": [{"index": 0, "delta": {"role": "assistant"}}]})]
     out += [event(0, content=part) for part in parts(text, size)]
     if plan.body == "error":
         failed = {"message": "NaN", "type": "server_error", "param": None, "code": 500}
@@ -91,7 +90,7 @@ def stream(plan: Plan, place: int) -> bytes:
     head = {"index": 0, "id": "c2" if other == "call" else "c1", "type": "function"}
     out.append(event(1, tool_calls=[head | {"function": {"name": "weather", "arguments": ""}}]))
     out.append(b": keep-alive\n\n")
-    out += [event(1, tool_calls=[{"index": 0, "function": {"arguments": each}}]) for each in parts(arguments, size + 3)]
+    out += [event(1, tool_calls=[{"index": 0, "function": {"arguments": each}}]) for each in parts(arguments, size + 5)]
     if plan.body != "unreasoned":
         out += [event(1, "tool_calls"), event(0, "length" if other == "reason" else "stop")]
     out.append(frame({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 9}}))

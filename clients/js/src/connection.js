@@ -14,6 +14,7 @@ const LONGEST = 2 ** 31 - 1;
 export class Connection {
   #controller = new AbortController();
   #timedOut = false;
+  #json = false;
   /** @type {(() => void)} */
   #unlink = () => undefined;
   /** @type {ReadableStreamDefaultReader<Uint8Array> | undefined} */
@@ -43,6 +44,7 @@ export class Connection {
       fetch(url, { ...init, signal: this.#controller.signal, credentials: "omit", cache: "no-store", redirect: "error" }),
     );
     this.#reader = response.body?.getReader();
+    this.#json = /^application\/json/i.test(response.headers.get("content-type") ?? "");
     if (response.status !== 200) throw failure(response.status, response.headers, await this.text());
     return response.headers;
   }
@@ -71,6 +73,8 @@ export class Connection {
     try {
       return JSON.parse(text);
     } catch {
+      // Node's fetch takes half a response for a whole one where the connection was to be closed after it.
+      if (this.#json) throw new ConnectionFailed(`${this.ask.url}: the connection broke off in the middle of the answer`);
       throw new BadReply("the server's answer is no JSON: does baseUrl lead to something else?");
     }
   }
