@@ -17,6 +17,8 @@ export class Connection {
   #json = false;
   /** @type {(() => void)} */
   #unlink = () => undefined;
+  /** Ends what is waited for. @type {(reason: any) => void} */
+  #wake = () => undefined;
   /** @type {ReadableStreamDefaultReader<Uint8Array> | undefined} */
   #reader;
 
@@ -35,7 +37,7 @@ export class Connection {
     const { signal, url, ...init } = this.ask;
     if (signal) {
       signal.throwIfAborted();
-      const abort = () => this.#controller.abort(signal.reason);
+      const abort = () => this.#abort(signal.reason);
       signal.addEventListener("abort", abort, { once: true });
       this.#unlink = () => signal.removeEventListener("abort", abort);
     }
@@ -82,7 +84,18 @@ export class Connection {
   /** Takes no more of it: the server stops computing. */
   close() {
     this.#unlink();
-    this.#controller.abort();
+    this.#abort();
+  }
+
+  /**
+   * Ends the request, and whoever waits for it. Node's fetch alone cannot be relied on: it forgets the signal of a
+   * request whose response has begun, when garbage is collected.
+   * @param {any} [reason]
+   */
+  #abort(reason) {
+    this.#controller.abort(reason);
+    this.#reader?.cancel(this.#controller.signal.reason).catch(() => undefined);
+    this.#wake(this.#controller.signal.reason);
   }
 
   /**
@@ -94,14 +107,16 @@ export class Connection {
   async #within(seconds, begun, work) {
     const end = () => {
       this.#timedOut = true;
-      this.#controller.abort();
+      this.#abort();
     };
+    const ended = new Promise((_, reject) => (this.#wake = reject));
     const timer = Number.isFinite(seconds) ? setTimeout(end, Math.min(seconds * 1000, LONGEST)) : undefined;
     try {
-      return await work();
+      return await Promise.race([ended, work()]);
     } catch (error) {
       throw this.#lost(error, begun);
     } finally {
+      this.#wake = () => undefined;
       clearTimeout(timer);
     }
   }
