@@ -113,7 +113,7 @@ def _worker(args: argparse.Namespace) -> int:
     try:
         import aiohttp  # noqa: F401
     except ImportError as error:
-        raise NotInstalled("a worker needs aiohttp: pip install 'moesaic[serve]'") from error
+        raise NotInstalled("a worker needs aiohttp: pip install 'moesaic[worker]'") from error
     from moesaic.serve import logs
 
     if not args.gateway:
