@@ -74,7 +74,8 @@ class Recruit:
     """A worker that offers itself."""
 
     name: str
-    """Unique among those that are there; one of the same name replaces it, and what that had is lost."""
+    """Unique among those that are there; one of the same name replaces it, and what that had is lost if it does not
+    have it."""
     cards: tuple[Card, ...]
     """What it offers."""
     slots: int = 1
@@ -83,6 +84,8 @@ class Recruit:
     """Machine, versions, backend: for administrators only."""
     owner: str = ""
     """The name of the key it came with."""
+    run: str = ""
+    """Another in each process of that name: one that comes again was not lost with what it does not know of."""
 
 
 @dataclass(frozen=True)

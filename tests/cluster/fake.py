@@ -52,7 +52,8 @@ class FakeAnswers:
 
     def cancel(self) -> None:
         self.cancelled = True
-        self._door.running.discard(self)
+        if not self._door.stuck:  # as an engine that hangs hears nothing any more
+            self._door.running.discard(self)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         door, ask = self._door, self._ask
@@ -82,10 +83,10 @@ class Fake:
         self.running: set[FakeAnswers] = set()
         self.asked: list[Ask] = []
         self.steps = 0
-        self._stuck = False
+        self.stuck = False
 
     async def step(self, prompt: str, place: int) -> None:
-        while self._stuck:
+        while self.stuck:
             await asyncio.sleep(0.05)
         await asyncio.sleep(self._seconds)
         self.steps += 1
@@ -97,7 +98,7 @@ class Fake:
             if "NAN" in prompt:
                 raise NumericalError("the model computed NaN or infinity")
             if "HANG" in prompt:
-                self._stuck = True
+                self.stuck = True
 
     def cards(self) -> Sequence[Card]:
         return [Card(self.model, ("fake-alias",), context=LONGEST)]
