@@ -37,6 +37,8 @@ class Session:
     """When its engine was last seen to make progress, or had nothing to do."""
     stalled: bool = False
     """Whether its engine stands still: it gets nothing more until it moves."""
+    leaves: bool = False
+    """Whether it is about to go, and gets nothing more."""
 
     def see(self, load: Mapping[str, Load], works: bool, now: float) -> None:
         """Take in what it says of its engine; ``works``: whether it has anything to do."""

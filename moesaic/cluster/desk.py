@@ -138,8 +138,8 @@ class Labour(Protocol):
         """End a job with its last events, or with what was asked for, or an error; return whether it counted."""
         ...
 
-    async def release(self, worker: str, holds: Sequence[Hold]) -> None:
-        """Take leases back, without blame."""
+    async def release(self, worker: str, holds: Sequence[Hold], *, leave: bool = False) -> None:
+        """Take leases back, without blame; with ``leave`` the worker is given nothing any more."""
         ...
 
     async def dismiss(self, worker: str) -> None:

@@ -154,7 +154,7 @@ class Foreman(Crew):
                     await session.wake.wait()
 
     async def _lease(self, session: Session, most: int) -> list[Lease]:
-        if most < 1 or session.stalled or (session.apart and session.holds):
+        if most < 1 or session.stalled or session.leaves or (session.apart and session.holds):
             return []
         session.apart = self._takes_suspects(session)
         if session.apart and session.holds:  # what it has, it does first
@@ -306,8 +306,9 @@ class Foreman(Crew):
             live.end(outcome, error)
         return counted
 
-    async def release(self, worker: str, holds: Sequence[Hold]) -> None:
+    async def release(self, worker: str, holds: Sequence[Hold], *, leave: bool = False) -> None:
         session = self.session(worker)
+        session.leaves = session.leaves or leave
         mine = [hold for hold in holds if await self._is_of(worker, hold)]
         await self._take_back(mine)
         for hold in mine:

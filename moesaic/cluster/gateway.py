@@ -63,6 +63,7 @@ class Gateway(Foreman):
         self.depths: Mapping[str, Depth] = {}
         store.listen(self._on_news)
         self.always(0.0, self._follow_others)
+        self.background(self._sweep())
         self.always(LOOK_SECONDS / 4, self._sweep)
 
     # The door
@@ -281,6 +282,8 @@ class Gateway(Foreman):
         now = self.clock()
         self.depths = await self.store.depths()
         self.suspects = {model for model, depth in self.depths.items() if depth.suspects}
+        for model in self.depths.keys() - self.known.keys():  # it was offered to the gateway that was here before
+            self.known[model] = Card(model, state="unloaded")
         old = [live for live in self.lives.values() if not live.worker and now - live.looked_at > LOOK_SECONDS]
         for live in old:
             if live.ended and not live.readers:

@@ -131,7 +131,7 @@ class _Crew:
     async def release(self, call: Call) -> Answer:
         said: wire.Release = call.body
         name = _name(call, said.name)
-        await self._gateway.release(name, _holds(said.holds))
+        await self._gateway.release(name, _holds(said.holds), leave=said.leave)
         if said.leave:
             await self._gateway.dismiss(name)
         return Whole({})

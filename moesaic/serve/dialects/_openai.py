@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from moesaic import __version__
 from moesaic.door import Card, Door, Ended, Mark
-from moesaic.errors import InvalidParameter, NotFound
+from moesaic.errors import InvalidParameter, NotFound, Unavailable
 from moesaic.serve.exchange import Call, Failure
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "server_error"}
@@ -162,9 +162,11 @@ def card_of(door: Door, name: str | None, *, strict: bool = False) -> Card:
     """Return the model that is meant.
 
     Raises:
-        NotFound: there is none of that name.
+        NotFound: there is none of that name. Unavailable: there is none at all, as at a gateway without workers.
     """
     cards = door.cards()
+    if not cards:
+        raise Unavailable("no model is here yet: try again later, or start one with `moesaic worker`")
     for card in cards:
         if name == card.name or name in card.aliases:
             return card
