@@ -100,10 +100,7 @@ class Fake:
         self.stuck = False
 
     async def step(self, prompt: str, place: int) -> None:
-        while self.stuck:
-            await asyncio.sleep(0.05)
         await asyncio.sleep(self._seconds)
-        self.steps += 1
         if place == 2:
             if "EXIT" in prompt:
                 os._exit(1)
@@ -111,8 +108,10 @@ class Fake:
                 os.kill(os.getpid(), signal.SIGSEGV)
             if "NAN" in prompt:
                 raise NumericalError("the model computed NaN or infinity")
-            if "HANG" in prompt:
-                self.stuck = True
+            self.stuck = self.stuck or "HANG" in prompt
+        while self.stuck:
+            await asyncio.sleep(0.05)
+        self.steps += 1
 
     def cards(self) -> Sequence[Card]:
         return [Card(self.model, ("fake-alias",), context=LONGEST)]

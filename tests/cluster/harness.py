@@ -32,6 +32,7 @@ import aiohttp
 from moesaic.cluster import queue
 from moesaic.cluster.jobs import Bounds
 from tests.cluster.fake import answer
+from tests.cluster.nursery import Nursery
 
 LEASE = 1.0
 WORKERS = 16
@@ -52,12 +53,10 @@ class Plant:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.counts: collections.Counter[str] = collections.Counter()
-        self.workers: dict[str, int] = {}
         self.gateway = self._start()
-        command = [sys.executable, "-m", "tests.cluster.nursery", self.url, str(SLOTS), str(STEP), str(folder / "log")]
-        self.nursery = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.nursery = Nursery(self.url, folder / "log", slots=SLOTS, seconds=STEP)
         for number in range(WORKERS):
-            self.spawn(f"w{number}")
+            self.nursery.spawn(f"w{number}")
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "moesaic.cli", "gateway", "--jobs", self.where, "--port", str(self.port)]
@@ -65,24 +64,18 @@ class Plant:
         with (self.folder / "gateway.log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log)
 
-    def spawn(self, name: str) -> None:
-        assert self.nursery.stdin and self.nursery.stdout
-        self.nursery.stdin.write(name + "\n")
-        self.nursery.stdin.flush()
-        self.workers[name] = int(self.nursery.stdout.readline())
-
     async def torment(self) -> None:
         """Kill and stop workers for ever, and now and then the gateway."""
         next_gateway = time.monotonic() + self.random.uniform(2, 4)
         while True:
             await asyncio.sleep(self.random.uniform(0.05, 0.15))
-            name = self.random.choice(list(self.workers))
+            name = self.random.choice(list(self.nursery.made))
             if self.random.random() < 0.75:
-                self.signal(self.workers[name], signal.SIGKILL)
-                self.spawn(name)
+                self.nursery.signal(name, signal.SIGKILL)
+                self.nursery.spawn(name)
                 self.counts["workers killed"] += 1
             else:
-                asyncio.ensure_future(self.pause(self.workers[name])).add_done_callback(lambda _: None)
+                asyncio.ensure_future(self.pause(self.nursery.made[name])).add_done_callback(lambda _: None)
                 self.counts["workers stopped"] += 1
             if time.monotonic() > next_gateway:
                 self.gateway.kill()
@@ -92,23 +85,21 @@ class Plant:
                 next_gateway = time.monotonic() + self.random.uniform(2, 4)
 
     async def pause(self, process: int) -> None:
-        self.signal(process, signal.SIGSTOP)
+        signalled(process, signal.SIGSTOP)
         try:
             await asyncio.sleep(LEASE * self.random.uniform(0.5, 2.5))
         finally:
-            self.signal(process, signal.SIGCONT)
-
-    def signal(self, process: int, which: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, which)
+            signalled(process, signal.SIGCONT)
 
     def close(self) -> None:
-        for process in self.workers.values():
-            self.signal(process, signal.SIGKILL)
-        self.nursery.kill()
-        self.nursery.wait()
+        self.nursery.close()
         self.gateway.terminate()
         self.gateway.wait(30)
+
+
+def signalled(process: int, which: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, which)
 
 
 class Client:
