@@ -20,7 +20,7 @@ import msgspec
 from moesaic.cluster import protocol
 from moesaic.cluster.crew import Crew, Session
 from moesaic.cluster.desk import LEASE_SECONDS, STALL_SECONDS, Orders, Recruit
-from moesaic.cluster.jobs import TICK_SECONDS, Beat, Held, Hold, Lease, Record, Store
+from moesaic.cluster.jobs import TICK_SECONDS, Beat, Held, Hold, Lease, Record, Seen, Store
 from moesaic.cluster.live import Live
 from moesaic.cluster.saving import Saver, catch_up
 from moesaic.cluster.silence import Silence
@@ -221,7 +221,7 @@ class Foreman(Crew):
         if self._is_here(worker, hold):
             return True
         seen = await self.store.look(hold.id)
-        return seen is not None and (seen.worker, seen.fence) == (worker, hold.fence)
+        return seen is not None and _is_whose(seen, worker, hold)
 
     def _is_here(self, worker: str, hold: Hold) -> bool:
         live = self.lives.get(hold.id)
@@ -275,8 +275,7 @@ class Foreman(Crew):
         counted = await self._finish(live, hold, start, events, outcome, error) if live else None
         if counted is None:  # it is too late, or said again because the answer was not heard
             seen = await self.store.look(hold.id)
-            counted = seen is not None and (seen.worker, seen.fence) == (worker, hold.fence)
-            counted = counted and seen is not None and seen.state in ("done", "failed")
+            counted = seen is not None and _is_whose(seen, worker, hold) and seen.state in ("done", "failed")
         self.fenced += not counted
         self._drop(session, hold)
         return counted
@@ -398,6 +397,11 @@ async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
             log.debug("the store of jobs cannot be asked")
         except Exception:  # whatever it is, leases have to be watched, and the next time may do better
             log.exception("the gateway's upkeep broke")
+
+
+def _is_whose(seen: Seen, worker: str, hold: Hold) -> bool:
+    """Return whether a lease is this worker's, or was the job's last one and is no more."""
+    return (seen.worker, seen.fence) == (worker, hold.fence)
 
 
 def _how_far(live: Live | None) -> tuple[int, int] | None:

@@ -45,8 +45,8 @@ CRASHES = 50
 class Plant:
     """A gateway and workers, and what is done to them."""
 
-    def __init__(self, folder: Path, where: str, seed: int) -> None:
-        self.folder, self.where = folder, where
+    def __init__(self, folder: Path, where: str, seed: int, gateway: str, kills: float) -> None:
+        self.folder, self.where, self.module, self.kills = folder, where, gateway, kills
         self.random = random.Random(seed)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -59,7 +59,7 @@ class Plant:
             self.nursery.spawn(f"w{number}")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "moesaic.cli", "gateway", "--jobs", self.where, "--port", str(self.port)]
+        command = [sys.executable, "-m", self.module, "gateway", "--jobs", self.where, "--port", str(self.port)]
         command += ["--lease", str(LEASE), "--crashes", str(CRASHES), "--model", "fake", "--log-level", "warning"]
         with (self.folder / "gateway.log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log)
@@ -70,7 +70,7 @@ class Plant:
         while True:
             await asyncio.sleep(self.random.uniform(0.05, 0.15))
             name = self.random.choice(list(self.nursery.made))
-            if self.random.random() < 0.75:
+            if self.random.random() < self.kills:
                 self.nursery.signal(name, signal.SIGKILL)
                 self.nursery.spawn(name)
                 self.counts["workers killed"] += 1
@@ -108,6 +108,8 @@ class Client:
     def __init__(self, plant: Plant, session: aiohttp.ClientSession) -> None:
         self.plant, self.session = plant, session
         self.wrong: list[str] = []
+        self.told: collections.Counter[str] = collections.Counter()
+        """What was said where no answer was given."""
         self.answered = self.again = 0
         self.dead = 0
 
@@ -149,7 +151,8 @@ class Client:
         raise Broken
 
     def _broken(self, said: Any) -> Exception:
-        message = str(said.get("error", said))
+        message = str(said["error"]["message"]) if "error" in said else str(said)
+        self.told[message[:60]] += 1
         if "died of it" in message:
             self.dead += 1
         return Broken(message)
@@ -201,12 +204,28 @@ async def checked(where: str) -> tuple[str, dict[str, Any]]:
 
 
 def harness(
-    jobs: int, where: str | None = None, seed: int = 1, at_once: int = 96, show: bool = False
+    jobs: int,
+    where: str | None = None,
+    seed: int = 1,
+    at_once: int = 96,
+    show: bool = False,
+    gateway: str = "moesaic.cli",
+    kills: float = 0.75,
 ) -> dict[str, Any]:
-    """Run it, and return what was found."""
+    """Run it, and return what was found.
+
+    Args:
+        jobs: how many.
+        where: the store; None: a file of its own.
+        seed: of what is done to whom.
+        at_once: clients.
+        show: whether to say how far it is.
+        gateway: the module that is run as one.
+        kills: the part of workers that are killed, and not stopped for a while.
+    """
     folder = Path(tempfile.mkdtemp())
     where = where or str(folder / "jobs.sqlite")
-    plant, begun = Plant(folder, where, seed), time.monotonic()
+    plant, begun = Plant(folder, where, seed, gateway, kills), time.monotonic()
     try:
         client = asyncio.run(run(jobs, plant, at_once, show))
         seconds = time.monotonic() - begun
@@ -228,6 +247,7 @@ def harness(
         "wrong": len(client.wrong),
         "asked_again": client.again,
         "dead": client.dead,
+        "told": dict(client.told),
         "told_done": done,
         "done_under_two_fences": twice,
         "late_results_refused": late,
