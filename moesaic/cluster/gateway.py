@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from moesaic.cluster import protocol
+from moesaic.cluster.chores import whole
 from moesaic.cluster.desk import LEASE_SECONDS, STALL_SECONDS, Progress
 from moesaic.cluster.foreman import Foreman
 from moesaic.cluster.jobs import Depth, Job, Seen, State, Store
@@ -136,7 +137,9 @@ class Gateway(Foreman):
             id = await self.store.submit(job)
         except BaseException as error:
             del self.lives[job.id]
-            if isinstance(error, asyncio.CancelledError) and not ask.once:  # it may be there, and nobody knows of it
+            if (
+                isinstance(error, asyncio.CancelledError) and not ask.once and not self.stopped
+            ):  # it may be there, and nobody knows of it
                 self.background(self._unwanted(job.id))
             if isinstance(error, Overloaded | Unavailable) and error.retry_after is None:
                 error.retry_after = self._patience()
@@ -174,9 +177,10 @@ class Gateway(Foreman):
         """Nobody waits for an answer any more; who may come again is given a moment."""
         if not live.readers:
             live.unread_since = self.clock()
-            if not live.once and not live.ended:
+            if not live.once and not live.ended and not self.stopped:
                 self.background(self._withdraw(live))
 
+    @whole
     async def _withdraw(self, live: Live) -> State:
         state = await self.store.cancel(live.id)
         if state == "cancelled":

@@ -114,6 +114,7 @@ class Worker:
                 for task in done:
                     task.result()
             finally:
+                self.stopped.set()
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -145,6 +146,8 @@ class Worker:
                 except PASSING as error:
                     self._lost(error)
                 self.connected.clear()
+                if self.stopped.is_set():  # an error in a group hides that it was cancelled at the same time
+                    return
             tries = min(tries + 1, 10)
             await asyncio.sleep(random.uniform(0.05, min(10.0, 0.1 * 2**tries)))  # full jitter
 
