@@ -20,8 +20,8 @@ from tests.cluster.harness import checked, counted
 from tests.cluster.network import HERE, STORE, Network, network
 from tests.cluster.queue.server import Database, Server
 
-SECONDS = 3.0
-"""How long each line is cut: three leases. A database that was left in a transaction makes the others wait for 5 s."""
+SECONDS = 2.0
+"""How long each line is cut: two leases. A database that was left in a transaction makes the others wait for 5 s."""
 
 
 @pytest.fixture
