@@ -92,7 +92,7 @@ async def torment(net: Network, urls: list[str]) -> Asker:
     workers = [at[name] for name in ("w0", "w2", "w4")]
     gateways = [at["g1"], at["g2"]]
     cuts = [("g1", [STORE]), ("g2", [STORE]), *((name, gateways) for name in ("w0", "w2", "w4")), ("g1", workers)]
-    timeout = aiohttp.ClientTimeout(total=4, sock_connect=1)
+    timeout = aiohttp.ClientTimeout(total=10, sock_connect=1)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         asker = Asker(session, urls)
         working = [asyncio.ensure_future(asker.work()) for _ in range(12)]
