@@ -25,6 +25,7 @@ MAY = {
     "door": set(),
     "local": {"door", "llm", "classifier", "reply", "engine", "text"},
     "serve": {"door"},
+    "cluster": {"door", "serve"},
     "llm": {"reply", "loading", "packed", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "classifier": {"loading", "text", "ops"},
     "bench": {"llm", "loading", "packed", "memory", "engine", "text", "checkpoints", "models", "ops", "formats"},

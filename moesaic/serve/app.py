@@ -12,7 +12,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,14 @@ class App:
     """The application. ``draining`` is set when it is to take nothing new."""
 
     def __init__(
-        self, door: Door, settings: Settings | None = None, keys: Keys | None = None, tracer: Tracer | None = None
+        self,
+        door: Door,
+        settings: Settings | None = None,
+        keys: Keys | None = None,
+        tracer: Tracer | None = None,
+        further: Sequence[Endpoint] = (),
     ) -> None:
+        """Offer every dialect's routes, and ``further`` ones."""
         self.door, self.settings, self.keys = door, settings or Settings(), keys or Keys()
         self.tracer = tracer
         self.metrics = Metrics(door.load)
@@ -85,7 +91,7 @@ class App:
         """Requests that are being answered."""
         self.asking = 0
         """What of them asks a model; one may ask for several answers."""
-        self.endpoints = list(endpoints())
+        self.endpoints = [*endpoints(), *further]
         paths: dict[str, dict[str, Endpoint]] = {}
         for each in self.endpoints:
             paths.setdefault(each.path, {})[each.method] = each
@@ -165,7 +171,7 @@ class App:
         key = NOBODY if endpoint.public else self.guard.who(scope)
         if endpoint.admin and not key.admin:
             raise Forbidden("this needs an admin's key")
-        if self.draining and endpoint.body is not None:
+        if self.draining and endpoint.body is not None and not endpoint.drains:
             raise Unavailable("the server is about to stop: ask another, or try again later")
         call = Call(self, endpoint, scope, key, scope["request_id"])
         self.running += 1
