@@ -44,6 +44,8 @@ class Ask:
     priority: int = 0
     tenant: str = ""
     """Whose request it is: different tenants share no cached prefix. Set by the server alone."""
+    once: str = ""
+    """A name under which the tenant may ask this again and gets the same answers, where jobs are kept; "": none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,11 @@ class Load:
 
 class Answers(Protocol):
     """A running request: its events, those of its ``n`` answers as they come. Read by one task."""
+
+    @property
+    def job(self) -> tuple[str, bool] | None:
+        """The number under which it is kept, and whether it was there before it was asked; None: it is not kept."""
+        ...
 
     def __aiter__(self) -> AsyncIterator[Event]:
         """Yield events; an error of the tree in ``moesaic.errors`` ends it."""

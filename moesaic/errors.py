@@ -151,9 +151,10 @@ class DownloadError(MoesaicError):
 
 
 class Overloaded(MoesaicError):
-    """The queue is full: try again later."""
+    """The queue is full: try again later, in ``retry_after`` seconds if that can be told."""
 
     status = 429
+    retry_after: float | None = None
 
 
 class KeyExhausted(Overloaded):
@@ -165,9 +166,10 @@ class KeyExhausted(Overloaded):
 
 
 class Unavailable(MoesaicError):
-    """The server is loading, draining, or waited too long for its turn: try again later."""
+    """The server is loading, draining, or waited too long for its turn: try again later, as for ``Overloaded``."""
 
     status = 503
+    retry_after: float | None = None
 
 
 class StorageFull(Unavailable):

@@ -94,7 +94,7 @@ class LLM(AbstractContextManager["LLM"]):
             device: where it runs.
             context: the most tokens of prompt and answer; None: what the model was made for, as far
                 as a quarter of the free memory holds its key/value cache.
-            cache_tokens: places in the key/value cache, shared by all that runs at once; None: four
+            cache_tokens: places in the key/value cache, shared by all that runs at once; None: sixteen
                 contexts, within the same bound.
             kv_cache_dtype: float32, bfloat16, float16, int8 (half of bfloat16's memory, or twice the places), or
                 auto: that of the activations.

@@ -30,6 +30,10 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+SEQUENCES = 16
+"""Requests of the whole context that the cache has room for, where memory allows: fewer would preempt each other."""
+
+
 class Loaded:
     """What a checkpoint became: the model with its weights, and what the checkpoint says beside them."""
 
@@ -160,7 +164,7 @@ def sizes(model: Decoder, context: int | None, places: int | None, block: int, d
     if context is None:
         context = min(model.max_length, affordable)
     if places is None:
-        places = max(context, min(4 * context, affordable))
+        places = max(context, min(SEQUENCES * context, affordable))
     return context, -(-places // block) * block
 
 

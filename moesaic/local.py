@@ -68,6 +68,8 @@ def _take_back(replies: Sequence[Reply]) -> None:
 class LocalAnswers:
     """A running request. Made and read on the loop's thread; see ``door.Answers``."""
 
+    job = None
+
     def __init__(self, replies: Sequence[Reply], tokenizer: Tokenizer) -> None:
         self._replies, self._tokenizer = replies, tokenizer
         self._begun: set[int] = set()

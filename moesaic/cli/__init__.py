@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 
 from moesaic import __version__
 from moesaic.cli.batch import add_batch
+from moesaic.cli.cluster import add_gateway, add_worker
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.keys import add_keys
 from moesaic.cli.measuring import add_bench, add_perplexity
-from moesaic.cli.serving import add_keys, add_serve
+from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         _add_chat,
         add_serve,
+        add_gateway,
+        add_worker,
         add_keys,
         add_batch,
         _add_pull,

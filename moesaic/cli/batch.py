@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesaic.cli import serving
+from moesaic.cli import listening, serving
 from moesaic.cli.flags import CACHE_DTYPES, Commands, add_command, add_model, folder
 from moesaic.errors import InvalidRequest
 
@@ -40,7 +40,7 @@ def add_batch(commands: Commands) -> None:
 
 
 def _run_batch(args: argparse.Namespace) -> int:
-    serving.need_packages()
+    listening.need_packages()
     if args.concurrency < 1:
         raise InvalidRequest(f"--concurrency: is {args.concurrency}, expected at least 1")
     if not args.source.is_file():

@@ -1,4 +1,4 @@
-"""``moesaic serve`` and ``moesaic keys``: a model behind HTTP, and who may use it."""
+"""``moesaic serve``: models behind HTTP."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moesaic.cli import launcher
+from moesaic.cli import launcher, listening
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, folder
 from moesaic.console.visible import one_line
-from moesaic.errors import InvalidRequest, MoesaicError, NotFound
+from moesaic.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from moesaic.door import Door
-    from moesaic.serve.keys import Key
-    from moesaic.serve.shelf import Book
+    from moesaic.serve.shelf import Book, Shelf
 
 
 def add_serve(commands: Commands) -> None:
@@ -35,6 +34,16 @@ def add_serve(commands: Commands) -> None:
         "moesaic serve chat=./mixtral small=./mistral-7b --memory 20 --host 0.0.0.0 --keys keys.json",
     )
     parser.usage = "moesaic serve [FLAGS] [MODEL ...]"
+    add_models(parser)
+    listening.add_flags(parser)
+    parser.add_argument(
+        "--strict-model-name", action="store_true", help="no stand-ins such as tgi for the default model"
+    )
+    launcher.add_flags(parser)
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add what says which models there are, and how they are held: what ``books`` reads."""
     parser.add_argument("models", metavar="MODEL", nargs="*", help="folders, or org/name on the hub; default: built-in")
     model = parser.add_argument_group("models")
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as the checkpoint is stored")
@@ -48,90 +57,33 @@ def add_serve(commands: Commands) -> None:
     model.add_argument("--memory", type=float, metavar="GB", help="most that loaded models may take together")
     model.add_argument("--sequences", type=int, metavar="N", help="answers at the same time (default 64)")
     model.add_argument("--queue", type=int, metavar="N", help="answers that may wait; more get 429 (default 256)")
-    net = parser.add_argument_group("network")
-    net.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    net.add_argument("-p", "--port", type=int, help="default 8000; 0: any free one")
-    net.add_argument("--allowed-host", action="append", metavar="NAME", help="a name clients call it by; *: any")
-    net.add_argument("--cors-origin", action="append", metavar="URL", help="a page's origin that may call it")
-    net.add_argument(
-        "--trusted-proxy", action="append", metavar="ADDR", help="a proxy whose X-Forwarded-For is believed"
-    )
-    net.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
-    net.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
-    keys = parser.add_argument_group("keys")
-    keys.add_argument(
-        "--keys", type=Path, metavar="FILE", help="who may use it, see `moesaic keys`; read again on SIGHUP"
-    )
-    keys.add_argument("--insecure-no-auth", action="store_true", help="off loopback, let everybody in")
-    how = parser.add_argument_group("limits (seconds)")
-    how.add_argument("--request-timeout", type=float, metavar="S", help="the most an answer takes (default 600)")
-    how.add_argument("--queue-timeout", type=float, metavar="S", help="the most it waits for its turn (default 300)")
-    how.add_argument("--drain-timeout", type=float, metavar="S", help="for what runs, after SIGTERM (default 30)")
-    how.add_argument("--max-body", type=int, metavar="BYTES", help="default 2 MiB")
-    how.add_argument("--strict-model-name", action="store_true", help="no stand-ins such as tgi for the default model")
-    out = parser.add_argument_group("logs")
-    out.add_argument("--log-format", choices=("json", "text"), default="json")
-    out.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    out.add_argument("--otel", action="store_true", help="traces to OTEL_EXPORTER_OTLP_ENDPOINT")
-    launcher.add_flags(parser)
-
-
-def need_packages() -> None:
-    """Refuse to go on without the packages that serving needs.
-
-    Raises:
-        InvalidRequest: one is missing.
-    """
-    try:
-        import msgspec  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InvalidRequest("serving needs more packages: pip install 'moesaic[serve]'") from error
 
 
 def _serve(args: argparse.Namespace) -> int:
-    need_packages()
-    from moesaic.serve import front, keys, logs
-    from moesaic.serve.settings import Settings, TgiBounds
+    listening.need_packages()
+    from moesaic.serve.settings import TgiBounds
 
     launch = launcher.translate(args, os.environ)
     args = launch.args
     os.environ.update(launch.environment)  # for the libraries that read it
-    given = {
-        "allowed_hosts": tuple(args.allowed_host or ()),
-        "cors_origins": tuple(args.cors_origin or ()),
-        "request_seconds": args.request_timeout,
-        "queue_seconds": args.queue_timeout,
-        "drain_seconds": args.drain_timeout,
-        "body_bytes": args.max_body,
-        "strict_model_name": args.strict_model_name,
-        "concurrent_requests": args.concurrent_requests,
-        "prompts": args.prompts,
-        "tgi": TgiBounds(**launch.bounds),
-        "trusted_proxies": tuple(args.trusted_proxy or ()),
-    }
-    named = {name: value for name, value in given.items() if value is not None}
-    settings = Settings(host=args.host, port=args.port, **named)
-    who = keys.Keys(_keys(args), wanted=args.keys is not None)
-    if not settings.loopback and not who.wanted and not args.insecure_no_auth:
-        raise InvalidRequest(
-            f"{args.host} can be reached from elsewhere: give --keys FILE (`moesaic keys add` makes one), "
-            "MOESAIC_API_KEYS, --api-key, or --insecure-no-auth to let everybody in"
-        )
-    if (args.tls_cert is None) != (args.tls_key is None):
-        raise InvalidRequest("--tls-cert and --tls-key go together")
-    logs.set_up(args.log_level, as_json=args.log_format == "json")
-    _say(launch)
-    front.prepare(settings.connections)
-    listening = front.bind(settings)  # before a model is read: a port that is taken is known at once
-    try:
-        with asyncio.Runner(loop_factory=front.loop_factory()) as runner:
-            runner.run(_run(args, settings, who, listening))
-    finally:
-        listening.close()
-    return 0
+    settings = listening.settings(
+        args,
+        strict_model_name=args.strict_model_name,
+        concurrent_requests=args.concurrent_requests,
+        prompts=args.prompts,
+        tgi=TgiBounds(**launch.bounds),
+    )
+
+    return listening.serve(args, settings, lambda: shelf(args), before=lambda: _say(launch))
+
+
+async def shelf(args: argparse.Namespace) -> Shelf:
+    """Return the models that were named, the first of them loaded."""
+    from moesaic.serve.shelf import Shelf
+
+    made = Shelf(books(args), None if args.memory is None else int(args.memory * 1e9))
+    await made.open(made.cards()[0].name)
+    return made
 
 
 def _say(launch: launcher.Launch) -> None:
@@ -139,47 +91,6 @@ def _say(launch: launcher.Launch) -> None:
     if launch.said:
         lines = ("moesaic: TGI's flags, as they are taken here:", *(f"  {one_line(line)}" for line in launch.said))
         print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-async def _run(args: argparse.Namespace, settings: Any, who: Any, listening: Any) -> None:
-    import logging
-
-    from moesaic.serve import front
-    from moesaic.serve.app import App
-    from moesaic.serve.shelf import Shelf
-    from moesaic.serve.tracing import Tracer
-
-    log = logging.getLogger("moesaic.serve")
-    tracer = Tracer() if args.otel else None
-    shelf = Shelf(books(args), None if args.memory is None else int(args.memory * 1e9))
-    await shelf.open(shelf.cards()[0].name)
-    app = App(shelf, settings, who, tracer)
-
-    def reload() -> None:
-        try:
-            who.replace(_keys(args))
-            log.info("keys read again")
-        except MoesaicError as error:
-            log.error("the keys stay as they were", extra={"why": str(error)})
-
-    if not settings.loopback and not args.tls_cert:
-        log.warning("keys and prompts travel unencrypted: give --tls-cert, or have a proxy in front that encrypts")
-    address, port = listening.getsockname()[:2]
-    scheme = "https" if args.tls_cert else "http"
-    log.info("serving", extra={"url": f"{scheme}://{address}:{port}", "models": [c.name for c in shelf.cards()]})
-    try:
-        await front.serve(app, listening, certificate=args.tls_cert, private_key=args.tls_key, reload_keys=reload)
-    finally:
-        if tracer:
-            tracer.close()
-
-
-def _keys(args: argparse.Namespace) -> tuple[Key, ...]:
-    from moesaic.serve import keys
-
-    listed = keys.read(args.keys) if args.keys else ()
-    one = (keys.Key("api-key", keys.digest(args.api_key)),) if args.api_key else ()
-    return (*listed, *one, *keys.from_environment(os.environ.get("MOESAIC_API_KEYS", "")))
 
 
 def books(args: argparse.Namespace) -> list[Book]:
@@ -240,52 +151,3 @@ async def open_model(args: argparse.Namespace, path: Path | None, name: str) -> 
         return LocalClassifier(model, name)
     model.name = name
     return Local(model)
-
-
-def add_keys(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "keys",
-        _manage,
-        "make, list and revoke API keys",
-        "A key is shown once, when it is made;\nthe file keeps its digest. A server reads it again on SIGHUP.",
-        "moesaic keys add anna --file keys.json --requests-per-minute 60",
-        "moesaic keys list --file keys.json",
-        "moesaic keys revoke anna --file keys.json",
-    )
-    parser.add_argument("what", choices=("add", "list", "revoke"))
-    parser.add_argument("name", nargs="?", help="whose key")
-    parser.add_argument("--file", type=Path, default=Path("keys.json"), help="default: keys.json")
-    parser.add_argument("--requests-per-minute", type=int, metavar="N")
-    parser.add_argument("--tokens-per-minute", type=int, metavar="N", help="of prompts and answers")
-    parser.add_argument("--concurrent", type=int, metavar="N", help="requests at the same time")
-    parser.add_argument("--priority", type=int, default=0, metavar="N", help="the lower number goes first")
-    parser.add_argument("--admin", action="store_true", help="may use the routes for administrators")
-
-
-def _manage(args: argparse.Namespace) -> int:
-    from moesaic.serve import keys
-
-    known = keys.read(args.file) if args.file.exists() or args.what != "add" else ()
-    if args.what == "list":
-        for key in known:
-            limits = {name: value for name, value in vars(key).items() if value and name not in ("name", "sha256")}
-            print(key.name, *(f"{name}={value}" for name, value in limits.items()))
-        return 0
-    if not args.name:
-        raise InvalidRequest(f"whose key? `moesaic keys {args.what} NAME`")
-    if args.what == "revoke":
-        if args.name not in {key.name for key in known}:
-            raise NotFound(f"{args.file} has no key of {args.name!r}")
-        keys.write(args.file, tuple(key for key in known if key.name != args.name))
-        return 0
-    if args.name in {key.name for key in known}:
-        raise InvalidRequest(f"{args.name!r} has a key already: revoke it first")
-    limits = {name: getattr(args, name) for name in ("requests_per_minute", "tokens_per_minute", "concurrent")}
-    for name, value in limits.items():
-        if value is not None and value < 1:
-            raise InvalidRequest(f"--{name.replace('_', '-')} must be at least 1")
-    written, key = keys.new(args.name, **limits, priority=args.priority, admin=args.admin)
-    keys.write(args.file, (*known, key))
-    print(written)
-    return 0

@@ -102,7 +102,11 @@ class Labour(Protocol):
         ...
 
     async def lease(self, worker: str, free: int, wait: float) -> Orders:
-        """Wait up to ``wait`` seconds for something to do, for at most ``free`` more jobs (0: only what is to stop)."""
+        """Wait up to ``wait`` seconds for something to do, or to stop.
+
+        At most ``free`` jobs are given, and never more than the worker's slots hold with those it has: 0 is for one
+        that is about to go.
+        """
         ...
 
     async def renew(self, worker: str, holds: Sequence[Hold], load: Mapping[str, Load]) -> Mapping[str, Held]:

@@ -149,6 +149,9 @@ class Store(Protocol):
     (``StorageFull``); then nothing of that call has happened, or all of it has, and repeating it does no harm.
     """
 
+    shared: bool
+    """Whether other gateways may use it at the same time."""
+
     def listen(self, news: News) -> None:
         """Have this called with what changes, also by other gateways on the same store. It may come late, twice, or not
         at all when a connection breaks: whoever waits for a job looks again every second or so."""

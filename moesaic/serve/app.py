@@ -12,7 +12,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,9 @@ class App:
         settings: Settings | None = None,
         keys: Keys | None = None,
         tracer: Tracer | None = None,
-        further: Sequence[Endpoint] = (),
+        more: Iterable[Endpoint] = (),
     ) -> None:
-        """Offer every dialect's routes, and ``further`` ones."""
+        """Offer every dialect over a door, and ``more`` routes."""
         self.door, self.settings, self.keys = door, settings or Settings(), keys or Keys()
         self.tracer = tracer
         self.metrics = Metrics(door.load)
@@ -91,7 +91,7 @@ class App:
         """Requests that are being answered."""
         self.asking = 0
         """What of them asks a model; one may ask for several answers."""
-        self.endpoints = [*endpoints(), *further]
+        self.endpoints = [*endpoints(), *more]
         paths: dict[str, dict[str, Endpoint]] = {}
         for each in self.endpoints:
             paths.setdefault(each.path, {})[each.method] = each
@@ -171,25 +171,28 @@ class App:
         key = NOBODY if endpoint.public else self.guard.who(scope)
         if endpoint.admin and not key.admin:
             raise Forbidden("this needs an admin's key")
-        if self.draining and endpoint.body is not None and not endpoint.drains:
+        if key.worker != endpoint.worker and not endpoint.public and self.keys.wanted:
+            raise Forbidden("this needs a worker's key" if endpoint.worker else "a worker's key is for its work alone")
+        if self.draining and endpoint.body is not None and not endpoint.worker:
             raise Unavailable("the server is about to stop: ask another, or try again later")
         call = Call(self, endpoint, scope, key, scope["request_id"])
-        self.running += 1
+        self.running += not endpoint.worker
         error: BaseException | None = None
         try:
             if endpoint.body is not None:
                 call.body = await self._body(endpoint, scope, receive)
-                call.begin()
+                if not endpoint.worker:
+                    call.begin()
             await _unless_left(self._answer(call, scope["sender"]), receive)
         except BaseException as caught:
             error = caught
             raise
         finally:
-            self.running -= 1
+            self.running -= not endpoint.worker
             call.close(error)
 
     async def _body(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> Any:
-        body = await read_body(scope, receive, self.settings)
+        body = await read_body(scope, receive, self.settings, endpoint.body_bytes)
         if len(body) > LONG:
             return await asyncio.to_thread(decode, body, endpoint.body)
         return decode(body, endpoint.body)

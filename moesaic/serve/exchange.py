@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from moesaic.door import Answers, Ask, Door, Event
-from moesaic.errors import MoesaicError, Overloaded, Unavailable
+from moesaic.errors import InvalidParameter, MoesaicError, Overloaded, Unavailable
 from moesaic.serve.keys import Key
 from moesaic.serve.settings import Settings
 from moesaic.serve.watch import Watch
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from moesaic.serve.tracing import Span
 
 T = TypeVar("T")
+
+LONGEST_ONCE = 255
+"""Characters of an idempotency key."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -94,8 +97,10 @@ class Endpoint:
     public: bool = False
     """Whether it is open to everybody."""
     admin: bool = False
-    drains: bool = False
-    """Whether it answers also while the server is about to stop, for that is how what is running gets to its end."""
+    worker: bool = False
+    """Whether it is for a gateway's workers: with a worker's key, outside all shares and bounds of clients."""
+    body_bytes: int | None = None
+    """The most bytes of its body; None: as the settings say."""
     summary: str = ""
     query: Mapping[str, Any] = field(default_factory=dict)
     """What may stand behind the path's question mark: names and JSON schemas."""
@@ -152,6 +157,11 @@ class Call:
         # With keys, a client may stand back behind others, but not step in front of them.
         wish = max(0, ask.priority) if self.app.keys.wanted and not self.key.admin else ask.priority
         ask = replace(ask, tenant=self.key.name, priority=wish + self.key.priority)
+        if once := self.header(b"idempotency-key"):
+            if len(once) > LONGEST_ONCE:
+                raise InvalidParameter("Idempotency-Key", f"has more than {LONGEST_ONCE} characters")
+            place = len(self._watches)
+            ask = replace(ask, once=f"{once}/{place}" if place else once)
         most = self.settings.concurrent_requests
         if most is not None and self.app.asking >= most:
             raise Overloaded(f"{most} requests are being answered, and no more are taken in")
@@ -162,6 +172,8 @@ class Call:
         self.app.asking += 1
         answers = await watch.admitted(self.door.ask(ask))
         self.running.append(answers)
+        if answers.job is not None:
+            self.scope["sender"].kept(*answers.job, once=bool(ask.once))
         return answers, watch
 
     def _span(self, ask: Ask) -> Span | None:
@@ -255,6 +267,12 @@ class Sender:
         self.status = 0
         self._busy = 0  # frames that are being sent
         self._last = 0.0  # when one was
+
+    def kept(self, job: str, known: bool, *, once: bool) -> None:
+        """Tell the client under which number its request is kept, and whether it was asked before."""
+        self._headers.append((b"x-moesaic-job", job.encode()))
+        if once:
+            self._headers.append((b"idempotency-replayed", b"true" if known else b"false"))
 
     async def whole(self, answer: Whole) -> None:
         body = answer.body()

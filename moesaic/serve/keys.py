@@ -41,6 +41,10 @@ class Key:
     priority: int = 0
     """The lower number goes first."""
     admin: bool = False
+    worker: bool = False
+    """Whether it is a worker's: such a key opens a gateway's routes for workers, and no other."""
+    models: tuple[str, ...] = ()
+    """Of a worker's key: the models that it may offer; (): any."""
 
 
 ENVIRONMENT = "environment-"
@@ -190,13 +194,18 @@ def _key(entry: Mapping[str, Any]) -> Key:
     known = {field.name for field in fields(Key)}
     if entry.keys() - known or len(bytes.fromhex(entry["sha256"])) != 32 or not _is_name(entry["name"]):
         raise ValueError("unknown field, or no name")
-    if type(entry.get("priority", 0)) is not int or type(entry.get("admin", False)) is not bool:
-        raise ValueError("priority, admin")
+    if type(entry.get("priority", 0)) is not int or any(
+        type(entry.get(n, False)) is not bool for n in ("admin", "worker")
+    ):
+        raise ValueError("priority, admin, worker")
+    models = entry.get("models", [])
+    if not isinstance(models, list) or not all(isinstance(name, str) for name in models):
+        raise ValueError("models")
     for name in ("requests_per_minute", "tokens_per_minute", "concurrent"):
         value = entry.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(name)
-    return Key(**entry)
+    return Key(**{**entry, "models": tuple(models)})
 
 
 def _is_name(given: object) -> bool:

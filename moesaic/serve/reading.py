@@ -27,16 +27,17 @@ MEDIA = re.compile(r"application/([\w.-]+\+)?json", re.I)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:
-    """Return the body of a request.
+async def read_body(scope: Scope, receive: Receive, settings: Settings, most: int | None = None) -> bytes:
+    """Return the body of a request, of at most ``most`` bytes if that is not what the settings say.
 
     Raises:
         TooLarge, WrongMedia, InvalidRequest: it is too long, is no JSON, or did not come in time.
         Disconnected: the client left first.
     """
+    most = most or settings.body_bytes
     length = header(scope, b"content-length")
-    if length is not None and length.isdigit() and int(length) > settings.body_bytes:
-        raise TooLarge(f"the body has {length} bytes, at most {settings.body_bytes} are taken")
+    if length is not None and length.isdigit() and int(length) > most:
+        raise TooLarge(f"the body has {length} bytes, at most {most} are taken")
     if (header(scope, b"content-encoding") or "identity") != "identity":
         raise WrongMedia("compressed bodies are not taken")
     # Pages of other origins can send anything but this without asking first.
@@ -50,8 +51,8 @@ async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes
                 if message["type"] == "http.disconnect":
                     raise Disconnected
                 body += message.get("body", b"")
-                if len(body) > settings.body_bytes:
-                    raise TooLarge(f"the body has more than {settings.body_bytes} bytes")
+                if len(body) > most:
+                    raise TooLarge(f"the body has more than {most} bytes")
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError:

@@ -39,6 +39,8 @@ class Script:
 class ScriptedAnswers:
     """See ``door.Answers``."""
 
+    job = None
+
     def __init__(self, door: Scripted, ask: Ask, script: Script) -> None:
         self._door, self._ask, self._script = door, ask, script
         self._events: list[Event] = []

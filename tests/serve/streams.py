@@ -43,6 +43,8 @@ class Clock:
 class Ticks:
     """See ``door.Answers``."""
 
+    job = None
+
     def __init__(self, gap: float, count: int) -> None:
         self._gap, self._count = gap, count
 

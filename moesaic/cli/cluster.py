@@ -1,0 +1,179 @@
+"""``moesaic gateway`` and ``moesaic worker``: one address for many machines."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import secrets
+import signal
+import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from moesaic.cli import listening, serving
+from moesaic.cli.flags import Commands, add_command
+from moesaic.errors import EngineStopped, InvalidRequest, NotInstalled
+
+if TYPE_CHECKING:
+    from moesaic.cluster.gateway import Gateway
+    from moesaic.cluster.worker import Worker
+
+LOST_ENGINE = 70
+"""The exit code of a worker that cannot compute any more and wants to be started again (EX_SOFTWARE)."""
+
+
+def add_gateway(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "gateway",
+        _gateway,
+        "one address for many workers: takes requests in, keeps them, and never loses one",
+        "Needs no model and\nno torch: workers dial in and do the work. What it offers is what `moesaic serve` does.",
+        "moesaic gateway --keys keys.json --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem",
+        "moesaic gateway --jobs postgresql://jobs@db/moesaic",
+    )
+    jobs = parser.add_argument_group("jobs")
+    jobs.add_argument(
+        "--jobs", metavar="WHERE", help="a file, or postgresql://...; default: moesaic/jobs.sqlite under XDG_STATE_HOME"
+    )
+    jobs.add_argument(
+        "--model", action="append", metavar="NAME", help="a model to take requests for before a worker has come"
+    )
+    jobs.add_argument("--queue", type=int, metavar="N", help="jobs that may wait; more get 503 (default 10000)")
+    jobs.add_argument("--queue-per-key", type=int, metavar="N", help="of one key; more get 429 (default 2000)")
+    listening.add_flags(parser)
+    parser.set_defaults(host="127.0.0.1", port=8000)
+
+
+def _gateway(args: argparse.Namespace) -> int:
+    listening.need_packages()
+    from moesaic.cluster import routes
+
+    return listening.serve(args, listening.settings(args), lambda: _open(args), routes.endpoints)
+
+
+async def _open(args: argparse.Namespace) -> Gateway:
+    from moesaic.cluster import queue
+    from moesaic.cluster.gateway import Gateway
+    from moesaic.cluster.jobs import Bounds
+
+    given = {"queued": args.queue, "queued_per_tenant": args.queue_per_key}
+    bounds = Bounds(**{name: value for name, value in given.items() if value is not None})
+    return Gateway(await queue.open(args.jobs or str(_default_jobs()), bounds), args.model or ())
+
+
+def _default_jobs() -> Path:
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "moesaic"
+    state.mkdir(parents=True, exist_ok=True)
+    return state / "jobs.sqlite"
+
+
+def add_worker(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "worker",
+        _worker,
+        "do the work of a gateway with models on this machine",
+        "Dials out and needs no open port.\nSIGTERM: ends what runs, gives the rest back. Exit code 70: the engine was lost, start it\nagain.",
+        "moesaic worker --gateway http://127.0.0.1:8000",
+        "MOESAIC_WORKER_KEY=msc-... moesaic worker ./mixtral-q4 --gateway https://chat.example.org --slots 32",
+    )
+    serving.add_models(parser)
+    work = parser.add_argument_group("work")
+    work.add_argument("--gateway", action="append", metavar="URL", help="several: the next when one does not answer")
+    work.add_argument("--key", metavar="KEY", help="a worker's key; better: MOESAIC_WORKER_KEY or --key-file")
+    work.add_argument("--key-file", type=Path, metavar="FILE", help="where the key stands")
+    work.add_argument("--name", help="unique among the workers of a gateway; default: this machine's, and a random end")
+    work.add_argument("--slots", type=int, metavar="N", help="jobs at once (default: --sequences, 64)")
+    work.add_argument("--ca", type=Path, metavar="FILE", help="certificates that the gateway's must come from, PEM")
+    work.add_argument("--insecure-plaintext", action="store_true", help="speak http:// to another machine")
+    work.add_argument("--drain-timeout", type=float, default=30.0, metavar="S", help="after SIGTERM (default 30)")
+    out = parser.add_argument_group("logs")
+    out.add_argument("--log-format", choices=("json", "text"), default="json")
+    out.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+
+
+def _worker(args: argparse.Namespace) -> int:
+    listening.need_packages()
+    try:
+        import aiohttp  # noqa: F401
+    except ImportError as error:
+        raise NotInstalled("a worker needs aiohttp: pip install 'moesaic[serve]'") from error
+    from moesaic.serve import logs
+
+    if not args.gateway:
+        raise InvalidRequest("which gateway? --gateway URL")
+    for url in args.gateway:
+        _check(url, plain=args.insecure_plaintext)
+    args.batch_tokens = None
+    key, trusted = _key(args), _trusted(args.ca)
+    logs.set_up(args.log_level, as_json=args.log_format == "json")
+    return asyncio.run(_work(args, key, trusted))
+
+
+def _check(url: str, *, plain: bool) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidRequest(f"--gateway: {url:.100} is no http:// or https:// address")
+    near = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
+    if parts.scheme == "http" and not near and not plain:
+        raise InvalidRequest(
+            f"--gateway: {url:.100} would carry prompts and keys unencrypted: take https://, or --insecure-plaintext"
+        )
+
+
+def _key(args: argparse.Namespace) -> str | None:
+    if args.key_file is None:
+        return args.key or os.environ.get("MOESAIC_WORKER_KEY")
+    try:
+        return str(args.key_file.read_text().strip())
+    except OSError as error:
+        raise InvalidRequest(f"{args.key_file}: cannot be read: {error.strerror}") from error
+
+
+def _trusted(ca: Path | None) -> Any:
+    if ca is None:
+        return True
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidRequest(f"{ca}: no certificates can be read from it") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
+    from moesaic.cluster.worker import Worker
+    from moesaic.engine import Limits
+
+    models = await serving.shelf(args)
+    slots = args.slots or args.sequences or Limits().sequences
+    name = args.name or f"{platform.node()}-{secrets.token_hex(4)}"
+    about = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
+    worker = Worker(models, args.gateway, name=name, key=key, slots=slots, about=about, ssl=trusted)
+    _obey_signals(worker, args.drain_timeout)
+    try:
+        await worker.run()
+    except EngineStopped as error:
+        import logging
+
+        logging.getLogger("moesaic.worker").error("the engine was lost", extra={"why": str(error)})
+        os._exit(LOST_ENGINE)  # its thread may be inside the model for ever
+    await models.close()
+    return 0
+
+
+def _obey_signals(worker: Worker, seconds: float) -> None:
+    """Have a first SIGTERM or SIGINT end what runs, and a second everything."""
+    loop, draining = asyncio.get_running_loop(), list[asyncio.Task[None]]()
+
+    def end() -> None:
+        if draining:
+            worker.stopped.set()
+        draining.append(asyncio.ensure_future(worker.drain(seconds)))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)

@@ -1,0 +1,116 @@
+"""A job as a gateway follows it: what is known of its answer so far, who does it, and who reads along.
+
+Knows events and their numbers. Does not know stores, workers or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moesaic.door import Event
+from moesaic.errors import MoesaicError
+
+
+@dataclass(eq=False)
+class Live:
+    """One job."""
+
+    id: str
+    model: str
+    tenant: str
+    events: list[Event] = field(default_factory=list)
+    kept: int = 0
+    """How many of them are on disk."""
+    fence: int = 0
+    worker: str = ""
+    """Who does it, if the worker came to this gateway; "": nobody, or one of another gateway."""
+    ended: bool = False
+    outcome: Any = None
+    error: MoesaicError | None = None
+    readers: int = 0
+    once: bool = False
+    """Whether whoever asked may come again for the answer."""
+    unread_since: float = 0.0
+    """Since when nobody reads it."""
+    saved_at: float = 0.0
+    looked_at: float = 0.0
+    submitted: float = 0.0
+    begun: float = 0.0
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever writes this job's log."""
+    _waiters: set[asyncio.Future[None]] = field(default_factory=set)
+
+    def extend(self, start: int, events: Sequence[Event]) -> None:
+        """Take in events that begin at number ``start``, which is not behind the last; those known are left out."""
+        fresh = events[len(self.events) - start :]
+        if fresh:
+            self.events.extend(fresh)
+            self.tell()
+
+    def end(self, outcome: Any = None, error: MoesaicError | None = None) -> None:
+        """No more will come."""
+        if not self.ended:
+            self.ended, self.outcome, self.error = True, outcome, error
+        self.tell()
+
+    def tell(self) -> None:
+        """Wake those who wait for something to come."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def changed(self) -> None:
+        """Wait for something to come."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+
+class Following:
+    """A job's events from the first on; see ``door.Answers``."""
+
+    def __init__(self, live: Live, leave: Callable[[], None], *, known: bool = False) -> None:
+        """Read along.
+
+        Args:
+            live: what is read.
+            leave: called once, when no more is wanted before the end.
+            known: whether the job was there before it was asked for.
+        """
+        self._live, self._leave, self._place, self._left = live, leave, 0, False
+        self.job: tuple[str, bool] | None = (live.id, known)
+        live.readers += 1
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        live = self._live
+        while True:
+            while self._place < len(live.events):
+                self._place += 1
+                yield live.events[self._place - 1]
+            if live.ended:
+                break
+            await live.changed()
+        self._close()
+        if live.error is not None:
+            raise live.error
+
+    def ready(self) -> list[Event]:
+        events = self._live.events[self._place :]
+        self._place += len(events)
+        return events
+
+    def cancel(self) -> None:
+        if not self._left:
+            self._close()
+            self._leave()
+
+    def _close(self) -> None:
+        if not self._left:
+            self._left = True
+            self._live.readers -= 1

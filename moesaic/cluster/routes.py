@@ -1,0 +1,181 @@
+"""The gateway's own routes: for workers, and for clients who come back for what they asked.
+
+docs/cluster.md has the protocol. Knows HTTP and messages. Does not know what becomes of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from moesaic.cluster import protocol as wire
+from moesaic.cluster.desk import LEASE_SECONDS, RENEW_SECONDS, Recruit
+from moesaic.cluster.gateway import Gateway
+from moesaic.cluster.jobs import Hold
+from moesaic.errors import Forbidden, InvalidParameter
+from moesaic.serve.dialects import _openai as openai
+from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole
+from moesaic.serve.keys import NOBODY
+
+MESSAGE_BYTES = 16 << 20
+"""Of one message of a worker."""
+LONGEST_WAIT = 25.0
+"""Seconds that a worker's question stays open."""
+LONGEST_NAME = 128
+
+
+def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
+    """Return the routes of a gateway."""
+    crew, jobs = _Crew(gateway), _Jobs(gateway)
+
+    def route(path: str, run: Any, body: Any, summary: str) -> Endpoint:
+        return Endpoint(
+            path, run, openai.failure, body=body, worker=True, body_bytes=MESSAGE_BYTES, summary=f"Workers: {summary}"
+        )
+
+    return (
+        route("/worker/enlist", crew.enlist, wire.Enlist, "offer yourself."),
+        route("/worker/lease", crew.lease, wire.Want, "wait for something to do, or to stop."),
+        route("/worker/renew", crew.renew, wire.Renew, "keep what you have."),
+        route("/worker/tokens", crew.tokens, wire.Tokens, "send what has come."),
+        route("/worker/done", crew.done, wire.Done, "end a job."),
+        route("/worker/release", crew.release, wire.Release, "give back what you have."),
+        Endpoint("/v1/jobs/{id}", jobs.show, openai.failure, method="GET", summary="How far a job is."),
+        Endpoint("/v1/jobs/{id}", jobs.withdraw, openai.failure, method="DELETE", summary="Take a job back."),
+        Endpoint(
+            "/v1/jobs/{id}/events",
+            jobs.events,
+            openai.failure,
+            openai.broken,
+            method="GET",
+            summary="A job's events, all of them.",
+        ),
+    )
+
+
+def _name(call: Call, name: str) -> str:
+    """Return a worker's name, which is its key's own: no worker can speak for another key's."""
+    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        raise InvalidParameter("name", f"is {name!r:.40}, expected up to {LONGEST_NAME} printable characters")
+    return name if call.key is NOBODY else f"{call.key.name}/{name}"
+
+
+def _holds(claims: tuple[wire.Claim, ...]) -> list[Hold]:
+    return [Hold(id, fence) for id, fence in claims]
+
+
+class _Crew:
+    """What workers ask."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def enlist(self, call: Call) -> Answer:
+        said: wire.Enlist = call.body
+        refused = {card.name for card in said.cards} - set(call.key.models) if call.key.models else set()
+        if refused:
+            raise Forbidden(f"this key may not offer {', '.join(sorted(refused)):.100}")
+        if not said.cards or said.slots < 1:
+            raise InvalidParameter(
+                "cards" if said.slots > 0 else "slots", "a worker needs a model, and a slot for a job"
+            )
+        recruit = Recruit(_name(call, said.name), said.cards, said.slots, said.about, call.key.name)
+        known = await self._gateway.enlist(recruit, _holds(said.holds))
+        return Whole(wire.Enlisted(RENEW_SECONDS, LEASE_SECONDS, dict(known)))
+
+    async def lease(self, call: Call) -> Answer:
+        said: wire.Want = call.body
+        name = _name(call, said.name)
+        try:
+            orders = await self._gateway.lease(name, said.free, min(max(0.0, said.wait), LONGEST_WAIT))
+        except asyncio.CancelledError:
+            self._gateway.disconnected(name)
+            raise
+        leases = [
+            wire.Leased(
+                lease.job.id,
+                lease.fence,
+                lease.job.kind,
+                lease.job.model,
+                msgspec.Raw(lease.job.body),
+                [wire.to_wire(event) for record in lease.log for event in wire.unpack_events(record.blob)],
+            )
+            for lease in orders.leases
+        ]
+        return Whole(wire.Given(leases, list(orders.stop)))
+
+    async def renew(self, call: Call) -> Answer:
+        said: wire.Renew = call.body
+        held = await self._gateway.renew(_name(call, said.name), _holds(said.holds), said.load)
+        return Whole(wire.Renewed(dict(held)))
+
+    async def tokens(self, call: Call) -> Answer:
+        said: wire.Tokens = call.body
+        parts = {
+            Hold(part.id, part.fence): (part.start, [wire.from_wire(each) for each in part.events])
+            for part in said.parts
+        }
+        return Whole(wire.Known(dict(await self._gateway.take(_name(call, said.name), parts))))
+
+    async def done(self, call: Call) -> Answer:
+        said: wire.Done = call.body
+        events = [wire.from_wire(each) for each in said.events]
+        error = wire.error_of(said.error) if said.error else None
+        hold = Hold(said.id, said.fence)
+        counted = await self._gateway.finish(_name(call, said.name), hold, said.start, events, said.outcome, error)
+        return Whole(wire.Counted(counted))
+
+    async def release(self, call: Call) -> Answer:
+        said: wire.Release = call.body
+        name = _name(call, said.name)
+        await self._gateway.release(name, _holds(said.holds))
+        if said.leave:
+            await self._gateway.dismiss(name)
+        return Whole({})
+
+
+class _Jobs:
+    """What clients ask about what they asked."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def show(self, call: Call) -> Answer:
+        progress = await self._gateway.progress(call.parameters["id"], call.key.name)
+        return Whole(
+            {
+                "id": progress.id,
+                "object": "job",
+                "model": progress.model,
+                "state": progress.state,
+                "ahead": progress.ahead,
+                "estimate": progress.estimate,
+                "texts": progress.texts,
+                "tokens": progress.tokens,
+                "error": wire.fault(progress.error) if progress.error else None,
+            }
+        )
+
+    async def withdraw(self, call: Call) -> Answer:
+        id = call.parameters["id"]
+        return Whole({"id": id, "object": "job", "state": await self._gateway.withdraw(id, call.key.name)})
+
+    async def events(self, call: Call) -> Answer:
+        """Stream a job's events as the worker protocol writes them, numbered; ``Last-Event-ID`` goes on behind it."""
+        last = call.header(b"last-event-id") or ""
+        after = int(last) if last.isascii() and last.isdigit() and len(last) < 10 else -1
+        following = await self._gateway.follow(call.parameters["id"], call.key.name)
+        call.running.append(following)
+
+        async def frames() -> AsyncIterator[bytes]:
+            number = 0
+            async for event in following:
+                if number > after:
+                    yield b"id: %d\ndata: %b\n\n" % (number, msgspec.json.encode(wire.to_wire(event)))
+                number += 1
+            yield b"data: [DONE]\n\n"
+
+        return Streamed(frames())
