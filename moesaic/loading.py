@@ -29,11 +29,11 @@ CACHE_DTYPES = ("auto", *DTYPES, "int8")
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
 SEQUENCES = 16
 """Requests of the whole context that the cache has room for, where memory allows: fewer would preempt each other."""
 
 
+@dataclass(frozen=True)
 class Loaded:
     """What a checkpoint became: the model with its weights, and what the checkpoint says beside them."""
 

@@ -44,21 +44,8 @@ class Stand:
     model: str
     card: Card | None
     load: Load
-
-    @property
-    def workers(self) -> int:
-        """How many workers offer it, as far as can be told."""
-        if self.card is None or self.card.state != "loaded" or not self.load.alive:
-            return 0
-        return int(self.card.about.get("workers", 1))
-
-
-def stand(call: Call, definition: Definition) -> Stand:
-    """Return how an endpoint's model stands."""
-    cards = call.door.cards()
-    name = model_of(definition, cards)
-    card = next((each for each in cards if name == each.name or name in each.aliases), None)
-    return Stand(name, card, call.door.load().get(card.name if card else name, Load()))
+    workers: int
+    """How many offer it."""
 
 
 class Clients:
@@ -81,6 +68,14 @@ class Clients:
         for each in self.definitions:
             out += At(self, each).endpoints()
         return out
+
+    def stand(self, call: Call, definition: Definition) -> Stand:
+        """Return how an endpoint's model stands."""
+        cards = call.door.cards()
+        name = model_of(definition, cards)
+        card = next((each for each in cards if name == each.name or name in each.aliases), None)
+        name = card.name if card else name
+        return Stand(name, card, call.door.load().get(name, Load()), self.desk.workers(name))
 
     async def validate_key(self, call: Call) -> Answer:
         """Say whether a key is known."""
@@ -131,12 +126,12 @@ class At:
         out = [
             route(f"/{name}", self.request, "POST", "Bring a job (AIME).", body=body),
             route(f"/api/call/{name}", self.request, "POST", "The same.", body=body),
-            route(f"/{name}/cancel", self.cancel, "POST", "Take a job back.", body=body, drains=True),
+            route(f"/{name}/cancel", self.cancel, "POST", "Take a job back.", body=body),
             route(f"/{name}/stream", self.stream, "GET", "How far a job is, as it goes.", query=QUERY),
         ]
         for path in (f"/{name}/progress", f"/api/progress/{name}"):
             out.append(route(path, self.progress, "GET", "How far a job is (AIME).", query=QUERY))
-            out.append(route(path, self.progress, "POST", "How far a job is (AIME).", body=body, drains=True))
+            out.append(route(path, self.progress, "POST", "How far a job is (AIME).", body=body))
         for method in ("GET", "POST"):
             out.append(route(f"/{name}/login", self.login, method, "Begin a session (AIME)."))
             for path in (f"/api/endpoints/{name}", f"/api/{name}"):
@@ -155,7 +150,7 @@ class At:
 
     async def details(self, call: Call) -> Answer:
         """Tell what the endpoint takes, and how busy it is; nothing of who does its work."""
-        own, now = self._definition, stand(call, self._definition)
+        own, now = self._definition, self._clients.stand(call, self._definition)
         described = {each.name: dict(each.written) for each in own.inputs}
         return Whole(
             {
@@ -181,7 +176,7 @@ class At:
 
     async def request(self, call: Call) -> Answer:
         """Take a job in; unless told otherwise, answer when it is done."""
-        own, now = self._definition, stand(call, self._definition)
+        own, now = self._definition, self._clients.stand(call, self._definition)
         key = self._clients.visitors.owner(call, call.body, own)
         call.belongs_to(key)
         if now.load.waiting >= own.max_queue_length:
@@ -279,7 +274,7 @@ class At:
 
     def _shown(self, call: Call, key: Key, found: Progress) -> dict[str, Any]:
         self._clients.charge(call, key, found)
-        now = stand(call, self._definition)
+        now = self._clients.stand(call, self._definition)
         shown = {"success": True, "job_id": found.id, "ep_version": self._definition.version}
         if found.state in ENDED:
             return shown | {"job_result": self._result(found, now.card), "job_state": "done"}

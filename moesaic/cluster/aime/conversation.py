@@ -21,6 +21,8 @@ CHOICES = ("temperature", "top_k", "top_p", "max_tokens")
 """Fields of ``moesaic.Sampling`` that AIME's workers know."""
 NEUTRAL: Mapping[str, Any] = {"n": 1, "repetition_penalty": 1, "typical_p": 1}
 """Values of other fields that change nothing, where that is not nothing."""
+IGNORED = ("seed",)
+"""Fields that they cannot heed, and need not: a gateway gives each job a seed."""
 
 
 def asked(values: Mapping[str, Any], model: str) -> Ask:
@@ -34,6 +36,8 @@ def asked(values: Mapping[str, Any], model: str) -> Ask:
     """
     context, last = values.get("chat_context") or [], values.get("prompt_input") or ""
     text = values.get("text_context") or ""
+    if not (isinstance(last, str) and isinstance(text, str)):
+        raise InvalidParameter("prompt_input", "and text_context must be strings")
     sampling = _sampling(values)
     if text:
         if context or last:
@@ -51,6 +55,10 @@ def asked(values: Mapping[str, Any], model: str) -> Ask:
 
 
 def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    for name in ("temperature", "top_k", "top_p", "max_gen_tokens"):
+        value = values.get(name, 0)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InvalidParameter(name, f"is {value!r:.40}, expected a number")
     out = {name: values[name] for name in ("temperature", "top_k") if values.get(name) is not None}
     if values.get("top_p"):
         out["top_p"] = values["top_p"]
@@ -138,7 +146,7 @@ def parameters_for(ask: Ask, definition: Definition, said: str = "", tokens: int
 
 def _check_able(ask: Ask) -> None:
     """Raise unless AIME's workers can do it."""
-    others = {name: value for name, value in ask.sampling.items() if name not in CHOICES}
+    others = {name: value for name, value in ask.sampling.items() if name not in (*CHOICES, *IGNORED)}
     strange = [name for name, value in others.items() if value and value != NEUTRAL.get(name)]
     named = {
         "tools": ask.tools,

@@ -13,21 +13,17 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from moesaic.cluster import protocol
 from moesaic.cluster.aime.conversation import parameters_for
-from moesaic.cluster.aime.settings import Definition
-from moesaic.cluster.desk import RENEW_SECONDS, STALL_SECONDS, Labour, Recruit
+from moesaic.cluster.aime.member import Member, Running
+from moesaic.cluster.desk import RENEW_SECONDS, STALL_SECONDS, Labour
 from moesaic.cluster.jobs import Hold, Lease
-from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Piece
-from moesaic.errors import InvalidRequest, MoesaicError, NotFound, TimedOut, Unavailable
+from moesaic.door import Begun, Event, Load, Piece
+from moesaic.errors import InvalidRequest, MoesaicError, NotFound, TimedOut
 
 T = TypeVar("T")
-Read = Callable[[Lease], tuple[Ask, Sequence[Event]]]
-"""Returns what a lease asks for, and the events that its log has."""
-Elsewhere = Callable[[str, int], bool]
-"""Says whether others than so many workers offer a model."""
 
 log = logging.getLogger("moesaic.cluster.aime")
 
@@ -37,95 +33,26 @@ PAUSE = 1.0
 """Seconds in which somebody else may take a job that these workers cannot do."""
 
 
-@dataclass
-class Running:
-    """A job that a worker has; times by the monotonic clock."""
-
-    id: str
-    """As the worker knows it: a job that comes back to a worker is another one to it."""
-    hold: Hold
-    ask: Ask
-    data: Mapping[str, Any]
-    before: str
-    """What earlier leases have said."""
-    tokens_before: int
-    said: str
-    """All that was said, with what was before."""
-    logged: int
-    """Events that its log has."""
-    heard: float
-    prompt_tokens: int = 0
-    pending: list[Event] = field(default_factory=list)
-    """Events that the log does not have yet: what is sent again after a failure must be the same."""
-    doubted: float | None = None
-    """Since when its worker seems not to have it."""
-
-    def more(self, text: str, *, final: bool = False) -> str | None:
-        """Return what a text has beyond what was said; None if it does not go on from there."""
-        whole = self.before + (text if final else text.rstrip("\ufffd"))  # half a character may yet become one
-        if whole.startswith(self.said):
-            return whole[len(self.said) :]
-        # What is stripped off a final text has been said, and does no harm.
-        return "" if final and self.said.strip().startswith(whole.strip()) and whole.strip() else None
-
-
-@dataclass
-class Member:
-    """One of AIME's workers."""
-
-    name: str
-    definitions: Sequence[Definition]
-    """Endpoints of its job type."""
-    slots: int
-    owner: str
-    legacy: bool
-    """Whether it has begun without a login of its own."""
-    about: Mapping[str, Any]
-    heard: float
-    jobs: dict[str, Running] = field(default_factory=dict)
-    steps: int = 0
-    asking: int = 0
-    """Requests for jobs that wait for an answer."""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def definition(self) -> Definition:
-        return self.definitions[0]
-
-    @property
-    def worker(self) -> str:
-        """Its name among all workers."""
-        return f"aime:{self.definition.job_type}:{self.name}"
-
-    @property
-    def models(self) -> list[str]:
-        return list(dict.fromkeys(each.model or each.job_type for each in self.definitions))
-
-    @property
-    def holds(self) -> list[Hold]:
-        return [running.hold for running in self.jobs.values()]
-
-    def recruit(self) -> Recruit:
-        """Return the worker as it offers itself."""
-        cards = tuple(Card(model, about={"worker": "aime"}) for model in self.models)
-        return Recruit(self.worker, cards, self.slots, self.about, self.owner)
-
-
 class Crew:
     """All of them. Lives on one event loop; a task of its own runs while there is anybody."""
 
-    def __init__(self, labour: Labour, read: Read, clock: Callable[[], float] = time.monotonic) -> None:
-        self._labour, self._read, self._clock = labour, read, clock
-        self._members: dict[tuple[str, str], Member] = {}
+    def __init__(self, labour: Labour, offering: Callable[[str], int]) -> None:
+        """Begin without anybody.
+
+        Args:
+            labour: what hands work out.
+            offering: says how many workers offer a model, these among them.
+        """
+        self._labour, self._offering, self._clock = labour, offering, time.monotonic
+        self._members: dict[str, Member] = {}
         self._jobs: dict[str, tuple[Member, Running]] = {}
-        self._ended: OrderedDict[str, bool] = (
-            OrderedDict()
-        )  # and whether the worker is to be told that it was cancelled
+        self._ended: OrderedDict[str, bool] = OrderedDict()  # true: cancelled, and its worker is still to be told
         self._keeper: asyncio.Task[None] | None = None
 
-    def member(self, job_type: str, name: str) -> Member | None:
-        """Return a worker that is there."""
-        return self._members.get((job_type, name))
+    def find(self, name: str, job_type: str = "") -> list[Member]:
+        """Return the workers of that name, and type, that are there."""
+        members = self._members.values()
+        return [each for each in members if each.name == name and job_type in ("", each.definition.job_type)]
 
     def worker_of(self, job: str) -> Member | None:
         """Return who has a job."""
@@ -134,11 +61,10 @@ class Crew:
 
     async def admit(self, member: Member) -> Member:
         """Let a worker in; what one of that name had is lost."""
-        key = (member.definition.job_type, member.name)
-        if old := self._members.get(key):
+        if old := self._members.get(member.worker):
             self._forget(old)
         await self._labour.enlist(member.recruit())
-        self._members[key] = member
+        self._members[member.worker] = member
         if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.create_task(self._keep(), name="aime-keeper")
         return member
@@ -169,24 +95,26 @@ class Crew:
 
     # Jobs out
 
-    async def give(self, member: Member, free: int, wait: float, elsewhere: Elsewhere) -> list[Running]:
+    async def give(self, member: Member, free: int, wait: float) -> list[Running]:
         """Return jobs for a worker that can take ``free`` more; none after ``wait`` seconds without."""
         member.heard, until = self._clock(), self._clock() + wait
         if free >= member.slots:  # it says that it has none
             for running in member.jobs.values():
                 running.doubted = running.doubted or self._clock()
-        member.slots = max(member.slots, free)
+        if free > member.slots:
+            member.slots = free
+            self._settle(member, await self._labour.enlist(member.recruit(), member.holds))
         member.asking += 1
         try:
             while True:
-                found = await self._leased(member, free, until - self._clock(), elsewhere)
+                found = await self._leased(member, free, until - self._clock())
                 if found or self._clock() >= until:
                     return found
         finally:
             member.asking -= 1
             member.heard = self._clock()
 
-    async def _leased(self, member: Member, free: int, wait: float, elsewhere: Elsewhere) -> list[Running]:
+    async def _leased(self, member: Member, free: int, wait: float) -> list[Running]:
         orders = await self._known(member, lambda: self._labour.lease(member.worker, free, max(0.0, wait)))
         self._stop(member, orders.stop)
         found, refused = [], False
@@ -196,7 +124,7 @@ class Crew:
                     found.append(self._begun(member, lease))
                 except InvalidRequest as error:
                     refused = True
-                    await self._refuse(member, lease, error, elsewhere)
+                    await self._refuse(member, lease, error)
             if refused and not found:
                 await asyncio.sleep(PAUSE)
         except asyncio.CancelledError:  # the worker has left, and will never know of them
@@ -208,18 +136,20 @@ class Crew:
         return found
 
     def _begun(self, member: Member, lease: Lease) -> Running:
-        ask, events = self._read(lease)
+        if lease.job.kind != "ask":
+            raise InvalidRequest(f"this model is served by AIME's workers, which cannot {lease.job.kind}")
+        ask = protocol.unpack_ask(lease.job.body)
+        events = [event for record in lease.log for event in protocol.unpack_events(record.blob)]
         pieces = [event for event in events if isinstance(event, Piece)]
         before = "".join(piece.text for piece in pieces)
         tokens = sum(len(piece.tokens) for piece in pieces) or len(before) // 4
-        fitting = [each for each in member.definitions if (each.model or each.job_type) == lease.job.model]
-        data = parameters_for(ask, (fitting or list(member.definitions))[0], before, tokens)
+        definition = next((each for each in member.definitions if each.offered == lease.job.model), member.definition)
+        data = parameters_for(ask, definition, before, tokens)
         hold = Hold(lease.job.id, lease.fence)
         prompt = next((event.prompt_tokens for event in events if isinstance(event, Begun)), 0)
         running = Running(
             f"{hold.id}#{hold.fence}",
             hold,
-            ask,
             data,
             before,
             tokens,
@@ -232,11 +162,11 @@ class Crew:
         self._jobs[running.id] = member, running
         return running
 
-    async def _refuse(self, member: Member, lease: Lease, error: InvalidRequest, elsewhere: Elsewhere) -> None:
+    async def _refuse(self, member: Member, lease: Lease, error: InvalidRequest) -> None:
         """Give a job back that such workers cannot do, or end it if there are no others."""
         hold = Hold(lease.job.id, lease.fence)
         own = sum(1 for each in self._members.values() if lease.job.model in each.models)
-        if elsewhere(lease.job.model, own):
+        if self._offering(lease.job.model) > own:
             await self._labour.release(member.worker, [hold])
         else:
             start = sum(record.count for record in lease.log)
@@ -268,7 +198,7 @@ class Crew:
                 running.heard = member.heard = self._clock()
                 running.doubted = None
                 if running.id in member.jobs:
-                    self._note(running, data)
+                    running.note(data)
                     if running.pending:
                         parts[running.hold] = running.logged, tuple(running.pending)
             if not parts:
@@ -286,19 +216,6 @@ class Crew:
             if known is not None:  # the log is not as it was left: whoever does it next begins behind what it has
                 await self._labour.release(member.worker, [running.hold])
 
-    def _note(self, running: Running, data: Mapping[str, Any], *, final: bool = False) -> None:
-        """Take down what an update tells that was not known; a text that does not go on from what was said is none."""
-        whole, generated = data.get("current_context_length"), data.get("num_generated_tokens")
-        if type(whole) is int and type(generated) is int and whole > generated:
-            running.prompt_tokens = running.prompt_tokens or whole - generated
-        text = data.get("text")
-        more = running.more(text, final=final) if isinstance(text, str) else None
-        if not running.logged and not running.pending and (more or final):
-            running.pending.append(Begun(0, (), running.prompt_tokens))
-        if more:
-            running.said += more
-            running.pending.append(Piece(0, more))
-
     async def result(self, job: str, data: Mapping[str, Any]) -> bool:
         """End a job with its worker's result; return whether there is such a job, or was."""
         found = self._jobs.get(job)
@@ -309,35 +226,15 @@ class Crew:
             member.heard = self._clock()
             if running.id not in member.jobs:
                 return True
-            error, start = self._failure(running, data), running.logged
+            error, start = running.failure(data), running.logged
             if not error:
-                self._note(running, data, final=True)
-            events = [*running.pending, *([] if error else [self._end(running, data)])]
+                running.note(data, final=True)
+            events = [*running.pending, *([] if error else [running.end(data)])]
             await self._known(
                 member, lambda: self._labour.finish(member.worker, running.hold, start, events, error=error)
             )
             self._drop(member, running)
         return True
-
-    def _failure(self, running: Running, data: Mapping[str, Any]) -> MoesaicError | None:
-        error, text = data.get("error"), data.get("text")
-        if error:
-            return MoesaicError(f"the worker failed: {str(error)[:500]}")
-        if not isinstance(text, str):
-            return MoesaicError("the worker's result has no text")
-        if running.more(text, final=True) is None:
-            log.warning("a worker's result is not what it had said", extra={"job": running.id})
-            return Unavailable("the worker's result is not what it had said before: ask again")
-        return None
-
-    def _end(self, running: Running, data: Mapping[str, Any]) -> Ended:
-        count, most = data.get("num_generated_tokens"), running.data.get("max_gen_tokens")
-        generated = count if type(count) is int and count >= 0 else len(running.said) // 4
-        prompt = data.get("prompt_length")
-        if type(prompt) is int and prompt > 0:
-            running.prompt_tokens = prompt
-        reason = "length" if most is not None and generated >= most else "stop"
-        return Ended(0, reason, running.prompt_tokens, running.tokens_before + generated)  # type: ignore[arg-type]
 
     # Leases
 
@@ -345,19 +242,19 @@ class Crew:
         """Renew what they have, and let go who is gone, until nobody is there."""
         while self._members:
             await asyncio.sleep(RENEW_SECONDS)
-            for key, member in list(self._members.items()):
+            for member in list(self._members.values()):
                 try:
-                    await self._look_after(key, member)
+                    await self._look_after(member)
                 except MoesaicError as error:
-                    log.warning("a worker could not be looked after", extra={"worker": key[1], "error": str(error)})
+                    log.warning("a worker could not be looked after", extra={"worker": member.name, "why": str(error)})
 
-    async def _look_after(self, key: tuple[str, str], member: Member) -> None:
+    async def _look_after(self, member: Member) -> None:
         now, own = self._clock(), member.definition
         silent = 0.0 if member.asking else now - member.heard
         if silent > (own.inactivity if member.jobs else 2 * own.request_timeout):
             log.warning("a worker is gone", extra={"worker": member.name, "jobs": len(member.jobs)})
             self._forget(member)
-            del self._members[key]
+            del self._members[member.worker]
             with contextlib.suppress(NotFound):
                 await self._labour.dismiss(member.worker)
             return

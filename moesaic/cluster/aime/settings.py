@@ -102,6 +102,11 @@ class Definition:
     worker_key: str = ""
     """SHA-256 of what AIME's workers show; "": none."""
 
+    @property
+    def offered(self) -> str:
+        """The name of the model that AIME's workers of this job type offer."""
+        return self.model or self.job_type
+
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter of that name, if there is one."""
         return next((each for each in self.inputs if each.name == name), None)
@@ -172,7 +177,7 @@ def model_of(definition: Definition, cards: Sequence[Card]) -> str:
     for card in chats:
         if any(wanted in _letters(name) for name in (card.name, *card.aliases)):
             return card.name
-    return chats[0].name if chats else definition.job_type
+    return chats[0].name if chats else definition.offered
 
 
 def _letters(name: str) -> str:

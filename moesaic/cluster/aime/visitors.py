@@ -44,6 +44,8 @@ class Visitors:
             return NOBODY
         with call.app.guard.patience(call.scope):
             found = self._found(call, given)
+        if found.worker:
+            raise Forbidden("a worker's key is for its work alone")
         if definition is not None and not self._allowed(call, found, definition):
             raise Forbidden(f"Client not authorized for endpoint {definition.name}!")
         return found
@@ -90,11 +92,12 @@ class Visitors:
 def worker_of(call: Call, auth_key: Any, definitions: Sequence[Definition]) -> Key:
     """Return whose worker this is, which wants to do the jobs of these endpoints.
 
-    It shows the key of the endpoint's file, or an administrator's: whoever may do jobs reads what everybody asks.
+    It shows the key of the endpoint's file, or a worker's: whoever may do jobs reads what everybody asks.
 
     Raises:
         Unauthorized: it shows another, or none. KeyExhausted: too many wrong ones came from this address.
     """
+    job_type, offered = definitions[0].job_type, {each.offered for each in definitions}
     own = [each.worker_key for each in definitions if each.worker_key]
     if not own and not call.app.keys.wanted:
         return NOBODY
@@ -102,10 +105,10 @@ def worker_of(call: Call, auth_key: Any, definitions: Sequence[Definition]) -> K
         shown = _said(auth_key)
         same = [hmac.compare_digest(digest(shown), each) for each in own]  # all of them, whichever it is
         if shown and any(same):
-            return Key(f"aime:{definitions[0].job_type}", digest(shown))
+            return Key(f"aime:{job_type}", digest(shown), worker=True)
         found = call.app.keys.owner(shown.encode()) if shown and call.app.keys.wanted else None
-        if found is None or not found.admin:
-            raise Unauthorized(f"Worker not authorized on job type {definitions[0].job_type}")
+        if found is None or not found.worker or (found.models and not offered <= set(found.models)):
+            raise Unauthorized(f"Worker not authorized on job type {job_type}")
         return found
 
 

@@ -60,8 +60,10 @@ class Job:
     tokens: int = 0
     told: tuple[int, float] = (-1, 0.0)
     """How many tokens the server knows of, and when it was told, by the monotonic clock."""
-    answers: Answers | None = None
+    reading: asyncio.Task[None] | None = None
     cancelled: bool = False
+    error: str = "the worker was stopped before the answer was there: ask again"
+    """What becomes of it if nothing else does; "": it was answered."""
 
     @property
     def id(self) -> str:
@@ -192,7 +194,7 @@ class Worker:
 
     async def run(self, stop: asyncio.Event, drain_seconds: float) -> None:
         """Work until ``stop`` is set; see ``work``."""
-        stopping = asyncio.create_task(stop.wait())
+        stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
         telling = asyncio.create_task(self._tell_all())
         fetching = asyncio.create_task(self._fetch_all(stop))
         try:
@@ -265,28 +267,28 @@ class Worker:
 
     async def _do(self, job: Job) -> None:
         """Answer one job, whatever becomes of it."""
-        error = "the worker was stopped before the answer was there: ask again"
+        job.reading = asyncio.create_task(self._read(job))
+        stopped = True
         try:
-            error = await self._answer(job)
+            await asyncio.wait((job.reading,))
+            stopped = False
         finally:
-            if job.answers:
-                job.answers.cancel()
-            stopped = (task := asyncio.current_task()) is not None and task.cancelling() > 0
+            job.reading.cancel()
             try:
                 async with asyncio.timeout(LAST_WORDS if stopped else None):
-                    await self._finish(job, error)
+                    await self._finish(job, "the job was cancelled" if job.cancelled else job.error)
             except TimeoutError:
                 log.warning("a job stays without an answer", extra={"job": job.id})
             finally:
                 self._jobs.pop(job.id, None)
                 self._room.set()
 
-    async def _answer(self, job: Job) -> str:
-        """Have the model answer; return what went wrong, or ""."""
+    async def _read(self, job: Job) -> None:
+        """Have the model answer."""
+        answers: Answers | None = None
         try:
-            ask = asked(_whole(job.data), self._model)
-            job.answers = await self._door.ask(ask)
-            async for event in job.answers:
+            answers = await self._door.ask(asked(_whole(job.data), self._model))
+            async for event in answers:
                 if isinstance(event, Begun):
                     job.begun, job.prompt_tokens = time.time(), event.prompt_tokens
                 elif isinstance(event, Piece):
@@ -294,9 +296,12 @@ class Worker:
                     job.tokens += len(event.tokens)
                 elif isinstance(event, Ended):
                     job.prompt_tokens, job.tokens = event.prompt_tokens, event.generated_tokens
+            job.error = ""
         except MoesaicError as error:
-            return "the job was cancelled" if job.cancelled else str(error)
-        return "the job was cancelled" if job.cancelled else ""
+            job.error = str(error)
+        finally:
+            if answers is not None:
+                answers.cancel()
 
     async def _finish(self, job: Job, error: str) -> None:
         """Bring a result, again and again until the server has it."""
@@ -346,8 +351,8 @@ class Worker:
             job.told = job.tokens, now
             if isinstance(reply, dict) and reply.get("canceled") and not job.cancelled:
                 job.cancelled = True
-                if job.answers:
-                    job.answers.cancel()
+                if job.reading:
+                    job.reading.cancel()
 
     def _update(self, job: Job) -> dict[str, Any]:
         echoed = {name: job.data.get(name) for name in ("job_id", "start_time", "start_time_compute")}

@@ -10,10 +10,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moesaic.cluster.aime.crew import Crew, Member, Read, Running
+from moesaic.cluster.aime.crew import Crew
+from moesaic.cluster.aime.member import Member, Running
 from moesaic.cluster.aime.settings import Definition
 from moesaic.cluster.aime.visitors import worker_of
-from moesaic.cluster.desk import Labour
+from moesaic.cluster.desk import Desk, Labour
+from moesaic.cluster.routes import MESSAGE_BYTES
 from moesaic.errors import InvalidRequest, Unauthorized, Unavailable
 from moesaic.serve.exchange import Answer, Call, Endpoint, Failure, Whole
 
@@ -30,18 +32,18 @@ PARAMETERS = ("gpu_name", "num_gpus", "framework", "framework_version", "pytorch
 class Workers:
     """What all routes share."""
 
-    def __init__(self, labour: Labour, definitions: Sequence[Definition], read: Read) -> None:
-        self.crew = Crew(labour, read)
+    def __init__(self, labour: Labour, desk: Desk, definitions: Sequence[Definition]) -> None:
+        self.crew = Crew(labour, desk.workers)
         self._definitions = definitions
 
     def endpoints(self) -> list[Endpoint]:
         """Return all routes."""
         return [
-            _route("/worker_check_server_status", self.status, "Whether a worker is known (AIME).", drains=True),
+            _route("/worker_check_server_status", self.status, "Whether a worker is known (AIME)."),
             _route("/worker_login", self.login, "Offer oneself as a worker (AIME)."),
             _route("/worker_job_request", self.jobs, "Wait for jobs (AIME)."),
-            _route("/worker_job_progress", self.progress, "Tell how far jobs are (AIME).", body=Any, drains=True),
-            _route("/worker_job_result", self.result, "Bring a job's result (AIME).", drains=True),
+            _route("/worker_job_progress", self.progress, "Tell how far jobs are (AIME).", body=Any),
+            _route("/worker_job_result", self.result, "Bring a job's result (AIME)."),
         ]
 
     def _of_type(self, job_type: Any) -> list[Definition]:
@@ -57,8 +59,8 @@ class Workers:
                 owner = worker_of(call, body.get("auth_key"), definitions).name
                 valid = True
                 if name := _name(body.get("auth")):  # it may have begun under an earlier process of this gateway
-                    member = self.crew.member(definitions[0].job_type, name)
-                    member = member or await self._admit(definitions, name, owner, body, legacy=False)
+                    known = [each for each in self.crew.find(name, definitions[0].job_type) if each.owner == owner]
+                    member = known[0] if known else await self._admit(definitions, name, owner, body, legacy=False)
             except Unauthorized:
                 pass
         shown = {"logged_in": member is not None, "job_type_present": bool(definitions), "key_valid": valid}
@@ -70,8 +72,7 @@ class Workers:
         definitions = self._of_type(body.get("job_type"))
         name = _name(body.get("auth"))
         if not definitions or not name:
-            what = f"There is no job type {str(body.get('job_type'))[:80]}" if name else "A worker needs a name (auth)"
-            return Whole({"success": False, "error_msg": what})
+            return Whole({"success": False, "error_msg": _unfit(str(body.get("job_type")), name)})
         try:
             owner = worker_of(call, body.get("auth_key"), definitions).name
         except Unauthorized as error:
@@ -97,18 +98,15 @@ class Workers:
 
     async def jobs(self, call: Call) -> Answer:
         """Wait for jobs."""
+        if call.app.draining:
+            raise Unavailable("the server is about to stop: ask another, or try again later")
         body = call.body
         try:
             member = await self._member(call, body)
         except (Unauthorized, InvalidRequest) as error:
             return Whole({"cmd": "error", "msg": str(error)})
         timeout = min(member.definition.request_timeout, _seconds(body.get("request_timeout")))
-
-        def elsewhere(model: str, own: int) -> bool:
-            found = next((card for card in call.door.cards() if model in (card.name, *card.aliases)), None)
-            return found is not None and int(found.about.get("workers", own)) > own
-
-        found = await self.crew.give(member, _count(body.get("max_job_batch")), timeout * PATIENCE, elsewhere)
+        found = await self.crew.give(member, _count(body.get("max_job_batch")), timeout * PATIENCE)
         if not found:
             return Whole({"cmd": "no_job"})
         own = member.definition
@@ -130,19 +128,16 @@ class Workers:
             Unauthorized: its key is wrong. InvalidRequest: its job type is not known. Both are for good.
             Unavailable: it is not known, and has to log in first.
         """
-        name, job_type = _name(body.get("auth")), body.get("job_type")
-        types = [job_type] if job_type else list(dict.fromkeys(each.job_type for each in self._definitions))
-        members = [member for each in types if (member := self.crew.member(each, name))]
-        definitions = members[0].definitions if members else self._of_type(job_type)
-        if not definitions:
-            if job_type:
-                raise InvalidRequest(f"There is no job type {str(job_type)[:80]}: see the server's endpoints")
+        name, job_type = _name(body.get("auth")), str(body.get("job_type") or "")
+        for member in self.crew.find(name, job_type):
+            if worker_of(call, body.get("auth_key"), member.definitions).name == member.owner:
+                return member
+        definitions = self._of_type(job_type)
+        if not job_type:
             raise Unavailable("not logged in: log in again")
+        if not definitions or not name:
+            raise InvalidRequest(_unfit(job_type, name))
         owner = worker_of(call, body.get("auth_key"), definitions).name
-        if members:
-            return members[0]
-        if not name:
-            raise InvalidRequest("A worker needs a name (auth)")
         return await self._admit(definitions, name, owner, body, legacy=True)
 
     async def progress(self, call: Call) -> Answer:
@@ -159,10 +154,12 @@ class Workers:
         return Whole(answers if several else answers[0])
 
     def _check(self, call: Call, entry: Mapping[str, Any]) -> None:
-        """Raise Unauthorized unless whoever sends this may do the job that it is about."""
+        """Raise Unauthorized unless whoever sends this has the job that it is about, or could have it."""
         member = self.crew.worker_of(str(entry.get("job_id")))
         if definitions := member.definitions if member else self._of_type(entry.get("job_type")):
-            worker_of(call, entry.get("auth_key"), definitions)
+            key = worker_of(call, entry.get("auth_key"), definitions)
+            if member and key.name != member.owner:
+                raise Unauthorized("this is the job of another key's worker")
 
     async def result(self, call: Call) -> Answer:
         """Take a result in; the same one again is no fault."""
@@ -181,6 +178,11 @@ class Workers:
 def _data(running: Running) -> dict[str, Any]:
     now = time.time()
     return {**running.data, "job_id": running.id, "start_time": now, "start_time_compute": now}
+
+
+def _unfit(job_type: str, name: str) -> str:
+    """Return why a worker cannot be let in."""
+    return f"There is no job type {job_type[:80]}: see the endpoints" if name else "A worker needs a name (auth)"
 
 
 def _name(given: Any) -> str:
@@ -205,11 +207,11 @@ def failure(reason: Failure) -> Any:
     return Whole({"cmd": "warning", "success": False, "error_msg": reason.message, "msg": reason.message}, status)
 
 
-def endpoints(labour: Labour, definitions: Sequence[Definition], read: Read) -> list[Endpoint]:
-    """Return AIME's routes for its workers; ``read`` says what a lease asks for."""
-    return Workers(labour, definitions, read).endpoints()
+def endpoints(labour: Labour, desk: Desk, definitions: Sequence[Definition]) -> list[Endpoint]:
+    """Return AIME's routes for its workers."""
+    return Workers(labour, desk, definitions).endpoints()
 
 
-def _route(path: str, run: Any, summary: str, *, body: Any = dict[str, Any], drains: bool = False) -> Endpoint:
+def _route(path: str, run: Any, summary: str, *, body: Any = dict[str, Any]) -> Endpoint:
     """Return a route that looks at keys itself, since they come in the body."""
-    return Endpoint(path, run, failure, body=body, public=True, drains=drains, summary=summary)
+    return Endpoint(path, run, failure, body=body, public=True, worker=True, body_bytes=MESSAGE_BYTES, summary=summary)
