@@ -41,6 +41,13 @@ class Ask:
     bos: bool = True
     """Put the beginning-of-text token in front of a prompt that is text, unless it is there already."""
     skip_special: bool = True
+    resume: tuple[tuple[int, ...], ...] = ()
+    """For each of the n answers, the ids of its tokens so far, where it was begun by somebody who is gone.
+
+    They are taken as drawn, count as generated, and come again as the answer's first pieces, one by one and without
+    log-probabilities; so does its ``Begun``, without those of the prompt. The text up to a token follows from the
+    tokens up to it, so that whoever passed on k tokens drops the first k and their text, and goes on as if nothing
+    had happened. Only with a seed is what follows what would have. Set by a gateway, never by a client."""
     priority: int = 0
     tenant: str = ""
     """Whose request it is: different tenants share no cached prefix. Set by the server alone."""

@@ -176,6 +176,10 @@ class StorageFull(Unavailable):
     """What keeps the jobs has no room left: nothing new is taken in until there is."""
 
 
+class StoreError(MoesaicError):
+    """Jobs cannot be kept safely where they should be, or what is there is damaged or of another version."""
+
+
 class PoisonedJob(MoesaicError):
     """Every worker that had this request died while it had it; it is set aside and not tried again."""
 

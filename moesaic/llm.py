@@ -24,7 +24,7 @@ from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
 from moesaic.loading import Loaded, Progress, cache_dtype, load_model, sizes, torch_threads
 from moesaic.ops import Batch
-from moesaic.reply import Answer, Reply, Text
+from moesaic.reply import Answer, Reading, Reply, Text, finished
 from moesaic.text import chat, template
 from moesaic.text.chat import ChatFormat
 from moesaic.text.compiler import Compiler
@@ -250,6 +250,7 @@ class LLM(AbstractContextManager["LLM"]):
         begins: bool | None = None,
         grammar: Grammar | None = None,
         tools: Tools | None = None,
+        resume: tuple[tuple[int, ...], ...] = (),
     ) -> list[Reply]:
         """Start a request and return its ``n`` replies. With ``chat``, the chat format's ends count too.
 
@@ -262,9 +263,10 @@ class LLM(AbstractContextManager["LLM"]):
             begins: whether the answer begins a text, where a leading space is dropped; None: if ``chat``.
             grammar: what the answer has to be; cut by ``max_tokens`` or a stop string, it is the beginning of that.
             tools: what the answer may call, or has to: those that ``encode_chat`` was given.
+            resume: the tokens that each answer has already: its first pieces, from which it goes on.
 
         Raises:
-            PromptTooLong, InvalidParameter, Overloaded, EngineStopped: see ``Engine.submit``.
+            PromptTooLong, InvalidParameter, GrammarError, Overloaded, EngineStopped: see ``Engine.submit``.
             InvalidParameter, Overloaded, NotInstalled: the grammar cannot be had, see ``Compiler.compile``.
         """
         eos = self.loaded.eos_ids | self.tokenizer.eos_ids
@@ -277,14 +279,16 @@ class LLM(AbstractContextManager["LLM"]):
                 sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
                 strip = bool(self.format.stop_strings)
         constraint = None if grammar is None else partial(self._grammars.compile(grammar), begins=begins)
-        request = Request(tuple(ids), sampling, tuple(sorted(eos)), priority, salt, constraint)
-        streams = self.engine.submit(request)
-        found = [self.format.calls(self.tokenizer, tools) if self.format and tools else None for _ in streams]
+        request = Request(tuple(ids), sampling, tuple(sorted(eos)), priority, salt, constraint, resume)
         how: dict[str, Any] = {"strip": strip and begins, "skip_special": skip_special, "begins": begins}
-        return [
-            Reply(stream, self.tokenizer, request, calls=calls, **how)
-            for stream, calls in zip(streams, found, strict=True)
-        ]
+
+        def read() -> Reading:
+            calls = self.format.calls(self.tokenizer, tools) if self.format and tools else None
+            return Reading(self.tokenizer, request, calls=calls, **how)
+
+        if ended := finished(request, read):
+            request = replace(request, finished=ended)
+        return [Reply(stream, request, read()) for stream in self.engine.submit(request)]
 
     def _forced(self, tools: Tools | None, grammar: Grammar | None) -> Grammar | None:
         """Return what the answer has to be, a call of a tool if one is required."""

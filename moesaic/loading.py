@@ -28,7 +28,6 @@ DTYPES = checkpoints.FLOATS
 CACHE_DTYPES = ("auto", *DTYPES, "int8")
 Progress = Callable[[int, int], None]
 
-
 SEQUENCES = 16
 """Requests of the whole context that the cache has room for, where memory allows: fewer would preempt each other."""
 

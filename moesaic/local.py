@@ -72,6 +72,8 @@ class LocalAnswers:
 
     def __init__(self, replies: Sequence[Reply], tokenizer: Tokenizer) -> None:
         self._replies, self._tokenizer = replies, tokenizer
+        given = sum(len(reply.request.given(reply.stream.index)) for reply in replies)
+        self._behind = BEHIND + given  # what was given comes at once
         self._begun: set[int] = set()
         self._events: deque[Event] = deque()
         self._held: dict[int, list[Event]] = {}  # last pieces, which go out with the end that is about to come
@@ -103,7 +105,7 @@ class LocalAnswers:
         if reply.ended:
             self._open -= 1
             self._events.append(_ended(index, reply))
-        elif len(self._events) > BEHIND:
+        elif len(self._events) > self._behind:
             self._fail(Overloaded("the answer was not fetched as fast as it came"))
         self._wake()
         return reply.ended
@@ -282,6 +284,7 @@ class Local:
             begins=ask.messages is not None and not ask.continue_final,
             grammar=None if ask.grammar is None else Grammar(*ask.grammar),  # type: ignore[arg-type]
             tools=tools,
+            resume=ask.resume,
         )
 
     def _ids(self, ask: Ask) -> list[int]:

@@ -31,3 +31,19 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Path(next(iter(spec.submodule_search_locations))) / "data" / "tokenizer.model.v1"
     shutil.copy(tokenizer, path / "tokenizer.model")
     return path
+
+
+@pytest.fixture(scope="session")
+def mistral3(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the tokenizer of Mistral's third version, whose calls have a control token."""
+    path = Path(shutil.copytree(talker, tmp_path_factory.mktemp("v3") / "model"))
+    config = transformers.MixtralConfig.from_pretrained(path)
+    config.vocab_size = 32768
+    torch.manual_seed(6)
+    transformers.MixtralForCausalLM(config).save_pretrained(path)
+    (path / "tokenizer.model").unlink()
+    spec = importlib.util.find_spec("mistral_common")
+    assert spec is not None and spec.submodule_search_locations
+    data = Path(next(iter(spec.submodule_search_locations))) / "data"
+    shutil.copy(data / "mistral_instruct_tokenizer_240323.model.v3", path / "tokenizer.model")
+    return path

@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 
 import jsonschema
-import mistral_common
 import pytest
-import torch
-import transformers
 
 from moesaic import LLM, Grammar, errors
 from moesaic.text.tools import Tools
@@ -32,20 +28,6 @@ CLOCK = {"type": "function", "function": {"name": "clock"}}
 BOTH = [WEATHER, CLOCK]
 BAD = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}}
 WAYS = [{"temperature": 0}, {"temperature": 1.5, "seed": 1}, {"temperature": 1.5, "seed": 2}]
-
-
-@pytest.fixture(scope="module")
-def mistral3(talker, tmp_path_factory):
-    """A random model with the tokenizer of Mistral's third version, whose calls have a control token."""
-    path = shutil.copytree(talker, tmp_path_factory.mktemp("v3") / "model")
-    config = transformers.MixtralConfig.from_pretrained(path)
-    config.vocab_size = 32768
-    torch.manual_seed(6)
-    transformers.MixtralForCausalLM(config).save_pretrained(path)
-    (path / "tokenizer.model").unlink()
-    data = Path(next(iter(mistral_common.__path__))) / "data"
-    shutil.copy(data / "mistral_instruct_tokenizer_240323.model.v3", path / "tokenizer.model")
-    return path
 
 
 @pytest.fixture(scope="module", params=["built-in", "mistral-v1", "mistral-v3"])

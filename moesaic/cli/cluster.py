@@ -44,6 +44,9 @@ def add_gateway(commands: Commands) -> None:
     )
     jobs.add_argument("--queue", type=int, metavar="N", help="jobs that may wait; more get 503 (default 10000)")
     jobs.add_argument("--queue-per-key", type=int, metavar="N", help="of one key; more get 429 (default 2000)")
+    jobs.add_argument(
+        "--lease", type=float, default=10.0, metavar="S", help="a worker silent for so long is lost (default 10)"
+    )
     listening.add_flags(parser)
     parser.set_defaults(host="127.0.0.1", port=8000)
 
@@ -52,6 +55,8 @@ def _gateway(args: argparse.Namespace) -> int:
     listening.need_packages()
     from moesaic.cluster import routes
 
+    if not args.lease > 0:
+        raise InvalidRequest(f"--lease: is {args.lease:g}, expected more than 0")
     return listening.serve(args, listening.settings(args), lambda: _open(args), routes.endpoints)
 
 
@@ -62,7 +67,7 @@ async def _open(args: argparse.Namespace) -> Gateway:
 
     given = {"queued": args.queue, "queued_per_tenant": args.queue_per_key}
     bounds = Bounds(**{name: value for name, value in given.items() if value is not None})
-    return Gateway(await queue.open(args.jobs or str(_default_jobs()), bounds), args.model or ())
+    return Gateway(await queue.open(args.jobs or str(_default_jobs()), bounds), args.model or (), args.lease)
 
 
 def _default_jobs() -> Path:
@@ -77,7 +82,8 @@ def add_worker(commands: Commands) -> None:
         "worker",
         _worker,
         "do the work of a gateway with models on this machine",
-        "Dials out and needs no open port.\nSIGTERM: ends what runs, gives the rest back. Exit code 70: the engine was lost, start it\nagain.",
+        "Dials out and needs no open port.\n"
+        "SIGTERM: ends what runs, gives the rest back. Exit code 70: the engine was lost, start it again.",
         "moesaic worker --gateway http://127.0.0.1:8000",
         "MOESAIC_WORKER_KEY=msc-... moesaic worker ./mixtral-q4 --gateway https://chat.example.org --slots 32",
     )

@@ -216,9 +216,7 @@ def _named(flag: Flag, value: Value, in_environment: bool) -> str:
 def _meaning(flag: Flag, value: Value, changes: Changes) -> str:
     cache = f"--cache-tokens {value}"
     if "cache_tokens" not in changes:
-        cache = (
-            "a bound that is kept: the cache gets sixteen contexts, as far as a quarter of the free memory holds them"
-        )
+        cache = "a bound that is kept: the cache gets 16 contexts, as far as a quarter of the free memory holds them"
     return flag.means.format(value=value, format=changes.get("format"), step=changes.get("batch_tokens"), cache=cache)
 
 

@@ -17,8 +17,8 @@ from moesaic.errors import MoesaicError
 
 LEASE_SECONDS = 10.0
 """A lease that is not renewed for so long is lost."""
-RENEW_SECONDS = 2.0
-"""How often workers renew."""
+RENEWS = 0.2
+"""Workers renew after this part of a lease."""
 STALL_SECONDS = 30.0
 """A worker with work whose step counter stands still for so long is taken to hang."""
 

@@ -32,8 +32,8 @@ SAVE_EVENTS = 256
 """... and how many."""
 SHARE_SECONDS = 0.05
 """The same of a job whose client may be at another gateway."""
-GONE_SECONDS = 2.0
-"""A worker whose connection was closed is lost when it has not come again for so long."""
+GONE = 0.2
+"""A worker whose connection was closed is lost when it has not come again for this part of a lease."""
 LATE = ("fenced", "cancelled")
 
 
@@ -61,8 +61,10 @@ class Session:
 class Foreman:
     """See ``desk.Labour``."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
-        self.store, self.clock = store, clock
+    def __init__(
+        self, store: Store, lease_seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.store, self.lease_seconds, self.clock = store, lease_seconds, clock
         self.crew: dict[str, Session] = {}
         self.known: dict[str, Card] = {}
         """Every model that a worker has offered, or that was named at the start."""
@@ -147,7 +149,7 @@ class Foreman:
             self.background(self._unless_heard(worker, session, session.heard))
 
     async def _unless_heard(self, worker: str, session: Session, heard: float) -> None:
-        await asyncio.sleep(GONE_SECONDS)
+        await asyncio.sleep(self.lease_seconds * GONE)
         if self.crew.get(worker) is session and session.heard == heard:
             await self.dismiss(worker)
 
@@ -369,11 +371,11 @@ class Foreman:
     async def _watch(self) -> None:
         """Lose leases whose beat has stood still for too long, by this process's own clock."""
         while True:
-            await asyncio.sleep(1)
+            await asyncio.sleep(min(1.0, self.lease_seconds / 5))
             with contextlib.suppress(Unavailable):
                 beats, now = await self.store.beats(), self.clock()
                 self._seen = {beat.hold: self._since(beat, now) for beat in beats}
-                silent = [beat for beat in beats if now - self._seen[beat.hold][1] > LEASE_SECONDS]
+                silent = [beat for beat in beats if now - self._seen[beat.hold][1] > self.lease_seconds]
                 for worker in {beat.worker for beat in silent}:
                     await self._lose([beat for beat in silent if beat.worker == worker])
 

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from moesaic.cluster import protocol
-from moesaic.cluster.desk import Progress
+from moesaic.cluster.desk import LEASE_SECONDS, Progress
 from moesaic.cluster.foreman import Foreman
 from moesaic.cluster.jobs import Depth, Job, Seen, State, Store
 from moesaic.cluster.live import Following, Live
@@ -41,14 +41,15 @@ GUESSED_TOKENS = 512
 class Gateway(Foreman):
     """See ``door.Door``, ``desk.Desk`` and ``desk.Labour``. Made on the loop that it answers on."""
 
-    def __init__(self, store: Store, models: Sequence[str] = ()) -> None:
+    def __init__(self, store: Store, models: Sequence[str] = (), lease_seconds: float = LEASE_SECONDS) -> None:
         """Offer what workers bring.
 
         Args:
             store: where jobs are kept.
             models: names that are known before a worker has come.
+            lease_seconds: a lease that is not renewed for so long is lost.
         """
-        super().__init__(store)
+        super().__init__(store, lease_seconds)
         for name in models:
             self.known[name] = Card(name, state="unloaded")
         self.depths: Mapping[str, Depth] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from moesaic.cluster import protocol as wire
-from moesaic.cluster.desk import LEASE_SECONDS, RENEW_SECONDS, Recruit
+from moesaic.cluster.desk import RENEWS, Recruit
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Hold
 from moesaic.errors import Forbidden, InvalidParameter
@@ -83,8 +83,8 @@ class _Crew:
                 "cards" if said.slots > 0 else "slots", "a worker needs a model, and a slot for a job"
             )
         recruit = Recruit(_name(call, said.name), said.cards, said.slots, said.about, call.key.name)
-        known = await self._gateway.enlist(recruit, _holds(said.holds))
-        return Whole(wire.Enlisted(RENEW_SECONDS, LEASE_SECONDS, dict(known)))
+        known, lease = await self._gateway.enlist(recruit, _holds(said.holds)), self._gateway.lease_seconds
+        return Whole(wire.Enlisted(lease * RENEWS, lease, dict(known)))
 
     async def lease(self, call: Call) -> Answer:
         said: wire.Want = call.body

@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 
 from moesaic.cluster import protocol as wire
-from moesaic.cluster.desk import LEASE_SECONDS, RENEW_SECONDS, STALL_SECONDS
+from moesaic.cluster.desk import LEASE_SECONDS, RENEWS, STALL_SECONDS
 from moesaic.cluster.resume import Told
 from moesaic.door import Door, Event
 from moesaic.errors import (
@@ -41,8 +41,8 @@ PACE = 0.02
 """Seconds in which events are gathered before they are sent."""
 WAIT = 20.0
 """Seconds that a question for work stays open."""
-PATIENCE = 3 * LEASE_SECONDS
-"""After so long without a gateway, what was leased is somebody else's, and is not computed any further."""
+PATIENCE = 6
+"""After so many leases' time without a gateway, what was leased is somebody else's, and is not computed further."""
 KEPT_BYTES = 4 << 20
 """What is kept of one job's events, about, before those that the gateway has on disk are dropped."""
 EVENT_BYTES = 64
@@ -115,7 +115,7 @@ class Worker:
         self._headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
         self._works: dict[str, Work] = {}
         self._dirty = asyncio.Event()
-        self._renew_seconds, self._url = RENEW_SECONDS, ""
+        self._renew_seconds, self._patience, self._url = LEASE_SECONDS * RENEWS, LEASE_SECONDS * PATIENCE, ""
         self._draining = False
         self._answered = time.monotonic()  # when a gateway last renewed what is here
         self._stepped = (time.monotonic(), -1)
@@ -199,6 +199,7 @@ class Worker:
             "enlist", wire.Enlist(self._name, cards, self._slots, self._about, claims), wire.Enlisted
         )
         self._renew_seconds, self._answered = said.renew_seconds, time.monotonic()
+        self._patience = said.lease_seconds * PATIENCE
         self._learn(said.known)
         self.connected.set()
         self._dirty.set()
@@ -250,8 +251,8 @@ class Worker:
             work.ending = False
             raise
         self._works.pop(work.lease.id, None)
-        if not said.counted:
-            log.info("a result came too late", extra={"job": work.lease.id})
+        what = "a job is done" if said.counted else "a result came too late"
+        log.debug(what, extra={"job": work.lease.id, "fence": work.lease.fence})
 
     def _learn(self, known: Mapping[str, tuple[int, int] | None]) -> None:
         for id, how_far in known.items():
@@ -346,7 +347,7 @@ class Worker:
                 self._stepped = now, steps
             if now - self._stepped[0] > STALL_SECONDS:
                 raise EngineStopped(f"the engine has made no step for {STALL_SECONDS:g} s: start the worker again")
-            if now - self._answered > PATIENCE and self._works:
+            if now - self._answered > self._patience and self._works:
                 log.warning("no gateway for too long: what was leased is dropped", extra={"jobs": len(self._works)})
                 for id in list(self._works):
                     self._stop(id)

@@ -7,8 +7,8 @@
 
 A request passes ``engine`` (submit, the loop) -> ``scheduler`` (which tokens run) with ``blocks``
 (where they are kept) -> ``batch`` and ``runner`` (the model) -> ``sampler`` (the next token) ->
-``engine`` (events). ``request``, ``blocks`` and ``scheduler`` import no torch, so they can be
-tested in any number of random ways in seconds.
+``engine`` (events). ``growth`` knows what ends an answer. ``request``, ``growth``, ``blocks`` and
+``scheduler`` import no torch, so they can be tested in any number of random ways in seconds.
 
 Knows any model with the few attributes of ``runner.Model``. Does not know text, files or HTTP.
 The names below are imported when first used: importing ``moesaic.engine`` does not import torch.

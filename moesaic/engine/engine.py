@@ -192,10 +192,13 @@ class Engine(AbstractContextManager["Engine"]):
     def submit(self, request: Request) -> list[Stream]:
         """Take a request in and return its streams, one for each of its ``n`` answers.
 
-        The prompt is computed once for all of them. Cancel each on its own.
+        The prompt is computed once for all of them. Cancel each on its own. Tokens that the request brings along are
+        in the streams at once, of which no listener is told.
 
         Raises:
-            InvalidParameter: a token id is not in the model's vocabulary; ``param`` names where.
+            InvalidParameter: a token id is not in the model's vocabulary, or an answer cannot have had the tokens
+                that it is to go on from; ``param`` names where.
+            GrammarError: what the grammar allows behind these cannot be found out.
             PromptTooLong: the prompt and one token more exceed the context, or the whole cache.
             Overloaded: too many requests, or too long ones, are waiting.
             EngineStopped: the engine was closed, or died.
@@ -208,7 +211,11 @@ class Engine(AbstractContextManager["Engine"]):
                 raise self._ending()
             self._scheduler.add(sequences)
             streams = [Stream(self, sequence) for sequence in sequences]
-            self._streams.update(zip(sequences, streams, strict=True))
+            for sequence, stream in zip(sequences, streams, strict=True):
+                if sequence.begun:
+                    stream._put(sequence.begun)
+                if not sequence.ended:
+                    self._streams[sequence] = stream
             self._prompt_tokens += sum(sequence.prompt for sequence in sequences)
             self._lock.notify()
         return streams
@@ -220,6 +227,7 @@ class Engine(AbstractContextManager["Engine"]):
             "eos_ids": request.eos_ids,
             "stop_token_ids": sampling.stop_token_ids,
             "logit_bias": sampling.logit_bias,
+            "resume": [id for given in request.resume for id in given],
         }
         for name, ids in named.items():
             if max(ids, default=0) >= self._vocab:
@@ -329,8 +337,9 @@ class Engine(AbstractContextManager["Engine"]):
 
     def _cancel(self, sequence: Sequence) -> None:
         with self._lock:
-            self._cancelled.append(sequence)
-            self._lock.notify()
+            if not sequence.ended:
+                self._cancelled.append(sequence)
+                self._lock.notify()
 
     def _attend(self, batches: Batches) -> None:
         """Without a thread, run steps until something has come."""

@@ -156,12 +156,22 @@ def _ids(name: str, ids: Any) -> tuple[int, ...]:
     return out
 
 
+def _answers(given: Any, n: int) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of at most ``n`` answers as tuples."""
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise InvalidParameter("resume", f"is {given!r}, expected the token ids of each answer")
+    out = tuple(_ids("resume", ids) for ids in given)
+    if len(out) > n:
+        raise InvalidParameter("resume", f"has the tokens of {len(out)} answers, but n is {n}")
+    return out
+
+
 class Constraint(Protocol):
     """What one answer may say next: a grammar, and where in it the answer is.
 
-    Each of a request's answers has its own, used by the engine's thread alone. It knows text, not ends:
-    which ids end an answer is the request's affair (``Request.stop_ids``), a constraint says only
-    when it may end.
+    Each of a request's answers has its own, used by one thread at a time: the one that submits, which enters
+    the tokens that the answer has already, then the engine's. It knows text, not ends: which ids
+    end an answer is the request's affair (``Request.stop_ids``), a constraint says only when it may end.
     """
 
     def mask(self) -> NDArray[np.int32]:
@@ -202,6 +212,12 @@ class Request:
     """Requests with different salts share no cached prefix. One per tenant; set by the server, never by a client."""
     constraint: Callable[[], Constraint] | None = None
     """Makes what holds an answer to a grammar, one for each of the n; None: anything may be said."""
+    resume: tuple[tuple[int, ...], ...] = ()
+    """For each of the n answers, the tokens that it has already, as when it was begun elsewhere: they count as
+    generated, and come again first. What follows is what would have, given the same seed and model."""
+    finished: frozenset[int] = frozenset()
+    """Indexes of answers that these tokens finish for a reason beyond the engine, such as a stop string: each ends
+    behind them as if it had been cancelled there."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", _ids("prompt", self.ids))
@@ -209,6 +225,11 @@ class Request:
         _integer("priority", self.priority, -(2**31), 2**31 - 1)
         if not self.ids:
             raise InvalidParameter("prompt", "is empty; at least one token is needed")
+        object.__setattr__(self, "resume", _answers(self.resume, self.sampling.n))
+
+    def given(self, index: int) -> tuple[int, ...]:
+        """Return the tokens that an answer has already."""
+        return self.resume[index] if index < len(self.resume) else ()
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -223,7 +244,8 @@ class Token:
 
     ``logprob`` and ``top`` are of the model's own distribution, before bias, penalties, grammar,
     temperature and truncation: under a grammar the likeliest may be tokens that it forbids. None and
-    empty unless asked for. ``top`` is ordered by falling probability, ties by lower id.
+    empty unless asked for, and of tokens that came with the request. ``top`` is ordered by falling
+    probability, ties by lower id.
     """
 
     id: int
@@ -282,6 +304,7 @@ class Sequence:
     primed: bool = False  # the whole prompt has been in the cache once
     prompt_logprobs: list[Token] = field(default_factory=list)
     constraint: Constraint | None = None  # at the end of ids: it moves when they grow, and only then
+    begun: tuple[Event, ...] = ()  # the tokens that came with the request, and the end if they are all of the answer
 
     @property
     def prompt(self) -> int:
@@ -300,5 +323,9 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt are wanted of this answer; the first of n reports them."""
-        return self.index == 0 and self.request.sampling.prompt_logprobs is not None
+        """Whether log-probabilities of the prompt are wanted of this answer; the first of n reports them.
+
+        Not of one that has tokens already: whoever has these was told before.
+        """
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and self.index == 0 and not self.request.given(0)

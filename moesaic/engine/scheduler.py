@@ -21,8 +21,9 @@ from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
 from moesaic.engine import blocks as prefix
+from moesaic.engine import growth
 from moesaic.engine.blocks import Blocks
-from moesaic.engine.request import Done, Event, PromptLogprobs, Reason, Request, Sequence, Token
+from moesaic.engine.request import Done, Event, PromptLogprobs, Request, Sequence, Token
 from moesaic.errors import InvalidParameter, MoesaicError, Overloaded, PromptTooLong
 
 
@@ -117,8 +118,11 @@ class Scheduler:
     def prepare(self, request: Request, seed: int) -> list[Sequence]:
         """Return the sequences of a request, one per answer, without queueing them. Changes nothing: needs no lock.
 
+        Each has the tokens that the request brings along for it, and has ended if these are all of it.
+
         Raises:
             PromptTooLong: with one more token it would not fit the context, or the whole cache.
+            InvalidParameter, GrammarError: an answer cannot have had these tokens, see ``growth.resume``.
         """
         prompt, sampling = len(request.ids), request.sampling
         if prompt + 1 > self.capacity:
@@ -128,18 +132,21 @@ class Scheduler:
         prefix.extend(digests, request.salt, request.ids, self.blocks.size)
         out: list[Sequence] = []
         for index in range(sampling.n):
-            leader = out[0] if out else None
+            leader = next((other for other in out if not other.ended), None)
             sequence = Sequence(request, index, 0, seed, limit, list(request.ids), list(digests), leader)
             sequence.constraint = request.constraint() if request.constraint else None
+            growth.resume(sequence)
+            prefix.extend(sequence.digests, request.salt, sequence.ids, self.blocks.size)
             out.append(sequence)
         return out
 
     def add(self, sequences: Listing[Sequence]) -> None:
-        """Queue what ``prepare`` returned.
+        """Queue what ``prepare`` returned, as far as it has not ended.
 
         Raises:
             Overloaded: the queue is full, by sequences or by prompt tokens.
         """
+        sequences = [sequence for sequence in sequences if not sequence.ended]
         if len(self._waiting) + len(sequences) > self.limits.queue:
             raise Overloaded(f"{len(self._waiting)} requests are waiting already: try again later")
         tokens = sum(sequence.prompt for sequence in (*self._waiting, *sequences))
@@ -190,7 +197,7 @@ class Scheduler:
         if sequence.ended:
             return None
         self._end(sequence)
-        return _done(sequence, "cancelled", None)
+        return growth.done(sequence, "cancelled")
 
     def fail(self, sequence: Sequence) -> list[int]:
         """End a sequence whose numbers are broken.
@@ -269,8 +276,8 @@ class Scheduler:
         sequence.published = len(sequence.table)
         sequence.cached = sequence.published * self.blocks.size
         if sequence.hits is None:
-            sequence.hits = sequence.cached
-            self.hits += sequence.cached
+            sequence.hits = min(sequence.cached, sequence.prompt)
+            self.hits += sequence.hits
 
     # Blocks
 
@@ -343,13 +350,10 @@ class Scheduler:
             first = Token(sequence.request.ids[0])
             events.append(PromptLogprobs((first, *sequence.prompt_logprobs)))
         for token in tokens:
-            sequence.ids.append(token.id)
             events.append(token)
-            stopped = token.id in sequence.request.stop_ids  # before min_tokens the sampler gives none
-            whole = not stopped and _completes(sequence, token.id)
-            if stopped or whole or len(sequence.ids) >= sequence.limit:
+            if done := growth.grow(sequence, token.id):
                 self._end(sequence)
-                events.append(_done(sequence, "stop" if stopped or whole else "length", token.id if stopped else None))
+                events.append(done)
                 break
         return events
 
@@ -365,18 +369,5 @@ def _rank(sequence: Sequence) -> tuple[bool, int, int]:
     return (not sequence.aged, 0 if sequence.aged else sequence.request.priority, sequence.arrival)
 
 
-def _completes(sequence: Sequence, id: int) -> bool:
-    """Enter a token into the sequence's grammar; return whether nothing can follow."""
-    if sequence.constraint is None:
-        return False
-    sequence.constraint.accept(id)
-    return sequence.constraint.done
-
-
 def _held(sequence: Sequence) -> list[int]:
     return [block for block in sequence.table if block >= 0]
-
-
-def _done(sequence: Sequence, reason: Reason, stop_id: int | None) -> Done:
-    hits = sequence.hits or 0
-    return Done(reason, stop_id, sequence.prompt, sequence.generated, hits, sequence.preemptions)

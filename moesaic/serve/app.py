@@ -244,7 +244,8 @@ class App:
         route = scope.get("endpoint")
         path = route.path if isinstance(route, _Run) else "other"
         self.metrics.requests.labels(scope["method"], path, str(sender.status or 499)).inc()
-        log.info(
+        log.log(
+            logging.DEBUG if path.startswith("/worker/") and sender.status == 200 else logging.INFO,  # a great many
             "request",
             extra={
                 "id": scope["request_id"],

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
@@ -31,11 +33,14 @@ class World:
         self.size, self.window, self.memory = size, window, {}
         self.live, self.events = [], {}
 
-    def submit(self, ids, priority=0, salt="", **sampling):
-        sequences = self.scheduler.prepare(Request(tuple(ids), Sampling(**sampling), (0,), priority, salt), 0)
+    def submit(self, ids, priority=0, salt="", cuts=(), **sampling):
+        request = Request(tuple(ids), Sampling(**sampling), (0,), priority, salt)
+        whole = answer(request, min(self.scheduler.capacity, len(ids) + (request.sampling.max_tokens or 200)))
+        request = replace(request, resume=tuple(whole[:cut] for cut in cuts))
+        sequences = self.scheduler.prepare(request, 0)
         self.scheduler.add(sequences)
-        self.live += sequences
-        self.events |= {sequence: [] for sequence in sequences}
+        self.live += [sequence for sequence in sequences if not sequence.ended]
+        self.events |= {sequence: [*sequence.begun] for sequence in sequences}
         return sequences
 
     def start(self):
@@ -144,10 +149,11 @@ class Machine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
         scores=st.sampled_from([None, None, 0]),
+        cuts=st.lists(st.integers(0, 20), max_size=3),
     )
-    def submit(self, ids, priority, salt, max_tokens, n, scores):
+    def submit(self, ids, priority, salt, max_tokens, n, scores, cuts):
         try:
-            self.world.submit(ids, priority, salt, max_tokens=max_tokens, n=n, prompt_logprobs=scores)
+            self.world.submit(ids, priority, salt, cuts[:n], max_tokens=max_tokens, n=n, prompt_logprobs=scores)
         except PromptTooLong as error:
             assert len(ids) + 1 > self.world.scheduler.capacity == error.limit + 1
         except Overloaded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
 from moesaic.serve import front
 from moesaic.serve.app import App
-from moesaic.serve.exchange import Endpoint
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
 from tests.serve.raw import Raw
@@ -166,9 +165,9 @@ def running(
     make: Callable[[], Any] = Scripted,
     settings: Settings | None = None,
     keys: Keys | None = None,
-    more: Callable[[Any], Iterable[Endpoint]] = lambda _: (),
+    routes: Callable[[Any], Any] = lambda _: (),
 ) -> Iterator[Server]:
-    """Run a server over the door that ``make`` makes on its loop, on a free port of loopback; with ``more`` routes."""
+    """Run a server over the door that ``make`` makes on its loop, with more ``routes``, on a free port of loopback."""
     settings = replace(settings or Settings(), port=0)
     listening = front.bind(settings)
     started: threading.Event = threading.Event()
@@ -177,7 +176,7 @@ def running(
     async def main() -> None:
         made = make()
         door = await made if asyncio.iscoroutine(made) else made
-        app = App(door, settings, keys, more=more(door))
+        app = App(door, settings, keys, more=routes(door))
         server = front.Server(front.configured(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listening])

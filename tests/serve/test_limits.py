@@ -107,3 +107,24 @@ def test_what_is_asked_carries_the_keys_name_and_never_the_clients_word(server):
     with running(keys=limited()) as locked:
         post(locked, CHAT | {"user": "ben", "tenant": "ben", "cache_salt": "ben"}, headers=ANNA)
         assert locked.door.asked[0].tenant == "anna"
+
+
+PROMPTS = {
+    PATH: CHAT,
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/messages": CHAT | {"max_tokens": 4},
+    "/v1/responses": {"input": "Hi"},
+    "/": {"inputs": "Hi"},
+    "/generate": {"inputs": "Hi"},
+    "/generate_stream": {"inputs": "Hi"},
+}
+
+
+@pytest.mark.parametrize("path", PROMPTS)
+def test_no_client_puts_words_into_an_answers_mouth(server, path):
+    """What an answer has already is for a gateway to say."""
+    more = {"resume": [[1, 2]]}
+    for wrong in ({}, more, {"parameters": more}, {"sampling": more, "extra_body": more, "user": "ben"}):
+        assert httpx.post(server.url + path, json=PROMPTS[path] | wrong, timeout=30).status_code in (200, 400, 422)
+    assert server.door.asked
+    assert all(not ask.resume and "resume" not in ask.sampling for ask in server.door.asked)

@@ -1,0 +1,129 @@
+"""A door without a model: what it says follows from the prompt, the seed and the place alone, as a real one's does.
+
+A prompt may name what is to go wrong: EXIT and SEGFAULT kill the process at the third token, HANG stops the steps for
+ever, NAN ends the answer with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.errors import InvalidRequest, NumericalError, PromptTooLong
+
+LONGEST = 4000
+
+
+def prompt_of(ask: Ask) -> str:
+    if ask.messages is not None:
+        return str(ask.messages[-1]["content"])
+    return str(ask.prompt)
+
+
+def token(prompt: str, seed: int, index: int, place: int) -> int:
+    said = f"{prompt}/{seed}/{index}/{place}".encode()
+    return int.from_bytes(hashlib.sha256(said).digest()[:2], "big")
+
+
+def text(ids: Sequence[int]) -> str:
+    return "".join(f"{id:x} " for id in ids)
+
+
+def answer(prompt: str, seed: int, count: int, index: int = 0) -> str:
+    """Return what the fake says."""
+    return text([token(prompt, seed, index, place) for place in range(count)])
+
+
+class FakeAnswers:
+    """See ``door.Answers``."""
+
+    job = None
+
+    def __init__(self, door: Fake, ask: Ask) -> None:
+        self._door, self._ask = door, ask
+        self.cancelled = False
+
+    def ready(self) -> list[Event]:
+        return []
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self._door.running.discard(self)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        door, ask = self._door, self._ask
+        prompt, n = prompt_of(ask), ask.sampling.get("n") or 1
+        most = ask.sampling.get("max_tokens") or 16
+        for index in range(n):
+            yield Begun(index, (), len(prompt))
+        for place in range(most):
+            await door.step(prompt, place)
+            for index in range(n):
+                id = token(prompt, ask.sampling["seed"], index, place)
+                given = ask.resume[index] if index < len(ask.resume) else ()
+                if place < len(given):
+                    assert given[place] == id, "an answer was resumed with what it never said"
+                yield Piece(index, text([id]), (Mark(id, text([id])),))
+        door.running.discard(self)
+        for index in range(n):
+            yield Ended(index, "length", len(prompt), most)
+
+
+class Fake:
+    """See ``door.Door``."""
+
+    def __init__(self, model: str = "fake", seconds: float = 0.0) -> None:
+        """Offer a model that takes so many seconds for a token."""
+        self.model, self._seconds = model, seconds
+        self.running: set[FakeAnswers] = set()
+        self.asked: list[Ask] = []
+        self.steps = 0
+        self._stuck = False
+
+    async def step(self, prompt: str, place: int) -> None:
+        while self._stuck:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(self._seconds)
+        self.steps += 1
+        if place == 2:
+            if "EXIT" in prompt:
+                os._exit(1)
+            if "SEGFAULT" in prompt:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if "NAN" in prompt:
+                raise NumericalError("the model computed NaN or infinity")
+            if "HANG" in prompt:
+                self._stuck = True
+
+    def cards(self) -> Sequence[Card]:
+        return [Card(self.model, ("fake-alias",), context=LONGEST)]
+
+    def load(self) -> Mapping[str, Load]:
+        return {self.model: Load(running=len(self.running), steps=self.steps)}
+
+    async def ask(self, ask: Ask) -> FakeAnswers:
+        if len(prompt_of(ask)) > LONGEST:
+            raise PromptTooLong(len(prompt_of(ask)), LONGEST)
+        self.asked.append(ask)
+        answers = FakeAnswers(self, ask)
+        self.running.add(answers)
+        return answers
+
+    async def tokenize(self, ask: Ask) -> list[Mark]:
+        return [Mark(ord(each), each) for each in prompt_of(ask)]
+
+    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
+        return [[1.0, 0.0] for _ in texts], len(texts)
+
+    async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
+        raise InvalidRequest(f"{self.model} has no classes")
+
+    async def close(self) -> None:
+        pass

@@ -1,0 +1,267 @@
+"""The kill harness: thousands of jobs while workers and the gateway are killed, stopped and continued at random.
+
+Every job is asked for over HTTP, half of them streamed, and asked for again under the same idempotency key whenever a
+connection breaks. What must hold: every job is answered, with what its prompt and seed demand, and no job is counted as
+done under two fences. Late results must have been refused, or the run has shown nothing (kills alone make none).
+
+    python -m tests.cluster.harness --jobs 5000 --store sqlite
+    python -m tests.cluster.harness --jobs 500000 --store sqlite --out docs/results/kill-sqlite.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from moesaic.cluster import queue
+from moesaic.cluster.jobs import Bounds
+from tests.cluster.fake import answer
+
+LEASE = 1.0
+WORKERS = 10
+SLOTS = 8
+STEP = 0.002
+WITHOUT_FENCE = "from moesaic.cluster.queue import _operations; _operations.FENCED = False"
+
+
+class Plant:
+    """A gateway and workers, and what is done to them."""
+
+    def __init__(self, folder: Path, where: str, seed: int) -> None:
+        self.folder, self.where = folder, where
+        self.random = random.Random(seed)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.workers: dict[str, int] = {}
+        self.gateway = self._start()
+        command = [sys.executable, "-m", "tests.cluster.nursery", self.url, str(SLOTS), str(STEP), str(folder / "log")]
+        self.nursery = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for number in range(WORKERS):
+            self.spawn(f"w{number}")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "moesaic.cli", "gateway", "--jobs", self.where, "--port", str(self.port)]
+        command += ["--lease", str(LEASE), "--model", "fake", "--log-level", "warning"]
+        with (self.folder / "gateway.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
+
+    def spawn(self, name: str) -> None:
+        assert self.nursery.stdin and self.nursery.stdout
+        self.nursery.stdin.write(name + "\n")
+        self.nursery.stdin.flush()
+        self.workers[name] = int(self.nursery.stdout.readline())
+
+    async def torment(self) -> None:
+        """Kill and stop workers for ever, and now and then the gateway."""
+        next_gateway = time.monotonic() + self.random.uniform(2, 4)
+        while True:
+            await asyncio.sleep(self.random.uniform(0.05, 0.15))
+            name = self.random.choice(list(self.workers))
+            if self.random.random() < 0.6:
+                self.signal(self.workers[name], signal.SIGKILL)
+                self.spawn(name)
+                self.counts["workers killed"] += 1
+            else:
+                asyncio.ensure_future(self.pause(self.workers[name])).add_done_callback(lambda _: None)
+                self.counts["workers stopped"] += 1
+            if time.monotonic() > next_gateway:
+                self.gateway.kill()
+                self.gateway.wait()
+                self.gateway = self._start()
+                self.counts["gateway killed"] += 1
+                next_gateway = time.monotonic() + self.random.uniform(2, 4)
+
+    async def pause(self, process: int) -> None:
+        self.signal(process, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(LEASE * self.random.uniform(0.5, 3))
+        finally:
+            self.signal(process, signal.SIGCONT)
+
+    def signal(self, process: int, which: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, which)
+
+    def close(self) -> None:
+        for process in self.workers.values():
+            self.signal(process, signal.SIGKILL)
+        self.nursery.kill()
+        self.nursery.wait()
+        self.gateway.terminate()
+        self.gateway.wait(30)
+
+
+class Client:
+    """Asks for every job until it is answered."""
+
+    def __init__(self, plant: Plant, session: aiohttp.ClientSession) -> None:
+        self.plant, self.session = plant, session
+        self.wrong: list[str] = []
+        self.answered = self.again = 0
+        self.dead = 0
+
+    async def ask(self, number: int) -> None:
+        count = 3 + number % 10
+        body = {"model": "fake", "prompt": f"job {number}", "max_tokens": count, "seed": number}
+        wanted = answer(f"job {number}", number, count)
+        headers = {"idempotency-key": f"job-{number}"}
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, Broken):
+                said = await (self._streamed if number % 2 else self._whole)(body, headers)
+                self.answered += 1
+                if said != wanted:
+                    self.wrong.append(f"{number}: {said!r} instead of {wanted!r}")
+                return
+            self.again += 1
+            await asyncio.sleep(random.uniform(0.05, 0.5))
+
+    async def _whole(self, body: dict[str, Any], headers: dict[str, str]) -> str:
+        async with self.session.post(self.plant.url + "/v1/completions", json=body, headers=headers) as reply:
+            said = await reply.json()
+            if reply.status != 200:
+                raise self._broken(said)
+            return str(said["choices"][0]["text"])
+
+    async def _streamed(self, body: dict[str, Any], headers: dict[str, str]) -> str:
+        found, url = [], self.plant.url + "/v1/completions"
+        async with self.session.post(url, json=body | {"stream": True}, headers=headers) as reply:
+            if reply.status != 200:
+                raise self._broken(await reply.json())
+            async for line in reply.content:
+                if line.startswith(b"data: [DONE]"):
+                    return "".join(found)
+                if line.startswith(b"data: "):
+                    said = json.loads(line[6:])
+                    if "error" in said:
+                        raise self._broken(said)
+                    found += [choice["text"] for choice in said["choices"]]
+        raise Broken
+
+    def _broken(self, said: Any) -> Exception:
+        message = str(said.get("error", said))
+        if "died of it" in message:
+            self.dead += 1
+        return Broken(message)
+
+
+class Broken(Exception):
+    """To be asked again."""
+
+
+async def run(jobs: int, plant: Plant, at_once: int, fingers: bool) -> Client:
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=60)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        client = Client(plant, session)
+        todo = iter(range(jobs))
+
+        async def one() -> None:
+            for number in todo:
+                await client.ask(number)
+                if fingers and number % 5000 == 0:
+                    print(f"{client.answered} of {jobs}, {dict(plant.counts)}", file=sys.stderr, flush=True)
+
+        torment = asyncio.ensure_future(plant.torment())
+        await asyncio.gather(*(one() for _ in range(at_once)))
+        torment.cancel()
+        return client
+
+
+def counted(log: Path) -> tuple[int, int, int]:
+    """Return how many jobs were counted as done, how many of them under two fences, and how many came too late."""
+    fences: dict[str, set[int]] = {}
+    late = 0
+    with log.open() as lines:
+        for line in lines:
+            if '"a result came too late"' in line:
+                late += 1
+            elif '"a job is done"' in line:
+                said = json.loads(line)
+                fences.setdefault(said["job"], set()).add(said["fence"])
+    return len(fences), sum(len(each) > 1 for each in fences.values()), late
+
+
+async def checked(where: str) -> tuple[str, dict[str, Any]]:
+    store = await queue.open(where, Bounds())
+    depths = {name: (depth.queued, depth.leased) for name, depth in (await store.depths()).items()}
+    try:
+        return await store.check(), depths
+    finally:
+        await store.close()
+
+
+def harness(
+    jobs: int, where: str | None = None, seed: int = 1, at_once: int = 96, show: bool = False
+) -> dict[str, Any]:
+    """Run it, and return what was found."""
+    folder = Path(tempfile.mkdtemp())
+    where = where or str(folder / "jobs.sqlite")
+    plant, begun = Plant(folder, where, seed), time.monotonic()
+    try:
+        client = asyncio.run(run(jobs, plant, at_once, show))
+        seconds = time.monotonic() - begun
+        time.sleep(3 * LEASE)  # those that are stopped go on, and come too late
+    finally:
+        plant.close()
+    done, twice, late = counted(folder / "log")
+    integrity, depths = asyncio.run(checked(where))
+    found = {
+        "jobs": jobs,
+        "seconds": round(seconds, 1),
+        "jobs_per_second": round(jobs / seconds, 1),
+        **{name.replace(" ", "_"): count for name, count in plant.counts.items()},
+        "answered": client.answered,
+        "lost": jobs - client.answered,
+        "wrong": len(client.wrong),
+        "asked_again": client.again,
+        "dead": client.dead,
+        "told_done": done,
+        "done_under_two_fences": twice,
+        "late_results_refused": late,
+        "left": depths,
+        "integrity": integrity,
+    }
+    if client.wrong:
+        print(*client.wrong[:5], sep="\n", file=sys.stderr)
+    shutil.rmtree(folder)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=5000)
+    parser.add_argument("--where", help="postgresql://...; default: a SQLite file")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = harness(args.jobs, args.where, args.seed, show=True)
+    print(json.dumps(found, indent=1))
+    if args.out:
+        from moesaic.bench import report
+
+        report.write(args.out, report.record(f"python -m tests.cluster.harness --jobs {args.jobs}", found))
+    sys.exit(
+        bool(found["lost"] or found["wrong"] or found["done_under_two_fences"] or not found["late_results_refused"])
+    )
+
+
+if __name__ == "__main__":
+    main()

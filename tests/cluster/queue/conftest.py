@@ -1,0 +1,43 @@
+"""One set of tests, run over every store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.queue.places import File, Place, Sync
+from tests.cluster.queue.server import Database, Server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def database(server: Server) -> Iterator[Database]:
+    database = Database(server)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[File]:
+    file = File(tmp_path_factory.mktemp("jobs"))
+    yield file
+    file.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest) -> Place:
+    place: Place = request.getfixturevalue({"sqlite": "file", "postgres": "database"}[request.param])
+    return place
+
+
+@pytest.fixture
+def store(place: Place) -> Sync:
+    """An empty store with the usual bounds."""
+    return place.open()

@@ -1,0 +1,142 @@
+"""Who goes first: priority, then tenants fairly, then in order."""
+
+from __future__ import annotations
+
+import random
+
+from moesaic.cluster.jobs import Bounds
+from tests.cluster.queue.places import Sync, hold, job
+
+
+def serve(store: Sync, count: int, models: tuple[str, ...] = ("m",)) -> str:
+    """Lease and end jobs one by one; return the first letters of their ids."""
+    served = ""
+    for _ in range(count):
+        for lease in store.lease("w", models, 1):
+            served += lease.job.id[0]
+            store.finish(hold(lease), "done", b"")
+    return served
+
+
+def fill(store: Sync, id: str, count: int, **changes) -> None:
+    for n in range(count):
+        store.submit(job(f"{id}{n}", tenant=id, **changes))
+
+
+def test_in_order_within_a_tenant(store):
+    fill(store, "a", 20, cost=3)
+    assert store.take(20) == [f"a{n}" for n in range(20)]
+
+
+def test_priority_goes_before_all(store):
+    fill(store, "a", 3, priority=1)
+    fill(store, "b", 3, priority=-1, cost=1000)
+    fill(store, "c", 3, model="n", priority=0)
+    assert "".join(id[0] for id in store.take(9, models=["m", "n"])) == "bbbcccaaa"
+
+
+def test_who_asks_little_does_not_wait_behind_who_asks_much(store):
+    fill(store, "a", 100, cost=10)
+    fill(store, "b", 3, cost=10)
+    assert serve(store, 7).count("b") == 3
+
+
+def test_shares_are_by_cost(store):
+    """One asks for ten times as much each time, and is asked a tenth as often."""
+    fill(store, "a", 30, cost=100)
+    fill(store, "b", 200, cost=10)
+    served = serve(store, 110)
+    assert 9 <= served.count("a") <= 11
+    assert 99 <= served.count("b") <= 101
+
+
+def test_equal_demands_get_equal_shares(place):
+    """Jain's index over ten tenants whose jobs cost between 1 and 50 stays above 0.95."""
+    store = place.open(Bounds())
+    draw = random.Random(5)
+    order = [(tenant, draw.randint(1, 50)) for tenant in "abcdefghij" for _ in range(40)]
+    draw.shuffle(order)
+    for n, (tenant, cost) in enumerate(order):
+        store.submit(job(f"{tenant}{n}", tenant=tenant, cost=cost))
+    got = dict.fromkeys("abcdefghij", 0)
+    for lease in store.lease("w", ["m"], 200):
+        got[lease.job.tenant] += lease.job.cost
+    assert sum(got.values()) ** 2 / (10 * sum(each**2 for each in got.values())) > 0.95
+
+
+def test_nobody_pays_for_times_when_they_were_alone(store):
+    fill(store, "a", 50, cost=1000)
+    serve(store, 50)
+    fill(store, "A", 0)
+    for n in range(10):
+        store.submit(job(f"a-{n}", tenant="a", cost=10))
+        store.submit(job(f"b-{n}", tenant="b", cost=10))
+    served = serve(store, 10)
+    assert served.count("a") == served.count("b") == 5
+
+
+def test_a_newcomer_does_not_overtake_for_times_when_it_was_away(store):
+    """Having been away gives no credit: both get the same from now on."""
+    fill(store, "a", 100, cost=10)
+    serve(store, 50)
+    fill(store, "b", 50, cost=10)
+    served = serve(store, 40)
+    assert 19 <= served.count("b") <= 21
+
+
+def test_who_cancels_is_not_put_off(store):
+    fill(store, "a", 200, cost=1000)
+    fill(store, "b", 40, cost=10)
+    for n in range(200):
+        store.cancel(f"a{n}")
+    store.submit(job("a-again", tenant="a", cost=10))
+    assert "a" in serve(store, 3)
+
+
+def test_what_nobody_serves_puts_nobody_off(store):
+    """A backlog of a model, or of a priority, that gets no turn does not count against a tenant elsewhere."""
+    fill(store, "a", 100, cost=1000, model="away")
+    fill(store, "A", 100, cost=1000, priority=9)
+    fill(store, "b", 40, cost=10)
+    store.submit(job("a-here", tenant="a", cost=10))
+    store.submit(job("A-here", tenant="A", cost=10))
+    assert {"a", "A"} <= set(serve(store, 4))
+
+
+def test_a_busy_model_does_not_put_off_newcomers_in_a_quiet_one(store):
+    fill(store, "a", 100, cost=1000, model="busy")
+    fill(store, "b", 100, cost=10, model="quiet")
+    serve(store, 90, models=("busy",))
+    fill(store, "c", 2, cost=10, model="quiet")
+    assert serve(store, 5, models=("quiet",)).count("c") == 2
+
+
+def test_a_worker_with_several_models_shares_itself_among_them(store):
+    """Each gets half of the tokens, whatever its jobs cost and however many wait."""
+    fill(store, "a", 300, cost=10)
+    fill(store, "b", 40, cost=100, model="n")
+    served = serve(store, 110, models=("m", "n"))
+    assert 9 <= served.count("b") <= 11
+    fill(store, "c", 30, cost=100, model="late")
+    served = serve(store, 30, models=("m", "n", "late"))
+    assert served.count("c") in (2, 3)
+
+
+def test_a_batch_is_as_fair_as_one_by_one(store):
+    fill(store, "a", 50, cost=10)
+    fill(store, "b", 10, cost=50)
+    ids = store.take(30)
+    assert sum(id[0] == "a" for id in ids) in (24, 25, 26)
+
+
+def test_how_many_go_before(store):
+    fill(store, "a", 5, cost=10)
+    fill(store, "b", 2, cost=10)
+    fill(store, "c", 1, priority=-1)
+    fill(store, "d", 3, model="n", priority=-1)
+    order = store.take(3)
+    assert order[0] == "c0"
+    waiting = {id: store.look(id).ahead for id in ("a0", "a1", "a2", "a3", "a4", "b0", "b1") if id not in order}
+    assert sorted(waiting.values()) == list(range(5))
+    assert store.take(9) == sorted(waiting, key=waiting.__getitem__)
+    assert store.look("a4").ahead == 0

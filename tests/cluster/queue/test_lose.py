@@ -1,0 +1,135 @@
+"""Workers that are lost, and the job that kills them."""
+
+from __future__ import annotations
+
+import pytest
+
+from moesaic.cluster.jobs import Beat, Bounds, Depth, Hold
+from tests.cluster.queue.places import Sync, hold, job
+
+
+def lose(store: Sync, *ids: str) -> list[str]:
+    return store.lose(store.beats_of(*ids))
+
+
+def fill(store: Sync, count: int, **changes) -> list[str]:
+    ids = [f"j{n}" for n in range(count)]
+    for id in ids:
+        store.submit(job(id, **changes))
+    return ids
+
+
+def test_what_is_lost_together_comes_back_in_halves(store):
+    ids = fill(store, 5)
+    store.take(5)
+    assert lose(store, *ids) == []
+    assert store.depths() == {"m": Depth(queued=5, suspects=5, cost=5)}
+    assert [store.look(id).crashes for id in ids] == [1] * 5
+    assert [store.look(id).ahead for id in ids] == [0, 1, 2, 3, 4]
+    assert store.take(9) == []
+    assert store.take(9, suspects=True) == ["j0", "j1", "j2"]
+    assert store.take(9, suspects=True) == ["j3", "j4"]
+    assert store.take(9, suspects=True) == []
+    assert store.check() == "ok"
+
+
+def test_a_group_is_parted_if_it_is_too_large(store):
+    fill(store, 8)
+    store.take(8)
+    lose(store, *(f"j{n}" for n in range(8)))
+    assert store.take(3, suspects=True) == ["j0", "j1", "j2"]
+    assert store.take(3, suspects=True) == ["j3"]
+    assert store.take(3, suspects=True) == ["j4", "j5", "j6"]
+
+
+def test_suspects_are_for_workers_that_offer_their_model(store):
+    fill(store, 2)
+    store.submit(job("k", model="n"))
+    store.take(9, models=["m", "n"])
+    lose(store, "j0", "j1", "k")
+    assert store.take(9, models=["n"], suspects=True) == ["k"]
+    assert store.take(9, models=["m"], suspects=True) == ["j0", "j1"]
+
+
+def test_a_suspect_that_is_given_back_stays_one(store):
+    fill(store, 2)
+    store.take(2)
+    lose(store, "j0", "j1")
+    [lease] = store.lease("w", ["m"], 2, suspects=True)
+    store.release([hold(lease)])
+    assert store.take(2) == []
+    assert store.take(2, suspects=True) == ["j0"]
+    assert store.look("j0").crashes == 1
+
+
+def test_a_suspect_that_ends_well_is_done(store):
+    fill(store, 1)
+    store.take()
+    lose(store, "j0")
+    [lease] = store.lease("w", ["m"], 1, suspects=True)
+    assert store.finish(hold(lease), "done", b"fine")
+    assert (store.look("j0").state, store.look("j0").crashes) == ("done", 1)
+
+
+def test_who_has_shown_life_since_is_not_lost(store):
+    ids = fill(store, 3)
+    holds = [hold(lease) for lease in store.lease("w", ["m"], 3)]
+    beats = store.beats()
+    store.renew([holds[0]])
+    store.finish(holds[1], "done", b"")
+    assert store.lose([*beats, Beat(Hold("nobody's", 1), "w", 1)]) == []
+    assert [store.look(id).state for id in ids] == ["leased", "done", "queued"]
+    assert store.look("j2").crashes == 1
+    assert store.lose(beats) == []
+    assert store.lose([]) == []
+
+
+def test_one_that_is_lost_alone_too_often_is_dead(place):
+    store = place.open(Bounds(crashes=3))
+    store.submit(job("a", once="n"))
+    for crashes in (1, 2):
+        assert store.take(suspects=crashes > 1) == ["a"]
+        assert lose(store, "a") == []
+        assert (store.look("a").state, store.look("a").crashes) == ("queued", crashes)
+    [lease] = store.lease("w", ["m"], 1, suspects=True)
+    assert lose(store, "a") == ["a"]
+    seen = store.look("a")
+    assert (seen.state, seen.crashes, seen.worker) == ("dead", 3, "w")
+    assert store.renew([hold(lease)]) == {"a": "fenced"}
+    assert store.finish(hold(lease), "done", b"") is False
+    assert [store.cancel("a"), store.depths(), store.beats()] == ["dead", {}, []]
+    assert store.check() == "ok"
+
+
+@pytest.mark.parametrize("poison", [0, 17, 63])
+def test_one_poison_among_64_is_found_in_seven_crashes(store, poison):
+    """And the 63 others are done."""
+    fill(store, 64)
+    dead, crashes = [], 0
+    while any(depth.queued for depth in store.depths().values()):
+        leases = store.lease("w", ["m"], 64) or store.lease("w", ["m"], 64, suspects=True)
+        if any(lease.job.id == f"j{poison}" for lease in leases):
+            dead += store.lose(store.beats())
+            crashes += 1
+        else:
+            assert all(store.finish(hold(lease), "done", b"") for lease in leases)
+    assert (dead, crashes) == ([f"j{poison}"], 7)
+    assert len(store.listed("done")) == 63
+
+
+def test_a_dead_job_can_be_queued_again(place):
+    store = place.open(Bounds(crashes=1))
+    store.submit(job("a", once="n"))
+    for n in range(3):
+        store.submit(job(f"j{n}"))
+    assert store.revive("a") is False
+    [lease] = store.lease("w", ["m"], 1)
+    assert lose(store, "a") == ["a"]
+    assert store.revive("a") is True
+    assert store.revive("a") is False
+    assert store.revive("nobody's") is False
+    seen = store.look("a")
+    assert (seen.state, seen.crashes) == ("queued", 0)
+    assert store.take(9) == ["j0", "j1", "j2", "a"]
+    assert store.look("a").fence > lease.fence
+    assert store.check() == "ok"

@@ -1,0 +1,124 @@
+"""Jobs are taken in once, within bounds, and are there from then on."""
+
+from __future__ import annotations
+
+import pytest
+
+from moesaic.cluster.jobs import Bounds, Depth, Job
+from moesaic.errors import Conflict, InvalidParameter, Overloaded, Unavailable
+from tests.cluster.queue.places import hold, job
+
+WHOLE = Job("a", "m", "ask", b"\x00\xff body", "tenant", 7, -3, "name", "digest")
+
+
+def test_what_is_submitted_is_there(store):
+    assert store.submit(WHOLE) == "a"
+    seen = store.look("a")
+    assert (seen.job, seen.state) == (WHOLE, "queued")
+    assert (seen.fence, seen.worker, seen.attempts, seen.crashes, seen.logged, seen.result) == (0, "", 0, 0, 0, b"")
+    assert store.check() == "ok"
+
+
+def test_what_is_submitted_is_there_in_the_next_store(place):
+    first = place.open()
+    first.submit(WHOLE)
+    first.close()
+    assert place.open().look("a").job == WHOLE
+
+
+def test_the_same_id_again_is_the_same_job(store):
+    """Whoever got no answer asks again."""
+    assert [store.submit(WHOLE), store.submit(WHOLE)] == ["a", "a"]
+    with pytest.raises(Conflict):
+        store.submit(job("a", digest="another"))
+    assert store.depths() == {"m": Depth(queued=1, cost=7)}
+
+
+def test_the_same_name_again_is_the_same_job(store):
+    assert store.submit(job("a", tenant="t", once="n", digest="d")) == "a"
+    assert store.submit(job("b", tenant="t", once="n", digest="d")) == "a"
+    assert store.look("b") is None
+    with pytest.raises(Conflict):
+        store.submit(job("c", tenant="t", once="n", digest="e"))
+
+
+def test_names_belong_to_tenants(store):
+    assert store.submit(job("a", tenant="t", once="n", digest="d")) == "a"
+    assert store.submit(job("b", tenant="u", once="n", digest="e")) == "b"
+    assert store.submit(job("c", tenant="t", once="", digest="e")) == "c"
+    assert store.submit(job("d", tenant="t", once="", digest="f")) == "d"
+
+
+def test_many_at_once_under_one_name_are_one_job(store):
+    ids = store.all(*(store.store.submit(job(f"j{n}", tenant="t", once="n")) for n in range(1000)))
+    assert len(set(ids)) == 1
+    assert store.depths()["m"].queued == 1
+
+
+def test_a_name_that_ended_is_still_known(store):
+    store.submit(job("a", once="n"))
+    [lease] = store.lease("w", ["m"], 1)
+    store.finish(hold(lease), "done", b"")
+    assert store.submit(job("b", once="n")) == "a"
+
+
+def test_a_tenant_has_its_bound(place):
+    store = place.open(Bounds(queued_per_tenant=2))
+    store.submit(job("a", tenant="t"))
+    store.submit(job("b", tenant="t", priority=5))
+    with pytest.raises(Overloaded):
+        store.submit(job("c", tenant="t", model="other"))
+    assert store.look("c") is None
+    store.submit(job("d", tenant="u"))
+    store.take()
+    store.submit(job("c", tenant="t"))
+    assert store.submit(job("a", tenant="t")) == "a"  # also where no more would fit
+
+
+@pytest.mark.parametrize("bounds", [Bounds(queued=2), Bounds(queued_cost=20)])
+def test_all_together_have_a_bound(place, bounds):
+    store = place.open(bounds)
+    store.submit(job("a", tenant="t", cost=10))
+    store.submit(job("b", tenant="u", cost=10, model="other"))
+    with pytest.raises(Unavailable):
+        store.submit(job("c", tenant="v", cost=10))
+    store.cancel("a")
+    store.submit(job("c", tenant="v", cost=10))
+    assert store.check() == "ok"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": ""},
+        {"id": "a\0"},
+        {"tenant": "\ud800"},
+        {"model": "\0"},
+        {"once": "\udfff"},
+        {"cost": -1},
+        {"cost": 2**63},
+        {"priority": -(2**63)},
+    ],
+)
+def test_what_cannot_be_stored_is_refused(store, change):
+    with pytest.raises(InvalidParameter):
+        store.submit(job(**{"id": "a", **change}))
+    assert store.depths() == {}
+
+
+def test_text_and_bytes_of_every_kind(store):
+    text = "".join(map(chr, (1, 9, 10, 39, 34, 92, 0x2028, 0x1F600, 0xFFFF)))
+    body = bytes(range(256)) * 4000
+    store.submit(job("a", model=text, kind=text, tenant=text, once=text, digest=text, body=body))
+    assert store.look("a").job == Job("a", text, text, body, text, 1, 0, text, text)
+    [lease] = store.lease(text, [text], 1)
+    assert lease.job == store.look("a").job
+    assert store.look("a").worker == text
+
+
+def test_ids_that_cannot_be_are_not_there(store):
+    for id in ("", "a\0", "\ud800"):
+        assert store.look(id) is None
+        assert store.cancel(id) is None
+        assert store.log(id) == []
+        assert store.revive(id) is False

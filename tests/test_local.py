@@ -1,0 +1,131 @@
+"""The door to a model in this process, without HTTP: an answer moves from one to another in mid-word."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from moesaic import LLM, errors
+from moesaic.door import Ask, Begun, Ended, Piece
+from moesaic.local import BEHIND, Local
+
+TALK = ({"role": "user", "content": "Tell me of a fox."},)
+CALL = {"tool_choice": "required", "parallel_tool_calls": False}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+GREEDY = {"temperature": 0, "max_tokens": 12}
+BYTES = {"seed": 1, "temperature": 2.0, "max_tokens": 12, "logit_bias": dict.fromkeys(range(3, 259), 100)}
+ASKS = [
+    Ask(messages=TALK, sampling=GREEDY),
+    Ask(messages=TALK, sampling={"temperature": 1.2, "seed": 4, "n": 3, "max_tokens": 12, "logprobs": 1}),
+    Ask(prompt="Once", sampling=BYTES),
+    Ask(messages=(*TALK, {"role": "assistant", "content": "The fox"}), continue_final=True, sampling=GREEDY),
+    Ask(messages=TALK, sampling={"temperature": 1.5, "seed": 2}, grammar=("regex", "[éß🦊]{4,6}")),
+    Ask(messages=TALK, sampling=GREEDY | {"max_tokens": 99}, tools=(CLOCK,), **CALL),
+    Ask(messages=TALK, sampling=GREEDY | {"prompt_logprobs": 0}),
+]
+
+
+@asynccontextmanager
+async def opened(folder):
+    door = Local(LLM.load(folder))
+    try:
+        yield door
+    finally:
+        await door.close()
+
+
+class Reader:
+    """What a client has of an answer, whoever it comes from."""
+
+    def __init__(self):
+        self.ids, self.text, self.calls, self.ended = [], "", [], None
+        self.known = self.passed = 0  # tokens and characters that come again
+
+    def take(self, event):
+        if isinstance(event, Ended):
+            self.ended = replace(event, cached_tokens=0)
+        elif isinstance(event, Piece):
+            again = min(len(event.tokens), self.known)
+            self.known -= again
+            self.ids += [mark.id for mark in event.tokens[again:]]
+            assert all(mark.logprob is None for mark in event.tokens[:again])
+            dropped = min(len(event.text), self.passed)
+            self.passed -= dropped
+            self.text += event.text[dropped:]
+            if not again:
+                self.calls += [(call.place, call.name, call.arguments) for call in event.calls]
+
+    def have(self):
+        return self.ids, self.text, self.calls, self.ended
+
+
+async def listen(door, ask, readers, most=10**6):
+    """Read until an answer that has not ended has ``most`` tokens, or all have ended."""
+    answers = await door.ask(ask)
+    begun = []
+    async for event in answers:
+        if isinstance(event, Begun):
+            begun.append(event)
+        else:
+            assert event.index in {each.index for each in begun}
+            readers[event.index].take(event)
+            if any(len(each.ids) >= most and not each.ended for each in readers):
+                answers.cancel()
+                break
+    return begun
+
+
+async def moved(one, other, ask, whole, cut):
+    """Read an answer from one door up to ``cut`` tokens, and go on at another's."""
+    found = [Reader() for _ in whole]
+    await listen(one, ask, found, cut)
+    for each in found:
+        each.known, each.passed, each.ended = len(each.ids), len(each.text), None
+    written = msgspec.json.encode([each.ids for each in found])
+    resume = msgspec.json.decode(written, type=tuple[tuple[int, ...], ...])
+    begun = await listen(other, replace(ask, resume=resume), found)
+    assert [each.have() for each in found] == [each.have() for each in whole]
+    return begun
+
+
+def test_who_passes_an_answer_on_cannot_tell_that_another_took_over(talker):
+    async def main():
+        async with opened(talker) as one, opened(talker) as other:
+            for ask in ASKS:
+                whole = [Reader() for _ in range(ask.sampling.get("n", 1))]
+                first = await listen(one, ask, whole)
+                most = max(len(each.ids) for each in whole)
+                cuts = range(1, most, max(1, most // 11))
+                for begun in await asyncio.gather(*(moved(one, other, ask, whole, cut) for cut in cuts)):
+                    assert [each.prompt_tokens for each in begun] == [each.prompt_tokens for each in first]
+                    assert not begun[0].prompt, "they were told before"
+
+    asyncio.run(main())
+
+
+def test_a_long_answer_that_comes_again_is_not_taken_for_a_slow_reader(talker):
+    async def main():
+        async with opened(talker) as door:
+            long = (7,) * (BEHIND + 500)
+            ask = Ask(prompt="Once", sampling={"max_tokens": len(long) + 2, "ignore_eos": True}, resume=(long,))
+            [reader] = readers = [Reader()]
+            await listen(door, ask, readers)
+            assert reader.ids[: len(long)] == list(long)
+            assert (reader.ended.generated_tokens, reader.ended.reason) == (len(long) + 2, "length")
+
+    asyncio.run(main())
+
+
+def test_what_cannot_have_been_said_is_refused(talker):
+    async def main():
+        async with opened(talker) as door:
+            for resume in (((1,), (1,)), ((32000,),), ((5000,) * 5000,), ((2, 5000),)):
+                with pytest.raises(errors.InvalidParameter, match="resume"):
+                    await door.ask(Ask(messages=TALK, resume=resume))
+            assert door.load()["talker0"].prompt_tokens == 0
+
+    asyncio.run(main())
