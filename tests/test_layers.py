@@ -25,19 +25,22 @@ MAY = {
     "door": set(),
     "local": {"door", "llm", "classifier", "reply", "engine", "text"},
     "serve": {"door"},
-    "cluster": {"door", "serve"},
+    "cluster": set(),
     "llm": {"reply", "loading", "packed", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "classifier": {"loading", "text", "ops"},
     "bench": {"llm", "loading", "packed", "memory", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "console": {"llm", "engine", "text"},
     "inventory": {"models", "checkpoints", "ops", "formats", "text"},
+    "cluster": {"door", "serve"},
     "cli": {"*"},
     "errors": set(),
     "registry": set(),
     "": {"engine", "llm", "classifier", "text"},  # the public names
 }
 """What each part may import besides ``errors`` and ``registry``; docs/architecture.md draws it."""
-REGISTRIES = ("formats", "ops", "models", "checkpoints", "bench.endpoints", "serve.dialects")
+WITHIN = {"cluster.queue": {"cluster.jobs"}}
+"""What a folder of a part may import of its own part, besides itself."""
+REGISTRIES = ("formats", "ops", "models", "checkpoints", "bench.endpoints", "serve.dialects", "cluster.queue")
 
 
 def part_of(module: str) -> str:
@@ -76,6 +79,11 @@ def entry_of(module: str, folder: str) -> str:
     return module.removeprefix(folder).split(".")[0] if module.startswith(folder) else ""
 
 
+def under(module: str, folders: list[str]) -> bool:
+    """Return whether a module is one of those, or in one."""
+    return any(f"{module}.".startswith(f"{folder}.") for folder in folders)
+
+
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -87,6 +95,10 @@ def offences(module: str, source: str) -> list[str]:
         target = part_of(name)
         if target not in allowed | EVERYONE | {part} and "*" not in allowed:
             found.append(f"{module} imports {name}")
+        for folder, known in WITHIN.items():
+            inside = [f"moesaic.{each}" for each in (folder, *known)]
+            if under(module, inside[:1]) and target == part and not under(name, inside):
+                found.append(f"{module} imports {name}")
         for registry in REGISTRIES:
             entry, sibling = (entry_of(each, f"moesaic.{registry}.") for each in (module, name))
             if entry and not entry.startswith("_") and sibling and not sibling.startswith("_"):
@@ -104,6 +116,10 @@ def test_an_upward_import_is_found_also_inside_a_function():
     assert offences("moesaic.models.llama", "from moesaic.models import mixtral\n")
     assert offences("moesaic.text.chat", "import moesaic.llm\n")
     assert offences("moesaic.bench.endpoints.tgi", "from moesaic.bench.endpoints.openai import Dialect\n")
+    assert offences("moesaic.cluster.queue.postgres", "from moesaic.cluster.queue import sqlite\n")
+    assert offences("moesaic.cluster.queue._store", "import moesaic.cluster.gateway\n")
+    assert offences("moesaic.cluster.jobs", "from moesaic.serve import app\n")
+    assert not offences("moesaic.cluster.queue.sqlite", "from moesaic.cluster.jobs import Store\n")
     assert not offences("moesaic.bench.endpoints.tgi", "from moesaic.bench.endpoints import _http, Ask\n")
     assert not offences("moesaic.models.llama", "from moesaic.models import _layers\n")
 

@@ -64,9 +64,10 @@ class Gateway(Foreman):
         return list(self.known.values())
 
     def load(self) -> Mapping[str, Load]:
+        loads = {name: Load() for name, depth in self.depths.items() if depth.queued} | dict(self.loads())
         return {
             name: replace(load, waiting=load.waiting + self.depths.get(name, Depth()).queued)
-            for name, load in self.loads().items()
+            for name, load in loads.items()
         }
 
     async def ask(self, ask: Ask) -> Following:

@@ -147,7 +147,7 @@ def parameters_for(ask: Ask, definition: Definition, said: str = "", tokens: int
 def _check_able(ask: Ask) -> None:
     """Raise unless AIME's workers can do it."""
     others = {name: value for name, value in ask.sampling.items() if name not in (*CHOICES, *IGNORED)}
-    strange = [name for name, value in others.items() if value and value != NEUTRAL.get(name)]
+    strange = [name for name, value in others.items() if _changes(name, value)]
     named = {
         "tools": ask.tools,
         "a grammar": ask.grammar,
@@ -159,6 +159,12 @@ def _check_able(ask: Ask) -> None:
     }
     if unable := [name for name, wanted in named.items() if wanted]:
         raise InvalidRequest(f"this model is served by AIME's workers, which cannot do {', '.join(unable)}")
+
+
+def _changes(name: str, value: Any) -> bool:
+    if name in ("logprobs", "prompt_logprobs"):  # 0 is a wish, too
+        return value is not None
+    return bool(value) and value != NEUTRAL.get(name)
 
 
 def _content(ask: Ask, definition: Definition, said: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from moesaic.cluster import protocol
 from moesaic.cluster.aime.conversation import parameters_for
 from moesaic.cluster.aime.member import Member, Running
-from moesaic.cluster.desk import RENEW_SECONDS, STALL_SECONDS, Labour
+from moesaic.cluster.desk import RENEWS, STALL_SECONDS, Labour
 from moesaic.cluster.jobs import Hold, Lease
 from moesaic.door import Begun, Event, Load, Piece
 from moesaic.errors import InvalidRequest, MoesaicError, NotFound, TimedOut
@@ -36,14 +36,16 @@ PAUSE = 1.0
 class Crew:
     """All of them. Lives on one event loop; a task of its own runs while there is anybody."""
 
-    def __init__(self, labour: Labour, offering: Callable[[str], int]) -> None:
+    def __init__(self, labour: Labour, offering: Callable[[str], int], lease_seconds: float) -> None:
         """Begin without anybody.
 
         Args:
             labour: what hands work out.
             offering: says how many workers offer a model, these among them.
+            lease_seconds: a lease that is not renewed for so long is lost.
         """
         self._labour, self._offering, self._clock = labour, offering, time.monotonic
+        self._pace = lease_seconds * RENEWS
         self._members: dict[str, Member] = {}
         self._jobs: dict[str, tuple[Member, Running]] = {}
         self._ended: OrderedDict[str, bool] = OrderedDict()  # true: cancelled, and its worker is still to be told
@@ -91,7 +93,7 @@ class Crew:
     def _settle(self, member: Member, held: Mapping[str, object]) -> None:
         for running in list(member.jobs.values()):
             if held.get(running.hold.id) is None:
-                self._drop(member, running)
+                self._stop(member, (running.hold.id,))
 
     # Jobs out
 
@@ -211,10 +213,11 @@ class Crew:
     async def _taken(self, member: Member, running: Running, known: tuple[int, int] | None) -> None:
         running.logged += len(running.pending)
         running.pending.clear()
-        if known is None or known[0] != running.logged:
+        if known is None:
+            self._stop(member, (running.hold.id,))
+        elif known[0] != running.logged:  # the log is not as it was left: whoever does it next goes on behind it
             self._drop(member, running)
-            if known is not None:  # the log is not as it was left: whoever does it next begins behind what it has
-                await self._labour.release(member.worker, [running.hold])
+            await self._labour.release(member.worker, [running.hold])
 
     async def result(self, job: str, data: Mapping[str, Any]) -> bool:
         """End a job with its worker's result; return whether there is such a job, or was."""
@@ -241,7 +244,7 @@ class Crew:
     async def _keep(self) -> None:
         """Renew what they have, and let go who is gone, until nobody is there."""
         while self._members:
-            await asyncio.sleep(RENEW_SECONDS)
+            await asyncio.sleep(self._pace)
             for member in list(self._members.values()):
                 try:
                     await self._look_after(member)

@@ -7,6 +7,7 @@ their address as everywhere. Knows requests. Does not know what is asked.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 import time
@@ -106,8 +107,11 @@ def worker_of(call: Call, auth_key: Any, definitions: Sequence[Definition]) -> K
         same = [hmac.compare_digest(digest(shown), each) for each in own]  # all of them, whichever it is
         if shown and any(same):
             return Key(f"aime:{job_type}", digest(shown), worker=True)
-        found = call.app.keys.owner(shown.encode()) if shown and call.app.keys.wanted else None
-        if found is None or not found.worker or (found.models and not offered <= set(found.models)):
+        found = NOBODY
+        if shown and call.app.keys.wanted:
+            with contextlib.suppress(Unauthorized):
+                found = call.app.keys.owner(shown.encode())
+        if not found.worker or (found.models and not offered <= set(found.models)):
             raise Unauthorized(f"Worker not authorized on job type {job_type}")
         return found
 

@@ -14,7 +14,7 @@ from moesaic.cluster.aime.crew import Crew
 from moesaic.cluster.aime.member import Member, Running
 from moesaic.cluster.aime.settings import Definition
 from moesaic.cluster.aime.visitors import worker_of
-from moesaic.cluster.desk import Desk, Labour
+from moesaic.cluster.desk import LEASE_SECONDS, Desk, Labour
 from moesaic.cluster.routes import MESSAGE_BYTES
 from moesaic.errors import InvalidRequest, Unauthorized, Unavailable
 from moesaic.serve.exchange import Answer, Call, Endpoint, Failure, Whole
@@ -32,8 +32,8 @@ PARAMETERS = ("gpu_name", "num_gpus", "framework", "framework_version", "pytorch
 class Workers:
     """What all routes share."""
 
-    def __init__(self, labour: Labour, desk: Desk, definitions: Sequence[Definition]) -> None:
-        self.crew = Crew(labour, desk.workers)
+    def __init__(self, labour: Labour, desk: Desk, definitions: Sequence[Definition], lease_seconds: float) -> None:
+        self.crew = Crew(labour, desk.workers, lease_seconds)
         self._definitions = definitions
 
     def endpoints(self) -> list[Endpoint]:
@@ -207,9 +207,11 @@ def failure(reason: Failure) -> Any:
     return Whole({"cmd": "warning", "success": False, "error_msg": reason.message, "msg": reason.message}, status)
 
 
-def endpoints(labour: Labour, desk: Desk, definitions: Sequence[Definition]) -> list[Endpoint]:
-    """Return AIME's routes for its workers."""
-    return Workers(labour, desk, definitions).endpoints()
+def endpoints(
+    labour: Labour, desk: Desk, definitions: Sequence[Definition], lease_seconds: float = LEASE_SECONDS
+) -> list[Endpoint]:
+    """Return AIME's routes for its workers; a lease that is not renewed for ``lease_seconds`` is lost."""
+    return Workers(labour, desk, definitions, lease_seconds).endpoints()
 
 
 def _route(path: str, run: Any, summary: str, *, body: Any = dict[str, Any]) -> Endpoint:

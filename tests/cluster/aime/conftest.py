@@ -34,15 +34,16 @@ def gateway(
     keys: Keys | None = None,
     models: Sequence[str] = MODELS,
     bounds: Settings | None = None,
+    lease: float = 10.0,
 ) -> Iterator[Server]:
     """Run a gateway that keeps its jobs at ``path``."""
     shown = settings.shipped() if definitions is None else definitions
 
     async def make() -> Gateway:
-        return Gateway(await queue.open(str(path), Bounds()), models)
+        return Gateway(await queue.open(str(path), Bounds()), models, lease)
 
     def routes(desk: Gateway) -> Any:
-        return [*clients.endpoints(desk, shown), *workers.endpoints(desk, desk, shown)]
+        return [*clients.endpoints(desk, shown), *workers.endpoints(desk, desk, shown, lease)]
 
     with running(make, bounds, keys, routes) as server:
         yield server
@@ -60,11 +61,27 @@ def patient(**changes: Any) -> list[Definition]:
     return [replace(each, **changes) for each in settings.shipped() if each.name == "mixtral_chat"]
 
 
+OPEN: list[httpx.Client] = []
+
+
+def opened(server: Server) -> httpx.Client:
+    """Return a connection that is closed at the end of the test."""
+    OPEN.append(httpx.Client(base_url=server.url, timeout=30))
+    return OPEN[-1]
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
 class Client:
     """What AIME's client in Python 0.8.9 sends."""
 
     def __init__(self, server: Server, endpoint: str = "mixtral_chat", key: str | None = None) -> None:
-        self.http = httpx.Client(base_url=server.url, timeout=30)
+        self.http = opened(server)
         self.endpoint, self.key, self.session = endpoint, key, None
 
     def get(self, path: str, **query: Any) -> httpx.Response:
@@ -99,7 +116,7 @@ class AimeWorker:
     """What AIME's worker interface 0.9.12 sends."""
 
     def __init__(self, server: Server, job_type: str = "mixtral", key: str = "k", name: str = "host#0_1xGPU") -> None:
-        self.http = httpx.Client(base_url=server.url, timeout=60)
+        self.http = opened(server)
         self.job_type, self.key, self.name = job_type, key, name
         self.said = {"version": "AIME-API-Worker-Interface 0.9.12", "auth": name}
 
