@@ -113,7 +113,7 @@ def test_what_is_no_endpoint_is_refused(llama, old, new, said):
 
 
 def test_two_endpoints_of_one_name_and_none_at_all(llama, tmp_path):
-    with pytest.raises(NotFound, match="there is no aime_api_endpoint.cfg"):
+    with pytest.raises(NotFound, match="name the folder of AIME"):
         settings.read(tmp_path / "nowhere")
     other = llama.parent.parent / "other" / settings.ENDPOINT_FILE
     other.parent.mkdir()
