@@ -27,6 +27,10 @@
       NumericalError             500  the model computed NaN or infinity for this request
       EngineStopped              503  the engine was closed, or died; the cause is chained
       NotInstalled               501  a package that this needs is not installed; the message says how to get it
+      ConnectionFailed           502  a server could not be reached, or hung up before it answered
+        StreamBroken             502  an answer broke off, and there is no going on with it
+          AnswerChanged          502  asked for the rest of an answer, a server told another one
+      BadReply                   502  what a server sent is no answer of its API
 
 A message is one line that says what is wrong and, where it can, what to do.
 """
@@ -34,13 +38,16 @@ A message is one line that says what is wrong and, where it can, what to do.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 
 class MoesaicError(Exception):
-    """The root of the tree. ``status`` is the HTTP status a server answers with."""
+    """The root of the tree. ``status`` is the HTTP status that a server answers with, and that a client got."""
 
-    status: ClassVar[int] = 500
+    status: int = 500
+    retry_after: float | None = None
+    """Seconds after which another try makes sense, where that is known."""
+    request_id: str | None = None
+    """What a server calls the request that failed, where a client was told."""
 
 
 class InvalidRequest(MoesaicError):
@@ -210,3 +217,23 @@ class NotInstalled(MoesaicError):
     """A package that this needs is not installed; the message says how to get it."""
 
     status = 501
+
+
+class ConnectionFailed(MoesaicError):
+    """A server could not be reached, or hung up before it answered."""
+
+    status = 502
+
+
+class StreamBroken(ConnectionFailed):
+    """An answer broke off, and there is no going on with it: what came of it is not the whole."""
+
+
+class AnswerChanged(StreamBroken):
+    """Asked for the rest of an answer, a server told another one: what came of the first is not the whole."""
+
+
+class BadReply(MoesaicError):
+    """What a server sent is no answer of its API: it is something else, or something between has changed it."""
+
+    status = 502

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import moesaic
 from moesaic import cli, registry
+from tests.serve.conftest import tales as tales
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -21,6 +23,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "moesaic/builtin/tales/README.md",
     ROOT / "recipes/tales/README.md",
+    ROOT / "clients/js/README.md",
 ]
 README = PAGES[0].read_text()
 
@@ -39,7 +42,12 @@ FLAGS = {
     "ngrok-edge num-shard otlp-endpoint otlp-service-name payload-limit prometheus-port quantize revision "
     "rope-factor rope-scaling shard-uds-path sharded speculate tokenizer-config-path trust-remote-code usage-stats "
     "validation-workers waiting-served-ratio watermark-delta watermark-gamma weights-cache-override",
-    "keys": "admin concurrent file priority requests-per-minute tokens-per-minute",
+    "gateway": "allowed-host cors-origin crashes drain-timeout host insecure-no-auth jobs keys lease log-format "
+    "log-level max-body model otel port queue queue-per-key queue-timeout request-timeout tls-cert tls-key "
+    "trusted-proxy",
+    "worker": "ca cache-tokens chat-format context device drain-timeout dtype format gateway insecure-plaintext key "
+    "key-file kv-cache-dtype log-format log-level memory name queue sequences slots",
+    "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
     "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype",
     "pull": "sha256 to",
     "convert": "shards to",
@@ -69,9 +77,13 @@ def test_the_readmes_python_runs(tmp_path):
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_examples_run_and_are_short(example, tmp_path):
+def test_examples_run_and_are_short(example, tmp_path, request):
     assert example.read_text().count("\n") < 40
-    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    asks = "moesaic.client" in example.read_text()
+    environment = os.environ | ({"MOESAIC_BASE_URL": request.getfixturevalue("tales").url} if asks else {})
+    done = subprocess.run(
+        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

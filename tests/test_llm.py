@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moesaic import LLM, Classifier, Sampling, errors
-from moesaic.engine import Limits
+from moesaic.engine import Done, Limits
 from tests.tiny import theirs
 
 HELLO = [{"role": "user", "content": "Hello there."}]
@@ -63,6 +63,17 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(llm):
     answer = llm.complete("Once", stop=(stop,), **GREEDY)
     assert (answer.text, answer.reason, answer.stop) == (whole[:at], "stop", stop)
     assert "".join(piece.text for piece in llm.complete("Once", stop=(stop,), stream=True, **GREEDY)) == whole[:at]
+
+
+def test_a_stop_string_ends_the_work_even_if_nobody_reads_on(llm):
+    asked = {"temperature": 0, "max_tokens": 3000, "ignore_eos": True}
+    stop = llm.complete("Once", **GREEDY).text[10:14]
+    before = llm.engine.stats().generated_tokens
+    reply = llm.complete("Once", stop=(stop,), stream=True, **asked)
+    while not reply.stopped:
+        next(iter(reply))
+    assert [event.reason for event in reply.stream if isinstance(event, Done)] == ["cancelled"]
+    assert llm.engine.stats().generated_tokens - before < 3000
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_in_it(llm):

@@ -47,6 +47,12 @@ def add_gateway(commands: Commands) -> None:
     jobs.add_argument(
         "--lease", type=float, default=10.0, metavar="S", help="a worker silent for so long is lost (default 10)"
     )
+    jobs.add_argument(
+        "--crashes",
+        type=int,
+        metavar="N",
+        help="a request at hand when so many workers died, alone at last, is set aside (default 3)",
+    )
     listening.add_flags(parser)
     parser.set_defaults(host="127.0.0.1", port=8000)
 
@@ -65,7 +71,7 @@ async def _open(args: argparse.Namespace) -> Gateway:
     from moesaic.cluster.gateway import Gateway
     from moesaic.cluster.jobs import Bounds
 
-    given = {"queued": args.queue, "queued_per_tenant": args.queue_per_key}
+    given = {"queued": args.queue, "queued_per_tenant": args.queue_per_key, "crashes": args.crashes}
     bounds = Bounds(**{name: value for name, value in given.items() if value is not None})
     return Gateway(await queue.open(args.jobs or str(_default_jobs()), bounds), args.model or (), args.lease)
 
@@ -107,7 +113,7 @@ def _worker(args: argparse.Namespace) -> int:
     try:
         import aiohttp  # noqa: F401
     except ImportError as error:
-        raise NotInstalled("a worker needs aiohttp: pip install 'moesaic[serve]'") from error
+        raise NotInstalled("a worker needs aiohttp: pip install 'moesaic[worker]'") from error
     from moesaic.serve import logs
 
     if not args.gateway:

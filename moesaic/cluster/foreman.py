@@ -281,8 +281,9 @@ class Foreman:
         live = await self._adopted(worker, hold)
         state: Literal["done", "failed"] = "failed" if error else "done"
         result = msgspec.json.encode(protocol.Result(outcome, protocol.fault(error) if error else None))
-        if live is None:
-            counted = await self.store.finish(hold, state, result)
+        if live is None:  # it is too late, or said again because the answer was not heard
+            seen = await self.store.look(hold.id)
+            counted = seen is not None and seen.fence == hold.fence and seen.state == state
             self.fenced += not counted
             self._drop(session, hold)
             return counted

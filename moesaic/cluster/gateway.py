@@ -265,11 +265,12 @@ class Gateway(Foreman):
         if seen is None:
             live.end(error=NotFound("the job was dropped"))
             return
-        if seen.logged > len(live.events) and not live.worker:
+        ended = seen.state not in ("queued", "leased")
+        if seen.logged > len(live.events) and (ended or not live.worker):
             for record in await self.store.log(live.id, len(live.events)):
                 live.extend(record.start, protocol.unpack_events(record.blob))
-            live.kept = len(live.events)
-        if seen.state not in ("queued", "leased") and not live.ended:
+            live.kept = max(live.kept, seen.logged)
+        if ended and not live.ended:
             self.stop_job(live)
             conclude(live, seen)
 

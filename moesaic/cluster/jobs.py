@@ -2,7 +2,7 @@
 
 A job is *accepted* once ``submit`` returns: it is on disk, and ends exactly once, whatever dies meanwhile. It may be
 computed more than once: whoever leases it gets a *fence*, a number that only grows, and only the newest fence may write
-(M. Kleppmann, "How to do distributed locking", 2016).
+(M. Kleppmann, "How to do distributed locking", 2016). It grows when a lease is given and when one is taken away.
 
     queued -> leased -> done | failed | cancelled | dead         a lost lease goes back to queued
 
@@ -160,9 +160,13 @@ class Store(Protocol):
     async def submit(self, job: Job) -> str:
         """Take a job in; return its id, or that of the one that is there under the same tenant and ``once``.
 
+        The same job again, by its id, is the one that is there too. The job under a ``once`` may have
+        been dropped already: then ``look`` knows nothing of the id returned.
+
         Raises:
             Conflict: there is one, of another ``digest``.
             Overloaded: this tenant has as many queued as it may. Unavailable: there are too many altogether.
+            InvalidParameter: text with a character 0 or a lone surrogate, a cost below 0, a number beyond 2**40.
         """
         ...
 
@@ -170,7 +174,10 @@ class Store(Protocol):
         """Lease up to ``most`` queued jobs of these models: by priority, then fairly among tenants, then in order.
 
         Fair: start-time fair queueing by cost (Goyal et al., SIGCOMM 1996): a tenant who asks little does not wait
-        behind one who asks much.
+        behind one who asks much. Models share a worker that offers several.
+
+        After Unavailable there may be leases that nobody was told of: ``beats`` has them, ``release`` them. Left alone
+        they would look like those of a worker that was lost.
 
         Args:
             worker: who leases.
@@ -188,8 +195,8 @@ class Store(Protocol):
     async def append(self, parts: Mapping[Hold, Record]) -> Mapping[str, int | None]:
         """Append to logs; return for each id how many entries its log now has, or None where the hold does not hold.
 
-        A record that begins behind the log's end is not written: the returned number says where to begin. What is in
-        the log already (the same entries, sent again) is cut off; a record must not straddle differently.
+        A record is written if it begins at the log's end, else not: the number returned says where to begin. So the
+        same record may be sent again, and one that grew between the two times is cut by whoever sends it.
         """
         ...
 
@@ -198,7 +205,8 @@ class Store(Protocol):
     ) -> bool:
         """End a job, its last entries included, in one transaction; return whether this fence has ended it.
 
-        The same call again is True again. False: the hold does not hold, the job is somebody else's or cancelled.
+        The same call again is True again, whatever it says now: the first end counts. False: the hold does not hold,
+        the job is somebody else's or cancelled.
         ``last`` must meet the log's end, or lie within it.
 
         Raises:
@@ -252,7 +260,8 @@ class Store(Protocol):
 
     async def tick(self, seen: int) -> int:
         """Advance the store's count of ticks by one unless another gateway did since ``seen``; drop what has been kept
-        long enough; return the count. The first time, ``seen`` is -1, and nothing is advanced."""
+        long enough (so many whole ticks); return the count. The first time, ``seen`` is -1, and nothing is advanced.
+        """
         ...
 
     async def check(self) -> str:

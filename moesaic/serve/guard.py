@@ -19,6 +19,8 @@ from moesaic.serve.settings import Settings
 
 HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ASKED = b"authorization, content-type, x-api-key, anthropic-version, idempotency-key"
+"""Headers that a page of a named origin may send; our own client sends the last, and Anthropic's the one before."""
 WATCHED = 10_000
 """Addresses whose wrong keys are counted at the same time."""
 
@@ -79,7 +81,8 @@ class Guard:
             return []
         return [
             (b"access-control-allow-origin", b"*" if "*" in allowed else origin),
-            (b"access-control-allow-headers", b"authorization, content-type, x-api-key, anthropic-version"),
+            (b"access-control-allow-headers", ASKED),
+            (b"access-control-expose-headers", b"retry-after, x-request-id, idempotency-replayed"),
             (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
             (b"vary", b"origin"),
         ]

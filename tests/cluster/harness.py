@@ -34,10 +34,11 @@ from moesaic.cluster.jobs import Bounds
 from tests.cluster.fake import answer
 
 LEASE = 1.0
-WORKERS = 10
+WORKERS = 16
 SLOTS = 8
 STEP = 0.002
-WITHOUT_FENCE = "from moesaic.cluster.queue import _operations; _operations.FENCED = False"
+CRASHES = 50
+"""Workers die at random here, whatever they do: nothing is to be inferred from that."""
 
 
 class Plant:
@@ -60,7 +61,7 @@ class Plant:
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "moesaic.cli", "gateway", "--jobs", self.where, "--port", str(self.port)]
-        command += ["--lease", str(LEASE), "--model", "fake", "--log-level", "warning"]
+        command += ["--lease", str(LEASE), "--crashes", str(CRASHES), "--model", "fake", "--log-level", "warning"]
         with (self.folder / "gateway.log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log)
 
@@ -76,7 +77,7 @@ class Plant:
         while True:
             await asyncio.sleep(self.random.uniform(0.05, 0.15))
             name = self.random.choice(list(self.workers))
-            if self.random.random() < 0.6:
+            if self.random.random() < 0.75:
                 self.signal(self.workers[name], signal.SIGKILL)
                 self.spawn(name)
                 self.counts["workers killed"] += 1
@@ -93,7 +94,7 @@ class Plant:
     async def pause(self, process: int) -> None:
         self.signal(process, signal.SIGSTOP)
         try:
-            await asyncio.sleep(LEASE * self.random.uniform(0.5, 3))
+            await asyncio.sleep(LEASE * self.random.uniform(0.5, 2.5))
         finally:
             self.signal(process, signal.SIGCONT)
 
@@ -222,6 +223,9 @@ def harness(
     finally:
         plant.close()
     done, twice, late = counted(folder / "log")
+    for line in (folder / "gateway.log").read_text().splitlines():
+        if '"trace"' in line or not line.startswith("{"):
+            print(line[:3000], file=sys.stderr)
     integrity, depths = asyncio.run(checked(where))
     found = {
         "jobs": jobs,

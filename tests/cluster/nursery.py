@@ -2,7 +2,8 @@
 
     python -m tests.cluster.nursery URL,URL SLOTS SECONDS LOG
 
-A worker is forked for each name that is read, and its process number printed. All end with this process.
+A worker is forked for each name that is read, w and a number, and its process number printed; those of odd numbers do
+not stop when they are told to. All end with this process.
 """
 
 from __future__ import annotations
@@ -22,13 +23,21 @@ from tests.cluster.fake import Fake
 DEATH = 1  # PR_SET_PDEATHSIG
 
 
+class Stubborn(Worker):
+    """Does not stop when it is told to: only the fence stands between its late results and the job."""
+
+    def _stop(self, id: str) -> None:
+        pass
+
+
 def work(urls: list[str], name: str, slots: int, seconds: float, log: str) -> None:
     ctypes.CDLL(None).prctl(DEATH, signal.SIGKILL)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     logs.set_up("debug", as_json=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     try:
-        asyncio.run(Worker(Fake(seconds=seconds), urls, name=name, slots=slots).run())
+        kind = Stubborn if int(name[1:]) % 2 else Worker
+        asyncio.run(kind(Fake(seconds=seconds), urls, name=name, slots=slots).run())
     except MoesaicError as error:
         print(error, file=sys.stderr)
 

@@ -45,6 +45,7 @@ def idle(engine):
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.blocks)
     engine._scheduler.blocks.check([])
+    assert not engine._streams and not engine._cancelled
 
 
 class Passing:
@@ -234,9 +235,9 @@ def test_what_has_ended_ends_without_a_step(model, request_, given, reason, stop
     assert done.prompt_tokens == len(request_.ids)
     assert list(stream) == []
     stream.cancel()
+    idle(engine)
     assert not engine.step()
     assert counted.ran == 0
-    idle(engine)
 
 
 def test_what_has_ended_takes_no_place_in_the_queue(model):

@@ -205,6 +205,8 @@ def test_named_origins_are_let_in_and_never_with_credentials():
             assert answer.status_code == 200
             assert answer.headers["access-control-allow-origin"] == shown
             assert "access-control-allow-credentials" not in answer.headers
+            assert "idempotency-key" in answer.headers["access-control-allow-headers"]  # our own client sends one
+            assert "retry-after" in answer.headers["access-control-expose-headers"]
     guard = Guard(Settings(cors_origins=("https://a.example",)), Keys())
     scope = {"method": "DELETE", "headers": [(b"host", b"localhost"), (b"origin", b"https://b.example")]}
     with pytest.raises(Forbidden):

@@ -36,7 +36,6 @@ AT_ONCE = 256
 APPLICATION = 0x4D6F6573
 """Says in the file's head that it is one of jobs."""
 _PRAGMAS = (
-    "locking_mode = EXCLUSIVE",
     "journal_mode = WAL",
     "synchronous = FULL",
     "wal_autocheckpoint = 1000",
@@ -263,6 +262,9 @@ def _connect(path: Path) -> sqlite3.Connection:
     """Return a connection to a sound file of jobs of this version, made here if the file is empty."""
     connection = sqlite3.connect(path, timeout=1.0, isolation_level=None)
     try:
+        connection.execute(
+            "PRAGMA locking_mode = EXCLUSIVE"
+        )  # before the first look: from then on nobody else comes in
         empty = not connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]
         if not empty and connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
             raise StoreError(f"{path} holds something else: name another file")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from moesaic import registry
+from moesaic.cluster import queue
 from tests.cluster.queue.places import File, Place, Sync
 from tests.cluster.queue.server import Database, Server
 
@@ -31,7 +33,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[File]:
     file.close()
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=registry.names(queue.FOLDER))
 def place(request: pytest.FixtureRequest) -> Place:
     place: Place = request.getfixturevalue({"sqlite": "file", "postgres": "database"}[request.param])
     return place

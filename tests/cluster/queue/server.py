@@ -53,6 +53,7 @@ class Server:
         self._do("initdb", "-D", str(self._data), "-U", "tests", "-A", "trust", "-E", "UTF8", "--locale=C")
         with (self._data / "postgresql.conf").open("a") as settings:
             settings.write(f"listen_addresses = ''\nunix_socket_directories = '{self.folder}'\nport = {self.port}\n")
+            settings.write("recovery_init_sync_method = syncfs\n")  # or every restart reads the whole folder
         self.start()
 
     def _do(self, program: str, *arguments: str) -> None:

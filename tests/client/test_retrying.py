@@ -1,0 +1,118 @@
+"""When a client asks again, and when it gives up; against real connections where there is something to see."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from email.utils import formatdate
+from time import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.client import AsyncClient, Client, Retries, Timeouts
+from moesaic.client.replies import retry_after
+from moesaic.client.retrying import Attempts, passing
+from moesaic.errors import BadReply, ConnectionFailed, MoesaicError, Overloaded, TimedOut, Unavailable
+from tests.client.breaking import TEXT
+from tests.client.conftest import AT_ONCE
+
+
+def failed(status: int, wait: float | None = None) -> MoesaicError:
+    error = MoesaicError("no")
+    error.status, error.retry_after = status, wait
+    return error
+
+
+def test_which_errors_pass():
+    for status in (408, 409, 429, 502, 503):
+        assert passing(failed(status))
+    for status in (400, 401, 403, 404, 405, 413, 415, 422, 499, 500, 501, 504):
+        assert not passing(failed(status))
+    assert passing(failed(500, 1.0)) and passing(failed(504, 0.0)) and not passing(failed(400, 1.0))
+    assert passing(ConnectionFailed("x")) and not passing(BadReply("x")) and not passing(TimedOut("x"))
+
+
+@given(draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=12, max_size=12))
+def test_waits_grow_within_bounds_and_end(draws):
+    retries = Retries(tries=10, seconds=1e9, first=0.5, longest=8.0)
+    numbers, now = iter(draws), [0.0]
+    attempts = Attempts(retries, lambda: now[0], lambda: next(numbers))
+    for place in range(9):
+        wait = attempts.wait_after(failed(503))
+        assert wait == draws[place] * min(8.0, 0.5 * 2**place)
+        now[0] += wait
+    with pytest.raises(MoesaicError):
+        attempts.wait_after(failed(503))
+
+
+def test_what_the_server_says_comes_on_top_and_what_takes_too_long_fails_now():
+    now = [100.0]
+    attempts = Attempts(Retries(tries=99, seconds=10), lambda: now[0], lambda: 0.0)
+    assert attempts.wait_after(failed(429, 7.0)) == 7.0
+    now[0] += 7
+    assert attempts.wait_after(failed(429, 3.0)) == 3.0
+    with pytest.raises(MoesaicError):
+        attempts.wait_after(failed(429, 3.5))
+    attempts.progress()
+    assert attempts.wait_after(failed(429, 9.0)) == 9.0
+
+
+def test_retry_after():
+    assert retry_after(None) is None and retry_after("soon") is None and retry_after("nan") is None
+    assert retry_after("3") == 3.0 and retry_after("-1") == 0.0
+    assert 50 < (retry_after(formatdate(time() + 60, usegmt=True)) or 0) <= 60
+
+
+@pytest.mark.parametrize("status", ["503", "429+503+409", "408+502"])
+def test_a_server_that_recovers(breaking, http_client, status):
+    before = len(breaking.asked)
+    answer = Client(breaking.url(status=status), http=http_client, retries=AT_ONCE).chat("Hi")
+    assert (answer.text, answer.request_id) == (TEXT, "r1")
+    keys = [key for key, _ in breaking.asked[before:]]
+    assert len(keys) == status.count("+") + 2 and len(set(keys)) == 1 and len(keys[0]) == 36
+    with Client(breaking.url(status=status), http=http_client, retries=AT_ONCE).chat("Hi", stream=True) as stream:
+        assert stream.answer().text == TEXT
+    assert breaking.asked[-1][0] not in keys
+
+    async def main() -> None:
+        async with AsyncClient(breaking.url(status=status), retries=AT_ONCE) as client:
+            assert (await client.chat("Hi")).text == TEXT
+
+    asyncio.run(main())
+
+
+def test_one_that_does_not(breaking, http_client):
+    before = len(breaking.asked)
+    with pytest.raises(Unavailable, match="not now") as caught:
+        Client(breaking.url(status="503+" * 9 + "503"), http=http_client, retries=AT_ONCE).chat("Hi")
+    assert (caught.value.status, caught.value.request_id) == (503, "r1")
+    assert len(breaking.asked) == before + AT_ONCE.tries
+    with pytest.raises(MoesaicError) as caught:
+        Client(breaking.url(status=500), http=http_client, retries=AT_ONCE).chat("Hi")
+    assert caught.value.status == 500 and len(breaking.asked) == before + AT_ONCE.tries + 1
+
+
+def test_a_wait_that_is_too_long_is_left_to_the_caller(breaking, http_client):
+    client = Client(breaking.url(status=429, after=3600), http=http_client)
+    with pytest.raises(Overloaded) as caught:
+        client.chat("Hi")
+    assert caught.value.retry_after == 3600
+    assert Client(breaking.url(status=429, after=0), http=http_client, retries=AT_ONCE).chat("Hi").text == TEXT
+
+
+def test_connections_that_break_before_the_answer(breaking, http_client):
+    assert Client(breaking.url(drop=2), http=http_client, retries=AT_ONCE).chat("Hi").text == TEXT
+    for how in ("eof", "reset"):
+        assert Client(breaking.url(cut=9, how=how), http=http_client, retries=AT_ONCE).chat("Hi").text == TEXT
+    with pytest.raises(ConnectionFailed):
+        Client(breaking.url(drop=2), http=http_client, retries=replace(AT_ONCE, tries=2)).chat("Hi")
+
+
+def test_an_answer_that_does_not_begin(breaking, scripted):
+    scripted.door.script.pause = 60.0
+    client = Client(scripted.url, timeouts=Timeouts(first_byte=0.2), retries=AT_ONCE)
+    with client, pytest.raises(TimedOut, match="first_byte"):
+        client.chat("Hi")
+    assert len(scripted.door.asked) == 1

@@ -1,0 +1,270 @@
+"""A file's faults: disks that are full, statements that fail, files that are something else. Nothing is half done."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.cluster import queue
+from moesaic.cluster.jobs import Bounds, Record
+from moesaic.cluster.queue import _disk, sqlite
+from moesaic.cluster.queue._steps import Outcome, Statement
+from moesaic.errors import InvalidParameter, MoesaicError, StorageFull, StoreError, Unavailable
+from tests.cluster.queue.places import File, Sync, hold, job
+
+
+class Faulty(sqlite3.Connection):
+    """Fails at the k-th statement from when it was armed; after that all is well again."""
+
+    left = 0
+    error: Exception = sqlite3.OperationalError("disk I/O error")
+
+    def _count(self) -> None:
+        Faulty.left -= 1
+        if Faulty.left == 0:
+            raise Faulty.error
+
+    def execute(self, *values: Any) -> sqlite3.Cursor:
+        self._count()
+        return super().execute(*values)
+
+    def executemany(self, *values: Any) -> sqlite3.Cursor:
+        self._count()
+        return super().executemany(*values)
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite.sqlite3, "connect", lambda *values, **named: connect(*values, factory=Faulty, **named))
+    return Faulty
+
+
+def in_one_transaction(store: Sync, begin: Callable[[], None], *waiting: Awaitable[Any]) -> list[Any]:
+    """Have operations wait behind one that holds up the owner, so that they share a transaction."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def gate() -> Any:
+        yield Statement("SELECT 1")
+        entered.set()
+        go_on.wait()
+        return Outcome(None)
+
+    async def enqueue() -> None:
+        entered.wait()
+        store.loop.call_soon(begin)
+        store.loop.call_soon(go_on.set)
+
+    return store.all(store.store.run(gate), enqueue(), *waiting)[2:]
+
+
+def run(store: Sync, sql: str) -> Any:
+    """Run a statement as an operation of the store's."""
+
+    def steps() -> Any:
+        rows = yield Statement(sql)
+        return Outcome(rows)
+
+    return store.run(steps)
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), MemoryError("no more")])
+def test_whichever_statement_fails_nothing_is_half_done(faulty, tmp_path, error):
+    """For every k, the k-th statement of a transaction fails: what was acknowledged has happened, what failed has not,
+    and doing all of it again brings everything to where it should be."""
+    faulty.error = error
+    k, found, failures = 0, [error], []
+    while any(isinstance(each, Exception) for each in found):
+        k += 1
+        (tmp_path / str(k)).mkdir()
+        place = File(tmp_path / str(k))
+        store = place.open()
+        for id in "xyz":
+            store.submit(job(id))
+        x, y = (hold(lease) for lease in store.lease("w", ["m"], 2))
+
+        def arm(k: int = k) -> None:
+            faulty.left = 2 + k  # the gate's own RELEASE and COMMIT go first
+
+        def calls(store: Sync = store, x: Any = x, y: Any = y) -> list[Awaitable[Any]]:
+            inner = store.store
+            return [
+                inner.submit(job("b", once="n")),
+                inner.append({x: Record(0, 2, b"ab")}),
+                inner.finish(y, "done", b"result", Record(0, 1, b"c")),
+                inner.cancel("z"),
+            ]
+
+        found = in_one_transaction(store, arm, *calls())
+        faulty.left = 0
+        failures.append([isinstance(each, Exception) for each in found])
+        assert all(isinstance(each, Unavailable | MemoryError) for each in found if isinstance(each, Exception))
+        assert store.check() == "ok"
+        happened = [
+            store.look("b") is not None,
+            store.look("x").logged == 2,
+            store.look("y").state == "done",
+            store.look("z").state == "cancelled",
+        ]
+        assert happened == [not failed for failed in failures[-1]]
+        assert store.all(*calls()) == ["b", {"x": 2}, True, "cancelled"]
+        assert (store.look("x").logged, store.look("y").logged, store.check()) == (2, 1, "ok")
+        place.close()
+    assert k > 20
+    assert [True] * 4 in failures, "a commit that fails takes all with it"
+    assert any(sum(each) == 1 for each in failures), "a statement that fails takes its operation with it"
+
+
+def test_a_full_disk_is_told_and_outlived(place, tmp_path):
+    if place.name != "sqlite":
+        pytest.skip("see test_postgres")
+    store = place.open()
+    store.submit(job("a"))
+    store.take()
+    [beat] = store.beats()
+    pages = run(store, "PRAGMA page_count")[0][0]
+    run(store, f"PRAGMA max_page_count = {pages + 3}")
+    found = store.all(*(store.store.submit(job(f"j{n}", body=bytes(9000))) for n in range(8)))
+    assert any(isinstance(each, StorageFull) for each in found)
+    assert all(isinstance(each, str | StorageFull) for each in found)
+    assert store.check() == "ok"
+    for n, each in enumerate(found):
+        assert (store.look(f"j{n}") is not None) == (each == f"j{n}")
+    assert store.finish(beat.hold, "done", b"small") is True  # what needs no room goes on
+    run(store, "PRAGMA max_page_count = 1000000")
+    again = store.all(*(store.store.submit(job(f"j{n}", body=bytes(9000))) for n in range(8)))
+    assert again == [f"j{n}" for n in range(8)]
+    assert store.check() == "ok"
+
+
+def test_a_connection_that_is_lost_is_made_anew(faulty, file, monkeypatch):
+    """Where even rolling back fails; and a connection that cannot be made is tried again."""
+    store = file.open()
+    store.submit(job("a"))
+    monkeypatch.setattr(
+        faulty, "execute", lambda self, *values: (_ for _ in ()).throw(sqlite3.OperationalError("gone"))
+    )
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            store.submit(job("b"))
+    monkeypatch.undo()
+    assert store.submit(job("b")) == "b"
+    assert store.look("a") is not None
+
+
+def test_what_is_committed_is_flushed(file):
+    """Whether it is, only a power cut would show; that it is asked for, the connection says."""
+    store = file.open()
+    names = ("synchronous", "journal_mode", "locking_mode", "wal_autocheckpoint", "journal_size_limit")
+    found = [run(store, f"PRAGMA {name}")[0][0] for name in names]
+    assert found == [2, "wal", "exclusive", 1000, 64 << 20]
+
+
+def test_a_file_has_one_store(file):
+    first = file.open()
+    with pytest.raises(Unavailable, match="in use by another gateway"):
+        file.open()
+    other = sqlite3.connect(file.where, timeout=0)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        other.execute("SELECT COUNT(*) FROM jobs")
+    other.close()
+    first.submit(job("a"))
+    first.close()
+    assert file.open().look("a") is not None
+
+
+def test_a_file_that_another_program_has_is_refused(file):
+    file.open().close()
+    other = sqlite3.connect(file.where)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(Unavailable, match="in use by another program"):
+        file.open()
+    other.close()
+    assert file.open().check() == "ok"
+
+
+def test_a_file_of_another_version_is_refused(file):
+    store = file.open()
+    run(store, "UPDATE store SET version = 99")
+    store.close()
+    with pytest.raises(StoreError, match="is of version 99"):
+        file.open()
+
+
+def another_database(path: Path) -> None:
+    other = sqlite3.connect(path)
+    other.execute("CREATE TABLE jobs (what TEXT)")
+    other.commit()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (another_database, "holds something else"),
+        (lambda path: path.write_text("a diary\n" * 999), "is damaged"),
+        (lambda path: path.mkdir(), "cannot be used"),
+    ],
+)
+def test_something_else_is_refused_and_left_alone(file, make, says):
+    path = Path(file.where)
+    make(path)
+    before = path.read_bytes() if path.is_file() else b""
+    for _ in range(2):
+        with pytest.raises(StoreError, match=says):
+            file.open()
+    assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+def test_a_damaged_file_is_refused(file):
+    store = file.open()
+    for n in range(200):
+        store.submit(job(f"j{n}", body=bytes(500)))
+    store.close()
+    path = Path(file.where)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20480] + bytes(8192) + whole[28672:])
+    with pytest.raises(StoreError, match="is damaged"):
+        file.open()
+
+
+def test_only_its_owner_may_read_it(file):
+    store = file.open()
+    store.submit(job("a"))
+    for path in Path(file.where).parent.iterdir():
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+MOUNTS = """22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 22 0:26 / /jobs rw,relatime shared:9 master:2 - nfs4 server:/jobs rw,vers=4.2
+31 22 0:27 / /odd
+"""
+
+
+def test_what_lies_on_the_network_is_refused(tmp_path):
+    assert _disk.kind(os.makedev(254, 0), MOUNTS) == "ext4"
+    assert _disk.kind(os.makedev(0, 26), MOUNTS) == "nfs4"
+    assert _disk.kind(os.makedev(0, 27), MOUNTS) == _disk.kind(os.makedev(9, 9), MOUNTS) == ""
+    device = tmp_path.stat().st_dev
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS.replace("254:0", "9:9").replace("0:26", f"{os.major(device)}:{os.minor(device)}"))
+    with pytest.raises(StoreError, match="lies on nfs4"):
+        _disk.refuse_network(tmp_path, mounts)
+    _disk.refuse_network(tmp_path, tmp_path / "nothing")
+    _disk.refuse_network(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["", "mysql://somewhere/jobs"])
+def test_other_addresses_are_refused(file, where):
+    with pytest.raises(InvalidParameter):
+        file.loop.run_until_complete(queue.open(where, Bounds()))
+
+
+def test_refusals_are_of_one_tree():
+    assert all(issubclass(each, MoesaicError) for each in (StoreError, StorageFull, Unavailable))

@@ -1,0 +1,130 @@
+"""Gateways that are killed: whatever was acknowledged is there, and what is there is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.queue.places import File, Sync, job
+from tests.cluster.queue.server import Server
+
+
+def start(where: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.cluster.queue.child", where, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def said(lines: Sequence[str], what: str) -> set[str]:
+    """Return what a child has said, less a line that its death cut off."""
+    return {line.split()[1] for line in lines if line.startswith(f"{what} ") and line.endswith("\n")}
+
+
+def all_there(store: Sync, submitted: set[str], done: set[str]) -> None:
+    assert store.check() == "ok"
+    for id in submitted:
+        assert store.look(id) is not None, id
+    for id in done:
+        seen = store.look(id)
+        assert (seen.state, seen.result) == ("done", id.encode())
+        log = store.log(id)
+        ends = [record.start + record.count for record in log]
+        assert [record.start for record in log] == [0, *ends[:-1]]
+        assert (ends[-1], log[-1].blob) == (seen.logged, b"c")
+
+
+def test_killed_before_every_statement_and_after_every_commit(tmp_path):
+    """The making of the tables among them."""
+    with start(str(tmp_path), "--every") as child:
+        child.stdout.read()
+    assert child.returncode == 0
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(folders) > 70
+    for folder in folders:
+        lines = folder.with_suffix(".said").read_text().splitlines(keepends=True)
+        place = File(folder)
+        store = place.open()
+        all_there(store, said(lines, "submitted"), said(lines, "done"))
+        assert store.submit(job("after")) == "after"
+        place.close()
+
+
+def test_killed_at_random_again_and_again(tmp_path):
+    """One file outlives many gateways; the jobs of each are taken up by the next."""
+    draw = random.Random(7)
+    where = str(tmp_path / "jobs.db")
+    submitted: set[str] = set()
+    done: set[str] = set()
+    for life in range(8):
+        with start(where, "--name", f"g{life}", "--jobs", "9999", "--abreast", "8") as child:
+            lines = [child.stdout.readline()]
+            timer = threading.Timer(draw.uniform(0.05, 0.4), child.kill)
+            timer.start()
+            lines += child.stdout.readlines()
+            timer.join()
+        assert child.returncode == -signal.SIGKILL
+        submitted |= said(lines, "submitted")
+        assert not done & said(lines, "done"), "ended twice"
+        done |= said(lines, "done")
+    place = File(tmp_path)
+    store = place.open()
+    assert len(done) > 50
+    all_there(store, submitted, done)
+    store.release([beat.hold for beat in store.beats()])
+    left = store.lease("w", ["m"], 9999)
+    ended = {seen.job.id for seen in store.listed("done", 10**6)}
+    assert {lease.job.id for lease in left} | ended >= submitted
+    assert not {lease.job.id for lease in left} & ended
+    place.close()
+
+
+@pytest.mark.parametrize("gateways", [2])
+def test_postgres_killed_under_several_gateways(server: Server, database, gateways):
+    """The server goes down at once, twice, and comes back; gateways are killed too. Nothing acknowledged is lost."""
+    draw = random.Random(11)
+    submitted: set[str] = set()
+    done: set[str] = set()
+    for life in range(3):
+        with contextlib.ExitStack() as running:
+            children = [
+                running.enter_context(
+                    start(database.where, "--name", f"g{life}{n}", "--jobs", "9999", "--abreast", "8")
+                )
+                for n in range(gateways)
+            ]
+            lines = [child.stdout.readline() for child in children]
+            threading.Event().wait(draw.uniform(0.3, 0.8))
+            server.stop("immediate")
+            for child in children:
+                child.kill()
+                lines += child.stdout.readlines()
+            server.start()
+        ended = said(lines, "done")
+        assert ended and not done & ended
+        submitted |= said(lines, "submitted")
+        done |= ended
+    all_there(database.open(), submitted, done)
+
+
+def test_a_file_has_one_gateway(tmp_path: Path):
+    """Also between processes; and it is free again once its gateway is dead."""
+    where = str(tmp_path / "jobs.db")
+    with start(where, "--jobs", "99999") as first:
+        assert first.stdout.readline() == "open\n"
+        second = subprocess.run(
+            [sys.executable, "-m", "tests.cluster.queue.child", where], capture_output=True, text=True, check=False
+        )
+        first.kill()
+        first.stdout.read()
+    assert second.returncode == 1
+    assert "in use by another gateway: stop it" in second.stderr
+    place = File(tmp_path)
+    assert place.open().check() == "ok"
+    place.close()

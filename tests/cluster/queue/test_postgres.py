@@ -1,0 +1,244 @@
+"""PostgreSQL's faults, and several gateways on one database."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import asyncpg
+import pytest
+
+from moesaic.cluster import queue
+from moesaic.cluster.jobs import Bounds, Hold
+from moesaic.cluster.queue import postgres
+from moesaic.errors import StorageFull, StoreError, Unavailable
+from tests.cluster.queue.places import Sync, hold, job
+
+DEADLINE = 60.0
+
+
+def sooner_or_later(store: Sync, done: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    until = time.monotonic() + DEADLINE
+    while not done():
+        assert time.monotonic() < until
+        store.loop.run_until_complete(asyncio.sleep(0.02))
+
+
+def submits(store: Sync, id: str) -> bool:
+    try:
+        return bool(store.submit(job(id)) == id)
+    except Unavailable:
+        return False
+
+
+def test_gateways_never_share_a_job(database):
+    """Two lease at the same time, end some, give others back."""
+    stores = [database.open(), database.open()]
+    for n in range(120):
+        stores[n % 2].submit(job(f"j{n}", tenant=f"t{n % 3}"))
+    done: list[str] = []
+
+    async def work(store: Any, worker: str) -> None:
+        while leases := await store.lease(worker, ["m"], 3):
+            for n, lease in enumerate(leases):
+                if n == 2 and lease.fence < 4:
+                    await store.release([hold(lease)])
+                elif await store.finish(hold(lease), "done", worker.encode()):
+                    done.append(lease.job.id)
+
+    store = stores[0]
+    store.all(*(work(each.store, f"w{n}{i}") for n, each in enumerate(stores) for i in range(3)))
+    sooner_or_later(store, lambda: not store.beats())
+    assert sorted(done) == sorted(f"j{n}" for n in range(120))
+    assert store.check() == "ok"
+
+
+def test_names_and_bounds_hold_among_gateways(database):
+    bounds = Bounds(queued_per_tenant=5)
+    stores = [database.open(bounds).store for _ in range(3)]
+    one = database.open(bounds)
+    ids = one.all(*(stores[n % 3].submit(job(f"a{n}", tenant="t", once="n")) for n in range(60)))
+    assert len(set(ids)) == 1
+    found = one.all(*(stores[n % 3].submit(job(f"b{n}", tenant="u")) for n in range(60)))
+    assert sum(isinstance(each, str) for each in found) == 5
+    assert one.check() == "ok"
+
+
+def test_gateways_hear_of_each_other(database):
+    one, other = database.open(), database.open()
+    told: list[str] = []
+    own: list[str] = []
+    one.listen(told.extend)
+    other.listen(own.extend)
+    ids = [f"{n}-{'x' * 300}" for n in range(60)]  # more than one notification has room for
+    other.all(*(other.store.submit(job(id)) for id in ids))
+    sooner_or_later(one, lambda: "" in told)
+    other.lease("w", ["m"], 60)
+    sooner_or_later(one, lambda: set(told) == {"", *ids})
+    one.loop.run_until_complete(asyncio.sleep(0.2))
+    assert sorted(each for each in own if each) == sorted(ids), "what one did oneself is told once"
+
+
+def test_a_row_that_somebody_else_has_locked_is_passed_over(database):
+    store = database.open()
+    for n in range(3):
+        store.submit(job(f"j{n}"))
+
+    async def beside() -> list[str]:
+        connection = await asyncpg.connect(database.where)
+        try:
+            async with connection.transaction():
+                await connection.execute("SELECT FROM moesaic.jobs WHERE id = 'j0' FOR UPDATE")
+                return [lease.job.id for lease in await store.store.lease("w", ["m"], 2)]
+        finally:
+            await connection.close()
+
+    assert store.loop.run_until_complete(beside()) == ["j1", "j2"]
+    assert store.take(9) == ["j0"]
+
+
+def test_a_gateway_that_stands_still_does_not_stop_the_others(database, monkeypatch):
+    monkeypatch.setitem(postgres._SETTINGS, "idle_in_transaction_session_timeout", "500ms")
+    one, other = database.open(), database.open()
+    one.submit(job("a"))
+    connection = one.store._connection
+    one.loop.run_until_complete(connection.execute("BEGIN; SELECT FROM store FOR UPDATE"))
+    assert other.submit(job("b")) == "b"
+    sooner_or_later(one, lambda: submits(one, "c"))
+    assert one.check() == "ok"
+
+
+def test_a_server_that_goes_away_and_comes_back(server, database):
+    one, other = database.open(), database.open()
+    told: list[str] = []
+    one.listen(told.extend)
+    for n in range(20):
+        one.submit(job(f"j{n}"))
+    leases = one.lease("w", ["m"], 5)
+    server.stop("immediate")
+    try:
+        for _ in range(2):
+            found = one.all(*(one.store.submit(job(f"k{n}")) for n in range(100)))
+            assert {type(each) for each in found} == {Unavailable}
+        with pytest.raises(Unavailable):
+            database.open()
+    finally:
+        server.start()
+    for store in (one, other):
+        sooner_or_later(store, lambda store=store: submits(store, "back"))
+    assert one.renew([hold(lease) for lease in leases]) == {f"j{n}": "ok" for n in range(5)}
+    assert one.check() == "ok"
+    assert one.depths()["m"].queued == 16
+    told.clear()
+    other.cancel("back")
+    sooner_or_later(one, lambda: "back" in told or other.revive("x") or other.cancel("j19") is None)
+
+
+def test_a_connection_that_ends_in_the_middle(database):
+    """Whatever was not acknowledged is safe to repeat."""
+    store = database.open()
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'moesaic'"
+
+    async def submit(n: int) -> int:
+        failures = 0
+        while True:
+            try:
+                assert await store.store.submit(job(f"j{n}")) == f"j{n}"
+                return failures
+            except Unavailable:
+                failures += 1
+
+    async def cut() -> None:
+        connection = await asyncpg.connect(database.where)
+        for _ in range(5):
+            await asyncio.sleep(0.03)
+            await connection.execute(end)
+        await connection.close()
+
+    failures = store.all(cut(), *(submit(n) for n in range(300)))[1:]
+    assert sum(failures) > 0
+    assert store.depths()["m"].queued == 300
+    assert store.check() == "ok"
+
+
+RAISE = """CREATE FUNCTION moesaic.no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF NEW.id LIKE 'bad%' THEN RAISE EXCEPTION 'no room' USING ERRCODE = 'disk_full'; END IF; RETURN NEW; END $$"""
+AT_ONCE = "CREATE TRIGGER no BEFORE INSERT ON moesaic.jobs FOR EACH ROW EXECUTE FUNCTION moesaic.no()"
+AT_COMMIT = """CREATE CONSTRAINT TRIGGER no AFTER INSERT ON moesaic.jobs DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION moesaic.no()"""
+
+
+@pytest.mark.parametrize("when", [AT_ONCE, AT_COMMIT], ids=["statement", "commit"])
+def test_a_full_disk_is_told_and_outlived(server, database, when):
+    """Where a statement fails, its operation fails; where the commit does, all of them do."""
+    store = database.open()
+    server.sql(RAISE, database.database)
+    server.sql(when, database.database)
+    ids = ["a", "bad", "b"]
+    found = store.all(*(store.store.submit(job(id)) for id in ids))
+    failed = [isinstance(each, StorageFull) for each in found]
+    assert failed == ([False, True, False] if when == AT_ONCE else [True, True, True])
+    assert [store.look(id) is None for id in ids] == failed
+    assert store.submit(job("c")) == "c"
+    server.sql("DROP TRIGGER no ON moesaic.jobs", database.database)
+    sooner_or_later(store, lambda: submits(store, "bad"))
+    assert store.submit(job("a")) == "a"
+    assert store.check() == "ok"
+
+
+def test_what_is_committed_is_flushed(database):
+    """Whether it is, only a power cut would show; that it is asked for, the connection says."""
+    store = database.open()
+    ask = store.store._connection.fetchval
+    names = ("synchronous_commit", "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+    found = [store.loop.run_until_complete(ask(f"SHOW {name}")) for name in names]
+    assert found == ["on", "10s", "10s", "5s"]
+
+
+def test_a_database_of_another_version_is_refused(server, database):
+    database.open().close()
+    server.sql("UPDATE moesaic.store SET version = 99", database.database)
+    with pytest.raises(StoreError, match="is of version 99"):
+        database.open()
+
+
+def test_a_database_in_another_encoding_is_refused(server, database):
+    server.sql("CREATE DATABASE odd ENCODING 'SQL_ASCII' TEMPLATE template0")
+    with pytest.raises(StoreError, match="not in UTF8"):
+        database.loop.run_until_complete(queue.open(server.address("odd"), Bounds()))
+
+
+def test_a_user_who_may_not_make_tables_is_told(server, database):
+    server.sql("CREATE ROLE weak LOGIN")
+    where = database.where.replace("tests@", "weak@")
+    with pytest.raises(StoreError, match="allows too little"):
+        database.loop.run_until_complete(queue.open(where, Bounds()))
+
+
+def test_a_schema_that_is_there_is_enough(server, database):
+    server.sql("CREATE ROLE modest LOGIN")
+    server.sql("CREATE SCHEMA moesaic AUTHORIZATION modest", database.database)
+    where = database.where.replace("tests@", "modest@")
+    store = Sync(database.loop, database.loop.run_until_complete(queue.open(where, Bounds())))
+    assert store.submit(job("a")) == "a"
+    store.close()
+
+
+def test_gateways_that_start_together_make_one_store(database):
+    async def several() -> list[Any]:
+        return await asyncio.gather(*(queue.open(database.where, Bounds()) for _ in range(5)))
+
+    stores = [Sync(database.loop, each) for each in database.loop.run_until_complete(several())]
+    stores[0].submit(job("a"))
+    assert stores[4].take() == ["a"]
+    assert stores[1].renew([Hold("a", 1)]) == {"a": "ok"}
+    for store in stores:
+        store.close()
+
+
+def test_nobody_there(database):
+    with pytest.raises(Unavailable):
+        database.loop.run_until_complete(queue.open("postgresql://tests@/x?host=/nowhere", Bounds()))
