@@ -131,7 +131,7 @@ async def _session(auth_key: str, job_type: str, server: str, name: str) -> Asyn
     try:
         import aiohttp
     except ImportError:
-        raise NotInstalled("work for AIME's server needs aiohttp: pip install 'moesaic[cluster]'") from None
+        raise NotInstalled("work for AIME's server needs aiohttp: pip install 'moesaic[worker]'") from None
     async with aiohttp.ClientSession(json_serialize=lambda value: msgspec.json.encode(value).decode()) as session:
         yield Line(session, server, name or f"{socket.gethostname()}#{os.getpid()}", job_type, auth_key)
 
