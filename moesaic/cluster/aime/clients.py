@@ -22,7 +22,7 @@ from moesaic.cluster.aime.parameters import checked
 from moesaic.cluster.aime.settings import Definition, model_of, together
 from moesaic.cluster.aime.visitors import Visitors
 from moesaic.cluster.desk import Desk, Progress
-from moesaic.door import Card, Load
+from moesaic.door import Answers, Card, Load
 from moesaic.errors import Forbidden, InvalidRequest, MoesaicError, NotFound, Unauthorized
 from moesaic.serve.dialects._openai import frame
 from moesaic.serve.exchange import Answer, Call, Endpoint, Failure, Streamed, Whole
@@ -197,8 +197,9 @@ class At:
         try:
             while True:
                 with contextlib.suppress(MoesaicError):  # the job's own error; what it is, its progress tells
-                    async for _ in await self._desk.follow(job, key.name):
-                        pass
+                    async with self._following(job, key) as answers:
+                        async for _ in answers:
+                            pass
                 found = await self._desk.progress(job, key.name)
                 if found.state in ENDED:
                     return found
@@ -207,6 +208,15 @@ class At:
             with contextlib.suppress(MoesaicError):
                 await asyncio.shield(self._desk.withdraw(job, key.name))
             raise
+
+    @contextlib.asynccontextmanager
+    async def _following(self, job: str, key: Key) -> AsyncIterator[Answers]:
+        """Follow a job; leaving it does not end it."""
+        answers = await self._desk.follow(job, key.name)
+        try:
+            yield answers
+        finally:
+            answers.cancel()
 
     async def progress(self, call: Call) -> Answer:
         """Tell how far a job is; take it back first if that is asked for."""
@@ -258,9 +268,10 @@ class At:
                 return
             shown_at = clock()
             with contextlib.suppress(MoesaicError):
-                answers = await self._desk.follow(found.id, key.name)
-                async for _ in answers:
-                    if clock() - shown_at >= PACE:
+                async with self._following(found.id, key) as answers:
+                    async for _ in answers:
+                        if clock() - shown_at < PACE:
+                            continue
                         shown = self._shown(call, key, await self._desk.progress(found.id, key.name))
                         if shown["job_state"] == "done":
                             break
