@@ -64,9 +64,10 @@ class Gateway(Foreman):
         return list(self.known.values())
 
     def load(self) -> Mapping[str, Load]:
+        loads = {name: Load() for name, depth in self.depths.items() if depth.queued} | dict(self.loads())
         return {
             name: replace(load, waiting=load.waiting + self.depths.get(name, Depth()).queued)
-            for name, load in self.loads().items()
+            for name, load in loads.items()
         }
 
     async def ask(self, ask: Ask) -> Following:
@@ -216,7 +217,11 @@ class Gateway(Foreman):
             live.error,
             live.submitted,
             live.begun,
+            live.finished,
         )
+
+    def workers(self, model: str) -> int:
+        return sum(model in session.models for session in self.crew.values())
 
     async def _find(self, id: str, tenant: str) -> Live:
         """Return a job, from the store if it must be; another tenant's is not there."""
