@@ -96,7 +96,7 @@ class AimeServer:
             if state is None:
                 return web.Response(status=500, text="KeyError")
             if state == "lapsed":
-                return web.json_response({})
+                return web.json_response(replies or {})
             self.updates.append(entry)
             cancelled = entry["job_id"] in self.cancel
             replies.append({"success": True} | ({"job_id": entry["job_id"], "canceled": True} if cancelled else {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from moesaic.cluster import foreman
 from moesaic.cluster.aime import crew
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
@@ -310,7 +311,8 @@ def test_an_old_worker_is_told_once_that_a_job_was_taken_back(client, worker):
     assert worker.finish(data, "One", 1)["cmd"] == "ok"
 
 
-def test_leases_are_kept_for_a_silent_worker(tmp_path):
+def test_leases_are_kept_for_a_silent_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(foreman, "STALL_SECONDS", 1.0)
     with gateway(tmp_path / "jobs.sqlite", lease=0.5) as server:
         client, worker = Client(server), AimeWorker(server)
         job = client.job()
@@ -375,6 +377,7 @@ def test_a_gateway_that_stops_gives_no_more_but_takes_what_is_done(tmp_path):
         job = client.job()
         [data] = worker.take()
         server.app.draining = True
-        assert worker.http.post("/worker_job_request", json={"auth": "x"}).status_code == 503
+        body = {"auth": "x", "job_type": "mixtral", "auth_key": "k", "request_timeout": 1}
+        assert worker.http.post("/worker_job_request", json=body).status_code == 503
         assert worker.finish(data, "Yes", 1)["cmd"] == "ok"
         assert client.progress(job).json()["job_result"]["text"] == "Yes"
