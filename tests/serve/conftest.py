@@ -166,9 +166,10 @@ def running(
     settings: Settings | None = None,
     keys: Keys | None = None,
     routes: Callable[[Any], Any] = lambda _: (),
+    port: int = 0,
 ) -> Iterator[Server]:
-    """Run a server over the door that ``make`` makes on its loop, with more ``routes``, on a free port of loopback."""
-    settings = replace(settings or Settings(), port=0)
+    """Run a server over the door that ``make`` makes on its loop, with more ``routes``, on loopback; 0: any port."""
+    settings = replace(settings or Settings(), port=port)
     listening = front.bind(settings)
     started: threading.Event = threading.Event()
     found: list[Any] = []
