@@ -68,6 +68,10 @@ class Desk(Protocol):
         """Cancel a job unless it has ended; return its state then."""
         ...
 
+    def workers(self, model: str) -> int:
+        """Return how many workers offer a model now."""
+        ...
+
 
 @dataclass(frozen=True)
 class Recruit:

@@ -231,7 +231,11 @@ class Gateway(Foreman):
             live.error,
             live.submitted,
             live.begun,
+            live.finished,
         )
+
+    def workers(self, model: str) -> int:
+        return sum(model in session.models for session in self.crew.values())
 
     async def _find(self, id: str, tenant: str) -> Live:
         """Return a job, from the store if it must be; another tenant's is not there."""

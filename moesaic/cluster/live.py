@@ -6,6 +6,7 @@ Knows events and their numbers. Does not know stores, workers or HTTP.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,8 @@ class Live:
     looked_at: float = 0.0
     submitted: float = 0.0
     begun: float = 0.0
+    finished: float = 0.0
+    """When it ended, if it did while this process was there; like those above in seconds since the epoch."""
     leased_at: float = 0.0
     """When the lease began, by the gateway's own clock."""
     version: int = 0
@@ -76,7 +79,7 @@ class Live:
     def end(self, outcome: Any = None, error: MoesaicError | None = None) -> None:
         """No more will come."""
         if not self.ended:
-            self.ended, self.outcome, self.error = True, outcome, error
+            self.ended, self.outcome, self.error, self.finished = True, outcome, error, time.time()
         self.tell()
 
     def tell(self) -> None:

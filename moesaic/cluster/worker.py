@@ -13,7 +13,6 @@ import random
 import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import aiohttp
@@ -138,13 +137,16 @@ class Worker:
         tries = 0
         while True:
             for url in self._gateways:
+                if self.stopped.is_set():  # a cancellation that comes together with an error is lost in it
+                    return
                 self._url = url.rstrip("/")
                 try:
                     await self._enlist()
                     tries = 0
                     await self._together(self._fetch(), self._send(), self._renew())
                 except PASSING as error:
-                    self._lost(error)
+                    if not self._draining:  # it has left, and is not known any more
+                        self._lost(error)
                 self.connected.clear()
                 if self.stopped.is_set():  # an error in a group hides that it was cancelled at the same time
                     return
@@ -319,7 +321,7 @@ class Worker:
         told = Told(wire.from_wire(each) for each in work.lease.log)
         if told.ended(ask.sampling.get("n") or 1):  # the last worker died between the last word and its "done"
             return
-        answers = await self._door.ask(replace(ask, resume=told.resume()))
+        answers = await self._door.ask(told.asked(ask))
         try:
             async for event in answers:
                 self._tell(work, told, [event, *answers.ready()])

@@ -162,17 +162,18 @@ def card_of(door: Door, name: str | None, *, strict: bool = False) -> Card:
     """Return the model that is meant.
 
     Raises:
-        NotFound: there is none of that name. Unavailable: there is none at all, as at a gateway without workers.
+        NotFound: there is none of that name.
+        Unavailable: there are none at all, as in a gateway that has just been started again.
     """
     cards = door.cards()
     if not cards:
-        raise Unavailable("no model is here yet: try again later, or start one with `moesaic worker`")
+        raise Unavailable("there is no model yet: try again later, or start one with `moesaic worker`")
     for card in cards:
         if name == card.name or name in card.aliases:
             return card
     if cards and (name is None or (name in STAND_INS and not strict)):
         return cards[0]
-    known = ", ".join(card.name for card in cards[:20]) or "none"
+    known = ", ".join(card.name for card in cards[:20])
     raise NotFound(f"the model {name!r:.120} does not exist; there is {known}")
 
 
