@@ -10,11 +10,6 @@ from contextlib import contextmanager
 
 import pytest
 
-HERE = "10.77.0.1"
-"""This process's address."""
-STORE = "10.77.0.2"
-"""The database's, so that it can be cut off from whoever may still talk to clients."""
-
 
 def _do(*command: str) -> bool:
     return subprocess.run(["ip", *command], capture_output=True, check=False).returncode == 0
@@ -26,7 +21,13 @@ class Network:
     def __init__(self, names: Sequence[str]) -> None:
         self._prefix = f"m{os.getpid() % 100000}"
         self._bridge = f"{self._prefix}b"
-        self.addresses = {name: f"10.77.0.{10 + place}" for place, name in enumerate(names)}
+        part = f"198.{18 + os.getpid() // 256 % 2}.{os.getpid() % 256}"  # RFC 2544's; a killed run leaves its own behind
+        self.subnet = f"{part}.0/24"
+        self.here = f"{part}.1"
+        """This process's address."""
+        self.store = f"{part}.2"
+        """The database's, so that it can be cut off from whoever may still talk to clients."""
+        self.addresses = {name: f"{part}.{10 + place}" for place, name in enumerate(names)}
 
     def make(self) -> bool:
         """Make it; return whether that was possible."""
@@ -34,7 +35,7 @@ class Network:
             return False
         bridge = self._bridge
         done = _do("link", "add", bridge, "type", "bridge") and _do("link", "set", bridge, "up")
-        done = done and all(_do("addr", "add", f"{each}/24", "dev", bridge) for each in (HERE, STORE))
+        done = done and all(_do("addr", "add", f"{each}/24", "dev", bridge) for each in (self.here, self.store))
         return done and all(self._join(place, name) for place, name in enumerate(self.addresses))
 
     def _join(self, place: int, name: str) -> bool:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.cluster.fake import answer
 from tests.cluster.harness import checked, counted
-from tests.cluster.network import HERE, STORE, Network, network
+from tests.cluster.network import Network, network
 from tests.cluster.queue.server import Database, Server
 
 SECONDS = 2.0
@@ -33,12 +33,12 @@ def database() -> Iterator[Database]:
     server.remove()
 
 
-def reachable(server: Server) -> None:
+def reachable(server: Server, net: Network) -> None:
     """Have the database listen on the network as well."""
     with (server.folder / "data" / "pg_hba.conf").open("a") as rules:
-        rules.write("host all all 10.77.0.0/24 trust\n")
+        rules.write(f"host all all {net.subnet} trust\n")
     with (server.folder / "data" / "postgresql.conf").open("a") as settings:
-        settings.write(f"listen_addresses = '{STORE}'\n")
+        settings.write(f"listen_addresses = '{net.store}'\n")
     server.stop("fast")
     server.start()
 
@@ -95,7 +95,7 @@ async def torment(net: Network, urls: list[str]) -> Asker:
     at = net.addresses
     workers = [at[name] for name in ("w0", "w2", "w4")]
     gateways = [at["g1"], at["g2"]]
-    cuts = [("g1", [STORE]), ("g2", [STORE]), *((name, gateways) for name in ("w0", "w2", "w4")), ("g1", workers)]
+    cuts = [("g1", [net.store]), ("g2", [net.store]), *((name, gateways) for name in ("w0", "w2", "w4")), ("g1", workers)]
     async with aiohttp.ClientSession() as session:
         asker = Asker(session, urls)
         working = [asyncio.ensure_future(asker.work()) for _ in range(12)]
@@ -112,8 +112,8 @@ async def torment(net: Network, urls: list[str]) -> Asker:
 
 def test_whatever_is_cut_nothing_is_lost_and_nothing_is_answered_twice(database, tmp_path):
     with network("g1", "g2", "w0", "w2", "w4") as net, contextlib.ExitStack() as stack:
-        reachable(database.server)
-        where = f"postgresql://tests@{STORE}:{database.server.port}/{database.database}"
+        reachable(database.server, net)
+        where = f"postgresql://tests@{net.store}:{database.server.port}/{database.database}"
         urls = [f"http://{net.addresses[name]}:8000" for name in ("g1", "g2")]
         log = stack.enter_context((tmp_path / "gateways.log").open("ab"))
 
@@ -153,5 +153,5 @@ def test_whatever_is_cut_nothing_is_lost_and_nothing_is_answered_twice(database,
         said = (tmp_path / "gateways.log").read_text()
         integrity, left = asyncio.run(checked(database.server.address(database.database)))
     assert not asker.wrong and asker.right.total() > 100 and asker.again > 0, asker.wrong[:3]
-    assert (twice, integrity, left) == (0, "ok", {}), (done, HERE)
+    assert (twice, integrity, left) == (0, "ok", {}), done
     assert "upkeep broke" not in said and '"trace"' not in said
