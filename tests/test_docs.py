@@ -42,11 +42,12 @@ FLAGS = {
     "ngrok-edge num-shard otlp-endpoint otlp-service-name payload-limit prometheus-port quantize revision "
     "rope-factor rope-scaling shard-uds-path sharded speculate tokenizer-config-path trust-remote-code usage-stats "
     "validation-workers waiting-served-ratio watermark-delta watermark-gamma weights-cache-override",
-    "gateway": "allowed-host cors-origin crashes drain-timeout host insecure-no-auth jobs keys lease log-format "
-    "log-level max-body model otel port queue queue-per-key queue-timeout request-timeout tls-cert tls-key "
+    "gateway": "admin-port allowed-host cors-origin crashes drain-timeout host insecure-no-auth jobs keys lease "
+    "log-format log-level max-body model otel port queue queue-per-key queue-timeout request-timeout tls-cert tls-key "
     "trusted-proxy",
     "worker": "ca cache-tokens chat-format context device drain-timeout dtype format gateway insecure-plaintext key "
     "key-file kv-cache-dtype log-format log-level memory name queue sequences slots",
+    "admin": "ca insecure-plaintext json key key-file most request url",
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
     "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype",
     "pull": "sha256 to",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic import __version__
+from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
 from moesaic.cli.cluster import add_gateway, add_worker
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         add_serve,
         add_gateway,
         add_worker,
+        add_admin,
         add_keys,
         add_batch,
         _add_pull,

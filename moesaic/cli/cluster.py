@@ -8,12 +8,10 @@ import os
 import platform
 import secrets
 import signal
-import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from moesaic.cli import listening, serving
+from moesaic.cli import dialing, listening, serving
 from moesaic.cli.flags import Commands, add_command
 from moesaic.errors import EngineStopped, InvalidRequest, NotInstalled
 
@@ -23,6 +21,9 @@ if TYPE_CHECKING:
 
 LOST_ENGINE = 70
 """The exit code of a worker that cannot compute any more and wants to be started again (EX_SOFTWARE)."""
+
+
+VARIABLE = "MOESAIC_WORKER_KEY"
 
 
 def add_gateway(commands: Commands) -> None:
@@ -54,16 +55,25 @@ def add_gateway(commands: Commands) -> None:
         help="a request at hand when so many workers died, alone at last, is set aside (default 3)",
     )
     listening.add_flags(parser)
+    about = "routes for administrators: on this port of 127.0.0.1 and nowhere else (0: any free one)"
+    parser.add_argument("--admin-port", type=int, metavar="N", help=about)
     parser.set_defaults(host="127.0.0.1", port=8000)
 
 
 def _gateway(args: argparse.Namespace) -> int:
     listening.need_packages()
-    from moesaic.cluster import routes
+    from moesaic.cluster import admin, routes
+    from moesaic.cluster.figures import Figures
 
     if not args.lease > 0:
         raise InvalidRequest(f"--lease: is {args.lease:g}, expected more than 0")
-    return listening.serve(args, listening.settings(args), lambda: _open(args), routes.endpoints)
+    return listening.serve(
+        args,
+        listening.settings(args, admin_port=args.admin_port),
+        lambda: _open(args),
+        lambda gateway: (*routes.endpoints(gateway), *admin.endpoints(gateway)),
+        Figures,
+    )
 
 
 async def _open(args: argparse.Namespace) -> Gateway:
@@ -96,12 +106,9 @@ def add_worker(commands: Commands) -> None:
     serving.add_models(parser)
     work = parser.add_argument_group("work")
     work.add_argument("--gateway", action="append", metavar="URL", help="several: the next when one does not answer")
-    work.add_argument("--key", metavar="KEY", help="a worker's key; better: MOESAIC_WORKER_KEY or --key-file")
-    work.add_argument("--key-file", type=Path, metavar="FILE", help="where the key stands")
+    dialing.add_flags(work, VARIABLE, "a worker's")
     work.add_argument("--name", help="unique among the workers of a gateway; default: this machine's, and a random end")
     work.add_argument("--slots", type=int, metavar="N", help="jobs at once (default: --sequences, 64)")
-    work.add_argument("--ca", type=Path, metavar="FILE", help="certificates that the gateway's must come from, PEM")
-    work.add_argument("--insecure-plaintext", action="store_true", help="speak http:// to another machine")
     work.add_argument("--drain-timeout", type=float, default=30.0, metavar="S", help="after SIGTERM (default 30)")
     out = parser.add_argument_group("logs")
     out.add_argument("--log-format", choices=("json", "text"), default="json")
@@ -119,42 +126,11 @@ def _worker(args: argparse.Namespace) -> int:
     if not args.gateway:
         raise InvalidRequest("which gateway? --gateway URL")
     for url in args.gateway:
-        _check(url, plain=args.insecure_plaintext)
+        dialing.check("--gateway", url, plain=args.insecure_plaintext)
     args.batch_tokens = None
-    key, trusted = _key(args), _trusted(args.ca)
+    key, trusted = dialing.key(args, VARIABLE), dialing.trusted(args.ca)
     logs.set_up(args.log_level, as_json=args.log_format == "json")
     return asyncio.run(_work(args, key, trusted))
-
-
-def _check(url: str, *, plain: bool) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidRequest(f"--gateway: {url:.100} is no http:// or https:// address")
-    near = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
-    if parts.scheme == "http" and not near and not plain:
-        raise InvalidRequest(
-            f"--gateway: {url:.100} would carry prompts and keys unencrypted: take https://, or --insecure-plaintext"
-        )
-
-
-def _key(args: argparse.Namespace) -> str | None:
-    if args.key_file is None:
-        return args.key or os.environ.get("MOESAIC_WORKER_KEY")
-    try:
-        return str(args.key_file.read_text().strip())
-    except OSError as error:
-        raise InvalidRequest(f"{args.key_file}: cannot be read: {error.strerror}") from error
-
-
-def _trusted(ca: Path | None) -> Any:
-    if ca is None:
-        return True
-    try:
-        context = ssl.create_default_context(cafile=str(ca))
-    except (OSError, ssl.SSLError) as error:
-        raise InvalidRequest(f"{ca}: no certificates can be read from it") from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
 
 
 async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:

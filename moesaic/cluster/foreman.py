@@ -51,6 +51,7 @@ class Session:
     load: Mapping[str, Load] = field(default_factory=dict)
     apart: bool = False
     """Whether what it has are suspects, and nothing else is to be given to it."""
+    since: float = field(default_factory=time.time)
     heard: float = 0.0
     stepped: float = 0.0
     """When its engine was last seen to make progress, or had nothing to do."""
@@ -73,8 +74,8 @@ class Foreman:
         """Models of which suspects wait."""
         self.fenced = 0
         """Results and tokens that came too late, and did not count."""
-        self.lost = 0
-        """Leases that were lost."""
+        self.lost = self.dead = 0
+        """Leases that were lost, and jobs that were set aside because of it."""
         self.seconds = 1.0
         """What a job takes, as a running mean."""
         self._past: dict[str, Load] = {}  # what workers that have gone had counted
@@ -113,7 +114,9 @@ class Foreman:
         for card in recruit.cards:
             self.known[card.name] = replace(card, state="loaded")
         kept = {hold.id for hold in holds}
-        await self._lose([beat for beat in await self.store.beats() if _is_of(beat, recruit.name, kept)])
+        await self._lose(
+            [beat for beat in await self.store.beats() if beat.worker == recruit.name and beat.hold.id not in kept]
+        )
         log.info("a worker has come", extra={"worker": recruit.name, "models": session.models, "has": len(kept)})
         return {hold.id: self._how_far(await self._adopted(recruit.name, hold)) for hold in holds}
 
@@ -394,7 +397,7 @@ class Foreman:
             holds = {beat.hold for beat in beats}
             beats = [beat for beat in await self.store.beats() if beat.hold in holds]
         dead = await self.store.lose(beats)
-        self.lost += len(beats)
+        self.lost, self.dead = self.lost + len(beats), self.dead + len(dead)
         log.warning(
             "leases are lost", extra={"worker": beats[0].worker if beats else "", "jobs": len(beats), "dead": len(dead)}
         )
@@ -409,10 +412,6 @@ class Foreman:
             with contextlib.suppress(Unavailable):
                 ticks = await self.store.tick(ticks)
             await asyncio.sleep(TICK_SECONDS)
-
-
-def _is_of(beat: Beat, worker: str, kept: set[str]) -> bool:
-    return beat.worker == worker and beat.hold.id not in kept
 
 
 def _sum(one: Load, other: Load) -> Load:

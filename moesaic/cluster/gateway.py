@@ -22,9 +22,9 @@ import msgspec
 
 from moesaic.cluster import protocol
 from moesaic.cluster.desk import LEASE_SECONDS, Progress
-from moesaic.cluster.foreman import Foreman
-from moesaic.cluster.jobs import Depth, Job, Seen, State, Store
+from moesaic.cluster.jobs import Beat, Depth, Job, Seen, State, Store
 from moesaic.cluster.live import Following, Live
+from moesaic.cluster.roster import Roster
 from moesaic.door import Ask, Begun, Card, Ended, Load, Mark, Piece
 from moesaic.errors import Cancelled, MoesaicError, NotFound, Overloaded, PoisonedJob, Unavailable
 
@@ -38,7 +38,7 @@ GUESSED_TOKENS = 512
 """What an answer without a bound is taken to cost."""
 
 
-class Gateway(Foreman):
+class Gateway(Roster):
     """See ``door.Door``, ``desk.Desk`` and ``desk.Labour``. Made on the loop that it answers on."""
 
     def __init__(self, store: Store, models: Sequence[str] = (), lease_seconds: float = LEASE_SECONDS) -> None:
@@ -166,6 +166,14 @@ class Gateway(Foreman):
             if not live.once and not live.ended:
                 self.background(self._withdraw(live))
 
+    async def revive(self, id: str, model: str) -> bool:
+        """Queue a dead job again; return whether there was one."""
+        revived = await self.store.revive(id)
+        if revived:
+            self.lives.pop(id, None)  # who asks from now on waits for its end, and is not told of its death
+            self.wake_idle(model)
+        return revived
+
     async def _withdraw(self, live: Live) -> State:
         state = await self.store.cancel(live.id)
         if state == "cancelled":
@@ -242,6 +250,11 @@ class Gateway(Foreman):
             elif (live := self.lives.get(id)) and not live.ended and (self.store.shared or not live.worker):
                 self._changed.add(id)
                 self._looking.set()
+
+    async def _lose(self, beats: Sequence[Beat]) -> None:
+        await super()._lose(beats)
+        # The store told of those that are dead while they still had a worker, whose own news is not listened to.
+        self._on_news([beat.hold.id for beat in beats])
 
     async def _follow_others(self) -> None:
         while True:

@@ -36,9 +36,15 @@ FAILURES = {429: "overloaded", 503: "overloaded", 500: "generation", 504: "incom
 class Metrics:
     """The server's figures, as Prometheus reads them."""
 
-    def __init__(self, load: Callable[[], Mapping[str, Load]]) -> None:
+    def __init__(self, load: Callable[[], Mapping[str, Load]], more: Callable[[], Iterable[Metric]] = tuple) -> None:
+        """Begin at nothing.
+
+        Args:
+            load: how busy the models are.
+            more: what else there is to show, asked when somebody looks.
+        """
         self.registry = CollectorRegistry()
-        self._load = load
+        self._load, self._more = load, more
         self._labelled: dict[tuple[int, str], list[Histogram]] = {}
         self._tgi: dict[tuple[str, str], float] = {}
         model = ("model_name",)
@@ -124,6 +130,7 @@ class Metrics:
             for label, count in mine.items():
                 untyped.add_sample(name, {"err": label} if label else {}, count)
             yield untyped
+        yield from self._more()
 
     def _totals(self, prefix: str, loads: Mapping[str, Load]) -> Iterable[Metric]:
         for name, field in (

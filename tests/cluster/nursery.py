@@ -3,7 +3,7 @@
     python -m tests.cluster.nursery URL,URL SLOTS SECONDS LOG
 
 A worker is forked for each name that is read, w and a number, and its process number printed; those of odd numbers do
-not stop when they are told to. All end with this process.
+not stop when they are told to. All end with this process. Their key is in ``MOESAIC_WORKER_KEY``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def work(urls: list[str], name: str, slots: int, seconds: float, log: str) -> No
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     try:
         kind = Stubborn if int(name[1:]) % 2 else Worker
-        asyncio.run(kind(Fake(seconds=seconds), urls, name=name, slots=slots).run())
+        key = os.environ.get("MOESAIC_WORKER_KEY")
+        asyncio.run(kind(Fake(seconds=seconds), urls, name=name, key=key, slots=slots).run())
     except MoesaicError as error:
         print(error, file=sys.stderr)
 

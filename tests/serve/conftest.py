@@ -166,8 +166,9 @@ def running(
     settings: Settings | None = None,
     keys: Keys | None = None,
     routes: Callable[[Any], Any] = lambda _: (),
+    figures: Callable[[Any], Any] = lambda _: tuple,
 ) -> Iterator[Server]:
-    """Run a server over the door that ``make`` makes on its loop, with more ``routes``, on a free port of loopback."""
+    """Run a server over the door that ``make`` makes on its loop, with more ``routes`` and ``figures``, at any port."""
     settings = replace(settings or Settings(), port=0)
     listening = front.bind(settings)
     started: threading.Event = threading.Event()
@@ -176,7 +177,7 @@ def running(
     async def main() -> None:
         made = make()
         door = await made if asyncio.iscoroutine(made) else made
-        app = App(door, settings, keys, more=routes(door))
+        app = App(door, settings, keys, more=routes(door), figures=figures(door))
         server = front.Server(front.configured(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listening])
