@@ -2,6 +2,7 @@
 #
 #   make chat               talk to the built-in model; ARGS="--temperature 0" passes flags on
 #   make serve              put it behind HTTP, with a web chat; ARGS="--port 8080" passes flags on
+#   make demo-cluster       a gateway and two workers on this machine; kill one, and its answers go on
 #   make test               the whole test suite; ARGS="tests/engine -x" runs a part of it
 #   make test-clients       real clients against a real server; downloads each into an environment of its own
 #   make check              lint, types and layers
@@ -13,13 +14,16 @@ BIN    := $(VENV)/bin
 # Torch first and pinned: a range would pull gigabytes of CUDA where there may be no GPU.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: chat serve test test-clients check clean
+.PHONY: chat serve demo-cluster test test-clients check clean
 
 chat: $(VENV)/installed
 	@$(BIN)/moesaic chat $(ARGS)
 
 serve: $(VENV)/installed-serve
 	@$(BIN)/moesaic serve --log-format text $(ARGS)
+
+demo-cluster: $(VENV)/installed-worker
+	@BIN=$(BIN) exec deploy/demo-cluster.sh
 
 test: $(VENV)/installed-test
 	@$(BIN)/python -m pytest $(ARGS)
@@ -43,6 +47,10 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/format
 
 $(VENV)/installed-serve: pyproject.toml $(VENV)/installed
 	@$(PIP) --editable '.[serve]' >&2
+	@touch $@
+
+$(VENV)/installed-worker: pyproject.toml $(VENV)/installed
+	@$(PIP) --editable '.[worker]' >&2
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml $(VENV)/installed

@@ -40,6 +40,8 @@ MAY = {
 """What each part may import besides ``errors`` and ``registry``; docs/architecture.md draws it."""
 WITHIN = {"cluster.queue": {"cluster.jobs"}}
 """What a folder of a part may import of its own part, besides itself."""
+ONLY = {("cluster", "serve"): ("cluster.routes", "cluster.admin", "cluster.aime")}
+"""Where only some modules of a part may import another part: a job or a worker knows no HTTP server."""
 REGISTRIES = ("formats", "ops", "models", "checkpoints", "bench.endpoints", "serve.dialects", "cluster.queue")
 
 
@@ -99,6 +101,9 @@ def offences(module: str, source: str) -> list[str]:
             inside = [f"moesaic.{each}" for each in (folder, *known)]
             if under(module, inside[:1]) and target == part and not under(name, inside):
                 found.append(f"{module} imports {name}")
+        some = ONLY.get((part, target))
+        if some is not None and not under(module, [f"moesaic.{each}" for each in some]):
+            found.append(f"{module} imports {name}")
         for registry in REGISTRIES:
             entry, sibling = (entry_of(each, f"moesaic.{registry}.") for each in (module, name))
             if entry and not entry.startswith("_") and sibling and not sibling.startswith("_"):
@@ -119,6 +124,7 @@ def test_an_upward_import_is_found_also_inside_a_function():
     assert offences("moesaic.cluster.queue.postgres", "from moesaic.cluster.queue import sqlite\n")
     assert offences("moesaic.cluster.queue._store", "import moesaic.cluster.gateway\n")
     assert offences("moesaic.cluster.jobs", "from moesaic.serve import app\n")
+    assert not offences("moesaic.cluster.routes", "from moesaic.serve import app\n")
     assert not offences("moesaic.cluster.queue.sqlite", "from moesaic.cluster.jobs import Store\n")
     assert not offences("moesaic.bench.endpoints.tgi", "from moesaic.bench.endpoints import _http, Ask\n")
     assert not offences("moesaic.models.llama", "from moesaic.models import _layers\n")

@@ -110,8 +110,11 @@ class App:
             await send({"type": "websocket.close", "code": 1003})
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while (await receive())["type"] == "lifespan.startup":
-            await send({"type": "lifespan.startup.complete"})
+        try:
+            while (await receive())["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+        except asyncio.CancelledError:  # told twice to stop: at once, and not an error that needs a trace
+            return
         await self.door.close()
         await send({"type": "lifespan.shutdown.complete"})
 
