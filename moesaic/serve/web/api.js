@@ -29,15 +29,19 @@ export class ApiError extends Error {
 /** @param {string} key @returns {Record<string, string>} */
 const authorization = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
 
+/** @param {string} path @param {RequestInit} options @returns {Promise<Response>} */
+const request = (path, options) => ask(new URL(path, BASE), options);
+
 /**
- * @param {string} path
+ * Asks the server for something; a refusal is thrown.
+ * @param {URL} address
  * @param {RequestInit} options
  * @returns {Promise<Response>}
  */
-async function request(path, options) {
+export async function ask(address, options) {
   let response;
   try {
-    response = await fetch(new URL(path, BASE), { credentials: "omit", cache: "no-store", ...options });
+    response = await fetch(address, { credentials: "omit", cache: "no-store", ...options });
   } catch (error) {
     if (/** @type {Error} */ (error).name === "AbortError") throw error;
     throw new ApiError("The server cannot be reached.");
