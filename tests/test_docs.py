@@ -48,6 +48,7 @@ FLAGS = {
     "worker": "ca cache-tokens chat-format context device drain-timeout dtype format gateway insecure-plaintext key "
     "key-file kv-cache-dtype log-format log-level memory name queue sequences slots",
     "admin": "ca insecure-plaintext json key key-file most request url",
+    "launch": "address cpus gpus program replicas to worker",
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
     "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype",
     "pull": "sha256 to",
