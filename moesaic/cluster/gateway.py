@@ -287,6 +287,7 @@ class Gateway(Roster):
         while True:
             await asyncio.sleep(LOOK_SECONDS / 4)
             now = self.clock()
+            self.forget_silent()
             with contextlib.suppress(Unavailable):
                 self.depths = await self.store.depths()
                 self.suspects = {model for model, depth in self.depths.items() if depth.suspects}

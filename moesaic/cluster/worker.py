@@ -116,7 +116,7 @@ class Worker:
         self._works: dict[str, Work] = {}
         self._dirty = asyncio.Event()
         self._renew_seconds, self._patience, self._url = LEASE_SECONDS * RENEWS, LEASE_SECONDS * PATIENCE, ""
-        self._draining = False
+        self._draining = self._leaving = False
         self._answered = time.monotonic()  # when a gateway last renewed what is here
         self._stepped = (time.monotonic(), -1)
         self.stopped = asyncio.Event()
@@ -151,6 +151,7 @@ class Worker:
         until = time.monotonic() + seconds
         while self._works and time.monotonic() < until:
             await asyncio.sleep(0.05)
+        self._leaving = True
         with contextlib.suppress(MoesaicError, *TROUBLE):
             claims = tuple(work.claim for work in self._works.values())
             await self._post("release", wire.Release(self._name, claims, leave=True), dict)
@@ -162,6 +163,10 @@ class Worker:
         tries = 0
         while True:
             for url in self._gateways:
+                # The gateway has let it go; and a task group whose work fails swallows what cancels it meanwhile.
+                if self._leaving or self.stopped.is_set():
+                    await self.stopped.wait()
+                    return
                 self._url = url.rstrip("/")
                 with contextlib.suppress(NotFound, Unavailable, Conflict, Overloaded, *TROUBLE):
                     await self._enlist()

@@ -94,10 +94,9 @@ def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 
 @contextlib.contextmanager
-def site(
-    folder: Path, *, slots: int = 2, step: float = 0.01, lease: float = 1.0, settings: Any = None
-) -> Iterator[Site]:
-    """Run a gateway over a file, and let workers be started: so many slots, so many seconds for a token."""
+def site(folder: Path, *, slots: int = 2, step: float = 0.01, lease: float = 1.0, crashes: int = 1) -> Iterator[Site]:
+    """Run a gateway over a file, and let workers be started: so many slots, so many seconds for a token; a
+    job that so many died of is dead."""
     written, kept = {}, []
     kinds: dict[str, Any] = {"ops": {"admin": True}, "rack": {"worker": True}, "anna": {"concurrent": 50}}
     for name, limits in kinds.items():
@@ -107,13 +106,13 @@ def site(
     keys.write(file, tuple(kept))
 
     async def made() -> Gateway:
-        return Gateway(await queue.open(str(folder / "jobs.sqlite"), Bounds(crashes=1)), ["fake"], lease)
+        return Gateway(await queue.open(str(folder / "jobs.sqlite"), Bounds(crashes=crashes)), ["fake"], lease)
 
     def offered(gateway: Gateway) -> Any:
         return (*routes.endpoints(gateway), *admin.endpoints(gateway))
 
     who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
-    with running(made, settings, who, offered, Figures) as server:
+    with running(made, None, who, offered, Figures) as server:
         command = [
             sys.executable,
             "-m",

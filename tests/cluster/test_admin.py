@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -14,8 +15,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic import cli
+from moesaic.cluster.worker import Worker
 from moesaic.serve import keys
-from tests.cluster.fake import answer
+from tests.cluster.fake import Fake, answer
 from tests.cluster.site import Site, site, until
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
@@ -222,6 +224,31 @@ def test_what_workers_say_of_themselves_cannot_drive_the_terminal(
     assert admin(here, "workers") == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\x07" not in shown and len(shown.splitlines()) == 2
+
+
+def test_a_worker_that_is_silent_is_struck_out(tmp_path: Path) -> None:
+    with site(tmp_path, lease=0.2) as here:
+        body = {"name": "w", "cards": [{"name": "fake"}]}
+        assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
+        assert [each["name"] for each in here.get("workers")["workers"]] == ["rack/w"]
+        here.spawn("w0")
+        until(lambda: "rack/w" not in here.gateway.crew)
+        assert [each["name"] for each in here.get("workers")["workers"]] == ["rack/w0"]
+
+
+def test_a_worker_that_leaves_does_not_come_again(here: Site) -> None:
+    async def come_and_go() -> None:
+        names = [f"w{number}" for number in range(20)]
+        crew = [Worker(Fake(), [here.url], name=name, key=here.written["rack"]) for name in names]
+        running = [asyncio.ensure_future(worker.run()) for worker in crew]
+        await asyncio.gather(*(worker.connected.wait() for worker in crew))
+        await asyncio.sleep(0.2)  # all wait for work
+        await asyncio.gather(*(worker.drain(1) for worker in crew))
+        await asyncio.gather(*running)
+
+    asyncio.run(come_and_go())
+    time.sleep(0.2)
+    assert list(here.gateway.crew) == []
 
 
 def test_figures(here: Site) -> None:

@@ -134,8 +134,9 @@ def test_nothing_that_a_worker_says_is_loaded_or_run(open_page: Open, here: Site
     evil = "<img src=//evil.example/x onerror=window.ran=1><script>window.ran=2</script>"
     cards = [{"name": evil}]
     body = {"name": evil, "cards": cards, "about": {evil: evil}}
-    assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
     page = open_page()
+    state(page, "takes requests")
+    assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
     row(page, "Workers", evil).first.wait_for()
     row(page, "Queues", evil).wait_for()
     assert page.locator("main img, main script").count() == 0 and page.evaluate("window.ran") is None
