@@ -33,6 +33,10 @@ READING = 256
 PACE = 0.015
 """Seconds between looks at what has come: a model that steps faster gives readers a few tokens at a time. Each look
 takes the engine's cores for a moment, and nobody sees the difference."""
+CROWD = 8
+"""Answers from which on the looks are further apart, since each takes longer; ..."""
+WIDEST = 3
+"""... up to so many times as far."""
 
 TOKENIZERS = 2
 """Threads that tokenize."""
@@ -216,7 +220,8 @@ class Local:
     # and what follows on the loop's
 
     def _pace(self) -> None:
-        wait = self._looked + PACE - self._loop.time()
+        pace = PACE * min(WIDEST, max(1.0, len(self._running) / CROWD))
+        wait = self._looked + pace - self._loop.time()
         if wait > 0:
             self._loop.call_later(wait, self._pump)
         else:

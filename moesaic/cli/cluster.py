@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from moesaic.errors import EngineStopped, InvalidRequest, NotInstalled
 if TYPE_CHECKING:
     from moesaic.cluster.gateway import Gateway
     from moesaic.cluster.worker import Worker
+    from moesaic.door import Door
+    from moesaic.serve.exchange import Endpoint
 
 LOST_ENGINE = 70
 """The exit code of a worker that cannot compute any more and wants to be started again (EX_SOFTWARE)."""
@@ -54,6 +57,13 @@ def add_gateway(commands: Commands) -> None:
         metavar="N",
         help="a request at hand when so many workers died, alone at last, is set aside (default 3)",
     )
+    jobs.add_argument(
+        "--aime-endpoints",
+        action="append",
+        type=Path,
+        metavar="PATH",
+        help="endpoint files of AIME's server, or a folder of them",
+    )
     listening.add_flags(parser)
     about = "routes for administrators: on this port of 127.0.0.1 and nowhere else (0: any free one)"
     parser.add_argument("--admin-port", type=int, metavar="N", help=about)
@@ -63,17 +73,21 @@ def add_gateway(commands: Commands) -> None:
 def _gateway(args: argparse.Namespace) -> int:
     listening.need_packages()
     from moesaic.cluster import admin, routes
+    from moesaic.cluster.aime import clients, settings, workers
     from moesaic.cluster.figures import Figures
 
     if not args.lease > 0:
         raise InvalidRequest(f"--lease: is {args.lease:g}, expected more than 0")
-    return listening.serve(
-        args,
-        listening.settings(args, admin_port=args.admin_port),
-        lambda: _open(args),
-        lambda gateway: (*routes.endpoints(gateway), *admin.endpoints(gateway)),
-        Figures,
-    )
+    given = [found for path in args.aime_endpoints or () for found in settings.read(path)]
+    names = {each.name for each in given}
+    known = settings.together([*(each for each in settings.shipped() if each.name not in names), *given])
+
+    def all_routes(gateway: Gateway) -> Iterable[Endpoint]:
+        aime = [*clients.endpoints(gateway, known), *workers.endpoints(gateway, gateway, known, args.lease)]
+        return [*routes.endpoints(gateway), *aime, *admin.endpoints(gateway)]
+
+    bounds = listening.settings(args, admin_port=args.admin_port)
+    return listening.serve(args, bounds, lambda: _open(args), all_routes, Figures)
 
 
 async def _open(args: argparse.Namespace) -> Gateway:
@@ -107,6 +121,9 @@ def add_worker(commands: Commands) -> None:
     work = parser.add_argument_group("work")
     work.add_argument("--gateway", action="append", metavar="URL", help="several: the next when one does not answer")
     dialing.add_flags(work, VARIABLE, "a worker's")
+    work.add_argument("--api-server", metavar="URL", help="work for AIME's API server instead of a gateway")
+    work.add_argument("--api-auth-key", metavar="KEY", help="of AIME's server, for the job type; or MOESAIC_WORKER_KEY")
+    work.add_argument("--job-type", metavar="NAME", help="of AIME's server: mixtral, llama3, ...")
     work.add_argument("--name", help="unique among the workers of a gateway; default: this machine's, and a random end")
     work.add_argument("--slots", type=int, metavar="N", help="jobs at once (default: --sequences, 64)")
     work.add_argument("--drain-timeout", type=float, default=30.0, metavar="S", help="after SIGTERM (default 30)")
@@ -123,10 +140,12 @@ def _worker(args: argparse.Namespace) -> int:
         raise NotInstalled("a worker needs aiohttp: pip install 'moesaic[worker]'") from error
     from moesaic.serve import logs
 
-    if not args.gateway:
-        raise InvalidRequest("which gateway? --gateway URL")
-    for url in args.gateway:
-        dialing.check("--gateway", url, plain=args.insecure_plaintext)
+    if bool(args.gateway) == bool(args.api_server):
+        raise InvalidRequest("whom to work for? --gateway URL, or --api-server URL")
+    if args.api_server and not args.job_type:
+        raise InvalidRequest("which jobs of AIME's server? --job-type mixtral, or llama3, ...")
+    for url in args.gateway or [args.api_server]:
+        dialing.check("--gateway" if args.gateway else "--api-server", url, plain=args.insecure_plaintext)
     args.batch_tokens = None
     key, trusted = dialing.key(args, VARIABLE), dialing.trusted(args.ca)
     logs.set_up(args.log_level, as_json=args.log_format == "json")
@@ -141,6 +160,8 @@ async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
     slots = args.slots or args.sequences or Limits().sequences
     name = args.name or f"{platform.node()}-{secrets.token_hex(4)}"
     about = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
+    if args.api_server:
+        return await _work_for_aime(args, models, key or "", slots)
     worker = Worker(models, args.gateway, name=name, key=key, slots=slots, about=about, ssl=trusted)
     _obey_signals(worker, args.drain_timeout)
     try:
@@ -150,6 +171,18 @@ async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
 
         logging.getLogger("moesaic.worker").error("the engine was lost", extra={"why": str(error)})
         os._exit(LOST_ENGINE)  # its thread may be inside the model for ever
+    await models.close()
+    return 0
+
+
+async def _work_for_aime(args: argparse.Namespace, models: Door, key: str, slots: int) -> int:
+    from moesaic.cluster.aime import worker
+
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    given = {"slots": slots, "name": args.name or "", "stop": stop, "drain_seconds": args.drain_timeout}
+    await worker.work(models, args.api_server, args.job_type, args.api_auth_key or key, **given)
     await models.close()
     return 0
 

@@ -13,7 +13,7 @@ import msgspec
 
 from moesaic import __version__
 from moesaic.cluster import protocol as wire
-from moesaic.cluster.foreman import Session
+from moesaic.cluster.crew import Session
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Depth, Seen, State
 from moesaic.door import Load

@@ -68,13 +68,18 @@ class Desk(Protocol):
         """Cancel a job unless it has ended; return its state then."""
         ...
 
+    def workers(self, model: str) -> int:
+        """Return how many workers offer a model now."""
+        ...
+
 
 @dataclass(frozen=True)
 class Recruit:
     """A worker that offers itself."""
 
     name: str
-    """Unique among those that are there; one of the same name replaces it, and what that had is lost."""
+    """Unique among those that are there; one of the same name replaces it, and what that had is lost if it does not
+    have it."""
     cards: tuple[Card, ...]
     """What it offers."""
     slots: int = 1
@@ -83,6 +88,8 @@ class Recruit:
     """Machine, versions, backend: for administrators only."""
     owner: str = ""
     """The name of the key it came with."""
+    run: str = ""
+    """Another in each process of that name: one that comes again was not lost with what it does not know of."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,8 @@ class Labour(Protocol):
         """End a job with its last events, or with what was asked for, or an error; return whether it counted."""
         ...
 
-    async def release(self, worker: str, holds: Sequence[Hold]) -> None:
-        """Take leases back, without blame."""
+    async def release(self, worker: str, holds: Sequence[Hold], *, leave: bool = False) -> None:
+        """Take leases back, without blame; with ``leave`` the worker is given nothing any more."""
         ...
 
     async def dismiss(self, worker: str) -> None:

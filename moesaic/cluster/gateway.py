@@ -21,10 +21,11 @@ from typing import Any
 import msgspec
 
 from moesaic.cluster import protocol
-from moesaic.cluster.desk import LEASE_SECONDS, Progress
-from moesaic.cluster.jobs import Beat, Depth, Job, Seen, State, Store
+from moesaic.cluster.desk import LEASE_SECONDS, STALL_SECONDS, Progress
+from moesaic.cluster.jobs import Depth, Job, Seen, State, Store
 from moesaic.cluster.live import Following, Live
 from moesaic.cluster.roster import Roster
+from moesaic.cluster.saving import catch_up
 from moesaic.door import Ask, Begun, Card, Ended, Load, Mark, Piece
 from moesaic.errors import Cancelled, MoesaicError, NotFound, Overloaded, PoisonedJob, Unavailable
 
@@ -41,22 +42,29 @@ GUESSED_TOKENS = 512
 class Gateway(Roster):
     """See ``door.Door``, ``desk.Desk`` and ``desk.Labour``. Made on the loop that it answers on."""
 
-    def __init__(self, store: Store, models: Sequence[str] = (), lease_seconds: float = LEASE_SECONDS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        models: Sequence[str] = (),
+        lease_seconds: float = LEASE_SECONDS,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
         """Offer what workers bring.
 
         Args:
             store: where jobs are kept.
             models: names that are known before a worker has come.
             lease_seconds: a lease that is not renewed for so long is lost.
+            stall_seconds: so are those of a worker that has work and makes no step for so long.
         """
-        super().__init__(store, lease_seconds)
+        super().__init__(store, lease_seconds, stall_seconds)
         for name in models:
             self.known[name] = Card(name, state="unloaded")
         self.depths: Mapping[str, Depth] = {}
         store.listen(self._on_news)
-        self._changed: set[str] = set()
-        self._looking = asyncio.Event()
-        self._tasks = [asyncio.ensure_future(work()) for work in (self._follow_others, self._sweep)]
+        self.always(0.0, self._follow_others)
+        self.background(self._sweep())
+        self.always(LOOK_SECONDS / 4, self._sweep)
 
     # The door
 
@@ -64,7 +72,8 @@ class Gateway(Roster):
         return list(self.known.values())
 
     def load(self) -> Mapping[str, Load]:
-        return {
+        waiting = {name: Load(waiting=depth.queued) for name, depth in self.depths.items()}
+        return waiting | {
             name: replace(load, waiting=load.waiting + self.depths.get(name, Depth()).queued)
             for name, load in self.loads().items()
         }
@@ -90,9 +99,6 @@ class Gateway(Roster):
         return msgspec.convert(found, list[Mapping[str, float]])
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.stop()
         await self.store.close()
 
@@ -130,6 +136,8 @@ class Gateway(Roster):
             id = await self.store.submit(job)
         except BaseException as error:
             del self.lives[job.id]
+            if isinstance(error, asyncio.CancelledError) and not ask.once:  # it may be there, and nobody knows of it
+                self.background(self._unwanted(job.id))
             if isinstance(error, Overloaded | Unavailable) and error.retry_after is None:
                 error.retry_after = self._patience()
             raise
@@ -139,14 +147,17 @@ class Gateway(Roster):
         del self.lives[job.id]
         return await self._find(id, ask.tenant), True
 
+    async def _unwanted(self, id: str) -> None:
+        await self.store.cancel(id)
+
     def _new(self, id: str, model: str, tenant: str) -> Live:
         return Live(id, model, tenant, unread_since=self.clock(), submitted=time.time())
 
     def _patience(self) -> float:
         """Return in about how many seconds there may be room, so that not all come again at once."""
         queued = sum(depth.queued for depth in self.depths.values())
-        slots = max(1, sum(each.recruit.slots for each in self.crew.values()))
-        return max(1.0, min(60.0, 0.1 * queued * self.seconds / slots)) * random.uniform(0.8, 1.4)
+        wait = 0.1 * queued * self.seconds / max(1, self.slots())
+        return max(1.0, min(60.0, wait)) * random.uniform(0.8, 1.4)
 
     async def _done(self, kind: str, ask: Ask, pack: Any) -> Any:
         """Have something done that leaves no events, and return it."""
@@ -209,7 +220,7 @@ class Gateway(Roster):
                 texts[event.index] += event.text
                 tokens[event.index] += len(event.tokens)
         begun = (event.prompt_tokens for event in live.events if isinstance(event, Begun))
-        slots = sum(each.recruit.slots for each in self.crew.values() if live.model in each.models)
+        slots = self.slots(live.model)
         wait = None if not slots else self.seconds * (1 + seen.ahead / slots)
         return Progress(
             id,
@@ -224,7 +235,11 @@ class Gateway(Roster):
             live.error,
             live.submitted,
             live.begun,
+            live.finished,
         )
+
+    def workers(self, model: str) -> int:
+        return sum(model in session.models for session in self.crew.values())
 
     async def _find(self, id: str, tenant: str) -> Live:
         """Return a job, from the store if it must be; another tenant's is not there."""
@@ -248,23 +263,16 @@ class Gateway(Roster):
             if not id:
                 self.wake_idle()
             elif (live := self.lives.get(id)) and not live.ended and (self.store.shared or not live.worker):
-                self._changed.add(id)
-                self._looking.set()
-
-    async def _lose(self, beats: Sequence[Beat]) -> None:
-        await super()._lose(beats)
-        # The store told of those that are dead while they still had a worker, whose own news is not listened to.
-        self._on_news([beat.hold.id for beat in beats])
+                self.look_again([id])
 
     async def _follow_others(self) -> None:
-        while True:
-            await self._looking.wait()
-            self._looking.clear()
-            while self._changed:
-                live = self.lives.get(self._changed.pop())
-                if live is not None:
-                    with contextlib.suppress(Unavailable):
-                        await self._refresh(live)
+        await self.looking.wait()
+        self.looking.clear()
+        while self.changed:
+            live = self.lives.get(self.changed.pop())
+            if live is not None:
+                with contextlib.suppress(Unavailable):
+                    await self._refresh(live)
 
     async def _refresh(self, live: Live) -> None:
         """Catch up with the store."""
@@ -274,32 +282,28 @@ class Gateway(Roster):
             live.end(error=NotFound("the job was dropped"))
             return
         ended = seen.state not in ("queued", "leased")
-        if seen.logged > len(live.events) and (ended or not live.worker):
-            for record in await self.store.log(live.id, len(live.events)):
-                live.extend(record.start, protocol.unpack_events(record.blob))
-            live.kept = max(live.kept, seen.logged)
+        if seen.logged > live.kept and (ended or not live.worker):
+            catch_up(live, await self.store.log(live.id, live.kept))
         if ended and not live.ended:
+            live.cut(seen.logged)
             self.stop_job(live)
             conclude(live, seen)
 
     async def _sweep(self) -> None:
         """Look for what nobody told of, and forget what nobody needs."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS / 4)
-            now = self.clock()
-            self.forget_silent()
-            with contextlib.suppress(Unavailable):
-                self.depths = await self.store.depths()
-                self.suspects = {model for model, depth in self.depths.items() if depth.suspects}
-            old = [live for live in self.lives.values() if not live.worker and now - live.looked_at > LOOK_SECONDS]
-            for live in old:
-                if live.ended and not live.readers:
-                    del self.lives[live.id]
-                elif not live.ended and not live.readers and live.unread_since + GRACE_SECONDS < now:
-                    self.background(self._withdraw(live))
-                elif not live.ended and live.readers and self.store.shared:
-                    self._changed.add(live.id)
-                    self._looking.set()
+        now = self.clock()
+        self.depths = await self.store.depths()
+        self.suspects = {model for model, depth in self.depths.items() if depth.suspects}
+        for model in self.depths.keys() - self.known.keys():  # it was offered to the gateway that was here before
+            self.known[model] = Card(model, state="unloaded")
+        old = [live for live in self.lives.values() if not live.worker and now - live.looked_at > LOOK_SECONDS]
+        for live in old:
+            if live.ended and not live.readers:
+                del self.lives[live.id]
+            elif not live.ended and not live.readers and live.unread_since + GRACE_SECONDS < now:
+                self.background(self._withdraw(live))
+            elif not live.ended and live.readers and self.store.shared:
+                self.look_again([live.id])
 
 
 def conclude(live: Live, seen: Seen) -> None:

@@ -6,12 +6,13 @@ Knows events and their numbers. Does not know stores, workers or HTTP.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moesaic.door import Event
-from moesaic.errors import MoesaicError
+from moesaic.door import Ended, Event, Piece
+from moesaic.errors import MoesaicError, Unavailable
 
 
 @dataclass(eq=False)
@@ -39,6 +40,12 @@ class Live:
     looked_at: float = 0.0
     submitted: float = 0.0
     begun: float = 0.0
+    finished: float = 0.0
+    """When it ended, if it did while this process was there; like those above in seconds since the epoch."""
+    leased_at: float = 0.0
+    """When the lease began, by the gateway's own clock."""
+    version: int = 0
+    """Rises when what was told is taken back."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever writes this job's log."""
     _waiters: set[asyncio.Future[None]] = field(default_factory=set)
@@ -50,10 +57,29 @@ class Live:
             self.events.extend(fresh)
             self.tell()
 
+    def agree(self, start: int, events: Sequence[Event]) -> None:
+        """Take in what is on disk from number ``start`` on, which is not behind the last.
+
+        Where more was told than was on disk when the lease was lost, and this gateway was not asked where to go on,
+        the answer may have gone on otherwise: then what was told is taken back, and its readers have to ask again.
+        """
+        known = self.events[start : start + len(events)]
+        differs = (place for place, pair in enumerate(zip(known, events, strict=False)) if not _same(*pair))
+        if (place := next(differs, None)) is not None:
+            self.cut(start + place)
+        self.extend(start, events)
+
+    def cut(self, count: int) -> None:
+        """Take back what was told behind so many events."""
+        if len(self.events) > count:
+            del self.events[count:]
+            self.version += 1
+            self.tell()
+
     def end(self, outcome: Any = None, error: MoesaicError | None = None) -> None:
         """No more will come."""
         if not self.ended:
-            self.ended, self.outcome, self.error = True, outcome, error
+            self.ended, self.outcome, self.error, self.finished = True, outcome, error, time.time()
         self.tell()
 
     def tell(self) -> None:
@@ -84,24 +110,27 @@ class Following:
             known: whether the job was there before it was asked for.
         """
         self._live, self._leave, self._place, self._left = live, leave, 0, False
+        self._version = live.version
         self.job: tuple[str, bool] | None = (live.id, known)
         live.readers += 1
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         live = self._live
         while True:
-            while self._place < len(live.events):
+            while self._place < len(live.events) and self._version == live.version:
                 self._place += 1
                 yield live.events[self._place - 1]
-            if live.ended:
+            if live.ended or self._version != live.version:
                 break
             await live.changed()
         self._close()
+        if self._version != live.version:
+            raise Unavailable("the answer goes on otherwise than it was told: ask again, and read it from the start")
         if live.error is not None:
             raise live.error
 
     def ready(self) -> list[Event]:
-        events = self._live.events[self._place :]
+        events = self._live.events[self._place :] if self._version == self._live.version else []
         self._place += len(events)
         return events
 
@@ -114,3 +143,15 @@ class Following:
         if not self._left:
             self._left = True
             self._live.readers -= 1
+
+
+def _same(one: Event, other: Event) -> bool:
+    """Whether a reader of the one has read the other too; figures that go with them do not matter."""
+    if type(one) is not type(other) or one.index != other.index:
+        return False
+    if isinstance(one, Piece) and isinstance(other, Piece):
+        ids = [token.id for token in one.tokens] == [token.id for token in other.tokens]
+        return ids and one.text == other.text and one.calls == other.calls
+    if isinstance(one, Ended) and isinstance(other, Ended):
+        return one.reason == other.reason
+    return True

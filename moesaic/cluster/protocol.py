@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,9 @@ from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
 from moesaic.errors import InvalidRequest, MoesaicError
 
 T = TypeVar("T")
+
+Index = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+"""Of an answer among those of a request: what is counted by it must not grow at a worker's will."""
 
 # Events: arrays, since there is one for each token
 
@@ -37,20 +40,20 @@ class _Call(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Begun(msgspec.Struct, array_like=True, frozen=True, tag="b"):
-    index: int
+    index: Index
     prompt: tuple[_Mark, ...] = ()
     prompt_tokens: int = 0
 
 
 class _Piece(msgspec.Struct, array_like=True, frozen=True, tag="p"):
-    index: int
+    index: Index
     text: str = ""
     tokens: tuple[_Mark, ...] = ()
     calls: tuple[_Call, ...] = ()
 
 
 class _Ended(msgspec.Struct, array_like=True, frozen=True, tag="e"):
-    index: int
+    index: Index
     reason: Reason
     prompt_tokens: int
     generated_tokens: int
@@ -167,7 +170,9 @@ def error_of(fault: Fault) -> MoesaicError:
 
 # Messages between workers and gateways
 
-Claim = tuple[str, int]
+Count = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Claim = tuple[str, Number]
 """A job's id and the fence."""
 
 
@@ -176,9 +181,11 @@ class Enlist(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     cards: tuple[Card, ...]
-    slots: int = 1
+    slots: Count = 1
     about: dict[str, Any] = {}
     holds: tuple[Claim, ...] = ()
+    run: str = ""
+    """Another in each process, so that one that lost its connection is told from one that was started again."""
 
 
 class Enlisted(msgspec.Struct, frozen=True):
@@ -193,7 +200,7 @@ class Want(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /worker/lease``: answered when there is something to do or to stop, or after ``wait`` seconds."""
 
     name: str
-    free: int = 0
+    free: Count = 0
     wait: float = 20.0
 
 
@@ -233,8 +240,8 @@ class Part(msgspec.Struct, array_like=True, frozen=True):
     """Events of one job, from number ``start`` of its log on."""
 
     id: str
-    fence: int
-    start: int
+    fence: Number
+    start: Number
     events: list[Wire]
 
 
@@ -256,8 +263,8 @@ class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     id: str
-    fence: int
-    start: int = 0
+    fence: Number
+    start: Number = 0
     events: list[Wire] = []
     outcome: Any = None
     error: Fault | None = None

@@ -10,16 +10,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moesaic.cluster.crew import Session
 from moesaic.cluster.desk import Recruit
-from moesaic.cluster.foreman import Foreman, Session
+from moesaic.cluster.foreman import Foreman
 from moesaic.cluster.jobs import Hold, Lease
 from moesaic.errors import Forbidden, NotFound
 
 log = logging.getLogger("moesaic.cluster")
-
-
-SILENT = 6
-"""A worker that was not heard of for so many leases' time is gone, if its connection did not tell."""
 
 
 class Roster(Foreman):
@@ -77,13 +74,6 @@ class Roster(Foreman):
             session.drained = True  # else it would be given back at once what it is to give up
             await self.release(name, [Hold(id, fence) for id, fence in session.holds.items()])
         await self.dismiss(name)
-
-    def forget_silent(self) -> None:
-        """Strike out workers that have gone without a word; their leases are lost by themselves."""
-        now = self.clock()
-        for name, session in list(self.crew.items()):
-            if now - session.heard > SILENT * self.lease_seconds:
-                self._forget(name)
 
     def _known(self, name: str) -> None:
         if name not in self.crew and name not in self.drained | self.dismissed:

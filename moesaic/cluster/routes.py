@@ -82,7 +82,7 @@ class _Crew:
             raise InvalidParameter(
                 "cards" if said.slots > 0 else "slots", "a worker needs a model, and a slot for a job"
             )
-        recruit = Recruit(_name(call, said.name), said.cards, said.slots, said.about, call.key.name)
+        recruit = Recruit(_name(call, said.name), said.cards, said.slots, said.about, call.key.name, said.run)
         known, lease = await self._gateway.enlist(recruit, _holds(said.holds)), self._gateway.lease_seconds
         return Whole(wire.Enlisted(lease * RENEWS, lease, dict(known)))
 
@@ -131,7 +131,7 @@ class _Crew:
     async def release(self, call: Call) -> Answer:
         said: wire.Release = call.body
         name = _name(call, said.name)
-        await self._gateway.release(name, _holds(said.holds))
+        await self._gateway.release(name, _holds(said.holds), leave=said.leave)
         if said.leave:
             await self._gateway.dismiss(name)
         return Whole({})

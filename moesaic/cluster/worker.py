@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import logging
 import random
+import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import aiohttp
@@ -21,14 +22,17 @@ import msgspec
 from moesaic.cluster import protocol as wire
 from moesaic.cluster.desk import LEASE_SECONDS, RENEWS, STALL_SECONDS
 from moesaic.cluster.resume import Told
+from moesaic.cluster.work import Work
 from moesaic.door import Door, Event
 from moesaic.errors import (
     Conflict,
     EngineStopped,
     Forbidden,
+    InvalidRequest,
     MoesaicError,
     NotFound,
     Overloaded,
+    TooLarge,
     Unauthorized,
     Unavailable,
 )
@@ -43,46 +47,13 @@ WAIT = 20.0
 """Seconds that a question for work stays open."""
 PATIENCE = 6
 """After so many leases' time without a gateway, what was leased is somebody else's, and is not computed further."""
-KEPT_BYTES = 4 << 20
-"""What is kept of one job's events, about, before those that the gateway has on disk are dropped."""
-EVENT_BYTES = 64
-"""What an event takes, about."""
+MESSAGE_BYTES = 8 << 20
+"""Of a message to a gateway, about; it takes twice as many."""
 TROUBLE = (aiohttp.ClientError, TimeoutError, OSError)
+PASSING = (NotFound, Unavailable, Conflict, Overloaded, *TROUBLE)
+"""What ends a connection, and is tried again."""
 BLAMELESS = (Overloaded, Unavailable)
 """Errors that are this worker's affair and not the job's: it is given back."""
-
-
-@dataclass(eq=False)
-class Work:
-    """A job that is being done."""
-
-    lease: wire.Leased
-    events: list[wire.Wire] = field(default_factory=list)
-    first: int = 0
-    """The number of the first of them in the job's log."""
-    known: int = 0
-    """Up to which number the gateway has them."""
-    over: bool = False
-    """Whether nothing more comes."""
-    outcome: Any = None
-    error: wire.Fault | None = None
-    ending: bool = False
-    """Whether the end is being told."""
-    task: asyncio.Task[None] | None = None
-
-    @property
-    def claim(self) -> wire.Claim:
-        return self.lease.id, self.lease.fence
-
-    def unsent(self) -> list[wire.Wire]:
-        return self.events[self.known - self.first :]
-
-    def acknowledge(self, known: int, kept: int) -> None:
-        """The gateway has events up to the first number, on disk up to the second."""
-        self.known = max(self.first, known)
-        if kept > self.first and len(self.events) * EVENT_BYTES > KEPT_BYTES:
-            del self.events[: kept - self.first]
-            self.first = kept
 
 
 class Worker:
@@ -98,6 +69,7 @@ class Worker:
         slots: int = 16,
         about: Mapping[str, Any] | None = None,
         ssl: Any = True,
+        stall_seconds: float = STALL_SECONDS,
     ) -> None:
         """Prepare.
 
@@ -109,9 +81,12 @@ class Worker:
             slots: jobs at once.
             about: shown to administrators.
             ssl: what aiohttp checks certificates with.
+            stall_seconds: with work and no step for so long, the engine is given up.
         """
         self._door, self._gateways, self._name, self._slots = door, list(gateways), name, slots
-        self._about, self._ssl = dict(about or {}), ssl
+        self._about, self._ssl, self._stall_seconds = dict(about or {}), ssl, stall_seconds
+        self._run = secrets.token_hex(8)
+        self._trouble = ""  # why the last connection was lost
         self._headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
         self._works: dict[str, Work] = {}
         self._dirty = asyncio.Event()
@@ -139,6 +114,7 @@ class Worker:
                 for task in done:
                     task.result()
             finally:
+                self.stopped.set()
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -163,18 +139,31 @@ class Worker:
         tries = 0
         while True:
             for url in self._gateways:
-                # The gateway has let it go; and a task group whose work fails swallows what cancels it meanwhile.
-                if self._leaving or self.stopped.is_set():
+                if self._leaving:  # the gateway, which has let it go, would have a worker that never comes
                     await self.stopped.wait()
+                if self.stopped.is_set():  # a cancellation that comes together with an error is lost in it
                     return
                 self._url = url.rstrip("/")
-                with contextlib.suppress(NotFound, Unavailable, Conflict, Overloaded, *TROUBLE):
+                try:
                     await self._enlist()
                     tries = 0
                     await self._together(self._fetch(), self._send(), self._renew())
+                except PASSING as error:
+                    if not self._draining:  # it has left, and is not known any more
+                        self._lost(error)
                 self.connected.clear()
-            tries += 1
+            tries = min(tries + 1, 10)
             await asyncio.sleep(random.uniform(0.05, min(10.0, 0.1 * 2**tries)))  # full jitter
+
+    def _lost(self, error: BaseException) -> None:
+        """Say why there is no connection; once, as long as it is the same."""
+        why = f"{type(error).__name__}: {error}"[:300]
+        log.log(
+            logging.DEBUG if why == self._trouble else logging.WARNING,
+            "no gateway: trying again",
+            extra={"url": self._url, "why": why},
+        )
+        self._trouble = why
 
     async def _together(self, *work: Coroutine[Any, Any, None]) -> None:
         """Do several things for ever; the first error ends them all."""
@@ -183,29 +172,32 @@ class Worker:
                 for each in work:
                     group.create_task(each)
         except BaseExceptionGroup as errors:
-            first = _first(errors)
-            log.info("the gateway was lost", extra={"url": self._url, "why": repr(first)[:200]})
-            raise first from None
+            raise _first(errors) from None
 
-    async def _post(self, what: str, message: Any, kind: type[T], seconds: float = 10.0) -> T:
-        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=5)
+    async def _post(self, what: str, message: Any, kind: type[T], seconds: float = 0.0) -> T:
+        timeout = aiohttp.ClientTimeout(total=seconds or self._patience / PATIENCE / 2 + 2, sock_connect=5)
         body = msgspec.json.encode(message)
         url = f"{self._url}/worker/{what}"
         async with self._http.post(url, data=body, timeout=timeout, ssl=self._ssl) as answer:
             said = await answer.read()
             if answer.status != 200:
                 raise _refusal(answer.status, said)
+        try:
             return wire.decoded(msgspec.json.Decoder(kind), said)
+        except InvalidRequest as error:
+            raise Unavailable(f"{url} is no gateway, or something between has changed its answer") from error
 
     async def _enlist(self) -> None:
         cards = tuple(card for card in self._door.cards() if card.state != "failed")
-        claims = tuple(work.claim for work in self._works.values())
+        works = list(self._works.values())
+        claims = tuple(work.claim for work in works)
         said = await self._post(
-            "enlist", wire.Enlist(self._name, cards, self._slots, self._about, claims), wire.Enlisted
+            "enlist", wire.Enlist(self._name, cards, self._slots, self._about, claims, self._run), wire.Enlisted
         )
         self._renew_seconds, self._answered = said.renew_seconds, time.monotonic()
         self._patience = said.lease_seconds * PATIENCE
-        self._learn(said.known)
+        self._learn(works, said.known)
+        self._trouble = ""
         self.connected.set()
         self._dirty.set()
         log.info("enlisted", extra={"url": self._url, "models": [card.name for card in cards]})
@@ -216,17 +208,22 @@ class Worker:
             given = await self._post("lease", want, wire.Given, WAIT + 10)
             for id in given.stop:
                 self._stop(id)
+            if self._draining and given.leases:  # given in the same moment
+                claims = tuple((lease.id, lease.fence) for lease in given.leases)
+                await self._post("release", wire.Release(self._name, claims), dict)
+                continue
             for lease in given.leases:
                 self._begin(lease)
 
     async def _renew(self) -> None:
         while True:
-            claims = tuple(work.claim for work in self._works.values())
+            works = list(self._works.values())
+            claims = tuple(work.claim for work in works)
             said = await self._post("renew", wire.Renew(self._name, claims, dict(self._door.load())), wire.Renewed)
             self._answered = time.monotonic()
-            for id, held in said.held.items():
-                if held != "ok":
-                    self._stop(id)
+            for work in works:
+                if said.held.get(work.lease.id) != "ok" and self._works.get(work.lease.id) is work:
+                    self._stop(work.lease.id)
             await asyncio.sleep(self._renew_seconds)
 
     async def _send(self) -> None:
@@ -237,35 +234,57 @@ class Worker:
                 await asyncio.sleep(PACE)
                 self._dirty.clear()
                 for work in list(self._works.values()):
-                    if work.over and not work.ending:
+                    if work.over and not work.ending and work.fits(MESSAGE_BYTES):
                         work.ending = True
                         ends.create_task(self._end(work))
-                parts = [
-                    wire.Part(*work.claim, work.known, work.unsent())
-                    for work in self._works.values()
-                    if not work.over and work.unsent()
-                ]
-                if parts:
-                    self._learn((await self._post("tokens", wire.Tokens(self._name, parts), wire.Known)).known)
+                if parts := self._parts():
+                    works = [self._works[part.id] for part in parts]
+                    known = await self._post("tokens", wire.Tokens(self._name, parts), wire.Known)
+                    self._learn(works, known.known)
+
+    def _parts(self) -> list[wire.Part]:
+        """Return what is to be sent next, of all jobs together; the rest comes after it."""
+        parts, room = [], MESSAGE_BYTES
+        for work in self._works.values():
+            if work.ending or not work.unsent():
+                continue
+            part, size = work.part(room)
+            if not part.events and room == MESSAGE_BYTES:
+                work.fail(TooLarge("a part of the answer is larger than a message may be: ask for fewer figures"))
+            if part.events:
+                parts.append(part)
+                room -= size
+            if len(part.events) < len(work.unsent()) or work.over:
+                self._dirty.set()
+        return parts
 
     async def _end(self, work: Work) -> None:
         done = wire.Done(self._name, *work.claim, work.known, work.unsent(), work.outcome, work.error)
+        if len(msgspec.json.encode(done)) >= 2 * MESSAGE_BYTES:
+            work.fail(TooLarge("what was asked for is larger than a message may be: ask for less at a time"))
+            done = wire.Done(self._name, *work.claim, work.known, [], None, work.error)
         try:
             said = await self._post("done", done, wire.Counted)
         except BaseException:
             work.ending = False
             raise
-        self._works.pop(work.lease.id, None)
+        self._forget(work)
         what = "a job is done" if said.counted else "a result came too late"
         log.debug(what, extra={"job": work.lease.id, "fence": work.lease.fence})
 
-    def _learn(self, known: Mapping[str, tuple[int, int] | None]) -> None:
-        for id, how_far in known.items():
-            work = self._works.get(id)
-            if how_far is None:
-                self._stop(id)
-            elif work is not None:
-                work.acknowledge(*how_far)
+    def _learn(self, asked: Sequence[Work], known: Mapping[str, tuple[int, int] | None]) -> None:
+        """Take in what is known of these; one that has been leased anew since they were asked about is another."""
+        for work in asked:
+            if self._works.get(work.lease.id) is work:
+                how_far = known.get(work.lease.id)
+                if how_far is None:
+                    self._stop(work.lease.id)
+                else:
+                    work.acknowledge(*how_far)
+
+    def _forget(self, work: Work) -> None:
+        if self._works.get(work.lease.id) is work:
+            del self._works[work.lease.id]
 
     # Jobs
 
@@ -333,7 +352,7 @@ class Worker:
     async def _abandon(self, works: Sequence[Work]) -> None:
         """Do no more for these jobs, and give them back if that can be told."""
         for work in works:
-            self._works.pop(work.lease.id, None)
+            self._forget(work)
             if work.task is not None and work.task is not asyncio.current_task():
                 work.task.cancel()
         if works:
@@ -350,8 +369,10 @@ class Worker:
             steps = sum(each.steps for each in load)
             if steps != self._stepped[1] or not any(each.running for each in load):
                 self._stepped = now, steps
-            if now - self._stepped[0] > STALL_SECONDS:
-                raise EngineStopped(f"the engine has made no step for {STALL_SECONDS:g} s: start the worker again")
+            if now - self._stepped[0] > self._stall_seconds:
+                raise EngineStopped(
+                    f"the engine has made no step for {self._stall_seconds:g} s: start the worker again"
+                )
             if now - self._answered > self._patience and self._works:
                 log.warning("no gateway for too long: what was leased is dropped", extra={"jobs": len(self._works)})
                 for id in list(self._works):

@@ -189,6 +189,19 @@ class Call:
         self.app.keys.begin(self.key)
         self._begun += 1
 
+    def belongs_to(self, key: Key) -> None:
+        """Count the request as this key's, where only its body told whose it is.
+
+        Raises:
+            KeyExhausted: there is nothing left of the key's share.
+        """
+        begun, self._begun = self._begun, 0
+        for _ in range(begun):
+            self.app.keys.end(self.key, 0)
+        self.key = key
+        for _ in range(begun):
+            self.begin()
+
     def close(self, error: BaseException | None = None) -> None:
         """Take back what still runs, which ``error`` ended if anything did, and settle with the key."""
         for answers in self.running:

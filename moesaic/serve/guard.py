@@ -6,10 +6,11 @@ from headers. Knows ASGI scopes. Does not know what a route does.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from moesaic.errors import Forbidden, InvalidRequest, KeyExhausted, NotFound, Unauthorized
 from moesaic.serve.exchange import Scope
@@ -108,10 +109,20 @@ class Guard:
         """
         if not self._keys.wanted:
             return self._keys.owner(None)
+        with self.patience(scope):
+            return self._keys.owner(given_key(scope["headers"]))
+
+    @contextlib.contextmanager
+    def patience(self, scope: Scope) -> Iterator[None]:
+        """Watch over the look at a key: one that is found wrong (``Unauthorized``) is held against its address.
+
+        Raises:
+            KeyExhausted: too many wrong ones came from there.
+        """
         address = (scope.get("client") or ("", 0))[0]
         self._check_patience(address)  # before the key is looked at: the answer tells nothing about it
         try:
-            return self._keys.owner(_key(scope["headers"]))
+            yield
         except Unauthorized:
             self._note_wrong(address)
             raise
@@ -136,7 +147,7 @@ def _address(written: str) -> str | None:
         return None
 
 
-def _key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+def given_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     """Return the key that a request carries, as OpenAI's or as Anthropic's clients send it."""
     found = [value for name, value in headers if name in (b"authorization", b"x-api-key")]
     if len(found) != 1:

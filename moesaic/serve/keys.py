@@ -145,6 +145,10 @@ class Keys:
                 return found
         raise Unauthorized("a valid API key is needed: send it as `Authorization: Bearer KEY`")
 
+    def current(self, sha256: str) -> Key | None:
+        """Return the key of that digest as it is now; None if it is not let in any more."""
+        return self._by_digest.get(bytes.fromhex(sha256))
+
     def begin(self, key: Key) -> None:
         """Count a request as running.
 
@@ -167,6 +171,10 @@ class Keys:
         left = self._running.pop(key.name, 0) - 1
         if left > 0:
             self._running[key.name] = left
+        self.charge(key, tokens)
+
+    def charge(self, key: Key, tokens: int) -> None:
+        """Take what a request has cost from its key's share."""
         if bucket := self._tokens.get(key.name):
             bucket.wait(self._clock())
             bucket.take(tokens)

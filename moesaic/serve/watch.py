@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
-from moesaic.door import Answers, Ask, Begun, Ended, Event, Load
+from moesaic.door import Answers, Ask, Begun, Ended, Event, Load, Piece
 from moesaic.errors import Cancelled, MoesaicError, TimedOut, Unavailable
 from moesaic.serve.settings import Settings
 
@@ -210,16 +210,18 @@ class Watch:
     async def events(self, answers: Answers) -> AsyncIterator[Event]:
         """Yield the events, within the time that is allowed. The clock stands still for no one but a slow reader.
 
+        Pieces of an answer that came together are one: each one that is sent costs the engine's cores a moment.
+
         Raises:
             Unavailable: the request waited too long for its turn. TimedOut: its answer took too long.
         """
-        async with contextlib.aclosing(self.batches(answers, all_at_once=False)) as batches:
+        async with contextlib.aclosing(self.batches(answers, joined=True)) as batches:
             async for batch in batches:
                 for event in batch:
                     yield event
 
-    async def batches(self, answers: Answers, *, all_at_once: bool = True) -> AsyncGenerator[list[Event]]:
-        """Do the same, with all events together that can be had at once."""
+    async def batches(self, answers: Answers, *, joined: bool = False) -> AsyncGenerator[list[Event]]:
+        """Do the same, with all events together that can be had at once, and pieces as they were unless ``joined``."""
         source = aiter(answers)
         while True:
             try:
@@ -231,7 +233,9 @@ class Watch:
                 if not bound.expired():
                     raise
                 raise self._late() from None
-            batch = [event, *answers.ready()] if all_at_once else [event]
+            batch = [event, *answers.ready()]
+            if joined and len(batch) > 1:
+                batch = join(batch)
             for each in batch:
                 self._see(each)
             yield batch
@@ -260,13 +264,18 @@ class Watch:
         if isinstance(event, Ended):
             self._end(answer, event, now)
         elif event.tokens:
-            if answer.first is None:
-                answer.first = now
-                metrics.observe(metrics.first, self._model, now - self._begin)
-            else:
-                metrics.observe(metrics.between, self._model, (now - answer.last) / len(event.tokens))
-            answer.last = now
-            answer.tokens += len(event.tokens)
+            self._see_tokens(answer, len(event.tokens), now)
+
+    def _see_tokens(self, answer: Progress, count: int, now: float) -> None:
+        """Enter tokens that came together: each is as far from the one before as they are on average."""
+        metrics, gap = self._metrics, (now - answer.last) / count
+        answer.tokens += count
+        if answer.first is None:
+            answer.first, gap, count = now, 0.0, count - 1
+            metrics.observe(metrics.first, self._model, now - self._begin)
+        for _ in range(count):
+            metrics.observe(metrics.between, self._model, gap)
+        answer.last = now
 
     def _end(self, answer: Progress, event: Ended, now: float) -> None:
         """Enter the end of one answer; the last one's is that of the request."""
@@ -307,3 +316,19 @@ class Watch:
             generated = sum(each.tokens for each in self._answers.values())
             first = min(firsts) - self._begin if firsts else None
             self._span.end(reason, self._prompt_tokens, self._cached, generated, first)
+
+
+def join(events: Sequence[Event]) -> list[Event]:
+    """Return events with neighbouring pieces of one answer made one, but for those that call tools."""
+    out: list[Event] = []
+    for event in events:
+        last = out[-1] if out else None
+        if _is_text(event) and _is_text(last) and event.index == last.index:
+            out[-1] = Piece(event.index, last.text + event.text, (*last.tokens, *event.tokens))
+        else:
+            out.append(event)
+    return out
+
+
+def _is_text(event: Event | None) -> TypeGuard[Piece]:
+    return isinstance(event, Piece) and not event.calls

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from tests.clients.conftest import environment
-from tests.cluster.site import Site, site, until
+from tests.cluster.crewed import Site, site, until
 
 pytestmark = pytest.mark.clients
 ROOT = Path(__file__).parents[2]

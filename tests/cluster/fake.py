@@ -16,6 +16,8 @@ from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
 from moesaic.errors import InvalidRequest, NumericalError, PromptTooLong
 
 LONGEST = 4000
+SEED = 7
+"""Of an answer that was asked for without one."""
 
 
 def prompt_of(ask: Ask) -> str:
@@ -33,7 +35,7 @@ def text(ids: Sequence[int]) -> str:
     return "".join(f"{id:x} " for id in ids)
 
 
-def answer(prompt: str, seed: int, count: int, index: int = 0) -> str:
+def answer(prompt: str, seed: int = SEED, count: int = 16, index: int = 0) -> str:
     """Return what the fake says."""
     return text([token(prompt, seed, index, place) for place in range(count)])
 
@@ -45,32 +47,45 @@ class FakeAnswers:
 
     def __init__(self, door: Fake, ask: Ask) -> None:
         self._door, self._ask = door, ask
+        self._events: list[Event] = []
         self.cancelled = False
 
     def ready(self) -> list[Event]:
-        return []
+        events, self._events = self._events, []
+        return events
 
     def cancel(self) -> None:
         self.cancelled = True
-        self._door.running.discard(self)
+        if not self._door.stuck:  # as an engine that hangs hears nothing any more
+            self._door.running.discard(self)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
+        async for events in self._steps():
+            self._events += events
+            while self._events:
+                yield self._events.pop(0)
+
+    async def _steps(self) -> AsyncIterator[list[Event]]:
+        """Yield what comes together; the ends come with the last tokens, as a door promises."""
         door, ask = self._door, self._ask
-        prompt, n = prompt_of(ask), ask.sampling.get("n") or 1
+        prompt, n, seed = prompt_of(ask), ask.sampling.get("n") or 1, ask.sampling.get("seed", SEED)
         most = ask.sampling.get("max_tokens") or 16
-        for index in range(n):
-            yield Begun(index, (), len(prompt))
+        yield [Begun(index, (), len(prompt)) for index in range(n)]
         for place in range(most):
-            await door.step(prompt, place)
+            given = min(map(len, ask.resume), default=0)
+            if place >= given:  # what was told is read with the prompt, in one step
+                await door.step(prompt, place)
+            events: list[Event] = []
             for index in range(n):
-                id = token(prompt, ask.sampling["seed"], index, place)
-                given = ask.resume[index] if index < len(ask.resume) else ()
-                if place < len(given):
-                    assert given[place] == id, "an answer was resumed with what it never said"
-                yield Piece(index, text([id]), (Mark(id, text([id])),))
-        door.running.discard(self)
-        for index in range(n):
-            yield Ended(index, "length", len(prompt), most)
+                id = token(prompt, seed, index, place)
+                told = ask.resume[index] if index < len(ask.resume) else ()
+                if place < len(told):
+                    assert told[place] == id, "an answer was resumed with what it never said"
+                events.append(Piece(index, text([id]), (Mark(id, text([id])),)))
+            if place == most - 1:
+                door.running.discard(self)
+                events += [Ended(index, "length", len(prompt), most) for index in range(n)]
+            yield events
 
 
 class Fake:
@@ -82,13 +97,10 @@ class Fake:
         self.running: set[FakeAnswers] = set()
         self.asked: list[Ask] = []
         self.steps = 0
-        self._stuck = False
+        self.stuck = False
 
     async def step(self, prompt: str, place: int) -> None:
-        while self._stuck:
-            await asyncio.sleep(0.05)
         await asyncio.sleep(self._seconds)
-        self.steps += 1
         if place == 2:
             if "EXIT" in prompt:
                 os._exit(1)
@@ -96,8 +108,10 @@ class Fake:
                 os.kill(os.getpid(), signal.SIGSEGV)
             if "NAN" in prompt:
                 raise NumericalError("the model computed NaN or infinity")
-            if "HANG" in prompt:
-                self._stuck = True
+            self.stuck = self.stuck or "HANG" in prompt
+        while self.stuck:
+            await asyncio.sleep(0.05)
+        self.steps += 1
 
     def cards(self) -> Sequence[Card]:
         return [Card(self.model, ("fake-alias",), context=LONGEST)]

@@ -4,8 +4,9 @@ Every job is asked for over HTTP, half of them streamed, and asked for again und
 connection breaks. What must hold: every job is answered, with what its prompt and seed demand, and no job is counted as
 done under two fences. Late results must have been refused, or the run has shown nothing (kills alone make none).
 
-    python -m tests.cluster.harness --jobs 5000 --store sqlite
-    python -m tests.cluster.harness --jobs 500000 --store sqlite --out docs/results/kill-sqlite.json
+    python -m tests.cluster.harness --jobs 5000
+    python -m tests.cluster.harness --jobs 500000 --out docs/results/kills-sqlite.json
+    python -m tests.cluster.harness --jobs 20000 --calm     # nobody is killed: how many jobs a second?
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import aiohttp
 from moesaic.cluster import queue
 from moesaic.cluster.jobs import Bounds
 from tests.cluster.fake import answer
+from tests.cluster.nursery import Nursery
 
 LEASE = 1.0
 WORKERS = 16
@@ -44,45 +46,37 @@ CRASHES = 50
 class Plant:
     """A gateway and workers, and what is done to them."""
 
-    def __init__(self, folder: Path, where: str, seed: int) -> None:
-        self.folder, self.where = folder, where
+    def __init__(self, folder: Path, where: str, seed: int, gateway: str, kills: float) -> None:
+        self.folder, self.where, self.module, self.kills = folder, where, gateway, kills
         self.random = random.Random(seed)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.counts: collections.Counter[str] = collections.Counter()
-        self.workers: dict[str, int] = {}
         self.gateway = self._start()
-        command = [sys.executable, "-m", "tests.cluster.nursery", self.url, str(SLOTS), str(STEP), str(folder / "log")]
-        self.nursery = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.nursery = Nursery(self.url, folder / "log", slots=SLOTS, seconds=STEP)
         for number in range(WORKERS):
-            self.spawn(f"w{number}")
+            self.nursery.spawn(f"w{number}")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "moesaic.cli", "gateway", "--jobs", self.where, "--port", str(self.port)]
+        command = [sys.executable, "-m", self.module, "gateway", "--jobs", self.where, "--port", str(self.port)]
         command += ["--lease", str(LEASE), "--crashes", str(CRASHES), "--model", "fake", "--log-level", "warning"]
         with (self.folder / "gateway.log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log)
-
-    def spawn(self, name: str) -> None:
-        assert self.nursery.stdin and self.nursery.stdout
-        self.nursery.stdin.write(name + "\n")
-        self.nursery.stdin.flush()
-        self.workers[name] = int(self.nursery.stdout.readline())
 
     async def torment(self) -> None:
         """Kill and stop workers for ever, and now and then the gateway."""
         next_gateway = time.monotonic() + self.random.uniform(2, 4)
         while True:
             await asyncio.sleep(self.random.uniform(0.05, 0.15))
-            name = self.random.choice(list(self.workers))
-            if self.random.random() < 0.75:
-                self.signal(self.workers[name], signal.SIGKILL)
-                self.spawn(name)
+            name = self.random.choice(list(self.nursery.made))
+            if self.random.random() < self.kills:
+                self.nursery.signal(name, signal.SIGKILL)
+                self.nursery.spawn(name)
                 self.counts["workers killed"] += 1
             else:
-                asyncio.ensure_future(self.pause(self.workers[name])).add_done_callback(lambda _: None)
+                asyncio.ensure_future(self.pause(self.nursery.made[name])).add_done_callback(lambda _: None)
                 self.counts["workers stopped"] += 1
             if time.monotonic() > next_gateway:
                 self.gateway.kill()
@@ -92,23 +86,21 @@ class Plant:
                 next_gateway = time.monotonic() + self.random.uniform(2, 4)
 
     async def pause(self, process: int) -> None:
-        self.signal(process, signal.SIGSTOP)
+        signalled(process, signal.SIGSTOP)
         try:
             await asyncio.sleep(LEASE * self.random.uniform(0.5, 2.5))
         finally:
-            self.signal(process, signal.SIGCONT)
-
-    def signal(self, process: int, which: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, which)
+            signalled(process, signal.SIGCONT)
 
     def close(self) -> None:
-        for process in self.workers.values():
-            self.signal(process, signal.SIGKILL)
-        self.nursery.kill()
-        self.nursery.wait()
+        self.nursery.close()
         self.gateway.terminate()
         self.gateway.wait(30)
+
+
+def signalled(process: int, which: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, which)
 
 
 class Client:
@@ -117,6 +109,8 @@ class Client:
     def __init__(self, plant: Plant, session: aiohttp.ClientSession) -> None:
         self.plant, self.session = plant, session
         self.wrong: list[str] = []
+        self.told: collections.Counter[str] = collections.Counter()
+        """What was said where no answer was given."""
         self.answered = self.again = 0
         self.dead = 0
 
@@ -158,7 +152,8 @@ class Client:
         raise Broken
 
     def _broken(self, said: Any) -> Exception:
-        message = str(said.get("error", said))
+        message = str(said["error"]["message"]) if "error" in said else str(said)
+        self.told[message[:60]] += 1
         if "died of it" in message:
             self.dead += 1
         return Broken(message)
@@ -168,7 +163,7 @@ class Broken(Exception):
     """To be asked again."""
 
 
-async def run(jobs: int, plant: Plant, at_once: int, fingers: bool) -> Client:
+async def run(jobs: int, plant: Plant, at_once: int, show: bool, calm: bool) -> Client:
     timeout = aiohttp.ClientTimeout(total=None, sock_read=60)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         client = Client(plant, session)
@@ -177,10 +172,10 @@ async def run(jobs: int, plant: Plant, at_once: int, fingers: bool) -> Client:
         async def one() -> None:
             for number in todo:
                 await client.ask(number)
-                if fingers and number % 5000 == 0:
+                if show and number % 5000 == 0:
                     print(f"{client.answered} of {jobs}, {dict(plant.counts)}", file=sys.stderr, flush=True)
 
-        torment = asyncio.ensure_future(plant.torment())
+        torment = asyncio.ensure_future(asyncio.sleep(0) if calm else plant.torment())
         await asyncio.gather(*(one() for _ in range(at_once)))
         torment.cancel()
         return client
@@ -210,14 +205,32 @@ async def checked(where: str) -> tuple[str, dict[str, Any]]:
 
 
 def harness(
-    jobs: int, where: str | None = None, seed: int = 1, at_once: int = 96, show: bool = False
+    jobs: int,
+    where: str | None = None,
+    seed: int = 1,
+    at_once: int = 96,
+    show: bool = False,
+    gateway: str = "moesaic.cli",
+    kills: float = 0.75,
+    calm: bool = False,
 ) -> dict[str, Any]:
-    """Run it, and return what was found."""
+    """Run it, and return what was found.
+
+    Args:
+        jobs: how many.
+        where: the store; None: a file of its own.
+        seed: of what is done to whom.
+        at_once: clients.
+        show: whether to say how far it is.
+        gateway: the module that is run as one.
+        kills: the part of workers that are killed, and not stopped for a while.
+        calm: whether to do nothing to anybody.
+    """
     folder = Path(tempfile.mkdtemp())
     where = where or str(folder / "jobs.sqlite")
-    plant, begun = Plant(folder, where, seed), time.monotonic()
+    plant, begun = Plant(folder, where, seed, gateway, kills), time.monotonic()
     try:
-        client = asyncio.run(run(jobs, plant, at_once, show))
+        client = asyncio.run(run(jobs, plant, at_once, show, calm))
         seconds = time.monotonic() - begun
         time.sleep(3 * LEASE)  # those that are stopped go on, and come too late
     finally:
@@ -237,6 +250,7 @@ def harness(
         "wrong": len(client.wrong),
         "asked_again": client.again,
         "dead": client.dead,
+        "told": dict(client.told),
         "told_done": done,
         "done_under_two_fences": twice,
         "late_results_refused": late,
@@ -254,17 +268,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=5000)
     parser.add_argument("--where", help="postgresql://...; default: a SQLite file")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--calm", action="store_true", help="kill nobody")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found = harness(args.jobs, args.where, args.seed, show=True)
+    found = harness(args.jobs, args.where, args.seed, show=True, calm=args.calm)
     print(json.dumps(found, indent=1))
     if args.out:
         from moesaic.bench import report
 
-        report.write(args.out, report.record(f"python -m tests.cluster.harness --jobs {args.jobs}", found))
-    sys.exit(
-        bool(found["lost"] or found["wrong"] or found["done_under_two_fences"] or not found["late_results_refused"])
-    )
+        report.write(
+            args.out, report.record(f"python -m tests.cluster.harness --jobs {args.jobs}{' --calm' * args.calm}", found)
+        )
+    late = found["late_results_refused"] or args.calm
+    sys.exit(bool(found["lost"] or found["wrong"] or found["done_under_two_fences"] or not late))
 
 
 if __name__ == "__main__":

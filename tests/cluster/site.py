@@ -1,132 +1,138 @@
-"""A gateway with keys, workers that are processes, and somebody who administers them."""
+"""A gateway behind a real socket, and real workers that dial in to it; all on the gateway's loop, in a thread."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import os
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from moesaic.cluster import admin, queue, routes
-from moesaic.cluster.figures import Figures
+from moesaic.cluster import queue, routes
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Bounds
-from moesaic.serve import keys
+from moesaic.cluster.jobs import Bounds, Seen
+from moesaic.cluster.worker import Worker
+from moesaic.errors import MoesaicError
+from moesaic.serve.keys import Keys
+from moesaic.serve.settings import Settings
+from tests.cluster.fake import Fake
 from tests.serve.conftest import Server, running
+from tests.serve.raw import eventually
+
+SLOW = 0.05
+"""Seconds for a token, where something is to happen in the middle of an answer."""
 
 
 @dataclass
+class Hand:
+    """A worker."""
+
+    site: Site
+    worker: Worker
+    door: Any
+    future: Future[None]
+
+    def stop(self) -> None:
+        """End it as if its process had been told to."""
+        self.site.server.call(self.worker.stopped.set)
+        with contextlib.suppress(MoesaicError):
+            self.future.result(20)
+
+    def cut(self) -> None:
+        """End it in the middle of whatever it does."""
+        self.future.cancel()
+
+    def drain(self, seconds: float = 20.0) -> None:
+        self.site.do(self.worker.drain(seconds))
+
+
 class Site:
-    """What runs, and what a test does with it."""
+    """A gateway, its workers, and a client."""
 
-    server: Server
-    file: Path
-    """Where the keys are."""
-    written: dict[str, str]
-    """The keys themselves, by name."""
-    nursery: subprocess.Popen[str] = field(repr=False)
-
-    @property
-    def url(self) -> str:
-        return self.server.url
+    def __init__(self, server: Server, key: str | None = None) -> None:
+        self.server, self.url = server, server.url
+        self.port = int(server.url.rsplit(":", 1)[1])
+        self.hands: list[Hand] = []
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=None)
+        self.client = httpx.Client(base_url=server.url, headers=headers, timeout=60, limits=limits)
 
     @property
     def gateway(self) -> Gateway:
-        return self.server.app.door  # type: ignore[return-value]
+        found: Gateway = self.server.door
+        return found
 
-    def spawn(self, name: str) -> int:
-        """Start a worker, w and a number; return its process number when the gateway knows it."""
-        assert self.nursery.stdin and self.nursery.stdout
-        self.nursery.stdin.write(name + "\n")
-        self.nursery.stdin.flush()
-        process = int(self.nursery.stdout.readline())
-        until(lambda: f"rack/{name}" in self.gateway.crew)
-        return process
+    def do(self, work: Coroutine[Any, Any, Any], seconds: float = 60) -> Any:
+        """Await something on the gateway's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.server.loop).result(seconds)
 
-    def call(self, method: str, path: str, body: Any = None, key: str = "ops") -> httpx.Response:
-        """Ask for something in the name of one of the keys; "" is nobody."""
-        headers = {"authorization": f"Bearer {self.written[key]}"} if key else {}
-        return httpx.request(method, self.url + path, json=body, headers=headers, timeout=60)
+    def hire(
+        self,
+        door: Any = None,
+        *,
+        name: str = "",
+        slots: int = 4,
+        key: str | None = None,
+        urls: Sequence[str] = (),
+        wait: bool = True,
+        **options: Any,
+    ) -> Hand:
+        """Have a worker come, and wait until it is there."""
+        door, name = door or Fake(), name or f"w{len(self.hands)}"
 
-    def get(self, path: str) -> Any:
-        return self.ok("GET", path)
+        async def made() -> Worker:
+            return Worker(door, urls or [self.url], name=name, key=key, slots=slots, **options)
 
-    def ok(self, method: str, path: str, body: Any = None) -> Any:
-        """Do something as an administrator and return what is said."""
-        answer = self.call(method, f"/admin/{path}", body)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
+        worker = self.do(made())
+        future = asyncio.run_coroutine_threadsafe(worker.run(), self.server.loop)
+        hand = Hand(self, worker, door, future)
+        self.hands.append(hand)
+        if wait:
+            eventually(lambda: worker.connected.is_set() or future.done())
+        return hand
 
-    def ask(self, prompt: str, tokens: int = 5, once: str = "") -> httpx.Response:
-        """Ask the model as a client and wait for the answer."""
-        body = {"model": "fake", "prompt": prompt, "max_tokens": tokens, "seed": 1}
-        headers = {"authorization": f"Bearer {self.written['anna']}"} | ({"idempotency-key": once} if once else {})
-        return httpx.post(self.url + "/v1/completions", json=body, headers=headers, timeout=60)
+    def seen(self, id: str) -> Seen:
+        """Return a job as the store has it."""
+        found: Seen = self.do(self.gateway.store.look(id))
+        return found
 
-    def asking(self, prompt: str, tokens: int = 5, once: str = "") -> Callable[[], httpx.Response]:
-        """Do so beside; return what waits for the answer."""
-        found: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: found.append(self.ask(prompt, tokens, once)))
-        thread.start()
+    def depths(self) -> tuple[int, int]:
+        """Return how much waits and runs."""
+        depths = self.do(self.gateway.store.depths()).values()
+        return sum(each.queued for each in depths), sum(each.leased for each in depths)
 
-        def answer() -> httpx.Response:
-            thread.join(60)
-            return found[0]
-
-        return answer
-
-
-def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """Wait until something is so, and return it."""
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
-    return found
+    def close(self) -> None:
+        self.client.close()
+        for hand in self.hands:
+            hand.stop()
 
 
 @contextlib.contextmanager
-def site(folder: Path, *, slots: int = 2, step: float = 0.01, lease: float = 1.0, crashes: int = 1) -> Iterator[Site]:
-    """Run a gateway over a file, and let workers be started: so many slots, so many seconds for a token; a
-    job that so many died of is dead."""
-    written, kept = {}, []
-    kinds: dict[str, Any] = {"ops": {"admin": True}, "rack": {"worker": True}, "anna": {"concurrent": 50}}
-    for name, limits in kinds.items():
-        written[name], key = keys.new(name, **limits)
-        kept.append(key)
-    file = folder / "keys.json"
-    keys.write(file, tuple(kept))
+def site(
+    where: Path | str,
+    *,
+    models: Sequence[str] = (),
+    lease: float = 10.0,
+    stall: float = 30.0,
+    bounds: Bounds | None = None,
+    settings: Settings | None = None,
+    keys: Keys | None = None,
+    key: str | None = None,
+    port: int = 0,
+) -> Iterator[Site]:
+    """Run a gateway; its workers end before it does."""
 
-    async def made() -> Gateway:
-        return Gateway(await queue.open(str(folder / "jobs.sqlite"), Bounds(crashes=crashes)), ["fake"], lease)
+    async def opened() -> Gateway:
+        return Gateway(await queue.open(str(where), bounds or Bounds()), models, lease, stall)
 
-    def offered(gateway: Gateway) -> Any:
-        return (*routes.endpoints(gateway), *admin.endpoints(gateway))
-
-    who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
-    with running(made, None, who, offered, Figures) as server:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.cluster.nursery",
-            server.url,
-            str(slots),
-            str(step),
-            str(folder / "log"),
-        ]
-        environment = os.environ | {"MOESAIC_WORKER_KEY": written["rack"]}
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        ) as nursery:
-            try:
-                yield Site(server, file, written, nursery)
-            finally:
-                nursery.kill()
+    make: Callable[[], Any] = opened
+    with running(make, settings, keys, routes.endpoints, port) as server:
+        found = Site(server, key)
+        try:
+            yield found
+        finally:
+            found.close()

@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from moesaic import cli
 from moesaic.cluster.worker import Worker
 from moesaic.serve import keys
+from tests.cluster.crewed import Site, site, until
 from tests.cluster.fake import Fake, answer
-from tests.cluster.site import Site, site, until
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 

@@ -166,10 +166,11 @@ def running(
     settings: Settings | None = None,
     keys: Keys | None = None,
     routes: Callable[[Any], Any] = lambda _: (),
+    port: int = 0,
     figures: Callable[[Any], Any] = lambda _: tuple,
 ) -> Iterator[Server]:
-    """Run a server over the door that ``make`` makes on its loop, with more ``routes`` and ``figures``, at any port."""
-    settings = replace(settings or Settings(), port=0)
+    """Run a server over the door that ``make`` makes on its loop, with more ``routes`` and ``figures``; 0: any port."""
+    settings = replace(settings or Settings(), port=port)
     listening = front.bind(settings)
     started: threading.Event = threading.Event()
     found: list[Any] = []

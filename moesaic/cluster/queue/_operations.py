@@ -266,8 +266,6 @@ def cancel(id: str) -> Steps[Outcome[State | None]]:
     job = jobs.get(id)
     if job is None or job.state not in ("queued", "leased"):
         return Outcome(job and job.state)
-    if job.state == "queued":
-        yield Many("UPDATE jobs SET fence = fence + 1 WHERE seq = ?", [(job.seq,)])
     yield from _end(job, "cancelled")
     return Outcome("cancelled", (id,))
 

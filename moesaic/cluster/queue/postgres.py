@@ -75,16 +75,16 @@ async def open(where: str, bounds: Bounds) -> Store:
         StoreError: it is of another version, not in UTF-8, or nothing may be made in it.
         NotInstalled: asyncpg is.
     """
-    connections: list[asyncpg.Connection] = []
     try:
-        for _ in range(2):
-            connections.append(await _connect(where))
-        await _prepare(connections[0])
-        store = PostgresStore(where, bounds, connections[0])
-        await store.start(connections[1])
+        connection = await _connect(where)
     except Exception as error:
-        for connection in connections:
-            connection.terminate()
+        raise _explain(error) from error
+    try:
+        await _prepare(connection)
+        store = PostgresStore(where, bounds, connection)
+        await store.start()
+    except Exception as error:
+        connection.terminate()
         raise _explain(error) from error
     return store
 
@@ -103,9 +103,9 @@ class PostgresStore(Kept):
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, listener: asyncpg.Connection) -> None:
+    async def start(self) -> None:
         """Begin to work, and to listen on a second connection."""
-        await listener.add_listener(CHANNEL, self._heard)
+        listener = await self._listen()
         self._tasks = [asyncio.create_task(self._own()), asyncio.create_task(self._hear(listener))]
 
     async def run(self, operation: Operation[T], *, reads: bool = False) -> T:
@@ -151,6 +151,15 @@ class PostgresStore(Kept):
             await self._awake.wait()
         return [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
 
+    async def _listen(self) -> asyncpg.Connection:
+        connection = await _connect(self._where)
+        try:
+            await connection.add_listener(CHANNEL, self._heard)
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
+
     async def _hear(self, connection: asyncpg.Connection) -> None:
         """Listen, also after the connection broke, until cancelled."""
         attempts = 0
@@ -163,8 +172,7 @@ class PostgresStore(Kept):
                 await asyncio.sleep(_backoff(attempts))
                 attempts += 1
                 with contextlib.suppress(Exception):  # whatever it is, the next attempt may do better
-                    connection = await _connect(self._where)
-                    await connection.add_listener(CHANNEL, self._heard)
+                    connection = await self._listen()
             attempts = 0
             self._tell([NEW_WORK])  # what was said meanwhile was not heard
 

@@ -101,7 +101,7 @@ class SqliteStore(Kept):
         """The owner's thread, from beginning to end."""
         try:
             lock, connection = _open(path)
-        except (MoesaicError, OSError, sqlite3.Error) as error:
+        except Exception as error:  # whatever it is, whoever opens it gets it
             self._post(self._settle, [_Done(self.opened, _explain(error, path))], ())
             return
         self._post(self._settle, [_Done(self.opened, Outcome(None))], ())

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from moesaic import __version__
 from moesaic.door import Card, Door, Ended, Mark
-from moesaic.errors import InvalidParameter, NotFound
+from moesaic.errors import InvalidParameter, NotFound, Unavailable
 from moesaic.serve.exchange import Call, Failure
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "server_error"}
@@ -163,14 +163,17 @@ def card_of(door: Door, name: str | None, *, strict: bool = False) -> Card:
 
     Raises:
         NotFound: there is none of that name.
+        Unavailable: there are none at all, as in a gateway that has just been started again.
     """
     cards = door.cards()
+    if not cards:
+        raise Unavailable("there is no model yet: workers bring them; try again later")
     for card in cards:
         if name == card.name or name in card.aliases:
             return card
     if cards and (name is None or (name in STAND_INS and not strict)):
         return cards[0]
-    known = ", ".join(card.name for card in cards[:20]) or "none"
+    known = ", ".join(card.name for card in cards[:20])
     raise NotFound(f"the model {name!r:.120} does not exist; there is {known}")
 
 

@@ -183,8 +183,6 @@ class Model:
         known = self.jobs.get(id)
         if known is None:
             return None
-        if known.state == "queued":
-            known.fence += 1
         if known.state in ("queued", "leased"):
             self._end(known, "cancelled")
         return known.state

@@ -143,17 +143,38 @@ def test_a_full_disk_is_told_and_outlived(place, tmp_path):
     assert store.check() == "ok"
 
 
-def test_a_connection_that_is_lost_is_made_anew(faulty, file, monkeypatch):
-    """Where even rolling back fails; and a connection that cannot be made is tried again."""
+def test_a_connection_that_cannot_roll_back_is_made_anew(faulty, file, monkeypatch):
     store = file.open()
     store.submit(job("a"))
-    monkeypatch.setattr(
-        faulty, "execute", lambda self, *values: (_ for _ in ()).throw(sqlite3.OperationalError("gone"))
-    )
-    for _ in range(3):
-        with pytest.raises(Unavailable):
-            store.submit(job("b"))
-    monkeypatch.undo()
+    execute = faulty.execute
+    broken: set[sqlite3.Connection] = set()
+
+    def fails(self: Faulty, sql: str, *values: Any) -> sqlite3.Cursor:
+        broken.add(self)
+        if sql in ("COMMIT", "ROLLBACK") and len(broken) == 1:
+            raise sqlite3.OperationalError("disk I/O error")
+        return execute(self, sql, *values)
+
+    monkeypatch.setattr(faulty, "execute", fails)
+    with pytest.raises(Unavailable):
+        store.submit(job("b"))
+    assert store.look("b") is None
+    assert store.submit(job("b")) == "b"
+    assert len(broken) == 2
+
+
+def test_a_connection_that_cannot_be_made_is_tried_again(faulty, file, monkeypatch):
+    store = file.open()
+    store.submit(job("a"))
+
+    def fails(self: Faulty, *_values: Any) -> sqlite3.Cursor:
+        raise sqlite3.OperationalError("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(faulty, "execute", fails)
+        for _ in range(3):
+            with pytest.raises(Unavailable):
+                store.submit(job("b"))
     assert store.submit(job("b")) == "b"
     assert store.look("a") is not None
 

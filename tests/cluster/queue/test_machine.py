@@ -188,7 +188,8 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5))
     def crash(self, which: int) -> None:
         if which == 0:
-            self.store = self.place.crash(self.store, BOUNDS)
+            old, self.store = self.store, self.place.crash(self.store, BOUNDS)
+            old.close()
             self.everything_is_right()
 
     def everything_is_right(self) -> None:

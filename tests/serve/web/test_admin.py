@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cluster.site import Site, site
+from tests.cluster.crewed import Site, site
 from tests.serve.web.conftest import allowed
 
 if TYPE_CHECKING:

@@ -1,0 +1,383 @@
+"""AIME's routes for clients: a job is brought, asked for again and again, and its text comes whole each time.
+
+A job that has ended is told as long as it is kept, however often it is asked for. What went wrong with one is told
+as a result with an error, since AIME's clients take any other way for a broken connection. Follows AIME's API
+server 0.9.6 and its clients in Python and JavaScript; docs/aime.md has what differs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qsl
+
+from moesaic.cluster.aime.conversation import asked
+from moesaic.cluster.aime.parameters import checked
+from moesaic.cluster.aime.settings import Definition, model_of, together
+from moesaic.cluster.aime.visitors import Visitors
+from moesaic.cluster.desk import Desk, Progress
+from moesaic.door import Answers, Card, Load
+from moesaic.errors import Forbidden, InvalidRequest, MoesaicError, NotFound, Unauthorized
+from moesaic.serve.dialects._openai import frame
+from moesaic.serve.exchange import Answer, Call, Endpoint, Failure, Streamed, Whole
+from moesaic.serve.keys import Key
+
+ENDED = ("done", "failed", "cancelled", "dead")
+STATES = {"queued": "queued", "leased": "processing"}
+PACE = 0.2
+"""Seconds between events of a stream: each has the whole text so far."""
+CHARGED = 10_000
+"""Jobs of which it is known what their keys were charged."""
+QUERY = {name: {"type": "string"} for name in ("job_id", "key", "client_session_auth_key")}
+
+
+@dataclass(frozen=True)
+class Stand:
+    """How an endpoint's model stands now."""
+
+    model: str
+    card: Card | None
+    load: Load
+    workers: int
+    """How many offer it."""
+
+
+class Clients:
+    """What all endpoints share."""
+
+    def __init__(self, desk: Desk, definitions: Sequence[Definition]) -> None:
+        self.desk, self.definitions = desk, together(definitions)
+        self.visitors = Visitors(definitions)
+        self._charged: OrderedDict[str, int] = OrderedDict()
+
+    def endpoints(self) -> list[Endpoint]:
+        """Return all routes."""
+        out = []
+        for method in ("GET", "POST"):
+            out += [
+                _open("/api/validate_key", self.validate_key, method, "Whether a key is known (AIME)."),
+                _open("/api/endpoints", self.listed, method, "The endpoints (AIME)."),
+            ]
+        out.append(_open("/stream_progress", self.stream, "GET", "How far a job is, as it goes (AIME).", query=QUERY))
+        for each in self.definitions:
+            out += At(self, each).endpoints()
+        return out
+
+    def stand(self, call: Call, definition: Definition) -> Stand:
+        """Return how an endpoint's model stands."""
+        cards = call.door.cards()
+        name = model_of(definition, cards)
+        card = next((each for each in cards if name == each.name or name in each.aliases), None)
+        name = card.name if card else name
+        return Stand(name, card, call.door.load().get(name, Load()), self.desk.workers(name))
+
+    async def validate_key(self, call: Call) -> Answer:
+        """Say whether a key is known."""
+        try:
+            self.visitors.owner(call, given(call))
+        except Unauthorized:
+            return Whole({"success": False, "error": "Key not valid"})
+        return Whole({"success": True, "error": None})
+
+    async def listed(self, call: Call) -> Answer:
+        """Return the endpoints' names; with a key, if that is known."""
+        values = given(call)
+        if values.get("key"):
+            try:
+                self.visitors.owner(call, values)
+            except Unauthorized:
+                return Whole({"error": "Key not valid"}, 401)
+        return Whole({"endpoints": [each.name for each in self.definitions]})
+
+    async def stream(self, call: Call) -> Answer:
+        """Stream a job's progress from where AIME's JavaScript client looks for it."""
+        key = self.visitors.owner(call, given(call))
+        found = await self.desk.progress(given(call).get("job_id", ""), key.name)
+        cards = call.door.cards()
+        fitting = [each for each in self.definitions if model_of(each, cards) == found.model]
+        return await At(self, (fitting or self.definitions)[0]).stream(call)
+
+    def charge(self, call: Call, key: Key, found: Progress) -> None:
+        """Take from a key's share what a job has cost since it was last looked at."""
+        cost = _generated(found) + found.prompt_tokens
+        call.app.keys.charge(key, max(0, cost - self._charged.pop(found.id, 0)))
+        self._charged[found.id] = cost
+        if len(self._charged) > CHARGED:
+            self._charged.popitem(last=False)
+
+
+class At:
+    """The routes of one endpoint."""
+
+    def __init__(self, clients: Clients, definition: Definition) -> None:
+        self._clients, self._desk, self._definition = clients, clients.desk, definition
+
+    def endpoints(self) -> list[Endpoint]:
+        """Return the endpoint's routes."""
+        name, version = self._definition.name, self._definition.version
+        route = partial(_open, version=version)
+        body = dict[str, Any]
+        out = [
+            route(f"/{name}", self.request, "POST", "Bring a job (AIME).", body=body),
+            route(f"/api/call/{name}", self.request, "POST", "The same.", body=body),
+            route(f"/{name}/cancel", self.cancel, "POST", "Take a job back.", body=body),
+            route(f"/{name}/stream", self.stream, "GET", "How far a job is, as it goes.", query=QUERY),
+        ]
+        for path in (f"/{name}/progress", f"/api/progress/{name}"):
+            out.append(route(path, self.progress, "GET", "How far a job is (AIME).", query=QUERY))
+            out.append(route(path, self.progress, "POST", "How far a job is (AIME).", body=body))
+        for method in ("GET", "POST"):
+            out.append(route(f"/{name}/login", self.login, method, "Begin a session (AIME)."))
+            for path in (f"/api/endpoints/{name}", f"/api/{name}"):
+                out.append(route(path, self.details, method, "What an endpoint takes (AIME)."))
+        return out
+
+    async def login(self, call: Call) -> Answer:
+        """Begin a session."""
+        values = given(call)
+        try:
+            key = self._clients.visitors.owner(call, values, self._definition)
+        except (Unauthorized, Forbidden) as error:
+            return Whole({"success": False, "error": str(error)})
+        shown = {"client_session_auth_key": self._clients.visitors.begin_session(key), "key": values.get("key")}
+        return Whole({"success": True, "ep_version": self._definition.version, **shown}, headers=UNKEPT)
+
+    async def details(self, call: Call) -> Answer:
+        """Tell what the endpoint takes, and how busy it is; nothing of who does its work."""
+        own, now = self._definition, self._clients.stand(call, self._definition)
+        described = {each.name: dict(each.written) for each in own.inputs}
+        return Whole(
+            {
+                "name": own.name,
+                "title": own.title,
+                "description": own.description,
+                "http_methods": ["POST"],
+                "version": own.version,
+                "max_queue_length": own.max_queue_length,
+                "max_time_in_queue": own.max_time_in_queue,
+                "free_queue_slots": max(0, own.max_queue_length - now.load.waiting),
+                "category": own.category,
+                "num_active_workers": min(now.workers, now.load.running),
+                "num_workers": now.workers,
+                "workers": [],
+                "parameter_description": {
+                    "input": described | {"wait_for_result": {"type": "bool"}},
+                    "output": own.outputs,
+                    "progress": {"OUTPUTS": own.progress},
+                },
+            }
+        )
+
+    async def request(self, call: Call) -> Answer:
+        """Take a job in; unless told otherwise, answer when it is done."""
+        own, now = self._definition, self._clients.stand(call, self._definition)
+        key = self._clients.visitors.owner(call, call.body, own)
+        call.belongs_to(key)
+        if now.load.waiting >= own.max_queue_length:
+            return self._refused(400, f"Job queue reached max length {own.max_queue_length}!")
+        values, problems = checked(call.body, own)
+        if problems:
+            return self._refused(400, problems)
+        ask = replace(asked(values, now.model), tenant=key.name, priority=key.priority)
+        job = await self._desk.submit(ask)
+        if call.body.get("wait_for_result") is False:
+            return Whole({"success": True, "job_id": job, "ep_version": own.version})
+        found = await self._waited(job, key)
+        self._clients.charge(call, key, found)
+        return Whole(self._result(found, now.card))
+
+    async def _waited(self, job: str, key: Key) -> Progress:
+        """Return a job that has ended. It is taken back if whoever waits leaves: nobody knows its id."""
+        try:
+            while True:
+                with contextlib.suppress(MoesaicError):  # the job's own error; what it is, its progress tells
+                    async with self._following(job, key) as answers:
+                        async for _ in answers:
+                            pass
+                found = await self._desk.progress(job, key.name)
+                if found.state in ENDED:
+                    return found
+                await asyncio.sleep(PACE)
+        except BaseException:
+            with contextlib.suppress(MoesaicError):
+                await asyncio.shield(self._desk.withdraw(job, key.name))
+            raise
+
+    @contextlib.asynccontextmanager
+    async def _following(self, job: str, key: Key) -> AsyncIterator[Answers]:
+        """Follow a job; leaving it does not end it."""
+        answers = await self._desk.follow(job, key.name)
+        try:
+            yield answers
+        finally:
+            answers.cancel()
+
+    async def progress(self, call: Call) -> Answer:
+        """Tell how far a job is; take it back first if that is asked for."""
+        values = given(call)
+        key = self._clients.visitors.owner(call, values, self._definition)
+        job = values.get("job_id")
+        if not isinstance(job, str) or not job:
+            return self._refused(402, ["No job_id given"])
+        try:
+            if any(values.get(name) in (True, "true", "True") for name in ("canceled", "cancel")):
+                await self._desk.withdraw(job, key.name)
+            return Whole(self._shown(call, key, await self._looked(job, key)), headers=UNKEPT)
+        except NotFound:
+            return self._refused(402, [f"Client has no active request with this job id {job[:80]}"])
+
+    async def _looked(self, job: str, key: Key) -> Progress:
+        """Return how far a job is; one that has waited longer than the endpoint allows is taken back."""
+        found = await self._desk.progress(job, key.name)
+        waited = time.time() - found.submitted if found.submitted else 0.0
+        if found.state == "queued" and waited > self._definition.max_time_in_queue:
+            await self._desk.withdraw(job, key.name)
+            return await self._desk.progress(job, key.name)
+        return found
+
+    async def cancel(self, call: Call) -> Answer:
+        """Take a job back."""
+        key = self._clients.visitors.owner(call, call.body, self._definition)
+        job = str(call.body.get("job_id") or "")
+        try:
+            state = await self._desk.withdraw(job, key.name)
+        except NotFound:
+            return self._refused(402, [f"Client has no active request with this job id {job[:80]}"])
+        shown = {"success": True, "job_id": job, "ep_version": self._definition.version}
+        return Whole(shown | {"job_state": "canceled" if state == "cancelled" else "done"})
+
+    async def stream(self, call: Call) -> Answer:
+        """Stream a job's progress: the same as by asking, an event for each."""
+        values = given(call)
+        key = self._clients.visitors.owner(call, values, self._definition)
+        job = str(values.get("job_id") or "")
+        return Streamed(self._frames(call, key, await self._looked(job, key)))
+
+    async def _frames(self, call: Call, key: Key, found: Progress) -> AsyncIterator[bytes]:
+        clock = asyncio.get_running_loop().time
+        while True:
+            shown = self._shown(call, key, found)
+            yield frame({**shown, **shown.get("progress", {})})
+            if found.state in ENDED:
+                return
+            shown_at = clock()
+            with contextlib.suppress(MoesaicError):
+                async with self._following(found.id, key) as answers:
+                    async for _ in answers:
+                        if clock() - shown_at < PACE:
+                            continue
+                        shown = self._shown(call, key, await self._desk.progress(found.id, key.name))
+                        if shown["job_state"] == "done":
+                            break
+                        yield frame({**shown, **shown["progress"]})
+                        shown_at = clock()
+            found = await self._desk.progress(found.id, key.name)
+            if found.state not in ENDED:
+                await asyncio.sleep(PACE)
+
+    # What is told
+
+    def _shown(self, call: Call, key: Key, found: Progress) -> dict[str, Any]:
+        self._clients.charge(call, key, found)
+        now = self._clients.stand(call, self._definition)
+        shown = {"success": True, "job_id": found.id, "ep_version": self._definition.version}
+        if found.state in ENDED:
+            return shown | {"job_result": self._result(found, now.card), "job_state": "done"}
+        progress: dict[str, Any] = {
+            "job_id": found.id,
+            "queue_position": found.ahead + 1 if found.state == "queued" else 0,
+            "estimate": -1 if found.estimate is None or not now.workers else round(found.estimate, 1),
+            "num_workers_online": now.workers,
+            "progress": _generated(found),
+            "progress_data": {},
+        }
+        if found.state == "leased":
+            outputs = _outputs(found, now.card)
+            progress["progress_data"] = {name: outputs[name] for name in self._definition.progress if name in outputs}
+        return shown | {"job_state": STATES[found.state], "progress": progress}
+
+    def _result(self, found: Progress, card: Card | None) -> dict[str, Any]:
+        """Return what a job has come to; times in seconds, those that are not known left out."""
+        failed = found.state != "done"
+        out: dict[str, Any] = {"success": not failed, "job_id": found.id, "ep_version": self._definition.version}
+        outputs = _outputs(found, card)
+        out |= {name: outputs[name] for name in self._definition.outputs if name in outputs}
+        if failed:
+            out["error"] = str(found.error) if found.error else f"the job was {found.state}"
+        times = {
+            "start_time": found.submitted,
+            "start_time_compute": found.begun,
+            "result_received_time": found.finished,
+        }
+        out |= {name: value for name, value in times.items() if value}
+        for name, since in (("compute_duration", found.begun), ("total_duration", found.submitted)):
+            if since and found.finished:
+                out[name] = round(max(0.0, found.finished - since), 3)
+        return out
+
+    def _refused(self, status: int, error: str | list[str]) -> Whole:
+        return Whole({"success": False, "error": error, "ep_version": self._definition.version}, status)
+
+
+UNKEPT = {"cache-control": "no-store"}
+
+
+def _generated(found: Progress) -> int:
+    """Return how many tokens there are; AIME's workers send none, and while they work it is a guess by the text."""
+    if found.ended:
+        return found.ended[0].generated_tokens
+    return sum(found.tokens[:1]) or len("".join(found.texts[:1])) // 4
+
+
+def _outputs(found: Progress, card: Card | None) -> dict[str, Any]:
+    tokens = _generated(found)
+    out = {
+        "text": found.texts[0] if found.texts else "",
+        "num_generated_tokens": tokens,
+        "model_name": found.model,
+        "max_seq_len": card.context if card else None,
+        "current_context_length": found.prompt_tokens + tokens,
+        "prompt_length": found.prompt_tokens,
+    }
+    return {name: value for name, value in out.items() if value is not None}
+
+
+def given(call: Call) -> Mapping[str, Any]:
+    """Return what a request carries, in its body and its query; of a name that stands twice, the first."""
+    try:
+        query = parse_qsl(call.scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=64)
+    except ValueError:
+        raise InvalidRequest("there are more than 64 fields behind the question mark") from None
+    return dict(reversed(query)) | (call.body or {})
+
+
+def failure(reason: Failure, version: int | None = None) -> Any:
+    """Return an error as AIME's clients read it; what a key is not good for is 402 there."""
+    shown = {"success": False, "error": [reason.message]} | ({} if version is None else {"ep_version": version})
+    return Whole(shown, 402 if reason.status == 403 else reason.status)
+
+
+def broken(reason: Failure) -> bytes:
+    """Return an error as an event of a stream; nothing follows."""
+    return frame({"success": False, "error": [reason.message]})
+
+
+def _open(path: str, run: Any, method: str, summary: str, *, version: int | None = None, **more: Any) -> Endpoint:
+    """Return a route that looks at keys itself, since AIME's clients send them in bodies and queries."""
+    shape = partial(failure, version=version)
+    return Endpoint(path, run, shape, broken, method=method, public=True, summary=summary, **more)
+
+
+def endpoints(desk: Desk, definitions: Sequence[Definition]) -> list[Endpoint]:
+    """Return AIME's routes for clients.
+
+    Raises:
+        InvalidRequest: two endpoints have one name, or that of another route.
+    """
+    return Clients(desk, definitions).endpoints()

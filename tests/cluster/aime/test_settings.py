@@ -1,0 +1,154 @@
+"""AIME's endpoint files: what of them is heeded, what is named in a warning, and what no file may do."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from moesaic.cluster.aime import settings
+from moesaic.cluster.aime.parameters import checked
+from moesaic.door import Card
+from moesaic.errors import InvalidRequest, NotFound
+from moesaic.serve.keys import digest
+
+PUBLIC_WORKER = "5b07e305b50505ca" + "2b3284b4ae5f65d1"
+PUBLIC_CLIENT = "6a17e2a5-b706-03cb" + "-1a32-94b4a1df67da"
+FILE = """
+[ENDPOINT]
+title = "LLama 3.x Chat"
+name = "llama3_chat"
+description = "Llama 3.x Instruct Chat example API"
+methods = ["GET", "POST"]
+version = 3
+category = "chat"
+input_metering = ["token"]
+
+[WORKER]
+job_type = "llama3"
+auth_key = "a workers key"
+
+[CLIENTS]
+authorization_keys = { anna = "annas key", public = "%s" }
+result_lifetime = 900
+
+[SESSION.VARS]
+last = { type = "string", default = "" }
+
+[INPUTS]
+prompt_input = { type = "string", default = "", required = false }
+chat_context = { type = "chat_context", colour = "red" }
+top_k = { type = "integer", min = 0, max = 10, default = 4 }
+temperature = { type = "float", minimum = 0.0, maximum = 1.0, default = 0.8, auto_convert = true }
+name = { type = "str", max_length = 3 }
+long = { type = "string", max_length = 3, auto_convert = true }
+must = { type = "bool", required = true }
+size = { type = "int", align = 8, auto_convert = true }
+style = { type = "selection", supported = ["a", "b"], default = "a" }
+face = { type = "image" }
+more = { type = "json" }
+
+[OUTPUTS]
+text = { type = "string" }
+
+[PROGRESS.OUTPUTS]
+text = { type = "string" }
+
+[STATIC]
+'/llama3-chat/' = { path = 'frontend' }
+"""
+
+
+@pytest.fixture
+def llama(tmp_path):
+    path = tmp_path / "ep" / "llama3" / settings.ENDPOINT_FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(FILE % PUBLIC_CLIENT)
+    return path
+
+
+def test_a_file_is_read_and_what_is_not_heeded_is_named(llama, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = settings.read_file(llama)
+    assert (found.name, found.version, found.job_type, found.category) == ("llama3_chat", 3, "llama3", "chat")
+    assert (found.request_timeout, found.inactivity, found.max_queue_length) == (60, 360, 1000)
+    assert [key.name for key in found.client_keys] == ["aime:llama3_chat:anna"]  # the public one lets nobody in
+    assert found.client_keys[0].sha256 == digest("annas key") and found.worker_key == digest("a workers key")
+    assert "annas key" not in repr(found) and "a workers key" not in repr(found)
+    named = {getattr(record, "key", None) for record in caplog.records}
+    assert {"[SESSION]", "[STATIC]", "[CLIENTS] result_lifetime", "[INPUTS] chat_context.colour"} <= named
+    assert any("published" in record.message for record in caplog.records)
+
+
+def test_the_servers_file_gives_defaults(llama):
+    llama.write_text(llama.read_text().replace('auth_key = "a workers key"', ""))
+    top = llama.parent.parent.parent
+    (top / settings.SERVER_FILE).write_text(
+        f'[WORKERS]\ndefault_auth_key = "{PUBLIC_WORKER}"\ndefault_request_timeout = 20\n'
+        "[ENDPOINTS]\ndefault_max_queue_length = 5\ndefault_job_inactivity_timeout = 30\n"
+    )
+    [found] = settings.read(top)
+    assert (found.request_timeout, found.inactivity, found.max_queue_length) == (20, 30, 5)
+    assert found.worker_key == ""  # everybody knows that one
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("[ENDPOINT]", "[ENDPOINT", "is no TOML"),
+        ('name = "llama3_chat"', 'name = "v1"', "another route"),
+        ('name = "llama3_chat"', 'name = "generate"', "another route"),
+        ('name = "llama3_chat"', 'name = "api"', "another route"),
+        ('name = "llama3_chat"', 'name = "a/b"', "is no endpoint"),
+        ('job_type = "llama3"', "job_type = 5", "is no endpoint"),
+        ("version = 3", "version = 3\nmax_queue_length = 0", "max_queue_length is 0"),
+    ],
+)
+def test_what_is_no_endpoint_is_refused(llama, old, new, said):
+    content = llama.read_text()
+    assert old in content
+    llama.write_text(content.replace(old, new, 1))
+    with pytest.raises(InvalidRequest, match=said):
+        settings.together(settings.read(llama.parent))
+
+
+def test_two_endpoints_of_one_name_and_none_at_all(llama, tmp_path):
+    with pytest.raises(NotFound, match="name the folder of AIME"):
+        settings.read(tmp_path / "nowhere")
+    other = llama.parent.parent / "other" / settings.ENDPOINT_FILE
+    other.parent.mkdir()
+    other.write_text(llama.read_text())
+    with pytest.raises(InvalidRequest, match="two endpoints"):
+        settings.read(tmp_path)
+
+
+def test_the_model_is_the_one_that_fits():
+    mixtral, llama = settings.shipped()
+    cards = [Card("tales"), Card("Llama-3-8B"), Card("big", ("Mixtral-8x7B-Instruct",)), Card("judge", task="classify")]
+    assert settings.model_of(mixtral, cards) == "big" and settings.model_of(llama, cards) == "Llama-3-8B"
+    assert settings.model_of(mixtral, cards[:1]) == "tales"
+    assert settings.model_of(mixtral, cards[3:]) == "mixtral"  # which workers of that type will offer
+
+
+def test_values_by_all_kinds_of_rules(llama):
+    definition = settings.read_file(llama)
+
+    def value(**given):
+        found, problems = checked({"must": True, **given}, definition)
+        return problems or found
+
+    assert value() == {"must": True, "top_k": 4, "temperature": 0.8, "style": "a"}
+    assert value(top_k=0)["top_k"] == 0 and value(top_k=3.0)["top_k"] == 3
+    assert "too low" in value(top_k=-1)[0]  # min counts as minimum does
+    assert value(temperature=7)["temperature"] == 1 and value(temperature=-1)["temperature"] == 0
+    assert value(name="abc")["name"] == "abc"  # ``str`` is passed on
+    assert "Length of parameter name is 4" in value(name="abcd")[0]
+    assert value(long="abcd")["long"] == "abc"
+    assert value(size=21)["size"] == 16
+    assert value(style="b")["style"] == "b" and "not supported" in value(style="c")[0]
+    assert "is not served here" in value(face="data:")[0]
+    assert value(more='{"a": 1}')["more"] == {"a": 1} and "more" not in value(more="")
+    assert value(more="null") == value() and value(more=None, key=None, wait_for_result=None) == value()
+    assert checked({}, definition)[1] == ["Missing required argument: must"]
+    assert "Expected: <class 'float'>" in value(temperature=10**400)[0]
+    assert "Expected: <class 'bool'>" in value(must=1)[0]

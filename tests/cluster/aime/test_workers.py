@@ -1,0 +1,383 @@
+"""AIME's workers at our gateway: what they send, what they get, and what their interface could not bear."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from moesaic.cluster import foreman
+from moesaic.cluster.aime import crew
+from moesaic.serve import keys
+from moesaic.serve.keys import Keys
+from moesaic.serve.settings import Settings
+from tests.cluster.aime.conftest import AimeWorker, Client, gateway, meanwhile, patient, wait_until
+
+ANNA, ANNAS = keys.new("anna")
+CREW, CREWS = keys.new("crew", worker=True)
+OTHER, OTHERS = keys.new("others", worker=True, models=("llama3",))
+
+
+@pytest.fixture(scope="module")
+def open_office(tmp_path_factory):
+    with gateway(tmp_path_factory.mktemp("workers") / "jobs.sqlite") as server:
+        yield server
+
+
+@pytest.fixture
+def client(open_office):
+    return Client(open_office)
+
+
+@pytest.fixture
+def worker(open_office):
+    return AimeWorker(open_office)
+
+
+# Who may
+
+
+def test_only_a_workers_key_does_jobs(tmp_path):
+    known = Keys((ANNAS, CREWS, OTHERS))
+    with gateway(tmp_path / "jobs.sqlite", keys=known, bounds=Settings(failed_keys_per_minute=10**6)) as server:
+        Client(server, key=ANNA).job()
+        for key in ("wrong", "", ANNA, OTHER):
+            intruder = AimeWorker(server, key=key)
+            answer = intruder.ask()  # a status would have it ask again at once, and null would break it
+            assert answer == {"cmd": "error", "msg": "Worker not authorized on job type mixtral"}
+            assert intruder.check() == {
+                "cmd": "ok",
+                "success": True,
+                "logged_in": False,
+                "job_type_present": True,
+                "key_valid": False,
+            }
+        worker = AimeWorker(server, key=CREW)
+        [data] = worker.take()
+        assert "key" not in data and "client_session_auth_key" not in data and ANNA not in str(data)
+        thief = AimeWorker(server, key="wrong")
+        refused = {"success": False, "error_msg": "Worker not authorized on job type mixtral"}
+        assert thief.tell(thief.update(data, "Mine", 1)) == refused
+        assert thief.finish(data, "Mine", 1) == refused
+        assert worker.finish(data, "Yours", 1)["cmd"] == "ok"
+
+
+def test_another_keys_worker_has_no_part_in_a_job(tmp_path):
+    more, mores = keys.new("more", worker=True)
+    with gateway(tmp_path / "jobs.sqlite", keys=Keys((ANNAS, CREWS, mores))) as server:
+        Client(server, key=ANNA).job()
+        [data] = AimeWorker(server, key=CREW).take()
+        other = AimeWorker(server, key=more)
+        assert other.finish(data, "Mine", 1)["error_msg"] == "this is the job of another key's worker"
+        assert other.ask(request_timeout=1) == {"cmd": "no_job"}  # of the same name, and yet another
+
+
+def test_the_key_of_an_endpoints_file_is_good_for_its_job_type(tmp_path):
+    with gateway(tmp_path / "jobs.sqlite", patient(worker_key=keys.digest("right"))) as server:
+        assert AimeWorker(server, key="wrong").ask()["cmd"] == "error"
+        assert AimeWorker(server, key="right").ask(request_timeout=1) == {"cmd": "no_job"}
+        answer = AimeWorker(server, "nobody", key="right").ask()
+        assert answer == {"cmd": "error", "msg": "There is no job type nobody: see the endpoints"}
+
+
+def test_wrong_keys_of_workers_are_counted_too(tmp_path):
+    with gateway(tmp_path / "jobs.sqlite", keys=Keys((CREWS,)), bounds=Settings(failed_keys_per_minute=2)) as server:
+        worker = AimeWorker(server, key="wrong")
+        assert [worker.ask()["cmd"] for _ in range(2)] == ["error", "error"]
+        answer = worker.http.post("/worker_job_request", json={"auth": "x", "job_type": "mixtral", "auth_key": CREW})
+        assert answer.status_code == 503  # which it waits upon
+
+
+# Logging in
+
+
+def test_a_newer_worker_logs_in(open_office, client):
+    worker = AimeWorker(open_office, "llama3", name="newer#0_1xGPU")
+    worker_parameters = {
+        "auth": worker.name,
+        "job_type": "llama3",
+        "auth_key": "k",
+        "interface_version": "AIME-API-Worker-Interface 0.14.5",
+        "version": 3,
+        "gpu_name": "GPU",
+        "num_gpus": 1,
+        "framework": "vllm",
+        "framework_version": "0.11",
+        "pytorch_version": "2.8",
+        "max_batch_size": 8,
+    }
+    model = dict.fromkeys(("label", "quantization", "size", "family", "type", "repo_name"), "x")
+    login = {"worker_parameters": worker_parameters, "model_parameters": model}
+    short = {"auth": worker.name, "auth_key": "k", "max_job_batch": 8}
+
+    early = worker.http.post("/worker_job_request", json=short)
+    assert early.status_code == 503  # an error would end it, and it is to log in
+    assert worker.post("/worker_login", login) == {
+        "cmd": "ok",
+        "success": True,
+        "request_timeout": 60,
+        "api_server_version": "0.9.6",
+    }
+    llama = Client(open_office, "llama3_chat")
+    job = llama.job(chat_context='[{"role": "user", "content": "Hi"}]', prompt_input="")
+    answer = worker.post("/worker_job_request", short)
+    [data] = answer["job_data"]
+    assert answer["endpoint_name"] == "llama3_chat"
+    assert data["chat_context"] == [{"role": "user", "content": "Hi"}] and data["prompt_input"] == ""
+    worker.finish(data, "Hello", 1)
+    assert llama.progress(job).json()["job_result"]["text"] == "Hello"
+    status = {"auth_key": "k", "job_type": "llama3", "auth": worker.name}
+    assert worker.post("/worker_check_server_status", status)["logged_in"] is True
+
+    login["worker_parameters"] = worker_parameters | {"job_type": "nobody"}
+    assert worker.post("/worker_login", login)["success"] is False
+
+
+def test_a_newer_worker_outlives_the_gateway(tmp_path):
+    with gateway(tmp_path / "jobs.sqlite") as server:
+        worker = AimeWorker(server, name="stays")
+        status = {"auth_key": "k", "job_type": "mixtral", "auth": "stays"}
+        assert worker.post("/worker_check_server_status", status)["logged_in"] is True
+        short = {"auth": "stays", "auth_key": "k", "max_job_batch": 1}
+        Client(server).job()
+        assert worker.post("/worker_job_request", short)["cmd"] == "job"
+
+
+# Jobs
+
+
+def test_a_job_has_all_that_a_worker_reads(client, worker):
+    client.job(chat_context=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}], top_p=0.5)
+    answer = worker.ask(4)
+    assert answer.keys() == {
+        *("cmd", "endpoint_name", "input_descriptions", "progress_output_descriptions"),
+        *("final_output_descriptions", "job_data"),
+    }
+    assert answer["endpoint_name"] == "mixtral_chat"
+    for name in ("input_descriptions", "progress_output_descriptions", "final_output_descriptions"):
+        assert all(isinstance(each, dict) for each in answer[name].values()) and answer[name]
+    [data] = answer["job_data"]
+    assert isinstance(data.pop("start_time"), float) and isinstance(data.pop("start_time_compute"), float)
+    assert isinstance(data.pop("job_id"), str)
+    assert data == {
+        "chat_context": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}],
+        "prompt_input": "Hello",
+        "top_k": 40,
+        "top_p": 0.5,
+        "temperature": 0.8,
+        "max_gen_tokens": 2000,
+    }
+
+
+def test_temperature_nought_is_never_told_to_a_worker(client, worker):
+    job = client.job(temperature=0)
+    [data] = worker.take()
+    assert data["temperature"] > 0 and data["top_k"] == 1  # which comes to the same
+    worker.finish(data, "Yes", 1)
+    assert client.progress(job).json()["job_result"]["text"] == "Yes"
+
+
+def test_several_jobs_at_once_and_more_while_they_run(client, worker):
+    jobs = [client.job() for _ in range(3)]
+    first = worker.take(2)
+    assert len(first) == 2
+    [third] = worker.take(1)
+    updates = [worker.update(data, f"Answer {place}", 2, 9) for place, data in enumerate([*first, third])]
+    stranger = worker.update({**third, "job_id": "nobody#1"}, "Lost", 1)
+    answers = worker.tell(updates[0], stranger, *updates[1:])
+    assert [each["success"] for each in answers] == [True, False, True, True]  # theirs stops at the stranger
+    assert not any("job_id" in each for each in answers)
+    assert worker.post("/worker_job_progress", updates[0]) == {"success": True}  # one alone
+    texts = [client.progress(job).json()["progress"]["progress_data"]["text"] for job in jobs]
+    assert texts == ["Answer 0", "Answer 1", "Answer 2"]
+    for data in (*first, third):
+        worker.finish(data, "done", error="over")
+
+
+def test_without_jobs_a_worker_is_told_so_before_it_gives_up(worker):
+    assert worker.ask(request_timeout=1) == {"cmd": "no_job"}
+
+
+def test_results_may_come_again(client, worker):
+    client.job()
+    [data] = worker.take()
+    for _ in range(3):
+        assert worker.finish(data, "Yes", 1) == {"cmd": "ok", "success": True}
+    told = worker.finish({**data, "job_id": "nobody"}, "Yes", 1)
+    assert told == {"cmd": "warning", "msg": f"Job with job id nobody not found in worker {worker.name}!"}
+
+
+def test_updates_without_data_and_after_the_end_do_no_harm(client, worker):
+    job = client.job()
+    [data] = worker.take()
+    assert worker.tell(worker.update(data, None)) == [{"success": True}]
+    worker.finish(data, "Yes", 1)
+    assert worker.tell(worker.update(data, "Yes, late", 2)) == [{"success": False}]
+    assert client.progress(job).json()["job_result"]["text"] == "Yes"
+
+
+@pytest.mark.parametrize("body", [[], {}, "text", 5, [5], [{"job_id": 5}], {"job_id": None, "progress_data": []}])
+def test_odd_updates_are_no_fault_of_ours(worker, body):
+    answer = worker.http.post("/worker_job_progress", json=body)
+    assert answer.status_code == 200 and answer.json() is not None
+
+
+@pytest.mark.parametrize(
+    "texts, final, shown",
+    [
+        (["Hel", "Hello"], "Hello, world", "Hello, world"),
+        (["Hello", "Other"], "Hello, world", "Hello, world"),  # what does not go on is not told
+        (["Caf\ufffd"], "Café", "Café"),  # half a character waits for its other half
+        (["yes\nUser"], "yes", "yes\nUser"),  # what they strip off in the end was told
+        ([], "Hello", "Hello"),
+        ([], "", ""),
+    ],
+)
+def test_texts_that_come_whole_each_time_go_on_piece_by_piece(client, worker, texts, final, shown):
+    job = client.job()
+    [data] = worker.take()
+    for text in texts:
+        worker.tell(worker.update(data, text, 1))
+    worker.finish(data, final, 1)
+    assert client.progress(job).json()["job_result"]["text"] == shown
+
+
+def test_a_result_that_contradicts_what_was_said_is_an_error(client, worker):
+    job = client.job()
+    [data] = worker.take()
+    worker.tell(worker.update(data, "Hello", 1))
+    worker.finish(data, "Somebody else's answer", 4)
+    assert "is not what it had said" in client.progress(job).json()["job_result"]["error"]
+
+
+def test_openais_clients_get_the_pieces(open_office, worker):
+    body = {"model": "mixtral", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stream": True}
+    with meanwhile(lambda: httpx.post(f"{open_office.url}/v1/chat/completions", json=body, timeout=30)) as answer:
+        [data] = worker.take()
+        assert data["max_gen_tokens"] == 3 and data["prompt_input"] == "Hi"
+        worker.tell(worker.update(data, "One", 1, 8))
+        worker.tell(worker.update(data, "One two", 2, 9))
+        worker.finish(data, "One two three", 3)
+        whole = answer.result().text
+    assert (
+        answer.result().status_code == 200
+        and '"finish_reason":"length"' in whole
+        and whole.endswith("data: [DONE]\n\n")
+    )
+    for piece in ("One", " two", " three"):
+        assert f'"content":"{piece}"' in whole
+
+
+@pytest.mark.parametrize(
+    "more, what",
+    [
+        ({"n": 2, "stop": ["x"]}, "n, stop"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "a grammar"),
+    ],
+)
+def test_what_their_workers_cannot_do_is_said_and_never_given_to_them(open_office, worker, more, what):
+    body = {"model": "mixtral", "messages": [{"role": "user", "content": "Hi"}], **more}
+    with meanwhile(lambda: httpx.post(f"{open_office.url}/v1/chat/completions", json=body, timeout=30)) as answer:
+        assert worker.ask(request_timeout=1) == {"cmd": "no_job"}
+        refused = answer.result()
+    assert refused.status_code == 400
+    assert f"AIME's workers, which cannot do {what}" in refused.json()["error"]["message"]
+
+
+def test_work_that_is_no_answer_is_refused_too(open_office, worker):
+    body = {"model": "mixtral", "prompt": "Hi"}
+    with meanwhile(lambda: httpx.post(f"{open_office.url}/tokenize", json=body, timeout=30)) as answer:
+        assert worker.ask(request_timeout=1) == {"cmd": "no_job"}
+        assert "cannot tokenize" in answer.result().text and 400 <= answer.result().status_code < 500
+
+
+# Leases
+
+
+def test_an_old_worker_is_told_once_that_a_job_was_taken_back(client, worker):
+    job = client.job()
+    [data] = worker.take()
+    worker.tell(worker.update(data, "One", 1))
+    client.post("/mixtral_chat/cancel", {"job_id": job})
+    answers = []
+
+    def told() -> bool:
+        answers.append(worker.tell(worker.update(data, "One two", 2))[0])
+        return "canceled" in answers[-1]
+
+    wait_until(told)
+    assert answers[-1] == {"success": True, "job_id": data["job_id"], "canceled": True}
+    assert worker.tell(worker.update(data, "One two three", 3)) == [{"success": False}]
+    assert worker.finish(data, "One", 1)["cmd"] == "ok"
+
+
+def test_leases_are_kept_for_a_silent_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(foreman, "STALL_SECONDS", 1.0)
+    with gateway(tmp_path / "jobs.sqlite", lease=0.5) as server:
+        client, worker = Client(server), AimeWorker(server)
+        job = client.job()
+        [data] = worker.take()
+        other = AimeWorker(server, name="other")
+        assert other.ask(request_timeout=3) == {"cmd": "no_job"}  # for more than two seconds nobody else gets it
+        worker.finish(data, "Slow", 1)
+        assert client.progress(job).json()["job_result"]["text"] == "Slow"
+
+
+def test_a_worker_that_says_nothing_for_too_long_is_gone_and_its_job_goes_on(tmp_path):
+    with gateway(tmp_path / "jobs.sqlite", patient(inactivity=0.5), lease=1) as server:
+        client, worker = Client(server), AimeWorker(server)
+        job = client.job(max_gen_tokens=100)
+        [data] = worker.take()
+        worker.tell(worker.update(data, "Once upon", 2, 9))
+        other = AimeWorker(server, name="other")
+        [again] = other.take()
+        assert again["job_id"] != data["job_id"]
+        assert again["chat_context"] == [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Once upon"},
+        ]
+        assert again["prompt_input"] == "" and again["max_gen_tokens"] == 98
+        assert worker.finish(data, "Once upon a dead worker", 5)["cmd"] == "ok"  # and nothing comes of it
+        other.tell(other.update(again, " a", 1, 10))
+        assert client.progress(job).json()["progress"]["progress_data"]["text"] == "Once upon a"
+        other.finish(again, " a time", 2)
+        assert client.progress(job).json()["job_result"]["text"] == "Once upon a time"
+
+
+def test_a_worker_that_began_anew_has_lost_what_it_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "STALL_SECONDS", 0.2)
+    with gateway(tmp_path / "jobs.sqlite", lease=1) as server:
+        Client(server).job()
+        worker = AimeWorker(server)
+        [data] = worker.take(2)
+        [again] = worker.take(2)  # it has room for two, so it has none
+        assert again["job_id"].partition("#")[0] == data["job_id"].partition("#")[0]
+        assert again["job_id"] != data["job_id"]
+
+
+def test_a_job_that_its_worker_forgot_ends(tmp_path):
+    with gateway(tmp_path / "jobs.sqlite", patient(inactivity=1.0), lease=1) as server:
+        client, worker = Client(server), AimeWorker(server)
+        jobs = [client.job(), client.job()]
+        forgotten, told = worker.take(2)
+
+        def over() -> bool:
+            worker.tell(worker.update(told, "Still there", 2))
+            return bool(client.progress(jobs[0]).json()["job_state"] == "done")
+
+        wait_until(over)
+        assert "said nothing of this job" in client.progress(jobs[0]).json()["job_result"]["error"]
+        assert client.progress(jobs[1]).json()["job_state"] == "processing"
+        assert worker.finish(forgotten, "Late", 1)["cmd"] == "ok"
+
+
+def test_a_gateway_that_stops_gives_no_more_but_takes_what_is_done(tmp_path):
+    with gateway(tmp_path / "jobs.sqlite") as server:
+        client, worker = Client(server), AimeWorker(server)
+        job = client.job()
+        [data] = worker.take()
+        server.app.draining = True
+        body = {"auth": "x", "job_type": "mixtral", "auth_key": "k", "request_timeout": 1}
+        assert worker.http.post("/worker_job_request", json=body).status_code == 503
+        assert worker.finish(data, "Yes", 1)["cmd"] == "ok"
+        assert client.progress(job).json()["job_result"]["text"] == "Yes"

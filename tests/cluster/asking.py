@@ -1,0 +1,109 @@
+"""What clients do: bodies, and answers read whole or as they come."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+
+from tests.cluster.fake import SEED
+
+
+def body(prompt: str = "Hi", count: int = 16, seed: int = SEED, **more: Any) -> dict[str, Any]:
+    """Return a request to /v1/completions."""
+    return {"model": "fake", "prompt": prompt, "max_tokens": count, "seed": seed, **more}
+
+
+def ask(client: httpx.Client, prompt: str = "Hi", count: int = 16, once: str = "", **more: Any) -> httpx.Response:
+    headers = {"idempotency-key": once} if once else {}
+    return client.post("/v1/completions", json=body(prompt, count, **more), headers=headers)
+
+
+def text(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def frames(lines: Iterator[str]) -> Iterator[Any]:
+    """Yield what the events of a stream say; its mark of a good end is None."""
+    for line in lines:
+        if line.startswith("data: "):
+            yield None if line == "data: [DONE]" else json.loads(line[6:])
+
+
+class Stream(threading.Thread):
+    """Reads a streamed answer beside the test."""
+
+    def __init__(self, client: httpx.Client, prompt: str = "Hi", count: int = 16, once: str = "", **more: Any) -> None:
+        super().__init__(daemon=True)
+        self._client, self._body = client, body(prompt, count, stream=True, **more)
+        self._headers = {"idempotency-key": once} if once else {}
+        self.pieces: list[str] = []
+        self.status = 0
+        self.headers: httpx.Headers = httpx.Headers()
+        self.error: dict[str, Any] | None = None
+        self.done = False
+        """Whether it ended as a good answer does."""
+        self.broken: Exception | None = None
+        self._leave = False
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with self._client.stream("POST", "/v1/completions", json=self._body, headers=self._headers) as reply:
+                self.headers, self.status = reply.headers, reply.status_code
+                if self.status != 200:
+                    self.error = json.loads(reply.read())["error"]
+                    return
+                for frame in frames(reply.iter_lines()):
+                    if self._leave:
+                        return
+                    self._see(frame)
+        except httpx.HTTPError as error:
+            self.broken = error
+
+    def _see(self, frame: Any) -> None:
+        if frame is None:
+            self.done = True
+        elif "error" in frame:
+            self.error = frame["error"]
+        else:
+            self.pieces += [choice["text"] for choice in frame["choices"] if choice["text"]]
+
+    @property
+    def job(self) -> str:
+        return str(self.headers["x-moesaic-job"])
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def leave(self) -> None:
+        """Hang up at the next piece."""
+        self._leave = True
+
+    def end(self, seconds: float = 60) -> Stream:
+        self.join(seconds)
+        assert not self.is_alive(), f"still {len(self.pieces)} pieces"
+        return self
+
+
+def together(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """Do something many times at once, in threads; return what came of each."""
+    out: list[Any] = [None] * count
+
+    def one(place: int) -> None:
+        try:
+            out[place] = work(place)
+        except Exception as error:
+            out[place] = error
+
+    threads = [threading.Thread(target=one, args=(place,), daemon=True) for place in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return out

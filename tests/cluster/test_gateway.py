@@ -1,0 +1,420 @@
+"""A gateway and its workers, whole: real HTTP on both sides, and a store on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import pytest
+
+from moesaic.cluster import gateway as gateways
+from moesaic.cluster import protocol as wire
+from moesaic.door import Load
+from moesaic.serve import keys
+from moesaic.serve.keys import Keys
+from tests.cluster.asking import Stream, ask, body, text
+from tests.cluster.fake import SEED, Fake, answer
+from tests.cluster.site import SLOW, Site, site
+from tests.serve.conftest import running
+from tests.serve.raw import eventually
+
+CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+DIALECTS = {
+    "chat": ("/v1/chat/completions", "/v1/chat/completions", {**CHAT, "seed": 5, "n": 2}),
+    "completions": ("/v1/completions", "/v1/completions", body("Hi", 5, n=3)),
+    "tgi": ("/generate", "/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 5, "seed": 5}}),
+    "anthropic": ("/v1/messages", "/v1/messages", CHAT),
+}
+NEW = re.compile(r'"(id|created)":("[a-z]+[-_][0-9a-f]+"|\d{9,})')
+"""What is another in each answer."""
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path / "jobs.sqlite") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def direct() -> Iterator[httpx.Client]:
+    """The same model behind a server of its own."""
+    with running(Fake) as server, httpx.Client(base_url=server.url) as client:
+        yield client
+
+
+def said(response: httpx.Response) -> str:
+    return NEW.sub("", response.text)
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_every_api_says_what_a_server_of_its_own_says(plain, direct, name, monkeypatch):
+    monkeypatch.setattr(gateways.secrets, "randbits", lambda _: SEED)
+    whole, streamed, asked = DIALECTS[name]
+    plain.hire()
+    assert said(plain.client.post(whole, json=asked)) == said(direct.post(whole, json=asked))
+    stream = asked if whole != streamed else {**asked, "stream": True}
+    ours, theirs = (client.post(streamed, json=stream) for client in (plain.client, direct))
+    assert said(ours) == said(theirs)
+    assert ours.text.count("data: ") >= 5
+    assert ours.headers["content-type"] == theirs.headers["content-type"]
+
+
+def test_what_is_no_answer_is_done_by_workers_too(plain, direct):
+    plain.hire()
+    for path, asked in (
+        ("/tokenize", {"inputs": "Hi"}),
+        ("/detokenize", {"model": "fake", "tokens": [72, 105]}),
+        ("/v1/embeddings", {"model": "fake", "input": ["Hi", "there"]}),
+        ("/v1/messages/count_tokens", CHAT),
+        ("/v1/classify", {"model": "fake", "input": "Hi"}),
+        ("/v1/models", None),
+    ):
+        ours, theirs = (
+            client.get(path) if asked is None else client.post(path, json=asked) for client in (plain.client, direct)
+        )
+        assert (ours.status_code, said(ours)) == (theirs.status_code, said(theirs)), path
+
+
+@pytest.mark.parametrize(("prompt", "status"), [("x" * 5000, 400), ("NAN", 500)])
+def test_a_refusal_of_the_model_keeps_its_status_and_words(plain, direct, prompt, status):
+    plain.hire()
+    ours, theirs = ask(plain.client, prompt), ask(direct, prompt)
+    assert ours.status_code == theirs.status_code == status
+    assert ours.json() == theirs.json() != {}
+    stream = Stream(plain.client, prompt).end()
+    assert stream.error is not None and not stream.done
+
+
+def test_unknown_models_and_no_workers_are_told_apart(plain):
+    nobody = ask(plain.client)
+    assert nobody.status_code == 503 and int(nobody.headers["retry-after"]) >= 1
+    assert "moesaic worker" in nobody.text
+    hand = plain.hire()
+    other = plain.client.post("/v1/completions", json=body(model="other"))
+    assert other.status_code == 404 and "'other'" in other.text
+    assert text(plain.client.post("/v1/completions", json=body(model="fake-alias"))) == answer("Hi")
+    hand.drain()
+    eventually(lambda: not plain.gateway.crew)
+    [card] = plain.gateway.cards()
+    assert (card.name, card.state) == ("fake", "unloaded")
+    late = Stream(plain.client)
+    eventually(lambda: plain.depths() == (1, 0))
+    plain.hire()
+    assert late.end().text == answer("Hi")  # a model that was there is waited for
+    assert plain.gateway.cards()[0].state == "loaded"
+
+
+def test_a_name_of_a_model_can_be_known_before_a_worker_comes(tmp_path):
+    with site(tmp_path / "jobs.sqlite", models=["fake"]) as found:
+        stream = Stream(found.client)
+        eventually(lambda: found.depths() == (1, 0))
+        eventually(lambda: found.gateway.load().get("fake", Load()).waiting == 1)
+        assert 'moesaic_num_requests_waiting{model_name="fake"} 1.0' in found.client.get("/metrics").text
+        found.hire()
+        assert stream.end().text == answer("Hi")
+
+
+def test_each_model_goes_to_whoever_has_it(plain):
+    one, two, both = (plain.hire(Fake(name), name=name) for name in ("one", "two", "one"))
+    for model in ("one", "two") * 3:
+        said = plain.client.post("/v1/completions", json=body(f"of {model}", model=model))
+        assert text(said) == answer(f"of {model}")
+    assert {each.model for each in one.door.asked + both.door.asked} <= {"one"}
+    assert {each.model for each in two.door.asked} == {"two"}
+    assert {card.name for card in plain.gateway.cards()} == {"one", "two"}
+
+
+def test_load_is_all_workers_together_and_never_falls(plain):
+    plain.gateway.lease_seconds = 2.0  # so that workers say often how busy they are
+    hands = [plain.hire(Fake(seconds=SLOW)) for _ in range(2)]
+    streams = [Stream(plain.client, f"{n}", 40) for n in range(6)]
+    eventually(lambda: plain.gateway.load()["fake"].running == 6)
+    for stream in streams:
+        assert stream.end().done
+    eventually(lambda: plain.gateway.load()["fake"].running == 0)
+    steps = sum(hand.door.steps for hand in hands)
+    eventually(lambda: plain.gateway.load()["fake"].steps == steps == 240)
+    hands[0].drain()
+    eventually(lambda: len(plain.gateway.crew) == 1)
+    assert plain.gateway.load()["fake"].steps == steps
+    assert plain.gateway.fenced == plain.gateway.lost == 0
+
+
+# The same request again
+
+
+def test_under_one_key_there_is_one_answer(plain):
+    hand = plain.hire()
+    first, again = ask(plain.client, once="k"), ask(plain.client, once="k")
+    assert said(first) == said(again) and text(first) == answer("Hi")
+    assert [each.headers["idempotency-replayed"] for each in (first, again)] == ["false", "true"]
+    assert first.headers["x-moesaic-job"] == again.headers["x-moesaic-job"]
+    assert Stream(plain.client, once="k").end().text == answer("Hi")  # however it is asked for
+    assert len(hand.door.asked) == 1
+    other = ask(plain.client, "something else", once="k")
+    assert other.status_code == 409 and other.json()["error"]["message"]
+    assert "idempotency-replayed" not in ask(plain.client).headers
+    assert len(hand.door.asked) == 2
+
+
+def test_a_failure_is_an_answer_too(plain):
+    hand = plain.hire()
+    first, again = ask(plain.client, "NAN", once="k"), ask(plain.client, "NAN", once="k")
+    assert first.status_code == again.status_code == 500 and first.json() == again.json()
+    assert len(hand.door.asked) == 1
+
+
+def test_a_thousand_at_once_are_one_job(plain):
+    """F19."""
+    hand = plain.hire(Fake(seconds=0.02))
+
+    async def all_of_them() -> list[tuple[str, str, str]]:
+        headers = {"idempotency-key": "k"}
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def one() -> tuple[str, str, str]:
+                async with session.post(plain.url + "/v1/completions", json=body(), headers=headers) as reply:
+                    found = (await reply.json())["choices"][0]["text"]
+                    return found, reply.headers["x-moesaic-job"], reply.headers["idempotency-replayed"]
+
+            return await asyncio.gather(*(one() for _ in range(1000)))
+
+    found = asyncio.run(all_of_them())
+    assert {each[0] for each in found} == {answer("Hi")}
+    assert len({each[1] for each in found}) == 1
+    assert [each[2] for each in found].count("false") == 1
+    assert len(hand.door.asked) == 1
+
+
+# Coming back
+
+
+def events(client: httpx.Client, job: str, after: int | None = None) -> list[tuple[int | None, Any]]:
+    headers = {} if after is None else {"last-event-id": str(after)}
+    reply = client.get(f"/v1/jobs/{job}/events", headers=headers)
+    assert reply.status_code == 200, reply.text
+    found = []
+    for block in reply.text.strip().split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        found.append((int(lines["id"]) if "id" in lines else None, lines["data"]))
+    return found
+
+
+def test_a_job_can_be_looked_at_and_read_again(plain):
+    plain.hire(Fake(seconds=SLOW))
+    stream = Stream(plain.client, count=10)
+    eventually(lambda: len(stream.pieces) > 2)
+    shown = plain.client.get(f"/v1/jobs/{stream.job}").json()
+    assert (shown["state"], shown["model"], shown["ahead"]) == ("leased", "fake", 0)
+    assert answer("Hi", count=10).startswith(shown["texts"][0]) and shown["tokens"][0] >= 2
+    following = events(plain.client, stream.job)  # until its end
+    assert stream.end().done
+    assert [number for number, _ in following] == [*range(12), None]
+    assert following[-1][1] == "[DONE]"
+    kinds = [json.loads(data)[0] for _, data in following[:-1]]
+    assert kinds == ["b", *["p"] * 10, "e"]
+    assert "".join(json.loads(data)[2] for _, data in following[1:-2]) == answer("Hi", count=10)
+    assert events(plain.client, stream.job, after=4) == following[5:]
+    assert events(plain.client, stream.job, after=11) == following[12:]
+    ended = plain.client.get(f"/v1/jobs/{stream.job}").json()
+    assert (ended["state"], ended["texts"], ended["tokens"]) == ("done", [answer("Hi", count=10)], [10])
+    assert plain.client.delete(f"/v1/jobs/{stream.job}").json()["state"] == "done"
+    for path in ("/v1/jobs/none", "/v1/jobs/none/events"):
+        assert plain.client.get(path).status_code == 404
+
+
+def test_a_job_that_is_taken_back_stops_where_it_runs(plain):
+    hand = plain.hire(Fake(seconds=SLOW))
+    stream = Stream(plain.client, count=2000)
+    eventually(lambda: stream.pieces)
+    assert plain.client.delete(f"/v1/jobs/{stream.job}").json()["state"] == "cancelled"
+    eventually(lambda: not hand.door.running)
+    assert stream.end().error["message"] == "the request was taken back" and not stream.done
+    assert plain.seen(stream.job).state == "cancelled"
+    assert plain.client.get(f"/v1/jobs/{stream.job}").json()["error"]["type"] == "Cancelled"
+    assert ask(plain.client).status_code == 200
+    assert plain.depths() == (0, 0) and not plain.gateway.crew["w0"].holds
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_who_leaves_takes_the_request_back(plain, slots):
+    """Whether it runs or waits."""
+    hand = plain.hire(Fake(seconds=SLOW), slots=slots)
+    first = Stream(plain.client, "first", 2000)
+    eventually(lambda: first.pieces)
+    with pytest.raises(httpx.ReadTimeout):
+        plain.client.post("/v1/completions", json=body("second", 2000), timeout=0.5)
+    first.leave()
+    eventually(lambda: plain.depths() == (0, 0) and not hand.door.running)
+    assert plain.seen(first.job).state == "cancelled"
+    first.end()
+    assert [each.state for each in plain.do(plain.gateway.store.listed("cancelled"))] == ["cancelled"] * 2
+
+
+def test_who_leaves_and_may_come_again_finds_the_answer(plain):
+    hand = plain.hire(Fake(seconds=SLOW))
+    stream = Stream(plain.client, "back", 10, once="k")
+    eventually(lambda: stream.pieces)
+    stream.leave()
+    stream.end()
+    assert text(ask(plain.client, "back", 10, once="k")) == answer("back", count=10)
+    assert len(hand.door.asked) == 1
+
+
+# Keys
+
+
+WORKER, OTHER, ANNA, BERT = ("worker-key", "other-worker-key", "annas-key", "berts-key")
+KEYS = (
+    keys.Key("rack", keys.digest(WORKER), worker=True, models=("fake",)),
+    keys.Key("other", keys.digest(OTHER), worker=True),
+    keys.Key("anna", keys.digest(ANNA)),
+    keys.Key("bert", keys.digest(BERT)),
+)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path / "jobs.sqlite", keys=Keys(KEYS), key=ANNA) as found:
+        yield found
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_jobs_are_their_key_s_alone(guarded):
+    guarded.hire(Fake(seconds=SLOW), key=WORKER)
+    stream = Stream(guarded.client, count=10)
+    eventually(lambda: stream.pieces)
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
+        reply = guarded.client.request(method, f"/v1/jobs/{stream.job}{path}", headers=bearer(BERT))
+        assert reply.status_code == 404
+        missing = guarded.client.request(method, f"/v1/jobs/{'x' * len(stream.job)}{path}", headers=bearer(BERT))
+        assert missing.text.replace("x" * len(stream.job), stream.job) == reply.text
+    assert stream.end().done
+    assert events(guarded.client, stream.job)[-1][1] == "[DONE]"
+    same = guarded.client.post("/v1/completions", json=body(), headers={"idempotency-key": "k"})
+    other = guarded.client.post("/v1/completions", json=body(), headers=bearer(BERT) | {"idempotency-key": "k"})
+    assert same.headers["x-moesaic-job"] != other.headers["x-moesaic-job"]
+
+
+def test_workers_keys_open_workers_routes_and_no_others(guarded):
+    said = wire.Enlist("w", (), 1)
+    for key, path, asked, status in (
+        (ANNA, "/worker/enlist", said, 403),
+        (WORKER, "/v1/completions", body(), 403),
+        (WORKER, "/v1/jobs/x", None, 403),
+        ("wrong", "/worker/enlist", said, 401),
+        (WORKER, "/worker/enlist", said, 400),
+    ):
+        content = None if asked is None else wire.msgspec.json.encode(asked)
+        method = "GET" if asked is None else "POST"
+        headers = bearer(key) | {"content-type": "application/json"}
+        reply = guarded.client.request(method, path, content=content, headers=headers)
+        assert reply.status_code == status, (path, reply.text)
+
+
+def test_a_worker_that_is_not_wanted_ends_and_says_why(guarded):
+    for key, door, why in (
+        ("wrong", Fake(), "valid API key"),
+        (ANNA, Fake(), "worker's key"),
+        (WORKER, Fake("another"), "may not offer another"),
+        (None, Fake(), "valid API key"),
+    ):
+        hand = guarded.hire(door, key=key)
+        with pytest.raises(Exception, match=why):
+            hand.future.result(20)
+    assert not guarded.gateway.crew
+    assert guarded.hire(Fake("another"), key=OTHER).worker.connected.is_set()
+
+
+# Ends and beginnings
+
+
+def test_a_worker_that_drains_ends_what_runs_and_takes_nothing_new(plain):
+    hand = plain.hire(Fake(seconds=SLOW), slots=2)
+    streams = [Stream(plain.client, f"{n}", 10) for n in range(4)]
+    eventually(lambda: len(hand.door.running) == 2)
+    hand.drain()
+    eventually(lambda: plain.depths() == (2, 0))
+    assert sum(stream.done for stream in streams) == 2
+    assert {each.crashes for each in plain.do(plain.gateway.store.listed("queued"))} == {0}
+    plain.hire()
+    assert sorted(stream.end().text for stream in streams) == sorted(answer(f"{n}", count=10) for n in range(4))
+    assert len(hand.door.asked) == 2 and plain.gateway.lost == 0
+
+
+def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain):
+    hand = plain.hire(Fake(seconds=SLOW))
+    stream = Stream(plain.client, count=30)
+    eventually(lambda: len(stream.pieces) > 3)
+    hand.drain(0.0)
+    [seen] = plain.do(plain.gateway.store.listed("queued"))
+    assert (seen.crashes, seen.attempts) == (0, 1) and seen.logged > 3
+    second = plain.hire()
+    assert stream.end().text == answer("Hi", count=30)
+    assert second.door.steps < 30, "it was not begun again"
+    assert plain.gateway.lost == 0
+
+
+def test_a_gateway_that_drains_ends_what_runs(plain):
+    plain.hire(Fake(seconds=SLOW))
+    stream = Stream(plain.client, count=10)
+    eventually(lambda: stream.pieces)
+    plain.server.call_sync(lambda: setattr(plain.server.app, "draining", True))
+    refused = ask(plain.client)
+    assert refused.status_code == 503 and "retry-after" in refused.headers
+    assert plain.client.get("/ready").status_code == 503
+    assert stream.end().text == answer("Hi", count=10) and stream.done
+
+
+def test_workers_go_on_and_readers_come_back_when_the_gateway_is_another(tmp_path):
+    """The worker lives on another loop than both gateways do."""
+    door, slots = Fake(seconds=SLOW), 4
+    with site(tmp_path / "beside.sqlite") as beside:
+        with site(tmp_path / "jobs.sqlite") as first:
+            hand = beside.hire(door, urls=[first.url], slots=slots)
+            streams = [Stream(first.client, f"{n}", 40, once=f"k{n}") for n in range(slots)]
+            eventually(lambda: all(len(stream.pieces) > 3 for stream in streams))
+        for stream in streams:
+            assert not stream.end().done
+        assert not hand.future.done() and len(door.running) == slots
+        eventually(lambda: door.steps > 15 * slots)  # nobody is there, and it goes on
+        with site(tmp_path / "jobs.sqlite", port=first.port) as second:
+            eventually(lambda: second.gateway.known)  # before the worker is back
+            again = [Stream(second.client, f"{n}", 40, once=f"k{n}") for n in range(slots)]
+            for n, stream in enumerate(again):
+                assert stream.end().text == answer(f"{n}", count=40) and stream.done
+            assert len(door.asked) == slots and door.steps == 40 * slots, "nothing was computed twice"
+            assert second.gateway.lost == second.gateway.fenced == 0
+            hand.stop()
+
+
+def test_ended_answers_are_there_after_a_restart(tmp_path):
+    where = tmp_path / "jobs.sqlite"
+    with site(where) as first:
+        first.hire()
+        reply = ask(first.client, once="k")
+        dead = ask(first.client, "NAN", once="n")
+    with site(where) as second:
+        second.hire()
+        again = ask(second.client, once="k")
+        assert said(again) == said(reply) and again.headers["idempotency-replayed"] == "true"
+        assert ask(second.client, "NAN", once="n").json() == dead.json()
+        assert events(second.client, reply.headers["x-moesaic-job"])[-1][1] == "[DONE]"
+
+
+def test_nothing_is_left_of_ended_jobs(plain):
+    plain.hire()
+    for n in range(20):
+        ask(plain.client, f"{n}")
+    assert not plain.gateway.crew["w0"].holds
+    eventually(lambda: not plain.gateway.lives)
+    assert plain.do(plain.gateway.store.check()) == "ok"

@@ -1,0 +1,201 @@
+"""What a worker may not do: no message of a wrong owner, fence or place changes a job or breaks the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from moesaic.cluster.desk import Recruit
+from moesaic.cluster.jobs import Beat, Hold
+from moesaic.door import Card
+from moesaic.serve import keys
+from moesaic.serve.keys import Keys
+from tests.cluster.asking import Stream
+from tests.cluster.fake import SEED, answer, text, token
+from tests.cluster.site import Site, site
+from tests.serve.raw import eventually
+
+GOOD, THIEF, ANNA = "good-key", "thiefs-key", "annas-key"
+KEYS = (
+    keys.Key("good", keys.digest(GOOD), worker=True),
+    keys.Key("thief", keys.digest(THIEF), worker=True),
+    keys.Key("anna", keys.digest(ANNA)),
+)
+COUNT = 6
+TOLD = 3
+"""Pieces that have come of the job that the messages are about."""
+
+
+def piece(place: int) -> list[Any]:
+    id = token("Hi", SEED, 0, place)
+    return ["p", 0, text([id]), [[id, text([id])]]]
+
+
+class Scene:
+    """A job in the middle of its answer, leased by hand; and a worker that would like to have it."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        for key, name in ((GOOD, "w"), (THIEF, "w")):
+            self.send(key, "enlist", {"name": name, "cards": [{"name": "fake"}], "slots": 1 if key == GOOD else 8})
+        self.stream = Stream(site.client, count=COUNT)
+        eventually(lambda: site.depths()[0])
+        [lease] = self.send(GOOD, "lease", {"name": "w", "free": 1, "wait": 5})["leases"]
+        self.id, self.fence = lease["id"], lease["fence"]
+        self.tell(0, [["b", 0, [], 2], *map(piece, range(TOLD))])
+        eventually(lambda: site.seen(self.id).logged == 1 + TOLD)
+
+    def post(self, key: str, what: str, body: Any) -> Any:
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        content = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        return self.site.client.post(f"/worker/{what}", content=content, headers=headers)
+
+    def send(self, key: str, what: str, body: Any) -> Any:
+        reply = self.post(key, what, body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def tell(self, start: int, events: list[Any]) -> Any:
+        return self.send(GOOD, "tokens", {"name": "w", "parts": [[self.id, self.fence, start, events]]})
+
+    def state(self) -> Any:
+        seen = self.site.seen(self.id)
+        live = self.site.gateway.lives[self.id]
+        told = self.site.do(self.site.gateway.store.log(self.id))
+        return seen, told, list(live.events), live.worker, live.ended
+
+    def beat(self) -> Beat:
+        [found] = self.site.do(self.site.gateway.store.beats())
+        return found
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    where = tmp_path_factory.mktemp("jobs") / "jobs.sqlite"
+    with site(where, lease=600.0, keys=Keys(KEYS), key=ANNA) as found:
+        made = Scene(found)
+        yield made
+        made.tell(1 + TOLD, [piece(place) for place in range(TOLD, COUNT)])
+        done = {"name": "w", "id": made.id, "fence": made.fence, "start": 1 + COUNT}
+        end = ["e", 0, "length", 2, COUNT]
+        assert made.send(GOOD, "done", done | {"events": [end]}) == {"counted": True}
+        assert made.send(GOOD, "done", done | {"events": [end]}) == {"counted": True}  # said again
+        assert made.stream.end().text == answer("Hi", count=COUNT) and made.stream.done
+
+
+numbers = st.integers(-2, 6) | st.integers() | st.sampled_from([2**53, 2**63, 2**70])
+events = st.lists(
+    st.sampled_from([piece(0), piece(5), ["b", 0], ["e", 0, "stop", 1, 1]])
+    | st.tuples(st.sampled_from("bpex"), numbers).map(list),
+    max_size=3,
+)
+
+
+@st.composite
+def wrong(draw: st.DrawFn) -> tuple[str, str, str, Any, Any, list[Any]]:
+    """A key, a route, what is wrong with the claim, a fence and a start that may be absurd, and events."""
+    what = draw(st.sampled_from(["tokens", "done", "renew", "release"]))
+    flaw = draw(st.sampled_from(["owner", "fence", "id", *["start"] * (what in ("tokens", "done"))]))
+    key = THIEF if flaw == "owner" else draw(st.sampled_from([GOOD, THIEF]))
+    return key, what, flaw, draw(numbers), draw(numbers), draw(events)
+
+
+@given(wrong())
+@example((THIEF, "renew", "owner", 1, 0, []))
+@example((THIEF, "release", "owner", 1, 0, []))
+@example((THIEF, "done", "owner", 1, 4, [["e", 0, "stop", 1, 1]]))
+@example((THIEF, "tokens", "owner", 1, 4, [piece(3)]))
+@example((GOOD, "done", "start", 1, 9, [["e", 0, "stop", 1, 1]]))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_only_who_has_the_newest_fence_at_the_right_place_changes_a_job(scene, said):
+    key, what, flaw, fence, start, more = said
+    id = "x" * 24 if flaw == "id" else scene.id
+    if flaw != "fence":
+        fence = scene.fence
+    elif fence == scene.fence:
+        fence += 1
+    if flaw == "start":
+        start = abs(start) + 2 + TOLD  # behind what is known
+    before, beat = scene.state(), scene.beat()
+    body = {
+        "tokens": {"name": "w", "parts": [[id, fence, start, more]]},
+        "done": {"name": "w", "id": id, "fence": fence, "start": start, "events": more},
+        "renew": {"name": "w", "holds": [[id, fence]], "load": {}},
+        "release": {"name": "w", "holds": [[id, fence]]},
+    }[what]
+    reply = scene.post(key, what, body)
+    assert reply.status_code in (200, 400, 409), reply.text
+    if reply.status_code == 200 and what == "renew" and flaw != "start":
+        assert reply.json() == {"held": {id: "fenced"}}
+    if reply.status_code == 200 and what == "done":
+        assert reply.json() == {"counted": False}
+    assert scene.state() == before
+    if key == THIEF or what != "tokens":
+        assert scene.beat() == beat, "another's lease was kept alive"
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | numbers | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = ("name", "cards", "slots", "about", "holds", "run", "free", "wait", "load", "parts", "id", "fence", "start")
+bodies = (
+    st.binary(max_size=40)
+    | junk
+    | st.dictionaries(st.sampled_from(FIELDS), junk | st.just("t"), max_size=5)
+    | st.fixed_dictionaries({"name": st.just("t"), "cards": st.just([{"name": "f"}]), "slots": numbers})
+    | st.fixed_dictionaries({"name": st.just("t"), "free": numbers, "wait": st.just(0)})
+)
+
+
+@given(st.sampled_from(["enlist", "lease", "renew", "tokens", "done", "release"]), bodies)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_garbage_is_refused_and_breaks_nothing(scene, what, body):
+    before = scene.state()
+    if what == "lease" and isinstance(body, dict):
+        body = body | {"wait": 0}
+    reply = scene.post(THIEF, what, body)
+    assert reply.status_code in (200, 400, 404, 409, 413, 415), (body, reply.text)
+    assert scene.state() == before
+
+
+def test_a_worker_that_comes_under_another_key_is_another(scene):
+    assert set(scene.site.gateway.crew) >= {"good/w", "thief/w"}
+    assert scene.send(THIEF, "enlist", {"name": "good/w", "cards": [{"name": "fake"}]})["known"] == {}
+    assert "thief/good/w" in scene.site.gateway.crew
+    assert scene.beat().worker == "good/w"
+
+
+def test_whoever_comes_again_is_not_given_more_than_its_slots(tmp_path):
+    """As the same process, or another of that name: what it still has counts."""
+    with site(tmp_path / "jobs.sqlite", lease=600.0) as found:
+        gateway, card = found.gateway, Card("fake")
+        recruit = Recruit("w", (card,), slots=2, run="1")
+        found.do(gateway.enlist(recruit))
+        streams = [Stream(found.client, f"{n}") for n in range(4)]
+        eventually(lambda: found.depths() == (4, 0))
+        leases = found.do(gateway.lease("w", 2, 0)).leases
+        holds = [Hold(lease.job.id, lease.fence) for lease in leases]
+        assert len(holds) == 2
+        for run in ("1", "2"):
+            known = found.do(gateway.enlist(Recruit("w", (card,), slots=2, run=run), holds))
+            assert known == {hold.id: (0, 0) for hold in holds}
+            assert found.do(gateway.lease("w", 2, 0)).leases == ()
+        assert found.depths() == (2, 2)
+        # An answer that never reached the process: nobody is to blame, and another process's loss is one.
+        found.do(gateway.enlist(Recruit("w", (card,), slots=2, run="2"), holds[:1]))
+        assert found.seen(holds[1].id).crashes == 0 and gateway.lost == 0
+        found.do(gateway.enlist(Recruit("w", (card,), slots=2, run="3")))
+        assert found.seen(holds[0].id).crashes == 1 and gateway.lost == 1
+        for stream in streams:
+            found.client.delete(f"/v1/jobs/{stream.job}" if stream.headers else "/v1/jobs/x")
+        for seen in found.do(gateway.store.listed("queued")):
+            found.do(gateway.withdraw(seen.job.id, ""))
+        for stream in streams:
+            stream.end()

@@ -1,0 +1,106 @@
+"""An answer that is gone on with: wherever its log was cut, the reader gets every word once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.cluster.resume import Told
+from moesaic.door import Begun, Call, Ended, Event, Mark, Piece
+
+
+@st.composite
+def answers(draw: st.DrawFn, index: int) -> list[Event]:
+    """Draw one answer: tokens whose text is shown when it pleases the detokenizer, calls, an end."""
+    out: list[Event] = [Begun(index, (), 3)]
+    for place, said in enumerate(draw(st.lists(st.text("abé ", max_size=3), max_size=6))):
+        mark = Mark(100 + place, said)
+        shown = draw(st.sampled_from(["with it", "before", "later"]))
+        if shown == "before":
+            out.append(Piece(index, said))
+        out.append(Piece(index, said if shown == "with it" else "", (mark,)))
+        if shown == "later":
+            out.append(Piece(index, said))
+    for place in range(draw(st.integers(0, 2))):
+        out.append(Piece(index, calls=(Call(place, f"call-{index}-{place}", "f"),)))
+        for part in draw(st.lists(st.text("{}1", min_size=1, max_size=3), max_size=3)):
+            out.append(Piece(index, calls=(Call(place, "", "", part),)))
+    return [*out, Ended(index, "stop", 3, 6)]
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> list[Event]:
+    """Draw the events of a request, those of its answers mixed."""
+    rest = [draw(answers(index)) for index in range(draw(st.integers(1, 3)))]
+    out = []
+    while any(rest):
+        out.append(draw(st.sampled_from([each for each in rest if each])).pop(0))
+    return out
+
+
+def again(events: Sequence[Event], resume: Sequence[Sequence[int]], draw: Any) -> list[Event]:
+    """Return what a door says that was given tokens: these come one by one, and the order of answers is its own."""
+    count = 1 + max(event.index for event in events)
+    rest = [[event for event in events if event.index == index] for index in range(count)]
+    for index, ids in enumerate(resume):
+        said = [mark.id for event in rest[index] if isinstance(event, Piece) for mark in event.tokens]
+        assert list(ids) == said[: len(ids)], "it is asked to go on behind what it never said"
+    out = []
+    while any(rest):
+        out.append(draw(st.sampled_from([each for each in rest if each])).pop(0))
+    return out
+
+
+def read(events: Sequence[Event]) -> Any:
+    """Return all that a reader has of each answer."""
+    out: dict[int, Any] = {}
+    for event in events:
+        found = out.setdefault(event.index, {"text": "", "ids": [], "calls": {}, "begun": 0, "ended": 0})
+        if isinstance(event, Piece):
+            found["text"] += event.text
+            found["ids"] += [mark.id for mark in event.tokens]
+            for call in event.calls:
+                id, name, arguments = found["calls"].get(call.place, ("", "", ""))
+                found["calls"][call.place] = (id + call.id, name + call.name, arguments + call.arguments)
+        else:
+            found["begun" if isinstance(event, Begun) else "ended"] += 1
+    return out
+
+
+@given(runs(), st.lists(st.integers(0, 40), min_size=1, max_size=3), st.data())
+def test_wherever_it_is_cut_nothing_is_missing_and_nothing_comes_twice(events, cuts, data):
+    """Also where the second worker dies, and the third."""
+    whole, log = read(events), []
+    for cut in [*cuts, len(events)]:
+        told = Told(log)
+        said = again(events, told.resume(), data.draw)
+        fresh = [new for event in said if (new := told.fresh(event)) is not None]
+        log += fresh[:cut] if cut < len(events) else fresh
+    assert read(log) == whole
+    assert Told(log).ended(len(whole)) and not Told(log).ended(len(whole) + 1)
+
+
+@given(runs(), st.integers(0, 40), st.data())
+def test_text_may_be_cut_elsewhere_the_second_time(events, cut, data):
+    """A worker that shows its text in larger pieces, or in other ones, says the same."""
+    told = Told(events[:cut])
+    rest: list[Event] = []
+    for index in range(1 + max(event.index for event in events)):
+        mine = [event for event in events if event.index == index]
+        text = "".join(event.text for event in mine if isinstance(event, Piece))
+        marks = [mark for event in mine if isinstance(event, Piece) for mark in event.tokens]
+        calls = [call for event in mine if isinstance(event, Piece) for call in event.calls]
+        at = data.draw(st.integers(0, len(text)))
+        rest += [Begun(index), Piece(index, text[:at], tuple(marks)), Piece(index, text[at:], (), tuple(calls))]
+        rest.append(Ended(index, "stop", 3, 6))
+    fresh = [new for event in rest if (new := told.fresh(event)) is not None]
+    assert read([*events[:cut], *fresh]) == read(events)
+
+
+def test_of_nothing_nothing_is_resumed():
+    assert Told([]).resume() == () and not Told([]).ended(1)
+    assert Told([Begun(0), Begun(1)]).resume() == ()
+    assert Told([Piece(2, "x", (Mark(7, "x"),))]).resume() == ((), (), (7,))
