@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ STEADY_SECONDS = 60.0
 """A replica that has run for so long was well: the next pause is short again."""
 LONGEST_PAUSE = 30.0
 SPARE_SECONDS = 10.0
+CONNECT_SECONDS = 10.0
 
 
 def files(_: Plan) -> Mapping[str, str]:
@@ -70,6 +72,8 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         raise InvalidRequest("--address: take that of the cluster itself, host:port, not a Ray client's")
     if address not in ("auto", "local") and not _near(address.rpartition(":")[0]):
         _want_token(address)
+    if address not in ("auto", "local"):
+        _reach(address)  # Ray itself would try for minutes
     try:
         ray.init(address, namespace="moesaic", logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -81,6 +85,14 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionFailed(f"no Ray cluster answers at {address:.100}: {error}") from error
 
 
 def _near(host: str) -> bool:
