@@ -2,7 +2,8 @@
 
 A model goes on behind the tokens that were told (``Ask.resume``), and says the whole answer again as if it had just
 drawn it; what a reader has already is left out here. Text after k tokens is a function of these tokens, so that
-counting characters is enough. Knows events.
+counting characters is enough. A worker of AIME's tells text and no tokens: such an answer is continued as text.
+Knows events.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from moesaic.door import Begun, Call, Ended, Event, Piece
+from moesaic.door import Ask, Begun, Call, Ended, Event, Piece
+from moesaic.errors import InvalidRequest
 
 
 @dataclass
@@ -19,6 +21,7 @@ class _Answer:
 
     begun: bool = False
     ids: list[int] = field(default_factory=list)
+    text: str = ""
     ended: bool = False
     tokens: int = 0
     characters: int = 0
@@ -38,11 +41,11 @@ class Told:
                 answer.ended = True
             else:
                 answer.ids += [token.id for token in event.tokens]
-                answer.characters += len(event.text)
+                answer.text += event.text
                 for call in event.calls:
                     answer.calls[call.place] = answer.calls.get(call.place, 0) + len(call.arguments)
         for answer in self._answers.values():
-            answer.tokens = len(answer.ids)
+            answer.tokens, answer.characters = len(answer.ids), len(answer.text)
 
     def _of(self, event: Event) -> _Answer:
         return self._answers.setdefault(event.index, _Answer())
@@ -50,6 +53,26 @@ class Told:
     def ended(self, count: int) -> bool:
         """Return whether all of so many answers have ended."""
         return sum(answer.ended for answer in self._answers.values()) >= count
+
+    def asked(self, ask: Ask) -> Ask:
+        """Return what to ask so that the answer goes on behind what was told.
+
+        Raises:
+            InvalidRequest: text was told without its tokens, and behind it nothing can be asked for.
+        """
+        first = self._answers.get(0, _Answer())
+        if not first.text or first.ids:
+            return replace(ask, resume=self.resume())
+        first.characters = 0  # what comes is new, all of it
+        if isinstance(ask.prompt, str):
+            return replace(ask, prompt=ask.prompt + first.text)
+        if ask.messages is None or len(self._answers) > 1:
+            raise InvalidRequest("the worker that began this answer told no tokens, and was lost: ask again")
+        last = ask.messages[-1]
+        if ask.continue_final:
+            joined = {**last, "content": f"{last.get('content', '')}{first.text}"}
+            return replace(ask, messages=(*ask.messages[:-1], joined))
+        return replace(ask, messages=(*ask.messages, {"role": "assistant", "content": first.text}), continue_final=True)
 
     def resume(self) -> tuple[tuple[int, ...], ...]:
         """Return the tokens that were told, for ``Ask.resume``."""

@@ -13,7 +13,6 @@ import random
 import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import aiohttp
@@ -323,7 +322,7 @@ class Worker:
         told = Told(wire.from_wire(each) for each in work.lease.log)
         if told.ended(ask.sampling.get("n") or 1):  # the last worker died between the last word and its "done"
             return
-        answers = await self._door.ask(replace(ask, resume=told.resume()))
+        answers = await self._door.ask(told.asked(ask))
         try:
             async for event in answers:
                 self._tell(work, told, [event, *answers.ready()])

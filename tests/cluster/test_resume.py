@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.cluster.resume import Told
-from moesaic.door import Begun, Call, Ended, Event, Mark, Piece
+from moesaic.door import Ask, Begun, Call, Ended, Event, Mark, Piece
+from moesaic.errors import InvalidRequest
 
 
 @st.composite
@@ -104,3 +106,19 @@ def test_of_nothing_nothing_is_resumed():
     assert Told([]).resume() == () and not Told([]).ended(1)
     assert Told([Begun(0), Begun(1)]).resume() == ()
     assert Told([Piece(2, "x", (Mark(7, "x"),))]).resume() == ((), (), (7,))
+
+
+def test_text_that_was_told_without_tokens_is_continued_as_text():
+    said = ({"role": "user", "content": "Hi"},)
+    log = [Begun(0), Piece(0, "Once "), Piece(0, "upon")]
+    told = Told(log)
+    assert told.asked(Ask(messages=said)) == Ask(
+        messages=(*said, {"role": "assistant", "content": "Once upon"}), continue_final=True
+    )
+    assert told.fresh(Begun(0)) is None
+    assert told.fresh(Piece(0, " a time", (Mark(1, " a time"),))) == Piece(0, " a time", (Mark(1, " a time"),))
+    begun = (*said, {"role": "assistant", "content": "Well, "})
+    assert Told(log).asked(Ask(messages=begun, continue_final=True)).messages[-1]["content"] == "Well, Once upon"
+    assert Told(log).asked(Ask(prompt="Say: ")).prompt == "Say: Once upon"
+    with pytest.raises(InvalidRequest):
+        Told(log).asked(Ask(prompt=(1, 2)))

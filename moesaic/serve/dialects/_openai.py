@@ -167,7 +167,7 @@ def card_of(door: Door, name: str | None, *, strict: bool = False) -> Card:
     """
     cards = door.cards()
     if not cards:
-        raise Unavailable("there is no model yet: workers bring them; try again later")
+        raise Unavailable("there is no model yet: try again later, or start one with `moesaic worker`")
     for card in cards:
         if name == card.name or name in card.aliases:
             return card

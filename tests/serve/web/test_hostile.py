@@ -79,6 +79,7 @@ def test_a_huge_table_and_a_long_answer(chat: Chat, server: Server) -> None:
 def test_right_to_left_answers(chat: Chat, server: Server) -> None:
     server.will_say(says("שלום, מה שלומך?\n\n- אחת\n- שתיים\n\nAnd English."))
     chat.ask("Hebrew?")
+    chat.wait_for("And English.")
     directions = chat.page.locator("article.assistant .body > *").evaluate_all(
         "blocks => blocks.map(block => getComputedStyle(block).direction)"
     )
