@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 LOST_ENGINE = 70
 """The exit code of a worker that cannot compute any more and wants to be started again (EX_SOFTWARE)."""
 
-
+CROWD = 4
+"""Of a worker's answers; see ``Local``: each look is a message to the gateway, and a gateway that sends on."""
 VARIABLE = "MOESAIC_WORKER_KEY"
 
 
@@ -156,7 +157,7 @@ async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
     from moesaic.cluster.worker import Worker
     from moesaic.engine import Limits
 
-    models = await serving.shelf(args)
+    models = await serving.shelf(args, CROWD)
     slots = args.slots or args.sequences or Limits().sequences
     name = args.name or f"{platform.node()}-{secrets.token_hex(4)}"
     about = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}

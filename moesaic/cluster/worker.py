@@ -22,7 +22,7 @@ from moesaic.cluster import protocol as wire
 from moesaic.cluster.desk import LEASE_SECONDS, RENEWS, STALL_SECONDS
 from moesaic.cluster.resume import Told
 from moesaic.cluster.work import Work
-from moesaic.door import Door, Event
+from moesaic.door import Door, Event, join
 from moesaic.errors import (
     Conflict,
     EngineStopped,
@@ -41,7 +41,7 @@ log = logging.getLogger("moesaic.worker")
 T = TypeVar("T")
 
 PACE = 0.02
-"""Seconds in which events are gathered before they are sent."""
+"""Seconds between two messages with events, at least."""
 WAIT = 20.0
 """Seconds that a question for work stays open."""
 PATIENCE = 6
@@ -228,10 +228,12 @@ class Worker:
     async def _send(self) -> None:
         """Send events as they come, those of all jobs together, and the ends each on its own."""
         async with asyncio.TaskGroup() as ends:
+            sent = -PACE
             while True:
                 await self._dirty.wait()
-                await asyncio.sleep(PACE)
+                await asyncio.sleep(max(0.0, sent + PACE - time.monotonic()))  # 0: the others have theirs, too, then
                 self._dirty.clear()
+                sent = time.monotonic()
                 for work in list(self._works.values()):
                     if work.over and not work.ending and work.fits(MESSAGE_BYTES):
                         work.ending = True
@@ -325,7 +327,7 @@ class Worker:
         answers = await self._door.ask(told.asked(ask))
         try:
             async for event in answers:
-                self._tell(work, told, [event, *answers.ready()])
+                self._tell(work, told, join([event, *answers.ready()]))
         finally:
             answers.cancel()
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
-from moesaic.door import Answers, Ask, Begun, Ended, Event, Load, Piece
+from moesaic.door import Answers, Ask, Begun, Ended, Event, Load, join
 from moesaic.errors import Cancelled, MoesaicError, TimedOut, Unavailable
 from moesaic.serve.settings import Settings
 
@@ -316,19 +316,3 @@ class Watch:
             generated = sum(each.tokens for each in self._answers.values())
             first = min(firsts) - self._begin if firsts else None
             self._span.end(reason, self._prompt_tokens, self._cached, generated, first)
-
-
-def join(events: Sequence[Event]) -> list[Event]:
-    """Return events with neighbouring pieces of one answer made one, but for those that call tools."""
-    out: list[Event] = []
-    for event in events:
-        last = out[-1] if out else None
-        if _is_text(event) and _is_text(last) and event.index == last.index:
-            out[-1] = Piece(event.index, last.text + event.text, (*last.tokens, *event.tokens))
-        else:
-            out.append(event)
-    return out
-
-
-def _is_text(event: Event | None) -> TypeGuard[Piece]:
-    return isinstance(event, Piece) and not event.calls
