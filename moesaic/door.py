@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 Reason = Literal["stop", "length", "cancelled"]
 
@@ -208,3 +208,19 @@ class Door(Protocol):
     async def close(self) -> None:
         """End everything."""
         ...
+
+
+def join(events: Sequence[Event]) -> list[Event]:
+    """Return events with neighbouring pieces of one answer made one, but for those that call tools."""
+    out: list[Event] = []
+    for event in events:
+        last = out[-1] if out else None
+        if _is_text(event) and _is_text(last) and event.index == last.index:
+            out[-1] = Piece(event.index, last.text + event.text, (*last.tokens, *event.tokens))
+        else:
+            out.append(event)
+    return out
+
+
+def _is_text(event: Event | None) -> TypeGuard[Piece]:
+    return isinstance(event, Piece) and not event.calls

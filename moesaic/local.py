@@ -192,8 +192,16 @@ def _about(llm: LLM) -> Mapping[str, Any]:
 class Local:
     """One model in this process; see ``door.Door``. Made on the loop that it answers on."""
 
-    def __init__(self, llm: LLM, aliases: Sequence[str] = ()) -> None:
-        self._llm, self._aliases = llm, tuple(aliases)
+    def __init__(self, llm: LLM, aliases: Sequence[str] = (), crowd: int = CROWD) -> None:
+        """Answer with a model.
+
+        Args:
+            llm: the model.
+            aliases: its other names.
+            crowd: answers from which on it is looked further apart at what has come, each look being dearer to
+                whoever passes it on.
+        """
+        self._llm, self._aliases, self._crowd = llm, tuple(aliases), crowd
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="moesaic-text")
         self._grammars = ThreadPoolExecutor(COMPILERS, thread_name_prefix="moesaic-grammar")
@@ -220,7 +228,7 @@ class Local:
     # and what follows on the loop's
 
     def _pace(self) -> None:
-        pace = PACE * min(WIDEST, max(1.0, len(self._running) / CROWD))
+        pace = PACE * min(WIDEST, max(1.0, len(self._running) / self._crowd))
         wait = self._looked + pace - self._loop.time()
         if wait > 0:
             self._loop.call_later(wait, self._pump)

@@ -42,11 +42,13 @@ FLAGS = {
     "ngrok-edge num-shard otlp-endpoint otlp-service-name payload-limit prometheus-port quantize revision "
     "rope-factor rope-scaling shard-uds-path sharded speculate tokenizer-config-path trust-remote-code usage-stats "
     "validation-workers waiting-served-ratio watermark-delta watermark-gamma weights-cache-override",
-    "gateway": "aime-endpoints allowed-host cors-origin crashes drain-timeout host insecure-no-auth jobs keys lease "
-    "log-format log-level max-body model otel port queue queue-per-key queue-timeout request-timeout tls-cert tls-key "
-    "trusted-proxy",
+    "gateway": "admin-port aime-endpoints allowed-host cors-origin crashes drain-timeout host insecure-no-auth jobs "
+    "keys lease log-format log-level max-body model otel port queue queue-per-key queue-timeout request-timeout "
+    "tls-cert tls-key trusted-proxy",
     "worker": "api-auth-key api-server ca cache-tokens chat-format context device drain-timeout dtype format gateway "
     "insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name queue sequences slots",
+    "admin": "ca insecure-plaintext json key key-file most request url",
+    "launch": "address cpus gpus program replicas to worker",
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
     "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype",
     "pull": "sha256 to",

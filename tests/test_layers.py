@@ -38,11 +38,22 @@ MAY = {
     "": {"engine", "llm", "classifier", "text"},  # the public names
 }
 """What each part may import besides ``errors`` and ``registry``; docs/architecture.md draws it."""
-WITHIN = {"cluster.queue": {"cluster.jobs"}}
+WITHIN = {"cluster.queue": {"cluster.jobs"}, "cluster.launch": set()}
 """What a folder of a part may import of its own part, besides itself."""
+ALONE = ("cluster.launch",)
+"""Folders that import nothing of another part: what starts workers knows neither models nor servers."""
 ONLY = {("cluster", "serve"): ("cluster.routes", "cluster.admin", "cluster.aime")}
 """Where only some modules of a part may import another part: a job or a worker knows no HTTP server."""
-REGISTRIES = ("formats", "ops", "models", "checkpoints", "bench.endpoints", "serve.dialects", "cluster.queue")
+REGISTRIES = (
+    "formats",
+    "ops",
+    "models",
+    "checkpoints",
+    "bench.endpoints",
+    "serve.dialects",
+    "cluster.queue",
+    "cluster.launch",
+)
 
 
 def part_of(module: str) -> str:
@@ -101,6 +112,8 @@ def offences(module: str, source: str) -> list[str]:
             inside = [f"moesaic.{each}" for each in (folder, *known)]
             if under(module, inside[:1]) and target == part and not under(name, inside):
                 found.append(f"{module} imports {name}")
+        if target not in EVERYONE | {part} and under(module, [f"moesaic.{each}" for each in ALONE]):
+            found.append(f"{module} imports {name}")
         some = ONLY.get((part, target))
         if some is not None and not under(module, [f"moesaic.{each}" for each in some]):
             found.append(f"{module} imports {name}")
@@ -124,6 +137,10 @@ def test_an_upward_import_is_found_also_inside_a_function():
     assert offences("moesaic.cluster.queue.postgres", "from moesaic.cluster.queue import sqlite\n")
     assert offences("moesaic.cluster.queue._store", "import moesaic.cluster.gateway\n")
     assert offences("moesaic.cluster.jobs", "from moesaic.serve import app\n")
+    assert offences("moesaic.cluster.launch.ray", "from moesaic.door import Load\n")
+    assert offences("moesaic.cluster.launch.ray", "from moesaic.cluster.worker import Worker\n")
+    assert offences("moesaic.cluster.launch.ray", "from moesaic.cluster.launch import slurm\n")
+    assert not offences("moesaic.cluster.launch.ray", "from moesaic.cluster.launch import Plan\n")
     assert not offences("moesaic.cluster.routes", "from moesaic.serve import app\n")
     assert not offences("moesaic.cluster.queue.sqlite", "from moesaic.cluster.jobs import Store\n")
     assert not offences("moesaic.bench.endpoints.tgi", "from moesaic.bench.endpoints import _http, Ask\n")

@@ -8,13 +8,11 @@ import os
 import platform
 import secrets
 import signal
-import ssl
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from moesaic.cli import listening, serving
+from moesaic.cli import dialing, listening, serving
 from moesaic.cli.flags import Commands, add_command
 from moesaic.errors import EngineStopped, InvalidRequest, NotInstalled
 
@@ -26,6 +24,10 @@ if TYPE_CHECKING:
 
 LOST_ENGINE = 70
 """The exit code of a worker that cannot compute any more and wants to be started again (EX_SOFTWARE)."""
+
+CROWD = 4
+"""Of a worker's answers; see ``Local``: each look is a message to the gateway, and a gateway that sends on."""
+VARIABLE = "MOESAIC_WORKER_KEY"
 
 
 def add_gateway(commands: Commands) -> None:
@@ -64,13 +66,16 @@ def add_gateway(commands: Commands) -> None:
         help="endpoint files of AIME's server, or a folder of them",
     )
     listening.add_flags(parser)
+    about = "routes for administrators: on this port of 127.0.0.1 and nowhere else (0: any free one)"
+    parser.add_argument("--admin-port", type=int, metavar="N", help=about)
     parser.set_defaults(host="127.0.0.1", port=8000)
 
 
 def _gateway(args: argparse.Namespace) -> int:
     listening.need_packages()
-    from moesaic.cluster import routes
+    from moesaic.cluster import admin, routes
     from moesaic.cluster.aime import clients, settings, workers
+    from moesaic.cluster.figures import Figures
 
     if not args.lease > 0:
         raise InvalidRequest(f"--lease: is {args.lease:g}, expected more than 0")
@@ -80,9 +85,10 @@ def _gateway(args: argparse.Namespace) -> int:
 
     def all_routes(gateway: Gateway) -> Iterable[Endpoint]:
         aime = [*clients.endpoints(gateway, known), *workers.endpoints(gateway, gateway, known, args.lease)]
-        return [*routes.endpoints(gateway), *aime]
+        return [*routes.endpoints(gateway), *aime, *admin.endpoints(gateway)]
 
-    return listening.serve(args, listening.settings(args), lambda: _open(args), all_routes)
+    bounds = listening.settings(args, admin_port=args.admin_port)
+    return listening.serve(args, bounds, lambda: _open(args), all_routes, Figures)
 
 
 async def _open(args: argparse.Namespace) -> Gateway:
@@ -115,15 +121,12 @@ def add_worker(commands: Commands) -> None:
     serving.add_models(parser)
     work = parser.add_argument_group("work")
     work.add_argument("--gateway", action="append", metavar="URL", help="several: the next when one does not answer")
-    work.add_argument("--key", metavar="KEY", help="a worker's key; better: MOESAIC_WORKER_KEY or --key-file")
-    work.add_argument("--key-file", type=Path, metavar="FILE", help="where the key stands")
+    dialing.add_flags(work, VARIABLE, "a worker's")
     work.add_argument("--api-server", metavar="URL", help="work for AIME's API server instead of a gateway")
     work.add_argument("--api-auth-key", metavar="KEY", help="of AIME's server, for the job type; or MOESAIC_WORKER_KEY")
     work.add_argument("--job-type", metavar="NAME", help="of AIME's server: mixtral, llama3, ...")
     work.add_argument("--name", help="unique among the workers of a gateway; default: this machine's, and a random end")
     work.add_argument("--slots", type=int, metavar="N", help="jobs at once (default: --sequences, 64)")
-    work.add_argument("--ca", type=Path, metavar="FILE", help="certificates that the gateway's must come from, PEM")
-    work.add_argument("--insecure-plaintext", action="store_true", help="speak http:// to another machine")
     work.add_argument("--drain-timeout", type=float, default=30.0, metavar="S", help="after SIGTERM (default 30)")
     out = parser.add_argument_group("logs")
     out.add_argument("--log-format", choices=("json", "text"), default="json")
@@ -143,49 +146,18 @@ def _worker(args: argparse.Namespace) -> int:
     if args.api_server and not args.job_type:
         raise InvalidRequest("which jobs of AIME's server? --job-type mixtral, or llama3, ...")
     for url in args.gateway or [args.api_server]:
-        _check(url, plain=args.insecure_plaintext)
+        dialing.check("--gateway" if args.gateway else "--api-server", url, plain=args.insecure_plaintext)
     args.batch_tokens = None
-    key, trusted = _key(args), _trusted(args.ca)
+    key, trusted = dialing.key(args, VARIABLE), dialing.trusted(args.ca)
     logs.set_up(args.log_level, as_json=args.log_format == "json")
     return asyncio.run(_work(args, key, trusted))
-
-
-def _check(url: str, *, plain: bool) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidRequest(f"{url:.100} is no http:// or https:// address")
-    near = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
-    if parts.scheme == "http" and not near and not plain:
-        raise InvalidRequest(
-            f"{url:.100} would carry prompts and keys unencrypted: take https://, or --insecure-plaintext"
-        )
-
-
-def _key(args: argparse.Namespace) -> str | None:
-    if args.key_file is None:
-        return args.key or os.environ.get("MOESAIC_WORKER_KEY")
-    try:
-        return str(args.key_file.read_text().strip())
-    except OSError as error:
-        raise InvalidRequest(f"{args.key_file}: cannot be read: {error.strerror}") from error
-
-
-def _trusted(ca: Path | None) -> Any:
-    if ca is None:
-        return True
-    try:
-        context = ssl.create_default_context(cafile=str(ca))
-    except (OSError, ssl.SSLError) as error:
-        raise InvalidRequest(f"{ca}: no certificates can be read from it") from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
 
 
 async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
     from moesaic.cluster.worker import Worker
     from moesaic.engine import Limits
 
-    models = await serving.shelf(args)
+    models = await serving.shelf(args, CROWD)
     slots = args.slots or args.sequences or Limits().sequences
     name = args.name or f"{platform.node()}-{secrets.token_hex(4)}"
     about = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moesaic.errors import InvalidRequest, MoesaicError
 
 if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
     from moesaic.door import Door
     from moesaic.serve.exchange import Endpoint
     from moesaic.serve.keys import Key, Keys
@@ -92,6 +96,7 @@ def serve(
     settings: Settings,
     door: Callable[[], Awaitable[D]],
     routes: Callable[[D], Iterable[Endpoint]] = lambda _: (),
+    figures: Callable[[D], Callable[[], Iterable[Metric]]] = lambda _: tuple,
     before: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a signal says to stop; return the exit code.
@@ -101,14 +106,16 @@ def serve(
         settings: the bounds.
         door: makes what answers, on the server's loop, when the port is taken.
         routes: what it offers besides the dialects.
+        figures: what it shows besides the server's own figures.
         before: called when nothing can be refused any more.
 
     Raises:
         InvalidRequest: the address, the keys or the certificate cannot be used as they are.
     """
     from moesaic.serve import front, keys, logs
+    from moesaic.serve.guard import ADMINS
 
-    who = keys.Keys(read_keys(args), wanted=args.keys is not None)
+    who = keys.Keys(read_keys(args), wanted=args.keys is not None, source=lambda: read_keys(args))
     if not settings.loopback and not who.wanted and not args.insecure_no_auth:
         raise InvalidRequest(
             f"{args.host} can be reached from elsewhere: give --keys FILE (`moesaic keys add` makes one), "
@@ -119,12 +126,14 @@ def serve(
     logs.set_up(args.log_level, as_json=args.log_format == "json")
     before()
     front.prepare(settings.connections)
-    listening = front.bind(settings)  # before a model is read: a port that is taken is known at once
-    try:
+    with contextlib.ExitStack() as stack:
+        # Before a model is read: a port that is taken is known at once.
+        sockets = [stack.enter_context(front.bind(settings))]
+        if settings.admin_port is not None:
+            sockets.append(stack.enter_context(front.bind(replace(settings, host=ADMINS, port=settings.admin_port))))
+            settings = replace(settings, admin_port=sockets[1].getsockname()[1])
         with asyncio.Runner(loop_factory=front.loop_factory()) as runner:
-            runner.run(_run(args, settings, who, listening, door, routes))
-    finally:
-        listening.close()
+            runner.run(_run(args, settings, who, sockets, door, routes, figures))
     return 0
 
 
@@ -132,9 +141,10 @@ async def _run(
     args: argparse.Namespace,
     settings: Settings,
     who: Keys,
-    listening: socket.socket,
+    sockets: Sequence[socket.socket],
     door: Callable[[], Awaitable[D]],
     routes: Callable[[D], Iterable[Endpoint]],
+    figures: Callable[[D], Callable[[], Iterable[Metric]]],
 ) -> None:
     from moesaic.serve import front
     from moesaic.serve.app import App
@@ -142,22 +152,24 @@ async def _run(
 
     tracer = Tracer() if args.otel else None
     opened = await door()
-    app = App(opened, settings, who, tracer, routes(opened))
+    app = App(opened, settings, who, tracer, routes(opened), figures(opened))
 
     def reload() -> None:
         try:
-            who.replace(read_keys(args))
+            who.reload()
             log.info("keys read again")
         except MoesaicError as error:
             log.error("the keys stay as they were", extra={"why": str(error)})
 
     if not settings.loopback and not args.tls_cert:
         log.warning("keys and prompts travel unencrypted: give --tls-cert, or have a proxy in front that encrypts")
-    address, port = listening.getsockname()[:2]
-    scheme = "https" if args.tls_cert else "http"
-    log.info("serving", extra={"url": f"{scheme}://{address}:{port}", "models": [c.name for c in opened.cards()]})
+    urls = [f"http://{address}:{port}" for address, port in (each.getsockname()[:2] for each in sockets)]
+    if args.tls_cert:
+        urls[0] = urls[0].replace("http://", "https://")
+    admins = {"admins": urls[1]} if urls[1:] else {}
+    log.info("serving", extra={"url": urls[0], "models": [c.name for c in opened.cards()], **admins})
     try:
-        await front.serve(app, listening, certificate=args.tls_cert, private_key=args.tls_key, reload_keys=reload)
+        await front.serve(app, *sockets, certificate=args.tls_cert, private_key=args.tls_key, reload_keys=reload)
     finally:
         if tracer:
             tracer.close()

@@ -77,11 +77,11 @@ def _serve(args: argparse.Namespace) -> int:
     return listening.serve(args, settings, lambda: shelf(args), before=lambda: _say(launch))
 
 
-async def shelf(args: argparse.Namespace) -> Shelf:
-    """Return the models that were named, the first of them loaded."""
+async def shelf(args: argparse.Namespace, crowd: int | None = None) -> Shelf:
+    """Return the models that were named, the first of them loaded. ``crowd``: see ``Local``."""
     from moesaic.serve.shelf import Shelf
 
-    made = Shelf(books(args), None if args.memory is None else int(args.memory * 1e9))
+    made = Shelf(books(args, crowd), None if args.memory is None else int(args.memory * 1e9))
     await made.open(made.cards()[0].name)
     return made
 
@@ -93,7 +93,7 @@ def _say(launch: launcher.Launch) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def books(args: argparse.Namespace) -> list[Book]:
+def books(args: argparse.Namespace, crowd: int | None = None) -> list[Book]:
     """Return the models that were named, none of them loaded."""
     from moesaic.door import Card
     from moesaic.serve.shelf import Book
@@ -109,19 +109,19 @@ def books(args: argparse.Namespace) -> list[Book]:
         shown = name or (called.rstrip("/").split("/")[-1] if called else "built-in")
         aliases = tuple({called} - {shown, None}) if called and "/" in called and not Path(called).exists() else ()
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
-        found.append(Book(Card(shown, aliases, state="unloaded"), partial(open_model, args, path, shown), size))
+        found.append(Book(Card(shown, aliases, state="unloaded"), partial(open_model, args, path, shown, crowd), size))
     if len({book.card.name for book in found}) < len(found):
         raise InvalidRequest("two models have the same name: name them, as in a=./one b=./two")
     return found
 
 
-async def open_model(args: argparse.Namespace, path: Path | None, name: str) -> Door:
+async def open_model(args: argparse.Namespace, path: Path | None, name: str, crowd: int | None = None) -> Door:
     """Return the door to a model, loaded as the command line says."""
     from moesaic.classifier import Classifier
     from moesaic.engine import Limits
     from moesaic.llm import LLM
     from moesaic.loading import is_classifier
-    from moesaic.local import Local, LocalClassifier
+    from moesaic.local import CROWD, Local, LocalClassifier
 
     limits = Limits()
     if args.sequences is not None:
@@ -150,4 +150,4 @@ async def open_model(args: argparse.Namespace, path: Path | None, name: str) -> 
     if isinstance(model, Classifier):
         return LocalClassifier(model, name)
     model.name = name
-    return Local(model)
+    return Local(model, crowd=crowd or CROWD)

@@ -32,6 +32,7 @@ class Session:
     load: Mapping[str, Load] = field(default_factory=dict)
     apart: bool = False
     """Whether what it has are suspects, and nothing else is to be given to it."""
+    since: float = field(default_factory=time.time)
     heard: float = 0.0
     stepped: float = 0.0
     """When its engine was last seen to make progress, or had nothing to do."""
@@ -39,6 +40,8 @@ class Session:
     """Whether its engine stands still: it gets nothing more until it moves."""
     leaves: bool = False
     """Whether it is about to go, and gets nothing more."""
+    drained: bool = False
+    """Whether administrators want it to get nothing more."""
 
     def see(self, load: Mapping[str, Load], works: bool, now: float) -> None:
         """Take in what it says of its engine; ``works``: whether it has anything to do."""

@@ -58,8 +58,8 @@ class Foreman(Crew, Chores):
         self.looking = asyncio.Event()
         self.fenced = 0
         """Results and tokens that came too late, and did not count."""
-        self.lost = 0
-        """Leases that were lost."""
+        self.lost = self.dead = 0
+        """Leases that were lost, and jobs that were set aside because of it."""
         self.seconds = 1.0
         """What a job takes, as a running mean."""
         self._saver, self._silence = Saver(store, clock), Silence(lease_seconds, clock)
@@ -134,7 +134,7 @@ class Foreman(Crew, Chores):
                     await session.wake.wait()
 
     async def _lease(self, session: Session, most: int) -> list[Lease]:
-        if most < 1 or session.stalled or session.leaves or (session.apart and session.holds):
+        if most < 1 or session.stalled or session.leaves or session.drained or (session.apart and session.holds):
             return []
         session.apart = self._takes_suspects(session)
         if session.apart and session.holds:  # what it has, it does first
@@ -359,7 +359,7 @@ class Foreman(Crew, Chores):
             beats = [beat for beat in await self.store.beats() if beat.hold in holds]
         dead = await self.store.lose(beats)
         holds -= {beat.hold for beat in await self.store.beats()}  # those were renewed in the last moment
-        self.lost += len(holds)
+        self.lost, self.dead = self.lost + len(holds), self.dead + len(dead)
         workers = sorted({beat.worker for beat in beats})
         log.warning("leases are lost", extra={"workers": workers, "jobs": len(holds), "dead": len(dead)})
         self.suspects |= {live.model for live in here} or {name for each in self.crew.values() for name in each.models}

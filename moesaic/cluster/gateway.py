@@ -23,9 +23,9 @@ import msgspec
 from moesaic.cluster import protocol
 from moesaic.cluster.chores import whole
 from moesaic.cluster.desk import LEASE_SECONDS, STALL_SECONDS, Progress
-from moesaic.cluster.foreman import Foreman
 from moesaic.cluster.jobs import Depth, Job, Seen, State, Store
 from moesaic.cluster.live import Following, Live
+from moesaic.cluster.roster import Roster
 from moesaic.cluster.saving import catch_up
 from moesaic.door import Ask, Begun, Card, Ended, Load, Mark, Piece
 from moesaic.errors import Cancelled, MoesaicError, NotFound, Overloaded, PoisonedJob, Unavailable
@@ -40,7 +40,7 @@ GUESSED_TOKENS = 512
 """What an answer without a bound is taken to cost."""
 
 
-class Gateway(Foreman):
+class Gateway(Roster):
     """See ``door.Door``, ``desk.Desk`` and ``desk.Labour``. Made on the loop that it answers on."""
 
     def __init__(
@@ -137,9 +137,8 @@ class Gateway(Foreman):
             id = await self.store.submit(job)
         except BaseException as error:
             del self.lives[job.id]
-            if (
-                isinstance(error, asyncio.CancelledError) and not ask.once and not self.stopped
-            ):  # it may be there, and nobody knows of it
+            left = isinstance(error, asyncio.CancelledError)
+            if left and not ask.once and not self.stopped:  # it may be there, and nobody knows of it
                 self.background(self._unwanted(job.id))
             if isinstance(error, Overloaded | Unavailable) and error.retry_after is None:
                 error.retry_after = self._patience()
@@ -179,6 +178,14 @@ class Gateway(Foreman):
             live.unread_since = self.clock()
             if not live.once and not live.ended and not self.stopped:
                 self.background(self._withdraw(live))
+
+    async def revive(self, id: str, model: str) -> bool:
+        """Queue a dead job again; return whether there was one."""
+        revived = await self.store.revive(id)
+        if revived:
+            self.lives.pop(id, None)  # who asks from now on waits for its end, and is not told of its death
+            self.wake_idle(model)
+        return revived
 
     @whole
     async def _withdraw(self, live: Live) -> State:

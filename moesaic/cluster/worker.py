@@ -22,7 +22,7 @@ from moesaic.cluster import protocol as wire
 from moesaic.cluster.desk import LEASE_SECONDS, RENEWS, STALL_SECONDS
 from moesaic.cluster.resume import Told
 from moesaic.cluster.work import Work
-from moesaic.door import Door, Event
+from moesaic.door import Door, Event, join
 from moesaic.errors import (
     Conflict,
     EngineStopped,
@@ -41,7 +41,7 @@ log = logging.getLogger("moesaic.worker")
 T = TypeVar("T")
 
 PACE = 0.02
-"""Seconds in which events are gathered before they are sent."""
+"""Seconds between two messages with events, at least."""
 WAIT = 20.0
 """Seconds that a question for work stays open."""
 PATIENCE = 6
@@ -90,7 +90,7 @@ class Worker:
         self._works: dict[str, Work] = {}
         self._dirty = asyncio.Event()
         self._renew_seconds, self._patience, self._url = LEASE_SECONDS * RENEWS, LEASE_SECONDS * PATIENCE, ""
-        self._draining = False
+        self._draining = self._leaving = False
         self._answered = time.monotonic()  # when a gateway last renewed what is here
         self._stepped = (time.monotonic(), -1)
         self.stopped = asyncio.Event()
@@ -126,6 +126,7 @@ class Worker:
         until = time.monotonic() + seconds
         while self._works and time.monotonic() < until:
             await asyncio.sleep(0.05)
+        self._leaving = True
         with contextlib.suppress(MoesaicError, *TROUBLE):
             claims = tuple(work.claim for work in self._works.values())
             await self._post("release", wire.Release(self._name, claims, leave=True), dict)
@@ -137,6 +138,8 @@ class Worker:
         tries = 0
         while True:
             for url in self._gateways:
+                if self._leaving:  # the gateway, which has let it go, would have a worker that never comes
+                    await self.stopped.wait()
                 if self.stopped.is_set():  # a cancellation that comes together with an error is lost in it
                     return
                 self._url = url.rstrip("/")
@@ -227,10 +230,12 @@ class Worker:
     async def _send(self) -> None:
         """Send events as they come, those of all jobs together, and the ends each on its own."""
         async with asyncio.TaskGroup() as ends:
+            sent = -PACE
             while True:
                 await self._dirty.wait()
-                await asyncio.sleep(PACE)
+                await asyncio.sleep(max(0.0, sent + PACE - time.monotonic()))  # 0: the others have theirs, too, then
                 self._dirty.clear()
+                sent = time.monotonic()
                 for work in list(self._works.values()):
                     if work.over and not work.ending and work.fits(MESSAGE_BYTES):
                         work.ending = True
@@ -324,7 +329,7 @@ class Worker:
         answers = await self._door.ask(told.asked(ask))
         try:
             async for event in answers:
-                self._tell(work, told, [event, *answers.ready()])
+                self._tell(work, told, join([event, *answers.ready()]))
         finally:
             answers.cancel()
 

@@ -12,11 +12,12 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.metrics_core import Metric
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 from starlette.staticfiles import StaticFiles
@@ -67,7 +68,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class App:
-    """The application. ``draining`` is set when it is to take nothing new."""
+    """The application. ``draining`` is set while it is to take nothing new, ``stopping`` when it is about to end."""
 
     def __init__(
         self,
@@ -76,17 +77,18 @@ class App:
         keys: Keys | None = None,
         tracer: Tracer | None = None,
         more: Iterable[Endpoint] = (),
+        figures: Callable[[], Iterable[Metric]] = tuple,
     ) -> None:
-        """Offer every dialect over a door, and ``more`` routes."""
+        """Offer every dialect over a door, and ``more`` routes and figures."""
         self.door, self.settings, self.keys = door, settings or Settings(), keys or Keys()
         self.tracer = tracer
-        self.metrics = Metrics(door.load)
+        self.metrics = Metrics(door.load, figures)
         self.guard = Guard(self.settings, self.keys)
         self.kept = Kept(self.settings.kept_responses, self.settings.kept_bytes)
         self.progress = Progress(door, self.settings.stall_seconds)
         self.descriptions: dict[bool, dict[str, Any]] = {}
         """OpenAPI's, with and without keys, as far as they were asked for."""
-        self.draining = False
+        self.draining = self.stopping = False
         self.running = 0
         """Requests that are being answered."""
         self.asking = 0
@@ -171,13 +173,15 @@ class App:
 
     async def run(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> None:
         """Answer one request of an endpoint, or raise before anything was sent."""
+        if not endpoint.public:
+            self.guard.check_listener(scope, admin=endpoint.admin)
         key = NOBODY if endpoint.public else self.guard.who(scope)
         if endpoint.admin and not key.admin:
-            raise Forbidden("this needs an admin's key")
+            raise Forbidden("this needs an admin's key: `moesaic keys add NAME --admin` makes one")
         if key.worker != endpoint.worker and not endpoint.public and self.keys.wanted:
             raise Forbidden("this needs a worker's key" if endpoint.worker else "a worker's key is for its work alone")
-        if self.draining and endpoint.body is not None and not endpoint.worker:
-            raise Unavailable("the server is about to stop: ask another, or try again later")
+        if self.draining and endpoint.body is not None and not (endpoint.worker or endpoint.admin):
+            raise Unavailable("the server takes nothing new now: ask another, or try again later")
         call = Call(self, endpoint, scope, key, scope["request_id"])
         self.running += not endpoint.worker
         error: BaseException | None = None
@@ -274,7 +278,7 @@ class _Run:
         except Disconnected:
             pass
         except asyncio.CancelledError:
-            if not self.app.draining:
+            if not self.app.stopping:
                 raise
             await self.app._refuse(scope, Unavailable("the server is stopping"), endpoint)
         except (KeyboardInterrupt, SystemExit):

@@ -20,6 +20,7 @@ import uvicorn
 from moesaic.errors import InvalidRequest
 from moesaic.serve.app import App
 from moesaic.serve.connection import LINGER, bounded
+from moesaic.serve.guard import ADMINS
 from moesaic.serve.settings import Settings
 
 log = logging.getLogger("moesaic.serve")
@@ -40,11 +41,11 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._app.draining or self._loop is None:
-            self.force_exit = self._app.draining
+        if self._app.stopping or self._loop is None:
+            self.force_exit = self._app.stopping
             super().handle_exit(sig, frame)
             return
-        self._app.draining = True
+        self._app.draining = self._app.stopping = True
         self._loop.call_soon_threadsafe(self._begin_to_drain)
 
     def _begin_to_drain(self) -> None:
@@ -63,9 +64,10 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await self.lifespan.startup()
         config, settings = self.config, self._app.settings
-        patience: dict[str, Any] = {}
+        tls: dict[str, Any] = {"ssl": config.ssl}
         if config.ssl:
-            patience = {"ssl_handshake_timeout": settings.header_seconds, "ssl_shutdown_timeout": LINGER}
+            tls |= {"ssl_handshake_timeout": settings.header_seconds, "ssl_shutdown_timeout": LINGER}
+        admins = (ADMINS, settings.admin_port)
 
         def connection() -> asyncio.Protocol:
             kind: Any = config.http_protocol_class
@@ -73,7 +75,9 @@ class Server(uvicorn.Server):
             return made
 
         self.servers = [
-            await self._loop.create_server(connection, sock=each, ssl=config.ssl, backlog=BACKLOG, **patience)
+            await self._loop.create_server(
+                connection, sock=each, backlog=BACKLOG, **({} if each.getsockname()[:2] == admins else tls)
+            )
             for each in sockets or ()
         ]
         self.started = True
@@ -126,13 +130,12 @@ def bind(settings: Settings) -> socket.socket:
 
 async def serve(
     app: App,
-    listening: socket.socket,
-    *,
+    *listening: socket.socket,
     certificate: str | None = None,
     private_key: str | None = None,
     reload_keys: Callable[[], None] | None = None,
 ) -> None:
-    """Serve until a signal says to stop.
+    """Serve until a signal says to stop; administrators' own port, if it is among these, without TLS.
 
     Raises:
         InvalidRequest: the certificate or its key cannot be used.
@@ -141,7 +144,7 @@ async def serve(
     if reload_keys and hasattr(signal, "SIGHUP"):
         with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # not in the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_keys)
-    await Server(config, app).serve([listening])
+    await Server(config, app).serve(list(listening))
 
 
 def configured(app: App, certificate: str | None = None, private_key: str | None = None) -> uvicorn.Config:

@@ -12,12 +12,14 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from moesaic.errors import Forbidden, InvalidRequest, KeyExhausted, Unauthorized
+from moesaic.errors import Forbidden, InvalidRequest, KeyExhausted, NotFound, Unauthorized
 from moesaic.serve.exchange import Scope
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
 
 HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
+ADMINS = "127.0.0.1"
+"""The address of administrators' own port."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ASKED = b"authorization, content-type, x-api-key, anthropic-version, idempotency-key"
 """Headers that a page of a named origin may send; our own client sends the last, and Anthropic's the one before."""
@@ -47,6 +49,17 @@ class Guard:
             return  # whoever opens a server to a network without naming it is called by any address of it
         if found[1].strip("[]").lower() not in self._hosts:
             raise InvalidRequest("this server is not called by that Host: start it with --allowed-host NAME")
+
+    def check_listener(self, scope: Scope, *, admin: bool) -> None:
+        """Refuse administrators' routes where clients come in, and clients' where administrators do.
+
+        Raises:
+            NotFound: administrators have a port of their own, and this is the wrong one.
+        """
+        port = self._settings.admin_port
+        # Where the connection was accepted, which no header can say otherwise.
+        if port is not None and (tuple(scope.get("server") or ()) == (ADMINS, port)) != admin:
+            raise NotFound(f"there is no {scope['method']} {scope['path'][:100]!r} on this port")
 
     def client(self, scope: Scope) -> str:
         """Return where a request comes from: the nearest address that is not one of our own proxies."""

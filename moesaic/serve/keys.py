@@ -74,7 +74,12 @@ class Keys:
     """The keys that are let in. Without any at the start everybody is; after that, whoever has one of the newest."""
 
     def __init__(
-        self, keys: tuple[Key, ...] = (), clock: Callable[[], float] = time.monotonic, *, wanted: bool = False
+        self,
+        keys: tuple[Key, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        wanted: bool = False,
+        source: Callable[[], tuple[Key, ...]] | None = None,
     ) -> None:
         """Let in these.
 
@@ -82,7 +87,9 @@ class Keys:
             keys: who is let in.
             clock: seconds.
             wanted: a key is needed even if there is none yet.
+            source: reads them again; None: they stay as they are.
         """
+        self._source = source
         self.wanted = wanted or bool(keys)
         """Whether a key is needed at all. Stays as it is: the last key's end must not open the door to all."""
         self._clock = clock
@@ -97,6 +104,20 @@ class Keys:
         self._by_digest = {bytes.fromhex(key.sha256): key for key in keys}
         self._requests = self._buckets(self._requests, {key.name: key.requests_per_minute for key in keys})
         self._tokens = self._buckets(self._tokens, {key.name: key.tokens_per_minute for key in keys})
+
+    @property
+    def known(self) -> tuple[Key, ...]:
+        """Whose keys are let in."""
+        return tuple(self._by_digest.values())
+
+    def reload(self) -> None:
+        """Read the keys again.
+
+        Raises:
+            InvalidRequest: they cannot be read; all stays as it was.
+        """
+        if self._source is not None:
+            self.replace(self._source())
 
     def _buckets(self, known: Mapping[str, Bucket], rates: Mapping[str, int | None]) -> dict[str, Bucket]:
         out = {}

@@ -42,6 +42,8 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    admin_port: int | None = None
+    """Where routes for administrators are, on loopback, and nothing else is; None: they are among the others."""
     allowed_hosts: tuple[str, ...] = ()
     """Names by which clients may call this server, besides loopback's and ``host``; "*": any."""
     cors_origins: tuple[str, ...] = ()
@@ -86,7 +88,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            low = 0 if name in ("port", "request_seconds", "queue_seconds") else 1e-9
+            low = 0 if name in ("port", "admin_port", "request_seconds", "queue_seconds") else 1e-9
             if isinstance(value, int | float) and not isinstance(value, bool) and not value >= low:
                 raise InvalidParameter(name, f"is {value}, expected {'at least 0' if low == 0 else 'more than 0'}")
 

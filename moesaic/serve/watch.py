@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
-from moesaic.door import Answers, Ask, Begun, Ended, Event, Load, Piece
+from moesaic.door import Answers, Ask, Begun, Ended, Event, Load, join
 from moesaic.errors import Cancelled, MoesaicError, TimedOut, Unavailable
 from moesaic.serve.settings import Settings
 
@@ -36,9 +36,15 @@ FAILURES = {429: "overloaded", 503: "overloaded", 500: "generation", 504: "incom
 class Metrics:
     """The server's figures, as Prometheus reads them."""
 
-    def __init__(self, load: Callable[[], Mapping[str, Load]]) -> None:
+    def __init__(self, load: Callable[[], Mapping[str, Load]], more: Callable[[], Iterable[Metric]] = tuple) -> None:
+        """Begin at nothing.
+
+        Args:
+            load: how busy the models are.
+            more: what else there is to show, asked when somebody looks.
+        """
         self.registry = CollectorRegistry()
-        self._load = load
+        self._load, self._more = load, more
         self._labelled: dict[tuple[int, str], list[Histogram]] = {}
         self._tgi: dict[tuple[str, str], float] = {}
         model = ("model_name",)
@@ -124,6 +130,7 @@ class Metrics:
             for label, count in mine.items():
                 untyped.add_sample(name, {"err": label} if label else {}, count)
             yield untyped
+        yield from self._more()
 
     def _totals(self, prefix: str, loads: Mapping[str, Load]) -> Iterable[Metric]:
         for name, field in (
@@ -309,19 +316,3 @@ class Watch:
             generated = sum(each.tokens for each in self._answers.values())
             first = min(firsts) - self._begin if firsts else None
             self._span.end(reason, self._prompt_tokens, self._cached, generated, first)
-
-
-def join(events: Sequence[Event]) -> list[Event]:
-    """Return events with neighbouring pieces of one answer made one, but for those that call tools."""
-    out: list[Event] = []
-    for event in events:
-        last = out[-1] if out else None
-        if _is_text(event) and _is_text(last) and event.index == last.index:
-            out[-1] = Piece(event.index, last.text + event.text, (*last.tokens, *event.tokens))
-        else:
-            out.append(event)
-    return out
-
-
-def _is_text(event: Event | None) -> TypeGuard[Piece]:
-    return isinstance(event, Piece) and not event.calls

@@ -4,6 +4,7 @@
 
 A worker is forked for each name that is read, w and a number, and its process number printed; those of odd numbers do
 not stop when they are told to. One whose engine makes no step for STALL seconds ends. All end with this process.
+Their key is in ``MOESAIC_WORKER_KEY``.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def work(urls: list[str], name: str, slots: int, seconds: float, log: str, stall
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     try:
         kind = Stubborn if int(name[1:]) % 2 else Worker
-        door = Fake(seconds=seconds)
-        asyncio.run(kind(door, urls, name=name, slots=slots, stall_seconds=stall).run())
+        door, key = Fake(seconds=seconds), os.environ.get("MOESAIC_WORKER_KEY")
+        asyncio.run(kind(door, urls, name=name, key=key, slots=slots, stall_seconds=stall).run())
     except MoesaicError as error:
         print(error, file=sys.stderr)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trustme
 
-from moesaic.cli import cluster as cli
+from moesaic.cli import dialing
 from moesaic.cluster.jobs import Bounds
 from moesaic.cluster.queue._steps import Outcome, Statement
 from moesaic.cluster.worker import Worker
@@ -353,7 +353,7 @@ def test_a_gateway_that_is_not_to_be_trusted_is_not_talked_to(name, tmp_path, ca
     """F16. The last, sound, is talked to, and refuses by itself."""
     make, scheme, why = TLS[name]
     CA.cert_pem.write_to_path(tmp_path / "ca.pem")
-    trusted = cli._trusted(tmp_path / "ca.pem")
+    trusted = dialing.trusted(tmp_path / "ca.pem")
     spoken = bytearray()
     tries = 0
 

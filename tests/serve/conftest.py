@@ -167,8 +167,9 @@ def running(
     keys: Keys | None = None,
     routes: Callable[[Any], Any] = lambda _: (),
     port: int = 0,
+    figures: Callable[[Any], Any] = lambda _: tuple,
 ) -> Iterator[Server]:
-    """Run a server over the door that ``make`` makes on its loop, with more ``routes``, on loopback; 0: any port."""
+    """Run a server over the door that ``make`` makes on its loop, with more ``routes`` and ``figures``; 0: any port."""
     settings = replace(settings or Settings(), port=port)
     listening = front.bind(settings)
     started: threading.Event = threading.Event()
@@ -177,7 +178,7 @@ def running(
     async def main() -> None:
         made = make()
         door = await made if asyncio.iscoroutine(made) else made
-        app = App(door, settings, keys, more=routes(door))
+        app = App(door, settings, keys, more=routes(door), figures=figures(door))
         server = front.Server(front.configured(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listening])

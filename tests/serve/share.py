@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +33,52 @@ def chat(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Tell story number {number} about a fox."}]
 
 
-def direct(chats: int, tokens: int, rounds: int) -> list[float]:
-    """Return tokens per second of each round, from an engine in a process of its own."""
-    code = f"from tests.serve.share import in_process; in_process({chats}, {tokens}, {rounds})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return [float(line) for line in done.stdout.split()]
+Turn = Callable[[int], float]
+"""Has that many-th of turns done; returns tokens per second."""
 
 
-def in_process(chats: int, tokens: int, rounds: int) -> None:
+@contextlib.contextmanager
+def direct(chats: int, tokens: int) -> Iterator[Turn]:
+    """Have an engine in a process of its own."""
+    code = f"from tests.serve.share import in_process; in_process({chats}, {tokens})"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as child:
+        assert child.stdin and child.stdout
+        asked, said = child.stdin, child.stdout
+
+        def turn(number: int) -> float:
+            asked.write(f"{number}\n")
+            return float(said.readline())
+
+        yield turn
+        asked.close()
+
+
+def in_process(chats: int, tokens: int) -> None:
     with LLM.load() as llm:
         sampling = llm.sampling(max_tokens=tokens, min_tokens=tokens, ignore_eos=True)
-        for turn in range(rounds + 1):
-            prompts = [llm.encode_chat(chat(turn * chats + number)) for number in range(chats)]
+        for line in sys.stdin:
+            prompts = [llm.encode_chat(chat(int(line) * chats + number)) for number in range(chats)]
             begun = time.perf_counter()
             replies = [llm.submit(prompt, sampling, chat=True)[0] for prompt in prompts]
             count = sum(len(reply.answer.tokens) for reply in replies)
-            if turn:
-                print(count / (time.perf_counter() - begun))
+            print(count / (time.perf_counter() - begun), flush=True)
 
 
-async def streamed(url: str, chats: int, tokens: int, rounds: int) -> list[float]:
-    """Return the same of a server."""
-    found = []
+@contextlib.contextmanager
+def streamed(chats: int, tokens: int, *gateway: str) -> Iterator[Turn]:
+    """Have a server, or a gateway with a worker."""
+    with server(*gateway) as url:
+        yield lambda number: asyncio.run(_streamed(url, number, chats, tokens))
+
+
+async def _streamed(url: str, number: int, chats: int, tokens: int) -> float:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        for turn in range(rounds + 1):
-            begun = time.perf_counter()
-            work = (read(session, url, chat(turn * chats + number), tokens) for number in range(chats))
-            count = sum(await asyncio.gather(*work))
-            if turn:
-                found.append(count / (time.perf_counter() - begun))
-    return found
+        begun = time.perf_counter()
+        count = sum(
+            await asyncio.gather(*(read(session, url, chat(number * chats + each), tokens) for each in range(chats)))
+        )
+        return count / (time.perf_counter() - begun)
 
 
 async def read(session: aiohttp.ClientSession, url: str, messages: Any, tokens: int) -> int:
@@ -106,20 +122,30 @@ async def ready(url: str) -> None:
 
 
 def measure(chats: int, tokens: int, rounds: int, *, gateway: bool) -> Mapping[str, Any]:
-    found: dict[str, list[float]] = {"direct": [], "server": []}
-    for _ in range(rounds):
-        found["direct"] += direct(chats, tokens, 2)
-        with server() as url:
-            found["server"] += asyncio.run(streamed(url, chats, tokens, 2))
+    """Take turns, so that what else goes on in the machine slows all of them; a first one of each does not count."""
+    found: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        turns = {"direct": stack.enter_context(direct(chats, tokens))}
+        turns["server"] = stack.enter_context(streamed(chats, tokens))
         if gateway:
-            with server("gateway") as url:
-                found.setdefault("gateway", []).extend(asyncio.run(streamed(url, chats, tokens, 2)))
+            turns["gateway"] = stack.enter_context(streamed(chats, tokens, "gateway"))
+        for number in range(rounds + 1):
+            for name, turn in turns.items():
+                speed = turn(number)
+                if number:
+                    found.setdefault(name, []).append(round(speed, 1))
+                    print(f"{number} of {rounds}: {name} {speed:.0f} tok/s", file=sys.stderr)
     medians = {name: statistics.median(values) for name, values in found.items()}
     figures: dict[str, Any] = {"chats": chats, "tokens": tokens, "tokens_per_second": found, "medians": medians}
-    figures["server_of_direct"] = round(medians["server"] / medians["direct"], 3)
+    figures["server_of_direct"] = _share(found["server"], found["direct"])
     if gateway:
-        figures["gateway_of_server"] = round(medians["gateway"] / medians["server"], 3)
+        figures["gateway_of_server"] = _share(found["gateway"], found["server"])
     return figures
+
+
+def _share(these: Sequence[float], those: Sequence[float]) -> float:
+    """Return the median of the rounds' own shares."""
+    return round(statistics.median(one / other for one, other in zip(these, those, strict=True)), 3)
 
 
 def main() -> None:

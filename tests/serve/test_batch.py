@@ -184,7 +184,7 @@ from moesaic import cli
 from moesaic.cli import serving
 from tests.serve.conftest import Script, Scripted
 
-async def opened(args, path, name):
+async def opened(*_):
     return Scripted(Script(pieces=("word",) * 4, pause=0.01))
 
 serving.open_model = opened

@@ -27,7 +27,7 @@ from moesaic import cli
 from moesaic.cli import serving
 from tests.serve.conftest import Script, Scripted
 
-async def opened(args, path, name):
+async def opened(*_):
     door = Scripted(Script(held=True))
     async def watch():
         while not Path(sys.argv[1]).exists():

@@ -6,15 +6,16 @@ import { readKey, writeKey } from "./preferences.js";
 /**
  * Returns whether the reader has given one.
  * @param {string} reason
+ * @param {string} [name] which key, as preferences.js has it
  * @returns {Promise<boolean>}
  */
-export function askKey(reason) {
+export function askKey(reason, name) {
   const dialog = /** @type {HTMLDialogElement} */ (byId("key-dialog"));
   if (dialog.open) return Promise.resolve(false); // several requests can be refused at once
   const input = /** @type {HTMLInputElement} */ (byId("key"));
   const remember = /** @type {HTMLInputElement} */ (byId("key-remember"));
   byId("key-reason").textContent = reason;
-  input.value = readKey();
+  input.value = readKey(name);
   dialog.showModal();
   input.select();
   return new Promise((resolve) => {
@@ -22,7 +23,7 @@ export function askKey(reason) {
     byId("key-form").onsubmit = (event) => {
       event.preventDefault();
       given = true;
-      writeKey(input.value.trim(), remember.checked);
+      writeKey(input.value.trim(), remember.checked, name);
       dialog.close();
     };
     byId("key-cancel").onclick = () => dialog.close();

@@ -3,6 +3,8 @@
 import { known } from "./sampling.js";
 
 const KEY = "moesaic.key";
+/** Where the key of an administrator is, which the chat never sends. */
+export const ADMIN = "moesaic.admin-key";
 const LAST = "moesaic.last";
 const THEME = "moesaic.theme"; // theme.js reads it before the first paint
 
@@ -32,23 +34,24 @@ export function put(area, name, value) {
   }
 }
 
-/** @type {string | null} the key of this page, for where nothing can be stored */
-let current = null;
+/** @type {Map<string, string>} the keys of this page, for where nothing can be stored */
+const current = new Map();
 
-/** @returns {string} empty: there is none */
-export function readKey() {
-  return current ?? storage("sessionStorage")?.getItem(KEY) ?? storage("localStorage")?.getItem(KEY) ?? "";
+/** @param {string} [name] which key @returns {string} empty: there is none */
+export function readKey(name = KEY) {
+  return current.get(name) ?? storage("sessionStorage")?.getItem(name) ?? storage("localStorage")?.getItem(name) ?? "";
 }
 
 /**
  * Keeps the key until the tab is closed, or until it is replaced.
  * @param {string} key
  * @param {boolean} remember
+ * @param {string} [name] which key it is
  */
-export function writeKey(key, remember) {
-  current = key;
-  for (const area of [storage("sessionStorage"), storage("localStorage")]) area?.removeItem(KEY);
-  if (key) put(storage(remember ? "localStorage" : "sessionStorage"), KEY, key);
+export function writeKey(key, remember, name = KEY) {
+  current.set(name, key);
+  for (const area of [storage("sessionStorage"), storage("localStorage")]) area?.removeItem(name);
+  if (key) put(storage(remember ? "localStorage" : "sessionStorage"), name, key);
 }
 
 /** @returns {{model: string, settings: import("./sampling.js").Settings}} what the next conversation begins with */

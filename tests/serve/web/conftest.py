@@ -144,7 +144,7 @@ def open_chat(context: BrowserContext, server: Server) -> Iterator[Open]:
 
 def allowed(address: str, server: Server) -> bool:
     """Whether an address is the page's own, or text that the page itself wrote into a file."""
-    own = (f"{server.url}/web/", f"{server.url}/v1/", f"blob:{server.url}/")
+    own = (f"{server.url}/web/", f"{server.url}/v1/", f"{server.url}/admin/", f"blob:{server.url}/")
     return address.startswith(own) or address.partition("#")[0] == f"{server.url}/"
 
 

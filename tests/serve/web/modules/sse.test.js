@@ -25,6 +25,7 @@ test("pieces of an answer", () => {
   for (const odd of ["null", "1", "[]", "{}", '{"choices": 3}', '{"choices": [null]}', '{"usage": {"prompt_tokens": "3"}}']) {
     assert.deepEqual(readPiece(odd), none, odd);
   }
-  assert.throws(() => readPiece('{"error": {"message": "gone"}}'), new ApiError("gone"));
+  assert.throws(() => readPiece('{"error": {"message": "gone"}}'), new ApiError("gone", 500));
+  assert.throws(() => readPiece('{"error": {"message": "stopping", "code": 503}}'), new ApiError("stopping", 503));
   assert.throws(() => readPiece("{"), ApiError);
 });

@@ -1,0 +1,69 @@
+"""``moesaic launch``: workers on many machines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moesaic import registry
+from moesaic.cli.flags import Commands, add_command
+from moesaic.errors import InvalidRequest
+
+
+def add_launch(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "launch",
+        _launch,
+        "workers on many machines, by systemd, SLURM or Ray",
+        "What stands behind --worker goes to\n"
+        "`moesaic worker`. systemd and slurm: prints the file, or writes it with --to. ray: runs until SIGTERM.",
+        "moesaic launch systemd --replicas 4 --gpus 1 --to . --worker /srv/mixtral-q4 --gateway https://chat.example.org",
+        "moesaic launch slurm --replicas 16 --cpus 32 --worker /srv/mixtral-q4 --gateway https://chat.example.org",
+        "moesaic launch ray --replicas 8 --gpus 1 --worker /srv/mixtral-q4 --device cuda --gateway https://chat.example.org",
+    )
+    parser.add_argument("launcher", choices=registry.names("cluster/launch"))
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="workers (default 1)")
+    parser.add_argument("--cpus", type=float, metavar="N", help="of each")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of each (default 0)")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="write the file here instead of printing it")
+    about = "all that follows: what `moesaic worker` is given"
+    parser.add_argument("--worker", nargs=argparse.REMAINDER, default=[], metavar="...", help=about)
+    parser.add_argument("--program", metavar="PATH", help="where `moesaic` is on those machines; default: as here")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="of the Ray cluster; default: RAY_ADDRESS, or this node's"
+    )
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from moesaic import cli
+    from moesaic.cluster import launch
+
+    # Wrong flags are refused here and not on all those machines.
+    known = cli._parser().parse_args(["worker", *args.worker])
+    program = args.program or str(Path(sys.executable).with_name("moesaic"))
+    plan = launch.Plan(
+        tuple(args.worker), args.replicas, args.cpus, args.gpus, program, args.address, known.drain_timeout
+    )
+    launcher = launch.load(args.launcher)
+    files = launcher.files(plan)
+    if not files:
+        from moesaic.serve import logs
+
+        logs.set_up("info", as_json=True)
+        return int(launcher.run(plan))
+    for name, content in files.items():
+        if args.to is None:
+            print(content, end="")
+        else:
+            _write(args.to / name, content)
+    return 0
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        path.write_text(content)
+    except OSError as error:
+        raise InvalidRequest(f"{path}: cannot be written: {error.strerror}") from error
+    print(path)

@@ -1,0 +1,337 @@
+"""A gateway's routes for administrators: who works, what waits, what was set aside, and what to do about it.
+
+docs/admin.md has them. Nothing here shows a prompt but ``show`` of a dead job whose body was asked for: it is needed to
+find out what kills workers. Knows HTTP and messages. Does not know how jobs are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+from urllib.parse import parse_qs
+
+import msgspec
+
+from moesaic import __version__
+from moesaic.cluster import protocol as wire
+from moesaic.cluster.crew import Session
+from moesaic.cluster.gateway import Gateway
+from moesaic.cluster.jobs import Depth, Seen, State
+from moesaic.door import Load
+from moesaic.errors import Conflict, InvalidParameter, NotFound
+from moesaic.serve.dialects import _openai as openai
+from moesaic.serve.exchange import Answer, Call, Endpoint, Whole
+from moesaic.serve.keys import Key
+
+STATES: tuple[State, ...] = get_args(State)
+MOST = 1000
+"""Jobs in one list."""
+
+
+class Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which worker is meant: by its name as ``workers`` shows it, which begins with its key's."""
+
+    name: str
+
+
+class Overview(msgspec.Struct, frozen=True):
+    """A gateway at a glance. ``seconds`` is what a job takes, a running mean; the last three count since the start."""
+
+    version: str
+    state: str
+    running: int
+    workers: int
+    slots: int
+    queued: int
+    leased: int
+    suspects: int
+    seconds: float
+    lost: int
+    fenced: int
+    dead: int
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """A worker that is here. ``since`` is in seconds since the epoch, ``heard`` in seconds before now."""
+
+    name: str
+    key: str
+    models: tuple[str, ...]
+    slots: int
+    jobs: tuple[str, ...]
+    load: dict[str, Load]
+    about: dict[str, Any]
+    since: float
+    heard: float
+    drained: bool
+    apart: bool
+
+
+class Workers(msgspec.Struct, frozen=True):
+    """All that are here, and the names of which something was said, whether they are here or not."""
+
+    workers: list[Worker]
+    drained: list[str]
+    dismissed: list[str]
+
+
+class Queue(msgspec.Struct, frozen=True):
+    """What waits and runs of one model; ``cost`` is about how many tokens what is queued may take."""
+
+    model: str
+    workers: int
+    slots: int
+    queued: int
+    leased: int
+    suspects: int
+    cost: int
+
+
+class Queues(msgspec.Struct, frozen=True):
+    """Those of all models."""
+
+    queues: list[Queue]
+
+
+class Job(msgspec.Struct, frozen=True):
+    """A job without what was asked and answered. ``attempts``: how often it was leased; ``crashes``: and lost."""
+
+    id: str
+    model: str
+    kind: str
+    key: str
+    state: State
+    cost: int
+    priority: int
+    worker: str
+    attempts: int
+    crashes: int
+    events: int
+    ahead: int
+
+
+class Jobs(msgspec.Struct, frozen=True):
+    """Jobs of one state, the newest first."""
+
+    state: State
+    jobs: list[Job]
+
+
+class Shown(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One job, how it ended, and of a dead one its request, if that was asked for."""
+
+    job: Job
+    error: wire.Fault | None = None
+    request: msgspec.Raw | None = None
+
+
+class Done(msgspec.Struct, frozen=True):
+    """What is so now."""
+
+    name: str
+    state: str
+
+
+class KeyShown(msgspec.Struct, frozen=True):
+    """A key's name and limits. Neither the key nor its digest is ever shown."""
+
+    name: str
+    kind: str
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    concurrent: int | None
+    priority: int
+    models: tuple[str, ...]
+
+
+class KeyList(msgspec.Struct, frozen=True):
+    """All keys that are let in."""
+
+    keys: list[KeyShown]
+
+
+def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
+    """Return the routes of a gateway for those with an admin's key."""
+    crew, jobs = _Crew(gateway), _Jobs(gateway)
+
+    def route(method: str, path: str, run: Any, summary: str, **more: Any) -> Endpoint:
+        return Endpoint(
+            f"/admin/{path}", run, openai.failure, method=method, admin=True, summary=f"Admins: {summary}", **more
+        )
+
+    listing = {"state": {"enum": list(STATES)}, "most": {"type": "integer", "minimum": 1, "maximum": MOST}}
+    return (
+        route("GET", "status", crew.status, "the gateway at a glance."),
+        route("POST", "drain", _drain, "take no new requests; what is queued is done."),
+        route("POST", "resume", _resume, "take requests again."),
+        route("GET", "workers", crew.listed, "who works."),
+        route("POST", "workers/drain", crew.drain, "give a worker nothing more.", body=Named),
+        route("POST", "workers/resume", crew.resume, "take that back.", body=Named),
+        route("POST", "workers/dismiss", crew.dismiss, "send a worker away.", body=Named),
+        route("GET", "queues", jobs.queues, "what waits and runs, by model."),
+        route("GET", "jobs", jobs.listed, "jobs of a state.", query=listing),
+        route("GET", "jobs/{id}", jobs.show, "one job.", query={"request": {"enum": ["true", "false"]}}),
+        route("DELETE", "jobs/{id}", jobs.cancel, "cancel a job, whosever it is."),
+        route("POST", "jobs/{id}/revive", jobs.revive, "queue a dead job again."),
+        route("GET", "keys", _keys, "names and limits."),
+        route("POST", "keys/reload", _reload, "read the keys again."),
+    )
+
+
+async def _drain(call: Call) -> Answer:
+    call.app.draining = True
+    return Whole(Done("", "draining"))
+
+
+async def _resume(call: Call) -> Answer:
+    if call.app.stopping:
+        raise Conflict("the gateway is stopping: there is no taking that back")
+    call.app.draining = False
+    return Whole(Done("", "serving"))
+
+
+async def _keys(call: Call) -> Answer:
+    return Whole(KeyList([_key(each) for each in call.app.keys.known]))
+
+
+async def _reload(call: Call) -> Answer:
+    call.app.keys.reload()
+    return await _keys(call)
+
+
+def _key(key: Key) -> KeyShown:
+    kind = "worker" if key.worker else "admin" if key.admin else "client"
+    limits = (key.requests_per_minute, key.tokens_per_minute, key.concurrent)
+    return KeyShown(key.name, kind, *limits, key.priority, key.models)
+
+
+class _Crew:
+    """About workers."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def status(self, call: Call) -> Answer:
+        gateway, app = self._gateway, call.app
+        depths = (await gateway.store.depths()).values()
+        return Whole(
+            Overview(
+                __version__,
+                "stopping" if app.stopping else "draining" if app.draining else "serving",
+                app.running - 1,  # without this one
+                len(gateway.crew),
+                sum(each.recruit.slots for each in gateway.crew.values()),
+                sum(each.queued for each in depths),
+                sum(each.leased for each in depths),
+                sum(each.suspects for each in depths),
+                gateway.seconds,
+                gateway.lost,
+                gateway.fenced,
+                gateway.dead,
+            )
+        )
+
+    async def listed(self, _: Call) -> Answer:
+        gateway = self._gateway
+        workers = [self._worker(each) for _, each in sorted(gateway.crew.items())]
+        return Whole(Workers(workers, sorted(gateway.drained), sorted(gateway.dismissed)))
+
+    def _worker(self, session: Session) -> Worker:
+        recruit = session.recruit
+        return Worker(
+            recruit.name,
+            recruit.owner,
+            session.models,
+            recruit.slots,
+            tuple(session.holds),
+            dict(session.load),
+            dict(recruit.about),
+            session.since,
+            max(0.0, self._gateway.clock() - session.heard),
+            session.drained,
+            session.apart,
+        )
+
+    async def drain(self, call: Call) -> Answer:
+        self._gateway.drain_worker(call.body.name)
+        return Whole(Done(call.body.name, "drained"))
+
+    async def resume(self, call: Call) -> Answer:
+        self._gateway.resume_worker(call.body.name)
+        return Whole(Done(call.body.name, "working"))
+
+    async def dismiss(self, call: Call) -> Answer:
+        await self._gateway.dismiss_worker(call.body.name)
+        return Whole(Done(call.body.name, "dismissed"))
+
+
+class _Jobs:
+    """About jobs."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def queues(self, _: Call) -> Answer:
+        depths = await self._gateway.store.depths()
+        return Whole(Queues([self._queue(name, depths.get(name)) for name in sorted({*self._gateway.known, *depths})]))
+
+    def _queue(self, model: str, depth: Depth | None) -> Queue:
+        crew = [each for each in self._gateway.crew.values() if model in each.models]
+        depth, slots = depth or Depth(), sum(each.recruit.slots for each in crew)
+        return Queue(model, len(crew), slots, depth.queued, depth.leased, depth.suspects, depth.cost)
+
+    async def listed(self, call: Call) -> Answer:
+        given = _query(call)
+        state, most = given.get("state", "dead"), given.get("most", "100")
+        if state not in STATES:
+            raise InvalidParameter("state", f"is {state!r:.40}, expected one of {', '.join(STATES)}")
+        if not (most.isascii() and most.isdigit() and len(most) < 6 and 0 < int(most) <= MOST):
+            raise InvalidParameter("most", f"is {most!r:.20}, expected 1 to {MOST}")
+        return Whole(Jobs(state, [_job(each) for each in await self._gateway.store.listed(state, int(most))]))
+
+    async def show(self, call: Call) -> Answer:
+        seen = await self._look(call)
+        asked = _query(call).get("request") == "true"
+        if asked and seen.state != "dead":
+            raise Conflict("what was asked is shown of dead jobs alone")
+        result = msgspec.json.decode(seen.result, type=wire.Result) if seen.result else wire.Result()
+        return Whole(Shown(_job(seen), result.error, msgspec.Raw(seen.job.body) if asked else None))
+
+    async def cancel(self, call: Call) -> Answer:
+        seen = await self._look(call)
+        return Whole(Done(seen.job.id, await self._gateway.withdraw(seen.job.id, seen.job.tenant)))
+
+    async def revive(self, call: Call) -> Answer:
+        seen = await self._look(call)
+        if not await self._gateway.revive(seen.job.id, seen.job.model):
+            raise Conflict(f"the job is {seen.state}: only dead ones can be revived")
+        return Whole(Done(seen.job.id, "queued"))
+
+    async def _look(self, call: Call) -> Seen:
+        id = call.parameters["id"]
+        seen = await self._gateway.store.look(id)
+        if seen is None:
+            raise NotFound(f"there is no job {id!r:.60}")
+        return seen
+
+
+def _job(seen: Seen) -> Job:
+    job = seen.job
+    return Job(
+        job.id,
+        job.model,
+        job.kind,
+        job.tenant,
+        seen.state,
+        job.cost,
+        job.priority,
+        seen.worker,
+        seen.attempts,
+        seen.crashes,
+        seen.logged,
+        seen.ahead,
+    )
+
+
+def _query(call: Call) -> dict[str, str]:
+    found = parse_qs(call.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    return {name: values[-1] for name, values in found.items()}

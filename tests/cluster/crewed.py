@@ -1,0 +1,132 @@
+"""A gateway with keys, workers that are processes, and somebody who administers them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from moesaic.cluster import admin, queue, routes
+from moesaic.cluster.figures import Figures
+from moesaic.cluster.gateway import Gateway
+from moesaic.cluster.jobs import Bounds
+from moesaic.serve import keys
+from tests.serve.conftest import Server, running
+
+
+@dataclass
+class Site:
+    """What runs, and what a test does with it."""
+
+    server: Server
+    file: Path
+    """Where the keys are."""
+    written: dict[str, str]
+    """The keys themselves, by name."""
+    nursery: subprocess.Popen[str] = field(repr=False)
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def gateway(self) -> Gateway:
+        return self.server.app.door  # type: ignore[return-value]
+
+    def spawn(self, name: str) -> int:
+        """Start a worker, w and a number; return its process number when the gateway knows it."""
+        assert self.nursery.stdin and self.nursery.stdout
+        self.nursery.stdin.write(name + "\n")
+        self.nursery.stdin.flush()
+        process = int(self.nursery.stdout.readline())
+        until(lambda: f"rack/{name}" in self.gateway.crew)
+        return process
+
+    def call(self, method: str, path: str, body: Any = None, key: str = "ops") -> httpx.Response:
+        """Ask for something in the name of one of the keys; "" is nobody."""
+        headers = {"authorization": f"Bearer {self.written[key]}"} if key else {}
+        return httpx.request(method, self.url + path, json=body, headers=headers, timeout=60)
+
+    def get(self, path: str) -> Any:
+        return self.ok("GET", path)
+
+    def ok(self, method: str, path: str, body: Any = None) -> Any:
+        """Do something as an administrator and return what is said."""
+        answer = self.call(method, f"/admin/{path}", body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def ask(self, prompt: str, tokens: int = 5, once: str = "") -> httpx.Response:
+        """Ask the model as a client and wait for the answer."""
+        body = {"model": "fake", "prompt": prompt, "max_tokens": tokens, "seed": 1}
+        headers = {"authorization": f"Bearer {self.written['anna']}"} | ({"idempotency-key": once} if once else {})
+        return httpx.post(self.url + "/v1/completions", json=body, headers=headers, timeout=60)
+
+    def asking(self, prompt: str, tokens: int = 5, once: str = "") -> Callable[[], httpx.Response]:
+        """Do so beside; return what waits for the answer."""
+        found: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: found.append(self.ask(prompt, tokens, once)))
+        thread.start()
+
+        def answer() -> httpx.Response:
+            thread.join(60)
+            return found[0]
+
+        return answer
+
+
+def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Wait until something is so, and return it."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.02)
+    return found
+
+
+@contextlib.contextmanager
+def site(folder: Path, *, slots: int = 2, step: float = 0.01, lease: float = 1.0, crashes: int = 1) -> Iterator[Site]:
+    """Run a gateway over a file, and let workers be started: so many slots, so many seconds for a token; a
+    job that so many died of is dead."""
+    written, kept = {}, []
+    kinds: dict[str, Any] = {"ops": {"admin": True}, "rack": {"worker": True}, "anna": {"concurrent": 50}}
+    for name, limits in kinds.items():
+        written[name], key = keys.new(name, **limits)
+        kept.append(key)
+    file = folder / "keys.json"
+    keys.write(file, tuple(kept))
+
+    async def made() -> Gateway:
+        return Gateway(await queue.open(str(folder / "jobs.sqlite"), Bounds(crashes=crashes)), ["fake"], lease)
+
+    def offered(gateway: Gateway) -> Any:
+        return (*routes.endpoints(gateway), *admin.endpoints(gateway))
+
+    who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
+    with running(made, None, who, offered, figures=Figures) as server:
+        command = [
+            sys.executable,
+            "-m",
+            "tests.cluster.nursery",
+            server.url,
+            str(slots),
+            str(step),
+            str(folder / "log"),
+        ]
+        environment = os.environ | {"MOESAIC_WORKER_KEY": written["rack"]}
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as nursery:
+            try:
+                yield Site(server, file, written, nursery)
+            finally:
+                nursery.kill()

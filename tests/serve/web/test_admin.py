@@ -1,0 +1,162 @@
+"""The administrators' page before a real gateway, whose workers are processes, in a real browser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.cluster.crewed import Site, site
+from tests.serve.web.conftest import allowed
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext, Page
+
+Open = Callable[..., "Page"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(context: BrowserContext, here: Site) -> Iterator[Open]:
+    """Opens the page, with a key unless there is none; in the end it may have loaded and broken nothing."""
+    opened: list[tuple[Page, list[str], list[str]]] = []
+
+    def open_tab(key: str = "ops", **size: int) -> Page:
+        page: Page = context.new_page()
+        loaded: list[str] = []
+        errors: list[str] = []
+        opened.append((page, loaded, errors))
+        page.on("request", lambda request: loaded.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        if size:
+            page.set_viewport_size(size)  # type: ignore[arg-type]
+        page.goto(f"{here.url}/web/admin.html")
+        if key:
+            page.get_by_label("Administrator's key", exact=True).last.fill(here.written[key])
+            page.get_by_role("button", name="Use this key").click()
+        return page
+
+    yield open_tab
+    for page, loaded, errors in opened:
+        assert [address for address in loaded if not allowed(address, here.server)] == []  # type: ignore[arg-type]
+        assert errors == []
+        violations: Any = page.evaluate("window.violations")
+        assert violations == []
+
+
+def state(page: Page, text: str) -> None:
+    page.locator("#state", has_text=text).wait_for()
+
+
+def row(page: Page, table: str, text: str) -> Any:
+    return page.get_by_role("table", name=table).get_by_role("row").filter(has_text=text)
+
+
+def test_workers_and_queues_refresh_themselves(open_page: Open, here: Site) -> None:
+    page = open_page()
+    state(page, "takes requests")
+    page.get_by_text("No worker is here.").wait_for()
+    here.spawn("w0")
+    row(page, "Workers", "rack/w0").get_by_text("working").wait_for()
+    asked = [here.asking(f"job {number}", 300) for number in range(4)]
+    row(page, "Workers", "rack/w0").get_by_text("2 of 2").wait_for()
+    row(page, "Queues", "fake22012").wait_for()  # queued, running, suspects, workers, slots
+    for each in here.get("jobs?state=leased")["jobs"] + here.get("jobs?state=queued")["jobs"]:
+        here.ok("DELETE", f"jobs/{each['id']}")
+    assert all(each() for each in asked)
+    row(page, "Workers", "rack/w0").get_by_text("0 of 2").wait_for()
+
+
+def test_a_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
+    here.spawn("w0")
+    page = open_page()
+    page.get_by_role("button", name="Drain rack/w0").click()
+    row(page, "Workers", "rack/w0").get_by_text("drained").wait_for()
+    assert here.gateway.crew["rack/w0"].drained
+    page.get_by_role("button", name="Resume rack/w0").press("Enter")  # by keyboard
+    row(page, "Workers", "rack/w0").get_by_text("working").wait_for()
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Drain rack/w0"
+    page.get_by_role("button", name="Dismiss rack/w0").click()
+    page.get_by_role("button", name="Cancel").click()
+    assert here.gateway.dismissed == set()
+    page.get_by_role("button", name="Dismiss rack/w0").click()
+    page.locator("#sure-yes").click()
+    row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
+    page.get_by_role("button", name="Resume rack/w0").click()
+    page.get_by_text("No worker is here.").wait_for()
+
+
+def test_a_dead_letter_is_revived(open_page: Open, here: Site) -> None:
+    here.spawn("w0")
+    assert here.ask("EXIT").status_code == 500
+    page = open_page()
+    [job] = here.get("jobs?state=dead")["jobs"]
+    page.get_by_role("button", name=f"Revive {job['id']}").click()
+    page.get_by_text("There are none.").wait_for()
+    assert here.get(f"jobs/{job['id']}")["job"]["state"] == "queued"
+    here.ok("DELETE", f"jobs/{job['id']}")
+
+
+def test_the_gateway_is_drained(open_page: Open, here: Site) -> None:
+    page = open_page()
+    page.get_by_role("button", name="Drain the gateway").click()
+    page.get_by_role("button", name="Drain", exact=True).click()
+    state(page, "takes nothing new")
+    assert here.server.app.draining
+    page.get_by_role("button", name="Take requests again").click()
+    state(page, "takes requests")
+    assert not here.server.app.draining
+
+
+def test_the_key_is_asked_for_and_is_not_the_chats(open_page: Open, here: Site) -> None:
+    page = open_page("anna")
+    page.get_by_text("This page needs the key of an administrator.").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("this needs an admin's key").wait_for()
+    page.get_by_role("button", name="Change the key").click()
+    page.get_by_label("Administrator's key", exact=True).last.fill(here.written["ops"])
+    page.get_by_role("button", name="Use this key").click()
+    state(page, "takes requests")
+    stored = page.evaluate("({...sessionStorage, ...localStorage})")
+    assert stored == {"moesaic.admin-key": here.written["ops"]}
+    page.reload()
+    state(page, "takes requests")
+
+
+def test_nothing_that_a_worker_says_is_loaded_or_run(open_page: Open, here: Site) -> None:
+    evil = "<img src=//evil.example/x onerror=window.ran=1><script>window.ran=2</script>"
+    cards = [{"name": evil}]
+    body = {"name": evil, "cards": cards, "about": {evil: evil}}
+    page = open_page()
+    state(page, "takes requests")
+    assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
+    row(page, "Workers", evil).first.wait_for()
+    row(page, "Queues", evil).wait_for()
+    assert page.locator("main img, main script").count() == 0 and page.evaluate("window.ran") is None
+
+
+def test_a_phone_shows_all_of_it(open_page: Open, here: Site) -> None:
+    here.spawn("w0")
+    page = open_page(width=360, height=740)
+    row(page, "Workers", "rack/w0").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    for button in page.get_by_role("button").all():
+        box = button.bounding_box() if button.is_visible() else None
+        assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= 360)
+
+
+def test_a_gateway_that_is_away_is_told_and_found_again(open_page: Open, here: Site, context: BrowserContext) -> None:
+    page = open_page()
+    state(page, "takes requests")
+    context.set_offline(True)
+    page.get_by_text("The server cannot be reached.").wait_for()
+    context.set_offline(False)
+    state(page, "takes requests")
+    assert not page.locator("#trouble").is_visible()

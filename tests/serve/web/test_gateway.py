@@ -1,0 +1,65 @@
+"""The page before a real gateway that goes away and comes back, in a real browser."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.fake import Fake, answer
+from tests.cluster.site import SLOW, Hand, Site, site
+from tests.serve.raw import eventually
+from tests.serve.web.conftest import Chat, Open
+
+
+class Here:
+    """A gateway with a worker at an address that stays."""
+
+    def __init__(self, where: Path) -> None:
+        self._where, self._stack = where, contextlib.ExitStack()
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        self.site: Site = self._stack.enter_context(site(self._where, models=["fake"], lease=1.0, port=self.port))
+        self.port, self.url = self.site.port, self.site.url
+        self.hand: Hand = self.site.hire(Fake(seconds=SLOW / 5))
+
+    def stop(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Here]:
+    found = Here(tmp_path / "jobs.sqlite")
+    yield found
+    found.stop()
+
+
+def begun(chat: Chat, characters: int) -> None:
+    """Wait until so much of the answer is there."""
+    eventually(lambda: len(chat.said) == 2 and len(chat.said[1]) > characters)
+
+
+def test_an_answer_goes_on_when_the_gateway_is_back(open_chat: Open, server: Here) -> None:
+    chat = open_chat()
+    chat.send("Tell a long story.")
+    begun(chat, 40)
+    server.stop()
+    server.start()
+    chat.finished()
+    (asked,) = server.hand.door.asked
+    assert len(asked.resume[0]) > 0, "it was begun anew"
+    whole = answer("Tell a long story.", asked.sampling["seed"], asked.sampling["max_tokens"])
+    assert chat.said[1] == whole.strip()
+
+
+def test_stop_ends_the_job(open_chat: Open, server: Here) -> None:
+    chat = open_chat()
+    chat.send("Tell a long story.")
+    begun(chat, 9)
+    chat.button("Stop").click()
+    chat.wait_for("Stopped before the end.")
+    eventually(lambda: server.site.depths() == (0, 0))
