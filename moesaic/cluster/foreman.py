@@ -92,7 +92,10 @@ class Foreman(Crew, Chores):
         else:
             await self._lose(left)
         log.info("a worker has come", extra={"worker": recruit.name, "models": session.models, "has": len(kept)})
-        return {hold.id: _how_far(await self._adopted(session, hold)) for hold in holds}
+        known = {hold.id: _how_far(await self._adopted(session, hold)) for hold in holds}
+        if not session.stalled:  # it has not died of what it still has, though it was taken for lost
+            await self.store.absolve([hold for hold in holds if known[hold.id] is None])
+        return known
 
     @whole
     async def dismiss(self, worker: str) -> None:
@@ -123,15 +126,16 @@ class Foreman(Crew, Chores):
     async def lease(self, worker: str, free: int, wait: float) -> Orders:
         session = self.session(worker)
         until = self.clock() + wait
-        while True:
+        while self.crew.get(worker) is session:
             session.wake.clear()
             leases = await self._lease(session, min(free, session.recruit.slots - len(session.holds)))
             stop, session.stop = tuple(session.stop), set()
-            if leases or stop or self.clock() >= until or self.crew.get(worker) is not session:
+            if leases or stop or self.clock() >= until:
                 return Orders(tuple(leases), stop)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(until - self.clock()):
                     await session.wake.wait()
+        return Orders()
 
     async def _lease(self, session: Session, most: int) -> list[Lease]:
         if most < 1 or session.stalled or session.leaves or session.drained or (session.apart and session.holds):

@@ -304,8 +304,11 @@ class Gateway(Roster):
             if live.ended and not live.readers:
                 del self.lives[live.id]
             elif not live.ended and not live.readers and live.unread_since + GRACE_SECONDS < now:
-                self.background(self._withdraw(live))
-            elif not live.ended and live.readers and self.store.shared:
+                if self.store.shared:  # whoever left here may be reading at another gateway
+                    del self.lives[live.id]
+                else:
+                    self.background(self._withdraw(live))
+            elif not live.ended and live.readers and (self.store.shared or live.begun):
                 self.look_again([live.id])
 
 

