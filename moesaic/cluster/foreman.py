@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
 
 from moesaic.cluster import protocol
+from moesaic.cluster.chores import Chores, whole
 from moesaic.cluster.crew import Crew, Session
 from moesaic.cluster.desk import LEASE_SECONDS, STALL_SECONDS, Orders, Recruit
 from moesaic.cluster.jobs import TICK_SECONDS, Beat, Held, Hold, Lease, Record, Seen, Store
@@ -36,7 +37,7 @@ FORGOTTEN = 2.0
 LATE = ("fenced", "cancelled")
 
 
-class Foreman(Crew):
+class Foreman(Crew, Chores):
     """See ``desk.Labour``."""
 
     def __init__(
@@ -46,7 +47,8 @@ class Foreman(Crew):
         stall_seconds: float = STALL_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(clock)
+        Crew.__init__(self, clock)
+        Chores.__init__(self)
         self.store, self.lease_seconds, self._stall_seconds = store, lease_seconds, stall_seconds
         self.lives: dict[str, Live] = {}
         self.suspects: set[str] = set()
@@ -62,39 +64,15 @@ class Foreman(Crew):
         """What a job takes, as a running mean."""
         self._saver, self._silence = Saver(store, clock), Silence(lease_seconds, clock)
         self._ticks = -1
-        self._background: set[asyncio.Task[Any]] = set()
-        self._stopped = False
         self.always(min(1.0, lease_seconds / 5), self._watch)
         self.always(self._saver.pace, self._save_due)
         self.always(TICK_SECONDS, self._tick)
 
     async def stop(self) -> None:
         """Save what is not on disk yet, and end."""
-        self._stopped = True
-        tasks = list(self._background)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.leave_off()
         with contextlib.suppress(Unavailable):
             await self._saver.save(list(self.lives.values()))
-
-    def background(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Have something done that nobody waits for."""
-        if self._stopped:
-            work.close()
-            return
-        task = asyncio.ensure_future(work)
-        self._background.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("left undone", extra={"why": f"{type(error).__name__}: {error}"})
-
-    def always(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-        """Have something done again and again, with a pause before each time."""
-        self.background(_again(seconds, work))
 
     def look_again(self, ids: Sequence[str]) -> None:
         """Have jobs looked at in the store, for something has become of them there."""
@@ -103,6 +81,7 @@ class Foreman(Crew):
 
     # Workers come and go
 
+    @whole
     async def enlist(self, recruit: Recruit, holds: Sequence[Hold] = ()) -> Mapping[str, tuple[int, int] | None]:
         session, before = self.join(recruit)
         again = before is not None and before.recruit.run == recruit.run != ""
@@ -113,8 +92,12 @@ class Foreman(Crew):
         else:
             await self._lose(left)
         log.info("a worker has come", extra={"worker": recruit.name, "models": session.models, "has": len(kept)})
-        return {hold.id: _how_far(await self._adopted(session, hold)) for hold in holds}
+        known = {hold.id: _how_far(await self._adopted(session, hold)) for hold in holds}
+        if not session.stalled:  # it has not died of what it still has, though it was taken for lost
+            await self.store.absolve([hold for hold in holds if known[hold.id] is None])
+        return known
 
+    @whole
     async def dismiss(self, worker: str) -> None:
         self.forget(worker)
         await self._lose(await self._beats_of(worker))
@@ -125,7 +108,7 @@ class Foreman(Crew):
     def disconnected(self, worker: str) -> None:
         """A worker's connection was closed: unless it comes again in a moment, it is lost."""
         session = self.crew.get(worker)
-        if session is not None:
+        if session is not None and not self.stopped:
             self.background(self._unless_heard(session, session.heard))
 
     async def _unless_heard(self, session: Session, heard: float) -> None:
@@ -143,15 +126,16 @@ class Foreman(Crew):
     async def lease(self, worker: str, free: int, wait: float) -> Orders:
         session = self.session(worker)
         until = self.clock() + wait
-        while True:
+        while self.crew.get(worker) is session:
             session.wake.clear()
             leases = await self._lease(session, min(free, session.recruit.slots - len(session.holds)))
             stop, session.stop = tuple(session.stop), set()
-            if leases or stop or self.clock() >= until or self.crew.get(worker) is not session:
+            if leases or stop or self.clock() >= until:
                 return Orders(tuple(leases), stop)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(until - self.clock()):
                     await session.wake.wait()
+        return Orders()
 
     async def _lease(self, session: Session, most: int) -> list[Lease]:
         if most < 1 or session.stalled or session.leaves or session.drained or (session.apart and session.holds):
@@ -173,7 +157,8 @@ class Foreman(Crew):
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:  # whoever asked has left, and never hears of what it was given
-            self.background(self._give_back(asking))
+            if not self.stopped:
+                self.background(self._give_back(asking))
             raise
 
     async def _give_back(self, asking: asyncio.Future[list[Lease]]) -> None:
@@ -198,6 +183,7 @@ class Foreman(Crew):
 
     # What workers send
 
+    @whole
     async def renew(self, worker: str, holds: Sequence[Hold], load: Mapping[str, Load]) -> Mapping[str, Held]:
         session = self.session(worker)
         session.see(load, bool(holds), self.clock())
@@ -214,6 +200,7 @@ class Foreman(Crew):
         for hold in holds:
             if held[hold.id] in LATE:
                 self._drop(session, hold)
+                self.look_again([hold.id])
         return held
 
     async def _is_of(self, worker: str, hold: Hold) -> bool:
@@ -261,6 +248,7 @@ class Foreman(Crew):
         session.holds[hold.id] = hold.fence
         return live
 
+    @whole
     async def finish(
         self,
         worker: str,
@@ -305,6 +293,7 @@ class Foreman(Crew):
             live.end(outcome, error)
         return counted
 
+    @whole
     async def release(self, worker: str, holds: Sequence[Hold], *, leave: bool = False) -> None:
         session = self.session(worker)
         session.leaves = session.leaves or leave
@@ -386,17 +375,6 @@ class Foreman(Crew):
 
     async def _tick(self) -> None:
         self._ticks = await self.store.tick(self._ticks)
-
-
-async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        try:
-            await work()
-        except Unavailable:
-            log.debug("the store of jobs cannot be asked")
-        except Exception:  # whatever it is, leases have to be watched, and the next time may do better
-            log.exception("the gateway's upkeep broke")
 
 
 def _is_whose(seen: Seen, worker: str, hold: Hold) -> bool:

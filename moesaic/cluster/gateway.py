@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from moesaic.cluster import protocol
+from moesaic.cluster.chores import whole
 from moesaic.cluster.desk import LEASE_SECONDS, STALL_SECONDS, Progress
 from moesaic.cluster.jobs import Depth, Job, Seen, State, Store
 from moesaic.cluster.live import Following, Live
@@ -136,7 +137,8 @@ class Gateway(Roster):
             id = await self.store.submit(job)
         except BaseException as error:
             del self.lives[job.id]
-            if isinstance(error, asyncio.CancelledError) and not ask.once:  # it may be there, and nobody knows of it
+            left = isinstance(error, asyncio.CancelledError)
+            if left and not ask.once and not self.stopped:  # it may be there, and nobody knows of it
                 self.background(self._unwanted(job.id))
             if isinstance(error, Overloaded | Unavailable) and error.retry_after is None:
                 error.retry_after = self._patience()
@@ -174,7 +176,7 @@ class Gateway(Roster):
         """Nobody waits for an answer any more; who may come again is given a moment."""
         if not live.readers:
             live.unread_since = self.clock()
-            if not live.once and not live.ended:
+            if not live.once and not live.ended and not self.stopped:
                 self.background(self._withdraw(live))
 
     async def revive(self, id: str, model: str) -> bool:
@@ -185,6 +187,7 @@ class Gateway(Roster):
             self.wake_idle(model)
         return revived
 
+    @whole
     async def _withdraw(self, live: Live) -> State:
         state = await self.store.cancel(live.id)
         if state == "cancelled":
@@ -301,8 +304,11 @@ class Gateway(Roster):
             if live.ended and not live.readers:
                 del self.lives[live.id]
             elif not live.ended and not live.readers and live.unread_since + GRACE_SECONDS < now:
-                self.background(self._withdraw(live))
-            elif not live.ended and live.readers and self.store.shared:
+                if self.store.shared:  # whoever left here may be reading at another gateway
+                    del self.lives[live.id]
+                else:
+                    self.background(self._withdraw(live))
+            elif not live.ended and live.readers and (self.store.shared or live.begun):
                 self.look_again([live.id])
 
 

@@ -227,6 +227,12 @@ class Store(Protocol):
         """
         ...
 
+    async def absolve(self, holds: Sequence[Hold]) -> None:
+        """Take back one crash of each job whose lease this was and is no more: whoever had it lives, and was lost by
+        the network's doing. One that is to blame for nothing any more is no suspect.
+        """
+        ...
+
     async def cancel(self, id: str) -> State | None:
         """End a job that has not ended: who has it leased is told so by ``renew``, and can write no more.
 

@@ -76,6 +76,13 @@ class Live:
             self.version += 1
             self.tell()
 
+    def told(self) -> int:
+        """Return how many events readers may have: an end of an answer that nothing follows waits until it counts."""
+        count = len(self.events)
+        while not self.ended and count and isinstance(self.events[count - 1], Ended):
+            count -= 1
+        return count
+
     def end(self, outcome: Any = None, error: MoesaicError | None = None) -> None:
         """No more will come."""
         if not self.ended:
@@ -117,7 +124,7 @@ class Following:
     async def __aiter__(self) -> AsyncIterator[Event]:
         live = self._live
         while True:
-            while self._place < len(live.events) and self._version == live.version:
+            while self._place < live.told() and self._version == live.version:
                 self._place += 1
                 yield live.events[self._place - 1]
             if live.ended or self._version != live.version:
@@ -130,7 +137,8 @@ class Following:
             raise live.error
 
     def ready(self) -> list[Event]:
-        events = self._live.events[self._place :] if self._version == self._live.version else []
+        live = self._live
+        events = live.events[self._place : live.told()] if self._version == live.version else []
         self._place += len(events)
         return events
 

@@ -151,6 +151,8 @@ class Worker:
                     if not self._draining:  # it has left, and is not known any more
                         self._lost(error)
                 self.connected.clear()
+                if self.stopped.is_set():  # an error in a group hides that it was cancelled at the same time
+                    return
             tries = min(tries + 1, 10)
             await asyncio.sleep(random.uniform(0.05, min(10.0, 0.1 * 2**tries)))  # full jitter
 
@@ -189,6 +191,8 @@ class Worker:
     async def _enlist(self) -> None:
         cards = tuple(card for card in self._door.cards() if card.state != "failed")
         works = list(self._works.values())
+        for work in works:
+            work.ending = False  # whoever was about to tell it went with the connection, perhaps before he began
         claims = tuple(work.claim for work in works)
         said = await self._post(
             "enlist", wire.Enlist(self._name, cards, self._slots, self._about, claims, self._run), wire.Enlisted
@@ -264,11 +268,7 @@ class Worker:
         if len(msgspec.json.encode(done)) >= 2 * MESSAGE_BYTES:
             work.fail(TooLarge("what was asked for is larger than a message may be: ask for less at a time"))
             done = wire.Done(self._name, *work.claim, work.known, [], None, work.error)
-        try:
-            said = await self._post("done", done, wire.Counted)
-        except BaseException:
-            work.ending = False
-            raise
+        said = await self._post("done", done, wire.Counted)
         self._forget(work)
         what = "a job is done" if said.counted else "a result came too late"
         log.debug(what, extra={"job": work.lease.id, "fence": work.lease.fence})
@@ -348,7 +348,7 @@ class Worker:
             return await door.embed(lease.model, given)
         if lease.kind == "classify":
             return await door.classify(lease.model, given)
-        raise Unavailable(f"this worker does not know how to {lease.kind:.20}")
+        raise InvalidRequest(f"this worker does not know how to {lease.kind:.20}")
 
     async def _abandon(self, works: Sequence[Work]) -> None:
         """Do no more for these jobs, and give them back if that can be told."""

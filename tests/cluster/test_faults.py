@@ -398,7 +398,7 @@ def test_a_gateway_that_is_not_to_be_trusted_is_not_talked_to(name, tmp_path, ca
 # The network
 
 
-@pytest.mark.parametrize("mode", ["delay", "split", "silent"])
+@pytest.mark.parametrize("mode", ["delay", "drop", "split", "silent"])
 def test_a_bad_network_makes_no_gap_and_no_repeat(tmp_path, mode):
     """F3."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:

@@ -260,6 +260,26 @@ def lose(beats: Sequence[Beat], bounds: Bounds) -> Steps[Outcome[list[str]]]:
     return Outcome([], (NEW_WORK, *(job.id for job in jobs)))
 
 
+def absolve(holds: Sequence[Hold]) -> Steps[Outcome[None]]:
+    """See ``Store.absolve``."""
+    found = yield from _rows(hold.id for hold in holds)
+    fences = {hold.id: hold.fence for hold in holds}
+    jobs = [job for job in found.values() if job.state in ("queued", "leased") and job.crashes > 0]
+    jobs = [job for job in jobs if job.fence > fences[job.id]]
+    if not jobs:
+        return Outcome(None)
+    moves = Moves()
+    groups = [job.suspect if job.crashes > 1 else 0 for job in jobs]
+    for job, group in zip(jobs, groups, strict=True):
+        if job.state == "queued":
+            moves.wait(job, job.suspect, by=-1)
+            moves.wait(job, group)
+    update = "UPDATE jobs SET crashes = crashes - 1, suspect = ? WHERE seq = ?"
+    yield Many(update, [(group, job.seq) for job, group in zip(jobs, groups, strict=True)])
+    yield from moves.write()
+    return Outcome(None, (NEW_WORK,))
+
+
 def cancel(id: str) -> Steps[Outcome[State | None]]:
     """See ``Store.cancel``."""
     jobs = yield from _rows([id])

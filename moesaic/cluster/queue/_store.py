@@ -63,6 +63,9 @@ class Kept:
     async def lose(self, beats: Sequence[Beat]) -> list[str]:
         return await self.run(partial(_operations.lose, beats, self._bounds))
 
+    async def absolve(self, holds: Sequence[Hold]) -> None:
+        await self.run(partial(_operations.absolve, holds))
+
     async def cancel(self, id: str) -> State | None:
         return await self.run(partial(_operations.cancel, id))
 

@@ -179,6 +179,13 @@ class Model:
         self.groups += 2 if lost else 0
         return []
 
+    def absolve(self, holds: Sequence[Hold]) -> None:
+        for id, fence in {hold.id: hold.fence for hold in holds}.items():
+            known = self.jobs.get(id)
+            if known and known.state in ("queued", "leased") and known.crashes and known.fence > fence:
+                known.crashes -= 1
+                known.group = known.group if known.crashes else 0
+
     def cancel(self, id: str) -> str | None:
         known = self.jobs.get(id)
         if known is None:

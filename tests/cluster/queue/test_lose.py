@@ -101,6 +101,26 @@ def test_one_that_is_lost_alone_too_often_is_dead(place):
     assert store.check() == "ok"
 
 
+def test_what_was_lost_by_the_network_s_doing_is_absolved(store):
+    fill(store, 3)
+    holds = [hold(lease) for lease in store.lease("w", ["m"], 3)]
+    store.absolve(holds)  # none is lost yet
+    lose(store, "j0", "j1", "j2")
+    assert store.take(2, suspects=True) == ["j0", "j1"]
+    lose(store, "j0")
+    store.absolve([*holds, Hold("nobody's", 1)])
+    assert [store.look(each.id).crashes for each in holds] == [1, 0, 0]
+    assert store.depths() == {"m": Depth(queued=2, leased=1, suspects=1, cost=2)}
+    assert (store.take(9), store.take(9, suspects=True)) == (["j2"], ["j0"])
+    store.release([beat.hold for beat in store.beats_of("j1")])
+    assert store.take(9) == ["j1"]
+    for each in holds:
+        store.cancel(each.id)
+    store.absolve(holds)
+    assert store.look("j0").crashes == 1
+    assert store.check() == "ok"
+
+
 @pytest.mark.parametrize("poison", [0, 17, 63])
 def test_one_poison_among_64_is_found_in_seven_crashes(store, poison):
     """And the 63 others are done."""

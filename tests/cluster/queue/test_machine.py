@@ -148,6 +148,12 @@ class Machine(RuleBasedStateMachine):
         self.same("release", holds)
         self.right(*(hold.id for hold in holds))
 
+    @rule(which=st.lists(some, max_size=4))
+    def absolve(self, which: list[int]) -> None:
+        holds = list(map(self.hold, which))
+        self.same("absolve", holds)
+        self.right(*(hold.id for hold in holds))
+
     @rule()
     def watch(self) -> None:
         self.beats = self.store.beats()
