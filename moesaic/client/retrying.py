@@ -26,7 +26,10 @@ class Retries:
     """
 
     tries: int = 4
-    """In all; 1 is once. A stream has as many again whenever it has gone on."""
+    """In all; 1 is once."""
+    resumes: int = 12
+    """Instead, for a stream each time that it breaks after it has begun or gone on, unless ``tries`` is 1: a gateway
+    that is started again needs a few seconds."""
     seconds: float = 120.0
     """From the first failure on: what would have to wait longer fails now."""
     first: float = 0.5
@@ -53,11 +56,12 @@ class Attempts:
     ) -> None:
         self._retries, self._clock, self._draw = retries, clock, draw
         self._failed = 0
+        self._begun = False
         self._since = 0.0
 
     def progress(self) -> None:
         """Begin to count anew: the last try has brought something."""
-        self._failed = 0
+        self._failed, self._begun = 0, True
 
     def wait_after(self, error: MoesaicError) -> float:
         """Return how many seconds to wait before the next try.
@@ -71,6 +75,7 @@ class Attempts:
         self._failed += 1
         wait = self._draw() * min(retries.longest, retries.first * 2.0 ** (self._failed - 1))
         wait += error.retry_after or 0.0
-        if not passing(error) or self._failed >= retries.tries or now + wait - self._since > retries.seconds:
+        tries = retries.resumes if self._begun and retries.tries > 1 else retries.tries
+        if not passing(error) or self._failed >= tries or now + wait - self._since > retries.seconds:
             raise error
         return wait

@@ -61,7 +61,7 @@ def test_a_stream_that_goes_on_may_break_more_often_than_there_are_tries(breakin
     cuts, before = "+".join(map(str, range(1, SIZE, 60))), len(breaking.asked)
     with asked(breaking, http_client, cut=cuts, keyed=1).chat("Hi", stream=True) as stream:
         assert_one_answer(list(stream))
-    assert stream.resumed > AT_ONCE.tries
+    assert stream.resumed > AT_ONCE.resumes
     asked_for = breaking.asked[before:]
     assert len(asked_for) == stream.resumed + 1 and asked_for[0][1]["stream"]
     assert all(each == asked_for[0] for each in asked_for)  # the same key, and the same body
@@ -73,7 +73,7 @@ def test_one_that_does_not_go_on_fails(breaking, http_client):
     got = []
     with client.chat("Hi", stream=True) as stream, pytest.raises(StreamBroken):
         got.extend(stream)
-    assert len(breaking.asked) == before + AT_ONCE.tries
+    assert len(breaking.asked) == before + AT_ONCE.resumes
     assert TEXT.startswith("".join(piece.text for piece in got)) and got
     with pytest.raises(StreamBroken):
         stream.answer()

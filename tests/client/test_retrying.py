@@ -47,6 +47,16 @@ def test_waits_grow_within_bounds_and_end(draws):
         attempts.wait_after(failed(503))
 
 
+@pytest.mark.parametrize("tries, waits", [(4, 11), (2, 11), (1, 0)])
+def test_an_answer_that_has_begun_is_worth_more_tries(tries, waits):
+    attempts = Attempts(Retries(tries=tries), lambda: 0.0, lambda: 0.0)
+    attempts.progress()
+    for _ in range(waits):
+        attempts.wait_after(failed(503))
+    with pytest.raises(MoesaicError):
+        attempts.wait_after(failed(503))
+
+
 def test_what_the_server_says_comes_on_top_and_what_takes_too_long_fails_now():
     now = [100.0]
     attempts = Attempts(Retries(tries=99, seconds=10), lambda: now[0], lambda: 0.0)

@@ -16,18 +16,22 @@ import pytest
 from moesaic.serve import keys
 from moesaic.serve.settings import Settings
 from tests.clients.conftest import environment, serving
+from tests.cluster.crewed import site
 from tests.serve.conftest import running
 
 pytestmark = pytest.mark.clients
 
+GENEROUS = Settings(failed_keys_per_minute=10**9)
 
-def check(url: str, tmp_path: Path, *flags: str) -> str:
-    """Run schemathesis with a fixed seed and return what it said."""
+
+def check(url: str, tmp_path: Path, *flags: str, described: str = "") -> str:
+    """Run schemathesis with a fixed seed, by what the server or a file says, and return what it said."""
     examples = os.environ.get("SCHEMATHESIS_EXAMPLES", "15")
     if path := os.environ.get("SCHEMATHESIS_PATH"):
         flags = (*flags, "--include-path", path)
     python = environment("schemathesis", "schemathesis==4.32.5")
-    command = [str(python.with_name("st")), "run", f"{url}/openapi.json", "--seed", "1", "-n", examples]
+    command = [str(python.with_name("st")), "run", described or f"{url}/openapi.json", "--url", url, "--seed", "1"]
+    command += ["-n", examples]
     command += ["--exclude-checks", "positive_data_acceptance", "--continue-on-failure", "--no-color", *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     print(done.stdout[-2000:])
@@ -44,6 +48,18 @@ def test_the_built_in_model(tmp_path):
 
 def test_keys_are_asked_for_wherever_they_are_said_to_be(tmp_path):
     written, key = keys.new("anna")
-    with running(settings=Settings(failed_keys_per_minute=10**9), keys=keys.Keys((key,))) as server:
+    with running(settings=GENEROUS, keys=keys.Keys((key,))) as server:
         flags = ("--phases", "coverage", "-H", f"Authorization: Bearer {written}")
         check(server.url, tmp_path, *flags, "--checks", "ignored_auth,not_a_server_error,status_code_conformance")
+
+
+@pytest.mark.parametrize("key, paths", [("ops", "^/admin/"), ("rack", "^/worker/"), ("anna", "^/(v1/jobs|v1/comp)")])
+def test_a_gateway(key, paths, tmp_path):
+    with site(tmp_path, step=0.0, settings=GENEROUS) as here:
+        here.spawn("w0")
+        here.spawn("w1")
+        (tmp_path / "openapi.json").write_bytes(here.call("GET", "/openapi.json", key="anna").content)
+        flags = ("-H", f"Authorization: Bearer {here.written[key]}", "--include-path-regex", paths)
+        check(here.url, tmp_path, *flags, described="openapi.json")
+        here.ok("POST", "resume")  # it was told to drain, likely
+        assert here.ask("still there?").status_code == 200

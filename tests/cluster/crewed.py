@@ -20,6 +20,7 @@ from moesaic.cluster.figures import Figures
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Bounds
 from moesaic.serve import keys
+from moesaic.serve.settings import Settings
 from tests.serve.conftest import Server, running
 
 
@@ -94,7 +95,15 @@ def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 
 @contextlib.contextmanager
-def site(folder: Path, *, slots: int = 2, step: float = 0.01, lease: float = 1.0, crashes: int = 1) -> Iterator[Site]:
+def site(
+    folder: Path,
+    *,
+    slots: int = 2,
+    step: float = 0.01,
+    lease: float = 1.0,
+    crashes: int = 1,
+    settings: Settings | None = None,
+) -> Iterator[Site]:
     """Run a gateway over a file, and let workers be started: so many slots, so many seconds for a token; a
     job that so many died of is dead."""
     written, kept = {}, []
@@ -112,7 +121,7 @@ def site(folder: Path, *, slots: int = 2, step: float = 0.01, lease: float = 1.0
         return (*routes.endpoints(gateway), *admin.endpoints(gateway))
 
     who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
-    with running(made, None, who, offered, figures=Figures) as server:
+    with running(made, settings, who, offered, figures=Figures) as server:
         command = [
             sys.executable,
             "-m",

@@ -7,7 +7,7 @@ import { Course } from "./resuming.js";
 import { Attempts, sleep } from "./retrying.js";
 
 const DEFAULT_URL = "http://127.0.0.1:8000";
-const RETRIES = { tries: 4, seconds: 120, first: 0.5, longest: 8 };
+const RETRIES = { tries: 4, resumes: 12, seconds: 120, first: 0.5, longest: 8 };
 const TIMEOUTS = { firstByte: 600, silence: 60 };
 
 const FIELDS = [

@@ -143,8 +143,10 @@ export interface CompleteOptions extends Options {
 }
 
 export interface Retries {
-  /** In all; 1 is once. A stream has as many again whenever it has gone on. Default 4. */
+  /** In all; 1 is once. Default 4. */
   tries: number;
+  /** Instead, for a stream each time that it breaks after it has begun or gone on, unless `tries` is 1. Default 12. */
+  resumes: number;
   /** From the first failure on: what would have to wait longer fails now. Default 120. */
   seconds: number;
   /** Waits are random, between 0 and `first` * 2**i seconds, on top of what Retry-After says. Default 0.5. */

@@ -18,6 +18,7 @@ export function passing(error) {
 /** The tries of one request. */
 export class Attempts {
   #failed = 0;
+  #begun = false;
   #since = 0;
 
   /** @param {import("./index.d.ts").Retries} retries */
@@ -30,6 +31,7 @@ export class Attempts {
   /** Begins to count anew: the last try has brought something. */
   progress() {
     this.#failed = 0;
+    this.#begun = true;
   }
 
   /**
@@ -38,12 +40,13 @@ export class Attempts {
    * @param {any} error
    */
   waitAfter(error) {
-    const { tries, seconds, first, longest } = this.retries;
+    const { tries, resumes, seconds, first, longest } = this.retries;
+    const most = this.#begun && tries > 1 ? resumes : tries;
     const now = this.clock();
     if (this.#failed === 0) this.#since = now;
     this.#failed += 1;
     const wait = this.draw() * Math.min(longest, first * 2 ** (this.#failed - 1)) + (error.retryAfter ?? 0);
-    if (!passing(error) || this.#failed >= tries || now + wait - this.#since > seconds) throw error;
+    if (!passing(error) || this.#failed >= most || now + wait - this.#since > seconds) throw error;
     return wait;
   }
 }

@@ -1,4 +1,4 @@
-"""How many jobs a second the stores take in, and lease and end: ``python -m tests.cluster.queue.rate`` prints JSON.
+"""How many jobs a second the stores take in, and lease and end: ``python -m tests.cluster.queue.rate``.
 
 A job has a body of 2,000 bytes and a result of 1,000. "1" is one caller, who waits for each answer before it asks
 again; "64" are 64 of them. Each figure is of ``--jobs`` jobs, after as many to warm up.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import sqlite3
 import tempfile
 import time
@@ -18,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from moesaic.bench import report
 from moesaic.cluster import queue
 from moesaic.cluster.jobs import Bounds, Hold, Job, Store
 from tests.cluster.queue.server import Server
@@ -70,24 +69,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--folder", type=Path, help="on the disk that is to be measured")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    report: dict[str, Any] = {
-        "command": "python -m tests.cluster.queue.rate",
-        "jobs": args.jobs,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "sqlite": sqlite3.sqlite_version,
-    }
+    found: dict[str, Any] = {"jobs": args.jobs, "sqlite": sqlite3.sqlite_version}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        report["sqlite rates"] = asyncio.run(of(f"{folder}/jobs.db", args.jobs))
+        found["sqlite rates"] = asyncio.run(of(f"{folder}/jobs.db", args.jobs))
     server = Server()
     try:
-        report["postgres"] = server.sql("SHOW server_version")[0][0]
-        report["postgres rates"] = asyncio.run(of(server.address("postgres"), args.jobs))
+        found["postgres"] = server.sql("SHOW server_version")[0][0]
+        found["postgres rates"] = asyncio.run(of(server.address("postgres"), args.jobs))
     finally:
         server.remove()
-    print(json.dumps(report, indent=2))
+    print(json.dumps(found, indent=2))
+    if args.out:
+        report.write(args.out, report.record(f"python -m tests.cluster.queue.rate --jobs {args.jobs}", found))
 
 
 if __name__ == "__main__":
