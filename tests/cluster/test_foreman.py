@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -314,7 +315,10 @@ def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
             sending = asyncio.ensure_future(made._send())
             while not job.ending:
                 await asyncio.sleep(0)
-            sending.cancel()  # before the first step of telling it
+            [telling] = (task for task in asyncio.all_tasks() if "Worker._end" in repr(task))
+            assert inspect.getcoroutinestate(telling.get_coro()) == inspect.CORO_CREATED
+            for task in (telling, sending):  # as when the end of another job cannot be told just then
+                task.cancel()
             await asyncio.wait([sending])
             made._url = "http://127.0.0.1:1"
             with pytest.raises(aiohttp.ClientError):
