@@ -104,6 +104,8 @@ class Endpoint:
     summary: str = ""
     query: Mapping[str, Any] = field(default_factory=dict)
     """What may stand behind the path's question mark: names and JSON schemas."""
+    statuses: Mapping[int, str] = field(default_factory=dict)
+    """What it answers with that other routes do not, and what that means."""
 
 
 @dataclass

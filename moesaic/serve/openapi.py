@@ -50,10 +50,11 @@ def describe(endpoints: Sequence[Endpoint], *, keys: bool) -> dict[str, Any]:
 
 
 def _operation(endpoint: Endpoint, path: str, keys: bool) -> dict[str, Any]:
+    answers = {**ANSWERS, **endpoint.statuses}
     out: dict[str, Any] = {
         "summary": endpoint.summary,
         "operationId": f"{endpoint.method.lower()}{re.sub(r'[^A-Za-z0-9]+', '_', path)}",
-        "responses": {str(status): {"description": about} for status, about in ANSWERS.items()},
+        "responses": {str(status): {"description": about} for status, about in answers.items()},
     }
     if keys and not endpoint.public:
         out["security"] = [{"bearer": []}, {"x-api-key": []}]

@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 
 from moesaic.cluster import admin, queue, routes
+from moesaic.cluster.aime import clients, workers
+from moesaic.cluster.aime import settings as aime
 from moesaic.cluster.figures import Figures
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Bounds
@@ -118,7 +120,9 @@ def site(
         return Gateway(await queue.open(str(folder / "jobs.sqlite"), Bounds(crashes=crashes)), ["fake"], lease)
 
     def offered(gateway: Gateway) -> Any:
-        return (*routes.endpoints(gateway), *admin.endpoints(gateway))
+        known = aime.shipped()
+        theirs = (*clients.endpoints(gateway, known), *workers.endpoints(gateway, gateway, known, lease))
+        return (*routes.endpoints(gateway), *theirs, *admin.endpoints(gateway))
 
     who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
     with running(made, settings, who, offered, figures=Figures) as server:

@@ -35,6 +35,8 @@ PACE = 0.2
 CHARGED = 10_000
 """Jobs of which it is known what their keys were charged."""
 QUERY = {name: {"type": "string"} for name in ("job_id", "key", "client_session_auth_key")}
+STATUSES = {402: "Not with this key, or there is no such job."}
+"""What AIME's clients expect instead of 403."""
 
 
 @dataclass(frozen=True)
@@ -371,7 +373,7 @@ def broken(reason: Failure) -> bytes:
 def _open(path: str, run: Any, method: str, summary: str, *, version: int | None = None, **more: Any) -> Endpoint:
     """Return a route that looks at keys itself, since AIME's clients send them in bodies and queries."""
     shape = partial(failure, version=version)
-    return Endpoint(path, run, shape, broken, method=method, public=True, summary=summary, **more)
+    return Endpoint(path, run, shape, broken, method=method, public=True, summary=summary, statuses=STATUSES, **more)
 
 
 def endpoints(desk: Desk, definitions: Sequence[Definition]) -> list[Endpoint]:
