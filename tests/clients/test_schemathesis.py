@@ -21,6 +21,10 @@ from tests.serve.conftest import running
 
 pytestmark = pytest.mark.clients
 
+CONFIG = """[checks]
+negative_data_rejection.expected-statuses = ["4xx"]
+"""
+"""Its own list of how bad data may be refused lacks 413, for a body that is too large; and there is no 5xx in ours."""
 GENEROUS = Settings(failed_keys_per_minute=10**9)
 
 
@@ -30,6 +34,7 @@ def check(url: str, tmp_path: Path, *flags: str, described: str = "") -> str:
     if path := os.environ.get("SCHEMATHESIS_PATH"):
         flags = (*flags, "--include-path", path)
     python = environment("schemathesis", "schemathesis==4.32.5")
+    (tmp_path / "schemathesis.toml").write_text(CONFIG)
     command = [str(python.with_name("st")), "run", described or f"{url}/openapi.json", "--url", url, "--seed", "1"]
     command += ["-n", examples]
     command += ["--exclude-checks", "positive_data_acceptance", "--continue-on-failure", "--no-color", *flags]
