@@ -93,7 +93,7 @@ CHAT = """
 async ([baseUrl, ask]) => {
   const { Client, NotFound } = await import("/src/index.js");
   const client = new Client({ baseUrl, retries: { tries: 1 } });
-  const options = { temperature: 0, max_tokens: 12 };
+  const options = { temperature: 0, max_tokens: 200 };
   const whole = await client.chat(ask, options);
   const stream = client.chat(ask, { ...options, stream: true });
   const pieces = [];
@@ -135,7 +135,7 @@ def test_in_a_browser(page, served, page_port):
     page.goto(f"http://127.0.0.1:{page_port}/")
     found = page.evaluate(CHAT, [served, "Tell a story about a king."])
     assert found["text"] and "".join(found["pieces"]) == found["text"] and len(found["pieces"]) > 3
-    assert (found["told"], found["aborted"], found["models"]) == (12, "AbortError", ["built-in"])
+    assert (found["told"], found["aborted"], found["models"]) == (200, "AbortError", ["built-in"])
     assert found["missing"] == [True, 404, True] and found["requestId"]
 
 

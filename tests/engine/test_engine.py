@@ -67,8 +67,11 @@ class Faulty(nn.Module):
         self.model, self.left, self.error = model, step, error
         self.vocab_size, self.max_length = model.vocab_size, model.max_length
         self.window, self.cache_shapes, self.logits = model.window, model.cache_shapes, model.logits
+        self.go = threading.Event()
+        self.go.set()
 
     def forward(self, batch):
+        self.go.wait()
         self.left -= 1
         if self.left < 0:
             raise self.error
@@ -314,8 +317,11 @@ def test_a_broken_token_in_mid_answer_ends_it_after_what_was_good(broken, model,
 @pytest.mark.parametrize("thread", [True, False])
 def test_when_the_model_breaks_every_stream_ends_with_the_cause(model, prompts, thread):
     cause = RuntimeError("no more")
-    engine = Engine(Faulty(model, 3, cause), thread=thread, limits=Limits(16, 2))
+    faulty = Faulty(model, 3, cause)
+    engine = Engine(faulty, thread=thread, limits=Limits(16, 2))
+    faulty.go.clear()  # else the thread may be through with it before all have asked
     streams = [engine.submit(ask(prompt))[0] for prompt in prompts[:5]]
+    faulty.go.set()
     for stream in streams:
         with pytest.raises(EngineStopped, match="RuntimeError: no more") as caught:
             list(stream)
