@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from moesaic.door import Door
     from moesaic.serve.exchange import Endpoint
 
-LOST_ENGINE = 70
-"""The exit code of a worker that cannot compute any more and wants to be started again (EX_SOFTWARE)."""
-
 CROWD = 4
 """Of a worker's answers; see ``Local``: each look is a message to the gateway, and a gateway that sends on."""
 VARIABLE = "MOESAIC_WORKER_KEY"
@@ -154,6 +151,7 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
+    from moesaic.cluster.launch import LOST_ENGINE
     from moesaic.cluster.worker import Worker
     from moesaic.engine import Limits
 

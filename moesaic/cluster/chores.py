@@ -27,8 +27,15 @@ class Chores:
         self.stopped = False
         self._running: set[asyncio.Task[Any]] = set()
 
-    def background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Have something done that nobody need wait for.
+    def background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Have something done that nobody waits for; once it has stopped, it is left undone."""
+        if self.stopped:
+            work.close()
+        else:
+            self._begin(work)
+
+    async def to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something wholly, though whoever waits for it may leave.
 
         Raises:
             Unavailable: it is too late for that.
@@ -36,6 +43,9 @@ class Chores:
         if self.stopped:
             work.close()
             raise Unavailable("the gateway is stopping: ask another, or try again later")
+        return await asyncio.shield(self._begin(work))
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._running.add(task)
         task.add_done_callback(self._ended)
@@ -66,7 +76,7 @@ def whole(
 
     @wraps(method)
     async def run(self: C, /, *args: P.args, **named: P.kwargs) -> T:
-        return await asyncio.shield(self.background(method(self, *args, **named)))
+        return await self.to_its_end(method(self, *args, **named))
 
     return run
 

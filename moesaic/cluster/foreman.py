@@ -108,7 +108,7 @@ class Foreman(Crew, Chores):
     def disconnected(self, worker: str) -> None:
         """A worker's connection was closed: unless it comes again in a moment, it is lost."""
         session = self.crew.get(worker)
-        if session is not None and not self.stopped:
+        if session is not None:
             self.background(self._unless_heard(session, session.heard))
 
     async def _unless_heard(self, session: Session, heard: float) -> None:
@@ -157,8 +157,7 @@ class Foreman(Crew, Chores):
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:  # whoever asked has left, and never hears of what it was given
-            if not self.stopped:
-                self.background(self._give_back(asking))
+            self.background(self._give_back(asking))
             raise
 
     async def _give_back(self, asking: asyncio.Future[list[Lease]]) -> None:

@@ -138,7 +138,7 @@ class Gateway(Roster):
         except BaseException as error:
             del self.lives[job.id]
             left = isinstance(error, asyncio.CancelledError)
-            if left and not ask.once and not self.stopped:  # it may be there, and nobody knows of it
+            if left and not ask.once:  # it may be there, and nobody knows of it
                 self.background(self._unwanted(job.id))
             if isinstance(error, Overloaded | Unavailable) and error.retry_after is None:
                 error.retry_after = self._patience()
@@ -176,7 +176,7 @@ class Gateway(Roster):
         """Nobody waits for an answer any more; who may come again is given a moment."""
         if not live.readers:
             live.unread_since = self.clock()
-            if not live.once and not live.ended and not self.stopped:
+            if not live.once and not live.ended:
                 self.background(self._withdraw(live))
 
     async def revive(self, id: str, model: str) -> bool:

@@ -140,7 +140,6 @@ class Worker:
             for url in self._gateways:
                 if self._leaving:  # the gateway, which has let it go, would have a worker that never comes
                     await self.stopped.wait()
-                if self.stopped.is_set():  # a cancellation that comes together with an error is lost in it
                     return
                 self._url = url.rstrip("/")
                 try:

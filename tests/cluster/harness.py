@@ -16,7 +16,6 @@ import asyncio
 import collections
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -38,7 +37,7 @@ from tests.cluster.nursery import Nursery
 LEASE = 1.0
 WORKERS = 16
 SLOTS = 8
-STEP = 0.002
+STEP = 0.01
 CRASHES = 50
 """Workers die at random here, whatever they do: nothing is to be inferred from that."""
 
@@ -54,6 +53,7 @@ class Plant:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.counts: collections.Counter[str] = collections.Counter()
+        self.paused: set[str] = set()
         self.gateway = self._start()
         self.nursery = Nursery(self.url, folder / "log", slots=SLOTS, seconds=STEP)
         for number in range(WORKERS):
@@ -70,13 +70,14 @@ class Plant:
         next_gateway = time.monotonic() + self.random.uniform(2, 4)
         while True:
             await asyncio.sleep(self.random.uniform(0.05, 0.15))
-            name = self.random.choice(list(self.nursery.made))
+            # One that is stopped is not killed: it is to come back, late, with what it had.
+            name = self.random.choice(sorted(self.nursery.made.keys() - self.paused))
             if self.random.random() < self.kills:
                 self.nursery.signal(name, signal.SIGKILL)
                 self.nursery.spawn(name)
                 self.counts["workers killed"] += 1
             else:
-                asyncio.ensure_future(self.pause(self.nursery.made[name])).add_done_callback(lambda _: None)
+                asyncio.ensure_future(self.pause(name)).add_done_callback(lambda _: None)
                 self.counts["workers stopped"] += 1
             if time.monotonic() > next_gateway:
                 self.gateway.kill()
@@ -85,22 +86,19 @@ class Plant:
                 self.counts["gateway killed"] += 1
                 next_gateway = time.monotonic() + self.random.uniform(2, 4)
 
-    async def pause(self, process: int) -> None:
-        signalled(process, signal.SIGSTOP)
+    async def pause(self, name: str) -> None:
+        self.paused.add(name)
+        self.nursery.signal(name, signal.SIGSTOP)
         try:
             await asyncio.sleep(LEASE * self.random.uniform(0.5, 2.5))
         finally:
-            signalled(process, signal.SIGCONT)
+            self.nursery.signal(name, signal.SIGCONT)
+            self.paused.discard(name)
 
     def close(self) -> None:
         self.nursery.close()
         self.gateway.terminate()
         self.gateway.wait(30)
-
-
-def signalled(process: int, which: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, which)
 
 
 class Client:

@@ -19,6 +19,10 @@ from moesaic import registry
 from moesaic.errors import InvalidRequest
 
 FOLDER = "cluster/launch"
+REFUSED = 2
+"""The exit code of a worker whose flags or key are wrong, or that was dismissed: starting it again changes nothing."""
+LOST_ENGINE = 70
+"""The exit code of a worker that cannot compute any more and wants to be started again (EX_SOFTWARE)."""
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moesaic.cluster.launch import Plan
+from moesaic.cluster.launch import REFUSED, Plan
 from moesaic.errors import ConnectionFailed, InvalidRequest, NotInstalled
 
 log = logging.getLogger("moesaic.launch")
 
-REFUSED = 2
-"""The exit code of a worker whose flags or key are wrong, or that was dismissed."""
 LOOK_SECONDS = 0.5
 STEADY_SECONDS = 60.0
 """A replica that has run for so long was well: the next pause is short again."""

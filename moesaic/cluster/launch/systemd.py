@@ -9,13 +9,10 @@ import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
-from moesaic.cluster.launch import Plan, value, without
+from moesaic.cluster.launch import LOST_ENGINE, REFUSED, Plan, value, without
 from moesaic.errors import InvalidRequest
 
 NAME = "moesaic-worker@.service"
-REFUSED = 2
-"""The exit code of a worker whose flags or key are wrong, or that was dismissed: starting it again changes nothing."""
-LOST_ENGINE = 70
 PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 
 UNIT = """\

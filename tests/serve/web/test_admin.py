@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cluster.crewed import Site, site
+from tests.cluster.crewed import Site, site, until
 from tests.serve.web.conftest import allowed
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def test_workers_and_queues_refresh_themselves(open_page: Open, here: Site) -> N
 
 
 def test_a_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
-    here.spawn("w0")
+    worker = here.spawn("w0")
     page = open_page()
     page.get_by_role("button", name="Drain rack/w0").click()
     row(page, "Workers", "rack/w0").get_by_text("drained").wait_for()
@@ -89,6 +89,7 @@ def test_a_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.locator("#sure-yes").click()
     row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
+    until(lambda: not Path(f"/proc/{worker}").exists())  # else it has not heard of it, and comes again
     page.get_by_role("button", name="Resume rack/w0").click()
     page.get_by_text("No worker is here.").wait_for()
 
