@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.cli import listening, serving
 from moesaic.cli.flags import CACHE_DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.loop import run_async
 from moesaic.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _run_batch(args: argparse.Namespace) -> int:
     args.models = [args.model] if args.model else []
     args.sequences, args.queue = args.concurrency, 8 * args.concurrency + 256
     args.batch_tokens = None
-    count = asyncio.run(_answer(args))
+    count = run_async(_answer(args))
     before = f", {count.skipped} of them before" if count.skipped else ""
     print(f"{count.answered} answered, {count.failed} failed{before}", file=sys.stderr)
     return 1 if count.failed else 0

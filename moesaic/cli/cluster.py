@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.cli import dialing, listening, serving
 from moesaic.cli.flags import Commands, add_command
+from moesaic.cli.loop import run_async
 from moesaic.errors import EngineStopped, InvalidRequest, NotInstalled
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _worker(args: argparse.Namespace) -> int:
     args.batch_tokens = None
     key, trusted = dialing.key(args, VARIABLE), dialing.trusted(args.ca)
     logs.set_up(args.log_level, as_json=args.log_format == "json")
-    return asyncio.run(_work(args, key, trusted))
+    return run_async(_work(args, key, trusted))
 
 
 async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:

@@ -6,7 +6,6 @@ Imports nothing slow: ``moesaic --help`` reads this.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import logging
 import os
@@ -16,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from moesaic.cli.loop import run_async
 from moesaic.errors import InvalidRequest, MoesaicError
 
 if TYPE_CHECKING:
@@ -132,8 +132,7 @@ def serve(
         if settings.admin_port is not None:
             sockets.append(stack.enter_context(front.bind(replace(settings, host=ADMINS, port=settings.admin_port))))
             settings = replace(settings, admin_port=sockets[1].getsockname()[1])
-        with asyncio.Runner(loop_factory=front.loop_factory()) as runner:
-            runner.run(_run(args, settings, who, sockets, door, routes, figures))
+        run_async(_run(args, settings, who, sockets, door, routes, figures))
     return 0
 
 

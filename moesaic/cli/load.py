@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.cli.flags import Commands, add_command
+from moesaic.cli.loop import run_async
 from moesaic.errors import InvalidParameter, InvalidRequest
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _bench_serving(args: argparse.Namespace) -> int:
     loads, promised = _loads(args), latency.promises(args.goodput)
     if args.plot:
         plotting.check(args.plot)
-    found = asyncio.run(sweep(_target(args), _source(args), loads, promised, _watch()))
+    found = run_async(sweep(_target(args), _source(args), loads, promised, _watch()))
     record = found.record(without_secrets(args.line))
     print(json.dumps(record) if args.json else "\n".join(_lines(found)))
     if args.out:

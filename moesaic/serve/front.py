@@ -99,15 +99,6 @@ def prepare(connections: int) -> None:
             log.warning("too few files may be open for all connections", extra={"open": most, "wanted": wanted})
 
 
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes uvloop's event loop, which writes to sockets at half the cost; None where there is none."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
-
-
 def bind(settings: Settings) -> socket.socket:
     """Return a listening socket.
 

@@ -27,6 +27,7 @@ import aiohttp
 
 from moesaic import LLM
 from moesaic.bench import report
+from moesaic.cli.loop import run_async
 
 
 def chat(number: int) -> list[dict[str, str]]:
@@ -69,7 +70,7 @@ def in_process(chats: int, tokens: int) -> None:
 def streamed(chats: int, tokens: int, *gateway: str) -> Iterator[Turn]:
     """Have a server, or a gateway with a worker."""
     with server(*gateway) as url:
-        yield lambda number: asyncio.run(_streamed(url, number, chats, tokens))
+        yield lambda number: run_async(_streamed(url, number, chats, tokens))
 
 
 async def _streamed(url: str, number: int, chats: int, tokens: int) -> float:

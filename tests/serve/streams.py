@@ -63,14 +63,14 @@ class Ticks:
 
 
 def serve(port: int, rate: float, seconds: float) -> None:
+    from moesaic.cli.loop import run_async
     from moesaic.serve import front
     from moesaic.serve.app import App
     from moesaic.serve.settings import Settings
 
     settings = Settings(port=port)
     listening = front.bind(settings)
-    with asyncio.Runner(loop_factory=front.loop_factory()) as runner:
-        runner.run(front.serve(App(Clock(rate, seconds), settings), listening))  # type: ignore[arg-type]
+    run_async(front.serve(App(Clock(rate, seconds), settings), listening))  # type: ignore[arg-type]
 
 
 async def read(session: aiohttp.ClientSession, url: str, delays: list[float]) -> int:
