@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import Any, Literal, Protocol
 
 Reason = Literal["stop", "length", "cancelled"]
 
@@ -213,14 +213,21 @@ class Door(Protocol):
 def join(events: Sequence[Event]) -> list[Event]:
     """Return events with neighbouring pieces of one answer made one, but for those that call tools."""
     out: list[Event] = []
+    run: list[Piece] = []
     for event in events:
-        last = out[-1] if out else None
-        if _is_text(event) and _is_text(last) and event.index == last.index:
-            out[-1] = Piece(event.index, last.text + event.text, (*last.tokens, *event.tokens))
+        text = isinstance(event, Piece) and not event.calls
+        if run and not (text and event.index == run[0].index):
+            out.append(_joined(run))
+            run = []
+        if text:
+            run.append(event)  # type: ignore[arg-type]  # a piece
         else:
             out.append(event)
-    return out
+    return [*out, _joined(run)] if run else out
 
 
-def _is_text(event: Event | None) -> TypeGuard[Piece]:
-    return isinstance(event, Piece) and not event.calls
+def _joined(run: list[Piece]) -> Piece:
+    if len(run) == 1:
+        return run[0]
+    text = "".join([piece.text for piece in run])
+    return Piece(run[0].index, text, tuple([token for piece in run for token in piece.tokens]))

@@ -69,13 +69,32 @@ def _take_back(replies: Sequence[Reply]) -> None:
         reply.cancel()
 
 
+class Marks:
+    """Tokens as they are shown. Those without figures are made once: nearly every token of an answer is such a one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._plain: dict[int, Mark] = {}
+
+    def of(self, token: Token) -> Mark:
+        """Return a token's mark."""
+        tokenizer, plain = self._tokenizer, token.logprob is None and not token.top
+        if plain and (known := self._plain.get(token.id)):
+            return known
+        top = tuple((id, tokenizer.piece(id), value) for id, value in token.top)
+        mark = Mark(token.id, tokenizer.piece(token.id), tokenizer.is_special(token.id), token.logprob, top)
+        if plain:
+            self._plain[token.id] = mark
+        return mark
+
+
 class LocalAnswers:
     """A running request. Made and read on the loop's thread; see ``door.Answers``."""
 
     job = None
 
-    def __init__(self, replies: Sequence[Reply], tokenizer: Tokenizer) -> None:
-        self._replies, self._tokenizer = replies, tokenizer
+    def __init__(self, replies: Sequence[Reply], marks: Marks) -> None:
+        self._replies, self._mark = replies, marks.of
         given = sum(len(reply.request.given(reply.stream.index)) for reply in replies)
         self._behind = BEHIND + given  # what was given comes at once
         self._begun: set[int] = set()
@@ -120,11 +139,6 @@ class LocalAnswers:
         self._called[index] = first + len(piece.calls)
         calls = (Call(place, call.id, call.name, call.arguments) for place, call in enumerate(piece.calls, first))
         return Piece(index, piece.text, marks, tuple(calls))
-
-    def _mark(self, token: Token) -> Mark:
-        tokenizer = self._tokenizer
-        top = tuple((id, tokenizer.piece(id), value) for id, value in token.top)
-        return Mark(token.id, tokenizer.piece(token.id), tokenizer.is_special(token.id), token.logprob, top)
 
     def _fail(self, error: MoesaicError) -> None:
         self._failed = error
@@ -209,7 +223,7 @@ class Local:
         self._news: deque[Stream] = deque()
         self._told = False
         self._looked = 0.0  # when the loop last took what had come
-        self._about = _about(llm)
+        self._about, self._marks = _about(llm), Marks(llm.tokenizer)
         self._reading = {self._pool: 0, self._grammars: 0}
         self._vectors = ThreadPoolExecutor(1, thread_name_prefix="moesaic-embed")
         llm.engine.listen(self._on_events)
@@ -276,7 +290,7 @@ class Local:
             replies = await in_pool(pool, lambda: self._submit(ask), _take_back)
         finally:
             self._reading[pool] -= 1
-        answers = LocalAnswers(replies, self._llm.tokenizer)
+        answers = LocalAnswers(replies, self._marks)
         for reply in replies:
             self._running[reply.stream] = answers, reply
             self._news.append(reply.stream)  # what came before anybody listened

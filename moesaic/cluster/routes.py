@@ -19,6 +19,7 @@ from moesaic.errors import Forbidden, InvalidParameter
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole
 from moesaic.serve.keys import NOBODY
+from moesaic.serve.reading import decode_fast
 
 MESSAGE_BYTES = 16 << 20
 """Of one message of a worker."""
@@ -31,16 +32,17 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     """Return the routes of a gateway."""
     crew, jobs = _Crew(gateway), _Jobs(gateway)
 
-    def route(path: str, run: Any, body: Any, summary: str) -> Endpoint:
+    def route(path: str, run: Any, body: Any, summary: str, decode: Any = None) -> Endpoint:
+        summary = f"Workers: {summary}"
         return Endpoint(
-            path, run, openai.failure, body=body, worker=True, body_bytes=MESSAGE_BYTES, summary=f"Workers: {summary}"
+            path, run, openai.failure, body=body, worker=True, body_bytes=MESSAGE_BYTES, decode=decode, summary=summary
         )
 
     return (
         route("/worker/enlist", crew.enlist, wire.Enlist, "offer yourself."),
         route("/worker/lease", crew.lease, wire.Want, "wait for something to do, or to stop."),
         route("/worker/renew", crew.renew, wire.Renew, "keep what you have."),
-        route("/worker/tokens", crew.tokens, wire.Tokens, "send what has come."),
+        route("/worker/tokens", crew.tokens, wire.Tokens, "send what has come.", decode_fast),
         route("/worker/done", crew.done, wire.Done, "end a job."),
         route("/worker/release", crew.release, wire.Release, "give back what you have."),
         Endpoint("/v1/jobs/{id}", jobs.show, openai.failure, method="GET", summary="How far a job is."),

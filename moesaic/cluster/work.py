@@ -51,10 +51,11 @@ class Work:
 
     def part(self, room: int) -> tuple[wire.Part, int]:
         """Return what of it is to be sent next, at most so many bytes, and how many these are."""
-        unsent = self.unsent()
-        count = _fitting(unsent, room)
-        part = wire.Part(*self.claim, self.known, unsent[:count])
-        return part, len(msgspec.json.encode(part))
+        part = wire.Part(*self.claim, self.known, self.unsent())
+        if (size := len(msgspec.json.encode(part))) > room:
+            part = msgspec.structs.replace(part, events=part.events[: _fitting(part.events, room)])
+            size = len(msgspec.json.encode(part))
+        return part, size
 
     def fail(self, error: BaseException) -> None:
         """End it with an error, and with what is known of it."""

@@ -200,9 +200,10 @@ class App:
 
     async def _body(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> Any:
         body = await read_body(scope, receive, self.settings, endpoint.body_bytes)
+        read = endpoint.decode or decode
         if len(body) > LONG:
-            return await asyncio.to_thread(decode, body, endpoint.body)
-        return decode(body, endpoint.body)
+            return await asyncio.to_thread(read, body, endpoint.body)
+        return read(body, endpoint.body)
 
     async def _answer(self, call: Call, sender: Sender) -> None:
         seconds = self.settings.request_seconds

@@ -101,6 +101,8 @@ class Endpoint:
     """Whether it is for a gateway's workers: with a worker's key, outside all shares and bounds of clients."""
     body_bytes: int | None = None
     """The most bytes of its body; None: as the settings say."""
+    decode: Callable[[bytes, Any], Any] | None = None
+    """Reads the body as a value of that type; None: ``reading.decode`` does, as strictly as for anybody."""
     summary: str = ""
     query: Mapping[str, Any] = field(default_factory=dict)
     """What may stand behind the path's question mark: names and JSON schemas."""

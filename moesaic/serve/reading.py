@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 import re
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -80,6 +81,24 @@ def decode(body: bytes, kind: Any) -> Any:
         raise InvalidRequest("the body is not JSON: it is no valid UTF-8, or has half a character") from None
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
+
+
+def decode_fast(body: bytes, kind: Any) -> Any:
+    """Do the same at a tenth of the cost, for a type without ``Any``, whose depth is its own, and from our own clients.
+
+    It takes a key that stands twice, and no whole number that is written as one with a fraction of nothing.
+    """
+    try:
+        return _decoder(kind).decode(body)
+    except msgspec.ValidationError as error:
+        raise _misfit(str(error)) from None
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+
+
+@cache
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
 
 
 def fit(value: Any, kind: Any) -> Any:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from moesaic.door import Answers, Ask, Begun, Ended, Event, Load, join
 from moesaic.errors import Cancelled, MoesaicError, TimedOut, Unavailable
@@ -31,6 +35,24 @@ TGI_SECONDS = tuple(0.0001 * 1.5**n for n in range(1, 36))
 
 FAILURES = {429: "overloaded", 503: "overloaded", 500: "generation", 504: "incomplete", 499: "dropped"}
 """TGI's words for what went wrong, by status; all else is ``validation``."""
+
+
+class Gaps:
+    """A histogram of the seconds between tokens, which takes many at once: there is one for every token."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """All of them together."""
+        self._counts = [0] * (len(BETWEEN) + 1)
+
+    def add(self, seconds: float, count: int) -> None:
+        """Enter so many of the same length."""
+        self._counts[bisect_left(BETWEEN, seconds)] += count
+        self.seconds += seconds * count
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return upper bounds, and how many gaps are not longer."""
+        return list(zip(map(floatToGoString, (*BETWEEN, math.inf)), accumulate(self._counts), strict=True))
 
 
 class Metrics:
@@ -53,7 +75,7 @@ class Metrics:
         self.ended = self._counter("moesaic_request_ended", "How they ended.", ("model_name", "reason"))
         self.success = self._counter("vllm:request_success", "As vLLM has it.", ("model_name", "finished_reason"))
         self.first = self._both("time_to_first_token_seconds", "Until the first token.", FIRST, model)
-        self.between = self._both("inter_token_latency_seconds", "Between tokens.", BETWEEN, model)
+        self.between: dict[str, Gaps] = {}
         self.per_token = self._both("request_time_per_output_token_seconds", "Mean per token.", BETWEEN, model)
         self.per_token += self._histograms("vllm:time_per_output_token_seconds", "Its older name.", BETWEEN, model)
         self.per_token += self._histograms("tgi_request_mean_time_per_token_duration", "TGI's.", TGI_SECONDS, ())
@@ -130,6 +152,11 @@ class Metrics:
             for label, count in mine.items():
                 untyped.add_sample(name, {"err": label} if label else {}, count)
             yield untyped
+        for prefix, about in (("moesaic_", "Between tokens."), ("vllm:", "As vLLM has it.")):
+            between = HistogramMetricFamily(prefix + "inter_token_latency_seconds", about, labels=("model_name",))
+            for model, gaps in self.between.items():
+                between.add_metric((model,), gaps.buckets(), gaps.seconds)
+            yield between
         yield from self._more()
 
     def _totals(self, prefix: str, loads: Mapping[str, Load]) -> Iterable[Metric]:
@@ -273,8 +300,7 @@ class Watch:
         if answer.first is None:
             answer.first, gap, count = now, 0.0, count - 1
             metrics.observe(metrics.first, self._model, now - self._begin)
-        for _ in range(count):
-            metrics.observe(metrics.between, self._model, gap)
+        metrics.between.setdefault(self._model, Gaps()).add(gap, count)
         answer.last = now
 
     def _end(self, answer: Progress, event: Ended, now: float) -> None:

@@ -56,6 +56,8 @@ class StopStrings:
         if any(not stop for stop in stops):
             raise InvalidParameter("stop", "a stop string cannot be empty")
         self._stops = tuple(stops)
+        self._firsts = frozenset(stop[0] for stop in stops)
+        self._longest = max(map(len, stops), default=1)
         self._held = ""
         self.stopped: str | None = None  # the stop string that was met
 
@@ -63,6 +65,8 @@ class StopStrings:
         """Return (text to show, whether a stop string was met); after that, all further text is dropped."""
         if self.stopped is not None:
             return "", True
+        if not self._held and self._firsts.isdisjoint(text):  # as nearly always
+            return text, False
         text = self._held + text
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         # A longer stop string that began earlier may still be under way.
@@ -88,9 +92,10 @@ class StopStrings:
 
     def _possible(self, text: str) -> int:
         """Return where the earliest unfinished stop string at the end of ``text`` may begin."""
-        longest = max((len(stop) for stop in self._stops), default=1)
-        for at in range(max(0, len(text) - longest + 1), len(text)):
-            if any(stop.startswith(text[at:]) and len(stop) > len(text) - at for stop in self._stops):
+        for at in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[at] in self._firsts and any(
+                stop.startswith(text[at:]) and len(stop) > len(text) - at for stop in self._stops
+            ):
                 return at
         return len(text)
 
