@@ -88,6 +88,7 @@ class Worker:
         self._trouble = ""  # why the last connection was lost
         self._headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
         self._works: dict[str, Work] = {}
+        self._owed: set[wire.Claim] = set()  # to be given back, until a gateway has heard it
         self._dirty = asyncio.Event()
         self._renew_seconds, self._patience, self._url = LEASE_SECONDS * RENEWS, LEASE_SECONDS * PATIENCE, ""
         self._draining = self._leaving = False
@@ -211,14 +212,15 @@ class Worker:
             for id in given.stop:
                 self._stop(id)
             if self._draining and given.leases:  # given in the same moment
-                claims = tuple((lease.id, lease.fence) for lease in given.leases)
-                await self._post("release", wire.Release(self._name, claims), dict)
+                self._owed.update((lease.id, lease.fence) for lease in given.leases)
+                await self._give_back()
                 continue
             for lease in given.leases:
                 self._begin(lease)
 
     async def _renew(self) -> None:
         while True:
+            await self._give_back()
             works = list(self._works.values())
             claims = tuple(work.claim for work in works)
             said = await self._post("renew", wire.Renew(self._name, claims, dict(self._door.load())), wire.Renewed)
@@ -350,14 +352,19 @@ class Worker:
         raise InvalidRequest(f"this worker does not know how to {lease.kind:.20}")
 
     async def _abandon(self, works: Sequence[Work]) -> None:
-        """Do no more for these jobs, and give them back if that can be told."""
+        """Do no more for these jobs, and give them back."""
         for work in works:
             self._forget(work)
             if work.task is not None and work.task is not asyncio.current_task():
                 work.task.cancel()
-        if works:
-            with contextlib.suppress(MoesaicError, *TROUBLE):
-                await self._post("release", wire.Release(self._name, tuple(work.claim for work in works)), dict)
+            self._owed.add(work.claim)
+        with contextlib.suppress(MoesaicError, *TROUBLE):  # else it is told with the next renewal
+            await self._give_back()
+
+    async def _give_back(self) -> None:
+        if owed := tuple(self._owed):
+            await self._post("release", wire.Release(self._name, owed), dict)
+            self._owed.difference_update(owed)
 
     async def _watch(self) -> None:
         """See whether the engine still moves, and whether anybody still waits for what it does."""

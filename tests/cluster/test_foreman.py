@@ -23,7 +23,7 @@ from moesaic.cluster.jobs import Beat, Bounds, Hold, Job, Record, Seen
 from moesaic.cluster.live import Following, Live
 from moesaic.cluster.silence import Silence
 from moesaic.door import Ask, Begun, Card, Ended, Event, Mark, Piece
-from moesaic.errors import NotFound, Unavailable
+from moesaic.errors import NotFound, Overloaded, Unavailable
 from tests.cluster.asking import Stream
 from tests.cluster.fake import Fake, answer
 from tests.cluster.site import site
@@ -302,6 +302,30 @@ def test_what_no_worker_knows_how_to_do_fails(tmp_path):
         eventually(lambda: found.seen("x").state == "failed")
         assert b"how to dance" in found.seen("x").result and found.seen("x").attempts == 1
         assert not hand.future.done()
+
+
+def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tmp_path, monkeypatch):
+    class Full(Fake):
+        async def ask(self, ask: Ask) -> Any:
+            if not self.asked:
+                self.asked.append(ask)
+                raise Overloaded("not now")
+            return await super().ask(ask)
+
+    with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
+        release, asked = found.gateway.release, []
+
+        async def deaf(*args: Any, **named: Any) -> None:
+            asked.append(args)
+            if len(asked) == 1:
+                raise Unavailable("the disk is full")
+            await release(*args, **named)
+
+        monkeypatch.setattr(found.gateway, "release", deaf)
+        found.hire(Full())
+        stream = Stream(found.client, "Hi", 3)
+        assert stream.end().text == answer("Hi", count=3)
+        assert asked[0] == asked[1] and found.seen(stream.job).crashes == 0
 
 
 def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
