@@ -22,6 +22,7 @@ from prometheus_client.utils import floatToGoString
 
 from moesaic.door import Answers, Ask, Begun, Ended, Event, Load, join
 from moesaic.errors import Cancelled, MoesaicError, TimedOut, Unavailable
+from moesaic.serve.patience import OutOfPatience, Patience
 from moesaic.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -249,23 +250,22 @@ class Watch:
 
     async def batches(self, answers: Answers, *, joined: bool = False) -> AsyncGenerator[list[Event]]:
         """Do the same, with all events together that can be had at once, and pieces as they were unless ``joined``."""
-        source = aiter(answers)
-        while True:
-            try:
-                async with asyncio.timeout_at(self._until()) as bound:
-                    event = await anext(source)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                if not bound.expired():
-                    raise
-                raise self._late() from None
-            batch = [event, *answers.ready()]
-            if joined and len(batch) > 1:
-                batch = join(batch)
-            for each in batch:
-                self._see(each)
-            yield batch
+        source, patience = aiter(answers), Patience()
+        try:
+            while True:
+                event = await patience.wait(anext(source), self._until())
+                batch = [event, *answers.ready()]
+                if joined and len(batch) > 1:
+                    batch = join(batch)
+                for each in batch:
+                    self._see(each)
+                yield batch
+        except StopAsyncIteration:
+            return
+        except OutOfPatience:
+            raise self._late() from None
+        finally:
+            patience.close()
 
     def _until(self) -> float | None:
         """Return when patience is at its end."""
