@@ -92,6 +92,8 @@ def decode_fast(body: bytes, kind: Any) -> Any:
         return _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
         raise _misfit(str(error)) from None
+    except RecursionError:  # in what it skips
+        raise InvalidRequest("the body is nested too deep") from None
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 

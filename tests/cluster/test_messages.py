@@ -165,6 +165,25 @@ def test_garbage_is_refused_and_breaks_nothing(scene, what, body):
     assert scene.state() == before
 
 
+@pytest.mark.parametrize(
+    "body, why",
+    [
+        (b'{"name":"w","parts":[["a",1,0,[["p",0,"",[],[],%b]]]]}' % (b"[" * 5000 + b"]" * 5000), "nested too deep"),
+        (b'{"name":"w","parts":[["a",1,0,[["p",0,"\\ud800"]]]]}', "is not JSON"),
+        (b'{"name":"w","parts":[["a",1,0,[["p",0,"\xff"]]]]}', "is not JSON"),
+        (b'{"name":"w","parts":[["a",1,0,[["p",0,"",[[NaN,""]]]]]]}', "is not JSON"),
+        (b'{"name":"w","parts":[["a",1,0,[["p",-1]]]]}', "parts[0][3][0]"),
+        (b'{"name":"w","parts":[],"more":1}', "more"),
+        (b'{"name":"w"', "is not JSON"),
+    ],
+)
+def test_tokens_that_are_none_are_refused(scene, body, why):
+    before = scene.state()
+    reply = scene.post(GOOD, "tokens", body)
+    assert reply.status_code == 400 and why in reply.text
+    assert scene.state() == before
+
+
 def test_a_worker_that_comes_under_another_key_is_another(scene):
     assert set(scene.site.gateway.crew) >= {"good/w", "thief/w"}
     assert scene.send(THIEF, "enlist", {"name": "good/w", "cards": [{"name": "fake"}]})["known"] == {}
