@@ -48,6 +48,9 @@ class Ticks:
     def __init__(self, gap: float, count: int) -> None:
         self._gap, self._count = gap, count
 
+    def ready(self) -> list[Event]:
+        return []
+
     def cancel(self) -> None:
         self._count = 0
 
