@@ -129,8 +129,8 @@ class Worker:
             await asyncio.sleep(0.05)
         self._leaving = True
         with contextlib.suppress(MoesaicError, *TROUBLE):
-            claims = tuple(work.claim for work in self._works.values())
-            await self._post("release", wire.Release(self._name, claims, leave=True), dict)
+            self._owed.update(work.claim for work in self._works.values())
+            await self._give_back(leave=True)
         self.stopped.set()
 
     # The connection
@@ -361,9 +361,10 @@ class Worker:
         with contextlib.suppress(MoesaicError, *TROUBLE):  # else it is told with the next renewal
             await self._give_back()
 
-    async def _give_back(self) -> None:
-        if owed := tuple(self._owed):
-            await self._post("release", wire.Release(self._name, owed), dict)
+    async def _give_back(self, *, leave: bool = False) -> None:
+        owed = tuple(self._owed)
+        if owed or leave:
+            await self._post("release", wire.Release(self._name, owed, leave=leave), dict)
             self._owed.difference_update(owed)
 
     async def _watch(self) -> None:

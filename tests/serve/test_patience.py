@@ -36,11 +36,12 @@ async def numbers(*pauses: float) -> AsyncIterator[int]:
 
 def test_many_waits_have_one_timer_and_the_last_ends_in_time():
     async def main() -> None:
-        patience, source, until = Patience(), numbers(0, 0.01, 0.01, 60), later(0.3)
+        patience, source, until = Patience(), numbers(0, 0.01, 0.01, 60), later(30)
         assert await patience.wait(anext(source), until) == 0
         timer = patience._timer
         assert [await patience.wait(anext(source), until) for _ in range(2)] == [1, 2]
         assert patience._timer is timer
+        until = later(0.05)
         with pytest.raises(OutOfPatience):
             await patience.wait(anext(source), until)
         assert asyncio.get_running_loop().time() >= until and not task().cancelling()
