@@ -22,8 +22,8 @@ from moesaic.bench.sweep import Found, Source, Target, sweep
 from moesaic.bench.workload import Scale, Words
 from moesaic.cli.load import DIALECTS, WORKLOADS, without_secrets
 from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError
-from tests.scripted import CONTEXT, TEMPLATE, Script
-from tests.scripted import serving as played
+from tests.support.scripted_server import CONTEXT, TEMPLATE, Script
+from tests.support.scripted_server import serving as played
 
 WORDS = Words(20, 9)
 

@@ -24,10 +24,10 @@ from moesaic.cluster.live import Following, Live
 from moesaic.cluster.silence import Silence
 from moesaic.door import Ask, Begun, Card, Ended, Event, Mark, Piece
 from moesaic.errors import NotFound, Overloaded, Unavailable
-from tests.cluster.asking import Stream
-from tests.cluster.fake import Fake, answer
-from tests.cluster.site import site
-from tests.serve.raw import eventually
+from tests.support.backend import Fake, answer
+from tests.support.cluster import site
+from tests.support.completions import Stream
+from tests.support.wait import eventually
 
 RECRUIT = Recruit("w", (Card("fake"),), slots=4, run="1")
 ASK = Ask("fake", prompt="Hi", sampling={"max_tokens": 3})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.harness import harness
-from tests.cluster.queue.server import Database, Server
+from tests.support.postgres import Database, Server
 
 JOBS = int(os.environ.get("MOESAIC_KILL_JOBS", "5000"))
 
@@ -43,6 +43,6 @@ def test_without_the_fence_it_is_found():
     """The negative control: late results are taken, and jobs are done twice."""
     seeds = iter(range(1, 9))
     while True:
-        found = harness(max(JOBS // 4, 200), seed=next(seeds), gateway="tests.cluster.unfenced", kills=0.3)
+        found = harness(max(JOBS // 4, 200), seed=next(seeds), gateway="tests.support.unfenced_gateway", kills=0.3)
         if found["done_under_two_fences"] or found["wrong"]:
             break

@@ -15,10 +15,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cluster.fake import answer
 from tests.cluster.harness import checked, counted
-from tests.cluster.network import Network, network
-from tests.cluster.queue.server import Database, Server
+from tests.support.backend import answer
+from tests.support.network import Network, network
+from tests.support.postgres import Database, Server
 
 SECONDS = 2.0
 """How long each line is cut: two leases. A database that was left in a transaction makes the others wait for 5 s."""
@@ -146,7 +146,7 @@ def test_whatever_is_cut_nothing_is_lost_and_nothing_is_answered_twice(database,
             known = ",".join(urls if place % 2 else urls[::-1])
             arguments = [known, "4", "0.02", str(tmp_path / "log")]
             pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            nursery = start(name, "tests.cluster.nursery", *arguments, **pipe)
+            nursery = start(name, "tests.support.worker_pool", *arguments, **pipe)
             assert nursery.stdin and nursery.stdout
             stack.callback(nursery.stdout.close)
             stack.callback(nursery.stdin.close)

@@ -18,14 +18,14 @@ import httpx
 import pytest
 
 from moesaic.serve import keys
-from tests.serve.raw import CHAT, Raw
+from tests.support.http import CHAT, Raw
 
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 from moesaic import cli
 from moesaic.cli import serving
-from tests.serve.conftest import Script, Scripted
+from tests.support.backend import Script, Scripted
 
 async def opened(*_):
     door = Scripted(Script(held=True))

@@ -17,8 +17,9 @@ from moesaic.serve import front
 from moesaic.serve.connection import LINGER
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 MARGIN = 5.0
 """Seconds beyond a deadline in which even a loaded machine must have kept it."""

@@ -12,8 +12,8 @@ from moesaic.serve import keys
 from moesaic.serve.guard import Guard
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import running
-from tests.serve.raw import CHAT, Raw
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
 
 PUBLIC = {"/", "/health", "/ping", "/ready"}
 WRITTEN, ANNA = keys.new("anna")

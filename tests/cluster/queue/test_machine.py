@@ -22,8 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from moesaic.cluster.jobs import Beat, Bounds, Hold, Job, Record
 from moesaic.errors import MoesaicError
 from tests.cluster.queue.model import Model
-from tests.cluster.queue.places import File, Sync
-from tests.cluster.queue.server import Database
+from tests.support.postgres import Database
+from tests.support.stores import File, Sync
 
 SEQUENCES = int(os.environ.get("MOESAIC_SEQUENCES", "2000"))
 STEPS = 100
