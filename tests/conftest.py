@@ -75,10 +75,10 @@ def browser() -> Iterator[Browser]:
 def tales() -> Iterator[Server]:
     """The built-in model, served."""
     from moesaic.llm import LLM
-    from moesaic.local import Local
+    from moesaic.local_backend import LocalBackend
 
     llm = LLM.load()
-    with running(lambda: Local(llm)) as found:
+    with running(lambda: LocalBackend(llm)) as found:
         yield found
 
 

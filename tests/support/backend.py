@@ -15,7 +15,17 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
+from moesaic.backend import (
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    ModelInfo,
+    ModelStats,
+    PromptDone,
+    TokenInfo,
+    ToolCall,
+)
 from moesaic.errors import InvalidRequest, NumericalError, PromptTooLong
 
 LONGEST = 4000
@@ -23,7 +33,7 @@ SEED = 7
 """Of an answer that was asked for without one."""
 
 
-def prompt_of(ask: Ask) -> str:
+def prompt_of(ask: GenerationRequest) -> str:
     if ask.messages is not None:
         return str(ask.messages[-1]["content"])
     return str(ask.prompt)
@@ -68,48 +78,48 @@ class SteppedStream:
 
 
 class FakeAnswers(SteppedStream):
-    """See ``door.Answers``."""
+    """See ``backend.ResponseStream``."""
 
-    def __init__(self, door: Fake, ask: Ask) -> None:
-        self._door, self._ask = door, ask
+    def __init__(self, backend: Fake, ask: GenerationRequest) -> None:
+        self._backend, self._ask = backend, ask
         super().__init__()
 
     def cancel(self) -> None:
         self.cancelled = True
-        if not self._door.stuck:  # as an engine that hangs hears nothing any more
-            self._door.running.discard(self)
+        if not self._backend.stuck:  # as an engine that hangs hears nothing any more
+            self._backend.running.discard(self)
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
         """Yield lists of events; each list is ready at once, and a reply ends in the list of its last token."""
-        door, ask = self._door, self._ask
+        backend, ask = self._backend, self._ask
         prompt, n, seed = prompt_of(ask), ask.sampling.get("n") or 1, ask.sampling.get("seed", SEED)
         most = ask.sampling.get("max_tokens") or 16
-        yield [Begun(index, (), len(prompt)) for index in range(n)]
+        yield [PromptDone(index, (), len(prompt)) for index in range(n)]
         for place in range(most):
             given = min(map(len, ask.resume), default=0)
             if place >= given:  # what was told is read with the prompt, in one step
-                await door.step(prompt, place)
+                await backend.step(prompt, place)
             events: list[Event] = []
             for index in range(n):
                 id = token(prompt, seed, index, place)
                 told = ask.resume[index] if index < len(ask.resume) else ()
                 if place < len(told):
                     assert told[place] == id, "an answer was resumed with what it never said"
-                events.append(Piece(index, text([id]), (Mark(id, text([id])),)))
+                events.append(Delta(index, text([id]), (TokenInfo(id, text([id])),)))
             if place == most - 1:
-                door.running.discard(self)
-                events += [Ended(index, "length", len(prompt), most) for index in range(n)]
+                backend.running.discard(self)
+                events += [Finished(index, "length", len(prompt), most) for index in range(n)]
             yield events
 
 
 class Fake:
-    """See ``door.Door``."""
+    """See ``backend.Backend``."""
 
     def __init__(self, model: str = "fake", seconds: float = 0.0) -> None:
         """Offer a model that takes so many seconds for a token."""
         self.model, self._seconds = model, seconds
         self.running: set[FakeAnswers] = set()
-        self.asked: list[Ask] = []
+        self.asked: list[GenerationRequest] = []
         self.steps = 0
         self.stuck = False
 
@@ -127,22 +137,22 @@ class Fake:
             await asyncio.sleep(0.05)
         self.steps += 1
 
-    def cards(self) -> Sequence[Card]:
-        return [Card(self.model, ("fake-alias",), context=LONGEST)]
+    def models(self) -> Sequence[ModelInfo]:
+        return [ModelInfo(self.model, ("fake-alias",), context=LONGEST)]
 
-    def load(self) -> Mapping[str, Load]:
-        return {self.model: Load(running=len(self.running), steps=self.steps)}
+    def stats(self) -> Mapping[str, ModelStats]:
+        return {self.model: ModelStats(running=len(self.running), steps=self.steps)}
 
-    async def ask(self, ask: Ask) -> FakeAnswers:
-        if len(prompt_of(ask)) > LONGEST:
-            raise PromptTooLong(len(prompt_of(ask)), LONGEST)
-        self.asked.append(ask)
-        answers = FakeAnswers(self, ask)
+    async def generate(self, request: GenerationRequest) -> FakeAnswers:
+        if len(prompt_of(request)) > LONGEST:
+            raise PromptTooLong(len(prompt_of(request)), LONGEST)
+        self.asked.append(request)
+        answers = FakeAnswers(self, request)
         self.running.add(answers)
         return answers
 
-    async def tokenize(self, ask: Ask) -> list[Mark]:
-        return [Mark(ord(each), each) for each in prompt_of(ask)]
+    async def tokenize(self, ask: GenerationRequest) -> list[TokenInfo]:
+        return [TokenInfo(ord(each), each) for each in prompt_of(ask)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
@@ -166,7 +176,7 @@ class Script:
     reason: str = "stop"
     error: Exception | None = None
     refusal: Exception | None = None
-    calls: Sequence[Call] = ()
+    calls: Sequence[ToolCall] = ()
     """Parts of calls of tools, which come after the text; each in a piece of its own."""
     stop: str | None = None
     cached: int = 0
@@ -177,44 +187,44 @@ class Script:
 class ScriptedAnswers(SteppedStream):
     """See ``door.Answers``."""
 
-    def __init__(self, door: Scripted, ask: Ask, script: Script) -> None:
-        self._door, self._ask, self._script = door, ask, script
+    def __init__(self, backend: Scripted, ask: GenerationRequest, script: Script) -> None:
+        self._backend, self._ask, self._script = backend, ask, script
         super().__init__()
 
     def cancel(self) -> None:
         if not self.cancelled:
             self.cancelled = True
-            self._door.cancelled += 1
+            self._backend.cancelled += 1
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
         """Yield lists of events; each list is ready at once, and a reply ends in the list of its last token."""
         script, sampling = self._script, self._ask.sampling
         count = sampling.get("n", 1)
         scored = sampling.get("prompt_logprobs") is not None
-        prompt = (Mark(1, "<s>", True), Mark(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
-        yield [Begun(index, prompt, 2) for index in range(count)]
+        prompt = (TokenInfo(1, "<s>", True), TokenInfo(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
+        yield [PromptDone(index, prompt, 2) for index in range(count)]
         pieces = script.pieces[: sampling.get("max_tokens") or len(script.pieces)]
         for place, text in enumerate(pieces):
-            mark = Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),))
-            events: list[Event] = [Piece(index, text, (mark,)) for index in range(count)]
+            mark = TokenInfo(10 + place, text, False, -0.25, ((10 + place, text, -0.25),))
+            events: list[Event] = [Delta(index, text, (mark,)) for index in range(count)]
             if place == len(pieces) - 1 and not script.error:
-                events += [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+                events += [Delta(index, calls=(part,)) for part in script.calls for index in range(count)]
                 events += [self._ended(index, len(pieces)) for index in range(count)]
             yield events
             if script.held and place == 0:
-                await self._door.go.wait()
+                await self._backend.go.wait()
             await asyncio.sleep(script.pause)
         if script.error:
             raise script.error
         if not pieces:
-            calls: list[Event] = [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+            calls: list[Event] = [Delta(index, calls=(part,)) for part in script.calls for index in range(count)]
             yield calls + [self._ended(index, 0) for index in range(count)]
 
-    def _ended(self, index: int, generated: int) -> Ended:
+    def _ended(self, index: int, generated: int) -> Finished:
         script = self._script
         reason = "length" if generated < len(script.pieces) else script.reason
         called = bool(script.calls)
-        return Ended(index, reason, 2, generated, script.cached, script.stop, None, called)  # type: ignore[arg-type]
+        return Finished(index, reason, 2, generated, script.cached, script.stop, None, called)  # type: ignore[arg-type]
 
 
 class Scripted:
@@ -222,28 +232,30 @@ class Scripted:
 
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or Script()
-        self.asked: list[Ask] = []
+        self.asked: list[GenerationRequest] = []
         self.cancelled = 0
         self.go = asyncio.Event()
-        self.loads = {"scripted": Load(blocks=10, free_blocks=10)}
-        self.listed = [Card("scripted", ("alias",), context=100), Card("other", context=50)]
+        self.loads = {"scripted": ModelStats(blocks=10, free_blocks=10)}
+        self.listed = [ModelInfo("scripted", ("alias",), context=100), ModelInfo("other", context=50)]
 
-    def cards(self) -> Sequence[Card]:
+    def models(self) -> Sequence[ModelInfo]:
         return self.listed
 
-    def load(self) -> Mapping[str, Load]:
+    def stats(self) -> Mapping[str, ModelStats]:
         return self.loads
 
-    async def ask(self, ask: Ask) -> ScriptedAnswers:
-        self.asked.append(ask)
+    async def generate(self, request: GenerationRequest) -> ScriptedAnswers:
+        self.asked.append(request)
         if self.script.refusal:
             raise self.script.refusal
-        return ScriptedAnswers(self, ask, replace(self.script))
+        return ScriptedAnswers(self, request, replace(self.script))
 
-    async def tokenize(self, ask: Ask) -> list[Mark]:
+    async def tokenize(self, ask: GenerationRequest) -> list[TokenInfo]:
         prompt = ask.prompt if ask.messages is None else " ".join(turn["content"] for turn in ask.messages)
         words = prompt.split() if isinstance(prompt, str) else [str(id) for id in prompt or ()]
-        return [Mark(1, "<s>", True)] * ask.bos + [Mark(20 + place, word) for place, word in enumerate(words)]
+        return [TokenInfo(1, "<s>", True)] * ask.add_bos + [
+            TokenInfo(20 + place, word) for place, word in enumerate(words)
+        ]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.serve import front
+from moesaic.serve import server as http_server
 from moesaic.serve.app import App
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
@@ -29,13 +29,13 @@ class Server:
 
     app: App
     url: str
-    front: front.Server
+    http: http_server.Server
     loop: asyncio.AbstractEventLoop
     stop: Callable[[], None] = field(repr=False)
 
     @property
-    def door(self) -> Any:
-        return self.app.door
+    def backend(self) -> Any:
+        return self.app.backend
 
     def call(self, function: Callable[[], object]) -> None:
         """Do something on the server's thread."""
@@ -61,15 +61,15 @@ def running(
 ) -> Iterator[Server]:
     """Run a server over the door that ``make`` makes on its loop, with more ``routes`` and ``figures``; 0: any port."""
     settings = replace(settings or Settings(), port=port)
-    listening = front.bind(settings)
+    listening = http_server.bind(settings)
     started: threading.Event = threading.Event()
     found: list[Any] = []
 
     async def main() -> None:
         made = make()
-        door = await made if asyncio.iscoroutine(made) else made
-        app = App(door, settings, keys, more=routes(door), figures=figures(door))
-        server = front.Server(front.configured(app), app)
+        backend = await made if asyncio.iscoroutine(made) else made
+        app = App(backend, settings, keys, more=routes(backend), figures=figures(backend))
+        server = http_server.Server(http_server.configured(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listening])
         stopped = asyncio.Event()
