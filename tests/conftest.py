@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from tests.support.server import Server, running
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside others: more threads than cores only wait for each other
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 
 from tests.cluster.harness import harness
 from tests.support.postgres import Database, Server
+from tests.support.sizes import sizes
 
 JOBS = int(os.environ.get("MOESAIC_KILL_JOBS", "5000"))
 
@@ -31,18 +32,21 @@ def sound(found: dict[str, Any]) -> None:
     assert found["workers_killed"] > 0 and found["gateway_killed"] > 0, found
 
 
-def test_with_a_file_nothing_is_lost_and_nothing_counts_twice():
-    sound(harness(JOBS))
+@pytest.mark.parametrize("jobs", sizes(200, JOBS))
+def test_with_a_file_nothing_is_lost_and_nothing_counts_twice(jobs):
+    sound(harness(jobs))
 
 
-def test_with_a_database_nothing_is_lost_and_nothing_counts_twice(database):
-    sound(harness(JOBS, database.where))
+@pytest.mark.parametrize("jobs", sizes(200, JOBS))
+def test_with_a_database_nothing_is_lost_and_nothing_counts_twice(database, jobs):
+    sound(harness(jobs, database.where))
 
 
-def test_without_the_fence_it_is_found():
+@pytest.mark.parametrize("jobs", sizes(200, JOBS // 4))
+def test_without_the_fence_it_is_found(jobs):
     """The negative control: late results are taken, and jobs are done twice."""
     seeds = iter(range(1, 9))
     while True:
-        found = harness(max(JOBS // 4, 200), seed=next(seeds), gateway="tests.support.unfenced_gateway", kills=0.3)
+        found = harness(jobs, seed=next(seeds), gateway="tests.support.unfenced_gateway", kills=0.3)
         if found["done_under_two_fences"] or found["wrong"]:
             break
