@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from tests.support.breaking_server import Plan, stream
 from tests.support.client import JS, node
+from tests.support.require import require_program
 
 TESTS = Path(__file__).parent / "js"
 WHOLE = stream(Plan(), 0)
@@ -44,9 +44,7 @@ def test_our_server(served):
 
 
 def test_the_package_is_installed_and_imported(tmp_path):
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("there is no npm here")
+    npm = require_program("npm")
     quiet = {
         "capture_output": True,
         "text": True,

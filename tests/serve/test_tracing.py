@@ -12,8 +12,9 @@ from moesaic.errors import InvalidRequest
 from moesaic.serve.tracing import Tracer
 from tests.support.backend import Script
 from tests.support.http import CHAT
+from tests.support.require import require_package
 
-pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+require_package("opentelemetry.exporter.otlp.proto.http")
 SECRET = "the-secret-prompt"
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from moesaic.client import Retries
-from tests.support.require import require
+from tests.support.require import require_program
 
 JS = Path(__file__).parents[2] / "clients/js"
 """The folder of the JavaScript client."""
@@ -50,8 +49,7 @@ def run(python: Path, script: str, *arguments: str, **environment: str) -> Any:
 
 def node(*arguments: Any, **environment: str) -> str:
     """Run a program in Node and return what it printed."""
-    require(program := shutil.which("node"), "Node is not installed (18 or later)")
-    command = [str(program), "--no-warnings", *map(str, arguments)]
+    command = [require_program("node"), "--no-warnings", *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env=os.environ | environment, check=False
     )
