@@ -7,7 +7,7 @@ from time import monotonic, sleep
 from typing import Any
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Wait until ``condition`` returns a true value, and return that value; fail after ``seconds``."""
     end = monotonic() + seconds
     while not (value := condition()):
