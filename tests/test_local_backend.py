@@ -11,7 +11,7 @@ import pytest
 
 from moesaic import LLM, errors
 from moesaic.backend import Delta, Finished, GenerationRequest, PromptDone
-from moesaic.local_backend import BEHIND, LocalBackend
+from moesaic.local_backend import MAX_UNREAD_EVENTS, LocalBackend
 
 TALK = ({"role": "user", "content": "Tell me of a fox."},)
 CALL = {"tool_choice": "required", "parallel_tool_calls": False}
@@ -112,7 +112,7 @@ def test_who_passes_an_answer_on_cannot_tell_that_another_took_over(talker):
 def test_a_long_answer_that_comes_again_is_not_taken_for_a_slow_reader(talker):
     async def main():
         async with opened(talker) as backend:
-            long = (7,) * (BEHIND + 500)
+            long = (7,) * (MAX_UNREAD_EVENTS + 500)
             ask = GenerationRequest(
                 prompt="Once", sampling={"max_tokens": len(long) + 2, "ignore_eos": True}, resume=(long,)
             )
