@@ -19,8 +19,8 @@ from moesaic.bench.endpoints import Answer, Ask, Endpoint, Failed, Manner, _http
 from moesaic.cluster import launch
 from moesaic.errors import CheckpointError, InvalidRequest, NotFound
 from moesaic.formats import Packed
-from moesaic.serve.exchange import Endpoint as HttpEndpoint
-from moesaic.serve.exchange import Failure
+from moesaic.serve.endpoint import Endpoint as HttpEndpoint
+from moesaic.serve.endpoint import Failure
 from tests.support.models import ours, theirs
 from tests.support.scripted_server import CONTEXT, TEMPLATE, Script, serving
 

@@ -58,13 +58,6 @@ REGISTRIES = (
 
 
 CIRCLES = (
-    {
-        "moesaic.serve.app",
-        "moesaic.serve.dialects._openai",
-        "moesaic.serve.exchange",
-        "moesaic.serve.guard",
-        "moesaic.serve.json_body",
-    },
     {"moesaic.bench.endpoints", "moesaic.bench.endpoints._http"},
     {"moesaic.cli", "moesaic.cli.launch"},
 )

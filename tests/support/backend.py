@@ -245,6 +245,11 @@ class Scripted:
         return self.loads
 
     async def generate(self, request: GenerationRequest) -> ScriptedAnswers:
+        if request.limits is not None:
+            [info] = [model for model in self.listed if model.name == request.model]
+            count = len(await self.tokenize(request))
+            limit = request.limits.max_tokens(count, request.sampling.get("max_tokens"), info.context)
+            request = replace(request, sampling={**request.sampling, "max_tokens": limit})
         self.asked.append(request)
         if self.script.refusal:
             raise self.script.refusal

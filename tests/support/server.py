@@ -35,7 +35,7 @@ class Server:
 
     @property
     def backend(self) -> Any:
-        return self.app.backend
+        return self.app.services.backend
 
     def call(self, function: Callable[[], object]) -> None:
         """Do something on the server's thread."""
@@ -68,8 +68,8 @@ def running(
     async def main() -> None:
         made = make()
         backend = await made if asyncio.iscoroutine(made) else made
-        app = App(backend, settings, keys, more=routes(backend), figures=figures(backend))
-        server = http_server.Server(http_server.configured(app), app)
+        app = App(backend, settings, keys, more_endpoints=routes(backend), more_metrics=figures(backend))
+        server = http_server.Server(http_server.uvicorn_config(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listening])
         stopped = asyncio.Event()
