@@ -11,8 +11,8 @@ import pytest
 
 from moesaic import errors
 from moesaic.client import AsyncClient, Client, Piece
-from moesaic.client.events import Events
-from moesaic.client.replies import failure
+from moesaic.client.events import EventParser
+from moesaic.client.responses import response_error
 from moesaic.door import Call
 from moesaic.errors import BadReply, InvalidParameter, InvalidRequest, NumericalError, StreamBroken, Unauthorized
 from moesaic.serve import keys
@@ -166,7 +166,7 @@ def test_what_cannot_be_asked_is_not(scripted, client):
 @pytest.mark.parametrize("status", range(400, 600))
 def test_every_status_is_an_error_of_its_own_status(status):
     for body in (b"", b"[]", b'{"error": "no"}', b'{"error": {"message": "no", "param": null, "type": 3}}'):
-        error = failure(status, {"retry-after": "2"}, body)
+        error = response_error(status, {"retry-after": "2"}, body)
         assert isinstance(error, errors.MoesaicError) and str(error)
         assert (error.status, error.retry_after, error.request_id) == (status, 2.0, None)
 
@@ -174,13 +174,13 @@ def test_every_status_is_an_error_of_its_own_status(status):
 def test_events_come_out_whole_however_they_are_cut():
     source = ': hi\r\n\r\ndata: {"a": 1}\n\nevent: x\ndata:two\ndata: lines\n\nid: 3\r\rdata: ü🐇\n\ndata: cut'.encode()
     for size in range(1, len(source) + 1):
-        events = Events()
+        events = EventParser()
         found = [each for at in range(0, len(source), size) for each in events.feed(source[at : at + size])]
         assert found == ['{"a": 1}', "two\nlines", "ü🐇"]
     with pytest.raises(BadReply):
-        Events().feed(b"data: " + b"x" * (17 << 20))
+        EventParser().feed(b"data: " + b"x" * (17 << 20))
     with pytest.raises(BadReply):
-        Events().feed(b"data: \xff\n\n")
+        EventParser().feed(b"data: \xff\n\n")
 
 
 # Where, who, and leaving

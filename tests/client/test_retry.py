@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.client import AsyncClient, Client, Retries, Timeouts
-from moesaic.client.replies import retry_after
-from moesaic.client.retrying import Attempts, passing
+from moesaic.client.responses import parse_retry_after
+from moesaic.client.retry import Attempts, is_transient
 from moesaic.errors import BadReply, ConnectionFailed, MoesaicError, Overloaded, TimedOut, Unavailable
 from tests.client.breaking import TEXT
 from tests.client.conftest import AT_ONCE
@@ -27,11 +27,11 @@ def failed(status: int, wait: float | None = None) -> MoesaicError:
 
 def test_which_errors_pass():
     for status in (408, 409, 429, 502, 503):
-        assert passing(failed(status))
+        assert is_transient(failed(status))
     for status in (400, 401, 403, 404, 405, 413, 415, 422, 499, 500, 501, 504):
-        assert not passing(failed(status))
-    assert passing(failed(500, 1.0)) and passing(failed(504, 0.0)) and not passing(failed(400, 1.0))
-    assert passing(ConnectionFailed("x")) and not passing(BadReply("x")) and not passing(TimedOut("x"))
+        assert not is_transient(failed(status))
+    assert is_transient(failed(500, 1.0)) and is_transient(failed(504, 0.0)) and not is_transient(failed(400, 1.0))
+    assert is_transient(ConnectionFailed("x")) and not is_transient(BadReply("x")) and not is_transient(TimedOut("x"))
 
 
 @given(draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=12, max_size=12))
@@ -70,9 +70,9 @@ def test_what_the_server_says_comes_on_top_and_what_takes_too_long_fails_now():
 
 
 def test_retry_after():
-    assert retry_after(None) is None and retry_after("soon") is None and retry_after("nan") is None
-    assert retry_after("3") == 3.0 and retry_after("-1") == 0.0
-    assert 50 < (retry_after(formatdate(time() + 60, usegmt=True)) or 0) <= 60
+    assert parse_retry_after(None) is None and parse_retry_after("soon") is None and parse_retry_after("nan") is None
+    assert parse_retry_after("3") == 3.0 and parse_retry_after("-1") == 0.0
+    assert 50 < (parse_retry_after(formatdate(time() + 60, usegmt=True)) or 0) <= 60
 
 
 @pytest.mark.parametrize("status", ["503", "429+503+409", "408+502"])
