@@ -18,7 +18,8 @@ from tests.clients.conftest import serving
 from tests.serve.conftest import Server, running
 from tests.serve.web.conftest import browser as browser
 
-JS = Path(__file__).parents[2] / "clients/js"
+ROOT = Path(__file__).parents[2]
+JS_PACKAGE, JS_SOURCE = ROOT / "clients/js", ROOT / "moesaic/serve/web/client"
 AT_ONCE = Retries(first=0.0)
 
 
@@ -42,7 +43,7 @@ def scripted() -> Iterator[Server]:
 
 
 class Files(http.server.SimpleHTTPRequestHandler):
-    """The JavaScript client's folder, and an empty page."""
+    """The source of the JavaScript client, and an empty page."""
 
     def do_GET(self) -> None:
         if self.path == "/":
@@ -59,8 +60,8 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def page_port() -> Iterator[int]:
-    """The port of a web server that has the JavaScript client."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=JS))
+    """Port of a web server that serves the JavaScript client."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=JS_SOURCE))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_port
     server.shutdown()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.conftest import JS
+from tests.client.conftest import JS_PACKAGE, JS_SOURCE, ROOT
 from tests.client.test_js import node
 from tests.test_docs import blocks
 
-PAGE = JS.parents[1] / "docs/clients.md"
+PAGE = ROOT / "docs/clients.md"
 HERE = "http://127.0.0.1:8000"
 
 
@@ -32,10 +32,10 @@ def test_python(served, place):
     assert len(done.stdout) > 40
 
 
-@pytest.mark.parametrize("page", [PAGE, JS / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [PAGE, JS_PACKAGE / "README.md"], ids=lambda page: page.name)
 def test_javascript(served, page, tmp_path):
     [program] = written(page, "js")
     file = tmp_path / "shown.mjs"
-    source = program.replace(HERE, served).replace('"moesaic-client"', f'"{(JS / "src/index.js").as_uri()}"')
+    source = program.replace(HERE, served).replace('"moesaic-client"', f'"{(JS_SOURCE / "index.js").as_uri()}"')
     file.write_text(source)
     assert len(node(file)) > 40

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.clients
 TYPESCRIPT = "5.9.3"
-JS = Path(__file__).parents[2] / "clients/js"
+ROOT = Path(__file__).parents[2]
 RIGHT = """
 import { Client, InvalidParameter, MoesaicError, Stream, type Answer, type Piece } from "moesaic-client";
 
@@ -60,7 +60,8 @@ def project():
         (folder / "ready").touch()
     package = folder / "node_modules/moesaic-client"
     shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(JS, package)
+    shutil.copytree(ROOT / "clients/js", package)
+    shutil.copytree(ROOT / "moesaic/serve/web/client", package / "src")
     return folder
 
 

@@ -1,34 +1,34 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { Events } from "../../../clients/js/src/events.js";
-import { BadReply, MoesaicError } from "../../../clients/js/src/index.js";
-import { failure, retryAfter } from "../../../clients/js/src/replies.js";
-import { Attempts, passing } from "../../../clients/js/src/retrying.js";
+import { EventParser } from "../../../moesaic/serve/web/client/events.js";
+import { BadReply, MoesaicError } from "../../../moesaic/serve/web/client/index.js";
+import { responseError, parseRetryAfter } from "../../../moesaic/serve/web/client/responses.js";
+import { Attempts, isTransient } from "../../../moesaic/serve/web/client/retry.js";
 
 const SOURCE = ': hi\r\n\r\ndata: {"a": 1}\n\nevent: x\ndata:two\ndata: lines\n\nid: 3\r\rdata: ü🐇\n\ndata: cut';
 
 test("events come out whole, however they are cut", () => {
   const bytes = new TextEncoder().encode(SOURCE);
   for (let size = 1; size <= bytes.length; size += 1) {
-    const events = new Events();
+    const events = new EventParser();
     const found = [];
     for (let at = 0; at < bytes.length; at += size) found.push(...events.feed(bytes.slice(at, at + size)));
     assert.deepEqual(found, ['{"a": 1}', "two\nlines", "ü🐇"]);
   }
-  assert.throws(() => new Events().feed(new TextEncoder().encode("x".repeat(17 << 20))), BadReply);
-  assert.throws(() => new Events().feed(Uint8Array.of(0xff, 10, 10)), BadReply);
+  assert.throws(() => new EventParser().feed(new TextEncoder().encode("x".repeat(17 << 20))), BadReply);
+  assert.throws(() => new EventParser().feed(Uint8Array.of(0xff, 10, 10)), BadReply);
 });
 
 test("every status is an error of its own status", () => {
   for (let status = 400; status < 600; status += 1) {
     for (const body of ["", "[]", "null", '{"error": "no"}', '{"error": {"message": "no", "param": null}}']) {
-      const error = failure(status, new Headers({ "retry-after": "2" }), body);
+      const error = responseError(status, new Headers({ "retry-after": "2" }), body);
       assert.ok(error instanceof MoesaicError && error.message);
       assert.deepEqual([error.status, error.retryAfter, error.requestId], [status, 2, null]);
     }
   }
-  assert.equal(retryAfter("soon"), null);
-  const inAMinute = retryAfter(new Date(Date.now() + 60_000).toUTCString());
+  assert.equal(parseRetryAfter("soon"), null);
+  const inAMinute = parseRetryAfter(new Date(Date.now() + 60_000).toUTCString());
   assert.ok(inAMinute > 50 && inAMinute <= 60);
 });
 
@@ -45,5 +45,5 @@ test("waits grow within bounds and end", () => {
   const impatient = new Attempts({ tries: 9, seconds: 10, first: 0, longest: 0 }, () => 0);
   assert.equal(impatient.waitAfter(Object.assign(error, { retryAfter: 9 })), 9);
   assert.throws(() => impatient.waitAfter(Object.assign(error, { retryAfter: 11 })), error);
-  assert.ok(passing({ status: 500, retryAfter: 0 }) && !passing({ status: 500, retryAfter: null }));
+  assert.ok(isTransient({ status: 500, retryAfter: 0 }) && !isTransient({ status: 500, retryAfter: null }));
 });
