@@ -1,8 +1,9 @@
 /** The administrators' page: looks at the gateway again and again, and tells it what to do. */
 
-import { look, revive, tellGateway, tellWorker } from "./admin-api.js";
+import { controlGateway, controlWorker, fetchGateway, reviveJob } from "./admin-api.js";
 import { dead, figures, queues, workers } from "./admin-tables.js";
-import { ApiError } from "./api.js";
+import { describe } from "./api.js";
+import { MoesaicError } from "./client/index.js";
 import { byId } from "./dom.js";
 import { askKey } from "./key.js";
 import { notify } from "./notices.js";
@@ -26,7 +27,7 @@ async function refresh() {
   /** @type {number | null} */
   let wait = EVERY;
   try {
-    show(await look(readKey(ADMIN)));
+    show(await fetchGateway(readKey(ADMIN)));
     trouble("");
   } catch (error) {
     wait = await explain(/** @type {Error} */ (error));
@@ -38,13 +39,13 @@ async function refresh() {
 
 /** @param {Error} error @returns {Promise<number | null>} ms to wait; null: it makes no sense to ask again */
 async function explain(error) {
-  const status = error instanceof ApiError ? error.status : 0;
+  const status = error instanceof MoesaicError ? error.status : 0;
   if (status === 401 || status === 403) {
     if (await askKey("This page needs the key of an administrator.", ADMIN)) return 0;
-    trouble(error.message);
+    trouble(describe(error));
     return null;
   }
-  trouble(status === 404 ? "There is no gateway's administration at this address." : error.message);
+  trouble(status === 404 ? "This server has no admin routes. Only gateways have them." : describe(error));
   return EVERY;
 }
 
@@ -108,7 +109,7 @@ async function act(work, done) {
     await work();
     notify(done);
   } catch (error) {
-    notify(/** @type {Error} */ (error).message);
+    notify(describe(error));
   }
   await refresh();
 }
@@ -136,16 +137,16 @@ const actions = {
     const text = "Others do what it has, and it is not let in again.";
     if (what === "dismiss" && !(await sure(`Dismiss ${name}?`, text, "Dismiss"))) return;
     const done = { drain: "is given nothing more", resume: "may work again", dismiss: "was dismissed" }[what];
-    await act(() => tellWorker(what, name, readKey(ADMIN)), `${name} ${done}.`);
+    await act(() => controlWorker(what, name, readKey(ADMIN)), `${name} ${done}.`);
   },
-  revive: (id) => void act(() => revive(id, readKey(ADMIN)), `${id} is queued again.`),
+  revive: (id) => void act(() => reviveJob(id, readKey(ADMIN)), `${id} is queued again.`),
 };
 
 byId("drain").addEventListener("click", async () => {
   const what = state === "draining" ? "resume" : "drain";
   const text = "New requests are refused until it takes them again; what is queued is done.";
   if (what === "drain" && !(await sure("Drain the gateway?", text, "Drain"))) return;
-  await act(() => tellGateway(what, readKey(ADMIN)), what === "drain" ? "It takes nothing new." : "It takes requests again.");
+  await act(() => controlGateway(what, readKey(ADMIN)), what === "drain" ? "It takes nothing new." : "It takes requests again.");
 });
 byId("admin-key").addEventListener("click", async () => {
   if (await askKey("The key is sent to this gateway with every request.", ADMIN)) void refresh();

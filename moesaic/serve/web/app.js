@@ -1,7 +1,8 @@
 /** Puts the page together: which part hears of what, the address, the keys that work everywhere. */
 
-import { ApiError } from "./api.js";
+import { describe } from "./api.js";
 import { Chat } from "./chat.js";
+import { Unauthorized } from "./client/index.js";
 import { Composer } from "./composer.js";
 import { byId } from "./dom.js";
 import { Drawer } from "./drawer.js";
@@ -52,13 +53,8 @@ function startNew() {
 
 /** @param {unknown} error @param {() => void} again */
 async function explain(error, again) {
-  if (error instanceof ApiError && error.status === 401) {
-    const reason = error.message || "This server asks for an API key.";
-    if (await askKey(reason)) again();
-    else messages.fail(reason, again);
-    return;
-  }
-  messages.fail(/** @type {Error} */ (error).message, again);
+  if (error instanceof Unauthorized && (await askKey(error.message))) again();
+  else messages.fail(describe(error), again);
 }
 
 async function loadModels() {

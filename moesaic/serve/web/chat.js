@@ -11,6 +11,7 @@
  *   notice   something to tell the reader; detail: the text
  */
 
+import { describe } from "./api.js";
 import { newConversation, titleOf } from "./conversation.js";
 import { Generation } from "./generation.js";
 import { readKey, readLast, writeLast } from "./preferences.js";
@@ -229,7 +230,7 @@ export class Chat extends EventTarget {
     if (conversation === this.conversation) {
       this.#tell("ended");
       if (failure) this.#tell("failed", failure);
-    } else if (failure) this.#tell("notice", `“${conversation.title}”: ${/** @type {Error} */ (failure).message}`);
+    } else if (failure) this.#tell("notice", `“${conversation.title}”: ${describe(failure)}`);
     await this.#save(conversation);
   }
 

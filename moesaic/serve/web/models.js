@@ -33,7 +33,7 @@ export class Models {
     return this.#all.find(({ id }) => id === this.chat.conversation.model) ?? null;
   }
 
-  /** Asks the server which models there are. Raises ApiError. */
+  /** Asks the server which models there are. Throws MoesaicError. */
   async load() {
     this.#all = await listModels(readKey());
     this.show();

@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._json(200, {"object": "list", "data": MODELS})
             return
         name = "index.html" if self.path == "/" else self.path.removeprefix("/web/")
-        files = {path.name: path for path in WEB.iterdir()}
+        files = {path.relative_to(WEB).as_posix(): path for path in WEB.rglob("*.*")}
         if name in files:
             kind = TYPES[files[name].suffix]
             self._send(200, files[name].read_bytes(), kind + ("; charset=utf-8" if kind != "image/svg+xml" else ""))
