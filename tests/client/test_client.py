@@ -175,12 +175,14 @@ def test_every_status_is_an_error_of_its_own_status(status):
         assert (error.status, error.retry_after, error.request_id) == (status, 2.0, None)
 
 
-def test_events_come_out_whole_however_they_are_cut():
-    source = ': hi\r\n\r\ndata: {"a": 1}\n\nevent: x\ndata:two\ndata: lines\n\nid: 3\r\rdata: ü🐇\n\ndata: cut'.encode()
-    for size in range(1, len(source) + 1):
-        events = EventParser()
-        found = [each for at in range(0, len(source), size) for each in events.feed(source[at : at + size])]
-        assert found == ['{"a": 1}', "two\nlines", "ü🐇"]
+def test_events_are_complete_wherever_the_chunks_are_cut():
+    source = ': hi\r\n\r\ndata: {"a": 1}\n\nevent: x\ndata:two\ndata: lines\n\n:\n\nid: 3\r\rdata\n\n'
+    source += "data:  spaced\r\n\r\ndatabase: no\n\ndata: ü🐇\n\ndata: cut"
+    data = source.encode()
+    for size in range(1, len(data) + 1):
+        parser = EventParser()
+        events = [event for start in range(0, len(data), size) for event in parser.feed(data[start : start + size])]
+        assert events == ['{"a": 1}', "two\nlines", "", " spaced", "ü🐇"]
     with pytest.raises(BadReply):
         EventParser().feed(b"data: " + b"x" * (17 << 20))
     with pytest.raises(BadReply):

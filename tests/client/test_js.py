@@ -25,7 +25,7 @@ def node(*arguments: Any, **environment: str) -> str:
         pytest.skip("there is no node here (18 or later)")
     command = [found, "--no-warnings", *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=os.environ | environment, check=False
+        command, capture_output=True, text=True, timeout=180, env=os.environ | environment, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout

@@ -1,4 +1,4 @@
-"""The page's modules that need no browser, tested by Node's own test runner."""
+"""The page's modules that need no browser, tested by Node's test runner, and the server that delivers them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
+
+from tests.serve.conftest import running
 
 MODULES = Path(__file__).parent / "modules"
 
@@ -15,6 +18,14 @@ MODULES = Path(__file__).parent / "modules"
 def test_modules(path: Path) -> None:
     node = shutil.which("node")
     if node is None:
-        pytest.skip("there is no node here (20 or later) to run the page's modules")
+        pytest.skip("Node is not installed (20.19 or later)")
     done = subprocess.run([node, "--no-warnings", "--test", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_server_delivers_the_client_modules() -> None:
+    with running() as server:
+        response = httpx.get(f"{server.url}/web/client/index.js")
+        assert response.status_code == 200 and "./client.js" in response.text
+        assert response.headers["content-type"].startswith("text/javascript")
+        assert "script-src 'self'" in response.headers["content-security-policy"]
