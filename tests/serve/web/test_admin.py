@@ -61,8 +61,8 @@ def row(page: Page, table: str, text: str) -> Any:
 
 def test_workers_and_queues_refresh_themselves(open_page: Open, here: Site) -> None:
     page = open_page()
-    state(page, "takes requests")
-    page.get_by_text("No worker is here.").wait_for()
+    state(page, "accepting requests")
+    page.get_by_text("No workers are connected.").wait_for()
     here.spawn("w0")
     row(page, "Workers", "rack/w0").get_by_text("working").wait_for()
     asked = [here.asking(f"job {number}", 300) for number in range(4)]
@@ -91,7 +91,7 @@ def test_a_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
     row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
     until(lambda: not Path(f"/proc/{worker}").exists())  # else it has not heard of it, and comes again
     page.get_by_role("button", name="Resume rack/w0").click()
-    page.get_by_text("No worker is here.").wait_for()
+    page.get_by_text("No workers are connected.").wait_for()
 
 
 def test_a_dead_letter_is_revived(open_page: Open, here: Site) -> None:
@@ -100,7 +100,7 @@ def test_a_dead_letter_is_revived(open_page: Open, here: Site) -> None:
     page = open_page()
     [job] = here.get("jobs?state=dead")["jobs"]
     page.get_by_role("button", name=f"Revive {job['id']}").click()
-    page.get_by_text("There are none.").wait_for()
+    page.get_by_text("There are no dead letters.").wait_for()
     assert here.get(f"jobs/{job['id']}")["job"]["state"] == "queued"
     here.ok("DELETE", f"jobs/{job['id']}")
 
@@ -109,26 +109,26 @@ def test_the_gateway_is_drained(open_page: Open, here: Site) -> None:
     page = open_page()
     page.get_by_role("button", name="Drain the gateway").click()
     page.get_by_role("button", name="Drain", exact=True).click()
-    state(page, "takes nothing new")
+    state(page, "no new requests")
     assert here.server.app.draining
-    page.get_by_role("button", name="Take requests again").click()
-    state(page, "takes requests")
+    page.get_by_role("button", name="Accept requests again").click()
+    state(page, "accepting requests")
     assert not here.server.app.draining
 
 
 def test_the_key_is_asked_for_and_is_not_the_chats(open_page: Open, here: Site) -> None:
     page = open_page("anna")
-    page.get_by_text("This page needs the key of an administrator.").wait_for()
+    page.get_by_text("This page needs an administrator's API key.").wait_for()
     page.get_by_role("button", name="Cancel").click()
     page.get_by_text("this needs an admin's key").wait_for()
     page.get_by_role("button", name="Change the key").click()
     page.get_by_label("Administrator's key", exact=True).last.fill(here.written["ops"])
     page.get_by_role("button", name="Use this key").click()
-    state(page, "takes requests")
+    state(page, "accepting requests")
     stored = page.evaluate("({...sessionStorage, ...localStorage})")
     assert stored == {"moesaic.admin-key": here.written["ops"]}
     page.reload()
-    state(page, "takes requests")
+    state(page, "accepting requests")
 
 
 def test_nothing_that_a_worker_says_is_loaded_or_run(open_page: Open, here: Site) -> None:
@@ -136,7 +136,7 @@ def test_nothing_that_a_worker_says_is_loaded_or_run(open_page: Open, here: Site
     cards = [{"name": evil}]
     body = {"name": evil, "cards": cards, "about": {evil: evil}}
     page = open_page()
-    state(page, "takes requests")
+    state(page, "accepting requests")
     assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
     row(page, "Workers", evil).first.wait_for()
     row(page, "Queues", evil).wait_for()
@@ -155,9 +155,9 @@ def test_a_phone_shows_all_of_it(open_page: Open, here: Site) -> None:
 
 def test_a_gateway_that_is_away_is_told_and_found_again(open_page: Open, here: Site, context: BrowserContext) -> None:
     page = open_page()
-    state(page, "takes requests")
+    state(page, "accepting requests")
     context.set_offline(True)
     page.get_by_text("The server cannot be reached.").wait_for()
     context.set_offline(False)
-    state(page, "takes requests")
+    state(page, "accepting requests")
     assert not page.locator("#trouble").is_visible()

@@ -55,7 +55,7 @@ def test_stop_ends_the_generation_and_continue_goes_on(chat: Chat, server: Serve
 def test_the_reader_is_told_why_an_answer_ended(chat: Chat, server: Server) -> None:
     server.will_say(says("One, two", finish="length"))
     chat.ask("Count")
-    chat.wait_for("Reached the most new tokens.")
+    chat.wait_for("Reached the token limit.")
 
 
 def test_regenerate_and_undo(chat: Chat, server: Server) -> None:
@@ -145,7 +145,7 @@ def test_errors_are_told_and_can_be_tried_again(chat: Chat, server: Server) -> N
     assert chat.said == ["Hello"]
     chat.button("Try again").click()
     chat.wait_for("The engine stopped.")
-    chat.wait_for("Cut off by an error.")
+    chat.wait_for("Ended by an error.")
     chat.button("Continue").click()
     chat.wait_for("Half an answer.")
     assert chat.page.locator(".failure").count() == 0

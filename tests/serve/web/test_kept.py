@@ -142,7 +142,7 @@ def test_export_and_import(chat: Chat, tmp_path: Path) -> None:
         chat.page.locator("#conversations li").first.hover()
         chat.page.locator("#conversations li").first.get_by_role("button", name="Delete").click()
         chat.page.get_by_text("was deleted.").first.wait_for()
-    chat.page.get_by_text("Conversations are kept in this browser only.").wait_for()
+    chat.page.get_by_text("Conversations are stored in this browser only.").wait_for()
     take(chat, path)
     chat.page.get_by_text("2 conversations were imported.").wait_for()
     chat.listed("Zweite", "Grüße 🐇")
@@ -193,5 +193,5 @@ def test_a_full_store_says_so(chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "many.json"
     path.write_text(json.dumps({"moesaic": 1, "conversations": [said] * 1001}))
     take(chat, path)
-    chat.page.get_by_text("No room for more: at most 1000 conversations").wait_for()
+    chat.page.get_by_text("No room for more: the limit is 1000 conversations").wait_for()
     chat.listed()
