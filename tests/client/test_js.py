@@ -22,7 +22,7 @@ WHOLE = stream(Plan(), 0)
 def node(*arguments: Any, **environment: str) -> str:
     found = shutil.which("node")
     if found is None:
-        pytest.skip("there is no node here (18 or later)")
+        pytest.skip("Node is not installed (20.19 or later)")
     command = [found, "--no-warnings", *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=180, env=os.environ | environment, check=False
@@ -49,14 +49,14 @@ def test_streams_that_break():
             server.stdin.close()
 
 
-def test_our_server(served):
+def test_js_client_with_our_server(served):
     node("--test", TESTS / "served.test.js", SERVED=served)
 
 
-def test_the_package_is_installed_and_imported(tmp_path):
+def test_npm_package_is_installed_and_imported(tmp_path):
     npm = shutil.which("npm")
     if npm is None:
-        pytest.skip("there is no npm here")
+        pytest.skip("npm is not installed")
     quiet = {
         "capture_output": True,
         "text": True,
@@ -80,7 +80,7 @@ def test_the_package_is_installed_and_imported(tmp_path):
     assert types.count("export class ") == len(names)
 
 
-def test_it_is_of_one_version_and_licence_with_the_rest():
+def test_npm_package_has_the_version_and_licence_of_the_project():
     package = json.loads((JS_PACKAGE / "package.json").read_text())
     assert f'version = "{package["version"]}"' in (ROOT / "pyproject.toml").read_text()
     assert (JS_PACKAGE / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
@@ -138,6 +138,6 @@ def test_in_a_browser(page, served, page_port):
     assert found["missing"] == [True, 404, True] and found["requestId"]
 
 
-def test_a_page_that_was_not_named_is_let_in_nowhere(page, served, page_port):
+def test_page_of_another_origin_is_refused(page, served, page_port):
     page.goto(f"http://localhost:{page_port}/")
     assert page.evaluate(REFUSED, served) == "ConnectionFailed"

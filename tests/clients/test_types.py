@@ -1,4 +1,4 @@
-"""Our JavaScript client's types, by TypeScript's own compiler: what is right passes, what is wrong does not."""
+"""The types of the JavaScript client, checked by the TypeScript compiler."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def project():
-    """A folder with TypeScript, made once."""
+    """A cached folder with TypeScript and our package."""
     npm = shutil.which("npm")
     if npm is None:
-        pytest.skip("there is no npm here")
+        pytest.skip("npm is not installed")
     root = Path(os.environ.get("MOESAIC_CLIENTS") or Path.home() / ".cache/moesaic-clients")
     folder = root / f"typescript-{TYPESCRIPT}"
     if not (folder / "ready").exists():
@@ -67,21 +67,21 @@ def project():
 
 def compiled(project: Path, *sources: str) -> subprocess.CompletedProcess[str]:
     names = []
-    for place, source in enumerate(sources):
-        (project / f"sample{place}.ts").write_text(source)
-        names.append(f"sample{place}.ts")
+    for index, source in enumerate(sources):
+        (project / f"sample{index}.ts").write_text(source)
+        names.append(f"sample{index}.ts")
     options = "--noEmit --strict --target es2022 --lib es2022,dom,dom.iterable,esnext.asynciterable --module nodenext"
     command = ["node", "node_modules/typescript/bin/tsc", *options.split(), *names]
     return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
 
 
-def test_what_is_right(project):
+def test_valid_programs_compile(project):
     done = compiled(project, RIGHT)
     assert done.returncode == 0, done.stdout
 
 
-def test_what_is_wrong(project):
+def test_type_errors_are_reported(project):
     head = 'import { Client } from "moesaic-client";\nconst client = new Client();\n'
     done = compiled(project, *(head + line for line in WRONG))
-    for place, line in enumerate(WRONG):
-        assert f"sample{place}.ts(3," in done.stdout, line
+    for index, line in enumerate(WRONG):
+        assert f"sample{index}.ts(3," in done.stdout, line

@@ -1,4 +1,4 @@
-"""A server, and pages in a real browser that watch what they load and run."""
+"""Fixtures: a server, and browser pages that record what they load and run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ document.addEventListener("securitypolicyviolation", (event) => {
 });
 """
 
-# No sandbox, because containers forbid it one; what is shown here comes from the tests alone.
+# No sandbox, because containers do not allow it; all content comes from the tests.
 ARGUMENTS = ["--no-sandbox", "--host-resolver-rules=MAP chat.test 127.0.0.1"]
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """The server under the page, as ``stub.Server`` describes it. Another one with that face can take its place."""
+    """The server of the page. Test modules override it with other servers."""
     with serving() as running:
         yield running
 
@@ -37,9 +37,9 @@ def server() -> Iterator[Server]:
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("there is no chromium here (apt-get install chromium)")
+        pytest.skip("Chromium is not installed (apt-get install chromium)")
     if importlib.util.find_spec("playwright") is None:
-        pytest.skip("there is no playwright here (pip install playwright)")
+        pytest.skip("Playwright is not installed (pip install playwright)")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -50,12 +50,12 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Chat:
-    """A page with the chat, and what somebody does with it."""
+    """The chat page in one tab, and the actions on it."""
 
     page: Page
     server: Server
     loaded: list[str] = field(default_factory=list)
-    """Every address the page has asked for."""
+    """Every URL that the page has requested."""
     errors: list[str] = field(default_factory=list)
 
     def send(self, text: str) -> None:
@@ -63,7 +63,7 @@ class Chat:
         self.page.get_by_role("button", name="Send", exact=True).click()
 
     def ask(self, text: str) -> None:
-        """Say something and wait for the whole answer."""
+        """Send a message and wait for the complete answer."""
         self.send(text)
         self.finished()
 
@@ -82,7 +82,7 @@ class Chat:
         return [text.strip() for text in self.page.locator("#messages article .body").all_inner_texts()]
 
     def listed(self, *titles: str) -> None:
-        """Wait until these are the conversations in the list, in this order."""
+        """Wait until the list has these conversations in this order."""
         from playwright.sync_api import expect
 
         expect(self.page.locator("#conversations a")).to_have_text(list(titles), timeout=20_000)
@@ -95,7 +95,7 @@ class Chat:
         self.page.locator("#model:enabled").wait_for()
 
     def stored(self, text: str) -> None:
-        """Wait until a conversation in which this text occurs is on disk."""
+        """Wait until a conversation that contains this text is stored."""
         self.page.evaluate(
             """async (text) => {
               const { Store } = await import("/web/store.js");
@@ -120,7 +120,7 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 
 @pytest.fixture
 def open_chat(context: BrowserContext, server: Server) -> Iterator[Open]:
-    """Opens the chat in a new tab; in the end no tab may have loaded, run or broken anything it should not."""
+    """Open the chat in new tabs; at the end, check that they loaded only the page's URLs and had no errors."""
     opened: list[Chat] = []
 
     def open_tab(path: str = "/", *, ready: bool = True) -> Chat:
@@ -143,7 +143,7 @@ def open_chat(context: BrowserContext, server: Server) -> Iterator[Open]:
 
 
 def allowed(address: str, server: Server) -> bool:
-    """Whether an address is the page's own, or text that the page itself wrote into a file."""
+    """Return whether a URL belongs to the page, or to a file that the page created."""
     own = (f"{server.url}/web/", f"{server.url}/v1/", f"{server.url}/admin/", f"blob:{server.url}/")
     return address.startswith(own) or address.partition("#")[0] == f"{server.url}/"
 
