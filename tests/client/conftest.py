@@ -6,21 +6,14 @@ import functools
 import http.server
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from moesaic.client import Retries
-from tests.client import breaking as breaks
-from tests.client.breaking import Breaking
-from tests.clients.conftest import serving
-from tests.serve.conftest import Server, running
-from tests.serve.web.conftest import browser as browser
-
-ROOT = Path(__file__).parents[2]
-JS_PACKAGE, JS_SOURCE = ROOT / "clients/js", ROOT / "moesaic/serve/web/client"
-AT_ONCE = Retries(first=0.0)
+from tests.support import breaking_server as breaks
+from tests.support.breaking_server import Breaking
+from tests.support.client import JS_SOURCE
+from tests.support.server import Server, running, serving
 
 
 @pytest.fixture(scope="session")

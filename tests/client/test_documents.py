@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.conftest import JS_PACKAGE, JS_SOURCE, ROOT
-from tests.client.test_js import node
-from tests.test_docs import blocks
+from tests.support.client import JS_PACKAGE, JS_SOURCE, ROOT, node
+from tests.support.documents import blocks
 
 PAGE = ROOT / "docs/clients.md"
 HERE = "http://127.0.0.1:8000"

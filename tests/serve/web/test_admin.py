@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cluster.crewed import Site, site, until
-from tests.serve.web.conftest import allowed
+from tests.support.browser import allowed
+from tests.support.managed_cluster import Site, site
+from tests.support.wait import eventually
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page
@@ -89,9 +90,8 @@ def test_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.locator("#sure-yes").click()
     row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
-    until(
-        lambda: not Path(f"/proc/{worker}").exists()
-    )  # otherwise the worker does not know that it was dismissed, and connects again
+    # Otherwise the worker does not know that it was dismissed, and connects again.
+    eventually(lambda: not Path(f"/proc/{worker}").exists())
     page.get_by_role("button", name="Resume rack/w0").click()
     page.get_by_text("No workers are connected.").wait_for()
 
@@ -112,10 +112,10 @@ def test_gateway_is_drained(open_page: Open, here: Site) -> None:
     page.get_by_role("button", name="Drain the gateway").click()
     page.get_by_role("button", name="Drain", exact=True).click()
     state(page, "no new requests")
-    assert here.server.app.draining
+    assert here.server.app.state.draining
     page.get_by_role("button", name="Accept requests again").click()
     state(page, "accepting requests")
-    assert not here.server.app.draining
+    assert not here.server.app.state.draining
 
 
 def test_admin_key_is_requested_and_separate_from_the_chat(open_page: Open, here: Site) -> None:

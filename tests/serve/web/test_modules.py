@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.serve.conftest import running
+from tests.support.require import require_program
+from tests.support.server import running
 
 MODULES = Path(__file__).parent / "modules"
 
 
 @pytest.mark.parametrize("path", sorted(MODULES.glob("*.test.js")), ids=lambda path: path.name.partition(".")[0])
 def test_modules(path: Path) -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("Node is not installed (20.19 or later)")
+    node = require_program("node")  # 20.19 or later
     done = subprocess.run([node, "--no-warnings", "--test", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
