@@ -1,4 +1,4 @@
-"""Streams that break: one answer all the same, or a typed error; at every byte, in every way."""
+"""Streams that break at every byte and in every way: the client returns one answer or raises a typed error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def asked(breaking, http_client, **plan):
 
 
 @pytest.mark.parametrize("how", ["eof", "end"])
-def test_a_stream_that_breaks_anywhere_is_one_answer(breaking, http_client, how):
+def test_stream_that_breaks_anywhere_gives_one_answer(breaking, http_client, how):
     for cut in range(SIZE + 1) if how == "eof" else range(0, SIZE, 11):
         client = asked(breaking, http_client, cut=cut, how=how, keyed=1)
         with client.chat("Hi", stream=True) as stream:
@@ -46,7 +46,7 @@ def test_a_stream_that_breaks_anywhere_is_one_answer(breaking, http_client, how)
         ]
 
 
-def test_and_for_an_event_loop(breaking):
+def test_stream_that_breaks_anywhere_with_asyncio(breaking):
     async def main() -> None:
         async with httpx.AsyncClient() as http:
             for cut in range(SIZE + 1):
@@ -57,7 +57,7 @@ def test_and_for_an_event_loop(breaking):
     asyncio.run(main())
 
 
-def test_a_stream_that_goes_on_may_break_more_often_than_there_are_tries(breaking, http_client):
+def test_progress_resets_the_number_of_tries(breaking, http_client):
     cuts, before = "+".join(map(str, range(1, SIZE, 60))), len(breaking.asked)
     with asked(breaking, http_client, cut=cuts, keyed=1).chat("Hi", stream=True) as stream:
         assert_one_answer(list(stream))
@@ -67,7 +67,7 @@ def test_a_stream_that_goes_on_may_break_more_often_than_there_are_tries(breakin
     assert all(each == asked_for[0] for each in asked_for)  # the same key, and the same body
 
 
-def test_one_that_does_not_go_on_fails(breaking, http_client):
+def test_stream_without_progress_fails(breaking, http_client):
     client = asked(breaking, http_client, cut="+".join([str(MIDDLE)] * 20), keyed=1)
     before = len(breaking.asked)
     got = []
@@ -80,25 +80,27 @@ def test_one_that_does_not_go_on_fails(breaking, http_client):
 
 
 @pytest.mark.parametrize("how", ["eof", "reset", "end"])
-def test_without_idempotency_keys_nothing_is_asked_again(breaking, http_client, how):
+def test_stream_is_not_repeated_without_idempotency_keys(breaking, http_client, how):
     before = len(breaking.asked)
     with asked(breaking, http_client, cut=MIDDLE, how=how).chat("Hi", stream=True) as stream:
-        with pytest.raises(StreamBroken, match="cannot go on"):
+        with pytest.raises(StreamBroken, match="cannot resume"):
             list(stream)
-        assert TEXT.startswith(stream.text) and (stream.text or how == "reset")  # which may overtake what was sent
+        assert TEXT.startswith(stream.text) and (
+            stream.text or how == "reset"
+        )  # a reset may overtake data that was sent
     assert len(breaking.asked) == before + 1
 
 
-def test_before_the_first_byte_everybody_is_asked_again(breaking, http_client):
+def test_request_is_repeated_before_the_first_byte(breaking, http_client):
     with asked(breaking, http_client, cut=0).chat("Hi", stream=True) as stream:
         assert_one_answer(list(stream))
     with asked(breaking, http_client, drop=2).chat("Hi", stream=True) as stream:
         assert_one_answer(list(stream))
 
 
-def test_a_server_that_has_forgotten_the_key_is_not_believed(breaking, http_client):
+def test_server_that_lost_the_key_breaks_the_stream(breaking, http_client):
     client = asked(breaking, http_client, cut=MIDDLE, keyed=1, forgets=1)
-    with client.chat("Hi", stream=True) as stream, pytest.raises(StreamBroken, match="does not know it"):
+    with client.chat("Hi", stream=True) as stream, pytest.raises(StreamBroken, match="no longer has it"):
         list(stream)
 
 
@@ -106,7 +108,7 @@ def test_a_server_that_has_forgotten_the_key_is_not_believed(breaking, http_clie
     ("other", "cut"),
     [("text", MIDDLE), ("short", MIDDLE), ("call", AFTER_ENDS), ("arguments", AFTER_ENDS), ("reason", AFTER_ENDS)],
 )
-def test_two_answers_are_never_glued_together(breaking, http_client, other, cut):
+def test_different_answers_are_never_joined(breaking, http_client, other, cut):
     client = asked(breaking, http_client, cut=cut, keyed=1, other=other)
     got = []
     with client.chat("Hi", stream=True) as stream, pytest.raises(AnswerChanged):
@@ -114,7 +116,7 @@ def test_two_answers_are_never_glued_together(breaking, http_client, other, cut)
     assert TEXT.startswith("".join(piece.text for piece in got if piece.index == 0)) and got
 
 
-def test_silence_is_a_break_and_comments_are_none(breaking, http_client):
+def test_silence_breaks_a_stream_and_comments_do_not(breaking, http_client):
     timeouts = Timeouts(silence=0.5)
     url = breaking.url(cut=MIDDLE, how="hang", keyed=1)
     with Client(url, http=http_client, retries=AT_ONCE, timeouts=timeouts).chat("Hi", stream=True) as stream:
@@ -142,7 +144,7 @@ def test_silence_is_a_break_and_comments_are_none(breaking, http_client):
         ("html", BadReply),
     ],
 )
-def test_what_goes_wrong_is_never_a_good_end(breaking, http_client, body, error):
+def test_invalid_stream_raises(breaking, http_client, body, error):
     client = asked(breaking, http_client, body=body)
     with pytest.raises(error) as caught, client.chat("Hi", stream=True) as stream:
         list(stream)
@@ -152,12 +154,12 @@ def test_what_goes_wrong_is_never_a_good_end(breaking, http_client, body, error)
         assert stream.text == TEXT
 
 
-def test_nobody_there():
+def test_unreachable_server():
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     client = Client(f"http://127.0.0.1:{port}", retries=AT_ONCE)
     with client:
-        with pytest.raises(ConnectionFailed, match="does a server run there"):
+        with pytest.raises(ConnectionFailed, match="check that the server is running"):
             client.models()
         with pytest.raises(ConnectionFailed), client.chat("Hi", stream=True):
             pass

@@ -1,14 +1,14 @@
 /**
- * Every error that a call can end with, but for an abort, which is the signal's own reason.
- * Named as in Python's `moesaic.errors`.
+ * The errors that a call can raise. An abort is the exception: it raises the reason of its signal.
+ * The names are those of Python's `moesaic.errors`.
  */
 
 export class MoesaicError extends Error {
-  /** The HTTP status of the answer, or the one that the error would have. */
+  /** HTTP status of the response, or the status that fits the error. */
   status = 500;
-  /** Seconds after which another try makes sense, where the server says so. @type {number | null} */
+  /** Seconds to wait before another try, if the server sent Retry-After. @type {number | null} */
   retryAfter = null;
-  /** What the server's log calls the request. @type {string | null} */
+  /** The request's id in the server's log. @type {string | null} */
   requestId = null;
 
   /** @param {string} message @param {ErrorOptions} [options] */
@@ -18,13 +18,13 @@ export class MoesaicError extends Error {
   }
 }
 
-/** What was asked cannot be done as asked. */
+/** The request is invalid. */
 export class InvalidRequest extends MoesaicError {
   name = "InvalidRequest";
   status = 400;
 }
 
-/** One named value is out of range or of the wrong kind. */
+/** A parameter has the wrong type or is out of range. */
 export class InvalidParameter extends InvalidRequest {
   name = "InvalidParameter";
 
@@ -35,65 +35,65 @@ export class InvalidParameter extends InvalidRequest {
   }
 }
 
-/** More bytes than the server takes in at once. */
+/** The request body exceeds the server's limit. */
 export class TooLarge extends InvalidRequest {
   name = "TooLarge";
   status = 413;
 }
 
-/** No key, or one that is not known. */
+/** The API key is missing or unknown. */
 export class Unauthorized extends MoesaicError {
   name = "Unauthorized";
   status = 401;
 }
 
-/** Not with this key, or not from this page. */
+/** The API key or the origin of the page has no permission. */
 export class Forbidden extends MoesaicError {
   name = "Forbidden";
   status = 403;
 }
 
-/** No such model, or no such route. */
+/** The model or the route does not exist. */
 export class NotFound extends MoesaicError {
   name = "NotFound";
   status = 404;
 }
 
-/** The queue is full, or the key's share is used up: try again later. */
+/** The queue is full or the key's quota is used up. Try again later. */
 export class Overloaded extends MoesaicError {
   name = "Overloaded";
   status = 429;
 }
 
-/** The server is loading, stopping, or waited too long for its turn: try again later. */
+/** The server is loading or stopping, or the request waited too long in the queue. Try again later. */
 export class Unavailable extends MoesaicError {
   name = "Unavailable";
   status = 503;
 }
 
-/** The answer took longer than the server allows, or than this client waits for it to begin. */
+/** The answer took longer than the server's or the client's time limit. */
 export class TimedOut extends MoesaicError {
   name = "TimedOut";
   status = 504;
 }
 
-/** The server could not be reached, or hung up before it answered. */
+/** The server cannot be reached, or the connection broke before the response. */
 export class ConnectionFailed extends MoesaicError {
   name = "ConnectionFailed";
   status = 502;
 }
 
-/** An answer broke off, and there is no going on with it: what came of it is not the whole. */
+/** The connection broke during an answer, and the answer could not be resumed. The text until then is incomplete. */
 export class StreamBroken extends ConnectionFailed {
   name = "StreamBroken";
 }
 
-/** Asked for the rest of an answer, the server told another one: what came of the first is not the whole. */
+/** The server sent a different answer when the stream was resumed. The text until then is incomplete. */
 export class AnswerChanged extends StreamBroken {
   name = "AnswerChanged";
 }
 
-/** What was sent is no answer of the API. */
+/** The response does not follow the API. */
 export class BadReply extends MoesaicError {
   name = "BadReply";
   status = 502;

@@ -1,4 +1,4 @@
-/** The public names; index.d.ts says what each is. */
+/** Public names of the client; index.d.ts documents them. */
 
 export { Client, Stream } from "./client.js";
 export * from "./errors.js";

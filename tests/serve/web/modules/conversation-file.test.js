@@ -1,10 +1,10 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import { newConversation, requestFor, titleOf } from "../../../../moesaic/serve/web/conversation.js";
-import { exportAll, exportOne, ImportError, readFile } from "../../../../moesaic/serve/web/exchange.js";
-import { clamp, known } from "../../../../moesaic/serve/web/sampling.js";
+import { exportAll, exportOne, ImportError, readFile } from "../../../../moesaic/serve/web/conversation-file.js";
+import { clamp, validSettings } from "../../../../moesaic/serve/web/sampling.js";
 
-const talk = () =>
+const conversation = () =>
   newConversation({
     title: "Grüße",
     created: 1,
@@ -18,8 +18,8 @@ const talk = () =>
     ],
   });
 
-test("what is exported is imported as something new", () => {
-  const before = talk();
+test("an exported conversation is imported under a new id", () => {
+  const before = conversation();
   const [after] = readFile(exportAll([before]));
   assert.notEqual(after.id, before.id);
   assert.equal(after.revision, 0);
@@ -29,7 +29,7 @@ test("what is exported is imported as something new", () => {
   assert.deepEqual([one.title, one.system, one.messages], ["Hi </script>", "Be brief.", plain]);
 });
 
-test("what is damaged is refused", () => {
+test("damaged files are refused", () => {
   const bodies = [
     "", "{", "null", "3", "[]", "{}", '{"moesaic": 2, "messages": []}', '{"moesaic": 1}', '{"moesaic": 1, "conversations": {}}',
     '{"moesaic": 1, "conversations": [null]}', '{"moesaic": 1, "messages": [null]}', '{"moesaic": 1, "messages": ["x"]}',
@@ -40,7 +40,7 @@ test("what is damaged is refused", () => {
   for (const body of bodies) assert.throws(() => readFile(body), ImportError, body);
 });
 
-test("only what is known is taken over", () => {
+test("only known fields are imported", () => {
   const file = {
     moesaic: 1,
     id: "x",
@@ -52,26 +52,26 @@ test("only what is known is taken over", () => {
     settings: { temperature: 99, top_k: "5", seed: 1.5, evil: 1, __proto__: { top_p: 0.5 } },
     messages: [{ role: "user", content: "a", evil: 1, cut: "<b>" }],
   };
-  const [found] = readFile(JSON.stringify(file));
-  assert.deepEqual(found.settings, { temperature: 2, seed: 2 });
-  assert.deepEqual(found.messages, [{ role: "user", content: "a" }]);
-  assert.deepEqual([found.revision, found.model, found.title], [0, "", "a"]);
-  assert.ok(Math.abs(found.created - Date.now()) < 1e6);
+  const [imported] = readFile(JSON.stringify(file));
+  assert.deepEqual(imported.settings, { temperature: 2, seed: 2 });
+  assert.deepEqual(imported.messages, [{ role: "user", content: "a" }]);
+  assert.deepEqual([imported.revision, imported.model, imported.title], [0, "", "a"]);
+  assert.ok(Math.abs(imported.created - Date.now()) < 1e6);
   const [odd] = readFile('{"moesaic": 1, "messages": [], "settings": [1], "__proto__": {"system": "x"}}');
   assert.deepEqual([odd.settings, odd.system, odd.title], [{}, "", "Imported conversation"]);
 });
 
-test("settings keep to their range", () => {
+test("settings are limited to their range", () => {
   assert.equal(clamp("temperature", -1), 0);
   assert.equal(clamp("top_k", 3.6), 4);
   assert.equal(clamp("max_tokens", 0), 1);
   for (const odd of [NaN, Infinity, "3", null, undefined, {}]) assert.equal(clamp("top_p", odd), null);
   assert.equal(clamp("toString", 1), null);
-  assert.deepEqual(known({ temperature: 0.7, top_p: 0.5 }), { top_p: 0.5 });
+  assert.deepEqual(validSettings({ temperature: 0.7, top_p: 0.5 }), { top_p: 0.5 });
 });
 
-test("requests", () => {
-  const body = requestFor(talk());
+test("request for the next answer", () => {
+  const body = requestFor(conversation());
   assert.equal(body.continue_final_message, true);
   assert.equal(body.add_generation_prompt, false);
   assert.deepEqual(body.messages[0], { role: "system", content: "Be brief." });
