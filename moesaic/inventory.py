@@ -32,7 +32,7 @@ def _chat_formats() -> Iterator[Row]:
     from moesaic.text.chat import FORMATS
 
     for name, form in FORMATS.items():
-        needs = f"made of the control tokens {' '.join(form.needs)}" if form.needs else "plain text, for any tokenizer"
+        needs = f"made of the control tokens {' '.join(form.required_tokens)}" if form.required_tokens else "plain text, for any tokenizer"
         yield {"name": name, "about": needs}
     yield {"name": "template", "about": "the checkpoint's own template, run in a child process with limits"}
 

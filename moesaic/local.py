@@ -186,7 +186,7 @@ def _ended(index: int, reply: Reply) -> Ended:
 
 
 def _tools(ask: Ask) -> Tools | None:
-    return Tools.of(ask.tools, ask.tool_choice, ask.parallel_tool_calls)
+    return Tools.from_request(ask.tools, ask.tool_choice, ask.parallel_tool_calls)
 
 
 def _about(llm: LLM) -> Mapping[str, Any]:

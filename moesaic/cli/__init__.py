@@ -169,7 +169,7 @@ def _load(args: argparse.Namespace) -> LLM:
     from moesaic.text import chat
 
     if args.chat_format not in (None, OWN_TEMPLATE):
-        chat.get(args.chat_format)  # before anything is fetched
+        chat.get_format(args.chat_format)  # before anything is fetched
     path = folder(args.model)
     with bar("loading") as progress:
         return LLM.load(

@@ -277,10 +277,10 @@ class Conversation:
         context = self.llm.context
         reserved = min(self.sampling.max_tokens or RESERVED, context // 2)
         try:
-            return chat.fit(messages, self._count, context - reserved)
+            return chat.truncate(messages, self._count, context - reserved)
         except PromptTooLong:  # a long question may have a shorter answer
             self._encode(self._with_system(messages[-1:]))  # a hopeless one is refused here
-            return chat.fit(messages, self._count, context - 1)
+            return chat.truncate(messages, self._count, context - 1)
 
     def _count(self, messages: list[Message]) -> int:
         """Return the tokens of a prompt; of one that is far too long, any number that is too large."""
