@@ -283,7 +283,7 @@ def _add_list(commands: Commands) -> None:
 def _list(args: argparse.Namespace) -> int:
     from moesaic import inventory
 
-    rows = inventory.of(args.what)
+    rows = inventory.rows(args.what)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
