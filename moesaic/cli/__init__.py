@@ -147,17 +147,17 @@ def _chat(args: argparse.Namespace) -> int:
 
             known = args.model is None or Path(args.model).exists()  # a hub id's folder is named by a digest
             return Session(conversation, llm.name if known else args.model).run()
-        from moesaic.console import once
+        from moesaic.console import one_shot
 
-        once.answer(conversation, text, as_json=args.json, stats=args.stats)
+        one_shot.answer(conversation, text, as_json=args.json, stats=args.stats)
         return 0
 
 
 def _message(given: str | None) -> str:
-    from moesaic.console import once
+    from moesaic.console import one_shot
 
     if given is None:
-        return once.read_input()
+        return one_shot.read_input()
     if not given.strip():
         raise InvalidRequest("the message is empty: there is nothing to answer")
     return given
