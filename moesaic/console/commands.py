@@ -170,7 +170,7 @@ COMMANDS = {
     "retry": Command("", "answer the last question again (with a fixed seed the answer is the same)", _retry),
     "save": Command("FILE", "save the conversation and the settings to a file", _save),
     "load": Command("FILE", "continue a saved conversation", _load),
-    "set": Command("[NAME [VALUE]]", "show or change sampling settings; the value default resets one", _set),
+    "set": Command("[NAME [VALUE]]", "show or change sampling settings; /set NAME default resets one", _set),
     "stats": Command("", "show how much of the context is used, and engine statistics", _stats),
     "exit": Command("", "end the chat", _exit),
 }
