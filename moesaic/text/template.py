@@ -121,7 +121,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     turns = validate(messages)
     if any(turn["role"] == "tool" for turn in turns):
         raise InvalidMessages(
-            "the checkpoint's own chat template does not support tool results: select a built-in chat format"
+            "the checkpoint's own chat template does not support tool results: choose a chat format"
         )
     return turns
 
