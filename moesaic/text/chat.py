@@ -107,9 +107,7 @@ class ChatFormat:
             )
         ends_with_answer = turns[-1]["role"] == "assistant"
         if ends_with_answer and not continue_final:
-            raise InvalidMessages(
-                "the last message is the assistant's: add a user message, or ask to continue it"
-            )
+            raise InvalidMessages("the last message is the assistant's: add a user message, or ask to continue it")
         if continue_final and not ends_with_answer:
             raise InvalidMessages("nothing to continue: the last message is not the assistant's")
         if self.tool_syntax(tokenizer) is syntax.PLAIN:

@@ -51,7 +51,9 @@ def validate(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         if turn["role"] == "tool":
             _match_result(index, turn, open_calls)
         elif open_calls and not (turn["role"] == "assistant" and turns[-1]["role"] == "assistant"):
-            raise InvalidMessages(f"messages[{index}] must come after the results of all tool calls; {len(open_calls)} missing")
+            raise InvalidMessages(
+                f"messages[{index}] must come after the results of all tool calls; {len(open_calls)} missing"
+            )
         for call in turn.get("tool_calls", ()):
             if call.id in open_calls:
                 raise InvalidMessages(f"messages[{index}] has two tool calls with the id {call.id!r:.80}")

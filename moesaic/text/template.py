@@ -120,9 +120,7 @@ def encode(
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     turns = validate(messages)
     if any(turn["role"] == "tool" for turn in turns):
-        raise InvalidMessages(
-            "the checkpoint's own chat template does not support tool results: choose a chat format"
-        )
+        raise InvalidMessages("the checkpoint's own chat template does not support tool results: choose a chat format")
     return turns
 
 

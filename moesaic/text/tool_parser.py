@@ -2,7 +2,7 @@
 
 The parser reads the forms in which models write calls (``syntax``). It does not depend on tokens: it gets text, cut
 at any position, and the names of control tokens. Text that cannot start a call is returned at once. Text that
-looked like a call but is none is returned as text, without loss.
+looked like a call, but is not a call, is returned as text, without loss.
 """
 
 from __future__ import annotations
