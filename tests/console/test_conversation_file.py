@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.console import conversation_file
@@ -87,6 +87,7 @@ def test_an_invalid_message_is_rejected(tmp_path: Path, message: Any) -> None:
         conversation_file.read(path)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=3))
 def test_a_damaged_file_never_crashes_the_reader(tmp_path_factory: Any, offset: int, noise: bytes) -> None:
     path = tmp_path_factory.mktemp("damaged") / "talk.json"
