@@ -202,7 +202,7 @@ class LLM(AbstractContextManager["LLM"]):
         self._bound(len(text))
         first = self.tokenizer.bos_id
         if marked:
-            ids = self.tokenizer.encode_marked(text)
+            ids = self.tokenizer.encode_with_special(text)
             return [first, *ids] if bos and first is not None and ids[:1] != [first] else ids
         name = self.tokenizer.piece(first) if first is not None else ""
         written = bool(name) and text.startswith(name)
@@ -283,7 +283,7 @@ class LLM(AbstractContextManager["LLM"]):
         how: dict[str, Any] = {"strip": strip and begins, "skip_special": skip_special, "begins": begins}
 
         def read() -> Reading:
-            calls = self.format.calls(self.tokenizer, tools) if self.format and tools else None
+            calls = self.format.tool_call_parser(self.tokenizer, tools) if self.format and tools else None
             return Reading(self.tokenizer, request, calls=calls, **how)
 
         if ended := finished(request, read):
@@ -292,11 +292,11 @@ class LLM(AbstractContextManager["LLM"]):
 
     def _forced(self, tools: Tools | None, grammar: Grammar | None) -> Grammar | None:
         """Return what the answer has to be, a call of a tool if one is required."""
-        if tools is None or not tools.enforced or self.format is None:
+        if tools is None or not tools.call_required or self.format is None:
             return grammar
         if grammar is not None:
             raise InvalidParameter("tool_choice", "cannot require a call of an answer that has a grammar")
-        return self.format.forced(self.tokenizer, tools)
+        return self.format.forced_call_grammar(self.tokenizer, tools)
 
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> Reply: ...
@@ -322,14 +322,14 @@ class LLM(AbstractContextManager["LLM"]):
             messages: [{"role": "system" | "user" | "assistant" | "tool", "content": text}, ...].
             stream: return a ``Reply`` to iterate over.
             grammar: what every answer has to be.
-            tools, tool_choice, parallel_tool_calls: what the answer may call, or has to, see ``Tools.of``.
+            tools, tool_choice, parallel_tool_calls: what the answer may call, or has to, see ``Tools.from_request``.
             **sampling: the fields of ``Sampling``; what is not given is as the checkpoint recommends.
 
         Raises:
             InvalidMessages, InvalidParameter, PromptTooLong: before anything runs.
         """
         options = self.sampling(**sampling)
-        offered = Tools.of(tools, tool_choice, parallel_tool_calls)
+        offered = Tools.from_request(tools, tool_choice, parallel_tool_calls)
         if messages and not isinstance(messages[0], Mapping):
             prompts = [self.encode_chat(each, tools=offered) for each in messages]  # type: ignore[arg-type]
             return self._all(prompts, options, chat=True, grammar=grammar, tools=offered)
@@ -408,9 +408,9 @@ def _format(name: str | None, tokenizer: Tokenizer, loaded: Loaded) -> ChatForma
     if name == OWN_TEMPLATE:
         return None
     if name is not None:
-        return chat.get(name)
+        return chat.get_format(name)
     try:
         written = template.load(loaded.path)
     except template.TemplateError:
         written = None
-    return chat.choose(tokenizer, architecture=loaded.config.get("model_type"), template=written)
+    return chat.choose_format(tokenizer, architecture=loaded.config.get("model_type"), template=written)

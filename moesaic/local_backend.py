@@ -193,7 +193,7 @@ def _ended(index: int, reply: Reply) -> Finished:
 
 
 def _tools(request: GenerationRequest) -> Tools | None:
-    return Tools.of(request.tools, request.tool_choice, request.parallel_tool_calls)
+    return Tools.from_request(request.tools, request.tool_choice, request.parallel_tool_calls)
 
 
 def _about(llm: LLM) -> Mapping[str, Any]:

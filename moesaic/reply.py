@@ -11,10 +11,10 @@ from typing import Literal
 
 from moesaic.engine import Done, Event, PromptLogprobs, Request, Stream, Token
 from moesaic.errors import InvalidParameter
-from moesaic.text.calls import Calls, Part
 from moesaic.text.stream import TextStream
 from moesaic.text.tokenizer import Tokenizer
-from moesaic.text.tools import Call
+from moesaic.text.tool_parser import Part, ToolCallParser
+from moesaic.text.tools import ToolCall
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Text:
 
     text: str
     tokens: tuple[Token, ...] = ()
-    calls: tuple[Call, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Answer:
     stop_id: int | None = None
     """The token that ended it."""
     prompt_logprobs: tuple[Token, ...] = ()
-    calls: tuple[Call, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
     """The tools that it calls, in order; ``text`` is what it says besides."""
     alternatives: tuple[Answer, ...] = ()
     """With ``n`` > 1, the other n - 1 answers."""
@@ -65,10 +65,10 @@ class Reading:
         strip: bool = False,
         skip_special: bool = True,
         begins: bool = True,
-        calls: Calls | None = None,
+        calls: ToolCallParser | None = None,
     ) -> None:
         self._calls = calls
-        marks = calls.marks if calls else ()
+        marks = calls.control_tokens if calls else ()
         self._marks = {tokenizer.control[name]: name for name in marks if name in tokenizer.control}
         self._stop_ids = request.stop_ids
         self._satisfied = False  # has called all that it may
@@ -91,7 +91,7 @@ class Reading:
             return Text("", (token,))
         if self._calls and token.id in self._marks:
             before = self._split(self._text.finish())  # a mark ends what stands before it
-            return self._show([*before, *self._calls.mark(self._marks[token.id])], token)
+            return self._show([*before, *self._calls.add_control_token(self._marks[token.id])], token)
         text, _ = self._text.add(token.id)
         piece = self._show(self._split(text), token)
         self._satisfied = self._calls is not None and self._calls.satisfied
@@ -103,14 +103,14 @@ class Reading:
         return self._show([*rest, *(self._calls.finish() if self._calls else ())])
 
     def _split(self, text: str) -> list[Part]:
-        return self._calls.add(text) if self._calls else [text]
+        return self._calls.add_text(text) if self._calls else [text]
 
     def _show(self, parts: list[Part], *tokens: Token) -> Text:
         text = "".join(part for part in parts if isinstance(part, str))
         if self._strip:
             text = text.lstrip()
             self._strip = not text
-        return Text(text, tokens, tuple(part for part in parts if isinstance(part, Call)))
+        return Text(text, tokens, tuple(part for part in parts if isinstance(part, ToolCall)))
 
 
 def finished(request: Request, read: Callable[[], Reading]) -> frozenset[int]:

@@ -177,7 +177,7 @@ def test_json_of_a_schema_is_cut_anywhere(which, request):
 @pytest.mark.parametrize("which", ["llm", "caller"])
 def test_calls_that_must_come_are_cut_anywhere(which, request):
     llm = request.getfixturevalue(which)
-    tools = Tools.of([WEATHER, CLOCK], "required", False)
+    tools = Tools.from_request([WEATHER, CLOCK], "required", False)
     sampling = llm.sampling(temperature=1.5, seed=4, max_tokens=200)
     first = cut_anywhere(llm, llm.encode_chat(HELLO, tools=tools), sampling, chat=True, tools=tools)
     assert all(reason == "stop" and sum(len(calls) for *_, calls in pieces) == 1 for pieces, reason, *_ in first)
@@ -186,8 +186,8 @@ def test_calls_that_must_come_are_cut_anywhere(which, request):
 def written(llm):
     """Return a grammar of words, a call and another: what a model may write of its own will."""
     call = '{"name": "clock", "arguments": {}}'
-    syntax = llm.format.calls_as(llm.tokenizer)
-    mark = f"<[{llm.tokenizer.control[syntax.mark]}]> " if syntax.mark else ""
+    syntax = llm.format.tool_syntax(llm.tokenizer)
+    mark = f"<[{llm.tokenizer.control[syntax.start_token]}]> " if syntax.start_token else ""
     return Grammar("lark", f'start: "Well.\\n" {mark} {json.dumps(f"[{call}, {call}]")}')
 
 
@@ -195,7 +195,7 @@ def written(llm):
 @pytest.mark.parametrize("which", ["llm", "caller"])
 def test_calls_of_its_own_will_are_cut_anywhere(which, parallel, request):
     llm = request.getfixturevalue(which)
-    tools = Tools.of([WEATHER, CLOCK], "auto", parallel)
+    tools = Tools.from_request([WEATHER, CLOCK], "auto", parallel)
     ids = llm.encode_chat(HELLO, tools=tools)
     sampling = llm.sampling(temperature=0, max_tokens=99)
     [(pieces, reason, *_)] = cut_anywhere(llm, ids, sampling, chat=True, tools=tools, grammar=written(llm))
@@ -208,7 +208,7 @@ def test_calls_of_its_own_will_are_cut_anywhere(which, parallel, request):
 
 def ends(llm, caller):
     """Return (model, prompt, how it is asked) of answers that end in every way."""
-    plain, tools = llm.encode("Once upon"), Tools.of([CLOCK], "auto", False)
+    plain, tools = llm.encode("Once upon"), Tools.from_request([CLOCK], "auto", False)
     greedy = llm.sampling(temperature=0, max_tokens=24)
     text = llm.complete("Once upon", temperature=0, max_tokens=24)
     yield llm, plain, {"sampling": greedy}

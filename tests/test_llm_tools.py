@@ -124,10 +124,10 @@ def test_cut_calls_stay_text(llm):
 
 def test_with_auto_nothing_is_forced_and_with_none_nothing_is_told(llm):
     plain = llm.encode_chat(HELLO)
-    assert llm.encode_chat(HELLO, tools=Tools.of(BOTH, "none")) == plain
+    assert llm.encode_chat(HELLO, tools=Tools.from_request(BOTH, "none")) == plain
     silent = llm.chat(HELLO, tools=BOTH, tool_choice="none", temperature=0, max_tokens=12)
     assert silent.text == llm.chat(HELLO, temperature=0, max_tokens=12).text
-    told = llm.tokenizer.decode(llm.encode_chat(HELLO, tools=Tools.of(BOTH)), skip_special=False)
+    told = llm.tokenizer.decode(llm.encode_chat(HELLO, tools=Tools.from_request(BOTH)), skip_special=False)
     assert '"name": "get_weather"' in told
     answer = llm.chat(HELLO, tools=BOTH, temperature=0, max_tokens=12)
     assert answer.tokens
@@ -137,9 +137,9 @@ def test_with_auto_nothing_is_forced_and_with_none_nothing_is_told(llm):
 def test_what_a_model_writes_of_itself_is_found(llm, monkeypatch):
     """With auto the model is free: here a grammar that knows nothing of tools stands in for its will."""
     written = '{"name": "get_weather", "arguments": {"city": "Łódź", "days": 2}}'
-    syntax = llm.format.calls_as(llm.tokenizer)
-    mark = f"<[{llm.tokenizer.control[syntax.mark]}]> " if syntax.mark else ""
-    free = f"[{written}]" if syntax.mark else written
+    syntax = llm.format.tool_syntax(llm.tokenizer)
+    mark = f"<[{llm.tokenizer.control[syntax.start_token]}]> " if syntax.start_token else ""
+    free = f"[{written}]" if syntax.start_token else written
     script = Grammar("lark", f'start: "Well.\\n" {mark}{json.dumps(free, ensure_ascii=False)}')
     answer = llm.chat(HELLO, tools=BOTH, grammar=script, temperature=0, max_tokens=300)
     assert answer.text == "Well.\n"

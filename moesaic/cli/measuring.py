@@ -177,7 +177,7 @@ def _bench_peers(args: argparse.Namespace) -> int:
     if args.plot:
         plotting.check(args.plot)
     most = partial(limits.measure, report=say) if native.why_not("linear", "cpu", "int4") is None else None
-    work = args.work or pull.cache() / "bench"
+    work = args.work or pull.cache_folder() / "bench"
     found = compare.compare(pairs, work, plan=plan, pythons=pythons, limits=most, report=say)
     print("\n".join(chart.tables(found)))
     record = report.record(args.line, found.figures())

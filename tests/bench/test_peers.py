@@ -149,7 +149,7 @@ def test_plots_are_written(found: Comparison, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_measured_or_drawn_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(NotFound, match="has no 'nobody'; it has llama_cpp, moesaic"):
+    with pytest.raises(NotFound, match="has no entry 'nobody'; available: llama_cpp, moesaic"):
         compare.choose("nobody")
     with pytest.raises(InvalidParameter, match="names no format"):
         compare.choose("moesaic:")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.console import saved
+from moesaic.console import conversation_file
 from tests.support.browser import Chat, Open
 from tests.support.web_server import Server, says
 
@@ -159,10 +159,14 @@ def test_export_is_compatible_with_the_console(chat: Chat, server: Server, tmp_p
         chat.button("Export this conversation").click()
     path = tmp_path / "one.json"
     waiting.value.save_as(path)
-    found = saved.read(path)
+    found = conversation_file.read(path)
     assert [message["content"] for message in found.messages] == ["Be kind.", "Hello", "You said: Hello"]
     assert found.settings == {"temperature": 0.3}
-    saved.write(path, saved.Saved([*found.messages, {"role": "user", "content": "Bye"}], {"stop": ["x"]}), "other")
+    conversation_file.write(
+        path,
+        conversation_file.SavedConversation([*found.messages, {"role": "user", "content": "Bye"}], {"stop": ["x"]}),
+        "other",
+    )
     chat.button("New conversation").click()
     take(chat, path)
     chat.page.get_by_text("1 conversation was imported.").wait_for()

@@ -1,6 +1,6 @@
-"""One question, one answer, no session: for pipes and scripts.
+"""Answer to a single message, for pipes and scripts.
 
-Standard output gets the answer and nothing else.
+Only the answer is written to standard output.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ from moesaic.console.conversation import Conversation, Turn
 from moesaic.console.visible import visible
 from moesaic.errors import InvalidRequest
 
-LONGEST = 64 << 20
-"""Bytes of input that are read at most; no context holds as many."""
+MAX_INPUT_BYTES = 64 << 20
+"""Maximum size of the input; it is far more than any context."""
 
 
 def read_input() -> str:
-    """Return all of standard input, without the newline at its end.
+    """Return the text on standard input, without a newline at its end.
 
     Raises:
-        InvalidRequest: there is none, too much, or it is no UTF-8.
+        InvalidRequest: the input is empty, too long, or not UTF-8.
     """
-    data = sys.stdin.buffer.read(LONGEST + 1)
-    if len(data) > LONGEST:
-        raise InvalidRequest(f"standard input has more than {LONGEST} bytes, which no context holds")
+    data = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
+    if len(data) > MAX_INPUT_BYTES:
+        raise InvalidRequest(f"standard input is too long: the limit is {MAX_INPUT_BYTES >> 20} MiB")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"standard input is not UTF-8 (byte {error.start})") from error
+        raise InvalidRequest(f"standard input is not UTF-8 (invalid byte at offset {error.start})") from error
     if not text.strip():
-        raise InvalidRequest("standard input is empty: there is nothing to answer")
+        raise InvalidRequest("standard input is empty: pipe a message into the command, or use -m TEXT")
     return text.removesuffix("\n").removesuffix("\r")
 
 
 def answer(conversation: Conversation, text: str, *, as_json: bool = False, stats: bool = False) -> None:
-    """Write the answer to ``text`` as it comes, or as one JSON object.
+    """Write the answer to ``text`` to standard output, as it comes or as one JSON object.
 
     Args:
-        conversation: where it is asked.
+        conversation: the conversation to ask in.
         text: the question.
-        as_json: one object with text, reason, tokens, seconds, ...
-        stats: tokens, tokens/s and time to first token, on standard error.
+        as_json: whether to write one object with text, reason, tokens, seconds, and more.
+        stats: whether to write tokens, tokens/s and the time to the first token to standard error.
 
     Raises:
-        MoesaicError: it cannot be asked, or the answer failed.
+        MoesaicError: the question is invalid, or the answer failed.
     """
     with conversation.ask(text) as turn:
         if as_json:
@@ -70,6 +70,7 @@ def _stream(turn: Turn) -> None:
 
 def _object(turn: Turn) -> str:
     statistics = turn.statistics
+    first = statistics.first_token_seconds
     return json.dumps(
         {
             "text": turn.text,
@@ -77,7 +78,7 @@ def _object(turn: Turn) -> str:
             "tokens": statistics.tokens,
             "prompt_tokens": statistics.prompt_tokens,
             "seconds": round(statistics.seconds, 6),
-            "first_token_seconds": None if statistics.first is None else round(statistics.first, 6),
+            "first_token_seconds": None if first is None else round(first, 6),
             "tokens_per_second": round(statistics.tokens_per_second, 3),
         },
         ensure_ascii=sys.stdout.isatty(),

@@ -1,4 +1,4 @@
-"""Calls in a stream of text, however it is cut, and the grammars that force them."""
+"""Tool call parser: calls are found however the text is cut, and forced calls are parsed back."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 
 from moesaic.llm import BUILT_IN
 from moesaic.text import syntax
-from moesaic.text.calls import Calls, Part
 from moesaic.text.chat import FORMATS
 from moesaic.text.compiler import Compiler
 from moesaic.text.stream import Detokenizer
 from moesaic.text.syntax import Syntax
 from moesaic.text.tokenizer import Tokenizer
-from moesaic.text.tools import Call, Tools
+from moesaic.text.tool_parser import Part, ToolCallParser
+from moesaic.text.tools import ToolCall, Tools
 
-OFFERED = Tools.of([{"type": "function", "function": {"name": name}} for name in ("f", "get_weather")])
+OFFERED = Tools.from_request([{"type": "function", "function": {"name": name}} for name in ("f", "get_weather")])
 assert OFFERED is not None
-ONE = Tools.of([{"type": "function", "function": {"name": "f"}}], "auto", False)
+ONE = Tools.from_request([{"type": "function", "function": {"name": "f"}}], "auto", False)
 assert ONE is not None
 SYNTAXES = {
     "plain": syntax.PLAIN,
@@ -34,28 +34,28 @@ SYNTAXES = {
     "mistral-11": syntax.MISTRAL_11,
     "mistral-13": syntax.MISTRAL_13,
 }
-Script = list[tuple[str, bool]]  # text, and whether it is a control token
+Script = list[tuple[str, bool]]  # (text, whether it is a control token)
 
 
 def script(text: str, form: Syntax) -> Script:
-    """Split a text at the names of the syntax's marks."""
+    """Split a text at the names of the control tokens of a syntax."""
     parts: Script = [(text, False)]
-    for mark in form.marks:
+    for token in form.control_tokens:
         split: Script = []
         for part, special in parts:
-            pieces = [part] if special else part.split(mark)
-            for place, piece in enumerate(pieces):
-                split += [(mark, True)] if place else []
+            pieces = [part] if special else part.split(token)
+            for index, piece in enumerate(pieces):
+                split += [(token, True)] if index else []
                 split.append((piece, special))
         parts = split
     return [part for part in parts if part[0]]
 
 
-def read(form: Syntax, parts: Script, offered: Tools = OFFERED) -> list[Part]:
-    """Return what comes out, neighbouring texts joined."""
-    calls, out = Calls(form, offered), list[Part]()
-    pieces = [calls.mark(text) if special else calls.add(text) for text, special in parts]
-    for part in (part for piece in [*pieces, calls.finish()] for part in piece):
+def parse(form: Syntax, parts: Script, offered: Tools = OFFERED) -> list[Part]:
+    """Return the parsed parts with adjacent texts joined."""
+    parser, out = ToolCallParser(form, offered), list[Part]()
+    pieces = [parser.add_control_token(text) if special else parser.add_text(text) for text, special in parts]
+    for part in (part for piece in [*pieces, parser.finish()] for part in piece):
         if isinstance(part, str) and out and isinstance(out[-1], str):
             out[-1] += part
         else:
@@ -63,8 +63,8 @@ def read(form: Syntax, parts: Script, offered: Tools = OFFERED) -> list[Part]:
     return out
 
 
-def plain(parts: list[Part]) -> list[Any]:
-    """Return parts without ids that were made up."""
+def without_ids(parts: list[Part]) -> list[Any]:
+    """Return the parts without the call ids, which may be random."""
     return [part if isinstance(part, str) else (part.name, json.loads(part.arguments)) for part in parts]
 
 
@@ -73,7 +73,7 @@ W = ("get_weather", {"city": 'Łódź {]"\\'})
 W_JSON = json.dumps(W[1], ensure_ascii=False)
 
 # "@W" stands for the arguments of W.
-FOUND: list[tuple[str, str, list[Any]]] = [
+WITH_CALLS: list[tuple[str, str, list[Any]]] = [
     ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]', [F]),
     ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"name": "get_weather", "arguments": @W}]', [F, W]),
     ("mistral", 'Let me see. [TOOL_CALLS][{"arguments": {"a": 1}, "name": "f"}] done', ["Let me see. ", F, " done"]),
@@ -96,7 +96,7 @@ FOUND: list[tuple[str, str, list[Any]]] = [
     ("plain", "", []),
 ]
 
-STAYS = [  # text, to the letter
+WITHOUT_CALLS = [  # the text must be returned unchanged
     ("mistral", "No tools: [1, {2}] </s>"),
     ("mistral", "[TOOL_CALLS]"),
     ("mistral", "[TOOL_CALLS] nothing"),
@@ -121,12 +121,14 @@ STAYS = [  # text, to the letter
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), [*FOUND, *((name, text, [text]) for name, text in STAYS)])
-def test_found_however_the_text_is_cut(name: str, text: str, expected: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "expected"), [*WITH_CALLS, *((name, text, [text]) for name, text in WITHOUT_CALLS)]
+)
+def test_calls_are_found_however_the_text_is_cut(name: str, text: str, expected: list[Any]) -> None:
     form = SYNTAXES[name]
     parts = script(text.replace("@W", W_JSON), form)
-    assert plain(read(form, parts)) == expected
-    assert plain(read(form, [(c, special) for t, special in parts for c in ([t] if special else t)])) == expected
+    assert without_ids(parse(form, parts)) == expected
+    assert without_ids(parse(form, [(c, special) for t, special in parts for c in ([t] if special else t)])) == expected
 
     @settings(max_examples=25, deadline=None)
     @given(st.data())
@@ -136,7 +138,7 @@ def test_found_however_the_text_is_cut(name: str, text: str, expected: list[Any]
             ends = data.draw(st.sets(st.integers(0, len(whole)))) if not special else set()
             bounds = [0, *sorted(ends), len(whole)]
             pieces += [(whole[a:b], special) for a, b in itertools.pairwise(bounds)]
-        assert plain(read(form, pieces)) == expected
+        assert without_ids(parse(form, pieces)) == expected
 
     cut()
 
@@ -161,73 +163,73 @@ ATOMS = [
 
 
 @pytest.mark.parametrize("name", SYNTAXES)
-def test_nothing_is_lost_and_nothing_raises(name: str) -> None:
+def test_any_text_is_parsed_without_loss_or_error(name: str) -> None:
     form = SYNTAXES[name]
-    marks = [(mark, True) for mark in form.marks]
-    atoms = st.sampled_from([*((atom, False) for atom in ATOMS), *marks, *marks, ("[TOOL_RESULTS]", True)])
+    tokens = [(token, True) for token in form.control_tokens]
+    atoms = st.sampled_from([*((atom, False) for atom in ATOMS), *tokens, *tokens, ("[TOOL_RESULTS]", True)])
 
     @settings(max_examples=300, deadline=None)
     @given(st.lists(atoms, max_size=14))
     def check(parts: Script) -> None:
-        found = read(form, parts)
-        if not any(isinstance(part, Call) for part in found):
-            assert "".join(part for part in found if isinstance(part, str)) == "".join(text for text, _ in parts)
-        for part in found:
-            if isinstance(part, Call):
+        parsed = parse(form, parts)
+        if not any(isinstance(part, ToolCall) for part in parsed):
+            assert "".join(part for part in parsed if isinstance(part, str)) == "".join(text for text, _ in parts)
+        for part in parsed:
+            if isinstance(part, ToolCall):
                 assert part.name in ("f", "get_weather")
                 assert isinstance(json.loads(part.arguments), dict)
 
     check()
 
 
-def test_text_that_cannot_be_a_call_goes_out_at_once() -> None:
-    calls = Calls(syntax.PLAIN, OFFERED)
-    assert calls.add("Once ") == ["Once "]
-    assert calls.add("upon {") == ["upon {"]
-    assert calls.add("a}\n  ") == ["a}\n  "]
-    assert calls.add('{"na') == []
-    assert calls.add("ture") == ['{"nature']
-    calls = Calls(syntax.LLAMA, OFFERED)
-    assert calls.add('{"no') == ['{"no']
-    calls = Calls(syntax.MISTRAL, OFFERED)
-    assert calls.add('{"name": ') == ['{"name": ']
+def test_text_that_cannot_start_a_call_is_returned_at_once() -> None:
+    parser = ToolCallParser(syntax.PLAIN, OFFERED)
+    assert parser.add_text("Once ") == ["Once "]
+    assert parser.add_text("upon {") == ["upon {"]
+    assert parser.add_text("a}\n  ") == ["a}\n  "]
+    assert parser.add_text('{"na') == []
+    assert parser.add_text("ture") == ['{"nature']
+    parser = ToolCallParser(syntax.LLAMA, OFFERED)
+    assert parser.add_text('{"no') == ['{"no']
+    parser = ToolCallParser(syntax.MISTRAL, OFFERED)
+    assert parser.add_text('{"name": ') == ['{"name": ']
 
 
-def test_each_call_comes_as_soon_as_it_is_whole() -> None:
-    calls = Calls(syntax.MISTRAL, OFFERED)
-    calls.mark("[TOOL_CALLS]")
-    assert calls.add('[{"name": "f", "arguments": {}') == []
-    [first] = calls.add("}, ")
-    assert isinstance(first, Call)
-    assert not calls.satisfied
+def test_a_call_is_returned_as_soon_as_it_is_complete() -> None:
+    parser = ToolCallParser(syntax.MISTRAL, OFFERED)
+    parser.add_control_token("[TOOL_CALLS]")
+    assert parser.add_text('[{"name": "f", "arguments": {}') == []
+    [first] = parser.add_text("}, ")
+    assert isinstance(first, ToolCall)
+    assert not parser.satisfied
 
 
-def test_one_call_may_be_all_that_is_wanted() -> None:
-    calls = Calls(syntax.PLAIN, ONE)
-    assert not calls.satisfied
-    calls.add('{"name": "f", "arguments": {}}')
-    assert calls.satisfied
+def test_without_parallel_calls_one_call_satisfies() -> None:
+    parser = ToolCallParser(syntax.PLAIN, ONE)
+    assert not parser.satisfied
+    parser.add_text('{"name": "f", "arguments": {}}')
+    assert parser.satisfied
 
 
-def test_ids_are_of_the_formats_style_and_the_models_own_where_they_are() -> None:
-    given = ("abcABC123", "abcABC123", "call_1", None)
-    text = json.dumps([{"name": "f", "id": id} for id in given])
-    calls = read(syntax.MISTRAL, [("[TOOL_CALLS]", True), (text, False)])
-    ids = [call.id for call in calls if isinstance(call, Call)]
+def test_call_ids_follow_the_format_and_valid_ids_are_kept() -> None:
+    written = ("abcABC123", "abcABC123", "call_1", None)
+    text = json.dumps([{"name": "f", "id": call_id} for call_id in written])
+    calls = parse(syntax.MISTRAL, [("[TOOL_CALLS]", True), (text, False)])
+    ids = [call.id for call in calls if isinstance(call, ToolCall)]
     assert ids[0] == "abcABC123"
     assert len(set(ids)) == 4
-    assert all(id.isalnum() and len(id) == 9 for id in ids)
-    [other] = read(syntax.LLAMA, [('{"name": "f", "parameters": {}}', False)])
-    assert isinstance(other, Call)
+    assert all(call_id.isalnum() and len(call_id) == 9 for call_id in ids)
+    [other] = parse(syntax.LLAMA, [('{"name": "f", "parameters": {}}', False)])
+    assert isinstance(other, ToolCall)
     assert other.id.startswith("call_")
 
 
-def test_a_long_value_takes_time_in_proportion() -> None:
-    """A quarter of a million letters; with a copy for each this would be minutes."""
+def test_parsing_time_is_linear_in_the_length() -> None:
+    """Parse 250,000 characters; with quadratic cost this would take minutes."""
     long = '{"name": "f", "arguments": {"a": "' + "x" * 250_000 + '"}}'
-    [call] = read(syntax.PLAIN, [(long, False)])
-    assert isinstance(call, Call)
-    read(syntax.PLAIN, [("{" + " " * 250_000, False)])
+    [call] = parse(syntax.PLAIN, [(long, False)])
+    assert isinstance(call, ToolCall)
+    parse(syntax.PLAIN, [("{" + " " * 250_000, False)])
 
 
 SCHEMA = {
@@ -241,48 +243,50 @@ CLOCK = {"type": "function", "function": {"name": "clock"}}
 
 
 @pytest.mark.parametrize("name", ["plain", "mistral-v3", "llama3.1", "mistral-v11", "mistral-v13"])
-def test_forced_calls_are_found_again(name: str) -> None:
-    """Without a model: a random walk through the grammar, read back by the parser."""
+def test_forced_calls_are_parsed_back(name: str) -> None:
+    """Generate answers by a random walk through the grammar, and parse them."""
     builtin = Tokenizer.open(BUILT_IN)
     form = FORMATS[name]
-    control = {**builtin.control, **{mark: 4 + place for place, mark in enumerate(form.syntax.marks)}}
+    control = {**builtin.control, **{token: 4 + index for index, token in enumerate(form.syntax.control_tokens)}}
     tokenizer: Any = Renamed(builtin, control)
-    tools = Tools.of([WEATHER, CLOCK], "required")
+    tools = Tools.from_request([WEATHER, CLOCK], "required")
     assert tools is not None
-    compiled = Compiler(tokenizer, tokenizer.vocab_size).compile(form.forced(tokenizer, tools))
-    names = {id: mark for mark, id in control.items()}
+    compiled = Compiler(tokenizer, tokenizer.vocab_size).compile(form.forced_call_grammar(tokenizer, tools))
+    names = {token_id: name for name, token_id in control.items()}
     for seed in range(6):
-        draw, matcher, calls, parts = random.Random(seed), compiled(), form.calls(tokenizer, tools), list[Part]()
-        text = Detokenizer(tokenizer)
+        draw, matcher, parser = random.Random(seed), compiled(), form.tool_call_parser(tokenizer, tools)
+        detokenizer, parts = Detokenizer(tokenizer), list[Part]()
         while not matcher.done and not (matcher.may_end and draw.random() < 0.5):
             bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
-            id = int(draw.choice(np.nonzero(bits)[0].tolist()))
-            matcher.accept(id)
-            parts += calls.mark(names[id]) if names.get(id) in calls.marks else calls.add(text.add(id))
-        parts += calls.finish()
+            token_id = int(draw.choice(np.nonzero(bits)[0].tolist()))
+            matcher.accept(token_id)
+            if names.get(token_id) in parser.control_tokens:
+                parts += parser.add_control_token(names[token_id])
+            else:
+                parts += parser.add_text(detokenizer.add(token_id))
+        parts += parser.finish()
         assert parts
         for call in parts:
-            assert isinstance(call, Call)
-            jsonschema.validate(
-                json.loads(call.arguments), {"get_weather": SCHEMA, "clock": {"maxProperties": 0}}[call.name]
-            )
+            assert isinstance(call, ToolCall)
+            schema = {"get_weather": SCHEMA, "clock": {"maxProperties": 0}}[call.name]
+            jsonschema.validate(json.loads(call.arguments), schema)
 
 
 class Renamed:
-    """A tokenizer some of whose ids are control tokens of other names."""
+    """Tokenizer in which some ids are control tokens with given names."""
 
     def __init__(self, tokenizer: Tokenizer, control: dict[str, int]) -> None:
         self._tokenizer, self.control = tokenizer, control
 
-    def is_special(self, id: int) -> bool:
-        return id in self.control.values() or self._tokenizer.is_special(id)
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self.control.values() or self._tokenizer.is_special(token_id)
 
-    def bytes(self, id: int, first: bool = False) -> bytes:
-        name = next((name for name, other in self.control.items() if other == id), None)
-        return name.encode() if name is not None else self._tokenizer.bytes(id, first)
+    def bytes(self, token_id: int, first: bool = False) -> bytes:
+        name = next((name for name, other in self.control.items() if other == token_id), None)
+        return name.encode() if name is not None else self._tokenizer.bytes(token_id, first)
 
-    def piece(self, id: int) -> str:
-        return self.bytes(id).decode("utf-8", "replace")
+    def piece(self, token_id: int) -> str:
+        return self.bytes(token_id).decode("utf-8", "replace")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)

@@ -1,9 +1,9 @@
-"""Conversations in files: JSON with messages and settings.
+"""Files with saved conversations: JSON with messages and settings.
 
     {"moesaic": 1, "model": "...", "messages": [{"role": ..., "content": ...}, ...], "settings": {...}}
 
-Knows how to write one so that it is there whole or not at all, and how to refuse one that is damaged.
-Does not know what the settings mean.
+A file is replaced atomically, and a damaged file is rejected. This module does not depend on the meaning of the
+settings.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from moesaic.text import chat
 from moesaic.text.chat import Message
 
 VERSION = 1
-LARGEST = 64 << 20
-"""Bytes of the largest file that is read."""
+MAX_BYTES = 64 << 20
+"""Maximum size of a file that is read."""
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a file holds: all messages, a system prompt first, and the sampling values that were set."""
+class SavedConversation:
+    """Contents of a file: the messages, beginning with the system prompt, and the sampling settings."""
 
     messages: Sequence[Message]
     settings: Mapping[str, Any]
 
 
-def write(path: Path, content: Saved, model: str) -> None:
-    """Write a conversation, readable by its owner alone; an older conversation under that name is replaced.
+def write(path: Path, content: SavedConversation, model: str) -> None:
+    """Write a conversation to a file that only its owner can read; an older conversation is replaced.
 
     Raises:
-        InvalidRequest: it cannot be written, or ``path`` is something else than a conversation.
+        InvalidRequest: the file cannot be written, or ``path`` is a file of another kind.
     """
-    _make_sure_of(path)
+    _check_target(path)
     body = {"moesaic": VERSION, "model": model, "messages": content.messages, "settings": content.settings}
-    text = json.dumps(body, ensure_ascii=True, indent=1)  # ASCII also carries half characters safely
+    text = json.dumps(body, ensure_ascii=True, indent=1)  # ASCII escapes also preserve unpaired surrogates
     try:
         _replace(path, text + "\n")
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _make_sure_of(path: Path) -> None:
-    """Raise unless ``path`` is free, or an older conversation."""
+def _check_target(path: Path) -> None:
+    """Raise InvalidRequest if ``path`` exists and is not a saved conversation."""
     try:
         if path.exists():
             read(path)
     except (InvalidRequest, NotFound) as error:
-        raise InvalidRequest(f"{path} exists and is no saved conversation: choose another name") from error
+        raise InvalidRequest(f"{path} exists and is not a saved conversation: choose another name") from error
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from error
 
@@ -72,29 +72,29 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def read(path: Path) -> Saved:
+def read(path: Path) -> SavedConversation:
     """Return the conversation in ``path``.
 
     Raises:
-        NotFound: there is no such file.
-        InvalidRequest: it cannot be read, or is no conversation.
-        InvalidMessages: a message has an unknown role, or no text.
-        InvalidParameter: a setting is of the wrong kind.
+        NotFound: the file does not exist.
+        InvalidRequest: the file cannot be read, or is not a conversation.
+        InvalidMessages: a message has an unknown role or no text.
+        InvalidParameter: a setting has the wrong type.
     """
     body = _json(path)
     if not isinstance(body, dict) or body.get("moesaic") != VERSION:
-        raise InvalidRequest(f"{path} is no saved conversation")
-    surplus = sorted(body.keys() - {"moesaic", "model", "messages", "settings"})
+        raise InvalidRequest(f"{path} is not a saved conversation")
+    unknown = sorted(body.keys() - {"moesaic", "model", "messages", "settings"})
     messages, settings = body.get("messages"), body.get("settings", {})
-    if surplus or not isinstance(messages, list) or not isinstance(settings, dict):
-        raise InvalidRequest(f"{path} is a damaged conversation: {surplus or 'messages or settings'} is not understood")
+    if unknown or not isinstance(messages, list) or not isinstance(settings, dict):
+        raise InvalidRequest(f"{path} is damaged: {unknown or 'messages or settings'} cannot be read")
     try:
         if messages:
             chat.validate(messages)
     except InvalidMessages as error:
         raise InvalidMessages(f"{path}: {error}") from error
-    said = [Message(role=message["role"], content=message["content"]) for message in messages]
-    return Saved(said, {name: _kind(name, value) for name, value in settings.items()})
+    checked = [Message(role=message["role"], content=message["content"]) for message in messages]
+    return SavedConversation(checked, {name: _convert(name, value) for name, value in settings.items()})
 
 
 def _json(path: Path) -> Any:
@@ -102,33 +102,33 @@ def _json(path: Path) -> Any:
         if not path.is_file():
             raise NotFound(f"{path}: no such file")
         with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) > LARGEST:
-        raise InvalidRequest(f"{path} is too large for a conversation")
+    if len(data) > MAX_BYTES:
+        raise InvalidRequest(f"{path} is too large: the limit is {MAX_BYTES >> 20} MiB")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{path} is no saved conversation, or a damaged one") from error
+        raise InvalidRequest(f"{path} is not a saved conversation, or is damaged") from error
 
 
-def typed(name: str, text: str) -> Any:
-    """Return a setting as somebody types it: JSON where it is JSON, none for null, else the string itself."""
+def parse_setting(name: str, text: str) -> Any:
+    """Return the value of a setting from text: ``none`` is None, JSON is parsed, other text is a string."""
     try:
         value = None if text.lower() == "none" else json.loads(text)
     except (ValueError, RecursionError):
         value = text
-    return _kind(name, value)
+    return _convert(name, value)
 
 
-def _kind(name: str, value: Any) -> Any:
-    """Return a JSON value as the kind that the sampling parameter ``name`` has."""
+def _convert(name: str, value: Any) -> Any:
+    """Return a JSON value converted to the type of the sampling parameter ``name``."""
     if name == "stop" and isinstance(value, str):
         return (value,)
     if name == "logit_bias" and isinstance(value, dict):
         try:
-            return {int(id): bias for id, bias in value.items()}
+            return {int(token_id): bias for token_id, bias in value.items()}
         except ValueError as error:
             raise InvalidParameter(name, "expected pairs of token id and number") from error
     return tuple(value) if isinstance(value, list) else value

@@ -1,13 +1,16 @@
+"""Files with saved conversations: writing, reading, and damaged files."""
+
 import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.console import saved
+from moesaic.console import conversation_file
+from moesaic.console.conversation_file import SavedConversation
 from moesaic.errors import InvalidMessages, InvalidParameter, InvalidRequest, MoesaicError, NotFound
 
 MESSAGES: Any = [
@@ -18,35 +21,35 @@ MESSAGES: Any = [
 SETTINGS = {"temperature": 0.5, "stop": ("a", "b"), "logit_bias": {7: -1.0}, "seed": None}
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_a_written_conversation_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
-    saved.write(path, saved.Saved(MESSAGES, SETTINGS), "tiny")
-    assert saved.read(path) == saved.Saved(MESSAGES, SETTINGS)
+    conversation_file.write(path, SavedConversation(MESSAGES, SETTINGS), "tiny")
+    assert conversation_file.read(path) == SavedConversation(MESSAGES, SETTINGS)
     assert path.stat().st_mode & 0o777 == 0o600
-    saved.write(path, saved.Saved([], {}), "tiny")
-    assert saved.read(path) == saved.Saved([], {})
+    conversation_file.write(path, SavedConversation([], {}), "tiny")
+    assert conversation_file.read(path) == SavedConversation([], {})
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
 
 
 def test_other_files_are_not_replaced(tmp_path: Path) -> None:
     other = tmp_path / "model.safetensors"
     other.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
-    with pytest.raises(InvalidRequest, match="no saved conversation: choose another name"):
-        saved.write(other, saved.Saved(MESSAGES, {}), "tiny")
+    with pytest.raises(InvalidRequest, match="not a saved conversation: choose another name"):
+        conversation_file.write(other, SavedConversation(MESSAGES, {}), "tiny")
     assert other.read_bytes() == b"\x08\0\0\0\0\0\0\0{}      "
 
 
 @pytest.mark.parametrize("name", [".", "missing/talk.json", "x" * 300, "file/talk.json"])
-def test_where_nothing_can_be_written(tmp_path: Path, name: str) -> None:
+def test_an_unwritable_path_raises(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MoesaicError):
-        saved.write(tmp_path / name, saved.Saved(MESSAGES, {}), "tiny")
+        conversation_file.write(tmp_path / name, SavedConversation(MESSAGES, {}), "tiny")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such file"):
-        saved.read(tmp_path / "none.json")
+        conversation_file.read(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(
@@ -66,32 +69,33 @@ def test_a_missing_file(tmp_path: Path) -> None:
         b'{"moesaic": 1, "messages": [], "tools": []}',
     ],
 )
-def test_what_is_no_conversation(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "talk.json"
     path.write_bytes(content)
     with pytest.raises(InvalidRequest, match=r"talk\.json") as caught:
-        saved.read(path)
+        conversation_file.read(path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "message", [{"role": "wizard", "content": "x"}, {"role": "user"}, {"role": "user", "content": 3}, "hello", None]
 )
-def test_a_message_that_is_none(tmp_path: Path, message: Any) -> None:
+def test_an_invalid_message_is_rejected(tmp_path: Path, message: Any) -> None:
     path = tmp_path / "talk.json"
     path.write_text(json.dumps({"moesaic": 1, "messages": [message]}))
     with pytest.raises(InvalidMessages, match=r"talk\.json: messages\[0\]"):
-        saved.read(path)
+        conversation_file.read(path)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=3))
-def test_damage_is_a_typed_error_or_a_conversation(tmp_path_factory: Any, place: int, noise: bytes) -> None:
+def test_a_damaged_file_never_crashes_the_reader(tmp_path_factory: Any, offset: int, noise: bytes) -> None:
     path = tmp_path_factory.mktemp("damaged") / "talk.json"
-    saved.write(path, saved.Saved(MESSAGES, SETTINGS), "tiny")
+    conversation_file.write(path, SavedConversation(MESSAGES, SETTINGS), "tiny")
     whole = path.read_bytes()
-    path.write_bytes(whole[:place] + noise + whole[place + len(noise) :])
+    path.write_bytes(whole[:offset] + noise + whole[offset + len(noise) :])
     with contextlib.suppress(MoesaicError):
-        assert isinstance(saved.read(path), saved.Saved)
+        assert isinstance(conversation_file.read(path), SavedConversation)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +114,10 @@ def test_damage_is_a_typed_error_or_a_conversation(tmp_path_factory: Any, place:
         ("temperature", "[" * 100_000, "[" * 100_000),
     ],
 )
-def test_typed(name: str, text: str, value: Any) -> None:
-    assert saved.typed(name, text) == value
+def test_settings_are_parsed_from_text(name: str, text: str, value: Any) -> None:
+    assert conversation_file.parse_setting(name, text) == value
 
 
-def test_a_bias_for_no_token() -> None:
+def test_logit_bias_needs_token_ids() -> None:
     with pytest.raises(InvalidParameter, match="logit_bias"):
-        saved.typed("logit_bias", '{"a": 1}')
+        conversation_file.parse_setting("logit_bias", '{"a": 1}')
