@@ -22,7 +22,7 @@ import torch
 
 from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
-from moesaic.loading import Loaded, Progress, cache_dtype, load_model, sizes, torch_threads
+from moesaic.loading import Loaded, Progress, cache_dtype, load_model, plan_cache, torch_threads
 from moesaic.ops import Batch
 from moesaic.reply import Answer, Reading, Reply, Text, finished
 from moesaic.text import chat, template
@@ -113,7 +113,7 @@ class LLM(AbstractContextManager["LLM"]):
         if not path.is_dir():
             raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
         tokenizer = Tokenizer.open(path)
-        loaded = load_model(path, dtype=dtype, format=format, device=device, progress=progress)
+        loaded = load_model(path, dtype=dtype, weight_format=format, device=device, progress=progress)
         return cls.over(
             loaded,
             tokenizer,
@@ -147,7 +147,7 @@ class LLM(AbstractContextManager["LLM"]):
             sizes_differ = f"{tokenizer.vocab_size} tokens, but the model only {loaded.model.vocab_size}"
             raise InvalidRequest(f"{loaded.path}: the tokenizer has {sizes_differ}")
         stored = cache_dtype(loaded.model, kv_cache_dtype)
-        length, places = sizes(loaded.model, context, cache_tokens, block_size, stored)
+        length, places = plan_cache(loaded.model, context, cache_tokens, block_size, stored)
         form = _format(chat_format, tokenizer, loaded)
         engine = Engine(
             loaded.model,

@@ -7,7 +7,6 @@ text or the engine.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moesaic import checkpoints, models, ops, packed
+from moesaic import checkpoints, memory, models, ops, packed
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.models import Decoder
@@ -28,8 +27,8 @@ DTYPES = checkpoints.FLOATS
 CACHE_DTYPES = ("auto", *DTYPES, "int8")
 Progress = Callable[[int, int], None]
 
-SEQUENCES = 16
-"""Requests of the whole context that the cache has room for, where memory allows: fewer would preempt each other."""
+CACHED_CONTEXTS = 16
+"""Requests of full length that the cache holds if memory allows; with a smaller cache they preempt each other."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def load_model(
     path: Path,
     *,
     dtype: str = "auto",
-    format: str | None = None,
+    weight_format: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Loaded:
@@ -63,7 +62,7 @@ def load_model(
     Args:
         path: a folder in any layout.
         dtype: float32, bfloat16, float16, or auto: what the checkpoint is stored in.
-        format: what weights are quantized to, see ``models.choose``; None: they stay plain, in ``dtype``.
+        weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: weights stay plain.
         device: where the model goes.
         progress: called with the bytes read so far and in all.
 
@@ -72,25 +71,98 @@ def load_model(
         CheckpointError: something in it is missing, damaged or not understood.
         InvalidParameter: an unknown dtype, format or device.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise InvalidParameter("dtype", f"is {dtype!r}, expected auto, {', '.join(DTYPES)}")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidParameter("device", f"is {device!r}, which torch does not know") from error
-    if format is not None:
-        models.choose(format, "float32")  # refused before anything is read
+    target = _check(dtype, weight_format, device)
     if packed.is_packed(path):
-        return _packed(path, dtype, format, place)
+        manifest = _read_manifest(path, dtype, weight_format)
+        model = packed.load(path, manifest)
+        if target.type != "cpu":
+            model.to(target)
+        return Loaded(path, "packed", model, manifest.config, manifest.generation)
     with checkpoints.open(path) as checkpoint:
-        name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
-        roles = models.choose(format or name, name)
-        model = models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=place)
-        if place.type == "cpu":
+        model = _build(checkpoint, dtype, weight_format, target)
+        if target.type == "cpu":
             for parameter in model.parameters():
-                native.huge_pages(parameter)  # before it is touched
+                native.huge_pages(parameter)  # the advice has no effect on pages that were written before
         checkpoints.fill(model.slots(), checkpoint, progress=progress)
         return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation)
+
+
+def memory_needed(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    weight_format: str | None = None,
+    device: str = "cpu",
+    context: int | None = None,
+    cache_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
+    block_size: int = 16,
+) -> int:
+    """Return the bytes that the model in folder ``path`` takes once loaded: its weights and key/value cache.
+
+    Weights count in the format that they will have in memory. No weights are read or allocated. Where the size
+    of the cache depends on the available memory, the result holds for the memory that is available now.
+
+    Args:
+        path: a folder in any layout, or a packed folder.
+        dtype: dtype of activations and plain weights, as for ``load_model``.
+        weight_format: formats that weights are quantized to, as for ``load_model``; ignored for a classifier.
+        device: the device that the model is loaded to.
+        context: the most tokens of a request; None: as many as the model and the cache allow.
+        cache_tokens: places in the cache; None: enough for CACHED_CONTEXTS requests, if memory allows.
+        kv_cache_dtype: dtype of the cache, one of CACHE_DTYPES. A classifier has no cache.
+        block_size: places in a block of the cache.
+
+    Raises:
+        NotFound: the folder does not exist.
+        CheckpointError: the checkpoint is incomplete, damaged or not understood.
+        InvalidParameter: a value is unknown or out of range.
+    """
+    if is_classifier(path):
+        weight_format = None  # Classifier.load does not quantize
+    target, meta = _check(dtype, weight_format, device), torch.device("meta")
+    mapped = packed.is_packed(path)
+    if mapped:
+        model = packed.build(path, _read_manifest(path, dtype, weight_format))
+    else:
+        with checkpoints.open(path) as checkpoint:
+            model = _build(checkpoint, dtype, weight_format, meta)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if model.shape.labels:
+        return weights
+    available, total = memory.device_memory(target)
+    if not mapped or target.type != "cpu":  # mapped weights are page cache, which counts as available
+        available = max(0, available - weights)
+    stored = cache_dtype(model, kv_cache_dtype)
+    _, places = plan_cache(model, context, cache_tokens, block_size, stored, (available, total))
+    return weights + places * cache_bytes(model, stored)
+
+
+def _check(dtype: str, weight_format: str | None, device: str) -> torch.device:
+    """Return the device called ``device``, or raise InvalidParameter if it, the dtype or the format is unknown."""
+    if dtype not in ("auto", *DTYPES):
+        raise InvalidParameter("dtype", f"is {dtype!r}, expected auto, {', '.join(DTYPES)}")
+    if weight_format is not None:
+        models.choose(weight_format, "float32")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InvalidParameter("device", f"is {device!r}, which torch does not know") from error
+
+
+def _build(checkpoint: checkpoints.Checkpoint, dtype: str, weight_format: str | None, device: torch.device) -> Decoder:
+    """Return the model that ``checkpoint`` describes, its weights allocated on ``device`` but not read."""
+    name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
+    roles = models.choose(weight_format or name, name)
+    return models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=device)
+
+
+def _read_manifest(path: Path, dtype: str, weight_format: str | None) -> packed.Mark:
+    """Return the manifest of a packed folder; raise InvalidParameter if a format or dtype is asked for."""
+    if weight_format is not None or dtype != "auto":
+        parameter = "format" if weight_format is not None else "dtype"
+        raise InvalidParameter(parameter, f"cannot be changed: the weights in {path} are packed already")
+    return packed.read(path)
 
 
 def is_classifier(path: Path) -> bool:
@@ -117,17 +189,6 @@ def torch_threads(model: Decoder) -> int | None:
     return 1 if all(ops.chosen("linear", device, name) != "reference" for name in names) else None
 
 
-def _packed(path: Path, dtype: str, format: str | None, device: torch.device) -> Loaded:
-    """Map a packed folder. What is packed stays as it is."""
-    if format is not None or dtype != "auto":
-        raise InvalidParameter("format" if format is not None else "dtype", f"is decided: {path} holds packed weights")
-    said = packed.read(path)
-    model = packed.load(path, said)
-    if device.type != "cpu":
-        model.to(device)
-    return Loaded(path, "packed", model, said.config, said.generation)
-
-
 def cache_dtype(model: Decoder, name: str) -> torch.dtype:
     """Return the dtype of the key/value cache that ``name`` means: one of CACHE_DTYPES.
 
@@ -140,39 +201,43 @@ def cache_dtype(model: Decoder, name: str) -> torch.dtype:
     return dtype
 
 
-def sizes(model: Decoder, context: int | None, places: int | None, block: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the context and the places in the cache: as asked for, else as a quarter of the free memory allows.
+def plan_cache(
+    model: Decoder,
+    context: int | None,
+    cache_tokens: int | None,
+    block_size: int,
+    dtype: torch.dtype,
+    device_memory: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """Return the longest request and the size of the key/value cache, both in tokens.
+
+    A given number is kept. Otherwise the cache takes at most a quarter of the available memory.
 
     Args:
-        model: whose keys and values are cached.
-        context: the most tokens of a request, or None.
-        places: how many the cache has, or None.
-        block: places in a block.
-        dtype: of the cache.
+        model: the model that the cache is for; on the meta device, ``device_memory`` must be given.
+        context: the most tokens of a request; None: as many as the model and the cache allow.
+        cache_tokens: places in the cache; None: enough for CACHED_CONTEXTS requests, if memory allows.
+        block_size: places in a block; the cache is rounded up to whole blocks.
+        dtype: dtype of the cache.
+        device_memory: available and total bytes of memory; None: those of the model's device.
 
     Raises:
-        InvalidParameter: the context is longer than the model's, or the cache is larger than the machine's memory.
+        InvalidParameter: the context is longer than the model's, or the cache is larger than the device's memory.
     """
     if context is not None and not 1 < context <= model.max_length:
-        raise InvalidParameter("context", f"is {context}, but the model was made for 2 to {model.max_length} tokens")
-    per_token = cache_bytes(model, dtype)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    affordable = max(block, free // 4 // per_token)
-    if places is not None:
-        _check_room(model, places, per_token)
+        raise InvalidParameter("context", f"is {context}, but the model supports 2 to {model.max_length} tokens")
+    available, total = device_memory or memory.device_memory(next(model.parameters()).device)
+    bytes_per_token = cache_bytes(model, dtype)
+    affordable = max(block_size, available // 4 // bytes_per_token)
+    if cache_tokens is not None and cache_tokens * bytes_per_token > total:
+        size, limit = cache_tokens * bytes_per_token / 1e9, total / 1e9
+        problem = f"is {cache_tokens}, which needs {size:.1f} GB, but the device has {limit:.1f} GB of memory"
+        raise InvalidParameter("cache_tokens", problem)
     if context is None:
         context = min(model.max_length, affordable)
-    if places is None:
-        places = max(context, min(SEQUENCES * context, affordable))
-    return context, -(-places // block) * block
-
-
-def _check_room(model: Decoder, places: int, per_token: int) -> None:
-    """Refuse a cache that is larger than all of the machine's memory."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if places * per_token > there and next(model.parameters()).device.type == "cpu":
-        takes = f"takes {places * per_token / 1e9:.1f} GB, and this machine has {there / 1e9:.1f}"
-        raise InvalidParameter("cache_tokens", f"is {places}, which {takes}")
+    if cache_tokens is None:
+        cache_tokens = max(context, min(CACHED_CONTEXTS * context, affordable))
+    return context, -(-cache_tokens // block_size) * block_size
 
 
 def cache_bytes(model: Decoder, dtype: torch.dtype) -> int:

@@ -30,23 +30,59 @@ PATIENCE = 256
 FETCHED = 64 << 20
 """Bytes of a mapped file that are fetched in one call; others of this process wait that long to map anything."""
 
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where a container says how much it may have, in versions 2 and 1 of control groups."""
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Files with the memory limit of this process's control group, in versions 2 and 1 of control groups."""
+
+CGROUP_USAGES = ("memory.current", "memory.usage_in_bytes")
+"""Files beside the limit with the bytes that the control group uses, page cache included."""
+
+RECLAIMABLE = ("active_file", "inactive_file")
+"""Entries of ``memory.stat`` that count page cache, which the kernel frees when the group needs memory."""
 
 
 def total() -> int:
-    """Return how many bytes of memory this machine, or the container, has."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            found.append(int(file.read_text()))
-    return min(found)
+    """Return the bytes of main memory that this machine has, or the limit of its container if that is lower."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_limits().values()])
 
 
 def available() -> int:
-    """Return how many bytes can be had before the system takes from what other processes need."""
+    """Return the bytes of main memory that can be allocated without taking memory from other processes.
+
+    In a container this is at most the container's limit, less the memory that it already uses.
+    """
     free = kilobytes(Path("/proc/meminfo")).get("MemAvailable")
-    return min(free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), total())
+    bounds = [free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), total()]
+    bounds += [limit - _cgroup_usage(file.parent) for file, limit in _cgroup_limits().items()]
+    return max(0, min(bounds))
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the available and the total bytes of the memory in which tensors of ``device`` are allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    return available(), total()
+
+
+def _cgroup_limits() -> dict[Path, int]:
+    """Return the memory limits of this process's control group, by the file that holds each."""
+    limits = {}
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # version 2 writes "max" where there is no limit
+            limits[file] = int(file.read_text())
+    return limits
+
+
+def _cgroup_usage(folder: Path) -> int:
+    """Return the bytes that a control group uses and the kernel cannot reclaim; 0 if they are unknown."""
+    usage = 0
+    for name in CGROUP_USAGES:
+        with contextlib.suppress(OSError, ValueError):
+            usage = int((folder / name).read_text())
+    with contextlib.suppress(OSError, ValueError):
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        # Version 1 counts child groups only in the entries that begin with "total_".
+        usage -= sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in RECLAIMABLE)
+    return max(0, usage)
 
 
 def kilobytes(path: Path) -> Mapping[str, int]:

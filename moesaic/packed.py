@@ -83,7 +83,7 @@ def create(folder: Path, said: Mark, fill: Callable[[Decoder], object]) -> None:
         ConfigError: the configuration is not understood.
         OSError: the disk does not take it.
     """
-    model = _build(said, folder)
+    model = build(folder, said)
     _map(model, _lay(model, folder / WEIGHTS), written=True)
     fill(model)
     del model  # what is mapped cannot be dropped
@@ -111,6 +111,16 @@ def read(path: Path) -> Mark:
     return found
 
 
+def build(path: Path, manifest: Mark) -> Decoder:
+    """Return the model that ``manifest`` describes on the meta device, where its weights take no memory.
+
+    Raises:
+        ConfigError: the configuration of the model is not understood.
+    """
+    roles = {role: formats.load(name) for role, name in manifest.formats.items()}
+    return models.build(manifest.config, path, roles, dtype=getattr(torch, manifest.dtype), device="meta")
+
+
 def load(path: Path, said: Mark | None = None) -> Decoder:
     """Return the model in the packed folder ``path``, its weights mapped; ``said``: what ``read`` gave.
 
@@ -118,14 +128,9 @@ def load(path: Path, said: Mark | None = None) -> Decoder:
         CheckpointError: something in it is missing, damaged or not understood.
     """
     said = said or read(path)
-    model = _build(said, path)
+    model = build(path, said)
     _map(model, path / WEIGHTS, written=False)
     return model
-
-
-def _build(said: Mark, path: Path) -> Decoder:
-    roles = {role: formats.load(name) for role, name in said.formats.items()}
-    return models.build(said.config, path, roles, dtype=getattr(torch, said.dtype), device="meta")
 
 
 def _places(model: Decoder) -> dict[str, tuple[int, Tensor]]:

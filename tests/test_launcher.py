@@ -14,6 +14,7 @@ from moesaic.cli.launcher_flags import TABLE
 from moesaic.cli.serving import books
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.llm import LLM
+from moesaic.loading import memory_needed
 from moesaic.serve.settings import TgiBounds
 
 SEED = "--num-shard 2 --max-batch-total-tokens 1024000 --max-total-tokens 32000"
@@ -72,7 +73,7 @@ def test_a_cache_that_was_asked_for_and_fits():
 
 
 def test_a_cache_that_can_never_be():
-    with pytest.raises(InvalidParameter, match=r"cache_tokens: is \d+, which takes [\d.]+ GB, and this machine has"):
+    with pytest.raises(InvalidParameter, match=r"cache_tokens: is \d+, which needs [\d.]+ GB, but the device has"):
         LLM.load(cache_tokens=10**12)
 
 
@@ -176,6 +177,12 @@ def test_the_model_keeps_its_whole_name_as_another(tmp_path, monkeypatch):
     path.mkdir()
     [book] = books(launch(f"--model-id {path}").args)
     assert (book.card.name, book.card.aliases) == ("a-b", ())
+
+
+def test_memory_budget_counts_weights_and_cache(talker):
+    line = f"--memory 20 --format q4 --cache-tokens 512 {talker}"
+    [book] = books(launch(line).args)
+    assert book.bytes == memory_needed(talker, weight_format="q4", cache_tokens=512)
 
 
 def test_every_flag_says_something_and_changes_what_exists():

@@ -20,7 +20,7 @@ MAY = {
     "convert": {"checkpoints"},
     "memory": set(),
     "packed": {"memory", "checkpoints", "models", "formats"},
-    "loading": {"packed", "checkpoints", "models", "ops", "formats"},
+    "loading": {"memory", "packed", "checkpoints", "models", "ops", "formats"},
     "reply": {"engine", "text"},
     "door": set(),
     "client": set(),

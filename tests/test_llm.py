@@ -187,16 +187,7 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(copy):
         LLM.load(copy)
 
 
-def test_an_int8_cache_has_room_for_more_and_answers(talker, llm, monkeypatch):
-    from moesaic.loading import cache_dtype, sizes
-
-    model = llm.loaded.model
-    bytes_free = 4 * 1000 * 2 * 2 * (2 * 8 * 4)  # a quarter of it: 1000 places of 2 layers' float32 keys and values
-    monkeypatch.setattr("os.sysconf", {"SC_AVPHYS_PAGES": bytes_free, "SC_PAGE_SIZE": 1}.__getitem__)
-    assert sizes(model, None, None, 10, cache_dtype(model, "auto")) == (1000, 1000)
-    assert sizes(model, None, None, 10, cache_dtype(model, "bfloat16")) == (2000, 2000)
-    assert sizes(model, None, None, 10, cache_dtype(model, "int8")) == (2666, 2670)  # a scale for each 8 of them
-    monkeypatch.undo()
+def test_an_int8_cache_answers(talker):
     with LLM.load(talker, kv_cache_dtype="int8") as small:
         assert len(small.chat(HELLO, **GREEDY).tokens) == 24
 

@@ -123,8 +123,39 @@ def test_no_more_is_locked_than_allowed() -> None:
 
 def test_a_container_has_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = memory.total()
-    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "none", tmp_path / "max"))
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "none", tmp_path / "max"))
     (tmp_path / "max").write_text("max\n")
     assert memory.total() >= whole
     (tmp_path / "max").write_text("12345678\n")
     assert memory.total() == 12345678 >= memory.available()
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "stat"),
+    [
+        ("memory.max", "memory.current", "anon 700\nactive_file 40\ninactive_file 60\nunevictable 0\n"),
+        (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "active_file 1\ninactive_file 1\ntotal_active_file 40\ntotal_inactive_file 60\n",
+        ),
+    ],
+)
+def test_page_cache_of_a_container_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, usage: str, stat: str
+) -> None:
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / limit,))
+    (tmp_path / limit).write_text("1000\n")
+    (tmp_path / usage).write_text("800\n")
+    assert memory.available() == 200
+    (tmp_path / "memory.stat").write_text(stat)
+    assert memory.available() == 300
+    (tmp_path / usage).write_text("2000\n")
+    assert memory.available() == 0
+
+
+def test_gpu_memory_comes_from_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index, 24))
+    assert memory.device_memory(torch.device("cuda:3")) == (3, 24)
+    monkeypatch.setattr(memory, "available", lambda: 5)
+    assert memory.device_memory(torch.device("cpu")) == (5, memory.total())

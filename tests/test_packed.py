@@ -40,7 +40,7 @@ def test_answers_are_those_of_quantizing_on_the_way_in(talker, folder):
 
 def test_every_part_is_as_quantizing_made_it(talker, folder):
     mapped = dict(packed.load(folder).named_parameters())
-    read = dict(load_model(talker, format="experts=int2,attention=int8").model.named_parameters())
+    read = dict(load_model(talker, weight_format="experts=int2,attention=int8").model.named_parameters())
     assert mapped.keys() == read.keys()
     for name, parameter in read.items():
         assert mapped[name].dtype == parameter.dtype and torch.equal(mapped[name], parameter)
@@ -58,9 +58,9 @@ def test_the_file_is_a_safetensors_file(folder):
 
 
 def test_what_is_packed_stays_as_it_is(folder):
-    with pytest.raises(InvalidParameter, match="format: is decided"):
+    with pytest.raises(InvalidParameter, match="format: cannot be changed"):
         LLM.load(folder, format="q4")
-    with pytest.raises(InvalidParameter, match="dtype: is decided"):
+    with pytest.raises(InvalidParameter, match="dtype: cannot be changed"):
         LLM.load(folder, dtype="float32")
 
 

@@ -212,7 +212,7 @@ def _random(wish: Wish, work: Work, progress: Progress | None) -> Load:
 def _checkpoint(path: Path, wish: Wish, progress: Progress | None) -> Load:
     tokenizer = Tokenizer.open(path)
     return lambda: (
-        load_model(path, dtype=wish.dtype, format=wish.format, progress=progress),
+        load_model(path, dtype=wish.dtype, weight_format=wish.format, progress=progress),
         tokenizer,
         path.name,
     )
