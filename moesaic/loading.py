@@ -1,7 +1,6 @@
-"""From a folder to a model with its weights.
+"""Loads the weights of a model, and computes the memory that the weights and the key/value cache take.
 
-Knows checkpoints, models and formats, and how much memory there is for a cache. Does not know
-text or the engine.
+This module depends on checkpoints, models, weight formats and memory. It does not depend on text or the engine.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from moesaic.formats import Packed
 from moesaic.models import Decoder
 from moesaic.ops import native
 
-SMALL = 100_000_000
-"""Parameters; below it torch's threads are not worth waking."""
+SMALL_MODEL = 100_000_000
+"""Parameters; for smaller models, starting torch's threads costs more time than they save."""
 
 DTYPES = checkpoints.FLOATS
 CACHE_DTYPES = ("auto", *DTYPES, "int8")
@@ -33,7 +32,15 @@ CACHED_CONTEXTS = 16
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint became: the model with its weights, and what the checkpoint says beside them."""
+    """A model with its weights, and the configuration files of its checkpoint.
+
+    Attributes:
+        path: folder of the checkpoint.
+        layout: name of the checkpoint layout, or "packed".
+        model: the model.
+        config: content of config.json, in its vocabulary whatever the layout.
+        generation: content of generation_config.json; empty if there is none.
+    """
 
     path: Path
     layout: str
@@ -43,10 +50,10 @@ class Loaded:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Every id that the configurations name as an end; Llama 3 has more than one."""
-        named = [self.generation.get("eos_token_id"), self.config.get("eos_token_id")]
-        ids = [id for each in named for id in (each if isinstance(each, list) else [each])]
-        return frozenset(id for id in ids if isinstance(id, int) and 0 <= id < self.model.vocab_size)
+        """All end-of-sequence token ids in the configurations; Llama 3 has more than one."""
+        values = [self.generation.get("eos_token_id"), self.config.get("eos_token_id")]
+        token_ids = [item for value in values for item in (value if isinstance(value, list) else [value])]
+        return frozenset(item for item in token_ids if isinstance(item, int) and 0 <= item < self.model.vocab_size)
 
 
 def load_model(
@@ -57,19 +64,21 @@ def load_model(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Loaded:
-    """Read the checkpoint in folder ``path`` into a model.
+    """Load the model in folder ``path``.
 
     Args:
-        path: a folder in any layout.
-        dtype: float32, bfloat16, float16, or auto: what the checkpoint is stored in.
-        weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: weights stay plain.
-        device: where the model goes.
-        progress: called with the bytes read so far and in all.
+        path: a folder in any layout, or a packed folder.
+        dtype: float32, bfloat16 or float16, for activations and plain weights; auto: the dtype that the checkpoint
+            is stored in.
+        weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: weights stay
+            plain.
+        device: the device that the model is loaded to.
+        progress: called with the bytes read so far and in total.
 
     Raises:
-        NotFound: there is no such folder.
-        CheckpointError: something in it is missing, damaged or not understood.
-        InvalidParameter: an unknown dtype, format or device.
+        NotFound: the folder does not exist.
+        CheckpointError: the checkpoint is incomplete, damaged or not understood.
+        InvalidParameter: the dtype, format or device is unknown.
     """
     target = _check(dtype, weight_format, device)
     if packed.is_packed(path):
@@ -120,13 +129,13 @@ def memory_needed(
     """
     if is_classifier(path):
         weight_format = None  # Classifier.load does not quantize
-    target, meta = _check(dtype, weight_format, device), torch.device("meta")
+    target = _check(dtype, weight_format, device)
     mapped = packed.is_packed(path)
     if mapped:
         model = packed.build(path, _read_manifest(path, dtype, weight_format))
     else:
         with checkpoints.open(path) as checkpoint:
-            model = _build(checkpoint, dtype, weight_format, meta)
+            model = _build(checkpoint, dtype, weight_format, torch.device("meta"))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if model.shape.labels:
         return weights
@@ -135,7 +144,7 @@ def memory_needed(
         available = max(0, available - weights)
     stored = cache_dtype(model, kv_cache_dtype)
     _, places = plan_cache(model, context, cache_tokens, block_size, stored, (available, total))
-    return weights + places * cache_bytes(model, stored)
+    return weights + places * cache_bytes_per_token(model, stored)
 
 
 def _check(dtype: str, weight_format: str | None, device: str) -> torch.device:
@@ -147,7 +156,7 @@ def _check(dtype: str, weight_format: str | None, device: str) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise InvalidParameter("device", f"is {device!r}, which torch does not know") from error
+        raise InvalidParameter("device", f"is {device!r}, but torch has no such device") from error
 
 
 def _build(checkpoint: checkpoints.Checkpoint, dtype: str, weight_format: str | None, device: torch.device) -> Decoder:
@@ -157,32 +166,34 @@ def _build(checkpoint: checkpoints.Checkpoint, dtype: str, weight_format: str | 
     return models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=device)
 
 
-def _read_manifest(path: Path, dtype: str, weight_format: str | None) -> packed.Mark:
+def _read_manifest(path: Path, dtype: str, weight_format: str | None) -> packed.PackedManifest:
     """Return the manifest of a packed folder; raise InvalidParameter if a format or dtype is asked for."""
     if weight_format is not None or dtype != "auto":
         parameter = "format" if weight_format is not None else "dtype"
         raise InvalidParameter(parameter, f"cannot be changed: the weights in {path} are packed already")
-    return packed.read(path)
+    return packed.read_manifest(path)
 
 
 def is_classifier(path: Path) -> bool:
-    """Return whether the checkpoint in folder ``path`` has a classification head; False where that cannot be read."""
-    name = packed.MARK if packed.is_packed(path) else "config.json"
+    """Return whether the checkpoint in folder ``path`` has a classification head; False if it cannot be read."""
     try:
-        config = json.loads((path / name).read_bytes())
-        named = config["config"]["architectures"] if packed.is_packed(path) else config["architectures"]
+        if packed.is_packed(path):
+            config = json.loads((path / packed.MANIFEST).read_bytes())["config"]
+        else:
+            config = json.loads((path / "config.json").read_bytes())
+        architectures = list(config["architectures"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # whoever loads it says what is wrong
-    return any(str(each).endswith("ForSequenceClassification") for each in named)
+        return False  # loading the checkpoint reports the problem
+    return any(str(name).endswith("ForSequenceClassification") for name in architectures)
 
 
 def torch_threads(model: Decoder) -> int | None:
-    """Return how many threads torch should use for this model, None for its own choice.
+    """Return the number of threads that torch should use for this model; None: torch's default.
 
-    One where there is little for it to do: in a small model its threads cost more to wake, some
-    hundred times a step, than they save; and beside our kernels they would take the cores away.
+    In a small model, waking threads a hundred times in each step costs more than they save. Beside Moesaic's own
+    kernels, torch's threads would compete for the cores. One thread is best in both cases.
     """
-    if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
+    if sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
         return 1
     device = next(model.parameters()).device.type
     names = {weight.name for weight in model.blocks.modules() if isinstance(weight, Packed)}
@@ -190,10 +201,10 @@ def torch_threads(model: Decoder) -> int | None:
 
 
 def cache_dtype(model: Decoder, name: str) -> torch.dtype:
-    """Return the dtype of the key/value cache that ``name`` means: one of CACHE_DTYPES.
+    """Return the dtype of the key/value cache for ``name``, one of CACHE_DTYPES; auto: the dtype of activations.
 
     Raises:
-        InvalidParameter: it is none of them.
+        InvalidParameter: the name is unknown.
     """
     if name not in CACHE_DTYPES:
         raise InvalidParameter("kv_cache_dtype", f"is {name!r}, expected {', '.join(CACHE_DTYPES)}")
@@ -211,7 +222,7 @@ def plan_cache(
 ) -> tuple[int, int]:
     """Return the longest request and the size of the key/value cache, both in tokens.
 
-    A given number is kept. Otherwise the cache takes at most a quarter of the available memory.
+    Given numbers are kept. A size that is left open takes at most a quarter of the available memory.
 
     Args:
         model: the model that the cache is for; on the meta device, ``device_memory`` must be given.
@@ -227,7 +238,7 @@ def plan_cache(
     if context is not None and not 1 < context <= model.max_length:
         raise InvalidParameter("context", f"is {context}, but the model supports 2 to {model.max_length} tokens")
     available, total = device_memory or memory.device_memory(next(model.parameters()).device)
-    bytes_per_token = cache_bytes(model, dtype)
+    bytes_per_token = cache_bytes_per_token(model, dtype)
     affordable = max(block_size, available // 4 // bytes_per_token)
     if cache_tokens is not None and cache_tokens * bytes_per_token > total:
         size, limit = cache_tokens * bytes_per_token / 1e9, total / 1e9
@@ -240,6 +251,6 @@ def plan_cache(
     return context, -(-cache_tokens // block_size) * block_size
 
 
-def cache_bytes(model: Decoder, dtype: torch.dtype) -> int:
-    """Return the bytes that keys and values of one token take in a cache of ``dtype``."""
+def cache_bytes_per_token(model: Decoder, dtype: torch.dtype) -> int:
+    """Return the bytes that the keys and values of one token take in a cache of ``dtype``."""
     return ops.Cache.bytes_per_token(model.cache_shapes, dtype)

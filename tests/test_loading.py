@@ -13,7 +13,7 @@ import torch
 
 from moesaic import LLM, Classifier, convert, formats, memory, packed
 from moesaic.errors import CheckpointError, InvalidParameter, NotFound
-from moesaic.loading import cache_bytes, cache_dtype, memory_needed, plan_cache
+from moesaic.loading import cache_bytes_per_token, cache_dtype, memory_needed, plan_cache
 from tests.tiny import theirs
 
 PER_TOKEN = 2 * 2 * (2 * 8 * 4)
@@ -176,4 +176,4 @@ def test_prediction_refuses_what_loading_refuses(talker, tmp_path):
 
 def test_cache_dtype_follows_activations(model):
     assert cache_dtype(model, "auto") == torch.float32
-    assert cache_bytes(model, cache_dtype(model, "auto")) == PER_TOKEN
+    assert cache_bytes_per_token(model, cache_dtype(model, "auto")) == PER_TOKEN
