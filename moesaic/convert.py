@@ -41,13 +41,13 @@ def convert(
     layout = registry.load("checkpoints", to)
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise InvalidParameter("dst", f"{target} lies in the source; name another folder")
-    with checkpoints.open(source) as checkpoint:
+    with checkpoints.open_checkpoint(source) as checkpoint:
         total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
 
-        def wrote(count: int) -> None:
+        def on_write(count: int) -> None:
             nonlocal done
             done += count
             if progress is not None:
                 progress(done, max(total, done))
 
-        layout.write(checkpoint, target, shards, wrote)
+        layout.write(checkpoint, target, shards, on_write)

@@ -22,7 +22,7 @@ from moesaic.ops import native
 SMALL_MODEL = 100_000_000
 """Parameters; for smaller models, starting torch's threads costs more time than they save."""
 
-DTYPES = checkpoints.FLOATS
+DTYPES = checkpoints.FLOAT_DTYPES
 CACHE_DTYPES = ("auto", *DTYPES, "int8")
 Progress = Callable[[int, int], None]
 
@@ -87,12 +87,12 @@ def load_model(
         if target.type != "cpu":
             model.to(target)
         return Loaded(path, "packed", model, manifest.config, manifest.generation)
-    with checkpoints.open(path) as checkpoint:
+    with checkpoints.open_checkpoint(path) as checkpoint:
         model = _build(checkpoint, dtype, weight_format, target)
         if target.type == "cpu":
             for parameter in model.parameters():
                 native.huge_pages(parameter)  # the advice has no effect on pages that were written before
-        checkpoints.fill(model.slots(), checkpoint, progress=progress)
+        checkpoints.load_weights(model.slots(), checkpoint, progress=progress)
         return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation)
 
 
@@ -134,7 +134,7 @@ def memory_needed(
     if mapped:
         model = packed.build(path, _read_manifest(path, dtype, weight_format))
     else:
-        with checkpoints.open(path) as checkpoint:
+        with checkpoints.open_checkpoint(path) as checkpoint:
             model = _build(checkpoint, dtype, weight_format, torch.device("meta"))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if model.shape.labels:

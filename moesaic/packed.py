@@ -70,13 +70,17 @@ def pack(
         CheckpointError: ``src`` is damaged, or ``dst`` cannot be written.
     """
     models.choose(weight_format, "float32")  # refuses an unknown format before anything is read
-    with checkpoints.open(src) as checkpoint:
+    with checkpoints.open_checkpoint(src) as checkpoint:
         name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
         roles = models.choose(weight_format, name)
-        with _write.target(Path(dst), checkpoint) as folder:
+        with _write.new_folder(Path(dst), checkpoint) as folder:
             names = {role: chosen.name for role, chosen in roles.items()}
-            manifest = PackedManifest(name, names, dict(checkpoint.config), _write.generation(checkpoint))
-            create(folder, manifest, lambda model: checkpoints.fill(model.slots(), checkpoint, progress=progress))
+            manifest = PackedManifest(name, names, dict(checkpoint.config), _write.generation_config(checkpoint))
+
+            def store_weights(model: Decoder) -> None:
+                checkpoints.load_weights(model.slots(), checkpoint, progress=progress)
+
+            create(folder, manifest, store_weights)
 
 
 def create(folder: Path, manifest: PackedManifest, store_weights: Callable[[Decoder], object]) -> None:

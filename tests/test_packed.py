@@ -126,7 +126,7 @@ packed.pack(sys.argv[1], sys.argv[2], "q4",
     assert not new.exists()
     for left in tmp_path.iterdir():
         with pytest.raises(CheckpointError):
-            checkpoints.open(left)
+            checkpoints.open_checkpoint(left)
         assert not packed.is_packed(left)
     packed.pack(talker, new, "q4")  # the remains of the killed process do not matter
     packed.load(new)

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, written by transformers, and slots that take what they are given."""
+"""Tiny random checkpoints, written by transformers, and slots that keep the tensors stored in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tiny import RANKS
 
 
 class Tiny:
-    """What the tests of this folder share."""
+    """Helpers of the tests in this folder."""
 
     @staticmethod
     def build(kind: str = "mixtral", **changes: object) -> torch.nn.Module:
@@ -58,7 +58,7 @@ class Tiny:
 
     @staticmethod
     def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-        """Hold two sets of weights equal bit for bit."""
+        """Assert that two sets of weights are equal bit for bit."""
         assert one.keys() == other.keys()
         for name in one:
             assert one[name].dtype == other[name].dtype, name
@@ -72,7 +72,7 @@ def tiny() -> type[Tiny]:
 
 @pytest.fixture(scope="session")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Mixtral as save_pretrained writes it, in several shards; tests copy it before they damage it."""
+    """A Mixtral written by save_pretrained in several shards; tests copy it before they damage it."""
     path = tmp_path_factory.mktemp("mixtral")
     Tiny.build().save_pretrained(path, max_shard_size="40KB")
     return path
