@@ -173,7 +173,7 @@ def run(
         report.forget_peak()
     loaded, tokenizer, name = load()
     length = _context(wish, loaded.model.max_length, work)
-    with LLM.over(
+    with LLM.from_loaded(
         loaded,
         tokenizer,
         name,
