@@ -14,7 +14,7 @@ import torch
 from moesaic import LLM, Classifier, convert, formats, memory, packed
 from moesaic.errors import CheckpointError, InvalidParameter, NotFound
 from moesaic.loading import cache_bytes_per_token, cache_dtype, memory_needed, plan_cache
-from tests.tiny import theirs
+from tests.support.models import theirs
 
 PER_TOKEN = 2 * 2 * (2 * 8 * 4)
 """Bytes of a token in the cache of the tiny model: 2 layers' float32 keys and values, 2 heads of 8."""
