@@ -1,7 +1,6 @@
-"""Chat and completion with a model in this process.
+"""Chat and completion with a model in this process: a model, its tokenizer and an engine behind one class.
 
-``LLM`` combines a model, its tokenizer and an engine. It encodes conversations as requests to the engine, and decodes
-the tokens of the engine to text. This module does not depend on terminals or HTTP.
+This module does not depend on terminals or HTTP.
 
     llm = LLM.load()                                           # the built-in model
     answer = llm.chat([{"role": "user", "content": "Tell me a story."}], max_tokens=200)
@@ -97,11 +96,10 @@ class LLM(AbstractContextManager["LLM"]):
                 of the available memory holds their key/value cache.
             cache_tokens: tokens in the key/value cache, which all running requests share; None: sixteen contexts, but
                 at most a quarter of the available memory.
-            kv_cache_dtype: float32, bfloat16, float16, int8 (half the memory of bfloat16), or auto: the dtype of
-                activations.
+            kv_cache_dtype: float32, bfloat16, float16, int8, or auto: the dtype of activations.
             block_size: tokens in a block of the cache.
-            chat_format: a name of ``moesaic list chat-formats``; "template": the checkpoint's own template, run in a
-                sandbox; None: the format is recognized from the checkpoint.
+            chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, run
+                in a sandbox; None: recognized from the checkpoint.
             limits: limits for running and waiting requests.
             progress: called with the bytes read so far and in total.
 
@@ -170,12 +168,9 @@ class LLM(AbstractContextManager["LLM"]):
         self.close()
 
     def encode_chat(self, messages: Messages, *, continue_final: bool = False, tools: Tools | None = None) -> list[int]:
-        """Return the token ids of the prompt for a conversation, up to the beginning of the answer.
+        """Return the prompt's token ids for a conversation, up to the beginning of an answer that may call ``tools``.
 
-        Args:
-            messages: the conversation.
-            continue_final: let the answer continue the last message, which is the assistant's.
-            tools: the tools that the answer may call.
+        With ``continue_final``, the answer continues the last message, which is the assistant's.
 
         Raises:
             InvalidMessages: the chat format cannot express the conversation.
@@ -201,11 +196,10 @@ class LLM(AbstractContextManager["LLM"]):
         """Return the token ids of a text.
 
         Args:
-            text: the text. If it begins with the name of the beginning-of-sequence token, that name is read as the
-                token: programs that write a chat format themselves often add it.
+            text: the text. A beginning-of-sequence token's name at its beginning is read as that token.
             bos: put the beginning-of-sequence token in front, unless the text begins with it.
-            marked: read the names of all special tokens as these tokens. It is for texts in which a program
-                wrote a chat format, and must not be used with text of users.
+            marked: read the names of all special tokens as these tokens. It is for chat formats that a program
+                wrote, and must not be used with text of users.
 
         Raises:
             InvalidRequest: the text is too long to fit; this is checked before it is tokenized.
@@ -216,19 +210,17 @@ class LLM(AbstractContextManager["LLM"]):
             ids = self.tokenizer.encode_marked(text)
             return [bos_id, *ids] if bos and bos_id is not None and ids[:1] != [bos_id] else ids
         name = self.tokenizer.piece(bos_id) if bos_id is not None else ""
-        begins_with_bos = bool(name) and text.startswith(name)
-        return self.tokenizer.encode(text[len(name) :] if begins_with_bos else text, bos=bos or begins_with_bos)
+        has_bos = bool(name) and text.startswith(name)
+        return self.tokenizer.encode(text[len(name) :] if has_bos else text, bos=bos or has_bos)
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
         """Return an embedding for each text, and the number of tokens in all texts.
 
-        An embedding is the mean of the last hidden states, scaled to length 1. Chat models are not trained for
-        embeddings; the vectors represent the topic of a text only roughly.
+        An embedding is the mean of the last hidden states, scaled to length 1. Chat models are not trained for it.
 
         Raises:
-            InvalidRequest: a text is empty.
-            InvalidParameter: a token id is not in the vocabulary.
+            InvalidRequest: a text is empty, or has a token id that is not in the vocabulary.
             PromptTooLong: a text has more tokens than the model supports.
         """
         prompts = [self.encode(text) if isinstance(text, str) else list(text) for text in texts]
@@ -247,9 +239,8 @@ class LLM(AbstractContextManager["LLM"]):
     def _check_length(self, characters: int) -> None:
         limit = MAX_CHARACTERS_PER_TOKEN * self.context
         if characters > limit:
-            raise InvalidRequest(
-                f"the prompt has {characters} characters, but {self.context} tokens hold at most {limit}"
-            )
+            problem = f"the prompt has {characters} characters, but {self.context} tokens hold at most {limit}"
+            raise InvalidRequest(problem)
 
     def submit(
         self,
@@ -271,12 +262,10 @@ class LLM(AbstractContextManager["LLM"]):
             ids: the token ids of the prompt.
             sampling: the sampling parameters.
             chat: the prompt is a conversation in the chat format; stop tokens and stop strings of the format apply.
-            priority: the priority of the request, as for ``Request``.
-            salt: the salt of the prefix cache, as for ``Request``.
+            priority, salt: the fields of ``Request``.
             skip_special: omit the names of special tokens from the text.
             begins: the answer begins a text, so that a leading space is dropped; None: the value of ``chat``.
-            grammar: the grammar of the answer. An answer that ends early by ``max_tokens`` or a stop string is a
-                prefix of a valid text.
+            grammar: the grammar of the answer; an answer that ends early is a prefix of a valid text.
             tools: the tools that the answer may or must call, the same as for ``encode_chat``.
             resume: the first tokens of each answer, after which it continues.
 

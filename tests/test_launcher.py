@@ -11,7 +11,7 @@ import pytest
 from moesaic import cli
 from moesaic.cli.launcher import PORT, TGI_PORT, Launch, translate
 from moesaic.cli.launcher_flags import TABLE
-from moesaic.cli.serving import books
+from moesaic.cli.serving import model_entries
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.llm import LLM
 from moesaic.loading import memory_needed
@@ -171,18 +171,18 @@ def test_secrets_are_not_said():
 def test_the_model_keeps_its_whole_name_as_another(tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.cli.serving.folder", lambda model: tmp_path)
     for line in ("--model-id org/name --revision v1", "--model-id org/name"):
-        [book] = books(launch(line).args)
-        assert (book.card.name, book.card.aliases) == ("name", ("org/name",))
+        [entry] = model_entries(launch(line).args)
+        assert (entry.info.name, entry.info.aliases) == ("name", ("org/name",))
     path = tmp_path / "a=b"
     path.mkdir()
-    [book] = books(launch(f"--model-id {path}").args)
-    assert (book.card.name, book.card.aliases) == ("a-b", ())
+    [entry] = model_entries(launch(f"--model-id {path}").args)
+    assert (entry.info.name, entry.info.aliases) == ("a-b", ())
 
 
 def test_memory_budget_counts_weights_and_cache(talker):
     line = f"--memory 20 --format q4 --cache-tokens 512 {talker}"
-    [book] = books(launch(line).args)
-    assert book.bytes == memory_needed(talker, weight_format="q4", cache_tokens=512)
+    [entry] = model_entries(launch(line).args)
+    assert entry.bytes == memory_needed(talker, weight_format="q4", cache_tokens=512)
 
 
 def test_every_flag_says_something_and_changes_what_exists():
