@@ -16,7 +16,7 @@ from typing import Any, Self
 from moesaic.console import saved
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, PromptTooLong
-from moesaic.llm import CHARACTERS_PER_TOKEN, LLM, Reply
+from moesaic.llm import LLM, MAX_CHARACTERS_PER_TOKEN, Reply
 from moesaic.text import chat
 from moesaic.text.chat import Message
 
@@ -285,7 +285,7 @@ class Conversation:
     def _count(self, messages: list[Message]) -> int:
         """Return the tokens of a prompt; of one that is far too long, any number that is too large."""
         characters = sum(len(message["content"]) for message in messages)
-        hopeless = characters > CHARACTERS_PER_TOKEN * self.llm.context
+        hopeless = characters > MAX_CHARACTERS_PER_TOKEN * self.llm.context
         return characters if hopeless else len(self._encode(messages))
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
