@@ -126,7 +126,7 @@ def test_bounds_and_what_info_tells():
     bounds = TgiBounds(**found.bounds)
     assert (bounds.max_best_of, bounds.max_total_tokens, bounds.max_input_tokens) == (3, 90, 40)
     assert not bounds.grammar and "TGI 1.3" not in said(found)
-    assert bounds.told == {"validation_workers": 5, "waiting_served_ratio": 1.2, "max_waiting_tokens": 9}
+    assert bounds.launcher_info == {"validation_workers": 5, "waiting_served_ratio": 1.2, "max_waiting_tokens": 9}
 
 
 @pytest.mark.parametrize(
