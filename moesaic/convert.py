@@ -41,7 +41,7 @@ def convert(
     layout = registry.load("checkpoints", to)
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise InvalidParameter("dst", f"{target} is inside the source folder; choose another folder")
-    with checkpoints.open(source) as checkpoint:
+    with checkpoints.open_checkpoint(source) as checkpoint:
         total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
 
         def report(count: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moesaic import __version__, cli
-from moesaic.checkpoints import open as open_checkpoint
+from moesaic.checkpoints import open_checkpoint
 from moesaic.llm import LLM
 
 

@@ -21,7 +21,7 @@ MAY = {
     "convert": {"checkpoints"},
     "memory": set(),
     "packed": {"memory", "checkpoints", "models", "formats"},
-    "loading": {"packed", "checkpoints", "models", "ops", "formats"},
+    "loading": {"memory", "packed", "checkpoints", "models", "ops", "formats"},
     "reply": {"engine", "text"},
     "backend": set(),
     "client": set(),

@@ -16,7 +16,7 @@ from typing import Any, Self
 from moesaic.console import conversation_file
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, PromptTooLong
-from moesaic.llm import CHARACTERS_PER_TOKEN, LLM, Reply
+from moesaic.llm import LLM, MAX_CHARACTERS_PER_TOKEN, Reply
 from moesaic.text import chat
 from moesaic.text.chat import Message
 
@@ -288,7 +288,7 @@ class Conversation:
     def _count(self, messages: list[Message]) -> int:
         """Return the number of tokens of a prompt; for a far too long prompt, its number of characters."""
         characters = sum(len(message["content"]) for message in messages)
-        too_long = characters > CHARACTERS_PER_TOKEN * self.llm.context
+        too_long = characters > MAX_CHARACTERS_PER_TOKEN * self.llm.context
         return characters if too_long else len(self._encode(messages))
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:

@@ -191,7 +191,7 @@ def test_llama_cpps_file_has_rotary_rows_as_neighbours_and_experts_stacked(work:
     tensors = {each.name: each for each in theirs._tensors(_model._config(SHAPE))}
     stored, ours = theirs._Stored(file), _safetensors.SafetensorsFiles([file])
     name = "model.layers.1.self_attn.k_proj.weight"
-    wanted = Rotary(Stored(ours, name), SHAPE.head_size, halves=False).read()
+    wanted = Rotary(Stored(ours, name), SHAPE.head_size, half_split=False).read()
     found = stored.read(tensors["blk.1.attn_k.weight"])
     assert torch.equal(torch.from_numpy(found).view(torch.bfloat16).reshape(wanted.shape), wanted)
     down = tensors["blk.0.ffn_down_exps.weight"]
