@@ -105,7 +105,7 @@ class LocalResponseStream:
 
     def __init__(self, replies: Sequence[Reply], marks: TokenInfoCache) -> None:
         self._replies, self._mark = replies, marks.of
-        given = sum(len(reply.request.given(reply.stream.index)) for reply in replies)
+        given = sum(len(reply.request.resumed_tokens(reply.stream.index)) for reply in replies)
         self._behind = BEHIND + given  # what was given comes at once
         self._begun: set[int] = set()
         self._events: deque[Event] = deque()
