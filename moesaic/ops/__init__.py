@@ -171,7 +171,7 @@ class Group:
 def linear(x: Tensor, weight: Packed) -> Tensor:
     """Return x [T, in] times weight [out, in] transposed: [T, out], in x's dtype."""
     trained = _needs_gradient(x, weight)
-    op = _pick_checked("linear", weight.name, trained, ("x",), x.device, x.dtype, ("weight",), weight.device)
+    op = _pick_checked("linear", weight.name, trained, x.dtype, x.device, weight.device)
     if x.shape[1:] != weight.shape[1:] or len(weight.shape) != 2:
         raise _mismatch("x", x.shape, f"[T, in] for a weight of shape {weight.shape}")
     return cast(Tensor, op(x, weight))
@@ -222,9 +222,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
         window: number of positions that a token sees, itself included; None: all.
     """
     op = _pick_checked(
-        *("attention", None, _needs_gradient(q, k, v), ("q", "k", "v"), q.device, q.dtype, ("k", "v", "batch")),
-        *(k.device, v.device, batch.positions.device, k.dtype, v.dtype),
+        *("attention", None, _needs_gradient(q, k, v), q.dtype),
+        *(q.device, k.device, v.device, batch.positions.device),
     )
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise InvalidParameter("k, v", f"are {k.dtype} and {v.dtype}, but q is {q.dtype}")
     if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[0] != batch.starts[-1]:
         shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
         raise _mismatch("q, k, v", shapes, f"[T, H, D], [T, G, D], [T, G, D] with T = {batch.starts[-1]}")
@@ -239,7 +241,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     RMSNorm, arXiv:1910.07467.
     """
     trained = _needs_gradient(x, weight)
-    op = _pick_checked("rms_norm", None, trained, ("x",), x.device, x.dtype, ("weight",), weight.device)
+    op = _pick_checked("rms_norm", None, trained, x.dtype, x.device, weight.device)
     if x.shape[-1:] != weight.shape:
         raise _mismatch("x", x.shape, f"[..., n] for a weight of shape {tuple(weight.shape)}")
     return cast(Tensor, op(x, weight, eps))
@@ -251,7 +253,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     RoPE, arXiv:2104.09864, in Hugging Face's half-split order; computed in float32, in x's dtype.
     """
     trained = _needs_gradient(x)
-    op = _pick_checked("rope", None, trained, ("x",), x.device, x.dtype, ("cos", "sin"), cos.device, sin.device)
+    op = _pick_checked("rope", None, trained, x.dtype, x.device, cos.device, sin.device)
     tokens, _, size = x.shape
     if cos.shape != (tokens, size // 2) or sin.shape != cos.shape or size % 2:
         raise _mismatch("cos, sin", (tuple(cos.shape), tuple(sin.shape)), f"[T, D/2] for x of shape {tuple(x.shape)}")
@@ -271,9 +273,7 @@ def truncate(logits: Tensor, settings: Tensor) -> Tensor:
         logits: [R, V] float32; -inf for forbidden tokens. At least one value of each row is finite.
         settings: [R, 5] float32: temperature > 0, k (0: off), p (1: off), min-p (0: off), typical-p (1: off).
     """
-    op = _pick_checked(
-        "truncate", None, False, ("logits",), logits.device, logits.dtype, ("settings",), settings.device
-    )
+    op = _pick_checked("truncate", None, False, logits.dtype, logits.device, settings.device)
     if settings.shape != (logits.shape[0], 5) or logits.dim() != 2:
         raise _mismatch("settings", settings.shape, f"[R, 5] for logits [R, V] of shape {tuple(logits.shape)}")
     return cast(Tensor, op(logits, settings))
@@ -285,7 +285,7 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     The softmax of a row divides [0, 1) among the tokens in the order of their ids. The result is the token whose
     interval contains numbers[r]; numbers [R] is float64 in [0, 1).
     """
-    op = _pick_checked("draw", None, False, ("logits",), logits.device, logits.dtype, ("numbers",), numbers.device)
+    op = _pick_checked("draw", None, False, logits.dtype, logits.device, numbers.device)
     if numbers.shape != logits.shape[:1] or logits.dim() != 2:
         raise _mismatch("numbers", numbers.shape, f"[R] for logits [R, V] of shape {tuple(logits.shape)}")
     return cast(Tensor, op(logits, numbers))
@@ -326,34 +326,28 @@ def _pick(op: str, device: torch.device, weight_format: WeightFormat, trained: b
     return cast(Callable[..., Any], getattr(registry.load("ops", name), op))
 
 
+ARGUMENTS = {
+    "linear": ("x", "weight"),
+    "attention": ("q", "k", "v", "batch"),
+    "rms_norm": ("x", "weight"),
+    "rope": ("x", "cos", "sin"),
+    "truncate": ("logits", "settings"),
+    "draw": ("logits", "numbers"),
+}
+"""Names of the arguments whose devices ``_pick_checked`` compares."""
+
+
 @functools.cache
 def _pick_checked(
-    op: str,
-    weight_format: str | None,
-    trained: bool,
-    floats: tuple[str, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    others: tuple[str, ...],
-    *properties: torch.device | torch.dtype,
+    op: str, weight_format: str | None, trained: bool, dtype: torch.dtype, device: torch.device, *others: torch.device
 ) -> Callable[..., Any]:
-    """Return the backend's function after checking devices and dtypes.
-
-    Args:
-        op, weight_format, trained: what ``_pick`` needs.
-        floats: names of the arguments that share ``dtype``, which must be a floating-point dtype.
-        device: device of the first argument.
-        others: names of the other arguments.
-        properties: device of each of the others, then the dtype of each argument of ``floats`` but the first.
-    """
+    """Return the backend's function after checking the dtype of the first argument and the devices of all."""
+    first, *names = ARGUMENTS[op]
     if not dtype.is_floating_point:
-        raise InvalidParameter(floats[0], f"is {dtype}, expected a floating-point dtype")
-    for name, other in zip(others, properties, strict=False):
+        raise InvalidParameter(first, f"is {dtype}, expected a floating-point dtype")
+    for name, other in zip(names, others, strict=True):
         if other != device:
-            raise InvalidParameter(name, f"is on {other}, but {floats[0]} is on {device}")
-    for name, other in zip(floats[1:], properties[len(others) :], strict=True):
-        if other != dtype:
-            raise InvalidParameter(name, f"is {other}, but {floats[0]} is {dtype}")
+            raise InvalidParameter(name, f"is on {other}, but {first} is on {device}")
     return _pick(op, device, weight_format, trained)
 
 

@@ -181,7 +181,7 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
     dtype, x = x.dtype, _native(x)
     (tokens, columns), out = x.shape, weight.shape[0]
     y = _answer(x, (tokens, out))
-    [data] = weight.parts().values()
+    [data] = weight._parameters.values()  # parts() would copy the dictionary
     _run(
         _Linear(formats()[weight.name], TYPES[x.dtype], tokens, columns, out, _address(x), _address(data), _address(y))
     )

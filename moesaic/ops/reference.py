@@ -213,7 +213,5 @@ TRUNCATIONS = ((temper, float("nan")), (top_k, 0.0), (top_p, 1.0), (min_p, 0.0),
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    mass = (
-        logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
-    )  # float32 would lose the tail
+    mass = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # float32 would lose the tail
     return torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True)[:, 0]
