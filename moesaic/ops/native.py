@@ -182,6 +182,7 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
     (tokens, columns), out = x.shape, weight.shape[0]
     y = _answer(x, (tokens, out))
     [data] = weight._parameters.values()  # parts() would copy the dictionary
+    assert data is not None
     _run(
         _Linear(formats()[weight.name], TYPES[x.dtype], tokens, columns, out, _address(x), _address(data), _address(y))
     )
