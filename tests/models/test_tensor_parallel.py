@@ -1,4 +1,4 @@
-"""Two ranks that hold half of a model each, joined by gloo, compute what one rank with the whole computes."""
+"""Two ranks with half of a model each, connected by gloo, give the results of one rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be said, as the engine sees it: constraints that know only ids, on the small model."""
+"""Grammar constraints in the engine: constraints over token ids, on the small model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EOS = 5
 
 
 class Table:
-    """Allows the ids that a table has for each place; ``whole``: the places where the answer may end."""
+    """A constraint that allows the ids of a table for each position; the answer may end at the positions ``whole``."""
 
     def __init__(self, table, whole=(), then=None):
         self.table, self.whole, self.then = table, whole, then
@@ -30,9 +30,9 @@ class Table:
         bits[list(self.at)] = True
         return np.packbits(bits, bitorder="little").view(np.int32)
 
-    def accept(self, id):
-        assert id in self.at
-        self.said.append(id)
+    def accept(self, token_id):
+        assert token_id in self.at
+        self.said.append(token_id)
 
     @property
     def may_end(self):
@@ -44,7 +44,7 @@ class Table:
 
 
 class Made:
-    """A factory that remembers what it made."""
+    """A factory that keeps the constraints it made."""
 
     def __init__(self, *args, **kwargs):
         self.args, self.kwargs, self.all = args, kwargs, []
@@ -77,19 +77,19 @@ def engine(model):
 
 
 SETS = [(7, 9, 30), (1, 2), tuple(range(20, 60)), (40,), (8, 60), tuple(range(EOS + 1, V))]
-"""The last word's bits are not all tokens: 61 is no multiple of 32."""
+"""Allowed ids by position. 61 is not a multiple of 32, so the last word of a mask has unused bits."""
 
 
 def oracle(model, prompt, sets):
     ids = list(prompt)
     with torch.inference_mode():
         for allowed in sets:
-            logits = model.logits(model(Batch.whole([ids]))[-1])
-            ids.append(max(allowed, key=lambda id: (float(logits[id]), -id)))
+            logits = model.logits(model(Batch.whole([ids]))[-1:])[0]
+            ids.append(max(allowed, key=lambda token_id: (float(logits[token_id]), -token_id)))
     return ids[len(prompt) :]
 
 
-def test_greedy_takes_the_likeliest_that_is_allowed(engine, model, prompts):
+def test_greedy_takes_the_likeliest_allowed_token(engine, model, prompts):
     for prompt in prompts:
         made = Made(SETS, whole=(len(SETS),))
         [(ids, done)] = answers(engine, ask(prompt, made))
@@ -98,25 +98,25 @@ def test_greedy_takes_the_likeliest_that_is_allowed(engine, model, prompts):
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.3}, {"typical_p": 0.4}, {"min_p": 0.2}])
-def test_what_is_drawn_is_allowed_whatever_truncates(engine, options):
-    # A bias and penalties that would have it otherwise.
+def test_draws_are_allowed_under_any_truncation(engine, options):
+    # A bias and penalties that favour forbidden tokens.
     wants = {"logit_bias": {3: 100, 9: -100}, "repetition_penalty": 1.5, "presence_penalty": 2.0}
     for seed in range(5):
         made = Made(SETS, whole=(len(SETS),))
         requests = ask((1, 2, 3), made, temperature=20.0, seed=seed, n=3, **options, **wants)
         for ids, done in answers(engine, requests):
-            assert all(id in allowed for id, allowed in zip(ids, SETS, strict=True))
+            assert all(token_id in allowed for token_id, allowed in zip(ids, SETS, strict=True))
             assert done.reason == "stop"
         assert len(made.all) == 3
         assert len({id(each) for each in made.all}) == 3
 
 
-def test_bias_still_chooses_among_what_is_allowed(engine):
+def test_bias_applies_among_allowed_tokens(engine):
     [(ids, _)] = answers(engine, ask((1, 2), Made([(7, 9, 30)] * 3, whole=(3,)), logit_bias={9: 100, 10: 100}))
     assert ids == [9, 9, 9]
 
 
-def test_an_end_comes_only_where_the_grammar_may_end(engine):
+def test_a_stop_id_needs_a_complete_answer(engine):
     def end_of(made, **sampling):
         [(ids, done)] = answers(engine, ask((1, 2), made, logit_bias={EOS: 100}, **sampling))
         return ids, done
@@ -132,25 +132,25 @@ def test_an_end_comes_only_where_the_grammar_may_end(engine):
     assert (ids, done.stop_id) == ([EOS], EOS)
 
 
-def test_the_grammar_wins_over_min_tokens(engine):
+def test_grammar_overrides_min_tokens(engine):
     made = Made([(7,), (8,)], whole=(2,))
     [(ids, done)] = answers(engine, ask((1,), made, min_tokens=6))
     assert (ids, done.reason) == ([7, 8], "stop")
-    # Only an id that would end the answer is left: it comes, though it is early.
+    # Only a stop id is allowed, so it is chosen before min_tokens.
     [(ids, done)] = answers(engine, ask((1,), Made([(7,), (8,)], whole=(2,)), min_tokens=6, stop_token_ids=(8,)))
     assert (ids, done.stop_id) == ([7, 8], 8)
     [(ids, _)] = answers(engine, ask((1,), Made([(7, 8), (9,)], whole=(2,)), min_tokens=6, stop_token_ids=(8,)))
     assert ids == [7, 9]
 
 
-def test_the_length_cuts(engine):
+def test_max_tokens_ends_the_answer(engine):
     [(ids, done)] = answers(engine, ask((1,), Made([(7,)] * 30, whole=(30,)), max_tokens=4))
     assert (ids, done.reason) == ([7] * 4, "length")
     [(ids, done)] = answers(engine, ask((1,), Made([(7,)] * 4, whole=(4,)), max_tokens=4))
     assert (ids, done.reason) == ([7] * 4, "stop")
 
 
-def test_where_nothing_is_allowed_that_answer_alone_ends_with_an_error(engine, prompts):
+def test_an_empty_mask_fails_only_its_answer(engine, prompts):
     alone = answers(engine, ask(prompts[0]))[0][0]
     dead, fine = engine.submit(ask(prompts[1], Made([(7,), ()]))), engine.submit(ask(prompts[0]))
     events = []
@@ -158,7 +158,7 @@ def test_where_nothing_is_allowed_that_answer_alone_ends_with_an_error(engine, p
         events.extend(iter(dead[0]))
     assert caught.value.status == 400
     assert [event.id for event in fine[0] if isinstance(event, Token)] == alone
-    # The first of three answers falls; the others, which waited for it to compute the prompt, fall by themselves.
+    # The first of three answers fails; the others, which waited for its prompt, fail on their own.
     for stream in engine.submit(ask(prompts[2], Made([()]), n=3)):
         with pytest.raises(GrammarError):
             list(stream)
@@ -167,7 +167,7 @@ def test_where_nothing_is_allowed_that_answer_alone_ends_with_an_error(engine, p
 
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
-def test_neighbours_get_the_very_same_tokens(engine, prompts, temperature):
+def test_other_sequences_get_the_same_tokens(engine, prompts, temperature):
     def plain(prompt, seed):
         return ask(prompt, temperature=temperature, seed=seed, repetition_penalty=1.2, max_tokens=12)
 
@@ -178,7 +178,7 @@ def test_neighbours_get_the_very_same_tokens(engine, prompts, temperature):
     assert [ids for ids, _ in answers(engine, *mixed)][::2] == alone
 
 
-def test_a_preempted_answer_is_the_same_and_each_token_entered_once(model, prompts):
+def test_preemption_does_not_repeat_accepted_tokens(model, prompts):
     sets = [tuple(range(6 + n % 3, 50 + n % 7)) for n in range(25)]
     engine = Engine(model, thread=False, poison=True, block_size=2, cache_tokens=80, limits=Limits(40, 8))
     made = [Made(sets, whole=(25,)) for _ in prompts]
@@ -189,10 +189,10 @@ def test_a_preempted_answer_is_the_same_and_each_token_entered_once(model, promp
     assert engine.stats().preemptions > 0
 
 
-def test_reported_logprobs_are_of_the_row_as_the_model_gave_it(engine, model):
+def test_reported_logprobs_ignore_the_grammar(engine, model):
     [stream] = engine.submit(ask((1, 2, 3), Made([(7, 9)], whole=(1,)), logprobs=2))
     token = next(stream)
     with torch.inference_mode():
-        row = model.logits(model(Batch.whole([[1, 2, 3]]))[-1]).log_softmax(-1)
+        row = model.logits(model(Batch.whole([[1, 2, 3]]))[-1:])[0].log_softmax(-1)
     assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-5)
-    assert [id for id, _ in token.top] == row.topk(2).indices.tolist()
+    assert [token_id for token_id, _ in token.top] == row.topk(2).indices.tolist()
