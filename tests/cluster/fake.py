@@ -12,7 +12,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, ModelInfo, ModelStats, PromptDone, TokenInfo
 from moesaic.errors import InvalidRequest, NumericalError, PromptTooLong
 
 LONGEST = 4000
@@ -20,7 +20,7 @@ SEED = 7
 """Of an answer that was asked for without one."""
 
 
-def prompt_of(ask: Ask) -> str:
+def prompt_of(ask: GenerationRequest) -> str:
     if ask.messages is not None:
         return str(ask.messages[-1]["content"])
     return str(ask.prompt)
@@ -41,12 +41,12 @@ def answer(prompt: str, seed: int = SEED, count: int = 16, index: int = 0) -> st
 
 
 class FakeAnswers:
-    """See ``door.Answers``."""
+    """See ``backend.ResponseStream``."""
 
     job = None
 
-    def __init__(self, door: Fake, ask: Ask) -> None:
-        self._door, self._ask = door, ask
+    def __init__(self, backend: Fake, ask: GenerationRequest) -> None:
+        self._backend, self._ask = backend, ask
         self._events: list[Event] = []
         self.cancelled = False
 
@@ -56,8 +56,8 @@ class FakeAnswers:
 
     def cancel(self) -> None:
         self.cancelled = True
-        if not self._door.stuck:  # as an engine that hangs hears nothing any more
-            self._door.running.discard(self)
+        if not self._backend.stuck:  # as an engine that hangs hears nothing any more
+            self._backend.running.discard(self)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         async for events in self._steps():
@@ -67,35 +67,35 @@ class FakeAnswers:
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
         """Yield what comes together; the ends come with the last tokens, as a door promises."""
-        door, ask = self._door, self._ask
+        backend, ask = self._backend, self._ask
         prompt, n, seed = prompt_of(ask), ask.sampling.get("n") or 1, ask.sampling.get("seed", SEED)
         most = ask.sampling.get("max_tokens") or 16
-        yield [Begun(index, (), len(prompt)) for index in range(n)]
+        yield [PromptDone(index, (), len(prompt)) for index in range(n)]
         for place in range(most):
             given = min(map(len, ask.resume), default=0)
             if place >= given:  # what was told is read with the prompt, in one step
-                await door.step(prompt, place)
+                await backend.step(prompt, place)
             events: list[Event] = []
             for index in range(n):
                 id = token(prompt, seed, index, place)
                 told = ask.resume[index] if index < len(ask.resume) else ()
                 if place < len(told):
                     assert told[place] == id, "an answer was resumed with what it never said"
-                events.append(Piece(index, text([id]), (Mark(id, text([id])),)))
+                events.append(Delta(index, text([id]), (TokenInfo(id, text([id])),)))
             if place == most - 1:
-                door.running.discard(self)
-                events += [Ended(index, "length", len(prompt), most) for index in range(n)]
+                backend.running.discard(self)
+                events += [Finished(index, "length", len(prompt), most) for index in range(n)]
             yield events
 
 
 class Fake:
-    """See ``door.Door``."""
+    """See ``backend.Backend``."""
 
     def __init__(self, model: str = "fake", seconds: float = 0.0) -> None:
         """Offer a model that takes so many seconds for a token."""
         self.model, self._seconds = model, seconds
         self.running: set[FakeAnswers] = set()
-        self.asked: list[Ask] = []
+        self.asked: list[GenerationRequest] = []
         self.steps = 0
         self.stuck = False
 
@@ -113,22 +113,22 @@ class Fake:
             await asyncio.sleep(0.05)
         self.steps += 1
 
-    def cards(self) -> Sequence[Card]:
-        return [Card(self.model, ("fake-alias",), context=LONGEST)]
+    def models(self) -> Sequence[ModelInfo]:
+        return [ModelInfo(self.model, ("fake-alias",), context=LONGEST)]
 
-    def load(self) -> Mapping[str, Load]:
-        return {self.model: Load(running=len(self.running), steps=self.steps)}
+    def stats(self) -> Mapping[str, ModelStats]:
+        return {self.model: ModelStats(running=len(self.running), steps=self.steps)}
 
-    async def ask(self, ask: Ask) -> FakeAnswers:
-        if len(prompt_of(ask)) > LONGEST:
-            raise PromptTooLong(len(prompt_of(ask)), LONGEST)
-        self.asked.append(ask)
-        answers = FakeAnswers(self, ask)
+    async def generate(self, request: GenerationRequest) -> FakeAnswers:
+        if len(prompt_of(request)) > LONGEST:
+            raise PromptTooLong(len(prompt_of(request)), LONGEST)
+        self.asked.append(request)
+        answers = FakeAnswers(self, request)
         self.running.add(answers)
         return answers
 
-    async def tokenize(self, ask: Ask) -> list[Mark]:
-        return [Mark(ord(each), each) for each in prompt_of(ask)]
+    async def tokenize(self, ask: GenerationRequest) -> list[TokenInfo]:
+        return [TokenInfo(ord(each), each) for each in prompt_of(ask)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))

@@ -77,8 +77,8 @@ def work(urls: list[str], name: str, slots: int, seconds: float, log: str, stall
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     try:
         kind = Stubborn if int(name[1:]) % 2 else Worker
-        door, key = Fake(seconds=seconds), os.environ.get("MOESAIC_WORKER_KEY")
-        asyncio.run(kind(door, urls, name=name, key=key, slots=slots, stall_seconds=stall).run())
+        backend, key = Fake(seconds=seconds), os.environ.get("MOESAIC_WORKER_KEY")
+        asyncio.run(kind(backend, urls, name=name, key=key, slots=slots, stall_seconds=stall).run())
     except MoesaicError as error:
         print(error, file=sys.stderr)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import aiohttp
 
-from moesaic.door import Ask, Begun, Ended, Event, Mark, Piece
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, TokenInfo
 
 BODY = {"messages": [{"role": "user", "content": "What time is it?"}], "stream": True}
 
@@ -36,7 +36,7 @@ class Clock:
         self._rest = Scripted()
         self.cards, self.load, self.close = self._rest.cards, self._rest.load, self._rest.close
 
-    async def ask(self, ask: Ask) -> Ticks:
+    async def generate(self, request: GenerationRequest) -> Ticks:
         return Ticks(self._gap, self._count)
 
 
@@ -56,24 +56,24 @@ class Ticks:
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         loop = asyncio.get_running_loop()
-        yield Begun(0)
+        yield PromptDone(0)
         at = loop.time()
         for place in range(self._count):
             at += self._gap
             await asyncio.sleep(at - loop.time())
-            yield Piece(0, f"{time.monotonic_ns()} ", (Mark(place, "x"),))
-        yield Ended(0, "length", 1, self._count)
+            yield Delta(0, f"{time.monotonic_ns()} ", (TokenInfo(place, "x"),))
+        yield Finished(0, "length", 1, self._count)
 
 
 def serve(port: int, rate: float, seconds: float) -> None:
     from moesaic.cli.loop import run_async
-    from moesaic.serve import front
+    from moesaic.serve import server
     from moesaic.serve.app import App
     from moesaic.serve.settings import Settings
 
     settings = Settings(port=port)
-    listening = front.bind(settings)
-    run_async(front.serve(App(Clock(rate, seconds), settings), listening))  # type: ignore[arg-type]
+    listening = server.bind(settings)
+    run_async(server.serve(App(Clock(rate, seconds), settings), listening))  # type: ignore[arg-type]
 
 
 async def read(session: aiohttp.ClientSession, url: str, delays: list[float]) -> int:
