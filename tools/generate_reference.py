@@ -1,4 +1,4 @@
-"""Write docs/reference/ from the code: commands, settings, environment, routes, metrics, errors, and what is supported.
+"""Write docs/reference/ from the code: commands, settings, environment, routes, metrics, errors, modules, and more.
 
     python -m tools.generate_reference            write the pages
     python -m tools.generate_reference --check    exit with 1 if a page is not current
@@ -241,6 +241,21 @@ def supported() -> str:
     return page("What this build supports", "`moesaic list` prints the first of these for an installation.", *parts)
 
 
+def modules() -> str:
+    """Return the first line of each module's docstring, read from the sources without importing them."""
+    folders: dict[str, list[tuple[str, str]]] = {}
+    for path in sorted((ROOT / "moesaic").rglob("*.py")):
+        about = prose((ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0])
+        folder = str(path.parent.relative_to(ROOT))
+        folders.setdefault(folder, []).append((f"`{path.name}`", about))
+    parts = [part for folder, rows in folders.items() for part in (f"## {folder}/", table(("file", "meaning"), rows))]
+    return page(
+        "Modules",
+        "Each file of the package in one line. [Architecture](../architecture.md) explains the parts.",
+        *parts,
+    )
+
+
 def pages() -> dict[str, str]:
     """Return the text of each page by its file name."""
     description, figures = surface()
@@ -250,6 +265,7 @@ def pages() -> dict[str, str]:
         "errors.md": error_page(),
         "http-api.md": http_api(description),
         "metrics.md": metrics(figures),
+        "modules.md": modules(),
         "settings.md": settings(),
         "supported.md": supported(),
     }

@@ -24,3 +24,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def prose(docstring: str) -> str:
     """Turn reStructuredText's double backquotes into Markdown's single ones."""
     return docstring.replace("``", "`")
+
+
+def slug(heading: str) -> str:
+    """Return the anchor of a heading, as GitHub and the site make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

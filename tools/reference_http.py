@@ -11,12 +11,12 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from moesaic import cli
-from tools.markdown import page, table
+from tools.markdown import page, slug, table
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 60
@@ -71,9 +71,9 @@ def http_api(description: dict[str, Any]) -> str:
     for group, rows in routes.items():
         parts += [f"## {group}", table(("route", "meaning", "body", "key"), rows)]
     parts += ["## Bodies", "Fields without a default are required."]
-    for name, schema in description["components"]["schemas"].items():
-        if schema.get("properties") and not name.startswith("_"):
-            parts += [f"### {short(name)}", table(("field", "type", "default"), body_rows(schema))]
+    schemas = {name: schema for name, schema in description["components"]["schemas"].items() if is_shown(name, schema)}
+    for name, schema in schemas.items():
+        parts += [f"### {short(name)}", table(("field", "type", "default"), body_rows(schema, schemas))]
     return page("HTTP routes", *parts)
 
 
@@ -109,26 +109,26 @@ def body_link(operation: dict[str, Any]) -> str:
     return f"[{name}](#{slug(name)})" if name else ""
 
 
-def slug(heading: str) -> str:
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+def is_shown(name: str, schema: dict[str, Any]) -> bool:
+    return bool(schema.get("properties")) and not name.startswith("_")
 
 
-def body_rows(schema: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def body_rows(schema: dict[str, Any], shown: Container[str]) -> Iterator[tuple[str, str, str]]:
     for name, kind in schema["properties"].items():
         default = json.dumps(kind["default"]) if "default" in kind else ""
-        yield f"`{name}`", kind_of(kind), f"`{default}`" if default else ""
+        yield f"`{name}`", kind_of(kind, shown), f"`{default}`" if default else ""
 
 
-def kind_of(schema: dict[str, Any]) -> str:
+def kind_of(schema: dict[str, Any], shown: Container[str]) -> str:
     if "$ref" in schema:
-        name = short(schema["$ref"].rpartition("/")[2])
-        return name if name.startswith("_") else f"[{name}](#{slug(name)})"
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{short(name)}](#{slug(short(name))})" if name in shown else "array"
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(kind_of(choice) for choice in schema["anyOf"]))
+        return " or ".join(dict.fromkeys(kind_of(choice, shown) for choice in schema["anyOf"]))
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     if schema.get("type") == "array" and isinstance(schema.get("items"), dict):
-        return f"array of {kind_of(schema['items'])}"
+        return f"array of {kind_of(schema['items'], shown)}"
     return str(schema.get("type", "any"))
 
 
