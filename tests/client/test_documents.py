@@ -1,4 +1,4 @@
-"""What docs/clients.md and the JavaScript client's own page show is run, against our server."""
+"""What docs/how-to/clients.md and the JavaScript client's own page show is run, against our server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.client.conftest import JS
 from tests.client.test_js import node
 from tests.test_docs import blocks
 
-PAGE = JS.parents[1] / "docs/clients.md"
+PAGE = JS.parents[1] / "docs/how-to/clients.md"
 HERE = "http://127.0.0.1:8000"
 
 

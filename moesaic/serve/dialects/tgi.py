@@ -1,8 +1,8 @@
 """Text Generation Inference's own routes: go on from a text, whole or token by token.
 
 A stream has one event for each token; the texts of all of them, joined, are ``generated_text``. Before the first
-byte an error is a status, in a stream it is an event and no end follows. Follows TGI 3.3's router; docs/tgi.md has
-what differs. Its OpenAI routes are OpenAI's here.
+byte an error is a status, in a stream it is an event and no end follows. Follows TGI 3.3's router;
+docs/how-to/migrate-from-tgi.md has what differs. Its OpenAI routes are OpenAI's here.
 """
 
 from __future__ import annotations
