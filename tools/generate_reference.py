@@ -161,7 +161,9 @@ def field_docs(kind: type) -> dict[str, str]:
 def environment() -> str:
     used = {name for path in (ROOT / "moesaic").rglob("*.py") for name in variables(path.read_text())} - INTERNAL
     if used != set(READ_HERE):
-        raise SystemExit(f"READ_HERE differs from what the code looks up: {sorted(used ^ set(READ_HERE))}")
+        raise SystemExit(
+            f"READ_HERE must list the variables that the code looks up; the difference is {sorted(used ^ set(READ_HERE))}"
+        )
     rows = {head: sorted(names.items()) for head, names in (("here", READ_HERE), ("libraries", READ_BY_LIBRARIES))}
     return page(
         "Environment variables",
@@ -199,7 +201,7 @@ def variables(source: str) -> Iterator[str]:
             yield constants[looked_up.id]
 
 
-# errors, and what this build has
+# errors, supported models and formats, modules
 
 
 def error_page() -> str:
@@ -219,8 +221,8 @@ def error_page() -> str:
 
 
 def supported() -> str:
-    def rows(what: str) -> list[Sequence[object]]:
-        return [(f"`{row['name']}`", prose(str(row["about"]))) for row in inventory.of(what)]
+    def rows(category: str) -> list[Sequence[object]]:
+        return [(f"`{row['name']}`", prose(str(row["about"]))) for row in inventory.of(category)]
 
     def files(folder: str) -> list[Sequence[object]]:
         names = registry.names(folder)
@@ -238,7 +240,9 @@ def supported() -> str:
         "Launchers": files("cluster/launch"),
     }
     parts = [part for heading, found in lists.items() for part in (f"## {heading}", table(("name", "meaning"), found))]
-    return page("What this build supports", "`moesaic list` prints the first of these for an installation.", *parts)
+    return page(
+        "Supported models, formats and APIs", "`moesaic list` prints the first of these for an installation.", *parts
+    )
 
 
 def modules() -> str:
