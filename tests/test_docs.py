@@ -32,7 +32,7 @@ PAGES = [
     ROOT / "clients/js/README.md",
 ]
 README = PAGES[0].read_text()
-PROGRAMS = [ROOT / "README.md", DOCS / "tutorial/first-conversation.md"]
+PROGRAMS = [ROOT / "README.md", DOCS / "tutorial/first-conversation.md", DOCS / "how-to/use-from-python.md"]
 
 FLAGS = {
     "chat": "chat-format context device dtype format json kv-cache-dtype max-tokens message min-p plain-text "

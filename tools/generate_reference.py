@@ -161,9 +161,7 @@ def field_docs(kind: type) -> dict[str, str]:
 def environment() -> str:
     used = {name for path in (ROOT / "moesaic").rglob("*.py") for name in variables(path.read_text())} - INTERNAL
     if used != set(READ_HERE):
-        raise SystemExit(
-            f"READ_HERE must list the variables that the code looks up; the difference is {sorted(used ^ set(READ_HERE))}"
-        )
+        raise SystemExit(f"READ_HERE is not what the code looks up; difference: {sorted(used ^ set(READ_HERE))}")
     rows = {head: sorted(names.items()) for head, names in (("here", READ_HERE), ("libraries", READ_BY_LIBRARIES))}
     return page(
         "Environment variables",
