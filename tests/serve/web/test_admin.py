@@ -110,10 +110,10 @@ def test_the_gateway_is_drained(open_page: Open, here: Site) -> None:
     page.get_by_role("button", name="Drain the gateway").click()
     page.get_by_role("button", name="Drain", exact=True).click()
     state(page, "takes nothing new")
-    assert here.server.app.draining
+    assert here.server.app.state.draining
     page.get_by_role("button", name="Take requests again").click()
     state(page, "takes requests")
-    assert not here.server.app.draining
+    assert not here.server.app.state.draining
 
 
 def test_the_key_is_asked_for_and_is_not_the_chats(open_page: Open, here: Site) -> None:
