@@ -17,7 +17,7 @@ import pytest
 import moesaic
 from moesaic import cli, registry
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import tales as tales
+from tests.support.documents import blocks
 from tools import generate_reference
 from tools.markdown import slug
 
@@ -66,10 +66,6 @@ FLAGS = {
     "bench": "",
 }
 """The flags of each command. Adding a flag is a decision, so it is made here too."""
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
 
 
 def console_lines(page: Path) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from moesaic.bench import report
 from moesaic.cluster import queue
 from moesaic.cluster.jobs import Bounds, Hold, Job, Store
-from tests.cluster.queue.server import Server
+from tests.support.postgres import Server
 
 BOUNDS = Bounds(queued=10**6, queued_per_tenant=10**6, queued_cost=10**12)
 
