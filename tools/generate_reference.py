@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import inspect
+import io
+import json
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -20,7 +23,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from moesaic import cli, errors, inventory, registry
+from moesaic import cli, errors, registry
 from tools.markdown import page, prose, table
 from tools.reference_http import http_api, metrics, surface
 
@@ -220,7 +223,9 @@ def error_page() -> str:
 
 def supported() -> str:
     def rows(category: str) -> list[Sequence[object]]:
-        return [(f"`{row['name']}`", prose(str(row["about"]))) for row in inventory.of(category)]
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            cli.main(["list", category, "--json"])
+        return [(f"`{row['name']}`", prose(row["about"])) for row in json.loads(shown.getvalue())]
 
     def files(folder: str) -> list[Sequence[object]]:
         names = registry.names(folder)
