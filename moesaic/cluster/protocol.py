@@ -1,7 +1,7 @@
 """What gateways, workers and job stores write to each other: events, requests and errors as JSON, and the messages.
 
 Both sides take the other for a stranger: what arrives is decoded by type, and a wrong message is an error of the tree.
-docs/cluster.md has the protocol field by field. Knows no HTTP.
+docs/reference/worker-protocol.md has the protocol field by field. Knows no HTTP.
 """
 
 from __future__ import annotations

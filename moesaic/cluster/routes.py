@@ -1,6 +1,6 @@
 """The gateway's own routes: for workers, and for clients who come back for what they asked.
 
-docs/cluster.md has the protocol. Knows HTTP and messages. Does not know what becomes of them.
+docs/reference/worker-protocol.md has the protocol. Knows HTTP and messages. Does not know what becomes of them.
 """
 
 from __future__ import annotations
