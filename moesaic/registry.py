@@ -1,7 +1,7 @@
 """The folder is the registry: a file's stem is the name under which it is known.
 
 Knows how to list and import the files of a registry folder (``formats``, ``ops``, ``models``,
-``checkpoints``, ``cluster/queue``). Does not know what they contain: the folder's ``__init__`` states the contract
+``checkpoints``, ``cluster/store``). Does not know what they contain: the folder's ``__init__`` states the contract
 and ``tests/test_contracts.py`` holds every file to it.
 """
 

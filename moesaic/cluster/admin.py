@@ -13,17 +13,17 @@ import msgspec
 
 from moesaic import __version__
 from moesaic.backend import ModelStats
-from moesaic.cluster import protocol as wire
-from moesaic.cluster.crew import Session
+from moesaic.cluster import wire
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Depth, Seen, State
+from moesaic.cluster.jobs import JobSnapshot, JobState, QueueDepth
+from moesaic.cluster.workers import WorkerSession
 from moesaic.errors import Conflict, InvalidParameter, NotFound
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.exchange import AnyResponse, Endpoint, RequestContext, Response
 from moesaic.serve.keys import Key
 
-STATES: tuple[State, ...] = get_args(State)
-MOST = 1000
+STATES: tuple[JobState, ...] = get_args(JobState)
+MAX_JOBS = 1000
 """Jobs in one list."""
 
 
@@ -99,7 +99,7 @@ class Job(msgspec.Struct, frozen=True):
     model: str
     kind: str
     key: str
-    state: State
+    state: JobState
     cost: int
     priority: int
     worker: str
@@ -112,7 +112,7 @@ class Job(msgspec.Struct, frozen=True):
 class Jobs(msgspec.Struct, frozen=True):
     """Jobs of one state, the newest first."""
 
-    state: State
+    state: JobState
     jobs: list[Job]
 
 
@@ -120,7 +120,7 @@ class Shown(msgspec.Struct, frozen=True, omit_defaults=True):
     """One job, how it ended, and of a dead one its request, if that was asked for."""
 
     job: Job
-    error: wire.Fault | None = None
+    error: wire.ErrorInfo | None = None
     request: msgspec.Raw | None = None
 
 
@@ -151,14 +151,14 @@ class KeyList(msgspec.Struct, frozen=True):
 
 def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     """Return the routes of a gateway for those with an admin's key."""
-    crew, jobs = _Crew(gateway), _Jobs(gateway)
+    crew, jobs = _WorkerRoutes(gateway), _JobRoutes(gateway)
 
     def route(method: str, path: str, run: Any, summary: str, **more: Any) -> Endpoint:
         return Endpoint(
             f"/admin/{path}", run, openai.failure, method=method, admin=True, summary=f"Admins: {summary}", **more
         )
 
-    listing = {"state": {"enum": list(STATES)}, "most": {"type": "integer", "minimum": 1, "maximum": MOST}}
+    listing = {"state": {"enum": list(STATES)}, "most": {"type": "integer", "minimum": 1, "maximum": MAX_JOBS}}
     return (
         route("GET", "status", crew.status, "the gateway at a glance."),
         route("POST", "drain", _drain, "take no new requests; what is queued is done."),
@@ -204,7 +204,7 @@ def _key(key: Key) -> KeyShown:
     return KeyShown(key.name, kind, *limits, key.priority, key.models)
 
 
-class _Crew:
+class _WorkerRoutes:
     """About workers."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -219,7 +219,7 @@ class _Crew:
                 "stopping" if app.stopping else "draining" if app.draining else "serving",
                 app.running - 1,  # without this one
                 len(gateway.crew),
-                sum(each.recruit.slots for each in gateway.crew.values()),
+                sum(each.info.slots for each in gateway.crew.values()),
                 sum(each.queued for each in depths),
                 sum(each.leased for each in depths),
                 sum(each.suspects for each in depths),
@@ -235,20 +235,20 @@ class _Crew:
         workers = [self._worker(each) for _, each in sorted(gateway.crew.items())]
         return Response(Workers(workers, sorted(gateway.drained), sorted(gateway.dismissed)))
 
-    def _worker(self, session: Session) -> Worker:
-        recruit = session.recruit
+    def _worker(self, session: WorkerSession) -> Worker:
+        info = session.info
         return Worker(
-            recruit.name,
-            recruit.owner,
+            info.name,
+            info.owner,
             session.models,
-            recruit.slots,
-            tuple(session.holds),
+            info.slots,
+            tuple(session.leases),
             dict(session.load),
-            dict(recruit.about),
+            dict(info.about),
             session.since,
-            max(0.0, self._gateway.clock() - session.heard),
+            max(0.0, self._gateway.clock() - session.last_seen),
             session.drained,
-            session.apart,
+            session.quarantined,
         )
 
     async def drain(self, call: RequestContext) -> AnyResponse:
@@ -264,7 +264,7 @@ class _Crew:
         return Response(Done(call.body.name, "dismissed"))
 
 
-class _Jobs:
+class _JobRoutes:
     """About jobs."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -276,9 +276,9 @@ class _Jobs:
             Queues([self._queue(name, depths.get(name)) for name in sorted({*self._gateway.known, *depths})])
         )
 
-    def _queue(self, model: str, depth: Depth | None) -> Queue:
+    def _queue(self, model: str, depth: QueueDepth | None) -> Queue:
         crew = [each for each in self._gateway.crew.values() if model in each.models]
-        depth, slots = depth or Depth(), sum(each.recruit.slots for each in crew)
+        depth, slots = depth or QueueDepth(), sum(each.info.slots for each in crew)
         return Queue(model, len(crew), slots, depth.queued, depth.leased, depth.suspects, depth.cost)
 
     async def listed(self, call: RequestContext) -> AnyResponse:
@@ -286,16 +286,16 @@ class _Jobs:
         state, most = given.get("state", "dead"), given.get("most", "100")
         if state not in STATES:
             raise InvalidParameter("state", f"is {state!r:.40}, expected one of {', '.join(STATES)}")
-        if not (most.isascii() and most.isdigit() and len(most) < 6 and 0 < int(most) <= MOST):
-            raise InvalidParameter("most", f"is {most!r:.20}, expected 1 to {MOST}")
-        return Response(Jobs(state, [_job(each) for each in await self._gateway.store.listed(state, int(most))]))
+        if not (most.isascii() and most.isdigit() and len(most) < 6 and 0 < int(most) <= MAX_JOBS):
+            raise InvalidParameter("most", f"is {most!r:.20}, expected 1 to {MAX_JOBS}")
+        return Response(Jobs(state, [_job(each) for each in await self._gateway.store.list_jobs(state, int(most))]))
 
     async def show(self, call: RequestContext) -> AnyResponse:
         seen = await self._look(call)
         asked = _query(call).get("request") == "true"
         if asked and seen.state != "dead":
             raise Conflict("what was asked is shown of dead jobs alone")
-        result = msgspec.json.decode(seen.result, type=wire.Result) if seen.result else wire.Result()
+        result = msgspec.json.decode(seen.result, type=wire.JobResult) if seen.result else wire.JobResult()
         return Response(Shown(_job(seen), result.error, msgspec.Raw(seen.job.body) if asked else None))
 
     async def cancel(self, call: RequestContext) -> AnyResponse:
@@ -308,15 +308,15 @@ class _Jobs:
             raise Conflict(f"the job is {seen.state}: only dead ones can be revived")
         return Response(Done(seen.job.id, "queued"))
 
-    async def _look(self, call: RequestContext) -> Seen:
+    async def _look(self, call: RequestContext) -> JobSnapshot:
         id = call.parameters["id"]
-        seen = await self._gateway.store.look(id)
+        seen = await self._gateway.store.snapshot(id)
         if seen is None:
             raise NotFound(f"there is no job {id!r:.60}")
         return seen
 
 
-def _job(seen: Seen) -> Job:
+def _job(seen: JobSnapshot) -> Job:
     job = seen.job
     return Job(
         job.id,
@@ -330,7 +330,7 @@ def _job(seen: Seen) -> Job:
         seen.attempts,
         seen.crashes,
         seen.logged,
-        seen.ahead,
+        seen.queue_position,
     )
 
 

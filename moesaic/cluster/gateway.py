@@ -21,13 +21,13 @@ from typing import Any
 import msgspec
 
 from moesaic.backend import Delta, Finished, GenerationRequest, ModelInfo, ModelStats, PromptDone, TokenInfo
-from moesaic.cluster import protocol
-from moesaic.cluster.chores import whole
-from moesaic.cluster.desk import LEASE_SECONDS, STALL_SECONDS, Progress
-from moesaic.cluster.jobs import Depth, Job, Seen, State, Store
-from moesaic.cluster.live import Following, Live
+from moesaic.cluster import wire
+from moesaic.cluster.active_jobs import ActiveJob, Subscription
+from moesaic.cluster.jobs import Job, JobSnapshot, JobState, QueueDepth, Store
+from moesaic.cluster.log_flusher import catch_up
+from moesaic.cluster.protocols import LEASE_SECONDS, STALL_SECONDS, JobProgress
 from moesaic.cluster.roster import Roster
-from moesaic.cluster.saving import catch_up
+from moesaic.cluster.tasks import shielded
 from moesaic.errors import Cancelled, MoesaicError, NotFound, Overloaded, PoisonedJob, Unavailable
 
 log = logging.getLogger("moesaic.cluster")
@@ -61,7 +61,7 @@ class Gateway(Roster):
         super().__init__(store, lease_seconds, stall_seconds)
         for name in models:
             self.known[name] = ModelInfo(name, state="unloaded")
-        self.depths: Mapping[str, Depth] = {}
+        self.depths: Mapping[str, QueueDepth] = {}
         store.listen(self._on_news)
         self.always(0.0, self._follow_others)
         self.background(self._sweep())
@@ -75,17 +75,17 @@ class Gateway(Roster):
     def stats(self) -> Mapping[str, ModelStats]:
         waiting = {name: ModelStats(waiting=depth.queued) for name, depth in self.depths.items()}
         return waiting | {
-            name: replace(load, waiting=load.waiting + self.depths.get(name, Depth()).queued)
+            name: replace(load, waiting=load.waiting + self.depths.get(name, QueueDepth()).queued)
             for name, load in self.loads().items()
         }
 
-    async def generate(self, request: GenerationRequest) -> Following:
-        live, known = await self._submit("ask", request, protocol.pack_ask)
-        live.once = bool(request.idempotency_key)
-        return Following(live, lambda: self._left(live), known=known)
+    async def generate(self, request: GenerationRequest) -> Subscription:
+        live, known = await self._submit("ask", request, wire.pack_request)
+        live.resumable = bool(request.idempotency_key)
+        return Subscription(live, lambda: self._left(live), known=known)
 
     async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
-        found = await self._done("tokenize", request, protocol.pack_ask)
+        found = await self._done("tokenize", request, wire.pack_request)
         return msgspec.convert(found, list[TokenInfo])
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
@@ -115,7 +115,7 @@ class Gateway(Roster):
                 return card
         raise NotFound(f"there is no model {name!r:.120}")
 
-    async def _submit(self, kind: str, request: GenerationRequest, pack: Any) -> tuple[Live, bool]:
+    async def _submit(self, kind: str, request: GenerationRequest, pack: Any) -> tuple[ActiveJob, bool]:
         card = self._card(request.model)
         asked = replace(request, model=card.name, idempotency_key="", sampling=dict(request.sampling))
         digest = hashlib.sha256(kind.encode() + pack(asked)).hexdigest() if request.idempotency_key else ""
@@ -152,8 +152,8 @@ class Gateway(Roster):
     async def _unwanted(self, id: str) -> None:
         await self.store.cancel(id)
 
-    def _new(self, id: str, model: str, tenant: str) -> Live:
-        return Live(id, model, tenant, unread_since=self.clock(), submitted=time.time())
+    def _new(self, id: str, model: str, tenant: str) -> ActiveJob:
+        return ActiveJob(id, model, tenant, unread_since=self.clock(), submitted=time.time())
 
     def _patience(self) -> float:
         """Return in about how many seconds there may be room, so that not all come again at once."""
@@ -164,7 +164,7 @@ class Gateway(Roster):
     async def _done(self, kind: str, request: GenerationRequest, pack: Any) -> Any:
         """Have something done that leaves no events, and return it."""
         live, _ = await self._submit(kind, request, pack)
-        following = Following(live, lambda: self._left(live))
+        following = Subscription(live, lambda: self._left(live))
         try:
             async for _ in following:
                 pass
@@ -172,11 +172,11 @@ class Gateway(Roster):
             following.cancel()
         return live.outcome
 
-    def _left(self, live: Live) -> None:
+    def _left(self, live: ActiveJob) -> None:
         """Nobody waits for an answer any more; who may come again is given a moment."""
         if not live.readers:
             live.unread_since = self.clock()
-            if not live.once and not live.ended:
+            if not live.resumable and not live.ended:
                 self.background(self._withdraw(live))
 
     async def revive(self, id: str, model: str) -> bool:
@@ -187,8 +187,8 @@ class Gateway(Roster):
             self.wake_idle(model)
         return revived
 
-    @whole
-    async def _withdraw(self, live: Live) -> State:
+    @shielded
+    async def _withdraw(self, live: ActiveJob) -> JobState:
         state = await self.store.cancel(live.id)
         if state == "cancelled":
             self.stop_job(live)
@@ -198,21 +198,21 @@ class Gateway(Roster):
     # The desk
 
     async def submit(self, request: GenerationRequest) -> str:
-        live, _ = await self._submit("ask", request, protocol.pack_ask)
-        live.once = True
+        live, _ = await self._submit("ask", request, wire.pack_request)
+        live.resumable = True
         live.unread_since = float("inf")  # whoever comes back with a number comes in his own time
         return live.id
 
-    async def follow(self, id: str, tenant: str) -> Following:
+    async def follow(self, id: str, tenant: str) -> Subscription:
         live = await self._find(id, tenant)
-        return Following(live, lambda: None, known=True)
+        return Subscription(live, lambda: None, known=True)
 
-    async def withdraw(self, id: str, tenant: str) -> State:
+    async def withdraw(self, id: str, tenant: str) -> JobState:
         return await self._withdraw(await self._find(id, tenant))
 
-    async def progress(self, id: str, tenant: str) -> Progress:
+    async def progress(self, id: str, tenant: str) -> JobProgress:
         live = await self._find(id, tenant)
-        seen = await self.store.look(id)
+        seen = await self.store.snapshot(id)
         if seen is None:
             raise NotFound(f"there is no job {id!r:.60}")
         count = 1 + max((event.index for event in live.events), default=0)
@@ -224,12 +224,12 @@ class Gateway(Roster):
                 tokens[event.index] += len(event.tokens)
         begun = (event.prompt_tokens for event in live.events if isinstance(event, PromptDone))
         slots = self.slots(live.model)
-        wait = None if not slots else self.seconds * (1 + seen.ahead / slots)
-        return Progress(
+        wait = None if not slots else self.seconds * (1 + seen.queue_position / slots)
+        return JobProgress(
             id,
             live.model,
             seen.state,
-            seen.ahead,
+            seen.queue_position,
             0.0 if live.ended else wait,
             tuple(texts),
             tuple(tokens),
@@ -244,15 +244,15 @@ class Gateway(Roster):
     def workers(self, model: str) -> int:
         return sum(model in session.models for session in self.crew.values())
 
-    async def _find(self, id: str, tenant: str) -> Live:
+    async def _find(self, id: str, tenant: str) -> ActiveJob:
         """Return a job, from the store if it must be; another tenant's is not there."""
         live = self.lives.get(id)
         if live is None:
-            seen = await self.store.look(id)
+            seen = await self.store.snapshot(id)
             if seen is None or seen.job.tenant != tenant:
                 raise NotFound(f"there is no job {id!r:.60}")
-            live = self.lives.setdefault(id, Live(id, seen.job.model, seen.job.tenant))
-            live.once, live.unread_since = True, float("inf")
+            live = self.lives.setdefault(id, ActiveJob(id, seen.job.model, seen.job.tenant))
+            live.resumable, live.unread_since = True, float("inf")
             await self._refresh(live)
         if live.tenant != tenant:
             raise NotFound(f"there is no job {id!r:.60}")
@@ -277,10 +277,10 @@ class Gateway(Roster):
                 with contextlib.suppress(Unavailable):
                     await self._refresh(live)
 
-    async def _refresh(self, live: Live) -> None:
+    async def _refresh(self, live: ActiveJob) -> None:
         """Catch up with the store."""
         live.looked_at = self.clock()
-        seen = await self.store.look(live.id)
+        seen = await self.store.snapshot(live.id)
         if seen is None:
             live.end(error=NotFound("the job was dropped"))
             return
@@ -312,7 +312,7 @@ class Gateway(Roster):
                 self.look_again([live.id])
 
 
-def conclude(live: Live, seen: Seen) -> None:
+def conclude(live: ActiveJob, seen: JobSnapshot) -> None:
     """Tell those who follow a job how it ended."""
     if seen.state == "cancelled":
         live.end(error=Cancelled("the request was taken back"))
@@ -320,8 +320,8 @@ def conclude(live: Live, seen: Seen) -> None:
     if seen.state == "dead":
         live.end(error=PoisonedJob("every worker that had this request died of it: it is not tried again"))
         return
-    result = msgspec.json.decode(seen.result, type=protocol.Result) if seen.result else protocol.Result()
-    error: MoesaicError | None = protocol.error_of(result.error) if result.error else None
+    result = msgspec.json.decode(seen.result, type=wire.JobResult) if seen.result else wire.JobResult()
+    error: MoesaicError | None = wire.to_error(result.error) if result.error else None
     live.end(result.outcome, error)
 
 

@@ -10,16 +10,16 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moesaic.cluster.crew import Session
-from moesaic.cluster.desk import Recruit
-from moesaic.cluster.foreman import Foreman
-from moesaic.cluster.jobs import Hold, Lease
+from moesaic.cluster.jobs import Lease, LeaseToken
+from moesaic.cluster.leases import LeaseManager
+from moesaic.cluster.protocols import WorkerInfo
+from moesaic.cluster.workers import WorkerSession
 from moesaic.errors import Forbidden, NotFound
 
 log = logging.getLogger("moesaic.cluster")
 
 
-class Roster(Foreman):
+class Roster(LeaseManager):
     """A foreman who is told who works."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
@@ -31,11 +31,13 @@ class Roster(Foreman):
         self.waited: Callable[[str, float], None] = lambda _model, _seconds: None
         """Told of each job, when it is first leased here, its model and how long that took."""
 
-    async def enlist(self, recruit: Recruit, holds: Sequence[Hold] = ()) -> Mapping[str, tuple[int, int] | None]:
-        if recruit.name in self.dismissed:
+    async def register(
+        self, info: WorkerInfo, leases: Sequence[LeaseToken] = ()
+    ) -> Mapping[str, tuple[int, int] | None]:
+        if info.name in self.dismissed:
             raise Forbidden("this worker was dismissed: an administrator of the gateway can let it in again")
-        known = await super().enlist(recruit, holds)
-        self._mark(recruit.name)
+        known = await super().register(info, leases)
+        self._mark(info.name)
         return known
 
     def drain_worker(self, name: str) -> None:
@@ -72,7 +74,7 @@ class Roster(Foreman):
         session = self.crew.get(name)
         if session is not None:
             session.drained = True  # else it would be given back at once what it is to give up
-            await self.release(name, [Hold(id, fence) for id, fence in session.holds.items()])
+            await self.release(name, [LeaseToken(id, fence) for id, fence in session.leases.items()])
         await self.dismiss(name)
 
     def _known(self, name: str) -> None:
@@ -85,7 +87,7 @@ class Roster(Foreman):
             session.drained = name in self.drained
             session.wake.set()
 
-    def _leased(self, session: Session, lease: Lease) -> Lease:
+    def _leased(self, session: WorkerSession, lease: Lease) -> Lease:
         live = self.lives.get(lease.job.id)
         first = live is not None and live.submitted > 0 and not live.begun
         given = super()._leased(session, lease)

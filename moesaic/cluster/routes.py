@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from moesaic.cluster import protocol as wire
-from moesaic.cluster.desk import RENEWS, Recruit
+from moesaic.cluster import wire
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Hold
+from moesaic.cluster.jobs import LeaseToken
+from moesaic.cluster.protocols import RENEW_FRACTION, WorkerInfo
 from moesaic.errors import Forbidden, InvalidParameter
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response
@@ -23,14 +23,14 @@ from moesaic.serve.keys import NOBODY
 
 MESSAGE_BYTES = 16 << 20
 """Of one message of a worker."""
-LONGEST_WAIT = 25.0
+MAX_WAIT_SECONDS = 25.0
 """Seconds that a worker's question stays open."""
-LONGEST_NAME = 128
+MAX_NAME_CHARS = 128
 
 
 def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     """Return the routes of a gateway."""
-    crew, jobs = _Crew(gateway), _Jobs(gateway)
+    crew, jobs = _WorkerRoutes(gateway), _JobRoutes(gateway)
 
     def route(path: str, run: Any, body: Any, summary: str, decode: Any = None) -> Endpoint:
         summary = f"Workers: {summary}"
@@ -39,12 +39,12 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         )
 
     return (
-        route("/worker/enlist", crew.enlist, wire.Enlist, "offer yourself."),
-        route("/worker/lease", crew.lease, wire.Want, "wait for something to do, or to stop."),
-        route("/worker/renew", crew.renew, wire.Renew, "keep what you have."),
-        route("/worker/tokens", crew.tokens, wire.Tokens, "send what has come.", decode_json_fast),
-        route("/worker/done", crew.done, wire.Done, "end a job."),
-        route("/worker/release", crew.release, wire.Release, "give back what you have."),
+        route("/worker/enlist", crew.register, wire.RegisterRequest, "offer yourself."),
+        route("/worker/lease", crew.lease, wire.LeaseRequest, "wait for something to do, or to stop."),
+        route("/worker/renew", crew.renew, wire.RenewRequest, "keep what you have."),
+        route("/worker/tokens", crew.tokens, wire.EventsRequest, "send what has come.", decode_json_fast),
+        route("/worker/done", crew.done, wire.FinishRequest, "end a job."),
+        route("/worker/release", crew.release, wire.ReleaseRequest, "give back what you have."),
         Endpoint("/v1/jobs/{id}", jobs.show, openai.failure, method="GET", summary="How far a job is."),
         Endpoint("/v1/jobs/{id}", jobs.withdraw, openai.failure, method="DELETE", summary="Take a job back."),
         Endpoint(
@@ -60,23 +60,23 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
 
 def _name(call: RequestContext, name: str) -> str:
     """Return a worker's name, which is its key's own: no worker can speak for another key's."""
-    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
-        raise InvalidParameter("name", f"is {name!r:.40}, expected up to {LONGEST_NAME} printable characters")
+    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+        raise InvalidParameter("name", f"is {name!r:.40}, expected up to {MAX_NAME_CHARS} printable characters")
     return name if call.key is NOBODY else f"{call.key.name}/{name}"
 
 
-def _holds(claims: tuple[wire.Claim, ...]) -> list[Hold]:
-    return [Hold(id, fence) for id, fence in claims]
+def _lease_tokens(claims: tuple[wire.LeaseClaim, ...]) -> list[LeaseToken]:
+    return [LeaseToken(id, fence) for id, fence in claims]
 
 
-class _Crew:
+class _WorkerRoutes:
     """What workers ask."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def enlist(self, call: RequestContext) -> AnyResponse:
-        said: wire.Enlist = call.body
+    async def register(self, call: RequestContext) -> AnyResponse:
+        said: wire.RegisterRequest = call.body
         refused = {card.name for card in said.cards} - set(call.key.models) if call.key.models else set()
         if refused:
             raise Forbidden(f"this key may not offer {', '.join(sorted(refused)):.100}")
@@ -84,20 +84,20 @@ class _Crew:
             raise InvalidParameter(
                 "cards" if said.slots > 0 else "slots", "a worker needs a model, and a slot for a job"
             )
-        recruit = Recruit(_name(call, said.name), said.cards, said.slots, said.about, call.key.name, said.run)
-        known, lease = await self._gateway.enlist(recruit, _holds(said.holds)), self._gateway.lease_seconds
-        return Response(wire.Enlisted(lease * RENEWS, lease, dict(known)))
+        info = WorkerInfo(_name(call, said.name), said.cards, said.slots, said.about, call.key.name, said.run)
+        known, lease = await self._gateway.register(info, _lease_tokens(said.leases)), self._gateway.lease_seconds
+        return Response(wire.RegisterResponse(lease * RENEW_FRACTION, lease, dict(known)))
 
     async def lease(self, call: RequestContext) -> AnyResponse:
-        said: wire.Want = call.body
+        said: wire.LeaseRequest = call.body
         name = _name(call, said.name)
         try:
-            orders = await self._gateway.lease(name, said.free, min(max(0.0, said.wait), LONGEST_WAIT))
+            orders = await self._gateway.lease(name, said.free, min(max(0.0, said.wait), MAX_WAIT_SECONDS))
         except asyncio.CancelledError:
             self._gateway.disconnected(name)
             raise
         leases = [
-            wire.Leased(
+            wire.LeasedJob(
                 lease.job.id,
                 lease.fence,
                 lease.job.kind,
@@ -107,39 +107,41 @@ class _Crew:
             )
             for lease in orders.leases
         ]
-        return Response(wire.Given(leases, list(orders.stop)))
+        return Response(wire.LeaseResponse(leases, list(orders.stop)))
 
     async def renew(self, call: RequestContext) -> AnyResponse:
-        said: wire.Renew = call.body
-        held = await self._gateway.renew(_name(call, said.name), _holds(said.holds), said.load)
-        return Response(wire.Renewed(dict(held)))
+        said: wire.RenewRequest = call.body
+        held = await self._gateway.renew(_name(call, said.name), _lease_tokens(said.leases), said.load)
+        return Response(wire.RenewResponse(dict(held)))
 
     async def tokens(self, call: RequestContext) -> AnyResponse:
-        said: wire.Tokens = call.body
+        said: wire.EventsRequest = call.body
         parts = {
-            Hold(part.id, part.fence): (part.start, [wire.from_wire(each) for each in part.events])
+            LeaseToken(part.id, part.fence): (part.start, [wire.from_wire(each) for each in part.events])
             for part in said.parts
         }
-        return Response(wire.Known(dict(await self._gateway.take(_name(call, said.name), parts))))
+        return Response(wire.EventsResponse(dict(await self._gateway.take(_name(call, said.name), parts))))
 
     async def done(self, call: RequestContext) -> AnyResponse:
-        said: wire.Done = call.body
+        said: wire.FinishRequest = call.body
         events = [wire.from_wire(each) for each in said.events]
-        error = wire.error_of(said.error) if said.error else None
-        hold = Hold(said.id, said.fence)
-        counted = await self._gateway.finish(_name(call, said.name), hold, said.start, events, said.outcome, error)
-        return Response(wire.Counted(counted))
+        error = wire.to_error(said.error) if said.error else None
+        lease_token = LeaseToken(said.id, said.fence)
+        counted = await self._gateway.finish(
+            _name(call, said.name), lease_token, said.start, events, said.outcome, error
+        )
+        return Response(wire.FinishResponse(counted))
 
     async def release(self, call: RequestContext) -> AnyResponse:
-        said: wire.Release = call.body
+        said: wire.ReleaseRequest = call.body
         name = _name(call, said.name)
-        await self._gateway.release(name, _holds(said.holds), leave=said.leave)
+        await self._gateway.release(name, _lease_tokens(said.leases), leave=said.leave)
         if said.leave:
             await self._gateway.dismiss(name)
         return Response({})
 
 
-class _Jobs:
+class _JobRoutes:
     """What clients ask about what they asked."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -153,11 +155,11 @@ class _Jobs:
                 "object": "job",
                 "model": progress.model,
                 "state": progress.state,
-                "ahead": progress.ahead,
+                "queue_position": progress.queue_position,
                 "estimate": progress.estimate,
                 "texts": progress.texts,
                 "tokens": progress.tokens,
-                "error": wire.fault(progress.error) if progress.error else None,
+                "error": wire.error_info(progress.error) if progress.error else None,
             }
         )
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import httpx
 
-from moesaic.cluster import admin, queue, routes
+from moesaic.cluster import admin, routes
 from moesaic.cluster.aime import clients, workers
 from moesaic.cluster.aime import settings as aime
-from moesaic.cluster.figures import Figures
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Bounds
+from moesaic.cluster.jobs import StoreLimits
+from moesaic.cluster.metrics import ClusterCollector
+from moesaic.cluster.store import open_store
 from moesaic.serve import keys
 from moesaic.serve.settings import Settings
 from tests.serve.conftest import Server, running
@@ -117,7 +118,7 @@ def site(
     keys.write(file, tuple(kept))
 
     async def made() -> Gateway:
-        return Gateway(await queue.open(str(folder / "jobs.sqlite"), Bounds(crashes=crashes)), ["fake"], lease)
+        return Gateway(await open_store(str(folder / "jobs.sqlite"), StoreLimits(crashes=crashes)), ["fake"], lease)
 
     def offered(gateway: Gateway) -> Any:
         known = aime.shipped()
@@ -125,7 +126,7 @@ def site(
         return (*routes.endpoints(gateway), *theirs, *admin.endpoints(gateway))
 
     who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
-    with running(made, settings, who, offered, figures=Figures) as server:
+    with running(made, settings, who, offered, figures=ClusterCollector) as server:
         command = [
             sys.executable,
             "-m",

@@ -29,8 +29,8 @@ from typing import Any
 
 import aiohttp
 
-from moesaic.cluster import queue
-from moesaic.cluster.jobs import Bounds
+from moesaic.cluster.jobs import StoreLimits
+from moesaic.cluster.store import open_store
 from tests.cluster.fake import answer
 from tests.cluster.nursery import Nursery
 
@@ -194,7 +194,7 @@ def counted(log: Path) -> tuple[int, int, int]:
 
 
 async def checked(where: str) -> tuple[str, dict[str, Any]]:
-    store = await queue.open(where, Bounds())
+    store = await open_store(where, StoreLimits())
     depths = {name: (depth.queued, depth.leased) for name, depth in (await store.depths()).items()}
     try:
         return await store.check(), depths

@@ -19,8 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moesaic.cluster.desk import STALL_SECONDS
-from moesaic.cluster.worker import Worker
+from moesaic.cluster.protocols import STALL_SECONDS
+from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve import logs
 from tests.cluster.fake import Fake

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic import cli
-from moesaic.cluster.worker import Worker
+from moesaic.cluster.worker.agent import Worker
 from moesaic.serve import keys
 from tests.cluster.crewed import Site, site, until
 from tests.cluster.fake import Fake, answer

@@ -16,9 +16,9 @@ import pytest
 import trustme
 
 from moesaic.cli import dialing
-from moesaic.cluster.jobs import Bounds
-from moesaic.cluster.queue._steps import Outcome, Statement
-from moesaic.cluster.worker import Worker
+from moesaic.cluster.jobs import StoreLimits
+from moesaic.cluster.store._program import Outcome, Statement
+from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import EngineStopped
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
@@ -83,7 +83,7 @@ def test_a_worker_that_was_stopped_comes_too_late(tmp_path):
 
 
 def test_an_engine_that_stands_still_loses_its_jobs_and_gets_no_more(tmp_path):
-    bounds = Bounds(crashes=1)
+    bounds = StoreLimits(crashes=1)
     with site(tmp_path / "jobs.sqlite", lease=1.0, stall=1.0, bounds=bounds) as found:
         hand = found.hire()
         hung = Stream(found.client, "HANG").end()
@@ -105,7 +105,7 @@ def test_a_worker_whose_engine_stands_still_ends(tmp_path):
             hand.future.result(30)
         eventually(lambda: found.gateway.lost == 1)
         stream.leave()
-        found.client.delete(f"/v1/jobs/{found.do(found.gateway.store.listed('queued'))[0].job.id}")
+        found.client.delete(f"/v1/jobs/{found.do(found.gateway.store.list_jobs('queued'))[0].job.id}")
         stream.end()
 
 
@@ -146,7 +146,7 @@ def test_one_poison_among_64_costs_seven_workers_and_no_innocent(tmp_path, how):
         assert bad.error is not None and "died of it" in bad.error["message"] and not bad.done
         assert found.seen(bad.job).state == "dead"
         assert made - 1 <= 7
-        [dead] = found.do(found.gateway.store.listed("dead"))
+        [dead] = found.do(found.gateway.store.list_jobs("dead"))
         again = found.client.get(f"/v1/jobs/{dead.job.id}").json()
         assert (again["state"], again["error"]["type"]) == ("dead", "PoisonedJob")
 
@@ -227,7 +227,7 @@ def test_the_wall_s_clock_decides_nothing(tmp_path, monkeypatch, days):
 
 def test_what_is_too_much_is_refused_at_once_and_what_was_accepted_ends(tmp_path):
     """L6: five times what there is room for."""
-    bounds = Bounds(queued=30, queued_per_tenant=30)
+    bounds = StoreLimits(queued=30, queued_per_tenant=30)
     with site(tmp_path / "jobs.sqlite", bounds=bounds) as found:
         found.hire(Fake(seconds=0.02), slots=4)
         replies = together(170, lambda n: ask(found.client, f"{n}"))
@@ -277,7 +277,7 @@ def test_two_hundred_workers_come_back_without_a_storm(tmp_path, monkeypatch):
     """F15."""
     count, begun = 200, list[tuple[str, int]]()
     tries = 0
-    was, enlist = Worker._begin, Worker._enlist
+    was, register = Worker._begin, Worker._register
 
     def begin(self: Worker, lease: Any) -> None:
         begun.append((lease.id, lease.fence))
@@ -286,7 +286,7 @@ def test_two_hundred_workers_come_back_without_a_storm(tmp_path, monkeypatch):
     async def counted(self: Worker) -> None:
         nonlocal tries
         tries += 1
-        await enlist(self)
+        await register(self)
 
     monkeypatch.setattr(Worker, "_begin", begin)
     monkeypatch.setattr(Worker, "_enlist", counted)

@@ -15,7 +15,7 @@ import pytest
 
 from moesaic.backend import ModelStats
 from moesaic.cluster import gateway as gateways
-from moesaic.cluster import protocol as wire
+from moesaic.cluster import wire
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.cluster.asking import Stream, ask, body, text
@@ -218,7 +218,7 @@ def test_a_job_can_be_looked_at_and_read_again(plain):
     stream = Stream(plain.client, count=10)
     eventually(lambda: len(stream.pieces) > 2)
     shown = plain.client.get(f"/v1/jobs/{stream.job}").json()
-    assert (shown["state"], shown["model"], shown["ahead"]) == ("leased", "fake", 0)
+    assert (shown["state"], shown["model"], shown["queue_position"]) == ("leased", "fake", 0)
     assert answer("Hi", count=10).startswith(shown["texts"][0]) and shown["tokens"][0] >= 2
     following = events(plain.client, stream.job)  # until its end
     assert stream.end().done
@@ -246,7 +246,7 @@ def test_a_job_that_is_taken_back_stops_where_it_runs(plain):
     assert plain.seen(stream.job).state == "cancelled"
     assert plain.client.get(f"/v1/jobs/{stream.job}").json()["error"]["type"] == "Cancelled"
     assert ask(plain.client).status_code == 200
-    assert plain.depths() == (0, 0) and not plain.gateway.crew["w0"].holds
+    assert plain.depths() == (0, 0) and not plain.gateway.crew["w0"].leases
 
 
 @pytest.mark.parametrize("slots", [1, 4])
@@ -261,7 +261,7 @@ def test_who_leaves_takes_the_request_back(plain, slots):
     eventually(lambda: plain.depths() == (0, 0) and not hand.backend.running)
     assert plain.seen(first.job).state == "cancelled"
     first.end()
-    assert [each.state for each in plain.do(plain.gateway.store.listed("cancelled"))] == ["cancelled"] * 2
+    assert [each.state for each in plain.do(plain.gateway.store.list_jobs("cancelled"))] == ["cancelled"] * 2
 
 
 def test_who_leaves_and_may_come_again_finds_the_answer(plain):
@@ -313,7 +313,7 @@ def test_jobs_are_their_key_s_alone(guarded):
 
 
 def test_workers_keys_open_workers_routes_and_no_others(guarded):
-    said = wire.Enlist("w", (), 1)
+    said = wire.RegisterRequest("w", (), 1)
     for key, path, asked, status in (
         (ANNA, "/worker/enlist", said, 403),
         (WORKER, "/v1/completions", body(), 403),
@@ -352,7 +352,7 @@ def test_a_worker_that_drains_ends_what_runs_and_takes_nothing_new(plain):
     hand.drain()
     eventually(lambda: plain.depths() == (2, 0))
     assert sum(stream.done for stream in streams) == 2
-    assert {each.crashes for each in plain.do(plain.gateway.store.listed("queued"))} == {0}
+    assert {each.crashes for each in plain.do(plain.gateway.store.list_jobs("queued"))} == {0}
     plain.hire()
     assert sorted(stream.end().text for stream in streams) == sorted(answer(f"{n}", count=10) for n in range(4))
     assert len(hand.backend.asked) == 2 and plain.gateway.lost == 0
@@ -363,7 +363,7 @@ def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain)
     stream = Stream(plain.client, count=30)
     eventually(lambda: len(stream.pieces) > 3)
     hand.drain(0.0)
-    [seen] = plain.do(plain.gateway.store.listed("queued"))
+    [seen] = plain.do(plain.gateway.store.list_jobs("queued"))
     assert (seen.crashes, seen.attempts) == (0, 1) and seen.logged > 3
     second = plain.hire()
     assert stream.end().text == answer("Hi", count=30)
@@ -422,6 +422,6 @@ def test_nothing_is_left_of_ended_jobs(plain):
     plain.hire()
     for n in range(20):
         ask(plain.client, f"{n}")
-    assert not plain.gateway.crew["w0"].holds
+    assert not plain.gateway.crew["w0"].leases
     eventually(lambda: not plain.gateway.lives)
     assert plain.do(plain.gateway.store.check()) == "ok"

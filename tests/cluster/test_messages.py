@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moesaic.backend import ModelInfo
-from moesaic.cluster.desk import Recruit
-from moesaic.cluster.jobs import Beat, Hold
+from moesaic.cluster.jobs import LeaseStatus, LeaseToken
+from moesaic.cluster.protocols import WorkerInfo
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.cluster.asking import Stream
@@ -69,8 +69,8 @@ class Scene:
         told = self.site.do(self.site.gateway.store.log(self.id))
         return seen, told, list(live.events), live.worker, live.ended
 
-    def beat(self) -> Beat:
-        [found] = self.site.do(self.site.gateway.store.beats())
+    def beat(self) -> LeaseStatus:
+        [found] = self.site.do(self.site.gateway.store.active_leases())
         return found
 
 
@@ -195,26 +195,26 @@ def test_whoever_comes_again_is_not_given_more_than_its_slots(tmp_path):
     """As the same process, or another of that name: what it still has counts."""
     with site(tmp_path / "jobs.sqlite", lease=600.0) as found:
         gateway, card = found.gateway, ModelInfo("fake")
-        recruit = Recruit("w", (card,), slots=2, run="1")
-        found.do(gateway.enlist(recruit))
+        info = WorkerInfo("w", (card,), slots=2, run="1")
+        found.do(gateway.register(info))
         streams = [Stream(found.client, f"{n}") for n in range(4)]
         eventually(lambda: found.depths() == (4, 0))
         leases = found.do(gateway.lease("w", 2, 0)).leases
-        holds = [Hold(lease.job.id, lease.fence) for lease in leases]
+        holds = [LeaseToken(lease.job.id, lease.fence) for lease in leases]
         assert len(holds) == 2
         for run in ("1", "2"):
-            known = found.do(gateway.enlist(Recruit("w", (card,), slots=2, run=run), holds))
-            assert known == {hold.id: (0, 0) for hold in holds}
+            known = found.do(gateway.register(WorkerInfo("w", (card,), slots=2, run=run), holds))
+            assert known == {lease_token.id: (0, 0) for lease_token in holds}
             assert found.do(gateway.lease("w", 2, 0)).leases == ()
         assert found.depths() == (2, 2)
         # An answer that never reached the process: nobody is to blame, and another process's loss is one.
-        found.do(gateway.enlist(Recruit("w", (card,), slots=2, run="2"), holds[:1]))
+        found.do(gateway.register(WorkerInfo("w", (card,), slots=2, run="2"), holds[:1]))
         assert found.seen(holds[1].id).crashes == 0 and gateway.lost == 0
-        found.do(gateway.enlist(Recruit("w", (card,), slots=2, run="3")))
+        found.do(gateway.register(WorkerInfo("w", (card,), slots=2, run="3")))
         assert found.seen(holds[0].id).crashes == 1 and gateway.lost == 1
         for stream in streams:
             found.client.delete(f"/v1/jobs/{stream.job}" if stream.headers else "/v1/jobs/x")
-        for seen in found.do(gateway.store.listed("queued")):
+        for seen in found.do(gateway.store.list_jobs("queued")):
             found.do(gateway.withdraw(seen.job.id, ""))
         for stream in streams:
             stream.end()

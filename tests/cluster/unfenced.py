@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 
 from moesaic import cli
-from moesaic.cluster import foreman
-from moesaic.cluster.queue import _operations
+from moesaic.cluster import leases
+from moesaic.cluster.store import _operations
 
 if __name__ == "__main__":
     _operations._holds = lambda job, fence: job.state == "leased"
-    foreman._is_whose = lambda seen, worker, hold: True
-    foreman.Foreman._is_here = lambda self, worker, hold: hold.id in self.lives  # type: ignore[method-assign]
+    leases._is_whose = lambda seen, worker, lease_token: True
+    leases.LeaseManager._is_here = lambda self, worker, lease_token: lease_token.id in self.lives  # type: ignore[method-assign]
     sys.exit(cli.main(sys.argv[1:]))

@@ -19,20 +19,20 @@ from urllib.parse import parse_qsl
 
 from moesaic.backend import ModelInfo, ModelStats, ResponseStream
 from moesaic.cluster.aime.conversation import asked
+from moesaic.cluster.aime.credentials import Credentials
 from moesaic.cluster.aime.parameters import checked
 from moesaic.cluster.aime.settings import Definition, model_of, together
-from moesaic.cluster.aime.visitors import Visitors
-from moesaic.cluster.desk import Desk, Progress
+from moesaic.cluster.protocols import JobProgress, JobService
 from moesaic.errors import Forbidden, InvalidRequest, MoesaicError, NotFound, Unauthorized
 from moesaic.serve.dialects._openai import frame
 from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, Failure, RequestContext, Response
 from moesaic.serve.keys import Key
 
-ENDED = ("done", "failed", "cancelled", "dead")
+ENDED_STATES = ("done", "failed", "cancelled", "dead")
 STATES = {"queued": "queued", "leased": "processing"}
-PACE = 0.2
+STREAM_SECONDS = 0.2
 """Seconds between events of a stream: each has the whole text so far."""
-CHARGED = 10_000
+MAX_CHARGED_JOBS = 10_000
 """Jobs of which it is known what their keys were charged."""
 QUERY = {name: {"type": "string"} for name in ("job_id", "key", "client_session_auth_key")}
 STATUSES = {402: "Not with this key, or there is no such job."}
@@ -40,7 +40,7 @@ STATUSES = {402: "Not with this key, or there is no such job."}
 
 
 @dataclass(frozen=True)
-class Stand:
+class ModelStatus:
     """How an endpoint's model stands now."""
 
     model: str
@@ -50,12 +50,12 @@ class Stand:
     """How many offer it."""
 
 
-class Clients:
+class ClientRoutes:
     """What all endpoints share."""
 
-    def __init__(self, desk: Desk, definitions: Sequence[Definition]) -> None:
+    def __init__(self, desk: JobService, definitions: Sequence[Definition]) -> None:
         self.desk, self.definitions = desk, together(definitions)
-        self.visitors = Visitors(definitions)
+        self.visitors = Credentials(definitions)
         self._charged: OrderedDict[str, int] = OrderedDict()
 
     def endpoints(self) -> list[Endpoint]:
@@ -68,28 +68,28 @@ class Clients:
             ]
         out.append(_open("/stream_progress", self.stream, "GET", "How far a job is, as it goes (AIME).", query=QUERY))
         for each in self.definitions:
-            out += At(self, each).endpoints()
+            out += EndpointRoutes(self, each).endpoints()
         return out
 
-    def stand(self, call: RequestContext, definition: Definition) -> Stand:
+    def stand(self, call: RequestContext, definition: Definition) -> ModelStatus:
         """Return how an endpoint's model stands."""
         cards = call.backend.models()
         name = model_of(definition, cards)
         card = next((each for each in cards if name == each.name or name in each.aliases), None)
         name = card.name if card else name
-        return Stand(name, card, call.backend.stats().get(name, ModelStats()), self.desk.workers(name))
+        return ModelStatus(name, card, call.backend.stats().get(name, ModelStats()), self.desk.workers(name))
 
     async def validate_key(self, call: RequestContext) -> AnyResponse:
         """Say whether a key is known."""
         try:
-            self.visitors.owner(call, given(call))
+            self.visitors.owner(call, request_values(call))
         except Unauthorized:
             return Response({"success": False, "error": "Key not valid"})
         return Response({"success": True, "error": None})
 
     async def listed(self, call: RequestContext) -> AnyResponse:
         """Return the endpoints' names; with a key, if that is known."""
-        values = given(call)
+        values = request_values(call)
         if values.get("key"):
             try:
                 self.visitors.owner(call, values)
@@ -99,25 +99,25 @@ class Clients:
 
     async def stream(self, call: RequestContext) -> AnyResponse:
         """Stream a job's progress from where AIME's JavaScript client looks for it."""
-        key = self.visitors.owner(call, given(call))
-        found = await self.desk.progress(given(call).get("job_id", ""), key.name)
+        key = self.visitors.owner(call, request_values(call))
+        found = await self.desk.progress(request_values(call).get("job_id", ""), key.name)
         cards = call.backend.models()
         fitting = [each for each in self.definitions if model_of(each, cards) == found.model]
-        return await At(self, (fitting or self.definitions)[0]).stream(call)
+        return await EndpointRoutes(self, (fitting or self.definitions)[0]).stream(call)
 
-    def charge(self, call: RequestContext, key: Key, found: Progress) -> None:
+    def charge(self, call: RequestContext, key: Key, found: JobProgress) -> None:
         """Take from a key's share what a job has cost since it was last looked at."""
         cost = _generated(found) + found.prompt_tokens
         call.app.keys.charge(key, max(0, cost - self._charged.pop(found.id, 0)))
         self._charged[found.id] = cost
-        if len(self._charged) > CHARGED:
+        if len(self._charged) > MAX_CHARGED_JOBS:
             self._charged.popitem(last=False)
 
 
-class At:
+class EndpointRoutes:
     """The routes of one endpoint."""
 
-    def __init__(self, clients: Clients, definition: Definition) -> None:
+    def __init__(self, clients: ClientRoutes, definition: Definition) -> None:
         self._clients, self._desk, self._definition = clients, clients.desk, definition
 
     def endpoints(self) -> list[Endpoint]:
@@ -142,13 +142,13 @@ class At:
 
     async def login(self, call: RequestContext) -> AnyResponse:
         """Begin a session."""
-        values = given(call)
+        values = request_values(call)
         try:
             key = self._clients.visitors.owner(call, values, self._definition)
         except (Unauthorized, Forbidden) as error:
             return Response({"success": False, "error": str(error)})
         shown = {"client_session_auth_key": self._clients.visitors.begin_session(key), "key": values.get("key")}
-        return Response({"success": True, "ep_version": self._definition.version, **shown}, headers=UNKEPT)
+        return Response({"success": True, "ep_version": self._definition.version, **shown}, headers=NO_STORE)
 
     async def details(self, call: RequestContext) -> AnyResponse:
         """Tell what the endpoint takes, and how busy it is; nothing of who does its work."""
@@ -194,7 +194,7 @@ class At:
         self._clients.charge(call, key, found)
         return Response(self._result(found, now.card))
 
-    async def _waited(self, job: str, key: Key) -> Progress:
+    async def _waited(self, job: str, key: Key) -> JobProgress:
         """Return a job that has ended. It is taken back if whoever waits leaves: nobody knows its id."""
         try:
             while True:
@@ -203,9 +203,9 @@ class At:
                         async for _ in answers:
                             pass
                 found = await self._desk.progress(job, key.name)
-                if found.state in ENDED:
+                if found.state in ENDED_STATES:
                     return found
-                await asyncio.sleep(PACE)
+                await asyncio.sleep(STREAM_SECONDS)
         except BaseException:
             with contextlib.suppress(MoesaicError):
                 await asyncio.shield(self._desk.withdraw(job, key.name))
@@ -222,7 +222,7 @@ class At:
 
     async def progress(self, call: RequestContext) -> AnyResponse:
         """Tell how far a job is; take it back first if that is asked for."""
-        values = given(call)
+        values = request_values(call)
         key = self._clients.visitors.owner(call, values, self._definition)
         job = values.get("job_id")
         if not isinstance(job, str) or not job:
@@ -230,11 +230,11 @@ class At:
         try:
             if any(values.get(name) in (True, "true", "True") for name in ("canceled", "cancel")):
                 await self._desk.withdraw(job, key.name)
-            return Response(self._shown(call, key, await self._looked(job, key)), headers=UNKEPT)
+            return Response(self._shown(call, key, await self._looked(job, key)), headers=NO_STORE)
         except NotFound:
             return self._refused(402, [f"Client has no active request with this job id {job[:80]}"])
 
-    async def _looked(self, job: str, key: Key) -> Progress:
+    async def _looked(self, job: str, key: Key) -> JobProgress:
         """Return how far a job is; one that has waited longer than the endpoint allows is taken back."""
         found = await self._desk.progress(job, key.name)
         waited = time.time() - found.submitted if found.submitted else 0.0
@@ -256,23 +256,23 @@ class At:
 
     async def stream(self, call: RequestContext) -> AnyResponse:
         """Stream a job's progress: the same as by asking, an event for each."""
-        values = given(call)
+        values = request_values(call)
         key = self._clients.visitors.owner(call, values, self._definition)
         job = str(values.get("job_id") or "")
         return EventStream(self._frames(call, key, await self._looked(job, key)))
 
-    async def _frames(self, call: RequestContext, key: Key, found: Progress) -> AsyncIterator[bytes]:
+    async def _frames(self, call: RequestContext, key: Key, found: JobProgress) -> AsyncIterator[bytes]:
         clock = asyncio.get_running_loop().time
         while True:
             shown = self._shown(call, key, found)
             yield frame({**shown, **shown.get("progress", {})})
-            if found.state in ENDED:
+            if found.state in ENDED_STATES:
                 return
             shown_at = clock()
             with contextlib.suppress(MoesaicError):
                 async with self._following(found.id, key) as answers:
                     async for _ in answers:
-                        if clock() - shown_at < PACE:
+                        if clock() - shown_at < STREAM_SECONDS:
                             continue
                         shown = self._shown(call, key, await self._desk.progress(found.id, key.name))
                         if shown["job_state"] == "done":
@@ -280,20 +280,20 @@ class At:
                         yield frame({**shown, **shown["progress"]})
                         shown_at = clock()
             found = await self._desk.progress(found.id, key.name)
-            if found.state not in ENDED:
-                await asyncio.sleep(PACE)
+            if found.state not in ENDED_STATES:
+                await asyncio.sleep(STREAM_SECONDS)
 
     # What is told
 
-    def _shown(self, call: RequestContext, key: Key, found: Progress) -> dict[str, Any]:
+    def _shown(self, call: RequestContext, key: Key, found: JobProgress) -> dict[str, Any]:
         self._clients.charge(call, key, found)
         now = self._clients.stand(call, self._definition)
         shown = {"success": True, "job_id": found.id, "ep_version": self._definition.version}
-        if found.state in ENDED:
+        if found.state in ENDED_STATES:
             return shown | {"job_result": self._result(found, now.card), "job_state": "done"}
         progress: dict[str, Any] = {
             "job_id": found.id,
-            "queue_position": found.ahead + 1 if found.state == "queued" else 0,
+            "queue_position": found.queue_position + 1 if found.state == "queued" else 0,
             "estimate": -1 if found.estimate is None or not now.workers else round(found.estimate, 1),
             "num_workers_online": now.workers,
             "progress": _generated(found),
@@ -304,7 +304,7 @@ class At:
             progress["progress_data"] = {name: outputs[name] for name in self._definition.progress if name in outputs}
         return shown | {"job_state": STATES[found.state], "progress": progress}
 
-    def _result(self, found: Progress, card: ModelInfo | None) -> dict[str, Any]:
+    def _result(self, found: JobProgress, card: ModelInfo | None) -> dict[str, Any]:
         """Return what a job has come to; times in seconds, those that are not known left out."""
         failed = found.state != "done"
         out: dict[str, Any] = {"success": not failed, "job_id": found.id, "ep_version": self._definition.version}
@@ -327,17 +327,17 @@ class At:
         return Response({"success": False, "error": error, "ep_version": self._definition.version}, status)
 
 
-UNKEPT = {"cache-control": "no-store"}
+NO_STORE = {"cache-control": "no-store"}
 
 
-def _generated(found: Progress) -> int:
+def _generated(found: JobProgress) -> int:
     """Return how many tokens there are; AIME's workers send none, and while they work it is a guess by the text."""
     if found.ended:
         return found.ended[0].generated_tokens
     return sum(found.tokens[:1]) or len("".join(found.texts[:1])) // 4
 
 
-def _outputs(found: Progress, card: ModelInfo | None) -> dict[str, Any]:
+def _outputs(found: JobProgress, card: ModelInfo | None) -> dict[str, Any]:
     tokens = _generated(found)
     out = {
         "text": found.texts[0] if found.texts else "",
@@ -350,7 +350,7 @@ def _outputs(found: Progress, card: ModelInfo | None) -> dict[str, Any]:
     return {name: value for name, value in out.items() if value is not None}
 
 
-def given(call: RequestContext) -> Mapping[str, Any]:
+def request_values(call: RequestContext) -> Mapping[str, Any]:
     """Return what a request carries, in its body and its query; of a name that stands twice, the first."""
     try:
         query = parse_qsl(call.scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=64)
@@ -376,10 +376,10 @@ def _open(path: str, run: Any, method: str, summary: str, *, version: int | None
     return Endpoint(path, run, shape, broken, method=method, public=True, summary=summary, statuses=STATUSES, **more)
 
 
-def endpoints(desk: Desk, definitions: Sequence[Definition]) -> list[Endpoint]:
+def endpoints(desk: JobService, definitions: Sequence[Definition]) -> list[Endpoint]:
     """Return AIME's routes for clients.
 
     Raises:
         InvalidRequest: two endpoints have one name, or that of another route.
     """
-    return Clients(desk, definitions).endpoints()
+    return ClientRoutes(desk, definitions).endpoints()

@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from moesaic.cluster import queue
 from moesaic.cluster.aime import clients, settings, workers
 from moesaic.cluster.aime.settings import Definition
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Bounds
+from moesaic.cluster.jobs import StoreLimits
+from moesaic.cluster.store import open_store
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
 from tests.serve.conftest import Server, running
@@ -40,7 +40,7 @@ def gateway(
     shown = settings.shipped() if definitions is None else definitions
 
     async def make() -> Gateway:
-        return Gateway(await queue.open(str(path), Bounds()), models, lease)
+        return Gateway(await open_store(str(path), StoreLimits()), models, lease)
 
     def routes(desk: Gateway) -> Any:
         return [*clients.endpoints(desk, shown), *workers.endpoints(desk, desk, shown, lease)]

@@ -16,27 +16,27 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from moesaic.backend import Delta, Event, ModelStats, PromptDone
-from moesaic.cluster import protocol
+from moesaic.cluster import wire
+from moesaic.cluster.aime.aime_worker import AimeJob, AimeWorker
 from moesaic.cluster.aime.conversation import parameters_for
-from moesaic.cluster.aime.member import Member, Running
-from moesaic.cluster.desk import RENEWS, STALL_SECONDS, Labour
-from moesaic.cluster.jobs import Hold, Lease
+from moesaic.cluster.jobs import Lease, LeaseToken
+from moesaic.cluster.protocols import RENEW_FRACTION, STALL_SECONDS, WorkerService
 from moesaic.errors import InvalidRequest, MoesaicError, NotFound, TimedOut
 
 T = TypeVar("T")
 
 log = logging.getLogger("moesaic.cluster.aime")
 
-REMEMBERED = 10_000
+MAX_ENDED_JOBS = 10_000
 """Jobs that have ended, whose results may come again."""
-PAUSE = 1.0
+REFUSAL_PAUSE_SECONDS = 1.0
 """Seconds in which somebody else may take a job that these workers cannot do."""
 
 
-class Crew:
+class AimeWorkerPool:
     """All of them. Lives on one event loop; a task of its own runs while there is anybody."""
 
-    def __init__(self, labour: Labour, offering: Callable[[str], int], lease_seconds: float) -> None:
+    def __init__(self, labour: WorkerService, offering: Callable[[str], int], lease_seconds: float) -> None:
         """Begin without anybody.
 
         Args:
@@ -45,59 +45,59 @@ class Crew:
             lease_seconds: a lease that is not renewed for so long is lost.
         """
         self._labour, self._offering, self._clock = labour, offering, time.monotonic
-        self._pace = lease_seconds * RENEWS
-        self._members: dict[str, Member] = {}
-        self._jobs: dict[str, tuple[Member, Running]] = {}
+        self._pace = lease_seconds * RENEW_FRACTION
+        self._members: dict[str, AimeWorker] = {}
+        self._jobs: dict[str, tuple[AimeWorker, AimeJob]] = {}
         self._ended: OrderedDict[str, bool] = OrderedDict()  # true: cancelled, and its worker is still to be told
         self._keeper: asyncio.Task[None] | None = None
 
-    def find(self, name: str, job_type: str = "") -> list[Member]:
+    def find(self, name: str, job_type: str = "") -> list[AimeWorker]:
         """Return the workers of that name, and type, that are there."""
         members = self._members.values()
         return [each for each in members if each.name == name and job_type in ("", each.definition.job_type)]
 
-    def worker_of(self, job: str) -> Member | None:
+    def worker_of(self, job: str) -> AimeWorker | None:
         """Return who has a job."""
         found = self._jobs.get(job)
         return found[0] if found else None
 
-    async def admit(self, member: Member) -> Member:
+    async def admit(self, member: AimeWorker) -> AimeWorker:
         """Let a worker in; what one of that name had is lost."""
         if old := self._members.get(member.worker):
             self._forget(old)
-        await self._labour.enlist(member.recruit())
+        await self._labour.register(member.info())
         self._members[member.worker] = member
         if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.create_task(self._keep(), name="aime-keeper")
         return member
 
-    def _forget(self, member: Member) -> None:
+    def _forget(self, member: AimeWorker) -> None:
         for running in list(member.jobs.values()):
             self._drop(member, running)
 
-    def _drop(self, member: Member, running: Running, *, cancelled: bool = False) -> None:
+    def _drop(self, member: AimeWorker, running: AimeJob, *, cancelled: bool = False) -> None:
         member.jobs.pop(running.id, None)
         self._jobs.pop(running.id, None)
         self._ended[running.id] = cancelled
-        if len(self._ended) > REMEMBERED:
+        if len(self._ended) > MAX_ENDED_JOBS:
             self._ended.popitem(last=False)
 
-    async def _known(self, member: Member, work: Callable[[], Awaitable[T]]) -> T:
+    async def _known(self, member: AimeWorker, work: Callable[[], Awaitable[T]]) -> T:
         """Do something in a worker's name; let it in again if it is not known any more."""
         try:
             return await work()
         except NotFound:
-            self._settle(member, await self._labour.enlist(member.recruit(), member.holds))
+            self._settle(member, await self._labour.register(member.info(), member.leases))
             return await work()
 
-    def _settle(self, member: Member, held: Mapping[str, object]) -> None:
+    def _settle(self, member: AimeWorker, held: Mapping[str, object]) -> None:
         for running in list(member.jobs.values()):
-            if held.get(running.hold.id) is None:
-                self._stop(member, (running.hold.id,))
+            if held.get(running.lease_token.id) is None:
+                self._stop(member, (running.lease_token.id,))
 
     # Jobs out
 
-    async def give(self, member: Member, free: int, wait: float) -> list[Running]:
+    async def give(self, member: AimeWorker, free: int, wait: float) -> list[AimeJob]:
         """Return jobs for a worker that can take ``free`` more; none after ``wait`` seconds without."""
         member.heard, until = self._clock(), self._clock() + wait
         if free >= member.slots:  # it says that it has none
@@ -105,7 +105,7 @@ class Crew:
                 running.doubted = running.doubted or self._clock()
         if free > member.slots:
             member.slots = free
-            self._settle(member, await self._labour.enlist(member.recruit(), member.holds))
+            self._settle(member, await self._labour.register(member.info(), member.leases))
         member.asking += 1
         try:
             while True:
@@ -116,7 +116,7 @@ class Crew:
             member.asking -= 1
             member.heard = self._clock()
 
-    async def _leased(self, member: Member, free: int, wait: float) -> list[Running]:
+    async def _leased(self, member: AimeWorker, free: int, wait: float) -> list[AimeJob]:
         orders = await self._known(member, lambda: self._labour.lease(member.worker, free, max(0.0, wait)))
         self._stop(member, orders.stop)
         found, refused = [], False
@@ -128,30 +128,30 @@ class Crew:
                     refused = True
                     await self._refuse(member, lease, error)
             if refused and not found:
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(REFUSAL_PAUSE_SECONDS)
         except asyncio.CancelledError:  # the worker has left, and will never know of them
-            holds = [Hold(lease.job.id, lease.fence) for lease in orders.leases]
+            leases = [LeaseToken(lease.job.id, lease.fence) for lease in orders.leases]
             for running in found:
                 self._drop(member, running)
-            await asyncio.shield(self._labour.release(member.worker, holds))
+            await asyncio.shield(self._labour.release(member.worker, leases))
             raise
         return found
 
-    def _begun(self, member: Member, lease: Lease) -> Running:
+    def _begun(self, member: AimeWorker, lease: Lease) -> AimeJob:
         if lease.job.kind != "ask":
             raise InvalidRequest(f"this model is served by AIME's workers, which cannot {lease.job.kind}")
-        request = protocol.unpack_ask(lease.job.body)
-        events = [event for record in lease.log for event in protocol.unpack_events(record.blob)]
+        request = wire.unpack_request(lease.job.body)
+        events = [event for record in lease.log for event in wire.unpack_events(record.blob)]
         pieces = [event for event in events if isinstance(event, Delta)]
         before = "".join(piece.text for piece in pieces)
         tokens = sum(len(piece.tokens) for piece in pieces) or len(before) // 4
         definition = next((each for each in member.definitions if each.offered == lease.job.model), member.definition)
         data = parameters_for(request, definition, before, tokens)
-        hold = Hold(lease.job.id, lease.fence)
+        lease_token = LeaseToken(lease.job.id, lease.fence)
         prompt = next((event.prompt_tokens for event in events if isinstance(event, PromptDone)), 0)
-        running = Running(
-            f"{hold.id}#{hold.fence}",
-            hold,
+        running = AimeJob(
+            f"{lease_token.id}#{lease_token.fence}",
+            lease_token,
             data,
             before,
             tokens,
@@ -164,21 +164,21 @@ class Crew:
         self._jobs[running.id] = member, running
         return running
 
-    async def _refuse(self, member: Member, lease: Lease, error: InvalidRequest) -> None:
+    async def _refuse(self, member: AimeWorker, lease: Lease, error: InvalidRequest) -> None:
         """Give a job back that such workers cannot do, or end it if there are no others."""
-        hold = Hold(lease.job.id, lease.fence)
+        lease_token = LeaseToken(lease.job.id, lease.fence)
         own = sum(1 for each in self._members.values() if lease.job.model in each.models)
         if self._offering(lease.job.model) > own:
-            await self._labour.release(member.worker, [hold])
+            await self._labour.release(member.worker, [lease_token])
         else:
             start = sum(record.count for record in lease.log)
-            await self._labour.finish(member.worker, hold, start, (), error=error)
+            await self._labour.finish(member.worker, lease_token, start, (), error=error)
 
     # Jobs in
 
     async def progress(self, updates: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
         """Take in how far jobs are, each with its job's id; return what each update is answered with."""
-        by_member: dict[int, tuple[Member, list[tuple[Running, Mapping[str, Any]]]]] = {}
+        by_member: dict[int, tuple[AimeWorker, list[tuple[AimeJob, Mapping[str, Any]]]]] = {}
         for job, data in updates:
             if found := self._jobs.get(job):
                 by_member.setdefault(id(found[0]), (found[0], []))[1].append((found[1], data))
@@ -193,31 +193,31 @@ class Crew:
             return {"success": True, "job_id": job, "canceled": True}
         return {"success": job in self._jobs}
 
-    async def _take(self, member: Member, updates: Sequence[tuple[Running, Mapping[str, Any]]]) -> None:
+    async def _take(self, member: AimeWorker, updates: Sequence[tuple[AimeJob, Mapping[str, Any]]]) -> None:
         async with member.lock:
-            parts: dict[Hold, tuple[int, Sequence[Event]]] = {}
+            parts: dict[LeaseToken, tuple[int, Sequence[Event]]] = {}
             for running, data in updates:
                 running.heard = member.heard = self._clock()
                 running.doubted = None
                 if running.id in member.jobs:
                     running.note(data)
                     if running.pending:
-                        parts[running.hold] = running.logged, tuple(running.pending)
+                        parts[running.lease_token] = running.logged, tuple(running.pending)
             if not parts:
                 return
             held = await self._known(member, lambda: self._labour.take(member.worker, parts))
             for running in {running.id: running for running, _ in updates}.values():
-                if running.hold in parts:
-                    await self._taken(member, running, held.get(running.hold.id))
+                if running.lease_token in parts:
+                    await self._taken(member, running, held.get(running.lease_token.id))
 
-    async def _taken(self, member: Member, running: Running, known: tuple[int, int] | None) -> None:
+    async def _taken(self, member: AimeWorker, running: AimeJob, known: tuple[int, int] | None) -> None:
         running.logged += len(running.pending)
         running.pending.clear()
         if known is None:
-            self._stop(member, (running.hold.id,))
+            self._stop(member, (running.lease_token.id,))
         elif known[0] != running.logged:  # the log is not as it was left: whoever does it next goes on behind it
             self._drop(member, running)
-            await self._labour.release(member.worker, [running.hold])
+            await self._labour.release(member.worker, [running.lease_token])
 
     async def result(self, job: str, data: Mapping[str, Any]) -> bool:
         """End a job with its worker's result; return whether there is such a job, or was."""
@@ -234,7 +234,7 @@ class Crew:
                 running.note(data, final=True)
             events = [*running.pending, *([] if error else [running.end(data)])]
             await self._known(
-                member, lambda: self._labour.finish(member.worker, running.hold, start, events, error=error)
+                member, lambda: self._labour.finish(member.worker, running.lease_token, start, events, error=error)
             )
             self._drop(member, running)
         return True
@@ -251,7 +251,7 @@ class Crew:
                 except MoesaicError as error:
                     log.warning("a worker could not be looked after", extra={"worker": member.name, "why": str(error)})
 
-    async def _look_after(self, member: Member) -> None:
+    async def _look_after(self, member: AimeWorker) -> None:
         now, own = self._clock(), member.definition
         silent = 0.0 if member.asking else now - member.heard
         if silent > (own.inactivity if member.jobs else 2 * own.request_timeout):
@@ -266,30 +266,30 @@ class Crew:
         for running in [each for each in member.jobs.values() if now - each.heard > own.inactivity]:
             error = TimedOut(f"the worker said nothing of this job for {own.inactivity:g} s")
             self._drop(member, running)
-            await self._labour.finish(member.worker, running.hold, running.logged, (), error=error)
+            await self._labour.finish(member.worker, running.lease_token, running.logged, (), error=error)
         await self._renew(member)
 
-    async def _begin_again(self, member: Member) -> None:
+    async def _begin_again(self, member: AimeWorker) -> None:
         """Let a worker in anew that has lost jobs, most likely with its process: these are lost, and counted so."""
         for running in [each for each in member.jobs.values() if each.doubted]:
             self._drop(member, running)
-        self._settle(member, await self._labour.enlist(member.recruit(), member.holds))
+        self._settle(member, await self._labour.register(member.info(), member.leases))
 
-    async def _renew(self, member: Member) -> None:
+    async def _renew(self, member: AimeWorker) -> None:
         member.steps += 1  # within what it may be silent, it counts as making progress
         model = member.models[0]
         load = {
             name: ModelStats(len(member.jobs) if name == model else 0, steps=member.steps) for name in member.models
         }
-        held = await self._known(member, lambda: self._labour.renew(member.worker, member.holds, load))
+        held = await self._known(member, lambda: self._labour.renew(member.worker, member.leases, load))
         for running in list(member.jobs.values()):
-            if held.get(running.hold.id) in ("cancelled", "fenced"):
-                self._stop(member, (running.hold.id,))
+            if held.get(running.lease_token.id) in ("cancelled", "fenced"):
+                self._stop(member, (running.lease_token.id,))
 
-    def _stop(self, member: Member, ids: Sequence[str]) -> None:
+    def _stop(self, member: AimeWorker, ids: Sequence[str]) -> None:
         """Forget jobs that are nobody's any more, or another's.
 
         Only older workers are told: AIME's newer ones would end the work and never free its place.
         """
-        for running in [each for each in member.jobs.values() if each.hold.id in ids]:
+        for running in [each for each in member.jobs.values() if each.lease_token.id in ids]:
             self._drop(member, running, cancelled=member.legacy)

@@ -8,37 +8,37 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
-from moesaic.cluster import protocol
-from moesaic.cluster.jobs import Hold, Record, Store
-from moesaic.cluster.live import Live
+from moesaic.cluster import wire
+from moesaic.cluster.active_jobs import ActiveJob
+from moesaic.cluster.jobs import LeaseToken, LogRecord, Store
 
-SAVE_SECONDS = 1.0
+FLUSH_SECONDS = 1.0
 """How long events may be known without being on disk; ..."""
-SAVE_EVENTS = 256
+FLUSH_EVENTS = 256
 """... and how many."""
-SHARE_SECONDS = 0.05
+SHARED_FLUSH_SECONDS = 0.05
 """The same of a job whose client may be at another gateway."""
 
 
-class Saver:
+class LogFlusher:
     """Writes events to the store."""
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store, self._clock = store, clock
-        self.pace = SHARE_SECONDS if store.shared else SAVE_SECONDS / 4
+        self.pace = SHARED_FLUSH_SECONDS if store.shared else FLUSH_SECONDS / 4
         """Seconds between two looks at what is due."""
 
-    def due(self, lives: Iterable[Live]) -> list[Live]:
+    def due(self, lives: Iterable[ActiveJob]) -> list[ActiveJob]:
         """Return those of which something has not been on disk for too long."""
         now = self._clock()
         return [live for live in lives if live.worker and not live.ended and self._is_due(live, now)]
 
-    def _is_due(self, live: Live, now: float) -> bool:
+    def _is_due(self, live: ActiveJob, now: float) -> bool:
         unsaved = len(live.events) - live.kept
-        patience = SHARE_SECONDS if self._store.shared and not live.readers else SAVE_SECONDS
-        return unsaved >= SAVE_EVENTS or (unsaved > 0 and now - live.saved_at >= patience)
+        patience = SHARED_FLUSH_SECONDS if self._store.shared and not live.readers else FLUSH_SECONDS
+        return unsaved >= FLUSH_EVENTS or (unsaved > 0 and now - live.saved_at >= patience)
 
-    async def save(self, lives: Sequence[Live]) -> list[Live]:
+    async def save(self, lives: Sequence[ActiveJob]) -> list[ActiveJob]:
         """Write what is not on disk; return those jobs whose leases do not hold any more: nothing of them is written.
 
         Raises:
@@ -48,18 +48,18 @@ class Saver:
             for live in sorted(set(lives), key=lambda each: each.id):
                 await locks.enter_async_context(live.writing)
             unsaved = {
-                Hold(live.id, live.fence): live
+                LeaseToken(live.id, live.fence): live
                 for live in lives
                 if len(live.events) > live.kept and live.worker and not live.ended
             }
             if not unsaved:
                 return []
-            found = await self._store.append({hold: _unsaved(live) for hold, live in unsaved.items()})
+            found = await self._store.append({lease_token: _unsaved(live) for lease_token, live in unsaved.items()})
             lost = []
-            for hold, live in unsaved.items():
+            for lease_token, live in unsaved.items():
                 live.saved_at = self._clock()
-                end = found.get(hold.id)
-                if live.fence != hold.fence:  # leased anew meanwhile, and known as far as that lease is
+                end = found.get(lease_token.id)
+                if live.fence != lease_token.fence:  # leased anew meanwhile, and known as far as that lease is
                     continue
                 if end is None:
                     lost.append(live)
@@ -68,13 +68,13 @@ class Saver:
             return lost
 
 
-def _unsaved(live: Live) -> Record:
+def _unsaved(live: ActiveJob) -> LogRecord:
     fresh = live.events[live.kept :]
-    return Record(live.kept, len(fresh), protocol.pack_events(fresh))
+    return LogRecord(live.kept, len(fresh), wire.pack_events(fresh))
 
 
-def catch_up(live: Live, records: Sequence[Record]) -> None:
+def catch_up(live: ActiveJob, records: Sequence[LogRecord]) -> None:
     """Take in a job's log as it is on disk."""
     for record in records:
-        live.agree(record.start, protocol.unpack_events(record.blob))
+        live.agree(record.start, wire.unpack_events(record.blob))
         live.kept = max(live.kept, record.start + record.count)

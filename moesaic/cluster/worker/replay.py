@@ -16,7 +16,7 @@ from moesaic.errors import InvalidRequest
 
 
 @dataclass
-class _Answer:
+class _AnswerReplay:
     """Of one answer, what was told, and how much of it is still to be left out."""
 
     begun: bool = False
@@ -28,11 +28,11 @@ class _Answer:
     calls: dict[int, int] = field(default_factory=dict)  # place -> characters of arguments
 
 
-class Told:
+class ReplayFilter:
     """What has been told of a request's answers."""
 
     def __init__(self, log: Iterable[Event]) -> None:
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, _AnswerReplay] = {}
         for event in log:
             answer = self._of(event)
             if isinstance(event, PromptDone):
@@ -47,8 +47,8 @@ class Told:
         for answer in self._answers.values():
             answer.tokens, answer.characters = len(answer.ids), len(answer.text)
 
-    def _of(self, event: Event) -> _Answer:
-        return self._answers.setdefault(event.index, _Answer())
+    def _of(self, event: Event) -> _AnswerReplay:
+        return self._answers.setdefault(event.index, _AnswerReplay())
 
     def ended(self, count: int) -> bool:
         """Return whether all of so many answers have ended."""
@@ -60,7 +60,7 @@ class Told:
         Raises:
             InvalidRequest: text was told without its tokens, and behind it nothing can be asked for.
         """
-        first = self._answers.get(0, _Answer())
+        first = self._answers.get(0, _AnswerReplay())
         if not first.text or first.ids:
             return replace(request, resume=self.resume())
         first.characters = 0  # what comes is new, all of it
@@ -80,7 +80,7 @@ class Told:
         """Return the tokens that were told, for ``Ask.resume``."""
         if not any(answer.ids for answer in self._answers.values()):
             return ()
-        nothing = _Answer()
+        nothing = _AnswerReplay()
         return tuple(tuple(self._answers.get(index, nothing).ids) for index in range(1 + max(self._answers)))
 
     def fresh(self, event: Event) -> Event | None:

@@ -19,10 +19,10 @@ import aiohttp
 import msgspec
 
 from moesaic.backend import Backend, Event, join
-from moesaic.cluster import protocol as wire
-from moesaic.cluster.desk import LEASE_SECONDS, RENEWS, STALL_SECONDS
-from moesaic.cluster.resume import Told
-from moesaic.cluster.work import Work
+from moesaic.cluster import wire
+from moesaic.cluster.protocols import LEASE_SECONDS, RENEW_FRACTION, STALL_SECONDS
+from moesaic.cluster.worker.replay import ReplayFilter
+from moesaic.cluster.worker.running_job import RunningJob
 from moesaic.errors import (
     Conflict,
     EngineStopped,
@@ -40,18 +40,18 @@ log = logging.getLogger("moesaic.worker")
 
 T = TypeVar("T")
 
-PACE = 0.02
+SEND_SECONDS = 0.02
 """Seconds between two messages with events, at least."""
-WAIT = 20.0
+LEASE_WAIT_SECONDS = 20.0
 """Seconds that a question for work stays open."""
-PATIENCE = 6
+ABANDON_LEASES = 6
 """After so many leases' time without a gateway, what was leased is somebody else's, and is not computed further."""
 MESSAGE_BYTES = 8 << 20
 """Of a message to a gateway, about; it takes twice as many."""
-TROUBLE = (aiohttp.ClientError, TimeoutError, OSError)
-PASSING = (NotFound, Unavailable, Conflict, Overloaded, *TROUBLE)
+TRANSPORT_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
+RETRYABLE_ERRORS = (NotFound, Unavailable, Conflict, Overloaded, *TRANSPORT_ERRORS)
 """What ends a connection, and is tried again."""
-BLAMELESS = (Overloaded, Unavailable)
+WORKER_ERRORS = (Overloaded, Unavailable)
 """Errors that are this worker's affair and not the job's: it is given back."""
 
 
@@ -87,10 +87,14 @@ class Worker:
         self._run = secrets.token_hex(8)
         self._trouble = ""  # why the last connection was lost
         self._headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
-        self._works: dict[str, Work] = {}
-        self._owed: set[wire.Claim] = set()  # to be given back, until a gateway has heard it
+        self._works: dict[str, RunningJob] = {}
+        self._owed: set[wire.LeaseClaim] = set()  # to be given back, until a gateway has heard it
         self._dirty = asyncio.Event()
-        self._renew_seconds, self._patience, self._url = LEASE_SECONDS * RENEWS, LEASE_SECONDS * PATIENCE, ""
+        self._renew_seconds, self._patience, self._url = (
+            LEASE_SECONDS * RENEW_FRACTION,
+            LEASE_SECONDS * ABANDON_LEASES,
+            "",
+        )
         self._draining = self._leaving = False
         self._answered = time.monotonic()  # when a gateway last renewed what is here
         self._stepped = (time.monotonic(), -1)
@@ -128,7 +132,7 @@ class Worker:
         while self._works and time.monotonic() < until:
             await asyncio.sleep(0.05)
         self._leaving = True
-        with contextlib.suppress(MoesaicError, *TROUBLE):
+        with contextlib.suppress(MoesaicError, *TRANSPORT_ERRORS):
             self._owed.update(work.claim for work in self._works.values())
             await self._give_back(leave=True)
         self.stopped.set()
@@ -144,10 +148,10 @@ class Worker:
                     return
                 self._url = url.rstrip("/")
                 try:
-                    await self._enlist()
+                    await self._register()
                     tries = 0
                     await self._together(self._fetch(), self._send(), self._renew())
-                except PASSING as error:
+                except RETRYABLE_ERRORS as error:
                     if not self._draining:  # it has left, and is not known any more
                         self._lost(error)
                 self.connected.clear()
@@ -176,7 +180,7 @@ class Worker:
             raise _first(errors) from None
 
     async def _post(self, what: str, message: Any, kind: type[T], seconds: float = 0.0) -> T:
-        timeout = aiohttp.ClientTimeout(total=seconds or self._patience / PATIENCE / 2 + 2, sock_connect=5)
+        timeout = aiohttp.ClientTimeout(total=seconds or self._patience / ABANDON_LEASES / 2 + 2, sock_connect=5)
         body = msgspec.json.encode(message)
         url = f"{self._url}/worker/{what}"
         async with self._http.post(url, data=body, timeout=timeout, ssl=self._ssl) as answer:
@@ -184,21 +188,23 @@ class Worker:
             if answer.status != 200:
                 raise _refusal(answer.status, said)
         try:
-            return wire.decoded(msgspec.json.Decoder(kind), said)
+            return wire.decode(msgspec.json.Decoder(kind), said)
         except InvalidRequest as error:
             raise Unavailable(f"{url} is no gateway, or something between has changed its answer") from error
 
-    async def _enlist(self) -> None:
+    async def _register(self) -> None:
         cards = tuple(card for card in self._backend.models() if card.state != "failed")
         works = list(self._works.values())
         for work in works:
             work.ending = False  # whoever was about to tell it went with the connection, perhaps before he began
         claims = tuple(work.claim for work in works)
         said = await self._post(
-            "enlist", wire.Enlist(self._name, cards, self._slots, self._about, claims, self._run), wire.Enlisted
+            "enlist",
+            wire.RegisterRequest(self._name, cards, self._slots, self._about, claims, self._run),
+            wire.RegisterResponse,
         )
         self._renew_seconds, self._answered = said.renew_seconds, time.monotonic()
-        self._patience = said.lease_seconds * PATIENCE
+        self._patience = said.lease_seconds * ABANDON_LEASES
         self._learn(works, said.known)
         self._trouble = ""
         self.connected.set()
@@ -207,8 +213,8 @@ class Worker:
 
     async def _fetch(self) -> None:
         while True:
-            want = wire.Want(self._name, 0 if self._draining else self._slots, WAIT)
-            given = await self._post("lease", want, wire.Given, WAIT + 10)
+            want = wire.LeaseRequest(self._name, 0 if self._draining else self._slots, LEASE_WAIT_SECONDS)
+            given = await self._post("lease", want, wire.LeaseResponse, LEASE_WAIT_SECONDS + 10)
             for id in given.stop:
                 self._stop(id)
             if self._draining and given.leases:  # given in the same moment
@@ -223,7 +229,9 @@ class Worker:
             await self._give_back()
             works = list(self._works.values())
             claims = tuple(work.claim for work in works)
-            said = await self._post("renew", wire.Renew(self._name, claims, dict(self._backend.stats())), wire.Renewed)
+            said = await self._post(
+                "renew", wire.RenewRequest(self._name, claims, dict(self._backend.stats())), wire.RenewResponse
+            )
             self._answered = time.monotonic()
             for work in works:
                 if said.held.get(work.lease.id) != "ok" and self._works.get(work.lease.id) is work:
@@ -233,10 +241,12 @@ class Worker:
     async def _send(self) -> None:
         """Send events as they come, those of all jobs together, and the ends each on its own."""
         async with asyncio.TaskGroup() as ends:
-            sent = -PACE
+            sent = -SEND_SECONDS
             while True:
                 await self._dirty.wait()
-                await asyncio.sleep(max(0.0, sent + PACE - time.monotonic()))  # 0: the others have theirs, too, then
+                await asyncio.sleep(
+                    max(0.0, sent + SEND_SECONDS - time.monotonic())
+                )  # 0: the others have theirs, too, then
                 self._dirty.clear()
                 sent = time.monotonic()
                 for work in list(self._works.values()):
@@ -245,10 +255,10 @@ class Worker:
                         ends.create_task(self._end(work))
                 if parts := self._parts():
                     works = [self._works[part.id] for part in parts]
-                    known = await self._post("tokens", wire.Tokens(self._name, parts), wire.Known)
+                    known = await self._post("tokens", wire.EventsRequest(self._name, parts), wire.EventsResponse)
                     self._learn(works, known.known)
 
-    def _parts(self) -> list[wire.Part]:
+    def _parts(self) -> list[wire.EventBatch]:
         """Return what is to be sent next, of all jobs together; the rest comes after it."""
         parts, room = [], MESSAGE_BYTES
         for work in self._works.values():
@@ -264,17 +274,17 @@ class Worker:
                 self._dirty.set()
         return parts
 
-    async def _end(self, work: Work) -> None:
-        done = wire.Done(self._name, *work.claim, work.known, work.unsent(), work.outcome, work.error)
+    async def _end(self, work: RunningJob) -> None:
+        done = wire.FinishRequest(self._name, *work.claim, work.known, work.unsent(), work.outcome, work.error)
         if len(msgspec.json.encode(done)) >= 2 * MESSAGE_BYTES:
             work.fail(TooLarge("what was asked for is larger than a message may be: ask for less at a time"))
-            done = wire.Done(self._name, *work.claim, work.known, [], None, work.error)
-        said = await self._post("done", done, wire.Counted)
+            done = wire.FinishRequest(self._name, *work.claim, work.known, [], None, work.error)
+        said = await self._post("done", done, wire.FinishResponse)
         self._forget(work)
         what = "a job is done" if said.counted else "a result came too late"
         log.debug(what, extra={"job": work.lease.id, "fence": work.lease.fence})
 
-    def _learn(self, asked: Sequence[Work], known: Mapping[str, tuple[int, int] | None]) -> None:
+    def _learn(self, asked: Sequence[RunningJob], known: Mapping[str, tuple[int, int] | None]) -> None:
         """Take in what is known of these; one that has been leased anew since they were asked about is another."""
         for work in asked:
             if self._works.get(work.lease.id) is work:
@@ -284,15 +294,15 @@ class Worker:
                 else:
                     work.acknowledge(*how_far)
 
-    def _forget(self, work: Work) -> None:
+    def _forget(self, work: RunningJob) -> None:
         if self._works.get(work.lease.id) is work:
             del self._works[work.lease.id]
 
     # Jobs
 
-    def _begin(self, lease: wire.Leased) -> None:
+    def _begin(self, lease: wire.LeasedJob) -> None:
         self._stop(lease.id)
-        work = Work(lease, first=len(lease.log), known=len(lease.log))
+        work = RunningJob(lease, first=len(lease.log), known=len(lease.log))
         self._works[lease.id] = work
         work.task = asyncio.ensure_future(self._do(work))
 
@@ -301,13 +311,13 @@ class Worker:
         if work is not None and work.task is not None:
             work.task.cancel()
 
-    async def _do(self, work: Work) -> None:
+    async def _do(self, work: RunningJob) -> None:
         try:
             if work.lease.kind == "ask":
                 await self._answer(work)
             else:
                 work.outcome = await self._other(work.lease)
-        except BLAMELESS as error:
+        except WORKER_ERRORS as error:
             log.warning("a job is given back", extra={"job": work.lease.id, "why": str(error)[:200]})
             await self._abandon([work])
             return
@@ -316,13 +326,13 @@ class Worker:
         except Exception as error:
             if not isinstance(error, MoesaicError):
                 log.exception("a job broke", extra={"job": work.lease.id})
-            work.error = wire.fault(error)
+            work.error = wire.error_info(error)
         work.over = True
         self._dirty.set()
 
-    async def _answer(self, work: Work) -> None:
-        request = wire.unpack_ask(bytes(work.lease.body))
-        told = Told(wire.from_wire(each) for each in work.lease.log)
+    async def _answer(self, work: RunningJob) -> None:
+        request = wire.unpack_request(bytes(work.lease.body))
+        told = ReplayFilter(wire.from_wire(each) for each in work.lease.log)
         if told.ended(request.sampling.get("n") or 1):  # the last worker died between the last word and its "done"
             return
         answers = await self._backend.generate(told.asked(request))
@@ -332,16 +342,16 @@ class Worker:
         finally:
             answers.cancel()
 
-    def _tell(self, work: Work, told: Told, events: list[Event]) -> None:
+    def _tell(self, work: RunningJob, told: ReplayFilter, events: list[Event]) -> None:
         fresh = [wire.to_wire(new) for event in events if (new := told.fresh(event)) is not None]
         if fresh:
             work.events += fresh
             self._dirty.set()
 
-    async def _other(self, lease: wire.Leased) -> Any:
+    async def _other(self, lease: wire.LeasedJob) -> Any:
         backend, body = self._backend, bytes(lease.body)
         if lease.kind == "tokenize":
-            return await backend.tokenize(wire.unpack_ask(body))
+            return await backend.tokenize(wire.unpack_request(body))
         given = msgspec.json.decode(body)
         if lease.kind == "detokenize":
             return await backend.detokenize(lease.model, given)
@@ -351,20 +361,20 @@ class Worker:
             return await backend.classify(lease.model, given)
         raise InvalidRequest(f"this worker does not know how to {lease.kind:.20}")
 
-    async def _abandon(self, works: Sequence[Work]) -> None:
+    async def _abandon(self, works: Sequence[RunningJob]) -> None:
         """Do no more for these jobs, and give them back."""
         for work in works:
             self._forget(work)
             if work.task is not None and work.task is not asyncio.current_task():
                 work.task.cancel()
             self._owed.add(work.claim)
-        with contextlib.suppress(MoesaicError, *TROUBLE):  # else it is told with the next renewal
+        with contextlib.suppress(MoesaicError, *TRANSPORT_ERRORS):  # else it is told with the next renewal
             await self._give_back()
 
     async def _give_back(self, *, leave: bool = False) -> None:
         owed = tuple(self._owed)
         if owed or leave:
-            await self._post("release", wire.Release(self._name, owed, leave=leave), dict)
+            await self._post("release", wire.ReleaseRequest(self._name, owed, leave=leave), dict)
             self._owed.difference_update(owed)
 
     async def _watch(self) -> None:

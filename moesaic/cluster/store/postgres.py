@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from moesaic.cluster.jobs import Bounds, Store
-from moesaic.cluster.queue._operations import NEW_WORK
-from moesaic.cluster.queue._schema import VERSION, tables
-from moesaic.cluster.queue._steps import Many, Operation, Outcome, Statement
-from moesaic.cluster.queue._store import Kept
+from moesaic.cluster.jobs import Store, StoreLimits
+from moesaic.cluster.store._base import BaseStore
+from moesaic.cluster.store._operations import NEW_WORK
+from moesaic.cluster.store._program import ExecuteMany, Operation, Outcome, Statement
+from moesaic.cluster.store._schema import VERSION, tables
 from moesaic.errors import MoesaicError, NotInstalled, StorageFull, StoreError, Unavailable
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-AT_ONCE = 64
+MAX_BATCH = 64
 """Operations in one transaction: beyond so many savepoints PostgreSQL keeps track of them on disk."""
 CHANNEL = "moesaic"
-NEWS_BYTES = 7900
+MAX_NOTIFY_BYTES = 7900
 """Of ids in one notification; PostgreSQL allows 8000."""
 CONNECT_SECONDS = 5.0
-ALIVE_SECONDS = 10.0
+PING_SECONDS = 10.0
 """How often the listening connection is tried out."""
 BACKOFF_SECONDS = (0.1, 5.0)
 """Before a new attempt to connect: a random part of the first number, doubled each time up to the second."""
@@ -67,7 +67,7 @@ class _Waiting(NamedTuple):
     reads: bool
 
 
-async def open(where: str, bounds: Bounds) -> Store:
+async def open_store(where: str, bounds: StoreLimits) -> Store:
     """Open the jobs of a database, or make their tables in the schema ``moesaic``.
 
     Raises:
@@ -89,12 +89,12 @@ async def open(where: str, bounds: Bounds) -> Store:
     return store
 
 
-class PostgresStore(Kept):
+class PostgresStore(BaseStore):
     """See the module."""
 
     shared = True
 
-    def __init__(self, where: str, bounds: Bounds, connection: asyncpg.Connection) -> None:
+    def __init__(self, where: str, bounds: StoreLimits, connection: asyncpg.Connection) -> None:
         super().__init__(bounds)
         self._where = where
         self._connection = connection
@@ -149,7 +149,7 @@ class PostgresStore(Kept):
         while not self._waiting and not self._closing:
             self._awake.clear()
             await self._awake.wait()
-        return [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
+        return [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
 
     async def _listen(self) -> asyncpg.Connection:
         connection = await _connect(self._where)
@@ -203,7 +203,7 @@ async def _until_broken(connection: asyncpg.Connection) -> None:
     connection.add_termination_listener(lambda _connection: broken.set())
     while not connection.is_closed():
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(broken.wait(), ALIVE_SECONDS)
+            await asyncio.wait_for(broken.wait(), PING_SECONDS)
             return
         try:
             await connection.execute("SELECT 1")
@@ -244,7 +244,7 @@ def _payloads(ids: Sequence[str]) -> list[str]:
         size = len(json.dumps(id)) + 2
         if size > room:
             parts.append([])
-            room = NEWS_BYTES
+            room = MAX_NOTIFY_BYTES
         parts[-1].append(id)
         room -= size
     return [json.dumps(part) for part in parts]
@@ -272,8 +272,8 @@ async def _run(connection: asyncpg.Connection, operation: Operation[T]) -> Outco
         return outcome
 
 
-async def _execute(connection: asyncpg.Connection, step: Statement | Many) -> Sequence[Sequence[Any]]:
-    if isinstance(step, Many):
+async def _execute(connection: asyncpg.Connection, step: Statement | ExecuteMany) -> Sequence[Sequence[Any]]:
+    if isinstance(step, ExecuteMany):
         await connection.executemany(_dialect(step.sql), step.rows)
         return ()
     rows: Sequence[Sequence[Any]] = await connection.fetch(_dialect(step.sql), *step.values)
@@ -323,10 +323,11 @@ async def _prepare(connection: asyncpg.Connection) -> None:
             if await connection.fetchval("SELECT to_regnamespace('moesaic')") is None:
                 await connection.execute("CREATE SCHEMA moesaic")
             serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
-            for statement in tables(serial=serial, bytes="BYTEA", busy=_BUSY):
+            for statement in tables(serial=serial, blob="BYTEA", busy=_BUSY):
                 await connection.execute(statement)
         version = await connection.fetchval("SELECT version FROM store")
     if version != VERSION:
         raise StoreError(
-            f"the database of jobs is of version {version}, this is for {VERSION}: use the Moesaic that made it"
+            f"the database of jobs is of version {version}, expected {VERSION}: "
+            "finish its jobs with the Moesaic that made it, or drop the schema moesaic"
         )

@@ -11,19 +11,19 @@ from typing import Any
 
 import msgspec
 
-from moesaic.cluster import protocol as wire
+from moesaic.cluster import wire
 
-KEPT_BYTES = 4 << 20
+MAX_UNACKNOWLEDGED_BYTES = 4 << 20
 """What is kept of one job's events, about, before those that the gateway has on disk are dropped."""
 EVENT_BYTES = 64
 """What an event takes, about."""
 
 
 @dataclass(eq=False)
-class Work:
+class RunningJob:
     """A job that is being done."""
 
-    lease: wire.Leased
+    lease: wire.LeasedJob
     events: list[wire.Wire] = field(default_factory=list)
     first: int = 0
     """The number of the first of them in the job's log."""
@@ -32,13 +32,13 @@ class Work:
     over: bool = False
     """Whether nothing more comes."""
     outcome: Any = None
-    error: wire.Fault | None = None
+    error: wire.ErrorInfo | None = None
     ending: bool = False
     """Whether the end is being told."""
     task: asyncio.Task[None] | None = None
 
     @property
-    def claim(self) -> wire.Claim:
+    def claim(self) -> wire.LeaseClaim:
         return self.lease.id, self.lease.fence
 
     def unsent(self) -> list[wire.Wire]:
@@ -49,9 +49,9 @@ class Work:
         unsent = self.unsent()
         return _fitting(unsent, room) == len(unsent)
 
-    def part(self, room: int) -> tuple[wire.Part, int]:
+    def part(self, room: int) -> tuple[wire.EventBatch, int]:
         """Return what of it is to be sent next, at most so many bytes, and how many these are."""
-        part = wire.Part(*self.claim, self.known, self.unsent())
+        part = wire.EventBatch(*self.claim, self.known, self.unsent())
         if (size := len(msgspec.json.encode(part))) > room:
             part = msgspec.structs.replace(part, events=part.events[: _fitting(part.events, room)])
             size = len(msgspec.json.encode(part))
@@ -62,12 +62,12 @@ class Work:
         if self.task is not None:
             self.task.cancel()
         del self.events[self.known - self.first :]
-        self.outcome, self.error, self.over = None, wire.fault(error), True
+        self.outcome, self.error, self.over = None, wire.error_info(error), True
 
     def acknowledge(self, known: int, kept: int) -> None:
         """The gateway has events up to the first number, on disk up to the second."""
         self.known = min(max(self.first, known), self.first + len(self.events))
-        if kept > self.first and len(self.events) * EVENT_BYTES > KEPT_BYTES:
+        if kept > self.first and len(self.events) * EVENT_BYTES > MAX_UNACKNOWLEDGED_BYTES:
             kept = min(kept, self.first + len(self.events))
             del self.events[: kept - self.first]
             self.first = kept

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moesaic import errors
 from moesaic.backend import Delta, Finished, GenerationRequest, ModelInfo, ModelStats, PromptDone, TokenInfo, ToolCall
-from moesaic.cluster import protocol as wire
+from moesaic.cluster import wire
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidRequest, MoesaicError
 
@@ -76,14 +76,14 @@ def test_every_field_of_a_request_comes_back():
     assert FULL.keys() == {field.name for field in dataclasses.fields(GenerationRequest)}
     assert all(getattr(default, name) != value for name, value in FULL.items())
     assert FULL["sampling"].keys() == {field.name for field in dataclasses.fields(Sampling)}
-    read = wire.unpack_ask(wire.pack_ask(GenerationRequest(**FULL)))
+    read = wire.unpack_request(wire.pack_request(GenerationRequest(**FULL)))
     assert read == GenerationRequest(**FULL)
     assert Sampling(**read.sampling) == Sampling(**FULL["sampling"])
     for name, value in FULL.items():
-        assert wire.unpack_ask(wire.pack_ask(GenerationRequest(**{name: value}))) == GenerationRequest(
+        assert wire.unpack_request(wire.pack_request(GenerationRequest(**{name: value}))) == GenerationRequest(
             **{name: value}
         ), name
-    assert wire.unpack_ask(wire.pack_ask(GenerationRequest(prompt="text"))) == GenerationRequest(prompt="text")
+    assert wire.unpack_request(wire.pack_request(GenerationRequest(prompt="text"))) == GenerationRequest(prompt="text")
 
 
 def tree(kind: type[MoesaicError] = MoesaicError) -> list[type[MoesaicError]]:
@@ -97,26 +97,26 @@ def test_every_error_of_the_tree_comes_back(kind):
     error.retry_after = 2.5
     if issubclass(kind, errors.InvalidParameter):
         error.param = "top_p"
-    written = msgspec.json.decode(msgspec.json.encode(wire.fault(error)), type=wire.Fault)
-    read = wire.error_of(written)
+    written = msgspec.json.decode(msgspec.json.encode(wire.error_info(error)), type=wire.ErrorInfo)
+    read = wire.to_error(written)
     assert type(read) is kind and str(read) == "what is wrong"
     assert (read.status, read.retry_after) == (error.status, 2.5)
     assert getattr(read, "param", None) == getattr(error, "param", None)
 
 
 def test_of_what_is_no_error_of_ours_nothing_is_told():
-    assert "secret" not in wire.fault(ValueError("secret")).message
+    assert "secret" not in wire.error_info(ValueError("secret")).message
     for name in ("Path", "annotations", "__name__", "nothing", "Exception", ""):
-        assert type(wire.error_of(wire.Fault(name, "said"))) is MoesaicError
+        assert type(wire.to_error(wire.ErrorInfo(name, "said"))) is MoesaicError
 
 
 def test_models_and_figures_come_back():
     card = ModelInfo("m", ("a",), "classify", "loading", 9, ("x",), {"dtype": "int8"})
-    sent = wire.Enlist("w", (card,), 3, {"machine": "x"}, (("job", 4),), "run")
-    assert msgspec.json.decode(msgspec.json.encode(sent), type=wire.Enlist) == sent
+    sent = wire.RegisterRequest("w", (card,), 3, {"machine": "x"}, (("job", 4),), "run")
+    assert msgspec.json.decode(msgspec.json.encode(sent), type=wire.RegisterRequest) == sent
     load = ModelStats(*range(1, 11), alive=False)
-    renew = wire.Renew("w", (("job", 4),), {"m": load})
-    assert msgspec.json.decode(msgspec.json.encode(renew), type=wire.Renew) == renew
+    renew = wire.RenewRequest("w", (("job", 4),), {"m": load})
+    assert msgspec.json.decode(msgspec.json.encode(renew), type=wire.RenewRequest) == renew
 
 
 junk = st.recursive(
@@ -131,7 +131,7 @@ asks = st.dictionaries(st.sampled_from([*FULL, "none"]), junk | st.just({"logit_
 @given(st.binary(max_size=30) | (junk | near | asks).map(msgspec.json.encode))
 @settings(max_examples=300)
 def test_garbage_is_refused_by_type(given):
-    for read in (wire.unpack_events, wire.unpack_ask):
+    for read in (wire.unpack_events, wire.unpack_request):
         try:
             read(given)
         except InvalidRequest as error:
@@ -139,11 +139,11 @@ def test_garbage_is_refused_by_type(given):
 
 
 def test_depth_is_bounded():
-    for read in (wire.unpack_events, wire.unpack_ask):
+    for read in (wire.unpack_events, wire.unpack_request):
         with pytest.raises(InvalidRequest):
             read(b"[" * 100_000)
     with pytest.raises(InvalidRequest):
-        wire.unpack_ask(b'{"sampling":' + b'{"a":' * 100_000)
+        wire.unpack_request(b'{"sampling":' + b'{"a":' * 100_000)
 
 
 @pytest.mark.parametrize("index", [-1, 256, 10**9])

@@ -17,10 +17,10 @@ log = logging.getLogger("moesaic.cluster")
 
 P = ParamSpec("P")
 T = TypeVar("T")
-C = TypeVar("C", bound="Chores")
+C = TypeVar("C", bound="BackgroundTasks")
 
 
-class Chores:
+class BackgroundTasks:
     """Whoever has some."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Chores:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def whole(
+def shielded(
     method: Callable[Concatenate[C, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
     """Have a method go on to its end though whoever called it has left: what was written is to be known here too."""

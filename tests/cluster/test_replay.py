@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, TokenInfo, ToolCall
-from moesaic.cluster.resume import Told
+from moesaic.cluster.worker.replay import ReplayFilter
 from moesaic.errors import InvalidRequest
 
 
@@ -77,18 +77,18 @@ def test_wherever_it_is_cut_nothing_is_missing_and_nothing_comes_twice(events, c
     """Also where the second worker dies, and the third."""
     whole, log = read(events), []
     for cut in [*cuts, len(events)]:
-        told = Told(log)
+        told = ReplayFilter(log)
         said = again(events, told.resume(), data.draw)
         fresh = [new for event in said if (new := told.fresh(event)) is not None]
         log += fresh[:cut] if cut < len(events) else fresh
     assert read(log) == whole
-    assert Told(log).ended(len(whole)) and not Told(log).ended(len(whole) + 1)
+    assert ReplayFilter(log).ended(len(whole)) and not ReplayFilter(log).ended(len(whole) + 1)
 
 
 @given(runs(), st.integers(0, 40), st.data())
 def test_text_may_be_cut_elsewhere_the_second_time(events, cut, data):
     """A worker that shows its text in larger pieces, or in other ones, says the same."""
-    told = Told(events[:cut])
+    told = ReplayFilter(events[:cut])
     rest: list[Event] = []
     for index in range(1 + max(event.index for event in events)):
         mine = [event for event in events if event.index == index]
@@ -103,15 +103,15 @@ def test_text_may_be_cut_elsewhere_the_second_time(events, cut, data):
 
 
 def test_of_nothing_nothing_is_resumed():
-    assert Told([]).resume() == () and not Told([]).ended(1)
-    assert Told([PromptDone(0), PromptDone(1)]).resume() == ()
-    assert Told([Delta(2, "x", (TokenInfo(7, "x"),))]).resume() == ((), (), (7,))
+    assert ReplayFilter([]).resume() == () and not ReplayFilter([]).ended(1)
+    assert ReplayFilter([PromptDone(0), PromptDone(1)]).resume() == ()
+    assert ReplayFilter([Delta(2, "x", (TokenInfo(7, "x"),))]).resume() == ((), (), (7,))
 
 
 def test_text_that_was_told_without_tokens_is_continued_as_text():
     said = ({"role": "user", "content": "Hi"},)
     log = [PromptDone(0), Delta(0, "Once "), Delta(0, "upon")]
-    told = Told(log)
+    told = ReplayFilter(log)
     assert told.asked(GenerationRequest(messages=said)) == GenerationRequest(
         messages=(*said, {"role": "assistant", "content": "Once upon"}), continue_final=True
     )
@@ -121,9 +121,9 @@ def test_text_that_was_told_without_tokens_is_continued_as_text():
     )
     begun = (*said, {"role": "assistant", "content": "Well, "})
     assert (
-        Told(log).asked(GenerationRequest(messages=begun, continue_final=True)).messages[-1]["content"]
+        ReplayFilter(log).asked(GenerationRequest(messages=begun, continue_final=True)).messages[-1]["content"]
         == "Well, Once upon"
     )
-    assert Told(log).asked(GenerationRequest(prompt="Say: ")).prompt == "Say: Once upon"
+    assert ReplayFilter(log).asked(GenerationRequest(prompt="Say: ")).prompt == "Say: Once upon"
     with pytest.raises(InvalidRequest):
-        Told(log).asked(GenerationRequest(prompt=(1, 2)))
+        ReplayFilter(log).asked(GenerationRequest(prompt=(1, 2)))

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 Rows = Sequence[Sequence[Any]]
 
-SKIP = " FOR UPDATE SKIP LOCKED"
+SKIP_LOCKED = " FOR UPDATE SKIP LOCKED"
 """At the end of a query: lock its rows, and pass over those that are locked."""
 
 
@@ -29,7 +29,7 @@ class Statement:
 
 
 @dataclass(frozen=True)
-class Many:
+class ExecuteMany:
     """One statement that returns nothing, for each of several rows of values."""
 
     sql: str
@@ -44,6 +44,6 @@ class Outcome(Generic[T]):
     news: tuple[str, ...] = ()
 
 
-Steps = Generator[Statement | Many, Rows, T]
-Operation = Callable[[], Steps[Outcome[T]]]
+SqlProgram = Generator[Statement | ExecuteMany, Rows, T]
+Operation = Callable[[], SqlProgram[Outcome[T]]]
 """Begins an operation; called again where it has to be run again."""

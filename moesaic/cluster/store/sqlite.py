@@ -22,18 +22,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from moesaic.cluster.jobs import Bounds, Store
-from moesaic.cluster.queue import _disk
-from moesaic.cluster.queue._schema import VERSION, tables
-from moesaic.cluster.queue._steps import SKIP, Many, Operation, Outcome, Statement
-from moesaic.cluster.queue._store import Kept
+from moesaic.cluster.jobs import Store, StoreLimits
+from moesaic.cluster.store import _disk
+from moesaic.cluster.store._base import BaseStore
+from moesaic.cluster.store._program import SKIP_LOCKED, ExecuteMany, Operation, Outcome, Statement
+from moesaic.cluster.store._schema import VERSION, tables
 from moesaic.errors import MoesaicError, StorageFull, StoreError, Unavailable
 
 T = TypeVar("T")
 
-AT_ONCE = 256
+MAX_BATCH = 256
 """Operations in one transaction: what waits behind them waits no longer than they take."""
-APPLICATION = 0x4D6F6573
+APPLICATION_ID = 0x4D6F6573
 """Says in the file's head that it is one of jobs."""
 _PRAGMAS = (
     "journal_mode = WAL",
@@ -54,7 +54,7 @@ class _Done(NamedTuple):
     outcome: Outcome[Any] | BaseException
 
 
-async def open(where: str, bounds: Bounds) -> Store:
+async def open_store(where: str, bounds: StoreLimits) -> Store:
     """Open a file of jobs, or make one.
 
     Raises:
@@ -66,12 +66,12 @@ async def open(where: str, bounds: Bounds) -> Store:
     return store
 
 
-class SqliteStore(Kept):
+class SqliteStore(BaseStore):
     """See the module."""
 
     shared = False
 
-    def __init__(self, path: Path, bounds: Bounds) -> None:
+    def __init__(self, path: Path, bounds: StoreLimits) -> None:
         super().__init__(bounds)
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[None] = self._loop.create_future()
@@ -105,7 +105,7 @@ class SqliteStore(Kept):
             self._post(self._settle, [_Done(self.opened, _explain(error, path))], ())
             return
         self._post(self._settle, [_Done(self.opened, Outcome(None))], ())
-        owner = _Owner(path, connection)
+        owner = _ConnectionOwner(path, connection)
         while group := self._take():
             done = owner.commit(group)
             news = [id for each in done if isinstance(each.outcome, Outcome) for id in each.outcome.news]
@@ -121,7 +121,7 @@ class SqliteStore(Kept):
         each = self._waiting.get()
         while each is not None:
             group.append(each)
-            if len(group) == AT_ONCE or self._waiting.empty():
+            if len(group) == MAX_BATCH or self._waiting.empty():
                 return group
             each = self._waiting.get()
         if group:
@@ -147,7 +147,7 @@ class SqliteStore(Kept):
         self._tell(news)
 
 
-class _Owner:
+class _ConnectionOwner:
     """Runs operations on the connection, many in a transaction."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -211,8 +211,8 @@ def _integrity() -> Any:
     return Outcome("; ".join(str(row[0]) for row in rows))
 
 
-def _execute(connection: sqlite3.Connection, step: Statement | Many) -> Sequence[Sequence[Any]]:
-    if isinstance(step, Many):
+def _execute(connection: sqlite3.Connection, step: Statement | ExecuteMany) -> Sequence[Sequence[Any]]:
+    if isinstance(step, ExecuteMany):
         connection.executemany(step.sql, step.rows)
         return ()
     values = [json.dumps(value) if isinstance(value, list) else value for value in step.values]
@@ -222,7 +222,7 @@ def _execute(connection: sqlite3.Connection, step: Statement | Many) -> Sequence
 @lru_cache(None)
 def _dialect(sql: str) -> str:
     """Nothing is ever locked by others here, and a list is a JSON array."""
-    return sql.replace(SKIP, "").replace(" IN ?", " IN (SELECT value FROM json_each(?))")
+    return sql.replace(SKIP_LOCKED, "").replace(" IN ?", " IN (SELECT value FROM json_each(?))")
 
 
 def _explain(error: BaseException, path: Path) -> BaseException:
@@ -245,13 +245,13 @@ def _explain(error: BaseException, path: Path) -> BaseException:
     return error
 
 
-def _open(path: Path) -> tuple[_disk.Lock, sqlite3.Connection]:
+def _open(path: Path) -> tuple[_disk.FileLock, sqlite3.Connection]:
     """Lock, open and check a file of jobs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _disk.Lock(path)
+    lock = _disk.FileLock(path)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # it holds what people have asked
-        _disk.refuse_network(path)
+        _disk.refuse_network_disk(path)
         return lock, _connect(path)
     except BaseException:
         lock.release()
@@ -266,15 +266,15 @@ def _connect(path: Path) -> sqlite3.Connection:
             "PRAGMA locking_mode = EXCLUSIVE"
         )  # before the first look: from then on nobody else comes in
         empty = not connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]
-        if not empty and connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
+        if not empty and connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise StoreError(f"{path} holds something else: name another file")
         for pragma in _PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
         if empty:
             connection.execute("BEGIN IMMEDIATE")
-            for statement in tables(serial="INTEGER PRIMARY KEY AUTOINCREMENT", bytes="BLOB", busy=""):
+            for statement in tables(serial="INTEGER PRIMARY KEY AUTOINCREMENT", blob="BLOB", busy=""):
                 connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {APPLICATION}")
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute("COMMIT")
         _sound(connection, path)
     except BaseException:
@@ -287,7 +287,10 @@ def _sound(connection: sqlite3.Connection, path: Path) -> None:
     """Raise StoreError unless a file of jobs is undamaged and of this version."""
     version = connection.execute("SELECT version FROM store").fetchone()[0]
     if version != VERSION:
-        raise StoreError(f"{path} is of version {version}, this is for {VERSION}: use the Moesaic that made it")
+        raise StoreError(
+            f"{path} is of version {version}, expected {VERSION}: "
+            "finish its jobs with the Moesaic that made it, or name another file"
+        )
     found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if found != "ok":
         raise StoreError(f"{path} is damaged ({found}): put it aside, or a copy of it in its place")

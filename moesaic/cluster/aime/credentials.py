@@ -22,11 +22,11 @@ from moesaic.serve.keys import NOBODY, Key, Keys, digest
 
 SESSIONS = 10_000
 SESSION_SECONDS = 86_400.0
-NONE = ("", "null", "undefined", "None")
+EMPTY_KEYS = ("", "null", "undefined", "None")
 """What JavaScript and Python write where there is no key."""
 
 
-class Visitors:
+class Credentials:
     """Keys of the server, keys of endpoints, and sessions."""
 
     def __init__(self, definitions: Sequence[Definition]) -> None:
@@ -56,7 +56,7 @@ class Visitors:
         return call.app.keys.wanted or any(keys.wanted for keys in asked)
 
     def _found(self, call: RequestContext, given: Mapping[str, Any]) -> Key:
-        key, session = _said(given.get("key")), _said(given.get("client_session_auth_key"))
+        key, session = _clean_key(given.get("key")), _clean_key(given.get("client_session_auth_key"))
         header = given_key(call.scope["headers"])
         sent = key.encode() if key else header
         sha256 = self._session(session) if session else ""
@@ -90,7 +90,7 @@ class Visitors:
         return sha256 if time.monotonic() < until else ""
 
 
-def worker_of(call: RequestContext, auth_key: Any, definitions: Sequence[Definition]) -> Key:
+def worker_key(call: RequestContext, auth_key: Any, definitions: Sequence[Definition]) -> Key:
     """Return whose worker this is, which wants to do the jobs of these endpoints.
 
     It shows the key of the endpoint's file, or a worker's: whoever may do jobs reads what everybody asks.
@@ -103,7 +103,7 @@ def worker_of(call: RequestContext, auth_key: Any, definitions: Sequence[Definit
     if not own and not call.app.keys.wanted:
         return NOBODY
     with call.app.guard.patience(call.scope):
-        shown = _said(auth_key)
+        shown = _clean_key(auth_key)
         same = [hmac.compare_digest(digest(shown), each) for each in own]  # all of them, whichever it is
         if shown and any(same):
             return Key(f"aime:{job_type}", digest(shown), worker=True)
@@ -116,5 +116,5 @@ def worker_of(call: RequestContext, auth_key: Any, definitions: Sequence[Definit
         return found
 
 
-def _said(key: Any) -> str:
-    return key if isinstance(key, str) and key not in NONE and len(key) <= 256 else ""
+def _clean_key(key: Any) -> str:
+    return key if isinstance(key, str) and key not in EMPTY_KEYS and len(key) <= 256 else ""

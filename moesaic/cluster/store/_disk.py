@@ -10,14 +10,14 @@ from pathlib import Path
 
 from moesaic.errors import StoreError, Unavailable
 
-NETWORK = frozenset(
+NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb smb2 smb3 smbfs ncpfs 9p afs ceph lustre glusterfs fuse.glusterfs fuse.sshfs fuse.s3fs "
     "fuse.gcsfuse fuse.rclone fuse.ceph fuse.juicefs fuse.davfs davfs beegfs gpfs orangefs pvfs2 coda".split()
 )
 """File systems whose locks and flushes are not to be relied upon (https://sqlite.org/howtocorrupt.html, 2.1, 3.1)."""
 
 
-def kind(device: int, mounts: str) -> str:
+def file_system_type(device: int, mounts: str) -> str:
     """Return the kind of file system that a device has, or "" if it cannot be told.
 
     Args:
@@ -32,15 +32,15 @@ def kind(device: int, mounts: str) -> str:
     return ""
 
 
-def refuse_network(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> None:
+def refuse_network_disk(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> None:
     """Raise StoreError where ``path`` lies on a file system of the network, as far as this system tells."""
     if mounts.exists():
-        found = kind(path.stat().st_dev, mounts.read_text(errors="replace"))
-        if found in NETWORK:
+        found = file_system_type(path.stat().st_dev, mounts.read_text(errors="replace"))
+        if found in NETWORK_FILE_SYSTEMS:
             raise StoreError(f"{path} lies on {found}, where jobs are not safe: put it on a disk of this machine")
 
 
-class Lock:
+class FileLock:
     """A lock file beside the file of jobs: its holder is the only one, and it is free once its holder is gone."""
 
     def __init__(self, path: Path) -> None:

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from moesaic.cluster.jobs import Job, State
-from moesaic.cluster.queue._steps import SKIP, Many, Statement, Steps
+from moesaic.cluster.jobs import Job, JobState
+from moesaic.cluster.store._program import SKIP_LOCKED, ExecuteMany, SqlProgram, Statement
 
 
 class Row(NamedTuple):
@@ -36,13 +36,13 @@ class Row(NamedTuple):
     tenant: str
     cost: int
     priority: int
-    once: str
+    idempotency_key: str
     digest: str
-    state: State
+    state: JobState
     turn: int
     suspect: int
     fence: int
-    beat: int
+    heartbeat: int
     worker: str
     attempts: int
     crashes: int
@@ -59,20 +59,30 @@ class Row(NamedTuple):
 
     def job(self, body: bytes = b"") -> Job:
         """Return what was submitted."""
-        return Job(self.id, self.model, self.kind, body, self.tenant, self.cost, self.priority, self.once, self.digest)
+        return Job(
+            self.id,
+            self.model,
+            self.kind,
+            body,
+            self.tenant,
+            self.cost,
+            self.priority,
+            self.idempotency_key,
+            self.digest,
+        )
 
 
 COLUMNS = ", ".join(Row._fields)
 
-_LATER = "{0} = CASE WHEN excluded.{0} > {1}.{0} THEN excluded.{0} ELSE {1}.{0} END"
-_MORE = "{0} = {1}.{0} + excluded.{0}"
-_LINES = f"""INSERT INTO lines (model, priority, queued, suspects, leased, cost, clock, last, share)
+_KEEP_MAX = "{0} = CASE WHEN excluded.{0} > {1}.{0} THEN excluded.{0} ELSE {1}.{0} END"
+_ADD = "{0} = {1}.{0} + excluded.{0}"
+_UPSERT_QUEUES = f"""INSERT INTO queues (model, priority, queued, suspects, leased, cost, clock, last, share)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (model, priority) DO UPDATE SET
-    {", ".join(_MORE.format(name, "lines") for name in ("queued", "suspects", "leased", "cost"))},
-    {", ".join(_LATER.format(name, "lines") for name in ("clock", "last", "share"))}"""
-_FLOWS = f"""INSERT INTO flows (tenant, model, priority, queued, finish, served)
+    {", ".join(_ADD.format(name, "queues") for name in ("queued", "suspects", "leased", "cost"))},
+    {", ".join(_KEEP_MAX.format(name, "queues") for name in ("clock", "last", "share"))}"""
+_UPSERT_FLOWS = f"""INSERT INTO flows (tenant, model, priority, queued, finish, served)
     VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (tenant, model, priority) DO UPDATE SET
-    {_MORE.format("queued", "flows")}, {_LATER.format("served", "flows")},
+    {_ADD.format("queued", "flows")}, {_KEEP_MAX.format("served", "flows")},
     finish = CASE
         WHEN flows.queued + excluded.queued = 0 AND excluded.served > flows.served THEN excluded.served
         WHEN flows.queued + excluded.queued = 0 THEN flows.served
@@ -80,7 +90,7 @@ _FLOWS = f"""INSERT INTO flows (tenant, model, priority, queued, finish, served)
 
 
 @dataclass
-class _Line:
+class _QueueCounts:
     queued: int = 0
     suspects: int = 0
     leased: int = 0
@@ -91,25 +101,25 @@ class _Line:
 
 
 @dataclass
-class _Flow:
+class _FlowCounts:
     queued: int = 0
     finish: int = 0
     served: int = 0
 
 
 @dataclass
-class Moves:
+class QueueDelta:
     """What one operation changes in lines and flows: gathered first, then written at once.
 
     Counts are differences; clocks and ends are values, which never go back.
     """
 
-    _lines: dict[tuple[str, int], _Line] = field(default_factory=dict)
-    _flows: dict[tuple[str, str, int], _Flow] = field(default_factory=dict)
+    _lines: dict[tuple[str, int], _QueueCounts] = field(default_factory=dict)
+    _flows: dict[tuple[str, str, int], _FlowCounts] = field(default_factory=dict)
 
-    def _of(self, job: Job | Row) -> tuple[_Line, _Flow]:
-        line = self._lines.setdefault((job.model, job.priority), _Line())
-        return line, self._flows.setdefault((job.tenant, job.model, job.priority), _Flow())
+    def _of(self, job: Job | Row) -> tuple[_QueueCounts, _FlowCounts]:
+        line = self._lines.setdefault((job.model, job.priority), _QueueCounts())
+        return line, self._flows.setdefault((job.tenant, job.model, job.priority), _FlowCounts())
 
     def wait(self, job: Job | Row, suspect: int = 0, by: int = 1) -> None:
         """A job begins to wait, or with ``by`` -1 ends it. ``suspect``: the group that it is in."""
@@ -123,11 +133,11 @@ class Moves:
         """A job begins to run, or ends it."""
         self._of(job)[0].leased += by
 
-    def place(self, job: Job | Row, place: Place) -> None:
+    def enter(self, job: Job | Row, entry: QueueEntry) -> None:
         """A job takes its place."""
         line, flow = self._of(job)
-        line.clock, line.share = max(line.clock, place.clock), max(line.share, place.share)
-        flow.finish = place.turn + max(job.cost, 1)
+        line.clock, line.share = max(line.clock, entry.clock), max(line.share, entry.share)
+        flow.finish = entry.turn + max(job.cost, 1)
 
     def serve(self, job: Row, share: int) -> None:
         """A job has had its turn, and its line that share with it."""
@@ -136,15 +146,15 @@ class Moves:
         end = job.turn + job.weight
         line.last, flow.served = max(line.last, end), max(flow.served, end)
 
-    def write(self) -> Steps[None]:
+    def write(self) -> SqlProgram[None]:
         """Write it all."""
-        yield Many(_LINES, [(*key, *vars(line).values()) for key, line in self._lines.items()])
+        yield ExecuteMany(_UPSERT_QUEUES, [(*key, *vars(line).values()) for key, line in self._lines.items()])
         flows = [(*key, *vars(flow).values()) for key, flow in self._flows.items() if any(vars(flow).values())]
         if flows:
-            yield Many(_FLOWS, flows)
+            yield ExecuteMany(_UPSERT_FLOWS, flows)
 
 
-class Place(NamedTuple):
+class QueueEntry(NamedTuple):
     """Where a new job stands."""
 
     turn: int
@@ -154,36 +164,36 @@ class Place(NamedTuple):
     """Of its line."""
 
 
-PLACE = """(SELECT queued FROM lines WHERE model = ? AND priority = ?),
-    (SELECT clock FROM lines WHERE model = ? AND priority = ?),
-    (SELECT last FROM lines WHERE model = ? AND priority = ?),
+ENTRY_COLUMNS = """(SELECT queued FROM queues WHERE model = ? AND priority = ?),
+    (SELECT clock FROM queues WHERE model = ? AND priority = ?),
+    (SELECT last FROM queues WHERE model = ? AND priority = ?),
     (SELECT finish FROM flows WHERE tenant = ? AND model = ? AND priority = ?),
-    (SELECT MIN(share) FROM lines WHERE priority = ? AND queued > 0)"""
+    (SELECT MIN(share) FROM queues WHERE priority = ? AND queued > 0)"""
 """Columns of a query that ``place`` reads; their values are those of ``placing``."""
 
 
-def placing(job: Job | Row) -> tuple[str | int, ...]:
+def entry_parameters(job: Job | Row) -> tuple[str | int, ...]:
     """Return what the columns ``PLACE`` are asked with."""
     line = (job.model, job.priority)
     return (*line, *line, *line, job.tenant, *line, job.priority)
 
 
-def place(columns: Sequence[int | None]) -> Place:
+def queue_entry(columns: Sequence[int | None]) -> QueueEntry:
     """Return where a job stands that comes now."""
     queued, clock, last, finish, least = (number or 0 for number in columns)
     if not queued:
         clock = max(clock, last)
-    return Place(max(clock, finish), clock, 0 if queued else least)
+    return QueueEntry(max(clock, finish), clock, 0 if queued else least)
 
 
-_OPEN = "SELECT model, priority, share FROM lines WHERE queued > suspects AND model IN ? ORDER BY priority"
-_FIRST = f"""SELECT {COLUMNS} FROM jobs WHERE state = 'queued' AND suspect = 0 AND model = ? AND priority = ?
-    ORDER BY turn, seq LIMIT ?{SKIP}"""
+_QUEUES_WITH_WORK = "SELECT model, priority, share FROM queues WHERE queued > suspects AND model IN ? ORDER BY priority"
+_QUEUE_HEAD = f"""SELECT {COLUMNS} FROM jobs WHERE state = 'queued' AND suspect = 0 AND model = ? AND priority = ?
+    ORDER BY turn, seq LIMIT ?{SKIP_LOCKED}"""
 
 
-def choose(models: Iterable[str], most: int, moves: Moves) -> Steps[list[Row]]:
+def choose(models: Iterable[str], most: int, moves: QueueDelta) -> SqlProgram[list[Row]]:
     """Return the jobs that are next, and move the clocks."""
-    found = yield Statement(_OPEN, (list(models),))
+    found = yield Statement(_QUEUES_WITH_WORK, (list(models),))
     chosen: list[Row] = []
     for priority in dict.fromkeys(row[1] for row in found):
         room = most - len(chosen)
@@ -192,13 +202,13 @@ def choose(models: Iterable[str], most: int, moves: Moves) -> Steps[list[Row]]:
         shares = {row[0]: row[2] for row in found if row[1] == priority}
         heads: dict[str, deque[Row]] = {}
         for model in shares:
-            rows = yield Statement(_FIRST, (model, priority, room))
+            rows = yield Statement(_QUEUE_HEAD, (model, priority, room))
             heads[model] = deque(Row(*row) for row in rows)
         chosen += _merge(heads, shares, room, moves)
     return chosen
 
 
-def _merge(heads: Mapping[str, deque[Row]], shares: dict[str, int], room: int, moves: Moves) -> list[Row]:
+def _merge(heads: Mapping[str, deque[Row]], shares: dict[str, int], room: int, moves: QueueDelta) -> list[Row]:
     """Take up to ``room`` jobs from the heads of lines, from the line with the least share each time."""
     chosen: list[Row] = []
     while len(chosen) < room and any(heads.values()):

@@ -16,20 +16,21 @@ import pytest
 
 from moesaic.backend import Delta, Event, Finished, GenerationRequest, ModelInfo, PromptDone, TokenInfo
 from moesaic.cluster import gateway as gateways
-from moesaic.cluster import protocol as wire
-from moesaic.cluster import queue, work, worker
-from moesaic.cluster.desk import Recruit
+from moesaic.cluster import wire
+from moesaic.cluster.active_jobs import ActiveJob, Subscription
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Beat, Bounds, Hold, Job, Record, Seen
-from moesaic.cluster.live import Following, Live
-from moesaic.cluster.silence import Silence
+from moesaic.cluster.jobs import Job, JobSnapshot, LeaseStatus, LeaseToken, LogRecord, StoreLimits
+from moesaic.cluster.lease_timeouts import LeaseTimeouts
+from moesaic.cluster.protocols import WorkerInfo
+from moesaic.cluster.store import open_store
+from moesaic.cluster.worker import agent, running_job
 from moesaic.errors import NotFound, Overloaded, Unavailable
 from tests.cluster.asking import Stream
 from tests.cluster.fake import Fake, answer
 from tests.cluster.site import site
 from tests.serve.raw import eventually
 
-RECRUIT = Recruit("w", (ModelInfo("fake"),), slots=4, run="1")
+RECRUIT = WorkerInfo("w", (ModelInfo("fake"),), slots=4, run="1")
 ASK = GenerationRequest("fake", prompt="Hi", sampling={"max_tokens": 3})
 EVENTS: list[Event] = [
     PromptDone(0),
@@ -40,9 +41,9 @@ EVENTS: list[Event] = [
 
 @asynccontextmanager
 async def gateway(folder: Path, lease: float = 600.0) -> AsyncIterator[Gateway]:
-    made = Gateway(await queue.open(str(folder / "jobs.sqlite"), Bounds()), ["fake"], lease)
+    made = Gateway(await open_store(str(folder / "jobs.sqlite"), StoreLimits()), ["fake"], lease)
     try:
-        await made.enlist(RECRUIT)
+        await made.register(RECRUIT)
         yield made
     finally:
         await made.close()
@@ -52,18 +53,18 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-async def leased(found: Gateway) -> tuple[Any, Hold]:
+async def leased(found: Gateway) -> tuple[Any, LeaseToken]:
     following = await found.generate(ASK)
     [lease] = (await found.lease("w", 1, 5)).leases
-    return following, Hold(lease.job.id, lease.fence)
+    return following, LeaseToken(lease.job.id, lease.fence)
 
 
 async def read(following: Any) -> list[Event]:
     return [event async for event in following]
 
 
-async def look(found: Gateway, hold: Hold) -> Seen:
-    seen = await found.store.look(hold.id)
+async def look(found: Gateway, lease_token: LeaseToken) -> JobSnapshot:
+    seen = await found.store.snapshot(lease_token.id)
     assert seen is not None
     return seen
 
@@ -72,15 +73,15 @@ async def look(found: Gateway, hold: Hold) -> Seen:
 def test_an_end_that_was_written_is_told_though_the_worker_has_left(tmp_path, steps):
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            following, hold = await leased(found)
-            telling = asyncio.ensure_future(found.finish("w", hold, 0, EVENTS))
+            following, lease_token = await leased(found)
+            telling = asyncio.ensure_future(found.finish("w", lease_token, 0, EVENTS))
             for _ in range(steps):
                 await asyncio.sleep(0)
             telling.cancel()
             await asyncio.wait([telling])
             if steps:  # else it had not begun
                 assert await read(following) == EVENTS
-                assert not found.crew["w"].holds
+                assert not found.crew["w"].leases
 
     run(main)
 
@@ -98,7 +99,7 @@ def test_a_lease_that_nobody_heard_of_is_given_back_without_blame(tmp_path, step
             if asking.cancelled():
                 await asyncio.sleep(0.1)
                 [lease] = (await found.lease("w", 1, 5)).leases
-                seen = await found.store.look(lease.job.id)
+                seen = await found.store.snapshot(lease.job.id)
                 assert seen is not None and seen.crashes == 0
             following.cancel()
 
@@ -126,11 +127,11 @@ def test_an_end_is_told_once_it_counts(tmp_path):
 
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            following, hold = await leased(found)
-            await found.take("w", {hold: (0, EVENTS)})
+            following, lease_token = await leased(found)
+            await found.take("w", {lease_token: (0, EVENTS)})
             assert following.ready() == EVENTS[:-1]
             reading = asyncio.ensure_future(read(following))
-            assert await found.finish("w", hold, len(EVENTS), [])
+            assert await found.finish("w", lease_token, len(EVENTS), [])
             assert await reading == EVENTS[-1:]
 
     run(main)
@@ -142,12 +143,12 @@ def test_what_was_lost_with_a_worker_that_lives_is_not_to_blame(tmp_path, stalle
 
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            following, hold = await leased(found)
+            following, lease_token = await leased(found)
             found.crew["w"].stalled = stalled
-            await found._lose(await found.store.beats())
-            assert (await look(found, hold)).crashes == 1
-            assert await found.enlist(RECRUIT, [hold]) == {hold.id: None}
-            assert (await look(found, hold)).crashes == stalled
+            await found._lose(await found.store.active_leases())
+            assert (await look(found, lease_token)).crashes == 1
+            assert await found.register(RECRUIT, [lease_token]) == {lease_token.id: None}
+            assert (await look(found, lease_token)).crashes == stalled
             assert (await found.store.depths())["fake"].suspects == stalled
             following.cancel()
 
@@ -157,13 +158,13 @@ def test_what_was_lost_with_a_worker_that_lives_is_not_to_blame(tmp_path, stalle
 def test_a_network_that_fails_again_and_again_makes_no_poison(tmp_path):
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            following, hold = await leased(found)
-            for _ in range(2 * Bounds().crashes):
+            following, lease_token = await leased(found)
+            for _ in range(2 * StoreLimits().crashes):
                 await found.dismiss("w")
-                await found.enlist(RECRUIT, [hold])
+                await found.register(RECRUIT, [lease_token])
                 [lease] = (await found.lease("w", 1, 5)).leases
-                hold = Hold(lease.job.id, lease.fence)
-            assert await found.finish("w", hold, 0, EVENTS)
+                lease_token = LeaseToken(lease.job.id, lease.fence)
+            assert await found.finish("w", lease_token, 0, EVENTS)
             assert await read(following) == EVENTS
 
     run(main)
@@ -182,7 +183,7 @@ def test_who_left_may_be_reading_at_another_gateway(tmp_path, shared, monkeypatc
             [id] = found.lives
             await found._sweep()
             await asyncio.sleep(0.1)
-            assert (await look(found, Hold(id, 0))).state == ("queued" if shared else "cancelled")
+            assert (await look(found, LeaseToken(id, 0))).state == ("queued" if shared else "cancelled")
             assert not (shared and found.lives)
 
     run(main)
@@ -193,11 +194,11 @@ def test_a_job_that_ended_unheard_of_is_looked_for(tmp_path, monkeypatch):
 
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            following, hold = await leased(found)
+            following, lease_token = await leased(found)
             reading = asyncio.ensure_future(read(following))
             found.store._news.clear()
-            await found.store.finish(hold, "done", b"", Record(0, len(EVENTS), wire.pack_events(EVENTS)))
-            found.lives[hold.id].worker = ""
+            await found.store.finish(lease_token, "done", b"", LogRecord(0, len(EVENTS), wire.pack_events(EVENTS)))
+            found.lives[lease_token.id].worker = ""
             await found._sweep()
             assert await reading == EVENTS
 
@@ -209,12 +210,12 @@ def test_a_write_whose_answer_was_lost_is_not_written_again(tmp_path):
 
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            following, hold = await leased(found)
-            await found.take("w", {hold: (0, EVENTS[:3])})
-            await found.store.append({hold: Record(0, 2, wire.pack_events(EVENTS[:2]))})
+            following, lease_token = await leased(found)
+            await found.take("w", {lease_token: (0, EVENTS[:3])})
+            await found.store.append({lease_token: LogRecord(0, 2, wire.pack_events(EVENTS[:2]))})
             with pytest.raises(Unavailable, match="say it again"):
-                await found.finish("w", hold, 3, EVENTS[3:])
-            assert await found.finish("w", hold, 3, EVENTS[3:])
+                await found.finish("w", lease_token, 3, EVENTS[3:])
+            assert await found.finish("w", lease_token, 3, EVENTS[3:])
             assert await read(following) == EVENTS
             assert await found.store.check() == "ok"
 
@@ -224,14 +225,14 @@ def test_a_write_whose_answer_was_lost_is_not_written_again(tmp_path):
 def test_a_worker_that_is_dismissed_while_it_speaks_is_told_to_enlist(tmp_path):
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            following, hold = await leased(found)
+            following, lease_token = await leased(found)
             found.lives.clear()  # as after a restart: the store has to be asked
-            speaking = asyncio.ensure_future(found.take("w", {hold: (0, EVENTS[:2])}))
+            speaking = asyncio.ensure_future(found.take("w", {lease_token: (0, EVENTS[:2])}))
             await asyncio.sleep(0)
             found.forget("w")
-            assert await speaking == {hold.id: (2, 0)}
+            assert await speaking == {lease_token.id: (2, 0)}
             with pytest.raises(NotFound, match="enlist"):
-                await found.take("w", {hold: (2, EVENTS[2:])})
+                await found.take("w", {lease_token: (2, EVENTS[2:])})
             following.cancel()
 
     run(main)
@@ -241,10 +242,10 @@ def test_an_answer_that_went_on_otherwise_is_not_mixed_with_what_was_told():
     """This gateway was cut off, and told more than the next worker was given to go on from."""
 
     async def main() -> None:
-        live = Live("id", "fake", "")
+        live = ActiveJob("id", "fake", "")
         live.extend(0, EVENTS[:3])
         live.kept = 1
-        reader, later = Following(live, lambda: None), Following(live, lambda: None)
+        reader, later = Subscription(live, lambda: None), Subscription(live, lambda: None)
         assert reader.ready() == EVENTS[:3]
         live.agree(1, EVENTS[1:4])  # the same, and more
         assert reader.ready() == EVENTS[3:4]
@@ -255,23 +256,23 @@ def test_an_answer_that_went_on_otherwise_is_not_mixed_with_what_was_told():
         for each in (reader, later):
             with pytest.raises(Unavailable, match="from the start"):
                 await read(each)
-        assert await read(Following(live, lambda: None)) == [*EVENTS[:2], *other]
+        assert await read(Subscription(live, lambda: None)) == [*EVENTS[:2], *other]
 
     run(main)
 
 
 def test_only_who_was_listened_to_is_silent():
     now = 0.0
-    silence = Silence(10.0, lambda: now)
-    one, two = Beat(Hold("a", 1), "w", 5), Beat(Hold("b", 1), "v", 5)
+    silence = LeaseTimeouts(10.0, lambda: now)
+    one, two = LeaseStatus(LeaseToken("a", 1), "w", 5), LeaseStatus(LeaseToken("b", 1), "v", 5)
 
-    def at(time: float, *beats: Beat) -> list[Beat]:
+    def at(time: float, *active_leases: LeaseStatus) -> list[LeaseStatus]:
         nonlocal now
         now = time
-        return silence.of(beats)
+        return silence.of(active_leases)
 
     assert at(0, one, two) == at(6, one, two) == []
-    two = Beat(Hold("b", 1), "v", 6)
+    two = LeaseStatus(LeaseToken("b", 1), "v", 6)
     assert at(11, one, two) == [one]
     assert at(30, one, two) == []  # nobody looked for 19 seconds
     assert at(38, one, two) == [] and at(41, one, two) == [one, two]
@@ -281,7 +282,7 @@ def test_only_who_was_listened_to_is_silent():
 
 def test_what_is_too_long_for_a_message_comes_in_several(tmp_path, monkeypatch):
     """An event that is too long by itself fails its job, not the worker; so does an outcome."""
-    monkeypatch.setattr(worker, "MESSAGE_BYTES", 300)
+    monkeypatch.setattr(agent, "MESSAGE_BYTES", 300)
 
     class Large(Fake):
         async def embed(self, model: str, texts: Any) -> tuple[list[list[float]], int]:
@@ -294,7 +295,7 @@ def test_what_is_too_long_for_a_message_comes_in_several(tmp_path, monkeypatch):
             assert stream.end().text == answer(f"{n}", count=50) and stream.done
         large = found.client.post("/v1/embeddings", json={"model": "fake", "input": "Hi"})
         assert large.status_code == 413 and "larger than a message" in large.text
-        monkeypatch.setattr(worker, "MESSAGE_BYTES", 20)
+        monkeypatch.setattr(agent, "MESSAGE_BYTES", 20)
         assert found.client.post("/v1/completions", json={"model": "fake", "prompt": "Hi"}).status_code == 413
         assert not hand.future.done() and not hand.backend.running
 
@@ -334,8 +335,8 @@ def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tm
 
 def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
     async def main() -> None:
-        made = worker.Worker(Fake(), ["http://127.0.0.1:1"], name="w")
-        made._begin(wire.Leased("id", 1, "ask", "fake", msgspec.Raw(wire.pack_ask(ASK))))
+        made = agent.Worker(Fake(), ["http://127.0.0.1:1"], name="w")
+        made._begin(wire.LeasedJob("id", 1, "ask", "fake", msgspec.Raw(wire.pack_request(ASK))))
         job = made._works["id"]
         assert job.task is not None
         await job.task
@@ -350,7 +351,7 @@ def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
             await asyncio.wait([sending])
             made._url = "http://127.0.0.1:1"
             with pytest.raises(aiohttp.ClientError):
-                await made._enlist()
+                await made._register()
         assert made._works["id"] is job and not job.ending
 
     run(main)
@@ -358,8 +359,8 @@ def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
 
 def test_news_of_an_older_lease_do_not_stop_the_newer_one():
     async def main() -> None:
-        made = worker.Worker(Fake(seconds=60), ["http://127.0.0.1:1"], name="w")
-        lease = wire.Leased("id", 1, "ask", "fake", msgspec.Raw(wire.pack_ask(ASK)))
+        made = agent.Worker(Fake(seconds=60), ["http://127.0.0.1:1"], name="w")
+        lease = wire.LeasedJob("id", 1, "ask", "fake", msgspec.Raw(wire.pack_request(ASK)))
         made._begin(lease)
         older = made._works["id"]
         made._begin(msgspec.structs.replace(lease, fence=2))
@@ -374,8 +375,8 @@ def test_news_of_an_older_lease_do_not_stop_the_newer_one():
 
 
 def test_of_what_is_on_disk_a_worker_keeps_no_more_than_a_bound(monkeypatch):
-    monkeypatch.setattr(work, "KEPT_BYTES", 10 * work.EVENT_BYTES)
-    job = work.Work(wire.Leased("id", 1, "ask", "fake", msgspec.Raw(b"{}")))
+    monkeypatch.setattr(running_job, "MAX_UNACKNOWLEDGED_BYTES", 10 * running_job.EVENT_BYTES)
+    job = running_job.RunningJob(wire.LeasedJob("id", 1, "ask", "fake", msgspec.Raw(b"{}")))
     job.events = [wire.to_wire(Delta(0, f"{n}")) for n in range(30)]
     job.acknowledge(20, 5)
     assert (job.first, job.known, len(job.events)) == (5, 20, 25) and job.unsent()[0].text == "20"

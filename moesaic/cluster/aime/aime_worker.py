@@ -12,18 +12,18 @@ from typing import Any
 
 from moesaic.backend import Delta, Event, Finished, ModelInfo, PromptDone
 from moesaic.cluster.aime.settings import Definition
-from moesaic.cluster.desk import Recruit
-from moesaic.cluster.jobs import Hold
+from moesaic.cluster.jobs import LeaseToken
+from moesaic.cluster.protocols import WorkerInfo
 from moesaic.errors import MoesaicError, Unavailable
 
 
 @dataclass
-class Running:
+class AimeJob:
     """A job that a worker has; times by the monotonic clock."""
 
     id: str
     """As the worker knows it: a job that comes back to a worker is another one to it."""
-    hold: Hold
+    lease_token: LeaseToken
     data: Mapping[str, Any]
     before: str
     """What earlier leases have said."""
@@ -83,7 +83,7 @@ class Running:
 
 
 @dataclass
-class Member:
+class AimeWorker:
     """One of AIME's workers."""
 
     name: str
@@ -95,7 +95,7 @@ class Member:
     """Whether it has begun without a login of its own."""
     about: Mapping[str, Any]
     heard: float
-    jobs: dict[str, Running] = field(default_factory=dict)
+    jobs: dict[str, AimeJob] = field(default_factory=dict)
     steps: int = 0
     asking: int = 0
     """Requests for jobs that wait for an answer."""
@@ -115,10 +115,10 @@ class Member:
         return list(dict.fromkeys(each.offered for each in self.definitions))
 
     @property
-    def holds(self) -> list[Hold]:
-        return [running.hold for running in self.jobs.values()]
+    def leases(self) -> list[LeaseToken]:
+        return [running.lease_token for running in self.jobs.values()]
 
-    def recruit(self) -> Recruit:
+    def info(self) -> WorkerInfo:
         """Return the worker as it offers itself."""
         cards = tuple(ModelInfo(model, about={"worker": "aime"}) for model in self.models)
-        return Recruit(self.worker, cards, self.slots, self.about, self.owner)
+        return WorkerInfo(self.worker, cards, self.slots, self.about, self.owner)

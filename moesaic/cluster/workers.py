@@ -12,28 +12,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from moesaic.backend import ModelInfo, ModelStats
-from moesaic.cluster.desk import Recruit
+from moesaic.cluster.protocols import WorkerInfo
 from moesaic.errors import NotFound
 
 log = logging.getLogger("moesaic.cluster")
 
 
 @dataclass(eq=False)
-class Session:
+class WorkerSession:
     """A worker that is here."""
 
-    recruit: Recruit
+    info: WorkerInfo
     models: tuple[str, ...]
-    holds: dict[str, int] = field(default_factory=dict)
+    leases: dict[str, int] = field(default_factory=dict)
     """Jobs and fences of what it has."""
     stop: set[str] = field(default_factory=set)
     """Jobs that it is to be told to stop."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     load: Mapping[str, ModelStats] = field(default_factory=dict)
-    apart: bool = False
+    quarantined: bool = False
     """Whether what it has are suspects, and nothing else is to be given to it."""
     since: float = field(default_factory=time.time)
-    heard: float = 0.0
+    last_seen: float = 0.0
     stepped: float = 0.0
     """When its engine was last seen to make progress, or had nothing to do."""
     stalled: bool = False
@@ -53,28 +53,28 @@ class Session:
         self.load = load
 
 
-class Crew:
+class WorkerRegistry:
     """All of them."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.crew: dict[str, Session] = {}
+        self.crew: dict[str, WorkerSession] = {}
         self.known: dict[str, ModelInfo] = {}
         """Every model that a worker has offered, or that was named at the start."""
         self._past: dict[str, ModelStats] = {}  # what workers that have gone had counted
 
-    def join(self, recruit: Recruit) -> tuple[Session, Session | None]:
+    def join(self, info: WorkerInfo) -> tuple[WorkerSession, WorkerSession | None]:
         """Let a worker in; return its session, and the one that it replaces."""
-        before, now = self.crew.get(recruit.name), self.clock()
-        session = Session(recruit, tuple(card.name for card in recruit.cards), heard=now, stepped=now)
-        if before is not None and before.recruit.run == recruit.run != "":
-            session.apart, session.stalled = before.apart, before.stalled
+        before, now = self.crew.get(info.name), self.clock()
+        session = WorkerSession(info, tuple(card.name for card in info.cards), last_seen=now, stepped=now)
+        if before is not None and before.info.run == info.run != "":
+            session.quarantined, session.stalled = before.quarantined, before.stalled
             session.stop, session.load = before.stop, before.load
             before.wake.set()
         elif before is not None:
             self._leave(before)
-        self.crew[recruit.name] = session
-        for card in recruit.cards:
+        self.crew[info.name] = session
+        for card in info.cards:
             self.known[card.name] = replace(card, state="loaded")
         return session, before
 
@@ -85,8 +85,8 @@ class Crew:
             log.info("a worker has gone", extra={"worker": worker})
             self._leave(session)
 
-    def _leave(self, session: Session) -> None:
-        self.crew.pop(session.recruit.name, None)
+    def _leave(self, session: WorkerSession) -> None:
+        self.crew.pop(session.info.name, None)
         session.wake.set()
         for name, load in session.load.items():
             counted = replace(load, running=0, waiting=0, blocks=0, free_blocks=0, alive=True)
@@ -95,7 +95,7 @@ class Crew:
         for name in set(session.models) - there:
             self.known[name] = replace(self.known[name], state="unloaded")
 
-    def session(self, worker: str) -> Session:
+    def session(self, worker: str) -> WorkerSession:
         """Return a worker's session; it has just been heard of.
 
         Raises:
@@ -104,7 +104,7 @@ class Crew:
         session = self.crew.get(worker)
         if session is None:
             raise NotFound(f"there is no worker {worker!r:.80} here: enlist first")
-        session.heard = self.clock()
+        session.last_seen = self.clock()
         return session
 
     def wake_idle(self, model: str = "") -> None:
@@ -115,7 +115,7 @@ class Crew:
 
     def slots(self, model: str = "") -> int:
         """Return how many jobs can run at once."""
-        return sum(each.recruit.slots for each in self.crew.values() if not model or model in each.models)
+        return sum(each.info.slots for each in self.crew.values() if not model or model in each.models)
 
     def loads(self) -> Mapping[str, ModelStats]:
         """Return how busy the models are, all workers together."""

@@ -29,7 +29,7 @@ from moesaic.errors import InvalidRequest, MoesaicError
 
 T = TypeVar("T")
 
-Index = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+AnswerIndex = Annotated[int, msgspec.Meta(ge=0, lt=256)]
 """Of an answer among those of a request: what is counted by it must not grow at a worker's will."""
 
 # Events: arrays, since there is one for each token
@@ -51,20 +51,20 @@ class _Call(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Begun(msgspec.Struct, array_like=True, frozen=True, tag="b"):
-    index: Index
+    index: AnswerIndex
     prompt: tuple[_Mark, ...] = ()
     prompt_tokens: int = 0
 
 
 class _Piece(msgspec.Struct, array_like=True, frozen=True, tag="p"):
-    index: Index
+    index: AnswerIndex
     text: str = ""
     tokens: tuple[_Mark, ...] = ()
     calls: tuple[_Call, ...] = ()
 
 
 class _Ended(msgspec.Struct, array_like=True, frozen=True, tag="e"):
-    index: Index
+    index: AnswerIndex
     reason: FinishReason
     prompt_tokens: int
     generated_tokens: int
@@ -76,7 +76,7 @@ class _Ended(msgspec.Struct, array_like=True, frozen=True, tag="e"):
 
 Wire = _Begun | _Piece | _Ended
 _EVENTS = msgspec.json.Decoder(list[Wire])
-_ASK = msgspec.json.Decoder(GenerationRequest)
+_REQUEST = msgspec.json.Decoder(GenerationRequest)
 
 
 def to_wire(event: Event) -> Wire:
@@ -114,23 +114,23 @@ def pack_events(events: Sequence[Event]) -> bytes:
 
 def unpack_events(blob: bytes) -> list[Event]:
     """Return the events of a part of a log."""
-    return [from_wire(wire) for wire in decoded(_EVENTS, blob)]
+    return [from_wire(wire) for wire in decode(_EVENTS, blob)]
 
 
 # What is asked
 
 
-def pack_ask(request: GenerationRequest) -> bytes:
+def pack_request(request: GenerationRequest) -> bytes:
     """Return a request as a job's body has it."""
     return msgspec.json.encode(request)
 
 
-def unpack_ask(body: bytes) -> GenerationRequest:
+def unpack_request(body: bytes) -> GenerationRequest:
     """Return the request in a job's body.
 
     JSON knows neither tuples nor numbers as keys, which ``Sampling`` is made of: they are made again.
     """
-    request: GenerationRequest = decoded(_ASK, body)
+    request: GenerationRequest = decode(_REQUEST, body)
     sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in request.sampling.items()}
     if isinstance(bias := sampling.get("logit_bias"), Mapping):
         try:
@@ -143,7 +143,7 @@ def unpack_ask(body: bytes) -> GenerationRequest:
 # How it ended
 
 
-class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error of the tree as it is written."""
 
     type: str
@@ -152,29 +152,31 @@ class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
     retry_after: float | None = None
 
 
-class Result(msgspec.Struct, frozen=True, omit_defaults=True):
+class JobResult(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an ended job leaves besides its log: what was asked for, or an error."""
 
     outcome: Any = None
-    error: Fault | None = None
+    error: ErrorInfo | None = None
 
 
-def fault(error: BaseException) -> Fault:
+def error_info(error: BaseException) -> ErrorInfo:
     """Return how an error is written; of one that is not in the tree nothing is told."""
     if not isinstance(error, MoesaicError):
-        return Fault("MoesaicError", "the worker made a mistake; its log has more")
-    return Fault(type(error).__name__, str(error), getattr(error, "param", None), getattr(error, "retry_after", None))
+        return ErrorInfo("MoesaicError", "the worker made a mistake; its log has more")
+    return ErrorInfo(
+        type(error).__name__, str(error), getattr(error, "param", None), getattr(error, "retry_after", None)
+    )
 
 
-def error_of(fault: Fault) -> MoesaicError:
+def to_error(error_info: ErrorInfo) -> MoesaicError:
     """Return the error that was written; an unknown kind is the root of the tree."""
-    kind = getattr(errors, fault.type, None)
+    kind = getattr(errors, error_info.type, None)
     if not (isinstance(kind, type) and issubclass(kind, MoesaicError)):
         kind = MoesaicError
     error = kind.__new__(kind)  # their own constructors make the message, which is there already
-    Exception.__init__(error, fault.message)
+    Exception.__init__(error, error_info.message)
     for name in ("param", "retry_after"):
-        if (value := getattr(fault, name)) is not None:
+        if (value := getattr(error_info, name)) is not None:
             setattr(error, name, value)
     return error
 
@@ -183,23 +185,23 @@ def error_of(fault: Fault) -> MoesaicError:
 
 Count = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Number = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-Claim = tuple[str, Number]
+LeaseClaim = tuple[str, Number]
 """A job's id and the fence."""
 
 
-class Enlist(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /worker/enlist``: a worker offers itself; also again, after a gateway has forgotten it."""
 
     name: str
     cards: tuple[ModelInfo, ...]
     slots: Count = 1
     about: dict[str, Any] = {}
-    holds: tuple[Claim, ...] = ()
+    leases: tuple[LeaseClaim, ...] = ()
     run: str = ""
     """Another in each process, so that one that lost its connection is told from one that was started again."""
 
 
-class Enlisted(msgspec.Struct, frozen=True):
+class RegisterResponse(msgspec.Struct, frozen=True):
     """Its answer: the gateway's pace, and of each lease how many events are known and on disk; null: it is lost."""
 
     renew_seconds: float
@@ -207,7 +209,7 @@ class Enlisted(msgspec.Struct, frozen=True):
     known: dict[str, tuple[int, int] | None] = {}
 
 
-class Want(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LeaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /worker/lease``: answered when there is something to do or to stop, or after ``wait`` seconds."""
 
     name: str
@@ -215,7 +217,7 @@ class Want(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait: float = 20.0
 
 
-class Leased(msgspec.Struct, frozen=True):
+class LeasedJob(msgspec.Struct, frozen=True):
     """A job to do: its log's events are those that need not be sent again."""
 
     id: str
@@ -226,28 +228,28 @@ class Leased(msgspec.Struct, frozen=True):
     log: list[Wire] = []
 
 
-class Given(msgspec.Struct, frozen=True):
+class LeaseResponse(msgspec.Struct, frozen=True):
     """Answer to ``Want``."""
 
-    leases: list[Leased] = []
+    leases: list[LeasedJob] = []
     stop: list[str] = []
 
 
-class Renew(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RenewRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /worker/renew``."""
 
     name: str
-    holds: tuple[Claim, ...] = ()
+    leases: tuple[LeaseClaim, ...] = ()
     load: dict[str, ModelStats] = {}
 
 
-class Renewed(msgspec.Struct, frozen=True):
+class RenewResponse(msgspec.Struct, frozen=True):
     """Of each lease "ok", "cancelled" or "fenced"; the last two: stop it."""
 
     held: dict[str, str] = {}
 
 
-class Part(msgspec.Struct, array_like=True, frozen=True):
+class EventBatch(msgspec.Struct, array_like=True, frozen=True):
     """Events of one job, from number ``start`` of its log on."""
 
     id: str
@@ -256,20 +258,20 @@ class Part(msgspec.Struct, array_like=True, frozen=True):
     events: list[Wire]
 
 
-class Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EventsRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /worker/tokens``: what came in the last moment, of all jobs."""
 
     name: str
-    parts: list[Part]
+    parts: list[EventBatch]
 
 
-class Known(msgspec.Struct, frozen=True):
+class EventsResponse(msgspec.Struct, frozen=True):
     """Of each job how many events are known and on disk; null: the lease is lost."""
 
     known: dict[str, tuple[int, int] | None] = {}
 
 
-class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FinishRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /worker/done``: the last events of a job, or what was asked for, or an error. May be sent again."""
 
     name: str
@@ -278,24 +280,24 @@ class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start: Number = 0
     events: list[Wire] = []
     outcome: Any = None
-    error: Fault | None = None
+    error: ErrorInfo | None = None
 
 
-class Counted(msgspec.Struct, frozen=True):
+class FinishResponse(msgspec.Struct, frozen=True):
     """Whether it counted; false: the job is somebody else's, or was cancelled."""
 
     counted: bool
 
 
-class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /worker/release``: leases are given back; with ``leave`` the worker goes."""
 
     name: str
-    holds: tuple[Claim, ...] = ()
+    leases: tuple[LeaseClaim, ...] = ()
     leave: bool = False
 
 
-def decoded(decoder: msgspec.json.Decoder[T], given: bytes) -> T:
+def decode(decoder: msgspec.json.Decoder[T], given: bytes) -> T:
     """Decode a message.
 
     Raises:

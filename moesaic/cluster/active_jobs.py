@@ -16,7 +16,7 @@ from moesaic.errors import MoesaicError, Unavailable
 
 
 @dataclass(eq=False)
-class Live:
+class ActiveJob:
     """One job."""
 
     id: str
@@ -32,7 +32,7 @@ class Live:
     outcome: Any = None
     error: MoesaicError | None = None
     readers: int = 0
-    once: bool = False
+    idempotency_key: bool = False
     """Whether whoever asked may come again for the answer."""
     unread_since: float = 0.0
     """Since when nobody reads it."""
@@ -105,10 +105,10 @@ class Live:
             self._waiters.discard(waiter)
 
 
-class Following:
+class Subscription:
     """A job's events from the first on; see ``backend.ResponseStream``."""
 
-    def __init__(self, live: Live, leave: Callable[[], None], *, known: bool = False) -> None:
+    def __init__(self, live: ActiveJob, leave: Callable[[], None], *, known: bool = False) -> None:
         """Read along.
 
         Args:

@@ -1,13 +1,13 @@
 """Where jobs are kept: the folder is the registry, one file = one store.
 
-A store's file has ``async def open(where: str, bounds: Bounds) -> Store``, whose store keeps what ``jobs.Store``
+A store's file has ``async def open_store(address: str, limits: StoreLimits) -> Store``, whose store keeps what ``jobs.Store``
 promises, and which raises:
 
 * StoreError: jobs cannot be kept safely there, or what is there is damaged or of another version;
 * Unavailable: somebody else has it, or it cannot be reached;
 * NotInstalled: a package is missing.
 
-``_operations`` and ``_reading`` have the operations, written once; a file says how its database runs them. The package
+``_operations`` and ``_queries`` have the operations, written once; a file says how its database runs them. The package
 knows which addresses belong to which store.
 """
 
@@ -16,15 +16,15 @@ from __future__ import annotations
 from typing import cast
 
 from moesaic import registry
-from moesaic.cluster.jobs import Bounds, Store
+from moesaic.cluster.jobs import Store, StoreLimits
 from moesaic.errors import InvalidParameter
 
-FOLDER = "cluster/queue"
+FOLDER = "cluster/store"
 SCHEMES = {"": "sqlite", "postgres": "postgres", "postgresql": "postgres"}
 """Which store has addresses of which scheme; those without one are paths."""
 
 
-async def open(where: str, bounds: Bounds) -> Store:
+async def open_store(where: str, bounds: StoreLimits) -> Store:
     """Open the store that has an address: a path is SQLite's, ``postgresql://...`` is PostgreSQL's.
 
     Raises:
@@ -35,4 +35,4 @@ async def open(where: str, bounds: Bounds) -> Store:
     name = SCHEMES.get(scheme if mark else "")
     if name is None or not where:
         raise InvalidParameter("store", "is neither a path nor a postgresql:// address")
-    return cast(Store, await registry.load(FOLDER, name).open(where, bounds))
+    return cast(Store, await registry.load(FOLDER, name).open_store(where, bounds))

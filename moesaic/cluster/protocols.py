@@ -12,25 +12,25 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moesaic.backend import Event, Finished, GenerationRequest, ModelInfo, ModelStats, ResponseStream
-from moesaic.cluster.jobs import Held, Hold, Lease, State
+from moesaic.cluster.jobs import JobState, Lease, LeaseToken, RenewState
 from moesaic.errors import MoesaicError
 
 LEASE_SECONDS = 10.0
 """A lease that is not renewed for so long is lost."""
-RENEWS = 0.2
+RENEW_FRACTION = 0.2
 """Workers renew after this part of a lease."""
 STALL_SECONDS = 30.0
 """A worker with work whose step counter stands still for so long is taken to hang."""
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """How far a job is."""
 
     id: str
     model: str
-    state: State
-    ahead: int = 0
+    state: JobState
+    queue_position: int = 0
     """Of a queued job: how many go before it."""
     estimate: float | None = None
     """Seconds until it is done, as far as can be told."""
@@ -49,14 +49,14 @@ class Progress:
     finished: float = 0.0
 
 
-class Desk(Protocol):
+class JobService(Protocol):
     """Takes jobs in and tells how far they are. Raises NotFound for a job that is not there, or another tenant's."""
 
     async def submit(self, request: GenerationRequest) -> str:
         """Take a request in, durably; return its job's id."""
         ...
 
-    async def progress(self, id: str, tenant: str) -> Progress:
+    async def progress(self, id: str, tenant: str) -> JobProgress:
         """Return how far a job is. An ended one is known until it is dropped, however often it is asked for."""
         ...
 
@@ -64,7 +64,7 @@ class Desk(Protocol):
         """Return a job's events from the first on, those to come too. Leaving it does not cancel the job."""
         ...
 
-    async def withdraw(self, id: str, tenant: str) -> State:
+    async def withdraw(self, id: str, tenant: str) -> JobState:
         """Cancel a job unless it has ended; return its state then."""
         ...
 
@@ -74,7 +74,7 @@ class Desk(Protocol):
 
 
 @dataclass(frozen=True)
-class Recruit:
+class WorkerInfo:
     """A worker that offers itself."""
 
     name: str
@@ -93,7 +93,7 @@ class Recruit:
 
 
 @dataclass(frozen=True)
-class Orders:
+class Assignment:
     """What a worker is to do next."""
 
     leases: tuple[Lease, ...] = ()
@@ -101,14 +101,16 @@ class Orders:
     """Jobs it has that it is to stop: cancelled, or somebody else's now."""
 
 
-class Labour(Protocol):
+class WorkerService(Protocol):
     """Hands work out and takes it in. Raises NotFound if the worker is not known (any more): it enlists again."""
 
-    async def enlist(self, recruit: Recruit, holds: Sequence[Hold] = ()) -> Mapping[str, tuple[int, int] | None]:
+    async def register(
+        self, info: WorkerInfo, leases: Sequence[LeaseToken] = ()
+    ) -> Mapping[str, tuple[int, int] | None]:
         """Let a worker in, which still has these leases; say of each what ``take`` would: None if it is lost."""
         ...
 
-    async def lease(self, worker: str, free: int, wait: float) -> Orders:
+    async def lease(self, worker: str, free: int, wait: float) -> Assignment:
         """Wait up to ``wait`` seconds for something to do, or to stop.
 
         At most ``free`` jobs are given, and never more than the worker's slots hold with those it has: 0 is for one
@@ -116,12 +118,14 @@ class Labour(Protocol):
         """
         ...
 
-    async def renew(self, worker: str, holds: Sequence[Hold], load: Mapping[str, ModelStats]) -> Mapping[str, Held]:
+    async def renew(
+        self, worker: str, leases: Sequence[LeaseToken], load: Mapping[str, ModelStats]
+    ) -> Mapping[str, RenewState]:
         """Keep leases, and tell how the worker's models are: their step counters show whether it makes progress."""
         ...
 
     async def take(
-        self, worker: str, parts: Mapping[Hold, tuple[int, Sequence[Event]]]
+        self, worker: str, parts: Mapping[LeaseToken, tuple[int, Sequence[Event]]]
     ) -> Mapping[str, tuple[int, int] | None]:
         """Take events in, which begin at number ``start`` of each job's log.
 
@@ -133,7 +137,7 @@ class Labour(Protocol):
     async def finish(
         self,
         worker: str,
-        hold: Hold,
+        lease_token: LeaseToken,
         start: int,
         events: Sequence[Event],
         outcome: Any = None,
@@ -142,7 +146,7 @@ class Labour(Protocol):
         """End a job with its last events, or with what was asked for, or an error; return whether it counted."""
         ...
 
-    async def release(self, worker: str, holds: Sequence[Hold], *, leave: bool = False) -> None:
+    async def release(self, worker: str, leases: Sequence[LeaseToken], *, leave: bool = False) -> None:
         """Take leases back, without blame; with ``leave`` the worker is given nothing any more."""
         ...
 

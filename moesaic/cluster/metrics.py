@@ -12,16 +12,37 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from moesaic.cluster.gateway import Gateway
 
-WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+WAIT_BUCKETS = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+    600.0,
+    1800.0,
+    3600.0,
+)
 
 
-class Figures:
+class ClusterCollector:
     """What ``serve.watch.Metrics`` shows besides its own: called whenever somebody looks."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         about = "From a request's acceptance here to its first lease."
-        self._waits = Histogram("moesaic_gateway_queue_seconds", about, ("model_name",), buckets=WAITS, registry=None)
+        self._waits = Histogram(
+            "moesaic_gateway_queue_seconds", about, ("model_name",), buckets=WAIT_BUCKETS, registry=None
+        )
         gateway.waited = lambda model, seconds: self._waits.labels(model).observe(seconds)
 
     def __call__(self) -> Iterable[Metric]:
@@ -42,8 +63,8 @@ class Figures:
         slots = GaugeMetricFamily("moesaic_gateway_slots", "Jobs that they can run at once.", labels=("state",))
         crew = self._gateway.crew.values()
         drained = sum(each.drained for each in crew)
-        busy = sum(len(each.holds) for each in crew)
-        free = sum(max(0, each.recruit.slots - len(each.holds)) for each in crew if not each.drained)
+        busy = sum(len(each.leases) for each in crew)
+        free = sum(max(0, each.info.slots - len(each.leases)) for each in crew if not each.drained)
         for family, counts in (
             (workers, {"working": len(crew) - drained, "drained": drained}),
             (slots, {"busy": busy, "free": free}),

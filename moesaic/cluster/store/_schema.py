@@ -11,7 +11,7 @@ Does not know what is done with them.
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
 """Of the tables. A store of another version is not opened."""
 
 _TABLES = """
@@ -27,34 +27,34 @@ CREATE TABLE jobs (
     tenant TEXT NOT NULL,
     cost BIGINT NOT NULL,
     priority BIGINT NOT NULL,
-    once TEXT NOT NULL,
+    idempotency_key TEXT NOT NULL,
     digest TEXT NOT NULL,
     state TEXT NOT NULL,
     turn BIGINT NOT NULL,
     suspect BIGINT NOT NULL DEFAULT 0,
     fence BIGINT NOT NULL DEFAULT 0,
-    beat BIGINT NOT NULL DEFAULT 0,
+    heartbeat BIGINT NOT NULL DEFAULT 0,
     worker TEXT NOT NULL DEFAULT '',
     attempts BIGINT NOT NULL DEFAULT 0,
     crashes BIGINT NOT NULL DEFAULT 0,
     logged BIGINT NOT NULL DEFAULT 0,
     ended BIGINT
 ){busy};
-CREATE INDEX jobs_line ON jobs (model, priority, turn, seq) WHERE state = 'queued' AND suspect = 0;
+CREATE INDEX jobs_queue ON jobs (model, priority, turn, seq) WHERE state = 'queued' AND suspect = 0;
 CREATE INDEX jobs_suspect ON jobs (suspect, priority, turn, seq) WHERE state = 'queued' AND suspect > 0;
 CREATE INDEX jobs_state ON jobs (state, seq);
 CREATE INDEX jobs_ended ON jobs (ended, seq) WHERE ended IS NOT NULL;
-CREATE TABLE bodies (seq BIGINT PRIMARY KEY, body {bytes} NOT NULL);
-CREATE TABLE results (seq BIGINT PRIMARY KEY, result {bytes} NOT NULL);
+CREATE TABLE bodies (seq BIGINT PRIMARY KEY, body {blob} NOT NULL);
+CREATE TABLE results (seq BIGINT PRIMARY KEY, result {blob} NOT NULL);
 CREATE TABLE records (
-    seq BIGINT NOT NULL, start BIGINT NOT NULL, count BIGINT NOT NULL, blob {bytes} NOT NULL, PRIMARY KEY (seq, start)
+    seq BIGINT NOT NULL, start BIGINT NOT NULL, count BIGINT NOT NULL, blob {blob} NOT NULL, PRIMARY KEY (seq, start)
 );
-CREATE TABLE names (
-    tenant TEXT NOT NULL, once TEXT NOT NULL, id TEXT NOT NULL, digest TEXT NOT NULL, ended BIGINT,
-    PRIMARY KEY (tenant, once)
+CREATE TABLE idempotency_keys (
+    tenant TEXT NOT NULL, idempotency_key TEXT NOT NULL, id TEXT NOT NULL, digest TEXT NOT NULL, ended BIGINT,
+    PRIMARY KEY (tenant, idempotency_key)
 );
-CREATE INDEX names_ended ON names (ended) WHERE ended IS NOT NULL;
-CREATE TABLE lines (
+CREATE INDEX idempotency_keys_ended ON idempotency_keys (ended) WHERE ended IS NOT NULL;
+CREATE TABLE queues (
     model TEXT NOT NULL, priority BIGINT NOT NULL,
     queued BIGINT NOT NULL, suspects BIGINT NOT NULL, leased BIGINT NOT NULL, cost BIGINT NOT NULL,
     clock BIGINT NOT NULL, last BIGINT NOT NULL, share BIGINT NOT NULL,
@@ -68,13 +68,13 @@ CREATE TABLE flows (
 """
 
 
-def tables(*, serial: str, bytes: str, busy: str) -> list[str]:
+def tables(*, serial: str, blob: str, busy: str) -> list[str]:
     """Return the statements that make the tables.
 
     Args:
         serial: type of a key that counts upwards and never gives a number twice.
-        bytes: type of bytes.
+        blob: type of bytes.
         busy: what follows the definition of a table whose rows change often.
     """
-    text = _TABLES.format(version=VERSION, serial=serial, bytes=bytes, busy=busy)
+    text = _TABLES.format(version=VERSION, serial=serial, blob=blob, busy=busy)
     return [statement.strip() for statement in text.split(";") if statement.strip()]

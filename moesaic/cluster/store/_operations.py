@@ -12,9 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from moesaic.cluster.jobs import Beat, Bounds, Held, Hold, Job, Lease, Record, State
-from moesaic.cluster.queue._lines import COLUMNS, PLACE, Moves, Place, Row, choose, place, placing
-from moesaic.cluster.queue._steps import SKIP, Many, Outcome, Statement, Steps
+from moesaic.cluster.jobs import Job, JobState, Lease, LeaseStatus, LeaseToken, LogRecord, RenewState, StoreLimits
+from moesaic.cluster.store._fair_queueing import (
+    COLUMNS,
+    ENTRY_COLUMNS,
+    QueueDelta,
+    QueueEntry,
+    Row,
+    choose,
+    entry_parameters,
+    queue_entry,
+)
+from moesaic.cluster.store._program import SKIP_LOCKED, ExecuteMany, Outcome, SqlProgram, Statement
 from moesaic.errors import Conflict, InvalidParameter, Overloaded, Unavailable
 
 NEW_WORK = ""
@@ -24,20 +33,20 @@ _BY_ID = f"SELECT {COLUMNS} FROM jobs WHERE id IN ?"
 _ENDED = "(SELECT tick FROM store)"
 _KNOWN = f"""SELECT
     (SELECT digest FROM jobs WHERE id = ?),
-    (SELECT id FROM names WHERE tenant = ? AND once = ?),
-    (SELECT digest FROM names WHERE tenant = ? AND once = ?),
+    (SELECT id FROM idempotency_keys WHERE tenant = ? AND idempotency_key = ?),
+    (SELECT digest FROM idempotency_keys WHERE tenant = ? AND idempotency_key = ?),
     (SELECT CAST(COALESCE(SUM(queued), 0) AS BIGINT) FROM flows WHERE tenant = ?),
-    (SELECT CAST(COALESCE(SUM(queued), 0) AS BIGINT) FROM lines),
-    (SELECT CAST(COALESCE(SUM(cost), 0) AS BIGINT) FROM lines),
-    {PLACE}"""
-_INSERT = """INSERT INTO jobs (id, model, kind, tenant, cost, priority, once, digest, state, turn)
+    (SELECT CAST(COALESCE(SUM(queued), 0) AS BIGINT) FROM queues),
+    (SELECT CAST(COALESCE(SUM(cost), 0) AS BIGINT) FROM queues),
+    {ENTRY_COLUMNS}"""
+_INSERT = """INSERT INTO jobs (id, model, kind, tenant, cost, priority, idempotency_key, digest, state, turn)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?) RETURNING seq"""
 _GROUP = f"""SELECT {COLUMNS} FROM jobs WHERE state = 'queued' AND suspect > 0 AND suspect = ? AND model IN ?
-    ORDER BY priority, turn, seq LIMIT ?{SKIP}"""
+    ORDER BY priority, turn, seq LIMIT ?{SKIP_LOCKED}"""
 _OLDEST = """SELECT suspect FROM jobs WHERE state = 'queued' AND suspect > 0 AND model IN ?
     ORDER BY suspect LIMIT 1"""
-_LEASE = """UPDATE jobs SET state = 'leased', fence = fence + 1, beat = beat + 1, attempts = attempts + 1, worker = ?
-    WHERE seq IN ?"""
+_LEASE = """UPDATE jobs SET state = 'leased', fence = fence + 1, heartbeat = heartbeat + 1,
+    attempts = attempts + 1, worker = ? WHERE seq IN ?"""
 _QUEUE = "UPDATE jobs SET state = 'queued', fence = fence + 1, crashes = crashes + ?, suspect = ? WHERE seq = ?"
 _RECORD = "INSERT INTO records (seq, start, count, blob) VALUES (?, ?, ?, ?)"
 _LARGEST = 2**40
@@ -48,7 +57,7 @@ def storable(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _rows(ids: Iterable[str]) -> Steps[dict[str, Row]]:
+def _rows(ids: Iterable[str]) -> SqlProgram[dict[str, Row]]:
     """Return the jobs that are there, by id."""
     wanted = [id for id in dict.fromkeys(ids) if storable(id)]
     if not wanted:
@@ -59,7 +68,7 @@ def _rows(ids: Iterable[str]) -> Steps[dict[str, Row]]:
 
 def _valid(job: Job) -> None:
     """Refuse what no store can keep."""
-    for name in ("id", "model", "kind", "tenant", "once", "digest"):
+    for name in ("id", "model", "kind", "tenant", "idempotency_key", "digest"):
         if not storable(getattr(job, name)):
             raise InvalidParameter(name, "is not text that can be stored: leave out character 0 and lone surrogates")
     if not job.id:
@@ -68,11 +77,11 @@ def _valid(job: Job) -> None:
         raise InvalidParameter("cost", f"and priority are at most {_LARGEST}, and a cost is not negative")
 
 
-def submit(job: Job, bounds: Bounds) -> Steps[Outcome[str]]:
+def submit(job: Job, bounds: StoreLimits) -> SqlProgram[Outcome[str]]:
     """See ``Store.submit``."""
     _valid(job)
-    name = (job.tenant, job.once)
-    rows = yield Statement(_KNOWN, (job.id, *name, *name, job.tenant, *placing(job)))
+    name = (job.tenant, job.idempotency_key)
+    rows = yield Statement(_KNOWN, (job.id, *name, *name, job.tenant, *entry_parameters(job)))
     there, named, digest, of_tenant, queued, cost, *columns = rows[0]
     if there is not None:
         named, digest = job.id, there
@@ -84,32 +93,42 @@ def submit(job: Job, bounds: Bounds) -> Steps[Outcome[str]]:
         raise Overloaded(f"{of_tenant} requests of yours wait already: try again when some are answered")
     if queued >= bounds.queued or cost + job.cost > bounds.queued_cost:
         raise Unavailable(f"{queued} requests wait already: try again later")
-    where = place(columns)
+    where = queue_entry(columns)
     yield from _insert(job, where)
-    moves = Moves()
+    moves = QueueDelta()
     moves.wait(job)
-    moves.place(job, where)
+    moves.enter(job, where)
     yield from moves.write()
     return Outcome(job.id, (NEW_WORK,))
 
 
-def _insert(job: Job, where: Place) -> Steps[None]:
-    values = (job.id, job.model, job.kind, job.tenant, job.cost, job.priority, job.once, job.digest, where.turn)
+def _insert(job: Job, where: QueueEntry) -> SqlProgram[None]:
+    values = (
+        job.id,
+        job.model,
+        job.kind,
+        job.tenant,
+        job.cost,
+        job.priority,
+        job.idempotency_key,
+        job.digest,
+        where.turn,
+    )
     rows = yield Statement(_INSERT, values)
-    yield Many("INSERT INTO bodies (seq, body) VALUES (?, ?)", [(rows[0][0], job.body)])
-    if job.once:
-        names = "INSERT INTO names (tenant, once, id, digest) VALUES (?, ?, ?, ?)"
-        yield Many(names, [(job.tenant, job.once, job.id, job.digest)])
+    yield ExecuteMany("INSERT INTO bodies (seq, body) VALUES (?, ?)", [(rows[0][0], job.body)])
+    if job.idempotency_key:
+        names = "INSERT INTO idempotency_keys (tenant, idempotency_key, id, digest) VALUES (?, ?, ?, ?)"
+        yield ExecuteMany(names, [(job.tenant, job.idempotency_key, job.id, job.digest)])
 
 
-def lease(worker: str, models: Sequence[str], most: int, suspects: bool) -> Steps[Outcome[list[Lease]]]:
+def lease(worker: str, models: Sequence[str], most: int, suspects: bool) -> SqlProgram[Outcome[list[Lease]]]:
     """See ``Store.lease``."""
     if not storable(worker):
         raise InvalidParameter("worker", "is not text that can be stored")
     offered = [model for model in dict.fromkeys(models) if storable(model)]
     if most <= 0 or not offered:
         return Outcome([])
-    moves = Moves()
+    moves = QueueDelta()
     jobs = yield from (_oldest_group(offered, most) if suspects else choose(offered, most, moves))
     if not jobs:
         return Outcome([])
@@ -122,7 +141,7 @@ def lease(worker: str, models: Sequence[str], most: int, suspects: bool) -> Step
     return Outcome(leases, tuple(job.id for job in jobs))
 
 
-def _oldest_group(models: list[str], most: int) -> Steps[list[Row]]:
+def _oldest_group(models: list[str], most: int) -> SqlProgram[list[Row]]:
     groups = yield Statement(_OLDEST, (models,))
     if not groups:
         return []
@@ -130,16 +149,16 @@ def _oldest_group(models: list[str], most: int) -> Steps[list[Row]]:
     return [Row(*row) for row in rows]
 
 
-def _leases(jobs: Sequence[Row]) -> Steps[list[Lease]]:
+def _leases(jobs: Sequence[Row]) -> SqlProgram[list[Lease]]:
     """Return what is handed out: each job as it was before it was leased, with its body and its log."""
     rows = yield Statement("SELECT seq, body FROM bodies WHERE seq IN ?", ([job.seq for job in jobs],))
     bodies = {seq: bytes(body) for seq, body in rows}
-    logs: dict[int, list[Record]] = {job.seq: [] for job in jobs}
+    logs: dict[int, list[LogRecord]] = {job.seq: [] for job in jobs}
     begun = [job.seq for job in jobs if job.logged]
     if begun:
         query = "SELECT seq, start, count, blob FROM records WHERE seq IN ? ORDER BY seq, start"
         for seq, start, count, blob in (yield Statement(query, (begun,))):
-            logs[seq].append(Record(start, count, bytes(blob)))
+            logs[seq].append(LogRecord(start, count, bytes(blob)))
     return [Lease(job.job(bodies[job.seq]), job.fence + 1, tuple(logs[job.seq])) for job in jobs]
 
 
@@ -147,33 +166,33 @@ def _holds(job: Row | None, fence: int) -> bool:
     return job is not None and job.state == "leased" and job.fence == fence
 
 
-def renew(holds: Sequence[Hold]) -> Steps[Outcome[dict[str, Held]]]:
+def renew(leases: Sequence[LeaseToken]) -> SqlProgram[Outcome[dict[str, RenewState]]]:
     """See ``Store.renew``."""
-    jobs = yield from _rows(hold.id for hold in holds)
-    held: dict[str, Held] = {}
-    for hold in holds:
-        job = jobs.get(hold.id)
-        if _holds(job, hold.fence):
-            held[hold.id] = "ok"
-        elif job is not None and job.state == "cancelled" and job.fence == hold.fence:
-            held[hold.id] = "cancelled"
+    jobs = yield from _rows(lease_token.id for lease_token in leases)
+    held: dict[str, RenewState] = {}
+    for lease_token in leases:
+        job = jobs.get(lease_token.id)
+        if _holds(job, lease_token.fence):
+            held[lease_token.id] = "ok"
+        elif job is not None and job.state == "cancelled" and job.fence == lease_token.fence:
+            held[lease_token.id] = "cancelled"
         else:
-            held.setdefault(hold.id, "fenced")
+            held.setdefault(lease_token.id, "fenced")
     live = [jobs[id].seq for id, state in held.items() if state == "ok"]
     if live:
-        yield Statement("UPDATE jobs SET beat = beat + 1 WHERE seq IN ?", (live,))
+        yield Statement("UPDATE jobs SET heartbeat = heartbeat + 1 WHERE seq IN ?", (live,))
     return Outcome(held)
 
 
-def append(parts: Mapping[Hold, Record]) -> Steps[Outcome[dict[str, int | None]]]:
+def append(parts: Mapping[LeaseToken, LogRecord]) -> SqlProgram[Outcome[dict[str, int | None]]]:
     """See ``Store.append``."""
-    jobs = yield from _rows(hold.id for hold in parts)
+    jobs = yield from _rows(lease_token.id for lease_token in parts)
     ends: dict[str, int | None] = {}
     records, news = [], []
-    for hold, record in parts.items():
-        job = jobs.get(hold.id)
-        if job is None or not _holds(job, hold.fence):
-            ends.setdefault(hold.id, None)
+    for lease_token, record in parts.items():
+        job = jobs.get(lease_token.id)
+        if job is None or not _holds(job, lease_token.fence):
+            ends.setdefault(lease_token.id, None)
             continue
         ends[job.id] = job.logged
         if record.start == job.logged and record.count > 0:
@@ -181,37 +200,43 @@ def append(parts: Mapping[Hold, Record]) -> Steps[Outcome[dict[str, int | None]]
             records.append((job.seq, record.start, record.count, record.blob))
             news.append(job.id)
     if records:
-        yield Many(_RECORD, records)
+        yield ExecuteMany(_RECORD, records)
     live = [(end, jobs[id].seq) for id, end in ends.items() if end is not None]
     if live:
-        yield Many("UPDATE jobs SET beat = beat + 1, logged = ? WHERE seq = ?", live)
+        yield ExecuteMany("UPDATE jobs SET heartbeat = heartbeat + 1, logged = ? WHERE seq = ?", live)
     return Outcome(ends, tuple(news))
 
 
-def finish(hold: Hold, state: Literal["done", "failed"], result: bytes, last: Record | None) -> Steps[Outcome[bool]]:
+def finish(
+    lease_token: LeaseToken, state: Literal["done", "failed"], result: bytes, last: LogRecord | None
+) -> SqlProgram[Outcome[bool]]:
     """See ``Store.finish``."""
-    jobs = yield from _rows([hold.id])
-    job = jobs.get(hold.id)
-    if job is None or not _holds(job, hold.fence):
-        return Outcome(job is not None and job.fence == hold.fence and job.state in ("done", "failed"))
+    jobs = yield from _rows([lease_token.id])
+    job = jobs.get(lease_token.id)
+    if job is None or not _holds(job, lease_token.fence):
+        return Outcome(job is not None and job.fence == lease_token.fence and job.state in ("done", "failed"))
     end = job.logged
     if last is not None and last.start + last.count > end:
         if last.start != end:
-            raise ValueError(f"the log of {hold.id} has {end} entries: the last ones begin there, not at {last.start}")
-        yield Many(_RECORD, [(job.seq, last.start, last.count, last.blob)])
-        yield Many("UPDATE jobs SET logged = ? WHERE seq = ?", [(end + last.count, job.seq)])
-    yield Many("INSERT INTO results (seq, result) VALUES (?, ?)", [(job.seq, result)])
+            raise ValueError(
+                f"the log of {lease_token.id} has {end} entries: the last ones begin there, not at {last.start}"
+            )
+        yield ExecuteMany(_RECORD, [(job.seq, last.start, last.count, last.blob)])
+        yield ExecuteMany("UPDATE jobs SET logged = ? WHERE seq = ?", [(end + last.count, job.seq)])
+    yield ExecuteMany("INSERT INTO results (seq, result) VALUES (?, ?)", [(job.seq, result)])
     yield from _end(job, state)
     return Outcome(True, (job.id,))
 
 
-def _end(job: Row, state: State) -> Steps[None]:
+def _end(job: Row, state: JobState) -> SqlProgram[None]:
     """End a queued or leased job: the one way to do so."""
-    yield Many(f"UPDATE jobs SET state = ?, ended = {_ENDED} WHERE seq = ?", [(state, job.seq)])
-    if job.once:
-        name = (job.tenant, job.once, job.id)
-        yield Many(f"UPDATE names SET ended = {_ENDED} WHERE tenant = ? AND once = ? AND id = ?", [name])
-    moves = Moves()
+    yield ExecuteMany(f"UPDATE jobs SET state = ?, ended = {_ENDED} WHERE seq = ?", [(state, job.seq)])
+    if job.idempotency_key:
+        name = (job.tenant, job.idempotency_key, job.id)
+        yield ExecuteMany(
+            f"UPDATE idempotency_keys SET ended = {_ENDED} WHERE tenant = ? AND idempotency_key = ? AND id = ?", [name]
+        )
+    moves = QueueDelta()
     if job.state == "queued":
         moves.wait(job, job.suspect, by=-1)
     else:
@@ -219,37 +244,41 @@ def _end(job: Row, state: State) -> Steps[None]:
     yield from moves.write()
 
 
-def _requeue(jobs: Sequence[Row], groups: Sequence[int], crashes: int) -> Steps[None]:
+def _requeue(jobs: Sequence[Row], groups: Sequence[int], crashes: int) -> SqlProgram[None]:
     """Queue leased jobs again, each in the group of suspects that is named for it; 0: in none."""
-    moves = Moves()
+    moves = QueueDelta()
     for job, group in zip(jobs, groups, strict=True):
         moves.run(job, by=-1)
         moves.wait(job, group)
-    yield Many(_QUEUE, [(crashes, group, job.seq) for job, group in zip(jobs, groups, strict=True)])
+    yield ExecuteMany(_QUEUE, [(crashes, group, job.seq) for job, group in zip(jobs, groups, strict=True)])
     yield from moves.write()
 
 
-def release(holds: Sequence[Hold]) -> Steps[Outcome[None]]:
+def release(leases: Sequence[LeaseToken]) -> SqlProgram[Outcome[None]]:
     """See ``Store.release``."""
-    found = yield from _rows(hold.id for hold in holds)
-    fences = set(holds)
-    jobs = [job for job in found.values() if job.state == "leased" and Hold(job.id, job.fence) in fences]
+    found = yield from _rows(lease_token.id for lease_token in leases)
+    fences = set(leases)
+    jobs = [job for job in found.values() if job.state == "leased" and LeaseToken(job.id, job.fence) in fences]
     if not jobs:
         return Outcome(None)
     yield from _requeue(jobs, [job.suspect for job in jobs], 0)
     return Outcome(None, (NEW_WORK, *(job.id for job in jobs)))
 
 
-def lose(beats: Sequence[Beat], bounds: Bounds) -> Steps[Outcome[list[str]]]:
-    """See ``Store.lose``."""
-    found = yield from _rows(each.hold.id for each in beats)
-    given = {(each.hold, each.beat) for each in beats}
-    jobs = [job for job in found.values() if job.state == "leased" and (Hold(job.id, job.fence), job.beat) in given]
+def expire(active_leases: Sequence[LeaseStatus], bounds: StoreLimits) -> SqlProgram[Outcome[list[str]]]:
+    """See ``Store.expire``."""
+    found = yield from _rows(each.lease_token.id for each in active_leases)
+    given = {(each.lease_token, each.heartbeat) for each in active_leases}
+    jobs = [
+        job
+        for job in found.values()
+        if job.state == "leased" and (LeaseToken(job.id, job.fence), job.heartbeat) in given
+    ]
     if not jobs:
         return Outcome([])
     if len(jobs) == 1 and jobs[0].crashes + 1 >= bounds.crashes:
         [job] = jobs
-        yield Many("UPDATE jobs SET fence = fence + 1, crashes = crashes + 1 WHERE seq = ?", [(job.seq,)])
+        yield ExecuteMany("UPDATE jobs SET fence = fence + 1, crashes = crashes + 1 WHERE seq = ?", [(job.seq,)])
         yield from _end(job, "dead")
         return Outcome([job.id], (job.id,))
     jobs.sort(key=lambda job: job.seq)
@@ -260,27 +289,27 @@ def lose(beats: Sequence[Beat], bounds: Bounds) -> Steps[Outcome[list[str]]]:
     return Outcome([], (NEW_WORK, *(job.id for job in jobs)))
 
 
-def absolve(holds: Sequence[Hold]) -> Steps[Outcome[None]]:
-    """See ``Store.absolve``."""
-    found = yield from _rows(hold.id for hold in holds)
-    fences = {hold.id: hold.fence for hold in holds}
+def forgive_crash(leases: Sequence[LeaseToken]) -> SqlProgram[Outcome[None]]:
+    """See ``Store.forgive_crash``."""
+    found = yield from _rows(lease_token.id for lease_token in leases)
+    fences = {lease_token.id: lease_token.fence for lease_token in leases}
     jobs = [job for job in found.values() if job.state in ("queued", "leased") and job.crashes > 0]
     jobs = [job for job in jobs if job.fence > fences[job.id]]
     if not jobs:
         return Outcome(None)
-    moves = Moves()
+    moves = QueueDelta()
     groups = [job.suspect if job.crashes > 1 else 0 for job in jobs]
     for job, group in zip(jobs, groups, strict=True):
         if job.state == "queued":
             moves.wait(job, job.suspect, by=-1)
             moves.wait(job, group)
     update = "UPDATE jobs SET crashes = crashes - 1, suspect = ? WHERE seq = ?"
-    yield Many(update, [(group, job.seq) for job, group in zip(jobs, groups, strict=True)])
+    yield ExecuteMany(update, [(group, job.seq) for job, group in zip(jobs, groups, strict=True)])
     yield from moves.write()
     return Outcome(None, (NEW_WORK,))
 
 
-def cancel(id: str) -> Steps[Outcome[State | None]]:
+def cancel(id: str) -> SqlProgram[Outcome[JobState | None]]:
     """See ``Store.cancel``."""
     jobs = yield from _rows([id])
     job = jobs.get(id)
@@ -290,21 +319,21 @@ def cancel(id: str) -> Steps[Outcome[State | None]]:
     return Outcome("cancelled", (id,))
 
 
-def revive(id: str) -> Steps[Outcome[bool]]:
+def revive(id: str) -> SqlProgram[Outcome[bool]]:
     """See ``Store.revive``."""
     jobs = yield from _rows([id])
     job = jobs.get(id)
     if job is None or job.state != "dead":
         return Outcome(False)
-    columns = yield Statement(f"SELECT {PLACE}", placing(job))
-    where = place(columns[0])
+    columns = yield Statement(f"SELECT {ENTRY_COLUMNS}", entry_parameters(job))
+    where = queue_entry(columns[0])
     update = "UPDATE jobs SET state = 'queued', ended = NULL, crashes = 0, suspect = 0, turn = ? WHERE seq = ?"
-    yield Many(update, [(where.turn, job.seq)])
-    if job.once:
-        names = "UPDATE names SET ended = NULL WHERE tenant = ? AND once = ? AND id = ?"
-        yield Many(names, [(job.tenant, job.once, id)])
-    moves = Moves()
+    yield ExecuteMany(update, [(where.turn, job.seq)])
+    if job.idempotency_key:
+        names = "UPDATE idempotency_keys SET ended = NULL WHERE tenant = ? AND idempotency_key = ? AND id = ?"
+        yield ExecuteMany(names, [(job.tenant, job.idempotency_key, id)])
+    moves = QueueDelta()
     moves.wait(job)
-    moves.place(job, where)
+    moves.enter(job, where)
     yield from moves.write()
     return Outcome(True, (NEW_WORK, id))
