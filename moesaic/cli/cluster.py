@@ -82,7 +82,7 @@ def _gateway(args: argparse.Namespace) -> int:
     known = settings.together([*(each for each in settings.shipped() if each.name not in names), *given])
 
     def all_routes(gateway: Gateway) -> Iterable[Endpoint]:
-        aime = [*clients.endpoints(gateway, known), *workers.endpoints(gateway, gateway, known, args.lease)]
+        aime = [*clients.endpoints(gateway, known), *workers.endpoints(gateway.leases, gateway, known, args.lease)]
         return [*routes.endpoints(gateway), *aime, *admin.endpoints(gateway)]
 
     bounds = listening.settings(args, admin_port=args.admin_port)
@@ -95,8 +95,8 @@ async def _open(args: argparse.Namespace) -> Gateway:
     from moesaic.cluster.store import open_store
 
     given = {"queued": args.queue, "queued_per_tenant": args.queue_per_key, "crashes": args.crashes}
-    bounds = StoreLimits(**{name: value for name, value in given.items() if value is not None})
-    return Gateway(await open_store(args.jobs or str(_default_jobs()), bounds), args.model or (), args.lease)
+    limits = StoreLimits(**{name: value for name, value in given.items() if value is not None})
+    return Gateway(await open_store(args.jobs or str(_default_jobs()), limits), args.model or (), args.lease)
 
 
 def _default_jobs() -> Path:

@@ -1,165 +1,198 @@
-"""A job as a gateway follows it: what is known of its answer so far, who does it, and who reads along.
+"""The jobs that a gateway follows: clients subscribe to them, and the store is their source of truth.
 
-Knows events and their numbers. Does not know stores, workers or HTTP.
+This module does not depend on HTTP. It does not decide which worker runs a job.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from moesaic.backend import Delta, Event, Finished
-from moesaic.errors import MoesaicError, Unavailable
+import msgspec
+
+from moesaic.cluster import wire
+from moesaic.cluster.active_job import ActiveJob, Subscription
+from moesaic.cluster.jobs import JobSnapshot, JobState, Store
+from moesaic.cluster.log_flusher import LogFlusher, catch_up
+from moesaic.cluster.tasks import BackgroundTasks, shielded
+from moesaic.cluster.workers import WorkerRegistry
+from moesaic.errors import Cancelled, NotFound, PoisonedJob, Unavailable
+
+POLL_SECONDS = 2.0
+"""Maximum time between two reads of a followed job that no worker of this gateway runs."""
+RECONNECT_SECONDS = 60.0
+"""A job whose client disconnected but can come back is cancelled after this time."""
 
 
-@dataclass(eq=False)
-class ActiveJob:
-    """One job."""
+class ActiveJobs:
+    """The jobs that a gateway follows, by id."""
 
-    id: str
-    model: str
-    tenant: str
-    events: list[Event] = field(default_factory=list)
-    kept: int = 0
-    """How many of them are on disk."""
-    fence: int = 0
-    worker: str = ""
-    """Who does it, if the worker came to this gateway; "": nobody, or one of another gateway."""
-    ended: bool = False
-    outcome: Any = None
-    error: MoesaicError | None = None
-    readers: int = 0
-    idempotency_key: bool = False
-    """Whether whoever asked may come again for the answer."""
-    unread_since: float = 0.0
-    """Since when nobody reads it."""
-    saved_at: float = 0.0
-    looked_at: float = 0.0
-    submitted: float = 0.0
-    begun: float = 0.0
-    finished: float = 0.0
-    """When it ended, if it did while this process was there; like those above in seconds since the epoch."""
-    leased_at: float = 0.0
-    """When the lease began, by the gateway's own clock."""
-    version: int = 0
-    """Rises when what was told is taken back."""
-    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by whoever writes this job's log."""
-    _waiters: set[asyncio.Future[None]] = field(default_factory=set)
+    def __init__(
+        self, store: Store, workers: WorkerRegistry, tasks: BackgroundTasks, clock: Callable[[], float]
+    ) -> None:
+        self.tasks = tasks
+        self.jobs: dict[str, ActiveJob] = {}
+        self._store, self._workers, self._clock = store, workers, clock
+        self._flusher = LogFlusher(store, clock)
+        self.flush_interval = self._flusher.interval
+        """Seconds between two calls of ``flush_due``."""
+        self._changed: set[str] = set()
+        self._has_changed = asyncio.Event()
 
-    def extend(self, start: int, events: Sequence[Event]) -> None:
-        """Take in events that begin at number ``start``, which is not behind the last; those known are left out."""
-        fresh = events[len(self.events) - start :]
-        if fresh:
-            self.events.extend(fresh)
-            self.tell()
+    def get(self, job_id: str) -> ActiveJob | None:
+        """Return a job if it is followed."""
+        return self.jobs.get(job_id)
 
-    def agree(self, start: int, events: Sequence[Event]) -> None:
-        """Take in what is on disk from number ``start`` on, which is not behind the last.
+    def add(self, job_id: str, model: str, tenant: str) -> ActiveJob:
+        """Follow a job that is being submitted."""
+        job = ActiveJob(job_id, model, tenant, unread_since=self._clock(), submitted_at=time.time())
+        self.jobs[job_id] = job
+        return job
 
-        Where more was told than was on disk when the lease was lost, and this gateway was not asked where to go on,
-        the answer may have gone on otherwise: then what was told is taken back, and its readers have to ask again.
+    def adopt(self, job_id: str, model: str, tenant: str) -> ActiveJob:
+        """Follow a job that came from the store. It is not cancelled when it has no subscribers."""
+        return self.jobs.setdefault(job_id, ActiveJob(job_id, model, tenant, unread_since=float("inf")))
+
+    def remove(self, job_id: str) -> None:
+        """Stop following a job, if it is followed."""
+        self.jobs.pop(job_id, None)
+
+    async def find(self, job_id: str, tenant: str) -> ActiveJob:
+        """Return a job, from the store if it is not followed yet.
+
+        Raises:
+            NotFound: there is no such job, or it belongs to another tenant.
         """
-        known = self.events[start : start + len(events)]
-        differs = (place for place, pair in enumerate(zip(known, events, strict=False)) if not _same(*pair))
-        if (place := next(differs, None)) is not None:
-            self.cut(start + place)
-        self.extend(start, events)
+        job = self.jobs.get(job_id)
+        if job is None:
+            snapshot = await self._store.snapshot(job_id)
+            if snapshot is None or snapshot.job.tenant != tenant:
+                raise NotFound(f"there is no job {job_id!r:.60}")
+            job = self.adopt(job_id, snapshot.job.model, snapshot.job.tenant)
+            job.resumable, job.unread_since = True, float("inf")
+            await self.refresh(job)
+        if job.tenant != tenant:
+            raise NotFound(f"there is no job {job_id!r:.60}")
+        return job
 
-    def cut(self, count: int) -> None:
-        """Take back what was told behind so many events."""
-        if len(self.events) > count:
-            del self.events[count:]
-            self.version += 1
-            self.tell()
-
-    def told(self) -> int:
-        """Return how many events readers may have: an end of an answer that nothing follows waits until it counts."""
-        count = len(self.events)
-        while not self.ended and count and isinstance(self.events[count - 1], Finished):
-            count -= 1
-        return count
-
-    def end(self, outcome: Any = None, error: MoesaicError | None = None) -> None:
-        """No more will come."""
-        if not self.ended:
-            self.ended, self.outcome, self.error, self.finished = True, outcome, error, time.time()
-        self.tell()
-
-    def tell(self) -> None:
-        """Wake those who wait for something to come."""
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def changed(self) -> None:
-        """Wait for something to come."""
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.discard(waiter)
-
-
-class Subscription:
-    """A job's events from the first on; see ``backend.ResponseStream``."""
-
-    def __init__(self, live: ActiveJob, leave: Callable[[], None], *, known: bool = False) -> None:
-        """Read along.
+    def follow(self, job: ActiveJob, *, replayed: bool = False, cancel: bool = True) -> Subscription:
+        """Subscribe to a job.
 
         Args:
-            live: what is read.
-            leave: called once, when no more is wanted before the end.
-            known: whether the job was there before it was asked for.
+            job: the job.
+            replayed: whether the job existed before this request.
+            cancel: whether the job is cancelled when its last subscriber cancels, unless the client can come back.
         """
-        self._live, self._leave, self._place, self._left = live, leave, 0, False
-        self._version = live.version
-        self.job: tuple[str, bool] | None = (live.id, known)
-        live.readers += 1
+        return Subscription(job, (lambda: self._on_unsubscribed(job)) if cancel else _ignore, replayed=replayed)
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        live = self._live
-        while True:
-            while self._place < live.told() and self._version == live.version:
-                self._place += 1
-                yield live.events[self._place - 1]
-            if live.ended or self._version != live.version:
-                break
-            await live.changed()
-        self._close()
-        if self._version != live.version:
-            raise Unavailable("the answer goes on otherwise than it was told: ask again, and read it from the start")
-        if live.error is not None:
-            raise live.error
+    def _on_unsubscribed(self, job: ActiveJob) -> None:
+        if not job.readers:
+            job.unread_since = self._clock()
+            if not job.resumable and not job.ended:
+                self.tasks.start(self.cancel(job))
 
-    def ready(self) -> list[Event]:
-        live = self._live
-        events = live.events[self._place : live.told()] if self._version == live.version else []
-        self._place += len(events)
-        return events
+    @shielded
+    async def cancel(self, job: ActiveJob) -> JobState:
+        """Cancel a job unless it has ended; return its state afterwards."""
+        state = await self._store.cancel(job.id)
+        if state == "cancelled":
+            self.cancel_at_worker(job)
+            job.finish(error=Cancelled("the request was cancelled"))
+        return state or "cancelled"
 
-    def cancel(self) -> None:
-        if not self._left:
-            self._close()
-            self._leave()
+    def cancel_at_worker(self, job: ActiveJob) -> None:
+        """Tell the job's worker, if it is connected, to stop the job."""
+        worker, job.worker = job.worker, ""
+        self._workers.cancel(worker, job.id)
 
-    def _close(self) -> None:
-        if not self._left:
-            self._left = True
-            self._live.readers -= 1
+    # Reading the store
+
+    def mark_changed(self, job_ids: Sequence[str]) -> None:
+        """Have the jobs read from the store soon, as far as they are followed."""
+        self._changed |= self.jobs.keys() & set(job_ids)
+        self._has_changed.set()
+
+    def on_store_changed(self, job_ids: Sequence[str]) -> None:
+        """Handle a notification of the store; see ``Store.listen``."""
+        for job_id in job_ids:
+            if not job_id:
+                self._workers.wake()
+            elif (job := self.jobs.get(job_id)) and not job.ended and (self._store.shared or not job.worker):
+                self.mark_changed([job_id])
+
+    async def refresh_changed(self) -> None:
+        """Wait for jobs to be marked as changed, and read them from the store."""
+        await self._has_changed.wait()
+        self._has_changed.clear()
+        while self._changed:
+            job = self.jobs.get(self._changed.pop())
+            if job is not None:
+                with contextlib.suppress(Unavailable):
+                    await self.refresh(job)
+
+    async def refresh(self, job: ActiveJob) -> None:
+        """Bring a job up to date with the store."""
+        job.refreshed_at = self._clock()
+        snapshot = await self._store.snapshot(job.id)
+        if snapshot is None:
+            job.finish(error=NotFound("the job was dropped"))
+            return
+        ended = snapshot.state not in ("queued", "leased")
+        if snapshot.logged > job.persisted and (ended or not job.worker):
+            catch_up(job, await self._store.log(job.id, job.persisted))
+        if ended and not job.ended:
+            job.truncate(snapshot.logged)
+            self.cancel_at_worker(job)
+            _finish_from_snapshot(job, snapshot)
+
+    async def sweep(self) -> None:
+        """Drop jobs that are not needed, cancel abandoned ones, and poll jobs that other gateways may have changed."""
+        now = self._clock()
+        idle = [job for job in self.jobs.values() if not job.worker and now - job.refreshed_at > POLL_SECONDS]
+        for job in idle:
+            if job.ended:
+                if not job.readers:
+                    self.remove(job.id)
+            elif not job.readers and job.unread_since + RECONNECT_SECONDS < now:
+                if self._store.shared:  # the client may be reading at another gateway
+                    self.remove(job.id)
+                else:
+                    self.tasks.start(self.cancel(job))
+            elif job.readers and (self._store.shared or job.started_at):
+                self.mark_changed([job.id])
+
+    # Writing the store
+
+    async def flush_due(self) -> None:
+        """Write the events that have waited long enough."""
+        await self.flush(self._flusher.due(self.jobs.values()))
+
+    async def flush(self, jobs: Sequence[ActiveJob]) -> None:
+        """Write the events of jobs; jobs with invalid leases are cancelled at their workers.
+
+        Raises:
+            Unavailable: as far as is known, nothing was written.
+        """
+        for job in await self._flusher.flush(jobs):
+            self.cancel_at_worker(job)
+
+    async def close(self) -> None:
+        """Write all events, if the store is reachable."""
+        with contextlib.suppress(Unavailable):
+            await self._flusher.flush(list(self.jobs.values()))
 
 
-def _same(one: Event, other: Event) -> bool:
-    """Whether a reader of the one has read the other too; figures that go with them do not matter."""
-    if type(one) is not type(other) or one.index != other.index:
-        return False
-    if isinstance(one, Delta) and isinstance(other, Delta):
-        ids = [token.id for token in one.tokens] == [token.id for token in other.tokens]
-        return ids and one.text == other.text and one.calls == other.calls
-    if isinstance(one, Finished) and isinstance(other, Finished):
-        return one.reason == other.reason
-    return True
+def _ignore() -> None:
+    pass
+
+
+def _finish_from_snapshot(job: ActiveJob, snapshot: JobSnapshot) -> None:
+    if snapshot.state == "cancelled":
+        job.finish(error=Cancelled("the request was cancelled"))
+    elif snapshot.state == "dead":
+        job.finish(error=PoisonedJob("every worker that ran this request died: it is not retried"))
+    else:
+        result = msgspec.json.decode(snapshot.result, type=wire.JobResult) if snapshot.result else wire.JobResult()
+        job.finish(result.outcome, wire.to_error(result.error) if result.error else None)

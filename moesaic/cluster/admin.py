@@ -151,7 +151,7 @@ class KeyList(msgspec.Struct, frozen=True):
 
 def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     """Return the routes of a gateway for those with an admin's key."""
-    crew, jobs = _WorkerRoutes(gateway), _JobRoutes(gateway)
+    workers, jobs = _WorkerRoutes(gateway), _JobRoutes(gateway)
 
     def route(method: str, path: str, run: Any, summary: str, **more: Any) -> Endpoint:
         return Endpoint(
@@ -160,13 +160,13 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
 
     listing = {"state": {"enum": list(STATES)}, "most": {"type": "integer", "minimum": 1, "maximum": MAX_JOBS}}
     return (
-        route("GET", "status", crew.status, "the gateway at a glance."),
+        route("GET", "status", workers.status, "the gateway at a glance."),
         route("POST", "drain", _drain, "take no new requests; what is queued is done."),
         route("POST", "resume", _resume, "take requests again."),
-        route("GET", "workers", crew.listed, "who works."),
-        route("POST", "workers/drain", crew.drain, "give a worker nothing more.", body=Named),
-        route("POST", "workers/resume", crew.resume, "take that back.", body=Named),
-        route("POST", "workers/dismiss", crew.dismiss, "send a worker away.", body=Named),
+        route("GET", "workers", workers.listed, "who works."),
+        route("POST", "workers/drain", workers.drain, "give a worker nothing more.", body=Named),
+        route("POST", "workers/resume", workers.resume, "take that back.", body=Named),
+        route("POST", "workers/dismiss", workers.ban, "send a worker away.", body=Named),
         route("GET", "queues", jobs.queues, "what waits and runs, by model."),
         route("GET", "jobs", jobs.listed, "jobs of a state.", query=listing),
         route("GET", "jobs/{id}", jobs.show, "one job.", query={"request": {"enum": ["true", "false"]}}),
@@ -218,22 +218,22 @@ class _WorkerRoutes:
                 __version__,
                 "stopping" if app.stopping else "draining" if app.draining else "serving",
                 app.running - 1,  # without this one
-                len(gateway.crew),
-                sum(each.info.slots for each in gateway.crew.values()),
+                len(gateway.workers.sessions),
+                gateway.workers.slots(),
                 sum(each.queued for each in depths),
                 sum(each.leased for each in depths),
                 sum(each.suspects for each in depths),
-                gateway.seconds,
-                gateway.lost,
-                gateway.fenced,
-                gateway.dead,
+                gateway.leases.mean_job_seconds,
+                gateway.leases.expired,
+                gateway.leases.fenced,
+                gateway.leases.dead,
             )
         )
 
     async def listed(self, _: RequestContext) -> AnyResponse:
-        gateway = self._gateway
-        workers = [self._worker(each) for _, each in sorted(gateway.crew.items())]
-        return Response(Workers(workers, sorted(gateway.drained), sorted(gateway.dismissed)))
+        registry = self._gateway.workers
+        workers = [self._worker(session) for _, session in sorted(registry.sessions.items())]
+        return Response(Workers(workers, sorted(registry.drained), sorted(registry.banned)))
 
     def _worker(self, session: WorkerSession) -> Worker:
         info = session.info
@@ -243,24 +243,24 @@ class _WorkerRoutes:
             session.models,
             info.slots,
             tuple(session.leases),
-            dict(session.load),
+            dict(session.stats),
             dict(info.about),
-            session.since,
-            max(0.0, self._gateway.clock() - session.last_seen),
+            session.connected_at,
+            max(0.0, self._gateway.workers.clock() - session.last_seen),
             session.drained,
             session.quarantined,
         )
 
     async def drain(self, call: RequestContext) -> AnyResponse:
-        self._gateway.drain_worker(call.body.name)
+        self._gateway.workers.drain(call.body.name)
         return Response(Done(call.body.name, "drained"))
 
     async def resume(self, call: RequestContext) -> AnyResponse:
-        self._gateway.resume_worker(call.body.name)
+        self._gateway.workers.resume(call.body.name)
         return Response(Done(call.body.name, "working"))
 
-    async def dismiss(self, call: RequestContext) -> AnyResponse:
-        await self._gateway.dismiss_worker(call.body.name)
+    async def ban(self, call: RequestContext) -> AnyResponse:
+        await self._gateway.leases.ban(call.body.name)
         return Response(Done(call.body.name, "dismissed"))
 
 
@@ -273,13 +273,13 @@ class _JobRoutes:
     async def queues(self, _: RequestContext) -> AnyResponse:
         depths = await self._gateway.store.depths()
         return Response(
-            Queues([self._queue(name, depths.get(name)) for name in sorted({*self._gateway.known, *depths})])
+            Queues([self._queue(name, depths.get(name)) for name in sorted({*self._gateway.workers.models, *depths})])
         )
 
     def _queue(self, model: str, depth: QueueDepth | None) -> Queue:
-        crew = [each for each in self._gateway.crew.values() if model in each.models]
-        depth, slots = depth or QueueDepth(), sum(each.info.slots for each in crew)
-        return Queue(model, len(crew), slots, depth.queued, depth.leased, depth.suspects, depth.cost)
+        workers = self._gateway.workers.offering(model)
+        depth, slots = depth or QueueDepth(), self._gateway.workers.slots(model)
+        return Queue(model, len(workers), slots, depth.queued, depth.leased, depth.suspects, depth.cost)
 
     async def listed(self, call: RequestContext) -> AnyResponse:
         given = _query(call)
@@ -300,7 +300,7 @@ class _JobRoutes:
 
     async def cancel(self, call: RequestContext) -> AnyResponse:
         seen = await self._look(call)
-        return Response(Done(seen.job.id, await self._gateway.withdraw(seen.job.id, seen.job.tenant)))
+        return Response(Done(seen.job.id, await self._gateway.cancel(seen.job.id, seen.job.tenant)))
 
     async def revive(self, call: RequestContext) -> AnyResponse:
         seen = await self._look(call)

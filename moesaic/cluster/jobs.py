@@ -133,6 +133,10 @@ class JobSnapshot:
     queue_position: int = 0
     """Of a queued job: the number of queued jobs of its model that go first."""
 
+    def held_by(self, worker: str, lease_token: LeaseToken) -> bool:
+        """Return whether the job's newest lease is, or was, this worker's."""
+        return (self.worker, self.fence) == (worker, lease_token.fence)
+
 
 @dataclass(frozen=True)
 class QueueDepth:

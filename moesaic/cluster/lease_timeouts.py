@@ -1,7 +1,6 @@
-"""Since when each lease has not been renewed, by this process's own clock.
+"""Timers of leases, by this process's own clock.
 
-Who was not looking himself blames nobody: after a time in which the store could not be asked, or this process stood
-still, every lease has its whole time again. Knows beats. Does not know what becomes of a lease that is lost.
+If this process was paused, or the store was unreachable, all timers restart and nothing expires.
 """
 
 from __future__ import annotations
@@ -12,27 +11,27 @@ from moesaic.cluster.jobs import LeaseStatus, LeaseToken
 
 
 class LeaseTimeouts:
-    """Watches beats."""
+    """Finds leases whose heartbeat counter has stopped."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        """A lease whose beat stands still for longer than ``seconds`` is silent."""
+        """Create timers; a lease times out when its heartbeat counter has not changed for more than ``seconds``."""
         self._seconds, self._clock = seconds, clock
-        self._since: dict[LeaseToken, tuple[int, float]] = {}  # of each lease its beat, and since when it has that
-        self._looked = clock()
+        self._since: dict[LeaseToken, tuple[int, float]] = {}  # heartbeat, and the time at which it was first seen
+        self._checked_at = clock()
 
-    def of(self, active_leases: Sequence[LeaseStatus]) -> list[LeaseStatus]:
-        """Take in all beats as they are now; return those that are silent."""
+    def timed_out(self, statuses: Sequence[LeaseStatus]) -> list[LeaseStatus]:
+        """Update the timers with all active leases; return those that have timed out."""
         now = self._clock()
-        if now - self._looked > self._seconds:
-            self.forgive()
-        self._looked = now
-        self._since = {status.lease_token: self._known(status, now) for status in active_leases}
-        return [status for status in active_leases if now - self._since[status.lease_token][1] > self._seconds]
+        if now - self._checked_at > self._seconds:
+            self.restart()
+        self._checked_at = now
+        self._since = {status.lease_token: self._first_seen(status, now) for status in statuses}
+        return [status for status in statuses if now - self._since[status.lease_token][1] > self._seconds]
 
-    def _known(self, status: LeaseStatus, now: float) -> tuple[int, float]:
-        known = self._since.get(status.lease_token)
-        return known if known and known[0] == status.heartbeat else (status.heartbeat, now)
+    def _first_seen(self, status: LeaseStatus, now: float) -> tuple[int, float]:
+        since = self._since.get(status.lease_token)
+        return since if since and since[0] == status.heartbeat else (status.heartbeat, now)
 
-    def forgive(self) -> None:
-        """Nobody could be heard: begin anew."""
+    def restart(self) -> None:
+        """Restart all timers."""
         self._since = {}

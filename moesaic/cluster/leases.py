@@ -1,8 +1,7 @@
-"""Who hands work out: leases, what workers send, and what becomes of it when they are lost.
+"""Leases: which worker runs which job, what workers report, and when a lease expires.
 
-A worker always has a question open that is answered when there is work, or something to stop. It is lost when its
-leases are not renewed, when its connection is closed and it does not come again, when its engine stands still, or when
-it comes again without what it had. Knows leases. Does not know who asked for a job, nor HTTP.
+A worker long-polls for jobs. Its leases expire when they are not renewed, when its connection closes and it does not
+come back, when its engine stalls, or when it registers again without them. This module does not depend on HTTP.
 """
 
 from __future__ import annotations
@@ -19,242 +18,257 @@ import msgspec
 
 from moesaic.backend import Event, ModelStats
 from moesaic.cluster import wire
-from moesaic.cluster.active_jobs import ActiveJob
-from moesaic.cluster.jobs import TICK_SECONDS, JobSnapshot, Lease, LeaseStatus, LeaseToken, LogRecord, RenewState, Store
+from moesaic.cluster.active_job import ActiveJob
+from moesaic.cluster.active_jobs import ActiveJobs
+from moesaic.cluster.jobs import Lease, LeaseStatus, LeaseToken, LogRecord, RenewState, Store
 from moesaic.cluster.lease_timeouts import LeaseTimeouts
-from moesaic.cluster.log_flusher import LogFlusher, catch_up
-from moesaic.cluster.protocols import LEASE_SECONDS, STALL_SECONDS, Assignment, WorkerInfo
+from moesaic.cluster.log_flusher import catch_up
+from moesaic.cluster.protocols import LEASE_SECONDS, STALL_SECONDS, Assignment, LogPosition, WorkerInfo
 from moesaic.cluster.tasks import BackgroundTasks, shielded
-from moesaic.cluster.workers import WorkerRegistry, WorkerSession
+from moesaic.cluster.workers import WorkerRegistry, WorkerSession, is_same_instance
 from moesaic.errors import Conflict, MoesaicError, Unavailable
 
 log = logging.getLogger("moesaic.cluster")
 
-GONE = 0.2
-"""A worker whose connection was closed is lost when it has not come again for this part of a lease."""
-FORGOTTEN = 2.0
-"""One of which nothing was heard for so many leases is not here any more, if its connection is open or not."""
-LATE = ("fenced", "cancelled")
+RECONNECT_FRACTION = 0.2
+"""A worker whose connection closed is lost when it has not come back within this fraction of a lease."""
+SILENT_LEASES = 2.0
+"""A worker that has sent nothing for this number of leases is unregistered, even if its connection is open."""
+INVALID = ("fenced", "cancelled")
+
+WaitObserver = Callable[[str, float], None]
+"""Function called with a job's model and the seconds from its submission to its first lease."""
 
 
-class LeaseManager(WorkerRegistry, BackgroundTasks):
-    """See ``desk.Labour``."""
+class LeaseManager:
+    """Leases jobs to workers. Implements ``protocols.WorkerService``."""
 
     def __init__(
         self,
+        workers: WorkerRegistry,
         store: Store,
+        jobs: ActiveJobs,
+        tasks: BackgroundTasks,
+        *,
         lease_seconds: float = LEASE_SECONDS,
         stall_seconds: float = STALL_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        WorkerRegistry.__init__(self, clock)
-        BackgroundTasks.__init__(self)
-        self.store, self.lease_seconds, self._stall_seconds = store, lease_seconds, stall_seconds
-        self.lives: dict[str, ActiveJob] = {}
-        self.suspects: set[str] = set()
-        """Models of which suspects wait."""
-        self.changed: set[str] = set()
-        """Jobs to be looked at in the store."""
-        self.looking = asyncio.Event()
+        self.tasks = tasks
+        self.lease_seconds = lease_seconds
+        self.suspect_models: set[str] = set()
+        """Models that have suspects in the queue."""
         self.fenced = 0
-        """Results and tokens that came too late, and did not count."""
-        self.lost = self.dead = 0
-        """Leases that were lost, and jobs that were set aside because of it."""
-        self.seconds = 1.0
-        """What a job takes, as a running mean."""
-        self._saver, self._silence = LogFlusher(store, clock), LeaseTimeouts(lease_seconds, clock)
-        self._ticks = -1
-        self.always(min(1.0, lease_seconds / 5), self._watch)
-        self.always(self._saver.pace, self._save_due)
-        self.always(TICK_SECONDS, self._tick)
+        """Number of results and event batches that were refused because their lease was not valid."""
+        self.expired = 0
+        """Number of leases that expired."""
+        self.dead = 0
+        """Number of jobs that died."""
+        self.mean_job_seconds = 1.0
+        """Running mean of the time from a job's lease to its end."""
+        self._workers, self._store, self._jobs, self._clock = workers, store, jobs, clock
+        self._stall_seconds = stall_seconds
+        self._timeouts = LeaseTimeouts(lease_seconds, clock)
+        self._wait_observers: list[WaitObserver] = []
 
-    async def stop(self) -> None:
-        """Save what is not on disk yet, and end."""
-        await self.leave_off()
-        with contextlib.suppress(Unavailable):
-            await self._saver.save(list(self.lives.values()))
+    def add_wait_observer(self, observer: WaitObserver) -> None:
+        """Call ``observer`` when a job that was submitted here is leased for the first time."""
+        self._wait_observers.append(observer)
 
-    def look_again(self, ids: Sequence[str]) -> None:
-        """Have jobs looked at in the store, for something has become of them there."""
-        self.changed |= self.lives.keys() & set(ids)
-        self.looking.set()
-
-    # Workers come and go
+    # Registration
 
     @shielded
-    async def register(
-        self, info: WorkerInfo, leases: Sequence[LeaseToken] = ()
-    ) -> Mapping[str, tuple[int, int] | None]:
-        session, before = self.join(info)
-        again = before is not None and before.info.run == info.run != ""
-        kept = {lease_token.id for lease_token in leases}
-        left = [status for status in await self._beats_of(info.name) if status.lease_token.id not in kept]
-        if again:  # what it was given did not reach it
-            await self._take_back([status.lease_token for status in left])
+    async def register(self, info: WorkerInfo, leases: Sequence[LeaseToken] = ()) -> Mapping[str, LogPosition | None]:
+        session, previous = self._workers.register(info)
+        held = {lease_token.id for lease_token in leases}
+        missing = [status for status in await self._leases_of(info.name) if status.lease_token.id not in held]
+        if previous is not None and is_same_instance(previous, session):  # the worker never received these
+            await self._requeue([status.lease_token for status in missing])
         else:
-            await self._lose(left)
-        log.info("a worker has come", extra={"worker": info.name, "models": session.models, "has": len(kept)})
-        known = {lease_token.id: _how_far(await self._adopted(session, lease_token)) for lease_token in leases}
-        if not session.stalled:  # it has not died of what it still has, though it was taken for lost
-            await self.store.forgive_crash([lease_token for lease_token in leases if known[lease_token.id] is None])
-        return known
+            await self.expire(missing)
+        log.info("worker registered", extra={"worker": info.name, "models": session.models, "leases": len(held)})
+        adopted = {token.id: await self._adopt(session, token) for token in leases}
+        if not session.stalled:  # it is alive, so these jobs did not crash it when their leases expired
+            await self._store.forgive_crash([token for token in leases if adopted[token.id] is None])
+        return {job_id: None if job is None else job.log_position for job_id, job in adopted.items()}
 
     @shielded
-    async def dismiss(self, worker: str) -> None:
-        self.forget(worker)
-        await self._lose(await self._beats_of(worker))
+    async def unregister(self, worker: str) -> None:
+        self._workers.unregister(worker)
+        await self.expire(await self._leases_of(worker))
 
-    async def _beats_of(self, worker: str) -> list[LeaseStatus]:
-        return [status for status in await self.store.active_leases() if status.worker == worker]
+    @shielded
+    async def ban(self, worker: str) -> None:
+        """Unregister a worker and refuse its registrations; its jobs are queued again without a crash.
 
-    def disconnected(self, worker: str) -> None:
-        """A worker's connection was closed: unless it comes again in a moment, it is lost."""
-        session = self.crew.get(worker)
+        Raises:
+            NotFound: there is no such worker.
+        """
+        self._workers.ban(worker)
+        session = self._workers.sessions.get(worker)
         if session is not None:
-            self.background(self._unless_heard(session, session.last_seen))
+            await self._release(session, session.lease_tokens)
+        self._workers.unregister(worker)
+        await self.expire(await self._leases_of(worker))
 
-    async def _unless_heard(self, session: WorkerSession, heard: float) -> None:
-        worker = session.info.name
-        await self._save([live for id in session.leases if (live := self.lives.get(id))])
-        before = await self._beats_of(worker)
-        await asyncio.sleep(self.lease_seconds * GONE)
-        if self.crew.get(worker) is session and session.last_seen == heard:
-            self.forget(worker)
-            now = set(await self._beats_of(worker))  # where a beat has risen, it has come to another gateway
-            await self._lose([status for status in before if status in now])
+    async def _leases_of(self, worker: str) -> list[LeaseStatus]:
+        return [status for status in await self._store.active_leases() if status.worker == worker]
 
-    # Work goes out
+    def on_disconnect(self, worker: str) -> None:
+        """Handle a closed connection: unless the worker comes back soon, its leases expire."""
+        session = self._workers.sessions.get(worker)
+        if session is not None:
+            self.tasks.start(self._expire_unless_seen(session, session.last_seen))
 
-    async def lease(self, worker: str, free: int, wait: float) -> Assignment:
-        session = self.session(worker)
-        until = self.clock() + wait
-        while self.crew.get(worker) is session:
+    async def _expire_unless_seen(self, session: WorkerSession, last_seen: float) -> None:
+        await self._jobs.flush([job for job_id in session.leases if (job := self._jobs.get(job_id))])
+        before = await self._leases_of(session.name)
+        await asyncio.sleep(self.lease_seconds * RECONNECT_FRACTION)
+        if self._workers.sessions.get(session.name) is session and session.last_seen == last_seen:
+            self._workers.unregister(session.name)
+            now = set(await self._leases_of(session.name))  # a higher heartbeat: it is connected to another gateway
+            await self.expire([status for status in before if status in now])
+
+    # Leasing
+
+    async def lease(self, worker: str, free_slots: int, wait_seconds: float) -> Assignment:
+        session = self._workers.session(worker)
+        deadline = self._clock() + wait_seconds
+        while self._workers.sessions.get(worker) is session:
             session.wake.clear()
-            leases = await self._lease(session, min(free, session.info.slots - len(session.leases)))
-            stop, session.stop = tuple(session.stop), set()
-            if leases or stop or self.clock() >= until:
-                return Assignment(tuple(leases), stop)
+            leases = await self._lease(session, min(free_slots, session.free_slots))
+            assignment = Assignment(tuple(leases), session.take_cancelled(), session.take_queries())
+            if assignment != Assignment() or self._clock() >= deadline:
+                return assignment
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(until - self.clock()):
+                async with asyncio.timeout(deadline - self._clock()):
                     await session.wake.wait()
         return Assignment()
 
-    async def _lease(self, session: WorkerSession, most: int) -> list[Lease]:
-        if most < 1 or session.stalled or session.leaves or session.drained or (session.quarantined and session.leases):
+    async def _lease(self, session: WorkerSession, limit: int) -> list[Lease]:
+        if limit < 1 or session.stalled or session.leaving or session.drained:
+            return []
+        if session.quarantined and session.leases:
             return []
         session.quarantined = self._takes_suspects(session)
-        if session.quarantined and session.leases:  # what it has, it does first
+        if session.quarantined and session.leases:  # it finishes its other jobs first
             return []
-        leases = await self._leases(session, most)
+        leases = await self._lease_from_store(session, limit)
         if session.quarantined and not leases:
-            self.suspects -= set(session.models)
+            self.suspect_models -= set(session.models)
             session.quarantined = False
-            leases = await self._leases(session, most)
-        return [self._leased(session, lease) for lease in leases]
+            leases = await self._lease_from_store(session, limit)
+        return [self._start(session, lease) for lease in leases]
 
-    async def _leases(self, session: WorkerSession, most: int) -> list[Lease]:
-        asking = asyncio.ensure_future(
-            self.store.lease(session.info.name, session.models, most, suspects=session.quarantined)
+    async def _lease_from_store(self, session: WorkerSession, limit: int) -> list[Lease]:
+        leasing = asyncio.ensure_future(
+            self._store.lease(session.name, session.models, limit, suspects=session.quarantined)
         )
         try:
-            return await asyncio.shield(asking)
-        except asyncio.CancelledError:  # whoever asked has left, and never hears of what it was given
-            self.background(self._give_back(asking))
+            return await asyncio.shield(leasing)
+        except asyncio.CancelledError:  # the worker has disconnected and does not receive the leases
+            self.tasks.start(self._give_back(leasing))
             raise
 
-    async def _give_back(self, asking: asyncio.Future[list[Lease]]) -> None:
-        await self.store.release([LeaseToken(lease.job.id, lease.fence) for lease in await asking])
+    async def _give_back(self, leasing: asyncio.Future[list[Lease]]) -> None:
+        await self._store.release([lease.token for lease in await leasing])
 
     def _takes_suspects(self, session: WorkerSession) -> bool:
-        """Return whether this worker is to be kept for suspects: while some wait, half of the workers may be."""
-        if not self.suspects & set(session.models):
+        """Return whether a worker must take suspects. At most half of the workers do."""
+        if not self.suspect_models & set(session.models):
             return False
-        apart = sum(each.quarantined for each in self.crew.values() if each is not session)
-        return apart < (len(self.crew) + 1) // 2
+        sessions = self._workers.sessions.values()
+        quarantined = sum(other.quarantined for other in sessions if other is not session)
+        return quarantined < (len(sessions) + 1) // 2
 
-    def _leased(self, session: WorkerSession, lease: Lease) -> Lease:
-        job = lease.job
-        live = self.lives.setdefault(job.id, ActiveJob(job.id, job.model, job.tenant, unread_since=float("inf")))
-        catch_up(live, lease.log)
-        live.fence, live.worker = lease.fence, session.info.name
-        live.begun, live.leased_at = time.time(), self.clock()
+    def _start(self, session: WorkerSession, lease: Lease) -> Lease:
+        """Record a new lease; return it with all events that subscribers have seen."""
+        job = self._jobs.adopt(lease.job.id, lease.job.model, lease.job.tenant)
+        catch_up(job, lease.log)
+        first = job.submitted_at > 0 and not job.started_at
+        job.fence, job.worker = lease.fence, session.name
+        job.started_at, job.leased_at = time.time(), self._clock()
         session.leases[job.id] = lease.fence
-        # What a client has seen is more than what was on disk, if the last worker died just now.
-        return replace(lease, log=(LogRecord(0, len(live.events), wire.pack_events(live.events)),))
+        if first:
+            for observer in self._wait_observers:
+                observer(job.model, max(0.0, job.started_at - job.submitted_at))
+        # Subscribers may have seen more than was on disk, if the last worker was lost a moment ago.
+        return replace(lease, log=(LogRecord(0, len(job.events), wire.pack_events(job.events)),))
 
-    # What workers send
+    # Reports of workers
 
     @shielded
     async def renew(
-        self, worker: str, leases: Sequence[LeaseToken], load: Mapping[str, ModelStats]
+        self, worker: str, leases: Sequence[LeaseToken], stats: Mapping[str, ModelStats]
     ) -> Mapping[str, RenewState]:
-        session = self.session(worker)
-        session.see(load, bool(leases), self.clock())
-        if self.clock() - session.stepped > self._stall_seconds and not session.stalled:
-            log.error("a worker's engine stands still", extra={"worker": worker, "jobs": len(leases)})
+        session = self._workers.session(worker)
+        session.update_stats(stats, bool(leases), self._clock())
+        if self._clock() - session.last_step > self._stall_seconds and not session.stalled:
+            log.error("worker engine stalled", extra={"worker": worker, "jobs": len(leases)})
             session.stalled = True
-            await self._lose(await self._beats_of(worker))
+            await self.expire(await self._leases_of(worker))
         try:
-            renewed = await self.store.renew(
-                [lease_token for lease_token in leases if await self._is_of(worker, lease_token)]
-            )
+            renewed = await self._store.renew([token for token in leases if await self._is_of(worker, token)])
         except Unavailable:
-            self._silence.forgive()
+            self._timeouts.restart()
             raise
-        held: dict[str, RenewState] = {lease_token.id: renewed.get(lease_token.id, "fenced") for lease_token in leases}
+        states: dict[str, RenewState] = {token.id: renewed.get(token.id, "fenced") for token in leases}
         for lease_token in leases:
-            if held[lease_token.id] in LATE:
-                self._drop(session, lease_token)
-                self.look_again([lease_token.id])
-        return held
+            if states[lease_token.id] in INVALID:
+                self._remove_lease(session, lease_token)
+                self._jobs.mark_changed([lease_token.id])
+        return states
 
     async def _is_of(self, worker: str, lease_token: LeaseToken) -> bool:
-        """Return whether a lease is, or was, this worker's."""
-        if self._is_here(worker, lease_token):
+        """Return whether a lease is, or was last, this worker's."""
+        if self._is_local(worker, lease_token):
             return True
-        seen = await self.store.snapshot(lease_token.id)
-        return seen is not None and _is_whose(seen, worker, lease_token)
+        snapshot = await self._store.snapshot(lease_token.id)
+        return snapshot is not None and snapshot.held_by(worker, lease_token)
 
-    def _is_here(self, worker: str, lease_token: LeaseToken) -> bool:
-        live = self.lives.get(lease_token.id)
-        return live is not None and (live.worker, live.fence) == (worker, lease_token.fence)
+    def _is_local(self, worker: str, lease_token: LeaseToken) -> bool:
+        """Return whether the worker runs the job under this lease, as far as this gateway knows."""
+        job = self._jobs.get(lease_token.id)
+        return job is not None and (job.worker, job.fence) == (worker, lease_token.fence)
 
-    async def take(
-        self, worker: str, parts: Mapping[LeaseToken, tuple[int, Sequence[Event]]]
-    ) -> Mapping[str, tuple[int, int] | None]:
-        session = self.session(worker)
-        out: dict[str, tuple[int, int] | None] = {}
-        for lease_token, (start, events) in parts.items():
-            live = await self._adopted(session, lease_token)
-            if live is None:
+    async def append_events(
+        self, worker: str, batches: Mapping[LeaseToken, tuple[int, Sequence[Event]]]
+    ) -> Mapping[str, LogPosition | None]:
+        session = self._workers.session(worker)
+        positions: dict[str, LogPosition | None] = {}
+        for lease_token, (start, events) in batches.items():
+            job = await self._adopt(session, lease_token)
+            if job is None:
                 self.fenced += 1
-                self._drop(session, lease_token)
-            elif start <= len(live.events):
-                live.extend(start, events)
-            out[lease_token.id] = _how_far(live)
-        return out
+                self._remove_lease(session, lease_token)
+            elif start <= len(job.events):
+                job.extend(start, events)
+            positions[lease_token.id] = None if job is None else job.log_position
+        return positions
 
-    async def _adopted(self, session: WorkerSession, lease_token: LeaseToken) -> ActiveJob | None:
-        """Return the job of a lease that holds, also of one that was given by another gateway; else None."""
-        worker = session.info.name
-        live = self.lives.get(lease_token.id)
-        if live is None or not self._is_here(worker, lease_token):
-            if (
-                not await self._is_of(worker, lease_token)
-                or (await self.store.renew([lease_token]))[lease_token.id] != "ok"
-            ):
-                return None
-            seen, records = await self.store.snapshot(lease_token.id), await self.store.log(lease_token.id)
-            if seen is None or seen.fence != lease_token.fence:
-                return None
-            fresh = ActiveJob(lease_token.id, seen.job.model, seen.job.tenant, unread_since=float("inf"))
-            live = self.lives.setdefault(lease_token.id, fresh)
-            catch_up(live, records)
-            live.fence, live.worker = lease_token.fence, worker
-        if live.ended:
+    async def _adopt(self, session: WorkerSession, lease_token: LeaseToken) -> ActiveJob | None:
+        """Return the job of a valid lease, including a lease that another gateway gave; else None."""
+        job = self._jobs.get(lease_token.id)
+        if job is None or not self._is_local(session.name, lease_token):
+            job = await self._load(session.name, lease_token)
+        if job is None or job.ended:
             return None
         session.leases[lease_token.id] = lease_token.fence
-        return live
+        return job
+
+    async def _load(self, worker: str, lease_token: LeaseToken) -> ActiveJob | None:
+        """Read the job of a valid lease from the store; None if the lease is not valid."""
+        if not await self._is_of(worker, lease_token):
+            return None
+        if (await self._store.renew([lease_token]))[lease_token.id] != "ok":
+            return None
+        snapshot, records = await self._store.snapshot(lease_token.id), await self._store.log(lease_token.id)
+        if snapshot is None or snapshot.fence != lease_token.fence:
+            return None
+        job = self._jobs.adopt(lease_token.id, snapshot.job.model, snapshot.job.tenant)
+        catch_up(job, records)
+        job.fence, job.worker = lease_token.fence, worker
+        return job
 
     @shielded
     async def finish(
@@ -266,147 +280,120 @@ class LeaseManager(WorkerRegistry, BackgroundTasks):
         outcome: Any = None,
         error: MoesaicError | None = None,
     ) -> bool:
-        session = self.session(worker)
-        live = await self._adopted(session, lease_token)
-        counted = await self._finish(live, lease_token, start, events, outcome, error) if live else None
-        if counted is None:  # it is too late, or said again because the answer was not heard
-            seen = await self.store.snapshot(lease_token.id)
-            counted = seen is not None and _is_whose(seen, worker, lease_token) and seen.state in ("done", "failed")
-        self.fenced += not counted
-        self._drop(session, lease_token)
-        return counted
+        session = self._workers.session(worker)
+        job = await self._adopt(session, lease_token)
+        accepted = await self._finish(job, lease_token, start, events, outcome, error) if job else None
+        if accepted is None:  # it is too late, or a repetition because the response was lost
+            snapshot = await self._store.snapshot(lease_token.id)
+            accepted = bool(snapshot and snapshot.held_by(worker, lease_token) and snapshot.state in ("done", "failed"))
+        self.fenced += not accepted
+        self._remove_lease(session, lease_token)
+        return accepted
 
     async def _finish(
         self,
-        live: ActiveJob,
+        job: ActiveJob,
         lease_token: LeaseToken,
         start: int,
         events: Sequence[Event],
         outcome: Any,
         error: MoesaicError | None,
     ) -> bool | None:
-        """End a job; return whether that counts, None if it has ended or is somebody else's meanwhile."""
+        """Finish a job; return whether it was accepted, or None if the job has ended or was leased again."""
         state: Literal["done", "failed"] = "failed" if error else "done"
         result = msgspec.json.encode(wire.JobResult(outcome, wire.error_info(error) if error else None))
-        async with live.writing:
-            if live.ended or live.fence != lease_token.fence:
+        async with job.write_lock:
+            if job.ended or job.fence != lease_token.fence:
                 return None
-            if start > len(live.events):
-                raise Conflict(f"only {len(live.events)} events of this job are known here: send the others first")
-            fresh = [*live.events, *events[len(live.events) - start :]]
-            last = LogRecord(live.kept, len(fresh) - live.kept, wire.pack_events(fresh[live.kept :]))
+            if start > len(job.events):
+                raise Conflict(f"only {len(job.events)} events of this job have arrived: send the others first")
+            complete = [*job.events, *events[len(job.events) - start :]]
+            count = len(complete) - job.persisted
+            last = LogRecord(job.persisted, count, wire.pack_events(complete[job.persisted :]))
             try:
-                counted = await self.store.finish(lease_token, state, result, last if last.count else None)
-            except ValueError:  # more is on disk than was told: the answer of a write was lost
-                catch_up(live, await self.store.log(lease_token.id))
-                raise Unavailable("the log of this job has grown: say it again") from None
-        if counted and live.fence == lease_token.fence:
-            self.seconds += 0.05 * (self.clock() - live.leased_at - self.seconds) if live.leased_at else 0.0
-            live.extend(0, fresh)
-            live.kept = len(fresh)
-            live.end(outcome, error)
-        return counted
+                accepted = await self._store.finish(lease_token, state, result, last if last.count else None)
+            except ValueError:  # the log on disk is longer than known here: the response to a write was lost
+                catch_up(job, await self._store.log(lease_token.id))
+                raise Unavailable("the log of this job has grown: send the request again") from None
+        if accepted and job.fence == lease_token.fence:
+            if job.leased_at:
+                self.mean_job_seconds += 0.05 * (self._clock() - job.leased_at - self.mean_job_seconds)
+            job.extend(0, complete)
+            job.persisted = len(complete)
+            job.finish(outcome, error)
+        return accepted
+
+    async def answer_query(
+        self, worker: str, query_id: str, outcome: Any = None, error: MoesaicError | None = None
+    ) -> None:
+        self._workers.session(worker).answer_query(query_id, outcome, error)
+
+    # The end of leases
 
     @shielded
-    async def release(self, worker: str, leases: Sequence[LeaseToken], *, leave: bool = False) -> None:
-        session = self.session(worker)
-        session.leaves = session.leaves or leave
-        mine = [lease_token for lease_token in leases if await self._is_of(worker, lease_token)]
-        await self._take_back(mine)
-        for lease_token in mine:
-            self._drop(session, lease_token)
+    async def release(self, worker: str, leases: Sequence[LeaseToken], *, leaving: bool = False) -> None:
+        session = self._workers.session(worker)
+        session.leaving = session.leaving or leaving
+        await self._release(session, leases)
 
-    async def _take_back(self, leases: Sequence[LeaseToken]) -> None:
-        """Queue jobs again, without blame."""
-        await self._save(
-            [
-                live
-                for lease_token in leases
-                if (live := self.lives.get(lease_token.id)) and live.fence == lease_token.fence
-            ]
-        )
-        await self.store.release(leases)
+    async def _release(self, session: WorkerSession, leases: Sequence[LeaseToken]) -> None:
+        own = [lease_token for lease_token in leases if await self._is_of(session.name, lease_token)]
+        await self._requeue(own)
+        for lease_token in own:
+            self._remove_lease(session, lease_token)
+
+    async def _requeue(self, leases: Sequence[LeaseToken]) -> None:
+        """Queue jobs again without counting a crash."""
+        local = [job for token in leases if (job := self._jobs.get(token.id)) and job.fence == token.fence]
+        await self._jobs.flush(local)
+        await self._store.release(leases)
         for lease_token in leases:
-            live = self.lives.get(lease_token.id)
-            if live is not None and live.fence == lease_token.fence:
-                live.worker = ""
-        self.wake_idle()
+            job = self._jobs.get(lease_token.id)
+            if job is not None and job.fence == lease_token.fence:
+                job.worker = ""
+        self._workers.wake()
 
-    def _drop(self, session: WorkerSession, lease_token: LeaseToken) -> None:
-        """A worker does not have this lease any more."""
-        if session.leases.get(lease_token.id) == lease_token.fence:
-            del session.leases[lease_token.id]
-        if self._is_here(session.info.name, lease_token):
-            self.lives[lease_token.id].worker = ""
-        session.wake.set()  # there is room for another
+    def _remove_lease(self, session: WorkerSession, lease_token: LeaseToken) -> None:
+        """Record that a worker does not have a lease any more."""
+        job = self._jobs.get(lease_token.id)
+        if job is not None and self._is_local(session.name, lease_token):
+            job.worker = ""
+        session.remove_lease(lease_token)
 
-    def stop_job(self, live: ActiveJob) -> None:
-        """Have a job stopped by whoever has it here."""
-        session = self.crew.get(live.worker)
-        live.worker = ""
-        if session is not None:
-            session.leases.pop(live.id, None)
-            session.stop.add(live.id)
-            session.wake.set()
+    async def expire_silent(self) -> None:
+        """Expire the leases that have timed out, and unregister workers that have sent nothing for too long."""
+        timed_out = self._timeouts.timed_out(await self._store.active_leases())
+        for worker in {status.worker for status in timed_out}:
+            session = self._workers.sessions.get(worker)
+            statuses = [status for status in timed_out if status.worker == worker]
+            if session is not None:  # leases that the worker never received, because the store's response was lost
+                unknown = {status.lease_token for status in statuses if status.lease_token.id not in session.leases}
+                await self._requeue(list(unknown))
+                statuses = [status for status in statuses if status.lease_token not in unknown]
+            await self.expire(statuses)
+        deadline = self._clock() - SILENT_LEASES * self.lease_seconds
+        for session in list(self._workers.sessions.values()):
+            if session.last_seen < deadline:
+                self._workers.unregister(session.name)
 
-    # What is on disk, and what is lost
-
-    async def _save_due(self) -> None:
-        await self._save(self._saver.due(self.lives.values()))
-
-    async def _save(self, lives: Sequence[ActiveJob]) -> None:
-        for live in await self._saver.save(lives):
-            self.stop_job(live)
-
-    async def _watch(self) -> None:
-        """Lose leases whose beat has stood still for too long, and forget workers of which nothing was heard."""
-        silent = self._silence.of(await self.store.active_leases())
-        for worker in {status.worker for status in silent}:
-            session, mine = self.crew.get(worker), [status for status in silent if status.worker == worker]
-            if session is not None:  # the store could not say what it gave: nobody had these
-                untold = {status.lease_token for status in mine if status.lease_token.id not in session.leases}
-                await self._take_back(list(untold))
-                mine = [status for status in mine if status.lease_token not in untold]
-            await self._lose(mine)
-        now = self.clock()
-        for worker in [
-            name for name, each in self.crew.items() if now - each.last_seen > FORGOTTEN * self.lease_seconds
-        ]:
-            self.forget(worker)
-
-    async def _lose(self, active_leases: Sequence[LeaseStatus]) -> None:
-        """Take leases from a worker, all of which it lost together."""
-        if not active_leases:
+    async def expire(self, statuses: Sequence[LeaseStatus]) -> None:
+        """Expire leases of one worker that it lost at the same time. Their jobs become suspects, or die."""
+        if not statuses:
             return
-        leases = {status.lease_token for status in active_leases}
-        here = [
-            live for live in map(self.lives.get, (lease_token.id for lease_token in leases)) if live and live.worker
-        ]
-        if any(len(live.events) > live.kept for live in here):  # what a client has seen must be known to who goes on
-            await self._save(here)
-            active_leases = [status for status in await self.store.active_leases() if status.lease_token in leases]
-        dead = await self.store.expire(active_leases)
-        leases -= {
-            status.lease_token for status in await self.store.active_leases()
-        }  # those were renewed in the last moment
-        self.lost, self.dead = self.lost + len(leases), self.dead + len(dead)
-        workers = sorted({status.worker for status in active_leases})
-        log.warning("leases are lost", extra={"workers": workers, "jobs": len(leases), "dead": len(dead)})
-        self.suspects |= {live.model for live in here} or {name for each in self.crew.values() for name in each.models}
-        for live in here:
-            if LeaseToken(live.id, live.fence) in leases:
-                self.stop_job(live)
-        self.look_again(dead)
-        self.wake_idle()
-
-    async def _tick(self) -> None:
-        self._ticks = await self.store.tick(self._ticks)
-
-
-def _is_whose(seen: JobSnapshot, worker: str, lease_token: LeaseToken) -> bool:
-    """Return whether a lease is this worker's, or was the job's last one and is no more."""
-    return (seen.worker, seen.fence) == (worker, lease_token.fence)
-
-
-def _how_far(live: ActiveJob | None) -> tuple[int, int] | None:
-    return None if live is None else (len(live.events), live.kept)
+        tokens = {status.lease_token for status in statuses}
+        local = [job for token in tokens if (job := self._jobs.get(token.id)) and job.worker]
+        if any(len(job.events) > job.persisted for job in local):  # the next worker must continue what clients saw
+            await self._jobs.flush(local)
+            statuses = [status for status in await self._store.active_leases() if status.lease_token in tokens]
+        dead = await self._store.expire(statuses)
+        tokens -= {status.lease_token for status in await self._store.active_leases()}  # renewed at the last moment
+        self.expired, self.dead = self.expired + len(tokens), self.dead + len(dead)
+        workers = sorted({status.worker for status in statuses})
+        log.warning("leases expired", extra={"workers": workers, "jobs": len(tokens), "dead": len(dead)})
+        offered = {name for session in self._workers.sessions.values() for name in session.models}
+        self.suspect_models |= {job.model for job in local} or offered
+        for job in local:
+            if job.lease_token in tokens:
+                self._jobs.cancel_at_worker(job)
+        self._jobs.mark_changed(dead)
+        self._workers.wake()

@@ -1,7 +1,4 @@
-"""What of running answers is on disk: events are gathered, and written together.
-
-Knows jobs as they are followed, and when they are due. Does not know workers.
-"""
+"""Writes the events of running jobs to the store, many jobs in one transaction."""
 
 from __future__ import annotations
 
@@ -9,72 +6,70 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 from moesaic.cluster import wire
-from moesaic.cluster.active_jobs import ActiveJob
-from moesaic.cluster.jobs import LeaseToken, LogRecord, Store
+from moesaic.cluster.active_job import ActiveJob
+from moesaic.cluster.jobs import LogRecord, Store
 
 FLUSH_SECONDS = 1.0
-"""How long events may be known without being on disk; ..."""
+"""Maximum time for which an event is not on disk."""
 FLUSH_EVENTS = 256
-"""... and how many."""
+"""Maximum number of events of a job that are not on disk."""
 SHARED_FLUSH_SECONDS = 0.05
-"""The same of a job whose client may be at another gateway."""
+"""Maximum time for a job whose client may be connected to another gateway."""
 
 
 class LogFlusher:
-    """Writes events to the store."""
+    """Writes events to the store when they are due."""
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store, self._clock = store, clock
-        self.pace = SHARED_FLUSH_SECONDS if store.shared else FLUSH_SECONDS / 4
-        """Seconds between two looks at what is due."""
+        self.interval = SHARED_FLUSH_SECONDS if store.shared else FLUSH_SECONDS / 4
+        """Seconds between two checks for due jobs."""
 
-    def due(self, lives: Iterable[ActiveJob]) -> list[ActiveJob]:
-        """Return those of which something has not been on disk for too long."""
+    def due(self, jobs: Iterable[ActiveJob]) -> list[ActiveJob]:
+        """Return the jobs whose events must be written now."""
         now = self._clock()
-        return [live for live in lives if live.worker and not live.ended and self._is_due(live, now)]
+        return [job for job in jobs if job.worker and not job.ended and self._is_due(job, now)]
 
-    def _is_due(self, live: ActiveJob, now: float) -> bool:
-        unsaved = len(live.events) - live.kept
-        patience = SHARED_FLUSH_SECONDS if self._store.shared and not live.readers else FLUSH_SECONDS
-        return unsaved >= FLUSH_EVENTS or (unsaved > 0 and now - live.saved_at >= patience)
+    def _is_due(self, job: ActiveJob, now: float) -> bool:
+        unwritten = len(job.events) - job.persisted
+        seconds = SHARED_FLUSH_SECONDS if self._store.shared and not job.readers else FLUSH_SECONDS
+        return unwritten >= FLUSH_EVENTS or (unwritten > 0 and now - job.flushed_at >= seconds)
 
-    async def save(self, lives: Sequence[ActiveJob]) -> list[ActiveJob]:
-        """Write what is not on disk; return those jobs whose leases do not hold any more: nothing of them is written.
+    async def flush(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
+        """Write all events that are not on disk; return the jobs whose leases are not valid, which were not written.
 
         Raises:
-            Unavailable: nothing was written, as far as is known.
+            Unavailable: as far as is known, nothing was written.
         """
         async with contextlib.AsyncExitStack() as locks:
-            for live in sorted(set(lives), key=lambda each: each.id):
-                await locks.enter_async_context(live.writing)
-            unsaved = {
-                LeaseToken(live.id, live.fence): live
-                for live in lives
-                if len(live.events) > live.kept and live.worker and not live.ended
+            for job in sorted(set(jobs), key=lambda job: job.id):
+                await locks.enter_async_context(job.write_lock)
+            unwritten = {
+                job.lease_token: job for job in jobs if len(job.events) > job.persisted and job.worker and not job.ended
             }
-            if not unsaved:
+            if not unwritten:
                 return []
-            found = await self._store.append({lease_token: _unsaved(live) for lease_token, live in unsaved.items()})
-            lost = []
-            for lease_token, live in unsaved.items():
-                live.saved_at = self._clock()
-                end = found.get(lease_token.id)
-                if live.fence != lease_token.fence:  # leased anew meanwhile, and known as far as that lease is
+            ends = await self._store.append({token: _unwritten(job) for token, job in unwritten.items()})
+            invalid = []
+            for token, job in unwritten.items():
+                job.flushed_at = self._clock()
+                end = ends.get(token.id)
+                if job.fence != token.fence:  # it was leased again in the meantime, from what is on disk
                     continue
                 if end is None:
-                    lost.append(live)
+                    invalid.append(job)
                 else:
-                    live.kept = end
-            return lost
+                    job.persisted = end
+            return invalid
 
 
-def _unsaved(live: ActiveJob) -> LogRecord:
-    fresh = live.events[live.kept :]
-    return LogRecord(live.kept, len(fresh), wire.pack_events(fresh))
+def _unwritten(job: ActiveJob) -> LogRecord:
+    events = job.events[job.persisted :]
+    return LogRecord(job.persisted, len(events), wire.pack_events(events))
 
 
-def catch_up(live: ActiveJob, records: Sequence[LogRecord]) -> None:
-    """Take in a job's log as it is on disk."""
+def catch_up(job: ActiveJob, records: Sequence[LogRecord]) -> None:
+    """Bring a job's events up to date with records of its log."""
     for record in records:
-        live.agree(record.start, wire.unpack_events(record.blob))
-        live.kept = max(live.kept, record.start + record.count)
+        job.reconcile(record.start, wire.unpack_events(record.blob))
+        job.persisted = max(job.persisted, record.start + record.count)

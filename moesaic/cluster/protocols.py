@@ -1,8 +1,8 @@
-"""What a gateway is to its two kinds of visitors: those who bring jobs and come back for them, and those who do them.
+"""Interfaces of the gateway: ``JobService`` for clients that poll, ``WorkerService`` for workers.
 
-``backend.Backend`` is for an API whose client waits while it is answered. A ``Desk`` is for one whose client leaves
-with a number and asks later. ``Labour`` is for workers, whichever protocol they speak: ours over ``/worker/…``, AIME's
-over ``/worker_job_request``. The gateway is all three.
+``backend.Backend`` serves an API whose client waits for the answer. ``JobService`` serves an API whose client gets a
+job id and polls. ``WorkerService`` serves workers of every protocol: ours over ``/worker/...``, AIME's over
+``/worker_job_request``.
 """
 
 from __future__ import annotations
@@ -16,121 +16,143 @@ from moesaic.cluster.jobs import JobState, Lease, LeaseToken, RenewState
 from moesaic.errors import MoesaicError
 
 LEASE_SECONDS = 10.0
-"""A lease that is not renewed for so long is lost."""
+"""A lease expires when it has not been renewed for this time."""
 RENEW_FRACTION = 0.2
-"""Workers renew after this part of a lease."""
+"""Workers renew their leases after this fraction of a lease."""
 STALL_SECONDS = 30.0
-"""A worker with work whose step counter stands still for so long is taken to hang."""
+"""A worker with work is stalled when its step counter has not changed for this time."""
+
+LogPosition = tuple[int, int]
+"""Numbers of a job's events that a gateway has received, and that are on disk."""
 
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far a job is."""
+    """The progress of a job."""
 
     id: str
     model: str
     state: JobState
     queue_position: int = 0
-    """Of a queued job: how many go before it."""
+    """Of a queued job: the number of jobs that go first."""
     estimate: float | None = None
-    """Seconds until it is done, as far as can be told."""
+    """Estimated number of seconds until the job is done; None if unknown."""
     texts: tuple[str, ...] = ()
-    """Of each answer, all that there is of its text."""
+    """The text so far of each answer."""
     tokens: tuple[int, ...] = ()
-    """Of each answer, how many were generated."""
+    """The number of generated tokens of each answer."""
     prompt_tokens: int = 0
-    ended: tuple[Finished, ...] = ()
-    """The ends of those answers that have ended, once the job is done."""
+    finished: tuple[Finished, ...] = ()
+    """The ``Finished`` events of the answers, once the job is done."""
     error: MoesaicError | None = None
-    """Of a job that failed, was cancelled or is dead."""
-    submitted: float = 0.0
-    """When, in seconds since the epoch, as this gateway's clock had it; 0: not known any more."""
-    begun: float = 0.0
-    finished: float = 0.0
+    """The error of a job that failed, was cancelled or is dead."""
+    submitted_at: float = 0.0
+    """Seconds since the epoch by this gateway's clock; 0 if unknown."""
+    started_at: float = 0.0
+    """Seconds since the epoch; 0 if unknown."""
+    finished_at: float = 0.0
+    """Seconds since the epoch; 0 if unknown."""
 
 
 class JobService(Protocol):
-    """Takes jobs in and tells how far they are. Raises NotFound for a job that is not there, or another tenant's."""
+    """Submission and polling of jobs. A method raises NotFound for an unknown job and for another tenant's job."""
 
     async def submit(self, request: GenerationRequest) -> str:
-        """Take a request in, durably; return its job's id."""
+        """Store a request durably; return its job id."""
         ...
 
-    async def progress(self, id: str, tenant: str) -> JobProgress:
-        """Return how far a job is. An ended one is known until it is dropped, however often it is asked for."""
+    async def progress(self, job_id: str, tenant: str) -> JobProgress:
+        """Return the progress of a job. An ended job can be polled until the store drops it."""
         ...
 
-    async def follow(self, id: str, tenant: str) -> ResponseStream:
-        """Return a job's events from the first on, those to come too. Leaving it does not cancel the job."""
+    async def follow(self, job_id: str, tenant: str) -> ResponseStream:
+        """Return all events of a job, past and future. Cancelling the stream does not cancel the job."""
         ...
 
-    async def withdraw(self, id: str, tenant: str) -> JobState:
-        """Cancel a job unless it has ended; return its state then."""
+    async def cancel(self, job_id: str, tenant: str) -> JobState:
+        """Cancel a job unless it has ended; return its state afterwards."""
         ...
 
-    def workers(self, model: str) -> int:
-        """Return how many workers offer a model now."""
+    def worker_count(self, model: str) -> int:
+        """Return the number of connected workers that offer a model."""
         ...
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker that offers itself."""
+    """The registration of a worker."""
 
     name: str
-    """Unique among those that are there; one of the same name replaces it, and what that had is lost if it does not
-    have it."""
-    cards: tuple[ModelInfo, ...]
-    """What it offers."""
+    """Unique among connected workers. A worker with the same name replaces it, and leases that it does not list
+    expire."""
+    models: tuple[ModelInfo, ...]
+    """The models that it offers."""
     slots: int = 1
-    """How many jobs it runs at once."""
+    """Maximum number of concurrent jobs."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Machine, versions, backend: for administrators only."""
+    """Machine, versions and backend, for administrators only."""
     owner: str = ""
-    """The name of the key it came with."""
-    run: str = ""
-    """Another in each process of that name: one that comes again was not lost with what it does not know of."""
+    """The name of the worker's key."""
+    instance: str = ""
+    """Random id of the worker's process: the same process that registers again has lost only its connection."""
+    answers_queries: bool = False
+    """Whether it answers the queries in ``Assignment.queries``."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question to a worker that is not stored on disk, such as the tokens of a prompt."""
+
+    id: str
+    model: str
+    kind: str
+    """The operation: "tokenize" or "detokenize"."""
+    body: bytes
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker is to do next."""
+    """The response to a worker's long poll."""
 
     leases: tuple[Lease, ...] = ()
-    stop: tuple[str, ...] = ()
-    """Jobs it has that it is to stop: cancelled, or somebody else's now."""
+    """New jobs to run."""
+    cancel: tuple[str, ...] = ()
+    """Ids of its jobs that it must stop: they were cancelled, or leased to another worker."""
+    queries: tuple[Query, ...] = ()
 
 
 class WorkerService(Protocol):
-    """Hands work out and takes it in. Raises NotFound if the worker is not known (any more): it enlists again."""
+    """The worker side of the gateway. A method raises NotFound for an unregistered worker, which registers again."""
 
-    async def register(
-        self, info: WorkerInfo, leases: Sequence[LeaseToken] = ()
-    ) -> Mapping[str, tuple[int, int] | None]:
-        """Let a worker in, which still has these leases; say of each what ``take`` would: None if it is lost."""
+    async def register(self, info: WorkerInfo, leases: Sequence[LeaseToken] = ()) -> Mapping[str, LogPosition | None]:
+        """Register a worker that still has ``leases``; return each job's log position, or None if it lost the lease.
+
+        Raises:
+            Forbidden: an administrator has banned the worker.
+        """
         ...
 
-    async def lease(self, worker: str, free: int, wait: float) -> Assignment:
-        """Wait up to ``wait`` seconds for something to do, or to stop.
+    async def lease(self, worker: str, free_slots: int, wait_seconds: float) -> Assignment:
+        """Wait up to ``wait_seconds`` for jobs to run, jobs to cancel, or queries.
 
-        At most ``free`` jobs are given, and never more than the worker's slots hold with those it has: 0 is for one
-        that is about to go.
+        At most ``free_slots`` jobs are leased, and never more than the worker's unused slots. A draining worker passes
+        0.
         """
         ...
 
     async def renew(
-        self, worker: str, leases: Sequence[LeaseToken], load: Mapping[str, ModelStats]
+        self, worker: str, leases: Sequence[LeaseToken], stats: Mapping[str, ModelStats]
     ) -> Mapping[str, RenewState]:
-        """Keep leases, and tell how the worker's models are: their step counters show whether it makes progress."""
+        """Renew leases and report the worker's engine statistics; their step counters show that it makes progress."""
         ...
 
-    async def take(
-        self, worker: str, parts: Mapping[LeaseToken, tuple[int, Sequence[Event]]]
-    ) -> Mapping[str, tuple[int, int] | None]:
-        """Take events in, which begin at number ``start`` of each job's log.
+    async def append_events(
+        self, worker: str, batches: Mapping[LeaseToken, tuple[int, Sequence[Event]]]
+    ) -> Mapping[str, LogPosition | None]:
+        """Receive events of jobs, each batch with the number of its first event in the job's log.
 
-        Return of each how many events are known, and how many of them are on disk: the worker goes on behind the first,
-        and may forget up to the second. None: the lease is lost.
+        Return each job's log position: the worker continues behind the received events and may forget the persisted
+        ones. None means that the worker has lost the lease.
         """
         ...
 
@@ -143,13 +165,19 @@ class WorkerService(Protocol):
         outcome: Any = None,
         error: MoesaicError | None = None,
     ) -> bool:
-        """End a job with its last events, or with what was asked for, or an error; return whether it counted."""
+        """Finish a job with its last events, an outcome or an error; return whether the result was accepted."""
         ...
 
-    async def release(self, worker: str, leases: Sequence[LeaseToken], *, leave: bool = False) -> None:
-        """Take leases back, without blame; with ``leave`` the worker is given nothing any more."""
+    async def answer_query(
+        self, worker: str, query_id: str, outcome: Any = None, error: MoesaicError | None = None
+    ) -> None:
+        """Receive the answer to a query. The answer to an unknown query is ignored."""
         ...
 
-    async def dismiss(self, worker: str) -> None:
-        """Let a worker go; what it still has is lost."""
+    async def release(self, worker: str, leases: Sequence[LeaseToken], *, leaving: bool = False) -> None:
+        """Give leases back without counting a crash; a ``leaving`` worker gets no further jobs."""
+        ...
+
+    async def unregister(self, worker: str) -> None:
+        """Remove a worker; its remaining leases expire."""
         ...

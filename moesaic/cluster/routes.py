@@ -1,6 +1,6 @@
-"""The gateway's own routes: for workers, and for clients who come back for what they asked.
+"""The gateway's HTTP routes: the worker protocol, and job routes for clients.
 
-docs/cluster.md has the protocol. Knows HTTP and messages. Does not know what becomes of them.
+docs/cluster.md describes both. This module translates between HTTP messages and the services of ``protocols``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import msgspec
 from moesaic.cluster import wire
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import LeaseToken
-from moesaic.cluster.protocols import RENEW_FRACTION, WorkerInfo
+from moesaic.cluster.leases import LeaseManager
+from moesaic.cluster.protocols import RENEW_FRACTION, JobService, WorkerInfo
 from moesaic.errors import Forbidden, InvalidParameter
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response
@@ -22,15 +23,15 @@ from moesaic.serve.json_body import decode_json_fast
 from moesaic.serve.keys import NOBODY
 
 MESSAGE_BYTES = 16 << 20
-"""Of one message of a worker."""
+"""Maximum size of a worker's message."""
 MAX_WAIT_SECONDS = 25.0
-"""Seconds that a worker's question stays open."""
+"""Maximum duration of a worker's long poll."""
 MAX_NAME_CHARS = 128
 
 
 def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     """Return the routes of a gateway."""
-    crew, jobs = _WorkerRoutes(gateway), _JobRoutes(gateway)
+    workers, jobs = _WorkerRoutes(gateway.leases), _JobRoutes(gateway)
 
     def route(path: str, run: Any, body: Any, summary: str, decode: Any = None) -> Endpoint:
         summary = f"Workers: {summary}"
@@ -39,62 +40,73 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         )
 
     return (
-        route("/worker/enlist", crew.register, wire.RegisterRequest, "offer yourself."),
-        route("/worker/lease", crew.lease, wire.LeaseRequest, "wait for something to do, or to stop."),
-        route("/worker/renew", crew.renew, wire.RenewRequest, "keep what you have."),
-        route("/worker/tokens", crew.tokens, wire.EventsRequest, "send what has come.", decode_json_fast),
-        route("/worker/done", crew.done, wire.FinishRequest, "end a job."),
-        route("/worker/release", crew.release, wire.ReleaseRequest, "give back what you have."),
-        Endpoint("/v1/jobs/{id}", jobs.show, openai.failure, method="GET", summary="How far a job is."),
-        Endpoint("/v1/jobs/{id}", jobs.withdraw, openai.failure, method="DELETE", summary="Take a job back."),
+        route("/worker/register", workers.register, wire.RegisterRequest, "register a worker."),
+        route("/worker/lease", workers.lease, wire.LeaseRequest, "wait for jobs, cancellations and queries."),
+        route("/worker/renew", workers.renew, wire.RenewRequest, "renew leases."),
+        route("/worker/events", workers.events, wire.EventsRequest, "send new events of jobs.", decode_json_fast),
+        route("/worker/finish", workers.finish, wire.FinishRequest, "finish a job."),
+        route("/worker/answer", workers.answer, wire.AnswerRequest, "answer a query."),
+        route("/worker/release", workers.release, wire.ReleaseRequest, "give leases back."),
+        Endpoint("/v1/jobs/{id}", jobs.show, openai.failure, method="GET", summary="Progress of a job."),
+        Endpoint("/v1/jobs/{id}", jobs.cancel, openai.failure, method="DELETE", summary="Cancel a job."),
         Endpoint(
             "/v1/jobs/{id}/events",
             jobs.events,
             openai.failure,
             openai.broken,
             method="GET",
-            summary="A job's events, all of them.",
+            summary="All events of a job.",
         ),
     )
 
 
-def _name(call: RequestContext, name: str) -> str:
-    """Return a worker's name, which is its key's own: no worker can speak for another key's."""
+def _worker_name(call: RequestContext, name: str) -> str:
+    """Return the full name of a worker. It begins with the key's name, so no key can use another key's workers."""
     if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
         raise InvalidParameter("name", f"is {name!r:.40}, expected up to {MAX_NAME_CHARS} printable characters")
     return name if call.key is NOBODY else f"{call.key.name}/{name}"
 
 
 def _lease_tokens(claims: tuple[wire.LeaseClaim, ...]) -> list[LeaseToken]:
-    return [LeaseToken(id, fence) for id, fence in claims]
+    return [LeaseToken(job_id, fence) for job_id, fence in claims]
 
 
 class _WorkerRoutes:
-    """What workers ask."""
+    """Routes of the worker protocol."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, leases: LeaseManager) -> None:
+        self._leases = leases
 
     async def register(self, call: RequestContext) -> AnyResponse:
-        said: wire.RegisterRequest = call.body
-        refused = {card.name for card in said.cards} - set(call.key.models) if call.key.models else set()
+        message: wire.RegisterRequest = call.body
+        refused = {model.name for model in message.models} - set(call.key.models) if call.key.models else set()
         if refused:
             raise Forbidden(f"this key may not offer {', '.join(sorted(refused)):.100}")
-        if not said.cards or said.slots < 1:
-            raise InvalidParameter(
-                "cards" if said.slots > 0 else "slots", "a worker needs a model, and a slot for a job"
-            )
-        info = WorkerInfo(_name(call, said.name), said.cards, said.slots, said.about, call.key.name, said.run)
-        known, lease = await self._gateway.register(info, _lease_tokens(said.leases)), self._gateway.lease_seconds
-        return Response(wire.RegisterResponse(lease * RENEW_FRACTION, lease, dict(known)))
+        if not message.models:
+            raise InvalidParameter("models", "is empty, expected at least one model")
+        if message.slots < 1:
+            raise InvalidParameter("slots", f"is {message.slots}, expected at least 1")
+        info = WorkerInfo(
+            name=_worker_name(call, message.name),
+            models=message.models,
+            slots=message.slots,
+            about=message.about,
+            owner=call.key.name,
+            instance=message.instance,
+            answers_queries=message.answers_queries,
+        )
+        acknowledged = await self._leases.register(info, _lease_tokens(message.leases))
+        lease_seconds = self._leases.lease_seconds
+        return Response(wire.RegisterResponse(lease_seconds * RENEW_FRACTION, lease_seconds, dict(acknowledged)))
 
     async def lease(self, call: RequestContext) -> AnyResponse:
-        said: wire.LeaseRequest = call.body
-        name = _name(call, said.name)
+        message: wire.LeaseRequest = call.body
+        name = _worker_name(call, message.name)
+        wait_seconds = min(max(0.0, message.wait_seconds), MAX_WAIT_SECONDS)
         try:
-            orders = await self._gateway.lease(name, said.free, min(max(0.0, said.wait), MAX_WAIT_SECONDS))
+            assignment = await self._leases.lease(name, message.free_slots, wait_seconds)
         except asyncio.CancelledError:
-            self._gateway.disconnected(name)
+            self._leases.on_disconnect(name)
             raise
         leases = [
             wire.LeasedJob(
@@ -103,52 +115,59 @@ class _WorkerRoutes:
                 lease.job.kind,
                 lease.job.model,
                 msgspec.Raw(lease.job.body),
-                [wire.to_wire(event) for record in lease.log for event in wire.unpack_events(record.blob)],
+                [event for record in lease.log for event in wire.unpack_events(record.blob)],
             )
-            for lease in orders.leases
+            for lease in assignment.leases
         ]
-        return Response(wire.LeaseResponse(leases, list(orders.stop)))
+        queries = [
+            wire.QueryMessage(query.id, query.kind, query.model, msgspec.Raw(query.body))
+            for query in assignment.queries
+        ]
+        return Response(wire.LeaseResponse(leases, list(assignment.cancel), queries))
 
     async def renew(self, call: RequestContext) -> AnyResponse:
-        said: wire.RenewRequest = call.body
-        held = await self._gateway.renew(_name(call, said.name), _lease_tokens(said.leases), said.load)
-        return Response(wire.RenewResponse(dict(held)))
+        message: wire.RenewRequest = call.body
+        name = _worker_name(call, message.name)
+        states = await self._leases.renew(name, _lease_tokens(message.leases), message.stats)
+        return Response(wire.RenewResponse(dict(states)))
 
-    async def tokens(self, call: RequestContext) -> AnyResponse:
-        said: wire.EventsRequest = call.body
-        parts = {
-            LeaseToken(part.id, part.fence): (part.start, [wire.from_wire(each) for each in part.events])
-            for part in said.parts
-        }
-        return Response(wire.EventsResponse(dict(await self._gateway.take(_name(call, said.name), parts))))
+    async def events(self, call: RequestContext) -> AnyResponse:
+        message: wire.EventsRequest = call.body
+        batches = {LeaseToken(batch.id, batch.fence): (batch.start, batch.events) for batch in message.batches}
+        acknowledged = await self._leases.append_events(_worker_name(call, message.name), batches)
+        return Response(wire.EventsResponse(dict(acknowledged)))
 
-    async def done(self, call: RequestContext) -> AnyResponse:
-        said: wire.FinishRequest = call.body
-        events = [wire.from_wire(each) for each in said.events]
-        error = wire.to_error(said.error) if said.error else None
-        lease_token = LeaseToken(said.id, said.fence)
-        counted = await self._gateway.finish(
-            _name(call, said.name), lease_token, said.start, events, said.outcome, error
-        )
-        return Response(wire.FinishResponse(counted))
+    async def finish(self, call: RequestContext) -> AnyResponse:
+        message: wire.FinishRequest = call.body
+        name = _worker_name(call, message.name)
+        lease_token = LeaseToken(message.id, message.fence)
+        error = wire.to_error(message.error) if message.error else None
+        accepted = await self._leases.finish(name, lease_token, message.start, message.events, message.outcome, error)
+        return Response(wire.FinishResponse(accepted))
+
+    async def answer(self, call: RequestContext) -> AnyResponse:
+        message: wire.AnswerRequest = call.body
+        error = wire.to_error(message.error) if message.error else None
+        await self._leases.answer_query(_worker_name(call, message.name), message.id, message.outcome, error)
+        return Response({})
 
     async def release(self, call: RequestContext) -> AnyResponse:
-        said: wire.ReleaseRequest = call.body
-        name = _name(call, said.name)
-        await self._gateway.release(name, _lease_tokens(said.leases), leave=said.leave)
-        if said.leave:
-            await self._gateway.dismiss(name)
+        message: wire.ReleaseRequest = call.body
+        name = _worker_name(call, message.name)
+        await self._leases.release(name, _lease_tokens(message.leases), leaving=message.unregister)
+        if message.unregister:
+            await self._leases.unregister(name)
         return Response({})
 
 
 class _JobRoutes:
-    """What clients ask about what they asked."""
+    """Job routes for clients."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, jobs: JobService) -> None:
+        self._jobs = jobs
 
     async def show(self, call: RequestContext) -> AnyResponse:
-        progress = await self._gateway.progress(call.parameters["id"], call.key.name)
+        progress = await self._jobs.progress(call.parameters["id"], call.key.name)
         return Response(
             {
                 "id": progress.id,
@@ -163,22 +182,23 @@ class _JobRoutes:
             }
         )
 
-    async def withdraw(self, call: RequestContext) -> AnyResponse:
-        id = call.parameters["id"]
-        return Response({"id": id, "object": "job", "state": await self._gateway.withdraw(id, call.key.name)})
+    async def cancel(self, call: RequestContext) -> AnyResponse:
+        job_id = call.parameters["id"]
+        state = await self._jobs.cancel(job_id, call.key.name)
+        return Response({"id": job_id, "object": "job", "state": state})
 
     async def events(self, call: RequestContext) -> AnyResponse:
-        """Stream a job's events as the worker protocol writes them, numbered; ``Last-Event-ID`` goes on behind it."""
+        """Stream the numbered events of a job in the worker protocol's format; ``Last-Event-ID`` resumes behind one."""
         last = call.header(b"last-event-id") or ""
         after = int(last) if last.isascii() and last.isdigit() and len(last) < 10 else -1
-        following = await self._gateway.follow(call.parameters["id"], call.key.name)
-        call.running.append(following)
+        subscription = await self._jobs.follow(call.parameters["id"], call.key.name)
+        call.running.append(subscription)
 
         async def frames() -> AsyncIterator[bytes]:
             number = 0
-            async for event in following:
+            async for event in subscription:
                 if number > after:
-                    yield b"id: %d\ndata: %b\n\n" % (number, msgspec.json.encode(wire.to_wire(event)))
+                    yield b"id: %d\ndata: %b\n\n" % (number, msgspec.json.encode(event))
                 number += 1
             yield b"data: [DONE]\n\n"
 

@@ -1,7 +1,4 @@
-"""What goes on beside the questions that are asked: now and then, in the background, and to its end.
-
-Knows tasks. Does not know what is done in them.
-"""
+"""Background and periodic tasks, and a decorator that shields a method from cancellation."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from moesaic.errors import Unavailable
 
@@ -17,76 +14,85 @@ log = logging.getLogger("moesaic.cluster")
 
 P = ParamSpec("P")
 T = TypeVar("T")
-C = TypeVar("C", bound="BackgroundTasks")
 
 
 class BackgroundTasks:
-    """Whoever has some."""
+    """The background tasks of one gateway, which end together."""
 
     def __init__(self) -> None:
-        self.stopped = False
+        self._closed = False
         self._running: set[asyncio.Task[Any]] = set()
 
-    def background(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Have something done that nobody waits for; once it has stopped, it is left undone."""
-        if self.stopped:
+    def start(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run a coroutine in the background. After ``close`` it is discarded."""
+        if self._closed:
             work.close()
         else:
-            self._begin(work)
+            self._start(work)
 
-    async def to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do something wholly, though whoever waits for it may leave.
+    def start_periodic(self, seconds: float, function: Callable[[], Awaitable[None]]) -> None:
+        """Call a function again and again, with a pause of ``seconds`` before each call."""
+        self.start(_repeat(seconds, function))
+
+    async def run_shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine to its end, even if the caller is cancelled.
 
         Raises:
-            Unavailable: it is too late for that.
+            Unavailable: the tasks are closed; the coroutine was not started.
         """
-        if self.stopped:
+        if self._closed:
             work.close()
-            raise Unavailable("the gateway is stopping: ask another, or try again later")
-        return await asyncio.shield(self._begin(work))
+            raise Unavailable("the gateway is stopping: ask another gateway, or try again later")
+        return await asyncio.shield(self._start(work))
 
-    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._running.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._on_done)
         return task
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.debug("left undone", extra={"why": f"{type(error).__name__}: {error}"})
+            log.debug("background task failed", extra={"why": f"{type(error).__name__}: {error}"})
 
-    def always(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-        """Have something done again and again, with a pause before each time."""
-        self.background(_again(seconds, work))
-
-    async def leave_off(self) -> None:
-        """End all of it where it is."""
-        self.stopped = True
+    async def close(self) -> None:
+        """Cancel all tasks and wait for their end."""
+        self._closed = True
         tasks = list(self._running)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class HasTasks(Protocol):
+    """An object whose shielded methods run as tasks of ``tasks``."""
+
+    @property
+    def tasks(self) -> BackgroundTasks: ...
+
+
+S = TypeVar("S", bound=HasTasks)
+
+
 def shielded(
-    method: Callable[Concatenate[C, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
-    """Have a method go on to its end though whoever called it has left: what was written is to be known here too."""
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """Run a method to its end even if its caller is cancelled: memory must follow what was written to the store."""
 
     @wraps(method)
-    async def run(self: C, /, *args: P.args, **named: P.kwargs) -> T:
-        return await self.to_its_end(method(self, *args, **named))
+    async def run(self: S, /, *args: P.args, **named: P.kwargs) -> T:
+        return await self.tasks.run_shielded(method(self, *args, **named))
 
     return run
 
 
-async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+async def _repeat(seconds: float, function: Callable[[], Awaitable[None]]) -> None:
     while True:
         await asyncio.sleep(seconds)
         try:
-            await work()
+            await function()
         except Unavailable:
-            log.debug("the store of jobs cannot be asked")
-        except Exception:  # whatever it is, leases have to be watched, and the next time may do better
-            log.exception("the gateway's upkeep broke")
+            log.debug("job store unavailable")
+        except Exception:  # leases must still be watched, and the next call may succeed
+            log.exception("periodic task failed")

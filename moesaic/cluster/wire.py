@@ -1,150 +1,67 @@
-"""What gateways, workers and job stores write to each other: events, requests and errors as JSON, and the messages.
+"""Messages between gateways and workers, and the JSON of events, requests and errors in job stores.
 
-Both sides take the other for a stranger: what arrives is decoded by type, and a wrong message is an error of the tree.
-docs/cluster.md has the protocol field by field. Knows no HTTP.
+Neither side trusts the other: incoming messages are decoded by type, and an invalid message raises InvalidRequest.
+docs/cluster.md describes every field. This module does not depend on HTTP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from moesaic import errors
-from moesaic.backend import (
-    Delta,
-    Event,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    ModelInfo,
-    ModelStats,
-    PromptDone,
-    TokenInfo,
-    ToolCall,
-)
+from moesaic.backend import Event, GenerationRequest, ModelInfo, ModelStats
 from moesaic.errors import InvalidRequest, MoesaicError
 
 T = TypeVar("T")
 
-AnswerIndex = Annotated[int, msgspec.Meta(ge=0, lt=256)]
-"""Of an answer among those of a request: what is counted by it must not grow at a worker's will."""
-
-# Events: arrays, since there is one for each token
-
-
-class _Mark(msgspec.Struct, array_like=True, frozen=True):
-    id: int
-    text: str
-    special: bool = False
-    logprob: float | None = None
-    top: tuple[tuple[int, str, float], ...] = ()
-
-
-class _Call(msgspec.Struct, array_like=True, frozen=True):
-    index: int
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
-
-
-class _Begun(msgspec.Struct, array_like=True, frozen=True, tag="b"):
-    index: AnswerIndex
-    prompt: tuple[_Mark, ...] = ()
-    prompt_tokens: int = 0
-
-
-class _Piece(msgspec.Struct, array_like=True, frozen=True, tag="p"):
-    index: AnswerIndex
-    text: str = ""
-    tokens: tuple[_Mark, ...] = ()
-    calls: tuple[_Call, ...] = ()
-
-
-class _Ended(msgspec.Struct, array_like=True, frozen=True, tag="e"):
-    index: AnswerIndex
-    reason: FinishReason
-    prompt_tokens: int
-    generated_tokens: int
-    cached_tokens: int = 0
-    stop: str | None = None
-    stop_id: int | None = None
-    has_tool_calls: bool = False
-
-
-Wire = _Begun | _Piece | _Ended
-_EVENTS = msgspec.json.Decoder(list[Wire])
+_EVENTS = msgspec.json.Decoder(list[Event])
 _REQUEST = msgspec.json.Decoder(GenerationRequest)
 
 
-def to_wire(event: Event) -> Wire:
-    """Return an event as it is written."""
-    if isinstance(event, Delta):
-        calls = tuple(_Call(call.index, call.id, call.name, call.arguments) for call in event.calls)
-        return _Piece(event.index, event.text, _marks(event.tokens), calls)
-    if isinstance(event, PromptDone):
-        return _Begun(event.index, _marks(event.prompt), event.prompt_tokens)
-    return _Ended(*(getattr(event, field.name) for field in fields(event)))
-
-
-def _marks(marks: Sequence[TokenInfo]) -> tuple[_Mark, ...]:
-    return tuple(_Mark(mark.id, mark.text, mark.special, mark.logprob, mark.top) for mark in marks)
-
-
-def from_wire(wire: Wire) -> Event:
-    """Return the event that was written."""
-    if isinstance(wire, _Piece):
-        calls = tuple(ToolCall(call.index, call.id, call.name, call.arguments) for call in wire.calls)
-        return Delta(wire.index, wire.text, _unmarked(wire.tokens), calls)
-    if isinstance(wire, _Begun):
-        return PromptDone(wire.index, _unmarked(wire.prompt), wire.prompt_tokens)
-    return Finished(*(getattr(wire, name) for name in wire.__struct_fields__))
-
-
-def _unmarked(marks: Sequence[_Mark]) -> tuple[TokenInfo, ...]:
-    return tuple(TokenInfo(mark.id, mark.text, mark.special, mark.logprob, mark.top) for mark in marks)
-
-
 def pack_events(events: Sequence[Event]) -> bytes:
-    """Return events as a job's log has them."""
-    return msgspec.json.encode([to_wire(event) for event in events])
+    """Return the bytes of events in a job's log."""
+    return msgspec.json.encode(events)
 
 
 def unpack_events(blob: bytes) -> list[Event]:
-    """Return the events of a part of a log."""
-    return [from_wire(wire) for wire in decode(_EVENTS, blob)]
+    """Return the events in a part of a job's log.
 
-
-# What is asked
+    Raises:
+        InvalidRequest: the bytes are not a list of events.
+    """
+    events: list[Event] = decode(_EVENTS, blob)
+    return events
 
 
 def pack_request(request: GenerationRequest) -> bytes:
-    """Return a request as a job's body has it."""
+    """Return the bytes of a request in a job's body."""
     return msgspec.json.encode(request)
 
 
 def unpack_request(body: bytes) -> GenerationRequest:
     """Return the request in a job's body.
 
-    JSON knows neither tuples nor numbers as keys, which ``Sampling`` is made of: they are made again.
+    ``Sampling`` has tuples and integer keys, which JSON does not have; they are restored.
+
+    Raises:
+        InvalidRequest: the bytes are not a request.
     """
     request: GenerationRequest = decode(_REQUEST, body)
     sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in request.sampling.items()}
     if isinstance(bias := sampling.get("logit_bias"), Mapping):
         try:
-            sampling["logit_bias"] = {int(id): value for id, value in bias.items()}
+            sampling["logit_bias"] = {int(token_id): value for token_id, value in bias.items()}
         except ValueError:
-            raise InvalidRequest("logit_bias: its keys are no token ids") from None
+            raise InvalidRequest("logit_bias: the keys must be token ids") from None
     return replace(request, sampling=sampling)
 
 
-# How it ended
-
-
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error of the tree as it is written."""
+    """An error of ``moesaic.errors``."""
 
     type: str
     message: str
@@ -153,30 +70,30 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class JobResult(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What an ended job leaves besides its log: what was asked for, or an error."""
+    """The outcome or the error of an ended job."""
 
     outcome: Any = None
     error: ErrorInfo | None = None
 
 
 def error_info(error: BaseException) -> ErrorInfo:
-    """Return how an error is written; of one that is not in the tree nothing is told."""
+    """Return an error for the wire. An error outside ``moesaic.errors`` is replaced: it may contain secrets."""
     if not isinstance(error, MoesaicError):
-        return ErrorInfo("MoesaicError", "the worker made a mistake; its log has more")
+        return ErrorInfo("MoesaicError", "internal error of the worker: see its log")
     return ErrorInfo(
         type(error).__name__, str(error), getattr(error, "param", None), getattr(error, "retry_after", None)
     )
 
 
-def to_error(error_info: ErrorInfo) -> MoesaicError:
-    """Return the error that was written; an unknown kind is the root of the tree."""
-    kind = getattr(errors, error_info.type, None)
+def to_error(info: ErrorInfo) -> MoesaicError:
+    """Return the exception for an error; an unknown type becomes ``MoesaicError``."""
+    kind = getattr(errors, info.type, None)
     if not (isinstance(kind, type) and issubclass(kind, MoesaicError)):
         kind = MoesaicError
-    error = kind.__new__(kind)  # their own constructors make the message, which is there already
-    Exception.__init__(error, error_info.message)
+    error = kind.__new__(kind)  # the constructors of some errors would format the message again
+    Exception.__init__(error, info.message)
     for name in ("param", "retry_after"):
-        if (value := getattr(error_info, name)) is not None:
+        if (value := getattr(info, name)) is not None:
             setattr(error, name, value)
     return error
 
@@ -186,67 +103,85 @@ def to_error(error_info: ErrorInfo) -> MoesaicError:
 Count = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Number = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 LeaseClaim = tuple[str, Number]
-"""A job's id and the fence."""
+"""A job's id and its fence."""
 
 
 class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /worker/enlist``: a worker offers itself; also again, after a gateway has forgotten it."""
+    """``POST /worker/register``: a worker registers, or registers again after it has lost its connection."""
 
     name: str
-    cards: tuple[ModelInfo, ...]
+    models: tuple[ModelInfo, ...]
     slots: Count = 1
     about: dict[str, Any] = {}
     leases: tuple[LeaseClaim, ...] = ()
-    run: str = ""
-    """Another in each process, so that one that lost its connection is told from one that was started again."""
+    """Leases that the worker still has."""
+    instance: str = ""
+    """Random id of the worker's process."""
+    answers_queries: bool = False
+    """Whether the worker answers queries."""
 
 
 class RegisterResponse(msgspec.Struct, frozen=True):
-    """Its answer: the gateway's pace, and of each lease how many events are known and on disk; null: it is lost."""
+    """Response to ``RegisterRequest``."""
 
     renew_seconds: float
+    """Interval in which the worker must renew its leases."""
     lease_seconds: float
-    known: dict[str, tuple[int, int] | None] = {}
+    acknowledged: dict[str, tuple[int, int] | None] = {}
+    """For each job the numbers of events received and on disk; null: the worker has lost the lease."""
 
 
 class LeaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /worker/lease``: answered when there is something to do or to stop, or after ``wait`` seconds."""
+    """``POST /worker/lease``: a long poll for jobs, cancellations and queries."""
 
     name: str
-    free: Count = 0
-    wait: float = 20.0
+    free_slots: Count = 0
+    wait_seconds: float = 20.0
 
 
 class LeasedJob(msgspec.Struct, frozen=True):
-    """A job to do: its log's events are those that need not be sent again."""
+    """A job to run. The worker continues behind the events of ``log``."""
 
     id: str
     fence: int
     kind: str
     model: str
     body: msgspec.Raw
-    log: list[Wire] = []
+    log: list[Event] = []
+
+
+class QueryMessage(msgspec.Struct, frozen=True):
+    """A query to a worker, answered by ``POST /worker/answer``."""
+
+    id: str
+    kind: str
+    model: str
+    body: msgspec.Raw
 
 
 class LeaseResponse(msgspec.Struct, frozen=True):
-    """Answer to ``Want``."""
+    """Response to ``LeaseRequest``."""
 
     leases: list[LeasedJob] = []
-    stop: list[str] = []
+    cancel: list[str] = []
+    """Ids of jobs that the worker must stop."""
+    queries: list[QueryMessage] = []
 
 
 class RenewRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /worker/renew``."""
+    """``POST /worker/renew``: a worker renews its leases and reports its statistics."""
 
     name: str
     leases: tuple[LeaseClaim, ...] = ()
-    load: dict[str, ModelStats] = {}
+    stats: dict[str, ModelStats] = {}
+    """Engine statistics by model."""
 
 
 class RenewResponse(msgspec.Struct, frozen=True):
-    """Of each lease "ok", "cancelled" or "fenced"; the last two: stop it."""
+    """Response to ``RenewRequest``."""
 
-    held: dict[str, str] = {}
+    states: dict[str, str] = {}
+    """For each job "ok", "cancelled" or "fenced"; the worker must stop the latter two."""
 
 
 class EventBatch(msgspec.Struct, array_like=True, frozen=True):
@@ -255,55 +190,66 @@ class EventBatch(msgspec.Struct, array_like=True, frozen=True):
     id: str
     fence: Number
     start: Number
-    events: list[Wire]
+    events: list[Event]
 
 
 class EventsRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /worker/tokens``: what came in the last moment, of all jobs."""
+    """``POST /worker/events``: the new events of all jobs of a worker."""
 
     name: str
-    parts: list[EventBatch]
+    batches: list[EventBatch]
 
 
 class EventsResponse(msgspec.Struct, frozen=True):
-    """Of each job how many events are known and on disk; null: the lease is lost."""
+    """Response to ``EventsRequest``."""
 
-    known: dict[str, tuple[int, int] | None] = {}
+    acknowledged: dict[str, tuple[int, int] | None] = {}
+    """For each job the numbers of events received and on disk; null: the worker has lost the lease."""
 
 
 class FinishRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /worker/done``: the last events of a job, or what was asked for, or an error. May be sent again."""
+    """``POST /worker/finish``: the last events of a job, its outcome or its error. It may be sent again."""
 
     name: str
     id: str
     fence: Number
     start: Number = 0
-    events: list[Wire] = []
+    events: list[Event] = []
     outcome: Any = None
     error: ErrorInfo | None = None
 
 
 class FinishResponse(msgspec.Struct, frozen=True):
-    """Whether it counted; false: the job is somebody else's, or was cancelled."""
+    """Response to ``FinishRequest``."""
 
-    counted: bool
+    accepted: bool
+    """False if the lease is not valid: the job was cancelled or leased again."""
+
+
+class AnswerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /worker/answer``: the outcome of a query, or an error."""
+
+    name: str
+    id: str
+    outcome: Any = None
+    error: ErrorInfo | None = None
 
 
 class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /worker/release``: leases are given back; with ``leave`` the worker goes."""
+    """``POST /worker/release``: a worker gives leases back; with ``unregister`` it leaves."""
 
     name: str
     leases: tuple[LeaseClaim, ...] = ()
-    leave: bool = False
+    unregister: bool = False
 
 
-def decode(decoder: msgspec.json.Decoder[T], given: bytes) -> T:
+def decode(decoder: msgspec.json.Decoder[T], content: bytes) -> T:
     """Decode a message.
 
     Raises:
-        InvalidRequest: it is not what was expected.
+        InvalidRequest: the message does not have the expected type.
     """
     try:
-        return decoder.decode(given)
+        return decoder.decode(content)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise InvalidRequest(f"a message of the worker protocol is not understood: {error!s:.200}") from error
+        raise InvalidRequest(f"invalid message of the worker protocol: {error!s:.200}") from error

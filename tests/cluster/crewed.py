@@ -52,7 +52,7 @@ class Site:
         self.nursery.stdin.write(name + "\n")
         self.nursery.stdin.flush()
         process = int(self.nursery.stdout.readline())
-        until(lambda: f"rack/{name}" in self.gateway.crew)
+        until(lambda: f"rack/{name}" in self.gateway.workers.sessions)
         return process
 
     def call(self, method: str, path: str, body: Any = None, key: str = "ops") -> httpx.Response:
@@ -122,7 +122,7 @@ def site(
 
     def offered(gateway: Gateway) -> Any:
         known = aime.shipped()
-        theirs = (*clients.endpoints(gateway, known), *workers.endpoints(gateway, gateway, known, lease))
+        theirs = (*clients.endpoints(gateway, known), *workers.endpoints(gateway.leases, gateway, known, lease))
         return (*routes.endpoints(gateway), *theirs, *admin.endpoints(gateway))
 
     who = keys.Keys(tuple(kept), source=lambda: keys.read(file))

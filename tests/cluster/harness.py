@@ -152,7 +152,7 @@ class Client:
     def _broken(self, said: Any) -> Exception:
         message = str(said["error"]["message"]) if "error" in said else str(said)
         self.told[message[:60]] += 1
-        if "died of it" in message:
+        if "every worker that ran" in message:
             self.dead += 1
         return Broken(message)
 
@@ -185,9 +185,9 @@ def counted(log: Path) -> tuple[int, int, int]:
     late = 0
     with log.open() as lines:
         for line in lines:
-            if '"a result came too late"' in line:
+            if '"result refused: lease not valid"' in line:
                 late += 1
-            elif '"a job is done"' in line:
+            elif '"job finished"' in line:
                 said = json.loads(line)
                 fences.setdefault(said["job"], set()).add(said["fence"])
     return len(fences), sum(len(each) > 1 for each in fences.values()), late

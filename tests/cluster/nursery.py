@@ -31,7 +31,7 @@ DEATH = 1  # PR_SET_PDEATHSIG
 class Stubborn(Worker):
     """Does not stop when it is told to: only the fence stands between its late results and the job."""
 
-    def _stop(self, id: str) -> None:
+    def _cancel(self, job_id: str) -> None:
         pass
 
 

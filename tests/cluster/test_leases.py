@@ -15,9 +15,8 @@ import msgspec
 import pytest
 
 from moesaic.backend import Delta, Event, Finished, GenerationRequest, ModelInfo, PromptDone, TokenInfo
-from moesaic.cluster import gateway as gateways
-from moesaic.cluster import wire
-from moesaic.cluster.active_jobs import ActiveJob, Subscription
+from moesaic.cluster import active_jobs, wire
+from moesaic.cluster.active_job import ActiveJob, Subscription
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Job, JobSnapshot, LeaseStatus, LeaseToken, LogRecord, StoreLimits
 from moesaic.cluster.lease_timeouts import LeaseTimeouts
@@ -30,8 +29,8 @@ from tests.cluster.fake import Fake, answer
 from tests.cluster.site import site
 from tests.serve.raw import eventually
 
-RECRUIT = WorkerInfo("w", (ModelInfo("fake"),), slots=4, run="1")
-ASK = GenerationRequest("fake", prompt="Hi", sampling={"max_tokens": 3})
+INFO = WorkerInfo("w", (ModelInfo("fake"),), slots=4, instance="1")
+REQUEST = GenerationRequest("fake", prompt="Hi", sampling={"max_tokens": 3})
 EVENTS: list[Event] = [
     PromptDone(0),
     *(Delta(0, f"{n}", (TokenInfo(n, f"{n}"),)) for n in range(3)),
@@ -43,7 +42,7 @@ EVENTS: list[Event] = [
 async def gateway(folder: Path, lease: float = 600.0) -> AsyncIterator[Gateway]:
     made = Gateway(await open_store(str(folder / "jobs.sqlite"), StoreLimits()), ["fake"], lease)
     try:
-        await made.register(RECRUIT)
+        await made.leases.register(INFO)
         yield made
     finally:
         await made.close()
@@ -54,8 +53,8 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 async def leased(found: Gateway) -> tuple[Any, LeaseToken]:
-    following = await found.generate(ASK)
-    [lease] = (await found.lease("w", 1, 5)).leases
+    following = await found.generate(REQUEST)
+    [lease] = (await found.leases.lease("w", 1, 5)).leases
     return following, LeaseToken(lease.job.id, lease.fence)
 
 
@@ -74,14 +73,14 @@ def test_an_end_that_was_written_is_told_though_the_worker_has_left(tmp_path, st
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
-            telling = asyncio.ensure_future(found.finish("w", lease_token, 0, EVENTS))
+            telling = asyncio.ensure_future(found.leases.finish("w", lease_token, 0, EVENTS))
             for _ in range(steps):
                 await asyncio.sleep(0)
             telling.cancel()
             await asyncio.wait([telling])
             if steps:  # else it had not begun
                 assert await read(following) == EVENTS
-                assert not found.crew["w"].leases
+                assert not found.workers.sessions["w"].leases
 
     run(main)
 
@@ -90,15 +89,15 @@ def test_an_end_that_was_written_is_told_though_the_worker_has_left(tmp_path, st
 def test_a_lease_that_nobody_heard_of_is_given_back_without_blame(tmp_path, steps):
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            following = await found.generate(ASK)
-            asking = asyncio.ensure_future(found.lease("w", 1, 5))
+            following = await found.generate(REQUEST)
+            asking = asyncio.ensure_future(found.leases.lease("w", 1, 5))
             for _ in range(steps):
                 await asyncio.sleep(0)
             asking.cancel()
             await asyncio.wait([asking])
             if asking.cancelled():
                 await asyncio.sleep(0.1)
-                [lease] = (await found.lease("w", 1, 5)).leases
+                [lease] = (await found.leases.lease("w", 1, 5)).leases
                 seen = await found.store.snapshot(lease.job.id)
                 assert seen is not None and seen.crashes == 0
             following.cancel()
@@ -111,12 +110,12 @@ def test_a_question_that_another_has_replaced_is_given_nothing(tmp_path):
 
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            asking = asyncio.ensure_future(found.lease("w", 1, 20))
+            asking = asyncio.ensure_future(found.leases.lease("w", 1, 20))
             await asyncio.sleep(0.05)
-            following = await found.generate(ASK)
-            found.join(RECRUIT)
+            following = await found.generate(REQUEST)
+            found.workers.register(INFO)
             assert (await asking).leases == ()
-            assert len((await found.lease("w", 1, 5)).leases) == 1
+            assert len((await found.leases.lease("w", 1, 5)).leases) == 1
             following.cancel()
 
     run(main)
@@ -128,10 +127,10 @@ def test_an_end_is_told_once_it_counts(tmp_path):
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
-            await found.take("w", {lease_token: (0, EVENTS)})
+            await found.leases.append_events("w", {lease_token: (0, EVENTS)})
             assert following.ready() == EVENTS[:-1]
             reading = asyncio.ensure_future(read(following))
-            assert await found.finish("w", lease_token, len(EVENTS), [])
+            assert await found.leases.finish("w", lease_token, len(EVENTS), [])
             assert await reading == EVENTS[-1:]
 
     run(main)
@@ -144,10 +143,10 @@ def test_what_was_lost_with_a_worker_that_lives_is_not_to_blame(tmp_path, stalle
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
-            found.crew["w"].stalled = stalled
-            await found._lose(await found.store.active_leases())
+            found.workers.sessions["w"].stalled = stalled
+            await found.leases.expire(await found.store.active_leases())
             assert (await look(found, lease_token)).crashes == 1
-            assert await found.register(RECRUIT, [lease_token]) == {lease_token.id: None}
+            assert await found.leases.register(INFO, [lease_token]) == {lease_token.id: None}
             assert (await look(found, lease_token)).crashes == stalled
             assert (await found.store.depths())["fake"].suspects == stalled
             following.cancel()
@@ -160,11 +159,11 @@ def test_a_network_that_fails_again_and_again_makes_no_poison(tmp_path):
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
             for _ in range(2 * StoreLimits().crashes):
-                await found.dismiss("w")
-                await found.register(RECRUIT, [lease_token])
-                [lease] = (await found.lease("w", 1, 5)).leases
+                await found.leases.unregister("w")
+                await found.leases.register(INFO, [lease_token])
+                [lease] = (await found.leases.lease("w", 1, 5)).leases
                 lease_token = LeaseToken(lease.job.id, lease.fence)
-            assert await found.finish("w", lease_token, 0, EVENTS)
+            assert await found.leases.finish("w", lease_token, 0, EVENTS)
             assert await read(following) == EVENTS
 
     run(main)
@@ -172,34 +171,34 @@ def test_a_network_that_fails_again_and_again_makes_no_poison(tmp_path):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_who_left_may_be_reading_at_another_gateway(tmp_path, shared, monkeypatch):
-    for name in ("LOOK_SECONDS", "GRACE_SECONDS"):
-        monkeypatch.setattr(gateways, name, 0.0)
+    for name in ("POLL_SECONDS", "RECONNECT_SECONDS"):
+        monkeypatch.setattr(active_jobs, name, 0.0)
 
     async def main() -> None:
         async with gateway(tmp_path) as found:
             found.store.shared = shared
-            following = await found.generate(replace(ASK, idempotency_key="k"))
+            following = await found.generate(replace(REQUEST, idempotency_key="k"))
             following.cancel()
-            [id] = found.lives
-            await found._sweep()
+            [id] = found.jobs.jobs
+            await found.jobs.sweep()
             await asyncio.sleep(0.1)
             assert (await look(found, LeaseToken(id, 0))).state == ("queued" if shared else "cancelled")
-            assert not (shared and found.lives)
+            assert not (shared and found.jobs.jobs)
 
     run(main)
 
 
 def test_a_job_that_ended_unheard_of_is_looked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(gateways, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(active_jobs, "POLL_SECONDS", 0.0)
 
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
             reading = asyncio.ensure_future(read(following))
-            found.store._news.clear()
+            found.store._listeners.clear()
             await found.store.finish(lease_token, "done", b"", LogRecord(0, len(EVENTS), wire.pack_events(EVENTS)))
-            found.lives[lease_token.id].worker = ""
-            await found._sweep()
+            found.jobs.jobs[lease_token.id].worker = ""
+            await found.jobs.sweep()
             assert await reading == EVENTS
 
     run(main)
@@ -211,11 +210,11 @@ def test_a_write_whose_answer_was_lost_is_not_written_again(tmp_path):
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
-            await found.take("w", {lease_token: (0, EVENTS[:3])})
+            await found.leases.append_events("w", {lease_token: (0, EVENTS[:3])})
             await found.store.append({lease_token: LogRecord(0, 2, wire.pack_events(EVENTS[:2]))})
-            with pytest.raises(Unavailable, match="say it again"):
-                await found.finish("w", lease_token, 3, EVENTS[3:])
-            assert await found.finish("w", lease_token, 3, EVENTS[3:])
+            with pytest.raises(Unavailable, match="send the request again"):
+                await found.leases.finish("w", lease_token, 3, EVENTS[3:])
+            assert await found.leases.finish("w", lease_token, 3, EVENTS[3:])
             assert await read(following) == EVENTS
             assert await found.store.check() == "ok"
 
@@ -226,13 +225,13 @@ def test_a_worker_that_is_dismissed_while_it_speaks_is_told_to_enlist(tmp_path):
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
-            found.lives.clear()  # as after a restart: the store has to be asked
-            speaking = asyncio.ensure_future(found.take("w", {lease_token: (0, EVENTS[:2])}))
+            found.jobs.jobs.clear()  # as after a restart: the store has to be asked
+            speaking = asyncio.ensure_future(found.leases.append_events("w", {lease_token: (0, EVENTS[:2])}))
             await asyncio.sleep(0)
-            found.forget("w")
+            found.workers.unregister("w")
             assert await speaking == {lease_token.id: (2, 0)}
-            with pytest.raises(NotFound, match="enlist"):
-                await found.take("w", {lease_token: (2, EVENTS[2:])})
+            with pytest.raises(NotFound, match="register"):
+                await found.leases.append_events("w", {lease_token: (2, EVENTS[2:])})
             following.cancel()
 
     run(main)
@@ -244,14 +243,14 @@ def test_an_answer_that_went_on_otherwise_is_not_mixed_with_what_was_told():
     async def main() -> None:
         live = ActiveJob("id", "fake", "")
         live.extend(0, EVENTS[:3])
-        live.kept = 1
+        live.persisted = 1
         reader, later = Subscription(live, lambda: None), Subscription(live, lambda: None)
         assert reader.ready() == EVENTS[:3]
-        live.agree(1, EVENTS[1:4])  # the same, and more
+        live.reconcile(1, EVENTS[1:4])  # the same, and more
         assert reader.ready() == EVENTS[3:4]
         other = [Delta(0, "1 and 2", (TokenInfo(1, "1"), TokenInfo(2, "2"))), EVENTS[-1]]
-        live.agree(2, other)
-        live.end()
+        live.reconcile(2, other)
+        live.finish()
         assert reader.ready() == []
         for each in (reader, later):
             with pytest.raises(Unavailable, match="from the start"):
@@ -263,20 +262,20 @@ def test_an_answer_that_went_on_otherwise_is_not_mixed_with_what_was_told():
 
 def test_only_who_was_listened_to_is_silent():
     now = 0.0
-    silence = LeaseTimeouts(10.0, lambda: now)
+    timeouts = LeaseTimeouts(10.0, lambda: now)
     one, two = LeaseStatus(LeaseToken("a", 1), "w", 5), LeaseStatus(LeaseToken("b", 1), "v", 5)
 
     def at(time: float, *active_leases: LeaseStatus) -> list[LeaseStatus]:
         nonlocal now
         now = time
-        return silence.of(active_leases)
+        return timeouts.timed_out(active_leases)
 
     assert at(0, one, two) == at(6, one, two) == []
     two = LeaseStatus(LeaseToken("b", 1), "v", 6)
     assert at(11, one, two) == [one]
     assert at(30, one, two) == []  # nobody looked for 19 seconds
     assert at(38, one, two) == [] and at(41, one, two) == [one, two]
-    silence.forgive()
+    timeouts.restart()
     assert at(42, one, two) == []
 
 
@@ -305,7 +304,7 @@ def test_what_no_worker_knows_how_to_do_fails(tmp_path):
         hand = found.hire()
         found.do(found.gateway.store.submit(Job("x", "fake", "dance", b"{}")))
         eventually(lambda: found.seen("x").state == "failed")
-        assert b"how to dance" in found.seen("x").result and found.seen("x").attempts == 1
+        assert b"operation dance" in found.seen("x").result and found.seen("x").attempts == 1
         assert not hand.future.done()
 
 
@@ -318,7 +317,7 @@ def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tm
             return await super().generate(request)
 
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
-        release, asked = found.gateway.release, []
+        release, asked = found.gateway.leases.release, []
 
         async def deaf(*args: Any, **named: Any) -> None:
             asked.append(args)
@@ -326,7 +325,7 @@ def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tm
                 raise Unavailable("the disk is full")
             await release(*args, **named)
 
-        monkeypatch.setattr(found.gateway, "release", deaf)
+        monkeypatch.setattr(found.gateway.leases, "release", deaf)
         found.hire(Full())
         stream = Stream(found.client, "Hi", 3)
         assert stream.end().text == answer("Hi", count=3)
@@ -336,23 +335,23 @@ def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tm
 def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
     async def main() -> None:
         made = agent.Worker(Fake(), ["http://127.0.0.1:1"], name="w")
-        made._begin(wire.LeasedJob("id", 1, "ask", "fake", msgspec.Raw(wire.pack_request(ASK))))
-        job = made._works["id"]
+        made._start(wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(wire.pack_request(REQUEST))))
+        job = made._jobs["id"]
         assert job.task is not None
         await job.task
-        async with aiohttp.ClientSession() as made._http:
+        async with made._connection:
             sending = asyncio.ensure_future(made._send())
-            while not job.ending:
+            while not job.finishing:
                 await asyncio.sleep(0)
-            [telling] = (task for task in asyncio.all_tasks() if "Worker._end" in repr(task))
+            [telling] = (task for task in asyncio.all_tasks() if "Worker._finish" in repr(task))
             assert inspect.getcoroutinestate(telling.get_coro()) == inspect.CORO_CREATED
             for task in (telling, sending):  # as when the end of another job cannot be told just then
                 task.cancel()
             await asyncio.wait([sending])
-            made._url = "http://127.0.0.1:1"
+            made._connection.url = "http://127.0.0.1:1"
             with pytest.raises(aiohttp.ClientError):
                 await made._register()
-        assert made._works["id"] is job and not job.ending
+        assert made._jobs["id"] is job and not job.finishing
 
     run(main)
 
@@ -360,26 +359,26 @@ def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
 def test_news_of_an_older_lease_do_not_stop_the_newer_one():
     async def main() -> None:
         made = agent.Worker(Fake(seconds=60), ["http://127.0.0.1:1"], name="w")
-        lease = wire.LeasedJob("id", 1, "ask", "fake", msgspec.Raw(wire.pack_request(ASK)))
-        made._begin(lease)
-        older = made._works["id"]
-        made._begin(msgspec.structs.replace(lease, fence=2))
-        made._learn([older], {"id": None})
-        made._forget(older)
-        newer = made._works["id"]
+        lease = wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(wire.pack_request(REQUEST)))
+        made._start(lease)
+        older = made._jobs["id"]
+        made._start(msgspec.structs.replace(lease, fence=2))
+        made._acknowledge([older], {"id": None})
+        made._remove(older)
+        newer = made._jobs["id"]
         assert newer.lease.fence == 2 and newer.task is not None and not newer.task.cancelling()
-        made._learn([newer], {"id": None})
-        assert not made._works and newer.task.cancelling()
+        made._acknowledge([newer], {"id": None})
+        assert not made._jobs and newer.task.cancelling()
 
     run(main)
 
 
 def test_of_what_is_on_disk_a_worker_keeps_no_more_than_a_bound(monkeypatch):
     monkeypatch.setattr(running_job, "MAX_UNACKNOWLEDGED_BYTES", 10 * running_job.EVENT_BYTES)
-    job = running_job.RunningJob(wire.LeasedJob("id", 1, "ask", "fake", msgspec.Raw(b"{}")))
-    job.events = [wire.to_wire(Delta(0, f"{n}")) for n in range(30)]
+    job = running_job.RunningJob(wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(b"{}")))
+    job.events = [Delta(0, f"{n}") for n in range(30)]
     job.acknowledge(20, 5)
-    assert (job.first, job.known, len(job.events)) == (5, 20, 25) and job.unsent()[0].text == "20"
+    assert (job.first, job.received, len(job.events)) == (5, 20, 25) and job.unsent()[0].text == "20"
     job.acknowledge(8, 5)  # another gateway, which knows less
     assert job.unsent()[0].text == "8"
     job.acknowledge(10**9, 10**9)  # or nonsense

@@ -82,7 +82,7 @@ def test_wherever_it_is_cut_nothing_is_missing_and_nothing_comes_twice(events, c
         fresh = [new for event in said if (new := told.fresh(event)) is not None]
         log += fresh[:cut] if cut < len(events) else fresh
     assert read(log) == whole
-    assert ReplayFilter(log).ended(len(whole)) and not ReplayFilter(log).ended(len(whole) + 1)
+    assert ReplayFilter(log).all_finished(len(whole)) and not ReplayFilter(log).all_finished(len(whole) + 1)
 
 
 @given(runs(), st.integers(0, 40), st.data())
@@ -103,7 +103,7 @@ def test_text_may_be_cut_elsewhere_the_second_time(events, cut, data):
 
 
 def test_of_nothing_nothing_is_resumed():
-    assert ReplayFilter([]).resume() == () and not ReplayFilter([]).ended(1)
+    assert ReplayFilter([]).resume() == () and not ReplayFilter([]).all_finished(1)
     assert ReplayFilter([PromptDone(0), PromptDone(1)]).resume() == ()
     assert ReplayFilter([Delta(2, "x", (TokenInfo(7, "x"),))]).resume() == ((), (), (7,))
 
@@ -112,7 +112,7 @@ def test_text_that_was_told_without_tokens_is_continued_as_text():
     said = ({"role": "user", "content": "Hi"},)
     log = [PromptDone(0), Delta(0, "Once "), Delta(0, "upon")]
     told = ReplayFilter(log)
-    assert told.asked(GenerationRequest(messages=said)) == GenerationRequest(
+    assert told.continued(GenerationRequest(messages=said)) == GenerationRequest(
         messages=(*said, {"role": "assistant", "content": "Once upon"}), continue_final=True
     )
     assert told.fresh(PromptDone(0)) is None
@@ -121,9 +121,9 @@ def test_text_that_was_told_without_tokens_is_continued_as_text():
     )
     begun = (*said, {"role": "assistant", "content": "Well, "})
     assert (
-        ReplayFilter(log).asked(GenerationRequest(messages=begun, continue_final=True)).messages[-1]["content"]
+        ReplayFilter(log).continued(GenerationRequest(messages=begun, continue_final=True)).messages[-1]["content"]
         == "Well, Once upon"
     )
-    assert ReplayFilter(log).asked(GenerationRequest(prompt="Say: ")).prompt == "Say: Once upon"
+    assert ReplayFilter(log).continued(GenerationRequest(prompt="Say: ")).prompt == "Say: Once upon"
     with pytest.raises(InvalidRequest):
-        ReplayFilter(log).asked(GenerationRequest(prompt=(1, 2)))
+        ReplayFilter(log).continued(GenerationRequest(prompt=(1, 2)))

@@ -120,5 +120,5 @@ class AimeWorker:
 
     def info(self) -> WorkerInfo:
         """Return the worker as it offers itself."""
-        cards = tuple(ModelInfo(model, about={"worker": "aime"}) for model in self.models)
-        return WorkerInfo(self.worker, cards, self.slots, self.about, self.owner)
+        models = tuple(ModelInfo(model, about={"worker": "aime"}) for model in self.models)
+        return WorkerInfo(self.worker, models, self.slots, self.about, self.owner)

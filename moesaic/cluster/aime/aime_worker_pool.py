@@ -36,15 +36,15 @@ REFUSAL_PAUSE_SECONDS = 1.0
 class AimeWorkerPool:
     """All of them. Lives on one event loop; a task of its own runs while there is anybody."""
 
-    def __init__(self, labour: WorkerService, offering: Callable[[str], int], lease_seconds: float) -> None:
+    def __init__(self, service: WorkerService, worker_count: Callable[[str], int], lease_seconds: float) -> None:
         """Begin without anybody.
 
         Args:
-            labour: what hands work out.
-            offering: says how many workers offer a model, these among them.
+            service: leases jobs to workers.
+            worker_count: returns the number of workers that offer a model, these included.
             lease_seconds: a lease that is not renewed for so long is lost.
         """
-        self._labour, self._offering, self._clock = labour, offering, time.monotonic
+        self._service, self._worker_count, self._clock = service, worker_count, time.monotonic
         self._pace = lease_seconds * RENEW_FRACTION
         self._members: dict[str, AimeWorker] = {}
         self._jobs: dict[str, tuple[AimeWorker, AimeJob]] = {}
@@ -65,7 +65,7 @@ class AimeWorkerPool:
         """Let a worker in; what one of that name had is lost."""
         if old := self._members.get(member.worker):
             self._forget(old)
-        await self._labour.register(member.info())
+        await self._service.register(member.info())
         self._members[member.worker] = member
         if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.create_task(self._keep(), name="aime-keeper")
@@ -87,13 +87,13 @@ class AimeWorkerPool:
         try:
             return await work()
         except NotFound:
-            self._settle(member, await self._labour.register(member.info(), member.leases))
+            self._settle(member, await self._service.register(member.info(), member.leases))
             return await work()
 
     def _settle(self, member: AimeWorker, held: Mapping[str, object]) -> None:
         for running in list(member.jobs.values()):
             if held.get(running.lease_token.id) is None:
-                self._stop(member, (running.lease_token.id,))
+                self._cancel(member, (running.lease_token.id,))
 
     # Jobs out
 
@@ -105,7 +105,7 @@ class AimeWorkerPool:
                 running.doubted = running.doubted or self._clock()
         if free > member.slots:
             member.slots = free
-            self._settle(member, await self._labour.register(member.info(), member.leases))
+            self._settle(member, await self._service.register(member.info(), member.leases))
         member.asking += 1
         try:
             while True:
@@ -117,11 +117,11 @@ class AimeWorkerPool:
             member.heard = self._clock()
 
     async def _leased(self, member: AimeWorker, free: int, wait: float) -> list[AimeJob]:
-        orders = await self._known(member, lambda: self._labour.lease(member.worker, free, max(0.0, wait)))
-        self._stop(member, orders.stop)
+        assignment = await self._known(member, lambda: self._service.lease(member.worker, free, max(0.0, wait)))
+        self._cancel(member, assignment.cancel)
         found, refused = [], False
         try:
-            for lease in orders.leases:
+            for lease in assignment.leases:
                 try:
                     found.append(self._begun(member, lease))
                 except InvalidRequest as error:
@@ -130,15 +130,15 @@ class AimeWorkerPool:
             if refused and not found:
                 await asyncio.sleep(REFUSAL_PAUSE_SECONDS)
         except asyncio.CancelledError:  # the worker has left, and will never know of them
-            leases = [LeaseToken(lease.job.id, lease.fence) for lease in orders.leases]
+            leases = [lease.token for lease in assignment.leases]
             for running in found:
                 self._drop(member, running)
-            await asyncio.shield(self._labour.release(member.worker, leases))
+            await asyncio.shield(self._service.release(member.worker, leases))
             raise
         return found
 
     def _begun(self, member: AimeWorker, lease: Lease) -> AimeJob:
-        if lease.job.kind != "ask":
+        if lease.job.kind != "generate":
             raise InvalidRequest(f"this model is served by AIME's workers, which cannot {lease.job.kind}")
         request = wire.unpack_request(lease.job.body)
         events = [event for record in lease.log for event in wire.unpack_events(record.blob)]
@@ -147,7 +147,7 @@ class AimeWorkerPool:
         tokens = sum(len(piece.tokens) for piece in pieces) or len(before) // 4
         definition = next((each for each in member.definitions if each.offered == lease.job.model), member.definition)
         data = parameters_for(request, definition, before, tokens)
-        lease_token = LeaseToken(lease.job.id, lease.fence)
+        lease_token = lease.token
         prompt = next((event.prompt_tokens for event in events if isinstance(event, PromptDone)), 0)
         running = AimeJob(
             f"{lease_token.id}#{lease_token.fence}",
@@ -166,13 +166,13 @@ class AimeWorkerPool:
 
     async def _refuse(self, member: AimeWorker, lease: Lease, error: InvalidRequest) -> None:
         """Give a job back that such workers cannot do, or end it if there are no others."""
-        lease_token = LeaseToken(lease.job.id, lease.fence)
+        lease_token = lease.token
         own = sum(1 for each in self._members.values() if lease.job.model in each.models)
-        if self._offering(lease.job.model) > own:
-            await self._labour.release(member.worker, [lease_token])
+        if self._worker_count(lease.job.model) > own:
+            await self._service.release(member.worker, [lease_token])
         else:
             start = sum(record.count for record in lease.log)
-            await self._labour.finish(member.worker, lease_token, start, (), error=error)
+            await self._service.finish(member.worker, lease_token, start, (), error=error)
 
     # Jobs in
 
@@ -205,7 +205,7 @@ class AimeWorkerPool:
                         parts[running.lease_token] = running.logged, tuple(running.pending)
             if not parts:
                 return
-            held = await self._known(member, lambda: self._labour.take(member.worker, parts))
+            held = await self._known(member, lambda: self._service.append_events(member.worker, parts))
             for running in {running.id: running for running, _ in updates}.values():
                 if running.lease_token in parts:
                     await self._taken(member, running, held.get(running.lease_token.id))
@@ -214,10 +214,10 @@ class AimeWorkerPool:
         running.logged += len(running.pending)
         running.pending.clear()
         if known is None:
-            self._stop(member, (running.lease_token.id,))
+            self._cancel(member, (running.lease_token.id,))
         elif known[0] != running.logged:  # the log is not as it was left: whoever does it next goes on behind it
             self._drop(member, running)
-            await self._labour.release(member.worker, [running.lease_token])
+            await self._service.release(member.worker, [running.lease_token])
 
     async def result(self, job: str, data: Mapping[str, Any]) -> bool:
         """End a job with its worker's result; return whether there is such a job, or was."""
@@ -234,7 +234,7 @@ class AimeWorkerPool:
                 running.note(data, final=True)
             events = [*running.pending, *([] if error else [running.end(data)])]
             await self._known(
-                member, lambda: self._labour.finish(member.worker, running.lease_token, start, events, error=error)
+                member, lambda: self._service.finish(member.worker, running.lease_token, start, events, error=error)
             )
             self._drop(member, running)
         return True
@@ -259,21 +259,21 @@ class AimeWorkerPool:
             self._forget(member)
             del self._members[member.worker]
             with contextlib.suppress(NotFound):
-                await self._labour.dismiss(member.worker)
+                await self._service.unregister(member.worker)
             return
         if any(each.doubted and now - each.doubted > STALL_SECONDS for each in member.jobs.values()):
             await self._begin_again(member)
         for running in [each for each in member.jobs.values() if now - each.heard > own.inactivity]:
             error = TimedOut(f"the worker said nothing of this job for {own.inactivity:g} s")
             self._drop(member, running)
-            await self._labour.finish(member.worker, running.lease_token, running.logged, (), error=error)
+            await self._service.finish(member.worker, running.lease_token, running.logged, (), error=error)
         await self._renew(member)
 
     async def _begin_again(self, member: AimeWorker) -> None:
         """Let a worker in anew that has lost jobs, most likely with its process: these are lost, and counted so."""
         for running in [each for each in member.jobs.values() if each.doubted]:
             self._drop(member, running)
-        self._settle(member, await self._labour.register(member.info(), member.leases))
+        self._settle(member, await self._service.register(member.info(), member.leases))
 
     async def _renew(self, member: AimeWorker) -> None:
         member.steps += 1  # within what it may be silent, it counts as making progress
@@ -281,12 +281,12 @@ class AimeWorkerPool:
         load = {
             name: ModelStats(len(member.jobs) if name == model else 0, steps=member.steps) for name in member.models
         }
-        held = await self._known(member, lambda: self._labour.renew(member.worker, member.leases, load))
+        held = await self._known(member, lambda: self._service.renew(member.worker, member.leases, load))
         for running in list(member.jobs.values()):
             if held.get(running.lease_token.id) in ("cancelled", "fenced"):
-                self._stop(member, (running.lease_token.id,))
+                self._cancel(member, (running.lease_token.id,))
 
-    def _stop(self, member: AimeWorker, ids: Sequence[str]) -> None:
+    def _cancel(self, member: AimeWorker, ids: Sequence[str]) -> None:
         """Forget jobs that are nobody's any more, or another's.
 
         Only older workers are told: AIME's newer ones would end the work and never free its place.

@@ -53,8 +53,8 @@ class ModelStatus:
 class ClientRoutes:
     """What all endpoints share."""
 
-    def __init__(self, desk: JobService, definitions: Sequence[Definition]) -> None:
-        self.desk, self.definitions = desk, together(definitions)
+    def __init__(self, jobs: JobService, definitions: Sequence[Definition]) -> None:
+        self.jobs, self.definitions = jobs, together(definitions)
         self.visitors = Credentials(definitions)
         self._charged: OrderedDict[str, int] = OrderedDict()
 
@@ -77,7 +77,7 @@ class ClientRoutes:
         name = model_of(definition, cards)
         card = next((each for each in cards if name == each.name or name in each.aliases), None)
         name = card.name if card else name
-        return ModelStatus(name, card, call.backend.stats().get(name, ModelStats()), self.desk.workers(name))
+        return ModelStatus(name, card, call.backend.stats().get(name, ModelStats()), self.jobs.worker_count(name))
 
     async def validate_key(self, call: RequestContext) -> AnyResponse:
         """Say whether a key is known."""
@@ -100,7 +100,7 @@ class ClientRoutes:
     async def stream(self, call: RequestContext) -> AnyResponse:
         """Stream a job's progress from where AIME's JavaScript client looks for it."""
         key = self.visitors.owner(call, request_values(call))
-        found = await self.desk.progress(request_values(call).get("job_id", ""), key.name)
+        found = await self.jobs.progress(request_values(call).get("job_id", ""), key.name)
         cards = call.backend.models()
         fitting = [each for each in self.definitions if model_of(each, cards) == found.model]
         return await EndpointRoutes(self, (fitting or self.definitions)[0]).stream(call)
@@ -118,7 +118,7 @@ class EndpointRoutes:
     """The routes of one endpoint."""
 
     def __init__(self, clients: ClientRoutes, definition: Definition) -> None:
-        self._clients, self._desk, self._definition = clients, clients.desk, definition
+        self._clients, self._jobs, self._definition = clients, clients.jobs, definition
 
     def endpoints(self) -> list[Endpoint]:
         """Return the endpoint's routes."""
@@ -187,7 +187,7 @@ class EndpointRoutes:
         if problems:
             return self._refused(400, problems)
         request = replace(asked(values, now.model), tenant=key.name, priority=key.priority)
-        job = await self._desk.submit(request)
+        job = await self._jobs.submit(request)
         if call.body.get("wait_for_result") is False:
             return Response({"success": True, "job_id": job, "ep_version": own.version})
         found = await self._waited(job, key)
@@ -202,19 +202,19 @@ class EndpointRoutes:
                     async with self._following(job, key) as answers:
                         async for _ in answers:
                             pass
-                found = await self._desk.progress(job, key.name)
+                found = await self._jobs.progress(job, key.name)
                 if found.state in ENDED_STATES:
                     return found
                 await asyncio.sleep(STREAM_SECONDS)
         except BaseException:
             with contextlib.suppress(MoesaicError):
-                await asyncio.shield(self._desk.withdraw(job, key.name))
+                await asyncio.shield(self._jobs.cancel(job, key.name))
             raise
 
     @contextlib.asynccontextmanager
     async def _following(self, job: str, key: Key) -> AsyncIterator[ResponseStream]:
         """Follow a job; leaving it does not end it."""
-        answers = await self._desk.follow(job, key.name)
+        answers = await self._jobs.follow(job, key.name)
         try:
             yield answers
         finally:
@@ -229,18 +229,18 @@ class EndpointRoutes:
             return self._refused(402, ["No job_id given"])
         try:
             if any(values.get(name) in (True, "true", "True") for name in ("canceled", "cancel")):
-                await self._desk.withdraw(job, key.name)
+                await self._jobs.cancel(job, key.name)
             return Response(self._shown(call, key, await self._looked(job, key)), headers=NO_STORE)
         except NotFound:
             return self._refused(402, [f"Client has no active request with this job id {job[:80]}"])
 
     async def _looked(self, job: str, key: Key) -> JobProgress:
         """Return how far a job is; one that has waited longer than the endpoint allows is taken back."""
-        found = await self._desk.progress(job, key.name)
-        waited = time.time() - found.submitted if found.submitted else 0.0
+        found = await self._jobs.progress(job, key.name)
+        waited = time.time() - found.submitted_at if found.submitted_at else 0.0
         if found.state == "queued" and waited > self._definition.max_time_in_queue:
-            await self._desk.withdraw(job, key.name)
-            return await self._desk.progress(job, key.name)
+            await self._jobs.cancel(job, key.name)
+            return await self._jobs.progress(job, key.name)
         return found
 
     async def cancel(self, call: RequestContext) -> AnyResponse:
@@ -248,7 +248,7 @@ class EndpointRoutes:
         key = self._clients.visitors.owner(call, call.body, self._definition)
         job = str(call.body.get("job_id") or "")
         try:
-            state = await self._desk.withdraw(job, key.name)
+            state = await self._jobs.cancel(job, key.name)
         except NotFound:
             return self._refused(402, [f"Client has no active request with this job id {job[:80]}"])
         shown = {"success": True, "job_id": job, "ep_version": self._definition.version}
@@ -274,12 +274,12 @@ class EndpointRoutes:
                     async for _ in answers:
                         if clock() - shown_at < STREAM_SECONDS:
                             continue
-                        shown = self._shown(call, key, await self._desk.progress(found.id, key.name))
+                        shown = self._shown(call, key, await self._jobs.progress(found.id, key.name))
                         if shown["job_state"] == "done":
                             break
                         yield frame({**shown, **shown["progress"]})
                         shown_at = clock()
-            found = await self._desk.progress(found.id, key.name)
+            found = await self._jobs.progress(found.id, key.name)
             if found.state not in ENDED_STATES:
                 await asyncio.sleep(STREAM_SECONDS)
 
@@ -313,14 +313,14 @@ class EndpointRoutes:
         if failed:
             out["error"] = str(found.error) if found.error else f"the job was {found.state}"
         times = {
-            "start_time": found.submitted,
-            "start_time_compute": found.begun,
-            "result_received_time": found.finished,
+            "start_time": found.submitted_at,
+            "start_time_compute": found.started_at,
+            "result_received_time": found.finished_at,
         }
         out |= {name: value for name, value in times.items() if value}
-        for name, since in (("compute_duration", found.begun), ("total_duration", found.submitted)):
-            if since and found.finished:
-                out[name] = round(max(0.0, found.finished - since), 3)
+        for name, since in (("compute_duration", found.started_at), ("total_duration", found.submitted_at)):
+            if since and found.finished_at:
+                out[name] = round(max(0.0, found.finished_at - since), 3)
         return out
 
     def _refused(self, status: int, error: str | list[str]) -> Response:
@@ -332,8 +332,8 @@ NO_STORE = {"cache-control": "no-store"}
 
 def _generated(found: JobProgress) -> int:
     """Return how many tokens there are; AIME's workers send none, and while they work it is a guess by the text."""
-    if found.ended:
-        return found.ended[0].generated_tokens
+    if found.finished:
+        return found.finished[0].generated_tokens
     return sum(found.tokens[:1]) or len("".join(found.texts[:1])) // 4
 
 
@@ -376,10 +376,10 @@ def _open(path: str, run: Any, method: str, summary: str, *, version: int | None
     return Endpoint(path, run, shape, broken, method=method, public=True, summary=summary, statuses=STATUSES, **more)
 
 
-def endpoints(desk: JobService, definitions: Sequence[Definition]) -> list[Endpoint]:
+def endpoints(jobs: JobService, definitions: Sequence[Definition]) -> list[Endpoint]:
     """Return AIME's routes for clients.
 
     Raises:
         InvalidRequest: two endpoints have one name, or that of another route.
     """
-    return ClientRoutes(desk, definitions).endpoints()
+    return ClientRoutes(jobs, definitions).endpoints()

@@ -33,9 +33,9 @@ class WorkerRoutes:
     """What all routes share."""
 
     def __init__(
-        self, labour: WorkerService, desk: JobService, definitions: Sequence[Definition], lease_seconds: float
+        self, service: WorkerService, jobs: JobService, definitions: Sequence[Definition], lease_seconds: float
     ) -> None:
-        self.crew = AimeWorkerPool(labour, desk.workers, lease_seconds)
+        self._pool = AimeWorkerPool(service, jobs.worker_count, lease_seconds)
         self._definitions = definitions
 
     def endpoints(self) -> list[Endpoint]:
@@ -61,7 +61,7 @@ class WorkerRoutes:
                 owner = worker_key(call, body.get("auth_key"), definitions).name
                 valid = True
                 if name := _name(body.get("auth")):  # it may have begun under an earlier process of this gateway
-                    known = [each for each in self.crew.find(name, definitions[0].job_type) if each.owner == owner]
+                    known = [each for each in self._pool.find(name, definitions[0].job_type) if each.owner == owner]
                     member = known[0] if known else await self._admit(definitions, name, owner, body, legacy=False)
             except Unauthorized:
                 pass
@@ -96,7 +96,7 @@ class WorkerRoutes:
     ) -> AimeWorker:
         shown = {key: body[key] for key in PARAMETERS if key in body} | {"protocol": "aime"} | dict(about or {})
         slots = _count(body.get("max_batch_size", body.get("max_job_batch")))
-        return await self.crew.admit(AimeWorker(name, definitions, slots, owner, legacy, shown, time.monotonic()))
+        return await self._pool.admit(AimeWorker(name, definitions, slots, owner, legacy, shown, time.monotonic()))
 
     async def jobs(self, call: RequestContext) -> AnyResponse:
         """Wait for jobs."""
@@ -108,7 +108,7 @@ class WorkerRoutes:
         except (Unauthorized, InvalidRequest) as error:
             return Response({"cmd": "error", "msg": str(error)})
         timeout = min(member.definition.request_timeout, _seconds(body.get("request_timeout")))
-        found = await self.crew.give(member, _count(body.get("max_job_batch")), timeout * WAIT_FRACTION)
+        found = await self._pool.give(member, _count(body.get("max_job_batch")), timeout * WAIT_FRACTION)
         if not found:
             return Response({"cmd": "no_job"})
         own = member.definition
@@ -131,7 +131,7 @@ class WorkerRoutes:
             Unavailable: it is not known, and has to log in first.
         """
         name, job_type = _name(body.get("auth")), str(body.get("job_type") or "")
-        for member in self.crew.find(name, job_type):
+        for member in self._pool.find(name, job_type):
             if worker_key(call, body.get("auth_key"), member.definitions).name == member.owner:
                 return member
         definitions = self._of_type(job_type)
@@ -152,12 +152,12 @@ class WorkerRoutes:
             except Unauthorized as error:
                 return Response({"success": False, "error_msg": str(error)})
         updates = [(str(entry.get("job_id")), _object(entry.get("progress_data"))) for entry in entries]
-        answers = await self.crew.progress(updates)
+        answers = await self._pool.progress(updates)
         return Response(answers if several else answers[0])
 
     def _check(self, call: RequestContext, entry: Mapping[str, Any]) -> None:
         """Raise Unauthorized unless whoever sends this has the job that it is about, or could have it."""
-        member = self.crew.worker_of(str(entry.get("job_id")))
+        member = self._pool.worker_of(str(entry.get("job_id")))
         if definitions := member.definitions if member else self._of_type(entry.get("job_type")):
             key = worker_key(call, entry.get("auth_key"), definitions)
             if member and key.name != member.owner:
@@ -171,7 +171,7 @@ class WorkerRoutes:
         except Unauthorized as error:
             return Response({"success": False, "error_msg": str(error)})
         job = str(body.get("job_id"))
-        if await self.crew.result(job, body):
+        if await self._pool.result(job, body):
             return Response(OK)
         told = f"Job with job id {job[:80]} not found in worker {str(body.get('auth'))[:80]}!"
         return Response({"cmd": "warning", "msg": told})
@@ -210,10 +210,10 @@ def failure(reason: Failure) -> Any:
 
 
 def endpoints(
-    labour: WorkerService, desk: JobService, definitions: Sequence[Definition], lease_seconds: float = LEASE_SECONDS
+    service: WorkerService, jobs: JobService, definitions: Sequence[Definition], lease_seconds: float = LEASE_SECONDS
 ) -> list[Endpoint]:
     """Return AIME's routes for its workers; a lease that is not renewed for ``lease_seconds`` is lost."""
-    return WorkerRoutes(labour, desk, definitions, lease_seconds).endpoints()
+    return WorkerRoutes(service, jobs, definitions, lease_seconds).endpoints()
 
 
 def _route(path: str, run: Any, summary: str, *, body: Any = dict[str, Any]) -> Endpoint:

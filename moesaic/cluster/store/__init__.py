@@ -1,14 +1,13 @@
-"""Where jobs are kept: the folder is the registry, one file = one store.
+"""Job stores: the folder is the registry, one file is one store.
 
-A store's file has ``async def open_store(address: str, limits: StoreLimits) -> Store``, whose store keeps what ``jobs.Store``
-promises, and which raises:
+A store's file has ``async def open_store(address: str, limits: StoreLimits) -> Store``. The store implements
+``jobs.Store``. ``open_store`` raises:
 
-* StoreError: jobs cannot be kept safely there, or what is there is damaged or of another version;
-* Unavailable: somebody else has it, or it cannot be reached;
+* StoreError: the place is not safe for jobs, or the store is damaged or of another version;
+* Unavailable: another process uses the store, or it is unreachable;
 * NotInstalled: a package is missing.
 
-``_operations`` and ``_queries`` have the operations, written once; a file says how its database runs them. The package
-knows which addresses belong to which store.
+``_operations`` and ``_queries`` contain the operations once; a store's file only runs them on its database.
 """
 
 from __future__ import annotations
@@ -21,18 +20,20 @@ from moesaic.errors import InvalidParameter
 
 FOLDER = "cluster/store"
 SCHEMES = {"": "sqlite", "postgres": "postgres", "postgresql": "postgres"}
-"""Which store has addresses of which scheme; those without one are paths."""
+"""Store by URL scheme; an address without a scheme is a path."""
 
 
-async def open_store(where: str, bounds: StoreLimits) -> Store:
-    """Open the store that has an address: a path is SQLite's, ``postgresql://...`` is PostgreSQL's.
+async def open_store(address: str, limits: StoreLimits) -> Store:
+    """Open a job store. A path is an SQLite file, ``postgresql://...`` is a PostgreSQL database.
 
     Raises:
-        InvalidParameter: an address of neither kind.
-        StoreError, Unavailable, NotInstalled: see above.
+        InvalidParameter: the address is neither.
+        StoreError: the place is not safe for jobs, or the store is damaged or of another version.
+        Unavailable: another process uses the store, or it is unreachable.
+        NotInstalled: a package is missing.
     """
-    scheme, mark, _ = where.partition("://")
-    name = SCHEMES.get(scheme if mark else "")
-    if name is None or not where:
+    scheme, separator, _ = address.partition("://")
+    name = SCHEMES.get(scheme if separator else "")
+    if name is None or not address:
         raise InvalidParameter("store", "is neither a path nor a postgresql:// address")
-    return cast(Store, await registry.load(FOLDER, name).open_store(where, bounds))
+    return cast(Store, await registry.load(FOLDER, name).open_store(address, limits))

@@ -33,7 +33,7 @@ class BaseStore:
 
     def __init__(self, bounds: StoreLimits) -> None:
         self._bounds = bounds
-        self._news: list[ChangeListener] = []
+        self._listeners: list[ChangeListener] = []
 
     async def run(self, operation: Operation[T], *, reads: bool = False) -> T:
         """Run an operation, wait until it is committed, and tell its news.
@@ -46,11 +46,11 @@ class BaseStore:
 
     def _tell(self, ids: Sequence[str]) -> None:
         if ids:
-            for news in self._news:
+            for news in self._listeners:
                 news(ids)
 
     def listen(self, news: ChangeListener) -> None:
-        self._news.append(news)
+        self._listeners.append(news)
 
     async def submit(self, job: Job) -> str:
         return await self.run(partial(_operations.submit, job, self._bounds))

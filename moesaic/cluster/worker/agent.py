@@ -1,7 +1,7 @@
-"""A worker: it dials out to a gateway, keeps its model full with jobs, and sends what comes as it comes.
+"""A worker: it connects to a gateway, keeps its model busy with jobs, and sends events as they come.
 
-It needs no open port. What it computes is kept until the gateway has it on disk, so that a gateway may die and come
-back, or another take its place. Knows a door, jobs and the worker protocol. Does not know models.
+A worker needs no open port. It keeps events until the gateway has them on disk, so a gateway may restart, or another
+one may take over. This module depends on a backend and on the worker protocol, but not on models.
 """
 
 from __future__ import annotations
@@ -13,50 +13,34 @@ import random
 import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import aiohttp
 import msgspec
 
 from moesaic.backend import Backend, Event, join
 from moesaic.cluster import wire
-from moesaic.cluster.protocols import LEASE_SECONDS, RENEW_FRACTION, STALL_SECONDS
+from moesaic.cluster.protocols import LEASE_SECONDS, RENEW_FRACTION, STALL_SECONDS, LogPosition
+from moesaic.cluster.worker.connection import RETRYABLE_ERRORS, TRANSPORT_ERRORS, GatewayConnection
 from moesaic.cluster.worker.replay import ReplayFilter
 from moesaic.cluster.worker.running_job import RunningJob
-from moesaic.errors import (
-    Conflict,
-    EngineStopped,
-    Forbidden,
-    InvalidRequest,
-    MoesaicError,
-    NotFound,
-    Overloaded,
-    TooLarge,
-    Unauthorized,
-    Unavailable,
-)
+from moesaic.errors import EngineStopped, InvalidRequest, MoesaicError, Overloaded, TooLarge, Unavailable
 
 log = logging.getLogger("moesaic.worker")
 
-T = TypeVar("T")
-
 SEND_SECONDS = 0.02
-"""Seconds between two messages with events, at least."""
+"""Minimum time between two messages with events."""
 LEASE_WAIT_SECONDS = 20.0
-"""Seconds that a question for work stays open."""
+"""Duration of a long poll."""
 ABANDON_LEASES = 6
-"""After so many leases' time without a gateway, what was leased is somebody else's, and is not computed further."""
+"""Jobs are cancelled when no gateway has renewed them for this number of leases: other workers have them."""
 MESSAGE_BYTES = 8 << 20
-"""Of a message to a gateway, about; it takes twice as many."""
-TRANSPORT_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
-RETRYABLE_ERRORS = (NotFound, Unavailable, Conflict, Overloaded, *TRANSPORT_ERRORS)
-"""What ends a connection, and is tried again."""
+"""Approximate maximum size of a message; a gateway accepts twice as much."""
 WORKER_ERRORS = (Overloaded, Unavailable)
-"""Errors that are this worker's affair and not the job's: it is given back."""
+"""Errors of this worker rather than of the job: the job is released."""
 
 
 class Worker:
-    """Does jobs of gateways until it is told to stop."""
+    """Runs jobs of a gateway until it is stopped."""
 
     def __init__(
         self,
@@ -70,48 +54,43 @@ class Worker:
         ssl: Any = True,
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        """Prepare.
+        """Prepare a worker.
 
         Args:
-            door: whose models do the work.
-            gateways: URLs; the first that answers is taken, the next when it does not answer any more.
-            name: unique among a gateway's workers of the same key.
-            key: a worker's key.
-            slots: jobs at once.
-            about: shown to administrators.
-            ssl: what aiohttp checks certificates with.
-            stall_seconds: with work and no step for so long, the engine is given up.
+            backend: the models that run the jobs.
+            gateways: URLs; when one does not answer, the next is tried.
+            name: unique among a gateway's workers with the same key.
+            key: the worker's API key.
+            slots: maximum number of concurrent jobs.
+            about: properties shown to administrators.
+            ssl: how aiohttp checks certificates.
+            stall_seconds: an engine with work that makes no step for this time is considered stalled.
         """
         self._backend, self._gateways, self._name, self._slots = backend, list(gateways), name, slots
-        self._about, self._ssl, self._stall_seconds = dict(about or {}), ssl, stall_seconds
-        self._run = secrets.token_hex(8)
-        self._trouble = ""  # why the last connection was lost
-        self._headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
-        self._works: dict[str, RunningJob] = {}
-        self._owed: set[wire.LeaseClaim] = set()  # to be given back, until a gateway has heard it
-        self._dirty = asyncio.Event()
-        self._renew_seconds, self._patience, self._url = (
-            LEASE_SECONDS * RENEW_FRACTION,
-            LEASE_SECONDS * ABANDON_LEASES,
-            "",
-        )
+        self._about, self._stall_seconds = dict(about or {}), stall_seconds
+        self._connection = GatewayConnection(key, ssl)
+        self._instance = secrets.token_hex(8)
+        self._last_failure = ""
+        self._jobs: dict[str, RunningJob] = {}
+        self._to_release: set[wire.LeaseClaim] = set()  # until a gateway has acknowledged their release
+        self._has_news = asyncio.Event()
+        self._renew_seconds, self._lease_seconds = LEASE_SECONDS * RENEW_FRACTION, LEASE_SECONDS
         self._draining = self._leaving = False
-        self._answered = time.monotonic()  # when a gateway last renewed what is here
-        self._stepped = (time.monotonic(), -1)
+        self._renewed_at = time.monotonic()  # when a gateway last renewed the leases
+        self._last_step = (time.monotonic(), -1)
         self.stopped = asyncio.Event()
-        """Set when it is to end at once."""
+        """Set to stop at once."""
         self.connected = asyncio.Event()
-        """Set while a gateway knows it."""
+        """Set while the worker is registered."""
 
     async def run(self) -> None:
-        """Work until stopped.
+        """Run jobs until stopped.
 
         Raises:
-            Unauthorized, Forbidden: the gateway does not want this worker.
-            EngineStopped: the model has died or stands still; nothing can be done with it any more.
+            Unauthorized, Forbidden: the gateway refuses this worker.
+            EngineStopped: the model's engine has died or stalled, and the process must be restarted.
         """
-        async with aiohttp.ClientSession(headers=self._headers) as session:
-            self._http = session
+        async with self._connection:
             tasks = [asyncio.ensure_future(work) for work in (self._serve(), self._watch(), self.stopped.wait())]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -122,19 +101,19 @@ class Worker:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                for id in list(self._works):  # leases end with the connection; after a drain there are none
-                    self._stop(id)
+                for job_id in list(self._jobs):  # after a drain there are none
+                    self._cancel(job_id)
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, end what runs within so many seconds, give the rest back, and stop."""
+        """Take no new jobs, finish the running ones within ``seconds``, release the rest, and stop."""
         self._draining = True
-        until = time.monotonic() + seconds
-        while self._works and time.monotonic() < until:
+        deadline = time.monotonic() + seconds
+        while self._jobs and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self._leaving = True
         with contextlib.suppress(MoesaicError, *TRANSPORT_ERRORS):
-            self._owed.update(work.claim for work in self._works.values())
-            await self._give_back(leave=True)
+            self._to_release.update(job.claim for job in self._jobs.values())
+            await self._release(unregister=True)
         self.stopped.set()
 
     # The connection
@@ -143,277 +122,263 @@ class Worker:
         tries = 0
         while True:
             for url in self._gateways:
-                if self._leaving:  # the gateway, which has let it go, would have a worker that never comes
+                if self._leaving:  # the worker has unregistered and must not register again
                     await self.stopped.wait()
                     return
-                self._url = url.rstrip("/")
+                self._connection.url = url.rstrip("/")
                 try:
                     await self._register()
                     tries = 0
-                    await self._together(self._fetch(), self._send(), self._renew())
+                    await self._run_together(self._fetch(), self._send(), self._renew())
                 except RETRYABLE_ERRORS as error:
-                    if not self._draining:  # it has left, and is not known any more
-                        self._lost(error)
+                    if not self._draining:  # after a drain the gateway does not know the worker
+                        self._log_disconnect(error)
                 self.connected.clear()
-                if self.stopped.is_set():  # an error in a group hides that it was cancelled at the same time
+                if self.stopped.is_set():  # an error in a task group can hide a simultaneous cancellation
                     return
             tries = min(tries + 1, 10)
             await asyncio.sleep(random.uniform(0.05, min(10.0, 0.1 * 2**tries)))  # full jitter
 
-    def _lost(self, error: BaseException) -> None:
-        """Say why there is no connection; once, as long as it is the same."""
+    def _log_disconnect(self, error: BaseException) -> None:
+        """Log why there is no connection, as a warning only if the reason is new."""
         why = f"{type(error).__name__}: {error}"[:300]
-        log.log(
-            logging.DEBUG if why == self._trouble else logging.WARNING,
-            "no gateway: trying again",
-            extra={"url": self._url, "why": why},
-        )
-        self._trouble = why
+        level = logging.DEBUG if why == self._last_failure else logging.WARNING
+        log.log(level, "no gateway: retrying", extra={"url": self._connection.url, "why": why})
+        self._last_failure = why
 
-    async def _together(self, *work: Coroutine[Any, Any, None]) -> None:
-        """Do several things for ever; the first error ends them all."""
+    async def _run_together(self, *works: Coroutine[Any, Any, None]) -> None:
+        """Run coroutines until the first error, which ends them all."""
         try:
             async with asyncio.TaskGroup() as group:
-                for each in work:
-                    group.create_task(each)
+                for work in works:
+                    group.create_task(work)
         except BaseExceptionGroup as errors:
-            raise _first(errors) from None
+            raise _first_error(errors) from None
 
-    async def _post(self, what: str, message: Any, kind: type[T], seconds: float = 0.0) -> T:
-        timeout = aiohttp.ClientTimeout(total=seconds or self._patience / ABANDON_LEASES / 2 + 2, sock_connect=5)
-        body = msgspec.json.encode(message)
-        url = f"{self._url}/worker/{what}"
-        async with self._http.post(url, data=body, timeout=timeout, ssl=self._ssl) as answer:
-            said = await answer.read()
-            if answer.status != 200:
-                raise _refusal(answer.status, said)
-        try:
-            return wire.decode(msgspec.json.Decoder(kind), said)
-        except InvalidRequest as error:
-            raise Unavailable(f"{url} is no gateway, or something between has changed its answer") from error
+    async def _post(self, route: str, message: Any, kind: type[Any], seconds: float = 0.0) -> Any:
+        return await self._connection.post(route, message, kind, seconds or self._lease_seconds / 2 + 2)
 
     async def _register(self) -> None:
-        cards = tuple(card for card in self._backend.models() if card.state != "failed")
-        works = list(self._works.values())
-        for work in works:
-            work.ending = False  # whoever was about to tell it went with the connection, perhaps before he began
-        claims = tuple(work.claim for work in works)
-        said = await self._post(
-            "enlist",
-            wire.RegisterRequest(self._name, cards, self._slots, self._about, claims, self._run),
-            wire.RegisterResponse,
+        models = tuple(model for model in self._backend.models() if model.state != "failed")
+        jobs = list(self._jobs.values())
+        for job in jobs:
+            job.finishing = False  # the task that was sending the end is gone with the last connection
+        claims = tuple(job.claim for job in jobs)
+        message = wire.RegisterRequest(
+            self._name, models, self._slots, self._about, claims, self._instance, answers_queries=True
         )
-        self._renew_seconds, self._answered = said.renew_seconds, time.monotonic()
-        self._patience = said.lease_seconds * ABANDON_LEASES
-        self._learn(works, said.known)
-        self._trouble = ""
+        response = await self._post("register", message, wire.RegisterResponse)
+        self._renew_seconds, self._lease_seconds = response.renew_seconds, response.lease_seconds
+        self._renewed_at = time.monotonic()
+        self._acknowledge(jobs, response.acknowledged)
+        self._last_failure = ""
         self.connected.set()
-        self._dirty.set()
-        log.info("enlisted", extra={"url": self._url, "models": [card.name for card in cards]})
+        self._has_news.set()
+        log.info("registered", extra={"url": self._connection.url, "models": [model.name for model in models]})
 
     async def _fetch(self) -> None:
-        while True:
-            want = wire.LeaseRequest(self._name, 0 if self._draining else self._slots, LEASE_WAIT_SECONDS)
-            given = await self._post("lease", want, wire.LeaseResponse, LEASE_WAIT_SECONDS + 10)
-            for id in given.stop:
-                self._stop(id)
-            if self._draining and given.leases:  # given in the same moment
-                self._owed.update((lease.id, lease.fence) for lease in given.leases)
-                await self._give_back()
-                continue
-            for lease in given.leases:
-                self._begin(lease)
+        """Long-poll for jobs, cancellations and queries."""
+        async with asyncio.TaskGroup() as answers:
+            while True:
+                free_slots = 0 if self._draining else self._slots
+                message = wire.LeaseRequest(self._name, free_slots, LEASE_WAIT_SECONDS)
+                response = await self._post("lease", message, wire.LeaseResponse, LEASE_WAIT_SECONDS + 10)
+                for job_id in response.cancel:
+                    self._cancel(job_id)
+                for query in response.queries:
+                    answers.create_task(self._answer_query(query))
+                if self._draining and response.leases:  # they were leased just before the drain
+                    self._to_release.update((lease.id, lease.fence) for lease in response.leases)
+                    await self._release()
+                    continue
+                for lease in response.leases:
+                    self._start(lease)
 
     async def _renew(self) -> None:
         while True:
-            await self._give_back()
-            works = list(self._works.values())
-            claims = tuple(work.claim for work in works)
-            said = await self._post(
-                "renew", wire.RenewRequest(self._name, claims, dict(self._backend.stats())), wire.RenewResponse
-            )
-            self._answered = time.monotonic()
-            for work in works:
-                if said.held.get(work.lease.id) != "ok" and self._works.get(work.lease.id) is work:
-                    self._stop(work.lease.id)
+            await self._release()
+            jobs = list(self._jobs.values())
+            claims = tuple(job.claim for job in jobs)
+            message = wire.RenewRequest(self._name, claims, dict(self._backend.stats()))
+            response = await self._post("renew", message, wire.RenewResponse)
+            self._renewed_at = time.monotonic()
+            for job in jobs:
+                if response.states.get(job.lease.id) != "ok" and self._jobs.get(job.lease.id) is job:
+                    self._cancel(job.lease.id)
             await asyncio.sleep(self._renew_seconds)
 
     async def _send(self) -> None:
-        """Send events as they come, those of all jobs together, and the ends each on its own."""
+        """Send events as they come, those of all jobs in one message, and each job's end in its own message."""
         async with asyncio.TaskGroup() as ends:
-            sent = -SEND_SECONDS
+            sent_at = -SEND_SECONDS
             while True:
-                await self._dirty.wait()
-                await asyncio.sleep(
-                    max(0.0, sent + SEND_SECONDS - time.monotonic())
-                )  # 0: the others have theirs, too, then
-                self._dirty.clear()
-                sent = time.monotonic()
-                for work in list(self._works.values()):
-                    if work.over and not work.ending and work.fits(MESSAGE_BYTES):
-                        work.ending = True
-                        ends.create_task(self._end(work))
-                if parts := self._parts():
-                    works = [self._works[part.id] for part in parts]
-                    known = await self._post("tokens", wire.EventsRequest(self._name, parts), wire.EventsResponse)
-                    self._learn(works, known.known)
+                await self._has_news.wait()
+                # Even a sleep of 0 lets the other jobs add their events first.
+                await asyncio.sleep(max(0.0, sent_at + SEND_SECONDS - time.monotonic()))
+                self._has_news.clear()
+                sent_at = time.monotonic()
+                for job in list(self._jobs.values()):
+                    if job.ended and not job.finishing and job.fits(MESSAGE_BYTES):
+                        job.finishing = True
+                        ends.create_task(self._finish(job))
+                if batches := self._batches():
+                    jobs = [self._jobs[batch.id] for batch in batches]
+                    message = wire.EventsRequest(self._name, batches)
+                    response = await self._post("events", message, wire.EventsResponse)
+                    self._acknowledge(jobs, response.acknowledged)
 
-    def _parts(self) -> list[wire.EventBatch]:
-        """Return what is to be sent next, of all jobs together; the rest comes after it."""
-        parts, room = [], MESSAGE_BYTES
-        for work in self._works.values():
-            if work.ending or not work.unsent():
+    def _batches(self) -> list[wire.EventBatch]:
+        """Return the next events of all jobs to send, as many as fit into a message."""
+        batches, room = [], MESSAGE_BYTES
+        for job in self._jobs.values():
+            if job.finishing or not job.unsent():
                 continue
-            part, size = work.part(room)
-            if not part.events and room == MESSAGE_BYTES:
-                work.fail(TooLarge("a part of the answer is larger than a message may be: ask for fewer figures"))
-            if part.events:
-                parts.append(part)
+            batch, size = job.batch(room)
+            if not batch.events and room == MESSAGE_BYTES:
+                job.fail(TooLarge("a part of the answer is larger than a message: ask for fewer log-probabilities"))
+            if batch.events:
+                batches.append(batch)
                 room -= size
-            if len(part.events) < len(work.unsent()) or work.over:
-                self._dirty.set()
-        return parts
+            if len(batch.events) < len(job.unsent()) or job.ended:
+                self._has_news.set()
+        return batches
 
-    async def _end(self, work: RunningJob) -> None:
-        done = wire.FinishRequest(self._name, *work.claim, work.known, work.unsent(), work.outcome, work.error)
-        if len(msgspec.json.encode(done)) >= 2 * MESSAGE_BYTES:
-            work.fail(TooLarge("what was asked for is larger than a message may be: ask for less at a time"))
-            done = wire.FinishRequest(self._name, *work.claim, work.known, [], None, work.error)
-        said = await self._post("done", done, wire.FinishResponse)
-        self._forget(work)
-        what = "a job is done" if said.counted else "a result came too late"
-        log.debug(what, extra={"job": work.lease.id, "fence": work.lease.fence})
+    async def _finish(self, job: RunningJob) -> None:
+        message = wire.FinishRequest(self._name, *job.claim, job.received, job.unsent(), job.outcome, job.error)
+        if len(msgspec.json.encode(message)) >= 2 * MESSAGE_BYTES:
+            job.fail(TooLarge("the result is larger than a message: ask for less at a time"))
+            message = wire.FinishRequest(self._name, *job.claim, job.received, [], None, job.error)
+        response = await self._post("finish", message, wire.FinishResponse)
+        self._remove(job)
+        event = "job finished" if response.accepted else "result refused: lease not valid"
+        log.debug(event, extra={"job": job.lease.id, "fence": job.lease.fence})
 
-    def _learn(self, asked: Sequence[RunningJob], known: Mapping[str, tuple[int, int] | None]) -> None:
-        """Take in what is known of these; one that has been leased anew since they were asked about is another."""
-        for work in asked:
-            if self._works.get(work.lease.id) is work:
-                how_far = known.get(work.lease.id)
-                if how_far is None:
-                    self._stop(work.lease.id)
+    def _acknowledge(self, jobs: Sequence[RunningJob], positions: Mapping[str, LogPosition | None]) -> None:
+        """Process log positions of jobs, unless a job has been leased again since the request."""
+        for job in jobs:
+            if self._jobs.get(job.lease.id) is job:
+                position = positions.get(job.lease.id)
+                if position is None:
+                    self._cancel(job.lease.id)
                 else:
-                    work.acknowledge(*how_far)
+                    job.acknowledge(*position)
 
-    def _forget(self, work: RunningJob) -> None:
-        if self._works.get(work.lease.id) is work:
-            del self._works[work.lease.id]
+    def _remove(self, job: RunningJob) -> None:
+        if self._jobs.get(job.lease.id) is job:
+            del self._jobs[job.lease.id]
 
     # Jobs
 
-    def _begin(self, lease: wire.LeasedJob) -> None:
-        self._stop(lease.id)
-        work = RunningJob(lease, first=len(lease.log), known=len(lease.log))
-        self._works[lease.id] = work
-        work.task = asyncio.ensure_future(self._do(work))
+    def _start(self, lease: wire.LeasedJob) -> None:
+        self._cancel(lease.id)
+        job = RunningJob(lease, first=len(lease.log), received=len(lease.log))
+        self._jobs[lease.id] = job
+        job.task = asyncio.ensure_future(self._run_job(job))
 
-    def _stop(self, id: str) -> None:
-        work = self._works.pop(id, None)
-        if work is not None and work.task is not None:
-            work.task.cancel()
+    def _cancel(self, job_id: str) -> None:
+        job = self._jobs.pop(job_id, None)
+        if job is not None and job.task is not None:
+            job.task.cancel()
 
-    async def _do(self, work: RunningJob) -> None:
+    async def _run_job(self, job: RunningJob) -> None:
+        lease = job.lease
         try:
-            if work.lease.kind == "ask":
-                await self._answer(work)
+            if lease.kind == "generate":
+                await self._generate(job)
             else:
-                work.outcome = await self._other(work.lease)
+                job.outcome = await self._call(lease.kind, lease.model, bytes(lease.body))
         except WORKER_ERRORS as error:
-            log.warning("a job is given back", extra={"job": work.lease.id, "why": str(error)[:200]})
-            await self._abandon([work])
+            log.warning("job released", extra={"job": lease.id, "why": str(error)[:200]})
+            await self._give_up(job)
             return
-        except EngineStopped:  # it may be this very job's doing: ``_watch`` ends this worker, and its leases are lost
+        except EngineStopped:  # this job may have crashed the engine; ``_watch`` ends the worker, and the lease expires
             return
         except Exception as error:
             if not isinstance(error, MoesaicError):
-                log.exception("a job broke", extra={"job": work.lease.id})
-            work.error = wire.error_info(error)
-        work.over = True
-        self._dirty.set()
+                log.exception("job failed", extra={"job": lease.id})
+            job.error = wire.error_info(error)
+        job.ended = True
+        self._has_news.set()
 
-    async def _answer(self, work: RunningJob) -> None:
-        request = wire.unpack_request(bytes(work.lease.body))
-        told = ReplayFilter(wire.from_wire(each) for each in work.lease.log)
-        if told.ended(request.sampling.get("n") or 1):  # the last worker died between the last word and its "done"
+    async def _generate(self, job: RunningJob) -> None:
+        request = wire.unpack_request(bytes(job.lease.body))
+        replay = ReplayFilter(job.lease.log)
+        if replay.all_finished(request.sampling.get("n") or 1):  # the last worker died before it could finish the job
             return
-        answers = await self._backend.generate(told.asked(request))
+        stream = await self._backend.generate(replay.continued(request))
         try:
-            async for event in answers:
-                self._tell(work, told, join([event, *answers.ready()]))
+            async for event in stream:
+                self._add_events(job, replay, join([event, *stream.ready()]))
         finally:
-            answers.cancel()
+            stream.cancel()
 
-    def _tell(self, work: RunningJob, told: ReplayFilter, events: list[Event]) -> None:
-        fresh = [wire.to_wire(new) for event in events if (new := told.fresh(event)) is not None]
+    def _add_events(self, job: RunningJob, replay: ReplayFilter, events: list[Event]) -> None:
+        fresh = [part for event in events if (part := replay.fresh(event)) is not None]
         if fresh:
-            work.events += fresh
-            self._dirty.set()
+            job.events += fresh
+            self._has_news.set()
 
-    async def _other(self, lease: wire.LeasedJob) -> Any:
-        backend, body = self._backend, bytes(lease.body)
-        if lease.kind == "tokenize":
-            return await backend.tokenize(wire.unpack_request(body))
-        given = msgspec.json.decode(body)
-        if lease.kind == "detokenize":
-            return await backend.detokenize(lease.model, given)
-        if lease.kind == "embed":
-            return await backend.embed(lease.model, given)
-        if lease.kind == "classify":
-            return await backend.classify(lease.model, given)
-        raise InvalidRequest(f"this worker does not know how to {lease.kind:.20}")
+    async def _call(self, kind: str, model: str, body: bytes) -> Any:
+        """Run an operation that has an outcome but no events."""
+        if kind == "tokenize":
+            return await self._backend.tokenize(wire.unpack_request(body))
+        arguments = msgspec.json.decode(body)
+        if kind == "detokenize":
+            return await self._backend.detokenize(model, arguments)
+        if kind == "embed":
+            return await self._backend.embed(model, arguments)
+        if kind == "classify":
+            return await self._backend.classify(model, arguments)
+        raise InvalidRequest(f"this worker does not support the operation {kind:.20}")
 
-    async def _abandon(self, works: Sequence[RunningJob]) -> None:
-        """Do no more for these jobs, and give them back."""
-        for work in works:
-            self._forget(work)
-            if work.task is not None and work.task is not asyncio.current_task():
-                work.task.cancel()
-            self._owed.add(work.claim)
-        with contextlib.suppress(MoesaicError, *TRANSPORT_ERRORS):  # else it is told with the next renewal
-            await self._give_back()
+    async def _answer_query(self, query: wire.QueryMessage) -> None:
+        outcome, error = None, None
+        try:
+            outcome = await self._call(query.kind, query.model, bytes(query.body))
+        except Exception as failure:
+            if not isinstance(failure, MoesaicError):
+                log.exception("query failed", extra={"kind": query.kind})
+            error = wire.error_info(failure)
+        message = wire.AnswerRequest(self._name, query.id, outcome, error)
+        if len(msgspec.json.encode(message)) >= 2 * MESSAGE_BYTES:
+            too_large = TooLarge("the result is larger than a message: ask for less at a time")
+            message = wire.AnswerRequest(self._name, query.id, None, wire.error_info(too_large))
+        await self._post("answer", message, dict)
 
-    async def _give_back(self, *, leave: bool = False) -> None:
-        owed = tuple(self._owed)
-        if owed or leave:
-            await self._post("release", wire.ReleaseRequest(self._name, owed, leave=leave), dict)
-            self._owed.difference_update(owed)
+    async def _give_up(self, job: RunningJob) -> None:
+        """Release a job that this worker cannot run now."""
+        self._remove(job)
+        self._to_release.add(job.claim)
+        with contextlib.suppress(MoesaicError, *TRANSPORT_ERRORS):  # it is retried with the next renewal
+            await self._release()
+
+    async def _release(self, *, unregister: bool = False) -> None:
+        claims = tuple(self._to_release)
+        if claims or unregister:
+            await self._post("release", wire.ReleaseRequest(self._name, claims, unregister=unregister), dict)
+            self._to_release.difference_update(claims)
 
     async def _watch(self) -> None:
-        """See whether the engine still moves, and whether anybody still waits for what it does."""
+        """Check every second that the engine makes progress and that a gateway still renews the leases."""
         while True:
             await asyncio.sleep(1)
-            now, load = time.monotonic(), self._backend.stats().values()
-            if any(not each.alive for each in load):
+            now, stats = time.monotonic(), self._backend.stats().values()
+            if any(not each.alive for each in stats):
                 raise EngineStopped("the engine has died: start the worker again")
-            steps = sum(each.steps for each in load)
-            if steps != self._stepped[1] or not any(each.running for each in load):
-                self._stepped = now, steps
-            if now - self._stepped[0] > self._stall_seconds:
+            steps = sum(each.steps for each in stats)
+            if steps != self._last_step[1] or not any(each.running for each in stats):
+                self._last_step = now, steps
+            if now - self._last_step[0] > self._stall_seconds:
                 raise EngineStopped(
                     f"the engine has made no step for {self._stall_seconds:g} s: start the worker again"
                 )
-            if now - self._answered > self._patience and self._works:
-                log.warning("no gateway for too long: what was leased is dropped", extra={"jobs": len(self._works)})
-                for id in list(self._works):
-                    self._stop(id)
+            if now - self._renewed_at > ABANDON_LEASES * self._lease_seconds and self._jobs:
+                log.warning("no gateway for too long: jobs cancelled", extra={"jobs": len(self._jobs)})
+                for job_id in list(self._jobs):
+                    self._cancel(job_id)
 
 
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first error of a group, however deep it lies."""
-    found = errors.exceptions[0]
-    return _first(found) if isinstance(found, BaseExceptionGroup) else found
-
-
-def _refusal(status: int, said: bytes) -> MoesaicError:
-    """Return the gateway's refusal as an error of the tree."""
-    try:
-        message = str(msgspec.json.decode(said)["error"]["message"])[:300]
-    except (msgspec.DecodeError, KeyError, TypeError):
-        message = f"the gateway answered {status}"
-    kinds: dict[int, type[MoesaicError]] = {
-        401: Unauthorized,
-        403: Forbidden,
-        404: NotFound,
-        409: Conflict,
-        429: Overloaded,
-    }
-    return kinds.get(status, Unavailable if status >= 500 else MoesaicError)(message)
+def _first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first error in nested groups."""
+    error = errors.exceptions[0]
+    return _first_error(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,9 +1,8 @@
-"""An answer that another worker began: what of it has been told, and what of its continuation is new.
+"""Continuation of an answer that another worker began: drops the part of the new answer that readers already have.
 
-A model goes on behind the tokens that were told (``Ask.resume``), and says the whole answer again as if it had just
-drawn it; what a reader has already is left out here. Text after k tokens is a function of these tokens, so that
-counting characters is enough. A worker of AIME's tells text and no tokens: such an answer is continued as text.
-Knows events.
+The model continues behind the known tokens (``GenerationRequest.resume``) and repeats the whole answer. The text up to
+a token is a function of the tokens up to it, so counting tokens and characters is enough. AIME's workers report text
+without tokens; such an answer is continued from its text.
 """
 
 from __future__ import annotations
@@ -11,34 +10,40 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, ToolCall
 from moesaic.errors import InvalidRequest
 
 
 @dataclass
 class _AnswerReplay:
-    """Of one answer, what was told, and how much of it is still to be left out."""
+    """The known part of one answer, and how much of the repetition is still to be dropped."""
 
-    begun: bool = False
+    prompt_done: bool = False
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    ended: bool = False
+    finished: bool = False
     tokens: int = 0
+    """Number of tokens still to be dropped."""
     characters: int = 0
-    calls: dict[int, int] = field(default_factory=dict)  # place -> characters of arguments
+    """Number of characters still to be dropped."""
+    calls: dict[int, int] = field(default_factory=dict)
+    """Number of characters of arguments still to be dropped, by the index of the tool call."""
 
 
 class ReplayFilter:
-    """What has been told of a request's answers."""
+    """Filters the events of a continued request."""
 
     def __init__(self, log: Iterable[Event]) -> None:
+        """Create a filter that drops what the events of ``log`` have said."""
         self._answers: dict[int, _AnswerReplay] = {}
         for event in log:
-            answer = self._of(event)
+            answer = self._answer(event)
             if isinstance(event, PromptDone):
-                answer.begun = True
+                answer.prompt_done = True
             elif isinstance(event, Finished):
-                answer.ended = True
+                answer.finished = True
             else:
                 answer.ids += [token.id for token in event.tokens]
                 answer.text += event.text
@@ -47,27 +52,27 @@ class ReplayFilter:
         for answer in self._answers.values():
             answer.tokens, answer.characters = len(answer.ids), len(answer.text)
 
-    def _of(self, event: Event) -> _AnswerReplay:
+    def _answer(self, event: Event) -> _AnswerReplay:
         return self._answers.setdefault(event.index, _AnswerReplay())
 
-    def ended(self, count: int) -> bool:
-        """Return whether all of so many answers have ended."""
-        return sum(answer.ended for answer in self._answers.values()) >= count
+    def all_finished(self, count: int) -> bool:
+        """Return whether all ``count`` answers have finished."""
+        return sum(answer.finished for answer in self._answers.values()) >= count
 
-    def asked(self, request: GenerationRequest) -> GenerationRequest:
-        """Return what to ask so that the answer goes on behind what was told.
+    def continued(self, request: GenerationRequest) -> GenerationRequest:
+        """Return the request that continues the answers.
 
         Raises:
-            InvalidRequest: text was told without its tokens, and behind it nothing can be asked for.
+            InvalidRequest: the known text has no tokens, and the request cannot be continued from text.
         """
         first = self._answers.get(0, _AnswerReplay())
         if not first.text or first.ids:
             return replace(request, resume=self.resume())
-        first.characters = 0  # what comes is new, all of it
+        first.characters = 0  # nothing will be repeated
         if isinstance(request.prompt, str):
             return replace(request, prompt=request.prompt + first.text)
         if request.messages is None or len(self._answers) > 1:
-            raise InvalidRequest("the worker that began this answer told no tokens, and was lost: ask again")
+            raise InvalidRequest("the worker of this answer was lost, and the answer cannot be continued: ask again")
         last = request.messages[-1]
         if request.continue_final:
             joined = {**last, "content": f"{last.get('content', '')}{first.text}"}
@@ -77,19 +82,19 @@ class ReplayFilter:
         )
 
     def resume(self) -> tuple[tuple[int, ...], ...]:
-        """Return the tokens that were told, for ``Ask.resume``."""
+        """Return the known token ids of each answer, for ``GenerationRequest.resume``."""
         if not any(answer.ids for answer in self._answers.values()):
             return ()
-        nothing = _AnswerReplay()
-        return tuple(tuple(self._answers.get(index, nothing).ids) for index in range(1 + max(self._answers)))
+        empty = _AnswerReplay()
+        return tuple(tuple(self._answers.get(index, empty).ids) for index in range(1 + max(self._answers)))
 
     def fresh(self, event: Event) -> Event | None:
-        """Return what of an event is new; None: nothing."""
-        answer = self._of(event)
-        if answer.ended:
+        """Return the new part of an event, or None if readers have all of it."""
+        answer = self._answer(event)
+        if answer.finished:
             return None
         if isinstance(event, PromptDone):
-            return None if answer.begun else event
+            return None if answer.prompt_done else event
         if isinstance(event, Finished) or not (answer.tokens or answer.characters or answer.calls):
             return event
         tokens = event.tokens[answer.tokens :]
@@ -100,9 +105,9 @@ class ReplayFilter:
         return Delta(event.index, text, tokens, calls) if text or tokens or calls else None
 
 
-def _fresh_call(call: ToolCall, told: dict[int, int]) -> ToolCall | None:
-    if call.index not in told:
+def _fresh_call(call: ToolCall, known: dict[int, int]) -> ToolCall | None:
+    if call.index not in known:
         return call
-    arguments = call.arguments[told[call.index] :]
-    told[call.index] -= len(call.arguments) - len(arguments)
-    return replace(call, id="", name="", arguments=arguments) if arguments else None
+    arguments = call.arguments[known[call.index] :]
+    known[call.index] -= len(call.arguments) - len(arguments)
+    return msgspec.structs.replace(call, id="", name="", arguments=arguments) if arguments else None

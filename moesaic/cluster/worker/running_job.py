@@ -1,6 +1,6 @@
-"""A job as the worker has it that does it: what has come, what the gateway knows of it, and what fits into a message.
+"""A job that a worker runs: its events, how many of them the gateway has, and what fits into a message.
 
-Knows events as they are written. Does not know who computes them, nor HTTP.
+This module does not depend on HTTP or on the model.
 """
 
 from __future__ import annotations
@@ -11,70 +11,72 @@ from typing import Any
 
 import msgspec
 
+from moesaic.backend import Event
 from moesaic.cluster import wire
 
 MAX_UNACKNOWLEDGED_BYTES = 4 << 20
-"""What is kept of one job's events, about, before those that the gateway has on disk are dropped."""
+"""Approximate size of a job's events from which on those that the gateway has on disk are dropped."""
 EVENT_BYTES = 64
-"""What an event takes, about."""
+"""Approximate size of an event in memory."""
 
 
 @dataclass(eq=False)
 class RunningJob:
-    """A job that is being done."""
+    """A job that is being run."""
 
     lease: wire.LeasedJob
-    events: list[wire.Wire] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     first: int = 0
-    """The number of the first of them in the job's log."""
-    known: int = 0
-    """Up to which number the gateway has them."""
-    over: bool = False
-    """Whether nothing more comes."""
+    """Number of the first of ``events`` in the job's log."""
+    received: int = 0
+    """Number of events of the log that the gateway has received."""
+    ended: bool = False
+    """Whether the job has its last event, its outcome or its error."""
     outcome: Any = None
     error: wire.ErrorInfo | None = None
-    ending: bool = False
-    """Whether the end is being told."""
+    finishing: bool = False
+    """Whether the end is being sent."""
     task: asyncio.Task[None] | None = None
 
     @property
     def claim(self) -> wire.LeaseClaim:
         return self.lease.id, self.lease.fence
 
-    def unsent(self) -> list[wire.Wire]:
-        return self.events[self.known - self.first :]
+    def unsent(self) -> list[Event]:
+        """Return the events that the gateway has not received."""
+        return self.events[self.received - self.first :]
 
     def fits(self, room: int) -> bool:
-        """Return whether the end of it fits into a message of so many bytes, with all that is not sent yet."""
+        """Return whether all unsent events fit into ``room`` bytes."""
         unsent = self.unsent()
         return _fitting(unsent, room) == len(unsent)
 
-    def part(self, room: int) -> tuple[wire.EventBatch, int]:
-        """Return what of it is to be sent next, at most so many bytes, and how many these are."""
-        part = wire.EventBatch(*self.claim, self.known, self.unsent())
-        if (size := len(msgspec.json.encode(part))) > room:
-            part = msgspec.structs.replace(part, events=part.events[: _fitting(part.events, room)])
-            size = len(msgspec.json.encode(part))
-        return part, size
+    def batch(self, room: int) -> tuple[wire.EventBatch, int]:
+        """Return the next events to send, at most ``room`` bytes, and their size in bytes."""
+        batch = wire.EventBatch(*self.claim, self.received, self.unsent())
+        if (size := len(msgspec.json.encode(batch))) > room:
+            batch = msgspec.structs.replace(batch, events=batch.events[: _fitting(batch.events, room)])
+            size = len(msgspec.json.encode(batch))
+        return batch, size
 
     def fail(self, error: BaseException) -> None:
-        """End it with an error, and with what is known of it."""
+        """End the job with an error; unsent events are dropped."""
         if self.task is not None:
             self.task.cancel()
-        del self.events[self.known - self.first :]
-        self.outcome, self.error, self.over = None, wire.error_info(error), True
+        del self.events[self.received - self.first :]
+        self.outcome, self.error, self.ended = None, wire.error_info(error), True
 
-    def acknowledge(self, known: int, kept: int) -> None:
-        """The gateway has events up to the first number, on disk up to the second."""
-        self.known = min(max(self.first, known), self.first + len(self.events))
-        if kept > self.first and len(self.events) * EVENT_BYTES > MAX_UNACKNOWLEDGED_BYTES:
-            kept = min(kept, self.first + len(self.events))
-            del self.events[: kept - self.first]
-            self.first = kept
+    def acknowledge(self, received: int, persisted: int) -> None:
+        """Note the numbers of events that the gateway has received and has on disk."""
+        self.received = min(max(self.first, received), self.first + len(self.events))
+        if persisted > self.first and len(self.events) * EVENT_BYTES > MAX_UNACKNOWLEDGED_BYTES:
+            persisted = min(persisted, self.first + len(self.events))
+            del self.events[: persisted - self.first]
+            self.first = persisted
 
 
-def _fitting(events: list[wire.Wire], room: int) -> int:
-    """Return how many of the first events take at most so many bytes."""
+def _fitting(events: list[Event], room: int) -> int:
+    """Return the number of first events that fit into ``room`` bytes."""
     for count, event in enumerate(events):
         room -= len(msgspec.json.encode(event)) + 1
         if room < 0:

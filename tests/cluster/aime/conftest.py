@@ -43,7 +43,7 @@ def gateway(
         return Gateway(await open_store(str(path), StoreLimits()), models, lease)
 
     def routes(desk: Gateway) -> Any:
-        return [*clients.endpoints(desk, shown), *workers.endpoints(desk, desk, shown, lease)]
+        return [*clients.endpoints(desk, shown), *workers.endpoints(desk.leases, desk, shown, lease)]
 
     with running(make, bounds, keys, routes) as server:
         yield server

@@ -303,7 +303,7 @@ def test_a_job_can_be_taken_back(open_office, client, how):
     else:
         client.post("/api/progress/mixtral_chat", {"job_id": job, "canceled": True})
     done = client.progress(job).json()
-    assert done["job_state"] == "done" and done["job_result"]["error"] == "the request was taken back"
+    assert done["job_state"] == "done" and done["job_result"]["error"] == "the request was cancelled"
     assert AimeWorker(open_office).ask(request_timeout=1) == {"cmd": "no_job"}
 
 

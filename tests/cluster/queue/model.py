@@ -23,7 +23,7 @@ class Known:
     number: int
     state: str = "queued"
     fence: int = 0
-    beat: int = 0
+    heartbeat: int = 0
     worker: str = ""
     attempts: int = 0
     crashes: int = 0

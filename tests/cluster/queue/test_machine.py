@@ -59,8 +59,8 @@ class Machine(RuleBasedStateMachine):
         assert found == expected, name
         return found
 
-    def hold(self, which: int) -> LeaseToken:
-        """A hold that was given once: every other time one of the last ones."""
+    def lease_token(self, which: int) -> LeaseToken:
+        """Return a token that was given once: every other time one of the last ones."""
         if not self.holds:
             return LeaseToken("nobody's", 1)
         last = self.holds[-4:] if which % 2 else self.holds

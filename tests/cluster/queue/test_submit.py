@@ -8,7 +8,7 @@ from moesaic.cluster.jobs import Job, QueueDepth, StoreLimits
 from moesaic.errors import Conflict, InvalidParameter, Overloaded, Unavailable
 from tests.cluster.queue.places import hold, job
 
-WHOLE = Job("a", "m", "ask", b"\x00\xff body", "tenant", 7, -3, "name", "digest")
+WHOLE = Job("a", "m", "generate", b"\x00\xff body", "tenant", 7, -3, "name", "digest")
 
 
 def test_what_is_submitted_is_there(store):
