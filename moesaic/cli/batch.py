@@ -60,8 +60,8 @@ async def _answer(args: argparse.Namespace) -> BatchCounts:
     from moesaic.serve.app import App
     from moesaic.serve.settings import Settings
 
-    [book] = serving.books(args)
-    backend = await serving.open_model(args, folder(args.model), book.card.name)
+    [entry] = serving.model_entries(args)
+    backend = await serving.open_model(args, folder(args.model), entry.info.name)
     try:
         app = App(backend, Settings(request_seconds=0, queue_seconds=0, body_bytes=1 << 30))
         with bar("requests", count=True) as progress:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moesaic.backend import Backend
     from moesaic.cluster.gateway import Gateway
     from moesaic.cluster.worker.agent import Worker
-    from moesaic.serve.exchange import Endpoint
+    from moesaic.serve.endpoint import Endpoint
 
 CROWD = 4
 """Of a worker's answers; see ``Local``: each look is a message to the gateway, and a gateway that sends on."""
@@ -156,7 +156,7 @@ async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
     from moesaic.cluster.worker.agent import Worker
     from moesaic.engine import Limits
 
-    models = await serving.shelf(args, CROWD)
+    models = await serving.model_manager(args, CROWD)
     slots = args.slots or args.sequences or Limits().sequences
     name = args.name or f"{platform.node()}-{secrets.token_hex(4)}"
     about = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}

@@ -58,7 +58,11 @@ class Launch:
     def bounds(self) -> dict[str, Any]:
         """The fields of ``TgiBounds``."""
         found = {name: value for name in BOUNDS if (value := getattr(self.args, name)) is not None}
-        return found | {"max_total_tokens": self.args.context, "grammar": not self.args.no_grammar, "told": self.told}
+        return found | {
+            "max_total_tokens": self.args.context,
+            "grammar": not self.args.no_grammar,
+            "launcher_info": self.told,
+        }
 
 
 EXTRA: Changes = {

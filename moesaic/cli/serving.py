@@ -74,15 +74,15 @@ def _serve(args: argparse.Namespace) -> int:
         tgi=TgiBounds(**launch.bounds),
     )
 
-    return listening.serve(args, settings, lambda: shelf(args), before=lambda: _say(launch))
+    return listening.serve(args, settings, lambda: model_manager(args), before=lambda: _say(launch))
 
 
-async def shelf(args: argparse.Namespace, crowd: int | None = None) -> ModelManager:
+async def model_manager(args: argparse.Namespace, crowd: int | None = None) -> ModelManager:
     """Return the models that were named, the first of them loaded. ``crowd``: see ``Local``."""
     from moesaic.serve.model_manager import ModelManager
 
-    made = ModelManager(books(args, crowd), None if args.memory is None else int(args.memory * 1e9))
-    await made.open(made.models()[0].name)
+    made = ModelManager(model_entries(args, crowd), None if args.memory is None else int(args.memory * 1e9))
+    await made.get(made.models()[0].name)
     return made
 
 
@@ -93,7 +93,7 @@ def _say(launch: launcher.Launch) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def books(args: argparse.Namespace, crowd: int | None = None) -> list[ModelEntry]:
+def model_entries(args: argparse.Namespace, crowd: int | None = None) -> list[ModelEntry]:
     """Return the models that were named, none of them loaded."""
     from moesaic.backend import ModelInfo
     from moesaic.serve.model_manager import ModelEntry
@@ -112,7 +112,7 @@ def books(args: argparse.Namespace, crowd: int | None = None) -> list[ModelEntry
         found.append(
             ModelEntry(ModelInfo(shown, aliases, state="unloaded"), partial(open_model, args, path, shown, crowd), size)
         )
-    if len({book.card.name for book in found}) < len(found):
+    if len({entry.info.name for entry in found}) < len(found):
         raise InvalidRequest("two models have the same name: name them, as in a=./one b=./two")
     return found
 

@@ -17,10 +17,11 @@ from moesaic.cluster.jobs import LeaseToken
 from moesaic.cluster.leases import LeaseManager
 from moesaic.cluster.protocols import RENEW_FRACTION, JobService, WorkerInfo
 from moesaic.errors import Forbidden, InvalidParameter
-from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response
+from moesaic.serve import sse
+from moesaic.serve.context import RequestContext
+from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response, openai_failure
 from moesaic.serve.json_body import decode_json_fast
-from moesaic.serve.keys import NOBODY
+from moesaic.serve.keys import ANONYMOUS
 
 MESSAGE_BYTES = 16 << 20
 """Maximum size of a worker's message."""
@@ -36,7 +37,7 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     def route(path: str, run: Any, body: Any, summary: str, decode: Any = None) -> Endpoint:
         summary = f"Workers: {summary}"
         return Endpoint(
-            path, run, openai.failure, body=body, worker=True, body_bytes=MESSAGE_BYTES, decode=decode, summary=summary
+            path, run, openai_failure, body=body, worker=True, body_bytes=MESSAGE_BYTES, decode=decode, summary=summary
         )
 
     return (
@@ -47,24 +48,24 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         route("/worker/finish", workers.finish, wire.FinishRequest, "finish a job."),
         route("/worker/answer", workers.answer, wire.AnswerRequest, "answer a query."),
         route("/worker/release", workers.release, wire.ReleaseRequest, "give leases back."),
-        Endpoint("/v1/jobs/{id}", jobs.show, openai.failure, method="GET", summary="Progress of a job."),
-        Endpoint("/v1/jobs/{id}", jobs.cancel, openai.failure, method="DELETE", summary="Cancel a job."),
+        Endpoint("/v1/jobs/{id}", jobs.show, openai_failure, method="GET", summary="Progress of a job."),
+        Endpoint("/v1/jobs/{id}", jobs.cancel, openai_failure, method="DELETE", summary="Cancel a job."),
         Endpoint(
             "/v1/jobs/{id}/events",
             jobs.events,
-            openai.failure,
-            openai.broken,
+            openai_failure,
+            sse.openai_broken,
             method="GET",
             summary="All events of a job.",
         ),
     )
 
 
-def _worker_name(call: RequestContext, name: str) -> str:
+def _worker_name(context: RequestContext, name: str) -> str:
     """Return the full name of a worker. It begins with the key's name, so no key can use another key's workers."""
     if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
         raise InvalidParameter("name", f"is {name!r:.40}, expected up to {MAX_NAME_CHARS} printable characters")
-    return name if call.key is NOBODY else f"{call.key.name}/{name}"
+    return name if context.key is ANONYMOUS else f"{context.key.name}/{name}"
 
 
 def _lease_tokens(claims: tuple[wire.LeaseClaim, ...]) -> list[LeaseToken]:
@@ -77,9 +78,9 @@ class _WorkerRoutes:
     def __init__(self, leases: LeaseManager) -> None:
         self._leases = leases
 
-    async def register(self, call: RequestContext) -> AnyResponse:
-        message: wire.RegisterRequest = call.body
-        refused = {model.name for model in message.models} - set(call.key.models) if call.key.models else set()
+    async def register(self, context: RequestContext) -> AnyResponse:
+        message: wire.RegisterRequest = context.body
+        refused = {model.name for model in message.models} - set(context.key.models) if context.key.models else set()
         if refused:
             raise Forbidden(f"this key may not offer {', '.join(sorted(refused)):.100}")
         if not message.models:
@@ -87,11 +88,11 @@ class _WorkerRoutes:
         if message.slots < 1:
             raise InvalidParameter("slots", f"is {message.slots}, expected at least 1")
         info = WorkerInfo(
-            name=_worker_name(call, message.name),
+            name=_worker_name(context, message.name),
             models=message.models,
             slots=message.slots,
             about=message.about,
-            owner=call.key.name,
+            owner=context.key.name,
             instance=message.instance,
             answers_queries=message.answers_queries,
         )
@@ -99,9 +100,9 @@ class _WorkerRoutes:
         lease_seconds = self._leases.lease_seconds
         return Response(wire.RegisterResponse(lease_seconds * RENEW_FRACTION, lease_seconds, dict(acknowledged)))
 
-    async def lease(self, call: RequestContext) -> AnyResponse:
-        message: wire.LeaseRequest = call.body
-        name = _worker_name(call, message.name)
+    async def lease(self, context: RequestContext) -> AnyResponse:
+        message: wire.LeaseRequest = context.body
+        name = _worker_name(context, message.name)
         wait_seconds = min(max(0.0, message.wait_seconds), MAX_WAIT_SECONDS)
         try:
             assignment = await self._leases.lease(name, message.free_slots, wait_seconds)
@@ -125,35 +126,35 @@ class _WorkerRoutes:
         ]
         return Response(wire.LeaseResponse(leases, list(assignment.cancel), queries))
 
-    async def renew(self, call: RequestContext) -> AnyResponse:
-        message: wire.RenewRequest = call.body
-        name = _worker_name(call, message.name)
+    async def renew(self, context: RequestContext) -> AnyResponse:
+        message: wire.RenewRequest = context.body
+        name = _worker_name(context, message.name)
         states = await self._leases.renew(name, _lease_tokens(message.leases), message.stats)
         return Response(wire.RenewResponse(dict(states)))
 
-    async def events(self, call: RequestContext) -> AnyResponse:
-        message: wire.EventsRequest = call.body
+    async def events(self, context: RequestContext) -> AnyResponse:
+        message: wire.EventsRequest = context.body
         batches = {LeaseToken(batch.id, batch.fence): (batch.start, batch.events) for batch in message.batches}
-        acknowledged = await self._leases.append_events(_worker_name(call, message.name), batches)
+        acknowledged = await self._leases.append_events(_worker_name(context, message.name), batches)
         return Response(wire.EventsResponse(dict(acknowledged)))
 
-    async def finish(self, call: RequestContext) -> AnyResponse:
-        message: wire.FinishRequest = call.body
-        name = _worker_name(call, message.name)
+    async def finish(self, context: RequestContext) -> AnyResponse:
+        message: wire.FinishRequest = context.body
+        name = _worker_name(context, message.name)
         lease_token = LeaseToken(message.id, message.fence)
         error = wire.to_error(message.error) if message.error else None
         accepted = await self._leases.finish(name, lease_token, message.start, message.events, message.outcome, error)
         return Response(wire.FinishResponse(accepted))
 
-    async def answer(self, call: RequestContext) -> AnyResponse:
-        message: wire.AnswerRequest = call.body
+    async def answer(self, context: RequestContext) -> AnyResponse:
+        message: wire.AnswerRequest = context.body
         error = wire.to_error(message.error) if message.error else None
-        await self._leases.answer_query(_worker_name(call, message.name), message.id, message.outcome, error)
+        await self._leases.answer_query(_worker_name(context, message.name), message.id, message.outcome, error)
         return Response({})
 
-    async def release(self, call: RequestContext) -> AnyResponse:
-        message: wire.ReleaseRequest = call.body
-        name = _worker_name(call, message.name)
+    async def release(self, context: RequestContext) -> AnyResponse:
+        message: wire.ReleaseRequest = context.body
+        name = _worker_name(context, message.name)
         await self._leases.release(name, _lease_tokens(message.leases), leaving=message.unregister)
         if message.unregister:
             await self._leases.unregister(name)
@@ -166,8 +167,8 @@ class _JobRoutes:
     def __init__(self, jobs: JobService) -> None:
         self._jobs = jobs
 
-    async def show(self, call: RequestContext) -> AnyResponse:
-        progress = await self._jobs.progress(call.parameters["id"], call.key.name)
+    async def show(self, context: RequestContext) -> AnyResponse:
+        progress = await self._jobs.progress(context.path_parameters["id"], context.key.name)
         return Response(
             {
                 "id": progress.id,
@@ -182,17 +183,17 @@ class _JobRoutes:
             }
         )
 
-    async def cancel(self, call: RequestContext) -> AnyResponse:
-        job_id = call.parameters["id"]
-        state = await self._jobs.cancel(job_id, call.key.name)
+    async def cancel(self, context: RequestContext) -> AnyResponse:
+        job_id = context.path_parameters["id"]
+        state = await self._jobs.cancel(job_id, context.key.name)
         return Response({"id": job_id, "object": "job", "state": state})
 
-    async def events(self, call: RequestContext) -> AnyResponse:
+    async def events(self, context: RequestContext) -> AnyResponse:
         """Stream the numbered events of a job in the worker protocol's format; ``Last-Event-ID`` resumes behind one."""
-        last = call.header(b"last-event-id") or ""
+        last = context.header(b"last-event-id") or ""
         after = int(last) if last.isascii() and last.isdigit() and len(last) < 10 else -1
-        subscription = await self._jobs.follow(call.parameters["id"], call.key.name)
-        call.running.append(subscription)
+        subscription = await self._jobs.follow(context.path_parameters["id"], context.key.name)
+        context.running.append(subscription)
 
         async def frames() -> AsyncIterator[bytes]:
             number = 0

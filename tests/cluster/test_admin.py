@@ -43,7 +43,7 @@ def admin(here: Site, *line: str, key: str = "ops") -> int:
 
 
 def test_every_route_wants_an_admins_key(here: Site) -> None:
-    routes = [each for each in here.server.app.endpoints if each.path.startswith("/admin/")]
+    routes = [each for each in here.server.app.services.endpoints if each.path.startswith("/admin/")]
     assert len(routes) == 14 and all(each.admin for each in routes)
     for each in routes:
         path = each.path.replace("{id}", "x")
@@ -55,7 +55,7 @@ def test_every_route_wants_an_admins_key(here: Site) -> None:
 
 def test_without_keys_nobody_is_an_administrator(tmp_path: Path) -> None:
     with site(tmp_path) as here:
-        here.server.app.keys.wanted = False
+        here.server.app.services.keys.wanted = False
         assert here.call("GET", "/admin/workers", key="").status_code == 403
 
 
@@ -147,7 +147,7 @@ def test_a_drained_gateway_takes_nothing_new_and_ends_what_it_has(here: Site) ->
     assert running().status_code == 200
     here.ok("POST", "resume")
     assert here.ask("third").status_code == 200
-    here.server.app.stopping = True
+    here.server.app.state.stopping = True
     assert here.call("POST", "/admin/resume").status_code == 409
 
 
@@ -193,8 +193,8 @@ def test_the_command_shows_and_does(here: Site, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert admin(here, "workers") == 0
     assert capsys.readouterr().out == "no workers\ndismissed: rack/w2\n"
-    assert admin(here, "drain") == 0 and here.server.app.draining
-    assert admin(here, "resume") == 0 and not here.server.app.draining
+    assert admin(here, "drain") == 0 and here.server.app.state.draining
+    assert admin(here, "resume") == 0 and not here.server.app.state.draining
     assert admin(here, "keys") == 0 and admin(here, "reload") == 0
     assert "anna" in capsys.readouterr().out
 

@@ -375,7 +375,7 @@ def test_a_gateway_that_drains_ends_what_runs(plain):
     plain.hire(Fake(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: stream.pieces)
-    plain.server.call_sync(lambda: setattr(plain.server.app, "draining", True))
+    plain.server.call_sync(lambda: setattr(plain.server.app.state, "draining", True))
     refused = ask(plain.client)
     assert refused.status_code == 503 and "retry-after" in refused.headers
     assert plain.client.get("/ready").status_code == 503

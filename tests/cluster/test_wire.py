@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic import errors
-from moesaic.backend import Delta, Finished, GenerationRequest, ModelInfo, ModelStats, PromptDone, TokenInfo, ToolCall
+from moesaic.backend import (
+    Delta,
+    Finished,
+    GenerationRequest,
+    ModelInfo,
+    ModelStats,
+    PromptDone,
+    TokenInfo,
+    TokenLimits,
+    ToolCall,
+)
 from moesaic.cluster import wire
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidRequest, MoesaicError
@@ -68,6 +78,7 @@ FULL: dict[str, Any] = {
     "priority": 3,
     "tenant": "t",
     "idempotency_key": "o",
+    "limits": TokenLimits(3, 9),
 }  # fmt: skip
 
 

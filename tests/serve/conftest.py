@@ -120,6 +120,11 @@ class Scripted:
         return self.loads
 
     async def generate(self, request: GenerationRequest) -> ScriptedAnswers:
+        if request.limits is not None:
+            [info] = [model for model in self.listed if model.name == request.model]
+            count = len(await self.tokenize(request))
+            limit = request.limits.max_tokens(count, request.sampling.get("max_tokens"), info.context)
+            request = replace(request, sampling={**request.sampling, "max_tokens": limit})
         self.asked.append(request)
         if self.script.refusal:
             raise self.script.refusal
@@ -157,7 +162,7 @@ class Server:
 
     @property
     def backend(self) -> Any:
-        return self.app.backend
+        return self.app.services.backend
 
     def call(self, function: Callable[[], object]) -> None:
         """Do something on the server's thread."""
@@ -190,8 +195,8 @@ def running(
     async def main() -> None:
         made = make()
         backend = await made if asyncio.iscoroutine(made) else made
-        app = App(backend, settings, keys, more=routes(backend), figures=figures(backend))
-        server = http_server.Server(http_server.configured(app), app)
+        app = App(backend, settings, keys, more_endpoints=routes(backend), more_metrics=figures(backend))
+        server = http_server.Server(http_server.uvicorn_config(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listening])
         stopped = asyncio.Event()

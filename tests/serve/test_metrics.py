@@ -74,7 +74,7 @@ def asked(server):
     server.backend.script = Script(held=True)
     with Raw(server) as raw:
         raw.post(CHAT | {"stream": True}).until(b"Hello")
-    eventually(lambda: server.app.running == 0)
+    eventually(lambda: server.app.state.running == 0)
     return server
 
 

@@ -294,7 +294,7 @@ def test_the_oldest_go_and_only_ones_own():
     small.put("anna", "c", replace(entry, shown={"text": "x" * 500}))  # larger than all room
     small.put("anna", "d", entry)
     assert small.get("anna", "d")
-    assert small._shelves["anna"].bytes == entry.size()
+    assert small._owners["anna"].size == entry.size()
 
 
 def test_how_much_is_kept_is_a_setting():

@@ -376,7 +376,7 @@ def test_a_gateway_that_stops_gives_no_more_but_takes_what_is_done(tmp_path):
         client, worker = Client(server), AimeWorker(server)
         job = client.job()
         [data] = worker.take()
-        server.app.draining = True
+        server.app.state.draining = True
         body = {"auth": "x", "job_type": "mixtral", "auth_key": "k", "request_timeout": 1}
         assert worker.http.post("/worker_job_request", json=body).status_code == 503
         assert worker.finish(data, "Yes", 1)["cmd"] == "ok"

@@ -79,13 +79,13 @@ def test_a_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
     page = open_page()
     page.get_by_role("button", name="Drain rack/w0").click()
     row(page, "Workers", "rack/w0").get_by_text("drained").wait_for()
-    assert here.gateway.crew["rack/w0"].drained
+    assert here.gateway.workers.sessions["rack/w0"].drained
     page.get_by_role("button", name="Resume rack/w0").press("Enter")  # by keyboard
     row(page, "Workers", "rack/w0").get_by_text("working").wait_for()
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Drain rack/w0"
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.get_by_role("button", name="Cancel").click()
-    assert here.gateway.dismissed == set()
+    assert here.gateway.workers.banned == set()
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.locator("#sure-yes").click()
     row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
@@ -110,10 +110,10 @@ def test_the_gateway_is_drained(open_page: Open, here: Site) -> None:
     page.get_by_role("button", name="Drain the gateway").click()
     page.get_by_role("button", name="Drain", exact=True).click()
     state(page, "takes nothing new")
-    assert here.server.app.draining
+    assert here.server.app.state.draining
     page.get_by_role("button", name="Take requests again").click()
     state(page, "takes requests")
-    assert not here.server.app.draining
+    assert not here.server.app.state.draining
 
 
 def test_the_key_is_asked_for_and_is_not_the_chats(open_page: Open, here: Site) -> None:
