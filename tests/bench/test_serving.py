@@ -22,8 +22,9 @@ from moesaic.bench.sweep import Found, Source, Target, sweep
 from moesaic.bench.workload import Scale, Words
 from moesaic.cli.load import DIALECTS, WORKLOADS, without_secrets
 from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError
-from tests.scripted import CONTEXT, TEMPLATE, Script
-from tests.scripted import serving as played
+from tests.support.require import require_package
+from tests.support.scripted_server import CONTEXT, TEMPLATE, Script
+from tests.support.scripted_server import serving as played
 
 WORDS = Words(20, 9)
 
@@ -417,7 +418,7 @@ def test_without_aiohttp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
 
 
 def test_plots(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    require_package("matplotlib")
     with played(Script()) as script:
         loads = (["--concurrency", "2"], ["--concurrency", "1,2"], ["--request-rate", "100,inf"])
         for place, load in enumerate(loads):

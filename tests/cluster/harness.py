@@ -31,8 +31,8 @@ import aiohttp
 
 from moesaic.cluster.jobs import StoreLimits
 from moesaic.cluster.store import open_store
-from tests.cluster.fake import answer
-from tests.cluster.nursery import Nursery
+from tests.support.backend import answer
+from tests.support.worker_pool import Nursery
 
 LEASE = 1.0
 WORKERS = 16

@@ -22,12 +22,12 @@ from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import EngineStopped
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
-from tests.cluster.asking import Stream, ask, text, together
-from tests.cluster.fake import Fake, answer
-from tests.cluster.nursery import Nursery
-from tests.cluster.proxy import Proxy
-from tests.cluster.site import SLOW, Site, site
-from tests.serve.raw import eventually
+from tests.support.backend import Fake, answer
+from tests.support.cluster import SLOW, Site, site
+from tests.support.completions import Stream, ask, text, together
+from tests.support.proxy import Proxy
+from tests.support.wait import eventually
+from tests.support.worker_pool import Nursery
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ from moesaic.cluster import gateway as gateways
 from moesaic.cluster import wire
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
-from tests.cluster.asking import Stream, ask, body, text
-from tests.cluster.fake import SEED, Fake, answer
-from tests.cluster.site import SLOW, Site, site
-from tests.serve.conftest import running
-from tests.serve.raw import eventually
+from tests.support.backend import SEED, Fake, answer
+from tests.support.cluster import SLOW, Site, site
+from tests.support.completions import Stream, ask, body, text
+from tests.support.server import running
+from tests.support.wait import eventually
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
 DIALECTS = {

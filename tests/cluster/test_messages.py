@@ -15,10 +15,10 @@ from moesaic.cluster.jobs import LeaseStatus, LeaseToken
 from moesaic.cluster.protocols import WorkerInfo
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
-from tests.cluster.asking import Stream
-from tests.cluster.fake import SEED, answer, text, token
-from tests.cluster.site import Site, site
-from tests.serve.raw import eventually
+from tests.support.backend import SEED, answer, text, token
+from tests.support.cluster import Site, site
+from tests.support.completions import Stream
+from tests.support.wait import eventually
 
 GOOD, THIEF, ANNA = "good-key", "thiefs-key", "annas-key"
 KEYS = (

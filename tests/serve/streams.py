@@ -30,7 +30,7 @@ class Clock:
     """A door whose answers are the time in nanoseconds, at an even pace; see ``tests.serve.conftest.Scripted``."""
 
     def __init__(self, rate: float, seconds: float) -> None:
-        from tests.serve.conftest import Scripted
+        from tests.support.backend import Scripted
 
         self._gap, self._count = 1 / rate, int(rate * seconds)
         self._rest = Scripted()

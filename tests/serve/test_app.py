@@ -13,8 +13,10 @@ import pytest
 from moesaic.backend import Finished, ModelStats
 from moesaic.errors import NumericalError, Overloaded
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.backend import Script, Scripted, ScriptedAnswers
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 PATH = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}

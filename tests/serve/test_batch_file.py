@@ -14,8 +14,8 @@ from moesaic.errors import InvalidRequest, Overloaded
 from moesaic.serve import batch_file
 from moesaic.serve.app import App
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Script, Scripted
-from tests.serve.raw import eventually
+from tests.support.backend import Script, Scripted
+from tests.support.wait import eventually
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -182,7 +182,7 @@ PROGRAM = """
 import asyncio, sys
 from moesaic import cli
 from moesaic.cli import serving
-from tests.serve.conftest import Script, Scripted
+from tests.support.backend import Script, Scripted
 
 async def opened(*_):
     return Scripted(Script(pieces=("word",) * 4, pause=0.01))

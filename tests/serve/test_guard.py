@@ -13,8 +13,8 @@ from moesaic.serve.guard import Guard
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
 from moesaic.serve.types import HttpRequest
-from tests.serve.conftest import running
-from tests.serve.raw import CHAT, Raw
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
 
 PUBLIC = {"/", "/health", "/ping", "/ready"}
 WRITTEN, ANNA = keys.new("anna")

@@ -10,8 +10,10 @@ import pytest
 
 from moesaic.serve.app import App
 from moesaic.serve.keys import Key, Keys, digest
-from tests.serve.conftest import Script, Scripted, running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.backend import Script, Scripted
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 PATH = "/v1/chat/completions"
 

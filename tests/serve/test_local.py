@@ -13,8 +13,9 @@ from moesaic.local_backend import LocalBackend
 from moesaic.serve import keys
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import running
-from tests.serve.raw import Raw, eventually
+from tests.support.http import Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 PATH = "/v1/chat/completions"
 KEYS = Keys((Key("anna", keys.digest("a")), Key("ben", keys.digest("b"))))

@@ -12,8 +12,10 @@ import pytest
 from moesaic.serve import keys, logs
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Script, Scripted, running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.backend import Script, Scripted
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 SECRET = "xylophone-of-the-secret-prompt"
 

@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.backend import ModelStats
 from moesaic.errors import NumericalError, Overloaded
-from tests.serve.conftest import Script, Scripted, running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.backend import Script, Scripted
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import httpx
 
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Script, Scripted, running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.backend import Script, Scripted
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 QUICK = Settings(reader_seconds=0.4, idle_seconds=0.4)
 

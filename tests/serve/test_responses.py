@@ -13,7 +13,8 @@ from moesaic.errors import NotFound, NumericalError, Overloaded
 from moesaic.serve import keys
 from moesaic.serve.response_store import ResponseStore, StoredResponse
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Script, running
+from tests.support.backend import Script
+from tests.support.server import running
 
 ASK = {"model": "scripted", "input": "Hi"}
 TOOL = {"type": "function", "name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}

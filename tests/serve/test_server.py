@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,8 +16,10 @@ from moesaic.serve import server
 from moesaic.serve.connection import LINGER_SECONDS
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.http import CHAT, Raw
+from tests.support.require import require_program
+from tests.support.server import running
+from tests.support.wait import eventually
 
 MARGIN = 5.0
 """Seconds beyond a deadline in which even a loaded machine must have kept it."""
@@ -329,11 +330,10 @@ def test_too_many_connections_in_all():
 
 def listening() -> set[str]:
     """Return where this process listens."""
-    found = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run([require_program("ss"), "-Hltnp"], capture_output=True, text=True, check=True).stdout
     return {line.split()[3] for line in found.splitlines() if f"pid={os.getpid()}," in line}
 
 
-@pytest.mark.skipif(not shutil.which("ss"), reason="there is no ss")
 def test_there_is_one_socket_and_no_other(usual):
     before = listening()
     with running() as server:

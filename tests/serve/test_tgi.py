@@ -13,8 +13,9 @@ from moesaic.serve.dialects._tgi import Parameters, checked
 from moesaic.serve.dialects.tgi_info import placed
 from moesaic.serve.keys import Key, Keys, digest
 from moesaic.serve.settings import Settings, TgiBounds
-from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
-from tests.serve.test_openai import events, post
+from tests.support.backend import Script, Scripted, ScriptedAnswers
+from tests.support.http import events, post
+from tests.support.server import running
 
 JSON = {"content-type": "application/json"}
 BODY = {"inputs": "Hi you"}
@@ -133,7 +134,7 @@ def test_the_best_of_several(monkeypatch):
                     for e in step
                 ] + [Finished(0, "length", 2, 1)] * isinstance(step[0], Delta) * (not isinstance(step[-1], Finished))
 
-    monkeypatch.setattr("tests.serve.conftest.ScriptedAnswers", Answers)
+    monkeypatch.setattr("tests.support.backend.ScriptedAnswers", Answers)
     with running(Door) as server:
         found = post(server, "/generate", asks({"best_of": 2, "do_sample": True, "details": True})).json()
         seeds = [ask.sampling["seed"] for ask in server.backend.asked]

@@ -11,10 +11,11 @@ import pytest
 
 from moesaic.errors import InvalidRequest
 from moesaic.serve.tracing import Tracer
-from tests.serve.conftest import Script
-from tests.serve.raw import CHAT
+from tests.support.backend import Script
+from tests.support.http import CHAT
+from tests.support.require import require_package
 
-pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+require_package("opentelemetry.exporter.otlp.proto.http")
 SECRET = "the-secret-prompt"
 
 

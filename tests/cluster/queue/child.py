@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from moesaic.cluster.jobs import LeaseToken, LogRecord, StoreLimits
 from moesaic.cluster.store import open_store, sqlite
-from tests.cluster.queue.places import job
+from tests.support.stores import job
 
 
 class Deadly(sqlite3.Connection):

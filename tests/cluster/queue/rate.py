@@ -19,7 +19,7 @@ from typing import Any
 from moesaic.bench import report
 from moesaic.cluster.jobs import Job, LeaseToken, Store, StoreLimits
 from moesaic.cluster.store import open_store
-from tests.cluster.queue.server import Server
+from tests.support.postgres import Server
 
 BOUNDS = StoreLimits(queued=10**6, queued_per_tenant=10**6, queued_cost=10**12)
 

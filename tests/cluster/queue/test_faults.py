@@ -15,7 +15,7 @@ from moesaic.cluster.jobs import LogRecord, StoreLimits
 from moesaic.cluster.store import _disk, open_store, sqlite
 from moesaic.cluster.store._program import Outcome, Statement
 from moesaic.errors import InvalidParameter, MoesaicError, StorageFull, StoreError, Unavailable
-from tests.cluster.queue.places import File, Sync, hold, job
+from tests.support.stores import File, Sync, hold, job
 
 
 class Faulty(sqlite3.Connection):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moesaic.cluster.jobs import LeaseStatus, LeaseToken, QueueDepth, StoreLimits
-from tests.cluster.queue.places import Sync, hold, job
+from tests.support.stores import Sync, hold, job
 
 
 def expire(store: Sync, *ids: str) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from moesaic.cluster.jobs import LeaseToken, StoreLimits
 from moesaic.cluster.store import open_store, postgres
 from moesaic.errors import StorageFull, StoreError, Unavailable
-from tests.cluster.queue.places import Sync, hold, job
+from tests.support.stores import Sync, hold, job
 
 DEADLINE = 60.0
 

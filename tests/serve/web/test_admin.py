@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cluster.crewed import Site, site, until
-from tests.serve.web.conftest import allowed
+from tests.support.browser import allowed
+from tests.support.managed_cluster import Site, site
+from tests.support.wait import eventually
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page
@@ -89,7 +90,7 @@ def test_a_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.locator("#sure-yes").click()
     row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
-    until(lambda: not Path(f"/proc/{worker}").exists())  # else it has not heard of it, and comes again
+    eventually(lambda: not Path(f"/proc/{worker}").exists())  # else it has not heard of it, and comes again
     page.get_by_role("button", name="Resume rack/w0").click()
     page.get_by_text("No worker is here.").wait_for()
 

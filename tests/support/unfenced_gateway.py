@@ -1,6 +1,6 @@
 """A gateway that accepts every fence as the newest. The kill harness must notice the damage, or it proves nothing.
 
-python -m tests.cluster.unfenced gateway ...
+python -m tests.support.unfenced_gateway gateway ...
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 import asyncpg
-import pytest
 
-from tests.cluster.queue.places import Places
+from tests.support.require import require
+from tests.support.stores import Places
 
 ROOT = os.geteuid() == 0
 
@@ -25,23 +25,13 @@ def binaries() -> Path | None:
     return found[-1].parent if found else None
 
 
-def install() -> Path:
-    """Return the folder of a server; install Debian's where there is none and that may be done, else skip."""
-    if binaries() is None and ROOT and shutil.which("apt-get"):
-        for command in (["update"], ["install", "-y", "--no-install-recommends", "postgresql"]):
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            subprocess.run(["apt-get", *command], env=environment, capture_output=True, check=False)
-    found = binaries()
-    if found is None:
-        pytest.skip("PostgreSQL is not installed, and cannot be from here: apt-get install postgresql")
-    return found
-
-
 class Server:
     """A running server. As root it is run as the user ``postgres``, for it refuses to run as root."""
 
     def __init__(self) -> None:
-        self._bin = install()
+        require(folder := binaries(), "PostgreSQL is not installed (apt-get install postgresql)")
+        assert folder
+        self._bin = folder
         self.folder = Path(tempfile.mkdtemp(prefix="jobs-postgres-"))
         self._data = self.folder / "data"
         if ROOT:

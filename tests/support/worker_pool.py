@@ -1,6 +1,6 @@
 """Makes worker processes fast: it has imported what they need, and forks. Lines of standard input name them.
 
-    python -m tests.cluster.nursery URL,URL SLOTS SECONDS LOG [STALL]
+    python -m tests.support.worker_pool URL,URL SLOTS SECONDS LOG [STALL]
 
 A worker is forked for each name that is read, w and a number, and its process number printed; those of odd numbers do
 not stop when they are told to. One whose engine makes no step for STALL seconds ends. All end with this process.
@@ -23,7 +23,7 @@ from moesaic.cluster.protocols import STALL_SECONDS
 from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve import logs
-from tests.cluster.fake import Fake
+from tests.support.backend import Fake
 
 DEATH = 1  # PR_SET_PDEATHSIG
 
@@ -38,10 +38,23 @@ class Stubborn(Worker):
 class Nursery:
     """Makes workers for a test, and ends with them."""
 
-    def __init__(self, url: str, log: Path, *, slots: int = 4, seconds: float = 0.0, stall: float = 30.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        log: Path,
+        *,
+        slots: int = 4,
+        seconds: float = 0.0,
+        stall: float = STALL_SECONDS,
+        key: str | None = None,
+    ) -> None:
         self.log = log
-        command = [sys.executable, "-m", "tests.cluster.nursery", url, str(slots), str(seconds), str(log), str(stall)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        arguments = [url, str(slots), str(seconds), str(log), str(stall)]
+        command = [sys.executable, "-m", "tests.support.worker_pool", *arguments]
+        environment = os.environ | ({"MOESAIC_WORKER_KEY": key} if key else {})
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.made: dict[str, int] = {}
 
     def spawn(self, name: str) -> int:

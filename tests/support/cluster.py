@@ -20,9 +20,9 @@ from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.cluster.fake import Fake
-from tests.serve.conftest import Server, running
-from tests.serve.raw import eventually
+from tests.support.backend import Fake
+from tests.support.server import Server, running
+from tests.support.wait import eventually
 
 SLOW = 0.05
 """Seconds for a token, where something is to happen in the middle of an answer."""

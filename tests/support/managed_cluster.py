@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +20,9 @@ from moesaic.cluster.metrics import ClusterCollector
 from moesaic.cluster.store import open_store
 from moesaic.serve import keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Server, running
+from tests.support.server import Server, running
+from tests.support.wait import eventually
+from tests.support.worker_pool import Nursery
 
 
 @dataclass
@@ -36,7 +34,7 @@ class Site:
     """Where the keys are."""
     written: dict[str, str]
     """The keys themselves, by name."""
-    nursery: subprocess.Popen[str] = field(repr=False)
+    nursery: Nursery = field(repr=False)
 
     @property
     def url(self) -> str:
@@ -48,11 +46,8 @@ class Site:
 
     def spawn(self, name: str) -> int:
         """Start a worker, w and a number; return its process number when the gateway knows it."""
-        assert self.nursery.stdin and self.nursery.stdout
-        self.nursery.stdin.write(name + "\n")
-        self.nursery.stdin.flush()
-        process = int(self.nursery.stdout.readline())
-        until(lambda: f"rack/{name}" in self.gateway.workers.sessions)
+        process = self.nursery.spawn(name)
+        eventually(lambda: f"rack/{name}" in self.gateway.workers.sessions)
         return process
 
     def call(self, method: str, path: str, body: Any = None, key: str = "ops") -> httpx.Response:
@@ -88,15 +83,6 @@ class Site:
         return answer
 
 
-def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """Wait until something is so, and return it."""
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
-    return found
-
-
 @contextlib.contextmanager
 def site(
     folder: Path,
@@ -127,20 +113,8 @@ def site(
 
     who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
     with running(made, settings, who, offered, figures=ClusterCollector) as server:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.cluster.nursery",
-            server.url,
-            str(slots),
-            str(step),
-            str(folder / "log"),
-        ]
-        environment = os.environ | {"MOESAIC_WORKER_KEY": written["rack"]}
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        ) as nursery:
-            try:
-                yield Site(server, file, written, nursery)
-            finally:
-                nursery.kill()
+        nursery = Nursery(server.url, folder / "log", slots=slots, seconds=step, key=written["rack"])
+        try:
+            yield Site(server, file, written, nursery)
+        finally:
+            nursery.close()
