@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from moesaic.backend import Delta, Event, Finished, GenerationRequest, ModelInfo, PromptDone, TokenInfo
-from moesaic.cluster import active_jobs, wire
+from moesaic.cluster import active_jobs, queries, wire
 from moesaic.cluster.active_job import ActiveJob, Subscription
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Job, JobSnapshot, LeaseStatus, LeaseToken, LogRecord, StoreLimits
@@ -393,3 +393,57 @@ def test_of_what_is_on_disk_a_worker_keeps_no_more_than_a_bound(monkeypatch):
     assert job.unsent()[0].text == "8"
     job.acknowledge(10**9, 10**9)  # or nonsense
     assert job.unsent() == [] and job.first == 30
+
+
+def test_a_query_is_answered_without_a_job(tmp_path):
+    with site(tmp_path / "jobs.sqlite", models=["fake"]) as found:
+        found.hire()
+        tokens = found.do(found.gateway.tokenize(GenerationRequest("fake", prompt="Hi")))
+        assert [token.id for token in tokens] == [72, 105]
+        assert found.do(found.gateway.detokenize("fake", [72, 105])) == "Hi"
+        assert found.depths() == (0, 0) and not found.gateway.jobs.jobs
+        assert found.do(found.gateway.store.list_jobs("done")) == []
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_query_without_a_worker(tmp_path, shared, monkeypatch):
+    """On a shared store, a worker of another gateway may do it as a job."""
+    monkeypatch.setattr(queries, "WORKER_SECONDS", 0.05)
+
+    async def main() -> None:
+        made = Gateway(await open_store(str(tmp_path / "jobs.sqlite"), StoreLimits()), ["fake"], 600.0)
+        made.store.shared = shared
+        asking = asyncio.ensure_future(made.detokenize("fake", [72]))
+        await asyncio.sleep(0.3)
+        if shared:
+            assert [job.job.kind for job in await made.store.list_jobs("queued")] == ["detokenize"]
+            asking.cancel()
+            await asyncio.wait([asking])
+        else:
+            with pytest.raises(Unavailable, match="no worker"):
+                await asking
+        await made.close()
+
+    run(main)
+
+
+def test_a_query_follows_its_worker_and_fails_with_it(tmp_path):
+    info = replace(INFO, answers_queries=True)
+
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            await found.leases.register(info)
+            first, second = (asyncio.ensure_future(found.detokenize("fake", [n])) for n in (72, 105))
+            queried = (await found.leases.lease("w", 0, 5)).queries
+            assert [query.kind for query in queried] == ["detokenize"] * 2
+            assert (await found.leases.lease("w", 0, 0)).queries == ()
+            await found.leases.register(info)  # the same process: its connection was lost with the query in it
+            assert (await found.leases.lease("w", 0, 5)).queries == queried
+            await found.leases.answer_query("w", queried[0].id, "H")
+            await found.leases.answer_query("w", queried[0].id, "again")
+            assert await first == "H"
+            await found.leases.unregister("w")
+            with pytest.raises(Unavailable, match="lost"):
+                await second
+
+    run(main)

@@ -1,10 +1,11 @@
-"""What is the same in every store: the methods of ``jobs.Store``, each an operation that a database runs.
+"""Base class of all stores: each method of ``jobs.Store`` runs one operation on the store's database.
 
-Knows which operation is behind which method, and who wants news. Does not know how operations are run.
+The base class does not know how a database runs an operation.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal, TypeVar
@@ -28,35 +29,35 @@ from moesaic.cluster.store._program import Operation
 T = TypeVar("T")
 
 
-class BaseStore:
-    """A ``jobs.Store``, less ``run`` and ``close``."""
+class BaseStore(ABC):
+    """Implementation of ``jobs.Store`` without ``run`` and ``close``."""
 
-    def __init__(self, bounds: StoreLimits) -> None:
-        self._bounds = bounds
+    def __init__(self, limits: StoreLimits) -> None:
+        self._limits = limits
         self._listeners: list[ChangeListener] = []
 
+    @abstractmethod
     async def run(self, operation: Operation[T], *, reads: bool = False) -> T:
-        """Run an operation, wait until it is committed, and tell its news.
+        """Run an operation, wait until it is committed, and notify the listeners of its changes.
 
         Args:
-            operation: begins it; may be begun again where all of it was rolled back.
-            reads: it writes nothing.
+            operation: creates the operation's program; it may be called again after a rollback.
+            reads: whether the operation only reads.
         """
-        raise NotImplementedError
 
-    def _tell(self, ids: Sequence[str]) -> None:
-        if ids:
-            for news in self._listeners:
-                news(ids)
+    def _notify(self, job_ids: Sequence[str]) -> None:
+        if job_ids:
+            for listener in self._listeners:
+                listener(job_ids)
 
-    def listen(self, news: ChangeListener) -> None:
-        self._listeners.append(news)
+    def listen(self, listener: ChangeListener) -> None:
+        self._listeners.append(listener)
 
     async def submit(self, job: Job) -> str:
-        return await self.run(partial(_operations.submit, job, self._bounds))
+        return await self.run(partial(_operations.submit, job, self._limits))
 
-    async def lease(self, worker: str, models: Sequence[str], most: int, *, suspects: bool = False) -> list[Lease]:
-        return await self.run(partial(_operations.lease, worker, models, most, suspects))
+    async def lease(self, worker: str, models: Sequence[str], limit: int, *, suspects: bool = False) -> list[Lease]:
+        return await self.run(partial(_operations.lease, worker, models, limit, suspects))
 
     async def renew(self, leases: Sequence[LeaseToken]) -> Mapping[str, RenewState]:
         return await self.run(partial(_operations.renew, leases))
@@ -72,20 +73,20 @@ class BaseStore:
     async def release(self, leases: Sequence[LeaseToken]) -> None:
         await self.run(partial(_operations.release, leases))
 
-    async def expire(self, active_leases: Sequence[LeaseStatus]) -> list[str]:
-        return await self.run(partial(_operations.expire, active_leases, self._bounds))
+    async def expire(self, statuses: Sequence[LeaseStatus]) -> list[str]:
+        return await self.run(partial(_operations.expire, statuses, self._limits))
 
     async def forgive_crash(self, leases: Sequence[LeaseToken]) -> None:
         await self.run(partial(_operations.forgive_crash, leases))
 
-    async def cancel(self, id: str) -> JobState | None:
-        return await self.run(partial(_operations.cancel, id))
+    async def cancel(self, job_id: str) -> JobState | None:
+        return await self.run(partial(_operations.cancel, job_id))
 
-    async def snapshot(self, id: str) -> JobSnapshot | None:
-        return await self.run(partial(_queries.snapshot, id), reads=True)
+    async def snapshot(self, job_id: str) -> JobSnapshot | None:
+        return await self.run(partial(_queries.snapshot, job_id), reads=True)
 
-    async def log(self, id: str, start: int = 0) -> list[LogRecord]:
-        return await self.run(partial(_queries.log, id, start), reads=True)
+    async def log(self, job_id: str, start: int = 0) -> list[LogRecord]:
+        return await self.run(partial(_queries.log, job_id, start), reads=True)
 
     async def active_leases(self) -> list[LeaseStatus]:
         return await self.run(_queries.active_leases, reads=True)
@@ -93,15 +94,15 @@ class BaseStore:
     async def depths(self) -> Mapping[str, QueueDepth]:
         return await self.run(_queries.depths, reads=True)
 
-    async def list_jobs(self, state: JobState, most: int = 100) -> list[JobSnapshot]:
-        return await self.run(partial(_queries.list_jobs, state, most), reads=True)
+    async def list_jobs(self, state: JobState, limit: int = 100) -> list[JobSnapshot]:
+        return await self.run(partial(_queries.list_jobs, state, limit), reads=True)
 
-    async def revive(self, id: str) -> bool:
-        return await self.run(partial(_operations.revive, id))
+    async def revive(self, job_id: str) -> bool:
+        return await self.run(partial(_operations.revive, job_id))
 
     async def tick(self, seen: int) -> int:
-        now = await self.run(partial(_queries.tick, seen, self._bounds))
-        while now == seen + 1 and await self.run(partial(_queries.drop, now, self._bounds)):
+        now = await self.run(partial(_queries.tick, seen, self._limits))
+        while now == seen + 1 and await self.run(partial(_queries.drop, now, self._limits)):
             pass
         return now
 

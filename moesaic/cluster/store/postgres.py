@@ -67,7 +67,7 @@ class _Waiting(NamedTuple):
     reads: bool
 
 
-async def open_store(where: str, bounds: StoreLimits) -> Store:
+async def open_store(address: str, limits: StoreLimits) -> Store:
     """Open the jobs of a database, or make their tables in the schema ``moesaic``.
 
     Raises:
@@ -76,12 +76,12 @@ async def open_store(where: str, bounds: StoreLimits) -> Store:
         NotInstalled: asyncpg is.
     """
     try:
-        connection = await _connect(where)
+        connection = await _connect(address)
     except Exception as error:
         raise _explain(error) from error
     try:
         await _prepare(connection)
-        store = PostgresStore(where, bounds, connection)
+        store = PostgresStore(address, limits, connection)
         await store.start()
     except Exception as error:
         connection.terminate()
@@ -94,9 +94,9 @@ class PostgresStore(BaseStore):
 
     shared = True
 
-    def __init__(self, where: str, bounds: StoreLimits, connection: asyncpg.Connection) -> None:
-        super().__init__(bounds)
-        self._where = where
+    def __init__(self, address: str, limits: StoreLimits, connection: asyncpg.Connection) -> None:
+        super().__init__(limits)
+        self._address = address
         self._connection = connection
         self._waiting: deque[_Waiting] = deque()
         self._awake = asyncio.Event()
@@ -130,7 +130,7 @@ class PostgresStore(BaseStore):
         while group := await self._take():
             try:
                 if self._connection.is_closed():
-                    self._connection = await _connect(self._where)
+                    self._connection = await _connect(self._address)
                 outcomes, news = await _commit(self._connection, group)
             except Exception as error:  # whatever it is, this task goes on, and those who wait are told
                 group += self._waiting
@@ -142,7 +142,7 @@ class PostgresStore(BaseStore):
             else:
                 attempts = 0
                 _settle(group, outcomes)
-                self._tell(news)
+                self._notify(news)
 
     async def _take(self) -> list[_Waiting]:
         """Wait for operations; return those that are there, or none at the end."""
@@ -152,7 +152,7 @@ class PostgresStore(BaseStore):
         return [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
 
     async def _listen(self) -> asyncpg.Connection:
-        connection = await _connect(self._where)
+        connection = await _connect(self._address)
         try:
             await connection.add_listener(CHANNEL, self._heard)
         except BaseException:
@@ -174,11 +174,11 @@ class PostgresStore(BaseStore):
                 with contextlib.suppress(Exception):  # whatever it is, the next attempt may do better
                     connection = await self._listen()
             attempts = 0
-            self._tell([NEW_WORK])  # what was said meanwhile was not heard
+            self._notify([NEW_WORK])  # what was said meanwhile was not heard
 
     def _heard(self, _connection: object, pid: int, _channel: str, payload: object) -> None:
         if self._connection.is_closed() or pid != self._connection.get_server_pid():
-            self._tell(json.loads(str(payload)))
+            self._notify(json.loads(str(payload)))
 
 
 def _backoff(attempts: int) -> float:
@@ -303,13 +303,13 @@ def _explain(error: Exception) -> Exception:
     return ours
 
 
-async def _connect(where: str) -> asyncpg.Connection:
+async def _connect(address: str) -> asyncpg.Connection:
     try:
         import asyncpg
     except ImportError as error:
         raise NotInstalled("jobs in PostgreSQL need asyncpg: pip install 'moesaic[postgres]'") from error
     return await asyncpg.connect(
-        where, timeout=CONNECT_SECONDS, command_timeout=_COMMAND_SECONDS, server_settings=_SETTINGS
+        address, timeout=CONNECT_SECONDS, command_timeout=_COMMAND_SECONDS, server_settings=_SETTINGS
     )
 
 

@@ -54,14 +54,14 @@ class _Done(NamedTuple):
     outcome: Outcome[Any] | BaseException
 
 
-async def open_store(where: str, bounds: StoreLimits) -> Store:
+async def open_store(address: str, limits: StoreLimits) -> Store:
     """Open a file of jobs, or make one.
 
     Raises:
         Unavailable: another gateway, or another program, has it.
         StoreError: it lies on the network, is damaged, of another version, or something else.
     """
-    store = SqliteStore(Path(where), bounds)
+    store = SqliteStore(Path(address), limits)
     await store.opened
     return store
 
@@ -71,8 +71,8 @@ class SqliteStore(BaseStore):
 
     shared = False
 
-    def __init__(self, path: Path, bounds: StoreLimits) -> None:
-        super().__init__(bounds)
+    def __init__(self, path: Path, limits: StoreLimits) -> None:
+        super().__init__(limits)
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[None] = self._loop.create_future()
         self._closed: asyncio.Future[None] = self._loop.create_future()
@@ -144,7 +144,7 @@ class SqliteStore(BaseStore):
                 answer.set_result(outcome.value)
             else:
                 answer.set_exception(outcome)
-        self._tell(news)
+        self._notify(news)
 
 
 class _ConnectionOwner:
