@@ -423,7 +423,7 @@ def test_before_any_worker_came_a_model_that_was_not_named_is_not_there(tmp_path
     with gateway(tmp_path / "jobs.sqlite", models=()) as server:
         answer = Client(server).request()
         assert answer.status_code == 503 and "retry-after" in answer.headers
-        assert "no worker has come yet" in answer.json()["error"][0]
+        assert "no worker is connected" in answer.json()["error"][0]
 
 
 def test_chats_come_as_a_list_too(open_office, client):
