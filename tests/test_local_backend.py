@@ -49,7 +49,7 @@ class Reader:
 
     def take(self, event):
         if isinstance(event, Finished):
-            self.ended = replace(event, cached_tokens=0)
+            self.ended = msgspec.structs.replace(event, cached_tokens=0)
         elif isinstance(event, Delta):
             again = min(len(event.tokens), self.known)
             self.known -= again

@@ -34,7 +34,7 @@ SETTINGS = {
     "The server and the gateway": ("moesaic.serve.settings", "Settings"),
     "TGI's routes": ("moesaic.serve.settings", "TgiBounds"),
     "The engine": ("moesaic.engine", "Limits"),
-    "The job store": ("moesaic.cluster.jobs", "Bounds"),
+    "The job store": ("moesaic.cluster.jobs", "StoreLimits"),
     "Sampling": ("moesaic.engine", "Sampling"),
 }
 """Heading → module and dataclass."""

@@ -80,13 +80,13 @@ def test_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
     page = open_page()
     page.get_by_role("button", name="Drain rack/w0").click()
     row(page, "Workers", "rack/w0").get_by_text("drained").wait_for()
-    assert here.gateway.crew["rack/w0"].drained
+    assert here.gateway.workers.sessions["rack/w0"].drained
     page.get_by_role("button", name="Resume rack/w0").press("Enter")  # by keyboard
     row(page, "Workers", "rack/w0").get_by_text("working").wait_for()
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Drain rack/w0"
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.get_by_role("button", name="Cancel").click()
-    assert here.gateway.dismissed == set()
+    assert here.gateway.workers.banned == set()
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.locator("#sure-yes").click()
     row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
