@@ -77,11 +77,11 @@ def _serve(args: argparse.Namespace) -> int:
     return listening.serve(args, settings, lambda: model_manager(args), before=lambda: _say(launch))
 
 
-async def model_manager(args: argparse.Namespace, crowd: int | None = None) -> ModelManager:
-    """Return the models that were named, the first of them loaded. ``crowd``: see ``Local``."""
+async def model_manager(args: argparse.Namespace, many_streams: int | None = None) -> ModelManager:
+    """Return the models that were named, the first of them loaded. ``many_streams``: see ``LocalBackend``."""
     from moesaic.serve.model_manager import ModelManager
 
-    made = ModelManager(model_entries(args, crowd), None if args.memory is None else int(args.memory * 1e9))
+    made = ModelManager(model_entries(args, many_streams), None if args.memory is None else int(args.memory * 1e9))
     await made.get(made.models()[0].name)
     return made
 
@@ -93,7 +93,7 @@ def _say(launch: launcher.Launch) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def model_entries(args: argparse.Namespace, crowd: int | None = None) -> list[ModelEntry]:
+def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> list[ModelEntry]:
     """Return the models that were named, none of them loaded."""
     from moesaic.backend import ModelInfo
     from moesaic.serve.model_manager import ModelEntry
@@ -110,20 +110,24 @@ def model_entries(args: argparse.Namespace, crowd: int | None = None) -> list[Mo
         aliases = tuple({called} - {shown, None}) if called and "/" in called and not Path(called).exists() else ()
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
         found.append(
-            ModelEntry(ModelInfo(shown, aliases, state="unloaded"), partial(open_model, args, path, shown, crowd), size)
+            ModelEntry(
+                ModelInfo(shown, aliases, state="unloaded"), partial(open_model, args, path, shown, many_streams), size
+            )
         )
     if len({entry.info.name for entry in found}) < len(found):
         raise InvalidRequest("two models have the same name: name them, as in a=./one b=./two")
     return found
 
 
-async def open_model(args: argparse.Namespace, path: Path | None, name: str, crowd: int | None = None) -> Backend:
+async def open_model(
+    args: argparse.Namespace, path: Path | None, name: str, many_streams: int | None = None
+) -> Backend:
     """Return the door to a model, loaded as the command line says."""
     from moesaic.classifier import Classifier
     from moesaic.engine import Limits
     from moesaic.llm import LLM
     from moesaic.loading import is_classifier
-    from moesaic.local_backend import CROWD, LocalBackend, LocalClassifierBackend
+    from moesaic.local_backend import MANY_STREAMS, LocalBackend, LocalClassifierBackend
 
     limits = Limits()
     if args.sequences is not None:
@@ -152,4 +156,4 @@ async def open_model(args: argparse.Namespace, path: Path | None, name: str, cro
     if isinstance(model, Classifier):
         return LocalClassifierBackend(model, name)
     model.name = name
-    return LocalBackend(model, crowd=crowd or CROWD)
+    return LocalBackend(model, many_streams=many_streams or MANY_STREAMS)
