@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from moesaic import cli
-from moesaic.cli.launcher import PORT, TGI_PORT, Launch, translate
-from moesaic.cli.launcher_flags import TABLE
 from moesaic.cli.serving import books
+from moesaic.cli.tgi_flags import TABLE
+from moesaic.cli.tgi_launcher import PORT, TGI_PORT, Launch, translate
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.llm import LLM
 from moesaic.serve.settings import TgiBounds

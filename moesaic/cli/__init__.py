@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from moesaic import __version__
 from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
+from moesaic.cli.bench import add_bench, add_perplexity
 from moesaic.cli.cluster import add_gateway, add_worker
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
-from moesaic.cli.measuring import add_bench, add_perplexity
 from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
 

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from moesaic import errors
-from moesaic.cli import dialing
+from moesaic.cli import client_options
 from moesaic.cli.flags import Commands, add_command
 from moesaic.errors import BadReply, ConnectionFailed, InvalidRequest, MoesaicError, Unavailable
 
@@ -61,7 +61,7 @@ def add_admin(commands: Commands) -> None:
     parser.add_argument("what", choices=WHAT, metavar="WHAT", help="see above")
     parser.add_argument("name", metavar="NAME", nargs="?", help="a worker, a job or a state: see above")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's; default: http://127.0.0.1:8000")
-    dialing.add_flags(parser.add_argument_group("connection"), VARIABLE, "an admin's")
+    client_options.add_flags(parser.add_argument_group("connection"), VARIABLE, "an admin's")
     parser.add_argument("--json", action="store_true", help="what the gateway said, as JSON")
     parser.add_argument("--most", type=int, default=100, metavar="N", help="of jobs: the newest N (default 100)")
     parser.add_argument("--request", action="store_true", help="with job: what was asked, of a dead one")
@@ -72,7 +72,7 @@ def _admin(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"which? `moesaic admin {args.what} NAME`")
     if args.name and args.what not in (*NAMED, "drain", "resume"):
         raise InvalidRequest(f"{args.what} takes no name")
-    dialing.check("--url", args.url, plain=args.insecure_plaintext)
+    client_options.check("--url", args.url, plain=args.insecure_plaintext)
     said = _ask(args, *_request(args))
     if args.json:
         print(json.dumps(said, indent=1))
@@ -101,12 +101,12 @@ def _ask(args: argparse.Namespace, method: str, path: str, body: Any) -> Any:
     import contextlib
     import http.client
 
-    parts, key = urlsplit(args.url), dialing.key(args, VARIABLE)
+    parts, key = urlsplit(args.url), client_options.key(args, VARIABLE)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     host = str(parts.hostname)
     try:
         connection = (
-            http.client.HTTPSConnection(host, parts.port, timeout=SECONDS, context=dialing.trusted(args.ca))
+            http.client.HTTPSConnection(host, parts.port, timeout=SECONDS, context=client_options.trusted(args.ca))
             if parts.scheme == "https"
             else http.client.HTTPConnection(host, parts.port, timeout=SECONDS)
         )

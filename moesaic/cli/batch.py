@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesaic.cli import listening, serving
+from moesaic.cli import server_options, serving
+from moesaic.cli.event_loop import run_async
 from moesaic.cli.flags import CACHE_DTYPES, Commands, add_command, add_model, folder
-from moesaic.cli.loop import run_async
 from moesaic.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def add_batch(commands: Commands) -> None:
 
 
 def _run_batch(args: argparse.Namespace) -> int:
-    listening.need_packages()
+    server_options.need_packages()
     if args.concurrency < 1:
         raise InvalidRequest(f"--concurrency: is {args.concurrency}, expected at least 1")
     if not args.source.is_file():

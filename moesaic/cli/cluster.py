@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.cli import dialing, listening, serving
+from moesaic.cli import client_options, server_options, serving
+from moesaic.cli.event_loop import run_async
 from moesaic.cli.flags import Commands, add_command
-from moesaic.cli.loop import run_async
 from moesaic.errors import EngineStopped, InvalidRequest, NotInstalled
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ def add_gateway(commands: Commands) -> None:
         metavar="PATH",
         help="endpoint files of AIME's server, or a folder of them",
     )
-    listening.add_flags(parser)
+    server_options.add_flags(parser)
     about = "routes for administrators: on this port of 127.0.0.1 and nowhere else (0: any free one)"
     parser.add_argument("--admin-port", type=int, metavar="N", help=about)
     parser.set_defaults(host="127.0.0.1", port=8000)
 
 
 def _gateway(args: argparse.Namespace) -> int:
-    listening.need_packages()
+    server_options.need_packages()
     from moesaic.cluster import admin, routes
     from moesaic.cluster.aime import clients, settings, workers
     from moesaic.cluster.figures import Figures
@@ -85,8 +85,8 @@ def _gateway(args: argparse.Namespace) -> int:
         aime = [*clients.endpoints(gateway, known), *workers.endpoints(gateway, gateway, known, args.lease)]
         return [*routes.endpoints(gateway), *aime, *admin.endpoints(gateway)]
 
-    bounds = listening.settings(args, admin_port=args.admin_port)
-    return listening.serve(args, bounds, lambda: _open(args), all_routes, Figures)
+    bounds = server_options.settings(args, admin_port=args.admin_port)
+    return server_options.serve(args, bounds, lambda: _open(args), all_routes, Figures)
 
 
 async def _open(args: argparse.Namespace) -> Gateway:
@@ -119,7 +119,7 @@ def add_worker(commands: Commands) -> None:
     serving.add_models(parser)
     work = parser.add_argument_group("work")
     work.add_argument("--gateway", action="append", metavar="URL", help="several: the next when one does not answer")
-    dialing.add_flags(work, VARIABLE, "a worker's")
+    client_options.add_flags(work, VARIABLE, "a worker's")
     work.add_argument("--api-server", metavar="URL", help="work for AIME's API server instead of a gateway")
     work.add_argument("--api-auth-key", metavar="KEY", help="of AIME's server, for the job type; or MOESAIC_WORKER_KEY")
     work.add_argument("--job-type", metavar="NAME", help="of AIME's server: mixtral, llama3, ...")
@@ -132,7 +132,7 @@ def add_worker(commands: Commands) -> None:
 
 
 def _worker(args: argparse.Namespace) -> int:
-    listening.need_packages()
+    server_options.need_packages()
     try:
         import aiohttp  # noqa: F401
     except ImportError as error:
@@ -144,9 +144,9 @@ def _worker(args: argparse.Namespace) -> int:
     if args.api_server and not args.job_type:
         raise InvalidRequest("which jobs of AIME's server? --job-type mixtral, or llama3, ...")
     for url in args.gateway or [args.api_server]:
-        dialing.check("--gateway" if args.gateway else "--api-server", url, plain=args.insecure_plaintext)
+        client_options.check("--gateway" if args.gateway else "--api-server", url, plain=args.insecure_plaintext)
     args.batch_tokens = None
-    key, trusted = dialing.key(args, VARIABLE), dialing.trusted(args.ca)
+    key, trusted = client_options.key(args, VARIABLE), client_options.trusted(args.ca)
     logs.set_up(args.log_level, as_json=args.log_format == "json")
     return run_async(_work(args, key, trusted))
 

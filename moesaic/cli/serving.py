@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesaic.cli import launcher, listening
+from moesaic.cli import server_options, tgi_launcher
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, folder
 from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, NotFound
@@ -35,11 +35,11 @@ def add_serve(commands: Commands) -> None:
     )
     parser.usage = "moesaic serve [FLAGS] [MODEL ...]"
     add_models(parser)
-    listening.add_flags(parser)
+    server_options.add_flags(parser)
     parser.add_argument(
         "--strict-model-name", action="store_true", help="no stand-ins such as tgi for the default model"
     )
-    launcher.add_flags(parser)
+    tgi_launcher.add_flags(parser)
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     model.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
     model.add_argument("--cache-tokens", type=int, metavar="N", help="places in the key/value cache of each model")
-    stored = (*CACHE_DTYPES, *launcher.FP8)
+    stored = (*CACHE_DTYPES, *tgi_launcher.FP8)
     model.add_argument("--kv-cache-dtype", choices=stored, default="auto", help="int8: half the memory; fp8: int8")
     model.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`")
     model.add_argument("--memory", type=float, metavar="GB", help="most that loaded models may take together")
@@ -60,13 +60,13 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    listening.need_packages()
+    server_options.need_packages()
     from moesaic.serve.settings import TgiBounds
 
-    launch = launcher.translate(args, os.environ)
+    launch = tgi_launcher.translate(args, os.environ)
     args = launch.args
     os.environ.update(launch.environment)  # for the libraries that read it
-    settings = listening.settings(
+    settings = server_options.settings(
         args,
         strict_model_name=args.strict_model_name,
         concurrent_requests=args.concurrent_requests,
@@ -74,7 +74,7 @@ def _serve(args: argparse.Namespace) -> int:
         tgi=TgiBounds(**launch.bounds),
     )
 
-    return listening.serve(args, settings, lambda: shelf(args), before=lambda: _say(launch))
+    return server_options.serve(args, settings, lambda: shelf(args), before=lambda: _say(launch))
 
 
 async def shelf(args: argparse.Namespace, crowd: int | None = None) -> Shelf:
@@ -86,7 +86,7 @@ async def shelf(args: argparse.Namespace, crowd: int | None = None) -> Shelf:
     return made
 
 
-def _say(launch: launcher.Launch) -> None:
+def _say(launch: tgi_launcher.Launch) -> None:
     """Tell what TGI's flags were taken as."""
     if launch.said:
         lines = ("moesaic: TGI's flags, as they are taken here:", *(f"  {one_line(line)}" for line in launch.said))

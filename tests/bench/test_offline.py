@@ -11,7 +11,7 @@ import torch
 from moesaic import cli
 from moesaic.bench import geometry, offline
 from moesaic.bench.offline import Wish, Work
-from moesaic.cli import measuring
+from moesaic.cli import bench
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.models import Experts
@@ -60,7 +60,7 @@ def test_the_geometries_have_as_many_parameters_as_the_models(name: str, count: 
 
 
 def test_the_command_line_names_every_geometry() -> None:
-    assert tuple(geometry.GEOMETRIES) == measuring.GEOMETRIES
+    assert tuple(geometry.GEOMETRIES) == bench.GEOMETRIES
 
 
 def test_mixtral_8x7b_in_two_bits_takes_less_than_20_gb() -> None:

@@ -20,7 +20,7 @@ from moesaic.bench.endpoints import Manner, from_url
 from moesaic.bench.serving import Load
 from moesaic.bench.sweep import Found, Source, Target, sweep
 from moesaic.bench.workload import Scale, Words
-from moesaic.cli.load import DIALECTS, WORKLOADS, without_secrets
+from moesaic.cli.bench_serving import DIALECTS, WORKLOADS, without_secrets
 from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError
 from tests.scripted import CONTEXT, TEMPLATE, Script
 from tests.scripted import serving as played

@@ -129,7 +129,7 @@ def site(
         command = [
             sys.executable,
             "-m",
-            "tests.cluster.nursery",
+            "benchmarks.worker_forkserver",
             server.url,
             str(slots),
             str(step),

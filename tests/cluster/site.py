@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.fake_backend import Fake
 from moesaic.cluster import queue, routes
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Bounds, Seen
@@ -19,7 +20,6 @@ from moesaic.cluster.worker import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.cluster.fake import Fake
 from tests.serve.conftest import Server, running
 from tests.serve.raw import eventually
 

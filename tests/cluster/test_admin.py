@@ -14,11 +14,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.fake_backend import Fake, answer
 from moesaic import cli
 from moesaic.cluster.worker import Worker
 from moesaic.serve import keys
 from tests.cluster.crewed import Site, site, until
-from tests.cluster.fake import Fake, answer
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 

@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 import pytest
 
+from benchmarks.fake_backend import Fake, answer
 from moesaic.cluster import gateway as gateways
 from moesaic.cluster import protocol as wire
 from moesaic.cluster import queue, work, worker
@@ -25,7 +26,6 @@ from moesaic.cluster.silence import Silence
 from moesaic.door import Ask, Begun, Card, Ended, Event, Mark, Piece
 from moesaic.errors import NotFound, Overloaded, Unavailable
 from tests.cluster.asking import Stream
-from tests.cluster.fake import Fake, answer
 from tests.cluster.site import site
 from tests.serve.raw import eventually
 

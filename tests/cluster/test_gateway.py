@@ -13,13 +13,13 @@ import aiohttp
 import httpx
 import pytest
 
+from benchmarks.fake_backend import SEED, Fake, answer
 from moesaic.cluster import gateway as gateways
 from moesaic.cluster import protocol as wire
 from moesaic.door import Load
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.cluster.asking import Stream, ask, body, text
-from tests.cluster.fake import SEED, Fake, answer
 from tests.cluster.site import SLOW, Site, site
 from tests.serve.conftest import running
 from tests.serve.raw import eventually

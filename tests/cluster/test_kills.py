@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.harness import harness
+from benchmarks.kill_workers import kill_workers
 from tests.cluster.queue.server import Database, Server
 
 JOBS = int(os.environ.get("MOESAIC_KILL_JOBS", "5000"))
@@ -32,17 +32,17 @@ def sound(found: dict[str, Any]) -> None:
 
 
 def test_with_a_file_nothing_is_lost_and_nothing_counts_twice():
-    sound(harness(JOBS))
+    sound(kill_workers(JOBS))
 
 
 def test_with_a_database_nothing_is_lost_and_nothing_counts_twice(database):
-    sound(harness(JOBS, database.where))
+    sound(kill_workers(JOBS, database.where))
 
 
 def test_without_the_fence_it_is_found():
     """The negative control: late results are taken, and jobs are done twice."""
     seeds = iter(range(1, 9))
     while True:
-        found = harness(max(JOBS // 4, 200), seed=next(seeds), gateway="tests.cluster.unfenced", kills=0.3)
+        found = kill_workers(max(JOBS // 4, 200), seed=next(seeds), gateway="tests.cluster.unfenced", kills=0.3)
         if found["done_under_two_fences"] or found["wrong"]:
             break

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.fake_backend import SEED, answer, text, token
 from moesaic.cluster.desk import Recruit
 from moesaic.cluster.jobs import Beat, Hold
 from moesaic.door import Card
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.cluster.asking import Stream
-from tests.cluster.fake import SEED, answer, text, token
 from tests.cluster.site import Site, site
 from tests.serve.raw import eventually
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.fake import Fake, answer
+from benchmarks.fake_backend import Fake, answer
 from tests.cluster.site import SLOW, Hand, Site, site
 from tests.serve.raw import eventually
 from tests.serve.web.conftest import Chat, Open

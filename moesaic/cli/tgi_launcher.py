@@ -4,7 +4,7 @@ What was taken as what is said once, at the start. The environment counts as TGI
 but only for whoever uses TGI's way: with one of its flags, or with MODEL_ID and no MODEL. So a PORT that is set for
 something else changes nothing. Two of its variables never count: HOSTNAME, which Docker and shells set to the
 machine's name, and ENV.
-Does not know what a flag means (``launcher_flags``) nor how a server is started.
+Does not know what a flag means (``tgi_flags``) nor how a server is started.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesaic.cli.launcher_flags import STEP, TABLE, Changes, Flag, Value
+from moesaic.cli.tgi_flags import STEP, TABLE, Changes, Flag, Value
 from moesaic.errors import InvalidRequest
 
 PORT, TGI_PORT = 8000, 3000

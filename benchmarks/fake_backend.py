@@ -1,7 +1,7 @@
-"""A door without a model: what it says follows from the prompt, the seed and the place alone, as a real one's does.
+"""A backend without a model, whose text depends only on the prompt, the seed and the token's position.
 
-A prompt may name what is to go wrong: EXIT and SEGFAULT kill the process at the third token, HANG stops the steps for
-ever, NAN ends the answer with an error.
+A prompt can ask for a fault: EXIT and SEGFAULT kill the process at the third token, HANG stops all further steps, and
+NAN ends the answer with an error.
 """
 
 from __future__ import annotations
@@ -16,32 +16,36 @@ from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
 from moesaic.errors import InvalidRequest, NumericalError, PromptTooLong
 
 LONGEST = 4000
+"""Characters that a prompt can have; also the context length that the model announces."""
 SEED = 7
-"""Of an answer that was asked for without one."""
+"""Seed of a request that names none."""
 
 
 def prompt_of(ask: Ask) -> str:
+    """Return the prompt of a request, or the text of its last message."""
     if ask.messages is not None:
         return str(ask.messages[-1]["content"])
     return str(ask.prompt)
 
 
 def token(prompt: str, seed: int, index: int, place: int) -> int:
-    said = f"{prompt}/{seed}/{index}/{place}".encode()
-    return int.from_bytes(hashlib.sha256(said).digest()[:2], "big")
+    """Return the id of the token at position ``place`` of answer number ``index``."""
+    key = f"{prompt}/{seed}/{index}/{place}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:2], "big")
 
 
 def text(ids: Sequence[int]) -> str:
-    return "".join(f"{id:x} " for id in ids)
+    """Return the text of token ids: each in hexadecimal, followed by a space."""
+    return "".join(f"{token_id:x} " for token_id in ids)
 
 
 def answer(prompt: str, seed: int = SEED, count: int = 16, index: int = 0) -> str:
-    """Return what the fake says."""
+    """Return the text that the backend generates for a prompt: ``count`` tokens of answer number ``index``."""
     return text([token(prompt, seed, index, place) for place in range(count)])
 
 
 class FakeAnswers:
-    """See ``door.Answers``."""
+    """Event stream of a ``Fake``; see ``moesaic.door.Answers``."""
 
     job = None
 
@@ -56,7 +60,7 @@ class FakeAnswers:
 
     def cancel(self) -> None:
         self.cancelled = True
-        if not self._door.stuck:  # as an engine that hangs hears nothing any more
+        if not self._door.stuck:  # an engine that hangs does not process a cancellation either
             self._door.running.discard(self)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -66,33 +70,33 @@ class FakeAnswers:
                 yield self._events.pop(0)
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
-        """Yield what comes together; the ends come with the last tokens, as a door promises."""
+        """Yield the events of each step; the last tokens and the ends of the answers come in one step."""
         door, ask = self._door, self._ask
         prompt, n, seed = prompt_of(ask), ask.sampling.get("n") or 1, ask.sampling.get("seed", SEED)
-        most = ask.sampling.get("max_tokens") or 16
+        count = ask.sampling.get("max_tokens") or 16
+        resumed = min(map(len, ask.resume), default=0)
         yield [Begun(index, (), len(prompt)) for index in range(n)]
-        for place in range(most):
-            given = min(map(len, ask.resume), default=0)
-            if place >= given:  # what was told is read with the prompt, in one step
+        for place in range(count):
+            if place >= resumed:  # tokens of a resumed answer are read with the prompt, in one step
                 await door.step(prompt, place)
             events: list[Event] = []
             for index in range(n):
-                id = token(prompt, seed, index, place)
-                told = ask.resume[index] if index < len(ask.resume) else ()
-                if place < len(told):
-                    assert told[place] == id, "an answer was resumed with what it never said"
-                events.append(Piece(index, text([id]), (Mark(id, text([id])),)))
-            if place == most - 1:
+                token_id = token(prompt, seed, index, place)
+                earlier = ask.resume[index] if index < len(ask.resume) else ()
+                if place < len(earlier):
+                    assert earlier[place] == token_id, "the answer is resumed with tokens that it never had"
+                events.append(Piece(index, text([token_id]), (Mark(token_id, text([token_id])),)))
+            if place == count - 1:
                 door.running.discard(self)
-                events += [Ended(index, "length", len(prompt), most) for index in range(n)]
+                events += [Ended(index, "length", len(prompt), count) for index in range(n)]
             yield events
 
 
 class Fake:
-    """See ``door.Door``."""
+    """Backend that offers one model and computes nothing; see ``moesaic.door.Door``."""
 
     def __init__(self, model: str = "fake", seconds: float = 0.0) -> None:
-        """Offer a model that takes so many seconds for a token."""
+        """Offer ``model``, which takes ``seconds`` for a token."""
         self.model, self._seconds = model, seconds
         self.running: set[FakeAnswers] = set()
         self.asked: list[Ask] = []
@@ -100,6 +104,7 @@ class Fake:
         self.stuck = False
 
     async def step(self, prompt: str, place: int) -> None:
+        """Wait as long as a step takes, and cause the fault that the prompt asks for."""
         await asyncio.sleep(self._seconds)
         if place == 2:
             if "EXIT" in prompt:
@@ -128,7 +133,7 @@ class Fake:
         return answers
 
     async def tokenize(self, ask: Ask) -> list[Mark]:
-        return [Mark(ord(each), each) for each in prompt_of(ask)]
+        return [Mark(ord(character), character) for character in prompt_of(ask)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))

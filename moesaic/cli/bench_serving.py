@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.cli.event_loop import run_async
 from moesaic.cli.flags import Commands, add_command
-from moesaic.cli.loop import run_async
 from moesaic.errors import InvalidParameter, InvalidRequest
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The flags of TGI's launcher, one row each: what it means for ``moesaic serve``, or why it means nothing.
 
-Knows flags and words. Does not know how they come together, nor the environment (``launcher``).
+Knows flags and words. Does not know how they come together, nor the environment (``tgi_launcher``).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moesaic.cli.loop import run_async
+from moesaic.cli.event_loop import run_async
 from moesaic.errors import InvalidRequest, MoesaicError
 
 if TYPE_CHECKING:
