@@ -12,7 +12,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, ModelInfo, ModelStats, PromptDone, TokenInfo
 from moesaic.errors import InvalidRequest, NumericalError, PromptTooLong
 
 LONGEST = 4000
@@ -21,16 +21,16 @@ SEED = 7
 """Seed of a request that names none."""
 
 
-def prompt_of(ask: Ask) -> str:
+def prompt_of(request: GenerationRequest) -> str:
     """Return the prompt of a request, or the text of its last message."""
-    if ask.messages is not None:
-        return str(ask.messages[-1]["content"])
-    return str(ask.prompt)
+    if request.messages is not None:
+        return str(request.messages[-1]["content"])
+    return str(request.prompt)
 
 
-def token(prompt: str, seed: int, index: int, place: int) -> int:
-    """Return the id of the token at position ``place`` of answer number ``index``."""
-    key = f"{prompt}/{seed}/{index}/{place}".encode()
+def token(prompt: str, seed: int, index: int, position: int) -> int:
+    """Return the id of the token at position ``position`` of answer number ``index``."""
+    key = f"{prompt}/{seed}/{index}/{position}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:2], "big")
 
 
@@ -41,16 +41,16 @@ def text(ids: Sequence[int]) -> str:
 
 def answer(prompt: str, seed: int = SEED, count: int = 16, index: int = 0) -> str:
     """Return the text that the backend generates for a prompt: ``count`` tokens of answer number ``index``."""
-    return text([token(prompt, seed, index, place) for place in range(count)])
+    return text([token(prompt, seed, index, position) for position in range(count)])
 
 
-class FakeAnswers:
-    """Event stream of a ``Fake``; see ``moesaic.door.Answers``."""
+class FakeResponseStream:
+    """Event stream of a ``Fake``; see ``moesaic.backend.ResponseStream``."""
 
     job = None
 
-    def __init__(self, door: Fake, ask: Ask) -> None:
-        self._door, self._ask = door, ask
+    def __init__(self, backend: Fake, request: GenerationRequest) -> None:
+        self._backend, self._request = backend, request
         self._events: list[Event] = []
         self.cancelled = False
 
@@ -60,8 +60,8 @@ class FakeAnswers:
 
     def cancel(self) -> None:
         self.cancelled = True
-        if not self._door.stuck:  # an engine that hangs does not process a cancellation either
-            self._door.running.discard(self)
+        if not self._backend.stuck:  # an engine that hangs does not process a cancellation either
+            self._backend.running.discard(self)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         async for events in self._steps():
@@ -71,42 +71,42 @@ class FakeAnswers:
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
         """Yield the events of each step; the last tokens and the ends of the answers come in one step."""
-        door, ask = self._door, self._ask
-        prompt, n, seed = prompt_of(ask), ask.sampling.get("n") or 1, ask.sampling.get("seed", SEED)
-        count = ask.sampling.get("max_tokens") or 16
-        resumed = min(map(len, ask.resume), default=0)
-        yield [Begun(index, (), len(prompt)) for index in range(n)]
-        for place in range(count):
-            if place >= resumed:  # tokens of a resumed answer are read with the prompt, in one step
-                await door.step(prompt, place)
+        backend, request = self._backend, self._request
+        prompt, n, seed = prompt_of(request), request.sampling.get("n") or 1, request.sampling.get("seed", SEED)
+        count = request.sampling.get("max_tokens") or 16
+        resumed = min(map(len, request.resume), default=0)
+        yield [PromptDone(index, (), len(prompt)) for index in range(n)]
+        for position in range(count):
+            if position >= resumed:  # tokens of a resumed answer are read with the prompt, in one step
+                await backend.step(prompt, position)
             events: list[Event] = []
             for index in range(n):
-                token_id = token(prompt, seed, index, place)
-                earlier = ask.resume[index] if index < len(ask.resume) else ()
-                if place < len(earlier):
-                    assert earlier[place] == token_id, "the answer is resumed with tokens that it never had"
-                events.append(Piece(index, text([token_id]), (Mark(token_id, text([token_id])),)))
-            if place == count - 1:
-                door.running.discard(self)
-                events += [Ended(index, "length", len(prompt), count) for index in range(n)]
+                token_id = token(prompt, seed, index, position)
+                earlier = request.resume[index] if index < len(request.resume) else ()
+                if position < len(earlier):
+                    assert earlier[position] == token_id, "the answer is resumed with tokens that it never had"
+                events.append(Delta(index, text([token_id]), (TokenInfo(token_id, text([token_id])),)))
+            if position == count - 1:
+                backend.running.discard(self)
+                events += [Finished(index, "length", len(prompt), count) for index in range(n)]
             yield events
 
 
 class Fake:
-    """Backend that offers one model and computes nothing; see ``moesaic.door.Door``."""
+    """Backend that offers one model and computes nothing; see ``moesaic.backend.Backend``."""
 
     def __init__(self, model: str = "fake", seconds: float = 0.0) -> None:
         """Offer ``model``, which takes ``seconds`` for a token."""
         self.model, self._seconds = model, seconds
-        self.running: set[FakeAnswers] = set()
-        self.asked: list[Ask] = []
+        self.running: set[FakeResponseStream] = set()
+        self.asked: list[GenerationRequest] = []
         self.steps = 0
         self.stuck = False
 
-    async def step(self, prompt: str, place: int) -> None:
+    async def step(self, prompt: str, position: int) -> None:
         """Wait as long as a step takes, and cause the fault that the prompt asks for."""
         await asyncio.sleep(self._seconds)
-        if place == 2:
+        if position == 2:
             if "EXIT" in prompt:
                 os._exit(1)
             if "SEGFAULT" in prompt:
@@ -118,22 +118,22 @@ class Fake:
             await asyncio.sleep(0.05)
         self.steps += 1
 
-    def cards(self) -> Sequence[Card]:
-        return [Card(self.model, ("fake-alias",), context=LONGEST)]
+    def models(self) -> Sequence[ModelInfo]:
+        return [ModelInfo(self.model, ("fake-alias",), context=LONGEST)]
 
-    def load(self) -> Mapping[str, Load]:
-        return {self.model: Load(running=len(self.running), steps=self.steps)}
+    def stats(self) -> Mapping[str, ModelStats]:
+        return {self.model: ModelStats(running=len(self.running), steps=self.steps)}
 
-    async def ask(self, ask: Ask) -> FakeAnswers:
-        if len(prompt_of(ask)) > LONGEST:
-            raise PromptTooLong(len(prompt_of(ask)), LONGEST)
-        self.asked.append(ask)
-        answers = FakeAnswers(self, ask)
-        self.running.add(answers)
-        return answers
+    async def generate(self, request: GenerationRequest) -> FakeResponseStream:
+        if len(prompt_of(request)) > LONGEST:
+            raise PromptTooLong(len(prompt_of(request)), LONGEST)
+        self.asked.append(request)
+        stream = FakeResponseStream(self, request)
+        self.running.add(stream)
+        return stream
 
-    async def tokenize(self, ask: Ask) -> list[Mark]:
-        return [Mark(ord(character), character) for character in prompt_of(ask)]
+    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
+        return [TokenInfo(ord(character), character) for character in prompt_of(request)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))

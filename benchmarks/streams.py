@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from moesaic.door import Ask, Begun, Card, Ended, Event, Load, Mark, Piece
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, ModelInfo, ModelStats, PromptDone, TokenInfo
 
 EXAMPLE = """example:
   python -m benchmarks.streams --streams 500 --rate 20 --seconds 30 --out docs/results/streams-500.json
@@ -28,26 +28,26 @@ BODY = {"messages": [{"role": "user", "content": "What time is it?"}], "stream":
 
 
 class ClockBackend:
-    """Backend whose answers are the time in nanoseconds, at an even pace; it supports nothing but ``ask``."""
+    """Backend whose answers are the time in nanoseconds, at an even pace; it supports nothing but ``generate``."""
 
     def __init__(self, rate: float, seconds: float) -> None:
         self._gap, self._count = 1 / rate, int(rate * seconds)
 
-    def cards(self) -> Sequence[Card]:
-        return [Card("clock", context=1 << 20)]
+    def models(self) -> Sequence[ModelInfo]:
+        return [ModelInfo("clock", context=1 << 20)]
 
-    def load(self) -> Mapping[str, Load]:
-        return {"clock": Load()}
+    def stats(self) -> Mapping[str, ModelStats]:
+        return {"clock": ModelStats()}
 
-    async def ask(self, ask: Ask) -> ClockAnswers:
-        return ClockAnswers(self._gap, self._count)
+    async def generate(self, request: GenerationRequest) -> ClockResponseStream:
+        return ClockResponseStream(self._gap, self._count)
 
     async def close(self) -> None:
         pass
 
 
-class ClockAnswers:
-    """Event stream of a ``ClockBackend``; see ``moesaic.door.Answers``."""
+class ClockResponseStream:
+    """Event stream of a ``ClockBackend``; see ``moesaic.backend.ResponseStream``."""
 
     job = None
 
@@ -62,25 +62,25 @@ class ClockAnswers:
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         loop = asyncio.get_running_loop()
-        yield Begun(0)
+        yield PromptDone(0)
         due = loop.time()
-        for place in range(self._count):
+        for position in range(self._count):
             due += self._gap
             await asyncio.sleep(due - loop.time())
-            yield Piece(0, f"{time.monotonic_ns()} ", (Mark(place, "x"),))
-        yield Ended(0, "length", 1, self._count)
+            yield Delta(0, f"{time.monotonic_ns()} ", (TokenInfo(position, "x"),))
+        yield Finished(0, "length", 1, self._count)
 
 
 def serve(port: int, rate: float, seconds: float) -> None:
     """Run the server in this process until it is terminated."""
     from moesaic.cli.event_loop import run_async
-    from moesaic.serve import front
+    from moesaic.serve import server
     from moesaic.serve.app import App
     from moesaic.serve.settings import Settings
 
     settings = Settings(port=port)
-    listener = front.bind(settings)
-    run_async(front.serve(App(ClockBackend(rate, seconds), settings), listener))  # type: ignore[arg-type]
+    listener = server.bind(settings)
+    run_async(server.serve(App(ClockBackend(rate, seconds), settings), listener))  # type: ignore[arg-type]
 
 
 async def read_stream(session: aiohttp.ClientSession, url: str, delays: list[float]) -> int:

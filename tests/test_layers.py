@@ -22,16 +22,16 @@ MAY = {
     "packed": {"memory", "checkpoints", "models", "formats"},
     "loading": {"packed", "checkpoints", "models", "ops", "formats"},
     "reply": {"engine", "text"},
-    "door": set(),
+    "backend": set(),
     "client": set(),
-    "local": {"door", "llm", "classifier", "reply", "engine", "text"},
-    "serve": {"door"},
+    "local_backend": {"backend", "llm", "classifier", "reply", "engine", "text"},
+    "serve": {"backend"},
     "llm": {"reply", "loading", "packed", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "classifier": {"loading", "text", "ops"},
     "bench": {"llm", "loading", "packed", "memory", "engine", "text", "checkpoints", "models", "ops", "formats"},
     "console": {"llm", "engine", "text"},
     "inventory": {"models", "checkpoints", "ops", "formats", "text"},
-    "cluster": {"door", "serve"},
+    "cluster": {"backend", "serve"},
     "cli": {"*"},
     "errors": set(),
     "registry": set(),
@@ -137,7 +137,7 @@ def test_an_upward_import_is_found_also_inside_a_function():
     assert offences("moesaic.cluster.queue.postgres", "from moesaic.cluster.queue import sqlite\n")
     assert offences("moesaic.cluster.queue._store", "import moesaic.cluster.gateway\n")
     assert offences("moesaic.cluster.jobs", "from moesaic.serve import app\n")
-    assert offences("moesaic.cluster.launch.ray", "from moesaic.door import Load\n")
+    assert offences("moesaic.cluster.launch.ray", "from moesaic.backend import Load\n")
     assert offences("moesaic.cluster.launch.ray", "from moesaic.cluster.worker import Worker\n")
     assert offences("moesaic.cluster.launch.ray", "from moesaic.cluster.launch import slurm\n")
     assert not offences("moesaic.cluster.launch.ray", "from moesaic.cluster.launch import Plan\n")

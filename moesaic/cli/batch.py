@@ -13,7 +13,7 @@ from moesaic.cli.flags import CACHE_DTYPES, Commands, add_command, add_model, fo
 from moesaic.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from moesaic.serve.batch import Count
+    from moesaic.serve.batch_file import BatchCounts
 
 
 def add_batch(commands: Commands) -> None:
@@ -54,17 +54,17 @@ def _run_batch(args: argparse.Namespace) -> int:
     return 1 if count.failed else 0
 
 
-async def _answer(args: argparse.Namespace) -> Count:
+async def _answer(args: argparse.Namespace) -> BatchCounts:
     from moesaic.console.progress import bar
-    from moesaic.serve import batch
+    from moesaic.serve import batch_file
     from moesaic.serve.app import App
     from moesaic.serve.settings import Settings
 
     [book] = serving.books(args)
-    door = await serving.open_model(args, folder(args.model), book.card.name)
+    backend = await serving.open_model(args, folder(args.model), book.card.name)
     try:
-        app = App(door, Settings(request_seconds=0, queue_seconds=0, body_bytes=1 << 30))
+        app = App(backend, Settings(request_seconds=0, queue_seconds=0, body_bytes=1 << 30))
         with bar("requests", count=True) as progress:
-            return await batch.run(app, args.source, args.target, args.concurrency, progress)
+            return await batch_file.run(app, args.source, args.target, args.concurrency, progress)
     finally:
-        await door.close()
+        await backend.close()

@@ -18,9 +18,9 @@ from moesaic.cli.flags import Commands, add_command
 from moesaic.errors import EngineStopped, InvalidRequest, NotInstalled
 
 if TYPE_CHECKING:
+    from moesaic.backend import Backend
     from moesaic.cluster.gateway import Gateway
     from moesaic.cluster.worker import Worker
-    from moesaic.door import Door
     from moesaic.serve.exchange import Endpoint
 
 CROWD = 4
@@ -175,7 +175,7 @@ async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
     return 0
 
 
-async def _work_for_aime(args: argparse.Namespace, models: Door, key: str, slots: int) -> int:
+async def _work_for_aime(args: argparse.Namespace, models: Backend, key: str, slots: int) -> int:
     from moesaic.cluster.aime import worker
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()

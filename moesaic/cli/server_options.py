@@ -21,12 +21,12 @@ from moesaic.errors import InvalidRequest, MoesaicError
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-    from moesaic.door import Door
+    from moesaic.backend import Backend
     from moesaic.serve.exchange import Endpoint
     from moesaic.serve.keys import Key, Keys
     from moesaic.serve.settings import Settings
 
-D = TypeVar("D", bound="Door")
+D = TypeVar("D", bound="Backend")
 log = logging.getLogger("moesaic.serve")
 
 
@@ -94,7 +94,7 @@ def settings(args: argparse.Namespace, **more: Any) -> Settings:
 def serve(
     args: argparse.Namespace,
     settings: Settings,
-    door: Callable[[], Awaitable[D]],
+    backend: Callable[[], Awaitable[D]],
     routes: Callable[[D], Iterable[Endpoint]] = lambda _: (),
     figures: Callable[[D], Callable[[], Iterable[Metric]]] = lambda _: tuple,
     before: Callable[[], None] = lambda: None,
@@ -112,7 +112,7 @@ def serve(
     Raises:
         InvalidRequest: the address, the keys or the certificate cannot be used as they are.
     """
-    from moesaic.serve import front, keys, logs
+    from moesaic.serve import keys, logs, server
     from moesaic.serve.guard import ADMINS
 
     who = keys.Keys(read_keys(args), wanted=args.keys is not None, source=lambda: read_keys(args))
@@ -125,14 +125,14 @@ def serve(
         raise InvalidRequest("--tls-cert and --tls-key go together")
     logs.set_up(args.log_level, as_json=args.log_format == "json")
     before()
-    front.prepare(settings.connections)
+    server.prepare(settings.connections)
     with contextlib.ExitStack() as stack:
         # Before a model is read: a port that is taken is known at once.
-        sockets = [stack.enter_context(front.bind(settings))]
+        sockets = [stack.enter_context(server.bind(settings))]
         if settings.admin_port is not None:
-            sockets.append(stack.enter_context(front.bind(replace(settings, host=ADMINS, port=settings.admin_port))))
+            sockets.append(stack.enter_context(server.bind(replace(settings, host=ADMINS, port=settings.admin_port))))
             settings = replace(settings, admin_port=sockets[1].getsockname()[1])
-        run_async(_run(args, settings, who, sockets, door, routes, figures))
+        run_async(_run(args, settings, who, sockets, backend, routes, figures))
     return 0
 
 
@@ -141,16 +141,16 @@ async def _run(
     settings: Settings,
     who: Keys,
     sockets: Sequence[socket.socket],
-    door: Callable[[], Awaitable[D]],
+    backend: Callable[[], Awaitable[D]],
     routes: Callable[[D], Iterable[Endpoint]],
     figures: Callable[[D], Callable[[], Iterable[Metric]]],
 ) -> None:
-    from moesaic.serve import front
+    from moesaic.serve import server
     from moesaic.serve.app import App
     from moesaic.serve.tracing import Tracer
 
     tracer = Tracer() if args.otel else None
-    opened = await door()
+    opened = await backend()
     app = App(opened, settings, who, tracer, routes(opened), figures(opened))
 
     def reload() -> None:
@@ -166,9 +166,9 @@ async def _run(
     if args.tls_cert:
         urls[0] = urls[0].replace("http://", "https://")
     admins = {"admins": urls[1]} if urls[1:] else {}
-    log.info("serving", extra={"url": urls[0], "models": [c.name for c in opened.cards()], **admins})
+    log.info("serving", extra={"url": urls[0], "models": [c.name for c in opened.models()], **admins})
     try:
-        await front.serve(app, *sockets, certificate=args.tls_cert, private_key=args.tls_key, reload_keys=reload)
+        await server.serve(app, *sockets, certificate=args.tls_cert, private_key=args.tls_key, reload_keys=reload)
     finally:
         if tracer:
             tracer.close()

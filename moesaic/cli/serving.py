@@ -17,8 +17,8 @@ from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
-    from moesaic.door import Door
-    from moesaic.serve.shelf import Book, Shelf
+    from moesaic.backend import Backend
+    from moesaic.serve.model_manager import ModelEntry, ModelManager
 
 
 def add_serve(commands: Commands) -> None:
@@ -77,12 +77,12 @@ def _serve(args: argparse.Namespace) -> int:
     return server_options.serve(args, settings, lambda: shelf(args), before=lambda: _say(launch))
 
 
-async def shelf(args: argparse.Namespace, crowd: int | None = None) -> Shelf:
+async def shelf(args: argparse.Namespace, crowd: int | None = None) -> ModelManager:
     """Return the models that were named, the first of them loaded. ``crowd``: see ``Local``."""
-    from moesaic.serve.shelf import Shelf
+    from moesaic.serve.model_manager import ModelManager
 
-    made = Shelf(books(args, crowd), None if args.memory is None else int(args.memory * 1e9))
-    await made.open(made.cards()[0].name)
+    made = ModelManager(books(args, crowd), None if args.memory is None else int(args.memory * 1e9))
+    await made.open(made.models()[0].name)
     return made
 
 
@@ -93,10 +93,10 @@ def _say(launch: tgi_launcher.Launch) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def books(args: argparse.Namespace, crowd: int | None = None) -> list[Book]:
+def books(args: argparse.Namespace, crowd: int | None = None) -> list[ModelEntry]:
     """Return the models that were named, none of them loaded."""
-    from moesaic.door import Card
-    from moesaic.serve.shelf import Book
+    from moesaic.backend import ModelInfo
+    from moesaic.serve.model_manager import ModelEntry
 
     found = []
     for given in args.models or [None]:
@@ -109,19 +109,21 @@ def books(args: argparse.Namespace, crowd: int | None = None) -> list[Book]:
         shown = name or (called.rstrip("/").split("/")[-1] if called else "built-in")
         aliases = tuple({called} - {shown, None}) if called and "/" in called and not Path(called).exists() else ()
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
-        found.append(Book(Card(shown, aliases, state="unloaded"), partial(open_model, args, path, shown, crowd), size))
+        found.append(
+            ModelEntry(ModelInfo(shown, aliases, state="unloaded"), partial(open_model, args, path, shown, crowd), size)
+        )
     if len({book.card.name for book in found}) < len(found):
         raise InvalidRequest("two models have the same name: name them, as in a=./one b=./two")
     return found
 
 
-async def open_model(args: argparse.Namespace, path: Path | None, name: str, crowd: int | None = None) -> Door:
+async def open_model(args: argparse.Namespace, path: Path | None, name: str, crowd: int | None = None) -> Backend:
     """Return the door to a model, loaded as the command line says."""
     from moesaic.classifier import Classifier
     from moesaic.engine import Limits
     from moesaic.llm import LLM
     from moesaic.loading import is_classifier
-    from moesaic.local import CROWD, Local, LocalClassifier
+    from moesaic.local_backend import CROWD, LocalBackend, LocalClassifierBackend
 
     limits = Limits()
     if args.sequences is not None:
@@ -148,6 +150,6 @@ async def open_model(args: argparse.Namespace, path: Path | None, name: str, cro
 
     model = await asyncio.get_running_loop().run_in_executor(None, load)
     if isinstance(model, Classifier):
-        return LocalClassifier(model, name)
+        return LocalClassifierBackend(model, name)
     model.name = name
-    return Local(model, crowd=crowd or CROWD)
+    return LocalBackend(model, crowd=crowd or CROWD)

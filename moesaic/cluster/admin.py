@@ -12,14 +12,14 @@ from urllib.parse import parse_qs
 import msgspec
 
 from moesaic import __version__
+from moesaic.backend import ModelStats
 from moesaic.cluster import protocol as wire
 from moesaic.cluster.crew import Session
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Depth, Seen, State
-from moesaic.door import Load
 from moesaic.errors import Conflict, InvalidParameter, NotFound
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import Answer, Call, Endpoint, Whole
+from moesaic.serve.exchange import AnyResponse, Endpoint, RequestContext, Response
 from moesaic.serve.keys import Key
 
 STATES: tuple[State, ...] = get_args(State)
@@ -58,7 +58,7 @@ class Worker(msgspec.Struct, frozen=True):
     models: tuple[str, ...]
     slots: int
     jobs: tuple[str, ...]
-    load: dict[str, Load]
+    load: dict[str, ModelStats]
     about: dict[str, Any]
     since: float
     heard: float
@@ -177,23 +177,23 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     )
 
 
-async def _drain(call: Call) -> Answer:
+async def _drain(call: RequestContext) -> AnyResponse:
     call.app.draining = True
-    return Whole(Done("", "draining"))
+    return Response(Done("", "draining"))
 
 
-async def _resume(call: Call) -> Answer:
+async def _resume(call: RequestContext) -> AnyResponse:
     if call.app.stopping:
         raise Conflict("the gateway is stopping: there is no taking that back")
     call.app.draining = False
-    return Whole(Done("", "serving"))
+    return Response(Done("", "serving"))
 
 
-async def _keys(call: Call) -> Answer:
-    return Whole(KeyList([_key(each) for each in call.app.keys.known]))
+async def _keys(call: RequestContext) -> AnyResponse:
+    return Response(KeyList([_key(each) for each in call.app.keys.known]))
 
 
-async def _reload(call: Call) -> Answer:
+async def _reload(call: RequestContext) -> AnyResponse:
     call.app.keys.reload()
     return await _keys(call)
 
@@ -210,10 +210,10 @@ class _Crew:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def status(self, call: Call) -> Answer:
+    async def status(self, call: RequestContext) -> AnyResponse:
         gateway, app = self._gateway, call.app
         depths = (await gateway.store.depths()).values()
-        return Whole(
+        return Response(
             Overview(
                 __version__,
                 "stopping" if app.stopping else "draining" if app.draining else "serving",
@@ -230,10 +230,10 @@ class _Crew:
             )
         )
 
-    async def listed(self, _: Call) -> Answer:
+    async def listed(self, _: RequestContext) -> AnyResponse:
         gateway = self._gateway
         workers = [self._worker(each) for _, each in sorted(gateway.crew.items())]
-        return Whole(Workers(workers, sorted(gateway.drained), sorted(gateway.dismissed)))
+        return Response(Workers(workers, sorted(gateway.drained), sorted(gateway.dismissed)))
 
     def _worker(self, session: Session) -> Worker:
         recruit = session.recruit
@@ -251,17 +251,17 @@ class _Crew:
             session.apart,
         )
 
-    async def drain(self, call: Call) -> Answer:
+    async def drain(self, call: RequestContext) -> AnyResponse:
         self._gateway.drain_worker(call.body.name)
-        return Whole(Done(call.body.name, "drained"))
+        return Response(Done(call.body.name, "drained"))
 
-    async def resume(self, call: Call) -> Answer:
+    async def resume(self, call: RequestContext) -> AnyResponse:
         self._gateway.resume_worker(call.body.name)
-        return Whole(Done(call.body.name, "working"))
+        return Response(Done(call.body.name, "working"))
 
-    async def dismiss(self, call: Call) -> Answer:
+    async def dismiss(self, call: RequestContext) -> AnyResponse:
         await self._gateway.dismiss_worker(call.body.name)
-        return Whole(Done(call.body.name, "dismissed"))
+        return Response(Done(call.body.name, "dismissed"))
 
 
 class _Jobs:
@@ -270,43 +270,45 @@ class _Jobs:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def queues(self, _: Call) -> Answer:
+    async def queues(self, _: RequestContext) -> AnyResponse:
         depths = await self._gateway.store.depths()
-        return Whole(Queues([self._queue(name, depths.get(name)) for name in sorted({*self._gateway.known, *depths})]))
+        return Response(
+            Queues([self._queue(name, depths.get(name)) for name in sorted({*self._gateway.known, *depths})])
+        )
 
     def _queue(self, model: str, depth: Depth | None) -> Queue:
         crew = [each for each in self._gateway.crew.values() if model in each.models]
         depth, slots = depth or Depth(), sum(each.recruit.slots for each in crew)
         return Queue(model, len(crew), slots, depth.queued, depth.leased, depth.suspects, depth.cost)
 
-    async def listed(self, call: Call) -> Answer:
+    async def listed(self, call: RequestContext) -> AnyResponse:
         given = _query(call)
         state, most = given.get("state", "dead"), given.get("most", "100")
         if state not in STATES:
             raise InvalidParameter("state", f"is {state!r:.40}, expected one of {', '.join(STATES)}")
         if not (most.isascii() and most.isdigit() and len(most) < 6 and 0 < int(most) <= MOST):
             raise InvalidParameter("most", f"is {most!r:.20}, expected 1 to {MOST}")
-        return Whole(Jobs(state, [_job(each) for each in await self._gateway.store.listed(state, int(most))]))
+        return Response(Jobs(state, [_job(each) for each in await self._gateway.store.listed(state, int(most))]))
 
-    async def show(self, call: Call) -> Answer:
+    async def show(self, call: RequestContext) -> AnyResponse:
         seen = await self._look(call)
         asked = _query(call).get("request") == "true"
         if asked and seen.state != "dead":
             raise Conflict("what was asked is shown of dead jobs alone")
         result = msgspec.json.decode(seen.result, type=wire.Result) if seen.result else wire.Result()
-        return Whole(Shown(_job(seen), result.error, msgspec.Raw(seen.job.body) if asked else None))
+        return Response(Shown(_job(seen), result.error, msgspec.Raw(seen.job.body) if asked else None))
 
-    async def cancel(self, call: Call) -> Answer:
+    async def cancel(self, call: RequestContext) -> AnyResponse:
         seen = await self._look(call)
-        return Whole(Done(seen.job.id, await self._gateway.withdraw(seen.job.id, seen.job.tenant)))
+        return Response(Done(seen.job.id, await self._gateway.withdraw(seen.job.id, seen.job.tenant)))
 
-    async def revive(self, call: Call) -> Answer:
+    async def revive(self, call: RequestContext) -> AnyResponse:
         seen = await self._look(call)
         if not await self._gateway.revive(seen.job.id, seen.job.model):
             raise Conflict(f"the job is {seen.state}: only dead ones can be revived")
-        return Whole(Done(seen.job.id, "queued"))
+        return Response(Done(seen.job.id, "queued"))
 
-    async def _look(self, call: Call) -> Seen:
+    async def _look(self, call: RequestContext) -> Seen:
         id = call.parameters["id"]
         seen = await self._gateway.store.look(id)
         if seen is None:
@@ -332,6 +334,6 @@ def _job(seen: Seen) -> Job:
     )
 
 
-def _query(call: Call) -> dict[str, str]:
+def _query(call: RequestContext) -> dict[str, str]:
     found = parse_qs(call.scope["query_string"].decode("latin-1"), keep_blank_values=True)
     return {name: values[-1] for name, values in found.items()}

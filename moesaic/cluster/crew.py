@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from moesaic.backend import ModelInfo, ModelStats
 from moesaic.cluster.desk import Recruit
-from moesaic.door import Card, Load
 from moesaic.errors import NotFound
 
 log = logging.getLogger("moesaic.cluster")
@@ -29,7 +29,7 @@ class Session:
     stop: set[str] = field(default_factory=set)
     """Jobs that it is to be told to stop."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    load: Mapping[str, Load] = field(default_factory=dict)
+    load: Mapping[str, ModelStats] = field(default_factory=dict)
     apart: bool = False
     """Whether what it has are suspects, and nothing else is to be given to it."""
     since: float = field(default_factory=time.time)
@@ -43,9 +43,9 @@ class Session:
     drained: bool = False
     """Whether administrators want it to get nothing more."""
 
-    def see(self, load: Mapping[str, Load], works: bool, now: float) -> None:
+    def see(self, load: Mapping[str, ModelStats], works: bool, now: float) -> None:
         """Take in what it says of its engine; ``works``: whether it has anything to do."""
-        moves = any(load[name].steps != self.load.get(name, Load()).steps for name in load)
+        moves = any(load[name].steps != self.load.get(name, ModelStats()).steps for name in load)
         busy = any(each.running + each.waiting for each in load.values())
         if moves or not busy or not works:
             self.stepped = now
@@ -59,9 +59,9 @@ class Crew:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.crew: dict[str, Session] = {}
-        self.known: dict[str, Card] = {}
+        self.known: dict[str, ModelInfo] = {}
         """Every model that a worker has offered, or that was named at the start."""
-        self._past: dict[str, Load] = {}  # what workers that have gone had counted
+        self._past: dict[str, ModelStats] = {}  # what workers that have gone had counted
 
     def join(self, recruit: Recruit) -> tuple[Session, Session | None]:
         """Let a worker in; return its session, and the one that it replaces."""
@@ -90,7 +90,7 @@ class Crew:
         session.wake.set()
         for name, load in session.load.items():
             counted = replace(load, running=0, waiting=0, blocks=0, free_blocks=0, alive=True)
-            self._past[name] = _sum(self._past.get(name, Load()), counted)
+            self._past[name] = _sum(self._past.get(name, ModelStats()), counted)
         there = {name for each in self.crew.values() for name in each.models}
         for name in set(session.models) - there:
             self.known[name] = replace(self.known[name], state="unloaded")
@@ -117,16 +117,16 @@ class Crew:
         """Return how many jobs can run at once."""
         return sum(each.recruit.slots for each in self.crew.values() if not model or model in each.models)
 
-    def loads(self) -> Mapping[str, Load]:
+    def loads(self) -> Mapping[str, ModelStats]:
         """Return how busy the models are, all workers together."""
         out = dict(self._past)
         for session in self.crew.values():
             for name in session.models:
-                load = session.load.get(name, Load())
+                load = session.load.get(name, ModelStats())
                 out[name] = _sum(out[name], load) if name in out else load
         return out
 
 
-def _sum(one: Load, other: Load) -> Load:
-    added = {name: getattr(one, name) + getattr(other, name) for name in vars(Load()) if name != "alive"}
-    return Load(**added, alive=one.alive or other.alive)
+def _sum(one: ModelStats, other: ModelStats) -> ModelStats:
+    added = {name: getattr(one, name) + getattr(other, name) for name in vars(ModelStats()) if name != "alive"}
+    return ModelStats(**added, alive=one.alive or other.alive)

@@ -1,7 +1,7 @@
 """What a gateway is to its two kinds of visitors: those who bring jobs and come back for them, and those who do them.
 
-``door.Door`` is for an API whose client waits while it is answered. A ``Desk`` is for one whose client leaves with a
-number and asks later. ``Labour`` is for workers, whichever protocol they speak: ours over ``/worker/…``, AIME's
+``backend.Backend`` is for an API whose client waits while it is answered. A ``Desk`` is for one whose client leaves
+with a number and asks later. ``Labour`` is for workers, whichever protocol they speak: ours over ``/worker/…``, AIME's
 over ``/worker_job_request``. The gateway is all three.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from moesaic.backend import Event, Finished, GenerationRequest, ModelInfo, ModelStats, ResponseStream
 from moesaic.cluster.jobs import Held, Hold, Lease, State
-from moesaic.door import Answers, Ask, Card, Ended, Event, Load
 from moesaic.errors import MoesaicError
 
 LEASE_SECONDS = 10.0
@@ -39,7 +39,7 @@ class Progress:
     tokens: tuple[int, ...] = ()
     """Of each answer, how many were generated."""
     prompt_tokens: int = 0
-    ended: tuple[Ended, ...] = ()
+    ended: tuple[Finished, ...] = ()
     """The ends of those answers that have ended, once the job is done."""
     error: MoesaicError | None = None
     """Of a job that failed, was cancelled or is dead."""
@@ -52,7 +52,7 @@ class Progress:
 class Desk(Protocol):
     """Takes jobs in and tells how far they are. Raises NotFound for a job that is not there, or another tenant's."""
 
-    async def submit(self, ask: Ask) -> str:
+    async def submit(self, request: GenerationRequest) -> str:
         """Take a request in, durably; return its job's id."""
         ...
 
@@ -60,7 +60,7 @@ class Desk(Protocol):
         """Return how far a job is. An ended one is known until it is dropped, however often it is asked for."""
         ...
 
-    async def follow(self, id: str, tenant: str) -> Answers:
+    async def follow(self, id: str, tenant: str) -> ResponseStream:
         """Return a job's events from the first on, those to come too. Leaving it does not cancel the job."""
         ...
 
@@ -80,7 +80,7 @@ class Recruit:
     name: str
     """Unique among those that are there; one of the same name replaces it, and what that had is lost if it does not
     have it."""
-    cards: tuple[Card, ...]
+    cards: tuple[ModelInfo, ...]
     """What it offers."""
     slots: int = 1
     """How many jobs it runs at once."""
@@ -116,7 +116,7 @@ class Labour(Protocol):
         """
         ...
 
-    async def renew(self, worker: str, holds: Sequence[Hold], load: Mapping[str, Load]) -> Mapping[str, Held]:
+    async def renew(self, worker: str, holds: Sequence[Hold], load: Mapping[str, ModelStats]) -> Mapping[str, Held]:
         """Keep leases, and tell how the worker's models are: their step counters show whether it makes progress."""
         ...
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from moesaic.backend import Event, ModelStats
 from moesaic.cluster import protocol
 from moesaic.cluster.chores import Chores, whole
 from moesaic.cluster.crew import Crew, Session
@@ -25,7 +26,6 @@ from moesaic.cluster.jobs import TICK_SECONDS, Beat, Held, Hold, Lease, Record, 
 from moesaic.cluster.live import Live
 from moesaic.cluster.saving import Saver, catch_up
 from moesaic.cluster.silence import Silence
-from moesaic.door import Event, Load
 from moesaic.errors import Conflict, MoesaicError, Unavailable
 
 log = logging.getLogger("moesaic.cluster")
@@ -183,7 +183,7 @@ class Foreman(Crew, Chores):
     # What workers send
 
     @whole
-    async def renew(self, worker: str, holds: Sequence[Hold], load: Mapping[str, Load]) -> Mapping[str, Held]:
+    async def renew(self, worker: str, holds: Sequence[Hold], load: Mapping[str, ModelStats]) -> Mapping[str, Held]:
         session = self.session(worker)
         session.see(load, bool(holds), self.clock())
         if self.clock() - session.stepped > self._stall_seconds and not session.stalled:

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from moesaic.backend import Delta, Finished, GenerationRequest, ModelInfo, ModelStats, PromptDone, TokenInfo
 from moesaic.cluster import protocol
 from moesaic.cluster.chores import whole
 from moesaic.cluster.desk import LEASE_SECONDS, STALL_SECONDS, Progress
@@ -27,7 +28,6 @@ from moesaic.cluster.jobs import Depth, Job, Seen, State, Store
 from moesaic.cluster.live import Following, Live
 from moesaic.cluster.roster import Roster
 from moesaic.cluster.saving import catch_up
-from moesaic.door import Ask, Begun, Card, Ended, Load, Mark, Piece
 from moesaic.errors import Cancelled, MoesaicError, NotFound, Overloaded, PoisonedJob, Unavailable
 
 log = logging.getLogger("moesaic.cluster")
@@ -41,7 +41,7 @@ GUESSED_TOKENS = 512
 
 
 class Gateway(Roster):
-    """See ``door.Door``, ``desk.Desk`` and ``desk.Labour``. Made on the loop that it answers on."""
+    """See ``backend.Backend``, ``desk.Desk`` and ``desk.Labour``. Made on the loop that it answers on."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Gateway(Roster):
         """
         super().__init__(store, lease_seconds, stall_seconds)
         for name in models:
-            self.known[name] = Card(name, state="unloaded")
+            self.known[name] = ModelInfo(name, state="unloaded")
         self.depths: Mapping[str, Depth] = {}
         store.listen(self._on_news)
         self.always(0.0, self._follow_others)
@@ -69,34 +69,34 @@ class Gateway(Roster):
 
     # The door
 
-    def cards(self) -> Sequence[Card]:
+    def models(self) -> Sequence[ModelInfo]:
         return list(self.known.values())
 
-    def load(self) -> Mapping[str, Load]:
-        waiting = {name: Load(waiting=depth.queued) for name, depth in self.depths.items()}
+    def stats(self) -> Mapping[str, ModelStats]:
+        waiting = {name: ModelStats(waiting=depth.queued) for name, depth in self.depths.items()}
         return waiting | {
             name: replace(load, waiting=load.waiting + self.depths.get(name, Depth()).queued)
             for name, load in self.loads().items()
         }
 
-    async def ask(self, ask: Ask) -> Following:
-        live, known = await self._submit("ask", ask, protocol.pack_ask)
-        live.once = bool(ask.once)
+    async def generate(self, request: GenerationRequest) -> Following:
+        live, known = await self._submit("ask", request, protocol.pack_ask)
+        live.once = bool(request.idempotency_key)
         return Following(live, lambda: self._left(live), known=known)
 
-    async def tokenize(self, ask: Ask) -> list[Mark]:
-        found = await self._done("tokenize", ask, protocol.pack_ask)
-        return msgspec.convert(found, list[Mark])
+    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
+        found = await self._done("tokenize", request, protocol.pack_ask)
+        return msgspec.convert(found, list[TokenInfo])
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
-        return str(await self._done("detokenize", Ask(model), lambda _: msgspec.json.encode(list(ids))))
+        return str(await self._done("detokenize", GenerationRequest(model), lambda _: msgspec.json.encode(list(ids))))
 
     async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        found = await self._done("embed", Ask(model), lambda _: msgspec.json.encode(list(texts)))
+        found = await self._done("embed", GenerationRequest(model), lambda _: msgspec.json.encode(list(texts)))
         return msgspec.convert(found, tuple[list[list[float]], int])
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
-        found = await self._done("classify", Ask(model), lambda _: msgspec.json.encode(list(texts)))
+        found = await self._done("classify", GenerationRequest(model), lambda _: msgspec.json.encode(list(texts)))
         return msgspec.convert(found, list[Mapping[str, float]])
 
     async def close(self) -> None:
@@ -105,7 +105,7 @@ class Gateway(Roster):
 
     # Jobs come in
 
-    def _card(self, name: str) -> Card:
+    def _card(self, name: str) -> ModelInfo:
         if not self.known:
             raise Unavailable("no worker has come yet: start one with `moesaic worker`, or try again later")
         if not name:
@@ -115,10 +115,10 @@ class Gateway(Roster):
                 return card
         raise NotFound(f"there is no model {name!r:.120}")
 
-    async def _submit(self, kind: str, ask: Ask, pack: Any) -> tuple[Live, bool]:
-        card = self._card(ask.model)
-        asked = replace(ask, model=card.name, once="", sampling=dict(ask.sampling))
-        digest = hashlib.sha256(kind.encode() + pack(asked)).hexdigest() if ask.once else ""
+    async def _submit(self, kind: str, request: GenerationRequest, pack: Any) -> tuple[Live, bool]:
+        card = self._card(request.model)
+        asked = replace(request, model=card.name, idempotency_key="", sampling=dict(request.sampling))
+        digest = hashlib.sha256(kind.encode() + pack(asked)).hexdigest() if request.idempotency_key else ""
         if kind == "ask" and asked.sampling.get("seed") is None:  # so that another worker goes on as this one would
             asked = replace(asked, sampling={**asked.sampling, "seed": secrets.randbits(63)})
         job = Job(
@@ -126,19 +126,19 @@ class Gateway(Roster):
             card.name,
             kind,
             pack(asked),
-            ask.tenant,
-            _cost(ask),
-            ask.priority,
-            ask.once,
+            request.tenant,
+            _cost(request),
+            request.priority,
+            request.idempotency_key,
             digest,
         )
-        self.lives[job.id] = live = self._new(job.id, card.name, ask.tenant)
+        self.lives[job.id] = live = self._new(job.id, card.name, request.tenant)
         try:
             id = await self.store.submit(job)
         except BaseException as error:
             del self.lives[job.id]
             left = isinstance(error, asyncio.CancelledError)
-            if left and not ask.once:  # it may be there, and nobody knows of it
+            if left and not request.idempotency_key:  # it may be there, and nobody knows of it
                 self.background(self._unwanted(job.id))
             if isinstance(error, Overloaded | Unavailable) and error.retry_after is None:
                 error.retry_after = self._patience()
@@ -147,7 +147,7 @@ class Gateway(Roster):
             self.wake_idle(card.name)
             return live, False
         del self.lives[job.id]
-        return await self._find(id, ask.tenant), True
+        return await self._find(id, request.tenant), True
 
     async def _unwanted(self, id: str) -> None:
         await self.store.cancel(id)
@@ -161,9 +161,9 @@ class Gateway(Roster):
         wait = 0.1 * queued * self.seconds / max(1, self.slots())
         return max(1.0, min(60.0, wait)) * random.uniform(0.8, 1.4)
 
-    async def _done(self, kind: str, ask: Ask, pack: Any) -> Any:
+    async def _done(self, kind: str, request: GenerationRequest, pack: Any) -> Any:
         """Have something done that leaves no events, and return it."""
-        live, _ = await self._submit(kind, ask, pack)
+        live, _ = await self._submit(kind, request, pack)
         following = Following(live, lambda: self._left(live))
         try:
             async for _ in following:
@@ -197,8 +197,8 @@ class Gateway(Roster):
 
     # The desk
 
-    async def submit(self, ask: Ask) -> str:
-        live, _ = await self._submit("ask", ask, protocol.pack_ask)
+    async def submit(self, request: GenerationRequest) -> str:
+        live, _ = await self._submit("ask", request, protocol.pack_ask)
         live.once = True
         live.unread_since = float("inf")  # whoever comes back with a number comes in his own time
         return live.id
@@ -217,12 +217,12 @@ class Gateway(Roster):
             raise NotFound(f"there is no job {id!r:.60}")
         count = 1 + max((event.index for event in live.events), default=0)
         texts, tokens = [""] * count, [0] * count
-        ends = tuple(event for event in live.events if isinstance(event, Ended))
+        ends = tuple(event for event in live.events if isinstance(event, Finished))
         for event in live.events:
-            if isinstance(event, Piece):
+            if isinstance(event, Delta):
                 texts[event.index] += event.text
                 tokens[event.index] += len(event.tokens)
-        begun = (event.prompt_tokens for event in live.events if isinstance(event, Begun))
+        begun = (event.prompt_tokens for event in live.events if isinstance(event, PromptDone))
         slots = self.slots(live.model)
         wait = None if not slots else self.seconds * (1 + seen.ahead / slots)
         return Progress(
@@ -298,7 +298,7 @@ class Gateway(Roster):
         self.depths = await self.store.depths()
         self.suspects = {model for model, depth in self.depths.items() if depth.suspects}
         for model in self.depths.keys() - self.known.keys():  # it was offered to the gateway that was here before
-            self.known[model] = Card(model, state="unloaded")
+            self.known[model] = ModelInfo(model, state="unloaded")
         old = [live for live in self.lives.values() if not live.worker and now - live.looked_at > LOOK_SECONDS]
         for live in old:
             if live.ended and not live.readers:
@@ -325,14 +325,14 @@ def conclude(live: Live, seen: Seen) -> None:
     live.end(result.outcome, error)
 
 
-def _cost(ask: Ask) -> int:
+def _cost(request: GenerationRequest) -> int:
     """Return about how many tokens a request may take."""
-    if isinstance(ask.prompt, str):
-        read = len(ask.prompt) // 4
-    elif ask.prompt is not None:
-        read = len(ask.prompt)
+    if isinstance(request.prompt, str):
+        read = len(request.prompt) // 4
+    elif request.prompt is not None:
+        read = len(request.prompt)
     else:
-        read = sum(len(str(message.get("content", ""))) for message in ask.messages or ()) // 4
-    most = ask.sampling.get("max_tokens")
-    count = ask.sampling.get("n")
+        read = sum(len(str(message.get("content", ""))) for message in request.messages or ()) // 4
+    most = request.sampling.get("max_tokens")
+    count = request.sampling.get("n")
     return 1 + read + (most if isinstance(most, int) else GUESSED_TOKENS) * (count if isinstance(count, int) else 1)

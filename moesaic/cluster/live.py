@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moesaic.door import Ended, Event, Piece
+from moesaic.backend import Delta, Event, Finished
 from moesaic.errors import MoesaicError, Unavailable
 
 
@@ -79,7 +79,7 @@ class Live:
     def told(self) -> int:
         """Return how many events readers may have: an end of an answer that nothing follows waits until it counts."""
         count = len(self.events)
-        while not self.ended and count and isinstance(self.events[count - 1], Ended):
+        while not self.ended and count and isinstance(self.events[count - 1], Finished):
             count -= 1
         return count
 
@@ -106,7 +106,7 @@ class Live:
 
 
 class Following:
-    """A job's events from the first on; see ``door.Answers``."""
+    """A job's events from the first on; see ``backend.ResponseStream``."""
 
     def __init__(self, live: Live, leave: Callable[[], None], *, known: bool = False) -> None:
         """Read along.
@@ -157,9 +157,9 @@ def _same(one: Event, other: Event) -> bool:
     """Whether a reader of the one has read the other too; figures that go with them do not matter."""
     if type(one) is not type(other) or one.index != other.index:
         return False
-    if isinstance(one, Piece) and isinstance(other, Piece):
+    if isinstance(one, Delta) and isinstance(other, Delta):
         ids = [token.id for token in one.tokens] == [token.id for token in other.tokens]
         return ids and one.text == other.text and one.calls == other.calls
-    if isinstance(one, Ended) and isinstance(other, Ended):
+    if isinstance(one, Finished) and isinstance(other, Finished):
         return one.reason == other.reason
     return True

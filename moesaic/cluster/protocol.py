@@ -13,7 +13,18 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from moesaic import errors
-from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece, Reason
+from moesaic.backend import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    ModelInfo,
+    ModelStats,
+    PromptDone,
+    TokenInfo,
+    ToolCall,
+)
 from moesaic.errors import InvalidRequest, MoesaicError
 
 T = TypeVar("T")
@@ -33,7 +44,7 @@ class _Mark(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Call(msgspec.Struct, array_like=True, frozen=True):
-    place: int
+    index: int
     id: str = ""
     name: str = ""
     arguments: str = ""
@@ -54,46 +65,46 @@ class _Piece(msgspec.Struct, array_like=True, frozen=True, tag="p"):
 
 class _Ended(msgspec.Struct, array_like=True, frozen=True, tag="e"):
     index: Index
-    reason: Reason
+    reason: FinishReason
     prompt_tokens: int
     generated_tokens: int
     cached_tokens: int = 0
     stop: str | None = None
     stop_id: int | None = None
-    called: bool = False
+    has_tool_calls: bool = False
 
 
 Wire = _Begun | _Piece | _Ended
 _EVENTS = msgspec.json.Decoder(list[Wire])
-_ASK = msgspec.json.Decoder(Ask)
+_ASK = msgspec.json.Decoder(GenerationRequest)
 
 
 def to_wire(event: Event) -> Wire:
     """Return an event as it is written."""
-    if isinstance(event, Piece):
-        calls = tuple(_Call(call.place, call.id, call.name, call.arguments) for call in event.calls)
+    if isinstance(event, Delta):
+        calls = tuple(_Call(call.index, call.id, call.name, call.arguments) for call in event.calls)
         return _Piece(event.index, event.text, _marks(event.tokens), calls)
-    if isinstance(event, Begun):
+    if isinstance(event, PromptDone):
         return _Begun(event.index, _marks(event.prompt), event.prompt_tokens)
     return _Ended(*(getattr(event, field.name) for field in fields(event)))
 
 
-def _marks(marks: Sequence[Mark]) -> tuple[_Mark, ...]:
+def _marks(marks: Sequence[TokenInfo]) -> tuple[_Mark, ...]:
     return tuple(_Mark(mark.id, mark.text, mark.special, mark.logprob, mark.top) for mark in marks)
 
 
 def from_wire(wire: Wire) -> Event:
     """Return the event that was written."""
     if isinstance(wire, _Piece):
-        calls = tuple(Call(call.place, call.id, call.name, call.arguments) for call in wire.calls)
-        return Piece(wire.index, wire.text, _unmarked(wire.tokens), calls)
+        calls = tuple(ToolCall(call.index, call.id, call.name, call.arguments) for call in wire.calls)
+        return Delta(wire.index, wire.text, _unmarked(wire.tokens), calls)
     if isinstance(wire, _Begun):
-        return Begun(wire.index, _unmarked(wire.prompt), wire.prompt_tokens)
-    return Ended(*(getattr(wire, name) for name in wire.__struct_fields__))
+        return PromptDone(wire.index, _unmarked(wire.prompt), wire.prompt_tokens)
+    return Finished(*(getattr(wire, name) for name in wire.__struct_fields__))
 
 
-def _unmarked(marks: Sequence[_Mark]) -> tuple[Mark, ...]:
-    return tuple(Mark(mark.id, mark.text, mark.special, mark.logprob, mark.top) for mark in marks)
+def _unmarked(marks: Sequence[_Mark]) -> tuple[TokenInfo, ...]:
+    return tuple(TokenInfo(mark.id, mark.text, mark.special, mark.logprob, mark.top) for mark in marks)
 
 
 def pack_events(events: Sequence[Event]) -> bytes:
@@ -109,24 +120,24 @@ def unpack_events(blob: bytes) -> list[Event]:
 # What is asked
 
 
-def pack_ask(ask: Ask) -> bytes:
+def pack_ask(request: GenerationRequest) -> bytes:
     """Return a request as a job's body has it."""
-    return msgspec.json.encode(ask)
+    return msgspec.json.encode(request)
 
 
-def unpack_ask(body: bytes) -> Ask:
+def unpack_ask(body: bytes) -> GenerationRequest:
     """Return the request in a job's body.
 
     JSON knows neither tuples nor numbers as keys, which ``Sampling`` is made of: they are made again.
     """
-    ask: Ask = decoded(_ASK, body)
-    sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in ask.sampling.items()}
+    request: GenerationRequest = decoded(_ASK, body)
+    sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in request.sampling.items()}
     if isinstance(bias := sampling.get("logit_bias"), Mapping):
         try:
             sampling["logit_bias"] = {int(id): value for id, value in bias.items()}
         except ValueError:
             raise InvalidRequest("logit_bias: its keys are no token ids") from None
-    return replace(ask, sampling=sampling)
+    return replace(request, sampling=sampling)
 
 
 # How it ended
@@ -180,7 +191,7 @@ class Enlist(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /worker/enlist``: a worker offers itself; also again, after a gateway has forgotten it."""
 
     name: str
-    cards: tuple[Card, ...]
+    cards: tuple[ModelInfo, ...]
     slots: Count = 1
     about: dict[str, Any] = {}
     holds: tuple[Claim, ...] = ()
@@ -227,7 +238,7 @@ class Renew(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     holds: tuple[Claim, ...] = ()
-    load: dict[str, Load] = {}
+    load: dict[str, ModelStats] = {}
 
 
 class Renewed(msgspec.Struct, frozen=True):

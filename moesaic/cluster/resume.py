@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from moesaic.door import Ask, Begun, Call, Ended, Event, Piece
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, ToolCall
 from moesaic.errors import InvalidRequest
 
 
@@ -35,15 +35,15 @@ class Told:
         self._answers: dict[int, _Answer] = {}
         for event in log:
             answer = self._of(event)
-            if isinstance(event, Begun):
+            if isinstance(event, PromptDone):
                 answer.begun = True
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 answer.ended = True
             else:
                 answer.ids += [token.id for token in event.tokens]
                 answer.text += event.text
                 for call in event.calls:
-                    answer.calls[call.place] = answer.calls.get(call.place, 0) + len(call.arguments)
+                    answer.calls[call.index] = answer.calls.get(call.index, 0) + len(call.arguments)
         for answer in self._answers.values():
             answer.tokens, answer.characters = len(answer.ids), len(answer.text)
 
@@ -54,7 +54,7 @@ class Told:
         """Return whether all of so many answers have ended."""
         return sum(answer.ended for answer in self._answers.values()) >= count
 
-    def asked(self, ask: Ask) -> Ask:
+    def asked(self, request: GenerationRequest) -> GenerationRequest:
         """Return what to ask so that the answer goes on behind what was told.
 
         Raises:
@@ -62,17 +62,19 @@ class Told:
         """
         first = self._answers.get(0, _Answer())
         if not first.text or first.ids:
-            return replace(ask, resume=self.resume())
+            return replace(request, resume=self.resume())
         first.characters = 0  # what comes is new, all of it
-        if isinstance(ask.prompt, str):
-            return replace(ask, prompt=ask.prompt + first.text)
-        if ask.messages is None or len(self._answers) > 1:
+        if isinstance(request.prompt, str):
+            return replace(request, prompt=request.prompt + first.text)
+        if request.messages is None or len(self._answers) > 1:
             raise InvalidRequest("the worker that began this answer told no tokens, and was lost: ask again")
-        last = ask.messages[-1]
-        if ask.continue_final:
+        last = request.messages[-1]
+        if request.continue_final:
             joined = {**last, "content": f"{last.get('content', '')}{first.text}"}
-            return replace(ask, messages=(*ask.messages[:-1], joined))
-        return replace(ask, messages=(*ask.messages, {"role": "assistant", "content": first.text}), continue_final=True)
+            return replace(request, messages=(*request.messages[:-1], joined))
+        return replace(
+            request, messages=(*request.messages, {"role": "assistant", "content": first.text}), continue_final=True
+        )
 
     def resume(self) -> tuple[tuple[int, ...], ...]:
         """Return the tokens that were told, for ``Ask.resume``."""
@@ -86,21 +88,21 @@ class Told:
         answer = self._of(event)
         if answer.ended:
             return None
-        if isinstance(event, Begun):
+        if isinstance(event, PromptDone):
             return None if answer.begun else event
-        if isinstance(event, Ended) or not (answer.tokens or answer.characters or answer.calls):
+        if isinstance(event, Finished) or not (answer.tokens or answer.characters or answer.calls):
             return event
         tokens = event.tokens[answer.tokens :]
         answer.tokens -= len(event.tokens) - len(tokens)
         text = event.text[answer.characters :]
         answer.characters -= len(event.text) - len(text)
         calls = tuple(fresh for call in event.calls if (fresh := _fresh_call(call, answer.calls)) is not None)
-        return Piece(event.index, text, tokens, calls) if text or tokens or calls else None
+        return Delta(event.index, text, tokens, calls) if text or tokens or calls else None
 
 
-def _fresh_call(call: Call, told: dict[int, int]) -> Call | None:
-    if call.place not in told:
+def _fresh_call(call: ToolCall, told: dict[int, int]) -> ToolCall | None:
+    if call.index not in told:
         return call
-    arguments = call.arguments[told[call.place] :]
-    told[call.place] -= len(call.arguments) - len(arguments)
+    arguments = call.arguments[told[call.index] :]
+    told[call.index] -= len(call.arguments) - len(arguments)
     return replace(call, id="", name="", arguments=arguments) if arguments else None

@@ -17,9 +17,9 @@ from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Hold
 from moesaic.errors import Forbidden, InvalidParameter
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole
+from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response
+from moesaic.serve.json_body import decode_json_fast
 from moesaic.serve.keys import NOBODY
-from moesaic.serve.reading import decode_fast
 
 MESSAGE_BYTES = 16 << 20
 """Of one message of a worker."""
@@ -42,7 +42,7 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         route("/worker/enlist", crew.enlist, wire.Enlist, "offer yourself."),
         route("/worker/lease", crew.lease, wire.Want, "wait for something to do, or to stop."),
         route("/worker/renew", crew.renew, wire.Renew, "keep what you have."),
-        route("/worker/tokens", crew.tokens, wire.Tokens, "send what has come.", decode_fast),
+        route("/worker/tokens", crew.tokens, wire.Tokens, "send what has come.", decode_json_fast),
         route("/worker/done", crew.done, wire.Done, "end a job."),
         route("/worker/release", crew.release, wire.Release, "give back what you have."),
         Endpoint("/v1/jobs/{id}", jobs.show, openai.failure, method="GET", summary="How far a job is."),
@@ -58,7 +58,7 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     )
 
 
-def _name(call: Call, name: str) -> str:
+def _name(call: RequestContext, name: str) -> str:
     """Return a worker's name, which is its key's own: no worker can speak for another key's."""
     if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
         raise InvalidParameter("name", f"is {name!r:.40}, expected up to {LONGEST_NAME} printable characters")
@@ -75,7 +75,7 @@ class _Crew:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def enlist(self, call: Call) -> Answer:
+    async def enlist(self, call: RequestContext) -> AnyResponse:
         said: wire.Enlist = call.body
         refused = {card.name for card in said.cards} - set(call.key.models) if call.key.models else set()
         if refused:
@@ -86,9 +86,9 @@ class _Crew:
             )
         recruit = Recruit(_name(call, said.name), said.cards, said.slots, said.about, call.key.name, said.run)
         known, lease = await self._gateway.enlist(recruit, _holds(said.holds)), self._gateway.lease_seconds
-        return Whole(wire.Enlisted(lease * RENEWS, lease, dict(known)))
+        return Response(wire.Enlisted(lease * RENEWS, lease, dict(known)))
 
-    async def lease(self, call: Call) -> Answer:
+    async def lease(self, call: RequestContext) -> AnyResponse:
         said: wire.Want = call.body
         name = _name(call, said.name)
         try:
@@ -107,36 +107,36 @@ class _Crew:
             )
             for lease in orders.leases
         ]
-        return Whole(wire.Given(leases, list(orders.stop)))
+        return Response(wire.Given(leases, list(orders.stop)))
 
-    async def renew(self, call: Call) -> Answer:
+    async def renew(self, call: RequestContext) -> AnyResponse:
         said: wire.Renew = call.body
         held = await self._gateway.renew(_name(call, said.name), _holds(said.holds), said.load)
-        return Whole(wire.Renewed(dict(held)))
+        return Response(wire.Renewed(dict(held)))
 
-    async def tokens(self, call: Call) -> Answer:
+    async def tokens(self, call: RequestContext) -> AnyResponse:
         said: wire.Tokens = call.body
         parts = {
             Hold(part.id, part.fence): (part.start, [wire.from_wire(each) for each in part.events])
             for part in said.parts
         }
-        return Whole(wire.Known(dict(await self._gateway.take(_name(call, said.name), parts))))
+        return Response(wire.Known(dict(await self._gateway.take(_name(call, said.name), parts))))
 
-    async def done(self, call: Call) -> Answer:
+    async def done(self, call: RequestContext) -> AnyResponse:
         said: wire.Done = call.body
         events = [wire.from_wire(each) for each in said.events]
         error = wire.error_of(said.error) if said.error else None
         hold = Hold(said.id, said.fence)
         counted = await self._gateway.finish(_name(call, said.name), hold, said.start, events, said.outcome, error)
-        return Whole(wire.Counted(counted))
+        return Response(wire.Counted(counted))
 
-    async def release(self, call: Call) -> Answer:
+    async def release(self, call: RequestContext) -> AnyResponse:
         said: wire.Release = call.body
         name = _name(call, said.name)
         await self._gateway.release(name, _holds(said.holds), leave=said.leave)
         if said.leave:
             await self._gateway.dismiss(name)
-        return Whole({})
+        return Response({})
 
 
 class _Jobs:
@@ -145,9 +145,9 @@ class _Jobs:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def show(self, call: Call) -> Answer:
+    async def show(self, call: RequestContext) -> AnyResponse:
         progress = await self._gateway.progress(call.parameters["id"], call.key.name)
-        return Whole(
+        return Response(
             {
                 "id": progress.id,
                 "object": "job",
@@ -161,11 +161,11 @@ class _Jobs:
             }
         )
 
-    async def withdraw(self, call: Call) -> Answer:
+    async def withdraw(self, call: RequestContext) -> AnyResponse:
         id = call.parameters["id"]
-        return Whole({"id": id, "object": "job", "state": await self._gateway.withdraw(id, call.key.name)})
+        return Response({"id": id, "object": "job", "state": await self._gateway.withdraw(id, call.key.name)})
 
-    async def events(self, call: Call) -> Answer:
+    async def events(self, call: RequestContext) -> AnyResponse:
         """Stream a job's events as the worker protocol writes them, numbered; ``Last-Event-ID`` goes on behind it."""
         last = call.header(b"last-event-id") or ""
         after = int(last) if last.isascii() and last.isdigit() and len(last) < 10 else -1
@@ -180,4 +180,4 @@ class _Jobs:
                 number += 1
             yield b"data: [DONE]\n\n"
 
-        return Streamed(frames())
+        return EventStream(frames())

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
+from moesaic.backend import Backend, Event, join
 from moesaic.cluster import protocol as wire
 from moesaic.cluster.desk import LEASE_SECONDS, RENEWS, STALL_SECONDS
 from moesaic.cluster.resume import Told
 from moesaic.cluster.work import Work
-from moesaic.door import Door, Event, join
 from moesaic.errors import (
     Conflict,
     EngineStopped,
@@ -60,7 +60,7 @@ class Worker:
 
     def __init__(
         self,
-        door: Door,
+        backend: Backend,
         gateways: Sequence[str],
         *,
         name: str,
@@ -82,7 +82,7 @@ class Worker:
             ssl: what aiohttp checks certificates with.
             stall_seconds: with work and no step for so long, the engine is given up.
         """
-        self._door, self._gateways, self._name, self._slots = door, list(gateways), name, slots
+        self._backend, self._gateways, self._name, self._slots = backend, list(gateways), name, slots
         self._about, self._ssl, self._stall_seconds = dict(about or {}), ssl, stall_seconds
         self._run = secrets.token_hex(8)
         self._trouble = ""  # why the last connection was lost
@@ -189,7 +189,7 @@ class Worker:
             raise Unavailable(f"{url} is no gateway, or something between has changed its answer") from error
 
     async def _enlist(self) -> None:
-        cards = tuple(card for card in self._door.cards() if card.state != "failed")
+        cards = tuple(card for card in self._backend.models() if card.state != "failed")
         works = list(self._works.values())
         for work in works:
             work.ending = False  # whoever was about to tell it went with the connection, perhaps before he began
@@ -223,7 +223,7 @@ class Worker:
             await self._give_back()
             works = list(self._works.values())
             claims = tuple(work.claim for work in works)
-            said = await self._post("renew", wire.Renew(self._name, claims, dict(self._door.load())), wire.Renewed)
+            said = await self._post("renew", wire.Renew(self._name, claims, dict(self._backend.stats())), wire.Renewed)
             self._answered = time.monotonic()
             for work in works:
                 if said.held.get(work.lease.id) != "ok" and self._works.get(work.lease.id) is work:
@@ -321,11 +321,11 @@ class Worker:
         self._dirty.set()
 
     async def _answer(self, work: Work) -> None:
-        ask = wire.unpack_ask(bytes(work.lease.body))
+        request = wire.unpack_ask(bytes(work.lease.body))
         told = Told(wire.from_wire(each) for each in work.lease.log)
-        if told.ended(ask.sampling.get("n") or 1):  # the last worker died between the last word and its "done"
+        if told.ended(request.sampling.get("n") or 1):  # the last worker died between the last word and its "done"
             return
-        answers = await self._door.ask(told.asked(ask))
+        answers = await self._backend.generate(told.asked(request))
         try:
             async for event in answers:
                 self._tell(work, told, join([event, *answers.ready()]))
@@ -339,16 +339,16 @@ class Worker:
             self._dirty.set()
 
     async def _other(self, lease: wire.Leased) -> Any:
-        door, body = self._door, bytes(lease.body)
+        backend, body = self._backend, bytes(lease.body)
         if lease.kind == "tokenize":
-            return await door.tokenize(wire.unpack_ask(body))
+            return await backend.tokenize(wire.unpack_ask(body))
         given = msgspec.json.decode(body)
         if lease.kind == "detokenize":
-            return await door.detokenize(lease.model, given)
+            return await backend.detokenize(lease.model, given)
         if lease.kind == "embed":
-            return await door.embed(lease.model, given)
+            return await backend.embed(lease.model, given)
         if lease.kind == "classify":
-            return await door.classify(lease.model, given)
+            return await backend.classify(lease.model, given)
         raise InvalidRequest(f"this worker does not know how to {lease.kind:.20}")
 
     async def _abandon(self, works: Sequence[Work]) -> None:
@@ -371,7 +371,7 @@ class Worker:
         """See whether the engine still moves, and whether anybody still waits for what it does."""
         while True:
             await asyncio.sleep(1)
-            now, load = time.monotonic(), self._door.load().values()
+            now, load = time.monotonic(), self._backend.stats().values()
             if any(not each.alive for each in load):
                 raise EngineStopped("the engine has died: start the worker again")
             steps = sum(each.steps for each in load)

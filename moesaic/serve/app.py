@@ -23,33 +23,33 @@ from starlette.routing import Route, Router
 from starlette.staticfiles import StaticFiles
 
 from moesaic import registry
-from moesaic.door import Door
+from moesaic.backend import Backend
 from moesaic.errors import Forbidden, MoesaicError, NotFound, TimedOut, Unavailable, WrongMethod
 from moesaic.serve import logs
 from moesaic.serve.dialects import _openai
 from moesaic.serve.exchange import (
-    Call,
     Disconnected,
     Endpoint,
+    EventStream,
     Failure,
     Message,
     Receive,
+    RequestContext,
+    Response,
     Scope,
     Send,
     Sender,
-    Streamed,
-    Whole,
     failure_of,
     header,
 )
 from moesaic.serve.guard import Guard
-from moesaic.serve.kept import Kept
+from moesaic.serve.json_body import LARGE_BODY_BYTES, decode_json, read_body
 from moesaic.serve.keys import NOBODY, Keys
-from moesaic.serve.progress import Progress
-from moesaic.serve.reading import LONG, decode, read_body
+from moesaic.serve.metrics import Metrics
+from moesaic.serve.readiness import Readiness
+from moesaic.serve.response_store import ResponseStore
 from moesaic.serve.settings import Settings
 from moesaic.serve.tracing import Tracer
-from moesaic.serve.watch import Metrics
 
 log = logging.getLogger("moesaic.serve")
 
@@ -72,7 +72,7 @@ class App:
 
     def __init__(
         self,
-        door: Door,
+        backend: Backend,
         settings: Settings | None = None,
         keys: Keys | None = None,
         tracer: Tracer | None = None,
@@ -80,12 +80,12 @@ class App:
         figures: Callable[[], Iterable[Metric]] = tuple,
     ) -> None:
         """Offer every dialect over a door, and ``more`` routes and figures."""
-        self.door, self.settings, self.keys = door, settings or Settings(), keys or Keys()
+        self.backend, self.settings, self.keys = backend, settings or Settings(), keys or Keys()
         self.tracer = tracer
-        self.metrics = Metrics(door.load, figures)
+        self.metrics = Metrics(backend.stats, figures)
         self.guard = Guard(self.settings, self.keys)
-        self.kept = Kept(self.settings.kept_responses, self.settings.kept_bytes)
-        self.progress = Progress(door, self.settings.stall_seconds)
+        self.kept = ResponseStore(self.settings.kept_responses, self.settings.kept_bytes)
+        self.progress = Readiness(backend, self.settings.stall_seconds)
         self.descriptions: dict[bool, dict[str, Any]] = {}
         """OpenAPI's, with and without keys, as far as they were asked for."""
         self.draining = self.stopping = False
@@ -115,7 +115,7 @@ class App:
                 await send({"type": "lifespan.startup.complete"})
         except asyncio.CancelledError:  # told twice to stop: at once, and not an error that needs a trace
             return
-        await self.door.close()
+        await self.backend.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,7 +130,7 @@ class App:
             self.guard.check_host(scope)
             self.guard.check_origin(scope)
             if scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method"):
-                await sender.whole(Whole(b"", 204, ""))
+                await sender.whole(Response(b"", 204, ""))
             elif self._is_page(scope):
                 await self._page(scope, receive, send, headers)
             else:
@@ -182,7 +182,7 @@ class App:
             raise Forbidden("this needs a worker's key" if endpoint.worker else "a worker's key is for its work alone")
         if self.draining and endpoint.body is not None and not (endpoint.worker or endpoint.admin):
             raise Unavailable("the server takes nothing new now: ask another, or try again later")
-        call = Call(self, endpoint, scope, key, scope["request_id"])
+        call = RequestContext(self, endpoint, scope, key, scope["request_id"])
         self.running += not endpoint.worker
         error: BaseException | None = None
         try:
@@ -200,12 +200,12 @@ class App:
 
     async def _body(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> Any:
         body = await read_body(scope, receive, self.settings, endpoint.body_bytes)
-        read = endpoint.decode or decode
-        if len(body) > LONG:
+        read = endpoint.decode or decode_json
+        if len(body) > LARGE_BODY_BYTES:
             return await asyncio.to_thread(read, body, endpoint.body)
         return read(body, endpoint.body)
 
-    async def _answer(self, call: Call, sender: Sender) -> None:
+    async def _answer(self, call: RequestContext, sender: Sender) -> None:
         seconds = self.settings.request_seconds
         try:
             async with asyncio.timeout(seconds or None) as bound:
@@ -214,7 +214,7 @@ class App:
             if not bound.expired():
                 raise
             raise TimedOut(f"the answer took longer than {seconds:g} s") from None
-        if isinstance(answer, Streamed):
+        if isinstance(answer, EventStream):
             assert call.endpoint.broken is not None, "an endpoint that streams must say how a stream breaks"
             await sender.stream(answer, answer.broken or call.endpoint.broken)
         else:
@@ -235,7 +235,7 @@ class App:
             headers["www-authenticate"] = "Bearer"
         with contextlib.suppress(Disconnected):
             shown = shape(failure)
-            answer = shown if isinstance(shown, Whole) else Whole(shown, failure.status)
+            answer = shown if isinstance(shown, Response) else Response(shown, failure.status)
             await sender.whole(replace(answer, headers={**answer.headers, **headers}))
 
     def _shape_of(self, path: str) -> Any:

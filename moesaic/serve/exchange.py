@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from moesaic.door import Answers, Ask, Door, Event
+from moesaic.backend import Backend, Event, GenerationRequest, ResponseStream
 from moesaic.errors import InvalidParameter, MoesaicError, Overloaded, Unavailable
 from moesaic.serve.keys import Key
+from moesaic.serve.metrics import RequestMetrics
 from moesaic.serve.settings import Settings
-from moesaic.serve.watch import Watch
 
 if TYPE_CHECKING:
     from moesaic.serve.app import App
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LONGEST_ONCE = 255
+MAX_IDEMPOTENCY_KEY_CHARS = 255
 """Characters of an idempotency key."""
 
 Scope = MutableMapping[str, Any]
@@ -52,7 +52,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Response:
     """An answer in one piece: bytes, or what becomes JSON."""
 
     content: Any
@@ -65,7 +65,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Streamed:
+class EventStream:
     """An answer as it comes: frames of server-sent events.
 
     ``broken`` shows an error as an event of this very stream, where its endpoint's cannot.
@@ -76,7 +76,7 @@ class Streamed:
     broken: Callable[[Failure], bytes] | None = None
 
 
-Answer = Whole | Streamed
+AnyResponse = Response | EventStream
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Endpoint:
     """
 
     path: str
-    run: Callable[[Call], Awaitable[Answer]]
+    run: Callable[[RequestContext], Awaitable[AnyResponse]]
     failure: Callable[[Failure], Any]
     broken: Callable[[Failure], bytes] | None = None
     method: str = "POST"
@@ -111,7 +111,7 @@ class Endpoint:
 
 
 @dataclass
-class Call:
+class RequestContext:
     """A request that was let in."""
 
     app: App
@@ -120,15 +120,15 @@ class Call:
     key: Key
     id: str
     body: Any = None
-    running: list[Answers] = field(default_factory=list)
+    running: list[ResponseStream] = field(default_factory=list)
     spent: int = 0
     """Tokens that it has cost, besides those of what was asked through ``ask``."""
-    _watches: list[Watch] = field(default_factory=list)
+    _watches: list[RequestMetrics] = field(default_factory=list)
     _begun: int = 0
 
     @property
-    def door(self) -> Door:
-        return self.app.door
+    def backend(self) -> Backend:
+        return self.app.backend
 
     @property
     def settings(self) -> Settings:
@@ -144,45 +144,45 @@ class Call:
         """Return the first header of that name."""
         return header(self.scope, name)
 
-    async def ask(self, ask: Ask) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """Ask the door in this client's name; return the events, which are counted and timed as they pass.
 
         The request is taken in when this returns, and taken back when the exchange ends before it.
         """
-        answers, watch = await self._admitted(ask)
+        answers, watch = await self._admitted(request)
         return watch.events(answers)
 
-    async def ask_in_batches(self, ask: Ask) -> AsyncIterator[list[Event]]:
+    async def generate_in_batches(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         """Do the same, with all events together that can be had at once: an answer's last token and its end can."""
-        answers, watch = await self._admitted(ask)
+        answers, watch = await self._admitted(request)
         return watch.batches(answers)
 
-    async def _admitted(self, ask: Ask) -> tuple[Answers, Watch]:
+    async def _admitted(self, request: GenerationRequest) -> tuple[ResponseStream, RequestMetrics]:
         # With keys, a client may stand back behind others, but not step in front of them.
-        wish = max(0, ask.priority) if self.app.keys.wanted and not self.key.admin else ask.priority
-        ask = replace(ask, tenant=self.key.name, priority=wish + self.key.priority)
+        wish = max(0, request.priority) if self.app.keys.wanted and not self.key.admin else request.priority
+        request = replace(request, tenant=self.key.name, priority=wish + self.key.priority)
         if once := self.header(b"idempotency-key"):
-            if len(once) > LONGEST_ONCE:
-                raise InvalidParameter("Idempotency-Key", f"has more than {LONGEST_ONCE} characters")
+            if len(once) > MAX_IDEMPOTENCY_KEY_CHARS:
+                raise InvalidParameter("Idempotency-Key", f"has more than {MAX_IDEMPOTENCY_KEY_CHARS} characters")
             place = len(self._watches)
-            ask = replace(ask, once=f"{once}/{place}" if place else once)
+            request = replace(request, idempotency_key=f"{once}/{place}" if place else once)
         most = self.settings.concurrent_requests
         if most is not None and self.app.asking >= most:
             raise Overloaded(f"{most} requests are being answered, and no more are taken in")
         if len(self._watches) >= self._begun:  # the first is the request itself, which was counted
             self.begin()
-        watch = Watch(self.app.metrics, self.app.settings, ask, self._span(ask), self._settle_early)
+        watch = RequestMetrics(self.app.metrics, self.app.settings, request, self._span(request), self._settle_early)
         self._watches.append(watch)
         self.app.asking += 1
-        answers = await watch.admitted(self.door.ask(ask))
+        answers = await watch.admitted(self.backend.generate(request))
         self.running.append(answers)
         if answers.job is not None:
-            self.scope["sender"].kept(*answers.job, once=bool(ask.once))
+            self.scope["sender"].kept(*answers.job, once=bool(request.idempotency_key))
         return answers, watch
 
-    def _span(self, ask: Ask) -> Span | None:
+    def _span(self, request: GenerationRequest) -> Span | None:
         tracer = self.app.tracer
-        return tracer.begin(ask, self.header(b"traceparent"), self.header(b"tracestate")) if tracer else None
+        return tracer.begin(request, self.header(b"traceparent"), self.header(b"tracestate")) if tracer else None
 
     def begin(self) -> None:
         """Count a request against the key's share.
@@ -245,7 +245,7 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(error.status, type(error).__name__, str(error), getattr(error, "param", None), wait)
 
 
-async def together(work: Sequence[Awaitable[T]]) -> list[T]:
+async def gather_all(work: Sequence[Awaitable[T]]) -> list[T]:
     """Do several things at once and return what they return; the first error ends them all, and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -278,12 +278,12 @@ class Sender:
         if once:
             self._headers.append((b"idempotency-replayed", b"true" if known else b"false"))
 
-    async def whole(self, answer: Whole) -> None:
+    async def whole(self, answer: Response) -> None:
         body = answer.body()
         await self._start(answer.status, answer.media, {**answer.headers, "content-length": str(len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
-    async def stream(self, answer: Streamed, broken: Callable[[Failure], bytes]) -> None:
+    async def stream(self, answer: EventStream, broken: Callable[[Failure], bytes]) -> None:
         """Send frames as they come; an error before the first is raised, one after it becomes an event."""
         try:
             async with contextlib.aclosing(answer.frames) as frames:  # type: ignore[type-var]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moesaic.door import Ask
+from moesaic.backend import GenerationRequest
 from moesaic.errors import InvalidRequest
 
 SAMPLED = ("temperature", "top_p", "top_k", "max_tokens", "seed", "frequency_penalty", "presence_penalty")
@@ -62,23 +62,23 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("moesaic")
 
-    def begin(self, ask: Ask, traceparent: str | None = None, tracestate: str | None = None) -> Span:
+    def begin(self, request: GenerationRequest, traceparent: str | None = None, tracestate: str | None = None) -> Span:
         """Return the span of a request, in the trace that its client is in, if it says so (W3C Trace Context)."""
         from opentelemetry.trace import SpanKind
 
-        operation = "chat" if ask.messages is not None else "text_completion"
-        named = {f"gen_ai.request.{name}": ask.sampling[name] for name in SAMPLED if name in ask.sampling}
+        operation = "chat" if request.messages is not None else "text_completion"
+        named = {f"gen_ai.request.{name}": request.sampling[name] for name in SAMPLED if name in request.sampling}
         attributes = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "moesaic",
-            "gen_ai.request.model": ask.model,
-            "gen_ai.response.model": ask.model,
-            "gen_ai.request.choice.count": ask.sampling.get("n", 1),
+            "gen_ai.request.model": request.model,
+            "gen_ai.response.model": request.model,
+            "gen_ai.request.choice.count": request.sampling.get("n", 1),
             **named,
         }
         told = {"traceparent": traceparent or "", "tracestate": tracestate or ""}
         parent = self._context.extract({name: value for name, value in told.items() if value})
-        name = f"{operation} {ask.model}"
+        name = f"{operation} {request.model}"
         return Span(self._tracer.start_span(name, parent, SpanKind.SERVER, attributes=attributes))
 
     def close(self) -> None:

@@ -10,17 +10,21 @@ import time
 import pytest
 
 from moesaic import errors
+from moesaic.backend import ToolCall
 from moesaic.client import AsyncClient, Client, Piece
 from moesaic.client.events import Events
 from moesaic.client.replies import failure
-from moesaic.door import Call
 from moesaic.errors import BadReply, InvalidParameter, InvalidRequest, NumericalError, StreamBroken, Unauthorized
 from moesaic.serve import keys
 from tests.client.conftest import AT_ONCE
 from tests.serve.conftest import Script, Server, running
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
-CALLS = (Call(0, "call_a", "weather", '{"city":'), Call(0, arguments=' "Oslo"}'), Call(1, "call_b", "time", "{}"))
+CALLS = (
+    ToolCall(0, "call_a", "weather", '{"city":'),
+    ToolCall(0, arguments=' "Oslo"}'),
+    ToolCall(1, "call_b", "time", "{}"),
+)
 BUILT = """
 import sys, time
 class Blocked:
@@ -106,7 +110,7 @@ def test_the_same_in_an_event_loop(served):
 
 
 def test_tools(scripted, client):
-    scripted.door.script = Script(pieces=("Let me see.",), calls=CALLS)
+    scripted.backend.script = Script(pieces=("Let me see.",), calls=CALLS)
     question = [{"role": "user", "content": "Weather?"}]
     tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "time")]
     answer = client.chat(question, tools=tools)
@@ -120,7 +124,7 @@ def test_tools(scripted, client):
     assert stream.answer().calls == answer.calls
     results = [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in answer.calls]
     client.chat([*question, answer.message, *results], tools=tools)
-    assert [turn["role"] for turn in scripted.door.asked[-1].messages] == ["user", "assistant", "tool", "tool"]
+    assert [turn["role"] for turn in scripted.backend.asked[-1].messages] == ["user", "assistant", "tool", "tool"]
 
 
 # What goes wrong
@@ -137,11 +141,11 @@ def test_refusals(scripted, client):
         client.chat([])
     with pytest.raises(errors.TooLarge):
         client.chat("Hi " * 2**20)
-    scripted.door.script = Script(refusal=errors.KeyExhausted("spent", 300))
+    scripted.backend.script = Script(refusal=errors.KeyExhausted("spent", 300))
     with pytest.raises(errors.Overloaded, match="spent") as caught:
         client.chat("Hi")
-    assert caught.value.retry_after == 300 and len(scripted.door.asked) == 1
-    scripted.door.script = Script(error=NumericalError("the model computed NaN"))
+    assert caught.value.retry_after == 300 and len(scripted.backend.asked) == 1
+    scripted.backend.script = Script(error=NumericalError("the model computed NaN"))
     with client.chat("Hi", stream=True) as stream, pytest.raises(errors.MoesaicError, match="NaN"):
         list(stream)
     assert stream.text == "Hello, world!"
@@ -159,7 +163,7 @@ def test_what_cannot_be_asked_is_not(scripted, client):
     with pytest.raises(InvalidParameter) as caught:
         Client(key="secret\n")
     assert "secret" not in str(caught.value)
-    assert not scripted.door.asked
+    assert not scripted.backend.asked
     client.chat("Hi", extra={"unheard_of": 1})
 
 
@@ -200,24 +204,24 @@ def test_the_environment_says_where_and_who(monkeypatch):
 
 def cancelled(server: Server) -> bool:
     for _ in range(400):
-        if server.door.cancelled:
+        if server.backend.cancelled:
             return True
         time.sleep(0.02)
     return False
 
 
 def test_leaving_a_stream_takes_the_request_back(scripted, client):
-    scripted.door.script = Script(held=True)
+    scripted.backend.script = Script(held=True)
     with client.chat("Hi", stream=True) as stream:
         assert next(stream) == Piece("Hello")
-    assert cancelled(scripted) and scripted.door.cancelled == 1
+    assert cancelled(scripted) and scripted.backend.cancelled == 1
     assert list(stream) == []
     with pytest.raises(StreamBroken):
         stream.answer()
 
 
 def test_a_cancelled_task_takes_its_request_back(scripted):
-    scripted.door.script = Script(held=True)
+    scripted.backend.script = Script(held=True)
 
     async def main() -> None:
         begun = asyncio.Event()
@@ -241,4 +245,4 @@ def test_a_connection_serves_many_streams(scripted, client):
     for _ in range(3):
         with client.chat("Hi", stream=True) as stream:
             list(stream)
-    assert scripted.call_sync(lambda: len(scripted.front.server_state.connections)) == 1
+    assert scripted.call_sync(lambda: len(scripted.http.server_state.connections)) == 1

@@ -121,8 +121,8 @@ def test_connections_that_break_before_the_answer(breaking, http_client):
 
 
 def test_an_answer_that_does_not_begin(breaking, scripted):
-    scripted.door.script.pause = 60.0
+    scripted.backend.script.pause = 60.0
     client = Client(scripted.url, timeouts=Timeouts(first_byte=0.2), retries=AT_ONCE)
     with client, pytest.raises(TimedOut, match="first_byte"):
         client.chat("Hi")
-    assert len(scripted.door.asked) == 1
+    assert len(scripted.backend.asked) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.door import Call
+from moesaic.backend import ToolCall
 from moesaic.errors import NumericalError, Overloaded
 from tests.clients.conftest import environment, run
 from tests.serve.conftest import Script
@@ -31,32 +31,32 @@ def test_messages(python, served):
 
 def test_tools(python, scripted):
     parts = (
-        Call(0, "call_a", "weather", '{"city":'),
-        Call(0, arguments=' "Oslo"}'),
-        Call(1, "call_b", "weather", "{}"),
+        ToolCall(0, "call_a", "weather", '{"city":'),
+        ToolCall(0, arguments=' "Oslo"}'),
+        ToolCall(1, "call_b", "weather", "{}"),
     )
-    scripted.door.script = Script(pieces=("Let me see.",), calls=parts)
+    scripted.backend.script = Script(pieces=("Let me see.",), calls=parts)
     found = run(python, "anthropic_scripted.py", scripted.url, "tools")
     assert (found["reason"], found["alike"]) == ("tool_use", True)
     assert found["calls"] == [["call_a", "weather", {"city": "Oslo"}], ["call_b", "weather", {}]]
-    first, _, last = scripted.door.asked
+    first, _, last = scripted.backend.asked
     assert first.tool_choice == "required"
     assert [turn["role"] for turn in last.messages] == ["user", "assistant", "tool", "tool"]
 
 
 def test_parsed_answers(python, scripted):
-    scripted.door.script = Script(pieces=('{"name": ', '"Oslo", ', '"people": 700000}'))
+    scripted.backend.script = Script(pieces=('{"name": ', '"Oslo", ', '"people": 700000}'))
     assert run(python, "anthropic_scripted.py", scripted.url, "parse") == {"name": "Oslo", "people": 700000}
-    kind, schema = scripted.door.asked[0].grammar
+    kind, schema = scripted.backend.asked[0].grammar
     assert kind == "json_schema" and set(schema["properties"]) == {"name", "people"}
 
 
 def test_a_full_server_is_asked_again(python, scripted):
-    scripted.door.script = Script(refusal=Overloaded("full"))
+    scripted.backend.script = Script(refusal=Overloaded("full"))
     assert run(python, "anthropic_scripted.py", scripted.url, "busy") == 429
-    assert len(scripted.door.asked) == 3
+    assert len(scripted.backend.asked) == 3
 
 
 def test_a_stream_that_breaks(python, scripted):
-    scripted.door.script = Script(error=NumericalError("the model computed NaN"))
+    scripted.backend.script = Script(error=NumericalError("the model computed NaN"))
     assert run(python, "anthropic_scripted.py", scripted.url, "broken") == ["Hello", ", ", "world", "!", "api_error"]

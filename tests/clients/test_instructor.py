@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.door import Call
+from moesaic.backend import ToolCall
 from tests.clients.conftest import environment, run
 from tests.serve.conftest import Script
 
@@ -19,10 +19,13 @@ def python():
 
 @pytest.mark.parametrize("mode", ["JSON_SCHEMA", "JSON", "TOOLS"])
 def test_modes(python, scripted, mode):
-    text, call = '{"name": "Oslo", "people": 700000}', Call(0, "call_a", "City", '{"name": "Oslo", "people": 700000}')
-    scripted.door.script = Script(pieces=(), calls=(call,)) if mode == "TOOLS" else Script(pieces=(text,))
+    text, call = (
+        '{"name": "Oslo", "people": 700000}',
+        ToolCall(0, "call_a", "City", '{"name": "Oslo", "people": 700000}'),
+    )
+    scripted.backend.script = Script(pieces=(), calls=(call,)) if mode == "TOOLS" else Script(pieces=(text,))
     assert run(python, "instructor_client.py", scripted.url, mode, "scripted") == OSLO
-    [ask] = scripted.door.asked
+    [ask] = scripted.backend.asked
     if mode == "TOOLS":
         assert ask.tool_choice == {"type": "function", "function": {"name": "City"}}
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.door import Call
+from moesaic.backend import ToolCall
 from tests.clients.conftest import environment, run
 from tests.serve.conftest import Script
 
@@ -25,21 +25,23 @@ def test_the_built_in_model(python, served):
 
 
 def test_tools(python, scripted):
-    scripted.door.script = Script(
-        pieces=(), calls=(Call(0, "call_a", "weather", '{"city":'), Call(0, arguments=' "Oslo"}'))
+    scripted.backend.script = Script(
+        pieces=(), calls=(ToolCall(0, "call_a", "weather", '{"city":'), ToolCall(0, arguments=' "Oslo"}'))
     )
     found = run(python, "langchain_client.py", scripted.url, "tools", "scripted")
     assert found == {name: {"calls": [["call_a", "weather", {"city": "Oslo"}]], "alike": True} for name in found}
-    for ask in (scripted.door.asked[2], scripted.door.asked[5]):
+    for ask in (scripted.backend.asked[2], scripted.backend.asked[5]):
         assert [turn["role"] for turn in ask.messages] == ["user", "assistant", "tool"]
         assert ask.messages[2]["content"] == "rain in Oslo"
 
 
 def test_structured_output(python, scripted):
-    scripted.door.script = Script(pieces=('{"name": ', '"Oslo", ', '"people": 700000}'))
+    scripted.backend.script = Script(pieces=('{"name": ', '"Oslo", ', '"people": 700000}'))
     assert run(python, "langchain_client.py", scripted.url, "parse", "scripted") == OSLO
-    assert scripted.door.asked[0].grammar[0] == "json_schema"
-    scripted.door.script = Script(pieces=(), calls=(Call(0, "call_a", "City", '{"name": "Oslo", "people": 700000}'),))
+    assert scripted.backend.asked[0].grammar[0] == "json_schema"
+    scripted.backend.script = Script(
+        pieces=(), calls=(ToolCall(0, "call_a", "City", '{"name": "Oslo", "people": 700000}'),)
+    )
     assert run(python, "langchain_client.py", scripted.url, "function", "scripted") == OSLO
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.door import Call
+from moesaic.backend import ToolCall
 from tests.clients.conftest import environment, run
 from tests.serve.conftest import Script
 
@@ -26,8 +26,8 @@ def test_the_built_in_model(python, served):
 
 
 def test_tools(python, scripted):
-    parts = (Call(0, "call_a", "weather", '{"city":'), Call(0, arguments=' "Oslo"}'))
-    scripted.door.script = Script(pieces=(), calls=parts)
+    parts = (ToolCall(0, "call_a", "weather", '{"city":'), ToolCall(0, arguments=' "Oslo"}'))
+    scripted.backend.script = Script(pieces=(), calls=parts)
     found = run(python, "litellm_client.py", scripted.url, "tools", **OFFLINE)
     assert found == [["tool_calls", "call_a", "weather", {"city": "Oslo"}]] * 4
 

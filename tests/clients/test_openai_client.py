@@ -6,16 +6,16 @@ import json
 
 import pytest
 
-from moesaic.door import Call
+from moesaic.backend import ToolCall
 from moesaic.errors import NumericalError, Overloaded
 from tests.clients.conftest import environment, run
 from tests.serve.conftest import Script
 
 pytestmark = pytest.mark.clients
 CALLS = (
-    Call(0, "call_a", "weather", '{"city":'),
-    Call(0, arguments=' "Oslo"}'),
-    Call(1, "call_b", "weather", '{"city": "Rome"}'),
+    ToolCall(0, "call_a", "weather", '{"city":'),
+    ToolCall(0, arguments=' "Oslo"}'),
+    ToolCall(1, "call_b", "weather", '{"city": "Rome"}'),
 )
 CALLED = [["call_a", "weather", '{"city": "Oslo"}'], ["call_b", "weather", '{"city": "Rome"}']]
 CITY = ('{"name": ', '"Oslo", ', '"people": 700000}')
@@ -74,21 +74,21 @@ def test_refusals(seen):
 
 
 def test_tools(python, scripted):
-    scripted.door.script = Script(pieces=("Let me see.",), calls=CALLS)
+    scripted.backend.script = Script(pieces=("Let me see.",), calls=CALLS)
     found = run(python, "openai_scripted.py", scripted.url, "chat-tools")
     assert (found["reason"], found["calls"], found["alike"]) == ("tool_calls", CALLED, True)
     assert "tool_calls.function.arguments.delta" in found["kinds"]
     found = run(python, "openai_scripted.py", scripted.url, "response-tools")
     assert (found["calls"], found["alike"], found["status"]) == (CALLED, True, "completed")
     assert "response.function_call_arguments.done" in found["kinds"]
-    assert [turn["role"] for turn in scripted.door.asked[-1].messages] == ["user", "assistant", "tool", "tool"]
+    assert [turn["role"] for turn in scripted.backend.asked[-1].messages] == ["user", "assistant", "tool", "tool"]
 
 
 def test_parsed_answers(python, scripted):
-    scripted.door.script = Script(pieces=CITY)
+    scripted.backend.script = Script(pieces=CITY)
     found = run(python, "openai_scripted.py", scripted.url, "parse")
     assert found["chat"] == found["response"] == {"name": "Oslo", "people": 700000}
-    for ask in scripted.door.asked:
+    for ask in scripted.backend.asked:
         kind, schema = ask.grammar
         assert kind == "json_schema" and set(schema["properties"]) == {"name", "people"}
 
@@ -106,14 +106,14 @@ def test_the_built_in_model_calls_a_tool_if_it_must(python, served):
 
 
 def test_a_full_server_is_asked_again(python, scripted):
-    scripted.door.script = Script(refusal=Overloaded("full"))
+    scripted.backend.script = Script(refusal=Overloaded("full"))
     found = run(python, "openai_scripted.py", scripted.url, "busy")
     assert found["status"] == 429 and "full" in found["message"]
-    assert len(scripted.door.asked) == 3
+    assert len(scripted.backend.asked) == 3
 
 
 def test_a_stream_that_breaks(python, scripted):
-    scripted.door.script = Script(error=NumericalError("the model computed NaN"))
+    scripted.backend.script = Script(error=NumericalError("the model computed NaN"))
     found = run(python, "openai_scripted.py", scripted.url, "broken")
     assert found["chat"] == ["", "Hello", ", ", "world", "!", "APIError"]
     assert found["response"][-1] == "response.failed" and "response.completed" not in found["response"]

@@ -43,7 +43,7 @@ class Site:
 
     @property
     def gateway(self) -> Gateway:
-        return self.server.app.door  # type: ignore[return-value]
+        return self.server.app.backend  # type: ignore[return-value]
 
     def spawn(self, name: str) -> int:
         """Start a worker, w and a number; return its process number when the gateway knows it."""

@@ -33,7 +33,7 @@ class Hand:
 
     site: Site
     worker: Worker
-    door: Any
+    backend: Any
     future: Future[None]
 
     def stop(self) -> None:
@@ -63,7 +63,7 @@ class Site:
 
     @property
     def gateway(self) -> Gateway:
-        found: Gateway = self.server.door
+        found: Gateway = self.server.backend
         return found
 
     def do(self, work: Coroutine[Any, Any, Any], seconds: float = 60) -> Any:
@@ -72,7 +72,7 @@ class Site:
 
     def hire(
         self,
-        door: Any = None,
+        backend: Any = None,
         *,
         name: str = "",
         slots: int = 4,
@@ -82,14 +82,14 @@ class Site:
         **options: Any,
     ) -> Hand:
         """Have a worker come, and wait until it is there."""
-        door, name = door or Fake(), name or f"w{len(self.hands)}"
+        backend, name = backend or Fake(), name or f"w{len(self.hands)}"
 
         async def made() -> Worker:
-            return Worker(door, urls or [self.url], name=name, key=key, slots=slots, **options)
+            return Worker(backend, urls or [self.url], name=name, key=key, slots=slots, **options)
 
         worker = self.do(made())
         future = asyncio.run_coroutine_threadsafe(worker.run(), self.server.loop)
-        hand = Hand(self, worker, door, future)
+        hand = Hand(self, worker, backend, future)
         self.hands.append(hand)
         if wait:
             eventually(lambda: worker.connected.is_set() or future.done())

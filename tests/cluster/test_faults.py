@@ -92,7 +92,7 @@ def test_an_engine_that_stands_still_loses_its_jobs_and_gets_no_more(tmp_path):
         waiting = Stream(found.client, "Hi")
         eventually(lambda: found.depths() == (1, 0))
         time.sleep(0.5)  # it is asked to, and does not get it
-        assert len(hand.door.asked) == 1
+        assert len(hand.backend.asked) == 1
         found.hire()
         assert waiting.end().text == answer("Hi")
 
@@ -158,7 +158,7 @@ def test_a_job_that_fails_by_itself_fails_alone(tmp_path):
         replies = together(16, lambda n: ask(found.client, prompts[n]))
         assert [each.status_code for each in replies] == [500 if n == 5 else 200 for n in range(16)]
         assert [text(each) for n, each in enumerate(replies) if n != 5] == [answer(p) for p in prompts if p != "NAN"]
-        assert len(hand.door.asked) == 16 and found.gateway.lost == 0
+        assert len(hand.backend.asked) == 16 and found.gateway.lost == 0
 
 
 # The store
@@ -183,11 +183,11 @@ def test_a_full_disk_refuses_what_is_new_and_ends_what_runs(tmp_path):
         assert int(refused.headers["retry-after"]) >= 1
         heard = len(stream.pieces)
         eventually(lambda: len(stream.pieces) > heard + 10)  # nothing of it can be written, and it is told
-        eventually(lambda: not hand.door.running)
+        eventually(lambda: not hand.backend.running)
         assert not hand.future.done()
         pragma(found, "max_page_count = 1000000")
         assert stream.end().text == answer("Hi", count=60) and stream.done
-        assert len(hand.door.asked) == 1 and found.gateway.lost == 0
+        assert len(hand.backend.asked) == 1 and found.gateway.lost == 0
         assert ask(found.client).status_code == 200
         assert found.do(found.gateway.store.check()) == "ok"
 
@@ -200,7 +200,7 @@ def test_a_store_that_could_not_be_asked_blames_nobody(tmp_path):
         eventually(lambda: stream.pieces)
         found.server.call(lambda: time.sleep(3.0))  # everything here: the gateway's loop itself
         assert stream.end().text == answer("Hi", count=100) and stream.done
-        assert found.gateway.lost == 0 and len(hand.door.asked) == 1
+        assert found.gateway.lost == 0 and len(hand.backend.asked) == 1
 
 
 # The clock
@@ -252,25 +252,25 @@ def test_who_asks_little_does_not_wait_behind_who_asks_much(tmp_path):
         hand = found.hire(Fake(seconds=0.005), slots=slots, key="worker")
         waits = []
         for n in range(10):
-            before = len(hand.door.asked)
+            before = len(hand.backend.asked)
             reply = found.client.post(
                 "/v1/completions",
                 json={"model": "fake", "prompt": f"b{n}", "max_tokens": 4},
                 headers={"authorization": "Bearer bert"},
             )
             assert reply.status_code == 200
-            [place] = [place for place, each in enumerate(hand.door.asked) if each.prompt == f"b{n}"]
+            [place] = [place for place, each in enumerate(hand.backend.asked) if each.prompt == f"b{n}"]
             waits.append(place - before)
-            assert len(hand.door.asked) < 300, "there was nobody to wait for any more"
+            assert len(hand.backend.asked) < 300, "there was nobody to wait for any more"
         assert max(waits) <= 4 * slots, waits
         for id in asked:
             found.do(found.gateway.withdraw(id, "anna"))
 
 
 def _ask(prompt: str, tenant: str) -> Any:
-    from moesaic.door import Ask
+    from moesaic.backend import GenerationRequest
 
-    return Ask("fake", prompt=prompt, sampling={"max_tokens": 4, "seed": 1}, tenant=tenant)
+    return GenerationRequest("fake", prompt=prompt, sampling={"max_tokens": 4, "seed": 1}, tenant=tenant)
 
 
 def test_two_hundred_workers_come_back_without_a_storm(tmp_path, monkeypatch):

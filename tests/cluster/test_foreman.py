@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from benchmarks.fake_backend import Fake, answer
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, ModelInfo, PromptDone, TokenInfo
 from moesaic.cluster import gateway as gateways
 from moesaic.cluster import protocol as wire
 from moesaic.cluster import queue, work, worker
@@ -23,15 +24,18 @@ from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Beat, Bounds, Hold, Job, Record, Seen
 from moesaic.cluster.live import Following, Live
 from moesaic.cluster.silence import Silence
-from moesaic.door import Ask, Begun, Card, Ended, Event, Mark, Piece
 from moesaic.errors import NotFound, Overloaded, Unavailable
 from tests.cluster.asking import Stream
 from tests.cluster.site import site
 from tests.serve.raw import eventually
 
-RECRUIT = Recruit("w", (Card("fake"),), slots=4, run="1")
-ASK = Ask("fake", prompt="Hi", sampling={"max_tokens": 3})
-EVENTS: list[Event] = [Begun(0), *(Piece(0, f"{n}", (Mark(n, f"{n}"),)) for n in range(3)), Ended(0, "length", 2, 3)]
+RECRUIT = Recruit("w", (ModelInfo("fake"),), slots=4, run="1")
+ASK = GenerationRequest("fake", prompt="Hi", sampling={"max_tokens": 3})
+EVENTS: list[Event] = [
+    PromptDone(0),
+    *(Delta(0, f"{n}", (TokenInfo(n, f"{n}"),)) for n in range(3)),
+    Finished(0, "length", 2, 3),
+]
 
 
 @asynccontextmanager
@@ -49,7 +53,7 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 async def leased(found: Gateway) -> tuple[Any, Hold]:
-    following = await found.ask(ASK)
+    following = await found.generate(ASK)
     [lease] = (await found.lease("w", 1, 5)).leases
     return following, Hold(lease.job.id, lease.fence)
 
@@ -85,7 +89,7 @@ def test_an_end_that_was_written_is_told_though_the_worker_has_left(tmp_path, st
 def test_a_lease_that_nobody_heard_of_is_given_back_without_blame(tmp_path, steps):
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            following = await found.ask(ASK)
+            following = await found.generate(ASK)
             asking = asyncio.ensure_future(found.lease("w", 1, 5))
             for _ in range(steps):
                 await asyncio.sleep(0)
@@ -108,7 +112,7 @@ def test_a_question_that_another_has_replaced_is_given_nothing(tmp_path):
         async with gateway(tmp_path) as found:
             asking = asyncio.ensure_future(found.lease("w", 1, 20))
             await asyncio.sleep(0.05)
-            following = await found.ask(ASK)
+            following = await found.generate(ASK)
             found.join(RECRUIT)
             assert (await asking).leases == ()
             assert len((await found.lease("w", 1, 5)).leases) == 1
@@ -173,7 +177,7 @@ def test_who_left_may_be_reading_at_another_gateway(tmp_path, shared, monkeypatc
     async def main() -> None:
         async with gateway(tmp_path) as found:
             found.store.shared = shared
-            following = await found.ask(replace(ASK, once="k"))
+            following = await found.generate(replace(ASK, idempotency_key="k"))
             following.cancel()
             [id] = found.lives
             await found._sweep()
@@ -244,7 +248,7 @@ def test_an_answer_that_went_on_otherwise_is_not_mixed_with_what_was_told():
         assert reader.ready() == EVENTS[:3]
         live.agree(1, EVENTS[1:4])  # the same, and more
         assert reader.ready() == EVENTS[3:4]
-        other = [Piece(0, "1 and 2", (Mark(1, "1"), Mark(2, "2"))), EVENTS[-1]]
+        other = [Delta(0, "1 and 2", (TokenInfo(1, "1"), TokenInfo(2, "2"))), EVENTS[-1]]
         live.agree(2, other)
         live.end()
         assert reader.ready() == []
@@ -292,7 +296,7 @@ def test_what_is_too_long_for_a_message_comes_in_several(tmp_path, monkeypatch):
         assert large.status_code == 413 and "larger than a message" in large.text
         monkeypatch.setattr(worker, "MESSAGE_BYTES", 20)
         assert found.client.post("/v1/completions", json={"model": "fake", "prompt": "Hi"}).status_code == 413
-        assert not hand.future.done() and not hand.door.running
+        assert not hand.future.done() and not hand.backend.running
 
 
 def test_what_no_worker_knows_how_to_do_fails(tmp_path):
@@ -306,11 +310,11 @@ def test_what_no_worker_knows_how_to_do_fails(tmp_path):
 
 def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tmp_path, monkeypatch):
     class Full(Fake):
-        async def ask(self, ask: Ask) -> Any:
+        async def generate(self, request: GenerationRequest) -> Any:
             if not self.asked:
-                self.asked.append(ask)
+                self.asked.append(request)
                 raise Overloaded("not now")
-            return await super().ask(ask)
+            return await super().generate(request)
 
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
         release, asked = found.gateway.release, []
@@ -372,7 +376,7 @@ def test_news_of_an_older_lease_do_not_stop_the_newer_one():
 def test_of_what_is_on_disk_a_worker_keeps_no_more_than_a_bound(monkeypatch):
     monkeypatch.setattr(work, "KEPT_BYTES", 10 * work.EVENT_BYTES)
     job = work.Work(wire.Leased("id", 1, "ask", "fake", msgspec.Raw(b"{}")))
-    job.events = [wire.to_wire(Piece(0, f"{n}")) for n in range(30)]
+    job.events = [wire.to_wire(Delta(0, f"{n}")) for n in range(30)]
     job.acknowledge(20, 5)
     assert (job.first, job.known, len(job.events)) == (5, 20, 25) and job.unsent()[0].text == "20"
     job.acknowledge(8, 5)  # another gateway, which knows less

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from benchmarks.fake_backend import SEED, Fake, answer
+from moesaic.backend import ModelStats
 from moesaic.cluster import gateway as gateways
 from moesaic.cluster import protocol as wire
-from moesaic.door import Load
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.cluster.asking import Stream, ask, body, text
@@ -105,20 +105,20 @@ def test_unknown_models_and_no_workers_are_told_apart(plain):
     assert text(plain.client.post("/v1/completions", json=body(model="fake-alias"))) == answer("Hi")
     hand.drain()
     eventually(lambda: not plain.gateway.crew)
-    [card] = plain.gateway.cards()
+    [card] = plain.gateway.models()
     assert (card.name, card.state) == ("fake", "unloaded")
     late = Stream(plain.client)
     eventually(lambda: plain.depths() == (1, 0))
     plain.hire()
     assert late.end().text == answer("Hi")  # a model that was there is waited for
-    assert plain.gateway.cards()[0].state == "loaded"
+    assert plain.gateway.models()[0].state == "loaded"
 
 
 def test_a_name_of_a_model_can_be_known_before_a_worker_comes(tmp_path):
     with site(tmp_path / "jobs.sqlite", models=["fake"]) as found:
         stream = Stream(found.client)
         eventually(lambda: found.depths() == (1, 0))
-        eventually(lambda: found.gateway.load().get("fake", Load()).waiting == 1)
+        eventually(lambda: found.gateway.stats().get("fake", ModelStats()).waiting == 1)
         assert 'moesaic_num_requests_waiting{model_name="fake"} 1.0' in found.client.get("/metrics").text
         found.hire()
         assert stream.end().text == answer("Hi")
@@ -129,24 +129,24 @@ def test_each_model_goes_to_whoever_has_it(plain):
     for model in ("one", "two") * 3:
         said = plain.client.post("/v1/completions", json=body(f"of {model}", model=model))
         assert text(said) == answer(f"of {model}")
-    assert {each.model for each in one.door.asked + both.door.asked} <= {"one"}
-    assert {each.model for each in two.door.asked} == {"two"}
-    assert {card.name for card in plain.gateway.cards()} == {"one", "two"}
+    assert {each.model for each in one.backend.asked + both.backend.asked} <= {"one"}
+    assert {each.model for each in two.backend.asked} == {"two"}
+    assert {card.name for card in plain.gateway.models()} == {"one", "two"}
 
 
 def test_load_is_all_workers_together_and_never_falls(plain):
     plain.gateway.lease_seconds = 2.0  # so that workers say often how busy they are
     hands = [plain.hire(Fake(seconds=SLOW)) for _ in range(2)]
     streams = [Stream(plain.client, f"{n}", 40) for n in range(6)]
-    eventually(lambda: plain.gateway.load()["fake"].running == 6)
+    eventually(lambda: plain.gateway.stats()["fake"].running == 6)
     for stream in streams:
         assert stream.end().done
-    eventually(lambda: plain.gateway.load()["fake"].running == 0)
-    steps = sum(hand.door.steps for hand in hands)
-    eventually(lambda: plain.gateway.load()["fake"].steps == steps == 240)
+    eventually(lambda: plain.gateway.stats()["fake"].running == 0)
+    steps = sum(hand.backend.steps for hand in hands)
+    eventually(lambda: plain.gateway.stats()["fake"].steps == steps == 240)
     hands[0].drain()
     eventually(lambda: len(plain.gateway.crew) == 1)
-    assert plain.gateway.load()["fake"].steps == steps
+    assert plain.gateway.stats()["fake"].steps == steps
     assert plain.gateway.fenced == plain.gateway.lost == 0
 
 
@@ -160,18 +160,18 @@ def test_under_one_key_there_is_one_answer(plain):
     assert [each.headers["idempotency-replayed"] for each in (first, again)] == ["false", "true"]
     assert first.headers["x-moesaic-job"] == again.headers["x-moesaic-job"]
     assert Stream(plain.client, once="k").end().text == answer("Hi")  # however it is asked for
-    assert len(hand.door.asked) == 1
+    assert len(hand.backend.asked) == 1
     other = ask(plain.client, "something else", once="k")
     assert other.status_code == 409 and other.json()["error"]["message"]
     assert "idempotency-replayed" not in ask(plain.client).headers
-    assert len(hand.door.asked) == 2
+    assert len(hand.backend.asked) == 2
 
 
 def test_a_failure_is_an_answer_too(plain):
     hand = plain.hire()
     first, again = ask(plain.client, "NAN", once="k"), ask(plain.client, "NAN", once="k")
     assert first.status_code == again.status_code == 500 and first.json() == again.json()
-    assert len(hand.door.asked) == 1
+    assert len(hand.backend.asked) == 1
 
 
 @pytest.mark.filterwarnings(
@@ -196,7 +196,7 @@ def test_a_thousand_at_once_are_one_job(plain):
     assert {each[0] for each in found} == {answer("Hi")}
     assert len({each[1] for each in found}) == 1
     assert [each[2] for each in found].count("false") == 1
-    assert len(hand.door.asked) == 1
+    assert len(hand.backend.asked) == 1
 
 
 # Coming back
@@ -241,7 +241,7 @@ def test_a_job_that_is_taken_back_stops_where_it_runs(plain):
     stream = Stream(plain.client, count=2000)
     eventually(lambda: stream.pieces)
     assert plain.client.delete(f"/v1/jobs/{stream.job}").json()["state"] == "cancelled"
-    eventually(lambda: not hand.door.running)
+    eventually(lambda: not hand.backend.running)
     assert stream.end().error["message"] == "the request was taken back" and not stream.done
     assert plain.seen(stream.job).state == "cancelled"
     assert plain.client.get(f"/v1/jobs/{stream.job}").json()["error"]["type"] == "Cancelled"
@@ -258,7 +258,7 @@ def test_who_leaves_takes_the_request_back(plain, slots):
     with pytest.raises(httpx.ReadTimeout):
         plain.client.post("/v1/completions", json=body("second", 2000), timeout=0.5)
     first.leave()
-    eventually(lambda: plain.depths() == (0, 0) and not hand.door.running)
+    eventually(lambda: plain.depths() == (0, 0) and not hand.backend.running)
     assert plain.seen(first.job).state == "cancelled"
     first.end()
     assert [each.state for each in plain.do(plain.gateway.store.listed("cancelled"))] == ["cancelled"] * 2
@@ -271,7 +271,7 @@ def test_who_leaves_and_may_come_again_finds_the_answer(plain):
     stream.leave()
     stream.end()
     assert text(ask(plain.client, "back", 10, once="k")) == answer("back", count=10)
-    assert len(hand.door.asked) == 1
+    assert len(hand.backend.asked) == 1
 
 
 # Keys
@@ -329,13 +329,13 @@ def test_workers_keys_open_workers_routes_and_no_others(guarded):
 
 
 def test_a_worker_that_is_not_wanted_ends_and_says_why(guarded):
-    for key, door, why in (
+    for key, backend, why in (
         ("wrong", Fake(), "valid API key"),
         (ANNA, Fake(), "worker's key"),
         (WORKER, Fake("another"), "may not offer another"),
         (None, Fake(), "valid API key"),
     ):
-        hand = guarded.hire(door, key=key)
+        hand = guarded.hire(backend, key=key)
         with pytest.raises(Exception, match=why):
             hand.future.result(20)
     assert not guarded.gateway.crew
@@ -348,14 +348,14 @@ def test_a_worker_that_is_not_wanted_ends_and_says_why(guarded):
 def test_a_worker_that_drains_ends_what_runs_and_takes_nothing_new(plain):
     hand = plain.hire(Fake(seconds=SLOW), slots=2)
     streams = [Stream(plain.client, f"{n}", 10) for n in range(4)]
-    eventually(lambda: len(hand.door.running) == 2)
+    eventually(lambda: len(hand.backend.running) == 2)
     hand.drain()
     eventually(lambda: plain.depths() == (2, 0))
     assert sum(stream.done for stream in streams) == 2
     assert {each.crashes for each in plain.do(plain.gateway.store.listed("queued"))} == {0}
     plain.hire()
     assert sorted(stream.end().text for stream in streams) == sorted(answer(f"{n}", count=10) for n in range(4))
-    assert len(hand.door.asked) == 2 and plain.gateway.lost == 0
+    assert len(hand.backend.asked) == 2 and plain.gateway.lost == 0
 
 
 def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain):
@@ -367,7 +367,7 @@ def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain)
     assert (seen.crashes, seen.attempts) == (0, 1) and seen.logged > 3
     second = plain.hire()
     assert stream.end().text == answer("Hi", count=30)
-    assert second.door.steps < 30, "it was not begun again"
+    assert second.backend.steps < 30, "it was not begun again"
     assert plain.gateway.lost == 0
 
 
@@ -384,22 +384,22 @@ def test_a_gateway_that_drains_ends_what_runs(plain):
 
 def test_workers_go_on_and_readers_come_back_when_the_gateway_is_another(tmp_path):
     """The worker lives on another loop than both gateways do."""
-    door, slots = Fake(seconds=SLOW), 4
+    backend, slots = Fake(seconds=SLOW), 4
     with site(tmp_path / "beside.sqlite") as beside:
         with site(tmp_path / "jobs.sqlite") as first:
-            hand = beside.hire(door, urls=[first.url], slots=slots)
+            hand = beside.hire(backend, urls=[first.url], slots=slots)
             streams = [Stream(first.client, f"{n}", 40, once=f"k{n}") for n in range(slots)]
             eventually(lambda: all(len(stream.pieces) > 3 for stream in streams))
         for stream in streams:
             assert not stream.end().done
-        assert not hand.future.done() and len(door.running) == slots
-        eventually(lambda: door.steps > 15 * slots)  # nobody is there, and it goes on
+        assert not hand.future.done() and len(backend.running) == slots
+        eventually(lambda: backend.steps > 15 * slots)  # nobody is there, and it goes on
         with site(tmp_path / "jobs.sqlite", port=first.port) as second:
             eventually(lambda: second.gateway.known)  # before the worker is back
             again = [Stream(second.client, f"{n}", 40, once=f"k{n}") for n in range(slots)]
             for n, stream in enumerate(again):
                 assert stream.end().text == answer(f"{n}", count=40) and stream.done
-            assert len(door.asked) == slots and door.steps == 40 * slots, "nothing was computed twice"
+            assert len(backend.asked) == slots and backend.steps == 40 * slots, "nothing was computed twice"
             assert second.gateway.lost == second.gateway.fenced == 0
             hand.stop()
 

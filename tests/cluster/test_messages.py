@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fake_backend import SEED, answer, text, token
+from moesaic.backend import ModelInfo
 from moesaic.cluster.desk import Recruit
 from moesaic.cluster.jobs import Beat, Hold
-from moesaic.door import Card
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.cluster.asking import Stream
@@ -194,7 +194,7 @@ def test_a_worker_that_comes_under_another_key_is_another(scene):
 def test_whoever_comes_again_is_not_given_more_than_its_slots(tmp_path):
     """As the same process, or another of that name: what it still has counts."""
     with site(tmp_path / "jobs.sqlite", lease=600.0) as found:
-        gateway, card = found.gateway, Card("fake")
+        gateway, card = found.gateway, ModelInfo("fake")
         recruit = Recruit("w", (card,), slots=2, run="1")
         found.do(gateway.enlist(recruit))
         streams = [Stream(found.client, f"{n}") for n in range(4)]

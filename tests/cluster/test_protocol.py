@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic import errors
+from moesaic.backend import Delta, Finished, GenerationRequest, ModelInfo, ModelStats, PromptDone, TokenInfo, ToolCall
 from moesaic.cluster import protocol as wire
-from moesaic.door import Ask, Begun, Call, Card, Ended, Load, Mark, Piece
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidRequest, MoesaicError
 
@@ -20,16 +20,21 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 ids = st.integers(0, 2**31)
 scores = st.none() | st.floats(-100, 0)
 marks = st.builds(
-    Mark, ids, texts, st.booleans(), scores, st.lists(st.tuples(ids, texts, st.floats(-9, 0)), max_size=2).map(tuple)
+    TokenInfo,
+    ids,
+    texts,
+    st.booleans(),
+    scores,
+    st.lists(st.tuples(ids, texts, st.floats(-9, 0)), max_size=2).map(tuple),
 )
 several = st.lists(marks, max_size=3).map(tuple)
 places = st.integers(0, 7)
-calls = st.lists(st.builds(Call, places, texts, texts, texts), max_size=2).map(tuple)
+calls = st.lists(st.builds(ToolCall, places, texts, texts, texts), max_size=2).map(tuple)
 events = st.one_of(
-    st.builds(Begun, places, several, ids),
-    st.builds(Piece, places, texts, several, calls),
+    st.builds(PromptDone, places, several, ids),
+    st.builds(Delta, places, texts, several, calls),
     st.builds(
-        Ended, places, st.sampled_from(["stop", "length", "cancelled"]), ids, ids, ids, st.none() | texts,
+        Finished, places, st.sampled_from(["stop", "length", "cancelled"]), ids, ids, ids, st.none() | texts,
         st.none() | ids, st.booleans(),
     ),
 )  # fmt: skip
@@ -56,27 +61,29 @@ FULL: dict[str, Any] = {
     "parallel_tool_calls": False,
     "grammar": ("json_schema", {"type": "object"}),
     "truncate": 5,
-    "marked": True,
-    "bos": False,
+    "parse_special": True,
+    "add_bos": False,
     "skip_special": False,
     "resume": ((1, 2), ()),
     "priority": 3,
     "tenant": "t",
-    "once": "o",
+    "idempotency_key": "o",
 }  # fmt: skip
 
 
 def test_every_field_of_a_request_comes_back():
-    default = Ask()
-    assert FULL.keys() == {field.name for field in dataclasses.fields(Ask)}
+    default = GenerationRequest()
+    assert FULL.keys() == {field.name for field in dataclasses.fields(GenerationRequest)}
     assert all(getattr(default, name) != value for name, value in FULL.items())
     assert FULL["sampling"].keys() == {field.name for field in dataclasses.fields(Sampling)}
-    read = wire.unpack_ask(wire.pack_ask(Ask(**FULL)))
-    assert read == Ask(**FULL)
+    read = wire.unpack_ask(wire.pack_ask(GenerationRequest(**FULL)))
+    assert read == GenerationRequest(**FULL)
     assert Sampling(**read.sampling) == Sampling(**FULL["sampling"])
     for name, value in FULL.items():
-        assert wire.unpack_ask(wire.pack_ask(Ask(**{name: value}))) == Ask(**{name: value}), name
-    assert wire.unpack_ask(wire.pack_ask(Ask(prompt="text"))) == Ask(prompt="text")
+        assert wire.unpack_ask(wire.pack_ask(GenerationRequest(**{name: value}))) == GenerationRequest(
+            **{name: value}
+        ), name
+    assert wire.unpack_ask(wire.pack_ask(GenerationRequest(prompt="text"))) == GenerationRequest(prompt="text")
 
 
 def tree(kind: type[MoesaicError] = MoesaicError) -> list[type[MoesaicError]]:
@@ -104,10 +111,10 @@ def test_of_what_is_no_error_of_ours_nothing_is_told():
 
 
 def test_models_and_figures_come_back():
-    card = Card("m", ("a",), "classify", "loading", 9, ("x",), {"dtype": "int8"})
+    card = ModelInfo("m", ("a",), "classify", "loading", 9, ("x",), {"dtype": "int8"})
     sent = wire.Enlist("w", (card,), 3, {"machine": "x"}, (("job", 4),), "run")
     assert msgspec.json.decode(msgspec.json.encode(sent), type=wire.Enlist) == sent
-    load = Load(*range(1, 11), alive=False)
+    load = ModelStats(*range(1, 11), alive=False)
     renew = wire.Renew("w", (("job", 4),), {"m": load})
     assert msgspec.json.decode(msgspec.json.encode(renew), type=wire.Renew) == renew
 

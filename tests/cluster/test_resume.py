@@ -9,28 +9,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, TokenInfo, ToolCall
 from moesaic.cluster.resume import Told
-from moesaic.door import Ask, Begun, Call, Ended, Event, Mark, Piece
 from moesaic.errors import InvalidRequest
 
 
 @st.composite
 def answers(draw: st.DrawFn, index: int) -> list[Event]:
     """Draw one answer: tokens whose text is shown when it pleases the detokenizer, calls, an end."""
-    out: list[Event] = [Begun(index, (), 3)]
+    out: list[Event] = [PromptDone(index, (), 3)]
     for place, said in enumerate(draw(st.lists(st.text("abé ", max_size=3), max_size=6))):
-        mark = Mark(100 + place, said)
+        mark = TokenInfo(100 + place, said)
         shown = draw(st.sampled_from(["with it", "before", "later"]))
         if shown == "before":
-            out.append(Piece(index, said))
-        out.append(Piece(index, said if shown == "with it" else "", (mark,)))
+            out.append(Delta(index, said))
+        out.append(Delta(index, said if shown == "with it" else "", (mark,)))
         if shown == "later":
-            out.append(Piece(index, said))
+            out.append(Delta(index, said))
     for place in range(draw(st.integers(0, 2))):
-        out.append(Piece(index, calls=(Call(place, f"call-{index}-{place}", "f"),)))
+        out.append(Delta(index, calls=(ToolCall(place, f"call-{index}-{place}", "f"),)))
         for part in draw(st.lists(st.text("{}1", min_size=1, max_size=3), max_size=3)):
-            out.append(Piece(index, calls=(Call(place, "", "", part),)))
-    return [*out, Ended(index, "stop", 3, 6)]
+            out.append(Delta(index, calls=(ToolCall(place, "", "", part),)))
+    return [*out, Finished(index, "stop", 3, 6)]
 
 
 @st.composite
@@ -48,7 +48,7 @@ def again(events: Sequence[Event], resume: Sequence[Sequence[int]], draw: Any) -
     count = 1 + max(event.index for event in events)
     rest = [[event for event in events if event.index == index] for index in range(count)]
     for index, ids in enumerate(resume):
-        said = [mark.id for event in rest[index] if isinstance(event, Piece) for mark in event.tokens]
+        said = [mark.id for event in rest[index] if isinstance(event, Delta) for mark in event.tokens]
         assert list(ids) == said[: len(ids)], "it is asked to go on behind what it never said"
     out = []
     while any(rest):
@@ -61,14 +61,14 @@ def read(events: Sequence[Event]) -> Any:
     out: dict[int, Any] = {}
     for event in events:
         found = out.setdefault(event.index, {"text": "", "ids": [], "calls": {}, "begun": 0, "ended": 0})
-        if isinstance(event, Piece):
+        if isinstance(event, Delta):
             found["text"] += event.text
             found["ids"] += [mark.id for mark in event.tokens]
             for call in event.calls:
-                id, name, arguments = found["calls"].get(call.place, ("", "", ""))
-                found["calls"][call.place] = (id + call.id, name + call.name, arguments + call.arguments)
+                id, name, arguments = found["calls"].get(call.index, ("", "", ""))
+                found["calls"][call.index] = (id + call.id, name + call.name, arguments + call.arguments)
         else:
-            found["begun" if isinstance(event, Begun) else "ended"] += 1
+            found["begun" if isinstance(event, PromptDone) else "ended"] += 1
     return out
 
 
@@ -92,33 +92,38 @@ def test_text_may_be_cut_elsewhere_the_second_time(events, cut, data):
     rest: list[Event] = []
     for index in range(1 + max(event.index for event in events)):
         mine = [event for event in events if event.index == index]
-        text = "".join(event.text for event in mine if isinstance(event, Piece))
-        marks = [mark for event in mine if isinstance(event, Piece) for mark in event.tokens]
-        calls = [call for event in mine if isinstance(event, Piece) for call in event.calls]
+        text = "".join(event.text for event in mine if isinstance(event, Delta))
+        marks = [mark for event in mine if isinstance(event, Delta) for mark in event.tokens]
+        calls = [call for event in mine if isinstance(event, Delta) for call in event.calls]
         at = data.draw(st.integers(0, len(text)))
-        rest += [Begun(index), Piece(index, text[:at], tuple(marks)), Piece(index, text[at:], (), tuple(calls))]
-        rest.append(Ended(index, "stop", 3, 6))
+        rest += [PromptDone(index), Delta(index, text[:at], tuple(marks)), Delta(index, text[at:], (), tuple(calls))]
+        rest.append(Finished(index, "stop", 3, 6))
     fresh = [new for event in rest if (new := told.fresh(event)) is not None]
     assert read([*events[:cut], *fresh]) == read(events)
 
 
 def test_of_nothing_nothing_is_resumed():
     assert Told([]).resume() == () and not Told([]).ended(1)
-    assert Told([Begun(0), Begun(1)]).resume() == ()
-    assert Told([Piece(2, "x", (Mark(7, "x"),))]).resume() == ((), (), (7,))
+    assert Told([PromptDone(0), PromptDone(1)]).resume() == ()
+    assert Told([Delta(2, "x", (TokenInfo(7, "x"),))]).resume() == ((), (), (7,))
 
 
 def test_text_that_was_told_without_tokens_is_continued_as_text():
     said = ({"role": "user", "content": "Hi"},)
-    log = [Begun(0), Piece(0, "Once "), Piece(0, "upon")]
+    log = [PromptDone(0), Delta(0, "Once "), Delta(0, "upon")]
     told = Told(log)
-    assert told.asked(Ask(messages=said)) == Ask(
+    assert told.asked(GenerationRequest(messages=said)) == GenerationRequest(
         messages=(*said, {"role": "assistant", "content": "Once upon"}), continue_final=True
     )
-    assert told.fresh(Begun(0)) is None
-    assert told.fresh(Piece(0, " a time", (Mark(1, " a time"),))) == Piece(0, " a time", (Mark(1, " a time"),))
+    assert told.fresh(PromptDone(0)) is None
+    assert told.fresh(Delta(0, " a time", (TokenInfo(1, " a time"),))) == Delta(
+        0, " a time", (TokenInfo(1, " a time"),)
+    )
     begun = (*said, {"role": "assistant", "content": "Well, "})
-    assert Told(log).asked(Ask(messages=begun, continue_final=True)).messages[-1]["content"] == "Well, Once upon"
-    assert Told(log).asked(Ask(prompt="Say: ")).prompt == "Say: Once upon"
+    assert (
+        Told(log).asked(GenerationRequest(messages=begun, continue_final=True)).messages[-1]["content"]
+        == "Well, Once upon"
+    )
+    assert Told(log).asked(GenerationRequest(prompt="Say: ")).prompt == "Say: Once upon"
     with pytest.raises(InvalidRequest):
-        Told(log).asked(Ask(prompt=(1, 2)))
+        Told(log).asked(GenerationRequest(prompt=(1, 2)))

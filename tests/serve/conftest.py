@@ -11,8 +11,18 @@ from typing import Any
 
 import pytest
 
-from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
-from moesaic.serve import front
+from moesaic.backend import (
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    ModelInfo,
+    ModelStats,
+    PromptDone,
+    TokenInfo,
+    ToolCall,
+)
+from moesaic.serve import server as http_server
 from moesaic.serve.app import App
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
@@ -28,7 +38,7 @@ class Script:
     reason: str = "stop"
     error: Exception | None = None
     refusal: Exception | None = None
-    calls: Sequence[Call] = ()
+    calls: Sequence[ToolCall] = ()
     """Parts of calls of tools, which come after the text; each in a piece of its own."""
     stop: str | None = None
     cached: int = 0
@@ -41,8 +51,8 @@ class ScriptedAnswers:
 
     job = None
 
-    def __init__(self, door: Scripted, ask: Ask, script: Script) -> None:
-        self._door, self._ask, self._script = door, ask, script
+    def __init__(self, backend: Scripted, ask: GenerationRequest, script: Script) -> None:
+        self._backend, self._ask, self._script = backend, ask, script
         self._events: list[Event] = []
         self.cancelled = False
 
@@ -53,7 +63,7 @@ class ScriptedAnswers:
     def cancel(self) -> None:
         if not self.cancelled:
             self.cancelled = True
-            self._door.cancelled += 1
+            self._backend.cancelled += 1
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         async for events in self._steps():
@@ -66,30 +76,30 @@ class ScriptedAnswers:
         script, sampling = self._script, self._ask.sampling
         count = sampling.get("n", 1)
         scored = sampling.get("prompt_logprobs") is not None
-        prompt = (Mark(1, "<s>", True), Mark(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
-        yield [Begun(index, prompt, 2) for index in range(count)]
+        prompt = (TokenInfo(1, "<s>", True), TokenInfo(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
+        yield [PromptDone(index, prompt, 2) for index in range(count)]
         pieces = script.pieces[: sampling.get("max_tokens") or len(script.pieces)]
         for place, text in enumerate(pieces):
-            mark = Mark(10 + place, text, False, -0.25, ((10 + place, text, -0.25),))
-            events: list[Event] = [Piece(index, text, (mark,)) for index in range(count)]
+            mark = TokenInfo(10 + place, text, False, -0.25, ((10 + place, text, -0.25),))
+            events: list[Event] = [Delta(index, text, (mark,)) for index in range(count)]
             if place == len(pieces) - 1 and not script.error:
-                events += [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+                events += [Delta(index, calls=(part,)) for part in script.calls for index in range(count)]
                 events += [self._ended(index, len(pieces)) for index in range(count)]
             yield events
             if script.held and place == 0:
-                await self._door.go.wait()
+                await self._backend.go.wait()
             await asyncio.sleep(script.pause)
         if script.error:
             raise script.error
         if not pieces:
-            calls: list[Event] = [Piece(index, calls=(part,)) for part in script.calls for index in range(count)]
+            calls: list[Event] = [Delta(index, calls=(part,)) for part in script.calls for index in range(count)]
             yield calls + [self._ended(index, 0) for index in range(count)]
 
-    def _ended(self, index: int, generated: int) -> Ended:
+    def _ended(self, index: int, generated: int) -> Finished:
         script = self._script
         reason = "length" if generated < len(script.pieces) else script.reason
         called = bool(script.calls)
-        return Ended(index, reason, 2, generated, script.cached, script.stop, None, called)  # type: ignore[arg-type]
+        return Finished(index, reason, 2, generated, script.cached, script.stop, None, called)  # type: ignore[arg-type]
 
 
 class Scripted:
@@ -97,28 +107,30 @@ class Scripted:
 
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or Script()
-        self.asked: list[Ask] = []
+        self.asked: list[GenerationRequest] = []
         self.cancelled = 0
         self.go = asyncio.Event()
-        self.loads = {"scripted": Load(blocks=10, free_blocks=10)}
-        self.listed = [Card("scripted", ("alias",), context=100), Card("other", context=50)]
+        self.loads = {"scripted": ModelStats(blocks=10, free_blocks=10)}
+        self.listed = [ModelInfo("scripted", ("alias",), context=100), ModelInfo("other", context=50)]
 
-    def cards(self) -> Sequence[Card]:
+    def models(self) -> Sequence[ModelInfo]:
         return self.listed
 
-    def load(self) -> Mapping[str, Load]:
+    def stats(self) -> Mapping[str, ModelStats]:
         return self.loads
 
-    async def ask(self, ask: Ask) -> ScriptedAnswers:
-        self.asked.append(ask)
+    async def generate(self, request: GenerationRequest) -> ScriptedAnswers:
+        self.asked.append(request)
         if self.script.refusal:
             raise self.script.refusal
-        return ScriptedAnswers(self, ask, replace(self.script))
+        return ScriptedAnswers(self, request, replace(self.script))
 
-    async def tokenize(self, ask: Ask) -> list[Mark]:
+    async def tokenize(self, ask: GenerationRequest) -> list[TokenInfo]:
         prompt = ask.prompt if ask.messages is None else " ".join(turn["content"] for turn in ask.messages)
         words = prompt.split() if isinstance(prompt, str) else [str(id) for id in prompt or ()]
-        return [Mark(1, "<s>", True)] * ask.bos + [Mark(20 + place, word) for place, word in enumerate(words)]
+        return [TokenInfo(1, "<s>", True)] * ask.add_bos + [
+            TokenInfo(20 + place, word) for place, word in enumerate(words)
+        ]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
@@ -139,13 +151,13 @@ class Server:
 
     app: App
     url: str
-    front: front.Server
+    http: http_server.Server
     loop: asyncio.AbstractEventLoop
     stop: Callable[[], None] = field(repr=False)
 
     @property
-    def door(self) -> Any:
-        return self.app.door
+    def backend(self) -> Any:
+        return self.app.backend
 
     def call(self, function: Callable[[], object]) -> None:
         """Do something on the server's thread."""
@@ -171,15 +183,15 @@ def running(
 ) -> Iterator[Server]:
     """Run a server over the door that ``make`` makes on its loop, with more ``routes`` and ``figures``; 0: any port."""
     settings = replace(settings or Settings(), port=port)
-    listening = front.bind(settings)
+    listening = http_server.bind(settings)
     started: threading.Event = threading.Event()
     found: list[Any] = []
 
     async def main() -> None:
         made = make()
-        door = await made if asyncio.iscoroutine(made) else made
-        app = App(door, settings, keys, more=routes(door), figures=figures(door))
-        server = front.Server(front.configured(app), app)
+        backend = await made if asyncio.iscoroutine(made) else made
+        app = App(backend, settings, keys, more=routes(backend), figures=figures(backend))
+        server = http_server.Server(http_server.configured(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listening])
         stopped = asyncio.Event()
@@ -230,8 +242,8 @@ def server() -> Iterator[Server]:
 def tales() -> Iterator[Server]:
     """The built-in model, served."""
     from moesaic.llm import LLM
-    from moesaic.local import Local
+    from moesaic.local_backend import LocalBackend
 
     llm = LLM.load()
-    with running(lambda: Local(llm)) as found:
+    with running(lambda: LocalBackend(llm)) as found:
         yield found

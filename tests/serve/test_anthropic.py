@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 
-from moesaic.door import Call
+from moesaic.backend import ToolCall
 from moesaic.errors import NumericalError, Overloaded, Unavailable
 from moesaic.serve import keys
 from tests.serve.conftest import Script, running
@@ -15,9 +15,9 @@ from tests.serve.conftest import Script, running
 ASK = {"model": "scripted", "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}
 CALLS = (
-    Call(0, "call_a", "weather", '{"city":'),
-    Call(0, arguments=' "Oslo"}'),
-    Call(1, "call_b", "weather", "{}"),
+    ToolCall(0, "call_a", "weather", '{"city":'),
+    ToolCall(0, arguments=' "Oslo"}'),
+    ToolCall(1, "call_b", "weather", "{}"),
 )
 
 
@@ -40,7 +40,7 @@ def stream(server, body):
 
 
 def test_a_whole_answer(server):
-    server.door.script = Script(cached=1)
+    server.backend.script = Script(cached=1)
     answer = post(server, ASK)
     found = answer.json()
     assert found.pop("id").startswith("msg_") and answer.headers["request-id"]
@@ -84,7 +84,7 @@ def test_a_stream(server):
     ],
 )
 def test_why_an_answer_ends(server, script, more, reason):
-    server.door.script = script
+    server.backend.script = script
     found = post(server, ASK | more).json()
     assert (found["stop_reason"], found["stop_sequence"]) == reason
     delta = stream(server, ASK | more)[-2]["delta"]
@@ -92,7 +92,7 @@ def test_why_an_answer_ends(server, script, more, reason):
 
 
 def test_calls_of_tools(server):
-    server.door.script = Script(pieces=("Let me see.",), calls=CALLS)
+    server.backend.script = Script(pieces=("Let me see.",), calls=CALLS)
     found = post(server, ASK | {"tools": [TOOL]}).json()
     assert found["content"] == [
         {"type": "text", "text": "Let me see."},
@@ -111,13 +111,13 @@ def test_calls_of_tools(server):
 
 
 def test_an_answer_that_is_only_a_call(server):
-    server.door.script = Script(pieces=(), calls=CALLS[:2])
+    server.backend.script = Script(pieces=(), calls=CALLS[:2])
     assert [block["type"] for block in post(server, ASK).json()["content"]] == ["tool_use"]
     assert [event["type"] for event in stream(server, ASK)][1:3] == ["content_block_start", "ping"]
 
 
 def test_a_call_that_max_tokens_cut_has_no_input(server):
-    server.door.script = Script(pieces=(), calls=CALLS[:1])
+    server.backend.script = Script(pieces=(), calls=CALLS[:1])
     assert post(server, ASK).json()["content"][0]["input"] == {}
 
 
@@ -135,7 +135,7 @@ def test_what_is_asked_reaches_the_door(server):
         "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
     }
     assert post(server, body).status_code == 200
-    [ask] = server.door.asked
+    [ask] = server.backend.asked
     assert ask.messages[0] == {"role": "system", "content": "Be brief.\n\nBe kind."}
     assert ask.sampling == {"max_tokens": 50, "temperature": 0.5, "top_p": 1e-9, "top_k": 3, "stop": ("END",)}
     schema = TOOL["input_schema"]
@@ -164,7 +164,7 @@ def test_results_of_tools_become_turns_of_their_own(server):
     turns = [{"role": "assistant", "content": calls}, {"role": "user", "content": results}]
     assert post(server, ASK | {"messages": ASK["messages"] + turns}).status_code == 200
     function = {"name": "weather", "arguments": '{"city":"Oslo"}'}
-    assert server.door.asked[0].messages == (
+    assert server.backend.asked[0].messages == (
         {"role": "user", "content": "Hi"},
         {
             "role": "assistant",
@@ -180,7 +180,7 @@ def test_results_of_tools_become_turns_of_their_own(server):
 def test_the_assistants_last_message_is_continued(server):
     turns = [*ASK["messages"], {"role": "assistant", "content": "Hel"}]
     assert post(server, ASK | {"messages": turns}).status_code == 200
-    assert server.door.asked[0].continue_final
+    assert server.backend.asked[0].continue_final
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_the_assistants_last_message_is_continued(server):
 )
 def test_choices_of_tools(server, choice, expected):
     assert post(server, ASK | {"tools": [TOOL], "tool_choice": choice}).status_code == 200
-    assert server.door.asked[0].tool_choice == expected
+    assert server.backend.asked[0].tool_choice == expected
 
 
 RESULT = {"type": "tool_result", "tool_use_id": "call_a"}
@@ -224,13 +224,13 @@ def test_what_cannot_be_is_refused(server, change, message):
     found = answer.json()
     assert (found["type"], found["error"]["type"]) == ("error", "invalid_request_error")
     assert message in found["error"]["message"]
-    assert not server.door.asked
+    assert not server.backend.asked
 
 
 def test_counting(server):
     body = {"model": "scripted", "system": "Be brief.", "messages": [{"role": "user", "content": "one two three"}]}
     assert post(server, body, "/v1/messages/count_tokens").json() == {"input_tokens": 6}
-    assert not server.door.asked
+    assert not server.backend.asked
 
 
 @pytest.mark.parametrize(
@@ -243,14 +243,14 @@ def test_counting(server):
 )
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_refusal_is_a_status(server, error, status, kind, streamed):
-    server.door.script = Script(refusal=error)
+    server.backend.script = Script(refusal=error)
     answer = post(server, ASK | {"stream": streamed})
     assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
     assert ("retry-after" in answer.headers) == (status != 500)
 
 
 def test_an_error_in_a_stream_is_an_event_and_nothing_follows(server):
-    server.door.script = Script(error=NumericalError("the model computed NaN"))
+    server.backend.script = Script(error=NumericalError("the model computed NaN"))
     found = stream(server, ASK)
     error = {"type": "api_error", "message": "the model computed NaN"}
     assert found[-1] == {"type": "error", "error": error}

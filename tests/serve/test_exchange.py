@@ -10,7 +10,7 @@ import threading
 import httpx
 import pytest
 
-from moesaic.door import Ended, Load
+from moesaic.backend import Finished, ModelStats
 from moesaic.errors import NumericalError, Overloaded
 from moesaic.serve.settings import Settings
 from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
@@ -78,12 +78,12 @@ WHOLE = '{"messages": [{"role": "user", "content": "Hi"}], "x": %s}'
     ids=lambda content: repr(content[:40]),
 )
 def test_what_is_no_json_of_ours_is_400(usual, content):
-    before = len(usual.door.asked)
+    before = len(usual.backend.asked)
     answer = send(usual, content)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert len(answer.content) < 1000
-    assert len(usual.door.asked) == before
+    assert len(usual.backend.asked) == before
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "seed", "max_tokens", "n", "top_k", "priority", "min_p"])
@@ -96,13 +96,13 @@ def test_no_number_is_taken_for_granted(usual, field, value):
 def test_whole_characters_and_the_deepest_json_are_read(usual):
     content = '{"messages": [{"role": "user", "content": "\\ud83d\\ude00 \\u0000 \U0001f600"}], "x": %s}'
     assert send(usual, (content % ("[" * 28 + "]" * 28)).encode()).status_code == 200
-    assert usual.door.asked[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
+    assert usual.backend.asked[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
 
 
 def test_a_long_body_is_read_too(usual):
     long = "tale " * 100_000
     assert post(usual, {"messages": [{"role": "user", "content": long}]}).status_code == 200
-    assert usual.door.asked[-1].messages[0]["content"] == long
+    assert usual.backend.asked[-1].messages[0]["content"] == long
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
@@ -160,24 +160,24 @@ def test_no_request_opens_a_connection_to_anywhere(usual, monkeypatch):
 
 
 def test_a_client_who_leaves_a_stream_takes_its_request_back(server):
-    server.door.script = Script(held=True)
+    server.backend.script = Script(held=True)
     raw = Raw(server).post(CHAT | {"stream": True})
     raw.until(b"Hello")
-    assert server.door.cancelled == 0 and server.app.running == 1
+    assert server.backend.cancelled == 0 and server.app.running == 1
     raw.socket.close()
-    eventually(lambda: server.door.cancelled == 1)
+    eventually(lambda: server.backend.cancelled == 1)
     eventually(lambda: server.app.running == 0)
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
 def test_a_client_who_leaves_before_a_whole_answer_takes_its_request_back(server, path):
-    server.door.script = Script(held=True)
+    server.backend.script = Script(held=True)
     raw = Raw(server).post(CHAT | {"prompt": ["one", "two"], "n": 2}, path=path)
     asked = 1 if path == PATH else 2
-    eventually(lambda: len(server.door.asked) == asked)
-    assert server.door.cancelled == 0
+    eventually(lambda: len(server.backend.asked) == asked)
+    assert server.backend.cancelled == 0
     raw.socket.close()
-    eventually(lambda: server.door.cancelled == asked)
+    eventually(lambda: server.backend.cancelled == asked)
     eventually(lambda: server.app.running == 0)
 
 
@@ -192,7 +192,7 @@ def test_a_client_who_leaves_while_a_refusal_is_worked_out_leaves_nothing(server
         finally:
             taken.append(ask)
 
-    server.door.ask = slow
+    server.backend.generate = slow
     raw = Raw(server).post(CHAT)
     assert came.wait(20)
     raw.socket.close()
@@ -208,15 +208,15 @@ def test_a_silent_stream_gets_comments():
         raw.post(CHAT | {"stream": True})
         raw.until(b": keep-alive\n\n")
         raw.until(b": keep-alive\n\n")
-        server.call(server.door.go.set)
+        server.call(server.backend.go.set)
         assert b"[DONE]" in raw.until(b"0\r\n\r\n")
 
 
 class Waiting(Scripted):
     """A door behind which nothing begins."""
 
-    async def ask(self, ask):
-        answers = await super().ask(ask)
+    async def generate(self, request):
+        answers = await super().generate(request)
         answers.__class__ = Never
         return answers
 
@@ -224,7 +224,7 @@ class Waiting(Scripted):
 class Never(ScriptedAnswers):
     async def __aiter__(self):
         await asyncio.Event().wait()
-        yield Ended(0, "stop", 1, 1)
+        yield Finished(0, "stop", 1, 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -232,12 +232,12 @@ def test_who_waits_too_long_for_his_turn_is_told_to_come_back(stream):
     with running(Waiting, Settings(queue_seconds=0.2)) as server:
         answer = post(server, CHAT | {"stream": stream})
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
-        assert server.door.cancelled == 1
+        assert server.backend.cancelled == 1
 
 
 def test_who_waits_too_long_to_be_let_in_at_all_is_told_to_come_back():
     class Closed(Scripted):
-        async def ask(self, ask):
+        async def generate(self, request):
             await asyncio.Event().wait()
 
     with running(Closed, Settings(queue_seconds=0.2)) as server:
@@ -250,7 +250,7 @@ def test_a_turn_that_has_come_is_not_waited_for():
         assert post(server, CHAT).status_code == 200
     with running(lambda: Scripted(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=1.5)) as server:
         answer = post(server, CHAT)
-        assert answer.status_code == 504 and server.door.cancelled == 1
+        assert answer.status_code == 504 and server.backend.cancelled == 1
 
 
 def test_an_answer_that_takes_too_long_is_an_event_in_a_stream():
@@ -259,7 +259,7 @@ def test_an_answer_that_takes_too_long_is_an_event_in_a_stream():
         assert answer.status_code == 200 and "[DONE]" not in answer.text
         last = json.loads(answer.text.split("data: ")[-1])
         assert last["error"]["code"] == 504
-        eventually(lambda: server.door.cancelled == 1)
+        eventually(lambda: server.backend.cancelled == 1)
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
@@ -286,7 +286,7 @@ def test_time_runs_out_for_what_is_no_answer_too():
 
 
 def test_a_full_queue_is_429(server):
-    server.door.script = Script(refusal=Overloaded("257 requests are waiting already"))
+    server.backend.script = Script(refusal=Overloaded("257 requests are waiting already"))
     answer = post(server, CHAT)
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
 
@@ -298,10 +298,10 @@ class Panic(BaseException):
 @pytest.mark.parametrize("error", [RuntimeError("the secret text"), Panic("the secret text"), KeyError("the secret")])
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_nobody_foresaw_is_500_without_its_text(server, caplog, error, stream):
-    server.door.script = Script(refusal=error)
+    server.backend.script = Script(refusal=error)
     answer = post(server, CHAT | {"stream": stream})
     assert answer.status_code == 500 and "secret" not in answer.text
-    server.door.script = Script()
+    server.backend.script = Script()
     assert post(server, CHAT).status_code == 200
     assert "secret" not in caplog.text and "an endpoint broke" in caplog.text
     assert caplog.records[0].error == type(error).__name__
@@ -309,7 +309,7 @@ def test_what_nobody_foresaw_is_500_without_its_text(server, caplog, error, stre
 
 @pytest.mark.parametrize("error", [RuntimeError("the secret"), NumericalError("NaN"), Panic("the secret")])
 def test_an_error_after_the_first_byte_is_never_a_good_end(server, error):
-    server.door.script = Script(error=error)
+    server.backend.script = Script(error=error)
     with Raw(server) as raw:
         answer = raw.post(CHAT | {"stream": True}, "Connection: close").rest()
     assert answer.startswith(b"HTTP/1.1 200") and b"Hello" in answer
@@ -329,20 +329,20 @@ def test_health_and_readiness():
             return [httpx.get(f"{server.url}/{name}").status_code for name in ("health", "ready")]
 
         assert states() == [200, 200]
-        server.door.loads = {"scripted": Load(running=1, steps=5)}
+        server.backend.loads = {"scripted": ModelStats(running=1, steps=5)}
         assert states() == [200, 200]
         now[0] = 9
         assert states() == [200, 200]
         now[0] = 11
         assert states() == [200, 503]
         assert "stalled" in httpx.get(server.url + "/ready").json()["status"]
-        server.door.loads = {"scripted": Load(running=1, steps=6)}
+        server.backend.loads = {"scripted": ModelStats(running=1, steps=6)}
         assert states() == [200, 200]
         now[0] = 99
-        server.door.loads = {"scripted": Load(steps=6)}  # nothing to do is no standstill
+        server.backend.loads = {"scripted": ModelStats(steps=6)}  # nothing to do is no standstill
         assert states() == [200, 200]
-        server.door.loads = {"scripted": Load(steps=6, waiting=1)}
+        server.backend.loads = {"scripted": ModelStats(steps=6, waiting=1)}
         assert states() == [200, 200]
-        server.door.loads = {"scripted": Load(alive=False)}
+        server.backend.loads = {"scripted": ModelStats(alive=False)}
         assert states() == [503, 503]
         assert httpx.get(server.url + "/ready").headers["retry-after"]

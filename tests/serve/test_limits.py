@@ -37,7 +37,7 @@ def test_requests_at_the_same_time_are_bounded_for_one_key_alone():
             assert refused.json()["error"]["code"] == "rate_limit_exceeded"
             embedded = httpx.post(server.url + "/v1/embeddings", json={"input": "x"}, headers=ANNA)
             assert embedded.status_code == 429
-            server.call(server.door.go.set)
+            server.call(server.backend.go.set)
             raw.until(b"[DONE]")
             assert post(server, CHAT, headers=BEN).status_code == 200
             for _ in range(20):  # whoever has heard the end may come again at once
@@ -100,13 +100,13 @@ def test_a_client_cannot_step_in_front_of_others():
     with running(keys=limited(priority=5)) as server:
         for asked, given in ((-100, 5), (None, 5), (3, 8)):
             assert post(server, CHAT | {"priority": asked}, headers=ANNA).status_code == 200
-            assert server.door.asked[-1].priority == given
+            assert server.backend.asked[-1].priority == given
 
 
 def test_what_is_asked_carries_the_keys_name_and_never_the_clients_word(server):
     with running(keys=limited()) as locked:
         post(locked, CHAT | {"user": "ben", "tenant": "ben", "cache_salt": "ben"}, headers=ANNA)
-        assert locked.door.asked[0].tenant == "anna"
+        assert locked.backend.asked[0].tenant == "anna"
 
 
 PROMPTS = {
@@ -126,5 +126,5 @@ def test_no_client_puts_words_into_an_answers_mouth(server, path):
     more = {"resume": [[1, 2]]}
     for wrong in ({}, more, {"parameters": more}, {"sampling": more, "extra_body": more, "user": "ben"}):
         assert httpx.post(server.url + path, json=PROMPTS[path] | wrong, timeout=30).status_code in (200, 400, 422)
-    assert server.door.asked
-    assert all(not ask.resume and "resume" not in ask.sampling for ask in server.door.asked)
+    assert server.backend.asked
+    assert all(not ask.resume and "resume" not in ask.sampling for ask in server.backend.asked)

@@ -9,7 +9,7 @@ import pytest
 
 from moesaic.engine import Limits
 from moesaic.llm import LLM
-from moesaic.local import Local
+from moesaic.local_backend import LocalBackend
 from moesaic.serve import keys
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
@@ -24,7 +24,7 @@ ANNA, BEN = {"authorization": "Bearer a"}, {"authorization": "Bearer b"}
 @pytest.fixture(scope="module")
 def real():
     llm = LLM.load(limits=Limits(sequences=4, queue=4))
-    with running(lambda: Local(llm), Settings(reader_seconds=2), KEYS) as server:
+    with running(lambda: LocalBackend(llm), Settings(reader_seconds=2), KEYS) as server:
         server.llm = llm
         yield server
 
@@ -39,7 +39,7 @@ def post(server, sent, headers=ANNA, path=PATH):
 
 def free(server) -> bool:
     stats = server.llm.engine.stats()
-    return not stats.running and not stats.waiting and stats.free_blocks == stats.blocks and not server.door._running
+    return not stats.running and not stats.waiting and stats.free_blocks == stats.blocks and not server.backend._running
 
 
 ENDLESS = {"ignore_eos": True}

@@ -51,7 +51,7 @@ def test_neither_prompts_nor_keys_are_written_down(written):
                 for sent in (plain, plain | {"stream": True}, body, body | {"temperature": SECRET}, {SECRET: SECRET}):
                     client.request(endpoint.method, path, json=sent, headers=headers)
                 client.request(endpoint.method, path, headers={"authorization": f"Bearer x{SECRET}"})
-        server.door.script = Script(refusal=RuntimeError(SECRET))
+        server.backend.script = Script(refusal=RuntimeError(SECRET))
         httpx.post(server.url + "/v1/chat/completions", json=plain, headers=headers)
         figures = httpx.get(server.url + "/metrics", headers=headers).text
     for text in (written.getvalue(), figures):

@@ -27,12 +27,12 @@ def test_readers_who_do_not_read_cost_little_and_are_dropped():
         httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3})
         before = memory()
         kept = stalled(server, 200, CHAT | {"stream": True})
-        eventually(lambda: len(server.door.asked) == 201)
+        eventually(lambda: len(server.backend.asked) == 201)
         other = httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3}).json()
         assert other["choices"][0]["message"]["content"] == "x" * 48_000
         eventually(lambda: server.app.running == 0, 60)
         assert memory() - before < 50 << 20
-        assert server.door.cancelled >= 200
+        assert server.backend.cancelled >= 200
         for raw in kept:
             assert b"[DONE]" not in raw.rest()[-1000:]
             raw.__exit__()
@@ -42,8 +42,8 @@ def test_a_whole_answer_that_nobody_takes_is_dropped():
     huge = Script(pieces=("x" * (1 << 20),) * 24)
     with running(lambda: Scripted(huge), QUICK) as server:
         [raw] = stalled(server, 1, CHAT)
-        connections = server.front.server_state.connections
-        eventually(lambda: server.door.cancelled)
+        connections = server.http.server_state.connections
+        eventually(lambda: server.backend.cancelled)
         eventually(lambda: not connections)
         raw.__exit__()
 
@@ -52,16 +52,16 @@ def test_what_is_left_of_an_answer_when_the_connection_is_closed_is_dropped():
     """Of one of these sizes a little is left that the system did not take, and nothing more is ever written."""
     pieces = Script(pieces=("x" * 32_000,) * 48)
     with running(lambda: Scripted(pieces), QUICK) as server:
-        connections = server.front.server_state.connections
+        connections = server.http.server_state.connections
         for most in range(4, 49):
             Raw(server, receive_buffer=4096).post(CHAT | {"max_tokens": most}, "Connection: close")
-        eventually(lambda: len(server.door.asked) == 45)
+        eventually(lambda: len(server.backend.asked) == 45)
         eventually(lambda: not connections, 40)
 
 
 def test_requests_in_a_row_whose_answers_nobody_takes_are_dropped():
     with running(settings=QUICK) as server:
-        connections = server.front.server_state.connections
+        connections = server.http.server_state.connections
         raw = Raw(server, receive_buffer=4096)
         raw.socket.settimeout(1)
         try:

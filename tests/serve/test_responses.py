@@ -8,19 +8,19 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from moesaic.door import Call, Card
+from moesaic.backend import ModelInfo, ToolCall
 from moesaic.errors import NotFound, NumericalError, Overloaded
 from moesaic.serve import keys
-from moesaic.serve.kept import Entry, Kept
+from moesaic.serve.response_store import ResponseStore, StoredResponse
 from moesaic.serve.settings import Settings
 from tests.serve.conftest import Script, running
 
 ASK = {"model": "scripted", "input": "Hi"}
 TOOL = {"type": "function", "name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}
 CALLS = (
-    Call(0, "call_a", "weather", '{"city":'),
-    Call(0, arguments=' "Oslo"}'),
-    Call(1, "call_b", "weather", "{}"),
+    ToolCall(0, "call_a", "weather", '{"city":'),
+    ToolCall(0, arguments=' "Oslo"}'),
+    ToolCall(1, "call_b", "weather", "{}"),
 )
 
 
@@ -65,7 +65,7 @@ def test_a_whole_answer(server):
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 6,
     }
-    [ask] = server.door.asked
+    [ask] = server.backend.asked
     assert ask.messages == ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"})
     assert ask.sampling == {"temperature": 0.5}
 
@@ -95,7 +95,7 @@ def test_max_output_tokens_gives_incomplete(server):
 
 
 def test_calls_of_tools(server):
-    server.door.script = Script(pieces=("Let me see.",), calls=CALLS)
+    server.backend.script = Script(pieces=("Let me see.",), calls=CALLS)
     body = ASK | {"tools": [TOOL]}
     found = post(server, body).json()["output"]
     assert [item["type"] for item in found] == ["message", "function_call", "function_call"]
@@ -115,7 +115,7 @@ def test_calls_of_tools(server):
     done = [event for event in events if event["type"].endswith("arguments.done")]
     assert [event["arguments"] for event in done] == ['{"city": "Oslo"}', "{}"]
     function = {name: TOOL[name] for name in ("name", "description", "parameters")}
-    assert server.door.asked[0].tools == ({"type": "function", "function": function},)
+    assert server.backend.asked[0].tools == ({"type": "function", "function": function},)
 
 
 def test_logprobs(server):
@@ -127,7 +127,7 @@ def test_logprobs(server):
     assert [len(event["logprobs"]) for event in deltas] == [1] * 4
     included = post(server, ASK | {"include": ["message.output_text.logprobs"]}).json()["output"][0]["content"][0]
     assert included["logprobs"][0]["top_logprobs"] == []
-    assert server.door.asked[-1].sampling == {"logprobs": 0}
+    assert server.backend.asked[-1].sampling == {"logprobs": 0}
 
 
 def test_items_become_turns(server):
@@ -147,7 +147,7 @@ def test_items_become_turns(server):
     assert post(server, body).status_code == 200
     function = {"name": "weather", "arguments": "{}"}
     calls = [{"id": f"call_{name}", "type": "function", "function": function} for name in "abc"]
-    [ask] = server.door.asked
+    [ask] = server.backend.asked
     assert ask.messages == (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Oslo?"},
@@ -169,7 +169,7 @@ def test_items_become_turns(server):
 )
 def test_forms_of_text(server, form, grammar):
     assert post(server, ASK | {"text": {"format": form}}).json()["text"]["format"] == form
-    assert server.door.asked[0].grammar == grammar
+    assert server.backend.asked[0].grammar == grammar
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_what_cannot_be_is_refused(server, change, message):
     answer = post(server, ASK | change)
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]
-    assert not server.door.asked
+    assert not server.backend.asked
 
 
 def test_a_conversation_goes_on(server):
@@ -213,18 +213,18 @@ def test_a_conversation_goes_on(server):
     assert second["previous_response_id"] == first["id"]
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, world!"}]
     told = [{"role": "system", "content": "Be brief."}]  # instructions are for one answer alone
-    assert list(server.door.asked[1].messages) == [*told, *said, {"role": "user", "content": "And?"}]
+    assert list(server.backend.asked[1].messages) == [*told, *said, {"role": "user", "content": "And?"}]
     third = ASK | {"input": "So?", "previous_response_id": second["id"]}
     assert stream(server, third)
-    assert [turn["content"] for turn in server.door.asked[2].messages][-3:] == ["And?", "Hello, world!", "So?"]
+    assert [turn["content"] for turn in server.backend.asked[2].messages][-3:] == ["And?", "Hello, world!", "So?"]
 
 
 def test_results_of_tools_answer_kept_calls(server):
-    server.door.script = Script(pieces=(), calls=CALLS)
+    server.backend.script = Script(pieces=(), calls=CALLS)
     first = post(server, ASK | {"tools": [TOOL]}).json()
     results = [{"type": "function_call_output", "call_id": f"call_{name}", "output": "rain"} for name in "ab"]
     assert post(server, ASK | {"input": results, "previous_response_id": first["id"]}).status_code == 200
-    turns = server.door.asked[1].messages
+    turns = server.backend.asked[1].messages
     assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "tool"]
     assert [call["id"] for call in turns[1]["tool_calls"]] == ["call_a", "call_b"]
 
@@ -278,15 +278,15 @@ def test_one_key_never_sees_anothers():
 
 
 def test_the_oldest_go_and_only_ones_own():
-    entry = Entry({"text": "x" * 100}, (), ())
-    kept = Kept(2, 10 * entry.size())
+    entry = StoredResponse({"text": "x" * 100}, (), ())
+    kept = ResponseStore(2, 10 * entry.size())
     for name in "abc":
         kept.put("anna", name, entry)
     kept.put("ben", "a", entry)
     assert kept.get("anna", "b") and kept.get("anna", "c") and kept.get("ben", "a")
     with pytest.raises(NotFound):
         kept.get("anna", "a")
-    small = Kept(100, 2 * entry.size())
+    small = ResponseStore(100, 2 * entry.size())
     small.put("anna", "a", entry)
     small.put("anna", "b", replace(entry, shown={"text": "x" * 150}))
     with pytest.raises(NotFound):
@@ -306,7 +306,7 @@ def test_how_much_is_kept_is_a_setting():
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_refusal_is_a_status(server, streamed):
-    server.door.script = Script(refusal=Overloaded("full"))
+    server.backend.script = Script(refusal=Overloaded("full"))
     answer = post(server, ASK | {"stream": streamed})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert answer.json()["error"]["type"] == "rate_limit_error"
@@ -314,7 +314,7 @@ def test_a_refusal_is_a_status(server, streamed):
 
 @pytest.mark.parametrize("error", [NumericalError("NaN"), RuntimeError("secret")])
 def test_an_error_in_a_stream_fails_the_response(server, error):
-    server.door.script = Script(error=error)
+    server.backend.script = Script(error=error)
     found = stream(server, ASK)
     assert kinds(found)[-2:] == ["output_text.delta", "failed"]
     failed = found[-1]["response"]
@@ -326,17 +326,17 @@ def test_an_error_in_a_stream_fails_the_response(server, error):
 
 
 def test_the_oldest_turns_go_if_that_is_asked_for(server):
-    server.door.listed = [Card("scripted", context=12)]
+    server.backend.listed = [ModelInfo("scripted", context=12)]
     turns = [{"role": ("user", "assistant")[place % 2], "content": f"{place} x x"} for place in range(5)]
     body = ASK | {"input": [{"role": "system", "content": "brief"}, *turns], "max_output_tokens": 3}
     assert post(server, body).status_code == 200
-    assert len(server.door.asked[0].messages) == 6
+    assert len(server.backend.asked[0].messages) == 6
     assert post(server, body | {"truncation": "auto"}).status_code == 200
-    kept = [turn["content"] for turn in server.door.asked[1].messages]
+    kept = [turn["content"] for turn in server.backend.asked[1].messages]
     assert kept == ["brief", "4 x x"]
-    server.door.listed = [Card("scripted", context=15)]
+    server.backend.listed = [ModelInfo("scripted", context=15)]
     assert post(server, body | {"truncation": "auto"}).status_code == 200
-    assert [turn["content"] for turn in server.door.asked[2].messages] == ["brief", "2 x x", "3 x x", "4 x x"]
+    assert [turn["content"] for turn in server.backend.asked[2].messages] == ["brief", "2 x x", "3 x x", "4 x x"]
 
 
 def test_the_built_in_model_answers_alike_whole_and_streamed(tales):

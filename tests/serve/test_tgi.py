@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 
-from moesaic.door import Ended, Load, Mark, Piece
+from moesaic.backend import Delta, Finished, ModelStats, TokenInfo
 from moesaic.errors import EngineStopped, KeyExhausted, NumericalError, Overloaded, PromptTooLong, TimedOut
 from moesaic.serve.dialects._tgi import Parameters, checked
 from moesaic.serve.dialects.tgi_info import placed
@@ -93,18 +93,18 @@ class Apart(ScriptedAnswers):
     """Held-back text, two tokens at once, a stop string, and an end that comes alone."""
 
     async def __aiter__(self):
-        yield Piece(0, "", (Mark(1, "\ufffd"),))
-        yield Piece(0, "é", (Mark(2, "\ufffd"),))
-        yield Piece(0, " we", (Mark(3, " w"), Mark(4, "e")))
-        yield Piece(0, "", (Mark(5, "ST"),))
-        yield Piece(0, "!")
-        yield Ended(0, "stop", 2, 5, stop="STOP")
+        yield Delta(0, "", (TokenInfo(1, "\ufffd"),))
+        yield Delta(0, "é", (TokenInfo(2, "\ufffd"),))
+        yield Delta(0, " we", (TokenInfo(3, " w"), TokenInfo(4, "e")))
+        yield Delta(0, "", (TokenInfo(5, "ST"),))
+        yield Delta(0, "!")
+        yield Finished(0, "stop", 2, 5, stop="STOP")
 
 
 def test_texts_of_a_stream_add_up_whatever_was_held_back(monkeypatch):
     class Door(Scripted):
-        async def ask(self, ask):
-            return Apart(self, ask, self.script)
+        async def generate(self, request):
+            return Apart(self, request, self.script)
 
     with running(Door) as server:
         found = [json.loads(event) for event in events(post(server, "/generate_stream", asks(GREEDY)).text)]
@@ -117,9 +117,9 @@ def test_texts_of_a_stream_add_up_whatever_was_held_back(monkeypatch):
 
 def test_the_best_of_several(monkeypatch):
     class Door(Scripted):
-        async def ask(self, ask):
+        async def generate(self, request):
             self.script = Script(pieces=(("Good", "Better")[len(self.asked)],))
-            found = await super().ask(ask)
+            found = await super().generate(request)
             found.scale = len(self.asked)
             return found
 
@@ -127,16 +127,16 @@ def test_the_best_of_several(monkeypatch):
         async def _steps(self):
             async for step in super()._steps():
                 yield [
-                    Piece(e.index, e.text, tuple(Mark(m.id, m.text, False, -1 / self.scale) for m in e.tokens))
-                    if isinstance(e, Piece)
+                    Delta(e.index, e.text, tuple(TokenInfo(m.id, m.text, False, -1 / self.scale) for m in e.tokens))
+                    if isinstance(e, Delta)
                     else e
                     for e in step
-                ] + [Ended(0, "length", 2, 1)] * isinstance(step[0], Piece) * (not isinstance(step[-1], Ended))
+                ] + [Finished(0, "length", 2, 1)] * isinstance(step[0], Delta) * (not isinstance(step[-1], Finished))
 
     monkeypatch.setattr("tests.serve.conftest.ScriptedAnswers", Answers)
     with running(Door) as server:
         found = post(server, "/generate", asks({"best_of": 2, "do_sample": True, "details": True})).json()
-        seeds = [ask.sampling["seed"] for ask in server.door.asked]
+        seeds = [ask.sampling["seed"] for ask in server.backend.asked]
     assert found["generated_text"] == "Better"
     [other] = found["details"]["best_of_sequences"]
     assert other["generated_text"] == "Good" and other["tokens"][0]["logprob"] == -1
@@ -165,7 +165,7 @@ def test_what_is_asked_reaches_the_door(server):
         {"id": 1, "text": "<s>", "logprob": None},
         {"id": 5, "text": "Hi", "logprob": -0.5},
     ]
-    [ask] = server.door.asked
+    [ask] = server.backend.asked
     assert ask.sampling == {
         "temperature": 0.5,
         "top_k": 5,
@@ -201,7 +201,7 @@ def test_what_is_asked_reaches_the_door(server):
 def test_when_tokens_are_drawn(server, parameters, greedy):
     body = BODY if parameters is None else asks(parameters)
     assert post(server, "/generate", body).status_code == 200
-    [ask] = server.door.asked
+    [ask] = server.backend.asked
     assert (ask.sampling["temperature"] == 0) == greedy
     assert 0 <= ask.sampling["seed"] < 2**53
     assert ask.sampling["max_tokens"] == 100 - 3  # what is left of the context
@@ -247,7 +247,7 @@ def test_refusals_have_tgis_words(server, parameters, text):
     assert found["error"].startswith(f"Input validation error: {text}")
     if text[-1] not in ": " and text.startswith("`") and "supported" not in text:
         assert found["error"] == f"Input validation error: {text}"
-    assert not server.door.asked
+    assert not server.backend.asked
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_a_stream_is_refused_with_a_real_status(server, parameters, text):
 
 def test_what_is_null_is_not_there(server):
     assert post(server, "/generate", asks(dict.fromkeys(Parameters.__struct_fields__))).status_code == 200
-    assert server.door.asked[0].sampling["temperature"] == 0
+    assert server.backend.asked[0].sampling["temperature"] == 0
 
 
 def test_an_empty_text_and_too_long_ones():
@@ -313,7 +313,7 @@ def test_routes_that_are_not_there_below_v1_are_openais(server):
 )
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 def test_an_error_before_the_first_byte_is_a_status(server, path, error, status, text, kind):
-    server.door.script = Script(refusal=error)
+    server.backend.script = Script(refusal=error)
     answer = post(server, path, BODY)
     assert answer.status_code == status and answer.json()["error_type"] == kind
     assert answer.json()["error"].startswith(text) and "secret" not in answer.text
@@ -330,7 +330,7 @@ def test_an_error_before_the_first_byte_is_a_status(server, path, error, status,
     ],
 )
 def test_an_error_in_a_stream_is_an_event_and_no_end(server, error, kind):
-    server.door.script = Script(error=error)
+    server.backend.script = Script(error=error)
     answer = post(server, "/generate_stream", asks(GREEDY))
     *found, last = [json.loads(line[5:]) for line in answer.text.split("\n") if line.startswith("data:")]
     assert answer.status_code == 200 and last["error_type"] == kind
@@ -338,7 +338,7 @@ def test_an_error_in_a_stream_is_an_event_and_no_end(server, error, kind):
 
 
 def test_an_error_of_one_of_several_is_that_error(server):
-    server.door.script = Script(error=NumericalError("NaN"))
+    server.backend.script = Script(error=NumericalError("NaN"))
     best = asks({"best_of": 2, "do_sample": True})
     assert post(server, "/generate", best).status_code == 424
     both = {"prompt": ["a", "b"], "max_tokens": 4}
@@ -351,7 +351,7 @@ def test_no_more_than_so_many_at_once():
             lines = first.iter_lines()
             assert "Hello" in next(lines)
             assert post(server, "/generate", BODY).json()["error"] == "Model is overloaded"
-            server.call(server.door.go.set)
+            server.call(server.backend.go.set)
             assert "world" in "".join(lines)
         assert post(server, "/generate", BODY).status_code == 200
 
@@ -359,7 +359,7 @@ def test_no_more_than_so_many_at_once():
 def test_health(server):
     assert (httpx.get(server.url).status_code, httpx.get(server.url).content) == (200, b"")
     assert httpx.get(server.url + "/health").status_code == 200
-    server.door.loads = {"scripted": Load(alive=False)}
+    server.backend.loads = {"scripted": ModelStats(alive=False)}
     for path in ("/", "/health", "/ping"):
         answer = httpx.get(server.url + path)
         assert answer.status_code == 503
@@ -421,7 +421,7 @@ def test_tokenize_in_both_dialects(server):
     ],
 )
 def test_where_tokens_stand(marks, text, spans):
-    found = placed([Mark(9, mark, mark[0] == "<") for mark in marks], text)
+    found = placed([TokenInfo(9, mark, mark[0] == "<") for mark in marks], text)
     assert [(each["start"], each["stop"]) for each in found] == spans
     assert all(each["text"] == text[each["start"] : each["stop"]] for each in found)
 

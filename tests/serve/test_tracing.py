@@ -72,7 +72,7 @@ def test_spans_arrive_with_the_present_names_and_without_prompts(server, collect
     sampled = {"temperature": 0.5, "max_tokens": 3, "seed": 7, "top_p": 0.9, "frequency_penalty": 1}
     httpx.post(server.url + "/v1/chat/completions", json=body | sampled, headers=headers)
     httpx.post(server.url + "/v1/completions", json={"prompt": SECRET, "stream": True})
-    server.door.script = Script(refusal=InvalidRequest(SECRET))
+    server.backend.script = Script(refusal=InvalidRequest(SECRET))
     httpx.post(server.url + "/v1/completions", json={"prompt": SECRET}, headers={"traceparent": "nonsense"})
     server.app.tracer.close()
     chat, text, refused = sorted(spans(collector), key=lambda span: span.start_time_unix_nano)

@@ -17,15 +17,15 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
+from moesaic.backend import ModelInfo, ModelStats, ResponseStream
 from moesaic.cluster.aime.conversation import asked
 from moesaic.cluster.aime.parameters import checked
 from moesaic.cluster.aime.settings import Definition, model_of, together
 from moesaic.cluster.aime.visitors import Visitors
 from moesaic.cluster.desk import Desk, Progress
-from moesaic.door import Answers, Card, Load
 from moesaic.errors import Forbidden, InvalidRequest, MoesaicError, NotFound, Unauthorized
 from moesaic.serve.dialects._openai import frame
-from moesaic.serve.exchange import Answer, Call, Endpoint, Failure, Streamed, Whole
+from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, Failure, RequestContext, Response
 from moesaic.serve.keys import Key
 
 ENDED = ("done", "failed", "cancelled", "dead")
@@ -44,8 +44,8 @@ class Stand:
     """How an endpoint's model stands now."""
 
     model: str
-    card: Card | None
-    load: Load
+    card: ModelInfo | None
+    load: ModelStats
     workers: int
     """How many offer it."""
 
@@ -71,41 +71,41 @@ class Clients:
             out += At(self, each).endpoints()
         return out
 
-    def stand(self, call: Call, definition: Definition) -> Stand:
+    def stand(self, call: RequestContext, definition: Definition) -> Stand:
         """Return how an endpoint's model stands."""
-        cards = call.door.cards()
+        cards = call.backend.models()
         name = model_of(definition, cards)
         card = next((each for each in cards if name == each.name or name in each.aliases), None)
         name = card.name if card else name
-        return Stand(name, card, call.door.load().get(name, Load()), self.desk.workers(name))
+        return Stand(name, card, call.backend.stats().get(name, ModelStats()), self.desk.workers(name))
 
-    async def validate_key(self, call: Call) -> Answer:
+    async def validate_key(self, call: RequestContext) -> AnyResponse:
         """Say whether a key is known."""
         try:
             self.visitors.owner(call, given(call))
         except Unauthorized:
-            return Whole({"success": False, "error": "Key not valid"})
-        return Whole({"success": True, "error": None})
+            return Response({"success": False, "error": "Key not valid"})
+        return Response({"success": True, "error": None})
 
-    async def listed(self, call: Call) -> Answer:
+    async def listed(self, call: RequestContext) -> AnyResponse:
         """Return the endpoints' names; with a key, if that is known."""
         values = given(call)
         if values.get("key"):
             try:
                 self.visitors.owner(call, values)
             except Unauthorized:
-                return Whole({"error": "Key not valid"}, 401)
-        return Whole({"endpoints": [each.name for each in self.definitions]})
+                return Response({"error": "Key not valid"}, 401)
+        return Response({"endpoints": [each.name for each in self.definitions]})
 
-    async def stream(self, call: Call) -> Answer:
+    async def stream(self, call: RequestContext) -> AnyResponse:
         """Stream a job's progress from where AIME's JavaScript client looks for it."""
         key = self.visitors.owner(call, given(call))
         found = await self.desk.progress(given(call).get("job_id", ""), key.name)
-        cards = call.door.cards()
+        cards = call.backend.models()
         fitting = [each for each in self.definitions if model_of(each, cards) == found.model]
         return await At(self, (fitting or self.definitions)[0]).stream(call)
 
-    def charge(self, call: Call, key: Key, found: Progress) -> None:
+    def charge(self, call: RequestContext, key: Key, found: Progress) -> None:
         """Take from a key's share what a job has cost since it was last looked at."""
         cost = _generated(found) + found.prompt_tokens
         call.app.keys.charge(key, max(0, cost - self._charged.pop(found.id, 0)))
@@ -140,21 +140,21 @@ class At:
                 out.append(route(path, self.details, method, "What an endpoint takes (AIME)."))
         return out
 
-    async def login(self, call: Call) -> Answer:
+    async def login(self, call: RequestContext) -> AnyResponse:
         """Begin a session."""
         values = given(call)
         try:
             key = self._clients.visitors.owner(call, values, self._definition)
         except (Unauthorized, Forbidden) as error:
-            return Whole({"success": False, "error": str(error)})
+            return Response({"success": False, "error": str(error)})
         shown = {"client_session_auth_key": self._clients.visitors.begin_session(key), "key": values.get("key")}
-        return Whole({"success": True, "ep_version": self._definition.version, **shown}, headers=UNKEPT)
+        return Response({"success": True, "ep_version": self._definition.version, **shown}, headers=UNKEPT)
 
-    async def details(self, call: Call) -> Answer:
+    async def details(self, call: RequestContext) -> AnyResponse:
         """Tell what the endpoint takes, and how busy it is; nothing of who does its work."""
         own, now = self._definition, self._clients.stand(call, self._definition)
         described = {each.name: dict(each.written) for each in own.inputs}
-        return Whole(
+        return Response(
             {
                 "name": own.name,
                 "title": own.title,
@@ -176,7 +176,7 @@ class At:
             }
         )
 
-    async def request(self, call: Call) -> Answer:
+    async def request(self, call: RequestContext) -> AnyResponse:
         """Take a job in; unless told otherwise, answer when it is done."""
         own, now = self._definition, self._clients.stand(call, self._definition)
         key = self._clients.visitors.owner(call, call.body, own)
@@ -186,13 +186,13 @@ class At:
         values, problems = checked(call.body, own)
         if problems:
             return self._refused(400, problems)
-        ask = replace(asked(values, now.model), tenant=key.name, priority=key.priority)
-        job = await self._desk.submit(ask)
+        request = replace(asked(values, now.model), tenant=key.name, priority=key.priority)
+        job = await self._desk.submit(request)
         if call.body.get("wait_for_result") is False:
-            return Whole({"success": True, "job_id": job, "ep_version": own.version})
+            return Response({"success": True, "job_id": job, "ep_version": own.version})
         found = await self._waited(job, key)
         self._clients.charge(call, key, found)
-        return Whole(self._result(found, now.card))
+        return Response(self._result(found, now.card))
 
     async def _waited(self, job: str, key: Key) -> Progress:
         """Return a job that has ended. It is taken back if whoever waits leaves: nobody knows its id."""
@@ -212,7 +212,7 @@ class At:
             raise
 
     @contextlib.asynccontextmanager
-    async def _following(self, job: str, key: Key) -> AsyncIterator[Answers]:
+    async def _following(self, job: str, key: Key) -> AsyncIterator[ResponseStream]:
         """Follow a job; leaving it does not end it."""
         answers = await self._desk.follow(job, key.name)
         try:
@@ -220,7 +220,7 @@ class At:
         finally:
             answers.cancel()
 
-    async def progress(self, call: Call) -> Answer:
+    async def progress(self, call: RequestContext) -> AnyResponse:
         """Tell how far a job is; take it back first if that is asked for."""
         values = given(call)
         key = self._clients.visitors.owner(call, values, self._definition)
@@ -230,7 +230,7 @@ class At:
         try:
             if any(values.get(name) in (True, "true", "True") for name in ("canceled", "cancel")):
                 await self._desk.withdraw(job, key.name)
-            return Whole(self._shown(call, key, await self._looked(job, key)), headers=UNKEPT)
+            return Response(self._shown(call, key, await self._looked(job, key)), headers=UNKEPT)
         except NotFound:
             return self._refused(402, [f"Client has no active request with this job id {job[:80]}"])
 
@@ -243,7 +243,7 @@ class At:
             return await self._desk.progress(job, key.name)
         return found
 
-    async def cancel(self, call: Call) -> Answer:
+    async def cancel(self, call: RequestContext) -> AnyResponse:
         """Take a job back."""
         key = self._clients.visitors.owner(call, call.body, self._definition)
         job = str(call.body.get("job_id") or "")
@@ -252,16 +252,16 @@ class At:
         except NotFound:
             return self._refused(402, [f"Client has no active request with this job id {job[:80]}"])
         shown = {"success": True, "job_id": job, "ep_version": self._definition.version}
-        return Whole(shown | {"job_state": "canceled" if state == "cancelled" else "done"})
+        return Response(shown | {"job_state": "canceled" if state == "cancelled" else "done"})
 
-    async def stream(self, call: Call) -> Answer:
+    async def stream(self, call: RequestContext) -> AnyResponse:
         """Stream a job's progress: the same as by asking, an event for each."""
         values = given(call)
         key = self._clients.visitors.owner(call, values, self._definition)
         job = str(values.get("job_id") or "")
-        return Streamed(self._frames(call, key, await self._looked(job, key)))
+        return EventStream(self._frames(call, key, await self._looked(job, key)))
 
-    async def _frames(self, call: Call, key: Key, found: Progress) -> AsyncIterator[bytes]:
+    async def _frames(self, call: RequestContext, key: Key, found: Progress) -> AsyncIterator[bytes]:
         clock = asyncio.get_running_loop().time
         while True:
             shown = self._shown(call, key, found)
@@ -285,7 +285,7 @@ class At:
 
     # What is told
 
-    def _shown(self, call: Call, key: Key, found: Progress) -> dict[str, Any]:
+    def _shown(self, call: RequestContext, key: Key, found: Progress) -> dict[str, Any]:
         self._clients.charge(call, key, found)
         now = self._clients.stand(call, self._definition)
         shown = {"success": True, "job_id": found.id, "ep_version": self._definition.version}
@@ -304,7 +304,7 @@ class At:
             progress["progress_data"] = {name: outputs[name] for name in self._definition.progress if name in outputs}
         return shown | {"job_state": STATES[found.state], "progress": progress}
 
-    def _result(self, found: Progress, card: Card | None) -> dict[str, Any]:
+    def _result(self, found: Progress, card: ModelInfo | None) -> dict[str, Any]:
         """Return what a job has come to; times in seconds, those that are not known left out."""
         failed = found.state != "done"
         out: dict[str, Any] = {"success": not failed, "job_id": found.id, "ep_version": self._definition.version}
@@ -323,8 +323,8 @@ class At:
                 out[name] = round(max(0.0, found.finished - since), 3)
         return out
 
-    def _refused(self, status: int, error: str | list[str]) -> Whole:
-        return Whole({"success": False, "error": error, "ep_version": self._definition.version}, status)
+    def _refused(self, status: int, error: str | list[str]) -> Response:
+        return Response({"success": False, "error": error, "ep_version": self._definition.version}, status)
 
 
 UNKEPT = {"cache-control": "no-store"}
@@ -337,7 +337,7 @@ def _generated(found: Progress) -> int:
     return sum(found.tokens[:1]) or len("".join(found.texts[:1])) // 4
 
 
-def _outputs(found: Progress, card: Card | None) -> dict[str, Any]:
+def _outputs(found: Progress, card: ModelInfo | None) -> dict[str, Any]:
     tokens = _generated(found)
     out = {
         "text": found.texts[0] if found.texts else "",
@@ -350,7 +350,7 @@ def _outputs(found: Progress, card: Card | None) -> dict[str, Any]:
     return {name: value for name, value in out.items() if value is not None}
 
 
-def given(call: Call) -> Mapping[str, Any]:
+def given(call: RequestContext) -> Mapping[str, Any]:
     """Return what a request carries, in its body and its query; of a name that stands twice, the first."""
     try:
         query = parse_qsl(call.scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=64)
@@ -362,7 +362,7 @@ def given(call: Call) -> Mapping[str, Any]:
 def failure(reason: Failure, version: int | None = None) -> Any:
     """Return an error as AIME's clients read it; what a key is not good for is 402 there."""
     shown = {"success": False, "error": [reason.message]} | ({} if version is None else {"ep_version": version})
-    return Whole(shown, 402 if reason.status == 403 else reason.status)
+    return Response(shown, 402 if reason.status == 403 else reason.status)
 
 
 def broken(reason: Failure) -> bytes:

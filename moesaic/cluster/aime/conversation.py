@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moesaic.backend import GenerationRequest
 from moesaic.cluster.aime.settings import Definition
-from moesaic.door import Ask
 from moesaic.errors import InvalidMessages, InvalidParameter, InvalidRequest
 
 JOIN = "\n\n"
@@ -25,7 +25,7 @@ IGNORED = ("seed",)
 """Fields that they cannot heed, and need not: a gateway gives each job a seed."""
 
 
-def asked(values: Mapping[str, Any], model: str) -> Ask:
+def asked(values: Mapping[str, Any], model: str) -> GenerationRequest:
     """Return what AIME's parameters ask for.
 
     A conversation whose last turn is the assistant's is continued there. ``top_p`` 0 and ``top_k`` 0 are off, as at
@@ -42,11 +42,11 @@ def asked(values: Mapping[str, Any], model: str) -> Ask:
     if text:
         if context or last:
             raise InvalidParameter("text_context", "excludes chat_context and prompt_input: send one of them")
-        return Ask(model=model, prompt=text, sampling=sampling)
+        return GenerationRequest(model=model, prompt=text, sampling=sampling)
     if not isinstance(context, list):
         raise InvalidParameter("chat_context", "must be a list of objects with role and content")
     messages = turns([*context, *([{"role": "user", "content": last}] if last else [])])
-    return Ask(
+    return GenerationRequest(
         model=model,
         messages=tuple(messages),
         sampling=sampling,
@@ -115,7 +115,9 @@ def _part(place: int, part: Any) -> str:
     return text
 
 
-def parameters_for(ask: Ask, definition: Definition, said: str = "", tokens: int = 0) -> dict[str, Any]:
+def parameters_for(
+    request: GenerationRequest, definition: Definition, said: str = "", tokens: int = 0
+) -> dict[str, Any]:
     """Return the parameters by which one of AIME's workers does this.
 
     Args:
@@ -127,8 +129,8 @@ def parameters_for(ask: Ask, definition: Definition, said: str = "", tokens: int
     Raises:
         InvalidRequest: such workers cannot do it; the message says what of it.
     """
-    _check_able(ask)
-    sampling = ask.sampling
+    _check_able(request)
+    sampling = request.sampling
     out = {each.name: each.default for each in definition.inputs if each.default is not None}
     for name in ("top_k", "top_p"):
         if sampling.get(name) is not None:
@@ -141,20 +143,20 @@ def parameters_for(ask: Ask, definition: Definition, said: str = "", tokens: int
     most = sampling.get("max_tokens") or out.get("max_gen_tokens")
     if most is not None:
         out["max_gen_tokens"] = max(1, most - tokens)
-    return out | _content(ask, definition, said)
+    return out | _content(request, definition, said)
 
 
-def _check_able(ask: Ask) -> None:
+def _check_able(request: GenerationRequest) -> None:
     """Raise unless AIME's workers can do it."""
-    others = {name: value for name, value in ask.sampling.items() if name not in (*CHOICES, *IGNORED)}
+    others = {name: value for name, value in request.sampling.items() if name not in (*CHOICES, *IGNORED)}
     strange = [name for name, value in others.items() if _changes(name, value)]
     named = {
-        "tools": ask.tools,
-        "a grammar": ask.grammar,
-        "a prompt of tokens": ask.prompt is not None and not isinstance(ask.prompt, str),
-        "truncation": ask.truncate,
-        "special tokens in a prompt": ask.marked,
-        "special tokens in the answer": not ask.skip_special,
+        "tools": request.tools,
+        "a grammar": request.grammar,
+        "a prompt of tokens": request.prompt is not None and not isinstance(request.prompt, str),
+        "truncation": request.truncate,
+        "special tokens in a prompt": request.parse_special,
+        "special tokens in the answer": not request.skip_special,
         **dict.fromkeys(strange, True),
     }
     if unable := [name for name, wanted in named.items() if wanted]:
@@ -167,18 +169,18 @@ def _changes(name: str, value: Any) -> bool:
     return bool(value) and value != NEUTRAL.get(name)
 
 
-def _content(ask: Ask, definition: Definition, said: str) -> dict[str, Any]:
+def _content(request: GenerationRequest, definition: Definition, said: str) -> dict[str, Any]:
     """Return the conversation, or the text to be continued, as the endpoint's worker reads it."""
-    if ask.messages is None:
+    if request.messages is None:
         if definition.parameter("text_context") is None:
             raise InvalidRequest("this model is served by AIME's workers, which cannot go on from a text: send a chat")
-        return {"text_context": f"{ask.prompt}{said}", "prompt_input": ""}
-    messages = turns(ask.messages)
-    if ask.continue_final != (messages[-1]["role"] == "assistant"):
+        return {"text_context": f"{request.prompt}{said}", "prompt_input": ""}
+    messages = turns(request.messages)
+    if request.continue_final != (messages[-1]["role"] == "assistant"):
         raise InvalidMessages("the last message is the assistant's: add a user message, or ask to continue it")
     if said:
-        messages = turns([*messages[:-1], _continued(messages[-1], said)] if ask.continue_final else messages)
-        messages += [] if ask.continue_final else [{"role": "assistant", "content": said}]
+        messages = turns([*messages[:-1], _continued(messages[-1], said)] if request.continue_final else messages)
+        messages += [] if request.continue_final else [{"role": "assistant", "content": said}]
     chat = definition.parameter("chat_context")
     last = ""
     if chat is None or chat.kind == "json":  # the older kind of worker puts ``prompt_input`` behind the context

@@ -15,12 +15,12 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from moesaic.backend import Delta, Event, ModelStats, PromptDone
 from moesaic.cluster import protocol
 from moesaic.cluster.aime.conversation import parameters_for
 from moesaic.cluster.aime.member import Member, Running
 from moesaic.cluster.desk import RENEWS, STALL_SECONDS, Labour
 from moesaic.cluster.jobs import Hold, Lease
-from moesaic.door import Begun, Event, Load, Piece
 from moesaic.errors import InvalidRequest, MoesaicError, NotFound, TimedOut
 
 T = TypeVar("T")
@@ -140,15 +140,15 @@ class Crew:
     def _begun(self, member: Member, lease: Lease) -> Running:
         if lease.job.kind != "ask":
             raise InvalidRequest(f"this model is served by AIME's workers, which cannot {lease.job.kind}")
-        ask = protocol.unpack_ask(lease.job.body)
+        request = protocol.unpack_ask(lease.job.body)
         events = [event for record in lease.log for event in protocol.unpack_events(record.blob)]
-        pieces = [event for event in events if isinstance(event, Piece)]
+        pieces = [event for event in events if isinstance(event, Delta)]
         before = "".join(piece.text for piece in pieces)
         tokens = sum(len(piece.tokens) for piece in pieces) or len(before) // 4
         definition = next((each for each in member.definitions if each.offered == lease.job.model), member.definition)
-        data = parameters_for(ask, definition, before, tokens)
+        data = parameters_for(request, definition, before, tokens)
         hold = Hold(lease.job.id, lease.fence)
-        prompt = next((event.prompt_tokens for event in events if isinstance(event, Begun)), 0)
+        prompt = next((event.prompt_tokens for event in events if isinstance(event, PromptDone)), 0)
         running = Running(
             f"{hold.id}#{hold.fence}",
             hold,
@@ -278,7 +278,9 @@ class Crew:
     async def _renew(self, member: Member) -> None:
         member.steps += 1  # within what it may be silent, it counts as making progress
         model = member.models[0]
-        load = {name: Load(len(member.jobs) if name == model else 0, steps=member.steps) for name in member.models}
+        load = {
+            name: ModelStats(len(member.jobs) if name == model else 0, steps=member.steps) for name in member.models
+        }
         held = await self._known(member, lambda: self._labour.renew(member.worker, member.holds, load))
         for running in list(member.jobs.values()):
             if held.get(running.hold.id) in ("cancelled", "fenced"):

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesaic.backend import Delta, Event, Finished, ModelInfo, PromptDone
 from moesaic.cluster.aime.settings import Definition
 from moesaic.cluster.desk import Recruit
 from moesaic.cluster.jobs import Hold
-from moesaic.door import Begun, Card, Ended, Event, Piece
 from moesaic.errors import MoesaicError, Unavailable
 
 
@@ -55,10 +55,10 @@ class Running:
         text = data.get("text")
         more = self.more(text, final=final) if isinstance(text, str) else None
         if not self.logged and not self.pending and (more or final):
-            self.pending.append(Begun(0, (), self.prompt_tokens))
+            self.pending.append(PromptDone(0, (), self.prompt_tokens))
         if more:
             self.said += more
-            self.pending.append(Piece(0, more))
+            self.pending.append(Delta(0, more))
 
     def failure(self, data: Mapping[str, Any]) -> MoesaicError | None:
         """Return what is wrong with a result."""
@@ -71,7 +71,7 @@ class Running:
             return Unavailable("the worker's result is not what it had said before: ask again")
         return None
 
-    def end(self, data: Mapping[str, Any]) -> Ended:
+    def end(self, data: Mapping[str, Any]) -> Finished:
         """Return the end that a result tells."""
         count, most = data.get("num_generated_tokens"), self.data.get("max_gen_tokens")
         generated = count if type(count) is int and count >= 0 else len(self.said) // 4
@@ -79,7 +79,7 @@ class Running:
         if type(prompt) is int and prompt > 0:
             self.prompt_tokens = prompt
         reason = "length" if most is not None and generated >= most else "stop"
-        return Ended(0, reason, self.prompt_tokens, self.tokens_before + generated)  # type: ignore[arg-type]
+        return Finished(0, reason, self.prompt_tokens, self.tokens_before + generated)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -120,5 +120,5 @@ class Member:
 
     def recruit(self) -> Recruit:
         """Return the worker as it offers itself."""
-        cards = tuple(Card(model, about={"worker": "aime"}) for model in self.models)
+        cards = tuple(ModelInfo(model, about={"worker": "aime"}) for model in self.models)
         return Recruit(self.worker, cards, self.slots, self.about, self.owner)

@@ -12,7 +12,7 @@ from typing import Any
 
 from moesaic.cluster.aime.settings import SERVED, Definition, Parameter
 from moesaic.errors import InvalidRequest
-from moesaic.serve.reading import decode
+from moesaic.serve.json_body import decode_json
 
 IMPLIED = ("key", "client_session_auth_key", "wait_for_result")
 """What every request may carry besides."""
@@ -140,7 +140,7 @@ def _json(parameter: Parameter, value: Any) -> Any:
     if not isinstance(value, str) or value == "":
         return value
     try:
-        found = decode(value.encode(), Any)
+        found = decode_json(value.encode(), Any)
     except InvalidRequest:
         raise ValueError(f"Input parameter {parameter.name}=[{_shown(value)}] has invalid json format!") from None
     return "" if found is None else found

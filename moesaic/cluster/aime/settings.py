@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesaic.door import Card
+from moesaic.backend import ModelInfo
 from moesaic.errors import InvalidRequest, NotFound
 from moesaic.serve import app
 from moesaic.serve.keys import Key, digest
@@ -165,7 +165,7 @@ def read_file(path: Path, defaults: Mapping[str, Any] | None = None) -> Definiti
         raise InvalidRequest(f"{path}: is no endpoint of AIME's: {error}") from error
 
 
-def model_of(definition: Definition, cards: Sequence[Card]) -> str:
+def model_of(definition: Definition, cards: Sequence[ModelInfo]) -> str:
     """Return the model that an endpoint asks: the one it names, or the first that fits, or the first.
 
     Where there is none (yet), its job type stands for the model that workers of that type will offer.

@@ -16,7 +16,7 @@ from typing import Any
 
 from moesaic.cluster.aime.settings import Definition
 from moesaic.errors import Forbidden, Unauthorized
-from moesaic.serve.exchange import Call
+from moesaic.serve.exchange import RequestContext
 from moesaic.serve.guard import given_key
 from moesaic.serve.keys import NOBODY, Key, Keys, digest
 
@@ -33,7 +33,7 @@ class Visitors:
         self._keys = {each.name: Keys(each.client_keys) for each in definitions}
         self._sessions: dict[str, tuple[str, float]] = {}  # a key's digest, and when it ends
 
-    def owner(self, call: Call, given: Mapping[str, Any], definition: Definition | None = None) -> Key:
+    def owner(self, call: RequestContext, given: Mapping[str, Any], definition: Definition | None = None) -> Key:
         """Return whose request this is; without a definition, any endpoint's key does.
 
         Raises:
@@ -51,11 +51,11 @@ class Visitors:
             raise Forbidden(f"Client not authorized for endpoint {definition.name}!")
         return found
 
-    def _wanted(self, call: Call, definition: Definition | None) -> bool:
+    def _wanted(self, call: RequestContext, definition: Definition | None) -> bool:
         asked = self._keys.values() if definition is None else [self._keys[definition.name]]
         return call.app.keys.wanted or any(keys.wanted for keys in asked)
 
-    def _found(self, call: Call, given: Mapping[str, Any]) -> Key:
+    def _found(self, call: RequestContext, given: Mapping[str, Any]) -> Key:
         key, session = _said(given.get("key")), _said(given.get("client_session_auth_key"))
         header = given_key(call.scope["headers"])
         sent = key.encode() if key else header
@@ -72,7 +72,7 @@ class Visitors:
             raise Unauthorized("Key not valid")
         raise Unauthorized("API Key missing and client session authentication key not registered in API Server")
 
-    def _allowed(self, call: Call, key: Key, definition: Definition) -> bool:
+    def _allowed(self, call: RequestContext, key: Key, definition: Definition) -> bool:
         servers = call.app.keys.wanted and call.app.keys.current(key.sha256) is not None
         return servers or self._keys[definition.name].current(key.sha256) is not None
 
@@ -90,7 +90,7 @@ class Visitors:
         return sha256 if time.monotonic() < until else ""
 
 
-def worker_of(call: Call, auth_key: Any, definitions: Sequence[Definition]) -> Key:
+def worker_of(call: RequestContext, auth_key: Any, definitions: Sequence[Definition]) -> Key:
     """Return whose worker this is, which wants to do the jobs of these endpoints.
 
     It shows the key of the endpoint's file, or a worker's: whoever may do jobs reads what everybody asks.

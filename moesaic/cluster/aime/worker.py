@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from moesaic import __version__
+from moesaic.backend import Backend, Delta, Finished, ModelInfo, PromptDone, ResponseStream
 from moesaic.cluster.aime.conversation import asked
-from moesaic.door import Answers, Begun, Card, Door, Ended, Piece
 from moesaic.errors import InvalidParameter, MoesaicError, NotFound, NotInstalled, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Job:
 
 
 async def work(
-    door: Door,
+    backend: Backend,
     server: str,
     job_type: str,
     auth_key: str,
@@ -123,7 +123,7 @@ async def work(
     if slots < 1:
         raise InvalidParameter("slots", f"is {slots}, expected at least 1")
     async with _session(auth_key, job_type, server.rstrip("/"), name) as line:
-        await Worker(door, line, model, slots).run(stop or asyncio.Event(), drain_seconds)
+        await Worker(backend, line, model, slots).run(stop or asyncio.Event(), drain_seconds)
 
 
 @contextlib.asynccontextmanager
@@ -185,9 +185,9 @@ class Line:
 class Worker:
     """One worker: jobs in, answers out."""
 
-    def __init__(self, door: Door, line: Line, model: str, slots: int) -> None:
-        self._door, self._line, self._slots = door, line, slots
-        self._model = _card(door, model).name
+    def __init__(self, backend: Backend, line: Line, model: str, slots: int) -> None:
+        self._backend, self._line, self._slots = backend, line, slots
+        self._model = _card(backend, model).name
         self._jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
@@ -227,7 +227,7 @@ class Worker:
                 await asyncio.sleep(AGAIN)
 
     async def _fetch(self, free: int) -> None:
-        card = _card(self._door, self._model)
+        card = _card(self._backend, self._model)
         offered = {
             "max_job_batch": free,
             "worker_version": 0,
@@ -285,16 +285,16 @@ class Worker:
 
     async def _read(self, job: Job) -> None:
         """Have the model answer."""
-        answers: Answers | None = None
+        answers: ResponseStream | None = None
         try:
-            answers = await self._door.ask(asked(_whole(job.data), self._model))
+            answers = await self._backend.generate(asked(_whole(job.data), self._model))
             async for event in answers:
-                if isinstance(event, Begun):
+                if isinstance(event, PromptDone):
                     job.begun, job.prompt_tokens = time.time(), event.prompt_tokens
-                elif isinstance(event, Piece):
+                elif isinstance(event, Delta):
                     job.text += event.text
                     job.tokens += len(event.tokens)
-                elif isinstance(event, Ended):
+                elif isinstance(event, Finished):
                     job.prompt_tokens, job.tokens = event.prompt_tokens, event.generated_tokens
             job.error = ""
         except MoesaicError as error:
@@ -305,7 +305,7 @@ class Worker:
 
     async def _finish(self, job: Job, error: str) -> None:
         """Bring a result, again and again until the server has it."""
-        card = _card(self._door, self._model)
+        card = _card(self._backend, self._model)
         result: dict[str, Any] = {
             **{name: job.data[name] for name in job.outputs if name in job.data},
             **job.progress(),
@@ -376,13 +376,13 @@ def _whole(data: Mapping[str, Any]) -> Mapping[str, Any]:
         raise InvalidParameter("chat_context", "is no JSON") from None
 
 
-def _card(door: Door, name: str) -> Card:
+def _card(backend: Backend, name: str) -> ModelInfo:
     """Return the model to work with.
 
     Raises:
         NotFound: there is no such one. Unavailable: there is none.
     """
-    cards = [card for card in door.cards() if card.task == "chat"]
+    cards = [card for card in backend.models() if card.task == "chat"]
     if not cards:
         raise Unavailable("there is no chat model to work with")
     found = next((card for card in cards if name in (card.name, *card.aliases)), None)

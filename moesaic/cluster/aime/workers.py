@@ -17,7 +17,7 @@ from moesaic.cluster.aime.visitors import worker_of
 from moesaic.cluster.desk import LEASE_SECONDS, Desk, Labour
 from moesaic.cluster.routes import MESSAGE_BYTES
 from moesaic.errors import InvalidRequest, Unauthorized, Unavailable
-from moesaic.serve.exchange import Answer, Call, Endpoint, Failure, Whole
+from moesaic.serve.exchange import AnyResponse, Endpoint, Failure, RequestContext, Response
 
 PATIENCE = 0.75
 """Of the time after which a worker gives up a request for jobs: then it is told that there is none."""
@@ -49,7 +49,7 @@ class Workers:
     def _of_type(self, job_type: Any) -> list[Definition]:
         return [each for each in self._definitions if each.job_type == job_type]
 
-    async def status(self, call: Call) -> Answer:
+    async def status(self, call: RequestContext) -> AnyResponse:
         """Tell a worker whether it is known, and its job type. One with a name is let in here."""
         body = call.body
         definitions = self._of_type(body.get("job_type"))
@@ -64,23 +64,23 @@ class Workers:
             except Unauthorized:
                 pass
         shown = {"logged_in": member is not None, "job_type_present": bool(definitions), "key_valid": valid}
-        return Whole(OK | shown)
+        return Response(OK | shown)
 
-    async def login(self, call: Call) -> Answer:
+    async def login(self, call: RequestContext) -> AnyResponse:
         """Let a worker in."""
         body = _object(call.body.get("worker_parameters"))
         definitions = self._of_type(body.get("job_type"))
         name = _name(body.get("auth"))
         if not definitions or not name:
-            return Whole({"success": False, "error_msg": _unfit(str(body.get("job_type")), name)})
+            return Response({"success": False, "error_msg": _unfit(str(body.get("job_type")), name)})
         try:
             owner = worker_of(call, body.get("auth_key"), definitions).name
         except Unauthorized as error:
-            return Whole({"success": False, "error_msg": str(error)})
+            return Response({"success": False, "error_msg": str(error)})
         about = {"model": _object(call.body.get("model_parameters"))}
         await self._admit(definitions, name, owner, body, legacy=False, about=about)
         told = {"request_timeout": definitions[0].request_timeout, "api_server_version": SPOKEN}
-        return Whole(OK | told)
+        return Response(OK | told)
 
     async def _admit(
         self,
@@ -96,7 +96,7 @@ class Workers:
         slots = _count(body.get("max_batch_size", body.get("max_job_batch")))
         return await self.crew.admit(Member(name, definitions, slots, owner, legacy, shown, time.monotonic()))
 
-    async def jobs(self, call: Call) -> Answer:
+    async def jobs(self, call: RequestContext) -> AnyResponse:
         """Wait for jobs."""
         if call.app.draining:
             raise Unavailable("the server is about to stop: ask another, or try again later")
@@ -104,13 +104,13 @@ class Workers:
         try:
             member = await self._member(call, body)
         except (Unauthorized, InvalidRequest) as error:
-            return Whole({"cmd": "error", "msg": str(error)})
+            return Response({"cmd": "error", "msg": str(error)})
         timeout = min(member.definition.request_timeout, _seconds(body.get("request_timeout")))
         found = await self.crew.give(member, _count(body.get("max_job_batch")), timeout * PATIENCE)
         if not found:
-            return Whole({"cmd": "no_job"})
+            return Response({"cmd": "no_job"})
         own = member.definition
-        return Whole(
+        return Response(
             {
                 "cmd": "job",
                 "endpoint_name": own.name,
@@ -121,7 +121,7 @@ class Workers:
             }
         )
 
-    async def _member(self, call: Call, body: Mapping[str, Any]) -> Member:
+    async def _member(self, call: RequestContext, body: Mapping[str, Any]) -> Member:
         """Return the worker that asks.
 
         Raises:
@@ -140,7 +140,7 @@ class Workers:
         owner = worker_of(call, body.get("auth_key"), definitions).name
         return await self._admit(definitions, name, owner, body, legacy=True)
 
-    async def progress(self, call: Call) -> Answer:
+    async def progress(self, call: RequestContext) -> AnyResponse:
         """Take in how far jobs are: a list, or one."""
         several = isinstance(call.body, list)
         entries = [_object(each) for each in (call.body if several else [call.body])]
@@ -148,12 +148,12 @@ class Workers:
             try:
                 self._check(call, entry)
             except Unauthorized as error:
-                return Whole({"success": False, "error_msg": str(error)})
+                return Response({"success": False, "error_msg": str(error)})
         updates = [(str(entry.get("job_id")), _object(entry.get("progress_data"))) for entry in entries]
         answers = await self.crew.progress(updates)
-        return Whole(answers if several else answers[0])
+        return Response(answers if several else answers[0])
 
-    def _check(self, call: Call, entry: Mapping[str, Any]) -> None:
+    def _check(self, call: RequestContext, entry: Mapping[str, Any]) -> None:
         """Raise Unauthorized unless whoever sends this has the job that it is about, or could have it."""
         member = self.crew.worker_of(str(entry.get("job_id")))
         if definitions := member.definitions if member else self._of_type(entry.get("job_type")):
@@ -161,18 +161,18 @@ class Workers:
             if member and key.name != member.owner:
                 raise Unauthorized("this is the job of another key's worker")
 
-    async def result(self, call: Call) -> Answer:
+    async def result(self, call: RequestContext) -> AnyResponse:
         """Take a result in; the same one again is no fault."""
         body = call.body
         try:
             self._check(call, body)
         except Unauthorized as error:
-            return Whole({"success": False, "error_msg": str(error)})
+            return Response({"success": False, "error_msg": str(error)})
         job = str(body.get("job_id"))
         if await self.crew.result(job, body):
-            return Whole(OK)
+            return Response(OK)
         told = f"Job with job id {job[:80]} not found in worker {str(body.get('auth'))[:80]}!"
-        return Whole({"cmd": "warning", "msg": told})
+        return Response({"cmd": "warning", "msg": told})
 
 
 def _data(running: Running) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _seconds(given: Any) -> float:
 def failure(reason: Failure) -> Any:
     """Return an error as their interface bears it: 503 where it is to come again."""
     status = reason.status if reason.status in (400, 404, 405, 413, 415) else 503
-    return Whole({"cmd": "warning", "success": False, "error_msg": reason.message, "msg": reason.message}, status)
+    return Response({"cmd": "warning", "success": False, "error_msg": reason.message, "msg": reason.message}, status)
 
 
 def endpoints(

@@ -15,9 +15,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from moesaic import __version__
-from moesaic.door import Card, Door, Ended, Mark
+from moesaic.backend import Backend, Finished, ModelInfo, TokenInfo
 from moesaic.errors import InvalidParameter, NotFound, Unavailable
-from moesaic.serve.exchange import Call, Failure
+from moesaic.serve.exchange import Failure, RequestContext
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "server_error"}
 CODES = {401: "invalid_api_key", 404: "model_not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
@@ -158,14 +158,14 @@ def response_grammar(wanted: Mapping[str, Any] | None) -> tuple[str, Any] | None
     raise InvalidParameter("response_format", "expected type text, json_object, or json_schema with a schema")
 
 
-def card_of(door: Door, name: str | None, *, strict: bool = False) -> Card:
+def card_of(backend: Backend, name: str | None, *, strict: bool = False) -> ModelInfo:
     """Return the model that is meant.
 
     Raises:
         NotFound: there is none of that name.
         Unavailable: there are none at all, as in a gateway that has just been started again.
     """
-    cards = door.cards()
+    cards = backend.models()
     if not cards:
         raise Unavailable("there is no model yet: try again later, or start one with `moesaic worker`")
     for card in cards:
@@ -177,9 +177,9 @@ def card_of(door: Door, name: str | None, *, strict: bool = False) -> Card:
     raise NotFound(f"the model {name!r:.120} does not exist; there is {known}")
 
 
-def model_of(call: Call, name: str | None) -> str:
+def model_of(call: RequestContext, name: str | None) -> str:
     """Return the name of the model that a request means."""
-    return card_of(call.door, name, strict=call.settings.strict_model_name).name
+    return card_of(call.backend, name, strict=call.settings.strict_model_name).name
 
 
 def failure(failure: Failure) -> Any:
@@ -215,7 +215,7 @@ def now() -> int:
     return int(time.time())
 
 
-def usage(ended: Iterable[Ended], *, shared_prompt: bool = True) -> dict[str, Any]:
+def usage(ended: Iterable[Finished], *, shared_prompt: bool = True) -> dict[str, Any]:
     """Return what answers cost; the prompt of ``n`` answers to one question counts once."""
     listed = list(ended)
     of_prompt = [each for each in listed if each.index == 0] if shared_prompt else listed
@@ -229,19 +229,19 @@ def usage(ended: Iterable[Ended], *, shared_prompt: bool = True) -> dict[str, An
     }
 
 
-def finish_reason(ended: Ended) -> str:
+def finish_reason(ended: Finished) -> str:
     """Return why an answer ended, in OpenAI's words."""
-    if ended.called:
+    if ended.has_tool_calls:
         return "tool_calls"
     return "length" if ended.reason == "length" else "stop"
 
 
-def stop_reason(ended: Ended) -> str | int | None:
+def stop_reason(ended: Finished) -> str | int | None:
     """Return vLLM's field: the stop string, or the token, that ended the answer."""
     return ended.stop if ended.stop is not None else ended.stop_id
 
 
-def logprob_entry(mark: Mark, top: int) -> dict[str, Any]:
+def logprob_entry(mark: TokenInfo, top: int) -> dict[str, Any]:
     """Return one token of a chat answer's ``logprobs``."""
 
     def one(text: str, value: float | None) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from moesaic.door import Begun, Ended, Event, Mark, Piece
-from moesaic.door import Call as ToolCall
+from moesaic.backend import Delta, Event, Finished, PromptDone, TokenInfo
+from moesaic.backend import ToolCall as ToolCall
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.exchange import Failure
 
@@ -31,7 +31,7 @@ class Output:
         self._open = False  # whether the last item is
         self._marks: list[dict[str, Any]] = []  # of tokens whose text has not come yet
 
-    def add(self, piece: Piece) -> Iterator[Happening]:
+    def add(self, piece: Delta) -> Iterator[Happening]:
         self._marks += self._logprobs(piece.tokens)
         if piece.text:
             if not self._open or self.items[-1]["type"] != "message":
@@ -44,7 +44,7 @@ class Output:
         for call in piece.calls:
             yield from self._add_call(call)
 
-    def _logprobs(self, marks: tuple[Mark, ...]) -> list[dict[str, Any]]:
+    def _logprobs(self, marks: tuple[TokenInfo, ...]) -> list[dict[str, Any]]:
         return [] if self._top is None else [openai.logprob_entry(mark, self._top) for mark in marks]
 
     def _at(self, index: int = -1) -> dict[str, Any]:
@@ -65,12 +65,12 @@ class Output:
         self.items[-1]["content"].append(part)
 
     def _add_call(self, call: ToolCall) -> Iterator[Happening]:
-        if call.place not in self._places:
-            self._places[call.place] = len(self.items)
+        if call.index not in self._places:
+            self._places[call.index] = len(self.items)
             head = {"id": openai.new_id("fc", "_"), "type": "function_call", "status": "in_progress"}
             name = {"call_id": call.id or openai.new_id("call", "_"), "name": call.name, "arguments": ""}
             yield from self._begin(head | name)
-        index = self._places[call.place]
+        index = self._places[call.index]
         if call.arguments:
             self.items[index]["arguments"] += call.arguments
             yield "function_call_arguments.delta", self._at(index) | {"delta": call.arguments}
@@ -107,19 +107,19 @@ class Writer:
         self._count = 0
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
-        ended: Ended | None = None
+        ended: Finished | None = None
         async for event in events:
-            if isinstance(event, Piece):
+            if isinstance(event, Delta):
                 for _ in self._output.add(event):
                     pass
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 ended = event
         assert ended is not None, "an answer ended with neither Ended nor an error"
         for _ in self._output.close(status(ended)):
             pass
         return self._done(ended)
 
-    def _done(self, ended: Ended) -> dict[str, Any]:
+    def _done(self, ended: Finished) -> dict[str, Any]:
         response = self._response(
             status(ended),
             output=self._output.items,
@@ -135,9 +135,9 @@ class Writer:
 
     async def frames(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
         async for event in events:
-            if isinstance(event, Begun):
+            if isinstance(event, PromptDone):
                 yield self._begun()
-            elif isinstance(event, Piece):
+            elif isinstance(event, Delta):
                 for happening in self._output.add(event):
                     yield self._frame(*happening)
             else:
@@ -164,12 +164,12 @@ class Writer:
         return b"event: response.%b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(content))
 
 
-def status(ended: Ended) -> str:
+def status(ended: Finished) -> str:
     """Return how an answer ended, in OpenAI's words."""
     return "incomplete" if ended.reason == "length" else "completed"
 
 
-def usage(ended: Ended) -> dict[str, Any]:
+def usage(ended: Finished) -> dict[str, Any]:
     """Return what an answer cost."""
     return {
         "input_tokens": ended.prompt_tokens,

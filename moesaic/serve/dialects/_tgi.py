@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import Struct
 
 from moesaic.errors import InvalidRequest
-from moesaic.serve.exchange import Failure, Whole
+from moesaic.serve.exchange import Failure, Response
 from moesaic.serve.settings import TgiBounds
 
 SEED_BITS = 53
@@ -245,22 +245,22 @@ def input_tokens(bounds: TgiBounds, context: int | None) -> int | None:
 # Errors
 
 
-def failure(reason: Failure) -> Whole:
+def failure(reason: Failure) -> Response:
     """Return an error as TGI's clients read it: they make a typed exception of ``error_type``."""
     text, status = reason.message, reason.status
     if status in (401, 404, 405, 413, 415):
-        return Whole({"error": text}, status)  # without a type: the client's own exception for the status is right
+        return Response({"error": text}, status)  # without a type: the client's own exception for the status is right
     if status == 400:
-        return Whole({"error": INVALID + text, "error_type": "validation"}, 422)
+        return Response({"error": INVALID + text, "error_type": "validation"}, 422)
     if status == 429:
         full = reason.kind == "Overloaded"
-        return Whole({"error": "Model is overloaded" if full else text, "error_type": "overloaded"}, status)
+        return Response({"error": "Model is overloaded" if full else text, "error_type": "overloaded"}, status)
     if status == 503:
-        return Whole({"error": text, "error_type": "unhealthy"}, status)
+        return Response({"error": text, "error_type": "unhealthy"}, status)
     if status == 504:
-        return Whole({"error": text, "error_type": "incomplete_generation"}, status)
+        return Response({"error": text, "error_type": "incomplete_generation"}, status)
     shown = {"error": f"Request failed during generation: {text}", "error_type": "generation"}
-    return Whole(shown, 424 if reason.kind == "NumericalError" else status)
+    return Response(shown, 424 if reason.kind == "NumericalError" else status)
 
 
 def broken(reason: Failure) -> bytes:

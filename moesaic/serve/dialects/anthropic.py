@@ -13,11 +13,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from moesaic.door import Ask, Begun, Ended, Event, Piece
-from moesaic.door import Call as ToolCall
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, ToolCall
 from moesaic.errors import InvalidMessages, InvalidParameter
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import Answer, Call, Endpoint, Failure, Streamed, Whole
+from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, Failure, RequestContext, Response
 
 KINDS = {
     401: "authentication_error",
@@ -87,7 +86,7 @@ class MessagesBody(CountBody, kw_only=True):
 # What is asked
 
 
-def ask_of(body: CountBody, model: str) -> Ask:
+def ask_of(body: CountBody, model: str) -> GenerationRequest:
     """Return what a body asks.
 
     Raises:
@@ -98,7 +97,7 @@ def ask_of(body: CountBody, model: str) -> Ask:
     if system:
         messages.insert(0, {"role": "system", "content": system})
     last = messages[-1]
-    return Ask(
+    return GenerationRequest(
         model=model,
         messages=tuple(messages),
         sampling=_sampling(body) if isinstance(body, MessagesBody) else {},
@@ -228,22 +227,22 @@ def _grammar(config: OutputConfig | None) -> tuple[str, Any] | None:
 # What is answered
 
 
-async def messages(call: Call) -> Answer:
+async def messages(call: RequestContext) -> AnyResponse:
     """Answer a conversation."""
     body: MessagesBody = call.body
-    ask = ask_of(body, openai.model_of(call, body.model))
-    events = await call.ask(ask)
-    writer = Writer(ask.model)
+    request = ask_of(body, openai.model_of(call, body.model))
+    events = await call.generate(request)
+    writer = Writer(request.model)
     headers = {"request-id": call.id}
     if body.stream:
-        return Streamed(writer.frames(events), headers)
-    return Whole(await writer.whole(events), headers=headers)
+        return EventStream(writer.frames(events), headers)
+    return Response(await writer.whole(events), headers=headers)
 
 
-async def count(call: Call) -> Answer:
+async def count(call: RequestContext) -> AnyResponse:
     """Tell how many tokens a conversation has."""
-    ask = ask_of(call.body, openai.model_of(call, call.body.model))
-    return Whole({"input_tokens": len(await call.door.tokenize(ask))})
+    request = ask_of(call.body, openai.model_of(call, call.body.model))
+    return Response({"input_tokens": len(await call.backend.tokenize(request))})
 
 
 class Content:
@@ -254,7 +253,7 @@ class Content:
         self._calls: dict[int, int] = {}  # a call's place among the calls, and among the blocks
         self._open = False  # whether the last block is
 
-    def add(self, piece: Piece) -> Iterator[bytes]:
+    def add(self, piece: Delta) -> Iterator[bytes]:
         if piece.text:
             if not self._open or self.blocks[-1]["type"] != "text":
                 yield from self._begin({"type": "text", "text": ""})
@@ -264,11 +263,11 @@ class Content:
             yield from self._part(part)
 
     def _part(self, part: ToolCall) -> Iterator[bytes]:
-        if part.place not in self._calls:
-            self._calls[part.place] = len(self.blocks)
+        if part.index not in self._calls:
+            self._calls[part.index] = len(self.blocks)
             name = part.id or openai.new_id("toolu", "_")
             yield from self._begin({"type": "tool_use", "id": name, "name": part.name, "input": ""})
-        index = self._calls[part.place]
+        index = self._calls[part.index]
         self.blocks[index]["input"] += part.arguments
         yield self._delta(index, {"type": "input_json_delta", "partial_json": part.arguments})
 
@@ -311,12 +310,12 @@ class Writer:
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
         content = Content()
-        ended: Ended | None = None
+        ended: Finished | None = None
         async for event in events:
-            if isinstance(event, Piece):
+            if isinstance(event, Delta):
                 for _ in content.add(event):
                     pass
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 ended = event
         assert ended is not None, "an answer ended with neither Ended nor an error"
         return self._head | {"content": content.whole(), **why(ended), "usage": usage(ended)}
@@ -324,11 +323,11 @@ class Writer:
     async def frames(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
         content = Content()
         async for event in events:
-            if isinstance(event, Begun):
+            if isinstance(event, PromptDone):
                 cost = _cost(event.prompt_tokens, 0, 0)
                 unsaid = {"stop_reason": None, "stop_sequence": None, "usage": cost}
                 yield frame("message_start", message={**self._head, "content": [], **unsaid})
-            elif isinstance(event, Piece):
+            elif isinstance(event, Delta):
                 for each in content.add(event):
                     yield each
             else:
@@ -338,17 +337,17 @@ class Writer:
         yield frame("message_stop")
 
 
-def why(ended: Ended) -> dict[str, Any]:
+def why(ended: Finished) -> dict[str, Any]:
     """Return why an answer ended, in Anthropic's words."""
     reason = "max_tokens" if ended.reason == "length" else "end_turn"
-    if ended.called:
+    if ended.has_tool_calls:
         reason = "tool_use"
     elif ended.stop is not None:
         reason = "stop_sequence"
     return {"stop_reason": reason, "stop_sequence": ended.stop}
 
 
-def usage(ended: Ended) -> dict[str, int]:
+def usage(ended: Finished) -> dict[str, int]:
     """Return what an answer cost; ``input_tokens`` are those that were not in the cache."""
     return _cost(ended.prompt_tokens - ended.cached_tokens, ended.cached_tokens, ended.generated_tokens)
 

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from moesaic.door import Ask, Begun, Ended, Event, Piece
-from moesaic.door import Call as ToolCall
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, ToolCall
 from moesaic.errors import InvalidMessages, InvalidParameter
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole
+from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response
 
 
 class Message(Struct):
@@ -40,7 +39,7 @@ class ChatBody(openai.SamplingFields, kw_only=True):
     add_generation_prompt: bool | None = None
 
 
-def ask_of(body: ChatBody, model: str) -> Ask:
+def ask_of(body: ChatBody, model: str) -> GenerationRequest:
     """Return what a body asks.
 
     Raises:
@@ -58,7 +57,7 @@ def ask_of(body: ChatBody, model: str) -> Ask:
     goes_on = body.continue_final_message
     if goes_on is None:  # as TGI does, and vLLM where it is told not to begin an answer
         goes_on = body.add_generation_prompt is False and messages[-1]["role"] == "assistant"
-    return Ask(
+    return GenerationRequest(
         model=model,
         messages=messages,
         sampling=sampling,
@@ -92,15 +91,15 @@ def _message(place: int, message: Message) -> Mapping[str, Any]:
     return out
 
 
-async def chat(call: Call) -> Answer:
+async def chat(call: RequestContext) -> AnyResponse:
     """Answer a conversation."""
     body: ChatBody = call.body
-    ask = ask_of(body, openai.model_of(call, body.model))
-    events = await call.ask(ask)
-    writer = Writer(body, ask.model)
+    request = ask_of(body, openai.model_of(call, body.model))
+    events = await call.generate(request)
+    writer = Writer(body, request.model)
     if body.stream:
-        return Streamed(writer.frames(events))
-    return Whole(await writer.whole(events))
+        return EventStream(writer.frames(events))
+    return Response(await writer.whole(events))
 
 
 class Writer:
@@ -122,15 +121,15 @@ class Writer:
         texts: list[list[str]] = [[] for _ in range(count)]
         marks: list[list[Any]] = [[] for _ in range(count)]
         calls: list[dict[int, dict[str, str]]] = [{} for _ in range(count)]
-        ended: dict[int, Ended] = {}
-        prompt: Begun | None = None
+        ended: dict[int, Finished] = {}
+        prompt: PromptDone | None = None
         async for event in events:
-            if isinstance(event, Piece):
+            if isinstance(event, Delta):
                 texts[event.index].append(event.text)
                 marks[event.index] += event.tokens
                 for part in event.calls:
                     _add_call(calls[event.index], part)
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 ended[event.index] = event
             elif event.index == 0:
                 prompt = event
@@ -145,7 +144,7 @@ class Writer:
             ]
         return out
 
-    def _choice(self, ended: Ended, text: str, marks: list[Any], calls: dict[int, dict[str, str]]) -> dict[str, Any]:
+    def _choice(self, ended: Finished, text: str, marks: list[Any], calls: dict[int, dict[str, str]]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
         if calls:
             message["tool_calls"] = [_shown(calls[place]) for place in sorted(calls)]
@@ -164,11 +163,11 @@ class Writer:
         return {"content": [openai.logprob_entry(mark, self._top) for mark in marks]}
 
     async def frames(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
-        ended: list[Ended] = []
+        ended: list[Finished] = []
         async for event in events:
-            if isinstance(event, Begun):
+            if isinstance(event, PromptDone):
                 yield self._frame(event.index, {"role": "assistant", "content": ""}, None)
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 ended.append(event)
                 yield self._frame(event.index, {}, openai.finish_reason(event), stop_reason=openai.stop_reason(event))
             elif event.text or event.calls or (event.tokens and self._body.logprobs):
@@ -177,7 +176,7 @@ class Writer:
             yield openai.frame(self._chunk([]) | {"usage": openai.usage(ended)})
         yield openai.DONE
 
-    def _piece(self, piece: Piece) -> bytes:
+    def _piece(self, piece: Delta) -> bytes:
         delta: dict[str, Any] = {"content": piece.text} if piece.text or not piece.calls else {}
         if piece.calls:
             delta["tool_calls"] = [_delta(part) for part in piece.calls]
@@ -195,7 +194,7 @@ class Writer:
 
 
 def _add_call(calls: dict[int, dict[str, str]], part: ToolCall) -> None:
-    known = calls.setdefault(part.place, {"id": "", "name": "", "arguments": ""})
+    known = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
     known["id"], known["name"] = known["id"] or part.id, known["name"] or part.name
     known["arguments"] += part.arguments
 
@@ -207,9 +206,9 @@ def _shown(call: Mapping[str, str]) -> dict[str, Any]:
 
 def _delta(part: ToolCall) -> dict[str, Any]:
     if part.name:
-        head = {"index": part.place, "id": part.id, "type": "function"}
+        head = {"index": part.index, "id": part.id, "type": "function"}
         return head | {"function": {"name": part.name, "arguments": part.arguments}}
-    return {"index": part.place, "function": {"arguments": part.arguments}}
+    return {"index": part.index, "function": {"arguments": part.arguments}}
 
 
 ENDPOINTS = (

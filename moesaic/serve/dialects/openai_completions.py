@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from moesaic.door import Ask, Begun, Ended, Event, Mark, Piece
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, TokenInfo
 from moesaic.errors import InvalidParameter
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole, together
+from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response, gather_all
 
 Ids = Annotated[list[openai.Whole], Meta(min_length=1)]
 DEFAULT_TOKENS = 16
@@ -56,7 +56,7 @@ def _ids(given: Any) -> tuple[int, ...]:
     return tuple(given)
 
 
-def ask_of(body: CompletionBody, model: str) -> Ask:
+def ask_of(body: CompletionBody, model: str) -> GenerationRequest:
     """Return what a body asks of each prompt, which is not in it yet."""
     if body.suffix:
         raise InvalidParameter("suffix", "is not possible with this model: it was not trained to fill gaps")
@@ -70,33 +70,37 @@ def ask_of(body: CompletionBody, model: str) -> Ask:
             raise InvalidParameter("best_of", "must be at least n, and n itself in a stream")
         if body.best_of > (body.n or 1):
             sampling |= {"n": body.best_of, "logprobs": sampling.get("logprobs", 0)}
-    return Ask(
+    return GenerationRequest(
         model=model,
         sampling=sampling,
         grammar=openai.response_grammar(body.response_format) or openai.grammar(body),
         truncate=body.truncate_prompt_tokens,
-        bos=body.add_special_tokens is not False,
+        add_bos=body.add_special_tokens is not False,
         skip_special=body.skip_special_tokens is not False,
         priority=body.priority or 0,
     )
 
 
-async def complete(call: Call) -> Answer:
+async def complete(call: RequestContext) -> AnyResponse:
     """Go on from one or more prompts."""
     body: CompletionBody = call.body
-    ask = ask_of(body, openai.model_of(call, body.model))
+    request = ask_of(body, openai.model_of(call, body.model))
     prompts = prompts_of(body, call.settings.prompts)
-    asked = [replace(ask, prompt=prompt) for prompt in prompts]
-    running = [await call.ask(each) for each in asked]
+    asked = [replace(request, prompt=prompt) for prompt in prompts]
+    running = [await call.generate(each) for each in asked]
     echoed = [await _text(call, each) if body.echo else "" for each in asked]
-    writer = Writer(body, ask, echoed)
+    writer = Writer(body, request, echoed)
     if body.stream:
-        return Streamed(writer.frames(running))
-    return Whole(await writer.whole(running))
+        return EventStream(writer.frames(running))
+    return Response(await writer.whole(running))
 
 
-async def _text(call: Call, ask: Ask) -> str:
-    return ask.prompt if isinstance(ask.prompt, str) else await call.door.detokenize(ask.model, ask.prompt or ())
+async def _text(call: RequestContext, request: GenerationRequest) -> str:
+    return (
+        request.prompt
+        if isinstance(request.prompt, str)
+        else await call.backend.detokenize(request.model, request.prompt or ())
+    )
 
 
 @dataclass
@@ -104,8 +108,8 @@ class One:
     """One answer as far as it has come."""
 
     text: str = ""
-    marks: list[Mark] = field(default_factory=list)
-    ended: Ended | None = None
+    marks: list[TokenInfo] = field(default_factory=list)
+    ended: Finished | None = None
 
     @property
     def likelihood(self) -> float:
@@ -117,21 +121,21 @@ class One:
 class Writer:
     """Turns the events of requests into OpenAI's shapes; answer i to prompt p is choice p * n + i."""
 
-    def __init__(self, body: CompletionBody, ask: Ask, echoed: Sequence[str]) -> None:
+    def __init__(self, body: CompletionBody, request: GenerationRequest, echoed: Sequence[str]) -> None:
         self._body, self._echoed = body, echoed
-        self._n, self._tried = body.n or 1, ask.sampling.get("n", 1)
+        self._n, self._tried = body.n or 1, request.sampling.get("n", 1)
         self._silent = body.max_tokens == 0  # the engine makes one token at least; it is not shown
         self._head = {
             "id": openai.new_id("cmpl"),
             "object": "text_completion",
             "created": openai.now(),
-            "model": ask.model,
+            "model": request.model,
             "system_fingerprint": openai.FINGERPRINT,
         }
 
     async def whole(self, running: Sequence[AsyncIterator[Event]]) -> dict[str, Any]:
         choices, ended = [], []
-        for place, found in enumerate(await together([self._read(events) for events in running])):
+        for place, found in enumerate(await gather_all([self._read(events) for events in running])):
             prompt, answers = found
             best = sorted(answers, key=lambda one: -one.likelihood)[: self._n] if self._tried > self._n else answers
             for index, one in enumerate(best):
@@ -139,22 +143,22 @@ class Writer:
             ended += [one.ended for one in answers if one.ended]
         return self._head | {"choices": choices, "usage": self._cost(ended)}
 
-    async def _read(self, events: AsyncIterator[Event]) -> tuple[tuple[Mark, ...], list[One]]:
+    async def _read(self, events: AsyncIterator[Event]) -> tuple[tuple[TokenInfo, ...], list[One]]:
         answers = [One() for _ in range(self._tried)]
-        prompt: tuple[Mark, ...] = ()
+        prompt: tuple[TokenInfo, ...] = ()
         async for event in events:
             one = answers[event.index]
-            if isinstance(event, Piece):
+            if isinstance(event, Delta):
                 if not self._silent:
                     one.text += event.text
                     one.marks += event.tokens
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 one.ended = event
             elif event.index == 0:
                 prompt = event.prompt
         return prompt, answers
 
-    def _choice(self, index: int, echoed: str, prompt: tuple[Mark, ...], one: One) -> dict[str, Any]:
+    def _choice(self, index: int, echoed: str, prompt: tuple[TokenInfo, ...], one: One) -> dict[str, Any]:
         assert one.ended is not None
         logprobs = None
         if self._body.logprobs is not None:
@@ -169,7 +173,7 @@ class Writer:
         }
         return choice | ({"token_ids": [mark.id for mark in one.marks]} if self._body.return_token_ids else {})
 
-    def _logprobs(self, marks: Sequence[Mark], offset: int) -> dict[str, Any]:
+    def _logprobs(self, marks: Sequence[TokenInfo], offset: int) -> dict[str, Any]:
         offsets = []
         for mark in marks:
             offsets.append(offset)
@@ -185,21 +189,21 @@ class Writer:
             "top_logprobs": top,
         }
 
-    def _cost(self, ended: Sequence[Ended]) -> dict[str, Any]:
+    def _cost(self, ended: Sequence[Finished]) -> dict[str, Any]:
         used = openai.usage(ended)
         if self._silent:
             used |= {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]}
         return used
 
     async def frames(self, running: Sequence[AsyncIterator[Event]]) -> AsyncIterator[bytes]:
-        ended: list[Ended] = []
+        ended: list[Finished] = []
         offsets: dict[int, int] = {}
         async for place, event in _merged(running):
             index = place * self._n + event.index
-            if isinstance(event, Begun):
+            if isinstance(event, PromptDone):
                 if self._body.echo:
                     yield self._frame(index, self._echoed[place], event.prompt, None, offsets)
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 ended.append(event)
                 yield self._frame(index, "", (), event, offsets)
             elif not self._silent and (event.text or self._body.logprobs is not None):
@@ -210,7 +214,7 @@ class Writer:
         yield openai.DONE
 
     def _frame(
-        self, index: int, text: str, marks: Sequence[Mark], ended: Ended | None, offsets: dict[int, int]
+        self, index: int, text: str, marks: Sequence[TokenInfo], ended: Finished | None, offsets: dict[int, int]
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
         if self._body.logprobs is not None and marks:

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from moesaic import __version__
-from moesaic.door import Card
+from moesaic.backend import ModelInfo
 from moesaic.errors import InvalidParameter
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import Answer, Call, Endpoint, Whole
+from moesaic.serve.exchange import AnyResponse, Endpoint, RequestContext, Response
 
 BEGUN = openai.now()
 
@@ -42,7 +42,7 @@ class DetokenizeBody(Struct):
     model: str | None = None
 
 
-def shown(card: Card) -> dict[str, Any]:
+def shown(card: ModelInfo) -> dict[str, Any]:
     """Return a model as OpenAI lists it, with vLLM's fields, Anthropic's and ours."""
     return {
         "id": card.name,
@@ -63,24 +63,24 @@ def shown(card: Card) -> dict[str, Any]:
     }
 
 
-async def models(call: Call) -> Answer:
+async def models(call: RequestContext) -> AnyResponse:
     """List the models; a page of Anthropic's as well, and the only one."""
-    data = [shown(card) for card in call.door.cards()]
+    data = [shown(card) for card in call.backend.models()]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return Whole({"object": "list", "data": data, "has_more": False} | ends)
+    return Response({"object": "list", "data": data, "has_more": False} | ends)
 
 
-async def model(call: Call) -> Answer:
+async def model(call: RequestContext) -> AnyResponse:
     """Show one model."""
-    return Whole(shown(openai.card_of(call.door, call.parameters["name"])))
+    return Response(shown(openai.card_of(call.backend, call.parameters["name"])))
 
 
-async def embeddings(call: Call) -> Answer:
+async def embeddings(call: RequestContext) -> AnyResponse:
     """Make a vector of each text."""
     body: EmbeddingBody = call.body
     name = openai.model_of(call, body.model)
     texts = _texts(body.input, call.settings.prompts)
-    vectors, read = await call.door.embed(name, texts)
+    vectors, read = await call.backend.embed(name, texts)
     call.spent += read
     if body.dimensions is not None:
         if body.dimensions > len(vectors[0]):
@@ -95,7 +95,7 @@ async def embeddings(call: Call) -> Answer:
         for place, vector in enumerate(vectors)
     ]
     used = {"prompt_tokens": read, "total_tokens": read}
-    return Whole({"object": "list", "data": data, "model": name, "usage": used})
+    return Response({"object": "list", "data": data, "model": name, "usage": used})
 
 
 def _texts(given: str | list[Any], most: int) -> list[str | list[int]]:
@@ -123,7 +123,7 @@ def _packed(vector: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-async def classify(call: Call) -> Answer:
+async def classify(call: RequestContext) -> AnyResponse:
     """Tell how likely each class is for each text."""
     body: ClassifyBody = call.body
     texts = [body.input] if isinstance(body.input, str) else body.input
@@ -131,22 +131,22 @@ async def classify(call: Call) -> Answer:
         raise InvalidParameter("input", f"holds {len(texts)} texts, expected 1 to {call.settings.prompts}")
     name = openai.model_of(call, body.model)
     data = []
-    for place, scores in enumerate(await call.door.classify(name, texts)):
+    for place, scores in enumerate(await call.backend.classify(name, texts)):
         label = max(scores, key=lambda each: scores[each])
         data.append({"index": place, "label": label, "probs": list(scores.values()), "scores": dict(scores)})
     head = {"id": openai.new_id("classify"), "object": "list", "created": openai.now(), "model": name}
-    return Whole(head | {"data": data})
+    return Response(head | {"data": data})
 
 
-async def detokenize(call: Call) -> Answer:
+async def detokenize(call: RequestContext) -> AnyResponse:
     """Return the text of token ids."""
     body: DetokenizeBody = call.body
-    return Whole({"prompt": await call.door.detokenize(openai.model_of(call, body.model), body.tokens)})
+    return Response({"prompt": await call.backend.detokenize(openai.model_of(call, body.model), body.tokens)})
 
 
-async def version(_: Call) -> Answer:
+async def version(_: RequestContext) -> AnyResponse:
     """Return which version this is."""
-    return Whole({"version": __version__})
+    return Response({"version": __version__})
 
 
 ENDPOINTS = (

@@ -14,13 +14,13 @@ from urllib.parse import parse_qs
 
 from msgspec import Meta, Struct
 
-from moesaic.door import Ask
+from moesaic.backend import GenerationRequest
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound
 from moesaic.serve.dialects import _items as items
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _response as response
-from moesaic.serve.exchange import Answer, Call, Endpoint, Failure, Streamed, Whole
-from moesaic.serve.kept import Entry
+from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, Failure, RequestContext, Response
+from moesaic.serve.response_store import StoredResponse
 
 LOGPROBS = "message.output_text.logprobs"
 Tag = Annotated[str, Meta(max_length=64)]
@@ -65,7 +65,7 @@ class ResponseBody(openai.SamplingFields, kw_only=True):
         return self.top_logprobs or (0 if LOGPROBS in (self.include or ()) else None)
 
 
-def ask_of(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, Any]]) -> Ask:
+def ask_of(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, Any]]) -> GenerationRequest:
     """Return what a body asks, as the next turn after ``earlier`` ones.
 
     Raises:
@@ -88,7 +88,7 @@ def ask_of(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, Any]])
         sampling["logprobs"] = body.top
     told = ({"role": "system", "content": body.instructions},) if body.instructions else ()
     tools = items.tools(body.tools or ())
-    return Ask(
+    return GenerationRequest(
         model=model,
         messages=(*told, *earlier, *items.turns(items.as_items(body.input))),
         sampling=sampling,
@@ -102,30 +102,30 @@ def ask_of(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, Any]])
     )
 
 
-async def create(call: Call) -> Answer:
+async def create(call: RequestContext) -> AnyResponse:
     """Answer items, and keep the answer."""
     body: ResponseBody = call.body
     kept, owner = call.app.kept, call.key.sha256
     earlier = _earlier(call, body.previous_response_id)
-    ask = ask_of(body, openai.model_of(call, body.model), earlier)
+    request = ask_of(body, openai.model_of(call, body.model), earlier)
     if body.truncation == "auto":
-        ask = await fitted(call, ask)
-    head = shown(body, ask.model)
+        request = await fitted(call, request)
+    head = shown(body, request.model)
 
     def keep(done: dict[str, Any]) -> None:
         if body.store is not False:
             said = items.turns(done["output"])
-            asked = (ask.messages or ())[bool(body.instructions) :]  # instructions are for one answer alone
-            kept.put(owner, done["id"], Entry(done, items.listed(body.input), (*asked, *said)))
+            asked = (request.messages or ())[bool(body.instructions) :]  # instructions are for one answer alone
+            kept.put(owner, done["id"], StoredResponse(done, items.listed(body.input), (*asked, *said)))
 
     writer = response.Writer(head, body.top, keep)
-    events = await call.ask(ask)
+    events = await call.generate(request)
     if body.stream:
-        return Streamed(writer.frames(events), broken=writer.failed)
-    return Whole(await writer.whole(events))
+        return EventStream(writer.frames(events), broken=writer.failed)
+    return Response(await writer.whole(events))
 
 
-def _earlier(call: Call, name: str | None) -> tuple[Mapping[str, Any], ...]:
+def _earlier(call: RequestContext, name: str | None) -> tuple[Mapping[str, Any], ...]:
     if name is None:
         return ()
     try:
@@ -134,30 +134,30 @@ def _earlier(call: Call, name: str | None) -> tuple[Mapping[str, Any], ...]:
         raise InvalidParameter("previous_response_id", str(error)) from None
 
 
-async def fitted(call: Call, ask: Ask) -> Ask:
+async def fitted(call: RequestContext, request: GenerationRequest) -> GenerationRequest:
     """Return the request without as many of the oldest turns as need be for the rest to be read whole.
 
     System messages in front stay, and what goes ends where a user's turn begins.
     """
-    context = openai.card_of(call.door, ask.model).context
-    turns = ask.messages or ()
+    context = openai.card_of(call.backend, request.model).context
+    turns = request.messages or ()
     if context is None:
-        return ask
-    room = context - ask.sampling.get("max_tokens", 1)
+        return request
+    room = context - request.sampling.get("max_tokens", 1)
     head = next((place for place, turn in enumerate(turns) if turn["role"] != "system"), 0)
     starts = [place for place, turn in enumerate(turns) if place >= head and turn["role"] == "user"] or [head]
     sizes: dict[int, int] = {}
 
-    def without(start: int) -> Ask:
-        return replace(ask, messages=(*turns[:head], *turns[start:]))
+    def without(start: int) -> GenerationRequest:
+        return replace(request, messages=(*turns[:head], *turns[start:]))
 
     async def size(start: int) -> int:
         if start not in sizes:
-            sizes[start] = len(await call.door.tokenize(without(start)))
+            sizes[start] = len(await call.backend.tokenize(without(start)))
         return sizes[start]
 
     if await size(head) <= room:
-        return ask
+        return request
     low, high = 0, len(starts) - 1
     while low < high:
         middle = (low + high) // 2
@@ -201,31 +201,31 @@ def shown(body: ResponseBody, model: str) -> dict[str, Any]:
 # What is kept
 
 
-def _entry(call: Call) -> Entry:
+def _entry(call: RequestContext) -> StoredResponse:
     return call.app.kept.get(call.key.sha256, call.parameters["id"])
 
 
-async def retrieve(call: Call) -> Answer:
+async def retrieve(call: RequestContext) -> AnyResponse:
     """Show a response again."""
     if _query(call).get("stream") == "true":
         raise InvalidParameter("stream", "what is kept is whole: it is not streamed again")
-    return Whole(_entry(call).shown)
+    return Response(_entry(call).shown)
 
 
-async def delete(call: Call) -> Answer:
+async def delete(call: RequestContext) -> AnyResponse:
     """Keep a response no longer."""
     name = call.parameters["id"]
     call.app.kept.drop(call.key.sha256, name)
-    return Whole({"id": name, "object": "response", "deleted": True})
+    return Response({"id": name, "object": "response", "deleted": True})
 
 
-async def cancel(call: Call) -> Answer:
+async def cancel(call: RequestContext) -> AnyResponse:
     """Refuse: a response that is kept has ended, and one that runs ends when its connection is closed."""
     _entry(call)
     raise InvalidRequest("this response has ended; one that runs is cancelled by closing its connection")
 
 
-async def input_items(call: Call) -> Answer:
+async def input_items(call: RequestContext) -> AnyResponse:
     """List what a response answers, the last first unless ``order`` is ``asc``."""
     given, query = list(_entry(call).given), _query(call)
     order, most = query.get("order", "desc"), query.get("limit", "20")
@@ -242,10 +242,10 @@ async def input_items(call: Call) -> Answer:
         given = given[names.index(after) + 1 :]
     data, more = given[: int(most)], len(given) > int(most)
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": "", "last_id": ""}
-    return Whole({"object": "list", "data": data, "has_more": more} | ends)
+    return Response({"object": "list", "data": data, "has_more": more} | ends)
 
 
-def _query(call: Call) -> dict[str, str]:
+def _query(call: RequestContext) -> dict[str, str]:
     found = parse_qs(call.scope["query_string"].decode("latin-1"), keep_blank_values=True)
     return {name: values[-1] for name, values in found.items()}
 

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from moesaic.door import Ask, Begun, Card, Ended, Event, Mark
+from moesaic.backend import Event, Finished, GenerationRequest, ModelInfo, PromptDone, TokenInfo
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _tgi as tgi
 from moesaic.serve.dialects._tgi import GenerateBody, Wanted
-from moesaic.serve.exchange import Answer, Call, Endpoint, Streamed, Whole, together
-from moesaic.serve.reading import fit
+from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response, gather_all
+from moesaic.serve.json_body import fit
 
 
 @dataclass
@@ -53,15 +53,15 @@ class Job:
 
     inputs: str
     wanted: Wanted
-    ask: Ask
-    card: Card
+    request: GenerationRequest
+    card: ModelInfo
     prompt_tokens: int
     times: Times
 
-    def asks(self) -> list[Ask]:
+    def asks(self) -> list[GenerationRequest]:
         """Return one request for each answer to choose from, each with its own seed."""
-        sampling = self.ask.sampling
-        return [replace(self.ask, sampling={**sampling, "seed": seed}) for seed in self.wanted.seeds]
+        sampling = self.request.sampling
+        return [replace(self.request, sampling={**sampling, "seed": seed}) for seed in self.wanted.seeds]
 
     def headers(self) -> dict[str, str]:
         """Return what is known before the answer."""
@@ -77,7 +77,7 @@ class Job:
         return None if self.wanted.greedy else self.wanted.seeds[place]
 
 
-async def job_of(call: Call, body: GenerateBody, *, stream: bool = False, full_text: bool = False) -> Job:
+async def job_of(call: RequestContext, body: GenerateBody, *, stream: bool = False, full_text: bool = False) -> Job:
     """Return what a body asks for, checked as far as it can be before a model has it.
 
     Raises:
@@ -87,18 +87,20 @@ async def job_of(call: Call, body: GenerateBody, *, stream: bool = False, full_t
     wanted = tgi.checked(body.parameters, bounds, stream=stream, full_text=full_text)
     if not body.inputs:
         raise InvalidRequest("`inputs` cannot be empty")
-    card = openai.card_of(call.door, None)
+    card = openai.card_of(call.backend, None)
     truncate = body.parameters.truncate if body.parameters else None
     tgi.check_truncate(bounds, card.context, truncate)
-    read = Ask(model=card.name, prompt=body.inputs, marked=True, truncate=truncate)
-    ids = tuple(mark.id for mark in await call.door.tokenize(read))
-    card = openai.card_of(call.door, card.name)  # it may have been loaded just now
+    read = GenerationRequest(model=card.name, prompt=body.inputs, parse_special=True, truncate=truncate)
+    ids = tuple(mark.id for mark in await call.backend.tokenize(read))
+    card = openai.card_of(call.backend, card.name)  # it may have been loaded just now
     tgi.check_lengths(bounds, card.context, len(ids), wanted)
-    ask = Ask(model=card.name, prompt=ids, sampling=_bounded(call, wanted, card, len(ids)), grammar=wanted.grammar)
-    return Job(body.inputs, wanted, ask, card, len(ids), times)
+    request = GenerationRequest(
+        model=card.name, prompt=ids, sampling=_bounded(call, wanted, card, len(ids)), grammar=wanted.grammar
+    )
+    return Job(body.inputs, wanted, request, card, len(ids), times)
 
 
-def _bounded(call: Call, wanted: Wanted, card: Card, tokens: int) -> dict[str, Any]:
+def _bounded(call: RequestContext, wanted: Wanted, card: ModelInfo, tokens: int) -> dict[str, Any]:
     """Return the sampling fields, where nothing was said with as many tokens as ``max_total_tokens`` leaves."""
     total = tgi.total_tokens(call.settings.tgi, card.context)
     if wanted.sampling["max_tokens"] is None and total is not None:
@@ -119,17 +121,17 @@ class Tokens:
     def __init__(self, top: int) -> None:
         self._top, self._carry = top, ""
         self._texts: list[str] = []
-        self._last: Mark | None = None
-        self.ended: Ended | None = None
-        self.prompt: tuple[Mark, ...] = ()
+        self._last: TokenInfo | None = None
+        self.ended: Finished | None = None
+        self.prompt: tuple[TokenInfo, ...] = ()
 
     def add(self, events: Sequence[Event]) -> list[dict[str, Any]]:
         """Return the tokens in these events, each as ``{"token", "top_tokens"?}``; at the end there is at least one."""
-        found: list[tuple[Mark, str]] = []
+        found: list[tuple[TokenInfo, str]] = []
         for event in events:
-            if isinstance(event, Begun):
+            if isinstance(event, PromptDone):
                 self.prompt = event.prompt
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 self.ended = event
                 self._carry += event.stop or ""
             else:
@@ -141,7 +143,7 @@ class Tokens:
             self._last = found[-1][0]
             found[-1] = self._last, found[-1][1] + self._taken()
         elif self.ended:  # a door that sends the end apart from the last token: that one is named once more
-            found = [(self._last or Mark(0, ""), self._taken())]
+            found = [(self._last or TokenInfo(0, ""), self._taken())]
         self._texts += [text for _, text in found]
         return [self._shown(mark, text) for mark, text in found]
 
@@ -153,7 +155,7 @@ class Tokens:
     def text(self) -> str:
         return "".join(self._texts)
 
-    def _shown(self, mark: Mark, text: str) -> dict[str, Any]:
+    def _shown(self, mark: TokenInfo, text: str) -> dict[str, Any]:
         out: dict[str, Any] = {"token": _token(mark.id, text, mark.logprob, mark.special)}
         if self._top:
             top = mark.top[: self._top]
@@ -165,7 +167,7 @@ def _token(id: int, text: str, logprob: float | None, special: bool) -> dict[str
     return {"id": id, "text": text, "logprob": logprob, "special": special}
 
 
-def _reason(ended: Ended) -> str:
+def _reason(ended: Finished) -> str:
     if ended.stop is not None:
         return "stop_sequence"
     return "eos_token" if ended.reason == "stop" else "length"
@@ -201,11 +203,11 @@ class One:
         return out | ({"top_tokens": tops} if tops else {})
 
 
-async def answered(call: Call, job: Job) -> tuple[dict[str, Any], dict[str, str]]:
+async def answered(call: RequestContext, job: Job) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the whole answer, of several the best, and its headers."""
-    running = [await call.ask_in_batches(ask) for ask in job.asks()]
+    running = [await call.generate_in_batches(request) for request in job.asks()]
     job.times.queued = time.monotonic()
-    answers = await together([_read(job, place, batches) for place, batches in enumerate(running)])
+    answers = await gather_all([_read(job, place, batches) for place, batches in enumerate(running)])
     best = max(answers, key=lambda one: one.likelihood)
     out: dict[str, Any] = {"generated_text": job.shown(best.tokens.text)}
     if job.wanted.details:
@@ -256,39 +258,39 @@ def _end(job: Job, tokens: Tokens) -> dict[str, Any]:
 # Routes
 
 
-async def generate(call: Call) -> Answer:
+async def generate(call: RequestContext) -> AnyResponse:
     """Go on from a text."""
     content, headers = await answered(call, await job_of(call, call.body))
-    return Whole(content, headers=headers)
+    return Response(content, headers=headers)
 
 
-async def generate_stream(call: Call) -> Answer:
+async def generate_stream(call: RequestContext) -> AnyResponse:
     """Go on from a text, token by token."""
     return await _streamed(call, await job_of(call, call.body, stream=True))
 
 
-async def _streamed(call: Call, job: Job) -> Streamed:
-    [ask] = job.asks()
-    return Streamed(frames(job, await call.ask_in_batches(ask)), job.headers())
+async def _streamed(call: RequestContext, job: Job) -> EventStream:
+    [request] = job.asks()
+    return EventStream(frames(job, await call.generate_in_batches(request)), job.headers())
 
 
-async def compat(call: Call) -> Answer:
+async def compat(call: RequestContext) -> AnyResponse:
     """Go on from a text as Hugging Face's clients ask for it: a list of one answer, or a stream."""
     return await compatible(call, call.body)
 
 
-async def compatible(call: Call, body: GenerateBody) -> Answer:
+async def compatible(call: RequestContext, body: GenerateBody) -> AnyResponse:
     if body.stream:
         return await _streamed(call, await job_of(call, body, stream=True, full_text=True))
     content, headers = await answered(call, await job_of(call, body, full_text=True))
-    return Whole([content], headers=headers)
+    return Response([content], headers=headers)
 
 
 OTHERS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
 """By which key of a body SageMaker's route knows that it is for another one."""
 
 
-async def invocations(call: Call) -> Answer:
+async def invocations(call: RequestContext) -> AnyResponse:
     """Answer as SageMaker asks: a body of ``/``, of the chat or of the completions."""
     for key, path in OTHERS.items():
         if key in call.body:
@@ -303,14 +305,14 @@ class VertexBody(Struct):
     instances: Annotated[list[GenerateBody], Meta(min_length=1)]
 
 
-async def vertex(call: Call) -> Answer:
+async def vertex(call: RequestContext) -> AnyResponse:
     """Go on from several texts at once."""
     instances = call.body.instances
     if len(instances) > call.settings.prompts:
         raise InvalidParameter("instances", f"holds {len(instances)}, at most {call.settings.prompts} are taken")
     jobs = [await job_of(call, each) for each in instances]
-    found = await together([answered(call, job) for job in jobs])
-    return Whole({"predictions": [content["generated_text"] for content, _ in found]})
+    found = await gather_all([answered(call, job) for job in jobs])
+    return Response({"predictions": [content["generated_text"] for content, _ in found]})
 
 
 ENDPOINTS = (

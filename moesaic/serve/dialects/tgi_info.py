@@ -11,11 +11,11 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from moesaic import __version__
-from moesaic.door import Ask, Mark
+from moesaic.backend import GenerationRequest, TokenInfo
 from moesaic.errors import InvalidMessages, InvalidRequest
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _tgi as tgi
-from moesaic.serve.exchange import Answer, Call, Endpoint, Whole
+from moesaic.serve.exchange import AnyResponse, Endpoint, RequestContext, Response
 
 
 class Turn(Struct):
@@ -42,17 +42,17 @@ class ChatTokenizeBody(Struct):
     model: str | None = None
 
 
-async def health(call: Call) -> Answer:
+async def health(call: RequestContext) -> AnyResponse:
     """Answer with nothing if the models can still answer."""
-    if all(load.alive for load in call.door.load().values()):
-        return Whole(b"")
-    return Whole({"error": "unhealthy", "error_type": "healthcheck"}, 503)
+    if all(load.alive for load in call.backend.stats().values()):
+        return Response(b"")
+    return Response({"error": "unhealthy", "error_type": "healthcheck"}, 503)
 
 
-async def info(call: Call) -> Answer:
+async def info(call: RequestContext) -> AnyResponse:
     """Tell which model it is and what is allowed: the fields of TGI 1.3 and of 3.3 together."""
     settings, bounds = call.settings, call.settings.tgi
-    card = openai.card_of(call.door, None)
+    card = openai.card_of(call.backend, None)
     longest = tgi.input_tokens(bounds, card.context)
     out = {
         "model_id": card.aliases[0] if card.aliases else card.name,
@@ -76,46 +76,48 @@ async def info(call: Call) -> Answer:
         "sha": None,
         "docker_label": None,
     }
-    return Whole({**out, **bounds.told})
+    return Response({**out, **bounds.told})
 
 
-async def tokenize(call: Call) -> Answer:
+async def tokenize(call: RequestContext) -> AnyResponse:
     """Return a text's tokens, in the shape that the body asks for."""
     body: TokenizeBody = call.body
     name = openai.model_of(call, body.model)
     bos = body.add_special_tokens is not False
     if body.inputs is not None:
-        marks = await call.door.tokenize(Ask(name, prompt=body.inputs, marked=True, bos=bos))
-        return Whole(placed(marks, body.inputs))
+        marks = await call.backend.tokenize(
+            GenerationRequest(name, prompt=body.inputs, parse_special=True, add_bos=bos)
+        )
+        return Response(placed(marks, body.inputs))
     if body.messages is not None:
-        marks = await call.door.tokenize(Ask(name, messages=_messages(body.messages)))
+        marks = await call.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
     elif body.prompt is not None:
-        marks = await call.door.tokenize(Ask(name, prompt=body.prompt, bos=bos))
+        marks = await call.backend.tokenize(GenerationRequest(name, prompt=body.prompt, add_bos=bos))
     else:
         raise InvalidRequest("expected inputs, prompt or messages")
-    return Whole(
+    return Response(
         {
             "count": len(marks),
-            "max_model_len": openai.card_of(call.door, name).context,
+            "max_model_len": openai.card_of(call.backend, name).context,
             "tokens": [mark.id for mark in marks],
             "token_strs": [mark.text for mark in marks],
         }
     )
 
 
-async def chat_tokenize(call: Call) -> Answer:
+async def chat_tokenize(call: RequestContext) -> AnyResponse:
     """Return a conversation as the text that the model reads, and its tokens."""
     body: ChatTokenizeBody = call.body
     name = openai.model_of(call, body.model)
-    marks = await call.door.tokenize(Ask(name, messages=_messages(body.messages)))
-    text = await call.door.detokenize(name, [mark.id for mark in marks])
-    return Whole({"tokenize_response": placed(marks, text), "templated_text": text})
+    marks = await call.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
+    text = await call.backend.detokenize(name, [mark.id for mark in marks])
+    return Response({"tokenize_response": placed(marks, text), "templated_text": text})
 
 
-async def tokenizer_info(call: Call) -> Answer:
+async def tokenizer_info(call: RequestContext) -> AnyResponse:
     """Tell what is special about the tokenizer, as far as vLLM's clients ask."""
-    card = openai.card_of(call.door, None)
-    return Whole(
+    card = openai.card_of(call.backend, None)
+    return Response(
         {
             "tokenizer_class": "moesaic",
             "bos_token": card.about.get("bos_token"),
@@ -140,7 +142,7 @@ def _messages(turns: Sequence[Turn]) -> tuple[dict[str, Any], ...]:
     return tuple(out)
 
 
-def placed(marks: Sequence[Mark], text: str) -> list[dict[str, Any]]:
+def placed(marks: Sequence[TokenInfo], text: str) -> list[dict[str, Any]]:
     """Return tokens with the characters that each stands for; a special token that is not in the text has none.
 
     Tokens that are parts of characters get all the characters that they make up with their neighbours.
@@ -165,7 +167,7 @@ def placed(marks: Sequence[Mark], text: str) -> list[dict[str, Any]]:
     ]
 
 
-def _span(mark: Mark, text: str, at: int, behind_parts: bool) -> tuple[int, int]:
+def _span(mark: TokenInfo, text: str, at: int, behind_parts: bool) -> tuple[int, int]:
     """Return where a token stands in the text from ``at`` on; -1 for one that is not there as it is shown."""
     pieces = [piece for piece in (mark.text, mark.text.removeprefix(" ")) if piece]  # SentencePiece adds a space
     if not behind_parts:

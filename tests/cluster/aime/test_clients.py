@@ -278,7 +278,7 @@ def test_who_leaves_takes_the_job_back(open_office):
         return int(found["max_queue_length"] - found["free_queue_slots"])
 
     wait_until(lambda: queued() == 0)
-    lives = open_office.door.lives
+    lives = open_office.backend.lives
     wait_until(lambda: not any(open_office.call_sync(lambda: [live.readers for live in lives.values()])))
 
 
@@ -327,7 +327,7 @@ def test_a_stream_tells_the_same_as_asking(open_office, client, path):
         worker.tell(worker.update(data, "One two", 2, 9))
         worker.finish(data, "One two three", 3)
         rest = list(coming)
-    assert not open_office.call_sync(lambda: open_office.door.lives[job].readers)
+    assert not open_office.call_sync(lambda: open_office.backend.lives[job].readers)
     assert rest[-1]["job_state"] == "done" and rest[-1]["job_result"]["text"] == "One two three"
     for each in rest[:-1]:  # as the client in JavaScript reads it
         assert each["progress"] >= 0 and "One two three".startswith(each["progress_data"].get("text", ""))

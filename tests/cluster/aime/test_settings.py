@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
+from moesaic.backend import ModelInfo
 from moesaic.cluster.aime import settings
 from moesaic.cluster.aime.parameters import checked
-from moesaic.door import Card
 from moesaic.errors import InvalidRequest, NotFound
 from moesaic.serve.keys import digest
 
@@ -124,7 +124,12 @@ def test_two_endpoints_of_one_name_and_none_at_all(llama, tmp_path):
 
 def test_the_model_is_the_one_that_fits():
     mixtral, llama = settings.shipped()
-    cards = [Card("tales"), Card("Llama-3-8B"), Card("big", ("Mixtral-8x7B-Instruct",)), Card("judge", task="classify")]
+    cards = [
+        ModelInfo("tales"),
+        ModelInfo("Llama-3-8B"),
+        ModelInfo("big", ("Mixtral-8x7B-Instruct",)),
+        ModelInfo("judge", task="classify"),
+    ]
     assert settings.model_of(mixtral, cards) == "big" and settings.model_of(llama, cards) == "Llama-3-8B"
     assert settings.model_of(mixtral, cards[:1]) == "tales"
     assert settings.model_of(mixtral, cards[3:]) == "mixtral"  # which workers of that type will offer

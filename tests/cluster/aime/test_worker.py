@@ -30,12 +30,12 @@ async def until(true: Callable[[], object]) -> None:
 
 @contextlib.asynccontextmanager
 async def working(
-    door: Scripted, server: AimeServer, slots: int = 4, **more: Any
+    backend: Scripted, server: AimeServer, slots: int = 4, **more: Any
 ) -> AsyncIterator[tuple[asyncio.Task[None], asyncio.Event]]:
     """Have a worker work for a server until the end of this."""
     stop = asyncio.Event()
     await server.start()
-    work = worker.work(door, server.url, JOB_TYPE, KEY, slots=slots, name="ours", stop=stop, **more)
+    work = worker.work(backend, server.url, JOB_TYPE, KEY, slots=slots, name="ours", stop=stop, **more)
     task = asyncio.create_task(work)
     try:
         yield task, stop
@@ -52,12 +52,12 @@ def played(run: Callable[[], Any]) -> None:
 
 def test_a_job_is_fetched_told_of_and_answered():
     async def run() -> None:
-        door, server = Scripted(Script(("Once", " upon", " a", " time"), pause=0.05)), AimeServer()
+        backend, server = Scripted(Script(("Once", " upon", " a", " time"), pause=0.05)), AimeServer()
         context = '[{"role": "system", "content": "Be brief."}]'
         server.add("JID#1", chat_context=context, top_k=7, top_p=0, temperature=0, max_gen_tokens=3)
-        async with working(door, server):
+        async with working(backend, server):
             await until(lambda: "JID#1" in server.results)
-        [ask] = door.asked
+        [ask] = backend.asked
         assert ask.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
         assert ask.sampling == {"temperature": 0, "top_k": 7, "max_tokens": 3} and not ask.continue_final
         texts = [each["progress_data"]["text"] for each in server.updates]
@@ -80,13 +80,13 @@ def test_a_job_is_fetched_told_of_and_answered():
 
 def test_places_are_kept_full():
     async def run() -> None:
-        door, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = Scripted(Script(held=True)), AimeServer()
         for place in range(5):
             server.add(f"J{place}")
-        async with working(door, server, slots=3):
-            await until(lambda: len(door.asked) == 3)
+        async with working(backend, server, slots=3):
+            await until(lambda: len(backend.asked) == 3)
             assert list(server.states.values()).count("processing") == 3
-            door.go.set()
+            backend.go.set()
             await until(lambda: len(server.results) == 5)
             server.add("late")
             await until(lambda: "late" in server.results)
@@ -97,10 +97,10 @@ def test_places_are_kept_full():
 
 def test_one_job_that_lapsed_does_not_silence_the_others():
     async def run() -> None:
-        door, server = Scripted(Script(["word "] * 500, pause=0.02)), AimeServer()
+        backend, server = Scripted(Script(["word "] * 500, pause=0.02)), AimeServer()
         for id in ("first", "lapses", "last"):
             server.add(id)
-        async with working(door, server):
+        async with working(backend, server):
             await until(lambda: len({each["job_id"] for each in server.updates}) == 3)
             for lapsed in ("lapses", "first"):  # one in the middle, then the first too
                 server.states[lapsed] = "lapsed"
@@ -113,12 +113,12 @@ def test_one_job_that_lapsed_does_not_silence_the_others():
 
 def test_a_server_that_goes_away_gets_its_answers_when_it_is_back():
     async def run() -> None:
-        door, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = Scripted(Script(held=True)), AimeServer()
         server.add("J1")
-        async with working(door, server) as (task, _):
+        async with working(backend, server) as (task, _):
             await until(lambda: server.updates)
             await server.stop()
-            door.go.set()
+            backend.go.set()
             await asyncio.sleep(0.1)
             await server.start()
             await until(lambda: "J1" in server.results)
@@ -132,10 +132,10 @@ def test_a_server_that_goes_away_gets_its_answers_when_it_is_back():
 
 def test_a_result_whose_reply_was_lost_is_not_sent_for_ever():
     async def run() -> None:
-        door, server = Scripted(), AimeServer()
+        backend, server = Scripted(), AimeServer()
         server.lose_replies = True
         server.add("J1")
-        async with working(door, server, slots=1):
+        async with working(backend, server, slots=1):
             await until(lambda: server.deliveries > 1)
             server.lose_replies = False
             server.add("J2")
@@ -201,13 +201,13 @@ def test_what_the_model_refuses_gets_its_error(script):
 
 def test_a_job_that_is_cancelled_frees_its_place():
     async def run() -> None:
-        door, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = Scripted(Script(held=True)), AimeServer()
         server.add("J1")
         server.cancel.add("J1")
-        async with working(door, server, slots=1):
+        async with working(backend, server, slots=1):
             await until(lambda: "J1" in server.results)
-            assert server.results["J1"]["error"] == "the job was cancelled" and door.cancelled == 1
-            door.go.set()
+            assert server.results["J1"]["error"] == "the job was cancelled" and backend.cancelled == 1
+            backend.go.set()
             server.add("J2")
             await until(lambda: "J2" in server.results)
 
@@ -216,12 +216,12 @@ def test_a_job_that_is_cancelled_frees_its_place():
 
 def test_a_worker_that_stops_ends_what_runs():
     async def run() -> None:
-        door, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = Scripted(Script(held=True)), AimeServer()
         server.add("J1")
-        async with working(door, server) as (task, stop):
+        async with working(backend, server) as (task, stop):
             await until(lambda: server.updates)
             stop.set()
-            door.go.set()
+            backend.go.set()
             await task
             assert server.results["J1"]["text"] == "Hello, world!"
 
@@ -230,9 +230,9 @@ def test_a_worker_that_stops_ends_what_runs():
 
 def test_a_worker_that_may_not_wait_leaves_no_job_unanswered():
     async def run() -> None:
-        door, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = Scripted(Script(held=True)), AimeServer()
         server.add("J1")
-        async with working(door, server, drain_seconds=0.05) as (task, stop):
+        async with working(backend, server, drain_seconds=0.05) as (task, stop):
             await until(lambda: server.updates)
             stop.set()
             await task

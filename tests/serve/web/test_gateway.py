@@ -50,7 +50,7 @@ def test_an_answer_goes_on_when_the_gateway_is_back(open_chat: Open, server: Her
     server.stop()
     server.start()
     chat.finished()
-    (asked,) = server.hand.door.asked
+    (asked,) = server.hand.backend.asked
     assert len(asked.resume[0]) > 0, "it was begun anew"
     whole = answer("Tell a long story.", asked.sampling["seed"], asked.sampling["max_tokens"])
     assert chat.said[1] == whole.strip()

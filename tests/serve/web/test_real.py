@@ -33,32 +33,32 @@ def test_the_built_in_model_tells_a_story_which_a_reload_keeps(open_chat: Open, 
 
 
 def test_stop_takes_the_request_back(open_chat: Open, server: Real) -> None:
-    server.door.script = Script(pieces=("Once ", "upon"), held=True)
+    server.backend.script = Script(pieces=("Once ", "upon"), held=True)
     chat = open_chat()
     chat.send("Go on")
     chat.wait_for("Once")
     chat.button("Stop").click()
     chat.finished()
-    assert isinstance(server.door, Scripted)
+    assert isinstance(server.backend, Scripted)
     chat.wait_for("Stopped before the end.")
     for _ in range(200):
-        if server.door.cancelled:
+        if server.backend.cancelled:
             break
         chat.page.wait_for_timeout(50)
-    assert server.door.cancelled == 1
+    assert server.backend.cancelled == 1
 
 
 def test_another_model_is_asked(open_chat: Open, server: Real) -> None:
     chat = open_chat()
     chat.page.get_by_label("Model").select_option("other")
     chat.ask("Hi")
-    assert [ask.model for ask in server.door.asked] == ["other"]
+    assert [ask.model for ask in server.backend.asked] == ["other"]
     assert chat.said[1] == "Hello, world!"
 
 
 def test_nothing_that_a_model_writes_is_loaded_or_run(open_chat: Open, server: Real) -> None:
     evil = "<script>document.title='x'</script> ![a](https://example.org/x.png) [b](javascript:alert(1)) <img src=//x>"
-    server.door.script = Script(pieces=(evil,))
+    server.backend.script = Script(pieces=(evil,))
     chat = open_chat()  # which looks at all that the page loaded, and at what its policy forbade
     chat.ask("Be evil")
     assert chat.page.locator("#messages img, #messages script").count() == 0

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from moesaic import LLM, errors
-from moesaic.door import Ask, Begun, Ended, Piece
-from moesaic.local import BEHIND, Local
+from moesaic.backend import Delta, Finished, GenerationRequest, PromptDone
+from moesaic.local_backend import BEHIND, LocalBackend
 
 TALK = ({"role": "user", "content": "Tell me of a fox."},)
 CALL = {"tool_choice": "required", "parallel_tool_calls": False}
@@ -19,23 +19,25 @@ CLOCK = {"type": "function", "function": {"name": "clock"}}
 GREEDY = {"temperature": 0, "max_tokens": 12}
 BYTES = {"seed": 1, "temperature": 2.0, "max_tokens": 12, "logit_bias": dict.fromkeys(range(3, 259), 100)}
 ASKS = [
-    Ask(messages=TALK, sampling=GREEDY),
-    Ask(messages=TALK, sampling={"temperature": 1.2, "seed": 4, "n": 3, "max_tokens": 12, "logprobs": 1}),
-    Ask(prompt="Once", sampling=BYTES),
-    Ask(messages=(*TALK, {"role": "assistant", "content": "The fox"}), continue_final=True, sampling=GREEDY),
-    Ask(messages=TALK, sampling={"temperature": 1.5, "seed": 2}, grammar=("regex", "[éß🦊]{4,6}")),
-    Ask(messages=TALK, sampling=GREEDY | {"max_tokens": 99}, tools=(CLOCK,), **CALL),
-    Ask(messages=TALK, sampling=GREEDY | {"prompt_logprobs": 0}),
+    GenerationRequest(messages=TALK, sampling=GREEDY),
+    GenerationRequest(messages=TALK, sampling={"temperature": 1.2, "seed": 4, "n": 3, "max_tokens": 12, "logprobs": 1}),
+    GenerationRequest(prompt="Once", sampling=BYTES),
+    GenerationRequest(
+        messages=(*TALK, {"role": "assistant", "content": "The fox"}), continue_final=True, sampling=GREEDY
+    ),
+    GenerationRequest(messages=TALK, sampling={"temperature": 1.5, "seed": 2}, grammar=("regex", "[éß🦊]{4,6}")),
+    GenerationRequest(messages=TALK, sampling=GREEDY | {"max_tokens": 99}, tools=(CLOCK,), **CALL),
+    GenerationRequest(messages=TALK, sampling=GREEDY | {"prompt_logprobs": 0}),
 ]
 
 
 @asynccontextmanager
 async def opened(folder):
-    door = Local(LLM.load(folder))
+    backend = LocalBackend(LLM.load(folder))
     try:
-        yield door
+        yield backend
     finally:
-        await door.close()
+        await backend.close()
 
 
 class Reader:
@@ -46,9 +48,9 @@ class Reader:
         self.known = self.passed = 0  # tokens and characters that come again
 
     def take(self, event):
-        if isinstance(event, Ended):
+        if isinstance(event, Finished):
             self.ended = replace(event, cached_tokens=0)
-        elif isinstance(event, Piece):
+        elif isinstance(event, Delta):
             again = min(len(event.tokens), self.known)
             self.known -= again
             self.ids += [mark.id for mark in event.tokens[again:]]
@@ -57,18 +59,18 @@ class Reader:
             self.passed -= dropped
             self.text += event.text[dropped:]
             if not again:
-                self.calls += [(call.place, call.name, call.arguments) for call in event.calls]
+                self.calls += [(call.index, call.name, call.arguments) for call in event.calls]
 
     def have(self):
         return self.ids, self.text, self.calls, self.ended
 
 
-async def listen(door, ask, readers, most=10**6):
+async def listen(backend, ask, readers, most=10**6):
     """Read until an answer that has not ended has ``most`` tokens, or all have ended."""
-    answers = await door.ask(ask)
+    answers = await backend.generate(ask)
     begun = []
     async for event in answers:
-        if isinstance(event, Begun):
+        if isinstance(event, PromptDone):
             begun.append(event)
         else:
             assert event.index in {each.index for each in begun}
@@ -109,11 +111,13 @@ def test_who_passes_an_answer_on_cannot_tell_that_another_took_over(talker):
 
 def test_a_long_answer_that_comes_again_is_not_taken_for_a_slow_reader(talker):
     async def main():
-        async with opened(talker) as door:
+        async with opened(talker) as backend:
             long = (7,) * (BEHIND + 500)
-            ask = Ask(prompt="Once", sampling={"max_tokens": len(long) + 2, "ignore_eos": True}, resume=(long,))
+            ask = GenerationRequest(
+                prompt="Once", sampling={"max_tokens": len(long) + 2, "ignore_eos": True}, resume=(long,)
+            )
             [reader] = readers = [Reader()]
-            await listen(door, ask, readers)
+            await listen(backend, ask, readers)
             assert reader.ids[: len(long)] == list(long)
             assert (reader.ended.generated_tokens, reader.ended.reason) == (len(long) + 2, "length")
 
@@ -122,10 +126,10 @@ def test_a_long_answer_that_comes_again_is_not_taken_for_a_slow_reader(talker):
 
 def test_what_cannot_have_been_said_is_refused(talker):
     async def main():
-        async with opened(talker) as door:
+        async with opened(talker) as backend:
             for resume in (((1,), (1,)), ((32000,),), ((5000,) * 5000,), ((2, 5000),)):
                 with pytest.raises(errors.InvalidParameter, match="resume"):
-                    await door.ask(Ask(messages=TALK, resume=resume))
-            assert door.load()["talker0"].prompt_tokens == 0
+                    await backend.generate(GenerationRequest(messages=TALK, resume=resume))
+            assert backend.stats()["talker0"].prompt_tokens == 0
 
     asyncio.run(main())

@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Reason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """What is asked: a conversation or a prompt, and how to answer.
 
     Exactly one of ``messages`` and ``prompt`` is there. ``sampling`` has the fields of
@@ -36,9 +36,9 @@ class Ask:
     """A kind and a value; see ``moesaic.text.grammar``."""
     truncate: int | None = None
     """Read only this many tokens of the prompt, its last ones."""
-    marked: bool = False
+    parse_special: bool = False
     """Take the names of special tokens in a prompt that is text for these tokens: whoever wrote it wrote all of it."""
-    bos: bool = True
+    add_bos: bool = True
     """Put the beginning-of-text token in front of a prompt that is text, unless it is there already."""
     skip_special: bool = True
     resume: tuple[tuple[int, ...], ...] = ()
@@ -51,12 +51,12 @@ class Ask:
     priority: int = 0
     tenant: str = ""
     """Whose request it is: different tenants share no cached prefix. Set by the server alone."""
-    once: str = ""
+    idempotency_key: str = ""
     """A name under which the tenant may ask this again and gets the same answers, where jobs are kept; "": none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class TokenInfo:
     """A token as it is shown."""
 
     id: int
@@ -68,21 +68,21 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class PromptDone:
     """The prompt is read. Comes once for each answer, before its first piece."""
 
     index: int
-    prompt: tuple[Mark, ...] = ()
+    prompt: tuple[TokenInfo, ...] = ()
     """Its tokens with their log-probabilities, if asked for."""
     prompt_tokens: int = 0
     """How many it has."""
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ToolCall:
     """A call of a tool, or a further part of its arguments."""
 
-    place: int
+    index: int
     """Which of the answer's calls this is."""
     id: str = ""
     name: str = ""
@@ -90,21 +90,21 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Delta:
     """A part of an answer: text that can be shown now, tokens that came, calls of tools. Any may be empty."""
 
     index: int
     text: str = ""
-    tokens: tuple[Mark, ...] = ()
-    calls: tuple[Call, ...] = ()
+    tokens: tuple[TokenInfo, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class Finished:
     """The end of one answer."""
 
     index: int
-    reason: Reason
+    reason: FinishReason
     prompt_tokens: int
     generated_tokens: int
     cached_tokens: int = 0
@@ -112,15 +112,15 @@ class Ended:
     """The stop string that was met."""
     stop_id: int | None = None
     """The token that ended it."""
-    called: bool = False
+    has_tool_calls: bool = False
     """Whether the answer called tools."""
 
 
-Event = Begun | Piece | Ended
+Event = PromptDone | Delta | Finished
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelInfo:
     """A model that can be asked."""
 
     name: str
@@ -136,7 +136,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Load:
+class ModelStats:
     """How busy a model is; what rises, rises from its start."""
 
     running: int = 0
@@ -153,7 +153,7 @@ class Load:
     """Whether it can still answer."""
 
 
-class Answers(Protocol):
+class ResponseStream(Protocol):
     """A running request: its events, those of its ``n`` answers as they come. Read by one task."""
 
     @property
@@ -174,22 +174,22 @@ class Answers(Protocol):
         ...
 
 
-class Door(Protocol):
+class Backend(Protocol):
     """What offers models. Every method raises errors of the tree in ``moesaic.errors``, before anything runs."""
 
-    def cards(self) -> Sequence[Card]:
+    def models(self) -> Sequence[ModelInfo]:
         """Return the models, the default first."""
         ...
 
-    def load(self) -> Mapping[str, Load]:
+    def stats(self) -> Mapping[str, ModelStats]:
         """Return how busy each loaded model is."""
         ...
 
-    async def ask(self, ask: Ask) -> Answers:
+    async def generate(self, request: GenerationRequest) -> ResponseStream:
         """Take a request in."""
         ...
 
-    async def tokenize(self, ask: Ask) -> list[Mark]:
+    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
         """Return the prompt's tokens, as they would be read."""
         ...
 
@@ -213,9 +213,9 @@ class Door(Protocol):
 def join(events: Sequence[Event]) -> list[Event]:
     """Return events with neighbouring pieces of one answer made one, but for those that call tools."""
     out: list[Event] = []
-    run: list[Piece] = []
+    run: list[Delta] = []
     for event in events:
-        text = isinstance(event, Piece) and not event.calls
+        text = isinstance(event, Delta) and not event.calls
         if run and not (text and event.index == run[0].index):
             out.append(_joined(run))
             run = []
@@ -226,8 +226,8 @@ def join(events: Sequence[Event]) -> list[Event]:
     return [*out, _joined(run)] if run else out
 
 
-def _joined(run: list[Piece]) -> Piece:
+def _joined(run: list[Delta]) -> Delta:
     if len(run) == 1:
         return run[0]
     text = "".join([piece.text for piece in run])
-    return Piece(run[0].index, text, tuple([token for piece in run for token in piece.tokens]))
+    return Delta(run[0].index, text, tuple([token for piece in run for token in piece.tokens]))

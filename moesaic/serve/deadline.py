@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class OutOfPatience(Exception):
+class DeadlineExceeded(Exception):
     """What was waited for did not come in time."""
 
 
-class Patience:
+class Deadline:
     """Bounds many waits in turn with one timer: ``asyncio.timeout`` has one for each, which costs more than a token."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Patience:
             return await what
         except asyncio.CancelledError:
             if self._over and task.cancelling() <= cancelled + 1:  # and nobody else's wish
-                raise OutOfPatience from None
+                raise DeadlineExceeded from None
             raise
         finally:
             self._waits = None

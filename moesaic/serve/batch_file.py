@@ -24,7 +24,7 @@ from msgspec import Meta, Struct
 from moesaic.errors import InvalidRequest
 from moesaic.serve.app import App
 from moesaic.serve.exchange import Message
-from moesaic.serve.reading import decode
+from moesaic.serve.json_body import decode_json
 
 TRIES = 20
 """How often a request is repeated that the server has no room for."""
@@ -32,7 +32,7 @@ TRIES = 20
 Shown = Callable[[int, int], None]
 
 
-class Entry(Struct):
+class BatchLine(Struct):
     """One request."""
 
     custom_id: Annotated[str, Meta(min_length=1, max_length=512)]
@@ -42,7 +42,7 @@ class Entry(Struct):
 
 
 @dataclass
-class Count:
+class BatchCounts:
     """What has become of the requests."""
 
     answered: int = 0
@@ -59,14 +59,14 @@ class Count:
 
 
 @dataclass
-class Answers:
+class BatchOutput:
     """The file of answers: what it has, and its end, where more is written."""
 
     file: BinaryIO
     ids: set[str] = field(default_factory=set)
     lines: set[int] = field(default_factory=set)
     """Of the requests: those that were none."""
-    count: Count = field(default_factory=Count)
+    count: BatchCounts = field(default_factory=BatchCounts)
 
     def read(self, path: Path) -> None:
         """Take in what is there, and cut off a line that was not finished.
@@ -101,7 +101,9 @@ class Answers:
         self._enter(shown | {"error": error})
 
 
-async def run(app: App, source: Path, target: Path, concurrency: int = 16, progress: Shown | None = None) -> Count:
+async def run(
+    app: App, source: Path, target: Path, concurrency: int = 16, progress: Shown | None = None
+) -> BatchCounts:
     """Answer what ``source`` asks into ``target``, so many requests at a time.
 
     Raises:
@@ -113,7 +115,7 @@ async def run(app: App, source: Path, target: Path, concurrency: int = 16, progr
         with source.open("rb") as asked, target.open("ab+", buffering=0) as written:
             _lock(written, target)
             written.seek(0)
-            answers = Answers(written)
+            answers = BatchOutput(written)
             answers.read(target)
             await _Run(app, answers, progress, _lines(asked)).all(_requests(asked, answers), concurrency)
             return answers.count
@@ -139,14 +141,14 @@ def _lines(asked: BinaryIO) -> int:
     return count
 
 
-def _requests(asked: BinaryIO, answers: Answers) -> Iterator[Entry]:
+def _requests(asked: BinaryIO, answers: BatchOutput) -> Iterator[BatchLine]:
     """Yield what is to be asked; what is no request is answered on the spot."""
     first: dict[str, int] = {}
     for number, line in enumerate(asked, 1):
         if not line.strip() or number in answers.lines:
             continue
         try:
-            entry: Entry = decode(line, Entry)
+            entry: BatchLine = decode_json(line, BatchLine)
             if entry.custom_id in first:
                 raise InvalidRequest(f"custom_id {entry.custom_id!r:.80} is in line {first[entry.custom_id]} already")
             if entry.body.get("stream"):
@@ -163,16 +165,16 @@ def _requests(asked: BinaryIO, answers: Answers) -> Iterator[Entry]:
 class _Run:
     """One go through a file."""
 
-    def __init__(self, app: App, answers: Answers, progress: Shown | None, total: int) -> None:
+    def __init__(self, app: App, answers: BatchOutput, progress: Shown | None, total: int) -> None:
         self._app, self._answers, self._progress, self._total = app, answers, progress, total
 
-    async def all(self, requests: Iterator[Entry], concurrency: int) -> None:
+    async def all(self, requests: Iterator[BatchLine], concurrency: int) -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(self._some(requests))
         self._show()
 
-    async def _some(self, requests: Iterator[Entry]) -> None:
+    async def _some(self, requests: Iterator[BatchLine]) -> None:
         for entry in requests:  # shared with the others
             self._show()
             self._answers.write(entry.custom_id, await self._one(entry), None)
@@ -182,11 +184,11 @@ class _Run:
             count = self._answers.count
             self._progress(count.answered + count.failed, self._total)
 
-    async def _one(self, entry: Entry) -> dict[str, Any]:
+    async def _one(self, entry: BatchLine) -> dict[str, Any]:
         body = json.dumps(entry.body).encode()
         for left in reversed(range(TRIES)):
             request_id = secrets.token_hex(8)
-            status, headers, content = await ask(self._app, entry.url, body, request_id)
+            status, headers, content = await post(self._app, entry.url, body, request_id)
             if status not in (429, 503) or not left:
                 break
             await asyncio.sleep(float(headers.get(b"retry-after", b"1")))
@@ -200,7 +202,7 @@ def _json(content: bytes) -> Any:
         return content.decode(errors="replace")
 
 
-async def ask(app: App, path: str, body: bytes, request_id: str) -> tuple[int, dict[bytes, bytes], bytes]:
+async def post(app: App, path: str, body: bytes, request_id: str) -> tuple[int, dict[bytes, bytes], bytes]:
     """Put a request to the application itself, as if it had come from this machine; return status, fields and body."""
     fields = {b"host": b"localhost", b"content-type": b"application/json", b"x-request-id": request_id.encode()}
     scope = {

@@ -13,7 +13,7 @@ from time import monotonic
 import httpx
 import pytest
 
-from moesaic.serve import front
+from moesaic.serve import server
 from moesaic.serve.connection import LINGER
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
@@ -348,14 +348,14 @@ def test_a_port_that_is_taken_is_told_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(front.InvalidRequest, match="cannot listen"):
-            front.bind(Settings(port=taken.getsockname()[1]))
+        with pytest.raises(server.InvalidRequest, match="cannot listen"):
+            server.bind(Settings(port=taken.getsockname()[1]))
 
 
 def test_as_many_files_may_be_open_as_there_may_be_connections():
     program = (
         "import resource\n"
-        "from moesaic.serve import front\n"
+        "from moesaic.serve import server\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
         "front.prepare(200)\n"

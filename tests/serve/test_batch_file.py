@@ -11,7 +11,7 @@ import pytest
 
 from moesaic import cli
 from moesaic.errors import InvalidRequest, Overloaded
-from moesaic.serve import batch
+from moesaic.serve import batch_file
 from moesaic.serve.app import App
 from moesaic.serve.settings import Settings
 from tests.serve.conftest import Script, Scripted
@@ -37,11 +37,11 @@ def files(tmp_path):
     return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
 
 
-def run(files, door=None, **options):
+def run(files, backend=None, **options):
     async def main():
-        made = door() if door else Scripted()
+        made = backend() if backend else Scripted()
         app = App(made, Settings(request_seconds=0, queue_seconds=0))
-        return await batch.run(app, *files, **options), made
+        return await batch_file.run(app, *files, **options), made
 
     return asyncio.run(main())
 
@@ -92,20 +92,20 @@ def test_every_request_is_answered(files):
 )
 def test_what_is_no_request_is_told_with_its_line(files, bad, why):
     write(files[0], line("a"), bad, line("b"))
-    count, door = run(files)
-    assert (count.answered, count.failed) == (2, 1) and len(door.asked) == 2
+    count, backend = run(files)
+    assert (count.answered, count.failed) == (2, 1) and len(backend.asked) == 2
     [told] = [each for each in results(files[1]) if each["error"]]
     assert told["custom_id"] is None and told["response"] is None
     assert told["error"]["line"] == 2 and why in told["error"]["message"] and "line 2" in told["error"]["message"]
-    again, door = run(files)
-    assert (again.answered, again.failed, again.skipped, len(door.asked)) == (2, 1, 3, 0)
+    again, backend = run(files)
+    assert (again.answered, again.failed, again.skipped, len(backend.asked)) == (2, 1, 3, 0)
     assert len(results(files[1])) == 3
 
 
 def test_the_same_id_twice_is_an_error(files):
     write(files[0], line("a"), line("b"), line("a"))
-    count, door = run(files, concurrency=1)
-    assert (count.answered, count.failed, len(door.asked)) == (2, 1, 2)
+    count, backend = run(files, concurrency=1)
+    assert (count.answered, count.failed, len(backend.asked)) == (2, 1, 2)
     assert "line 1 already" in next(each["error"] for each in results(files[1]) if each["error"])["message"]
     assert run(files)[0].skipped == 3
 
@@ -117,8 +117,8 @@ def test_what_is_answered_is_not_asked_again_and_half_a_line_is_cut_off(files):
     lines = whole.splitlines(keepends=True)
     for cut in (b"", lines[3][:1], lines[3][:-1], b'{"id": "x\xff'):
         files[1].write_bytes(b"".join(lines[:3]) + cut)
-        count, door = run(files)
-        assert (count.answered, count.skipped, len(door.asked)) == (6, 3, 3)
+        count, backend = run(files)
+        assert (count.answered, count.skipped, len(backend.asked)) == (6, 3, 3)
         assert sorted(each["custom_id"] for each in results(files[1])) == [f"r{n}" for n in range(6)]
 
 
@@ -140,11 +140,11 @@ def test_so_many_run_at_a_time(files):
     most = [0, 0]
 
     class Counting(Scripted):
-        async def ask(self, ask):
+        async def generate(self, request):
             most[0] += 1
             most[1] = max(most)
             await asyncio.sleep(0)
-            answers = await super().ask(ask)
+            answers = await super().generate(request)
             most[0] -= 1
             return answers
 
@@ -160,11 +160,11 @@ def test_a_full_queue_is_waited_for(files, monkeypatch):
         waited.append(seconds)
 
     class Full(Scripted):
-        async def ask(self, ask):
+        async def generate(self, request):
             self.script = Script(refusal=Overloaded("full") if len(self.asked) < 3 else None)
-            return await super().ask(ask)
+            return await super().generate(request)
 
-    monkeypatch.setattr(batch.asyncio, "sleep", no_time)
+    monkeypatch.setattr(batch_file.asyncio, "sleep", no_time)
     count, _ = run(files, Full)
     assert count.answered == 1 and waited[:3] == [1.0, 1.0, 1.0]
 
@@ -173,7 +173,7 @@ def test_two_processes_do_not_write_into_one_file(files):
     pytest.importorskip("fcntl")
     write(files[0], line("a"))
     with files[1].open("ab+", buffering=0) as other:
-        batch._lock(other, files[1])
+        batch_file._lock(other, files[1])
         with pytest.raises(InvalidRequest, match="another process"):
             run(files)
 

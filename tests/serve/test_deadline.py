@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from moesaic.serve.patience import OutOfPatience, Patience
+from moesaic.serve.deadline import Deadline, DeadlineExceeded
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
@@ -36,13 +36,13 @@ async def numbers(*pauses: float) -> AsyncIterator[int]:
 
 def test_many_waits_have_one_timer_and_the_last_ends_in_time():
     async def main() -> None:
-        patience, source, until = Patience(), numbers(0, 0.01, 0.01, 60), later(30)
+        patience, source, until = Deadline(), numbers(0, 0.01, 0.01, 60), later(30)
         assert await patience.wait(anext(source), until) == 0
         timer = patience._timer
         assert [await patience.wait(anext(source), until) for _ in range(2)] == [1, 2]
         assert patience._timer is timer
         until = later(0.05)
-        with pytest.raises(OutOfPatience):
+        with pytest.raises(DeadlineExceeded):
             await patience.wait(anext(source), until)
         assert asyncio.get_running_loop().time() >= until and not task().cancelling()
         await asyncio.sleep(0)  # it is not cancelled any more
@@ -52,11 +52,11 @@ def test_many_waits_have_one_timer_and_the_last_ends_in_time():
 
 def test_what_is_there_already_is_had_after_the_time():
     async def main() -> None:
-        patience, source, until = Patience(), numbers(0, 0, 0, 60), later(0.02)
+        patience, source, until = Deadline(), numbers(0, 0, 0, 60), later(0.02)
         assert await patience.wait(anext(source), until) == 0
         await asyncio.sleep(0.05)  # a slow reader
         assert [await patience.wait(anext(source), until) for _ in range(2)] == [1, 2]
-        with pytest.raises(OutOfPatience):
+        with pytest.raises(DeadlineExceeded):
             await patience.wait(anext(source), until)
 
     run(main)
@@ -64,7 +64,7 @@ def test_what_is_there_already_is_had_after_the_time():
 
 def test_a_bound_can_be_moved_and_taken_away():
     async def main() -> None:
-        patience, source = Patience(), numbers(0, 0.05, 0.05)
+        patience, source = Deadline(), numbers(0, 0.05, 0.05)
         assert await patience.wait(anext(source), later(0.02)) == 0
         assert await patience.wait(anext(source), later(30)) == 1
         assert await patience.wait(anext(source), None) == 2
@@ -79,7 +79,7 @@ def test_a_bound_can_be_moved_and_taken_away():
 
 def test_somebody_else_s_cancellation_is_not_taken_for_the_end_of_time():
     async def main() -> None:
-        patience = Patience()
+        patience = Deadline()
 
         async def waits(seconds: float) -> None:
             await patience.wait(asyncio.sleep(60), later(seconds))
@@ -102,6 +102,6 @@ def test_an_error_stays_the_error():
             raise TimeoutError("its own")
 
         with pytest.raises(TimeoutError, match="its own"):
-            await Patience().wait(broken(), later(30))
+            await Deadline().wait(broken(), later(30))
 
     run(main)

@@ -17,7 +17,7 @@ from moesaic.errors import NotFound
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredResponse:
     """One answer as it was shown, what it answered, and the conversation up to and with it."""
 
     shown: Mapping[str, Any]
@@ -30,34 +30,34 @@ class Entry:
 
 
 @dataclass
-class Shelf:
+class TenantResponses:
     """What one owner keeps, the oldest first."""
 
-    entries: OrderedDict[str, tuple[Entry, int]] = field(default_factory=OrderedDict)
+    entries: OrderedDict[str, tuple[StoredResponse, int]] = field(default_factory=OrderedDict)
     bytes: int = 0
 
     def drop(self, name: str) -> None:
         self.bytes -= self.entries.pop(name)[1]
 
 
-class Kept:
+class ResponseStore:
     """The answers of everybody; ``owner`` is a key's digest, "" where there are no keys."""
 
     def __init__(self, most: int, bytes: int) -> None:
         """Keep at most so many answers, and so many bytes, for each owner."""
         self._most, self._bytes = most, bytes
-        self._shelves: dict[str, Shelf] = {}
+        self._shelves: dict[str, TenantResponses] = {}
 
-    def put(self, owner: str, name: str, entry: Entry) -> None:
+    def put(self, owner: str, name: str, entry: StoredResponse) -> None:
         """Keep an answer; the oldest ones go if there is no room, itself if it is larger than all room."""
-        shelf = self._shelves.setdefault(owner, Shelf())
+        shelf = self._shelves.setdefault(owner, TenantResponses())
         size = entry.size()
         shelf.entries[name] = entry, size
         shelf.bytes += size
         while len(shelf.entries) > self._most or shelf.bytes > self._bytes:
             shelf.drop(next(iter(shelf.entries)))
 
-    def get(self, owner: str, name: str) -> Entry:
+    def get(self, owner: str, name: str) -> StoredResponse:
         """Return an answer.
 
         Raises:

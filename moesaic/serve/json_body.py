@@ -22,7 +22,7 @@ EXACT = 2**53
 """Below this a float is as exact as a whole number."""
 DEPTH = 32
 """How deep JSON may be nested."""
-LONG = 64 << 10
+LARGE_BODY_BYTES = 64 << 10
 """Bytes of JSON from which on it is decoded in a thread, for it would hold up streams."""
 MEDIA = re.compile(r"application/([\w.-]+\+)?json", re.I)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -60,7 +60,7 @@ async def read_body(scope: Scope, receive: Receive, settings: Settings, most: in
         raise InvalidRequest(f"the body did not come within {settings.body_seconds:g} s") from None
 
 
-def decode(body: bytes, kind: Any) -> Any:
+def decode_json(body: bytes, kind: Any) -> Any:
     """Return JSON as a value of a type, strictly: no NaN, no infinity, no key twice, no abyss of brackets.
 
     A whole number may be written as one with a fraction of nothing: JSON knows no difference.
@@ -83,7 +83,7 @@ def decode(body: bytes, kind: Any) -> Any:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 
 
-def decode_fast(body: bytes, kind: Any) -> Any:
+def decode_json_fast(body: bytes, kind: Any) -> Any:
     """Do the same at a tenth of the cost, for a type without ``Any``, whose depth is its own, and from our own clients.
 
     It takes a key that stands twice, and no whole number that is written as one with a fraction of nothing.

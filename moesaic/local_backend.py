@@ -13,8 +13,18 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from moesaic.backend import (
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    ModelInfo,
+    ModelStats,
+    PromptDone,
+    TokenInfo,
+    ToolCall,
+)
 from moesaic.classifier import Classifier
-from moesaic.door import Ask, Begun, Call, Card, Ended, Event, Load, Mark, Piece
 from moesaic.engine import Stream, Token
 from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, Overloaded
 from moesaic.llm import LLM
@@ -69,31 +79,31 @@ def _take_back(replies: Sequence[Reply]) -> None:
         reply.cancel()
 
 
-class Marks:
+class TokenInfoCache:
     """Tokens as they are shown. Those without figures are made once: nearly every token of an answer is such a one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._plain: dict[int, Mark] = {}
+        self._plain: dict[int, TokenInfo] = {}
 
-    def of(self, token: Token) -> Mark:
+    def of(self, token: Token) -> TokenInfo:
         """Return a token's mark."""
         tokenizer, plain = self._tokenizer, token.logprob is None and not token.top
         if plain and (known := self._plain.get(token.id)):
             return known
         top = tuple((id, tokenizer.piece(id), value) for id, value in token.top)
-        mark = Mark(token.id, tokenizer.piece(token.id), tokenizer.is_special(token.id), token.logprob, top)
+        mark = TokenInfo(token.id, tokenizer.piece(token.id), tokenizer.is_special(token.id), token.logprob, top)
         if plain:
             self._plain[token.id] = mark
         return mark
 
 
-class LocalAnswers:
-    """A running request. Made and read on the loop's thread; see ``door.Answers``."""
+class LocalResponseStream:
+    """A running request. Made and read on the loop's thread; see ``backend.ResponseStream``."""
 
     job = None
 
-    def __init__(self, replies: Sequence[Reply], marks: Marks) -> None:
+    def __init__(self, replies: Sequence[Reply], marks: TokenInfoCache) -> None:
         self._replies, self._mark = replies, marks.of
         given = sum(len(reply.request.given(reply.stream.index)) for reply in replies)
         self._behind = BEHIND + given  # what was given comes at once
@@ -118,7 +128,7 @@ class LocalAnswers:
         if index not in self._begun and (pieces or reply.ended):
             self._begun.add(index)
             prompt = tuple(self._mark(token) for token in reply.prompt_logprobs)
-            self._events.append(Begun(index, prompt, len(reply.request.ids)))
+            self._events.append(PromptDone(index, prompt, len(reply.request.ids)))
         wanted = [piece for piece in pieces if piece.text or piece.tokens or piece.calls]
         shown: list[Event] = [self._piece(index, piece) for piece in wanted]
         if reply.stopped and not reply.ended:
@@ -133,12 +143,12 @@ class LocalAnswers:
         self._wake()
         return reply.ended
 
-    def _piece(self, index: int, piece: Text) -> Piece:
+    def _piece(self, index: int, piece: Text) -> Delta:
         marks = tuple(self._mark(token) for token in piece.tokens)
         first = self._called.get(index, 0)
         self._called[index] = first + len(piece.calls)
-        calls = (Call(place, call.id, call.name, call.arguments) for place, call in enumerate(piece.calls, first))
-        return Piece(index, piece.text, marks, tuple(calls))
+        calls = (ToolCall(place, call.id, call.name, call.arguments) for place, call in enumerate(piece.calls, first))
+        return Delta(index, piece.text, marks, tuple(calls))
 
     def _fail(self, error: MoesaicError) -> None:
         self._failed = error
@@ -171,9 +181,9 @@ class LocalAnswers:
             await self._waiter
 
 
-def _ended(index: int, reply: Reply) -> Ended:
+def _ended(index: int, reply: Reply) -> Finished:
     answer = reply.answer
-    return Ended(
+    return Finished(
         index,
         answer.reason,
         answer.prompt_tokens,
@@ -181,12 +191,12 @@ def _ended(index: int, reply: Reply) -> Ended:
         answer.cached_tokens,
         answer.stop,
         answer.stop_id,
-        called=bool(answer.calls),
+        has_tool_calls=bool(answer.calls),
     )
 
 
-def _tools(ask: Ask) -> Tools | None:
-    return Tools.of(ask.tools, ask.tool_choice, ask.parallel_tool_calls)
+def _tools(request: GenerationRequest) -> Tools | None:
+    return Tools.of(request.tools, request.tool_choice, request.parallel_tool_calls)
 
 
 def _about(llm: LLM) -> Mapping[str, Any]:
@@ -203,8 +213,8 @@ def _about(llm: LLM) -> Mapping[str, Any]:
     }
 
 
-class Local:
-    """One model in this process; see ``door.Door``. Made on the loop that it answers on."""
+class LocalBackend:
+    """One model in this process; see ``backend.Backend``. Made on the loop that it answers on."""
 
     def __init__(self, llm: LLM, aliases: Sequence[str] = (), crowd: int = CROWD) -> None:
         """Answer with a model.
@@ -219,11 +229,11 @@ class Local:
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="moesaic-text")
         self._grammars = ThreadPoolExecutor(COMPILERS, thread_name_prefix="moesaic-grammar")
-        self._running: dict[Stream, tuple[LocalAnswers, Reply]] = {}
+        self._running: dict[Stream, tuple[LocalResponseStream, Reply]] = {}
         self._news: deque[Stream] = deque()
         self._told = False
         self._looked = 0.0  # when the loop last took what had come
-        self._about, self._marks = _about(llm), Marks(llm.tokenizer)
+        self._about, self._marks = _about(llm), TokenInfoCache(llm.tokenizer)
         self._reading = {self._pool: 0, self._grammars: 0}
         self._vectors = ThreadPoolExecutor(1, thread_name_prefix="moesaic-embed")
         llm.engine.listen(self._on_events)
@@ -258,14 +268,14 @@ class Local:
             if found and found[0].pump(found[1]):
                 del self._running[stream]
 
-    def cards(self) -> Sequence[Card]:
+    def models(self) -> Sequence[ModelInfo]:
         llm = self._llm
-        return [Card(llm.name, self._aliases, context=llm.context, about=self._about)]
+        return [ModelInfo(llm.name, self._aliases, context=llm.context, about=self._about)]
 
-    def load(self) -> Mapping[str, Load]:
+    def stats(self) -> Mapping[str, ModelStats]:
         stats = self._llm.engine.stats()
         return {
-            self._llm.name: Load(
+            self._llm.name: ModelStats(
                 stats.running,
                 stats.waiting,
                 stats.steps,
@@ -280,54 +290,54 @@ class Local:
             )
         }
 
-    async def ask(self, ask: Ask) -> LocalAnswers:
-        constrained = ask.grammar is not None or ask.tool_choice not in ("none", "auto")
+    async def generate(self, request: GenerationRequest) -> LocalResponseStream:
+        constrained = request.grammar is not None or request.tool_choice not in ("none", "auto")
         pool = self._grammars if constrained else self._pool
         if self._reading[pool] >= READING:
             raise Overloaded(f"{READING} requests wait to be read already: try again later")
         self._reading[pool] += 1
         try:
-            replies = await in_pool(pool, lambda: self._submit(ask), _take_back)
+            replies = await in_pool(pool, lambda: self._submit(request), _take_back)
         finally:
             self._reading[pool] -= 1
-        answers = LocalAnswers(replies, self._marks)
+        answers = LocalResponseStream(replies, self._marks)
         for reply in replies:
             self._running[reply.stream] = answers, reply
             self._news.append(reply.stream)  # what came before anybody listened
         self._pump()
         return answers
 
-    def _submit(self, ask: Ask) -> list[Reply]:
+    def _submit(self, request: GenerationRequest) -> list[Reply]:
         llm = self._llm
-        sampling = llm.sampling(**ask.sampling)
-        tools = _tools(ask)
+        sampling = llm.sampling(**request.sampling)
+        tools = _tools(request)
         return llm.submit(
-            self._ids(ask),
+            self._ids(request),
             sampling,
-            chat=ask.messages is not None,
-            priority=ask.priority,
-            salt=ask.tenant,
-            skip_special=ask.skip_special,
-            begins=ask.messages is not None and not ask.continue_final,
-            grammar=None if ask.grammar is None else Grammar(*ask.grammar),  # type: ignore[arg-type]
+            chat=request.messages is not None,
+            priority=request.priority,
+            salt=request.tenant,
+            skip_special=request.skip_special,
+            begins=request.messages is not None and not request.continue_final,
+            grammar=None if request.grammar is None else Grammar(*request.grammar),  # type: ignore[arg-type]
             tools=tools,
-            resume=ask.resume,
+            resume=request.resume,
         )
 
-    def _ids(self, ask: Ask) -> list[int]:
+    def _ids(self, request: GenerationRequest) -> list[int]:
         llm = self._llm
-        if ask.messages is not None:
-            ids = llm.encode_chat(ask.messages, continue_final=ask.continue_final, tools=_tools(ask))
-        elif isinstance(ask.prompt, str):
-            ids = llm.encode(ask.prompt, bos=ask.bos, marked=ask.marked)
+        if request.messages is not None:
+            ids = llm.encode_chat(request.messages, continue_final=request.continue_final, tools=_tools(request))
+        elif isinstance(request.prompt, str):
+            ids = llm.encode(request.prompt, bos=request.add_bos, marked=request.parse_special)
         else:
-            ids = list(ask.prompt or ())
-        return ids[-ask.truncate :] if ask.truncate else ids
+            ids = list(request.prompt or ())
+        return ids[-request.truncate :] if request.truncate else ids
 
-    async def tokenize(self, ask: Ask) -> list[Mark]:
+    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
         tokenizer = self._llm.tokenizer
-        ids = await in_pool(self._pool, lambda: self._ids(ask))
-        return [Mark(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
+        ids = await in_pool(self._pool, lambda: self._ids(request))
+        return [TokenInfo(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         most = self._llm.loaded.model.vocab_size
@@ -347,27 +357,31 @@ class Local:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class LocalClassifier:
-    """One classifier in this process; see ``door.Door``."""
+class LocalClassifierBackend:
+    """One classifier in this process; see ``backend.Backend``."""
 
     def __init__(self, classifier: Classifier, name: str, aliases: Sequence[str] = ()) -> None:
         self._classifier, self._name, self._aliases = classifier, name, tuple(aliases)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="moesaic-classify")
 
-    def cards(self) -> Sequence[Card]:
+    def models(self) -> Sequence[ModelInfo]:
         shape = self._classifier.loaded.model.shape
-        return [Card(self._name, self._aliases, "classify", context=shape.max_length, labels=shape.labels)]
+        return [ModelInfo(self._name, self._aliases, "classify", context=shape.max_length, labels=shape.labels)]
 
-    def load(self) -> Mapping[str, Load]:
-        return {self._name: Load()}
+    def stats(self) -> Mapping[str, ModelStats]:
+        return {self._name: ModelStats()}
 
-    async def ask(self, ask: Ask) -> LocalAnswers:
+    async def generate(self, request: GenerationRequest) -> LocalResponseStream:
         raise InvalidRequest(f"{self._name} is a classifier, which does not chat: ask /v1/classify")
 
-    async def tokenize(self, ask: Ask) -> list[Mark]:
+    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
         tokenizer = self._classifier.tokenizer
-        ids = tokenizer.encode(ask.prompt, bos=ask.bos) if isinstance(ask.prompt, str) else list(ask.prompt or ())
-        return [Mark(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
+        ids = (
+            tokenizer.encode(request.prompt, bos=request.add_bos)
+            if isinstance(request.prompt, str)
+            else list(request.prompt or ())
+        )
+        return [TokenInfo(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return self._classifier.tokenizer.decode(ids, skip_special=False)

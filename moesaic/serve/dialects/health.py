@@ -4,43 +4,43 @@ from __future__ import annotations
 
 from moesaic.serve import openapi
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import Answer, Call, Endpoint, Whole
+from moesaic.serve.exchange import AnyResponse, Endpoint, RequestContext, Response
 
 
-async def health(call: Call) -> Answer:
+async def health(call: RequestContext) -> AnyResponse:
     """Answer 200 as long as the models can still answer: whoever asks restarts the process otherwise."""
-    dead = [name for name, load in call.door.load().items() if not load.alive]
+    dead = [name for name, load in call.backend.stats().items() if not load.alive]
     if dead:
-        return Whole({"status": "dead", "error": "unhealthy", "error_type": "healthcheck"}, 503)
-    return Whole({"status": "ok"})
+        return Response({"status": "dead", "error": "unhealthy", "error_type": "healthcheck"}, 503)
+    return Response({"status": "ok"})
 
 
-async def ready(call: Call) -> Answer:
+async def ready(call: RequestContext) -> AnyResponse:
     """Answer 200 if a request would be taken in and get on now; 503 tells a load balancer to go elsewhere."""
     why = call.app.progress.why_not()
     if call.app.draining:
         why = "draining"
-    return Whole({"status": why or "ready"}, 503 if why else 200, headers={"retry-after": "5"} if why else {})
+    return Response({"status": why or "ready"}, 503 if why else 200, headers={"retry-after": "5"} if why else {})
 
 
-async def metrics(call: Call) -> Answer:
+async def metrics(call: RequestContext) -> AnyResponse:
     """Return all figures, for Prometheus."""
-    return Whole(call.app.metrics.text(), media="text/plain; version=0.0.4; charset=utf-8")
+    return Response(call.app.metrics.text(), media="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def load(call: Call) -> Answer:
+async def load(call: RequestContext) -> AnyResponse:
     """Return how many requests run, as vLLM does, and each model's figures."""
-    loads = call.door.load()
+    loads = call.backend.stats()
     shown = {name: {field: getattr(each, field) for field in each.__dataclass_fields__} for name, each in loads.items()}
-    return Whole({"server_load": sum(each.running + each.waiting for each in loads.values()), "models": shown})
+    return Response({"server_load": sum(each.running + each.waiting for each in loads.values()), "models": shown})
 
 
-async def description(call: Call) -> Answer:
+async def description(call: RequestContext) -> AnyResponse:
     """Return the OpenAPI description of every route."""
     made, keys = call.app.descriptions, call.app.keys.wanted
     if keys not in made:
         made[keys] = openapi.describe(call.app.endpoints, keys=keys)
-    return Whole(made[keys])
+    return Response(made[keys])
 
 
 ENDPOINTS = (

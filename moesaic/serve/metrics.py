@@ -20,9 +20,9 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
-from moesaic.door import Answers, Ask, Begun, Ended, Event, Load, join
+from moesaic.backend import Event, Finished, GenerationRequest, ModelStats, PromptDone, ResponseStream, join
 from moesaic.errors import Cancelled, MoesaicError, TimedOut, Unavailable
-from moesaic.serve.patience import OutOfPatience, Patience
+from moesaic.serve.deadline import Deadline, DeadlineExceeded
 from moesaic.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ FAILURES = {429: "overloaded", 503: "overloaded", 500: "generation", 504: "incom
 """TGI's words for what went wrong, by status; all else is ``validation``."""
 
 
-class Gaps:
+class LatencyHistogram:
     """A histogram of the seconds between tokens, which takes many at once: there is one for every token."""
 
     def __init__(self) -> None:
@@ -59,7 +59,9 @@ class Gaps:
 class Metrics:
     """The server's figures, as Prometheus reads them."""
 
-    def __init__(self, load: Callable[[], Mapping[str, Load]], more: Callable[[], Iterable[Metric]] = tuple) -> None:
+    def __init__(
+        self, load: Callable[[], Mapping[str, ModelStats]], more: Callable[[], Iterable[Metric]] = tuple
+    ) -> None:
         """Begin at nothing.
 
         Args:
@@ -76,7 +78,7 @@ class Metrics:
         self.ended = self._counter("moesaic_request_ended", "How they ended.", ("model_name", "reason"))
         self.success = self._counter("vllm:request_success", "As vLLM has it.", ("model_name", "finished_reason"))
         self.first = self._both("time_to_first_token_seconds", "Until the first token.", FIRST, model)
-        self.between: dict[str, Gaps] = {}
+        self.between: dict[str, LatencyHistogram] = {}
         self.per_token = self._both("request_time_per_output_token_seconds", "Mean per token.", BETWEEN, model)
         self.per_token += self._histograms("vllm:time_per_output_token_seconds", "Its older name.", BETWEEN, model)
         self.per_token += self._histograms("tgi_request_mean_time_per_token_duration", "TGI's.", TGI_SECONDS, ())
@@ -160,7 +162,7 @@ class Metrics:
             yield between
         yield from self._more()
 
-    def _totals(self, prefix: str, loads: Mapping[str, Load]) -> Iterable[Metric]:
+    def _totals(self, prefix: str, loads: Mapping[str, ModelStats]) -> Iterable[Metric]:
         for name, field in (
             ("prompt_tokens", "prompt_tokens"),
             ("generation_tokens", "generated_tokens"),
@@ -180,12 +182,12 @@ class Metrics:
         return bytes(generate_latest(self.registry))
 
 
-def _used(load: Load) -> float:
+def _used(load: ModelStats) -> float:
     return 1 - load.free_blocks / load.blocks if load.blocks else 0.0
 
 
 @dataclass(slots=True)
-class Progress:
+class AnswerTiming:
     """How far one answer has come: when its first and its newest token came, and how many there are."""
 
     first: float | None = None
@@ -193,33 +195,38 @@ class Progress:
     tokens: int = 0
 
 
-class Watch:
+class RequestMetrics:
     """One request on its way through the door. It ends once: well, with an error, or because nobody waits any more."""
 
     def __init__(
-        self, metrics: Metrics, settings: Settings, ask: Ask, span: Span | None, done: Callable[[], None]
+        self,
+        metrics: Metrics,
+        settings: Settings,
+        request: GenerationRequest,
+        span: Span | None,
+        done: Callable[[], None],
     ) -> None:
-        self._metrics, self._settings, self._model, self._span = metrics, settings, ask.model, span
+        self._metrics, self._settings, self._model, self._span = metrics, settings, request.model, span
         self._clock = asyncio.get_running_loop().time
         self._begin = self._clock()
         self._read: float | None = None  # when the prompt was
-        self._answers: dict[int, Progress] = {}
-        self._open = int(ask.sampling.get("n", 1))
+        self._answers: dict[int, AnswerTiming] = {}
+        self._open = int(request.sampling.get("n", 1))
         self._prompt_tokens = self._cached = 0
         self._done = done
         self.ended = False
         metrics.begun.labels(self._model).inc()
         metrics.count_tgi("tgi_request_count")
         metrics.observe(metrics.answers, self._model, self._open)
-        if "max_tokens" in ask.sampling:
-            metrics.observe(metrics.most, self._model, ask.sampling["max_tokens"])
+        if "max_tokens" in request.sampling:
+            metrics.observe(metrics.most, self._model, request.sampling["max_tokens"])
 
     @property
     def tokens(self) -> int:
         """What the request has cost until now, prompt and answers; also one that nobody waited for."""
         return self._prompt_tokens + sum(each.tokens for each in self._answers.values())
 
-    async def admitted(self, asking: Awaitable[Answers]) -> Answers:
+    async def admitted(self, asking: Awaitable[ResponseStream]) -> ResponseStream:
         """Wait until the door has taken the request in.
 
         Raises:
@@ -235,7 +242,7 @@ class Watch:
         self._metrics.observe(self._metrics.validation, self._model, self._clock() - self._begin)
         return answers
 
-    async def events(self, answers: Answers) -> AsyncIterator[Event]:
+    async def events(self, answers: ResponseStream) -> AsyncIterator[Event]:
         """Yield the events, within the time that is allowed. The clock stands still for no one but a slow reader.
 
         Pieces of an answer that came together are one: each one that is sent costs the engine's cores a moment.
@@ -248,9 +255,9 @@ class Watch:
                 for event in batch:
                     yield event
 
-    async def batches(self, answers: Answers, *, joined: bool = False) -> AsyncGenerator[list[Event]]:
+    async def batches(self, answers: ResponseStream, *, joined: bool = False) -> AsyncGenerator[list[Event]]:
         """Do the same, with all events together that can be had at once, and pieces as they were unless ``joined``."""
-        source, patience = aiter(answers), Patience()
+        source, patience = aiter(answers), Deadline()
         try:
             while True:
                 event = await patience.wait(anext(source), self._until())
@@ -262,7 +269,7 @@ class Watch:
                 yield batch
         except StopAsyncIteration:
             return
-        except OutOfPatience:
+        except DeadlineExceeded:
             raise self._late() from None
         finally:
             patience.close()
@@ -281,29 +288,29 @@ class Watch:
 
     def _see(self, event: Event) -> None:
         now, metrics = self._clock(), self._metrics
-        if isinstance(event, Begun):
+        if isinstance(event, PromptDone):
             self._prompt_tokens = event.prompt_tokens or self._prompt_tokens
             if self._read is None:
                 self._read = now
                 metrics.observe(metrics.queue, self._model, now - self._begin)
             return
-        answer = self._answers.setdefault(event.index, Progress())
-        if isinstance(event, Ended):
+        answer = self._answers.setdefault(event.index, AnswerTiming())
+        if isinstance(event, Finished):
             self._end(answer, event, now)
         elif event.tokens:
             self._see_tokens(answer, len(event.tokens), now)
 
-    def _see_tokens(self, answer: Progress, count: int, now: float) -> None:
+    def _see_tokens(self, answer: AnswerTiming, count: int, now: float) -> None:
         """Enter tokens that came together: each is as far from the one before as they are on average."""
         metrics, gap = self._metrics, (now - answer.last) / count
         answer.tokens += count
         if answer.first is None:
             answer.first, gap, count = now, 0.0, count - 1
             metrics.observe(metrics.first, self._model, now - self._begin)
-        metrics.between.setdefault(self._model, Gaps()).add(gap, count)
+        metrics.between.setdefault(self._model, LatencyHistogram()).add(gap, count)
         answer.last = now
 
-    def _end(self, answer: Progress, event: Ended, now: float) -> None:
+    def _end(self, answer: AnswerTiming, event: Finished, now: float) -> None:
         """Enter the end of one answer; the last one's is that of the request."""
         metrics, model = self._metrics, self._model
         answer.tokens = event.generated_tokens

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moesaic.door import Load
+from moesaic.backend import ModelStats
 from moesaic.errors import NumericalError, Overloaded
 from tests.serve.conftest import Script, Scripted, running
 from tests.serve.raw import CHAT, Raw, eventually
@@ -66,12 +66,12 @@ def asked(server):
     post(server, stream=True)
     post(server, temperature=-1)
     post(server, model="none")
-    server.door.script = Script(refusal=Overloaded("full"))
+    server.backend.script = Script(refusal=Overloaded("full"))
     post(server)
-    server.door.script = Script(error=NumericalError("NaN"))
+    server.backend.script = Script(error=NumericalError("NaN"))
     post(server)
     post(server, stream=True)
-    server.door.script = Script(held=True)
+    server.backend.script = Script(held=True)
     with Raw(server) as raw:
         raw.post(CHAT | {"stream": True}).until(b"Hello")
     eventually(lambda: server.app.running == 0)
@@ -159,8 +159,8 @@ def test_no_client_makes_a_figure_of_its_own(server):
 
 
 def test_gauges_are_what_the_models_say(server):
-    load = Load(3, 2, 70, 500, 90, 40, 1, 10, 4, 5)
-    server.door.loads = {"a": load, "b": Load(running=1, blocks=0)}
+    load = ModelStats(3, 2, 70, 500, 90, 40, 1, 10, 4, 5)
+    server.backend.loads = {"a": load, "b": ModelStats(running=1, blocks=0)}
     found = figures(server)
     for prefix in ("moesaic_", "vllm:"):
         assert total(found, prefix + "num_requests_running", model_name="a") == 3
@@ -176,7 +176,7 @@ def test_gauges_are_what_the_models_say(server):
 
 def test_what_is_left_before_it_was_taken_in_is_counted_too():
     class Broken(Scripted):
-        async def ask(self, ask):
+        async def generate(self, request):
             raise RuntimeError("nobody foresaw this")
 
     with running(Broken) as server:
