@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.bench import endpoints
 from moesaic.cli.event_loop import run_async
 from moesaic.cli.flags import Commands, add_command
 from moesaic.errors import InvalidParameter, InvalidRequest
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from moesaic.bench.serving import Load, Standing
     from moesaic.bench.sweep import Found, Source, Target
 
-DIALECTS = ("auto", "openai-chat", "openai", "tgi", "aime")
 WORKLOADS = ("aime-short", "aime-context")
 SECRET = ("--api-key", "--header")
 WORDS = ("prompt_tokens", "answer_tokens", "spread", "shared_prefix_tokens")
@@ -40,7 +40,7 @@ def add_serving(kinds: Commands) -> None:
     parser.add_argument(
         "url", metavar="URL", help="its root, such as http://localhost:8000; a path of a dialect will do"
     )
-    parser.add_argument("--dialect", choices=DIALECTS, default="auto", help="default: what the server knows")
+    parser.add_argument("--dialect", choices=("auto", *endpoints.names()), default="auto", help="default: what the server knows")
     parser.add_argument("--model", metavar="NAME", help="default: the server's first; of AIME's the endpoint")
     parser.add_argument("--api-key", metavar="KEY", help="default: $MOESAIC_API_KEY")
     parser.add_argument(

@@ -1,6 +1,6 @@
-"""What everything that listens has in common: address, keys, limits, logs, and the way from flags to a running server.
+"""Flags of the commands that run an HTTP server, and the steps from parsed flags to a running server.
 
-Imports nothing slow: ``moesaic --help`` reads this.
+This module imports nothing slow, because ``moesaic --help`` imports it.
 """
 
 from __future__ import annotations
@@ -26,43 +26,71 @@ if TYPE_CHECKING:
     from moesaic.serve.keys import Key, Keys
     from moesaic.serve.settings import Settings
 
-D = TypeVar("D", bound="Backend")
+B = TypeVar("B", bound="Backend")
 log = logging.getLogger("moesaic.serve")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that ``settings`` and ``serve`` read."""
-    net = parser.add_argument_group("network")
-    net.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    net.add_argument("-p", "--port", type=int, help="default 8000; 0: any free one")
-    net.add_argument("--allowed-host", action="append", metavar="NAME", help="a name clients call it by; *: any")
-    net.add_argument("--cors-origin", action="append", metavar="URL", help="a page's origin that may call it")
-    net.add_argument(
-        "--trusted-proxy", action="append", metavar="ADDR", help="a proxy whose X-Forwarded-For is believed"
+    network = parser.add_argument_group("network")
+    network.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    network.add_argument("-p", "--port", type=int, help="port to listen on (default 8000; 0: any free port)")
+    network.add_argument(
+        "--allowed-host",
+        action="append",
+        metavar="NAME",
+        help="accept requests whose Host header has this name; repeatable; *: any name",
     )
-    net.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
-    net.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
-    keys = parser.add_argument_group("keys")
+    network.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="URL",
+        help="allow web pages of this origin to call the API; repeatable",
+    )
+    network.add_argument(
+        "--trusted-proxy",
+        action="append",
+        metavar="ADDR",
+        help="trust the X-Forwarded-For header of this proxy; repeatable",
+    )
+    network.add_argument("--tls-cert", metavar="FILE", help="TLS certificate chain (PEM)")
+    network.add_argument("--tls-key", metavar="FILE", help="private key of the certificate (PEM)")
+    keys = parser.add_argument_group("API keys")
     keys.add_argument(
-        "--keys", type=Path, metavar="FILE", help="who may use it, see `moesaic keys`; read again on SIGHUP"
+        "--keys", type=Path, metavar="FILE", help="require a key of this file (see `moesaic keys`); SIGHUP reloads it"
     )
-    keys.add_argument("--insecure-no-auth", action="store_true", help="off loopback, let everybody in")
-    how = parser.add_argument_group("limits (seconds)")
-    how.add_argument("--request-timeout", type=float, metavar="S", help="the most an answer takes (default 600)")
-    how.add_argument("--queue-timeout", type=float, metavar="S", help="the most it waits for its turn (default 300)")
-    how.add_argument("--drain-timeout", type=float, metavar="S", help="for what runs, after SIGTERM (default 30)")
-    how.add_argument("--max-body", type=int, metavar="BYTES", help="default 2 MiB")
-    out = parser.add_argument_group("logs")
-    out.add_argument("--log-format", choices=("json", "text"), default="json")
-    out.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    out.add_argument("--otel", action="store_true", help="traces to OTEL_EXPORTER_OTLP_ENDPOINT")
+    keys.add_argument(
+        "--insecure-no-auth", action="store_true", help="require no key although other machines can connect"
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--request-timeout", type=float, metavar="S", help="maximum seconds for an answer (default 600)"
+    )
+    limits.add_argument(
+        "--queue-timeout", type=float, metavar="S", help="maximum seconds that a request waits to start (default 300)"
+    )
+    limits.add_argument(
+        "--drain-timeout", type=float, metavar="S", help="seconds to finish running requests after SIGTERM (default 30)"
+    )
+    limits.add_argument("--max-body", type=int, metavar="BYTES", help="maximum size of a request (default 2 MiB)")
+    add_log_flags(parser).add_argument(
+        "--otel", action="store_true", help="send OpenTelemetry traces to $OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
 
 
-def need_packages() -> None:
-    """Refuse to go on without the packages that serving needs.
+def add_log_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags of the log, and return their group."""
+    logs = parser.add_argument_group("logs")
+    logs.add_argument("--log-format", choices=("json", "text"), default="json", help="default json")
+    logs.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default info")
+    return logs
+
+
+def require_packages() -> None:
+    """Check that the packages that a server needs are installed.
 
     Raises:
-        InvalidRequest: one is missing.
+        InvalidRequest: a package is missing.
     """
     try:
         import msgspec  # noqa: F401
@@ -70,14 +98,14 @@ def need_packages() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise InvalidRequest("serving needs more packages: pip install 'moesaic[serve]'") from error
+        raise InvalidRequest("packages for serving are not installed: pip install 'moesaic[serve]'") from error
 
 
 def settings(args: argparse.Namespace, **more: Any) -> Settings:
-    """Return a server's bounds as the flags say, and as ``more`` does where it is not None."""
+    """Return the server settings from the flags and from ``more``; None means the default."""
     from moesaic.serve.settings import Settings
 
-    given = {
+    values = {
         "allowed_hosts": tuple(args.allowed_host or ()),
         "cors_origins": tuple(args.cors_origin or ()),
         "request_seconds": args.request_timeout,
@@ -87,86 +115,86 @@ def settings(args: argparse.Namespace, **more: Any) -> Settings:
         "trusted_proxies": tuple(args.trusted_proxy or ()),
         **more,
     }
-    named = {name: value for name, value in given.items() if value is not None}
-    return Settings(host=args.host, port=args.port, **named)
+    changed = {name: value for name, value in values.items() if value is not None}
+    return Settings(host=args.host, port=args.port, **changed)
 
 
 def serve(
     args: argparse.Namespace,
     settings: Settings,
-    backend: Callable[[], Awaitable[D]],
-    routes: Callable[[D], Iterable[Endpoint]] = lambda _: (),
-    figures: Callable[[D], Callable[[], Iterable[Metric]]] = lambda _: tuple,
+    make_backend: Callable[[], Awaitable[B]],
+    routes: Callable[[B], Iterable[Endpoint]] = lambda _: (),
+    metrics: Callable[[B], Callable[[], Iterable[Metric]]] = lambda _: tuple,
     before: Callable[[], None] = lambda: None,
 ) -> int:
-    """Serve until a signal says to stop; return the exit code.
+    """Serve until a signal stops the server; return the exit code.
 
     Args:
-        args: what ``add_flags`` has added.
-        settings: the bounds.
-        door: makes what answers, on the server's loop, when the port is taken.
-        routes: what it offers besides the dialects.
-        figures: what it shows besides the server's own figures.
-        before: called when nothing can be refused any more.
+        args: parsed flags of ``add_flags``.
+        settings: settings of the server.
+        make_backend: creates the backend, on the server's event loop, after the port is bound.
+        routes: returns the backend's own routes, which are served beside the APIs.
+        metrics: returns a collector of the backend's own Prometheus metrics.
+        before: called when all flags are checked, before the port is bound.
 
     Raises:
-        InvalidRequest: the address, the keys or the certificate cannot be used as they are.
+        InvalidRequest: the address, the keys or the certificate are not usable.
     """
     from moesaic.serve import keys, logs, server
     from moesaic.serve.guard import ADMINS
 
-    who = keys.Keys(read_keys(args), wanted=args.keys is not None, source=lambda: read_keys(args))
-    if not settings.loopback and not who.wanted and not args.insecure_no_auth:
+    accepted = keys.Keys(read_keys(args), wanted=args.keys is not None, source=lambda: read_keys(args))
+    if not settings.loopback and not accepted.wanted and not args.insecure_no_auth:
         raise InvalidRequest(
-            f"{args.host} can be reached from elsewhere: give --keys FILE (`moesaic keys add` makes one), "
-            "MOESAIC_API_KEYS, --api-key, or --insecure-no-auth to let everybody in"
+            f"other machines can reach {args.host}, so API keys are required: pass --keys FILE (`moesaic keys add` "
+            "creates one) or --api-key, or set MOESAIC_API_KEYS; --insecure-no-auth accepts requests without a key"
         )
     if (args.tls_cert is None) != (args.tls_key is None):
-        raise InvalidRequest("--tls-cert and --tls-key go together")
+        raise InvalidRequest("--tls-cert and --tls-key go together: pass both or neither")
     logs.set_up(args.log_level, as_json=args.log_format == "json")
     before()
     server.prepare(settings.connections)
     with contextlib.ExitStack() as stack:
-        # Before a model is read: a port that is taken is known at once.
+        # The port is bound before the model is loaded, so that a port in use is reported at once.
         sockets = [stack.enter_context(server.bind(settings))]
         if settings.admin_port is not None:
             sockets.append(stack.enter_context(server.bind(replace(settings, host=ADMINS, port=settings.admin_port))))
             settings = replace(settings, admin_port=sockets[1].getsockname()[1])
-        run_async(_run(args, settings, who, sockets, backend, routes, figures))
+        run_async(_run(args, settings, accepted, sockets, make_backend, routes, metrics))
     return 0
 
 
 async def _run(
     args: argparse.Namespace,
     settings: Settings,
-    who: Keys,
+    keys: Keys,
     sockets: Sequence[socket.socket],
-    backend: Callable[[], Awaitable[D]],
-    routes: Callable[[D], Iterable[Endpoint]],
-    figures: Callable[[D], Callable[[], Iterable[Metric]]],
+    make_backend: Callable[[], Awaitable[B]],
+    routes: Callable[[B], Iterable[Endpoint]],
+    metrics: Callable[[B], Callable[[], Iterable[Metric]]],
 ) -> None:
     from moesaic.serve import server
     from moesaic.serve.app import App
     from moesaic.serve.tracing import Tracer
 
     tracer = Tracer() if args.otel else None
-    opened = await backend()
-    app = App(opened, settings, who, tracer, routes(opened), figures(opened))
+    backend = await make_backend()
+    app = App(backend, settings, keys, tracer, routes(backend), metrics(backend))
 
     def reload() -> None:
         try:
-            who.reload()
-            log.info("keys read again")
+            keys.reload()
+            log.info("API keys reloaded")
         except MoesaicError as error:
-            log.error("the keys stay as they were", extra={"why": str(error)})
+            log.error("API keys not reloaded", extra={"why": str(error)})
 
     if not settings.loopback and not args.tls_cert:
-        log.warning("keys and prompts travel unencrypted: give --tls-cert, or have a proxy in front that encrypts")
-    urls = [f"http://{address}:{port}" for address, port in (each.getsockname()[:2] for each in sockets)]
+        log.warning("keys and prompts travel unencrypted: pass --tls-cert, or use a reverse proxy that encrypts")
+    urls = [f"http://{host}:{port}" for host, port in (listener.getsockname()[:2] for listener in sockets)]
     if args.tls_cert:
         urls[0] = urls[0].replace("http://", "https://")
     admins = {"admins": urls[1]} if urls[1:] else {}
-    log.info("serving", extra={"url": urls[0], "models": [c.name for c in opened.models()], **admins})
+    log.info("serving", extra={"url": urls[0], "models": [model.name for model in backend.models()], **admins})
     try:
         await server.serve(app, *sockets, certificate=args.tls_cert, private_key=args.tls_key, reload_keys=reload)
     finally:
@@ -175,9 +203,9 @@ async def _run(
 
 
 def read_keys(args: argparse.Namespace) -> tuple[Key, ...]:
-    """Return the keys that the flags and the environment name."""
+    """Return the API keys of the key file, of --api-key and of the environment variable MOESAIC_API_KEYS."""
     from moesaic.serve import keys
 
-    listed = keys.read(args.keys) if args.keys else ()
-    one = (keys.Key("api-key", keys.digest(args.api_key)),) if getattr(args, "api_key", None) else ()
-    return (*listed, *one, *keys.from_environment(os.environ.get("MOESAIC_API_KEYS", "")))
+    from_file = keys.read(args.keys) if args.keys else ()
+    single = (keys.Key("api-key", keys.digest(args.api_key)),) if getattr(args, "api_key", None) else ()
+    return (*from_file, *single, *keys.from_environment(os.environ.get("MOESAIC_API_KEYS", "")))

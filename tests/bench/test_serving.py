@@ -20,7 +20,7 @@ from moesaic.bench.endpoints import Manner, from_url
 from moesaic.bench.serving import Load
 from moesaic.bench.sweep import Found, Source, Target, sweep
 from moesaic.bench.workload import Scale, Words
-from moesaic.cli.bench_serving import DIALECTS, WORKLOADS, without_secrets
+from moesaic.cli.bench_serving import WORKLOADS, without_secrets
 from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError
 from tests.scripted import CONTEXT, TEMPLATE, Script
 from tests.scripted import serving as played
@@ -324,10 +324,7 @@ def command(script: Script, *words: str) -> int:
     return cli.main(["bench", "serving", script.url, *words])
 
 
-def test_the_command_names_every_dialect_and_workload() -> None:
-    from moesaic.bench import endpoints
-
-    assert set(DIALECTS) == {endpoints.AUTO, *endpoints.names()}
+def test_the_command_names_every_workload() -> None:
     assert WORKLOADS == workload.PRESETS
 
 
