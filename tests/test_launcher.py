@@ -40,7 +40,10 @@ def test_tgi_variables_are_ignored_without_tgi_flags():
 def test_model_id_variable_enables_tgi_variables():
     result = launch(MODEL_ID="org/name", PORT="9", NUM_SHARD="2", MAX_TOTAL_TOKENS="50", TRUST_REMOTE_CODE="true")
     assert result.args.models == ["name=org/name"] and result.args.port == 9 and result.args.context == 50
-    assert "MODEL_ID=org/name: the model" in result.notes and "TRUST_REMOTE_CODE=True: ignored: code from a checkpoint is never run" in notes(result)
+    assert (
+        "MODEL_ID=org/name: the model" in result.notes
+        and "TRUST_REMOTE_CODE=True: ignored: code from a checkpoint is never run" in notes(result)
+    )
     assert launch("--port 7", MODEL_ID="x", PORT="9").args.port == 7
     assert launch("--dtype bfloat16", MODEL_ID="x", DTYPE="float16").args.dtype == "bfloat16"
 

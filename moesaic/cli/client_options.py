@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import ssl
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from moesaic.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import ssl
 
 
 def add_flags(group: argparse._ArgumentGroup, variable: str, kind: str) -> None:
@@ -69,6 +72,8 @@ def trusted(ca: Path | None) -> ssl.SSLContext:
     Raises:
         InvalidRequest: no certificates can be read from the file.
     """
+    import ssl
+
     try:
         context = ssl.create_default_context(cafile=str(ca) if ca else None)
     except (OSError, ssl.SSLError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import platform
 import secrets
@@ -210,6 +209,8 @@ async def _run_worker(args: argparse.Namespace, key: str | None, trusted: Any) -
 
 
 async def _run_aime_worker(args: argparse.Namespace, models: Backend, key: str, slots: int) -> int:
+    import asyncio
+
     from moesaic.cluster.aime import worker
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -223,6 +224,8 @@ async def _run_aime_worker(args: argparse.Namespace, models: Backend, key: str, 
 
 def _drain_on_signal(worker: Worker, seconds: float) -> None:
     """Drain the worker on the first SIGTERM or SIGINT; stop it at once on the second."""
+    import asyncio
+
     loop, drains = asyncio.get_running_loop(), list[asyncio.Task[None]]()
 
     def drain_or_stop() -> None:

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,8 @@ from moesaic.cli.event_loop import run_async
 from moesaic.errors import InvalidRequest, MoesaicError
 
 if TYPE_CHECKING:
+    import socket
+
     from prometheus_client.metrics_core import Metric
 
     from moesaic.backend import Backend

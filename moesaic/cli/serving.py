@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from dataclasses import replace
@@ -152,6 +151,8 @@ async def open_model(
     args: argparse.Namespace, path: Path | None, name: str, busy_streams: int | None = None
 ) -> Backend:
     """Load a model as the flags say, and return its backend."""
+    import asyncio
+
     from moesaic.classifier import Classifier
     from moesaic.engine import Limits
     from moesaic.llm import LLM
