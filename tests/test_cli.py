@@ -39,7 +39,8 @@ try:
     cli.main(sys.argv[1:])
 except SystemExit as end:
     assert end.code == 0
-slow = {"torch", "numpy", "rich", "prompt_toolkit", "tokenizers", "huggingface_hub", "asyncio", "ssl"} & sys.modules.keys()
+modules = {"torch", "numpy", "rich", "prompt_toolkit", "tokenizers", "huggingface_hub", "asyncio", "ssl"}
+slow = modules & sys.modules.keys()
 assert not slow, slow
 """
     for arguments in (["--help"], ["chat", "--help"], ["--version"]):
