@@ -3,7 +3,10 @@
 #   make chat               talk to the built-in model; ARGS="--temperature 0" passes flags on
 #   make serve              put it behind HTTP, with a web chat; ARGS="--port 8080" passes flags on
 #   make demo-cluster       a gateway and two workers on this machine; kill one, and its answers go on
-#   make test               the whole test suite; ARGS="tests/engine -x" runs a part of it
+#   make test               the tests, less the long ones; ARGS="tests/engine -x" runs a part of them
+#   make test-slow          the long tests only
+#   make test-all           both
+#   make test-newest        tests of servers and clients with the newest releases of the libraries they build on
 #   make test-clients       real clients against a real server; downloads each into an environment of its own
 #   make check              lint, types and layers
 #   make clean              remove what make made
@@ -14,7 +17,11 @@ BIN    := $(VENV)/bin
 # Torch first and pinned: a range would pull gigabytes of CUDA where there may be no GPU.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: chat serve demo-cluster test test-clients check clean
+# Test processes that run at once; WORKERS=0 runs all tests in one process.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+.PHONY: chat serve demo-cluster test test-slow test-all test-newest test-clients check clean
 
 chat: $(VENV)/installed
 	@$(BIN)/moesaic chat $(ARGS)
@@ -26,7 +33,26 @@ demo-cluster: $(VENV)/installed-worker
 	@BIN=$(BIN) exec deploy/demo-cluster.sh
 
 test: $(VENV)/installed-test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-slow: $(VENV)/installed-test
+	@$(PYTEST) -m slow $(ARGS)
+
+test-all: $(VENV)/installed-test
+	@$(PYTEST) -m 'not clients' $(ARGS)
+
+# An environment on top of the usual one, in which only these libraries and what they need are others.
+NEWEST := aiohttp asyncpg httptools httpx msgspec prometheus-client starlette uvicorn uvloop
+NEWEST_TESTS := tests/serve tests/client tests/cluster tests/bench/test_serving.py
+
+test-newest: $(VENV)/installed-test
+	@rm -rf $(VENV)-newest && $(BIN)/python -m venv $(VENV)-newest
+	@$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade $(NEWEST)
+	@below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$below')" \
+	  > $$($(VENV)-newest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	@$(VENV)-newest/bin/python -c 'import importlib.metadata as m, sys; [print(n, m.version(n)) for n in sys.argv[1:]]' $(NEWEST)
+	@$(VENV)-newest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(NEWEST_TESTS) $(ARGS)
 
 test-clients: $(VENV)/installed-test
 	@$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
@@ -58,4 +84,4 @@ $(VENV)/installed-test: pyproject.toml $(VENV)/installed
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-newest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -44,13 +44,12 @@ def answer(prompt: str, seed: int = SEED, count: int = 16, index: int = 0) -> st
     return text([token(prompt, seed, index, position) for position in range(count)])
 
 
-class FakeResponseStream:
-    """Event stream of a ``Fake``; see ``moesaic.backend.ResponseStream``."""
+class SteppedStream:
+    """Base class of event streams. Subclasses define ``_steps``, which yields lists of events, and ``cancel``."""
 
     job = None
 
-    def __init__(self, backend: Fake, request: GenerationRequest) -> None:
-        self._backend, self._request = backend, request
+    def __init__(self) -> None:
         self._events: list[Event] = []
         self.cancelled = False
 
@@ -58,16 +57,28 @@ class FakeResponseStream:
         events, self._events = self._events, []
         return events
 
-    def cancel(self) -> None:
-        self.cancelled = True
-        if not self._backend.stuck:  # an engine that hangs does not process a cancellation either
-            self._backend.running.discard(self)
-
     async def __aiter__(self) -> AsyncIterator[Event]:
         async for events in self._steps():
             self._events += events
             while self._events:
                 yield self._events.pop(0)
+
+    def _steps(self) -> AsyncIterator[list[Event]]:
+        """Yield lists of events; each list is ready at once, and an answer ends in the list of its last token."""
+        raise NotImplementedError
+
+
+class FakeResponseStream(SteppedStream):
+    """Event stream of a ``Fake``; see ``moesaic.backend.ResponseStream``."""
+
+    def __init__(self, backend: Fake, request: GenerationRequest) -> None:
+        self._backend, self._request = backend, request
+        super().__init__()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        if not self._backend.stuck:  # an engine that hangs does not process a cancellation either
+            self._backend.running.discard(self)
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
         """Yield the events of each step; the last tokens and the ends of the answers come in one step."""

@@ -38,7 +38,16 @@ class Stubborn(Worker):
 class WorkerForkServer:
     """Starts and signals worker processes; they end when it is closed."""
 
-    def __init__(self, url: str, log: Path, *, slots: int = 4, seconds: float = 0.0, stall: float = 30.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        log: Path,
+        *,
+        slots: int = 4,
+        seconds: float = 0.0,
+        stall: float = STALL_SECONDS,
+        key: str | None = None,
+    ) -> None:
         """Start the fork server.
 
         Args:
@@ -47,11 +56,15 @@ class WorkerForkServer:
             slots: jobs that a worker runs at the same time.
             seconds: time that a worker's model takes for a token.
             stall: seconds without a step after which a worker ends.
+            key: the workers' API key; None: that of this process's environment.
         """
         self.log = log
         arguments = [url, str(slots), str(seconds), str(log), str(stall)]
         command = [sys.executable, "-m", "benchmarks.worker_forkserver", *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | ({"MOESAIC_WORKER_KEY": key} if key else {})
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.pids: dict[str, int] = {}
 
     def spawn(self, name: str) -> int:

@@ -12,7 +12,44 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from moesaic.errors import InvalidRequest
+
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """Limits on the tokens of a request, as TGI's routes set them.
+
+    They travel with the request, so that a gateway needs no tokenizer. Errors are worded as TGI words them.
+    """
+
+    prompt: int | None = None
+    """Largest prompt; None: whatever leaves room for one token of an answer."""
+    total: int | None = None
+    """Largest prompt and answer together; None: the model's context."""
+
+    def max_tokens(self, prompt_tokens: int, max_tokens: int | None, context: int | None) -> int | None:
+        """Return how many tokens the answer may have.
+
+        Args:
+            prompt_tokens: tokens of the prompt.
+            max_tokens: what the client asked for; None: as many as there is room for.
+            context: the model's context; None: unknown.
+
+        Raises:
+            InvalidRequest: the prompt is too long, or leaves no room for the answer.
+        """
+        total = min((limit for limit in (self.total, context) if limit is not None), default=None)
+        if total is None:
+            return max_tokens
+        if max_tokens is not None and prompt_tokens + max_tokens > total:
+            given = f"Given: {prompt_tokens} `inputs` tokens and {max_tokens} `max_new_tokens`"
+            raise InvalidRequest(f"`inputs` tokens + `max_new_tokens` must be <= {total}. {given}")
+        longest = min(limit for limit in (self.prompt, total - 1) if limit is not None)
+        if prompt_tokens > longest:
+            raise InvalidRequest(f"`inputs` must have less than {longest} tokens. Given: {prompt_tokens}")
+        return total - prompt_tokens if max_tokens is None else max_tokens
 
 
 @dataclass(frozen=True)
@@ -36,6 +73,8 @@ class GenerationRequest:
     """A kind and a value; see ``moesaic.text.grammar``."""
     truncate: int | None = None
     """Read only this many tokens of the prompt, its last ones."""
+    limits: TokenLimits | None = None
+    """Limits that are checked where the prompt is tokenized; None: only the model's context counts."""
     parse_special: bool = False
     """Take the names of special tokens in a prompt that is text for these tokens: whoever wrote it wrote all of it."""
     add_bos: bool = True

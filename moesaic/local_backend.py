@@ -309,11 +309,13 @@ class LocalBackend:
 
     def _submit(self, request: GenerationRequest) -> list[Reply]:
         llm = self._llm
-        sampling = llm.sampling(**request.sampling)
-        tools = _tools(request)
+        tools, ids = _tools(request), self._ids(request)
+        fields = dict(request.sampling)
+        if request.limits is not None:
+            fields["max_tokens"] = request.limits.max_tokens(len(ids), fields.get("max_tokens"), llm.context)
         return llm.submit(
-            self._ids(request),
-            sampling,
+            ids,
+            llm.sampling(**fields),
             chat=request.messages is not None,
             priority=request.priority,
             salt=request.tenant,

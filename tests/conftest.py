@@ -1,19 +1,33 @@
-"""A tiny random model that can be talked to; what it says is nonsense."""
+"""Fixtures of several packages: tiny models, servers and a browser."""
+
+from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import transformers
+
+from tests.support.browser import ARGUMENTS
+from tests.support.require import package_folder, require
+from tests.support.server import Server, running
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside others: more threads than cores only wait for each other
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral with Mixtral's own tokenizer and room for 4096 tokens; tests copy it before they damage it."""
-    spec = importlib.util.find_spec("mistral_common")
-    assert spec is not None and spec.submodule_search_locations
+    import transformers
+
     path = tmp_path_factory.mktemp("talker")
     torch.manual_seed(5)
     config = transformers.MixtralConfig(
@@ -28,22 +42,52 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="float32",
     )
     transformers.MixtralForCausalLM(config).save_pretrained(path)
-    tokenizer = Path(next(iter(spec.submodule_search_locations))) / "data" / "tokenizer.model.v1"
-    shutil.copy(tokenizer, path / "tokenizer.model")
+    shutil.copy(package_folder("mistral_common") / "data/tokenizer.model.v1", path / "tokenizer.model")
     return path
 
 
 @pytest.fixture(scope="session")
 def mistral3(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the tokenizer of Mistral's third version, whose calls have a control token."""
+    import transformers
+
     path = Path(shutil.copytree(talker, tmp_path_factory.mktemp("v3") / "model"))
     config = transformers.MixtralConfig.from_pretrained(path)
     config.vocab_size = 32768
     torch.manual_seed(6)
     transformers.MixtralForCausalLM(config).save_pretrained(path)
     (path / "tokenizer.model").unlink()
-    spec = importlib.util.find_spec("mistral_common")
-    assert spec is not None and spec.submodule_search_locations
-    data = Path(next(iter(spec.submodule_search_locations))) / "data"
+    data = package_folder("mistral_common") / "data"
     shutil.copy(data / "mistral_instruct_tokenizer_240323.model.v3", path / "tokenizer.model")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    require(chromium, "Chromium is not installed (apt-get install chromium)")
+    require(importlib.util.find_spec("playwright"), "Playwright is not installed (pip install playwright)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def tales() -> Iterator[Server]:
+    """The built-in model, served."""
+    from moesaic.llm import LLM
+    from moesaic.local_backend import LocalBackend
+
+    llm = LLM.load()
+    with running(lambda: LocalBackend(llm)) as found:
+        yield found
+
+
+@pytest.fixture
+def scripted() -> Iterator[Server]:
+    """A server whose answers the test writes."""
+    with running() as found:
+        yield found

@@ -17,8 +17,8 @@ from moesaic.bench import endpoints
 from moesaic.bench.endpoints import Answer, Endpoint, Request, RequestFailed, RequestOptions, _http
 from moesaic.errors import CheckpointError, InvalidRequest, NotFound
 from moesaic.formats import Packed
-from tests.scripted import CONTEXT, TEMPLATE, Script, serving
-from tests.tiny import ours, theirs
+from tests.support.models import ours, theirs
+from tests.support.scripted_server import CONTEXT, TEMPLATE, Script, serving
 
 
 @pytest.fixture(params=registry.names("formats"))

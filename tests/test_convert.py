@@ -16,7 +16,7 @@ from moesaic import checkpoints, formats, models
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError, ConfigError, InvalidParameter, NotFound
 from moesaic.ops import Batch, Group
-from tests.tiny import RANKS
+from tests.support.models import RANKS
 
 transformers.utils.logging.disable_progress_bar()
 

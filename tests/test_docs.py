@@ -14,7 +14,7 @@ import pytest
 
 import moesaic
 from moesaic import cli, registry
-from tests.serve.conftest import tales as tales
+from tests.support.documents import blocks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -61,10 +61,6 @@ FLAGS = {
 """Every flag has an owner: a new one is a decision, made here."""
 
 
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
-
-
 def commands() -> dict[str, argparse.ArgumentParser]:
     parser = cli._parser()
     [actions] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
@@ -72,7 +68,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_the_readmes_python_runs(tmp_path):
-    [program] = blocks("python")
+    [program] = blocks("python", README)
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 100

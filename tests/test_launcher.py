@@ -128,7 +128,7 @@ def test_bounds_and_info_fields():
     bounds = TgiBounds(**result.bounds)
     assert (bounds.max_best_of, bounds.max_total_tokens, bounds.max_input_tokens) == (3, 90, 40)
     assert not bounds.grammar and "TGI 1.3" not in notes(result)
-    assert bounds.told == {"validation_workers": 5, "waiting_served_ratio": 1.2, "max_waiting_tokens": 9}
+    assert bounds.launcher_info == {"validation_workers": 5, "waiting_served_ratio": 1.2, "max_waiting_tokens": 9}
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,11 @@ def test_hub_name_is_an_alias_of_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.cli.serving.folder", lambda model: tmp_path)
     for line in ("--model-id org/name --revision v1", "--model-id org/name"):
         [entry] = model_entries(launch(line).args)
-        assert (entry.card.name, entry.card.aliases) == ("name", ("org/name",))
+        assert (entry.info.name, entry.info.aliases) == ("name", ("org/name",))
     path = tmp_path / "a=b"
     path.mkdir()
     [entry] = model_entries(launch(f"--model-id {path}").args)
-    assert (entry.card.name, entry.card.aliases) == ("a-b", ())
+    assert (entry.info.name, entry.info.aliases) == ("a-b", ())
 
 
 def test_every_flag_has_a_meaning_and_a_known_argument():

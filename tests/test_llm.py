@@ -11,7 +11,7 @@ import torch
 
 from moesaic import LLM, Classifier, Sampling, errors
 from moesaic.engine import Done, Limits
-from tests.tiny import theirs
+from tests.support.models import theirs
 
 HELLO = [{"role": "user", "content": "Hello there."}]
 GREEDY = {"temperature": 0, "max_tokens": 24}

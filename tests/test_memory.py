@@ -15,18 +15,12 @@ import torch
 from torch import Tensor
 
 from moesaic import memory
+from tests.support.memory import resident
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 
 PAGE_OUT = 21  # MADV_PAGEOUT
 SIZE = 48 << 20
-
-
-def resident(part: Tensor) -> int:
-    """Return how many bytes of a page-aligned part of a mapping are in memory."""
-    pages = (ctypes.c_ubyte * -(-part.nbytes // mmap.PAGESIZE))()
-    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(part.nbytes), pages) == 0
-    return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
 def forget(path: Path, mapped: Tensor) -> None:

@@ -20,7 +20,7 @@ from moesaic import LLM, checkpoints, memory, packed
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.llm import BUILT_IN
 from moesaic.loading import load_model
-from tests.test_memory import resident
+from tests.support.memory import resident
 
 GREEDY = {"temperature": 0, "max_tokens": 24}
 

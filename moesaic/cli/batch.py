@@ -63,7 +63,7 @@ async def _answer(args: argparse.Namespace) -> BatchCounts:
     from moesaic.serve.settings import Settings
 
     [entry] = serving.model_entries(args)
-    backend = await serving.open_model(args, folder(args.model), entry.card.name)
+    backend = await serving.open_model(args, folder(args.model), entry.info.name)
     try:
         app = App(backend, Settings(request_seconds=0, queue_seconds=0, body_bytes=1 << 30))
         with bar("requests", count=True) as progress:

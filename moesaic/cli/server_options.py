@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from moesaic.backend import Backend
-    from moesaic.serve.exchange import Endpoint
+    from moesaic.serve.endpoint import Endpoint
     from moesaic.serve.keys import Key, Keys
     from moesaic.serve.settings import Settings
 
@@ -142,7 +142,7 @@ def serve(
         InvalidRequest: the address, the keys or the certificate are not usable.
     """
     from moesaic.serve import keys, logs, server
-    from moesaic.serve.guard import ADMINS
+    from moesaic.serve.guard import ADMIN_ADDRESS
 
     accepted = keys.Keys(read_keys(args), wanted=args.keys is not None, source=lambda: read_keys(args))
     if not settings.loopback and not accepted.wanted and not args.insecure_no_auth:
@@ -154,12 +154,14 @@ def serve(
         raise InvalidRequest("--tls-cert and --tls-key go together: pass both or neither")
     logs.set_up(args.log_level, as_json=args.log_format == "json")
     before()
-    server.prepare(settings.connections)
+    server.prepare_process(settings.connections)
     with contextlib.ExitStack() as stack:
         # The port is bound before the model is loaded, so that a port in use is reported at once.
         sockets = [stack.enter_context(server.bind(settings))]
         if settings.admin_port is not None:
-            sockets.append(stack.enter_context(server.bind(replace(settings, host=ADMINS, port=settings.admin_port))))
+            sockets.append(
+                stack.enter_context(server.bind(replace(settings, host=ADMIN_ADDRESS, port=settings.admin_port)))
+            )
             settings = replace(settings, admin_port=sockets[1].getsockname()[1])
         run_async(_run(args, settings, accepted, sockets, make_backend, routes, metrics))
     return 0

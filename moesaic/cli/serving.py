@@ -95,10 +95,10 @@ def _serve(args: argparse.Namespace) -> int:
         tgi=TgiBounds(**launch.bounds),
     )
 
-    return server_options.serve(args, settings, lambda: load_models(args), before=lambda: _print_notes(launch))
+    return server_options.serve(args, settings, lambda: model_manager(args), before=lambda: _print_notes(launch))
 
 
-async def load_models(args: argparse.Namespace, busy_streams: int | None = None) -> ModelManager:
+async def model_manager(args: argparse.Namespace, busy_streams: int | None = None) -> ModelManager:
     """Load the first model of the command line, and return the manager of all of them.
 
     Args:
@@ -108,7 +108,7 @@ async def load_models(args: argparse.Namespace, busy_streams: int | None = None)
     from moesaic.serve.model_manager import ModelManager
 
     manager = ModelManager(model_entries(args, busy_streams), None if args.memory is None else int(args.memory * 1e9))
-    await manager.open(manager.models()[0].name)
+    await manager.get(manager.models()[0].name)
     return manager
 
 
@@ -142,7 +142,7 @@ def model_entries(args: argparse.Namespace, busy_streams: int | None = None) -> 
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
         info = ModelInfo(shown, aliases, state="unloaded")
         entries.append(ModelEntry(info, partial(open_model, args, path, shown, busy_streams), size))
-    if len({entry.card.name for entry in entries}) < len(entries):
+    if len({entry.info.name for entry in entries}) < len(entries):
         raise InvalidRequest("two models have the same name: give them names, for example a=./one b=./two")
     return entries
 

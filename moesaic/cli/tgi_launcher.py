@@ -58,7 +58,11 @@ class Launch:
     def bounds(self) -> dict[str, Any]:
         """Fields for ``TgiBounds``."""
         limits = {name: value for name in BOUNDS if (value := getattr(self.args, name)) is not None}
-        return limits | {"max_total_tokens": self.args.context, "grammar": not self.args.no_grammar, "told": self.info}
+        return limits | {
+            "max_total_tokens": self.args.context,
+            "grammar": not self.args.no_grammar,
+            "launcher_info": self.info,
+        }
 
 
 TGI_ONLY: Changes = {

@@ -7,7 +7,6 @@ find out what kills workers. Knows HTTP and messages. Does not know how jobs are
 from __future__ import annotations
 
 from typing import Any, get_args
-from urllib.parse import parse_qs
 
 import msgspec
 
@@ -18,8 +17,8 @@ from moesaic.cluster.crew import Session
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Depth, Seen, State
 from moesaic.errors import Conflict, InvalidParameter, NotFound
-from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import AnyResponse, Endpoint, RequestContext, Response
+from moesaic.serve.context import RequestContext
+from moesaic.serve.endpoint import AnyResponse, Endpoint, Response, openai_failure
 from moesaic.serve.keys import Key
 
 STATES: tuple[State, ...] = get_args(State)
@@ -155,7 +154,7 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
 
     def route(method: str, path: str, run: Any, summary: str, **more: Any) -> Endpoint:
         return Endpoint(
-            f"/admin/{path}", run, openai.failure, method=method, admin=True, summary=f"Admins: {summary}", **more
+            f"/admin/{path}", run, openai_failure, method=method, admin=True, summary=f"Admins: {summary}", **more
         )
 
     listing = {"state": {"enum": list(STATES)}, "most": {"type": "integer", "minimum": 1, "maximum": MOST}}
@@ -177,25 +176,25 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     )
 
 
-async def _drain(call: RequestContext) -> AnyResponse:
-    call.app.draining = True
+async def _drain(context: RequestContext) -> AnyResponse:
+    context.services.state.draining = True
     return Response(Done("", "draining"))
 
 
-async def _resume(call: RequestContext) -> AnyResponse:
-    if call.app.stopping:
+async def _resume(context: RequestContext) -> AnyResponse:
+    if context.services.state.stopping:
         raise Conflict("the gateway is stopping: there is no taking that back")
-    call.app.draining = False
+    context.services.state.draining = False
     return Response(Done("", "serving"))
 
 
-async def _keys(call: RequestContext) -> AnyResponse:
-    return Response(KeyList([_key(each) for each in call.app.keys.known]))
+async def _keys(context: RequestContext) -> AnyResponse:
+    return Response(KeyList([_key(each) for each in context.services.keys.accepted]))
 
 
-async def _reload(call: RequestContext) -> AnyResponse:
-    call.app.keys.reload()
-    return await _keys(call)
+async def _reload(context: RequestContext) -> AnyResponse:
+    context.services.keys.reload()
+    return await _keys(context)
 
 
 def _key(key: Key) -> KeyShown:
@@ -210,14 +209,14 @@ class _Crew:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def status(self, call: RequestContext) -> AnyResponse:
-        gateway, app = self._gateway, call.app
+    async def status(self, context: RequestContext) -> AnyResponse:
+        gateway, state = self._gateway, context.services.state
         depths = (await gateway.store.depths()).values()
         return Response(
             Overview(
                 __version__,
-                "stopping" if app.stopping else "draining" if app.draining else "serving",
-                app.running - 1,  # without this one
+                "stopping" if state.stopping else "draining" if state.draining else "serving",
+                state.running - 1,  # without this one
                 len(gateway.crew),
                 sum(each.recruit.slots for each in gateway.crew.values()),
                 sum(each.queued for each in depths),
@@ -251,17 +250,17 @@ class _Crew:
             session.apart,
         )
 
-    async def drain(self, call: RequestContext) -> AnyResponse:
-        self._gateway.drain_worker(call.body.name)
-        return Response(Done(call.body.name, "drained"))
+    async def drain(self, context: RequestContext) -> AnyResponse:
+        self._gateway.drain_worker(context.body.name)
+        return Response(Done(context.body.name, "drained"))
 
-    async def resume(self, call: RequestContext) -> AnyResponse:
-        self._gateway.resume_worker(call.body.name)
-        return Response(Done(call.body.name, "working"))
+    async def resume(self, context: RequestContext) -> AnyResponse:
+        self._gateway.resume_worker(context.body.name)
+        return Response(Done(context.body.name, "working"))
 
-    async def dismiss(self, call: RequestContext) -> AnyResponse:
-        await self._gateway.dismiss_worker(call.body.name)
-        return Response(Done(call.body.name, "dismissed"))
+    async def dismiss(self, context: RequestContext) -> AnyResponse:
+        await self._gateway.dismiss_worker(context.body.name)
+        return Response(Done(context.body.name, "dismissed"))
 
 
 class _Jobs:
@@ -281,8 +280,8 @@ class _Jobs:
         depth, slots = depth or Depth(), sum(each.recruit.slots for each in crew)
         return Queue(model, len(crew), slots, depth.queued, depth.leased, depth.suspects, depth.cost)
 
-    async def listed(self, call: RequestContext) -> AnyResponse:
-        given = _query(call)
+    async def listed(self, context: RequestContext) -> AnyResponse:
+        given = context.query
         state, most = given.get("state", "dead"), given.get("most", "100")
         if state not in STATES:
             raise InvalidParameter("state", f"is {state!r:.40}, expected one of {', '.join(STATES)}")
@@ -290,26 +289,26 @@ class _Jobs:
             raise InvalidParameter("most", f"is {most!r:.20}, expected 1 to {MOST}")
         return Response(Jobs(state, [_job(each) for each in await self._gateway.store.listed(state, int(most))]))
 
-    async def show(self, call: RequestContext) -> AnyResponse:
-        seen = await self._look(call)
-        asked = _query(call).get("request") == "true"
+    async def show(self, context: RequestContext) -> AnyResponse:
+        seen = await self._look(context)
+        asked = context.query.get("request") == "true"
         if asked and seen.state != "dead":
             raise Conflict("what was asked is shown of dead jobs alone")
         result = msgspec.json.decode(seen.result, type=wire.Result) if seen.result else wire.Result()
         return Response(Shown(_job(seen), result.error, msgspec.Raw(seen.job.body) if asked else None))
 
-    async def cancel(self, call: RequestContext) -> AnyResponse:
-        seen = await self._look(call)
+    async def cancel(self, context: RequestContext) -> AnyResponse:
+        seen = await self._look(context)
         return Response(Done(seen.job.id, await self._gateway.withdraw(seen.job.id, seen.job.tenant)))
 
-    async def revive(self, call: RequestContext) -> AnyResponse:
-        seen = await self._look(call)
+    async def revive(self, context: RequestContext) -> AnyResponse:
+        seen = await self._look(context)
         if not await self._gateway.revive(seen.job.id, seen.job.model):
             raise Conflict(f"the job is {seen.state}: only dead ones can be revived")
         return Response(Done(seen.job.id, "queued"))
 
-    async def _look(self, call: RequestContext) -> Seen:
-        id = call.parameters["id"]
+    async def _look(self, context: RequestContext) -> Seen:
+        id = context.path_parameters["id"]
         seen = await self._gateway.store.look(id)
         if seen is None:
             raise NotFound(f"there is no job {id!r:.60}")
@@ -332,8 +331,3 @@ def _job(seen: Seen) -> Job:
         seen.logged,
         seen.ahead,
     )
-
-
-def _query(call: RequestContext) -> dict[str, str]:
-    found = parse_qs(call.scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    return {name: values[-1] for name, values in found.items()}

@@ -16,10 +16,11 @@ from moesaic.cluster.desk import RENEWS, Recruit
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Hold
 from moesaic.errors import Forbidden, InvalidParameter
-from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response
+from moesaic.serve import sse
+from moesaic.serve.context import RequestContext
+from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response, openai_failure
 from moesaic.serve.json_body import decode_json_fast
-from moesaic.serve.keys import NOBODY
+from moesaic.serve.keys import ANONYMOUS
 
 MESSAGE_BYTES = 16 << 20
 """Of one message of a worker."""
@@ -35,7 +36,7 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     def route(path: str, run: Any, body: Any, summary: str, decode: Any = None) -> Endpoint:
         summary = f"Workers: {summary}"
         return Endpoint(
-            path, run, openai.failure, body=body, worker=True, body_bytes=MESSAGE_BYTES, decode=decode, summary=summary
+            path, run, openai_failure, body=body, worker=True, body_bytes=MESSAGE_BYTES, decode=decode, summary=summary
         )
 
     return (
@@ -45,24 +46,24 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         route("/worker/tokens", crew.tokens, wire.Tokens, "send what has come.", decode_json_fast),
         route("/worker/done", crew.done, wire.Done, "end a job."),
         route("/worker/release", crew.release, wire.Release, "give back what you have."),
-        Endpoint("/v1/jobs/{id}", jobs.show, openai.failure, method="GET", summary="How far a job is."),
-        Endpoint("/v1/jobs/{id}", jobs.withdraw, openai.failure, method="DELETE", summary="Take a job back."),
+        Endpoint("/v1/jobs/{id}", jobs.show, openai_failure, method="GET", summary="How far a job is."),
+        Endpoint("/v1/jobs/{id}", jobs.withdraw, openai_failure, method="DELETE", summary="Take a job back."),
         Endpoint(
             "/v1/jobs/{id}/events",
             jobs.events,
-            openai.failure,
-            openai.broken,
+            openai_failure,
+            sse.openai_broken,
             method="GET",
             summary="A job's events, all of them.",
         ),
     )
 
 
-def _name(call: RequestContext, name: str) -> str:
+def _name(context: RequestContext, name: str) -> str:
     """Return a worker's name, which is its key's own: no worker can speak for another key's."""
     if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
         raise InvalidParameter("name", f"is {name!r:.40}, expected up to {LONGEST_NAME} printable characters")
-    return name if call.key is NOBODY else f"{call.key.name}/{name}"
+    return name if context.key is ANONYMOUS else f"{context.key.name}/{name}"
 
 
 def _holds(claims: tuple[wire.Claim, ...]) -> list[Hold]:
@@ -75,22 +76,22 @@ class _Crew:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def enlist(self, call: RequestContext) -> AnyResponse:
-        said: wire.Enlist = call.body
-        refused = {card.name for card in said.cards} - set(call.key.models) if call.key.models else set()
+    async def enlist(self, context: RequestContext) -> AnyResponse:
+        said: wire.Enlist = context.body
+        refused = {card.name for card in said.cards} - set(context.key.models) if context.key.models else set()
         if refused:
             raise Forbidden(f"this key may not offer {', '.join(sorted(refused)):.100}")
         if not said.cards or said.slots < 1:
             raise InvalidParameter(
                 "cards" if said.slots > 0 else "slots", "a worker needs a model, and a slot for a job"
             )
-        recruit = Recruit(_name(call, said.name), said.cards, said.slots, said.about, call.key.name, said.run)
+        recruit = Recruit(_name(context, said.name), said.cards, said.slots, said.about, context.key.name, said.run)
         known, lease = await self._gateway.enlist(recruit, _holds(said.holds)), self._gateway.lease_seconds
         return Response(wire.Enlisted(lease * RENEWS, lease, dict(known)))
 
-    async def lease(self, call: RequestContext) -> AnyResponse:
-        said: wire.Want = call.body
-        name = _name(call, said.name)
+    async def lease(self, context: RequestContext) -> AnyResponse:
+        said: wire.Want = context.body
+        name = _name(context, said.name)
         try:
             orders = await self._gateway.lease(name, said.free, min(max(0.0, said.wait), LONGEST_WAIT))
         except asyncio.CancelledError:
@@ -109,30 +110,30 @@ class _Crew:
         ]
         return Response(wire.Given(leases, list(orders.stop)))
 
-    async def renew(self, call: RequestContext) -> AnyResponse:
-        said: wire.Renew = call.body
-        held = await self._gateway.renew(_name(call, said.name), _holds(said.holds), said.load)
+    async def renew(self, context: RequestContext) -> AnyResponse:
+        said: wire.Renew = context.body
+        held = await self._gateway.renew(_name(context, said.name), _holds(said.holds), said.load)
         return Response(wire.Renewed(dict(held)))
 
-    async def tokens(self, call: RequestContext) -> AnyResponse:
-        said: wire.Tokens = call.body
+    async def tokens(self, context: RequestContext) -> AnyResponse:
+        said: wire.Tokens = context.body
         parts = {
             Hold(part.id, part.fence): (part.start, [wire.from_wire(each) for each in part.events])
             for part in said.parts
         }
-        return Response(wire.Known(dict(await self._gateway.take(_name(call, said.name), parts))))
+        return Response(wire.Known(dict(await self._gateway.take(_name(context, said.name), parts))))
 
-    async def done(self, call: RequestContext) -> AnyResponse:
-        said: wire.Done = call.body
+    async def done(self, context: RequestContext) -> AnyResponse:
+        said: wire.Done = context.body
         events = [wire.from_wire(each) for each in said.events]
         error = wire.error_of(said.error) if said.error else None
         hold = Hold(said.id, said.fence)
-        counted = await self._gateway.finish(_name(call, said.name), hold, said.start, events, said.outcome, error)
+        counted = await self._gateway.finish(_name(context, said.name), hold, said.start, events, said.outcome, error)
         return Response(wire.Counted(counted))
 
-    async def release(self, call: RequestContext) -> AnyResponse:
-        said: wire.Release = call.body
-        name = _name(call, said.name)
+    async def release(self, context: RequestContext) -> AnyResponse:
+        said: wire.Release = context.body
+        name = _name(context, said.name)
         await self._gateway.release(name, _holds(said.holds), leave=said.leave)
         if said.leave:
             await self._gateway.dismiss(name)
@@ -145,8 +146,8 @@ class _Jobs:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def show(self, call: RequestContext) -> AnyResponse:
-        progress = await self._gateway.progress(call.parameters["id"], call.key.name)
+    async def show(self, context: RequestContext) -> AnyResponse:
+        progress = await self._gateway.progress(context.path_parameters["id"], context.key.name)
         return Response(
             {
                 "id": progress.id,
@@ -161,16 +162,16 @@ class _Jobs:
             }
         )
 
-    async def withdraw(self, call: RequestContext) -> AnyResponse:
-        id = call.parameters["id"]
-        return Response({"id": id, "object": "job", "state": await self._gateway.withdraw(id, call.key.name)})
+    async def withdraw(self, context: RequestContext) -> AnyResponse:
+        id = context.path_parameters["id"]
+        return Response({"id": id, "object": "job", "state": await self._gateway.withdraw(id, context.key.name)})
 
-    async def events(self, call: RequestContext) -> AnyResponse:
+    async def events(self, context: RequestContext) -> AnyResponse:
         """Stream a job's events as the worker protocol writes them, numbered; ``Last-Event-ID`` goes on behind it."""
-        last = call.header(b"last-event-id") or ""
+        last = context.header(b"last-event-id") or ""
         after = int(last) if last.isascii() and last.isdigit() and len(last) < 10 else -1
-        following = await self._gateway.follow(call.parameters["id"], call.key.name)
-        call.running.append(following)
+        following = await self._gateway.follow(context.path_parameters["id"], context.key.name)
+        context.running.append(following)
 
         async def frames() -> AsyncIterator[bytes]:
             number = 0

@@ -1,9 +1,11 @@
-"""Models behind HTTP: several APIs over one door.
+"""Models behind HTTP: several APIs over one backend.
 
-    dialects/*.parse -> Call.ask -> door.ask -> events -> frames
+    dialects/*  ->  RequestContext.generate  ->  Backend.generate  ->  events  ->  frames
 
-``app`` puts the routes of all dialects together; ``exchange`` takes one request from its bytes to its
-answer; ``guard`` and ``keys`` refuse what must not get that far; ``watch`` counts and times; ``shelf``
-holds several models; ``front`` is the server that owns sockets, signals and deadlines. One file in
-``dialects`` = one API. Knows ``moesaic.backend`` and nothing of engines: a gateway is the same app over another door.
+Modules, from the bottom up: ``types`` (ASGI), ``endpoint`` (routes and responses), ``sse`` and ``sender`` (how a
+response is sent), ``settings``, ``keys``, ``guard`` (checks before a route), ``json_body``, ``deadline``, ``metrics``,
+``generation`` (one running generation), ``services`` (what endpoints share), ``context`` (one request), ``app``
+(routes and the order of checks), ``connection`` and ``server`` (sockets, signals, shutdown), ``model_manager`` (several
+models). One file in ``dialects`` is one API. Engines are unknown here: a gateway is the same application over another
+backend.
 """

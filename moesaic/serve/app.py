@@ -1,6 +1,6 @@
-"""The ASGI application: every dialect's routes over one door, each with its guard.
+"""The ASGI application: the routes of every dialect over one backend, and the order of checks in front of them.
 
-Knows routes and the order of checks. Does not know what an API looks like inside.
+This module does not know what an API looks like inside.
 """
 
 from __future__ import annotations
@@ -12,63 +12,67 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.metrics_core import Metric
-from starlette.exceptions import HTTPException
-from starlette.routing import Route, Router
+from starlette.routing import Match, Route
 from starlette.staticfiles import StaticFiles
 
 from moesaic import registry
 from moesaic.backend import Backend
-from moesaic.errors import Forbidden, MoesaicError, NotFound, TimedOut, Unavailable, WrongMethod
+from moesaic.errors import Forbidden, MoesaicError, NotFound, Unavailable, WrongMethod
 from moesaic.serve import logs
-from moesaic.serve.dialects import _openai
-from moesaic.serve.exchange import (
-    Disconnected,
-    Endpoint,
-    EventStream,
-    Failure,
-    Message,
-    Receive,
-    RequestContext,
-    Response,
-    Scope,
-    Send,
-    Sender,
-    failure_of,
-    header,
-)
+from moesaic.serve.concurrency import cancel_on_disconnect
+from moesaic.serve.context import RequestContext
+from moesaic.serve.deadline import Deadline
+from moesaic.serve.endpoint import Endpoint, EventStream, Response, failure_of, openai_failure, plain_failure
 from moesaic.serve.guard import Guard
 from moesaic.serve.json_body import LARGE_BODY_BYTES, decode_json, read_body
-from moesaic.serve.keys import NOBODY, Keys
+from moesaic.serve.keys import ANONYMOUS, Key, Keys
 from moesaic.serve.metrics import Metrics
 from moesaic.serve.readiness import Readiness
 from moesaic.serve.response_store import ResponseStore
+from moesaic.serve.sender import ResponseSender
+from moesaic.serve.services import Services
 from moesaic.serve.settings import Settings
 from moesaic.serve.tracing import Tracer
+from moesaic.serve.types import Disconnected, HttpRequest, Message, Receive, Scope, Send, header
 
 log = logging.getLogger("moesaic.serve")
 
-WEB = Path(__file__).parent / "web"
+WEB_DIRECTORY = Path(__file__).parent / "web"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "manifest-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'"
 )
-SAFE = [
+SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
 ]
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CLIENT_CLOSED_REQUEST = 499
+"""Logged where the client disconnected before a status was sent, as nginx does."""
+
+
+@dataclass
+class Exchange:
+    """One HTTP request and its response, as the application handles it."""
+
+    http: HttpRequest
+    sender: ResponseSender
+    started: float
+    """On the monotonic clock, in seconds."""
+    route: str = "other"
+    """The path of the route that matched, for metrics."""
 
 
 class App:
-    """The application. ``draining`` is set while it is to take nothing new, ``stopping`` when it is about to end."""
+    """The ASGI application."""
 
     def __init__(
         self,
@@ -76,32 +80,40 @@ class App:
         settings: Settings | None = None,
         keys: Keys | None = None,
         tracer: Tracer | None = None,
-        more: Iterable[Endpoint] = (),
-        figures: Callable[[], Iterable[Metric]] = tuple,
+        more_endpoints: Iterable[Endpoint] = (),
+        more_metrics: Callable[[], Iterable[Metric]] = tuple,
     ) -> None:
-        """Offer every dialect over a door, and ``more`` routes and figures."""
-        self.backend, self.settings, self.keys = backend, settings or Settings(), keys or Keys()
-        self.tracer = tracer
-        self.metrics = Metrics(backend.stats, figures)
-        self.guard = Guard(self.settings, self.keys)
-        self.kept = ResponseStore(self.settings.kept_responses, self.settings.kept_bytes)
-        self.progress = Readiness(backend, self.settings.stall_seconds)
-        self.descriptions: dict[bool, dict[str, Any]] = {}
-        """OpenAPI's, with and without keys, as far as they were asked for."""
-        self.draining = self.stopping = False
-        self.running = 0
-        """Requests that are being answered."""
-        self.asking = 0
-        """What of them asks a model; one may ask for several answers."""
-        self.endpoints = [*endpoints(), *more]
-        paths: dict[str, dict[str, Endpoint]] = {}
-        for each in self.endpoints:
-            paths.setdefault(each.path, {})[each.method] = each
-        routes: list[Any] = [Route(path, _Run(self, path, by), methods=list(by)) for path, by in paths.items()]
-        self._router = Router(routes, default=self._not_found, redirect_slashes=False)
-        self._files = StaticFiles(directory=WEB, check_dir=False)
+        """Offer every dialect over a backend.
+
+        Args:
+            backend: answers the requests.
+            settings: bounds and names.
+            keys: who may use the server; None: everyone.
+            tracer: exports a span for each generation.
+            more_endpoints: routes beside those of the dialects.
+            more_metrics: called for every scrape of ``/metrics``.
+        """
+        settings, keys = settings or Settings(), keys or Keys()
+        self.services = Services(
+            backend=backend,
+            settings=settings,
+            keys=keys,
+            guard=Guard(settings, keys),
+            metrics=Metrics(backend.stats, more_metrics),
+            readiness=Readiness(backend, settings.stall_seconds),
+            responses=ResponseStore(settings.kept_responses, settings.kept_bytes),
+            tracer=tracer,
+            endpoints=(*dialect_endpoints(), *more_endpoints),
+        )
+        self.state = self.services.state
+        self._endpoints: dict[str, dict[str, Endpoint]] = {}
+        for endpoint in self.services.endpoints:
+            self._endpoints.setdefault(endpoint.path, {})[endpoint.method] = endpoint
+        self._routes = [Route(path, _unused, methods=list(by)) for path, by in self._endpoints.items()]
+        self._files = StaticFiles(directory=WEB_DIRECTORY, check_dir=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
@@ -113,35 +125,34 @@ class App:
         try:
             while (await receive())["type"] == "lifespan.startup":
                 await send({"type": "lifespan.startup.complete"})
-        except asyncio.CancelledError:  # told twice to stop: at once, and not an error that needs a trace
+        except asyncio.CancelledError:  # a second signal stops at once; that is not an error that needs a trace
             return
-        await self.backend.close()
+        await self.services.backend.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = header(scope, b"x-request-id")
-        scope["request_id"] = given if given and REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        scope["app"] = self  # then a wrong method is raised, and shown as an API shows errors
-        scope["begun"] = time.monotonic()
-        scope["client"] = (self.guard.client(scope), 0)
-        headers = [*SAFE, (b"x-request-id", scope["request_id"].encode()), *self.guard.cors(scope)]
-        scope["sender"] = sender = Sender(send, self.settings, headers)
+        exchange = self._exchange(scope, send)
         try:
-            self.guard.check_host(scope)
-            self.guard.check_origin(scope)
+            self.services.guard.check_host(scope)
+            self.services.guard.check_origin(scope)
             if scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method"):
-                await sender.whole(Response(b"", 204, ""))
+                await exchange.sender.whole(Response(b"", 204, ""))
             elif self._is_page(scope):
-                await self._page(scope, receive, send, headers)
+                await self._page(exchange, receive, send)
             else:
-                await self._router(scope, receive, send)
-        except HTTPException as error:
-            allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
-            await self._refuse(scope, WrongMethod(scope["method"], ", ".join(allowed)))
+                await self._route(exchange, receive)
         except MoesaicError as error:
-            await self._refuse(scope, error)
+            await self._refuse(exchange, error)
         finally:
-            self._log(scope, sender)
+            self._log(exchange)
+
+    def _exchange(self, scope: Scope, send: Send) -> Exchange:
+        guard, settings = self.services.guard, self.services.settings
+        given_id = header(scope, b"x-request-id")
+        request_id = given_id if given_id and REQUEST_ID.fullmatch(given_id) else secrets.token_hex(8)
+        headers = [*SECURITY_HEADERS, (b"x-request-id", request_id.encode()), *guard.cors(scope)]
+        http = HttpRequest(scope, request_id, guard.client_address(scope), headers)
+        return Exchange(http, ResponseSender(send, settings.keep_alive_seconds, headers), time.monotonic())
 
     # The web chat
 
@@ -151,174 +162,175 @@ class App:
         wants_page = scope["path"] == "/" and "text/html" in (header(scope, b"accept") or "")
         return wants_page or scope["path"].startswith("/web/")
 
-    async def _page(self, scope: Scope, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Serve a file of the web chat; it is open to everybody, what it asks for is not."""
-        extra = [*headers, (b"content-security-policy", PAGE_POLICY.encode()), (b"cache-control", b"no-cache")]
-        name = "index.html" if scope["path"] == "/" else scope["path"].removeprefix("/web/")
+    async def _page(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        """Serve a file of the web chat. The files are public; the API calls that the page makes are not."""
+        http = exchange.http
+        extra = [
+            *http.response_headers,
+            (b"content-security-policy", PAGE_POLICY.encode()),
+            (b"cache-control", b"no-cache"),
+        ]
+        name = "index.html" if http.path == "/" else http.path.removeprefix("/web/")
 
-        async def with_headers(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                scope["sender"].status = message["status"]
+                exchange.sender.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or not (WEB / name).is_file():
-            raise NotFound("there is no such file")
-        await self._files({**scope, "path": f"/{name}", "root_path": ""}, receive, with_headers)
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or not (WEB_DIRECTORY / name).is_file():
+            raise NotFound("file not found")
+        await self._files({**http.scope, "path": f"/{name}", "root_path": ""}, receive, send_with_headers)
 
-    # APIs
+    # Endpoints
 
-    async def _not_found(self, scope: Scope, _: Receive, __: Send) -> None:
-        raise NotFound(f"there is no {scope['method']} {scope['path'][:100]!r} here")
+    async def _route(self, exchange: Exchange, receive: Receive) -> None:
+        """Run the endpoint of the first route that matches the path.
 
-    async def run(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> None:
-        """Answer one request of an endpoint, or raise before anything was sent."""
-        if not endpoint.public:
-            self.guard.check_listener(scope, admin=endpoint.admin)
-        key = NOBODY if endpoint.public else self.guard.who(scope)
-        if endpoint.admin and not key.admin:
-            raise Forbidden("this needs an admin's key: `moesaic keys add NAME --admin` makes one")
-        if key.worker != endpoint.worker and not endpoint.public and self.keys.wanted:
-            raise Forbidden("this needs a worker's key" if endpoint.worker else "a worker's key is for its work alone")
-        if self.draining and endpoint.body is not None and not (endpoint.worker or endpoint.admin):
-            raise Unavailable("the server takes nothing new now: ask another, or try again later")
-        call = RequestContext(self, endpoint, scope, key, scope["request_id"])
-        self.running += not endpoint.worker
+        Raises:
+            NotFound, WrongMethod: no route has this path, or this method.
+        """
+        http, allowed = exchange.http, None
+        for route in self._routes:
+            match, child_scope = route.matches(http.scope)
+            if match is Match.FULL:
+                exchange.route, http.path_parameters = route.path, child_scope["path_params"]
+                method = "GET" if http.method == "HEAD" else http.method
+                await self._run(self._endpoints[route.path][method], exchange, receive)
+                return
+            if match is Match.PARTIAL and allowed is None:
+                exchange.route, allowed = route.path, sorted(route.methods or ())
+        if allowed is not None:
+            raise WrongMethod(http.method, ", ".join(allowed))
+        raise NotFound(f"there is no {http.method} {http.path[:100]!r} here")
+
+    async def _run(self, endpoint: Endpoint, exchange: Exchange, receive: Receive) -> None:
+        """Run one endpoint. Every error becomes a response in the form of its API, unless one has begun."""
+        try:
+            await self._answer(endpoint, exchange, receive)
+        except Disconnected:
+            pass
+        except asyncio.CancelledError:
+            if not self.state.stopping:
+                raise
+            await self._refuse(exchange, Unavailable("the server is stopping"), endpoint)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # PyO3 panics derive from BaseException
+            if not isinstance(error, MoesaicError):
+                log.error("endpoint failed", extra={"id": exchange.http.id, **logs.trace(error)})
+            await self._refuse(exchange, error, endpoint)
+
+    async def _answer(self, endpoint: Endpoint, exchange: Exchange, receive: Receive) -> None:
+        services, http = self.services, exchange.http
+        key = self._authorize(endpoint, http)
+        context = RequestContext(services, http, key, Deadline(services.settings.request_seconds))
+        self.state.running += not endpoint.worker
         error: BaseException | None = None
         try:
             if endpoint.body is not None:
-                call.body = await self._body(endpoint, scope, receive)
+                context.body = await self._body(endpoint, http.scope, receive)
                 if not endpoint.worker:
-                    call.begin()
-            await _unless_left(self._answer(call, scope["sender"]), receive)
+                    context.count_request()
+            await cancel_on_disconnect(self._respond(endpoint, context, exchange.sender), receive)
         except BaseException as caught:
             error = caught
             raise
         finally:
-            self.running -= not endpoint.worker
-            call.close(error)
+            self.state.running -= not endpoint.worker
+            context.close(error)
+
+    def _authorize(self, endpoint: Endpoint, http: HttpRequest) -> Key:
+        """Return the key of a request that may use an endpoint now.
+
+        Raises:
+            Unauthorized, Forbidden, KeyExhausted, NotFound, Unavailable: it may not.
+        """
+        guard, keys = self.services.guard, self.services.keys
+        if not endpoint.public:
+            guard.check_listener(http.scope, admin=endpoint.admin)
+        key = ANONYMOUS if endpoint.public else guard.authenticate(http)
+        if endpoint.admin and not key.admin:
+            raise Forbidden("this needs an administrator's key: `moesaic keys add NAME --admin` makes one")
+        if key.worker != endpoint.worker and not endpoint.public and keys.wanted:
+            raise Forbidden(
+                "this needs a worker's key" if endpoint.worker else "a worker's key is for workers' routes only"
+            )
+        if self.state.draining and endpoint.body is not None and not (endpoint.worker or endpoint.admin):
+            raise Unavailable("the server is draining and accepts no new requests; try another, or try again later")
+        return key
 
     async def _body(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> Any:
-        body = await read_body(scope, receive, self.settings, endpoint.body_bytes)
-        read = endpoint.decode or decode_json
+        body = await read_body(scope, receive, self.services.settings, endpoint.body_bytes)
+        decode = endpoint.decode or decode_json
         if len(body) > LARGE_BODY_BYTES:
-            return await asyncio.to_thread(read, body, endpoint.body)
-        return read(body, endpoint.body)
+            return await asyncio.to_thread(decode, body, endpoint.body)
+        return decode(body, endpoint.body)
 
-    async def _answer(self, call: RequestContext, sender: Sender) -> None:
-        seconds = self.settings.request_seconds
+    async def _respond(self, endpoint: Endpoint, context: RequestContext, sender: ResponseSender) -> None:
         try:
-            async with asyncio.timeout(seconds or None) as bound:
-                answer = await call.endpoint.run(call)
-        except TimeoutError:
-            if not bound.expired():
-                raise
-            raise TimedOut(f"the answer took longer than {seconds:g} s") from None
-        if isinstance(answer, EventStream):
-            assert call.endpoint.broken is not None, "an endpoint that streams must say how a stream breaks"
-            await sender.stream(answer, answer.broken or call.endpoint.broken)
+            response = await context.deadline.wait(endpoint.run(context))
+        finally:
+            context.deadline.close()
+        if isinstance(response, EventStream):
+            broken = response.broken or endpoint.broken
+            assert broken is not None, "an endpoint that streams must say how an error in a stream is encoded"
+            await sender.stream(response, broken)
         else:
-            call.close()  # before the answer is there: who has it may come again at once
-            await sender.whole(answer)
+            context.close()  # before the response is sent: the client may send its next request at once
+            await sender.whole(response)
 
-    async def _refuse(self, scope: Scope, error: BaseException, endpoint: Endpoint | None = None) -> None:
-        sender: Sender = scope["sender"]
-        if sender.started:
+    async def _refuse(self, exchange: Exchange, error: BaseException, endpoint: Endpoint | None = None) -> None:
+        if exchange.sender.started:
             return
         failure = failure_of(error)
-        shape = endpoint.failure if endpoint else self._shape_of(scope["path"])
-        wait = failure.retry_after
-        headers = {} if wait is None else {"retry-after": str(max(1, math.ceil(wait)))}
+        shape = endpoint.failure if endpoint else self._failure_shape(exchange.http.path)
+        headers: dict[str, str] = {}
+        if failure.retry_after is not None:
+            headers["retry-after"] = str(max(1, math.ceil(failure.retry_after)))
         if isinstance(error, WrongMethod):
             headers["allow"] = error.allowed
         if failure.status == 401:
             headers["www-authenticate"] = "Bearer"
         with contextlib.suppress(Disconnected):
             shown = shape(failure)
-            answer = shown if isinstance(shown, Response) else Response(shown, failure.status)
-            await sender.whole(replace(answer, headers={**answer.headers, **headers}))
+            response = shown if isinstance(shown, Response) else Response(shown, failure.status)
+            await exchange.sender.whole(replace(response, headers={**response.headers, **headers}))
 
-    def _shape_of(self, path: str) -> Any:
-        """Return how an error is shown where no route was found, or none of that method.
+    def _failure_shape(self, path: str) -> Callable[..., Any]:
+        """Return how an error is shown where no route matched the path or the method.
 
-        As the route at or above this path shows it; else as OpenAI does under /v1, and as TGI does elsewhere.
+        The route at or above the path decides; else OpenAI's form under ``/v1``, and TGI's elsewhere.
         """
-        for endpoint in self.endpoints:
+        for endpoint in self.services.endpoints:
             if endpoint.path not in ("/", "/v1") and f"{path}/".startswith(f"{endpoint.path}/"):
                 return endpoint.failure
-        return _openai.failure if path.startswith("/v1") else _plain
+        return openai_failure if path.startswith("/v1") else plain_failure
 
-    def _log(self, scope: Scope, sender: Sender) -> None:
-        route = scope.get("endpoint")
-        path = route.path if isinstance(route, _Run) else "other"
-        self.metrics.requests.labels(scope["method"], path, str(sender.status or 499)).inc()
+    def _log(self, exchange: Exchange) -> None:
+        http, route = exchange.http, exchange.route
+        status = exchange.sender.status or CLIENT_CLOSED_REQUEST
+        self.services.metrics.requests.labels(http.method, route, str(status)).inc()
+        frequent = route.startswith("/worker/") and status == 200
         log.log(
-            logging.DEBUG if path.startswith("/worker/") and sender.status == 200 else logging.INFO,  # a great many
+            logging.DEBUG if frequent else logging.INFO,
             "request",
             extra={
-                "id": scope["request_id"],
-                "method": scope["method"],
-                "path": scope["path"][:200],
-                "status": sender.status or 499,
-                "ms": round(1000 * (time.monotonic() - scope["begun"]), 1),
-                "client": scope["client"][0],
+                "id": http.id,
+                "method": http.method,
+                "path": http.path[:200],
+                "status": status,
+                "ms": round(1000 * (time.monotonic() - exchange.started), 1),
+                "client": http.client,
             },
         )
 
 
-class _Run:
-    """The endpoints of one path, by method, as the router calls them."""
-
-    def __init__(self, app: App, path: str, endpoints: Mapping[str, Endpoint]) -> None:
-        self.app, self.path, self.endpoints = app, path, endpoints
-
-    async def __call__(self, scope: Scope, receive: Receive, _: Send) -> None:
-        endpoint = self.endpoints["GET" if scope["method"] == "HEAD" else scope["method"]]
-        try:
-            await self.app.run(endpoint, scope, receive)
-        except Disconnected:
-            pass
-        except asyncio.CancelledError:
-            if not self.app.stopping:
-                raise
-            await self.app._refuse(scope, Unavailable("the server is stopping"), endpoint)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic of somebody's Rust is no Exception
-            if not isinstance(error, MoesaicError):
-                log.error("an endpoint broke", extra={"id": scope["request_id"], **logs.trace(error)})
-            await self.app._refuse(scope, error, endpoint)
+async def _unused(_: Any) -> None:
+    """Stand in for the endpoint that starlette's ``Route`` demands; routes are only matched here."""
 
 
-async def _unless_left(work: Any, receive: Receive) -> None:
-    """Run ``work``, and stop it when the client leaves."""
-    running = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(_left(receive))
-    try:
-        await asyncio.wait((running, left), return_when=asyncio.FIRST_COMPLETED)
-        if not running.done():
-            running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await running
-            raise Disconnected
-        await running
-    finally:
-        left.cancel()
-        if not running.done():  # this was cancelled itself; let the work say its last word
-            running.cancel()
-            await asyncio.wait((running,))
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def endpoints() -> Iterable[Endpoint]:
+def dialect_endpoints() -> Iterable[Endpoint]:
     """Yield the routes of every dialect."""
     for name in registry.names("serve/dialects"):
         yield from registry.load("serve/dialects", name).ENDPOINTS
-
-
-def _plain(failure: Failure) -> Any:
-    return {"error": failure.message, "error_type": failure.kind}

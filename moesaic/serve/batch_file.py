@@ -1,12 +1,12 @@
-"""A file of requests, answered through the application without a socket, into a file of answers.
+"""Runs a file of requests through the application, without a socket, and writes a file of results.
 
-Both are in OpenAI's batch format, one JSON object on a line:
+Both are in OpenAI's batch format, one JSON object per line:
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
     {"id": "...", "custom_id": "a", "response": {"status_code": 200, "request_id": "...", "body": {...}}, "error": null}
 
-Answers are written as they come, each with one write, so that a process that is killed loses only what was running;
-what the file of answers has already is not asked again. Knows files and the application. Does not know models.
+Each result is appended with one write as soon as it is there. A killed process loses only running requests, and the
+next run skips requests that have a result. This module does not know models.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from msgspec import Meta, Struct
 
 from moesaic.errors import InvalidRequest
 from moesaic.serve.app import App
-from moesaic.serve.exchange import Message
 from moesaic.serve.json_body import decode_json
+from moesaic.serve.types import Message
 
-TRIES = 20
-"""How often a request is repeated that the server has no room for."""
+MAX_ATTEMPTS = 20
+"""Attempts at a request that the server refuses for want of capacity."""
 
-Shown = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 class BatchLine(Struct):
-    """One request."""
+    """One request of the input file."""
 
     custom_id: Annotated[str, Meta(min_length=1, max_length=512)]
     url: Annotated[str, Meta(pattern="^/")]
@@ -43,14 +43,15 @@ class BatchLine(Struct):
 
 @dataclass
 class BatchCounts:
-    """What has become of the requests."""
+    """Counts of requests by their result."""
 
     answered: int = 0
     failed: int = 0
     skipped: int = 0
-    """Of both: what was in the file of answers before."""
+    """Requests, answered or failed, that had a result before this run."""
 
-    def enter(self, result: dict[str, Any]) -> None:
+    def add(self, result: dict[str, Any]) -> None:
+        """Count one result."""
         response = result["response"]
         if response is not None and response["status_code"] < 400:
             self.answered += 1
@@ -60,71 +61,79 @@ class BatchCounts:
 
 @dataclass
 class BatchOutput:
-    """The file of answers: what it has, and its end, where more is written."""
+    """The file of results, open for appending, and what it contains."""
 
     file: BinaryIO
     ids: set[str] = field(default_factory=set)
     lines: set[int] = field(default_factory=set)
-    """Of the requests: those that were none."""
+    """Numbers of input lines that were not valid requests."""
     count: BatchCounts = field(default_factory=BatchCounts)
 
     def read(self, path: Path) -> None:
-        """Take in what is there, and cut off a line that was not finished.
+        """Read the existing results, and cut off an incomplete last line.
 
         Raises:
-            InvalidRequest: it is another kind of file; nothing in it is changed then.
+            InvalidRequest: the file is not a file of results. It is left unchanged.
         """
         end = 0
         for number, line in enumerate(self.file, 1):
             if not line.endswith(b"\n"):
                 break
             try:
-                self._enter(json.loads(line))
+                self._add(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                raise InvalidRequest(f"{path}:{number}: is no answer of a batch: name another file") from error
+                raise InvalidRequest(f"{path}:{number}: not a batch result; choose another output file") from error
             end += len(line)
         self.file.truncate(end)
         self.file.seek(end)
         self.count.skipped = self.count.answered + self.count.failed
 
-    def _enter(self, result: dict[str, Any]) -> None:
+    def _add(self, result: dict[str, Any]) -> None:
         if result["custom_id"] is not None:
             self.ids.add(result["custom_id"])
         else:
             self.lines.add(result["error"]["line"])
-        self.count.enter(result)
+        self.count.add(result)
 
     def write(self, custom_id: str | None, response: Any, error: Any) -> None:
-        """Add an answer, for good."""
-        shown = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response}
-        self.file.write(json.dumps(shown | {"error": error}).encode() + b"\n")  # unbuffered: one write
-        self._enter(shown | {"error": error})
+        """Append a result to the file."""
+        result = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response}
+        self.file.write(json.dumps(result | {"error": error}).encode() + b"\n")  # unbuffered: one write
+        self._add(result | {"error": error})
 
 
 async def run(
-    app: App, source: Path, target: Path, concurrency: int = 16, progress: Shown | None = None
+    app: App, source: Path, target: Path, concurrency: int = 16, progress: ProgressCallback | None = None
 ) -> BatchCounts:
-    """Answer what ``source`` asks into ``target``, so many requests at a time.
+    """Run the requests in ``source`` and append the results to ``target``.
+
+    Args:
+        app: the application.
+        source: file of requests.
+        target: file of results.
+        concurrency: requests at the same time.
+        progress: called with the number of results and of requests.
 
     Raises:
         InvalidRequest: a file cannot be used.
     """
     try:
         if target.exists() and target.samefile(source):
-            raise InvalidRequest(f"{target}: answers go into another file than the requests")
-        with source.open("rb") as asked, target.open("ab+", buffering=0) as written:
-            _lock(written, target)
-            written.seek(0)
-            answers = BatchOutput(written)
-            answers.read(target)
-            await _Run(app, answers, progress, _lines(asked)).all(_requests(asked, answers), concurrency)
-            return answers.count
+            raise InvalidRequest(f"{target}: the results cannot go into the file of requests")
+        with source.open("rb") as requests, target.open("ab+", buffering=0) as results:
+            _lock(results, target)
+            results.seek(0)
+            output = BatchOutput(results)
+            output.read(target)
+            batch = _BatchRun(app, output, progress, _count_lines(requests))
+            await batch.run(_pending(requests, output), concurrency)
+            return output.count
     except OSError as error:
         raise InvalidRequest(f"{error.filename or target}: {error.strerror}") from error
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep others from writing there as long as this process lives."""
+    """Lock the file for this process."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -132,61 +141,63 @@ def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise InvalidRequest(f"{path}: another process is writing answers there") from error
+        raise InvalidRequest(f"{path}: another process is writing results to this file") from error
 
 
-def _lines(asked: BinaryIO) -> int:
-    count = sum(1 for line in asked if line.strip())
-    asked.seek(0)
+def _count_lines(requests: BinaryIO) -> int:
+    count = sum(1 for line in requests if line.strip())
+    requests.seek(0)
     return count
 
 
-def _requests(asked: BinaryIO, answers: BatchOutput) -> Iterator[BatchLine]:
-    """Yield what is to be asked; what is no request is answered on the spot."""
+def _pending(requests: BinaryIO, output: BatchOutput) -> Iterator[BatchLine]:
+    """Yield the requests without a result. A line that is not a request gets an error as its result."""
     first: dict[str, int] = {}
-    for number, line in enumerate(asked, 1):
-        if not line.strip() or number in answers.lines:
+    for number, line in enumerate(requests, 1):
+        if not line.strip() or number in output.lines:
             continue
         try:
             entry: BatchLine = decode_json(line, BatchLine)
             if entry.custom_id in first:
-                raise InvalidRequest(f"custom_id {entry.custom_id!r:.80} is in line {first[entry.custom_id]} already")
+                raise InvalidRequest(
+                    f"custom_id {entry.custom_id!r:.80} is already used in line {first[entry.custom_id]}"
+                )
             if entry.body.get("stream"):
-                raise InvalidRequest("stream: is not possible in a batch")
+                raise InvalidRequest("stream: is not supported in a batch")
         except InvalidRequest as error:
-            told = {"code": "invalid_line", "message": f"line {number}: {error}", "line": number}
-            answers.write(None, None, told)
+            problem = {"code": "invalid_line", "message": f"line {number}: {error}", "line": number}
+            output.write(None, None, problem)
             continue
         first[entry.custom_id] = number
-        if entry.custom_id not in answers.ids:
+        if entry.custom_id not in output.ids:
             yield entry
 
 
-class _Run:
-    """One go through a file."""
+class _BatchRun:
+    """One run through a file of requests."""
 
-    def __init__(self, app: App, answers: BatchOutput, progress: Shown | None, total: int) -> None:
-        self._app, self._answers, self._progress, self._total = app, answers, progress, total
+    def __init__(self, app: App, output: BatchOutput, progress: ProgressCallback | None, total: int) -> None:
+        self._app, self._output, self._progress, self._total = app, output, progress, total
 
-    async def all(self, requests: Iterator[BatchLine], concurrency: int) -> None:
+    async def run(self, requests: Iterator[BatchLine], concurrency: int) -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
-                group.create_task(self._some(requests))
-        self._show()
+                group.create_task(self._worker(requests))
+        self._report()
 
-    async def _some(self, requests: Iterator[BatchLine]) -> None:
-        for entry in requests:  # shared with the others
-            self._show()
-            self._answers.write(entry.custom_id, await self._one(entry), None)
+    async def _worker(self, requests: Iterator[BatchLine]) -> None:
+        for entry in requests:  # the iterator is shared by all workers
+            self._report()
+            self._output.write(entry.custom_id, await self._request(entry), None)
 
-    def _show(self) -> None:
+    def _report(self) -> None:
         if self._progress:
-            count = self._answers.count
+            count = self._output.count
             self._progress(count.answered + count.failed, self._total)
 
-    async def _one(self, entry: BatchLine) -> dict[str, Any]:
+    async def _request(self, entry: BatchLine) -> dict[str, Any]:
         body = json.dumps(entry.body).encode()
-        for left in reversed(range(TRIES)):
+        for left in reversed(range(MAX_ATTEMPTS)):
             request_id = secrets.token_hex(8)
             status, headers, content = await post(self._app, entry.url, body, request_id)
             if status not in (429, 503) or not left:
@@ -203,7 +214,7 @@ def _json(content: bytes) -> Any:
 
 
 async def post(app: App, path: str, body: bytes, request_id: str) -> tuple[int, dict[bytes, bytes], bytes]:
-    """Put a request to the application itself, as if it had come from this machine; return status, fields and body."""
+    """Send a request to the application as if it came from this machine; return its status, headers and body."""
     fields = {b"host": b"localhost", b"content-type": b"application/json", b"x-request-id": request_id.encode()}
     scope = {
         "type": "http",
@@ -224,7 +235,7 @@ async def post(app: App, path: str, body: bytes, request_id: str) -> tuple[int, 
 
     async def receive() -> Message:
         if not coming:
-            await asyncio.Event().wait()  # nobody leaves
+            await asyncio.Event().wait()  # the client never disconnects
         return coming.pop()
 
     async def send(message: Message) -> None:

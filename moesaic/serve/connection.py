@@ -1,8 +1,8 @@
-"""One client's connection: the bounds that the HTTP library does not have.
+"""One client's connection: limits that uvicorn does not have.
 
-A request's head has so many bytes, fields and seconds; what is refused is read on for a moment, since closing on
-unread data would destroy the answer on its way; a reader who takes nothing is cut off; and what is closed is gone
-for certain. Knows sockets and uvicorn's protocol, whose gaps these are. Does not know what is asked.
+The head of a request is limited in bytes, fields and seconds. After a refusal the server reads on for a moment, since
+closing a socket with unread data would destroy the response on its way. A client that reads nothing is disconnected.
+This module knows sockets and uvicorn's protocol class, not what is in a request.
 """
 
 from __future__ import annotations
@@ -19,28 +19,27 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from moesaic.serve.settings import Settings
 
-FIELDS = 100
-"""Fields of one request's head."""
-LINGER = 2.0
-"""Seconds for which more is read, and thrown away, after a refusal."""
-DISCARDED = 8 << 20
-"""Bytes that are thrown away so, at most."""
-CRAWL = 16 << 10
-"""Who takes less than this of what waits for him, in ``reader_seconds``, takes nothing."""
-AT_ONCE = struct.pack("ii", 1, 0)
+MAX_HEADER_FIELDS = 100
+LINGER_SECONDS = 2.0
+"""How long the server reads on, and discards the data, after a refusal."""
+MAX_DISCARDED_BYTES = 8 << 20
+"""Data that is discarded after a refusal before the connection is reset."""
+MIN_READ_BYTES = 16 << 10
+"""A client that reads less than this in ``reader_seconds`` is disconnected."""
+LINGER_OFF = struct.pack("ii", 1, 0)
+"""The value of SO_LINGER with which closing a socket discards unsent data and resets the connection."""
 TOO_LARGE = b"431 Request Header Fields Too Large"
-CROWDED = b"503 Service Unavailable\r\nretry-after: 5"
-REFUSED = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+TOO_MANY_CONNECTIONS = b"503 Service Unavailable\r\nretry-after: 5"
+REFUSAL = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
 
 
 def bounded(settings: Settings) -> type[HttpToolsProtocol]:
-    """Return uvicorn's protocol with these bounds."""
-
+    """Return uvicorn's protocol class with the limits of these settings."""
     return type("Bounded", (Connection,), {"bounds": settings, "addresses": Counter()})
 
 
-class Wire:
-    """A connection's transport, of which uvicorn's requests to close are answered by the connection."""
+class GuardedTransport:
+    """A transport whose ``close`` and ``is_closing`` are the connection's own."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None], is_closing: Callable[[], bool]) -> None:
         self._transport = transport
@@ -51,61 +50,61 @@ class Wire:
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol, bounded."""
+    """uvicorn's HTTP protocol with limits. ``bounded`` makes the class that uvicorn uses."""
 
     bounds: Settings
     addresses: Counter[str]
-    """Connections by address."""
+    """Open connections by client address."""
 
     _address: str | None = None
-    _timer: asyncio.TimerHandle | None = None  # for a head to come, for a refusal to be read, or for the end
-    _stalled: asyncio.TimerHandle | None = None
-    _unread = 0  # bytes that wait for the reader, when last looked at
+    _timer: asyncio.TimerHandle | None = None  # until the head must be complete, a refusal read, or the socket closed
+    _stall_timer: asyncio.TimerHandle | None = None
+    _unread_bytes = 0  # in the write buffer at the last check
     _in_head = True
-    _head = 0  # bytes that came of it, perhaps with what follows
-    _size = 0  # of its fields
-    _why: bytes | None = None  # it is refused
-    _keep = True  # whether the connection is to outlive the request
-    _deaf = False  # what comes is thrown away
-    _gone = False
+    _head_bytes = 0  # received of the head, perhaps with what follows it
+    _field_bytes = 0  # of the head's fields
+    _refusal: bytes | None = None  # the status line of a refusal
+    _keep_alive = True  # whether the connection outlives the request
+    _discarding = False  # received data is discarded
+    _lost = False
 
-    # How it begins and ends
+    # Start and end
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._raw = transport
-        super().connection_made(Wire(transport, self._end, self._ending))  # type: ignore[arg-type]
+        super().connection_made(GuardedTransport(transport, self._end, self._ending))  # type: ignore[arg-type]
         self._address = self.client[0] if self.client else ""
         self.addresses[self._address] += 1
-        crowded = self.addresses[self._address] > self.bounds.connections_per_address
+        too_many = self.addresses[self._address] > self.bounds.connections_per_address
         if self._address in self.bounds.trusted_proxies:
-            crowded = False
-        if crowded or len(self.connections) > self.bounds.connections:
-            self._deaf = True
-            self._say(CROWDED)
+            too_many = False
+        if too_many or len(self.connections) > self.bounds.connections:
+            self._discarding = True
+            self._send_refusal(TOO_MANY_CONNECTIONS)
             self._close()
         else:
-            self._arm(self.bounds.header_seconds, self._late)
+            self._arm(self.bounds.header_seconds, self._head_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._gone = True
+        self._lost = True
         if self._address is not None:
             self.addresses[self._address] -= 1
             if not self.addresses[self._address]:
                 del self.addresses[self._address]
         self._disarm()
-        self._heard()
+        self._stop_stall_timer()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        self._keep = False
+        self._keep_alive = False
         super().shutdown()
 
     def _ending(self) -> bool:
-        return self._deaf or self._raw.is_closing()
+        return self._discarding or self._raw.is_closing()
 
     def _end(self) -> None:
-        """Close as uvicorn asks for it: at once if an answer breaks off, later if its request is not read yet."""
-        if self._gone or self._ending():
+        """Close when uvicorn asks: at once if a response breaks off, later if its request is not read yet."""
+        if self._lost or self._ending():
             return
         cycle = self.cycle
         if cycle is not None and cycle.response_started and not cycle.response_complete:
@@ -116,44 +115,44 @@ class Connection(HttpToolsProtocol):
             self._linger()
 
     def _close(self) -> None:
-        """Close; who does not take what was sent before, is cut off."""
+        """Close. A client that does not read what was sent before is disconnected after ``reader_seconds``."""
         self._raw.close()
         self._arm(self.bounds.reader_seconds, self._break)
 
     def _break(self) -> None:
-        """End it so that nobody takes what came for whole, and nothing waits in the system to be taken."""
+        """Reset the connection, so that the client cannot take a partial response for a complete one."""
         with contextlib.suppress(OSError):
-            self._raw.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+            self._raw.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_OFF)
         self._raw.abort()
 
     def _linger(self) -> None:
-        self._deaf = True
+        self._discarding = True
         self.flow.resume_reading()
         with contextlib.suppress(OSError, NotImplementedError):
             if self._raw.can_write_eof():
                 self._raw.write_eof()
-        self._arm(LINGER, self._close)
+        self._arm(LINGER_SECONDS, self._close)
 
     def eof_received(self) -> None:
         self._close()
 
-    # What comes
+    # Received data
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
-            self._head += len(data)
-            if self._head > DISCARDED:
+        if self._discarding:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_DISCARDED_BYTES:
                 self._break()
             return
         if self._in_head:
-            self._head += len(data)
-            if self._timer is None and not self._answering():
-                self._arm(self.bounds.header_seconds, self._late)
+            self._head_bytes += len(data)
+            if self._timer is None and not self._responding():
+                self._arm(self.bounds.header_seconds, self._head_late)
         super().data_received(data)
-        if self._in_head and not self._deaf and self._head > self.bounds.header_bytes:
+        if self._in_head and not self._discarding and self._head_bytes > self.bounds.header_bytes:
             self._refuse(TOO_LARGE)
 
-    def _answering(self) -> bool:
+    def _responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def on_url(self, url: bytes) -> None:
@@ -164,68 +163,68 @@ class Connection(HttpToolsProtocol):
         self._measure(len(name) + len(value) + 4)
         if self._in_head:
             super().on_header(name, value)
-            if len(self.headers) > FIELDS:
-                self._why = TOO_LARGE
+            if len(self.headers) > MAX_HEADER_FIELDS:
+                self._refusal = TOO_LARGE
                 raise ValueError("too many fields")
-        # else a trailer, which is no field of the head and must not become one: RFC 9110, 6.5.1
+        # A trailer must not become a header field: RFC 9110, section 6.5.1.
 
     def _measure(self, size: int) -> None:
-        self._size += size
-        if self._size > self.bounds.header_bytes:
-            self._why = TOO_LARGE
+        self._field_bytes += size
+        if self._field_bytes > self.bounds.header_bytes:
+            self._refusal = TOO_LARGE
             raise ValueError("too large a head")
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._head = False, 0
+        self._in_head, self._head_bytes = False, 0
         self._disarm()
         super().on_headers_complete()
-        # Until the request is read: an answer that comes before is the last one here.
-        self._keep, self.cycle.keep_alive = self.cycle.keep_alive and not self.parser.should_upgrade(), False
+        # A response that is sent before the request is read must be the last one on this connection.
+        self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive and not self.parser.should_upgrade(), False
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._in_head, self._head, self._size = True, 0, 0
+        self._in_head, self._head_bytes, self._field_bytes = True, 0, 0
         if not self.cycle.response_started:
-            self.cycle.keep_alive = self._keep
+            self.cycle.keep_alive = self._keep_alive
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: whoever asks for another protocol goes on with this one, and leaves."""
+        """Ignore the request for another protocol. HTTP/1.1 is used for this request, then the connection is closed."""
 
-    def _late(self) -> None:
+    def _head_late(self) -> None:
         self._timer = None
-        if self._head:
+        if self._head_bytes:
             self._refuse(b"408 Request Timeout")
         else:
             self._close()
 
     def send_400_response(self, _: str) -> None:
-        self._refuse(self._why or b"400 Bad Request")
+        self._refuse(self._refusal or b"400 Bad Request")
 
     def _refuse(self, status: bytes) -> None:
-        """Say why, unless an answer is on its way already, and close."""
-        if self._gone or self._ending():
+        """Send a refusal unless a response has begun, and close."""
+        if self._lost or self._ending():
             return
-        # A request whose body is broken has not been answered; one before a broken head has, or is being.
-        spoken = bool(self.pipeline) or (self._answering() and (self._in_head or self.cycle.response_started))
+        # A request with a broken body has no response yet; one before a broken head has one, or is getting it.
+        has_response = bool(self.pipeline) or (self._responding() and (self._in_head or self.cycle.response_started))
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if spoken:
+        if has_response:
             self._break()
         else:
-            self._say(status)
+            self._send_refusal(status)
             self._linger()
 
-    def _say(self, status: bytes) -> None:
-        shown = status.partition(b"\r")[0]
-        body = b'{"error":{"message":"%b","type":"invalid_request_error","param":null,"code":null}}' % shown
-        self._raw.write(REFUSED % (status, len(body), body))
+    def _send_refusal(self, status: bytes) -> None:
+        reason = status.partition(b"\r")[0]
+        body = b'{"error":{"message":"%b","type":"invalid_request_error","param":null,"code":null}}' % reason
+        self._raw.write(REFUSAL % (status, len(body), body))
 
-    # Time
+    # Timers
 
     def _arm(self, seconds: float, then: Callable[[], None]) -> None:
         self._disarm()
-        if not self._gone:
+        if not self._lost:
             self._timer = self.loop.call_later(seconds, then)
 
     def _disarm(self) -> None:
@@ -235,26 +234,26 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._stalled is None and not self._gone:
-            self._look()
+        if self._stall_timer is None and not self._lost:
+            self._start_stall_timer()
 
     def resume_writing(self) -> None:
-        self._heard()
+        self._stop_stall_timer()
         super().resume_writing()
 
-    def _heard(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
-    def _look(self) -> None:
-        """Look again after a while at what the reader has taken by then."""
-        self._unread = self._raw.get_write_buffer_size()
-        self._stalled = self.loop.call_later(self.bounds.reader_seconds, self._look_again)
+    def _start_stall_timer(self) -> None:
+        """Check after ``reader_seconds`` how much the client has read."""
+        self._unread_bytes = self._raw.get_write_buffer_size()
+        self._stall_timer = self.loop.call_later(self.bounds.reader_seconds, self._check_stall)
 
-    def _look_again(self) -> None:
-        if self._unread - self._raw.get_write_buffer_size() < CRAWL:
-            self._stalled = None
+    def _check_stall(self) -> None:
+        if self._unread_bytes - self._raw.get_write_buffer_size() < MIN_READ_BYTES:
+            self._stall_timer = None
             self._break()
         else:
-            self._look()
+            self._start_stall_timer()

@@ -1,7 +1,7 @@
-"""What must not get as far as an API: wrong hosts, wrong origins, wrong keys.
+"""Checks in front of every route: host, origin, listener and key.
 
-Every decision is about ``scope["path"]`` and the route that was found, never about an address put together
-from headers. Knows ASGI scopes. Does not know what a route does.
+Decisions depend on the request's path, its matched route and the socket it came in by, never on an address that is
+put together from headers. This module does not know what a route does.
 """
 
 from __future__ import annotations
@@ -13,70 +13,71 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from moesaic.errors import Forbidden, InvalidRequest, KeyExhausted, NotFound, Unauthorized
-from moesaic.serve.exchange import Scope
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
+from moesaic.serve.types import HttpRequest, Scope
 
-HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
-ADMINS = "127.0.0.1"
-"""The address of administrators' own port."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ASKED = b"authorization, content-type, x-api-key, anthropic-version, idempotency-key"
-"""Headers that a page of a named origin may send; our own client sends the last, and Anthropic's the one before."""
-WATCHED = 10_000
-"""Addresses whose wrong keys are counted at the same time."""
+HOST_HEADER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
+ADMIN_ADDRESS = "127.0.0.1"
+"""Address of the administrators' own port."""
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
+CORS_REQUEST_HEADERS = b"authorization, content-type, x-api-key, anthropic-version, idempotency-key"
+"""Headers that a page of an allowed origin may send; those of our own client and of Anthropic's are among them."""
+MAX_TRACKED_ADDRESSES = 10_000
+"""Addresses whose failed keys are counted at the same time."""
+FAILURE_WINDOW_SECONDS = 60.0
 
 
 class Guard:
-    """Checks that stand in front of every route."""
+    """The checks of one server."""
 
     def __init__(self, settings: Settings, keys: Keys, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._keys, self._clock = settings, keys, clock
-        self._hosts = {name.lower() for name in (*LOOPBACK, settings.host, *settings.allowed_hosts)}
-        self._wrong: dict[str, list[float]] = {}
+        self._hosts = {name.lower() for name in (*LOOPBACK_NAMES, settings.host, *settings.allowed_hosts)}
+        self._failures: dict[str, list[float]] = {}  # address -> times of its failed keys
 
     def check_host(self, scope: Scope) -> None:
-        """Refuse a Host header that this server is not called by: the mark of DNS rebinding.
+        """Reject a Host header with a name that is not this server's: a DNS rebinding attack has one.
 
         Raises:
-            InvalidRequest: it is missing, malformed, there twice, or of another name.
+            InvalidRequest: the header is missing, malformed, repeated, or names another host.
         """
-        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-        found = HOST.fullmatch(given[0]) if len(given) == 1 else None
-        if not found:
+        values = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        host = HOST_HEADER.fullmatch(values[0]) if len(values) == 1 else None
+        if not host:
             raise InvalidRequest("the Host header is missing or malformed")
         if "*" in self._hosts or (not self._settings.loopback and not self._settings.allowed_hosts):
-            return  # whoever opens a server to a network without naming it is called by any address of it
-        if found[1].strip("[]").lower() not in self._hosts:
-            raise InvalidRequest("this server is not called by that Host: start it with --allowed-host NAME")
+            return  # a server that listens on a network without names is reached by any of its addresses
+        if host[1].strip("[]").lower() not in self._hosts:
+            raise InvalidRequest("unknown Host header: start the server with --allowed-host NAME to accept it")
 
     def check_listener(self, scope: Scope, *, admin: bool) -> None:
-        """Refuse administrators' routes where clients come in, and clients' where administrators do.
+        """Reject administrators' routes on the clients' port, and clients' routes on the administrators' port.
 
         Raises:
-            NotFound: administrators have a port of their own, and this is the wrong one.
+            NotFound: administrators have a port of their own, and the request came in by the other one.
         """
         port = self._settings.admin_port
-        # Where the connection was accepted, which no header can say otherwise.
-        if port is not None and (tuple(scope.get("server") or ()) == (ADMINS, port)) != admin:
+        # The socket that accepted the connection decides, since a header could lie.
+        if port is not None and (tuple(scope.get("server") or ()) == (ADMIN_ADDRESS, port)) != admin:
             raise NotFound(f"there is no {scope['method']} {scope['path'][:100]!r} on this port")
 
-    def client(self, scope: Scope) -> str:
-        """Return where a request comes from: the nearest address that is not one of our own proxies."""
+    def client_address(self, scope: Scope) -> str:
+        """Return the client's address: the nearest one that is not a trusted proxy."""
         address = str((scope.get("client") or ("",))[0])
         trusted = self._settings.trusted_proxies
         if address in trusted:
-            said = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
-            for each in reversed(said.decode("latin-1").split(",")):
-                if each.strip() not in trusted:
-                    return _address(each.strip()) or address
+            forwarded = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
+            for hop in reversed(forwarded.decode("latin-1").split(",")):
+                if hop.strip() not in trusted:
+                    return _ip_address(hop.strip()) or address
         return address
 
     def check_origin(self, scope: Scope) -> None:
-        """Refuse to do what a page of another origin wants done, which needs no leave to send simple requests.
+        """Reject cross-origin writes. Browsers send CORS "simple" requests without asking the server first.
 
         Raises:
-            Forbidden: the page's origin is neither this server's own nor among those that were named.
+            Forbidden: the page's origin is neither this server's own nor an allowed one.
         """
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
         if origin is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -84,73 +85,73 @@ class Guard:
         host = next((value for name, value in scope["headers"] if name == b"host"), b"")
         own = origin.lower() in (b"http://" + host.lower(), b"https://" + host.lower())
         if not own and not self.cors(scope):
-            raise Forbidden("pages of that origin may not use this server: start it with --cors-origin URL")
+            raise Forbidden("this origin is not allowed: start the server with --cors-origin URL to allow it")
 
     def cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """Return the headers that let a page of another origin read the answer; none for all but the listed ones."""
+        """Return the headers that let a page of an allowed origin read the response; none for other origins."""
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
         allowed = self._settings.cors_origins
         if origin is None or not ("*" in allowed or origin.decode("latin-1") in allowed):
             return []
         return [
             (b"access-control-allow-origin", b"*" if "*" in allowed else origin),
-            (b"access-control-allow-headers", ASKED),
+            (b"access-control-allow-headers", CORS_REQUEST_HEADERS),
             (b"access-control-expose-headers", b"retry-after, x-request-id, idempotency-replayed"),
             (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
             (b"vary", b"origin"),
         ]
 
-    def who(self, scope: Scope) -> Key:
-        """Return whose request this is.
+    def authenticate(self, http: HttpRequest) -> Key:
+        """Return the key that a request carries.
 
         Raises:
-            Unauthorized: the key is missing, wrong, or there twice.
-            KeyExhausted: too many wrong ones came from this address.
+            Unauthorized: the key is missing, wrong, or sent twice.
+            KeyExhausted: too many wrong keys came from this address.
         """
         if not self._keys.wanted:
             return self._keys.owner(None)
-        with self.patience(scope):
-            return self._keys.owner(given_key(scope["headers"]))
+        with self.limit_failures(http.client):
+            return self._keys.owner(request_key(http.scope["headers"]))
 
     @contextlib.contextmanager
-    def patience(self, scope: Scope) -> Iterator[None]:
-        """Watch over the look at a key: one that is found wrong (``Unauthorized``) is held against its address.
+    def limit_failures(self, address: str) -> Iterator[None]:
+        """Count a key that is found wrong (``Unauthorized``) against the client's address.
 
         Raises:
-            KeyExhausted: too many wrong ones came from there.
+            KeyExhausted: too many wrong keys came from this address.
         """
-        address = (scope.get("client") or ("", 0))[0]
-        self._check_patience(address)  # before the key is looked at: the answer tells nothing about it
+        self._check_failures(address)  # before the key is looked at, so that the answer says nothing about it
         try:
             yield
         except Unauthorized:
-            self._note_wrong(address)
+            self._count_failure(address)
             raise
 
-    def _check_patience(self, address: str) -> None:
-        recent = [at for at in self._wrong.get(address, ()) if at > self._clock() - 60]
+    def _check_failures(self, address: str) -> None:
+        now = self._clock()
+        recent = [at for at in self._failures.get(address, ()) if at > now - FAILURE_WINDOW_SECONDS]
         if len(recent) >= self._settings.failed_keys_per_minute:
-            raise KeyExhausted("too many wrong keys from this address", 60 - (self._clock() - recent[0]))
+            raise KeyExhausted("too many wrong keys from this address", FAILURE_WINDOW_SECONDS - (now - recent[0]))
 
-    def _note_wrong(self, address: str) -> None:
-        if len(self._wrong) >= WATCHED and address not in self._wrong:
-            self._wrong.pop(next(iter(self._wrong)))
-        kept = self._wrong.setdefault(address, [])
-        kept.append(self._clock())
-        del kept[: -self._settings.failed_keys_per_minute]
+    def _count_failure(self, address: str) -> None:
+        if len(self._failures) >= MAX_TRACKED_ADDRESSES and address not in self._failures:
+            self._failures.pop(next(iter(self._failures)))
+        times = self._failures.setdefault(address, [])
+        times.append(self._clock())
+        del times[: -self._settings.failed_keys_per_minute]
 
 
-def _address(written: str) -> str | None:
+def _ip_address(text: str) -> str | None:
     try:
-        return str(ipaddress.ip_address(written))
+        return str(ipaddress.ip_address(text))
     except ValueError:
         return None
 
 
-def given_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    """Return the key that a request carries, as OpenAI's or as Anthropic's clients send it."""
-    found = [value for name, value in headers if name in (b"authorization", b"x-api-key")]
-    if len(found) != 1:
+def request_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """Return the key in a request's headers, as OpenAI's or Anthropic's clients send it; None: none, or several."""
+    values = [value for name, value in headers if name in (b"authorization", b"x-api-key")]
+    if len(values) != 1:
         return None
-    scheme, space, rest = found[0].partition(b" ")
-    return rest.strip() if space and scheme.lower() == b"bearer" else found[0]
+    scheme, space, rest = values[0].partition(b" ")
+    return rest.strip() if space and scheme.lower() == b"bearer" else values[0]

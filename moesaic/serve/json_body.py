@@ -1,6 +1,6 @@
-"""A request's body: so many bytes and no more, JSON and nothing else, and of the type that an endpoint asks for.
+"""Reads a request's body: limited in size and time, strict JSON, and of the endpoint's type.
 
-Knows ASGI and JSON. Does not know what is asked.
+This module knows ASGI and JSON, not what is in a body.
 """
 
 from __future__ import annotations
@@ -15,34 +15,40 @@ from typing import Any
 import msgspec
 
 from moesaic.errors import InvalidParameter, InvalidRequest, TooLarge, WrongMedia
-from moesaic.serve.exchange import Disconnected, Receive, Scope, header
 from moesaic.serve.settings import Settings
+from moesaic.serve.types import Disconnected, Receive, Scope, header
 
-EXACT = 2**53
-"""Below this a float is as exact as a whole number."""
-DEPTH = 32
-"""How deep JSON may be nested."""
+MAX_EXACT_FLOAT = 2**53
+"""Below this, every integer has an exact float."""
+MAX_DEPTH = 32
+"""Nesting depth of a JSON body."""
 LARGE_BODY_BYTES = 64 << 10
-"""Bytes of JSON from which on it is decoded in a thread, for it would hold up streams."""
-MEDIA = re.compile(r"application/([\w.-]+\+)?json", re.I)
+"""A larger body is decoded in a thread, since decoding it would delay running streams."""
+JSON_MEDIA_TYPE = re.compile(r"application/([\w.-]+\+)?json", re.I)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-async def read_body(scope: Scope, receive: Receive, settings: Settings, most: int | None = None) -> bytes:
-    """Return the body of a request, of at most ``most`` bytes if that is not what the settings say.
+async def read_body(scope: Scope, receive: Receive, settings: Settings, max_bytes: int | None = None) -> bytes:
+    """Return the body of a request.
+
+    Args:
+        scope: the request's ASGI scope.
+        receive: its ASGI callable.
+        settings: limits of size and time.
+        max_bytes: limit of size; None: the one in the settings.
 
     Raises:
-        TooLarge, WrongMedia, InvalidRequest: it is too long, is no JSON, or did not come in time.
-        Disconnected: the client left first.
+        TooLarge, WrongMedia, InvalidRequest: the body is too large, is not JSON, or did not arrive in time.
+        Disconnected: the client disconnected first.
     """
-    most = most or settings.body_bytes
+    max_bytes = max_bytes or settings.body_bytes
     length = header(scope, b"content-length")
-    if length is not None and length.isdigit() and int(length) > most:
-        raise TooLarge(f"the body has {length} bytes, at most {most} are taken")
+    if length is not None and length.isdigit() and int(length) > max_bytes:
+        raise TooLarge(f"the body has {length} bytes; the limit is {max_bytes}")
     if (header(scope, b"content-encoding") or "identity") != "identity":
-        raise WrongMedia("compressed bodies are not taken")
-    # Pages of other origins can send anything but this without asking first.
-    if not MEDIA.fullmatch((header(scope, b"content-type") or "").partition(";")[0].strip()):
+        raise WrongMedia("compressed bodies are not supported: send the body without Content-Encoding")
+    # A page of another origin cannot send this type without a CORS preflight.
+    if not JSON_MEDIA_TYPE.fullmatch((header(scope, b"content-type") or "").partition(";")[0].strip()):
         raise WrongMedia("the body must be JSON: send it with `Content-Type: application/json`")
     body = bytearray()
     try:
@@ -52,48 +58,56 @@ async def read_body(scope: Scope, receive: Receive, settings: Settings, most: in
                 if message["type"] == "http.disconnect":
                     raise Disconnected
                 body += message.get("body", b"")
-                if len(body) > most:
-                    raise TooLarge(f"the body has more than {most} bytes")
+                if len(body) > max_bytes:
+                    raise TooLarge(f"the body has more than {max_bytes} bytes")
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError:
-        raise InvalidRequest(f"the body did not come within {settings.body_seconds:g} s") from None
+        raise InvalidRequest(f"the body did not arrive within {settings.body_seconds:g} s") from None
 
 
 def decode_json(body: bytes, kind: Any) -> Any:
-    """Return JSON as a value of a type, strictly: no NaN, no infinity, no key twice, no abyss of brackets.
+    """Decode strict JSON into a type. NaN, infinity, duplicate keys and deep nesting are refused.
 
-    A whole number may be written as one with a fraction of nothing: JSON knows no difference.
+    A float without a fraction, such as ``3.0``, is accepted for an integer: JSON makes no difference.
 
     Raises:
-        InvalidRequest, InvalidParameter: it is not that; a parameter is named where one is at fault.
+        InvalidRequest: the body is not JSON, or not of that type.
+        InvalidParameter: one parameter, which is named, is at fault.
     """
     try:
         text = body.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_no_constant)
-        _shallow(value)
-        if SURROGATE.search(text):  # halves of a character are no text: nothing can be done with them
+        value = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_float=_parse_float, parse_constant=_refuse_constant
+        )
+        _check_depth(value)
+        if SURROGATE.search(text):  # lone surrogates cannot be encoded as text
             json.dumps(value, ensure_ascii=False).encode()
         return fit(value, kind)
     except RecursionError:
-        raise InvalidRequest(f"the body is nested deeper than {DEPTH}") from None
+        raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels") from None
     except UnicodeError:
-        raise InvalidRequest("the body is not JSON: it is no valid UTF-8, or has half a character") from None
+        raise InvalidRequest("the body is not JSON: it is not valid UTF-8, or has a lone surrogate") from None
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 
 
 def decode_json_fast(body: bytes, kind: Any) -> Any:
-    """Do the same at a tenth of the cost, for a type without ``Any``, whose depth is its own, and from our own clients.
+    """Decode JSON into a type at a tenth of the cost of ``decode_json``, for messages from our own programs.
 
-    It takes a key that stands twice, and no whole number that is written as one with a fraction of nothing.
+    The type must not contain ``Any``, so that it limits the depth itself. Duplicate keys are accepted, and a float
+    is not accepted for an integer.
+
+    Raises:
+        InvalidRequest: the body is not JSON, or not of that type.
+        InvalidParameter: one parameter, which is named, is at fault.
     """
     try:
         return _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
-        raise _misfit(str(error)) from None
-    except RecursionError:  # in what it skips
-        raise InvalidRequest("the body is nested too deep") from None
+        raise _conversion_error(str(error)) from None
+    except RecursionError:  # in a value that is skipped
+        raise InvalidRequest("the body is nested too deeply") from None
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 
@@ -104,53 +118,54 @@ def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """Return what JSON was decoded to as a value of a type.
+    """Convert decoded JSON into a type.
 
     Raises:
-        InvalidRequest, InvalidParameter: it is not of that type.
+        InvalidRequest: it is not of that type.
+        InvalidParameter: one parameter, which is named, is at fault.
     """
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _misfit(str(error)) from None
+        raise _conversion_error(str(error)) from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return found
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return result
 
 
-def _number(written: str) -> float:
-    value = float(written)
+def _parse_float(text: str) -> float:
+    value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{written:.40} is too large a number")
-    return int(value) if value.is_integer() and abs(value) < EXACT else value
+        raise ValueError(f"the number {text:.40} is too large")
+    return int(value) if value.is_integer() and abs(value) < MAX_EXACT_FLOAT else value
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _shallow(value: Any) -> None:
+def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [
-            inner
-            for each in level
-            if isinstance(each, dict | list)
-            for inner in (each.values() if isinstance(each, dict) else each)
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
         ]
         if not level:
             return
     raise RecursionError
 
 
-def _misfit(message: str) -> InvalidRequest:
-    found = re.fullmatch(r"(.*) - at `\$\.?(.*?)`", message, re.S)
-    if found and found[2]:
-        return InvalidParameter(found[2], found[1])
+def _conversion_error(message: str) -> InvalidRequest:
+    match = re.fullmatch(r"(.*) - at `\$\.?(.*?)`", message, re.S)
+    if match and match[2]:
+        return InvalidParameter(match[2], match[1])
     if missing := re.fullmatch(r"Object missing required field `(.*?)`.*", message):
         return InvalidParameter(missing[1], "is missing")
-    return InvalidRequest(found[1] if found else message)
+    return InvalidRequest(match[1] if match else message)

@@ -1,11 +1,11 @@
-"""API keys: who may ask, and how much.
+"""API keys: who may use the server, and how much.
 
-A key is never kept: only its SHA-256 is, in the file as in memory. The file is JSON,
+Keys are stored only as SHA-256 digests, in the file and in memory. The file is JSON:
 
     {"keys": [{"name": "anna", "sha256": "…", "requests_per_minute": 60, "tokens_per_minute": 20000,
                "concurrent": 4, "priority": 0, "admin": false}, …]}
 
-of which all but the first two may be left out. Knows keys and limits. Does not know HTTP.
+Only ``name`` and ``sha256`` are required. This module does not know HTTP.
 """
 
 from __future__ import annotations
@@ -23,55 +23,55 @@ from typing import Any
 
 from moesaic.errors import InvalidRequest, KeyExhausted, Unauthorized
 
-LONGEST = 256
-"""Bytes of a key; longer ones are not even hashed."""
+MAX_KEY_BYTES = 256
+"""Longer keys are refused without hashing them."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key's owner and limits; None: no limit."""
+    """A key: its owner and limits. None means no limit."""
 
     name: str
     sha256: str
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
-    """Of prompts and answers together."""
+    """Tokens of prompts and answers together."""
     concurrent: int | None = None
-    """Requests at the same time."""
+    """Requests in progress at the same time."""
     priority: int = 0
-    """The lower number goes first."""
+    """Added to the priority of each request; requests with a lower number are scheduled first."""
     admin: bool = False
     worker: bool = False
-    """Whether it is a worker's: such a key opens a gateway's routes for workers, and no other."""
+    """Whether the key is a worker's: it opens a gateway's routes for workers and no others."""
     models: tuple[str, ...] = ()
-    """Of a worker's key: the models that it may offer; (): any."""
+    """Models that the holder of a worker's key may offer; empty: any."""
 
 
 ENVIRONMENT = "environment-"
-"""What the names of keys from the environment begin with."""
-NOBODY = Key("", "")
-"""Who asks where no keys are wanted."""
+"""Prefix of the names of keys from the environment."""
+ANONYMOUS = Key("", "")
+"""The key of every request on a server without keys."""
 
 
 class Bucket:
-    """Tokens that drip in at ``per_minute``, up to one minute's worth."""
+    """A token bucket: it refills at ``per_minute`` and holds at most one minute's worth."""
 
     def __init__(self, per_minute: int, now: float) -> None:
-        self.rate, self.most, self.left, self.at = per_minute / 60, float(per_minute), float(per_minute), now
+        self.rate, self.capacity, self.left, self.at = per_minute / 60, float(per_minute), float(per_minute), now
 
     def wait(self, now: float) -> float:
-        """Return in how many seconds there is something to take; 0: now."""
-        self.left = min(self.most, self.left + (now - self.at) * self.rate)
+        """Return the seconds until at least one token is there; 0: now."""
+        self.left = min(self.capacity, self.left + (now - self.at) * self.rate)
         self.at = now
         return 0.0 if self.left >= 1 else (1 - self.left) / self.rate
 
     def take(self, count: float) -> None:
-        """Take so much, even if there is less: what a request costs is known only at its end."""
+        """Take tokens, even more than there are: the cost of a request is known only at its end."""
         self.left -= count
 
 
 class Keys:
-    """The keys that are let in. Without any at the start everybody is; after that, whoever has one of the newest."""
+    """The accepted keys and their use. A server that starts without keys is open and stays open."""
 
     def __init__(
         self,
@@ -81,17 +81,17 @@ class Keys:
         wanted: bool = False,
         source: Callable[[], tuple[Key, ...]] | None = None,
     ) -> None:
-        """Let in these.
+        """Accept these keys.
 
         Args:
-            keys: who is let in.
-            clock: seconds.
-            wanted: a key is needed even if there is none yet.
-            source: reads them again; None: they stay as they are.
+            keys: the accepted keys.
+            clock: monotonic time in seconds.
+            wanted: require a key even if there is none yet.
+            source: reads the keys again on ``reload``; None: they do not change.
         """
         self._source = source
         self.wanted = wanted or bool(keys)
-        """Whether a key is needed at all. Stays as it is: the last key's end must not open the door to all."""
+        """Whether a key is required. It never changes: removing the last key must not open the server."""
         self._clock = clock
         self._running: dict[str, int] = {}
         self._requests: dict[str, Bucket] = {}
@@ -100,94 +100,94 @@ class Keys:
         self.replace(keys)
 
     def replace(self, keys: tuple[Key, ...]) -> None:
-        """Let in these from now on; what is running goes on, and nobody's share is filled up by it."""
+        """Accept these keys from now on. Running requests continue, and used limits stay used."""
         self._by_digest = {bytes.fromhex(key.sha256): key for key in keys}
         self._requests = self._buckets(self._requests, {key.name: key.requests_per_minute for key in keys})
         self._tokens = self._buckets(self._tokens, {key.name: key.tokens_per_minute for key in keys})
 
     @property
-    def known(self) -> tuple[Key, ...]:
-        """Whose keys are let in."""
+    def accepted(self) -> tuple[Key, ...]:
+        """Return the accepted keys."""
         return tuple(self._by_digest.values())
 
     def reload(self) -> None:
-        """Read the keys again.
+        """Read the keys again from their source.
 
         Raises:
-            InvalidRequest: they cannot be read; all stays as it was.
+            InvalidRequest: they cannot be read; the accepted keys stay as they were.
         """
         if self._source is not None:
             self.replace(self._source())
 
-    def _buckets(self, known: Mapping[str, Bucket], rates: Mapping[str, int | None]) -> dict[str, Bucket]:
-        out = {}
+    def _buckets(self, current: Mapping[str, Bucket], rates: Mapping[str, int | None]) -> dict[str, Bucket]:
+        buckets = {}
         for name, rate in rates.items():
             if rate:
-                same = name in known and known[name].most == rate
-                out[name] = known[name] if same else Bucket(rate, self._clock())
-        return out
+                unchanged = name in current and current[name].capacity == rate
+                buckets[name] = current[name] if unchanged else Bucket(rate, self._clock())
+        return buckets
 
-    def owner(self, given: bytes | None) -> Key:
-        """Return whose key this is.
+    def owner(self, secret: bytes | None) -> Key:
+        """Return the accepted key with this secret.
 
         Raises:
-            Unauthorized: it is nobody's.
+            Unauthorized: no accepted key has it.
         """
         if not self.wanted:
-            return NOBODY
-        if given and len(given) <= LONGEST:
-            digest = hashlib.sha256(given).digest()
-            found = None
-            for known, key in self._by_digest.items():  # all of them, whichever it is
-                if hmac.compare_digest(known, digest):
-                    found = key
-            if found:
-                return found
-        raise Unauthorized("a valid API key is needed: send it as `Authorization: Bearer KEY`")
+            return ANONYMOUS
+        if secret and len(secret) <= MAX_KEY_BYTES:
+            digest = hashlib.sha256(secret).digest()
+            match = None
+            for accepted, key in self._by_digest.items():  # always all of them, so that the time tells nothing
+                if hmac.compare_digest(accepted, digest):
+                    match = key
+            if match:
+                return match
+        raise Unauthorized("a valid API key is required: send it as `Authorization: Bearer KEY`")
 
     def current(self, sha256: str) -> Key | None:
-        """Return the key of that digest as it is now; None if it is not let in any more."""
+        """Return the accepted key with this digest, with its current limits; None if it is not accepted any more."""
         return self._by_digest.get(bytes.fromhex(sha256))
 
     def begin(self, key: Key) -> None:
-        """Count a request as running.
+        """Count a request as started.
 
         Raises:
-            KeyExhausted: the key's share is used up.
+            KeyExhausted: a limit of the key is used up.
         """
         now = self._clock()
         if key.concurrent is not None and self._running.get(key.name, 0) >= key.concurrent:
-            raise KeyExhausted(f"this key may run {key.concurrent} requests at a time", 1.0)
+            raise KeyExhausted(f"this key's limit of {key.concurrent} concurrent requests is reached", 1.0)
         for bucket, what in ((self._requests.get(key.name), "requests"), (self._tokens.get(key.name), "tokens")):
             wait = bucket.wait(now) if bucket else 0.0
             if bucket and wait:
-                raise KeyExhausted(f"this key's {what} of this minute are used up ({bucket.most:.0f})", wait)
+                raise KeyExhausted(f"this key's limit of {bucket.capacity:.0f} {what} per minute is used up", wait)
         if requests := self._requests.get(key.name):
             requests.take(1)
         self._running[key.name] = self._running.get(key.name, 0) + 1
 
     def end(self, key: Key, tokens: int) -> None:
-        """Count a request as done, which cost so many tokens."""
+        """Count a request as ended, and charge its tokens."""
         left = self._running.pop(key.name, 0) - 1
         if left > 0:
             self._running[key.name] = left
         self.charge(key, tokens)
 
     def charge(self, key: Key, tokens: int) -> None:
-        """Take what a request has cost from its key's share."""
+        """Charge tokens to a key's limit."""
         if bucket := self._tokens.get(key.name):
             bucket.wait(self._clock())
             bucket.take(tokens)
 
 
 def new(name: str, **limits: Any) -> tuple[str, Key]:
-    """Return a new key, to be shown once, and what is kept of it."""
-    written = f"msc-{secrets.token_urlsafe(32)}"
-    return written, Key(name, digest(written), **limits)
+    """Return a new secret, which is shown once, and the key that is stored for it."""
+    secret = f"msc-{secrets.token_urlsafe(32)}"
+    return secret, Key(name, digest(secret), **limits)
 
 
 def digest(key: str) -> str:
-    """Return what is kept of a key."""
+    """Return the SHA-256 digest of a secret, in hexadecimal."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -195,25 +195,25 @@ def read(path: Path) -> tuple[Key, ...]:
     """Return the keys in a file.
 
     Raises:
-        InvalidRequest: it cannot be read or is not what is expected; the message never quotes it.
+        InvalidRequest: the file cannot be read or is malformed. The message never quotes its content.
     """
     try:
-        listed = json.loads(path.read_bytes())["keys"]
-        keys = tuple(_key(each) for each in listed)
+        entries = json.loads(path.read_bytes())["keys"]
+        keys = tuple(_key(entry) for entry in entries)
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidRequest(f"{path}: is no file of keys; `moesaic keys add` makes one") from error
+        raise InvalidRequest(f"{path}: not a key file; `moesaic keys add` creates one") from error
     if len({key.name for key in keys}) < len(keys):
         raise InvalidRequest(f"{path}: two keys have the same name")
     if any(key.name.startswith(ENVIRONMENT) for key in keys):
-        raise InvalidRequest(f"{path}: names that begin with {ENVIRONMENT!r} are those of MOESAIC_API_KEYS")
+        raise InvalidRequest(f"{path}: names that begin with {ENVIRONMENT!r} are reserved for MOESAIC_API_KEYS")
     return keys
 
 
 def _key(entry: Mapping[str, Any]) -> Key:
-    known = {field.name for field in fields(Key)}
-    if entry.keys() - known or len(bytes.fromhex(entry["sha256"])) != 32 or not _is_name(entry["name"]):
+    names = {field.name for field in fields(Key)}
+    if entry.keys() - names or len(bytes.fromhex(entry["sha256"])) != 32 or not _is_name(entry["name"]):
         raise ValueError("unknown field, or no name")
     if type(entry.get("priority", 0)) is not int or any(
         type(entry.get(n, False)) is not bool for n in ("admin", "worker")
@@ -229,25 +229,25 @@ def _key(entry: Mapping[str, Any]) -> Key:
     return Key(**{**entry, "models": tuple(models)})
 
 
-def _is_name(given: object) -> bool:
-    return isinstance(given, str) and 0 < len(given) <= 128 and given.isprintable()
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 128 and value.isprintable()
 
 
 def write(path: Path, keys: tuple[Key, ...]) -> None:
-    """Write keys so that nobody else can read them, and the old file is there until the new one is whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a key file that only its owner can read. The old file stays until the new one is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     content = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
     try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(content + "\n")
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def from_environment(value: str) -> tuple[Key, ...]:
-    """Return the keys that are listed, parted by commas, in a variable of the environment."""
-    listed = [each.strip() for each in value.split(",") if each.strip()]
-    return tuple(Key(f"{ENVIRONMENT}{place}", digest(each)) for place, each in enumerate(listed, 1))
+    """Return the keys in an environment variable, where they are separated by commas."""
+    secrets_given = [text.strip() for text in value.split(",") if text.strip()]
+    return tuple(Key(f"{ENVIRONMENT}{number}", digest(secret)) for number, secret in enumerate(secrets_given, 1))

@@ -1,6 +1,6 @@
-"""What a server writes about itself: one line of JSON for each event, or one that is pleasant to read.
+"""The server's log: one line for each event, as JSON or as readable text.
 
-Prompts, answers and keys are never in it; control characters in what clients send cannot make a new line.
+Prompts, answers and keys are never logged. Control characters in client data are escaped, so they cannot forge a line.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import sys
 import time
 import traceback
 
-FRAMES = 30
-"""Of a trace, the innermost."""
-USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+MAX_TRACE_FRAMES = 30
+"""Innermost frames of a trace that are logged."""
+STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-class Lines(logging.Formatter):
-    """Formats records as JSON."""
+class JSONFormatter(logging.Formatter):
+    """Formats a log record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        extra = {name: value for name, value in vars(record).items() if name not in USUAL}
+        extra = {name: value for name, value in vars(record).items() if name not in STANDARD_FIELDS}
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         entry = {"time": f"{at}.{record.msecs:03.0f}Z", "level": record.levelname.lower(), "event": record.getMessage()}
         entry |= extra
@@ -29,26 +29,29 @@ class Lines(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
-class Readable(logging.Formatter):
-    """Formats records for a person."""
+class TextFormatter(logging.Formatter):
+    """Formats a log record as one readable line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        extra = " ".join(f"{name}={value!r}" for name, value in vars(record).items() if name not in USUAL)
+        extra = " ".join(f"{name}={value!r}" for name, value in vars(record).items() if name not in STANDARD_FIELDS)
         line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()!r:.400} {extra}"
         return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
 
 
 def trace(error: BaseException) -> dict[str, object]:
-    """Return where an error came from, for a record. What it says is left out: it may quote a prompt."""
-    frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
-    return {"error": type(error).__name__, "trace": [f"{each.filename}:{each.lineno} {each.name}" for each in frames]}
+    """Return an error's type and stack for a log record. Its message is left out: it may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)[-MAX_TRACE_FRAMES:]
+    return {
+        "error": type(error).__name__,
+        "trace": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
+    }
 
 
 def set_up(level: str = "info", *, as_json: bool = True) -> None:
-    """Send our own records, and the server library's warnings, to standard error."""
+    """Log our own records, and uvicorn's warnings, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines() if as_json else Readable())
-    for name, least in (("moesaic", level.upper()), ("uvicorn.error", "WARNING")):
+    handler.setFormatter(JSONFormatter() if as_json else TextFormatter())
+    for name, minimum in (("moesaic", level.upper()), ("uvicorn.error", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(least)
+        logger.setLevel(minimum)

@@ -1,16 +1,15 @@
-"""Counts and times what passes: one ``Watch`` for each request, one ``Metrics`` for the server.
+"""Prometheus metrics: ``Metrics`` of the server, and ``RequestMetrics`` of each generation.
 
-The names are ours (``moesaic_``), and those that dashboards made for vLLM (``vllm:``) and for TGI (``tgi_``) expect.
-Knows events and clocks. Does not know HTTP, and sees no text.
+Metrics have our own names (``moesaic_``), and those that dashboards for vLLM (``vllm:``) and TGI (``tgi_``) expect.
+This module does not know HTTP and never sees text.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -20,84 +19,156 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
-from moesaic.backend import Event, Finished, GenerationRequest, ModelStats, PromptDone, ResponseStream, join
-from moesaic.errors import Cancelled, MoesaicError, TimedOut, Unavailable
-from moesaic.serve.deadline import Deadline, DeadlineExceeded
-from moesaic.serve.settings import Settings
+from moesaic.backend import Event, Finished, GenerationRequest, ModelStats, PromptDone
+from moesaic.errors import Cancelled, MoesaicError
 
 if TYPE_CHECKING:
     from moesaic.serve.tracing import Span
 
-FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
-WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0)
-TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
-TGI_SECONDS = tuple(0.0001 * 1.5**n for n in range(1, 36))
+FIRST_TOKEN_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+TOKEN_GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+REQUEST_BUCKETS = (
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+)
+TOKEN_COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
+TGI_BUCKETS = tuple(0.0001 * 1.5**n for n in range(1, 36))
 
-FAILURES = {429: "overloaded", 503: "overloaded", 500: "generation", 504: "incomplete", 499: "dropped"}
-"""TGI's words for what went wrong, by status; all else is ``validation``."""
+TGI_FAILURE_LABELS = {429: "overloaded", 503: "overloaded", 500: "generation", 504: "incomplete", 499: "dropped"}
+"""TGI's label of a failed request, by status; the default is ``validation``."""
 
 
 class LatencyHistogram:
-    """A histogram of the seconds between tokens, which takes many at once: there is one for every token."""
+    """Histogram of the seconds between tokens. It adds many equal values at once, since every token has one."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        """All of them together."""
-        self._counts = [0] * (len(BETWEEN) + 1)
+        """Sum of all values."""
+        self._counts = [0] * (len(TOKEN_GAP_BUCKETS) + 1)
 
     def add(self, seconds: float, count: int) -> None:
-        """Enter so many of the same length."""
-        self._counts[bisect_left(BETWEEN, seconds)] += count
+        """Add ``count`` values of this length."""
+        self._counts[bisect_left(TOKEN_GAP_BUCKETS, seconds)] += count
         self.seconds += seconds * count
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Return upper bounds, and how many gaps are not longer."""
-        return list(zip(map(floatToGoString, (*BETWEEN, math.inf)), accumulate(self._counts), strict=True))
+        """Return the upper bounds, and the number of values up to each."""
+        return list(zip(map(floatToGoString, (*TOKEN_GAP_BUCKETS, math.inf)), accumulate(self._counts), strict=True))
 
 
 class Metrics:
-    """The server's figures, as Prometheus reads them."""
+    """The metrics of a server, as a Prometheus collector."""
 
     def __init__(
-        self, load: Callable[[], Mapping[str, ModelStats]], more: Callable[[], Iterable[Metric]] = tuple
+        self, stats: Callable[[], Mapping[str, ModelStats]], more: Callable[[], Iterable[Metric]] = tuple
     ) -> None:
-        """Begin at nothing.
+        """Start with all metrics at zero.
 
         Args:
-            load: how busy the models are.
-            more: what else there is to show, asked when somebody looks.
+            stats: returns the models' statistics; called for every scrape.
+            more: returns further metrics; called for every scrape.
         """
         self.registry = CollectorRegistry()
-        self._load, self._more = load, more
+        self._stats, self._more = stats, more
         self._labelled: dict[tuple[int, str], list[Histogram]] = {}
         self._tgi: dict[tuple[str, str], float] = {}
         model = ("model_name",)
-        self.requests = self._counter("moesaic_http_requests", "Requests.", ("method", "path", "status"))
-        self.begun = self._counter("moesaic_request_begun", "Requests to models.", model)
-        self.ended = self._counter("moesaic_request_ended", "How they ended.", ("model_name", "reason"))
-        self.success = self._counter("vllm:request_success", "As vLLM has it.", ("model_name", "finished_reason"))
-        self.first = self._both("time_to_first_token_seconds", "Until the first token.", FIRST, model)
-        self.between: dict[str, LatencyHistogram] = {}
-        self.per_token = self._both("request_time_per_output_token_seconds", "Mean per token.", BETWEEN, model)
-        self.per_token += self._histograms("vllm:time_per_output_token_seconds", "Its older name.", BETWEEN, model)
-        self.per_token += self._histograms("tgi_request_mean_time_per_token_duration", "TGI's.", TGI_SECONDS, ())
-        self.whole = self._both("e2e_request_latency_seconds", "Whole requests.", WHOLE, model)
-        self.whole += self._histograms("tgi_request_duration", "TGI's.", TGI_SECONDS, ())
-        self.queue = self._both("request_queue_time_seconds", "Until the prompt was read.", WHOLE, model)
-        self.queue += self._histograms("tgi_request_queue_duration", "TGI's.", TGI_SECONDS, ())
-        self.inference = self._both("request_inference_time_seconds", "From then on.", WHOLE, model)
-        self.inference += self._histograms("tgi_request_inference_duration", "TGI's.", TGI_SECONDS, ())
-        self.decoding = self._both("request_decode_time_seconds", "From first to last token.", WHOLE, model)
-        self.prompt = self._both("request_prompt_tokens", "Tokens of prompts.", TOKENS, model)
-        self.prompt += self._histograms("tgi_request_input_length", "TGI's.", TOKENS, ())
-        self.generated = self._both("request_generation_tokens", "Tokens of answers.", TOKENS, model)
-        self.generated += self._histograms("tgi_request_generated_tokens", "TGI's.", TOKENS, ())
-        self.most = self._both("request_params_max_tokens", "The most tokens asked for.", TOKENS, model)
-        self.most += self._histograms("vllm:request_max_num_generation_tokens", "As vLLM has it.", TOKENS, model)
-        self.most += self._histograms("tgi_request_max_new_tokens", "TGI's.", TOKENS, ())
-        self.answers = self._both("request_params_n", "Answers asked for.", (1, 2, 5, 10, 20), model)
-        self.validation = self._histograms("tgi_request_validation_duration", "TGI's.", TGI_SECONDS, ())
+        self.requests = self._counter("moesaic_http_requests", "HTTP requests.", ("method", "path", "status"))
+        self.started = self._counter("moesaic_request_begun", "Generation requests that began.", model)
+        self.ended = self._counter(
+            "moesaic_request_ended", "Generation requests that ended, by reason.", ("model_name", "reason")
+        )
+        self.success = self._counter(
+            "vllm:request_success", "Same metric under vLLM's name.", ("model_name", "finished_reason")
+        )
+        self.first_token = self._both(
+            "time_to_first_token_seconds", "Seconds until the first token.", FIRST_TOKEN_BUCKETS, model
+        )
+        self.token_gaps: dict[str, LatencyHistogram] = {}
+        self.per_token = self._both(
+            "request_time_per_output_token_seconds", "Mean seconds per token of a request.", TOKEN_GAP_BUCKETS, model
+        )
+        self.per_token += self._histograms(
+            "vllm:time_per_output_token_seconds", "Same metric under vLLM's older name.", TOKEN_GAP_BUCKETS, model
+        )
+        self.per_token += self._histograms(
+            "tgi_request_mean_time_per_token_duration", "Same metric under TGI's name.", TGI_BUCKETS, ()
+        )
+        self.latency = self._both("e2e_request_latency_seconds", "Seconds of a whole request.", REQUEST_BUCKETS, model)
+        self.latency += self._histograms("tgi_request_duration", "Same metric under TGI's name.", TGI_BUCKETS, ())
+        self.queue_time = self._both(
+            "request_queue_time_seconds", "Seconds until the prompt was read.", REQUEST_BUCKETS, model
+        )
+        self.queue_time += self._histograms(
+            "tgi_request_queue_duration", "Same metric under TGI's name.", TGI_BUCKETS, ()
+        )
+        self.inference_time = self._both(
+            "request_inference_time_seconds", "Seconds from the prompt to the end.", REQUEST_BUCKETS, model
+        )
+        self.inference_time += self._histograms(
+            "tgi_request_inference_duration", "Same metric under TGI's name.", TGI_BUCKETS, ()
+        )
+        self.decode = self._both(
+            "request_decode_time_seconds", "Seconds from the first to the last token.", REQUEST_BUCKETS, model
+        )
+        self.prompt_tokens = self._both("request_prompt_tokens", "Tokens per prompt.", TOKEN_COUNT_BUCKETS, model)
+        self.prompt_tokens += self._histograms(
+            "tgi_request_input_length", "Same metric under TGI's name.", TOKEN_COUNT_BUCKETS, ()
+        )
+        self.generated_tokens = self._both(
+            "request_generation_tokens", "Tokens per answer.", TOKEN_COUNT_BUCKETS, model
+        )
+        self.generated_tokens += self._histograms(
+            "tgi_request_generated_tokens", "Same metric under TGI's name.", TOKEN_COUNT_BUCKETS, ()
+        )
+        self.max_tokens = self._both("request_params_max_tokens", "Value of max_tokens.", TOKEN_COUNT_BUCKETS, model)
+        self.max_tokens += self._histograms(
+            "vllm:request_max_num_generation_tokens", "Same metric under vLLM's name.", TOKEN_COUNT_BUCKETS, model
+        )
+        self.max_tokens += self._histograms(
+            "tgi_request_max_new_tokens", "Same metric under TGI's name.", TOKEN_COUNT_BUCKETS, ()
+        )
+        self.answers = self._both("request_params_n", "Value of n.", (1, 2, 5, 10, 20), model)
+        self.validation = self._histograms(
+            "tgi_request_validation_duration", "Same metric under TGI's name.", TGI_BUCKETS, ()
+        )
         self.registry.register(self)
 
     def _counter(self, name: str, about: str, labels: Iterable[str]) -> Counter:
@@ -108,15 +179,15 @@ class Metrics:
 
     def _both(self, name: str, about: str, buckets: Iterable[float], labels: Iterable[str]) -> list[Histogram]:
         ours = self._histograms(f"moesaic_{name}", about, buckets, labels)
-        return ours + self._histograms(f"vllm:{name}", "As vLLM has it.", buckets, labels)
+        return ours + self._histograms(f"vllm:{name}", "Same metric under vLLM's name.", buckets, labels)
 
     def observe(self, histograms: list[Histogram], model: str, value: float) -> None:
-        """Enter a value under all the names that it has."""
-        for each in self._children(id(histograms), model, histograms):
-            each.observe(value)
+        """Observe a value in all histograms of one metric."""
+        for histogram in self._children(id(histograms), model, histograms):
+            histogram.observe(value)
 
     def _children(self, key: int, model: str, histograms: list[Histogram]) -> list[Histogram]:
-        """Return the histograms of a model; looked up once, as this happens for every token."""
+        """Return the histograms with a model's label. They are looked up once, since this happens for every token."""
         found = self._labelled.get((key, model))
         if found is None:
             found = [each.labels(model) if each._labelnames else each for each in histograms]
@@ -124,45 +195,45 @@ class Metrics:
         return found
 
     def count_tgi(self, name: str, label: str = "") -> None:
-        """Count under a name of TGI's, whose counters lack the suffix that Prometheus' library puts behind all."""
+        """Count under one of TGI's names, which lack the ``_total`` that the Prometheus library appends."""
         self._tgi[name, label] = self._tgi.get((name, label), 0) + 1
 
     def collect(self) -> Iterable[Metric]:
-        """Yield what the models say of themselves, asked when somebody looks."""
+        """Yield the metrics that are computed for each scrape."""
         gauges = {
-            "num_requests_running": lambda load: load.running,
-            "num_requests_waiting": lambda load: load.waiting,
+            "num_requests_running": lambda entry: entry.running,
+            "num_requests_waiting": lambda entry: entry.waiting,
             "num_requests_swapped": lambda _: 0,
-            "kv_cache_usage_perc": _used,
-            "gpu_cache_usage_perc": _used,
+            "kv_cache_usage_perc": _cache_usage,
+            "gpu_cache_usage_perc": _cache_usage,
         }
-        loads = self._load()
+        stats = self._stats()
         for prefix in ("moesaic_", "vllm:"):
             for name, read in gauges.items():
-                family = GaugeMetricFamily(prefix + name, "Now.", labels=("model_name",))
-                for model, load in loads.items():
-                    family.add_metric((model,), read(load))
+                family = GaugeMetricFamily(prefix + name, "Current value.", labels=("model_name",))
+                for model, entry in stats.items():
+                    family.add_metric((model,), read(entry))
                 yield family
-            yield from self._totals(prefix, loads)
+            yield from self._totals(prefix, stats)
         for name, value in (
-            ("tgi_queue_size", sum(load.waiting for load in loads.values())),
-            ("tgi_batch_current_size", sum(load.running for load in loads.values())),
+            ("tgi_queue_size", sum(entry.waiting for entry in stats.values())),
+            ("tgi_batch_current_size", sum(entry.running for entry in stats.values())),
         ):
-            yield GaugeMetricFamily(name, "TGI's.", value=value)
+            yield GaugeMetricFamily(name, "Same metric under TGI's name.", value=value)
         for name in sorted({name for name, _ in self._tgi} | {"tgi_request_count", "tgi_request_success"}):
-            untyped = Metric(name, "TGI's.", "unknown")
+            untyped = Metric(name, "Same metric under TGI's name.", "unknown")
             mine = {label: value for (each, label), value in self._tgi.items() if each == name} or {"": 0.0}
             for label, count in mine.items():
                 untyped.add_sample(name, {"err": label} if label else {}, count)
             yield untyped
-        for prefix, about in (("moesaic_", "Between tokens."), ("vllm:", "As vLLM has it.")):
+        for prefix, about in (("moesaic_", "Seconds between tokens."), ("vllm:", "Same metric under vLLM's name.")):
             between = HistogramMetricFamily(prefix + "inter_token_latency_seconds", about, labels=("model_name",))
-            for model, gaps in self.between.items():
+            for model, gaps in self.token_gaps.items():
                 between.add_metric((model,), gaps.buckets(), gaps.seconds)
             yield between
         yield from self._more()
 
-    def _totals(self, prefix: str, loads: Mapping[str, ModelStats]) -> Iterable[Metric]:
+    def _totals(self, prefix: str, stats: Mapping[str, ModelStats]) -> Iterable[Metric]:
         for name, field in (
             ("prompt_tokens", "prompt_tokens"),
             ("generation_tokens", "generated_tokens"),
@@ -172,23 +243,23 @@ class Metrics:
             ("numerical_errors", "numerical_errors"),
             ("engine_steps", "steps"),
         ):
-            family = Metric(prefix + name, "Since the start.", "counter")
-            for model, load in loads.items():
-                family.add_sample(f"{prefix}{name}_total", {"model_name": model}, getattr(load, field))
+            family = Metric(prefix + name, "Total since the start.", "counter")
+            for model, entry in stats.items():
+                family.add_sample(f"{prefix}{name}_total", {"model_name": model}, getattr(entry, field))
             yield family
 
     def text(self) -> bytes:
-        """Return everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return bytes(generate_latest(self.registry))
 
 
-def _used(load: ModelStats) -> float:
-    return 1 - load.free_blocks / load.blocks if load.blocks else 0.0
+def _cache_usage(stats: ModelStats) -> float:
+    return 1 - stats.free_blocks / stats.blocks if stats.blocks else 0.0
 
 
 @dataclass(slots=True)
 class AnswerTiming:
-    """How far one answer has come: when its first and its newest token came, and how many there are."""
+    """Times of one answer's first and latest token, on the event loop's clock, and its number of tokens."""
 
     first: float | None = None
     last: float = 0.0
@@ -196,156 +267,109 @@ class AnswerTiming:
 
 
 class RequestMetrics:
-    """One request on its way through the door. It ends once: well, with an error, or because nobody waits any more."""
+    """Records one generation request: counters, latencies, and its trace span. It ends exactly once."""
 
     def __init__(
         self,
         metrics: Metrics,
-        settings: Settings,
         request: GenerationRequest,
-        span: Span | None,
-        done: Callable[[], None],
+        span: Span | None = None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self._metrics, self._settings, self._model, self._span = metrics, settings, request.model, span
+        """Count a request that begins now.
+
+        Args:
+            metrics: the server's metrics.
+            request: what is generated.
+            span: the trace span that ends with the request.
+            on_end: called when the last answer has ended well.
+        """
+        self._metrics, self._model, self._span = metrics, request.model, span
         self._clock = asyncio.get_running_loop().time
-        self._begin = self._clock()
-        self._read: float | None = None  # when the prompt was
+        self._started = self._clock()
+        self._prompt_read_at: float | None = None
         self._answers: dict[int, AnswerTiming] = {}
-        self._open = int(request.sampling.get("n", 1))
-        self._prompt_tokens = self._cached = 0
-        self._done = done
+        self._open_answers = int(request.sampling.get("n", 1))
+        self._prompt_tokens = self._cached_tokens = 0
+        self._on_end = on_end
         self.ended = False
-        metrics.begun.labels(self._model).inc()
+        metrics.started.labels(self._model).inc()
         metrics.count_tgi("tgi_request_count")
-        metrics.observe(metrics.answers, self._model, self._open)
-        if "max_tokens" in request.sampling:
-            metrics.observe(metrics.most, self._model, request.sampling["max_tokens"])
+        metrics.observe(metrics.answers, self._model, self._open_answers)
+        max_tokens = request.sampling.get("max_tokens")
+        if max_tokens is not None:
+            metrics.observe(metrics.max_tokens, self._model, max_tokens)
 
     @property
     def tokens(self) -> int:
-        """What the request has cost until now, prompt and answers; also one that nobody waited for."""
-        return self._prompt_tokens + sum(each.tokens for each in self._answers.values())
+        """Return the tokens used so far, of the prompt and of all answers."""
+        return self._prompt_tokens + sum(answer.tokens for answer in self._answers.values())
 
-    async def admitted(self, asking: Awaitable[ResponseStream]) -> ResponseStream:
-        """Wait until the door has taken the request in.
+    def admitted(self) -> None:
+        """Record that the backend has accepted the request."""
+        self._metrics.observe(self._metrics.validation, self._model, self._clock() - self._started)
 
-        Raises:
-            Unavailable: that took longer than a request may wait.
-        """
-        try:
-            async with asyncio.timeout_at(self._until()) as bound:
-                answers = await asking
-        except TimeoutError:
-            if not bound.expired():
-                raise
-            raise self._late() from None
-        self._metrics.observe(self._metrics.validation, self._model, self._clock() - self._begin)
-        return answers
-
-    async def events(self, answers: ResponseStream) -> AsyncIterator[Event]:
-        """Yield the events, within the time that is allowed. The clock stands still for no one but a slow reader.
-
-        Pieces of an answer that came together are one: each one that is sent costs the engine's cores a moment.
-
-        Raises:
-            Unavailable: the request waited too long for its turn. TimedOut: its answer took too long.
-        """
-        async with contextlib.aclosing(self.batches(answers, joined=True)) as batches:
-            async for batch in batches:
-                for event in batch:
-                    yield event
-
-    async def batches(self, answers: ResponseStream, *, joined: bool = False) -> AsyncGenerator[list[Event]]:
-        """Do the same, with all events together that can be had at once, and pieces as they were unless ``joined``."""
-        source, patience = aiter(answers), Deadline()
-        try:
-            while True:
-                event = await patience.wait(anext(source), self._until())
-                batch = [event, *answers.ready()]
-                if joined and len(batch) > 1:
-                    batch = join(batch)
-                for each in batch:
-                    self._see(each)
-                yield batch
-        except StopAsyncIteration:
-            return
-        except DeadlineExceeded:
-            raise self._late() from None
-        finally:
-            patience.close()
-
-    def _until(self) -> float | None:
-        """Return when patience is at its end."""
-        waits = self._settings.queue_seconds if self._read is None else 0.0
-        bounds = [self._begin + each for each in (waits, self._settings.request_seconds) if each]
-        return min(bounds, default=None)
-
-    def _late(self) -> MoesaicError:
-        queue, whole = self._settings.queue_seconds, self._settings.request_seconds
-        if self._read is None and queue and (not whole or queue <= whole):
-            return Unavailable(f"the request waited {queue:g} s for its turn")
-        return TimedOut(f"the answer took longer than {whole:g} s")
-
-    def _see(self, event: Event) -> None:
+    def record(self, event: Event) -> None:
+        """Record an event of the response."""
         now, metrics = self._clock(), self._metrics
         if isinstance(event, PromptDone):
             self._prompt_tokens = event.prompt_tokens or self._prompt_tokens
-            if self._read is None:
-                self._read = now
-                metrics.observe(metrics.queue, self._model, now - self._begin)
+            if self._prompt_read_at is None:
+                self._prompt_read_at = now
+                metrics.observe(metrics.queue_time, self._model, now - self._started)
             return
         answer = self._answers.setdefault(event.index, AnswerTiming())
         if isinstance(event, Finished):
-            self._end(answer, event, now)
+            self._end_answer(answer, event, now)
         elif event.tokens:
-            self._see_tokens(answer, len(event.tokens), now)
+            self._record_tokens(answer, len(event.tokens), now)
 
-    def _see_tokens(self, answer: AnswerTiming, count: int, now: float) -> None:
-        """Enter tokens that came together: each is as far from the one before as they are on average."""
+    def _record_tokens(self, answer: AnswerTiming, count: int, now: float) -> None:
+        """Record tokens that came together: each gets an equal share of the time since the one before."""
         metrics, gap = self._metrics, (now - answer.last) / count
         answer.tokens += count
         if answer.first is None:
             answer.first, gap, count = now, 0.0, count - 1
-            metrics.observe(metrics.first, self._model, now - self._begin)
-        metrics.between.setdefault(self._model, LatencyHistogram()).add(gap, count)
+            metrics.observe(metrics.first_token, self._model, now - self._started)
+        metrics.token_gaps.setdefault(self._model, LatencyHistogram()).add(gap, count)
         answer.last = now
 
-    def _end(self, answer: AnswerTiming, event: Finished, now: float) -> None:
-        """Enter the end of one answer; the last one's is that of the request."""
+    def _end_answer(self, answer: AnswerTiming, event: Finished, now: float) -> None:
+        """Record the end of one answer; the end of the last one is the end of the request."""
         metrics, model = self._metrics, self._model
         answer.tokens = event.generated_tokens
-        self._prompt_tokens, self._cached = event.prompt_tokens, event.cached_tokens
+        self._prompt_tokens, self._cached_tokens = event.prompt_tokens, event.cached_tokens
         metrics.success.labels(model, "abort" if event.reason == "cancelled" else event.reason).inc()
-        metrics.observe(metrics.generated, model, event.generated_tokens)
+        metrics.observe(metrics.generated_tokens, model, event.generated_tokens)
         if answer.first is not None:
-            metrics.observe(metrics.decoding, model, answer.last - answer.first)
+            metrics.observe(metrics.decode, model, answer.last - answer.first)
             if event.generated_tokens > 1:
-                between = (answer.last - answer.first) / (event.generated_tokens - 1)
-                metrics.observe(metrics.per_token, model, between)
-        self._open -= 1
-        if not self._open:
+                mean = (answer.last - answer.first) / (event.generated_tokens - 1)
+                metrics.observe(metrics.per_token, model, mean)
+        self._open_answers -= 1
+        if not self._open_answers:
             self._finish(event.reason)
             metrics.count_tgi("tgi_request_success")
-            metrics.observe(metrics.whole, model, now - self._begin)
-            metrics.observe(metrics.inference, model, now - (self._read or now))
-            metrics.observe(metrics.prompt, model, event.prompt_tokens)
-            self._done()
+            metrics.observe(metrics.latency, model, now - self._started)
+            metrics.observe(metrics.inference_time, model, now - (self._prompt_read_at or now))
+            metrics.observe(metrics.prompt_tokens, model, event.prompt_tokens)
+            self._on_end()
 
     def close(self, error: BaseException | None) -> None:
-        """Say that nothing more comes, because of ``error`` if that was not the end; None: nobody waits any more."""
+        """Record that nothing more comes: because of ``error``, or, if None, because the client disconnected."""
         if self.ended:
             return
-        error = error or Cancelled("the client left")
-        self._metrics.success.labels(self._model, "abort").inc(self._open)
+        error = error or Cancelled("the client disconnected")
+        self._metrics.success.labels(self._model, "abort").inc(self._open_answers)
         status = error.status if isinstance(error, MoesaicError) else 500
-        self._metrics.count_tgi("tgi_request_failure", FAILURES.get(status, "validation"))
+        self._metrics.count_tgi("tgi_request_failure", TGI_FAILURE_LABELS.get(status, "validation"))
         self._finish("cancelled" if isinstance(error, Cancelled) else type(error).__name__)
 
     def _finish(self, reason: str) -> None:
         self.ended = True
         self._metrics.ended.labels(self._model, reason).inc()
         if self._span:
-            firsts = [each.first for each in self._answers.values() if each.first is not None]
-            generated = sum(each.tokens for each in self._answers.values())
-            first = min(firsts) - self._begin if firsts else None
-            self._span.end(reason, self._prompt_tokens, self._cached, generated, first)
+            first_tokens = [answer.first for answer in self._answers.values() if answer.first is not None]
+            generated = sum(answer.tokens for answer in self._answers.values())
+            first = min(first_tokens) - self._started if first_tokens else None
+            self._span.end(reason, self._prompt_tokens, self._cached_tokens, generated, first)

@@ -1,6 +1,6 @@
-"""Several models behind one door, loaded when they are asked for and unloaded when room is needed.
+"""Several models behind one backend: loaded on demand, unloaded when memory is needed.
 
-Knows names, sizes and who was used when. How a model is loaded is handed in.
+This module knows names, sizes and the order of use. How a model is loaded is passed in.
 """
 
 from __future__ import annotations
@@ -19,116 +19,135 @@ log = logging.getLogger("moesaic.serve")
 
 @dataclass
 class ModelEntry:
-    """A model that can be had: what is known of it, how it is loaded, and how much room it takes."""
+    """A model that can be loaded, and its backend while it is."""
 
-    card: ModelInfo
-    open: Callable[[], Awaitable[Backend]]
+    info: ModelInfo
+    load: Callable[[], Awaitable[Backend]]
     bytes: int = 0
+    """Memory that the loaded model takes: weights in their format, and the key/value cache."""
     backend: Backend | None = None
-    opening: asyncio.Task[Backend] | None = field(default=None, repr=False)
-    used: int = 0
+    loading: asyncio.Task[Backend] | None = field(default=None, repr=False)
+    holds_memory: bool = False
+    """Whether its memory is in use or reserved: from before it is loaded until it is closed."""
+    last_used: int = 0
 
 
 class ModelManager:
-    """See ``backend.Backend``; the first book is the default."""
+    """A ``Backend`` over several models. The first entry is the default model."""
 
-    def __init__(self, books: Sequence[ModelEntry], budget: int | None = None) -> None:
-        """Hold these books.
+    def __init__(self, entries: Sequence[ModelEntry], budget: int | None = None) -> None:
+        """Offer these models.
 
         Args:
-            books: what can be had.
-            budget: the most bytes that loaded models may take; None: no bound.
+            entries: the models.
+            budget: memory in bytes that loaded models may take together; None: no limit. A model that is larger
+                than the budget is loaded alone.
         """
-        self._books = {book.card.name: book for book in books}
-        self._budget, self._turn = budget, 0
+        self._entries = {entry.info.name: entry for entry in entries}
+        self._budget, self._uses = budget, 0
+        self._reserving = asyncio.Lock()
 
     def models(self) -> Sequence[ModelInfo]:
-        return [self._card(book) for book in self._books.values()]
+        return [self._info(entry) for entry in self._entries.values()]
 
-    def _card(self, book: ModelEntry) -> ModelInfo:
-        if book.backend is not None:
-            return replace(book.backend.models()[0], name=book.card.name, aliases=book.card.aliases, state="loaded")
-        return replace(book.card, state="loading") if book.opening else book.card
+    def _info(self, entry: ModelEntry) -> ModelInfo:
+        if entry.backend is not None:
+            loaded = entry.backend.models()[0]
+            return replace(loaded, name=entry.info.name, aliases=entry.info.aliases, state="loaded")
+        return replace(entry.info, state="loading") if entry.loading else entry.info
 
     def stats(self) -> Mapping[str, ModelStats]:
         return {
-            name: next(iter(book.backend.stats().values()))
-            for name, book in self._books.items()
-            if book.backend is not None
+            name: next(iter(entry.backend.stats().values()))
+            for name, entry in self._entries.items()
+            if entry.backend is not None
         }
 
-    def _book(self, name: str) -> ModelEntry:
-        for book in self._books.values():
-            if name == book.card.name or name in book.card.aliases:
-                return book
-        raise NotFound(f"there is no model {name!r:.120}")
+    def _entry(self, name: str) -> ModelEntry:
+        for entry in self._entries.values():
+            if name == entry.info.name or name in entry.info.aliases:
+                return entry
+        raise NotFound(f"unknown model {name!r:.120}; available models: {', '.join(self._entries)}")
 
-    async def open(self, name: str) -> Backend:
-        """Return the model of that name, loaded.
+    async def get(self, name: str) -> Backend:
+        """Return the backend of a model, loaded.
 
         Raises:
-            MoesaicError: it cannot be loaded; or all room is taken by models that are at work.
+            NotFound: there is no such model.
+            MoesaicError: it cannot be loaded, or all memory is taken by models that are busy.
         """
-        book = self._book(name)
-        self._turn += 1
-        book.used = self._turn
-        if book.backend is not None:
-            return book.backend
-        if book.opening is None:
-            book.opening = asyncio.ensure_future(self._open(book))
-        return await asyncio.shield(book.opening)  # whoever leaves does not stop what others wait for
+        entry = self._entry(name)
+        self._uses += 1
+        entry.last_used = self._uses
+        if entry.backend is not None:
+            return entry.backend
+        if entry.loading is None:
+            entry.loading = asyncio.ensure_future(self._load(entry))
+        return await asyncio.shield(entry.loading)  # other requests may be waiting for the same model
 
-    async def _open(self, book: ModelEntry) -> Backend:
+    async def _load(self, entry: ModelEntry) -> Backend:
         try:
-            await self._make_room(book)
-            log.info("loading", extra={"model": book.card.name})
-            book.backend = await book.open()
-            book.card = replace(book.card, state="unloaded")
-            return book.backend
+            await self._reserve(entry)
+            log.info("loading model", extra={"model": entry.info.name})
+            entry.backend = await entry.load()
+            entry.info = replace(entry.info, state="unloaded")
+            return entry.backend
         except MoesaicError:
-            book.card = replace(book.card, state="failed")
+            entry.info = replace(entry.info, state="failed")
             raise
         finally:
-            book.opening = None
+            entry.loading = None
+            entry.holds_memory = entry.backend is not None
 
-    async def _make_room(self, wanted: ModelEntry) -> None:
-        while self._budget is not None:
-            loaded = [book for book in self._books.values() if book.backend is not None]
-            if not loaded or sum(book.bytes for book in loaded) + wanted.bytes <= self._budget:
-                return
-            idle = [book for book in loaded if not _works(book)]
-            if not idle:
-                raise Unavailable("all models in memory are at work, and there is no room for another: try again later")
-            oldest = min(idle, key=lambda book: book.used)
-            log.info("unloading", extra={"model": oldest.card.name})
-            backend, oldest.backend = oldest.backend, None
-            assert backend is not None
-            await backend.close()
+    async def _reserve(self, wanted: ModelEntry) -> None:
+        """Reserve memory for a model, unloading idle models until there is enough, the least recently used first.
+
+        Models that are being loaded or unloaded count as well. Reservations are made one after another.
+
+        Raises:
+            Unavailable: the models that take the memory are busy or being loaded.
+        """
+        async with self._reserving:
+            while self._budget is not None:
+                holders = [entry for entry in self._entries.values() if entry.holds_memory]
+                if not holders or sum(entry.bytes for entry in holders) + wanted.bytes <= self._budget:
+                    break
+                idle = [entry for entry in holders if entry.backend is not None and not _busy(entry.backend)]
+                if not idle:
+                    raise Unavailable("no memory for another model: the loaded models are busy; try again later")
+                await self._unload(min(idle, key=lambda entry: entry.last_used))
+            wanted.holds_memory = True
+
+    async def _unload(self, entry: ModelEntry) -> None:
+        log.info("unloading model", extra={"model": entry.info.name})
+        backend, entry.backend = entry.backend, None
+        assert backend is not None
+        await backend.close()
+        entry.holds_memory = False  # if it was asked for again meanwhile, its reservation waits for the lock
 
     async def generate(self, request: GenerationRequest) -> ResponseStream:
-        return await (await self.open(request.model)).generate(request)
+        return await (await self.get(request.model)).generate(request)
 
     async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
-        return await (await self.open(request.model)).tokenize(request)
+        return await (await self.get(request.model)).tokenize(request)
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
-        return await (await self.open(model)).detokenize(model, ids)
+        return await (await self.get(model)).detokenize(model, ids)
 
     async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        return await (await self.open(model)).embed(model, texts)
+        return await (await self.get(model)).embed(model, texts)
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
-        return await (await self.open(model)).classify(model, texts)
+        return await (await self.get(model)).classify(model, texts)
 
     async def close(self) -> None:
-        for book in self._books.values():
-            if book.opening is not None:
+        for entry in self._entries.values():
+            if entry.loading is not None:
                 with contextlib.suppress(MoesaicError):
-                    await book.opening
-            if book.backend is not None:
-                await book.backend.close()
+                    await entry.loading
+            if entry.backend is not None:
+                await entry.backend.close()
 
 
-def _works(book: ModelEntry) -> bool:
-    assert book.backend is not None
-    return any(load.running + load.waiting for load in book.backend.stats().values())
+def _busy(backend: Backend) -> bool:
+    return any(stats.running + stats.waiting for stats in backend.stats().values())

@@ -1,4 +1,4 @@
-"""The OpenAPI description of the routes, made from the types that really decode the bodies."""
+"""The OpenAPI description of the routes, made from the types that decode the bodies."""
 
 from __future__ import annotations
 
@@ -9,28 +9,42 @@ from typing import Any
 import msgspec
 
 from moesaic import __version__
-from moesaic.serve.exchange import Endpoint
+from moesaic.serve.endpoint import Endpoint
 
-ANSWERS = {
-    200: "The answer; a stream of server-sent events if one was asked for.",
-    400: "What was asked cannot be done as asked.",
-    401: "A valid key is needed.",
-    403: "Not with this key, or not from this page.",
-    404: "There is no such model or route.",
-    405: "The route has other methods.",
+STATUS_DESCRIPTIONS = {
+    200: "The response; server-sent events if a stream was requested.",
+    400: "The request is invalid.",
+    401: "A valid key is required.",
+    403: "The key, or the page's origin, does not allow this.",
+    404: "Unknown model or route.",
+    405: "The route does not support this method.",
     413: "The body is too large.",
     415: "The body is not JSON, or is compressed.",
-    422: "A value is not possible here.",
+    422: "A value is out of range.",
     424: "The model failed.",
-    429: "Too much is asked for: try again after the time in Retry-After.",
-    500: "The model computed something that is no number.",
-    503: "Not ready, or about to stop: try again later.",
-    504: "It took too long.",
+    429: "A limit is reached: try again after the time in Retry-After.",
+    500: "Internal error, or the model computed a value that is not finite.",
+    503: "Not ready, or draining: try again later.",
+    504: "A time limit was exceeded.",
 }
 
 
+class Description:
+    """The OpenAPI description of a server's routes, encoded once."""
+
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self._endpoints = endpoints
+        self._encoded: dict[bool, bytes] = {}
+
+    def as_json(self, *, keys: bool) -> bytes:
+        """Return the description as JSON. ``keys``: whether the server requires one."""
+        if keys not in self._encoded:
+            self._encoded[keys] = msgspec.json.encode(describe(self._endpoints, keys=keys))
+        return self._encoded[keys]
+
+
 def describe(endpoints: Sequence[Endpoint], *, keys: bool) -> dict[str, Any]:
-    """Return the description of all routes; ``keys`` says whether one is needed."""
+    """Return the description of all routes. ``keys``: whether the server requires one."""
     bodies = [each.body for each in endpoints if each.body is not None]
     _, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
     paths: dict[str, Any] = {}
@@ -50,11 +64,11 @@ def describe(endpoints: Sequence[Endpoint], *, keys: bool) -> dict[str, Any]:
 
 
 def _operation(endpoint: Endpoint, path: str, keys: bool) -> dict[str, Any]:
-    answers = {**ANSWERS, **endpoint.statuses}
+    statuses = {**STATUS_DESCRIPTIONS, **endpoint.statuses}
     out: dict[str, Any] = {
         "summary": endpoint.summary,
         "operationId": f"{endpoint.method.lower()}{re.sub(r'[^A-Za-z0-9]+', '_', path)}",
-        "responses": {str(status): {"description": about} for status, about in answers.items()},
+        "responses": {str(status): {"description": about} for status, about in statuses.items()},
     }
     if keys and not endpoint.public:
         out["security"] = [{"bearer": []}, {"x-api-key": []}]

@@ -1,4 +1,4 @@
-"""Whether the engines get on: health is progress, not the existence of a process."""
+"""Whether the server can answer now. An engine is healthy if it makes progress, not if its process exists."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from moesaic.backend import Backend
 
 
 class Readiness:
-    """Remembers when each engine last made a step. Looks when it is asked."""
+    """Remembers when each engine last made a step. It looks only when it is asked."""
 
-    def __init__(self, backend: Backend, stall: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._backend, self._stall, self._clock = backend, stall, clock
-        self._seen: dict[str, tuple[int, float]] = {}
+    def __init__(self, backend: Backend, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Watch a backend; an engine with work and no step for ``stall_seconds`` is stalled."""
+        self._backend, self._stall_seconds, self._clock = backend, stall_seconds, clock
+        self._progress: dict[str, tuple[int, float]] = {}  # model -> its step count, and when that was reached
 
     def why_not(self) -> str | None:
-        """Return why the server is not ready; None: it is."""
+        """Return why the server is not ready; None if it is."""
         now, reasons = self._clock(), []
-        for name, load in self._backend.stats().items():
-            steps, since = self._seen.get(name, (-1, now))
-            if load.steps != steps or not load.running + load.waiting:
-                self._seen[name] = load.steps, now
-            elif now - since >= self._stall:
+        for name, stats in self._backend.stats().items():
+            steps, since = self._progress.get(name, (-1, now))
+            if stats.steps != steps or not stats.running + stats.waiting:
+                self._progress[name] = stats.steps, now
+            elif now - since >= self._stall_seconds:
                 reasons.append(f"stalled: {name}")
-            if not load.alive:
+            if not stats.alive:
                 reasons.append(f"dead: {name}")
-        states = [card.state for card in self._backend.models()]
+        states = [model.state for model in self._backend.models()]
         if states and all(state in ("loading", "failed") for state in states):
             reasons.append(states[0])
         return "; ".join(reasons) or None

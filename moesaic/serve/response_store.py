@@ -1,7 +1,7 @@
-"""Answers that are kept for a while, so that a conversation can go on from one of them.
+"""Responses that are kept in memory for a while, so that a conversation can continue from one of them.
 
-In memory only, and bounded for each owner alone: nobody sees, or pushes out, what another keeps. Knows names
-and sizes. Does not know what an answer is made of.
+Each owner has limits of its own: it can neither read nor evict what another owner keeps. This module does not know
+what a response is made of.
 """
 
 from __future__ import annotations
@@ -18,61 +18,63 @@ from moesaic.errors import NotFound
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """One answer as it was shown, what it answered, and the conversation up to and with it."""
+    """One response as the client saw it, its input items, and the conversation up to and including it."""
 
     shown: Mapping[str, Any]
-    given: Sequence[Mapping[str, Any]]
+    input_items: Sequence[Mapping[str, Any]]
     messages: tuple[Mapping[str, Any], ...]
 
     def size(self) -> int:
-        """Return about how many bytes it takes; what a conversation shares with an earlier one counts again."""
-        return len(msgspec.json.encode((self.shown, self.given, self.messages)))
+        """Return about how many bytes it takes; text shared with an earlier response counts again."""
+        return len(msgspec.json.encode((self.shown, self.input_items, self.messages)))
 
 
 @dataclass
 class TenantResponses:
-    """What one owner keeps, the oldest first."""
+    """The responses of one owner, the oldest first."""
 
     entries: OrderedDict[str, tuple[StoredResponse, int]] = field(default_factory=OrderedDict)
-    bytes: int = 0
+    size: int = 0
+    """Bytes of all entries."""
 
     def drop(self, name: str) -> None:
-        self.bytes -= self.entries.pop(name)[1]
+        """Remove a response."""
+        self.size -= self.entries.pop(name)[1]
 
 
 class ResponseStore:
-    """The answers of everybody; ``owner`` is a key's digest, "" where there are no keys."""
+    """The responses of all owners. ``owner`` is a key's digest, "" on a server without keys."""
 
-    def __init__(self, most: int, bytes: int) -> None:
-        """Keep at most so many answers, and so many bytes, for each owner."""
-        self._most, self._bytes = most, bytes
-        self._shelves: dict[str, TenantResponses] = {}
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        """Keep at most this many responses, and this many bytes, for each owner."""
+        self._max_entries, self._max_bytes = max_entries, max_bytes
+        self._owners: dict[str, TenantResponses] = {}
 
     def put(self, owner: str, name: str, entry: StoredResponse) -> None:
-        """Keep an answer; the oldest ones go if there is no room, itself if it is larger than all room."""
-        shelf = self._shelves.setdefault(owner, TenantResponses())
+        """Keep a response. The oldest ones are evicted to make room, and the new one itself if it is too large."""
+        responses = self._owners.setdefault(owner, TenantResponses())
         size = entry.size()
-        shelf.entries[name] = entry, size
-        shelf.bytes += size
-        while len(shelf.entries) > self._most or shelf.bytes > self._bytes:
-            shelf.drop(next(iter(shelf.entries)))
+        responses.entries[name] = entry, size
+        responses.size += size
+        while len(responses.entries) > self._max_entries or responses.size > self._max_bytes:
+            responses.drop(next(iter(responses.entries)))
 
     def get(self, owner: str, name: str) -> StoredResponse:
-        """Return an answer.
+        """Return a response.
 
         Raises:
-            NotFound: this owner keeps none of that name, or does not any more.
+            NotFound: this owner has no response of that name, or it was evicted.
         """
-        shelf = self._shelves.get(owner)
-        if shelf is None or name not in shelf.entries:
-            raise NotFound(f"there is no response {name!r:.80}, or it is not kept any more")
-        return shelf.entries[name][0]
+        responses = self._owners.get(owner)
+        if responses is None or name not in responses.entries:
+            raise NotFound(f"unknown response {name!r:.80}; it may have been evicted")
+        return responses.entries[name][0]
 
     def drop(self, owner: str, name: str) -> None:
-        """Keep an answer no longer.
+        """Remove a response.
 
         Raises:
-            NotFound: as ``get``.
+            NotFound: this owner has no response of that name, or it was evicted.
         """
         self.get(owner, name)
-        self._shelves[owner].drop(name)
+        self._owners[owner].drop(name)

@@ -1,7 +1,7 @@
-"""The server under the application: its socket, its signals, its end.
+"""The process under the application: sockets, signals and shutdown.
 
-A first SIGTERM or SIGINT drains: what runs is given ``drain_seconds``, what comes is refused with 503; a second
-one ends at once. SIGHUP reads the keys again. What a single connection may do is in ``connection``.
+The first SIGTERM or SIGINT drains: running requests get ``drain_seconds``, new ones are refused with 503. A second
+signal stops at once. SIGHUP reads the keys again. ``connection`` has the limits of a single connection.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import uvicorn
 
 from moesaic.errors import InvalidRequest
 from moesaic.serve.app import App
-from moesaic.serve.connection import LINGER, bounded
-from moesaic.serve.guard import ADMINS
+from moesaic.serve.connection import LINGER_SECONDS, bounded
+from moesaic.serve.guard import ADMIN_ADDRESS
 from moesaic.serve.settings import Settings
 
 log = logging.getLogger("moesaic.serve")
 
 BACKLOG = 1024
-UNREAD = 256 << 10
-"""Bytes that the system keeps for a reader: Linux would take up to 4 MiB for each."""
-FILES = 256
+SEND_BUFFER_BYTES = 256 << 10
+"""Send buffer of a connection in the kernel. Linux would let it grow to 4 MiB for each slow client."""
+OTHER_FILES = 256
 """Open files besides connections."""
 
 
@@ -37,122 +37,134 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, app: App) -> None:
         super().__init__(config)
-        self._app = app
+        self._state, self._settings = app.state, app.services.settings
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._app.stopping or self._loop is None:
-            self.force_exit = self._app.stopping
+        """Drain on the first signal, stop on the second."""
+        if self._state.stopping or self._loop is None:
+            self.force_exit = self._state.stopping
             super().handle_exit(sig, frame)
             return
-        self._app.draining = self._app.stopping = True
-        self._loop.call_soon_threadsafe(self._begin_to_drain)
+        self._state.draining = self._state.stopping = True
+        self._loop.call_soon_threadsafe(self._start_drain)
 
-    def _begin_to_drain(self) -> None:
+    def _start_drain(self) -> None:
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        log.info("draining", extra={"running": self._app.running})
+        log.info("draining", extra={"running": self._state.running})
         loop = asyncio.get_running_loop()
-        until = loop.time() + self._app.settings.drain_seconds
-        while self._app.running and loop.time() < until and not self.should_exit:
+        end = loop.time() + self._settings.drain_seconds
+        while self._state.running and loop.time() < end and not self.should_exit:
             await asyncio.sleep(0.05)
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, as uvicorn does, but let nobody take his time over TLS's handshake."""
+        """Listen as uvicorn does, with a time limit for the TLS handshake."""
         self._loop = asyncio.get_running_loop()
         await self.lifespan.startup()
-        config, settings = self.config, self._app.settings
+        config, settings = self.config, self._settings
         tls: dict[str, Any] = {"ssl": config.ssl}
         if config.ssl:
-            tls |= {"ssl_handshake_timeout": settings.header_seconds, "ssl_shutdown_timeout": LINGER}
-        admins = (ADMINS, settings.admin_port)
+            tls |= {"ssl_handshake_timeout": settings.header_seconds, "ssl_shutdown_timeout": LINGER_SECONDS}
+        admin_listener = (ADMIN_ADDRESS, settings.admin_port)
 
-        def connection() -> asyncio.Protocol:
-            kind: Any = config.http_protocol_class
-            made: asyncio.Protocol = kind(config, self.server_state, self.lifespan.state)
-            return made
+        def make_connection() -> asyncio.Protocol:
+            protocol_class: Any = config.http_protocol_class
+            connection: asyncio.Protocol = protocol_class(config, self.server_state, self.lifespan.state)
+            return connection
 
         self.servers = [
             await self._loop.create_server(
-                connection, sock=each, backlog=BACKLOG, **({} if each.getsockname()[:2] == admins else tls)
+                make_connection,
+                sock=listener,
+                backlog=BACKLOG,
+                **({} if listener.getsockname()[:2] == admin_listener else tls),
             )
-            for each in sockets or ()
+            for listener in sockets or ()
         ]
         self.started = True
 
 
-def prepare(connections: int) -> None:
-    """Let this process have as many files open as there may be connections, and leave no image of its memory behind."""
+def prepare_process(connections: int) -> None:
+    """Raise the limit of open files to what ``connections`` need, and disable core dumps, which would hold prompts."""
     try:
         import resource
     except ImportError:  # Windows
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + FILES
+    wanted = connections + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        if most < wanted:
-            log.warning("too few files may be open for all connections", extra={"open": most, "wanted": wanted})
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        if limit < wanted:
+            log.warning("file limit is too low for all connections", extra={"limit": limit, "wanted": wanted})
 
 
 def bind(settings: Settings) -> socket.socket:
     """Return a listening socket.
 
     Raises:
-        InvalidRequest: the address cannot be had.
+        InvalidRequest: the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)  # connections have it from here
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # accepted connections inherit it
     try:
-        listening.bind((settings.host, settings.port))
-        listening.listen(BACKLOG)
+        listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
-        listening.close()
+        listener.close()
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InvalidRequest(f"cannot listen on {settings.host}:{settings.port}: {why}") from error
-    return listening
+    return listener
 
 
 async def serve(
     app: App,
-    *listening: socket.socket,
+    *listeners: socket.socket,
     certificate: str | None = None,
     private_key: str | None = None,
     reload_keys: Callable[[], None] | None = None,
 ) -> None:
-    """Serve until a signal says to stop; administrators' own port, if it is among these, without TLS.
+    """Serve until a signal says to stop. The administrators' own port, if there is one, has no TLS.
+
+    Args:
+        app: the application.
+        listeners: listening sockets.
+        certificate: path of the TLS certificate; None: no TLS.
+        private_key: path of its key.
+        reload_keys: called on SIGHUP.
 
     Raises:
         InvalidRequest: the certificate or its key cannot be used.
     """
-    config = configured(app, certificate, private_key)
+    config = uvicorn_config(app, certificate, private_key)
     if reload_keys and hasattr(signal, "SIGHUP"):
         with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # not in the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_keys)
-    await Server(config, app).serve(list(listening))
+    await Server(config, app).serve(list(listeners))
 
 
-def configured(app: App, certificate: str | None = None, private_key: str | None = None) -> uvicorn.Config:
-    """Return how uvicorn is to serve an application.
+def uvicorn_config(app: App, certificate: str | None = None, private_key: str | None = None) -> uvicorn.Config:
+    """Return uvicorn's configuration for an application.
 
     Raises:
         InvalidRequest: the certificate or its key cannot be used.
     """
+    settings = app.services.settings
     options: dict[str, Any] = {
-        "http": bounded(app.settings),
+        "http": bounded(settings),
         "ws": "none",
         "lifespan": "on",
         "log_config": None,
         "access_log": False,
         "server_header": False,
         "proxy_headers": False,
-        "timeout_keep_alive": app.settings.idle_seconds,
+        "timeout_keep_alive": settings.idle_seconds,
         "timeout_graceful_shutdown": 2,
         "ssl_certfile": certificate,
         "ssl_keyfile": private_key,
@@ -160,6 +172,6 @@ def configured(app: App, certificate: str | None = None, private_key: str | None
     config = uvicorn.Config(app, **options)
     try:
         config.load()
-    except OSError as error:  # of which the ssl module's errors are
+    except OSError as error:  # the errors of the ssl module derive from it
         raise InvalidRequest(f"the certificate or its key cannot be used: {error.strerror or error}") from error
     return config

@@ -1,4 +1,4 @@
-"""What a server is told about how to behave: every bound that stands between it and the outside."""
+"""Settings of a server: its addresses and limits."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from moesaic.errors import InvalidParameter
 
 @dataclass(frozen=True)
 class TgiBounds:
-    """What TGI's own routes allow, by the names of its launcher's flags; the numbers are its defaults."""
+    """Limits of TGI's routes, named as the flags of TGI's launcher, with its defaults.
+
+    Raises:
+        InvalidParameter: a limit is below 1.
+    """
 
     max_best_of: int = 2
     max_stop_sequences: int = 4
     max_top_n_tokens: int = 5
     max_input_tokens: int | None = None
-    """Of a prompt; None: whatever leaves room for one token of an answer."""
+    """Largest prompt in tokens; None: whatever leaves room for one token of an answer."""
     max_total_tokens: int | None = None
-    """Of prompt and answer; None: the model's context."""
+    """Largest prompt and answer together, in tokens; None: the model's context."""
     grammar: bool = True
-    told: Mapping[str, Any] = field(default_factory=dict)
-    """What else ``/info`` is to tell of what was asked for at the start."""
+    """Whether requests may set a grammar."""
+    launcher_info: Mapping[str, Any] = field(default_factory=dict)
+    """Further launcher options, shown by ``/info``."""
 
     def __post_init__(self) -> None:
         for name in ("max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_input_tokens", "max_total_tokens"):
@@ -34,56 +39,60 @@ class TgiBounds:
 
 @dataclass(frozen=True)
 class Settings:
-    """Bounds and names; times in seconds, sizes in bytes.
+    """Addresses and limits of a server. Times are in seconds, sizes in bytes.
 
     Raises:
-        InvalidParameter: a bound is not positive.
+        InvalidParameter: a limit is not positive.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     admin_port: int | None = None
-    """Where routes for administrators are, on loopback, and nothing else is; None: they are among the others."""
+    """A port on loopback for administrators' routes alone; None: they are on the main port."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names by which clients may call this server, besides loopback's and ``host``; "*": any."""
+    """Host names that clients may use besides those of loopback and ``host``; "*": any."""
     cors_origins: tuple[str, ...] = ()
-    """Pages of other origins that may call it; none by default."""
+    """Origins whose pages may call this server; "*": any."""
     body_bytes: int = 2 << 20
+    """Largest request body."""
     body_seconds: float = 30.0
-    """Within this a request's body must have come."""
+    """Time limit for receiving a request's body."""
     header_bytes: int = 32 << 10
+    """Largest request head."""
     header_seconds: float = 10.0
-    """Within this a request's headers must have come."""
+    """Time limit for receiving a request's head, and for the TLS handshake."""
     idle_seconds: float = 60.0
-    """After this a connection without a request is closed."""
+    """A connection without a request is closed after this time."""
     connections: int = 2000
+    """Open connections."""
     connections_per_address: int = 1200
+    """Open connections of one client address."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses of proxies whose word in X-Forwarded-For is taken for where a request comes from."""
+    """Addresses of proxies whose X-Forwarded-For header is trusted."""
     request_seconds: float = 600.0
-    """The most that an answer may take; 0: no bound."""
+    """Time limit of a whole request; 0: none."""
     queue_seconds: float = 300.0
-    """The most that a request may wait for its turn; 0: no bound."""
+    """Time limit until the model has read the prompt; 0: none."""
     reader_seconds: float = 60.0
-    """Somebody who takes nothing of an answer for so long is given up."""
+    """A client that reads nothing for this time is disconnected."""
     keep_alive_seconds: float = 15.0
-    """After so much silence a stream gets a comment, so that proxies do not cut it."""
+    """A silent stream sends a comment this often, so that proxies keep it open."""
     drain_seconds: float = 30.0
-    """What running answers are given to end when the server is asked to stop."""
+    """Time for running requests to end after a signal to stop."""
     stall_seconds: float = 120.0
-    """An engine with work that makes no step for so long is not ready any more."""
+    """An engine with work that makes no step for this time is reported as not ready."""
     failed_keys_per_minute: int = 20
-    """Wrong keys from one address after which it is not listened to for a while."""
+    """Wrong keys per minute after which requests from an address are refused."""
     prompts: int = 128
-    """Prompts, or texts to embed, in one request."""
+    """Largest number of prompts, or texts to embed, in one request."""
     kept_responses: int = 1000
-    """Answers of ``/v1/responses`` that each key may go on from, ..."""
+    """Responses of ``/v1/responses`` that are kept for each key."""
     kept_bytes: int = 16 << 20
-    """... and how much they may take; the oldest go first."""
+    """Size of the responses that are kept for each key; the oldest are evicted."""
     strict_model_name: bool = False
-    """Refuse ``tgi``, ``dummy`` and the like as names of the default model."""
+    """Whether ``tgi``, ``dummy`` and similar names of the default model are refused."""
     concurrent_requests: int | None = None
-    """Requests to models at the same time, those that wait among them; None: as many as the engine's queue takes."""
+    """Generations that run or wait at the same time; None: as many as the engine's queue holds."""
     tgi: TgiBounds = TgiBounds()
 
     def __post_init__(self) -> None:
@@ -94,7 +103,7 @@ class Settings:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Return whether only this machine can reach the server."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:

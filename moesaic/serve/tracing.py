@@ -1,7 +1,7 @@
-"""Traces for OpenTelemetry, one span for each request, in the words of its conventions for generative models.
+"""OpenTelemetry traces: one span for each generation, with the attribute names for generative AI.
 
-Optional: ``pip install 'moesaic[otel]'``, and OTEL_EXPORTER_OTLP_ENDPOINT says where they go. Prompts and answers
-are never in them. Follows https://opentelemetry.io/docs/specs/semconv/gen-ai/ (status: development).
+Optional: ``pip install 'moesaic[otel]'``; OTEL_EXPORTER_OTLP_ENDPOINT names the collector. Prompts and answers are
+never part of a trace. Follows https://opentelemetry.io/docs/specs/semconv/gen-ai/ (status: development).
 """
 
 from __future__ import annotations
@@ -11,26 +11,33 @@ from typing import Any
 from moesaic.backend import GenerationRequest
 from moesaic.errors import InvalidRequest
 
-SAMPLED = ("temperature", "top_p", "top_k", "max_tokens", "seed", "frequency_penalty", "presence_penalty")
+SAMPLING_ATTRIBUTES = ("temperature", "top_p", "top_k", "max_tokens", "seed", "frequency_penalty", "presence_penalty")
 
-
-WELL = ("stop", "length", "cancelled")
-"""How a request ends without an error."""
+SUCCESS_REASONS = ("stop", "length", "cancelled")
+"""Reasons with which a generation ends without an error."""
 
 
 class Span:
-    """A request's span."""
+    """The span of one generation."""
 
     def __init__(self, span: Any) -> None:
         self._span = span
 
     def end(self, reason: str, prompt: int, cached: int, generated: int, first: float | None) -> None:
-        """End it: why, after how many tokens, the first of them after how many seconds."""
-        figures = {"input_tokens": prompt, "cache_read.input_tokens": cached, "output_tokens": generated}
-        self._span.set_attributes({f"gen_ai.usage.{name}": value for name, value in figures.items()})
+        """End the span.
+
+        Args:
+            reason: finish reason, or the name of the error class.
+            prompt: tokens of the prompt.
+            cached: tokens of the prompt that were in the cache.
+            generated: tokens of the answers.
+            first: seconds until the first token; None: none came.
+        """
+        usage = {"input_tokens": prompt, "cache_read.input_tokens": cached, "output_tokens": generated}
+        self._span.set_attributes({f"gen_ai.usage.{name}": value for name, value in usage.items()})
         if first is not None:
             self._span.set_attribute("gen_ai.response.time_to_first_chunk", first)
-        if reason in WELL:
+        if reason in SUCCESS_REASONS:
             self._span.set_attribute("gen_ai.response.finish_reasons", (reason,))
         else:
             from opentelemetry.trace import StatusCode
@@ -41,10 +48,10 @@ class Span:
 
 
 class Tracer:
-    """Begins spans."""
+    """Starts spans and exports them."""
 
     def __init__(self, service: str = "moesaic") -> None:
-        """Set the exporter up.
+        """Set up the exporter.
 
         Raises:
             InvalidRequest: OpenTelemetry is not installed.
@@ -56,31 +63,33 @@ class Tracer:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
-            raise InvalidRequest("traces need OpenTelemetry: pip install 'moesaic[otel]'") from error
+            raise InvalidRequest("traces require OpenTelemetry: pip install 'moesaic[otel]'") from error
         self._context = TraceContextTextMapPropagator()
         self._provider = TracerProvider(resource=Resource.create({"service.name": service}))
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("moesaic")
 
     def begin(self, request: GenerationRequest, traceparent: str | None = None, tracestate: str | None = None) -> Span:
-        """Return the span of a request, in the trace that its client is in, if it says so (W3C Trace Context)."""
+        """Start the span of a generation, as part of the client's trace if it sent one (W3C Trace Context)."""
         from opentelemetry.trace import SpanKind
 
         operation = "chat" if request.messages is not None else "text_completion"
-        named = {f"gen_ai.request.{name}": request.sampling[name] for name in SAMPLED if name in request.sampling}
+        sampling = {
+            f"gen_ai.request.{name}": request.sampling[name] for name in SAMPLING_ATTRIBUTES if name in request.sampling
+        }
         attributes = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "moesaic",
             "gen_ai.request.model": request.model,
             "gen_ai.response.model": request.model,
             "gen_ai.request.choice.count": request.sampling.get("n", 1),
-            **named,
+            **sampling,
         }
-        told = {"traceparent": traceparent or "", "tracestate": tracestate or ""}
-        parent = self._context.extract({name: value for name, value in told.items() if value})
+        carrier = {"traceparent": traceparent or "", "tracestate": tracestate or ""}
+        parent = self._context.extract({name: value for name, value in carrier.items() if value})
         name = f"{operation} {request.model}"
         return Span(self._tracer.start_span(name, parent, SpanKind.SERVER, attributes=attributes))
 
     def close(self) -> None:
-        """Send what has not gone out yet."""
+        """Export the remaining spans and shut down."""
         self._provider.shutdown()

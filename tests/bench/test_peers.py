@@ -22,6 +22,7 @@ from moesaic.bench.peers._process import PeerFailed, Process, neighbour
 from moesaic.checkpoints import _safetensors
 from moesaic.checkpoints._views import Rotary, Stored
 from moesaic.errors import InvalidParameter, NotFound
+from tests.support.require import require_package
 
 SHAPE = Shape(hidden=256, inner=256, experts=4, heads=4, kv_heads=2, vocab=300)
 PLAN = Plan(prompts=(20,), contexts=(4, 20), batches=(1, 3), steps=2, rounds=1, threads=1, busy=True)
@@ -139,7 +140,7 @@ def test_command_prints_tables_and_writes_record(
 
 
 def test_plots_are_written(found: Comparison, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    require_package("matplotlib")
     for suffix, begins in ((".svg", b"<?xml"), (".png", b"\x89PNG")):
         chart.plot(found, tmp_path / f"peers{suffix}", "caption")
         assert (tmp_path / f"peers{suffix}").read_bytes().startswith(begins)

@@ -22,8 +22,9 @@ from moesaic.bench.sweep import SweepResult, Target, WorkloadSource, sweep
 from moesaic.bench.workload import RandomWords, TokenScale
 from moesaic.cli.bench_serving import WORKLOADS, without_secrets
 from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError
-from tests.scripted import CONTEXT, TEMPLATE, Script
-from tests.scripted import serving as played
+from tests.support.require import require_package
+from tests.support.scripted_server import CONTEXT, TEMPLATE, Script
+from tests.support.scripted_server import serving as played
 
 WORDS = RandomWords(20, 9)
 
@@ -423,7 +424,7 @@ def test_missing_aiohttp_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plots_are_written(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    require_package("matplotlib")
     with played(Script()) as script:
         loads = (["--concurrency", "2"], ["--concurrency", "1,2"], ["--request-rate", "100,inf"])
         for index, load in enumerate(loads):

@@ -12,11 +12,9 @@ import httpx
 import pytest
 
 from moesaic.client import Retries
-from tests.client import breaking as breaks
-from tests.client.breaking import Breaking
-from tests.clients.conftest import serving
-from tests.serve.conftest import Server, running
-from tests.serve.web.conftest import browser as browser
+from tests.support import breaking_server as breaks
+from tests.support.breaking_server import Breaking
+from tests.support.server import Server, running, serving
 
 JS = Path(__file__).parents[2] / "clients/js"
 AT_ONCE = Retries(first=0.0)

@@ -16,8 +16,9 @@ from moesaic.client.events import Events
 from moesaic.client.replies import failure
 from moesaic.errors import BadReply, InvalidParameter, InvalidRequest, NumericalError, StreamBroken, Unauthorized
 from moesaic.serve import keys
-from tests.client.conftest import AT_ONCE
-from tests.serve.conftest import Script, Server, running
+from tests.support.backend import Script
+from tests.support.client import AT_ONCE
+from tests.support.server import Server, running
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 CALLS = (

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.conftest import JS
-from tests.client.test_js import node
-from tests.test_docs import blocks
+from tests.support.client import JS, node
+from tests.support.documents import blocks
 
 PAGE = JS.parents[1] / "docs/clients.md"
 HERE = "http://127.0.0.1:8000"

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.client.breaking import Plan, stream
-from tests.client.conftest import JS
+from tests.support.breaking_server import Plan, stream
+from tests.support.client import JS, node
+from tests.support.require import require_program
 
 TESTS = Path(__file__).parent / "js"
 WHOLE = stream(Plan(), 0)
-
-
-def node(*arguments: Any, **environment: str) -> str:
-    found = shutil.which("node")
-    if found is None:
-        pytest.skip("there is no node here (18 or later)")
-    command = [found, "--no-warnings", *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=os.environ | environment, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
 
 
 def test_events_errors_and_retries():
@@ -37,7 +24,10 @@ def test_events_errors_and_retries():
 
 def test_streams_that_break():
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.client.breaking"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.support.breaking_server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as server:
         assert server.stdin and server.stdout
         root = f"http://127.0.0.1:{int(server.stdout.readline())}"
@@ -54,9 +44,7 @@ def test_our_server(served):
 
 
 def test_the_package_is_installed_and_imported(tmp_path):
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("there is no npm here")
+    npm = require_program("npm")
     quiet = {
         "capture_output": True,
         "text": True,

@@ -10,8 +10,8 @@ import pytest
 
 from moesaic.client import AsyncClient, Client, Piece, Timeouts
 from moesaic.errors import AnswerChanged, BadReply, ConnectionFailed, MoesaicError, StreamBroken
-from tests.client.breaking import ARGUMENTS, TEXT, Plan, stream
-from tests.client.conftest import AT_ONCE
+from tests.support.breaking_server import ARGUMENTS, TEXT, Plan, stream
+from tests.support.client import AT_ONCE
 
 SIZE = len(stream(Plan(), 0))
 MIDDLE = stream(Plan(), 0).index(b"dich") + 2

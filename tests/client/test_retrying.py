@@ -15,8 +15,8 @@ from moesaic.client import AsyncClient, Client, Retries, Timeouts
 from moesaic.client.replies import retry_after
 from moesaic.client.retrying import Attempts, passing
 from moesaic.errors import BadReply, ConnectionFailed, MoesaicError, Overloaded, TimedOut, Unavailable
-from tests.client.breaking import TEXT
-from tests.client.conftest import AT_ONCE
+from tests.support.breaking_server import TEXT
+from tests.support.client import AT_ONCE
 
 
 def failed(status: int, wait: float | None = None) -> MoesaicError:

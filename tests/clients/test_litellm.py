@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moesaic.backend import ToolCall
-from tests.clients.conftest import environment, run
-from tests.serve.conftest import Script
+from tests.support.backend import Script
+from tests.support.client import environment, run
 
 pytestmark = pytest.mark.clients
 OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}

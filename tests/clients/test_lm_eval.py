@@ -9,7 +9,7 @@ import pytest
 
 import moesaic
 from moesaic.llm import LLM
-from tests.clients.conftest import SCRIPTS, environment, run
+from tests.support.client import SCRIPTS, environment, run
 
 pytestmark = pytest.mark.clients
 TALES = Path(moesaic.__file__).parent / "builtin/tales"

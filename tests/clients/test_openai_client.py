@@ -8,8 +8,8 @@ import pytest
 
 from moesaic.backend import ToolCall
 from moesaic.errors import NumericalError, Overloaded
-from tests.clients.conftest import environment, run
-from tests.serve.conftest import Script
+from tests.support.backend import Script
+from tests.support.client import environment, run
 
 pytestmark = pytest.mark.clients
 CALLS = (

@@ -19,8 +19,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.clients.conftest import environment
-from tests.cluster.crewed import Site, site, until
+from tests.support.client import environment
+from tests.support.managed_cluster import Site, site
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.clients
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ class Ray:
             node = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         self.nodes.append(node)
         text = Path(log.name)
-        until(lambda: node.poll() is not None or "Ray runtime started" in text.read_text(), PATIENCE)
+        eventually(lambda: node.poll() is not None or "Ray runtime started" in text.read_text(), PATIENCE)
         assert node.poll() is None, text.read_text()[-3000:]
         return node.pid
 
@@ -163,20 +164,20 @@ def test_lost_workers_and_lost_nodes_are_made_up_for(python: Path, tmp_path: Pat
         head = ray.nodes[0].pid
         second = ray.start("--address", ray.address)
         with launched(ray, here, log, 3) as launcher:
-            until(lambda: len(here.gateway.crew) == 3 or launcher.poll() is not None, PATIENCE)
+            eventually(lambda: len(here.gateway.crew) == 3 or launcher.poll() is not None, PATIENCE)
             assert launcher.poll() is None, log.read_text()[-4000:]
             assert len(workers(head) + workers(second)) == 3 and len(workers(second)) in (1, 2)
 
             [model] = {name for each in here.gateway.crew.values() for name in each.models}
             first = pool.map(lambda number: ask(here, number, model), range(JOBS))
-            until(lambda: any(each.holds for each in here.gateway.crew.values()))
+            eventually(lambda: any(each.holds for each in here.gateway.crew.values()))
             before = set(here.gateway.crew)
             kill(workers(second)[0])  # one worker, at work
             assert list(first) == [TOKENS] * JOBS
-            until(lambda: len(here.gateway.crew) == 3 and set(here.gateway.crew) != before, PATIENCE)
+            eventually(lambda: len(here.gateway.crew) == 3 and set(here.gateway.crew) != before, PATIENCE)
 
             again = pool.map(lambda number: ask(here, number, model), range(JOBS))
-            until(lambda: sum(bool(each.holds) for each in here.gateway.crew.values()) == 3)
+            eventually(lambda: sum(bool(each.holds) for each in here.gateway.crew.values()) == 3)
             held = here.gateway.lost
             lost = [second, *children(second)]
             for process in lost:
@@ -184,22 +185,22 @@ def test_lost_workers_and_lost_nodes_are_made_up_for(python: Path, tmp_path: Pat
             assert list(again) == [TOKENS] * JOBS  # also those that were half done
             assert here.gateway.lost > held
             # Two replicas have room on what is left: the third waits for a node, which comes.
-            until(lambda: len(here.gateway.crew) == 2 and len(workers(head)) == 2, PATIENCE)
+            eventually(lambda: len(here.gateway.crew) == 2 and len(workers(head)) == 2, PATIENCE)
             third = ray.start("--address", ray.address)
-            until(lambda: len(here.gateway.crew) == 3 and len(workers(third)) == 1, PATIENCE)
+            eventually(lambda: len(here.gateway.crew) == 3 and len(workers(third)) == 1, PATIENCE)
 
             launcher.terminate()
             assert launcher.wait(60) == 0, log.read_text()[-4000:]
-            until(lambda: not workers(head) and not workers(third))
+            eventually(lambda: not workers(head) and not workers(third))
             assert here.gateway.crew == {} and here.gateway.dead == 0
 
 
 def test_workers_end_with_whoever_started_them(python: Path, tmp_path: Path) -> None:
     with site(tmp_path, lease=5.0) as here, cluster(python, **TOKEN) as ray:
         with launched(ray, here, tmp_path / "log", 1) as launcher:
-            until(lambda: here.gateway.crew or launcher.poll() is not None, PATIENCE)
+            eventually(lambda: here.gateway.crew or launcher.poll() is not None, PATIENCE)
             assert launcher.poll() is None, (tmp_path / "log").read_text()[-4000:]
-        until(lambda: not here.gateway.crew and not workers(ray.nodes[0].pid), PATIENCE)  # it was killed
+        eventually(lambda: not here.gateway.crew and not workers(ray.nodes[0].pid), PATIENCE)  # it was killed
 
 
 def test_a_refused_worker_is_not_tried_again(python: Path, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pytest
 
 from moesaic.serve import keys
 from moesaic.serve.settings import Settings
-from tests.clients.conftest import environment, serving
-from tests.cluster.crewed import site
-from tests.serve.conftest import running
+from tests.support.client import environment
+from tests.support.managed_cluster import site
+from tests.support.server import running, serving
 
 pytestmark = pytest.mark.clients
 

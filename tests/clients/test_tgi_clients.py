@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.clients.conftest import environment, run
+from tests.support.client import environment, run
 
 pytestmark = pytest.mark.clients
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.require import require_program
+
 pytestmark = pytest.mark.clients
 TYPESCRIPT = "5.9.3"
 JS = Path(__file__).parents[2] / "clients/js"
@@ -47,9 +49,7 @@ WRONG = [
 @pytest.fixture(scope="module")
 def project():
     """A folder with TypeScript, made once."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("there is no npm here")
+    npm = require_program("npm")
     root = Path(os.environ.get("MOESAIC_CLIENTS") or Path.home() / ".cache/moesaic-clients")
     folder = root / f"typescript-{TYPESCRIPT}"
     if not (folder / "ready").exists():

@@ -14,11 +14,12 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.fake_backend import Fake, answer
 from moesaic import cli
 from moesaic.cluster.worker import Worker
 from moesaic.serve import keys
-from tests.cluster.crewed import Site, site, until
+from tests.support.backend import Fake, answer
+from tests.support.managed_cluster import Site, site
+from tests.support.wait import eventually
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
@@ -43,7 +44,7 @@ def admin(here: Site, *line: str, key: str = "ops") -> int:
 
 
 def test_every_route_wants_an_admins_key(here: Site) -> None:
-    routes = [each for each in here.server.app.endpoints if each.path.startswith("/admin/")]
+    routes = [each for each in here.server.app.services.endpoints if each.path.startswith("/admin/")]
     assert len(routes) == 14 and all(each.admin for each in routes)
     for each in routes:
         path = each.path.replace("{id}", "x")
@@ -55,14 +56,14 @@ def test_every_route_wants_an_admins_key(here: Site) -> None:
 
 def test_without_keys_nobody_is_an_administrator(tmp_path: Path) -> None:
     with site(tmp_path) as here:
-        here.server.app.keys.wanted = False
+        here.server.app.services.keys.wanted = False
         assert here.call("GET", "/admin/workers", key="").status_code == 403
 
 
 def test_workers_and_queues(here: Site) -> None:
     here.spawn("w0")
     waiting = [here.asking(f"job {number}", 60) for number in range(4)]
-    until(lambda: here.get("queues")["queues"][0]["queued"] == 2)
+    eventually(lambda: here.get("queues")["queues"][0]["queued"] == 2)
     [worker] = here.get("workers")["workers"]
     assert worker["name"] == "rack/w0" and worker["key"] == "rack" and worker["models"] == ["fake"]
     assert worker["slots"] == 2 and len(worker["jobs"]) == 2 and not worker["drained"]
@@ -81,14 +82,14 @@ def test_workers_and_queues(here: Site) -> None:
 def test_a_drained_worker_ends_what_it_has_and_gets_nothing_more(here: Site) -> None:
     process = here.spawn("w0")
     running = here.asking("first", 60)
-    until(lambda: here.get("queues")["queues"][0]["leased"] == 1)
+    eventually(lambda: here.get("queues")["queues"][0]["leased"] == 1)
     here.ok("POST", "workers/drain", {"name": "rack/w0"})
     assert here.get("workers")["workers"][0]["drained"] and here.get("workers")["drained"] == ["rack/w0"]
     waiting = here.asking("second")
     assert running().json()["choices"][0]["text"] == answer("first", 1, 60)
-    until(lambda: here.get("status")["queued"] == 1)
+    eventually(lambda: here.get("status")["queued"] == 1)
     os.kill(process, 9)  # it holds by name
-    until(lambda: not here.gateway.crew)
+    eventually(lambda: not here.gateway.crew)
     here.spawn("w0")
     assert here.get("workers")["workers"][0]["drained"] and here.get("status")["leased"] == 0
     here.ok("POST", "workers/resume", {"name": "rack/w0"})
@@ -99,9 +100,9 @@ def test_a_drained_worker_ends_what_it_has_and_gets_nothing_more(here: Site) -> 
 def test_a_dismissed_worker_goes_and_another_does_what_it_had(here: Site) -> None:
     here.spawn("w0")
     running = here.asking("first", 100)
-    until(lambda: here.get("queues")["queues"][0]["leased"] == 1)
+    eventually(lambda: here.get("queues")["queues"][0]["leased"] == 1)
     here.ok("POST", "workers/dismiss", {"name": "rack/w0"})
-    until(lambda: "was dismissed" in (here.file.parent / "log").read_text())  # it was told, and has ended
+    eventually(lambda: "was dismissed" in (here.file.parent / "log").read_text())  # it was told, and has ended
     assert here.get("workers") == {"workers": [], "drained": [], "dismissed": ["rack/w0"]}
     here.spawn("w2")
     assert running().json()["choices"][0]["text"] == answer("first", 1, 100)
@@ -117,10 +118,10 @@ def test_a_dead_job_is_looked_at_and_revived(here: Site) -> None:
     assert here.get(f"jobs/{id}?request=true")["request"]["prompt"] == "EXIT"
     assert "died of it" in here.ask("EXIT", once="again").text  # whoever asks again is told the same
     here.ok("POST", f"jobs/{id}/revive")
-    until(lambda: here.get(f"jobs/{id}")["job"]["state"] == "queued")
+    eventually(lambda: here.get(f"jobs/{id}")["job"]["state"] == "queued")
     assert here.call("POST", f"/admin/jobs/{id}/revive").status_code == 409
     waiting = here.asking("EXIT", once="again")  # now it waits for another end
-    until(lambda: id in here.gateway.lives and here.gateway.lives[id].readers == 1)
+    eventually(lambda: id in here.gateway.lives and here.gateway.lives[id].readers == 1)
     assert here.ok("DELETE", f"jobs/{id}") == {"name": id, "state": "cancelled"}
     assert waiting().status_code == 499
     assert here.call("POST", "/admin/jobs/none/revive").status_code == 404
@@ -130,16 +131,16 @@ def test_a_dead_job_is_looked_at_and_revived(here: Site) -> None:
 def test_any_job_is_cancelled(here: Site) -> None:
     here.spawn("w0")
     waiting = here.asking("long", 2000)
-    [job] = until(lambda: here.get("jobs?state=leased")["jobs"])
+    [job] = eventually(lambda: here.get("jobs?state=leased")["jobs"])
     here.ok("DELETE", f"jobs/{job['id']}")
     assert waiting().status_code == 499
-    until(lambda: here.get("workers")["workers"][0]["jobs"] == [])
+    eventually(lambda: here.get("workers")["workers"][0]["jobs"] == [])
 
 
 def test_a_drained_gateway_takes_nothing_new_and_ends_what_it_has(here: Site) -> None:
     here.spawn("w0")
     running = here.asking("first", 100)
-    until(lambda: here.get("queues")["queues"][0]["leased"] == 1)
+    eventually(lambda: here.get("queues")["queues"][0]["leased"] == 1)
     here.ok("POST", "drain")
     assert here.get("status")["state"] == "draining" and httpx.get(here.url + "/ready").status_code == 503
     refused = here.ask("second")
@@ -147,7 +148,7 @@ def test_a_drained_gateway_takes_nothing_new_and_ends_what_it_has(here: Site) ->
     assert running().status_code == 200
     here.ok("POST", "resume")
     assert here.ask("third").status_code == 200
-    here.server.app.stopping = True
+    here.server.app.state.stopping = True
     assert here.call("POST", "/admin/resume").status_code == 409
 
 
@@ -193,8 +194,8 @@ def test_the_command_shows_and_does(here: Site, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert admin(here, "workers") == 0
     assert capsys.readouterr().out == "no workers\ndismissed: rack/w2\n"
-    assert admin(here, "drain") == 0 and here.server.app.draining
-    assert admin(here, "resume") == 0 and not here.server.app.draining
+    assert admin(here, "drain") == 0 and here.server.app.state.draining
+    assert admin(here, "resume") == 0 and not here.server.app.state.draining
     assert admin(here, "keys") == 0 and admin(here, "reload") == 0
     assert "anna" in capsys.readouterr().out
 
@@ -232,7 +233,7 @@ def test_a_worker_that_is_silent_is_struck_out(tmp_path: Path) -> None:
         assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
         assert [each["name"] for each in here.get("workers")["workers"]] == ["rack/w"]
         here.spawn("w0")
-        until(lambda: "rack/w" not in here.gateway.crew)
+        eventually(lambda: "rack/w" not in here.gateway.crew)
         assert [each["name"] for each in here.get("workers")["workers"]] == ["rack/w0"]
 
 
@@ -257,7 +258,7 @@ def test_figures(here: Site) -> None:
     here.ask("fine")
     here.ok("POST", "workers/drain", {"name": "rack/w2"})
     waiting = here.asking("later")
-    until(lambda: "fake" in here.gateway.depths and here.gateway.depths["fake"].queued == 1)
+    eventually(lambda: "fake" in here.gateway.depths and here.gateway.depths["fake"].queued == 1)
     text = here.call("GET", "/metrics").text
     found = {
         (

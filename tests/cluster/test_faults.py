@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import trustme
 
-from benchmarks.fake_backend import Fake, answer
 from benchmarks.worker_forkserver import WorkerForkServer
 from moesaic.cli import client_options
 from moesaic.cluster.jobs import Bounds
@@ -24,10 +23,11 @@ from moesaic.cluster.worker import Worker
 from moesaic.errors import EngineStopped
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
-from tests.cluster.asking import Stream, ask, text, together
-from tests.cluster.proxy import Proxy
-from tests.cluster.site import SLOW, Site, site
-from tests.serve.raw import eventually
+from tests.support.backend import Fake, answer
+from tests.support.cluster import SLOW, Site, site
+from tests.support.completions import Stream, ask, text, together
+from tests.support.proxy import Proxy
+from tests.support.wait import eventually
 
 
 @contextlib.contextmanager

@@ -13,16 +13,16 @@ import aiohttp
 import httpx
 import pytest
 
-from benchmarks.fake_backend import SEED, Fake, answer
 from moesaic.backend import ModelStats
 from moesaic.cluster import gateway as gateways
 from moesaic.cluster import protocol as wire
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
-from tests.cluster.asking import Stream, ask, body, text
-from tests.cluster.site import SLOW, Site, site
-from tests.serve.conftest import running
-from tests.serve.raw import eventually
+from tests.support.backend import SEED, Fake, answer
+from tests.support.cluster import SLOW, Site, site
+from tests.support.completions import Stream, ask, body, text
+from tests.support.server import running
+from tests.support.wait import eventually
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
 DIALECTS = {
@@ -375,7 +375,7 @@ def test_a_gateway_that_drains_ends_what_runs(plain):
     plain.hire(Fake(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: stream.pieces)
-    plain.server.call_sync(lambda: setattr(plain.server.app, "draining", True))
+    plain.server.call_sync(lambda: setattr(plain.server.app.state, "draining", True))
     refused = ask(plain.client)
     assert refused.status_code == 503 and "retry-after" in refused.headers
     assert plain.client.get("/ready").status_code == 503

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fake_backend import SEED, answer, text, token
 from moesaic.backend import ModelInfo
 from moesaic.cluster.desk import Recruit
 from moesaic.cluster.jobs import Beat, Hold
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
-from tests.cluster.asking import Stream
-from tests.cluster.site import Site, site
-from tests.serve.raw import eventually
+from tests.support.backend import SEED, answer, text, token
+from tests.support.cluster import Site, site
+from tests.support.completions import Stream
+from tests.support.wait import eventually
 
 GOOD, THIEF, ANNA = "good-key", "thiefs-key", "annas-key"
 KEYS = (

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from tests.console.terminal import Terminal
+from tests.support.terminal import Terminal
 
 STATISTICS = r"\d+ tokens? · [\d.]+ tokens/s · first token [\d.]+ s"
 

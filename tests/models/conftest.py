@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tiny import CASES, ours, theirs
+from tests.support.models import CASES, ours, theirs
 
 
 @pytest.fixture(scope="session", params=CASES)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moesaic.engine import Engine, Request, Sampling, Token
 from moesaic.ops import Batch
-from tests.tiny import CASES, ours, theirs
+from tests.support.models import CASES, ours, theirs
 
 PROMPT = [1, 17, 80, 3, 55, 21, 21, 96, 40, 8, 66, 12, 90, 5]
 

@@ -9,7 +9,7 @@ import torch
 
 from moesaic import formats, models
 from moesaic.errors import ConfigError, InvalidParameter
-from tests.tiny import LLAMA31, SIZES
+from tests.support.models import LLAMA31, SIZES
 
 GOOD = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **SIZES}
 

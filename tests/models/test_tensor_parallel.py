@@ -10,7 +10,7 @@ import torch.multiprocessing
 
 from moesaic import checkpoints, formats, models
 from moesaic.ops import Batch, Group
-from tests.tiny import ours, theirs
+from tests.support.models import ours, theirs
 
 IDS = [[1, 5, 9, 33, 2, 7, 61], [4, 4, 8]]
 

@@ -14,9 +14,9 @@ import torch
 
 from moesaic import formats
 from moesaic.ops import Batch, Cache, native, reference
+from tests.support.require import require
 
-if shutil.which("c++") is None and native.why_not("linear", "cpu", "int4"):
-    pytest.skip("there is no compiler here, and so no kernels", allow_module_level=True)
+require(shutil.which("c++") or not native.why_not("linear", "cpu", "int4"), "no C++ compiler is installed")
 
 FORMATS = sorted(native.FORMATS)
 

@@ -10,7 +10,8 @@ import pytest
 from moesaic.backend import ToolCall
 from moesaic.errors import NumericalError, Overloaded, Unavailable
 from moesaic.serve import keys
-from tests.serve.conftest import Script, running
+from tests.support.backend import Script
+from tests.support.server import running
 
 ASK = {"model": "scripted", "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}

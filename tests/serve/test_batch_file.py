@@ -14,8 +14,8 @@ from moesaic.errors import InvalidRequest, Overloaded
 from moesaic.serve import batch_file
 from moesaic.serve.app import App
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Script, Scripted
-from tests.serve.raw import eventually
+from tests.support.backend import Script, Scripted
+from tests.support.wait import eventually
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -106,7 +106,7 @@ def test_the_same_id_twice_is_an_error(files):
     write(files[0], line("a"), line("b"), line("a"))
     count, backend = run(files, concurrency=1)
     assert (count.answered, count.failed, len(backend.asked)) == (2, 1, 2)
-    assert "line 1 already" in next(each["error"] for each in results(files[1]) if each["error"])["message"]
+    assert "already used in line 1" in next(each["error"] for each in results(files[1]) if each["error"])["message"]
     assert run(files)[0].skipped == 3
 
 
@@ -129,7 +129,7 @@ def test_a_file_of_something_else_is_not_touched(files):
         with pytest.raises(InvalidRequest, match=r"out\.jsonl:1"):
             run(files)
         assert files[1].read_bytes() == content
-    with pytest.raises(InvalidRequest, match="another file"):
+    with pytest.raises(InvalidRequest, match="cannot go into the file of requests"):
         run((files[0], files[0]))
     with pytest.raises(InvalidRequest, match="No such file"):
         run((files[0].with_name("none"), files[1]))
@@ -182,7 +182,7 @@ PROGRAM = """
 import asyncio, sys
 from moesaic import cli
 from moesaic.cli import serving
-from tests.serve.conftest import Script, Scripted
+from tests.support.backend import Script, Scripted
 
 async def opened(*_):
     return Scripted(Script(pieces=("word",) * 4, pause=0.01))

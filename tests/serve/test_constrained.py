@@ -8,7 +8,7 @@ import httpx
 import jsonschema
 import pytest
 
-from tests.serve.conftest import Server
+from tests.support.server import Server
 
 SCHEMA = {
     "type": "object",

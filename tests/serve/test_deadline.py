@@ -1,4 +1,4 @@
-"""Waits under one bound: in time, too late, for what is there already, and together with somebody's cancellation."""
+"""A deadline: waits that end in time, too late, with results that are ready, and under another cancellation."""
 
 from __future__ import annotations
 
@@ -7,88 +7,129 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from moesaic.serve.deadline import Deadline, DeadlineExceeded
+from moesaic.errors import TimedOut, Unavailable
+from moesaic.serve.deadline import Deadline
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
-    async def whole() -> None:
+    async def bounded() -> None:
         await asyncio.wait_for(main(), 30)
 
-    asyncio.run(whole())
+    asyncio.run(bounded())
 
 
-def later(seconds: float) -> float:
-    return asyncio.get_running_loop().time() + seconds
-
-
-def task() -> asyncio.Task[None]:
-    found = asyncio.current_task()
-    assert found is not None
-    return found
+def current_task() -> asyncio.Task[None]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 async def numbers(*pauses: float) -> AsyncIterator[int]:
-    for place, pause in enumerate(pauses):
+    for number, pause in enumerate(pauses):
         if pause:
             await asyncio.sleep(pause)
-        yield place
+        yield number
 
 
-def test_many_waits_have_one_timer_and_the_last_ends_in_time():
+def test_many_waits_share_one_timer():
     async def main() -> None:
-        patience, source, until = Deadline(), numbers(0, 0.01, 0.01, 60), later(30)
-        assert await patience.wait(anext(source), until) == 0
-        timer = patience._timer
-        assert [await patience.wait(anext(source), until) for _ in range(2)] == [1, 2]
-        assert patience._timer is timer
-        until = later(0.05)
-        with pytest.raises(DeadlineExceeded):
-            await patience.wait(anext(source), until)
-        assert asyncio.get_running_loop().time() >= until and not task().cancelling()
-        await asyncio.sleep(0)  # it is not cancelled any more
+        deadline, source = Deadline(30), numbers(0, 0.01, 0.01)
+        assert await deadline.wait(anext(source)) == 0
+        timer = deadline._timer
+        assert [await deadline.wait(anext(source)) for _ in range(2)] == [1, 2]
+        assert timer is not None and deadline._timer is timer
+        deadline.close()
+        assert deadline._timer is None
 
     run(main)
 
 
-def test_what_is_there_already_is_had_after_the_time():
+def test_a_wait_past_the_end_times_out():
     async def main() -> None:
-        patience, source, until = Deadline(), numbers(0, 0, 0, 60), later(0.02)
-        assert await patience.wait(anext(source), until) == 0
-        await asyncio.sleep(0.05)  # a slow reader
-        assert [await patience.wait(anext(source), until) for _ in range(2)] == [1, 2]
-        with pytest.raises(DeadlineExceeded):
-            await patience.wait(anext(source), until)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(TimedOut, match=r"longer than 0\.05 s"):
+            await Deadline(0.05).wait(asyncio.sleep(60))
+        assert asyncio.get_running_loop().time() >= began + 0.05 and not current_task().cancelling()
+        await asyncio.sleep(0)  # the task is not cancelled any more
 
     run(main)
 
 
-def test_a_bound_can_be_moved_and_taken_away():
+def test_a_result_that_is_ready_is_returned_after_the_end():
     async def main() -> None:
-        patience, source = Deadline(), numbers(0, 0.05, 0.05)
-        assert await patience.wait(anext(source), later(0.02)) == 0
-        assert await patience.wait(anext(source), later(30)) == 1
-        assert await patience.wait(anext(source), None) == 2
-        assert patience._timer is None
-        with pytest.raises(StopAsyncIteration):
-            await patience.wait(anext(source), later(30))
-        patience.close()
-        assert patience._timer is None
+        deadline, source = Deadline(0.02), numbers(0, 0, 0, 60)
+        assert await deadline.wait(anext(source)) == 0
+        await asyncio.sleep(0.05)  # a slow client
+        assert [await deadline.wait(anext(source)) for _ in range(2)] == [1, 2]
+        with pytest.raises(TimedOut):
+            await deadline.wait(anext(source))
 
     run(main)
 
 
-def test_somebody_else_s_cancellation_is_not_taken_for_the_end_of_time():
+def test_the_queue_limit_ends_with_the_prompt():
     async def main() -> None:
-        patience = Deadline()
+        with pytest.raises(Unavailable, match=r"waited 0\.02 s"):
+            await Deadline(30, 0.02).wait(asyncio.sleep(60))
+        deadline, source = Deadline(30, 0.02), numbers(0, 0.05)
+        assert await deadline.wait(anext(source)) == 0
+        deadline.prompt_read()
+        assert await deadline.wait(anext(source)) == 1
 
-        async def waits(seconds: float) -> None:
-            await patience.wait(asyncio.sleep(60), later(seconds))
+    run(main)
 
-        for seconds in (30.0, -1.0):  # at the same moment as the time is up, too
-            waiting = asyncio.ensure_future(waits(seconds))
+
+def test_the_earlier_limit_names_the_error():
+    async def main() -> None:
+        with pytest.raises(TimedOut):
+            await Deadline(0.02, 30).wait(asyncio.sleep(60))
+        with pytest.raises(Unavailable):
+            await Deadline(30, 0.02).wait(asyncio.sleep(60))
+
+    run(main)
+
+
+def test_a_derived_deadline_keeps_the_end_of_the_request():
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        derived = Deadline(30, started=loop.time() - 29.95).with_queue_limit(20)
+        with pytest.raises(TimedOut):
+            await derived.wait(asyncio.sleep(60))
+
+    run(main)
+
+
+def test_without_limits_there_is_no_timer():
+    async def main() -> None:
+        deadline = Deadline()
+        assert await deadline.wait(anext(numbers(0.01))) == 0
+        assert deadline._timer is None
+
+    run(main)
+
+
+def test_nested_deadlines_raise_the_error_of_the_one_that_ended():
+    async def main() -> None:
+        async def inner(seconds: float) -> None:
+            await Deadline(60, seconds).wait(asyncio.sleep(60))
+
+        with pytest.raises(Unavailable):
+            await Deadline(30).wait(inner(0.02))
+        with pytest.raises(TimedOut):
+            await Deadline(0.02).wait(inner(30))
+        assert not current_task().cancelling()
+
+    run(main)
+
+
+def test_another_cancellation_is_not_taken_for_a_timeout():
+    async def main() -> None:
+        for expires in (False, True):  # at the same moment as the deadline, too
+            deadline = Deadline(30)
+            waiting = asyncio.ensure_future(deadline.wait(asyncio.sleep(60)))
             await asyncio.sleep(0)
-            if seconds < 0:
-                patience._expire()
+            if expires:
+                deadline._expire()
             waiting.cancel()
             await asyncio.wait([waiting])
             assert waiting.cancelled()
@@ -102,6 +143,6 @@ def test_an_error_stays_the_error():
             raise TimeoutError("its own")
 
         with pytest.raises(TimeoutError, match="its own"):
-            await Deadline().wait(broken(), later(30))
+            await Deadline(30).wait(broken())
 
     run(main)

@@ -18,14 +18,15 @@ import httpx
 import pytest
 
 from moesaic.serve import keys
-from tests.serve.raw import CHAT, Raw
+from tests.support.http import CHAT, Raw
+from tests.support.require import require_package
 
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 from moesaic import cli
 from moesaic.cli import serving
-from tests.serve.conftest import Script, Scripted
+from tests.support.backend import Script, Scripted
 
 async def opened(*_):
     door = Scripted(Script(held=True))
@@ -190,7 +191,7 @@ def test_keys_of_the_environment(start):
 
 @pytest.fixture
 def secure(start, tmp_path):
-    trustme = pytest.importorskip("trustme")
+    trustme = require_package("trustme")
     authority = trustme.CA()
     issued = authority.issue_cert("localhost")
     issued.private_key_pem.write_to_path(tmp_path / "key.pem")
@@ -254,7 +255,7 @@ def test_a_reader_who_leaves_over_tls_is_noticed(secure):
     ("certificate", "key"), [("none.pem", "none.pem"), ("cert.pem", "other.pem"), ("cert.pem", None)]
 )
 def test_a_certificate_that_cannot_be_used_is_told(tmp_path, certificate, key):
-    trustme = pytest.importorskip("trustme")
+    trustme = require_package("trustme")
     authority = trustme.CA()
     authority.issue_cert("localhost").cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
     authority.issue_cert("localhost").private_key_pem.write_to_path(tmp_path / "other.pem")

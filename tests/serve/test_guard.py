@@ -12,8 +12,9 @@ from moesaic.serve import keys
 from moesaic.serve.guard import Guard
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import running
-from tests.serve.raw import CHAT, Raw
+from moesaic.serve.types import HttpRequest
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
 
 PUBLIC = {"/", "/health", "/ping", "/ready"}
 WRITTEN, ANNA = keys.new("anna")
@@ -34,9 +35,9 @@ def bearer(key: str = WRITTEN) -> dict[str, str]:
 
 
 def test_every_route_but_the_public_ones_wants_a_key(locked):
-    assert {each.path for each in locked.app.endpoints if each.public} <= PUBLIC
+    assert {each.path for each in locked.app.services.endpoints if each.public} <= PUBLIC
     with httpx.Client(base_url=locked.url) as client:
-        for each in locked.app.endpoints:
+        for each in locked.app.services.endpoints:
             path = each.path.replace("{name:path}", "x")
             for headers in ({}, bearer("wrong"), {"x-api-key": "wrong"}):
                 answer = client.request(each.method, path, headers=headers, content=b"{}" if each.body else None)
@@ -76,7 +77,7 @@ def test_what_is_no_key_is_401_and_never_500(locked, fields):
 def test_a_key_of_a_megabyte_is_not_even_hashed():
     with pytest.raises(Unauthorized):
         Keys((ANNA,)).owner(b"x" * 2**20)
-    long = "k" * (keys.LONGEST + 1)
+    long = "k" * (keys.MAX_KEY_BYTES + 1)
     with pytest.raises(Unauthorized):
         Keys((keys.Key("long", keys.digest(long)),)).owner(long.encode())
 
@@ -86,8 +87,8 @@ def test_wrong_keys_are_not_listened_to_for_ever():
     guard = Guard(Settings(failed_keys_per_minute=3), Keys((ANNA,)), lambda: now[0])
 
     def who(key: str, address: str = "10.0.0.1") -> str:
-        scope = {"headers": [(b"authorization", f"Bearer {key}".encode())], "client": (address, 1)}
-        return guard.who(scope).name
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        return guard.authenticate(HttpRequest({"headers": headers}, "id", address)).name
 
     for _ in range(3):
         with pytest.raises(Unauthorized):
@@ -105,12 +106,12 @@ def test_wrong_keys_are_not_listened_to_for_ever():
 
 
 def test_addresses_with_wrong_keys_are_forgotten_rather_than_piled_up(monkeypatch):
-    monkeypatch.setattr("moesaic.serve.guard.WATCHED", 3)
+    monkeypatch.setattr("moesaic.serve.guard.MAX_TRACKED_ADDRESSES", 3)
     guard = Guard(Settings(failed_keys_per_minute=1), Keys((ANNA,)))
     for place in range(10):
         with pytest.raises(Unauthorized):
-            guard.who({"headers": [], "client": (f"10.0.0.{place}", 1)})
-    assert len(guard._wrong) == 3
+            guard.authenticate(HttpRequest({"headers": []}, "id", f"10.0.0.{place}"))
+    assert len(guard._failures) == 3
 
 
 def test_too_many_wrong_keys_are_429_over_http():
@@ -220,7 +221,9 @@ def test_named_origins_are_let_in_and_never_with_credentials():
 def test_an_address_is_taken_from_a_proxy_that_is_trusted_only():
     def seen(client: str, said: str, trusted: tuple[str, ...]) -> str:
         headers = [(b"x-forwarded-for", each.encode()) for each in said.split("|")]
-        return Guard(Settings(trusted_proxies=trusted), Keys()).client({"client": (client, 1), "headers": headers})
+        return Guard(Settings(trusted_proxies=trusted), Keys()).client_address(
+            {"client": (client, 1), "headers": headers}
+        )
 
     assert seen("10.0.0.9", "1.2.3.4", ()) == "10.0.0.9"
     assert seen("10.0.0.9", "1.2.3.4", ("10.0.0.1",)) == "10.0.0.9"
@@ -239,7 +242,7 @@ def page(tmp_path, monkeypatch):
     (tmp_path / "web" / "index.html").write_text("<!doctype html><title>hello</title>")
     (tmp_path / "web" / ".hidden").write_text("hidden")
     (tmp_path / "secret").write_text("secret")
-    monkeypatch.setattr(application, "WEB", tmp_path / "web")
+    monkeypatch.setattr(application, "WEB_DIRECTORY", tmp_path / "web")
     with running(keys=Keys((ANNA,))) as server:
         yield server
 

@@ -10,8 +10,10 @@ import pytest
 
 from moesaic.serve.app import App
 from moesaic.serve.keys import Key, Keys, digest
-from tests.serve.conftest import Script, Scripted, running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.backend import Script, Scripted
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 PATH = "/v1/chat/completions"
 
@@ -46,7 +48,7 @@ def test_requests_at_the_same_time_are_bounded_for_one_key_alone():
                 assert post(server, CHAT, headers=ANNA).status_code == 200
                 body = {"prompt": ["a", "b"]}
                 assert httpx.post(server.url + "/v1/completions", json=body, headers=ANNA).status_code == 429
-        eventually(lambda: not server.app.keys._running)
+        eventually(lambda: not server.app.services.keys._running)
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/embeddings", "/v1/classify", "/detokenize"])
@@ -67,8 +69,8 @@ def test_tokens_are_paid_for_by_those_who_leave_too():
     with running(lambda: Scripted(Script(held=True)), keys=limited(tokens_per_minute=1)) as server:
         with Raw(server) as raw:
             raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
-        eventually(lambda: server.app.running == 0)
-        assert server.app.keys._tokens["anna"].left == 1 - (2 + 1)  # the prompt, and the one token that came
+        eventually(lambda: server.app.state.running == 0)
+        assert server.app.services.keys._tokens["anna"].left == 1 - (2 + 1)  # the prompt, and the one token that came
         assert post(server, CHAT, headers=ANNA).status_code == 429
 
 

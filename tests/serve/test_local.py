@@ -13,8 +13,9 @@ from moesaic.local_backend import LocalBackend
 from moesaic.serve import keys
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import running
-from tests.serve.raw import Raw, eventually
+from tests.support.http import Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 PATH = "/v1/chat/completions"
 KEYS = Keys((Key("anna", keys.digest("a")), Key("ben", keys.digest("b"))))
@@ -62,7 +63,7 @@ def test_who_leaves_frees_everything_and_others_go_on_as_ever(real, stream):
     beside.join(60)
     assert found == [alone]
     eventually(lambda: free(real))
-    eventually(lambda: real.app.running == 0 and not real.app.keys._running)
+    eventually(lambda: real.app.state.running == 0 and not real.app.services.keys._running)
 
 
 def test_who_leaves_while_his_text_is_read_leaves_no_request_behind(real, monkeypatch):
@@ -79,7 +80,7 @@ def test_who_leaves_while_his_text_is_read_leaves_no_request_behind(real, monkey
     raw = Raw(real).post(body("A long tale.", **ENDLESS), "Authorization: Bearer a")
     assert reading.wait(30)
     raw.socket.close()
-    eventually(lambda: real.app.running == 0)
+    eventually(lambda: real.app.state.running == 0)
     go.set()
     eventually(lambda: real.llm.engine.stats().prompt_tokens > before)
     eventually(lambda: free(real))

@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.backend import ModelStats
 from moesaic.errors import NumericalError, Overloaded
-from tests.serve.conftest import Script, Scripted, running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.backend import Script, Scripted
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
@@ -74,7 +76,7 @@ def asked(server):
     server.backend.script = Script(held=True)
     with Raw(server) as raw:
         raw.post(CHAT | {"stream": True}).until(b"Hello")
-    eventually(lambda: server.app.running == 0)
+    eventually(lambda: server.app.state.running == 0)
     return server
 
 

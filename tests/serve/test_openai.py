@@ -9,18 +9,12 @@ import pytest
 
 from moesaic.errors import NumericalError, Overloaded, PromptTooLong
 from moesaic.serve import keys
-from tests.serve.conftest import Script, running
+from tests.support.backend import Script
+from tests.support.http import events, post
+from tests.support.server import running
 
 JSON = {"content-type": "application/json"}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
-
-
-def events(text: str) -> list[str]:
-    return [line[6:] for line in text.split("\n") if line.startswith("data: ")]
-
-
-def post(server, path, body, **options):
-    return httpx.post(server.url + path, json=body, timeout=30, **options)
 
 
 def test_a_whole_answer(server):

@@ -7,8 +7,10 @@ from pathlib import Path
 import httpx
 
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Script, Scripted, running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.backend import Script, Scripted
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 QUICK = Settings(reader_seconds=0.4, idle_seconds=0.4)
 
@@ -30,7 +32,7 @@ def test_readers_who_do_not_read_cost_little_and_are_dropped():
         eventually(lambda: len(server.backend.asked) == 201)
         other = httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3}).json()
         assert other["choices"][0]["message"]["content"] == "x" * 48_000
-        eventually(lambda: server.app.running == 0, 60)
+        eventually(lambda: server.app.state.running == 0, 60)
         assert memory() - before < 50 << 20
         assert server.backend.cancelled >= 200
         for raw in kept:

@@ -13,7 +13,8 @@ from moesaic.errors import NotFound, NumericalError, Overloaded
 from moesaic.serve import keys
 from moesaic.serve.response_store import ResponseStore, StoredResponse
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Script, running
+from tests.support.backend import Script
+from tests.support.server import running
 
 ASK = {"model": "scripted", "input": "Hi"}
 TOOL = {"type": "function", "name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}
@@ -294,7 +295,7 @@ def test_the_oldest_go_and_only_ones_own():
     small.put("anna", "c", replace(entry, shown={"text": "x" * 500}))  # larger than all room
     small.put("anna", "d", entry)
     assert small.get("anna", "d")
-    assert small._shelves["anna"].bytes == entry.size()
+    assert small._owners["anna"].size == entry.size()
 
 
 def test_how_much_is_kept_is_a_setting():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,11 +13,13 @@ import httpx
 import pytest
 
 from moesaic.serve import server
-from moesaic.serve.connection import LINGER
+from moesaic.serve.connection import LINGER_SECONDS
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.http import CHAT, Raw
+from tests.support.require import require_program
+from tests.support.server import running
+from tests.support.wait import eventually
 
 MARGIN = 5.0
 """Seconds beyond a deadline in which even a loaded machine must have kept it."""
@@ -93,7 +94,7 @@ def test_a_head_without_an_end_is_431(usual):
 
 def test_a_head_that_drips_is_cut_off(quick):
     with Raw(quick) as raw:
-        assert raw.drip(b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 9999, 0.05, 10) < 0.4 + LINGER + MARGIN
+        assert raw.drip(b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 9999, 0.05, 10) < 0.4 + LINGER_SECONDS + MARGIN
     with Raw(quick) as raw:
         raw.send("GET /hea")
         refused(raw, 408)
@@ -110,7 +111,7 @@ def test_what_drips_on_a_kept_connection_is_cut_off(quick, dripped):
     """Line breaks too, which belong to no request and wind up no parser."""
     with Raw(quick) as raw:
         raw.get().until(b'"ok"}')
-        assert raw.drip(dripped, 0.05, 10) < 0.4 + LINGER + MARGIN
+        assert raw.drip(dripped, 0.05, 10) < 0.4 + LINGER_SECONDS + MARGIN
 
 
 def test_an_idle_connection_is_closed(quick):
@@ -129,7 +130,7 @@ def test_a_body_that_drips_is_refused_in_time(quick):
         raw.send("Content-Length: 5000\r\n\r\n{")
         began = monotonic()
         refused(raw, 400)
-        assert monotonic() - began < 0.4 + LINGER + MARGIN
+        assert monotonic() - began < 0.4 + LINGER_SECONDS + MARGIN
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_a_body_that_nobody_reads_holds_no_connection(head, server):
         )
         answer = raw.until(b"}")
         assert b"connection: close" in answer.lower()
-        assert raw.drip(b"x", 0.05, 15) < LINGER + MARGIN
+        assert raw.drip(b"x", 0.05, 15) < LINGER_SECONDS + MARGIN
 
 
 def test_a_body_that_is_announced_too_long_is_refused_before_it_is_read(usual):
@@ -189,7 +190,7 @@ def test_chunks_beyond_the_limit_are_cut_off(usual):
 
 def test_a_body_of_exactly_the_limit_is_read(usual):
     body = json.dumps({"input": "x"}).encode()
-    body += b" " * (usual.app.settings.body_bytes - len(body))
+    body += b" " * (usual.app.services.settings.body_bytes - len(body))
     assert httpx.post(usual.url + "/v1/embeddings", content=body, headers=JSON).status_code == 200
     assert httpx.post(usual.url + "/v1/embeddings", content=body + b" ", headers=JSON).status_code == 413
 
@@ -266,9 +267,9 @@ def test_a_broken_body_is_answered_once():
     """The head was good, and the request had begun to be worked on, when the body turned out to be broken."""
     with running() as server, Raw(server) as raw:
         raw.send(POST + "Transfer-Encoding: chunked\r\n\r\n")
-        eventually(lambda: server.app.running)
+        eventually(lambda: server.app.state.running)
         refused(raw.send("zz\r\n"), 400)
-        eventually(lambda: not server.app.running)
+        eventually(lambda: not server.app.state.running)
 
 
 def test_requests_in_a_row_are_answered_in_order(usual):
@@ -308,7 +309,7 @@ def test_too_many_connections_of_one_address():
         eventually(again)
         for raw in kept:
             raw.__exit__()
-        eventually(lambda: not server.app.running)
+        eventually(lambda: not server.app.state.running)
 
 
 def test_too_many_connections_in_all():
@@ -329,11 +330,10 @@ def test_too_many_connections_in_all():
 
 def listening() -> set[str]:
     """Return where this process listens."""
-    found = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run([require_program("ss"), "-Hltnp"], capture_output=True, text=True, check=True).stdout
     return {line.split()[3] for line in found.splitlines() if f"pid={os.getpid()}," in line}
 
 
-@pytest.mark.skipif(not shutil.which("ss"), reason="there is no ss")
 def test_there_is_one_socket_and_no_other(usual):
     before = listening()
     with running() as server:
@@ -358,7 +358,7 @@ def test_as_many_files_may_be_open_as_there_may_be_connections():
         "from moesaic.serve import server\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
-        "front.prepare(200)\n"
+        "server.prepare_process(200)\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_CORE)[0])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -7,14 +7,15 @@ import json
 import httpx
 import pytest
 
-from moesaic.backend import Delta, Finished, ModelStats, TokenInfo
+from moesaic.backend import Delta, Finished, ModelStats, TokenInfo, TokenLimits
 from moesaic.errors import EngineStopped, KeyExhausted, NumericalError, Overloaded, PromptTooLong, TimedOut
 from moesaic.serve.dialects._tgi import Parameters, checked
 from moesaic.serve.dialects.tgi_info import placed
 from moesaic.serve.keys import Key, Keys, digest
 from moesaic.serve.settings import Settings, TgiBounds
-from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
-from tests.serve.test_openai import events, post
+from tests.support.backend import Script, Scripted, ScriptedAnswers
+from tests.support.http import events, post
+from tests.support.server import running
 
 JSON = {"content-type": "application/json"}
 BODY = {"inputs": "Hi you"}
@@ -79,7 +80,7 @@ def test_a_stream_has_one_event_for_each_token(server, path):
         "finish_reason": "eos_token",
         "generated_tokens": 4,
         "seed": 7,
-        "input_length": 3,
+        "input_length": 2,
     }
     assert "[DONE]" not in answer.text
 
@@ -133,7 +134,7 @@ def test_the_best_of_several(monkeypatch):
                     for e in step
                 ] + [Finished(0, "length", 2, 1)] * isinstance(step[0], Delta) * (not isinstance(step[-1], Finished))
 
-    monkeypatch.setattr("tests.serve.conftest.ScriptedAnswers", Answers)
+    monkeypatch.setattr("tests.support.backend.ScriptedAnswers", Answers)
     with running(Door) as server:
         found = post(server, "/generate", asks({"best_of": 2, "do_sample": True, "details": True})).json()
         seeds = [ask.sampling["seed"] for ask in server.backend.asked]
@@ -180,7 +181,8 @@ def test_what_is_asked_reaches_the_door(server):
         "prompt_logprobs": 0,
         "seed": 2**64 - 1,
     }
-    assert (ask.model, ask.prompt, ask.grammar) == ("scripted", (1, 20, 21), ("regex", "a+"))
+    assert (ask.model, ask.prompt, ask.grammar) == ("scripted", "Hi you", ("regex", "a+"))
+    assert (ask.truncate, ask.parse_special, ask.limits) == (50, True, TokenLimits())
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def test_where_a_key_is_needed():
 
 def test_info():
     told = Settings(
-        concurrent_requests=9, prompts=3, tgi=TgiBounds(max_total_tokens=50, told={"validation_workers": 7})
+        concurrent_requests=9, prompts=3, tgi=TgiBounds(max_total_tokens=50, launcher_info={"validation_workers": 7})
     )
     with running(settings=told) as server:
         found = httpx.get(server.url + "/info").json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -10,10 +11,11 @@ import pytest
 
 from moesaic.errors import InvalidRequest
 from moesaic.serve.tracing import Tracer
-from tests.serve.conftest import Script
-from tests.serve.raw import CHAT
+from tests.support.backend import Script
+from tests.support.http import CHAT
+from tests.support.require import require_package
 
-pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+require_package("opentelemetry.exporter.otlp.proto.http")
 SECRET = "the-secret-prompt"
 
 
@@ -65,7 +67,7 @@ def attributes(span) -> dict:
 
 
 def test_spans_arrive_with_the_present_names_and_without_prompts(server, collector):
-    server.app.tracer = Tracer()
+    server.app.services = replace(server.app.services, tracer=Tracer())
     trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     headers = {"traceparent": f"00-{trace}-{parent}-01", "tracestate": "vendor=1"}
     body = CHAT | {"messages": [{"role": "user", "content": SECRET}], "user": SECRET, "stop": [SECRET]}
@@ -74,7 +76,7 @@ def test_spans_arrive_with_the_present_names_and_without_prompts(server, collect
     httpx.post(server.url + "/v1/completions", json={"prompt": SECRET, "stream": True})
     server.backend.script = Script(refusal=InvalidRequest(SECRET))
     httpx.post(server.url + "/v1/completions", json={"prompt": SECRET}, headers={"traceparent": "nonsense"})
-    server.app.tracer.close()
+    server.app.services.tracer.close()
     chat, text, refused = sorted(spans(collector), key=lambda span: span.start_time_unix_nano)
     assert SECRET.encode() not in b"".join(body for _, body in collector)
     assert chat.name == "chat scripted" and chat.kind == 2  # a server's
@@ -106,9 +108,9 @@ def test_spans_arrive_with_the_present_names_and_without_prompts(server, collect
 def test_a_collector_that_is_away_holds_nobody_up(server, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
-    server.app.tracer = Tracer()
+    server.app.services = replace(server.app.services, tracer=Tracer())
     assert httpx.post(server.url + "/v1/chat/completions", json=CHAT).status_code == 200
-    server.app.tracer.close()
+    server.app.services.tracer.close()
 
 
 def test_without_opentelemetry_it_is_told_what_to_install(monkeypatch):

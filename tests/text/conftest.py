@@ -1,7 +1,6 @@
 """The published tokenizer files, found in the packages that carry them."""
 
 import functools
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,24 +9,19 @@ import pytest
 
 from moesaic.text._tiktoken import TEKKEN_NAMED
 from moesaic.text.tokenizer import Tokenizer
-
-
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations)))
+from tests.support.require import package_folder
 
 
 @pytest.fixture(scope="session")
 def files() -> dict[str, Path]:
-    mistral = _package("mistral_common") / "data"
+    mistral = package_folder("mistral_common") / "data"
     return {
         "v1": mistral / "tokenizer.model.v1",
         "v2": mistral / "mistral_instruct_tokenizer_240216.model.v2",
         "v3": mistral / "mistral_instruct_tokenizer_240323.model.v3",
         "v7": mistral / "mistral_instruct_tokenizer_241114.model.v7",
         "tekken": mistral / "tekken_240911.json",
-        "llama3": _package("llama_models") / "llama3" / "tokenizer.model",
+        "llama3": package_folder("llama_models") / "llama3" / "tokenizer.model",
     }
 
 

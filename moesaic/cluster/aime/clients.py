@@ -24,9 +24,10 @@ from moesaic.cluster.aime.settings import Definition, model_of, together
 from moesaic.cluster.aime.visitors import Visitors
 from moesaic.cluster.desk import Desk, Progress
 from moesaic.errors import Forbidden, InvalidRequest, MoesaicError, NotFound, Unauthorized
-from moesaic.serve.dialects._openai import frame
-from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, Failure, RequestContext, Response
+from moesaic.serve.context import RequestContext
+from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Failure, Response
 from moesaic.serve.keys import Key
+from moesaic.serve.sse import frame
 
 ENDED = ("done", "failed", "cancelled", "dead")
 STATES = {"queued": "queued", "leased": "processing"}
@@ -71,44 +72,44 @@ class Clients:
             out += At(self, each).endpoints()
         return out
 
-    def stand(self, call: RequestContext, definition: Definition) -> Stand:
+    def stand(self, context: RequestContext, definition: Definition) -> Stand:
         """Return how an endpoint's model stands."""
-        cards = call.backend.models()
+        cards = context.backend.models()
         name = model_of(definition, cards)
         card = next((each for each in cards if name == each.name or name in each.aliases), None)
         name = card.name if card else name
-        return Stand(name, card, call.backend.stats().get(name, ModelStats()), self.desk.workers(name))
+        return Stand(name, card, context.backend.stats().get(name, ModelStats()), self.desk.workers(name))
 
-    async def validate_key(self, call: RequestContext) -> AnyResponse:
+    async def validate_key(self, context: RequestContext) -> AnyResponse:
         """Say whether a key is known."""
         try:
-            self.visitors.owner(call, given(call))
+            self.visitors.owner(context, given(context))
         except Unauthorized:
             return Response({"success": False, "error": "Key not valid"})
         return Response({"success": True, "error": None})
 
-    async def listed(self, call: RequestContext) -> AnyResponse:
+    async def listed(self, context: RequestContext) -> AnyResponse:
         """Return the endpoints' names; with a key, if that is known."""
-        values = given(call)
+        values = given(context)
         if values.get("key"):
             try:
-                self.visitors.owner(call, values)
+                self.visitors.owner(context, values)
             except Unauthorized:
                 return Response({"error": "Key not valid"}, 401)
         return Response({"endpoints": [each.name for each in self.definitions]})
 
-    async def stream(self, call: RequestContext) -> AnyResponse:
+    async def stream(self, context: RequestContext) -> AnyResponse:
         """Stream a job's progress from where AIME's JavaScript client looks for it."""
-        key = self.visitors.owner(call, given(call))
-        found = await self.desk.progress(given(call).get("job_id", ""), key.name)
-        cards = call.backend.models()
+        key = self.visitors.owner(context, given(context))
+        found = await self.desk.progress(given(context).get("job_id", ""), key.name)
+        cards = context.backend.models()
         fitting = [each for each in self.definitions if model_of(each, cards) == found.model]
-        return await At(self, (fitting or self.definitions)[0]).stream(call)
+        return await At(self, (fitting or self.definitions)[0]).stream(context)
 
-    def charge(self, call: RequestContext, key: Key, found: Progress) -> None:
+    def charge(self, context: RequestContext, key: Key, found: Progress) -> None:
         """Take from a key's share what a job has cost since it was last looked at."""
         cost = _generated(found) + found.prompt_tokens
-        call.app.keys.charge(key, max(0, cost - self._charged.pop(found.id, 0)))
+        context.services.keys.charge(key, max(0, cost - self._charged.pop(found.id, 0)))
         self._charged[found.id] = cost
         if len(self._charged) > CHARGED:
             self._charged.popitem(last=False)
@@ -140,19 +141,19 @@ class At:
                 out.append(route(path, self.details, method, "What an endpoint takes (AIME)."))
         return out
 
-    async def login(self, call: RequestContext) -> AnyResponse:
+    async def login(self, context: RequestContext) -> AnyResponse:
         """Begin a session."""
-        values = given(call)
+        values = given(context)
         try:
-            key = self._clients.visitors.owner(call, values, self._definition)
+            key = self._clients.visitors.owner(context, values, self._definition)
         except (Unauthorized, Forbidden) as error:
             return Response({"success": False, "error": str(error)})
         shown = {"client_session_auth_key": self._clients.visitors.begin_session(key), "key": values.get("key")}
         return Response({"success": True, "ep_version": self._definition.version, **shown}, headers=UNKEPT)
 
-    async def details(self, call: RequestContext) -> AnyResponse:
+    async def details(self, context: RequestContext) -> AnyResponse:
         """Tell what the endpoint takes, and how busy it is; nothing of who does its work."""
-        own, now = self._definition, self._clients.stand(call, self._definition)
+        own, now = self._definition, self._clients.stand(context, self._definition)
         described = {each.name: dict(each.written) for each in own.inputs}
         return Response(
             {
@@ -176,22 +177,22 @@ class At:
             }
         )
 
-    async def request(self, call: RequestContext) -> AnyResponse:
+    async def request(self, context: RequestContext) -> AnyResponse:
         """Take a job in; unless told otherwise, answer when it is done."""
-        own, now = self._definition, self._clients.stand(call, self._definition)
-        key = self._clients.visitors.owner(call, call.body, own)
-        call.belongs_to(key)
+        own, now = self._definition, self._clients.stand(context, self._definition)
+        key = self._clients.visitors.owner(context, context.body, own)
+        context.assign_key(key)
         if now.load.waiting >= own.max_queue_length:
             return self._refused(400, f"Job queue reached max length {own.max_queue_length}!")
-        values, problems = checked(call.body, own)
+        values, problems = checked(context.body, own)
         if problems:
             return self._refused(400, problems)
         request = replace(asked(values, now.model), tenant=key.name, priority=key.priority)
         job = await self._desk.submit(request)
-        if call.body.get("wait_for_result") is False:
+        if context.body.get("wait_for_result") is False:
             return Response({"success": True, "job_id": job, "ep_version": own.version})
         found = await self._waited(job, key)
-        self._clients.charge(call, key, found)
+        self._clients.charge(context, key, found)
         return Response(self._result(found, now.card))
 
     async def _waited(self, job: str, key: Key) -> Progress:
@@ -220,17 +221,17 @@ class At:
         finally:
             answers.cancel()
 
-    async def progress(self, call: RequestContext) -> AnyResponse:
+    async def progress(self, context: RequestContext) -> AnyResponse:
         """Tell how far a job is; take it back first if that is asked for."""
-        values = given(call)
-        key = self._clients.visitors.owner(call, values, self._definition)
+        values = given(context)
+        key = self._clients.visitors.owner(context, values, self._definition)
         job = values.get("job_id")
         if not isinstance(job, str) or not job:
             return self._refused(402, ["No job_id given"])
         try:
             if any(values.get(name) in (True, "true", "True") for name in ("canceled", "cancel")):
                 await self._desk.withdraw(job, key.name)
-            return Response(self._shown(call, key, await self._looked(job, key)), headers=UNKEPT)
+            return Response(self._shown(context, key, await self._looked(job, key)), headers=UNKEPT)
         except NotFound:
             return self._refused(402, [f"Client has no active request with this job id {job[:80]}"])
 
@@ -243,10 +244,10 @@ class At:
             return await self._desk.progress(job, key.name)
         return found
 
-    async def cancel(self, call: RequestContext) -> AnyResponse:
+    async def cancel(self, context: RequestContext) -> AnyResponse:
         """Take a job back."""
-        key = self._clients.visitors.owner(call, call.body, self._definition)
-        job = str(call.body.get("job_id") or "")
+        key = self._clients.visitors.owner(context, context.body, self._definition)
+        job = str(context.body.get("job_id") or "")
         try:
             state = await self._desk.withdraw(job, key.name)
         except NotFound:
@@ -254,17 +255,17 @@ class At:
         shown = {"success": True, "job_id": job, "ep_version": self._definition.version}
         return Response(shown | {"job_state": "canceled" if state == "cancelled" else "done"})
 
-    async def stream(self, call: RequestContext) -> AnyResponse:
+    async def stream(self, context: RequestContext) -> AnyResponse:
         """Stream a job's progress: the same as by asking, an event for each."""
-        values = given(call)
-        key = self._clients.visitors.owner(call, values, self._definition)
+        values = given(context)
+        key = self._clients.visitors.owner(context, values, self._definition)
         job = str(values.get("job_id") or "")
-        return EventStream(self._frames(call, key, await self._looked(job, key)))
+        return EventStream(self._frames(context, key, await self._looked(job, key)))
 
-    async def _frames(self, call: RequestContext, key: Key, found: Progress) -> AsyncIterator[bytes]:
+    async def _frames(self, context: RequestContext, key: Key, found: Progress) -> AsyncIterator[bytes]:
         clock = asyncio.get_running_loop().time
         while True:
-            shown = self._shown(call, key, found)
+            shown = self._shown(context, key, found)
             yield frame({**shown, **shown.get("progress", {})})
             if found.state in ENDED:
                 return
@@ -274,7 +275,7 @@ class At:
                     async for _ in answers:
                         if clock() - shown_at < PACE:
                             continue
-                        shown = self._shown(call, key, await self._desk.progress(found.id, key.name))
+                        shown = self._shown(context, key, await self._desk.progress(found.id, key.name))
                         if shown["job_state"] == "done":
                             break
                         yield frame({**shown, **shown["progress"]})
@@ -285,9 +286,9 @@ class At:
 
     # What is told
 
-    def _shown(self, call: RequestContext, key: Key, found: Progress) -> dict[str, Any]:
-        self._clients.charge(call, key, found)
-        now = self._clients.stand(call, self._definition)
+    def _shown(self, context: RequestContext, key: Key, found: Progress) -> dict[str, Any]:
+        self._clients.charge(context, key, found)
+        now = self._clients.stand(context, self._definition)
         shown = {"success": True, "job_id": found.id, "ep_version": self._definition.version}
         if found.state in ENDED:
             return shown | {"job_result": self._result(found, now.card), "job_state": "done"}
@@ -350,13 +351,15 @@ def _outputs(found: Progress, card: ModelInfo | None) -> dict[str, Any]:
     return {name: value for name, value in out.items() if value is not None}
 
 
-def given(call: RequestContext) -> Mapping[str, Any]:
+def given(context: RequestContext) -> Mapping[str, Any]:
     """Return what a request carries, in its body and its query; of a name that stands twice, the first."""
     try:
-        query = parse_qsl(call.scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=64)
+        query = parse_qsl(
+            context.http.scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=64
+        )
     except ValueError:
         raise InvalidRequest("there are more than 64 fields behind the question mark") from None
-    return dict(reversed(query)) | (call.body or {})
+    return dict(reversed(query)) | (context.body or {})
 
 
 def failure(reason: Failure, version: int | None = None) -> Any:

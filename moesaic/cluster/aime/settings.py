@@ -141,7 +141,7 @@ def together(definitions: Sequence[Definition]) -> list[Definition]:
     Raises:
         InvalidRequest: two have one name, or one has the name of another route.
     """
-    routes = {each.path.split("/")[1] for each in app.endpoints()} | RESERVED
+    routes = {each.path.split("/")[1] for each in app.dialect_endpoints()} | RESERVED
     names = [each.name for each in definitions]
     for name in names:
         if name in routes:

@@ -16,9 +16,9 @@ from typing import Any
 
 from moesaic.cluster.aime.settings import Definition
 from moesaic.errors import Forbidden, Unauthorized
-from moesaic.serve.exchange import RequestContext
-from moesaic.serve.guard import given_key
-from moesaic.serve.keys import NOBODY, Key, Keys, digest
+from moesaic.serve.context import RequestContext
+from moesaic.serve.guard import request_key
+from moesaic.serve.keys import ANONYMOUS, Key, Keys, digest
 
 SESSIONS = 10_000
 SESSION_SECONDS = 86_400.0
@@ -33,7 +33,7 @@ class Visitors:
         self._keys = {each.name: Keys(each.client_keys) for each in definitions}
         self._sessions: dict[str, tuple[str, float]] = {}  # a key's digest, and when it ends
 
-    def owner(self, call: RequestContext, given: Mapping[str, Any], definition: Definition | None = None) -> Key:
+    def owner(self, context: RequestContext, given: Mapping[str, Any], definition: Definition | None = None) -> Key:
         """Return whose request this is; without a definition, any endpoint's key does.
 
         Raises:
@@ -41,26 +41,26 @@ class Visitors:
             Forbidden: the key is another endpoint's.
             KeyExhausted: too many wrong keys came from this address.
         """
-        if not self._wanted(call, definition):
-            return NOBODY
-        with call.app.guard.patience(call.scope):
-            found = self._found(call, given)
+        if not self._wanted(context, definition):
+            return ANONYMOUS
+        with context.services.guard.limit_failures(context.http.client):
+            found = self._found(context, given)
         if found.worker:
             raise Forbidden("a worker's key is for its work alone")
-        if definition is not None and not self._allowed(call, found, definition):
+        if definition is not None and not self._allowed(context, found, definition):
             raise Forbidden(f"Client not authorized for endpoint {definition.name}!")
         return found
 
-    def _wanted(self, call: RequestContext, definition: Definition | None) -> bool:
+    def _wanted(self, context: RequestContext, definition: Definition | None) -> bool:
         asked = self._keys.values() if definition is None else [self._keys[definition.name]]
-        return call.app.keys.wanted or any(keys.wanted for keys in asked)
+        return context.services.keys.wanted or any(keys.wanted for keys in asked)
 
-    def _found(self, call: RequestContext, given: Mapping[str, Any]) -> Key:
+    def _found(self, context: RequestContext, given: Mapping[str, Any]) -> Key:
         key, session = _said(given.get("key")), _said(given.get("client_session_auth_key"))
-        header = given_key(call.scope["headers"])
+        header = request_key(context.http.scope["headers"])
         sent = key.encode() if key else header
         sha256 = self._session(session) if session else ""
-        for keys in (call.app.keys, *self._keys.values()):
+        for keys in (context.services.keys, *self._keys.values()):
             if keys.wanted and sent:
                 try:
                     return keys.owner(sent)
@@ -72,8 +72,8 @@ class Visitors:
             raise Unauthorized("Key not valid")
         raise Unauthorized("API Key missing and client session authentication key not registered in API Server")
 
-    def _allowed(self, call: RequestContext, key: Key, definition: Definition) -> bool:
-        servers = call.app.keys.wanted and call.app.keys.current(key.sha256) is not None
+    def _allowed(self, context: RequestContext, key: Key, definition: Definition) -> bool:
+        servers = context.services.keys.wanted and context.services.keys.current(key.sha256) is not None
         return servers or self._keys[definition.name].current(key.sha256) is not None
 
     def begin_session(self, key: Key) -> str:
@@ -90,7 +90,7 @@ class Visitors:
         return sha256 if time.monotonic() < until else ""
 
 
-def worker_of(call: RequestContext, auth_key: Any, definitions: Sequence[Definition]) -> Key:
+def worker_of(context: RequestContext, auth_key: Any, definitions: Sequence[Definition]) -> Key:
     """Return whose worker this is, which wants to do the jobs of these endpoints.
 
     It shows the key of the endpoint's file, or a worker's: whoever may do jobs reads what everybody asks.
@@ -100,17 +100,17 @@ def worker_of(call: RequestContext, auth_key: Any, definitions: Sequence[Definit
     """
     job_type, offered = definitions[0].job_type, {each.offered for each in definitions}
     own = [each.worker_key for each in definitions if each.worker_key]
-    if not own and not call.app.keys.wanted:
-        return NOBODY
-    with call.app.guard.patience(call.scope):
+    if not own and not context.services.keys.wanted:
+        return ANONYMOUS
+    with context.services.guard.limit_failures(context.http.client):
         shown = _said(auth_key)
         same = [hmac.compare_digest(digest(shown), each) for each in own]  # all of them, whichever it is
         if shown and any(same):
             return Key(f"aime:{job_type}", digest(shown), worker=True)
-        found = NOBODY
-        if shown and call.app.keys.wanted:
+        found = ANONYMOUS
+        if shown and context.services.keys.wanted:
             with contextlib.suppress(Unauthorized):
-                found = call.app.keys.owner(shown.encode())
+                found = context.services.keys.owner(shown.encode())
         if not found.worker or (found.models and not offered <= set(found.models)):
             raise Unauthorized(f"Worker not authorized on job type {job_type}")
         return found

@@ -17,7 +17,8 @@ from moesaic.cluster.aime.visitors import worker_of
 from moesaic.cluster.desk import LEASE_SECONDS, Desk, Labour
 from moesaic.cluster.routes import MESSAGE_BYTES
 from moesaic.errors import InvalidRequest, Unauthorized, Unavailable
-from moesaic.serve.exchange import AnyResponse, Endpoint, Failure, RequestContext, Response
+from moesaic.serve.context import RequestContext
+from moesaic.serve.endpoint import AnyResponse, Endpoint, Failure, Response
 
 PATIENCE = 0.75
 """Of the time after which a worker gives up a request for jobs: then it is told that there is none."""
@@ -49,14 +50,14 @@ class Workers:
     def _of_type(self, job_type: Any) -> list[Definition]:
         return [each for each in self._definitions if each.job_type == job_type]
 
-    async def status(self, call: RequestContext) -> AnyResponse:
+    async def status(self, context: RequestContext) -> AnyResponse:
         """Tell a worker whether it is known, and its job type. One with a name is let in here."""
-        body = call.body
+        body = context.body
         definitions = self._of_type(body.get("job_type"))
         member, valid = None, False
         if definitions:
             try:
-                owner = worker_of(call, body.get("auth_key"), definitions).name
+                owner = worker_of(context, body.get("auth_key"), definitions).name
                 valid = True
                 if name := _name(body.get("auth")):  # it may have begun under an earlier process of this gateway
                     known = [each for each in self.crew.find(name, definitions[0].job_type) if each.owner == owner]
@@ -66,18 +67,18 @@ class Workers:
         shown = {"logged_in": member is not None, "job_type_present": bool(definitions), "key_valid": valid}
         return Response(OK | shown)
 
-    async def login(self, call: RequestContext) -> AnyResponse:
+    async def login(self, context: RequestContext) -> AnyResponse:
         """Let a worker in."""
-        body = _object(call.body.get("worker_parameters"))
+        body = _object(context.body.get("worker_parameters"))
         definitions = self._of_type(body.get("job_type"))
         name = _name(body.get("auth"))
         if not definitions or not name:
             return Response({"success": False, "error_msg": _unfit(str(body.get("job_type")), name)})
         try:
-            owner = worker_of(call, body.get("auth_key"), definitions).name
+            owner = worker_of(context, body.get("auth_key"), definitions).name
         except Unauthorized as error:
             return Response({"success": False, "error_msg": str(error)})
-        about = {"model": _object(call.body.get("model_parameters"))}
+        about = {"model": _object(context.body.get("model_parameters"))}
         await self._admit(definitions, name, owner, body, legacy=False, about=about)
         told = {"request_timeout": definitions[0].request_timeout, "api_server_version": SPOKEN}
         return Response(OK | told)
@@ -96,13 +97,13 @@ class Workers:
         slots = _count(body.get("max_batch_size", body.get("max_job_batch")))
         return await self.crew.admit(Member(name, definitions, slots, owner, legacy, shown, time.monotonic()))
 
-    async def jobs(self, call: RequestContext) -> AnyResponse:
+    async def jobs(self, context: RequestContext) -> AnyResponse:
         """Wait for jobs."""
-        if call.app.draining:
+        if context.services.state.draining:
             raise Unavailable("the server is about to stop: ask another, or try again later")
-        body = call.body
+        body = context.body
         try:
-            member = await self._member(call, body)
+            member = await self._member(context, body)
         except (Unauthorized, InvalidRequest) as error:
             return Response({"cmd": "error", "msg": str(error)})
         timeout = min(member.definition.request_timeout, _seconds(body.get("request_timeout")))
@@ -121,7 +122,7 @@ class Workers:
             }
         )
 
-    async def _member(self, call: RequestContext, body: Mapping[str, Any]) -> Member:
+    async def _member(self, context: RequestContext, body: Mapping[str, Any]) -> Member:
         """Return the worker that asks.
 
         Raises:
@@ -130,42 +131,42 @@ class Workers:
         """
         name, job_type = _name(body.get("auth")), str(body.get("job_type") or "")
         for member in self.crew.find(name, job_type):
-            if worker_of(call, body.get("auth_key"), member.definitions).name == member.owner:
+            if worker_of(context, body.get("auth_key"), member.definitions).name == member.owner:
                 return member
         definitions = self._of_type(job_type)
         if not job_type:
             raise Unavailable("not logged in: log in again")
         if not definitions or not name:
             raise InvalidRequest(_unfit(job_type, name))
-        owner = worker_of(call, body.get("auth_key"), definitions).name
+        owner = worker_of(context, body.get("auth_key"), definitions).name
         return await self._admit(definitions, name, owner, body, legacy=True)
 
-    async def progress(self, call: RequestContext) -> AnyResponse:
+    async def progress(self, context: RequestContext) -> AnyResponse:
         """Take in how far jobs are: a list, or one."""
-        several = isinstance(call.body, list)
-        entries = [_object(each) for each in (call.body if several else [call.body])]
+        several = isinstance(context.body, list)
+        entries = [_object(each) for each in (context.body if several else [context.body])]
         for entry in entries:
             try:
-                self._check(call, entry)
+                self._check(context, entry)
             except Unauthorized as error:
                 return Response({"success": False, "error_msg": str(error)})
         updates = [(str(entry.get("job_id")), _object(entry.get("progress_data"))) for entry in entries]
         answers = await self.crew.progress(updates)
         return Response(answers if several else answers[0])
 
-    def _check(self, call: RequestContext, entry: Mapping[str, Any]) -> None:
+    def _check(self, context: RequestContext, entry: Mapping[str, Any]) -> None:
         """Raise Unauthorized unless whoever sends this has the job that it is about, or could have it."""
         member = self.crew.worker_of(str(entry.get("job_id")))
         if definitions := member.definitions if member else self._of_type(entry.get("job_type")):
-            key = worker_of(call, entry.get("auth_key"), definitions)
+            key = worker_of(context, entry.get("auth_key"), definitions)
             if member and key.name != member.owner:
                 raise Unauthorized("this is the job of another key's worker")
 
-    async def result(self, call: RequestContext) -> AnyResponse:
+    async def result(self, context: RequestContext) -> AnyResponse:
         """Take a result in; the same one again is no fault."""
-        body = call.body
+        body = context.body
         try:
-            self._check(call, body)
+            self._check(context, body)
         except Unauthorized as error:
             return Response({"success": False, "error_msg": str(error)})
         job = str(body.get("job_id"))

@@ -1,9 +1,8 @@
-"""The APIs: one file = one of them.
+"""The APIs of the server: one file is one API.
 
-A file ``dialects/<name>.py`` defines
+A file ``dialects/<name>.py`` defines ``ENDPOINTS``: its routes, with the types of their bodies, their handlers, and
+how errors are shown.
 
-    ENDPOINTS    its routes: what the body is, what answers it, and how an error is shown
-
-A dialect turns a body into an ``Ask``, hands it to ``Call.ask``, and turns the events that come back into
-its own shapes. It never sees a model, an engine or a socket.
+A dialect turns a body into a ``GenerationRequest``, passes it to ``RequestContext.generate``, and turns the events
+into the API's own shapes. It never sees a model, an engine or a socket.
 """

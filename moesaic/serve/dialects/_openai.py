@@ -11,16 +11,13 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta, Struct
 
 from moesaic import __version__
 from moesaic.backend import Backend, Finished, ModelInfo, TokenInfo
 from moesaic.errors import InvalidParameter, NotFound, Unavailable
-from moesaic.serve.exchange import Failure, RequestContext
+from moesaic.serve.context import RequestContext
 
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "server_error"}
-CODES = {401: "invalid_api_key", 404: "model_not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
 STAND_INS = ("", "tgi", "dummy", "default")
 """Names under which clients ask for whatever model there is."""
 
@@ -177,34 +174,9 @@ def card_of(backend: Backend, name: str | None, *, strict: bool = False) -> Mode
     raise NotFound(f"the model {name!r:.120} does not exist; there is {known}")
 
 
-def model_of(call: RequestContext, name: str | None) -> str:
+def model_of(context: RequestContext, name: str | None) -> str:
     """Return the name of the model that a request means."""
-    return card_of(call.backend, name, strict=call.settings.strict_model_name).name
-
-
-def failure(failure: Failure) -> Any:
-    """Return an error as OpenAI's clients read it."""
-    kind = KINDS.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
-    error = {
-        "message": failure.message,
-        "type": kind,
-        "param": failure.param,
-        "code": CODES.get(failure.status),
-    }
-    return {"error": error}
-
-
-def broken(reason: Failure) -> bytes:
-    """Return an error as an event in a stream; no ``[DONE]`` follows."""
-    return frame({"error": {**failure(reason)["error"], "code": reason.status}})
-
-
-def frame(content: Any) -> bytes:
-    """Return an event of a stream."""
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"
+    return card_of(context.backend, name, strict=context.settings.strict_model_name).name
 
 
 def new_id(prefix: str, between: str = "-") -> str:

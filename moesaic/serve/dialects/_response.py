@@ -14,7 +14,7 @@ import msgspec
 from moesaic.backend import Delta, Event, Finished, PromptDone, TokenInfo
 from moesaic.backend import ToolCall as ToolCall
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import Failure
+from moesaic.serve.endpoint import Failure
 
 Happening = tuple[str, dict[str, Any]]
 """The kind of an event, without ``response.``, and its fields."""

@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import Struct
 
 from moesaic.errors import InvalidRequest
-from moesaic.serve.exchange import Failure, Response
+from moesaic.serve.endpoint import Failure, Response
 from moesaic.serve.settings import TgiBounds
 
 SEED_BITS = 53
@@ -199,23 +199,6 @@ def _grammar(given: dict[str, Any] | None, bounds: TgiBounds) -> tuple[str, Any]
     if not isinstance(value, dict):
         raise InvalidRequest("grammar is not supported")
     return "json_schema", value
-
-
-def check_lengths(bounds: TgiBounds, context: int | None, tokens: int, wanted: Wanted) -> None:
-    """Refuse a prompt that is too long, or that leaves no room for the answer that is asked for.
-
-    Raises:
-        InvalidRequest: in TGI's words.
-    """
-    total, most = total_tokens(bounds, context), wanted.sampling["max_tokens"]
-    if total is None:
-        return
-    if most is not None and tokens + most > total:
-        given = f"Given: {tokens} `inputs` tokens and {most} `max_new_tokens`"
-        raise InvalidRequest(f"`inputs` tokens + `max_new_tokens` must be <= {total}. {given}")
-    longest = input_tokens(bounds, context)
-    if longest is not None and tokens > longest:
-        raise InvalidRequest(f"`inputs` must have less than {longest} tokens. Given: {tokens}")
 
 
 def check_truncate(bounds: TgiBounds, context: int | None, truncate: int | None) -> None:

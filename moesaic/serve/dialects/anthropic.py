@@ -15,8 +15,9 @@ from msgspec import Meta, Struct
 
 from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, ToolCall
 from moesaic.errors import InvalidMessages, InvalidParameter
+from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, Failure, RequestContext, Response
+from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Failure, Response
 
 KINDS = {
     401: "authentication_error",
@@ -227,22 +228,22 @@ def _grammar(config: OutputConfig | None) -> tuple[str, Any] | None:
 # What is answered
 
 
-async def messages(call: RequestContext) -> AnyResponse:
+async def messages(context: RequestContext) -> AnyResponse:
     """Answer a conversation."""
-    body: MessagesBody = call.body
-    request = ask_of(body, openai.model_of(call, body.model))
-    events = await call.generate(request)
+    body: MessagesBody = context.body
+    request = ask_of(body, openai.model_of(context, body.model))
+    events = await context.generate(request)
     writer = Writer(request.model)
-    headers = {"request-id": call.id}
+    headers = {"request-id": context.http.id}
     if body.stream:
         return EventStream(writer.frames(events), headers)
     return Response(await writer.whole(events), headers=headers)
 
 
-async def count(call: RequestContext) -> AnyResponse:
+async def count(context: RequestContext) -> AnyResponse:
     """Tell how many tokens a conversation has."""
-    request = ask_of(call.body, openai.model_of(call, call.body.model))
-    return Response({"input_tokens": len(await call.backend.tokenize(request))})
+    request = ask_of(context.body, openai.model_of(context, context.body.model))
+    return Response({"input_tokens": len(await context.backend.tokenize(request))})
 
 
 class Content:

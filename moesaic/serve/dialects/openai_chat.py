@@ -9,8 +9,10 @@ from msgspec import Meta, Struct
 
 from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, ToolCall
 from moesaic.errors import InvalidMessages, InvalidParameter
+from moesaic.serve import sse
+from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response
+from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response, openai_failure
 
 
 class Message(Struct):
@@ -91,11 +93,11 @@ def _message(place: int, message: Message) -> Mapping[str, Any]:
     return out
 
 
-async def chat(call: RequestContext) -> AnyResponse:
+async def chat(context: RequestContext) -> AnyResponse:
     """Answer a conversation."""
-    body: ChatBody = call.body
-    request = ask_of(body, openai.model_of(call, body.model))
-    events = await call.generate(request)
+    body: ChatBody = context.body
+    request = ask_of(body, openai.model_of(context, body.model))
+    events = await context.generate(request)
     writer = Writer(body, request.model)
     if body.stream:
         return EventStream(writer.frames(events))
@@ -173,8 +175,8 @@ class Writer:
             elif event.text or event.calls or (event.tokens and self._body.logprobs):
                 yield self._piece(event)
         if self._usage:
-            yield openai.frame(self._chunk([]) | {"usage": openai.usage(ended)})
-        yield openai.DONE
+            yield sse.frame(self._chunk([]) | {"usage": openai.usage(ended)})
+        yield sse.DONE
 
     def _piece(self, piece: Delta) -> bytes:
         delta: dict[str, Any] = {"content": piece.text} if piece.text or not piece.calls else {}
@@ -186,7 +188,7 @@ class Writer:
         return self._frame(piece.index, delta, None, **more)
 
     def _frame(self, index: int, delta: dict[str, Any], reason: str | None, **more: Any) -> bytes:
-        return openai.frame(self._chunk([{"index": index, "delta": delta, "finish_reason": reason} | more]))
+        return sse.frame(self._chunk([{"index": index, "delta": delta, "finish_reason": reason} | more]))
 
     def _chunk(self, choices: list[Any]) -> dict[str, Any]:
         chunk = self._head | {"object": "chat.completion.chunk", "choices": choices}
@@ -215,8 +217,8 @@ ENDPOINTS = (
     Endpoint(
         "/v1/chat/completions",
         chat,
-        openai.failure,
-        openai.broken,
+        openai_failure,
+        sse.openai_broken,
         body=ChatBody,
         summary="Answer a conversation.",
     ),

@@ -11,8 +11,11 @@ from msgspec import Meta
 
 from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, TokenInfo
 from moesaic.errors import InvalidParameter
+from moesaic.serve import sse
+from moesaic.serve.concurrency import gather_all
+from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response, gather_all
+from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response, openai_failure
 
 Ids = Annotated[list[openai.Whole], Meta(min_length=1)]
 DEFAULT_TOKENS = 16
@@ -81,25 +84,25 @@ def ask_of(body: CompletionBody, model: str) -> GenerationRequest:
     )
 
 
-async def complete(call: RequestContext) -> AnyResponse:
+async def complete(context: RequestContext) -> AnyResponse:
     """Go on from one or more prompts."""
-    body: CompletionBody = call.body
-    request = ask_of(body, openai.model_of(call, body.model))
-    prompts = prompts_of(body, call.settings.prompts)
+    body: CompletionBody = context.body
+    request = ask_of(body, openai.model_of(context, body.model))
+    prompts = prompts_of(body, context.settings.prompts)
     asked = [replace(request, prompt=prompt) for prompt in prompts]
-    running = [await call.generate(each) for each in asked]
-    echoed = [await _text(call, each) if body.echo else "" for each in asked]
+    running = [await context.generate(each) for each in asked]
+    echoed = [await _text(context, each) if body.echo else "" for each in asked]
     writer = Writer(body, request, echoed)
     if body.stream:
         return EventStream(writer.frames(running))
     return Response(await writer.whole(running))
 
 
-async def _text(call: RequestContext, request: GenerationRequest) -> str:
+async def _text(context: RequestContext, request: GenerationRequest) -> str:
     return (
         request.prompt
         if isinstance(request.prompt, str)
-        else await call.backend.detokenize(request.model, request.prompt or ())
+        else await context.backend.detokenize(request.model, request.prompt or ())
     )
 
 
@@ -210,8 +213,8 @@ class Writer:
                 yield self._frame(index, event.text, event.tokens, None, offsets)
         options = self._body.stream_options
         if options and options.include_usage:
-            yield openai.frame(self._head | {"choices": [], "usage": self._cost(ended)})
-        yield openai.DONE
+            yield sse.frame(self._head | {"choices": [], "usage": self._cost(ended)})
+        yield sse.DONE
 
     def _frame(
         self, index: int, text: str, marks: Sequence[TokenInfo], ended: Finished | None, offsets: dict[int, int]
@@ -225,7 +228,7 @@ class Writer:
             choice["stop_reason"] = openai.stop_reason(ended)
         if self._body.return_token_ids:
             choice["token_ids"] = [mark.id for mark in marks]
-        return openai.frame(self._head | {"choices": [choice]})
+        return sse.frame(self._head | {"choices": [choice]})
 
 
 async def _merged(running: Sequence[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:
@@ -265,8 +268,8 @@ ENDPOINTS = (
     Endpoint(
         "/v1/completions",
         complete,
-        openai.failure,
-        openai.broken,
+        openai_failure,
+        sse.openai_broken,
         body=CompletionBody,
         summary="Go on from texts or token ids.",
     ),

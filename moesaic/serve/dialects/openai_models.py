@@ -12,8 +12,9 @@ from msgspec import Meta, Struct
 from moesaic import __version__
 from moesaic.backend import ModelInfo
 from moesaic.errors import InvalidParameter
+from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
-from moesaic.serve.exchange import AnyResponse, Endpoint, RequestContext, Response
+from moesaic.serve.endpoint import AnyResponse, Endpoint, Response, openai_failure
 
 BEGUN = openai.now()
 
@@ -63,25 +64,25 @@ def shown(card: ModelInfo) -> dict[str, Any]:
     }
 
 
-async def models(call: RequestContext) -> AnyResponse:
+async def models(context: RequestContext) -> AnyResponse:
     """List the models; a page of Anthropic's as well, and the only one."""
-    data = [shown(card) for card in call.backend.models()]
+    data = [shown(card) for card in context.backend.models()]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
     return Response({"object": "list", "data": data, "has_more": False} | ends)
 
 
-async def model(call: RequestContext) -> AnyResponse:
+async def model(context: RequestContext) -> AnyResponse:
     """Show one model."""
-    return Response(shown(openai.card_of(call.backend, call.parameters["name"])))
+    return Response(shown(openai.card_of(context.backend, context.path_parameters["name"])))
 
 
-async def embeddings(call: RequestContext) -> AnyResponse:
+async def embeddings(context: RequestContext) -> AnyResponse:
     """Make a vector of each text."""
-    body: EmbeddingBody = call.body
-    name = openai.model_of(call, body.model)
-    texts = _texts(body.input, call.settings.prompts)
-    vectors, read = await call.backend.embed(name, texts)
-    call.spent += read
+    body: EmbeddingBody = context.body
+    name = openai.model_of(context, body.model)
+    texts = _texts(body.input, context.settings.prompts)
+    vectors, read = await context.backend.embed(name, texts)
+    context.spent += read
     if body.dimensions is not None:
         if body.dimensions > len(vectors[0]):
             raise InvalidParameter("dimensions", f"is {body.dimensions}, but the vectors have {len(vectors[0])}")
@@ -123,25 +124,25 @@ def _packed(vector: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-async def classify(call: RequestContext) -> AnyResponse:
+async def classify(context: RequestContext) -> AnyResponse:
     """Tell how likely each class is for each text."""
-    body: ClassifyBody = call.body
+    body: ClassifyBody = context.body
     texts = [body.input] if isinstance(body.input, str) else body.input
-    if len(texts) > call.settings.prompts:
-        raise InvalidParameter("input", f"holds {len(texts)} texts, expected 1 to {call.settings.prompts}")
-    name = openai.model_of(call, body.model)
+    if len(texts) > context.settings.prompts:
+        raise InvalidParameter("input", f"holds {len(texts)} texts, expected 1 to {context.settings.prompts}")
+    name = openai.model_of(context, body.model)
     data = []
-    for place, scores in enumerate(await call.backend.classify(name, texts)):
+    for place, scores in enumerate(await context.backend.classify(name, texts)):
         label = max(scores, key=lambda each: scores[each])
         data.append({"index": place, "label": label, "probs": list(scores.values()), "scores": dict(scores)})
     head = {"id": openai.new_id("classify"), "object": "list", "created": openai.now(), "model": name}
     return Response(head | {"data": data})
 
 
-async def detokenize(call: RequestContext) -> AnyResponse:
+async def detokenize(context: RequestContext) -> AnyResponse:
     """Return the text of token ids."""
-    body: DetokenizeBody = call.body
-    return Response({"prompt": await call.backend.detokenize(openai.model_of(call, body.model), body.tokens)})
+    body: DetokenizeBody = context.body
+    return Response({"prompt": await context.backend.detokenize(openai.model_of(context, body.model), body.tokens)})
 
 
 async def version(_: RequestContext) -> AnyResponse:
@@ -150,10 +151,10 @@ async def version(_: RequestContext) -> AnyResponse:
 
 
 ENDPOINTS = (
-    Endpoint("/v1/models", models, openai.failure, method="GET", summary="List the models."),
-    Endpoint("/v1/models/{name:path}", model, openai.failure, method="GET", summary="Show one model."),
-    Endpoint("/v1/embeddings", embeddings, openai.failure, body=EmbeddingBody, summary="Make vectors of texts."),
-    Endpoint("/v1/classify", classify, openai.failure, body=ClassifyBody, summary="Tell the class of texts."),
-    Endpoint("/detokenize", detokenize, openai.failure, body=DetokenizeBody, summary="Text of token ids."),
-    Endpoint("/version", version, openai.failure, method="GET", summary="The version."),
+    Endpoint("/v1/models", models, openai_failure, method="GET", summary="List the models."),
+    Endpoint("/v1/models/{name:path}", model, openai_failure, method="GET", summary="Show one model."),
+    Endpoint("/v1/embeddings", embeddings, openai_failure, body=EmbeddingBody, summary="Make vectors of texts."),
+    Endpoint("/v1/classify", classify, openai_failure, body=ClassifyBody, summary="Tell the class of texts."),
+    Endpoint("/detokenize", detokenize, openai_failure, body=DetokenizeBody, summary="Text of token ids."),
+    Endpoint("/version", version, openai_failure, method="GET", summary="The version."),
 )

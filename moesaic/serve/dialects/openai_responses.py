@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs
 
 from msgspec import Meta, Struct
 
 from moesaic.backend import GenerationRequest
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound
+from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _items as items
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _response as response
-from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, Failure, RequestContext, Response
+from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Failure, Response, openai_failure
 from moesaic.serve.response_store import StoredResponse
 
 LOGPROBS = "message.output_text.logprobs"
@@ -102,14 +102,14 @@ def ask_of(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, Any]])
     )
 
 
-async def create(call: RequestContext) -> AnyResponse:
+async def create(context: RequestContext) -> AnyResponse:
     """Answer items, and keep the answer."""
-    body: ResponseBody = call.body
-    kept, owner = call.app.kept, call.key.sha256
-    earlier = _earlier(call, body.previous_response_id)
-    request = ask_of(body, openai.model_of(call, body.model), earlier)
+    body: ResponseBody = context.body
+    kept, owner = context.services.responses, context.key.sha256
+    earlier = _earlier(context, body.previous_response_id)
+    request = ask_of(body, openai.model_of(context, body.model), earlier)
     if body.truncation == "auto":
-        request = await fitted(call, request)
+        request = await fitted(context, request)
     head = shown(body, request.model)
 
     def keep(done: dict[str, Any]) -> None:
@@ -119,31 +119,31 @@ async def create(call: RequestContext) -> AnyResponse:
             kept.put(owner, done["id"], StoredResponse(done, items.listed(body.input), (*asked, *said)))
 
     writer = response.Writer(head, body.top, keep)
-    events = await call.generate(request)
+    events = await context.generate(request)
     if body.stream:
         return EventStream(writer.frames(events), broken=writer.failed)
     return Response(await writer.whole(events))
 
 
-def _earlier(call: RequestContext, name: str | None) -> tuple[Mapping[str, Any], ...]:
+def _earlier(context: RequestContext, name: str | None) -> tuple[Mapping[str, Any], ...]:
     if name is None:
         return ()
     try:
-        return call.app.kept.get(call.key.sha256, name).messages
+        return context.services.responses.get(context.key.sha256, name).messages
     except NotFound as error:
         raise InvalidParameter("previous_response_id", str(error)) from None
 
 
-async def fitted(call: RequestContext, request: GenerationRequest) -> GenerationRequest:
+async def fitted(context: RequestContext, request: GenerationRequest) -> GenerationRequest:
     """Return the request without as many of the oldest turns as need be for the rest to be read whole.
 
     System messages in front stay, and what goes ends where a user's turn begins.
     """
-    context = openai.card_of(call.backend, request.model).context
+    window = openai.card_of(context.backend, request.model).context
     turns = request.messages or ()
-    if context is None:
+    if window is None:
         return request
-    room = context - request.sampling.get("max_tokens", 1)
+    room = window - request.sampling.get("max_tokens", 1)
     head = next((place for place, turn in enumerate(turns) if turn["role"] != "system"), 0)
     starts = [place for place, turn in enumerate(turns) if place >= head and turn["role"] == "user"] or [head]
     sizes: dict[int, int] = {}
@@ -153,7 +153,7 @@ async def fitted(call: RequestContext, request: GenerationRequest) -> Generation
 
     async def size(start: int) -> int:
         if start not in sizes:
-            sizes[start] = len(await call.backend.tokenize(without(start)))
+            sizes[start] = len(await context.backend.tokenize(without(start)))
         return sizes[start]
 
     if await size(head) <= room:
@@ -201,33 +201,33 @@ def shown(body: ResponseBody, model: str) -> dict[str, Any]:
 # What is kept
 
 
-def _entry(call: RequestContext) -> StoredResponse:
-    return call.app.kept.get(call.key.sha256, call.parameters["id"])
+def _entry(context: RequestContext) -> StoredResponse:
+    return context.services.responses.get(context.key.sha256, context.path_parameters["id"])
 
 
-async def retrieve(call: RequestContext) -> AnyResponse:
+async def retrieve(context: RequestContext) -> AnyResponse:
     """Show a response again."""
-    if _query(call).get("stream") == "true":
+    if context.query.get("stream") == "true":
         raise InvalidParameter("stream", "what is kept is whole: it is not streamed again")
-    return Response(_entry(call).shown)
+    return Response(_entry(context).shown)
 
 
-async def delete(call: RequestContext) -> AnyResponse:
+async def delete(context: RequestContext) -> AnyResponse:
     """Keep a response no longer."""
-    name = call.parameters["id"]
-    call.app.kept.drop(call.key.sha256, name)
+    name = context.path_parameters["id"]
+    context.services.responses.drop(context.key.sha256, name)
     return Response({"id": name, "object": "response", "deleted": True})
 
 
-async def cancel(call: RequestContext) -> AnyResponse:
+async def cancel(context: RequestContext) -> AnyResponse:
     """Refuse: a response that is kept has ended, and one that runs ends when its connection is closed."""
-    _entry(call)
+    _entry(context)
     raise InvalidRequest("this response has ended; one that runs is cancelled by closing its connection")
 
 
-async def input_items(call: RequestContext) -> AnyResponse:
+async def input_items(context: RequestContext) -> AnyResponse:
     """List what a response answers, the last first unless ``order`` is ``asc``."""
-    given, query = list(_entry(call).given), _query(call)
+    given, query = list(_entry(context).input_items), context.query
     order, most = query.get("order", "desc"), query.get("limit", "20")
     if order not in ("asc", "desc"):
         raise InvalidParameter("order", "expected asc or desc")
@@ -245,14 +245,9 @@ async def input_items(call: RequestContext) -> AnyResponse:
     return Response({"object": "list", "data": data, "has_more": more} | ends)
 
 
-def _query(call: RequestContext) -> dict[str, str]:
-    found = parse_qs(call.scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    return {name: values[-1] for name, values in found.items()}
-
-
 def failure(reason: Failure) -> Any:
     """Return an error as OpenAI does where no model is asked for."""
-    error = openai.failure(reason)["error"]
+    error = openai_failure(reason)["error"]
     return {"error": error | ({"code": None} if reason.status == 404 else {})}
 
 
@@ -264,7 +259,7 @@ LISTING = {
 }
 
 ENDPOINTS = (
-    Endpoint("/v1/responses", create, openai.failure, response.broken, body=ResponseBody, summary="Answer items."),
+    Endpoint("/v1/responses", create, openai_failure, response.broken, body=ResponseBody, summary="Answer items."),
     Endpoint(ONE, retrieve, failure, method="GET", summary="Show a response again."),
     Endpoint(ONE, delete, failure, method="DELETE", summary="Keep a response no longer."),
     Endpoint(f"{ONE}/cancel", cancel, failure, summary="Refused: what is kept has ended."),

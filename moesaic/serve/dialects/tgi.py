@@ -14,12 +14,15 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from moesaic.backend import Event, Finished, GenerationRequest, ModelInfo, PromptDone, TokenInfo
+from moesaic.backend import Backend, Event, Finished, GenerationRequest, PromptDone, TokenInfo, TokenLimits
 from moesaic.errors import InvalidParameter, InvalidRequest
+from moesaic.serve import sse
+from moesaic.serve.concurrency import gather_all
+from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _tgi as tgi
 from moesaic.serve.dialects._tgi import GenerateBody, Wanted
-from moesaic.serve.exchange import AnyResponse, Endpoint, EventStream, RequestContext, Response, gather_all
+from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response
 from moesaic.serve.json_body import fit
 
 
@@ -54,8 +57,6 @@ class Job:
     inputs: str
     wanted: Wanted
     request: GenerationRequest
-    card: ModelInfo
-    prompt_tokens: int
     times: Times
 
     def asks(self) -> list[GenerationRequest]:
@@ -63,9 +64,9 @@ class Job:
         sampling = self.request.sampling
         return [replace(self.request, sampling={**sampling, "seed": seed}) for seed in self.wanted.seeds]
 
-    def headers(self) -> dict[str, str]:
-        """Return what is known before the answer."""
-        kind = self.card.about.get("device") or "unknown"
+    def headers(self, backend: Backend) -> dict[str, str]:
+        """Return the headers that are known before the answer. The model is loaded by then."""
+        kind = openai.card_of(backend, self.request.model).about.get("device") or "unknown"
         return {"x-compute-type": str(kind), "x-compute-characters": str(len(self.inputs))}
 
     def shown(self, text: str) -> str:
@@ -77,35 +78,29 @@ class Job:
         return None if self.wanted.greedy else self.wanted.seeds[place]
 
 
-async def job_of(call: RequestContext, body: GenerateBody, *, stream: bool = False, full_text: bool = False) -> Job:
+def job_of(context: RequestContext, body: GenerateBody, *, stream: bool = False, full_text: bool = False) -> Job:
     """Return what a body asks for, checked as far as it can be before a model has it.
 
     Raises:
         InvalidRequest: something in it cannot be.
     """
-    times, bounds = Times(), call.settings.tgi
+    times, bounds = Times(), context.settings.tgi
     wanted = tgi.checked(body.parameters, bounds, stream=stream, full_text=full_text)
     if not body.inputs:
         raise InvalidRequest("`inputs` cannot be empty")
-    card = openai.card_of(call.backend, None)
+    card = openai.card_of(context.backend, None)
     truncate = body.parameters.truncate if body.parameters else None
     tgi.check_truncate(bounds, card.context, truncate)
-    read = GenerationRequest(model=card.name, prompt=body.inputs, parse_special=True, truncate=truncate)
-    ids = tuple(mark.id for mark in await call.backend.tokenize(read))
-    card = openai.card_of(call.backend, card.name)  # it may have been loaded just now
-    tgi.check_lengths(bounds, card.context, len(ids), wanted)
     request = GenerationRequest(
-        model=card.name, prompt=ids, sampling=_bounded(call, wanted, card, len(ids)), grammar=wanted.grammar
+        model=card.name,
+        prompt=body.inputs,
+        parse_special=True,
+        truncate=truncate,
+        limits=TokenLimits(bounds.max_input_tokens, bounds.max_total_tokens),
+        sampling=wanted.sampling,
+        grammar=wanted.grammar,
     )
-    return Job(body.inputs, wanted, request, card, len(ids), times)
-
-
-def _bounded(call: RequestContext, wanted: Wanted, card: ModelInfo, tokens: int) -> dict[str, Any]:
-    """Return the sampling fields, where nothing was said with as many tokens as ``max_total_tokens`` leaves."""
-    total = tgi.total_tokens(call.settings.tgi, card.context)
-    if wanted.sampling["max_tokens"] is None and total is not None:
-        return wanted.sampling | {"max_tokens": total - tokens}
-    return wanted.sampling
+    return Job(body.inputs, wanted, request, times)
 
 
 # Answers
@@ -203,9 +198,9 @@ class One:
         return out | ({"top_tokens": tops} if tops else {})
 
 
-async def answered(call: RequestContext, job: Job) -> tuple[dict[str, Any], dict[str, str]]:
+async def answered(context: RequestContext, job: Job) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the whole answer, of several the best, and its headers."""
-    running = [await call.generate_in_batches(request) for request in job.asks()]
+    running = [await context.generate_in_batches(request) for request in job.asks()]
     job.times.queued = time.monotonic()
     answers = await gather_all([_read(job, place, batches) for place, batches in enumerate(running)])
     best = max(answers, key=lambda one: one.likelihood)
@@ -220,7 +215,7 @@ async def answered(call: RequestContext, job: Job) -> tuple[dict[str, Any], dict
         out["details"] = details
     ended = best.tokens.ended
     assert ended is not None
-    return out, job.headers() | job.times.headers(ended.prompt_tokens, ended.generated_tokens)
+    return out, job.headers(context.backend) | job.times.headers(ended.prompt_tokens, ended.generated_tokens)
 
 
 async def _read(job: Job, place: int, batches: AsyncIterator[list[Event]]) -> One:
@@ -240,7 +235,7 @@ async def frames(job: Job, batches: AsyncIterator[list[Event]]) -> AsyncIterator
             index += 1
             last = tokens.ended is not None and place == len(shown) - 1
             end = _end(job, tokens) if last else {"generated_text": None, "details": None}
-            yield openai.frame({"index": index} | each | end)
+            yield sse.frame({"index": index} | each | end)
 
 
 def _end(job: Job, tokens: Tokens) -> dict[str, Any]:
@@ -250,7 +245,7 @@ def _end(job: Job, tokens: Tokens) -> dict[str, Any]:
         "finish_reason": _reason(ended),
         "generated_tokens": ended.generated_tokens,
         "seed": job.seed(0),
-        "input_length": job.prompt_tokens,
+        "input_length": ended.prompt_tokens,
     }
     return {"generated_text": job.shown(tokens.text), "details": details if job.wanted.details else None}
 
@@ -258,31 +253,31 @@ def _end(job: Job, tokens: Tokens) -> dict[str, Any]:
 # Routes
 
 
-async def generate(call: RequestContext) -> AnyResponse:
+async def generate(context: RequestContext) -> AnyResponse:
     """Go on from a text."""
-    content, headers = await answered(call, await job_of(call, call.body))
+    content, headers = await answered(context, job_of(context, context.body))
     return Response(content, headers=headers)
 
 
-async def generate_stream(call: RequestContext) -> AnyResponse:
+async def generate_stream(context: RequestContext) -> AnyResponse:
     """Go on from a text, token by token."""
-    return await _streamed(call, await job_of(call, call.body, stream=True))
+    return await _streamed(context, job_of(context, context.body, stream=True))
 
 
-async def _streamed(call: RequestContext, job: Job) -> EventStream:
+async def _streamed(context: RequestContext, job: Job) -> EventStream:
     [request] = job.asks()
-    return EventStream(frames(job, await call.generate_in_batches(request)), job.headers())
+    return EventStream(frames(job, await context.generate_in_batches(request)), job.headers(context.backend))
 
 
-async def compat(call: RequestContext) -> AnyResponse:
+async def compat(context: RequestContext) -> AnyResponse:
     """Go on from a text as Hugging Face's clients ask for it: a list of one answer, or a stream."""
-    return await compatible(call, call.body)
+    return await compatible(context, context.body)
 
 
-async def compatible(call: RequestContext, body: GenerateBody) -> AnyResponse:
+async def compatible(context: RequestContext, body: GenerateBody) -> AnyResponse:
     if body.stream:
-        return await _streamed(call, await job_of(call, body, stream=True, full_text=True))
-    content, headers = await answered(call, await job_of(call, body, full_text=True))
+        return await _streamed(context, job_of(context, body, stream=True, full_text=True))
+    content, headers = await answered(context, job_of(context, body, full_text=True))
     return Response([content], headers=headers)
 
 
@@ -290,13 +285,13 @@ OTHERS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
 """By which key of a body SageMaker's route knows that it is for another one."""
 
 
-async def invocations(call: RequestContext) -> AnyResponse:
+async def invocations(context: RequestContext) -> AnyResponse:
     """Answer as SageMaker asks: a body of ``/``, of the chat or of the completions."""
     for key, path in OTHERS.items():
-        if key in call.body:
-            endpoint = next(each for each in call.app.endpoints if each.path == path)
-            return await endpoint.run(replace(call, body=fit(call.body, endpoint.body)))
-    return await compatible(call, fit(call.body, GenerateBody))
+        if key in context.body:
+            endpoint = next(each for each in context.services.endpoints if each.path == path)
+            return await endpoint.run(replace(context, body=fit(context.body, endpoint.body)))
+    return await compatible(context, fit(context.body, GenerateBody))
 
 
 class VertexBody(Struct):
@@ -305,13 +300,13 @@ class VertexBody(Struct):
     instances: Annotated[list[GenerateBody], Meta(min_length=1)]
 
 
-async def vertex(call: RequestContext) -> AnyResponse:
+async def vertex(context: RequestContext) -> AnyResponse:
     """Go on from several texts at once."""
-    instances = call.body.instances
-    if len(instances) > call.settings.prompts:
-        raise InvalidParameter("instances", f"holds {len(instances)}, at most {call.settings.prompts} are taken")
-    jobs = [await job_of(call, each) for each in instances]
-    found = await gather_all([answered(call, job) for job in jobs])
+    instances = context.body.instances
+    if len(instances) > context.settings.prompts:
+        raise InvalidParameter("instances", f"holds {len(instances)}, at most {context.settings.prompts} are taken")
+    jobs = [job_of(context, each) for each in instances]
+    found = await gather_all([answered(context, job) for job in jobs])
     return Response({"predictions": [content["generated_text"] for content, _ in found]})
 
 

@@ -13,9 +13,10 @@ from msgspec import Meta, Struct
 from moesaic import __version__
 from moesaic.backend import GenerationRequest, TokenInfo
 from moesaic.errors import InvalidMessages, InvalidRequest
+from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _tgi as tgi
-from moesaic.serve.exchange import AnyResponse, Endpoint, RequestContext, Response
+from moesaic.serve.endpoint import AnyResponse, Endpoint, Response
 
 
 class Turn(Struct):
@@ -42,17 +43,17 @@ class ChatTokenizeBody(Struct):
     model: str | None = None
 
 
-async def health(call: RequestContext) -> AnyResponse:
+async def health(context: RequestContext) -> AnyResponse:
     """Answer with nothing if the models can still answer."""
-    if all(load.alive for load in call.backend.stats().values()):
+    if all(load.alive for load in context.backend.stats().values()):
         return Response(b"")
     return Response({"error": "unhealthy", "error_type": "healthcheck"}, 503)
 
 
-async def info(call: RequestContext) -> AnyResponse:
+async def info(context: RequestContext) -> AnyResponse:
     """Tell which model it is and what is allowed: the fields of TGI 1.3 and of 3.3 together."""
-    settings, bounds = call.settings, call.settings.tgi
-    card = openai.card_of(call.backend, None)
+    settings, bounds = context.settings, context.settings.tgi
+    card = openai.card_of(context.backend, None)
     longest = tgi.input_tokens(bounds, card.context)
     out = {
         "model_id": card.aliases[0] if card.aliases else card.name,
@@ -76,47 +77,47 @@ async def info(call: RequestContext) -> AnyResponse:
         "sha": None,
         "docker_label": None,
     }
-    return Response({**out, **bounds.told})
+    return Response({**out, **bounds.launcher_info})
 
 
-async def tokenize(call: RequestContext) -> AnyResponse:
+async def tokenize(context: RequestContext) -> AnyResponse:
     """Return a text's tokens, in the shape that the body asks for."""
-    body: TokenizeBody = call.body
-    name = openai.model_of(call, body.model)
+    body: TokenizeBody = context.body
+    name = openai.model_of(context, body.model)
     bos = body.add_special_tokens is not False
     if body.inputs is not None:
-        marks = await call.backend.tokenize(
+        marks = await context.backend.tokenize(
             GenerationRequest(name, prompt=body.inputs, parse_special=True, add_bos=bos)
         )
         return Response(placed(marks, body.inputs))
     if body.messages is not None:
-        marks = await call.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
+        marks = await context.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
     elif body.prompt is not None:
-        marks = await call.backend.tokenize(GenerationRequest(name, prompt=body.prompt, add_bos=bos))
+        marks = await context.backend.tokenize(GenerationRequest(name, prompt=body.prompt, add_bos=bos))
     else:
         raise InvalidRequest("expected inputs, prompt or messages")
     return Response(
         {
             "count": len(marks),
-            "max_model_len": openai.card_of(call.backend, name).context,
+            "max_model_len": openai.card_of(context.backend, name).context,
             "tokens": [mark.id for mark in marks],
             "token_strs": [mark.text for mark in marks],
         }
     )
 
 
-async def chat_tokenize(call: RequestContext) -> AnyResponse:
+async def chat_tokenize(context: RequestContext) -> AnyResponse:
     """Return a conversation as the text that the model reads, and its tokens."""
-    body: ChatTokenizeBody = call.body
-    name = openai.model_of(call, body.model)
-    marks = await call.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
-    text = await call.backend.detokenize(name, [mark.id for mark in marks])
+    body: ChatTokenizeBody = context.body
+    name = openai.model_of(context, body.model)
+    marks = await context.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
+    text = await context.backend.detokenize(name, [mark.id for mark in marks])
     return Response({"tokenize_response": placed(marks, text), "templated_text": text})
 
 
-async def tokenizer_info(call: RequestContext) -> AnyResponse:
+async def tokenizer_info(context: RequestContext) -> AnyResponse:
     """Tell what is special about the tokenizer, as far as vLLM's clients ask."""
-    card = openai.card_of(call.backend, None)
+    card = openai.card_of(context.backend, None)
     return Response(
         {
             "tokenizer_class": "moesaic",

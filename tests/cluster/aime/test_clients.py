@@ -11,7 +11,8 @@ import pytest
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.cluster.aime.conftest import AimeWorker, Client, events, gateway, meanwhile, patient, wait_until
+from tests.support.aime import AimeWorker, Client, events, gateway, meanwhile, patient
+from tests.support.wait import eventually
 
 ANNA, ANNAS = keys.new("anna")
 BERT, BERTS = keys.new("bert")
@@ -277,9 +278,9 @@ def test_who_leaves_takes_the_job_back(open_office):
         found = httpx.get(f"{open_office.url}/api/mixtral_chat").json()
         return int(found["max_queue_length"] - found["free_queue_slots"])
 
-    wait_until(lambda: queued() == 0)
+    eventually(lambda: queued() == 0)
     lives = open_office.backend.lives
-    wait_until(lambda: not any(open_office.call_sync(lambda: [live.readers for live in lives.values()])))
+    eventually(lambda: not any(open_office.call_sync(lambda: [live.readers for live in lives.values()])))
 
 
 def test_a_failed_job_is_told_as_a_result(open_office, client):
@@ -311,7 +312,7 @@ def test_a_job_that_waited_too_long_ends(tmp_path):
     with gateway(tmp_path / "jobs.sqlite", patient(max_time_in_queue=0.05)) as server:
         client = Client(server)
         job = client.job()
-        wait_until(lambda: client.progress(job).json()["job_state"] == "done")
+        eventually(lambda: client.progress(job).json()["job_state"] == "done")
         assert "error" in client.progress(job).json()["job_result"]
 
 
@@ -414,7 +415,7 @@ def test_a_full_queue_is_refused_at_once(tmp_path):
         def full() -> bool:
             return bool(client.get("/api/mixtral_chat").json()["free_queue_slots"] == 0)
 
-        wait_until(full)
+        eventually(full)
         assert client.refused() == "Job queue reached max length 2!"
 
 

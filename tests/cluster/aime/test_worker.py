@@ -11,9 +11,9 @@ import pytest
 
 from moesaic.cluster.aime import worker
 from moesaic.errors import InvalidParameter, NotFound, Overloaded, Unauthorized
-from tests.cluster.aime.aime_server import JOB_TYPE, KEY, AimeServer
-from tests.cluster.aime.conftest import Client
-from tests.serve.conftest import Script, Scripted
+from tests.support.aime import Client
+from tests.support.aime_server import JOB_TYPE, KEY, AimeServer
+from tests.support.backend import Script, Scripted
 
 
 @pytest.fixture(autouse=True)

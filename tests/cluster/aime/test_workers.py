@@ -10,7 +10,8 @@ from moesaic.cluster.aime import crew
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.cluster.aime.conftest import AimeWorker, Client, gateway, meanwhile, patient, wait_until
+from tests.support.aime import AimeWorker, Client, gateway, meanwhile, patient
+from tests.support.wait import eventually
 
 ANNA, ANNAS = keys.new("anna")
 CREW, CREWS = keys.new("crew", worker=True)
@@ -305,7 +306,7 @@ def test_an_old_worker_is_told_once_that_a_job_was_taken_back(client, worker):
         answers.append(worker.tell(worker.update(data, "One two", 2))[0])
         return "canceled" in answers[-1]
 
-    wait_until(told)
+    eventually(told)
     assert answers[-1] == {"success": True, "job_id": data["job_id"], "canceled": True}
     assert worker.tell(worker.update(data, "One two three", 3)) == [{"success": False}]
     assert worker.finish(data, "One", 1)["cmd"] == "ok"
@@ -365,7 +366,7 @@ def test_a_job_that_its_worker_forgot_ends(tmp_path):
             worker.tell(worker.update(told, "Still there", 2))
             return bool(client.progress(jobs[0]).json()["job_state"] == "done")
 
-        wait_until(over)
+        eventually(over)
         assert "said nothing of this job" in client.progress(jobs[0]).json()["job_result"]["error"]
         assert client.progress(jobs[1]).json()["job_state"] == "processing"
         assert worker.finish(forgotten, "Late", 1)["cmd"] == "ok"
@@ -376,7 +377,7 @@ def test_a_gateway_that_stops_gives_no_more_but_takes_what_is_done(tmp_path):
         client, worker = Client(server), AimeWorker(server)
         job = client.job()
         [data] = worker.take()
-        server.app.draining = True
+        server.app.state.draining = True
         body = {"auth": "x", "job_type": "mixtral", "auth_key": "k", "request_timeout": 1}
         assert worker.http.post("/worker_job_request", json=body).status_code == 503
         assert worker.finish(data, "Yes", 1)["cmd"] == "ok"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from moesaic import cli
 from moesaic.cluster import launch
 from moesaic.cluster.launch import Plan, systemd
 from moesaic.errors import InvalidRequest, NotInstalled
+from tests.support.require import require_program
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 SHOWN = ("--gpus", "1", "--replicas", "4", "--program", "/opt/moesaic/.venv/bin/moesaic")
@@ -74,10 +74,7 @@ NASTY = ("/srv/a b", "--chat-format", 'x"y$HOME%n\\', "--gateway=https://h", "--
 
 @pytest.fixture
 def analyze():
-    found = shutil.which("systemd-analyze")
-    if found is None:
-        pytest.skip("there is no systemd-analyze here")
-    return found
+    return require_program("systemd-analyze")
 
 
 @pytest.mark.parametrize("worker", [(*WORKER, *KEY), NASTY, ("/home/me/model", "--gateway=https://h")])

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from moesaic.cluster import queue
 from moesaic.cluster.jobs import Bounds, Hold, Record
 from moesaic.cluster.queue import sqlite
-from tests.cluster.queue.places import job
+from tests.support.stores import job
 
 
 class Deadly(sqlite3.Connection):

@@ -8,8 +8,8 @@ import pytest
 
 from moesaic import registry
 from moesaic.cluster import queue
-from tests.cluster.queue.places import File, Place, Sync
-from tests.cluster.queue.server import Database, Server
+from tests.support.postgres import Database, Server
+from tests.support.stores import File, Place, Sync
 
 
 @pytest.fixture(scope="session")

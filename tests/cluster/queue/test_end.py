@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moesaic.cluster.jobs import Hold, Record
-from tests.cluster.queue.places import hold, job
+from tests.support.stores import hold, job
 
 
 @pytest.fixture

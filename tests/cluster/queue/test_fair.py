@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from moesaic.cluster.jobs import Bounds
-from tests.cluster.queue.places import Sync, hold, job
+from tests.support.stores import Sync, hold, job
 
 
 def serve(store: Sync, count: int, models: tuple[str, ...] = ("m",)) -> str:

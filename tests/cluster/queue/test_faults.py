@@ -16,7 +16,7 @@ from moesaic.cluster.jobs import Bounds, Record
 from moesaic.cluster.queue import _disk, sqlite
 from moesaic.cluster.queue._steps import Outcome, Statement
 from moesaic.errors import InvalidParameter, MoesaicError, StorageFull, StoreError, Unavailable
-from tests.cluster.queue.places import File, Sync, hold, job
+from tests.support.stores import File, Sync, hold, job
 
 
 class Faulty(sqlite3.Connection):

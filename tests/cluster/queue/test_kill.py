@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.queue.places import File, Sync, job
-from tests.cluster.queue.server import Server
+from tests.support.postgres import Server
+from tests.support.stores import File, Sync, job
 
 
 def start(where: str, *arguments: str) -> subprocess.Popen[str]:

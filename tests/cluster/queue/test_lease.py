@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.cluster.jobs import Beat, Depth, Hold, Record
 from moesaic.errors import InvalidParameter
-from tests.cluster.queue.places import hold, job
+from tests.support.stores import hold, job
 
 
 def test_a_lease_has_the_whole_job(store):

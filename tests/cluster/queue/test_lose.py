@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moesaic.cluster.jobs import Beat, Bounds, Depth, Hold
-from tests.cluster.queue.places import Sync, hold, job
+from tests.support.stores import Sync, hold, job
 
 
 def lose(store: Sync, *ids: str) -> list[str]:

@@ -22,8 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from moesaic.cluster.jobs import Beat, Bounds, Hold, Job, Record
 from moesaic.errors import MoesaicError
 from tests.cluster.queue.model import Model
-from tests.cluster.queue.places import File, Sync
-from tests.cluster.queue.server import Database
+from tests.support.postgres import Database
+from tests.support.sizes import sizes
+from tests.support.stores import File, Sync
 
 SEQUENCES = int(os.environ.get("MOESAIC_SEQUENCES", "2000"))
 STEPS = 100
@@ -289,9 +290,11 @@ def run(place: object, sequences: int) -> None:
     )
 
 
-def test_sqlite_does_as_the_model(files):
-    run(files, SEQUENCES)
+@pytest.mark.parametrize("sequences", sizes(50, SEQUENCES))
+def test_sqlite_does_as_the_model(files, sequences):
+    run(files, sequences)
 
 
-def test_postgres_does_as_the_model(database):
-    run(Databases(database), max(SEQUENCES // 16, 1))
+@pytest.mark.parametrize("sequences", sizes(5, max(SEQUENCES // 16, 1)))
+def test_postgres_does_as_the_model(database, sequences):
+    run(Databases(database), sequences)

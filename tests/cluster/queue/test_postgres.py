@@ -14,7 +14,7 @@ from moesaic.cluster import queue
 from moesaic.cluster.jobs import Bounds, Hold
 from moesaic.cluster.queue import postgres
 from moesaic.errors import StorageFull, StoreError, Unavailable
-from tests.cluster.queue.places import Sync, hold, job
+from tests.support.stores import Sync, hold, job
 
 DEADLINE = 60.0
 

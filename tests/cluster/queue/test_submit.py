@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.cluster.jobs import Bounds, Depth, Job
 from moesaic.errors import Conflict, InvalidParameter, Overloaded, Unavailable
-from tests.cluster.queue.places import hold, job
+from tests.support.stores import hold, job
 
 WHOLE = Job("a", "m", "ask", b"\x00\xff body", "tenant", 7, -3, "name", "digest")
 

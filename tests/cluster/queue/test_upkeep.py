@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.cluster.jobs import Bounds, Depth, Record
 from moesaic.errors import Conflict, Unavailable
-from tests.cluster.queue.places import Sync, hold, job
+from tests.support.stores import Sync, hold, job
 
 
 def end(store: Sync, id: str, **changes) -> None:

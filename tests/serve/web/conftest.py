@@ -1,29 +1,17 @@
-"""A server, and pages in a real browser that watch what they load and run."""
+"""The server under the page, and pages in a real browser."""
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.serve.web.stub import Server, serving
+from tests.support.browser import WATCH, Chat, Open, allowed
+from tests.support.web_server import Server, serving
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Locator, Page
-
-WATCH = """
-window.violations = [];
-document.addEventListener("securitypolicyviolation", (event) => {
-  window.violations.push(`${event.effectiveDirective} ${event.blockedURI} ${event.sample}`);
-});
-"""
-
-# No sandbox, because containers forbid it one; what is shown here comes from the tests alone.
-ARGUMENTS = ["--no-sandbox", "--host-resolver-rules=MAP chat.test 127.0.0.1"]
+    from playwright.sync_api import Browser, BrowserContext
 
 
 @pytest.fixture
@@ -31,82 +19,6 @@ def server() -> Iterator[Server]:
     """The server under the page, as ``stub.Server`` describes it. Another one with that face can take its place."""
     with serving() as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no chromium here (apt-get install chromium)")
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("there is no playwright here (pip install playwright)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield started
-        started.close()
-
-
-@dataclass
-class Chat:
-    """A page with the chat, and what somebody does with it."""
-
-    page: Page
-    server: Server
-    loaded: list[str] = field(default_factory=list)
-    """Every address the page has asked for."""
-    errors: list[str] = field(default_factory=list)
-
-    def send(self, text: str) -> None:
-        self.page.get_by_label("Message", exact=True).fill(text)
-        self.page.get_by_role("button", name="Send", exact=True).click()
-
-    def ask(self, text: str) -> None:
-        """Say something and wait for the whole answer."""
-        self.send(text)
-        self.finished()
-
-    def finished(self) -> None:
-        self.page.locator("#send:visible").wait_for()
-
-    def wait_for(self, text: str) -> None:
-        self.page.locator("#messages").get_by_text(text).first.wait_for()
-
-    def button(self, name: str) -> Locator:
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    @property
-    def said(self) -> list[str]:
-        """The texts of all messages."""
-        return [text.strip() for text in self.page.locator("#messages article .body").all_inner_texts()]
-
-    def listed(self, *titles: str) -> None:
-        """Wait until these are the conversations in the list, in this order."""
-        from playwright.sync_api import expect
-
-        expect(self.page.locator("#conversations a")).to_have_text(list(titles), timeout=20_000)
-
-    def reload(self) -> None:
-        self.page.reload()
-        self.ready()
-
-    def ready(self) -> None:
-        self.page.locator("#model:enabled").wait_for()
-
-    def stored(self, text: str) -> None:
-        """Wait until a conversation in which this text occurs is on disk."""
-        self.page.evaluate(
-            """async (text) => {
-              const { Store } = await import("/web/store.js");
-              const store = new Store(() => undefined);
-              while (!JSON.stringify(await store.all()).includes(text)) await new Promise(requestAnimationFrame);
-            }""",
-            text,
-        )
-
-
-Open = Callable[..., Chat]
 
 
 @pytest.fixture
@@ -140,12 +52,6 @@ def open_chat(context: BrowserContext, server: Server) -> Iterator[Open]:
         assert chat.errors == []
         violations: Any = chat.page.evaluate("window.violations")
         assert violations == []
-
-
-def allowed(address: str, server: Server) -> bool:
-    """Whether an address is the page's own, or text that the page itself wrote into a file."""
-    own = (f"{server.url}/web/", f"{server.url}/v1/", f"{server.url}/admin/", f"blob:{server.url}/")
-    return address.startswith(own) or address.partition("#")[0] == f"{server.url}/"
 
 
 @pytest.fixture

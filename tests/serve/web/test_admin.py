@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cluster.crewed import Site, site, until
-from tests.serve.web.conftest import allowed
+from tests.support.browser import allowed
+from tests.support.managed_cluster import Site, site
+from tests.support.wait import eventually
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page
@@ -89,7 +90,7 @@ def test_a_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.locator("#sure-yes").click()
     row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
-    until(lambda: not Path(f"/proc/{worker}").exists())  # else it has not heard of it, and comes again
+    eventually(lambda: not Path(f"/proc/{worker}").exists())  # else it has not heard of it, and comes again
     page.get_by_role("button", name="Resume rack/w0").click()
     page.get_by_text("No worker is here.").wait_for()
 
@@ -110,10 +111,10 @@ def test_the_gateway_is_drained(open_page: Open, here: Site) -> None:
     page.get_by_role("button", name="Drain the gateway").click()
     page.get_by_role("button", name="Drain", exact=True).click()
     state(page, "takes nothing new")
-    assert here.server.app.draining
+    assert here.server.app.state.draining
     page.get_by_role("button", name="Take requests again").click()
     state(page, "takes requests")
-    assert not here.server.app.draining
+    assert not here.server.app.state.draining
 
 
 def test_the_key_is_asked_for_and_is_not_the_chats(open_page: Open, here: Site) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.serve.web.conftest import Chat, Open
-from tests.serve.web.stub import Answer, Server, says
+from tests.support.browser import Chat, Open
+from tests.support.web_server import Answer, Server, says
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext

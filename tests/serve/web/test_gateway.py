@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fake_backend import Fake, answer
-from tests.cluster.site import SLOW, Hand, Site, site
-from tests.serve.raw import eventually
-from tests.serve.web.conftest import Chat, Open
+from tests.support.backend import Fake, answer
+from tests.support.browser import Chat, Open
+from tests.support.cluster import SLOW, Hand, Site, site
+from tests.support.wait import eventually
 
 
 class Here:

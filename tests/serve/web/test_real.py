@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.serve.conftest import Script, Scripted, running
-from tests.serve.conftest import Server as Real
-from tests.serve.web.conftest import Open
+from tests.support.backend import Script, Scripted
+from tests.support.browser import Open
+from tests.support.server import Server as Real
+from tests.support.server import running
 
 
 @pytest.fixture

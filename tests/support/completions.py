@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.fake_backend import SEED
+from tests.support.backend import SEED
 
 
 def body(prompt: str = "Hi", count: int = 16, seed: int = SEED, **more: Any) -> dict[str, Any]:

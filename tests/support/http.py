@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
+
+import httpx
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -89,9 +90,11 @@ class Raw:
         raise AssertionError("still open")
 
 
-def eventually(true: Callable[[], object], seconds: float = 20) -> None:
-    """Wait until something that happens elsewhere has happened."""
-    until = monotonic() + seconds
-    while not true():
-        assert monotonic() < until, "it never happened"
-        sleep(0.005)
+def post(server: Any, path: str, body: Any, **options: Any) -> httpx.Response:
+    """Post a JSON body to a path of a server."""
+    return httpx.post(server.url + path, json=body, timeout=30, **options)
+
+
+def events(text: str) -> list[str]:
+    """Return the data of the server-sent events in a whole answer."""
+    return [line[6:] for line in text.split("\n") if line.startswith("data: ")]

@@ -13,8 +13,10 @@ import pytest
 from moesaic.backend import Finished, ModelStats
 from moesaic.errors import NumericalError, Overloaded
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Script, Scripted, ScriptedAnswers, running
-from tests.serve.raw import CHAT, Raw, eventually
+from tests.support.backend import Script, Scripted, ScriptedAnswers
+from tests.support.http import CHAT, Raw
+from tests.support.server import running
+from tests.support.wait import eventually
 
 PATH = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -144,7 +146,7 @@ def test_no_request_opens_a_connection_to_anywhere(usual, monkeypatch):
         {"prompt": evil, "input": evil, "inputs": evil, "url": evil, "model": evil, "lora_path": evil},
         {"prompt": evil, "input": evil, "inputs": evil},
     ]
-    for endpoint in usual.app.endpoints:
+    for endpoint in usual.app.services.endpoints:
         for body in bodies if endpoint.body else [b""]:
             with Raw(usual) as raw:
                 head = (
@@ -163,10 +165,10 @@ def test_a_client_who_leaves_a_stream_takes_its_request_back(server):
     server.backend.script = Script(held=True)
     raw = Raw(server).post(CHAT | {"stream": True})
     raw.until(b"Hello")
-    assert server.backend.cancelled == 0 and server.app.running == 1
+    assert server.backend.cancelled == 0 and server.app.state.running == 1
     raw.socket.close()
     eventually(lambda: server.backend.cancelled == 1)
-    eventually(lambda: server.app.running == 0)
+    eventually(lambda: server.app.state.running == 0)
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
@@ -178,7 +180,7 @@ def test_a_client_who_leaves_before_a_whole_answer_takes_its_request_back(server
     assert server.backend.cancelled == 0
     raw.socket.close()
     eventually(lambda: server.backend.cancelled == asked)
-    eventually(lambda: server.app.running == 0)
+    eventually(lambda: server.app.state.running == 0)
 
 
 def test_a_client_who_leaves_while_a_refusal_is_worked_out_leaves_nothing(server):
@@ -196,7 +198,7 @@ def test_a_client_who_leaves_while_a_refusal_is_worked_out_leaves_nothing(server
     raw = Raw(server).post(CHAT)
     assert came.wait(20)
     raw.socket.close()
-    eventually(lambda: taken and server.app.running == 0)
+    eventually(lambda: taken and server.app.state.running == 0)
 
 
 # Who waits
@@ -270,7 +272,7 @@ def test_time_runs_out_for_several_at_once(path):
         assert answer.status_code == 504
         streamed = httpx.post(server.url + path, json=body | {"stream": True}, timeout=30)
         assert "[DONE]" not in streamed.text and '"code":504' in streamed.text
-        eventually(lambda: server.app.running == 0)
+        eventually(lambda: server.app.state.running == 0)
 
 
 def test_time_runs_out_for_what_is_no_answer_too():
@@ -303,7 +305,7 @@ def test_what_nobody_foresaw_is_500_without_its_text(server, caplog, error, stre
     assert answer.status_code == 500 and "secret" not in answer.text
     server.backend.script = Script()
     assert post(server, CHAT).status_code == 200
-    assert "secret" not in caplog.text and "an endpoint broke" in caplog.text
+    assert "secret" not in caplog.text and "endpoint failed" in caplog.text
     assert caplog.records[0].error == type(error).__name__
 
 
@@ -323,7 +325,7 @@ def test_an_error_after_the_first_byte_is_never_a_good_end(server, error):
 def test_health_and_readiness():
     now = [0.0]
     with running(settings=Settings(stall_seconds=10)) as server:
-        server.app.progress._clock = lambda: now[0]
+        server.app.services.readiness._clock = lambda: now[0]
 
         def states():
             return [httpx.get(f"{server.url}/{name}").status_code for name in ("health", "ready")]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
+
+from tests.support.require import require_program
 
 
 def _do(*command: str) -> bool:
@@ -76,9 +79,11 @@ class Network:
 def network(*names: str) -> Iterator[Network]:
     """Make machines; skip the test where that cannot be done."""
     made = Network(names)
+    if sys.platform == "linux":
+        require_program("ip")
     try:
         if not made.make():
-            pytest.skip("network namespaces cannot be made here: this needs root, and `ip` of iproute2")
+            pytest.skip("network namespaces cannot be made here: this needs Linux, and root")
         yield made
     finally:
         made.remove()

@@ -1,6 +1,6 @@
 """A gateway that takes any fence for the newest: the kill harness must find what comes of it, or it finds nothing.
 
-python -m tests.cluster.unfenced gateway ...
+python -m tests.support.unfenced_gateway gateway ...
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 
-from benchmarks.fake_backend import Fake
 from moesaic.cluster import queue, routes
 from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Bounds, Seen
@@ -20,8 +19,9 @@ from moesaic.cluster.worker import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Server, running
-from tests.serve.raw import eventually
+from tests.support.backend import Fake
+from tests.support.server import Server, running
+from tests.support.wait import eventually
 
 SLOW = 0.05
 """Seconds for a token, where something is to happen in the middle of an answer."""

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.worker_forkserver import WorkerForkServer
 from moesaic.cluster import admin, queue, routes
 from moesaic.cluster.aime import clients, workers
 from moesaic.cluster.aime import settings as aime
@@ -23,7 +20,8 @@ from moesaic.cluster.gateway import Gateway
 from moesaic.cluster.jobs import Bounds
 from moesaic.serve import keys
 from moesaic.serve.settings import Settings
-from tests.serve.conftest import Server, running
+from tests.support.server import Server, running
+from tests.support.wait import eventually
 
 
 @dataclass
@@ -35,7 +33,7 @@ class Site:
     """Where the keys are."""
     written: dict[str, str]
     """The keys themselves, by name."""
-    nursery: subprocess.Popen[str] = field(repr=False)
+    nursery: WorkerForkServer = field(repr=False)
 
     @property
     def url(self) -> str:
@@ -43,15 +41,12 @@ class Site:
 
     @property
     def gateway(self) -> Gateway:
-        return self.server.app.backend  # type: ignore[return-value]
+        return self.server.app.services.backend  # type: ignore[return-value]
 
     def spawn(self, name: str) -> int:
         """Start a worker, w and a number; return its process number when the gateway knows it."""
-        assert self.nursery.stdin and self.nursery.stdout
-        self.nursery.stdin.write(name + "\n")
-        self.nursery.stdin.flush()
-        process = int(self.nursery.stdout.readline())
-        until(lambda: f"rack/{name}" in self.gateway.crew)
+        process = self.nursery.spawn(name)
+        eventually(lambda: f"rack/{name}" in self.gateway.crew)
         return process
 
     def call(self, method: str, path: str, body: Any = None, key: str = "ops") -> httpx.Response:
@@ -87,15 +82,6 @@ class Site:
         return answer
 
 
-def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """Wait until something is so, and return it."""
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
-    return found
-
-
 @contextlib.contextmanager
 def site(
     folder: Path,
@@ -126,20 +112,8 @@ def site(
 
     who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
     with running(made, settings, who, offered, figures=Figures) as server:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.worker_forkserver",
-            server.url,
-            str(slots),
-            str(step),
-            str(folder / "log"),
-        ]
-        environment = os.environ | {"MOESAIC_WORKER_KEY": written["rack"]}
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        ) as nursery:
-            try:
-                yield Site(server, file, written, nursery)
-            finally:
-                nursery.kill()
+        nursery = WorkerForkServer(server.url, folder / "log", slots=slots, seconds=step, key=written["rack"])
+        try:
+            yield Site(server, file, written, nursery)
+        finally:
+            nursery.close()

@@ -6,7 +6,7 @@ lets the first connection of a request break after 17 bytes of its body and the 
 whole. Connections belong to one request if their Idempotency-Key is the same. As a process of its own it says its
 port:
 
-    python -m tests.client.breaking
+    python -m tests.support.breaking_server
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import asyncio
 import json
 import socket
 import struct
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from tests.support.threads import in_thread
 
 TEXT = "Grüß dich, 🐇!"
 ARGUMENTS = '{"city": "Århus"}'
@@ -118,8 +119,8 @@ class Breaking:
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await self._answer(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            writer.transport.abort()
         finally:
             writer.close()
 
@@ -169,33 +170,22 @@ async def send(writer: asyncio.StreamWriter, data: bytes) -> None:
         await writer.drain()
 
 
-async def serve(server: Breaking, started: threading.Event, stopped: asyncio.Event) -> None:
-    listening = await asyncio.start_server(server.answer, "127.0.0.1", 0, backlog=1024)
-    server.port = listening.sockets[0].getsockname()[1]
-    started.set()
-    await stopped.wait()
-    listening.close()
+@asynccontextmanager
+async def listening() -> AsyncIterator[Breaking]:
+    server = Breaking()
+    listener = await asyncio.start_server(server.answer, "127.0.0.1", 0, backlog=1024)
+    server.port = listener.sockets[0].getsockname()[1]
+    try:
+        yield server
+    finally:
+        listener.close()
 
 
 @contextmanager
 def running() -> Iterator[Breaking]:
     """Run a server in a thread."""
-    server, started = Breaking(), threading.Event()
-    found: list[Any] = []
-
-    async def main() -> None:
-        stopped = asyncio.Event()
-        found.extend((asyncio.get_running_loop(), stopped))
-        await serve(server, started, stopped)
-
-    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
-    thread.start()
-    assert started.wait(20)
-    try:
+    with in_thread(listening()) as server:
         yield server
-    finally:
-        found[0].call_soon_threadsafe(found[1].set)
-        thread.join(20)
 
 
 if __name__ == "__main__":

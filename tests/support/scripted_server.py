@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from tests.support.threads import in_thread
 
 CONTEXT = 4096
 TEMPLATE = 3
@@ -48,26 +49,18 @@ class Script:
 @contextmanager
 def serving(script: Script) -> Iterator[Script]:
     """Play ``script`` in a thread, on a port of its own."""
-    ready, loops = threading.Event(), []
-
-    async def play() -> None:
-        stop = asyncio.Event()
-        server = await asyncio.start_server(lambda reader, writer: _connection(script, reader, writer), "127.0.0.1", 0)
-        script.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        loops.append((asyncio.get_running_loop(), stop))
-        ready.set()
-        await stop.wait()
-        server.close()
-
-    thread = threading.Thread(target=lambda: asyncio.run(play()))
-    thread.start()
-    ready.wait()
-    try:
+    with in_thread(_listening(script)):
         yield script
+
+
+@asynccontextmanager
+async def _listening(script: Script) -> AsyncIterator[None]:
+    server = await asyncio.start_server(lambda reader, writer: _connection(script, reader, writer), "127.0.0.1", 0)
+    script.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield
     finally:
-        loop, stop = loops[0]
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
+        server.close()
 
 
 class Broken(Exception):

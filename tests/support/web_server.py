@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-WEB = Path(__file__).parents[3] / "moesaic/serve/web"
+WEB = Path(__file__).parents[2] / "moesaic/serve/web"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -189,7 +189,7 @@ def serving() -> Iterator[Server]:
             thread.join()
 
 
-if __name__ == "__main__":  # to look at the page: python -m tests.serve.web.stub
+if __name__ == "__main__":  # to look at the page: python -m tests.support.web_server
     with serving() as running:
         print(running.url, flush=True)
         threading.Event().wait()

@@ -1,0 +1,52 @@
+"""What the server's endpoints share: the backend, the settings, the keys, and the state of the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moesaic.backend import Backend
+from moesaic.serve.endpoint import Endpoint
+from moesaic.serve.guard import Guard
+from moesaic.serve.keys import Keys
+from moesaic.serve.metrics import Metrics
+from moesaic.serve.openapi import Description
+from moesaic.serve.readiness import Readiness
+from moesaic.serve.response_store import ResponseStore
+from moesaic.serve.settings import Settings
+from moesaic.serve.tracing import Tracer
+
+
+@dataclass
+class ServerState:
+    """What changes while the server runs."""
+
+    draining: bool = False
+    """The server accepts no new requests."""
+    stopping: bool = False
+    """The server is about to exit."""
+    running: int = 0
+    """Requests in progress, without those of workers."""
+    generating: int = 0
+    """Generations in progress; one request may have several."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """What an endpoint may use."""
+
+    backend: Backend
+    settings: Settings
+    keys: Keys
+    guard: Guard
+    metrics: Metrics
+    readiness: Readiness
+    responses: ResponseStore
+    tracer: Tracer | None = None
+    endpoints: tuple[Endpoint, ...] = ()
+    """All routes of this server."""
+    description: Description = field(init=False, repr=False)
+    """The OpenAPI description of the endpoints."""
+    state: ServerState = field(default_factory=ServerState)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "description", Description(self.endpoints))

@@ -1,0 +1,28 @@
+"""Server-sent events: frames, and the errors of streams in OpenAI's form.
+
+Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from moesaic.serve.endpoint import Failure, openai_failure
+
+MEDIA_TYPE = "text/event-stream; charset=utf-8"
+DONE = b"data: [DONE]\n\n"
+"""The last event of a stream in OpenAI's form."""
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients ignore. It keeps proxies from closing a stream that is silent for a while."""
+
+
+def frame(content: Any) -> bytes:
+    """Return an event whose data is ``content`` as JSON."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def openai_broken(failure: Failure) -> bytes:
+    """Return an error as an event of a stream in OpenAI's form; no ``[DONE]`` follows it."""
+    return frame({"error": {**openai_failure(failure)["error"], "code": failure.status}})

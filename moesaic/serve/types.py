@@ -1,0 +1,62 @@
+"""The ASGI types, and one HTTP request as the application passes it on.
+
+This module is at the bottom of ``serve``: it imports nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Disconnected(Exception):
+    """The client closed its connection."""
+
+
+@dataclass
+class HttpRequest:
+    """One HTTP request: its ASGI scope, and what the application found out about it."""
+
+    scope: Scope
+    id: str
+    """The request id: the client's ``X-Request-Id`` if it is well formed, else a random one."""
+    client: str
+    """IP address of the client, behind trusted proxies the one they forwarded."""
+    response_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """Headers that every response to this request gets. Filled until the response starts."""
+    path_parameters: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """Return the HTTP method in capitals."""
+        return str(self.scope["method"])
+
+    @property
+    def path(self) -> str:
+        """Return the decoded path."""
+        return str(self.scope["path"])
+
+    @property
+    def query(self) -> dict[str, str]:
+        """Return the query parameters; of a repeated name the last value."""
+        parameters = parse_qs(self.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        return {name: values[-1] for name, values in parameters.items()}
+
+    def header(self, name: bytes) -> str | None:
+        """Return the first header of a lower-case name, or None."""
+        return header(self.scope, name)
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """Return the first header of a lower-case name, or None."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return str(value.decode("latin-1"))
+    return None

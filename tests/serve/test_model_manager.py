@@ -1,0 +1,143 @@
+"""Several models behind one backend: memory is reserved before loading, and idle models make room."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from moesaic.backend import GenerationRequest, ModelInfo, ModelStats
+from moesaic.errors import InvalidRequest, NotFound, Unavailable
+from moesaic.serve.model_manager import ModelEntry, ModelManager
+
+
+class Model:
+    """A backend that takes memory while it is loaded."""
+
+    def __init__(self, memory: Memory, name: str) -> None:
+        self.memory, self.name, self.running = memory, name, 0
+
+    def models(self) -> list[ModelInfo]:
+        return [ModelInfo(self.name)]
+
+    def stats(self) -> dict[str, ModelStats]:
+        return {self.name: ModelStats(running=self.running)}
+
+    async def generate(self, request: GenerationRequest) -> str:
+        return self.name
+
+    async def close(self) -> None:
+        await asyncio.sleep(0.01)  # the memory is in use until the model is closed
+        self.memory.used -= 1
+
+
+class Memory:
+    """Counts the models that hold memory."""
+
+    def __init__(self, *names: str, budget: int | None, broken: tuple[str, ...] = ()) -> None:
+        self.used = self.peak = 0
+        self.loads: list[str] = []
+        self.broken = broken
+        self.made: dict[str, Model] = {}
+        entries = [ModelEntry(ModelInfo(name, (name * 2,), state="unloaded"), self._load(name), 1) for name in names]
+        self.manager = ModelManager(entries, budget)
+
+    def _load(self, name: str) -> Callable[[], Awaitable[Model]]:
+        async def load() -> Model:
+            self.used += 1
+            self.peak = max(self.peak, self.used)
+            self.loads.append(name)
+            await asyncio.sleep(0.01)
+            if name in self.broken:
+                self.used -= 1
+                raise InvalidRequest("broken")
+            self.made[name] = Model(self, name)
+            return self.made[name]
+
+        return load
+
+    async def ask(self, name: str) -> str:
+        return await self.manager.generate(GenerationRequest(name))  # type: ignore[return-value]
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(main(), 30))  # type: ignore[arg-type]
+
+
+def test_models_that_are_asked_for_at_once_stay_within_the_budget():
+    async def main() -> None:
+        memory = Memory("a", "b", "c", budget=1)
+        results = await asyncio.gather(*map(memory.ask, "abc"), return_exceptions=True)
+        assert memory.peak == 1
+        assert results[0] == "a" and all(isinstance(result, Unavailable) for result in results[1:])
+        assert await memory.ask("b") == "b" and memory.peak == 1  # the idle model makes room
+
+    run(main)
+
+
+def test_models_that_fit_together_are_loaded_at_once():
+    async def main() -> None:
+        memory = Memory("a", "b", budget=2)
+        assert await asyncio.gather(*map(memory.ask, ("a", "b", "aa"))) == ["a", "b", "a"]
+        assert memory.peak == 2 and memory.loads == ["a", "b"]
+
+    run(main)
+
+
+def test_the_least_recently_used_idle_model_is_unloaded():
+    async def main() -> None:
+        memory = Memory("a", "b", "c", budget=2)
+        for name in "aba":
+            await memory.ask(name)
+        await memory.ask("c")
+        assert [info.state for info in memory.manager.models()] == ["loaded", "unloaded", "loaded"]
+        assert memory.peak == 2
+
+    run(main)
+
+
+def test_a_busy_model_is_not_unloaded():
+    async def main() -> None:
+        memory = Memory("a", "b", budget=1)
+        await memory.ask("a")
+        memory.made["a"].running = 1
+        with pytest.raises(Unavailable, match="busy"):
+            await memory.ask("b")
+        assert memory.manager.models()[0].state == "loaded"
+
+    run(main)
+
+
+def test_a_model_that_cannot_be_loaded_gives_its_memory_back():
+    async def main() -> None:
+        memory = Memory("a", "b", budget=1, broken=("a",))
+        with pytest.raises(InvalidRequest, match="broken"):
+            await memory.ask("a")
+        assert memory.manager.models()[0].state == "failed"
+        assert await memory.ask("b") == "b"
+
+    run(main)
+
+
+def test_a_model_that_is_asked_for_while_it_is_unloaded_is_loaded_again():
+    async def main() -> None:
+        memory = Memory("a", "b", budget=1)
+        await memory.ask("a")
+        other = asyncio.ensure_future(memory.ask("b"))
+        await asyncio.sleep(0.005)  # a is being closed
+        again = asyncio.ensure_future(memory.ask("a"))
+        assert await other == "b"
+        assert memory.peak == 1
+        assert isinstance((await asyncio.gather(again, return_exceptions=True))[0], Unavailable | str)
+        assert memory.peak == 1
+
+    run(main)
+
+
+def test_an_unknown_model_is_refused_by_name():
+    async def main() -> None:
+        with pytest.raises(NotFound, match="available models: a, b"):
+            await Memory("a", "b", budget=None).ask("c")
+
+    run(main)

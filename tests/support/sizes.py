@@ -1,0 +1,12 @@
+"""Sizes of tests that are run small by default and in full as a slow lane (``make test-slow``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def sizes(small: Any, full: Any) -> list[Any]:
+    """Return the values of a parameter: a small one for the default run, and the full one, marked ``slow``."""
+    return [pytest.param(small, id="small"), pytest.param(full, id="full", marks=pytest.mark.slow)]
