@@ -185,8 +185,8 @@ def pack(
         if size > (free := shutil.disk_usage(folder).free):
             folder.rmdir()
             raise InvalidParameter("packed", f"takes {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left")
-        for file in BUILT_IN.glob("tokenizer*"):
-            shutil.copyfile(file, folder / file.name)
+        for source in BUILT_IN.glob("tokenizer*"):
+            shutil.copyfile(source, folder / source.name)
         kinds = {role: packed_type.name for role, packed_type in models.choose(format_name, dtype).items()}
         packed.create(folder, packed.Mark(dtype, kinds, config, {}), lambda model: randomize(model, progress))
         with (folder / packed.WEIGHTS).open("rb") as file:
