@@ -203,7 +203,7 @@ def test_the_command_shows_and_does(here: Site, capsys: pytest.CaptureFixture[st
 def test_the_command_says_what_is_wrong(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
     for line, why in (
         (("job", "none"), "no job 'none'"),
-        (("revive",), "which?"),
+        (("revive",), "requires a name"),
         (("workers", "x"), "takes no name"),
         (("jobs", "gone"), "expected one of"),
         (("status", "--url", "http://example.org"), "unencrypted"),
