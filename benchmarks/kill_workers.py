@@ -75,7 +75,7 @@ class Cluster:
 
     async def kill_at_random(self) -> None:
         """Kill and stop workers until cancelled, and every few seconds kill the gateway."""
-        next_gateway = time.monotonic() + self.random.uniform(2, 4)
+        next_gateway: float | None = None
         while True:
             await asyncio.sleep(self.random.uniform(0.05, 0.15))
             # A stopped worker is not killed, so that it continues and sends results that are too late.
@@ -87,12 +87,18 @@ class Cluster:
             else:
                 asyncio.ensure_future(self.pause(name)).add_done_callback(lambda _: None)
                 self.counts["workers stopped"] += 1
-            if time.monotonic() > next_gateway:
+            if next_gateway is None and self._gateway_listens():  # on a slow machine a gateway needs seconds to start
+                next_gateway = time.monotonic() + self.random.uniform(2, 4)
+            if next_gateway is not None and time.monotonic() > next_gateway:
                 self.gateway.kill()
                 self.gateway.wait()
                 self.gateway = self._start_gateway()
                 self.counts["gateway killed"] += 1
-                next_gateway = time.monotonic() + self.random.uniform(2, 4)
+                next_gateway = None
+
+    def _gateway_listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     async def pause(self, name: str) -> None:
         """Stop a worker for half a lease to two and a half leases."""

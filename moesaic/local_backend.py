@@ -1,8 +1,7 @@
-"""The door to one model in this process: an ``LLM`` or a ``Classifier`` behind an event loop.
+"""Backends of one model in this process: an ``LLM`` or a ``Classifier`` behind an event loop.
 
-The engine has its thread; once a step it wakes the loop, which turns new tokens into text for
-everybody at once. Tokenizing happens in threads of its own, so that a long prompt holds up no stream.
-Knows loops and threads. Does not know HTTP, nor more than one model.
+The engine has its own thread. After each step it wakes the event loop, which turns the new tokens of all requests into
+text. Prompts are tokenized in other threads, so that a long one delays no stream. This module does not know HTTP.
 """
 
 from __future__ import annotations
@@ -35,31 +34,29 @@ from moesaic.text.tools import Tools
 
 T = TypeVar("T")
 
-BEHIND = 1024
-"""Pieces that may wait for somebody who does not fetch them; then the request is taken back."""
-READING = 256
-"""Requests whose text may wait to be tokenized; more are refused."""
+MAX_UNREAD_EVENTS = 1024
+"""Events that may wait for a reader of a stream; beyond that the request is cancelled."""
+MAX_TOKENIZING = 256
+"""Requests that may wait to be tokenized; more are refused."""
 
-PACE = 0.015
-"""Seconds between looks at what has come: a model that steps faster gives readers a few tokens at a time. Each look
-takes the engine's cores for a moment, and nobody sees the difference."""
-CROWD = 8
-"""Answers from which on the looks are further apart, since each takes longer; ..."""
-WIDEST = 3
-"""... up to so many times as far."""
+POLL_SECONDS = 0.015
+"""Shortest time between two polls of the engine. A model that steps faster delivers a few tokens at a time: each poll
+takes time from the engine's cores, and readers do not notice the difference."""
+MANY_STREAMS = 8
+"""With more running answers than this, the engine is polled less often, since each poll takes longer."""
+MAX_POLL_FACTOR = 3
+"""Largest factor by which the time between polls grows."""
 
-TOKENIZERS = 2
-"""Threads that tokenize."""
-
-COMPILERS = 2
-"""Threads that take in requests with grammars: a hostile one takes seconds, and must not hold up the others."""
+TOKENIZER_THREADS = 2
+GRAMMAR_THREADS = 2
+"""Threads for requests with grammars: compiling a hostile one takes seconds and must not delay other requests."""
 
 
 async def in_pool(pool: ThreadPoolExecutor, call: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
-    """Return what ``call`` returns in a thread. Whoever leaves meanwhile has it undone.
+    """Run ``call`` in a thread and return its result. If the caller is cancelled first, ``undo`` gets the result.
 
     Raises:
-        InvalidRequest: something that is no Exception came out, such as a panic of the tokenizers' Rust.
+        InvalidRequest: the call raised a BaseException, such as a panic in the Rust code of the tokenizers.
     """
     work = pool.submit(call)
     try:
@@ -71,52 +68,52 @@ async def in_pool(pool: ThreadPoolExecutor, call: Callable[[], T], undo: Callabl
     except (Exception, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise InvalidRequest(f"the text could not be read: {type(error).__name__}") from error
+        raise InvalidRequest(f"the text cannot be tokenized: {type(error).__name__}") from error
 
 
-def _take_back(replies: Sequence[Reply]) -> None:
+def _cancel_all(replies: Sequence[Reply]) -> None:
     for reply in replies:
         reply.cancel()
 
 
 class TokenInfoCache:
-    """Tokens as they are shown. Those without figures are made once: nearly every token of an answer is such a one."""
+    """Makes ``TokenInfo`` values. Those without log-probabilities, which are most, are made once for each token id."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._plain: dict[int, TokenInfo] = {}
 
     def of(self, token: Token) -> TokenInfo:
-        """Return a token's mark."""
+        """Return the ``TokenInfo`` of a token."""
         tokenizer, plain = self._tokenizer, token.logprob is None and not token.top
-        if plain and (known := self._plain.get(token.id)):
-            return known
-        top = tuple((id, tokenizer.piece(id), value) for id, value in token.top)
-        mark = TokenInfo(token.id, tokenizer.piece(token.id), tokenizer.is_special(token.id), token.logprob, top)
+        if plain and (cached := self._plain.get(token.id)):
+            return cached
+        top = tuple((token_id, tokenizer.piece(token_id), value) for token_id, value in token.top)
+        info = TokenInfo(token.id, tokenizer.piece(token.id), tokenizer.is_special(token.id), token.logprob, top)
         if plain:
-            self._plain[token.id] = mark
-        return mark
+            self._plain[token.id] = info
+        return info
 
 
 class LocalResponseStream:
-    """A running request. Made and read on the loop's thread; see ``backend.ResponseStream``."""
+    """The ``ResponseStream`` of a request to a local model. It is used on the event loop's thread only."""
 
     job = None
 
-    def __init__(self, replies: Sequence[Reply], marks: TokenInfoCache) -> None:
-        self._replies, self._mark = replies, marks.of
-        given = sum(len(reply.request.given(reply.stream.index)) for reply in replies)
-        self._behind = BEHIND + given  # what was given comes at once
+    def __init__(self, replies: Sequence[Reply], tokens: TokenInfoCache) -> None:
+        self._replies, self._token_info = replies, tokens.of
+        resumed = sum(len(reply.request.given(reply.stream.index)) for reply in replies)
+        self._behind = MAX_UNREAD_EVENTS + resumed  # the resumed tokens come at once
         self._begun: set[int] = set()
         self._events: deque[Event] = deque()
-        self._held: dict[int, list[Event]] = {}  # last pieces, which go out with the end that is about to come
+        self._held: dict[int, list[Event]] = {}  # last deltas, which are sent with the end that follows
         self._failed: MoesaicError | None = None
         self._open = len(replies)
         self._called: dict[int, int] = {}  # index -> calls so far
         self._waiter: asyncio.Future[None] | None = None
 
     def pump(self, reply: Reply) -> bool:
-        """Read what has come for one of the answers; return whether it has ended."""
+        """Collect the new events of one answer; return whether it has ended."""
         if self._failed:
             return True
         try:
@@ -127,7 +124,7 @@ class LocalResponseStream:
         index = reply.stream.index
         if index not in self._begun and (pieces or reply.ended):
             self._begun.add(index)
-            prompt = tuple(self._mark(token) for token in reply.prompt_logprobs)
+            prompt = tuple(self._token_info(token) for token in reply.prompt_logprobs)
             self._events.append(PromptDone(index, prompt, len(reply.request.ids)))
         wanted = [piece for piece in pieces if piece.text or piece.tokens or piece.calls]
         shown: list[Event] = [self._piece(index, piece) for piece in wanted]
@@ -139,16 +136,16 @@ class LocalResponseStream:
             self._open -= 1
             self._events.append(_ended(index, reply))
         elif len(self._events) > self._behind:
-            self._fail(Overloaded("the answer was not fetched as fast as it came"))
+            self._fail(Overloaded("the client read the answer more slowly than it was generated"))
         self._wake()
         return reply.ended
 
     def _piece(self, index: int, piece: Text) -> Delta:
-        marks = tuple(self._mark(token) for token in piece.tokens)
+        tokens = tuple(self._token_info(token) for token in piece.tokens)
         first = self._called.get(index, 0)
         self._called[index] = first + len(piece.calls)
-        calls = (ToolCall(place, call.id, call.name, call.arguments) for place, call in enumerate(piece.calls, first))
-        return Delta(index, piece.text, marks, tuple(calls))
+        calls = (ToolCall(number, call.id, call.name, call.arguments) for number, call in enumerate(piece.calls, first))
+        return Delta(index, piece.text, tokens, tuple(calls))
 
     def _fail(self, error: MoesaicError) -> None:
         self._failed = error
@@ -214,58 +211,58 @@ def _about(llm: LLM) -> Mapping[str, Any]:
 
 
 class LocalBackend:
-    """One model in this process; see ``backend.Backend``. Made on the loop that it answers on."""
+    """A ``Backend`` for one model in this process. Create it on the event loop that uses it."""
 
-    def __init__(self, llm: LLM, aliases: Sequence[str] = (), crowd: int = CROWD) -> None:
-        """Answer with a model.
+    def __init__(self, llm: LLM, aliases: Sequence[str] = (), many_streams: int = MANY_STREAMS) -> None:
+        """Serve a model.
 
         Args:
             llm: the model.
             aliases: its other names.
-            crowd: answers from which on it is looked further apart at what has come, each look being dearer to
-                whoever passes it on.
+            many_streams: with more running answers than this, the engine is polled less often; lower it where
+                passing events on is expensive.
         """
-        self._llm, self._aliases, self._crowd = llm, tuple(aliases), crowd
+        self._llm, self._aliases, self._many_streams = llm, tuple(aliases), many_streams
         self._loop = asyncio.get_running_loop()
-        self._pool = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="moesaic-text")
-        self._grammars = ThreadPoolExecutor(COMPILERS, thread_name_prefix="moesaic-grammar")
+        self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="moesaic-text")
+        self._grammars = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="moesaic-grammar")
         self._running: dict[Stream, tuple[LocalResponseStream, Reply]] = {}
         self._news: deque[Stream] = deque()
-        self._told = False
-        self._looked = 0.0  # when the loop last took what had come
-        self._about, self._marks = _about(llm), TokenInfoCache(llm.tokenizer)
+        self._poll_scheduled = False
+        self._polled_at = 0.0
+        self._about, self._token_infos = _about(llm), TokenInfoCache(llm.tokenizer)
         self._reading = {self._pool: 0, self._grammars: 0}
         self._vectors = ThreadPoolExecutor(1, thread_name_prefix="moesaic-embed")
         llm.engine.listen(self._on_events)
 
-    # What follows runs on the engine's thread
+    # Runs on the engine's thread
 
     def _on_events(self, streams: list[Stream]) -> None:
         self._news.extend(streams)
-        if not self._told:
-            self._told = True
+        if not self._poll_scheduled:
+            self._poll_scheduled = True
             try:
-                self._loop.call_soon_threadsafe(self._pace)
-            except RuntimeError:  # the loop is gone, and with it everybody who could listen
+                self._loop.call_soon_threadsafe(self._schedule_poll)
+            except RuntimeError:  # the loop is closed, and no reader is left
                 self._news.clear()
 
-    # and what follows on the loop's
+    # The rest runs on the event loop's thread
 
-    def _pace(self) -> None:
-        pace = PACE * min(WIDEST, max(1.0, len(self._running) / self._crowd))
-        wait = self._looked + pace - self._loop.time()
+    def _schedule_poll(self) -> None:
+        interval = POLL_SECONDS * min(MAX_POLL_FACTOR, max(1.0, len(self._running) / self._many_streams))
+        wait = self._polled_at + interval - self._loop.time()
         if wait > 0:
             self._loop.call_later(wait, self._pump)
         else:
             self._pump()
 
     def _pump(self) -> None:
-        self._looked = self._loop.time()
-        self._told = False  # before looking: what comes from here on is told again
+        self._polled_at = self._loop.time()
+        self._poll_scheduled = False  # before polling: later events schedule another poll
         while self._news:
             stream = self._news.popleft()
-            found = self._running.get(stream)
-            if found and found[0].pump(found[1]):
+            match = self._running.get(stream)
+            if match and match[0].pump(match[1]):
                 del self._running[stream]
 
     def models(self) -> Sequence[ModelInfo]:
@@ -293,17 +290,17 @@ class LocalBackend:
     async def generate(self, request: GenerationRequest) -> LocalResponseStream:
         constrained = request.grammar is not None or request.tool_choice not in ("none", "auto")
         pool = self._grammars if constrained else self._pool
-        if self._reading[pool] >= READING:
-            raise Overloaded(f"{READING} requests wait to be read already: try again later")
+        if self._reading[pool] >= MAX_TOKENIZING:
+            raise Overloaded(f"{MAX_TOKENIZING} requests are waiting to be tokenized already; try again later")
         self._reading[pool] += 1
         try:
-            replies = await in_pool(pool, lambda: self._submit(request), _take_back)
+            replies = await in_pool(pool, lambda: self._submit(request), _cancel_all)
         finally:
             self._reading[pool] -= 1
-        answers = LocalResponseStream(replies, self._marks)
+        answers = LocalResponseStream(replies, self._token_infos)
         for reply in replies:
             self._running[reply.stream] = answers, reply
-            self._news.append(reply.stream)  # what came before anybody listened
+            self._news.append(reply.stream)  # events that came before the stream was registered
         self._pump()
         return answers
 
@@ -339,19 +336,19 @@ class LocalBackend:
     async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
         tokenizer = self._llm.tokenizer
         ids = await in_pool(self._pool, lambda: self._ids(request))
-        return [TokenInfo(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
+        return [TokenInfo(token_id, tokenizer.piece(token_id), tokenizer.is_special(token_id)) for token_id in ids]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
-        most = self._llm.loaded.model.vocab_size
-        if max(ids, default=0) >= most:
-            raise InvalidParameter("tokens", f"token id {max(ids)} is not in the vocabulary of {most}")
+        limit = self._llm.loaded.model.vocab_size
+        if max(ids, default=0) >= limit:
+            raise InvalidParameter("tokens", f"token id {max(ids)} is not in the vocabulary of {limit}")
         return await in_pool(self._pool, lambda: self._llm.tokenizer.decode(ids, skip_special=False))
 
     async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
         return await in_pool(self._vectors, lambda: self._llm.embed(texts))
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
-        raise InvalidRequest(f"{self._llm.name} is a chat model and has no classes")
+        raise InvalidRequest(f"{self._llm.name} is a chat model, not a classifier")
 
     async def close(self) -> None:
         await self._loop.run_in_executor(None, self._llm.close)
@@ -360,7 +357,7 @@ class LocalBackend:
 
 
 class LocalClassifierBackend:
-    """One classifier in this process; see ``backend.Backend``."""
+    """A ``Backend`` for one classifier in this process."""
 
     def __init__(self, classifier: Classifier, name: str, aliases: Sequence[str] = ()) -> None:
         self._classifier, self._name, self._aliases = classifier, name, tuple(aliases)
@@ -374,7 +371,7 @@ class LocalClassifierBackend:
         return {self._name: ModelStats()}
 
     async def generate(self, request: GenerationRequest) -> LocalResponseStream:
-        raise InvalidRequest(f"{self._name} is a classifier, which does not chat: ask /v1/classify")
+        raise InvalidRequest(f"{self._name} is a classifier and cannot generate text; use /v1/classify")
 
     async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
         tokenizer = self._classifier.tokenizer
@@ -383,13 +380,13 @@ class LocalClassifierBackend:
             if isinstance(request.prompt, str)
             else list(request.prompt or ())
         )
-        return [TokenInfo(id, tokenizer.piece(id), tokenizer.is_special(id)) for id in ids]
+        return [TokenInfo(token_id, tokenizer.piece(token_id), tokenizer.is_special(token_id)) for token_id in ids]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return self._classifier.tokenizer.decode(ids, skip_special=False)
 
     async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        raise InvalidRequest(f"{self._name} is a classifier: ask a chat model for embeddings")
+        raise InvalidRequest(f"{self._name} is a classifier; use a chat model for embeddings")
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
         return list(await in_pool(self._pool, lambda: self._classifier.classify(texts)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,8 +16,11 @@ import torch
 from moesaic import checkpoints, formats, models, ops, registry
 from moesaic.bench import endpoints
 from moesaic.bench.endpoints import Answer, Endpoint, Request, RequestFailed, RequestOptions, _http
+from moesaic.cluster import launch
 from moesaic.errors import CheckpointError, InvalidRequest, NotFound
 from moesaic.formats import Packed
+from moesaic.serve.endpoint import Endpoint as HttpEndpoint
+from moesaic.serve.endpoint import Failure
 from tests.support.models import ours, theirs
 from tests.support.scripted_server import CONTEXT, TEMPLATE, Script, serving
 
@@ -254,6 +258,44 @@ class TestEndpoints:
             return endpoint.context
 
         assert self.ask(name, Script(), context) == (None if name == "aime" else CONTEXT)
+
+
+@pytest.mark.parametrize("name", registry.names("serve/dialects"))
+class TestDialects:
+    def test_defines_endpoints(self, name):
+        endpoints = registry.load("serve/dialects", name).ENDPOINTS
+        assert endpoints and all(isinstance(endpoint, HttpEndpoint) for endpoint in endpoints)
+        routes = [(endpoint.method, endpoint.path) for endpoint in endpoints]
+        assert len(routes) == len(set(routes))
+        for endpoint in endpoints:
+            assert endpoint.method in ("GET", "POST", "DELETE") and endpoint.path.startswith("/")
+            assert inspect.iscoroutinefunction(endpoint.run) and endpoint.summary
+            assert endpoint.body is None or endpoint.method == "POST"
+
+    def test_errors_have_a_shape_that_is_json(self, name):
+        for endpoint in registry.load("serve/dialects", name).ENDPOINTS:
+            shown = endpoint.failure(Failure(400, "validation", "it is wrong"))
+            assert "it is wrong" in json.dumps(getattr(shown, "content", shown))
+
+    def test_no_other_dialect_has_its_routes(self, name):
+        def routes(dialect: str) -> set[tuple[str, str]]:
+            return {(each.method, each.path) for each in registry.load("serve/dialects", dialect).ENDPOINTS}
+
+        for other in set(registry.names("serve/dialects")) - {name}:
+            assert not routes(name) & routes(other)
+
+
+@pytest.mark.parametrize("name", launch.names())
+class TestLaunchers:
+    WORKER = ("/srv/model", "--gateway", "https://chat.example.org")
+
+    def test_writes_files_or_runs_workers(self, name):
+        launcher = launch.load(name)
+        files = launcher.files(launch.Plan(self.WORKER, program="/bin/true"))
+        assert files or callable(launcher.run)
+        for file, text in files.items():
+            assert Path(file).name == file and text.endswith("\n")
+            assert all(flag in text for flag in self.WORKER)
 
 
 def test_an_unknown_name_is_refused_with_what_exists():

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from moesaic import LLM, errors
-from moesaic.backend import Delta, Finished, GenerationRequest, PromptDone
-from moesaic.local_backend import BEHIND, LocalBackend
+from moesaic.backend import Delta, Finished, GenerationRequest, PromptDone, TokenLimits
+from moesaic.local_backend import MAX_UNREAD_EVENTS, LocalBackend
 
 TALK = ({"role": "user", "content": "Tell me of a fox."},)
 CALL = {"tool_choice": "required", "parallel_tool_calls": False}
@@ -112,7 +112,7 @@ def test_who_passes_an_answer_on_cannot_tell_that_another_took_over(talker):
 def test_a_long_answer_that_comes_again_is_not_taken_for_a_slow_reader(talker):
     async def main():
         async with opened(talker) as backend:
-            long = (7,) * (BEHIND + 500)
+            long = (7,) * (MAX_UNREAD_EVENTS + 500)
             ask = GenerationRequest(
                 prompt="Once", sampling={"max_tokens": len(long) + 2, "ignore_eos": True}, resume=(long,)
             )
@@ -131,5 +131,24 @@ def test_what_cannot_have_been_said_is_refused(talker):
                 with pytest.raises(errors.InvalidParameter, match="resume"):
                     await backend.generate(GenerationRequest(messages=TALK, resume=resume))
             assert backend.stats()["talker0"].prompt_tokens == 0
+
+    asyncio.run(main())
+
+
+def test_token_limits_are_checked_where_the_prompt_is_tokenized(talker):
+    async def main():
+        async with opened(talker) as backend:
+            prompt = len(await backend.tokenize(GenerationRequest(prompt="Once upon")))
+            limits = TokenLimits(total=prompt + 3)
+            request = GenerationRequest(prompt="Once upon", limits=limits, sampling={**BYTES, "ignore_eos": True})
+            unbounded = replace(request, sampling={**request.sampling, "max_tokens": None})
+            *_, finished = [event async for event in await backend.generate(unbounded)]
+            assert (finished.generated_tokens, finished.reason) == (3, "length")
+            with pytest.raises(
+                errors.InvalidRequest, match=f"must be <= {prompt + 3}. Given: {prompt} `inputs` tokens"
+            ):
+                await backend.generate(replace(request, sampling={**request.sampling, "max_tokens": 4}))
+            with pytest.raises(errors.InvalidRequest, match=f"less than {prompt - 1} tokens"):
+                await backend.generate(replace(request, limits=TokenLimits(prompt=prompt - 1), sampling={}))
 
     asyncio.run(main())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moesaic.cluster.worker import Worker
     from moesaic.serve.endpoint import Endpoint
 
-BUSY_STREAMS = 4
+MANY_STREAMS = 4
 """Running answers above which a worker polls its engine less often: each poll costs a message to the gateway."""
 KEY_VARIABLE = "MOESAIC_WORKER_KEY"
 
@@ -189,7 +189,7 @@ async def _run_worker(args: argparse.Namespace, key: str | None, trusted: Any) -
     from moesaic.cluster.worker import Worker
     from moesaic.engine import Limits
 
-    models = await serving.model_manager(args, BUSY_STREAMS)
+    models = await serving.model_manager(args, MANY_STREAMS)
     slots = args.slots or args.sequences or Limits().sequences
     name = args.name or f"{platform.node()}-{secrets.token_hex(4)}"
     about = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}

@@ -98,16 +98,16 @@ def _serve(args: argparse.Namespace) -> int:
     return server_options.serve(args, settings, lambda: model_manager(args), before=lambda: _print_notes(launch))
 
 
-async def model_manager(args: argparse.Namespace, busy_streams: int | None = None) -> ModelManager:
+async def model_manager(args: argparse.Namespace, many_streams: int | None = None) -> ModelManager:
     """Load the first model of the command line, and return the manager of all of them.
 
     Args:
         args: parsed flags of ``add_models``.
-        busy_streams: number of running answers above which a backend polls its engine less often; None: the default.
+        many_streams: number of running answers above which a backend polls its engine less often; None: the default.
     """
     from moesaic.serve.model_manager import ModelManager
 
-    manager = ModelManager(model_entries(args, busy_streams), None if args.memory is None else int(args.memory * 1e9))
+    manager = ModelManager(model_entries(args, many_streams), None if args.memory is None else int(args.memory * 1e9))
     await manager.get(manager.models()[0].name)
     return manager
 
@@ -119,7 +119,7 @@ def _print_notes(launch: tgi_launcher.Launch) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def model_entries(args: argparse.Namespace, busy_streams: int | None = None) -> list[ModelEntry]:
+def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> list[ModelEntry]:
     """Return the models of the command line, none of them loaded.
 
     Raises:
@@ -141,14 +141,14 @@ def model_entries(args: argparse.Namespace, busy_streams: int | None = None) -> 
         aliases = tuple({source} - {shown, None}) if source and "/" in source and not Path(source).exists() else ()
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
         info = ModelInfo(shown, aliases, state="unloaded")
-        entries.append(ModelEntry(info, partial(open_model, args, path, shown, busy_streams), size))
+        entries.append(ModelEntry(info, partial(open_model, args, path, shown, many_streams), size))
     if len({entry.info.name for entry in entries}) < len(entries):
         raise InvalidRequest("two models have the same name: give them names, for example a=./one b=./two")
     return entries
 
 
 async def open_model(
-    args: argparse.Namespace, path: Path | None, name: str, busy_streams: int | None = None
+    args: argparse.Namespace, path: Path | None, name: str, many_streams: int | None = None
 ) -> Backend:
     """Load a model as the flags say, and return its backend."""
     import asyncio
@@ -157,7 +157,7 @@ async def open_model(
     from moesaic.engine import Limits
     from moesaic.llm import LLM
     from moesaic.loading import is_classifier
-    from moesaic.local_backend import CROWD, LocalBackend, LocalClassifierBackend
+    from moesaic.local_backend import MANY_STREAMS, LocalBackend, LocalClassifierBackend
 
     limits = Limits()
     if args.sequences is not None:
@@ -186,4 +186,4 @@ async def open_model(
     if isinstance(model, Classifier):
         return LocalClassifierBackend(model, name)
     model.name = name
-    return LocalBackend(model, crowd=busy_streams or CROWD)
+    return LocalBackend(model, many_streams=many_streams or MANY_STREAMS)

@@ -9,8 +9,8 @@ import pytest
 
 from moesaic.backend import Delta, Finished, ModelStats, TokenInfo, TokenLimits
 from moesaic.errors import EngineStopped, KeyExhausted, NumericalError, Overloaded, PromptTooLong, TimedOut
-from moesaic.serve.dialects._tgi import Parameters, checked
-from moesaic.serve.dialects.tgi_info import placed
+from moesaic.serve.dialects._tgi import Parameters, check_parameters
+from moesaic.serve.dialects.tgi_info import token_spans
 from moesaic.serve.keys import Key, Keys, digest
 from moesaic.serve.settings import Settings, TgiBounds
 from tests.support.backend import Script, Scripted, ScriptedAnswers
@@ -423,7 +423,7 @@ def test_tokenize_in_both_dialects(server):
     ],
 )
 def test_where_tokens_stand(marks, text, spans):
-    found = placed([TokenInfo(9, mark, mark[0] == "<") for mark in marks], text)
+    found = token_spans([TokenInfo(9, mark, mark[0] == "<") for mark in marks], text)
     assert [(each["start"], each["stop"]) for each in found] == spans
     assert all(each["text"] == text[each["start"] : each["stop"]] for each in found)
 
@@ -441,7 +441,7 @@ def test_sagemakers_and_vertexs_routes(server):
 
 def test_schemas_as_grammars():
     def of(grammar):
-        return checked(Parameters(grammar=grammar), TgiBounds(), stream=False).grammar
+        return check_parameters(Parameters(grammar=grammar), TgiBounds(), stream=False).grammar
 
     schema = {"type": "object", "properties": {}}
     assert of({"type": "json", "value": schema}) == of({"type": "json_object", "value": schema})

@@ -1,7 +1,7 @@
-"""The items that OpenAI's Responses API is made of: how they become the turns of a conversation.
+"""Input items of OpenAI's Responses API, and how they become the turns of a conversation.
 
-Follows https://platform.openai.com/docs/api-reference/responses. Known are messages of text, calls of functions
-and their results; reasoning is passed over; all else (images, files, hosted tools, references) is refused by name.
+Follows https://platform.openai.com/docs/api-reference/responses. Text messages, function calls and their outputs are
+supported. Reasoning items are ignored; all others (images, files, hosted tools, references) are refused by name.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ ROLES = ("user", "assistant", "system", "developer")
 
 
 def turns(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the turns that items stand for; calls belong to the assistant's turn in front of them.
+    """Yield the turns of a list of items. Function calls are added to the assistant's turn before them.
 
     Raises:
-        InvalidMessages: an item is of a kind that cannot be read, or not what its kind says.
+        InvalidMessages: an item has an unsupported type, or not the fields of its type.
     """
-    waiting: dict[str, Any] | None = None  # the assistant's turn, to which calls may yet be added
-    for place, item in enumerate(items):
-        kind, where = item.get("type", "message"), f"input[{place}]"
+    pending: dict[str, Any] | None = None  # an assistant's turn that may still get function calls
+    for index, item in enumerate(items):
+        kind, where = item.get("type", "message"), f"input[{index}]"
         if kind == "reasoning":
             continue
         if kind == "function_call":
-            waiting = waiting or {"role": "assistant", "content": ""}
-            waiting["tool_calls"] = [*waiting.get("tool_calls", ()), _call(item, where)]
+            pending = pending or {"role": "assistant", "content": ""}
+            pending["tool_calls"] = [*pending.get("tool_calls", ()), _call(item, where)]
             continue
-        if waiting:
-            yield waiting
-            waiting = None
+        if pending:
+            yield pending
+            pending = None
         if kind == "function_call_output":
             yield {
                 "role": "tool",
@@ -43,19 +43,19 @@ def turns(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         elif kind == "message":
             turn = _message(item, where)
             if turn["role"] == "assistant":
-                waiting = turn
+                pending = turn
             else:
                 yield turn
         else:
-            raise InvalidMessages(f"{where} is of type {kind!r:.40}, which is not understood here")
-    if waiting:
-        yield waiting
+            raise InvalidMessages(f"{where} has the unsupported type {kind!r:.40}")
+    if pending:
+        yield pending
 
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     role = item.get("role")
     if role not in ROLES:
-        raise InvalidMessages(f"{where} has the role {role!r:.40}; it can be {', '.join(ROLES)}")
+        raise InvalidMessages(f"{where} has the unknown role {role!r:.40}; expected {', '.join(ROLES)}")
     return {"role": "system" if role == "developer" else role, "content": _text(item, "content", where)}
 
 
@@ -67,12 +67,12 @@ def _call(item: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _string(item: Mapping[str, Any], name: str, where: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
-        raise InvalidMessages(f"{where} has no {name}, or one that is no text")
+        raise InvalidMessages(f"{where}: {name} is missing or not a string")
     return value
 
 
 def _text(item: Mapping[str, Any], name: str, where: str) -> str:
-    """Return the text of a field that may also hold parts."""
+    """Return the text of a field that is a string or a list of text parts."""
     content = item.get(name)
     if isinstance(content, str):
         return content
@@ -83,19 +83,19 @@ def _text(item: Mapping[str, Any], name: str, where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("refusal" if kind == "refusal" else "text") if kind in TEXTS else None
         if not isinstance(text, str):
-            raise InvalidMessages(f"{where} has a part of type {kind!r:.40}, which this model cannot read")
+            raise InvalidMessages(f"{where} has a part of type {kind!r:.40}, which is not supported")
         texts.append(text)
     return "".join(texts)
 
 
-def listed(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what was given as items with ids, as they are listed later."""
-    return [_listed(item) for item in as_items(given)]
+def listed(source: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the input as items with ids, as the input item list shows them."""
+    return [_listed(item) for item in as_items(source)]
 
 
-def as_items(given: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return what was given as items; a text is a user's message."""
-    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+def as_items(values: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the input as items; a text becomes a user's message."""
+    return [{"role": "user", "content": values}] if isinstance(values, str) else values
 
 
 def _listed(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,40 +104,40 @@ def _listed(item: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(item.get("id"), str):
         out["id"] = openai.new_id("msg" if kind == "message" else "fc", "_")
     if kind == "message" and isinstance(item.get("content"), str):
-        said = "output_text" if item.get("role") == "assistant" else "input_text"
-        out["content"] = [{"type": said, "text": item["content"]}]
+        part_type = "output_text" if item.get("role") == "assistant" else "input_text"
+        out["content"] = [{"type": part_type, "text": item["content"]}]
     return out
 
 
-def tools(given: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+def tools(definitions: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
     """Return tools as chat completions have them.
 
     Raises:
         InvalidParameter: one is no function.
     """
     out = []
-    for place, tool in enumerate(given):
+    for index, tool in enumerate(definitions):
         if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
             kind = tool.get("type")
-            raise InvalidParameter("tools", f"tools[{place}] is of type {kind!r:.40}: expected a function with a name")
+            raise InvalidParameter("tools", f"tools[{index}] is of type {kind!r:.40}: expected a function with a name")
         function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
         out.append({"type": "function", "function": function})
     return tuple(out)
 
 
-def tool_choice(given: str | Mapping[str, Any] | None, *, any_tools: bool) -> str | dict[str, Any]:
+def tool_choice(choice: str | Mapping[str, Any] | None, *, any_tools: bool) -> str | dict[str, Any]:
     """Return a choice as chat completions have it.
 
     Raises:
         InvalidParameter: it is of no known form.
     """
-    if given is None:
+    if choice is None:
         return "auto" if any_tools else "none"
-    if isinstance(given, str) and given in ("none", "auto", "required"):
-        return given
-    if isinstance(given, str) or given.get("type") != "function" or not isinstance(given.get("name"), str):
+    if isinstance(choice, str) and choice in ("none", "auto", "required"):
+        return choice
+    if isinstance(choice, str) or choice.get("type") != "function" or not isinstance(choice.get("name"), str):
         raise InvalidParameter("tool_choice", "expected none, auto, required, or a function's name")
-    return {"type": "function", "function": {"name": given["name"]}}
+    return {"type": "function", "function": {"name": choice["name"]}}
 
 
 def grammar(form: Mapping[str, Any] | None) -> tuple[str, Any] | None:

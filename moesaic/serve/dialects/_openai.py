@@ -1,7 +1,7 @@
-"""What OpenAI's routes share: fields, errors, ids, usage; vLLM's common extras among the fields.
+"""Shared by OpenAI's routes: sampling fields with vLLM's extensions, model names, ids and usage.
 
-Fields that are not known, or mean nothing here, are accepted and ignored, as OpenAI's own clients expect of
-servers that are not OpenAI's. Follows https://platform.openai.com/docs/api-reference.
+Unknown fields, and fields without a meaning here, are accepted and ignored: OpenAI's clients expect that of other
+servers. Follows https://platform.openai.com/docs/api-reference.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from moesaic.backend import Backend, Finished, ModelInfo, TokenInfo
 from moesaic.errors import InvalidParameter, NotFound, Unavailable
 from moesaic.serve.context import RequestContext
 
-STAND_INS = ("", "tgi", "dummy", "default")
-"""Names under which clients ask for whatever model there is."""
+DEFAULT_MODEL_NAMES = ("", "tgi", "dummy", "default")
+"""Model names that clients send for "the default model"."""
 
 FINGERPRINT = f"moesaic-{__version__}"
-"""What answers with the same seed have in common, as far as the server goes; TGI's older client asks for it."""
+"""Value of ``system_fingerprint``. TGI's older client requires it."""
 
 Probability = Annotated[float, Meta(ge=0, le=1)]
-Whole = Annotated[int, Meta(ge=0, le=2**31)]
-Positive = Annotated[int, Meta(ge=1, le=2**31)]
+NonNegativeInt = Annotated[int, Meta(ge=0, le=2**31)]
+PositiveInt = Annotated[int, Meta(ge=1, le=2**31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Stops = str | Annotated[list[str], Meta(max_length=16)]
+StopStrings = str | Annotated[list[str], Meta(max_length=16)]
 
 
 class StreamOptions(Struct):
-    """What else a stream is to carry."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class StructuredOutputs(Struct):
-    """vLLM's way to name a grammar."""
+    """vLLM's field for a grammar; exactly one of its fields is set."""
 
     json: Any = None
     regex: str | None = None
@@ -48,12 +48,12 @@ class StructuredOutputs(Struct):
 
 
 class SamplingFields(Struct, kw_only=True):
-    """How tokens are chosen: OpenAI's fields, and vLLM's beside them. None and a missing field are the same."""
+    """Sampling parameters: OpenAI's fields and vLLM's extensions. None and a missing field mean the same."""
 
     model: Annotated[str, Meta(max_length=256)] | None = None
     n: Annotated[int, Meta(ge=1, le=8)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Stops | None = None
+    stop: StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
@@ -67,11 +67,11 @@ class SamplingFields(Struct, kw_only=True):
     min_p: Probability | None = None
     typical_p: Probability | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
-    stop_token_ids: Annotated[list[Whole], Meta(max_length=256)] | None = None
-    min_tokens: Whole | None = None
+    stop_token_ids: Annotated[list[NonNegativeInt], Meta(max_length=256)] | None = None
+    min_tokens: NonNegativeInt | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    truncate_prompt_tokens: Positive | None = None
+    truncate_prompt_tokens: PositiveInt | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     priority: Annotated[int, Meta(ge=-(2**30), le=2**30)] | None = None
     return_token_ids: bool | None = None
@@ -82,27 +82,27 @@ class SamplingFields(Struct, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
 
 
-PASSED = (
+PASSED_THROUGH = (
     *("n", "seed", "temperature", "frequency_penalty", "presence_penalty", "min_p", "repetition_penalty"),
     *("min_tokens", "ignore_eos", "prompt_logprobs"),
 )
-"""Fields that go on under their own names."""
+"""Fields that ``moesaic.Sampling`` has under the same name."""
 
 
 def sampling(body: SamplingFields) -> dict[str, Any]:
-    """Return the fields of ``moesaic.Sampling`` that a body asks for.
+    """Return the fields of ``moesaic.Sampling`` that a body sets.
 
     Raises:
-        InvalidParameter: a key of ``logit_bias`` is no token id.
+        InvalidParameter: a key of ``logit_bias`` is not a token id.
     """
-    out = {name: value for name in PASSED if (value := getattr(body, name)) is not None}
+    out = {name: value for name in PASSED_THROUGH if (value := getattr(body, name)) is not None}
     for name in ("top_p", "typical_p"):
         if (mass := getattr(body, name)) is not None:
-            out[name] = mass or 1e-9  # a mass of nothing leaves the likeliest token
+            out[name] = mass or 1e-9  # 0 means greedy: only the likeliest token is left
     if body.top_k is not None:
-        out["top_k"] = max(0, body.top_k)  # vLLM's clients say -1 for off
+        out["top_k"] = max(0, body.top_k)  # vLLM's clients send -1 for "off"
     if body.stop is not None:
-        out["stop"] = tuple(each for each in ([body.stop] if isinstance(body.stop, str) else body.stop) if each)
+        out["stop"] = tuple(item for item in ([body.stop] if isinstance(body.stop, str) else body.stop) if item)
     if body.stop_token_ids:
         out["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias:
@@ -112,31 +112,35 @@ def sampling(body: SamplingFields) -> dict[str, Any]:
 
 def _id(key: str) -> int:
     if not (key.isascii() and key.isdigit() and len(key) < 10):
-        raise InvalidParameter("logit_bias", f"{key!r:.40} is no token id")
+        raise InvalidParameter("logit_bias", f"{key!r:.40} is not a token id")
     return int(key)
 
 
 def grammar(body: SamplingFields) -> tuple[str, Any] | None:
-    """Return the grammar that a body asks for by one of vLLM's fields."""
-    asked = body.structured_outputs or StructuredOutputs()
+    """Return the grammar that a body sets by one of vLLM's fields.
+
+    Raises:
+        InvalidParameter: several fields set one.
+    """
+    structured = body.structured_outputs or StructuredOutputs()
     named: tuple[tuple[str, Any], ...] = (
-        ("json_schema", body.guided_json if asked.json is None else asked.json),
-        ("regex", body.guided_regex or asked.regex),
-        ("choice", body.guided_choice or asked.choice),
-        ("lark", body.guided_grammar or asked.grammar),
-        ("json_object", {} if asked.json_object else None),
+        ("json_schema", body.guided_json if structured.json is None else structured.json),
+        ("regex", body.guided_regex or structured.regex),
+        ("choice", body.guided_choice or structured.choice),
+        ("lark", body.guided_grammar or structured.grammar),
+        ("json_object", {} if structured.json_object else None),
     )
-    found = [(kind, value) for kind, value in named if value is not None]
-    if len(found) > 1:
-        raise InvalidParameter("structured_outputs", "names more than one grammar")
-    return found[0] if found else None
+    grammars = [(kind, value) for kind, value in named if value is not None]
+    if len(grammars) > 1:
+        raise InvalidParameter("structured_outputs", "more than one grammar is set")
+    return grammars[0] if grammars else None
 
 
 def response_grammar(wanted: Mapping[str, Any] | None) -> tuple[str, Any] | None:
     """Return the grammar of a ``response_format``, in OpenAI's form or in TGI's (``{"type", "value"}``).
 
     Raises:
-        InvalidParameter: it is of no known form.
+        InvalidParameter: its form is unknown.
     """
     if wanted is None:
         return None
@@ -155,68 +159,75 @@ def response_grammar(wanted: Mapping[str, Any] | None) -> tuple[str, Any] | None
     raise InvalidParameter("response_format", "expected type text, json_object, or json_schema with a schema")
 
 
-def card_of(backend: Backend, name: str | None, *, strict: bool = False) -> ModelInfo:
-    """Return the model that is meant.
+def find_model(backend: Backend, name: str | None, *, strict: bool = False) -> ModelInfo:
+    """Return the model with a name or alias; for None the default model.
+
+    Args:
+        backend: offers the models.
+        name: as the client sent it.
+        strict: do not accept the names in ``DEFAULT_MODEL_NAMES`` for the default model.
 
     Raises:
-        NotFound: there is none of that name.
-        Unavailable: there are none at all, as in a gateway that has just been started again.
+        NotFound: no model has that name.
+        Unavailable: there are no models yet, as in a gateway that has just been started.
     """
-    cards = backend.models()
-    if not cards:
-        raise Unavailable("there is no model yet: try again later, or start one with `moesaic worker`")
-    for card in cards:
-        if name == card.name or name in card.aliases:
-            return card
-    if cards and (name is None or (name in STAND_INS and not strict)):
-        return cards[0]
-    known = ", ".join(card.name for card in cards[:20])
-    raise NotFound(f"the model {name!r:.120} does not exist; there is {known}")
+    models = backend.models()
+    if not models:
+        raise Unavailable("no model is available yet: start a worker with `moesaic worker`, or try again later")
+    for model in models:
+        if name == model.name or name in model.aliases:
+            return model
+    if models and (name is None or (name in DEFAULT_MODEL_NAMES and not strict)):
+        return models[0]
+    names = ", ".join(model.name for model in models[:20])
+    raise NotFound(f"unknown model {name!r:.120}; available models: {names}")
 
 
-def model_of(context: RequestContext, name: str | None) -> str:
-    """Return the name of the model that a request means."""
-    return card_of(context.backend, name, strict=context.settings.strict_model_name).name
+def model_name(context: RequestContext, name: str | None) -> str:
+    """Return the full name of the model that a client named."""
+    return find_model(context.backend, name, strict=context.settings.strict_model_name).name
 
 
-def new_id(prefix: str, between: str = "-") -> str:
-    return f"{prefix}{between}{secrets.token_hex(12)}"
+def new_id(prefix: str, separator: str = "-") -> str:
+    """Return a random id with a prefix."""
+    return f"{prefix}{separator}{secrets.token_hex(12)}"
 
 
 def now() -> int:
+    """Return the time in whole seconds since the epoch."""
     return int(time.time())
 
 
-def usage(ended: Iterable[Finished], *, shared_prompt: bool = True) -> dict[str, Any]:
-    """Return what answers cost; the prompt of ``n`` answers to one question counts once."""
-    listed = list(ended)
-    of_prompt = [each for each in listed if each.index == 0] if shared_prompt else listed
-    prompt = sum(each.prompt_tokens for each in of_prompt)
-    generated = sum(each.generated_tokens for each in listed)
+def usage(finished: Iterable[Finished], *, shared_prompt: bool = True) -> dict[str, Any]:
+    """Return the token usage of answers. The prompt of ``n`` answers to one request counts once."""
+    listed = list(finished)
+    of_prompt = [item for item in listed if item.index == 0] if shared_prompt else listed
+    prompt = sum(item.prompt_tokens for item in of_prompt)
+    generated = sum(item.generated_tokens for item in listed)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(each.cached_tokens for each in of_prompt)},
+        "prompt_tokens_details": {"cached_tokens": sum(item.cached_tokens for item in of_prompt)},
     }
 
 
-def finish_reason(ended: Finished) -> str:
-    """Return why an answer ended, in OpenAI's words."""
-    if ended.has_tool_calls:
+def finish_reason(finished: Finished) -> str:
+    """Return OpenAI's ``finish_reason`` of an answer."""
+    if finished.has_tool_calls:
         return "tool_calls"
-    return "length" if ended.reason == "length" else "stop"
+    return "length" if finished.reason == "length" else "stop"
 
 
-def stop_reason(ended: Finished) -> str | int | None:
-    """Return vLLM's field: the stop string, or the token, that ended the answer."""
-    return ended.stop if ended.stop is not None else ended.stop_id
+def stop_reason(finished: Finished) -> str | int | None:
+    """Return vLLM's ``stop_reason``: the stop string or the token id that ended the answer."""
+    return finished.stop if finished.stop is not None else finished.stop_id
 
 
-def logprob_entry(mark: TokenInfo, top: int) -> dict[str, Any]:
-    """Return one token of a chat answer's ``logprobs``."""
+def token_logprob(token: TokenInfo, top: int) -> dict[str, Any]:
+    """Return one entry of a chat answer's ``logprobs``."""
 
     def one(text: str, value: float | None) -> dict[str, Any]:
         return {"token": text, "logprob": -9999.0 if value is None else value, "bytes": list(text.encode())}
 
-    return one(mark.text, mark.logprob) | {"top_logprobs": [one(text, value) for _, text, value in mark.top[:top]]}
+    return one(token.text, token.logprob) | {"top_logprobs": [one(text, value) for _, text, value in token.top[:top]]}

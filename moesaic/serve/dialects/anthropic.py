@@ -1,8 +1,8 @@
 """Anthropic's ``/v1/messages``, whole and streamed, and ``/v1/messages/count_tokens``.
 
-Follows https://platform.claude.com/docs/en/api/messages. Text and tools are understood. What a model of text cannot
-read (images, documents), and Anthropic's own tools, are refused by name; thinking in earlier turns is passed over,
-as are fields that mean nothing here (``thinking``, ``metadata``, ``cache_control``, ``service_tier``, ...).
+Follows https://platform.claude.com/docs/en/api/messages. Text and tools are supported. Images, documents and
+Anthropic's own tools are refused by name. Thinking blocks in earlier turns are ignored, as are fields without a meaning
+here (``thinking``, ``metadata``, ``cache_control``, ``service_tier``, ...).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Failure, Response
 
-KINDS = {
+ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -28,12 +28,12 @@ KINDS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-BETWEEN = "\n\n"
-"""What stands between blocks of text that become one."""
+BLOCK_SEPARATOR = "\n\n"
+"""Separator between text blocks that are joined."""
 
 
 class Message(Struct):
-    """One turn. ``content`` may be blocks."""
+    """One message. ``content`` may be a list of blocks."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[dict[str, Any]]
@@ -49,7 +49,7 @@ class Tool(Struct):
 
 
 class ToolChoice(Struct):
-    """Whether tools may be called, and which."""
+    """Whether the model may or must call tools, and which."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -57,13 +57,13 @@ class ToolChoice(Struct):
 
 
 class OutputConfig(Struct):
-    """What form the answer is to have."""
+    """The format of the answer."""
 
     format: dict[str, Any] | None = None
 
 
 class CountBody(Struct, kw_only=True):
-    """A conversation."""
+    """The body of a token count request."""
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
     model: Annotated[str, Meta(max_length=256)] | None = None
@@ -74,26 +74,26 @@ class CountBody(Struct, kw_only=True):
 
 
 class MessagesBody(CountBody, kw_only=True):
-    """A conversation, and how to answer it."""
+    """The body of a messages request."""
 
-    max_tokens: openai.Positive
+    max_tokens: openai.PositiveInt
     stop_sequences: Annotated[list[str], Meta(max_length=16)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
-    top_k: openai.Whole | None = None
+    top_k: openai.NonNegativeInt | None = None
     top_p: openai.Probability | None = None
 
 
-# What is asked
+# Requests
 
 
-def ask_of(body: CountBody, model: str) -> GenerationRequest:
-    """Return what a body asks.
+def to_request(body: CountBody, model: str) -> GenerationRequest:
+    """Return the generation request of a body.
 
     Raises:
-        InvalidMessages, InvalidParameter: something in it cannot be.
+        InvalidMessages, InvalidParameter: a message or a parameter is invalid.
     """
-    messages = [turn for place, message in enumerate(body.messages) for turn in turns(place, message)]
+    messages = [turn for index, message in enumerate(body.messages) for turn in turns(index, message)]
     system = _joined(body.system, "system") if body.system else ""
     if system:
         messages.insert(0, {"role": "system", "content": system})
@@ -103,7 +103,7 @@ def ask_of(body: CountBody, model: str) -> GenerationRequest:
         messages=tuple(messages),
         sampling=_sampling(body) if isinstance(body, MessagesBody) else {},
         continue_final=last["role"] == "assistant" and not last.get("tool_calls"),
-        tools=tuple(_tool(place, tool) for place, tool in enumerate(body.tools or ())),
+        tools=tuple(_tool(index, tool) for index, tool in enumerate(body.tools or ())),
         tool_choice=_choice(body),
         parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
         grammar=_grammar(body.output_config),
@@ -116,34 +116,34 @@ def _sampling(body: MessagesBody) -> dict[str, Any]:
         if (value := getattr(body, name)) is not None:
             out[name] = value
     if body.top_p is not None:
-        out["top_p"] = body.top_p or 1e-9  # a mass of nothing leaves the likeliest token
+        out["top_p"] = body.top_p or 1e-9  # 0 means greedy: only the likeliest token is left
     if body.stop_sequences:
-        out["stop"] = tuple(each for each in body.stop_sequences if each)
+        out["stop"] = tuple(item for item in body.stop_sequences if item)
     return out
 
 
-def turns(place: int, message: Message) -> Iterator[dict[str, Any]]:
-    """Yield what becomes of one message: a turn, and before it one for each tool's result in it.
+def turns(index: int, message: Message) -> Iterator[dict[str, Any]]:
+    """Yield the turns of one message: one for each tool result in it, and one for its text and tool calls.
 
     Raises:
-        InvalidMessages: a block is of a kind that cannot be read, or not what its kind says.
+        InvalidMessages: a block has an unsupported type, or not the fields of its type.
     """
-    role, where = message.role, f"messages[{place}]"
+    role, where = message.role, f"messages[{index}]"
     if isinstance(message.content, str):
         yield {"role": role, "content": message.content}
         return
     texts: list[str] = []
     calls: list[dict[str, Any]] = []
-    answered = False
+    has_results = False
     for block in message.content:
         kind = block.get("type")
         if kind == "tool_use" and role == "assistant":
             calls.append(_earlier_call(block, where))
         elif kind == "tool_result" and role == "user":
             if texts:
-                yield {"role": role, "content": BETWEEN.join(texts)}
+                yield {"role": role, "content": BLOCK_SEPARATOR.join(texts)}
                 texts = []
-            answered = True
+            has_results = True
             yield {
                 "role": "tool",
                 "tool_call_id": _string(block, "tool_use_id", where),
@@ -151,21 +151,21 @@ def turns(place: int, message: Message) -> Iterator[dict[str, Any]]:
             }
         elif kind not in ("thinking", "redacted_thinking"):
             texts.append(_text(block, where))
-    if texts or calls or not answered:
-        turn: dict[str, Any] = {"role": role, "content": BETWEEN.join(texts)}
+    if texts or calls or not has_results:
+        turn: dict[str, Any] = {"role": role, "content": BLOCK_SEPARATOR.join(texts)}
         yield turn | ({"tool_calls": calls} if calls else {})
 
 
 def _text(block: Mapping[str, Any], where: str) -> str:
     if block.get("type") != "text":
-        raise InvalidMessages(f"{where} has a block of type {block.get('type')!r:.40}, which this model cannot read")
+        raise InvalidMessages(f"{where} has a block of type {block.get('type')!r:.40}, which is not supported")
     return _string(block, "text", where)
 
 
 def _string(block: Mapping[str, Any], name: str, where: str) -> str:
     value = block.get(name)
     if not isinstance(value, str):
-        raise InvalidMessages(f"{where} has a block without {name}, or one that is no text")
+        raise InvalidMessages(f"{where} has a block whose {name} is missing or not a string")
     return value
 
 
@@ -173,30 +173,30 @@ def _joined(content: str | list[Any], where: str) -> str:
     if isinstance(content, str):
         return content
     if not all(isinstance(block, dict) for block in content):
-        raise InvalidMessages(f"{where} has a block that is no object")
-    return BETWEEN.join(_text(block, where) for block in content)
+        raise InvalidMessages(f"{where} has a block that is not an object")
+    return BLOCK_SEPARATOR.join(_text(block, where) for block in content)
 
 
 def _result(block: Mapping[str, Any], where: str) -> str:
     content = block.get("content") or ""
     if not isinstance(content, str | list):
-        raise InvalidMessages(f"{where} has a tool's result that is neither text nor blocks")
+        raise InvalidMessages(f"{where} has a tool result that is neither text nor a list of blocks")
     return _joined(content, where)
 
 
 def _earlier_call(block: Mapping[str, Any], where: str) -> dict[str, Any]:
-    given = block.get("input")
-    if not isinstance(given, dict):
-        raise InvalidMessages(f"{where} has a tool_use whose input is no object")
-    function = {"name": _string(block, "name", where), "arguments": msgspec.json.encode(given).decode()}
+    arguments = block.get("input")
+    if not isinstance(arguments, dict):
+        raise InvalidMessages(f"{where} has a tool_use whose input is not an object")
+    function = {"name": _string(block, "name", where), "arguments": msgspec.json.encode(arguments).decode()}
     return {"id": _string(block, "id", where), "type": "function", "function": function}
 
 
-def _tool(place: int, tool: Tool) -> dict[str, Any]:
+def _tool(index: int, tool: Tool) -> dict[str, Any]:
     if tool.type not in (None, "custom"):
-        raise InvalidParameter("tools", f"tools[{place}] is of type {tool.type!r:.40}, which is not here")
+        raise InvalidParameter("tools", f"tools[{index}] has the unsupported type {tool.type!r:.40}")
     if tool.input_schema is None:
-        raise InvalidParameter("tools", f"tools[{place}] has no input_schema")
+        raise InvalidParameter("tools", f"tools[{index}] has no input_schema")
     function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
     if tool.description is not None:
         function["description"] = tool.description
@@ -208,11 +208,11 @@ def _choice(body: CountBody) -> str | dict[str, Any]:
     if choice is None or choice.type in ("auto", "none"):
         return "auto" if names and (choice is None or choice.type == "auto") else "none"
     if not names:
-        raise InvalidParameter("tool_choice", f"is {choice.type}, but there are no tools")
+        raise InvalidParameter("tool_choice", f"is {choice.type}, but the request has no tools")
     if choice.type == "any":
         return "required"
     if choice.name not in names:
-        raise InvalidParameter("tool_choice", f"names {choice.name!r:.60}, which is not among the tools")
+        raise InvalidParameter("tool_choice", f"names {choice.name!r:.60}, which is not one of the tools")
     return {"type": "function", "function": {"name": choice.name}}
 
 
@@ -221,17 +221,17 @@ def _grammar(config: OutputConfig | None) -> tuple[str, Any] | None:
         return None
     schema = config.format.get("schema")
     if config.format.get("type") != "json_schema" or not isinstance(schema, dict):
-        raise InvalidParameter("output_config", "expected a format of type json_schema, with a schema")
+        raise InvalidParameter("output_config", "expected a format of type json_schema with a schema")
     return "json_schema", schema
 
 
-# What is answered
+# Responses
 
 
 async def messages(context: RequestContext) -> AnyResponse:
     """Answer a conversation."""
     body: MessagesBody = context.body
-    request = ask_of(body, openai.model_of(context, body.model))
+    request = to_request(body, openai.model_name(context, body.model))
     events = await context.generate(request)
     writer = Writer(request.model)
     headers = {"request-id": context.http.id}
@@ -241,18 +241,18 @@ async def messages(context: RequestContext) -> AnyResponse:
 
 
 async def count(context: RequestContext) -> AnyResponse:
-    """Tell how many tokens a conversation has."""
-    request = ask_of(context.body, openai.model_of(context, context.body.model))
+    """Return the number of tokens of a conversation."""
+    request = to_request(context.body, openai.model_name(context, context.body.model))
     return Response({"input_tokens": len(await context.backend.tokenize(request))})
 
 
-class Content:
-    """The blocks of an answer as they come. ``add`` and ``close`` yield what a stream says of it."""
+class ContentBlocks:
+    """The content blocks of an answer so far. ``add`` and ``close`` yield the events of a stream."""
 
     def __init__(self) -> None:
         self.blocks: list[dict[str, Any]] = []
-        self._calls: dict[int, int] = {}  # a call's place among the calls, and among the blocks
-        self._open = False  # whether the last block is
+        self._calls: dict[int, int] = {}  # index of a tool call -> index of its block
+        self._open = False  # whether the last block is open
 
     def add(self, piece: Delta) -> Iterator[bytes]:
         if piece.text:
@@ -290,70 +290,70 @@ class Content:
             yield frame("content_block_stop", index=len(self.blocks) - 1)
 
     def whole(self) -> list[dict[str, Any]]:
-        """Return the blocks as an answer in one piece shows them."""
+        """Return the blocks as a complete response shows them."""
         return [block | {"input": _object(block["input"])} if "input" in block else block for block in self.blocks]
 
 
 def _object(arguments: str) -> dict[str, Any]:
-    """Return a call's arguments; none of them if ``max_tokens`` cut them off."""
+    """Return the arguments of a tool call; an empty object if ``max_tokens`` cut them off."""
     try:
-        found = msgspec.json.decode(arguments or "{}")
+        value = msgspec.json.decode(arguments or "{}")
     except msgspec.DecodeError:
-        found = None
-    return found if isinstance(found, dict) else {}
+        value = None
+    return value if isinstance(value, dict) else {}
 
 
 class Writer:
-    """Turns the events of one request into Anthropic's shapes."""
+    """Turns the events of one request into Anthropic's response objects."""
 
     def __init__(self, model: str) -> None:
         self._head = {"id": openai.new_id("msg", "_"), "type": "message", "role": "assistant", "model": model}
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
-        content = Content()
-        ended: Finished | None = None
+        content = ContentBlocks()
+        finished: Finished | None = None
         async for event in events:
             if isinstance(event, Delta):
                 for _ in content.add(event):
                     pass
             elif isinstance(event, Finished):
-                ended = event
-        assert ended is not None, "an answer ended with neither Ended nor an error"
-        return self._head | {"content": content.whole(), **why(ended), "usage": usage(ended)}
+                finished = event
+        assert finished is not None, "a stream ended with neither Finished nor an error"
+        return self._head | {"content": content.whole(), **stop_fields(finished), "usage": usage(finished)}
 
     async def frames(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
-        content = Content()
+        content = ContentBlocks()
         async for event in events:
             if isinstance(event, PromptDone):
-                cost = _cost(event.prompt_tokens, 0, 0)
-                unsaid = {"stop_reason": None, "stop_sequence": None, "usage": cost}
-                yield frame("message_start", message={**self._head, "content": [], **unsaid})
+                cost = _usage(event.prompt_tokens, 0, 0)
+                unknown = {"stop_reason": None, "stop_sequence": None, "usage": cost}
+                yield frame("message_start", message={**self._head, "content": [], **unknown})
             elif isinstance(event, Delta):
-                for each in content.add(event):
-                    yield each
+                for item in content.add(event):
+                    yield item
             else:
-                for each in content.close():
-                    yield each
-                yield frame("message_delta", delta=why(event), usage=usage(event))
+                for item in content.close():
+                    yield item
+                yield frame("message_delta", delta=stop_fields(event), usage=usage(event))
         yield frame("message_stop")
 
 
-def why(ended: Finished) -> dict[str, Any]:
-    """Return why an answer ended, in Anthropic's words."""
-    reason = "max_tokens" if ended.reason == "length" else "end_turn"
-    if ended.has_tool_calls:
+def stop_fields(finished: Finished) -> dict[str, Any]:
+    """Return Anthropic's ``stop_reason`` and ``stop_sequence`` of an answer."""
+    reason = "max_tokens" if finished.reason == "length" else "end_turn"
+    if finished.has_tool_calls:
         reason = "tool_use"
-    elif ended.stop is not None:
+    elif finished.stop is not None:
         reason = "stop_sequence"
-    return {"stop_reason": reason, "stop_sequence": ended.stop}
+    return {"stop_reason": reason, "stop_sequence": finished.stop}
 
 
-def usage(ended: Finished) -> dict[str, int]:
-    """Return what an answer cost; ``input_tokens`` are those that were not in the cache."""
-    return _cost(ended.prompt_tokens - ended.cached_tokens, ended.cached_tokens, ended.generated_tokens)
+def usage(finished: Finished) -> dict[str, int]:
+    """Return the token usage of an answer. ``input_tokens`` are those that were not in the cache."""
+    return _usage(finished.prompt_tokens - finished.cached_tokens, finished.cached_tokens, finished.generated_tokens)
 
 
-def _cost(read: int, cached: int, written: int) -> dict[str, int]:
+def _usage(read: int, cached: int, written: int) -> dict[str, int]:
     return {
         "input_tokens": read,
         "cache_creation_input_tokens": 0,
@@ -363,18 +363,18 @@ def _cost(read: int, cached: int, written: int) -> dict[str, int]:
 
 
 def frame(kind: str, **fields: Any) -> bytes:
-    """Return an event of a stream."""
+    """Return an event of a stream in Anthropic's form."""
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode({"type": kind, **fields}))
 
 
 def failure(failure: Failure) -> Any:
     """Return an error as Anthropic's clients read it."""
-    kind = KINDS.get(failure.status, "api_error" if failure.status >= 500 else "invalid_request_error")
+    kind = ERROR_TYPES.get(failure.status, "api_error" if failure.status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": failure.message}}
 
 
 def broken(reason: Failure) -> bytes:
-    """Return an error as an event in a stream; nothing follows."""
+    """Return an error as the last event of a stream."""
     return frame("error", error=failure(reason)["error"])
 
 

@@ -1,4 +1,4 @@
-"""What those who run the server ask: is it alive, is it ready, how is it doing, what does it offer."""
+"""Routes for operators: health, readiness, metrics, load and the OpenAPI description."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from moesaic.serve.endpoint import AnyResponse, Endpoint, Response, openai_failu
 
 
 async def health(context: RequestContext) -> AnyResponse:
-    """Answer 200 as long as the models can still answer: whoever asks restarts the process otherwise."""
-    dead = [name for name, load in context.backend.stats().items() if not load.alive]
+    """Answer 200 while the models can answer; otherwise an orchestrator should restart the process."""
+    dead = [name for name, stats in context.backend.stats().items() if not stats.alive]
     if dead:
         return Response({"status": "dead", "error": "unhealthy", "error_type": "healthcheck"}, 503)
     return Response({"status": "ok"})
 
 
 async def ready(context: RequestContext) -> AnyResponse:
-    """Answer 200 if a request would be taken in and get on now; 503 tells a load balancer to go elsewhere."""
+    """Answer 200 if the server accepts requests and makes progress; 503 tells a load balancer to choose another."""
     why = context.services.readiness.why_not()
     if context.services.state.draining:
         why = "draining"
@@ -23,15 +23,14 @@ async def ready(context: RequestContext) -> AnyResponse:
 
 
 async def metrics(context: RequestContext) -> AnyResponse:
-    """Return all figures, for Prometheus."""
+    """Return all metrics in Prometheus' text format."""
     return Response(context.services.metrics.text(), media="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def load(context: RequestContext) -> AnyResponse:
-    """Return how many requests run, as vLLM does, and each model's figures."""
-    loads = context.backend.stats()
-    shown = {name: {field: getattr(each, field) for field in each.__dataclass_fields__} for name, each in loads.items()}
-    return Response({"server_load": sum(each.running + each.waiting for each in loads.values()), "models": shown})
+    """Return the number of requests, as vLLM does, and the statistics of each model."""
+    models = context.backend.stats()
+    return Response({"server_load": sum(stats.running + stats.waiting for stats in models.values()), "models": models})
 
 
 async def description(context: RequestContext) -> AnyResponse:
@@ -41,10 +40,12 @@ async def description(context: RequestContext) -> AnyResponse:
 
 
 ENDPOINTS = (
-    Endpoint("/health", health, openai_failure, method="GET", public=True, summary="Whether it is alive."),
-    Endpoint("/ping", health, openai_failure, method="GET", public=True, summary="The same."),
-    Endpoint("/ready", ready, openai_failure, method="GET", public=True, summary="Whether it takes requests."),
-    Endpoint("/metrics", metrics, openai_failure, method="GET", summary="Figures for Prometheus."),
-    Endpoint("/load", load, openai_failure, method="GET", summary="How busy it is."),
+    Endpoint("/health", health, openai_failure, method="GET", public=True, summary="Whether the models are alive."),
+    Endpoint("/ping", health, openai_failure, method="GET", public=True, summary="Whether the models are alive."),
+    Endpoint(
+        "/ready", ready, openai_failure, method="GET", public=True, summary="Whether the server accepts requests."
+    ),
+    Endpoint("/metrics", metrics, openai_failure, method="GET", summary="Metrics for Prometheus."),
+    Endpoint("/load", load, openai_failure, method="GET", summary="Requests and statistics of each model."),
     Endpoint("/openapi.json", description, openai_failure, method="GET", summary="This description."),
 )

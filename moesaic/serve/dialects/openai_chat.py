@@ -1,4 +1,4 @@
-"""OpenAI's ``/v1/chat/completions``, with vLLM's extras and the forms that Hugging Face's client sends."""
+"""OpenAI's ``/v1/chat/completions``, with vLLM's extensions and the forms that Hugging Face's client sends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response,
 
 
 class Message(Struct):
-    """One turn. ``content`` may be parts, of which only text is understood."""
+    """One message. ``content`` may be a list of parts; only text parts are supported."""
 
     role: Annotated[str, Meta(max_length=32)]
     content: str | list[dict[str, Any]] | None = None
@@ -26,11 +26,11 @@ class Message(Struct):
 
 
 class ChatBody(openai.SamplingFields, kw_only=True):
-    """A conversation, and how to answer it."""
+    """The body of a chat completion."""
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
-    max_tokens: openai.Positive | None = None
-    max_completion_tokens: openai.Positive | None = None
+    max_tokens: openai.PositiveInt | None = None
+    max_completion_tokens: openai.PositiveInt | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
@@ -41,29 +41,29 @@ class ChatBody(openai.SamplingFields, kw_only=True):
     add_generation_prompt: bool | None = None
 
 
-def ask_of(body: ChatBody, model: str) -> GenerationRequest:
-    """Return what a body asks.
+def to_request(body: ChatBody, model: str) -> GenerationRequest:
+    """Return the generation request of a body.
 
     Raises:
-        InvalidMessages, InvalidParameter: something in it cannot be.
+        InvalidMessages, InvalidParameter: a message or a parameter is invalid.
     """
     sampling = openai.sampling(body)
-    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    if most is not None:
-        sampling["max_tokens"] = most
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if max_tokens is not None:
+        sampling["max_tokens"] = max_tokens
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
-        raise InvalidParameter("top_logprobs", "needs logprobs to be true")
-    messages = tuple(_message(place, message) for place, message in enumerate(body.messages))
-    goes_on = body.continue_final_message
-    if goes_on is None:  # as TGI does, and vLLM where it is told not to begin an answer
-        goes_on = body.add_generation_prompt is False and messages[-1]["role"] == "assistant"
+        raise InvalidParameter("top_logprobs", "requires logprobs to be true")
+    messages = tuple(_message(index, message) for index, message in enumerate(body.messages))
+    continue_final = body.continue_final_message
+    if continue_final is None:  # as TGI does, and vLLM without a generation prompt
+        continue_final = body.add_generation_prompt is False and messages[-1]["role"] == "assistant"
     return GenerationRequest(
         model=model,
         messages=messages,
         sampling=sampling,
-        continue_final=goes_on,
+        continue_final=continue_final,
         tools=tuple(body.tools or ()),
         tool_choice=body.tool_choice or ("auto" if body.tools else "none"),
         parallel_tool_calls=body.parallel_tool_calls is not False,
@@ -74,13 +74,13 @@ def ask_of(body: ChatBody, model: str) -> GenerationRequest:
     )
 
 
-def _message(place: int, message: Message) -> Mapping[str, Any]:
+def _message(index: int, message: Message) -> Mapping[str, Any]:
     content = message.content
     if isinstance(content, list):
         parts = []
         for part in content:
             if part.get("type") not in ("text", "input_text") or not isinstance(part.get("text"), str):
-                raise InvalidMessages(f"messages[{place}] has a part that is no text: this model reads text only")
+                raise InvalidMessages(f"messages[{index}] has a part that is not text; this model supports text only")
             parts.append(part["text"])
         content = "".join(parts)
     out: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
@@ -96,7 +96,7 @@ def _message(place: int, message: Message) -> Mapping[str, Any]:
 async def chat(context: RequestContext) -> AnyResponse:
     """Answer a conversation."""
     body: ChatBody = context.body
-    request = ask_of(body, openai.model_of(context, body.model))
+    request = to_request(body, openai.model_name(context, body.model))
     events = await context.generate(request)
     writer = Writer(body, request.model)
     if body.stream:
@@ -105,7 +105,7 @@ async def chat(context: RequestContext) -> AnyResponse:
 
 
 class Writer:
-    """Turns the events of one request into OpenAI's shapes."""
+    """Turns the events of one request into OpenAI's response objects."""
 
     def __init__(self, body: ChatBody, model: str) -> None:
         self._body, self._top = body, body.top_logprobs or 0
@@ -119,73 +119,79 @@ class Writer:
         self._usage = bool(options and options.include_usage)
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
+        """Return the complete response."""
         count = self._body.n or 1
         texts: list[list[str]] = [[] for _ in range(count)]
-        marks: list[list[Any]] = [[] for _ in range(count)]
+        tokens: list[list[Any]] = [[] for _ in range(count)]
         calls: list[dict[int, dict[str, str]]] = [{} for _ in range(count)]
-        ended: dict[int, Finished] = {}
+        finished: dict[int, Finished] = {}
         prompt: PromptDone | None = None
         async for event in events:
             if isinstance(event, Delta):
                 texts[event.index].append(event.text)
-                marks[event.index] += event.tokens
+                tokens[event.index] += event.tokens
                 for part in event.calls:
                     _add_call(calls[event.index], part)
             elif isinstance(event, Finished):
-                ended[event.index] = event
+                finished[event.index] = event
             elif event.index == 0:
                 prompt = event
         choices = [
-            self._choice(ended[place], "".join(texts[place]), marks[place], calls[place]) for place in range(count)
+            self._choice(finished[index], "".join(texts[index]), tokens[index], calls[index]) for index in range(count)
         ]
-        out = self._head | {"object": "chat.completion", "choices": choices, "usage": openai.usage(ended.values())}
+        out = self._head | {"object": "chat.completion", "choices": choices, "usage": openai.usage(finished.values())}
         if self._body.prompt_logprobs is not None and prompt:
             out["prompt_logprobs"] = [
-                None if mark.logprob is None else {str(mark.id): {"logprob": mark.logprob, "decoded_token": mark.text}}
-                for mark in prompt.prompt
+                None
+                if token.logprob is None
+                else {str(token.id): {"logprob": token.logprob, "decoded_token": token.text}}
+                for token in prompt.prompt
             ]
         return out
 
-    def _choice(self, ended: Finished, text: str, marks: list[Any], calls: dict[int, dict[str, str]]) -> dict[str, Any]:
+    def _choice(
+        self, finished: Finished, text: str, tokens: list[Any], calls: dict[int, dict[str, str]]
+    ) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
         if calls:
-            message["tool_calls"] = [_shown(calls[place]) for place in sorted(calls)]
+            message["tool_calls"] = [_tool_call(calls[index]) for index in sorted(calls)]
         choice = {
-            "index": ended.index,
+            "index": finished.index,
             "message": message,
-            "logprobs": self._logprobs(marks),
-            "finish_reason": openai.finish_reason(ended),
-            "stop_reason": openai.stop_reason(ended),
+            "logprobs": self._logprobs(tokens),
+            "finish_reason": openai.finish_reason(finished),
+            "stop_reason": openai.stop_reason(finished),
         }
-        return choice | ({"token_ids": [mark.id for mark in marks]} if self._body.return_token_ids else {})
+        return choice | ({"token_ids": [token.id for token in tokens]} if self._body.return_token_ids else {})
 
-    def _logprobs(self, marks: Any) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Any) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return {"content": [openai.logprob_entry(mark, self._top) for mark in marks]}
+        return {"content": [openai.token_logprob(token, self._top) for token in tokens]}
 
     async def frames(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
-        ended: list[Finished] = []
+        """Yield the events of the stream."""
+        finished: list[Finished] = []
         async for event in events:
             if isinstance(event, PromptDone):
                 yield self._frame(event.index, {"role": "assistant", "content": ""}, None)
             elif isinstance(event, Finished):
-                ended.append(event)
+                finished.append(event)
                 yield self._frame(event.index, {}, openai.finish_reason(event), stop_reason=openai.stop_reason(event))
             elif event.text or event.calls or (event.tokens and self._body.logprobs):
-                yield self._piece(event)
+                yield self._delta_frame(event)
         if self._usage:
-            yield sse.frame(self._chunk([]) | {"usage": openai.usage(ended)})
+            yield sse.frame(self._chunk([]) | {"usage": openai.usage(finished)})
         yield sse.DONE
 
-    def _piece(self, piece: Delta) -> bytes:
-        delta: dict[str, Any] = {"content": piece.text} if piece.text or not piece.calls else {}
-        if piece.calls:
-            delta["tool_calls"] = [_delta(part) for part in piece.calls]
-        more: dict[str, Any] = {"logprobs": self._logprobs(piece.tokens)} if self._body.logprobs else {}
+    def _delta_frame(self, event: Delta) -> bytes:
+        delta: dict[str, Any] = {"content": event.text} if event.text or not event.calls else {}
+        if event.calls:
+            delta["tool_calls"] = [_tool_call_delta(part) for part in event.calls]
+        more: dict[str, Any] = {"logprobs": self._logprobs(event.tokens)} if self._body.logprobs else {}
         if self._body.return_token_ids:
-            more["token_ids"] = [mark.id for mark in piece.tokens]
-        return self._frame(piece.index, delta, None, **more)
+            more["token_ids"] = [token.id for token in event.tokens]
+        return self._frame(event.index, delta, None, **more)
 
     def _frame(self, index: int, delta: dict[str, Any], reason: str | None, **more: Any) -> bytes:
         return sse.frame(self._chunk([{"index": index, "delta": delta, "finish_reason": reason} | more]))
@@ -196,17 +202,17 @@ class Writer:
 
 
 def _add_call(calls: dict[int, dict[str, str]], part: ToolCall) -> None:
-    known = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
-    known["id"], known["name"] = known["id"] or part.id, known["name"] or part.name
-    known["arguments"] += part.arguments
+    call = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
+    call["id"], call["name"] = call["id"] or part.id, call["name"] or part.name
+    call["arguments"] += part.arguments
 
 
-def _shown(call: Mapping[str, str]) -> dict[str, Any]:
+def _tool_call(call: Mapping[str, str]) -> dict[str, Any]:
     function = {"name": call["name"], "arguments": call["arguments"]}
     return {"id": call["id"], "type": "function", "function": function}
 
 
-def _delta(part: ToolCall) -> dict[str, Any]:
+def _tool_call_delta(part: ToolCall) -> dict[str, Any]:
     if part.name:
         head = {"index": part.index, "id": part.id, "type": "function"}
         return head | {"function": {"name": part.name, "arguments": part.arguments}}
@@ -220,6 +226,6 @@ ENDPOINTS = (
         openai_failure,
         sse.openai_broken,
         body=ChatBody,
-        summary="Answer a conversation.",
+        summary="Answer a conversation (OpenAI).",
     ),
 )

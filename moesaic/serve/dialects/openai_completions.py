@@ -1,4 +1,4 @@
-"""OpenAI's ``/v1/completions``: plain texts, or token ids, gone on from; with what lm-eval needs to score them."""
+"""OpenAI's ``/v1/completions``: text or token ids are continued; ``echo`` scores prompts, as lm-eval needs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response, openai_failure
 
-Ids = Annotated[list[openai.Whole], Meta(min_length=1)]
-DEFAULT_TOKENS = 16
-"""OpenAI's own default of ``max_tokens``."""
+TokenIds = Annotated[list[openai.NonNegativeInt], Meta(min_length=1)]
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's default of ``max_tokens``."""
 
 
 class CompletionBody(openai.SamplingFields, kw_only=True):
-    """Prompts, and how to go on from them."""
+    """The body of a completion."""
 
     prompt: str | list[Any]
-    """A text, token ids, or a list of either; told apart in ``prompts_of``."""
-    max_tokens: openai.Whole | None = None
+    """A text, token ids, or a list of either; ``parse_prompts`` distinguishes them."""
+    max_tokens: openai.NonNegativeInt | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=8)] | None = None
@@ -36,41 +36,47 @@ class CompletionBody(openai.SamplingFields, kw_only=True):
     add_special_tokens: bool | None = None
 
 
-def prompts_of(body: CompletionBody, most: int) -> list[str | tuple[int, ...]]:
-    """Return the prompts.
+def parse_prompts(body: CompletionBody, limit: int) -> list[str | tuple[int, ...]]:
+    """Return the prompts of a body.
 
     Raises:
-        InvalidParameter: they are no texts and no token ids, or too many.
+        InvalidParameter: they are neither texts nor token ids, or there are more than ``limit``.
     """
-    given = body.prompt
-    if isinstance(given, str):
-        return [given]
-    if given and all(isinstance(each, int) for each in given):
-        return [_ids(given)]
-    if not given or len(given) > most:
-        raise InvalidParameter("prompt", f"holds {len(given)} prompts, expected 1 to {most}")
-    return [each if isinstance(each, str) else _ids(each) for each in given]
+    prompts = body.prompt
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [_token_ids(prompts)]
+    if not prompts or len(prompts) > limit:
+        raise InvalidParameter("prompt", f"has {len(prompts)} prompts, expected 1 to {limit}")
+    return [item if isinstance(item, str) else _token_ids(item) for item in prompts]
 
 
-def _ids(given: Any) -> tuple[int, ...]:
-    wrong = not isinstance(given, list) or not given
-    if wrong or any(isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**31 for id in given):
+def _token_ids(values: Any) -> tuple[int, ...]:
+    wrong = not isinstance(values, list) or not values
+    if wrong or any(
+        isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**31 for token_id in values
+    ):
         raise InvalidParameter("prompt", "expected a text, token ids, or a list of either")
-    return tuple(given)
+    return tuple(values)
 
 
-def ask_of(body: CompletionBody, model: str) -> GenerationRequest:
-    """Return what a body asks of each prompt, which is not in it yet."""
+def to_request(body: CompletionBody, model: str) -> GenerationRequest:
+    """Return the generation request of a body, without its prompt.
+
+    Raises:
+        InvalidParameter: a parameter is invalid.
+    """
     if body.suffix:
-        raise InvalidParameter("suffix", "is not possible with this model: it was not trained to fill gaps")
-    sampling = openai.sampling(body) | {"max_tokens": body.max_tokens or (DEFAULT_TOKENS, 1)[body.max_tokens == 0]}
+        raise InvalidParameter("suffix", "is not supported: this model was not trained to fill in the middle")
+    sampling = openai.sampling(body) | {"max_tokens": body.max_tokens or (DEFAULT_MAX_TOKENS, 1)[body.max_tokens == 0]}
     if body.logprobs is not None:
         sampling["logprobs"] = body.logprobs
     if body.echo and body.logprobs is not None:
         sampling["prompt_logprobs"] = body.logprobs
     if body.best_of is not None:
         if body.best_of < (body.n or 1) or (body.stream and body.best_of > (body.n or 1)):
-            raise InvalidParameter("best_of", "must be at least n, and n itself in a stream")
+            raise InvalidParameter("best_of", "must be at least n, and equal to n in a stream")
         if body.best_of > (body.n or 1):
             sampling |= {"n": body.best_of, "logprobs": sampling.get("logprobs", 0)}
     return GenerationRequest(
@@ -85,20 +91,20 @@ def ask_of(body: CompletionBody, model: str) -> GenerationRequest:
 
 
 async def complete(context: RequestContext) -> AnyResponse:
-    """Go on from one or more prompts."""
+    """Continue one or more prompts."""
     body: CompletionBody = context.body
-    request = ask_of(body, openai.model_of(context, body.model))
-    prompts = prompts_of(body, context.settings.prompts)
-    asked = [replace(request, prompt=prompt) for prompt in prompts]
-    running = [await context.generate(each) for each in asked]
-    echoed = [await _text(context, each) if body.echo else "" for each in asked]
+    request = to_request(body, openai.model_name(context, body.model))
+    prompts = parse_prompts(body, context.settings.prompts)
+    requests = [replace(request, prompt=prompt) for prompt in prompts]
+    running = [await context.generate(item) for item in requests]
+    echoed = [await _prompt_text(context, item) if body.echo else "" for item in requests]
     writer = Writer(body, request, echoed)
     if body.stream:
         return EventStream(writer.frames(running))
     return Response(await writer.whole(running))
 
 
-async def _text(context: RequestContext, request: GenerationRequest) -> str:
+async def _prompt_text(context: RequestContext, request: GenerationRequest) -> str:
     return (
         request.prompt
         if isinstance(request.prompt, str)
@@ -107,27 +113,27 @@ async def _text(context: RequestContext, request: GenerationRequest) -> str:
 
 
 @dataclass
-class One:
-    """One answer as far as it has come."""
+class Choice:
+    """One answer so far."""
 
     text: str = ""
-    marks: list[TokenInfo] = field(default_factory=list)
+    tokens: list[TokenInfo] = field(default_factory=list)
     ended: Finished | None = None
 
     @property
     def likelihood(self) -> float:
-        """The mean log-probability of its tokens."""
-        values = [mark.logprob for mark in self.marks if mark.logprob is not None]
+        """Return the mean log-probability of the tokens."""
+        values = [token.logprob for token in self.tokens if token.logprob is not None]
         return sum(values) / len(values) if values else float("-inf")
 
 
 class Writer:
-    """Turns the events of requests into OpenAI's shapes; answer i to prompt p is choice p * n + i."""
+    """Turns the events of requests into OpenAI's response objects. Answer i of prompt p is choice p * n + i."""
 
     def __init__(self, body: CompletionBody, request: GenerationRequest, echoed: Sequence[str]) -> None:
         self._body, self._echoed = body, echoed
-        self._n, self._tried = body.n or 1, request.sampling.get("n", 1)
-        self._silent = body.max_tokens == 0  # the engine makes one token at least; it is not shown
+        self._n, self._candidates = body.n or 1, request.sampling.get("n", 1)
+        self._hidden = body.max_tokens == 0  # the engine generates at least one token, which is not shown
         self._head = {
             "id": openai.new_id("cmpl"),
             "object": "text_completion",
@@ -137,128 +143,132 @@ class Writer:
         }
 
     async def whole(self, running: Sequence[AsyncIterator[Event]]) -> dict[str, Any]:
-        choices, ended = [], []
-        for place, found in enumerate(await gather_all([self._read(events) for events in running])):
-            prompt, answers = found
-            best = sorted(answers, key=lambda one: -one.likelihood)[: self._n] if self._tried > self._n else answers
+        """Return the complete response."""
+        choices, finished = [], []
+        for number, match in enumerate(await gather_all([self._read(events) for events in running])):
+            prompt, answers = match
+            best = (
+                sorted(answers, key=lambda one: -one.likelihood)[: self._n] if self._candidates > self._n else answers
+            )
             for index, one in enumerate(best):
-                choices.append(self._choice(place * self._n + index, self._echoed[place], prompt, one))
-            ended += [one.ended for one in answers if one.ended]
-        return self._head | {"choices": choices, "usage": self._cost(ended)}
+                choices.append(self._choice(number * self._n + index, self._echoed[number], prompt, one))
+            finished += [one.ended for one in answers if one.ended]
+        return self._head | {"choices": choices, "usage": self._usage(finished)}
 
-    async def _read(self, events: AsyncIterator[Event]) -> tuple[tuple[TokenInfo, ...], list[One]]:
-        answers = [One() for _ in range(self._tried)]
+    async def _read(self, events: AsyncIterator[Event]) -> tuple[tuple[TokenInfo, ...], list[Choice]]:
+        answers = [Choice() for _ in range(self._candidates)]
         prompt: tuple[TokenInfo, ...] = ()
         async for event in events:
             one = answers[event.index]
             if isinstance(event, Delta):
-                if not self._silent:
+                if not self._hidden:
                     one.text += event.text
-                    one.marks += event.tokens
+                    one.tokens += event.tokens
             elif isinstance(event, Finished):
                 one.ended = event
             elif event.index == 0:
                 prompt = event.prompt
         return prompt, answers
 
-    def _choice(self, index: int, echoed: str, prompt: tuple[TokenInfo, ...], one: One) -> dict[str, Any]:
+    def _choice(self, index: int, echoed: str, prompt: tuple[TokenInfo, ...], one: Choice) -> dict[str, Any]:
         assert one.ended is not None
         logprobs = None
         if self._body.logprobs is not None:
-            marks = [*prompt, *one.marks] if self._body.echo else one.marks
-            logprobs = self._logprobs(marks, 0)
+            tokens = [*prompt, *one.tokens] if self._body.echo else one.tokens
+            logprobs = self._logprobs(tokens, 0)
         choice = {
             "index": index,
             "text": echoed + one.text,
             "logprobs": logprobs,
-            "finish_reason": "length" if self._silent else openai.finish_reason(one.ended),
+            "finish_reason": "length" if self._hidden else openai.finish_reason(one.ended),
             "stop_reason": openai.stop_reason(one.ended),
         }
-        return choice | ({"token_ids": [mark.id for mark in one.marks]} if self._body.return_token_ids else {})
+        return choice | ({"token_ids": [token.id for token in one.tokens]} if self._body.return_token_ids else {})
 
-    def _logprobs(self, marks: Sequence[TokenInfo], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[TokenInfo], offset: int) -> dict[str, Any]:
         offsets = []
-        for mark in marks:
+        for token in tokens:
             offsets.append(offset)
-            offset += len(mark.text)
+            offset += len(token.text)
         top = [
-            {text: value for _, text, value in mark.top} if mark.logprob is not None and mark.top else None
-            for mark in marks
+            {text: value for _, text, value in token.top} if token.logprob is not None and token.top else None
+            for token in tokens
         ]
         return {
             "text_offset": offsets,
-            "token_logprobs": [mark.logprob for mark in marks],
-            "tokens": [mark.text for mark in marks],
+            "token_logprobs": [token.logprob for token in tokens],
+            "tokens": [token.text for token in tokens],
             "top_logprobs": top,
         }
 
-    def _cost(self, ended: Sequence[Finished]) -> dict[str, Any]:
-        used = openai.usage(ended)
-        if self._silent:
+    def _usage(self, finished: Sequence[Finished]) -> dict[str, Any]:
+        used = openai.usage(finished)
+        if self._hidden:
             used |= {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]}
         return used
 
     async def frames(self, running: Sequence[AsyncIterator[Event]]) -> AsyncIterator[bytes]:
-        ended: list[Finished] = []
+        """Yield the events of the stream."""
+        finished: list[Finished] = []
         offsets: dict[int, int] = {}
-        async for place, event in _merged(running):
-            index = place * self._n + event.index
+        async for number, event in _merged(running):
+            index = number * self._n + event.index
             if isinstance(event, PromptDone):
                 if self._body.echo:
-                    yield self._frame(index, self._echoed[place], event.prompt, None, offsets)
+                    yield self._frame(index, self._echoed[number], event.prompt, None, offsets)
             elif isinstance(event, Finished):
-                ended.append(event)
+                finished.append(event)
                 yield self._frame(index, "", (), event, offsets)
-            elif not self._silent and (event.text or self._body.logprobs is not None):
+            elif not self._hidden and (event.text or self._body.logprobs is not None):
                 yield self._frame(index, event.text, event.tokens, None, offsets)
         options = self._body.stream_options
         if options and options.include_usage:
-            yield sse.frame(self._head | {"choices": [], "usage": self._cost(ended)})
+            yield sse.frame(self._head | {"choices": [], "usage": self._usage(finished)})
         yield sse.DONE
 
     def _frame(
-        self, index: int, text: str, marks: Sequence[TokenInfo], ended: Finished | None, offsets: dict[int, int]
+        self, index: int, text: str, tokens: Sequence[TokenInfo], finished: Finished | None, offsets: dict[int, int]
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
-        if self._body.logprobs is not None and marks:
-            choice["logprobs"] = self._logprobs(marks, offsets.get(index, 0))
-            offsets[index] = offsets.get(index, 0) + sum(len(mark.text) for mark in marks)
-        choice["finish_reason"] = openai.finish_reason(ended) if ended else None
-        if ended:
-            choice["stop_reason"] = openai.stop_reason(ended)
+        if self._body.logprobs is not None and tokens:
+            choice["logprobs"] = self._logprobs(tokens, offsets.get(index, 0))
+            offsets[index] = offsets.get(index, 0) + sum(len(token.text) for token in tokens)
+        choice["finish_reason"] = openai.finish_reason(finished) if finished else None
+        if finished:
+            choice["stop_reason"] = openai.stop_reason(finished)
         if self._body.return_token_ids:
-            choice["token_ids"] = [mark.id for mark in marks]
+            choice["token_ids"] = [token.id for token in tokens]
         return sse.frame(self._head | {"choices": [choice]})
 
 
 async def _merged(running: Sequence[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:
-    """Yield events of several requests as they come, each with its request's place."""
+    """Yield the events of several requests as they come, each with its request's index."""
     if len(running) == 1:
         async for event in running[0]:
             yield 0, event
         return
     queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(256)
 
-    async def pass_on(place: int, events: AsyncIterator[Event]) -> None:
+    async def forward(index: int, events: AsyncIterator[Event]) -> None:
         last: BaseException | None = None
         try:
             async for event in events:
-                await queue.put((place, event))
+                await queue.put((index, event))
         except Exception as error:
             last = error
-        await queue.put((place, last))
+        await queue.put((index, last))
 
-    tasks = [asyncio.ensure_future(pass_on(place, events)) for place, events in enumerate(running)]
+    tasks = [asyncio.ensure_future(forward(index, events)) for index, events in enumerate(running)]
     try:
         left = len(tasks)
         while left:
-            place, found = await queue.get()
-            if isinstance(found, BaseException):
-                raise found
-            if found is None:
+            index, match = await queue.get()
+            if isinstance(match, BaseException):
+                raise match
+            if match is None:
                 left -= 1
             else:
-                yield place, found
+                yield index, match
     finally:
         for task in tasks:
             task.cancel()
@@ -271,6 +281,6 @@ ENDPOINTS = (
         openai_failure,
         sse.openai_broken,
         body=CompletionBody,
-        summary="Go on from texts or token ids.",
+        summary="Continue texts or token ids (OpenAI).",
     ),
 )

@@ -1,4 +1,4 @@
-"""What there is to ask: OpenAI's ``/v1/models``, and its embeddings; vLLM's tokenizing and classifying."""
+"""OpenAI's ``/v1/models`` and ``/v1/embeddings``, and vLLM's classification and detokenization."""
 
 from __future__ import annotations
 
@@ -16,125 +16,129 @@ from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.endpoint import AnyResponse, Endpoint, Response, openai_failure
 
-BEGUN = openai.now()
+STARTED_AT = openai.now()
 
 
 class EmbeddingBody(Struct):
-    """Texts, or token ids, to make vectors of."""
+    """The body of an embedding request: texts or token ids."""
 
     input: str | list[Any]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: openai.Positive | None = None
+    dimensions: openai.PositiveInt | None = None
     user: str | None = None
 
 
 class ClassifyBody(Struct):
-    """Texts to tell the class of."""
+    """The body of a classification request."""
 
     input: str | Annotated[list[str], Meta(min_length=1)]
     model: str | None = None
 
 
 class DetokenizeBody(Struct):
-    """Token ids to be text again."""
+    """The body of a detokenization request."""
 
-    tokens: Annotated[list[openai.Whole], Meta(max_length=2**20)]
+    tokens: Annotated[list[openai.NonNegativeInt], Meta(max_length=2**20)]
     model: str | None = None
 
 
-def shown(card: ModelInfo) -> dict[str, Any]:
-    """Return a model as OpenAI lists it, with vLLM's fields, Anthropic's and ours."""
+def model_entry(model: ModelInfo) -> dict[str, Any]:
+    """Return a model as OpenAI lists it, with vLLM's, Anthropic's and our fields."""
     return {
-        "id": card.name,
+        "id": model.name,
         "object": "model",
-        "created": BEGUN,
+        "created": STARTED_AT,
         "owned_by": "moesaic",
-        "root": card.name,
+        "root": model.name,
         "parent": None,
         "permission": [],
-        "max_model_len": card.context,
+        "max_model_len": model.context,
         "type": "model",
-        "display_name": card.name,
-        "created_at": datetime.fromtimestamp(BEGUN, UTC).isoformat().replace("+00:00", "Z"),
+        "display_name": model.name,
+        "created_at": datetime.fromtimestamp(STARTED_AT, UTC).isoformat().replace("+00:00", "Z"),
         "lifecycle": "active",
-        "max_input_tokens": card.context,
-        "state": card.state,
-        "task": card.task,
+        "max_input_tokens": model.context,
+        "state": model.state,
+        "task": model.task,
     }
 
 
 async def models(context: RequestContext) -> AnyResponse:
-    """List the models; a page of Anthropic's as well, and the only one."""
-    data = [shown(card) for card in context.backend.models()]
+    """List the models, in the form of OpenAI and of Anthropic's only page."""
+    data = [model_entry(model) for model in context.backend.models()]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
     return Response({"object": "list", "data": data, "has_more": False} | ends)
 
 
 async def model(context: RequestContext) -> AnyResponse:
     """Show one model."""
-    return Response(shown(openai.card_of(context.backend, context.path_parameters["name"])))
+    return Response(model_entry(openai.find_model(context.backend, context.path_parameters["name"])))
 
 
 async def embeddings(context: RequestContext) -> AnyResponse:
-    """Make a vector of each text."""
+    """Return the embedding of each text."""
     body: EmbeddingBody = context.body
-    name = openai.model_of(context, body.model)
+    name = openai.model_name(context, body.model)
     texts = _texts(body.input, context.settings.prompts)
-    vectors, read = await context.backend.embed(name, texts)
-    context.spent += read
+    vectors, prompt_tokens = await context.backend.embed(name, texts)
+    context.spent += prompt_tokens
     if body.dimensions is not None:
         if body.dimensions > len(vectors[0]):
-            raise InvalidParameter("dimensions", f"is {body.dimensions}, but the vectors have {len(vectors[0])}")
-        vectors = [_shortened(vector, body.dimensions) for vector in vectors]
+            raise InvalidParameter("dimensions", f"is {body.dimensions}; the vectors have only {len(vectors[0])}")
+        vectors = [_truncated(vector, body.dimensions) for vector in vectors]
     data = [
         {
             "object": "embedding",
-            "index": place,
-            "embedding": vector if body.encoding_format == "float" else _packed(vector),
+            "index": index,
+            "embedding": vector if body.encoding_format == "float" else _base64(vector),
         }
-        for place, vector in enumerate(vectors)
+        for index, vector in enumerate(vectors)
     ]
-    used = {"prompt_tokens": read, "total_tokens": read}
-    return Response({"object": "list", "data": data, "model": name, "usage": used})
+    usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
+    return Response({"object": "list", "data": data, "model": name, "usage": usage})
 
 
-def _texts(given: str | list[Any], most: int) -> list[str | list[int]]:
-    if isinstance(given, str):
-        return [given]
-    if given and all(isinstance(each, int) and not isinstance(each, bool) for each in given):
-        given = [given]
-    if not 1 <= len(given) <= most:
-        raise InvalidParameter("input", f"holds {len(given)} texts, expected 1 to {most}")
-    for each in given:
-        ids = isinstance(each, list) and each and all(type(id) is int and 0 <= id < 2**31 for id in each)
-        if not (isinstance(each, str) or ids):
+def _texts(values: str | list[Any], limit: int) -> list[str | list[int]]:
+    if isinstance(values, str):
+        return [values]
+    if values and all(isinstance(item, int) and not isinstance(item, bool) for item in values):
+        values = [values]
+    if not 1 <= len(values) <= limit:
+        raise InvalidParameter("input", f"has {len(values)} texts, expected 1 to {limit}")
+    for item in values:
+        ids = (
+            isinstance(item, list)
+            and item
+            and all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in item)
+        )
+        if not (isinstance(item, str) or ids):
             raise InvalidParameter("input", "expected a text, token ids, or a list of either")
-    return given
+    return values
 
 
-def _shortened(vector: list[float], size: int) -> list[float]:
-    """Return the first numbers of a vector, of length 1 again."""
-    kept = vector[:size]
-    length = sum(value * value for value in kept) ** 0.5 or 1.0
-    return [value / length for value in kept]
+def _truncated(vector: list[float], size: int) -> list[float]:
+    """Return the first ``size`` values of a vector, normalized to length 1."""
+    prefix = vector[:size]
+    length = sum(value * value for value in prefix) ** 0.5 or 1.0
+    return [value / length for value in prefix]
 
 
-def _packed(vector: list[float]) -> str:
+def _base64(vector: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 async def classify(context: RequestContext) -> AnyResponse:
-    """Tell how likely each class is for each text."""
+    """Return the probability of each class for each text."""
     body: ClassifyBody = context.body
     texts = [body.input] if isinstance(body.input, str) else body.input
     if len(texts) > context.settings.prompts:
-        raise InvalidParameter("input", f"holds {len(texts)} texts, expected 1 to {context.settings.prompts}")
-    name = openai.model_of(context, body.model)
+        raise InvalidParameter("input", f"has {len(texts)} texts, expected 1 to {context.settings.prompts}")
+    name = openai.model_name(context, body.model)
     data = []
-    for place, scores in enumerate(await context.backend.classify(name, texts)):
-        label = max(scores, key=lambda each: scores[each])
-        data.append({"index": place, "label": label, "probs": list(scores.values()), "scores": dict(scores)})
+    for index, scores in enumerate(await context.backend.classify(name, texts)):
+        label = max(scores, key=lambda item: scores[item])
+        data.append({"index": index, "label": label, "probs": list(scores.values()), "scores": dict(scores)})
     head = {"id": openai.new_id("classify"), "object": "list", "created": openai.now(), "model": name}
     return Response(head | {"data": data})
 
@@ -142,19 +146,19 @@ async def classify(context: RequestContext) -> AnyResponse:
 async def detokenize(context: RequestContext) -> AnyResponse:
     """Return the text of token ids."""
     body: DetokenizeBody = context.body
-    return Response({"prompt": await context.backend.detokenize(openai.model_of(context, body.model), body.tokens)})
+    return Response({"prompt": await context.backend.detokenize(openai.model_name(context, body.model), body.tokens)})
 
 
 async def version(_: RequestContext) -> AnyResponse:
-    """Return which version this is."""
+    """Return the server's version."""
     return Response({"version": __version__})
 
 
 ENDPOINTS = (
     Endpoint("/v1/models", models, openai_failure, method="GET", summary="List the models."),
     Endpoint("/v1/models/{name:path}", model, openai_failure, method="GET", summary="Show one model."),
-    Endpoint("/v1/embeddings", embeddings, openai_failure, body=EmbeddingBody, summary="Make vectors of texts."),
-    Endpoint("/v1/classify", classify, openai_failure, body=ClassifyBody, summary="Tell the class of texts."),
-    Endpoint("/detokenize", detokenize, openai_failure, body=DetokenizeBody, summary="Text of token ids."),
-    Endpoint("/version", version, openai_failure, method="GET", summary="The version."),
+    Endpoint("/v1/embeddings", embeddings, openai_failure, body=EmbeddingBody, summary="Embed texts."),
+    Endpoint("/v1/classify", classify, openai_failure, body=ClassifyBody, summary="Classify texts."),
+    Endpoint("/detokenize", detokenize, openai_failure, body=DetokenizeBody, summary="Return the text of token ids."),
+    Endpoint("/version", version, openai_failure, method="GET", summary="Return the server's version."),
 )

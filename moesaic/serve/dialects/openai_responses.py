@@ -1,8 +1,8 @@
-"""OpenAI's ``/v1/responses``: an answer to items, kept for a while so that a conversation can go on from it.
+"""OpenAI's ``/v1/responses``: answers that are kept for a while, so that a conversation can continue from one.
 
-What is kept lies in memory, for each key alone; see ``serve.kept``. Answers in the background, hosted tools and
-conversations that OpenAI keeps are refused; fields that mean nothing here (``include`` of hosted tools, ``reasoning``,
-``service_tier``, ``prompt_cache_key``, ...) are accepted and ignored.
+Responses are kept in memory, separately for each key (``serve.response_store``). Background responses, hosted tools and
+stored conversations are refused. Fields without a meaning here (``include`` of hosted tools, ``reasoning``,
+``service_tier``, ``prompt_cache_key``, ...) are ignored.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Label = Annotated[str, Meta(max_length=512)]
 
 
 class TextConfig(Struct):
-    """What form the text is to have."""
+    """The format of the text."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None
 
 
 class ResponseBody(openai.SamplingFields, kw_only=True):
-    """Items, and how to answer them; vLLM's extras are understood as in chat completions."""
+    """The body of a response request, with vLLM's extensions as in chat completions."""
 
     input: str | Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=4096)]
     instructions: str | None = None
     previous_response_id: str | None = None
-    max_output_tokens: openai.Positive | None = None
+    max_output_tokens: openai.PositiveInt | None = None
     text: TextConfig | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -56,41 +56,41 @@ class ResponseBody(openai.SamplingFields, kw_only=True):
 
     @property
     def form(self) -> dict[str, Any] | None:
-        """What form is asked for."""
+        """Return the requested format, or None."""
         return self.text.format if self.text else None
 
     @property
     def top(self) -> int | None:
-        """How many alternatives to each token are asked for; None: no probabilities at all."""
+        """Return the requested number of alternatives for each token; None: no log-probabilities."""
         return self.top_logprobs or (0 if LOGPROBS in (self.include or ()) else None)
 
 
-def ask_of(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, Any]]) -> GenerationRequest:
-    """Return what a body asks, as the next turn after ``earlier`` ones.
+def to_request(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, Any]]) -> GenerationRequest:
+    """Return the generation request of a body, which continues the ``earlier`` messages.
 
     Raises:
-        InvalidMessages, InvalidParameter: something in it cannot be.
+        InvalidMessages, InvalidParameter: an item or a parameter is invalid.
     """
     for name, why in (
-        ("background", "answers are not made in the background here: ask for a stream"),
-        ("conversation", "conversations are not kept here: use previous_response_id"),
-        ("prompt", "prompts are not kept here: send the text itself"),
+        ("background", "background responses are not supported; use a stream"),
+        ("conversation", "stored conversations are not supported; use previous_response_id"),
+        ("prompt", "stored prompts are not supported; send the text itself"),
     ):
         if getattr(body, name):
             raise InvalidParameter(name, why)
     if body.n not in (None, 1):
-        raise InvalidParameter("n", "a response has one answer")
+        raise InvalidParameter("n", "must be 1 for a response")
     sampling = openai.sampling(body)
     sampling.pop("prompt_logprobs", None)
     if body.max_output_tokens is not None:
         sampling["max_tokens"] = body.max_output_tokens
     if body.top is not None:
         sampling["logprobs"] = body.top
-    told = ({"role": "system", "content": body.instructions},) if body.instructions else ()
+    instructions = ({"role": "system", "content": body.instructions},) if body.instructions else ()
     tools = items.tools(body.tools or ())
     return GenerationRequest(
         model=model,
-        messages=(*told, *earlier, *items.turns(items.as_items(body.input))),
+        messages=(*instructions, *earlier, *items.turns(items.as_items(body.input))),
         sampling=sampling,
         tools=tools,
         tool_choice=items.tool_choice(body.tool_choice, any_tools=bool(tools)),
@@ -103,11 +103,11 @@ def ask_of(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, Any]])
 
 
 async def create(context: RequestContext) -> AnyResponse:
-    """Answer items, and keep the answer."""
+    """Answer items, and keep the response unless ``store`` is false."""
     body: ResponseBody = context.body
     kept, owner = context.services.responses, context.key.sha256
     earlier = _earlier(context, body.previous_response_id)
-    request = ask_of(body, openai.model_of(context, body.model), earlier)
+    request = to_request(body, openai.model_name(context, body.model), earlier)
     if body.truncation == "auto":
         request = await fitted(context, request)
     head = shown(body, request.model)
@@ -115,7 +115,7 @@ async def create(context: RequestContext) -> AnyResponse:
     def keep(done: dict[str, Any]) -> None:
         if body.store is not False:
             said = items.turns(done["output"])
-            asked = (request.messages or ())[bool(body.instructions) :]  # instructions are for one answer alone
+            asked = (request.messages or ())[bool(body.instructions) :]  # instructions apply to one response only
             kept.put(owner, done["id"], StoredResponse(done, items.listed(body.input), (*asked, *said)))
 
     writer = response.Writer(head, body.top, keep)
@@ -135,17 +135,17 @@ def _earlier(context: RequestContext, name: str | None) -> tuple[Mapping[str, An
 
 
 async def fitted(context: RequestContext, request: GenerationRequest) -> GenerationRequest:
-    """Return the request without as many of the oldest turns as need be for the rest to be read whole.
+    """Return the request with as few of its oldest turns removed as necessary to fit the model's context.
 
-    System messages in front stay, and what goes ends where a user's turn begins.
+    Leading system messages stay, and the first turn that stays is a user's.
     """
-    window = openai.card_of(context.backend, request.model).context
+    window = openai.find_model(context.backend, request.model).context
     turns = request.messages or ()
     if window is None:
         return request
     room = window - request.sampling.get("max_tokens", 1)
-    head = next((place for place, turn in enumerate(turns) if turn["role"] != "system"), 0)
-    starts = [place for place, turn in enumerate(turns) if place >= head and turn["role"] == "user"] or [head]
+    head = next((index for index, turn in enumerate(turns) if turn["role"] != "system"), 0)
+    starts = [index for index, turn in enumerate(turns) if index >= head and turn["role"] == "user"] or [head]
     sizes: dict[int, int] = {}
 
     def without(start: int) -> GenerationRequest:
@@ -166,7 +166,7 @@ async def fitted(context: RequestContext, request: GenerationRequest) -> Generat
 
 
 def shown(body: ResponseBody, model: str) -> dict[str, Any]:
-    """Return what of a response is known before it is answered."""
+    """Return the fields of a response that are known before it is generated."""
     return {
         "id": openai.new_id("resp", "_"),
         "object": "response",
@@ -198,7 +198,7 @@ def shown(body: ResponseBody, model: str) -> dict[str, Any]:
     }
 
 
-# What is kept
+# Kept responses
 
 
 def _entry(context: RequestContext) -> StoredResponse:
@@ -206,47 +206,47 @@ def _entry(context: RequestContext) -> StoredResponse:
 
 
 async def retrieve(context: RequestContext) -> AnyResponse:
-    """Show a response again."""
+    """Return a kept response."""
     if context.query.get("stream") == "true":
-        raise InvalidParameter("stream", "what is kept is whole: it is not streamed again")
+        raise InvalidParameter("stream", "a kept response cannot be streamed again")
     return Response(_entry(context).shown)
 
 
 async def delete(context: RequestContext) -> AnyResponse:
-    """Keep a response no longer."""
+    """Delete a kept response."""
     name = context.path_parameters["id"]
     context.services.responses.drop(context.key.sha256, name)
     return Response({"id": name, "object": "response", "deleted": True})
 
 
 async def cancel(context: RequestContext) -> AnyResponse:
-    """Refuse: a response that is kept has ended, and one that runs ends when its connection is closed."""
+    """Refuse to cancel: a kept response has ended, and a running one is cancelled by closing its connection."""
     _entry(context)
-    raise InvalidRequest("this response has ended; one that runs is cancelled by closing its connection")
+    raise InvalidRequest("this response has ended; a running one is cancelled by closing its connection")
 
 
 async def input_items(context: RequestContext) -> AnyResponse:
-    """List what a response answers, the last first unless ``order`` is ``asc``."""
-    given, query = list(_entry(context).input_items), context.query
-    order, most = query.get("order", "desc"), query.get("limit", "20")
+    """List the input items of a response, the last first unless ``order`` is ``asc``."""
+    values, query = list(_entry(context).input_items), context.query
+    order, limit = query.get("order", "desc"), query.get("limit", "20")
     if order not in ("asc", "desc"):
         raise InvalidParameter("order", "expected asc or desc")
-    if not (most.isascii() and most.isdigit() and len(most) < 4 and 1 <= int(most) <= 100):
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= 100):
         raise InvalidParameter("limit", "expected 1 to 100")
     if order == "desc":
-        given.reverse()
+        values.reverse()
     if (after := query.get("after")) is not None:
-        names = [item["id"] for item in given]
+        names = [item["id"] for item in values]
         if after not in names:
-            raise InvalidParameter("after", "is the id of none of the items")
-        given = given[names.index(after) + 1 :]
-    data, more = given[: int(most)], len(given) > int(most)
+            raise InvalidParameter("after", "is not the id of an item")
+        values = values[names.index(after) + 1 :]
+    data, more = values[: int(limit)], len(values) > int(limit)
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": "", "last_id": ""}
     return Response({"object": "list", "data": data, "has_more": more} | ends)
 
 
 def failure(reason: Failure) -> Any:
-    """Return an error as OpenAI does where no model is asked for."""
+    """Return an error as OpenAI does on routes without a model."""
     error = openai_failure(reason)["error"]
     return {"error": error | ({"code": None} if reason.status == 404 else {})}
 
@@ -259,16 +259,23 @@ LISTING = {
 }
 
 ENDPOINTS = (
-    Endpoint("/v1/responses", create, openai_failure, response.broken, body=ResponseBody, summary="Answer items."),
-    Endpoint(ONE, retrieve, failure, method="GET", summary="Show a response again."),
-    Endpoint(ONE, delete, failure, method="DELETE", summary="Keep a response no longer."),
-    Endpoint(f"{ONE}/cancel", cancel, failure, summary="Refused: what is kept has ended."),
+    Endpoint(
+        "/v1/responses",
+        create,
+        openai_failure,
+        response.stream_error,
+        body=ResponseBody,
+        summary="Answer items (OpenAI responses).",
+    ),
+    Endpoint(ONE, retrieve, failure, method="GET", summary="Return a kept response."),
+    Endpoint(ONE, delete, failure, method="DELETE", summary="Delete a kept response."),
+    Endpoint(f"{ONE}/cancel", cancel, failure, summary="Always refused: kept responses have ended."),
     Endpoint(
         f"{ONE}/input_items",
         input_items,
         failure,
         method="GET",
         query=LISTING,
-        summary="List what a response answers.",
+        summary="List the input items of a response.",
     ),
 )

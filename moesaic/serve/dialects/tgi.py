@@ -1,8 +1,7 @@
-"""Text Generation Inference's own routes: go on from a text, whole or token by token.
+"""Routes of Text Generation Inference: continue a text, as one response or token by token.
 
-A stream has one event for each token; the texts of all of them, joined, are ``generated_text``. Before the first
-byte an error is a status, in a stream it is an event and no end follows. Follows TGI 3.3's router; docs/tgi.md has
-what differs. Its OpenAI routes are OpenAI's here.
+A stream has one event for each token, and their texts joined are ``generated_text``. Follows the router of TGI 3.3; the
+documentation lists the differences. TGI's OpenAI routes are those of the OpenAI dialects.
 """
 
 from __future__ import annotations
@@ -21,191 +20,196 @@ from moesaic.serve.concurrency import gather_all
 from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _tgi as tgi
-from moesaic.serve.dialects._tgi import GenerateBody, Wanted
+from moesaic.serve.dialects._tgi import CheckedParameters, GenerateBody
 from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response
 from moesaic.serve.json_body import fit
 
 
 @dataclass
-class Times:
-    """When a request came, was taken in, and began to be read; seconds of one clock."""
+class Timing:
+    """Times of a request on the monotonic clock, in seconds."""
 
-    came: float = field(default_factory=time.monotonic)
-    queued: float = 0.0
-    began: float = 0.0
+    received: float = field(default_factory=time.monotonic)
+    accepted: float = 0.0
+    started: float = 0.0
+    """When the first events came."""
 
     def headers(self, prompt_tokens: int, generated: int) -> dict[str, str]:
-        """Return how long everything took, as TGI tells it."""
+        """Return TGI's timing headers."""
         now = time.monotonic()
-        began = self.began or now
+        started = self.started or now
         spans = {
-            "x-total-time": now - self.came,
-            "x-validation-time": self.queued - self.came,
-            "x-queue-time": began - self.queued,
-            "x-inference-time": now - began,
-            "x-time-per-token": (now - began) / max(1, generated),
+            "x-total-time": now - self.received,
+            "x-validation-time": self.accepted - self.received,
+            "x-queue-time": started - self.accepted,
+            "x-inference-time": now - started,
+            "x-time-per-token": (now - started) / max(1, generated),
         }
         shown = {name: str(max(0, round(1000 * value))) for name, value in spans.items()}
         counted = {"x-prompt-tokens": str(prompt_tokens), "x-generated-tokens": str(generated)}
-        return {"x-compute-time": f"{now - self.came:.6f}"} | shown | counted
+        return {"x-compute-time": f"{now - self.received:.6f}"} | shown | counted
 
 
 @dataclass
-class Job:
-    """A request that was found good: what is asked for, and of whom."""
+class GenerateJob:
+    """A checked request."""
 
     inputs: str
-    wanted: Wanted
+    parameters: CheckedParameters
     request: GenerationRequest
-    times: Times
+    timing: Timing
 
-    def asks(self) -> list[GenerationRequest]:
-        """Return one request for each answer to choose from, each with its own seed."""
+    def requests(self) -> list[GenerationRequest]:
+        """Return one generation request for each candidate answer, each with its own seed."""
         sampling = self.request.sampling
-        return [replace(self.request, sampling={**sampling, "seed": seed}) for seed in self.wanted.seeds]
+        return [replace(self.request, sampling={**sampling, "seed": seed}) for seed in self.parameters.seeds]
 
     def headers(self, backend: Backend) -> dict[str, str]:
         """Return the headers that are known before the answer. The model is loaded by then."""
-        kind = openai.card_of(backend, self.request.model).about.get("device") or "unknown"
+        kind = openai.find_model(backend, self.request.model).about.get("device") or "unknown"
         return {"x-compute-type": str(kind), "x-compute-characters": str(len(self.inputs))}
 
     def shown(self, text: str) -> str:
-        """Return an answer's text, with the prompt in front if that was asked for."""
-        return self.inputs + text if self.wanted.full_text else text
+        """Return an answer's text, after the prompt if the full text was requested."""
+        return self.inputs + text if self.parameters.full_text else text
 
-    def seed(self, place: int) -> int | None:
-        """Return the seed of an answer; None where nothing was drawn."""
-        return None if self.wanted.greedy else self.wanted.seeds[place]
+    def seed(self, index: int) -> int | None:
+        """Return the seed of an answer; None for a greedy one."""
+        return None if self.parameters.greedy else self.parameters.seeds[index]
 
 
-def job_of(context: RequestContext, body: GenerateBody, *, stream: bool = False, full_text: bool = False) -> Job:
-    """Return what a body asks for, checked as far as it can be before a model has it.
+def make_job(
+    context: RequestContext, body: GenerateBody, *, stream: bool = False, full_text: bool = False
+) -> GenerateJob:
+    """Return the checked request of a body. The backend checks its length when it tokenizes the prompt.
 
     Raises:
-        InvalidRequest: something in it cannot be.
+        InvalidRequest: a parameter is invalid.
     """
-    times, bounds = Times(), context.settings.tgi
-    wanted = tgi.checked(body.parameters, bounds, stream=stream, full_text=full_text)
+    timing, bounds = Timing(), context.settings.tgi
+    parameters = tgi.check_parameters(body.parameters, bounds, stream=stream, full_text=full_text)
     if not body.inputs:
         raise InvalidRequest("`inputs` cannot be empty")
-    card = openai.card_of(context.backend, None)
+    model = openai.find_model(context.backend, None)
     truncate = body.parameters.truncate if body.parameters else None
-    tgi.check_truncate(bounds, card.context, truncate)
+    tgi.check_truncate(bounds, model.context, truncate)
     request = GenerationRequest(
-        model=card.name,
+        model=model.name,
         prompt=body.inputs,
         parse_special=True,
         truncate=truncate,
         limits=TokenLimits(bounds.max_input_tokens, bounds.max_total_tokens),
-        sampling=wanted.sampling,
-        grammar=wanted.grammar,
+        sampling=parameters.sampling,
+        grammar=parameters.grammar,
     )
-    return Job(body.inputs, wanted, request, times)
+    return GenerateJob(body.inputs, parameters, request, timing)
 
 
 # Answers
 
 
-class Tokens:
-    """Tokens of an answer as they come, each with the text that it shows.
+class TokenWriter:
+    """Turns events into TGI's tokens, each with its text.
 
-    Text that was held back until it was complete belongs to the token that completed it; a stop string, which
-    belongs to the answer in TGI, to the last one.
+    Text that was held back until it was complete belongs to the token that completed it. A stop string, which TGI
+    counts as part of the answer, belongs to the last token.
     """
 
     def __init__(self, top: int) -> None:
-        self._top, self._carry = top, ""
+        self._top, self._pending_text = top, ""
         self._texts: list[str] = []
         self._last: TokenInfo | None = None
         self.ended: Finished | None = None
         self.prompt: tuple[TokenInfo, ...] = ()
 
     def add(self, events: Sequence[Event]) -> list[dict[str, Any]]:
-        """Return the tokens in these events, each as ``{"token", "top_tokens"?}``; at the end there is at least one."""
-        found: list[tuple[TokenInfo, str]] = []
+        """Return the tokens of these events, each as ``{"token", "top_tokens"?}``. The end brings at least one."""
+        match: list[tuple[TokenInfo, str]] = []
         for event in events:
             if isinstance(event, PromptDone):
                 self.prompt = event.prompt
             elif isinstance(event, Finished):
                 self.ended = event
-                self._carry += event.stop or ""
+                self._pending_text += event.stop or ""
             else:
-                found += [(mark, "") for mark in event.tokens]
-                self._carry += event.text
+                match += [(token, "") for token in event.tokens]
+                self._pending_text += event.text
                 if event.tokens:
-                    found[-1] = found[-1][0], self._taken()
-        if found:
-            self._last = found[-1][0]
-            found[-1] = self._last, found[-1][1] + self._taken()
-        elif self.ended:  # a door that sends the end apart from the last token: that one is named once more
-            found = [(self._last or TokenInfo(0, ""), self._taken())]
-        self._texts += [text for _, text in found]
-        return [self._shown(mark, text) for mark, text in found]
+                    match[-1] = match[-1][0], self._take_text()
+        if match:
+            self._last = match[-1][0]
+            match[-1] = self._last, match[-1][1] + self._take_text()
+        elif self.ended:  # the backend sent the end after the last token, which is repeated
+            match = [(self._last or TokenInfo(0, ""), self._take_text())]
+        self._texts += [text for _, text in match]
+        return [self._entry(token, text) for token, text in match]
 
-    def _taken(self) -> str:
-        text, self._carry = self._carry, ""
+    def _take_text(self) -> str:
+        text, self._pending_text = self._pending_text, ""
         return text
 
     @property
     def text(self) -> str:
         return "".join(self._texts)
 
-    def _shown(self, mark: TokenInfo, text: str) -> dict[str, Any]:
-        out: dict[str, Any] = {"token": _token(mark.id, text, mark.logprob, mark.special)}
+    def _entry(self, token: TokenInfo, text: str) -> dict[str, Any]:
+        out: dict[str, Any] = {"token": _token(token.id, text, token.logprob, token.special)}
         if self._top:
-            top = mark.top[: self._top]
-            out["top_tokens"] = [_token(id, piece, value, mark.special and id == mark.id) for id, piece, value in top]
+            top = token.top[: self._top]
+            out["top_tokens"] = [
+                _token(token_id, piece, value, token.special and token_id == token.id) for token_id, piece, value in top
+            ]
         return out
 
 
-def _token(id: int, text: str, logprob: float | None, special: bool) -> dict[str, Any]:
-    return {"id": id, "text": text, "logprob": logprob, "special": special}
+def _token(token_id: int, text: str, logprob: float | None, special: bool) -> dict[str, Any]:
+    return {"id": token_id, "text": text, "logprob": logprob, "special": special}
 
 
-def _reason(ended: Finished) -> str:
-    if ended.stop is not None:
+def _finish_reason(finished: Finished) -> str:
+    if finished.stop is not None:
         return "stop_sequence"
-    return "eos_token" if ended.reason == "stop" else "length"
+    return "eos_token" if finished.reason == "stop" else "length"
 
 
 @dataclass
-class One:
-    """A whole answer, and its seed."""
+class Candidate:
+    """A complete answer and its seed."""
 
-    tokens: Tokens
-    shown: list[dict[str, Any]]
+    tokens: TokenWriter
+    entries: list[dict[str, Any]]
     seed: int | None
 
     @property
     def likelihood(self) -> float:
-        """The mean log-probability of its tokens, by which the best of several is chosen."""
-        values = [value for each in self.shown if (value := each["token"]["logprob"]) is not None]
+        """Return the mean log-probability of the tokens, which decides between candidates."""
+        values = [value for item in self.entries if (value := item["token"]["logprob"]) is not None]
         return sum(values) / len(values) if values else float("-inf")
 
     def details(self) -> dict[str, Any]:
-        """Return all that is known of it."""
-        ended = self.tokens.ended
-        assert ended is not None, "an answer ended with neither its end nor an error"
+        """Return TGI's ``details`` of the answer."""
+        finished = self.tokens.ended
+        assert finished is not None, "a stream ended with neither Finished nor an error"
         prefill = [{"id": m.id, "text": m.text, "logprob": m.logprob} for m in self.tokens.prompt]
         out = {
-            "finish_reason": _reason(ended),
-            "generated_tokens": ended.generated_tokens,
+            "finish_reason": _finish_reason(finished),
+            "generated_tokens": finished.generated_tokens,
             "seed": self.seed,
             "prefill": prefill,
-            "tokens": [each["token"] for each in self.shown],
+            "tokens": [item["token"] for item in self.entries],
         }
-        tops = [each["top_tokens"] for each in self.shown if "top_tokens" in each]
+        tops = [item["top_tokens"] for item in self.entries if "top_tokens" in item]
         return out | ({"top_tokens": tops} if tops else {})
 
 
-async def answered(context: RequestContext, job: Job) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the whole answer, of several the best, and its headers."""
-    running = [await context.generate_in_batches(request) for request in job.asks()]
-    job.times.queued = time.monotonic()
-    answers = await gather_all([_read(job, place, batches) for place, batches in enumerate(running)])
+async def best_answer(context: RequestContext, job: GenerateJob) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the best answer, complete, and its headers."""
+    running = [await context.generate_in_batches(request) for request in job.requests()]
+    job.timing.accepted = time.monotonic()
+    answers = await gather_all([_read(job, index, batches) for index, batches in enumerate(running)])
     best = max(answers, key=lambda one: one.likelihood)
     out: dict[str, Any] = {"generated_text": job.shown(best.tokens.text)}
-    if job.wanted.details:
+    if job.parameters.details:
         details = best.details()
         if len(answers) > 1:
             others = [one for one in answers if one is not best]
@@ -213,116 +217,116 @@ async def answered(context: RequestContext, job: Job) -> tuple[dict[str, Any], d
                 {"generated_text": job.shown(one.tokens.text)} | one.details() for one in others
             ]
         out["details"] = details
-    ended = best.tokens.ended
-    assert ended is not None
-    return out, job.headers(context.backend) | job.times.headers(ended.prompt_tokens, ended.generated_tokens)
+    finished = best.tokens.ended
+    assert finished is not None
+    return out, job.headers(context.backend) | job.timing.headers(finished.prompt_tokens, finished.generated_tokens)
 
 
-async def _read(job: Job, place: int, batches: AsyncIterator[list[Event]]) -> One:
-    one = One(Tokens(job.wanted.sampling["logprobs"]), [], job.seed(place))
+async def _read(job: GenerateJob, index: int, batches: AsyncIterator[list[Event]]) -> Candidate:
+    one = Candidate(TokenWriter(job.parameters.sampling["logprobs"]), [], job.seed(index))
     async for batch in batches:
-        job.times.began = job.times.began or time.monotonic()
-        one.shown += one.tokens.add(batch)
+        job.timing.started = job.timing.started or time.monotonic()
+        one.entries += one.tokens.add(batch)
     return one
 
 
-async def frames(job: Job, batches: AsyncIterator[list[Event]]) -> AsyncIterator[bytes]:
-    """Yield an event for each token; the last has the text and the details."""
-    tokens, index = Tokens(job.wanted.sampling["logprobs"]), 0
+async def frames(job: GenerateJob, batches: AsyncIterator[list[Event]]) -> AsyncIterator[bytes]:
+    """Yield an event for each token; the last one has the text and the details."""
+    tokens, index = TokenWriter(job.parameters.sampling["logprobs"]), 0
     async for batch in batches:
         shown = tokens.add(batch)
-        for place, each in enumerate(shown):
+        for number, item in enumerate(shown):
             index += 1
-            last = tokens.ended is not None and place == len(shown) - 1
+            last = tokens.ended is not None and number == len(shown) - 1
             end = _end(job, tokens) if last else {"generated_text": None, "details": None}
-            yield sse.frame({"index": index} | each | end)
+            yield sse.frame({"index": index} | item | end)
 
 
-def _end(job: Job, tokens: Tokens) -> dict[str, Any]:
-    ended = tokens.ended
-    assert ended is not None
+def _end(job: GenerateJob, tokens: TokenWriter) -> dict[str, Any]:
+    finished = tokens.ended
+    assert finished is not None
     details = {
-        "finish_reason": _reason(ended),
-        "generated_tokens": ended.generated_tokens,
+        "finish_reason": _finish_reason(finished),
+        "generated_tokens": finished.generated_tokens,
         "seed": job.seed(0),
-        "input_length": ended.prompt_tokens,
+        "input_length": finished.prompt_tokens,
     }
-    return {"generated_text": job.shown(tokens.text), "details": details if job.wanted.details else None}
+    return {"generated_text": job.shown(tokens.text), "details": details if job.parameters.details else None}
 
 
 # Routes
 
 
 async def generate(context: RequestContext) -> AnyResponse:
-    """Go on from a text."""
-    content, headers = await answered(context, job_of(context, context.body))
+    """Continue a text."""
+    content, headers = await best_answer(context, make_job(context, context.body))
     return Response(content, headers=headers)
 
 
 async def generate_stream(context: RequestContext) -> AnyResponse:
-    """Go on from a text, token by token."""
-    return await _streamed(context, job_of(context, context.body, stream=True))
+    """Continue a text, token by token."""
+    return await _streamed(context, make_job(context, context.body, stream=True))
 
 
-async def _streamed(context: RequestContext, job: Job) -> EventStream:
-    [request] = job.asks()
+async def _streamed(context: RequestContext, job: GenerateJob) -> EventStream:
+    [request] = job.requests()
     return EventStream(frames(job, await context.generate_in_batches(request)), job.headers(context.backend))
 
 
 async def compat(context: RequestContext) -> AnyResponse:
-    """Go on from a text as Hugging Face's clients ask for it: a list of one answer, or a stream."""
+    """Continue a text in the form of Hugging Face's inference API: a list of one answer, or a stream."""
     return await compatible(context, context.body)
 
 
 async def compatible(context: RequestContext, body: GenerateBody) -> AnyResponse:
     if body.stream:
-        return await _streamed(context, job_of(context, body, stream=True, full_text=True))
-    content, headers = await answered(context, job_of(context, body, full_text=True))
+        return await _streamed(context, make_job(context, body, stream=True, full_text=True))
+    content, headers = await best_answer(context, make_job(context, body, full_text=True))
     return Response([content], headers=headers)
 
 
-OTHERS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
-"""By which key of a body SageMaker's route knows that it is for another one."""
+OTHER_ROUTES = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
+"""Keys of a body by which SageMaker's route selects another route."""
 
 
 async def invocations(context: RequestContext) -> AnyResponse:
-    """Answer as SageMaker asks: a body of ``/``, of the chat or of the completions."""
-    for key, path in OTHERS.items():
+    """Answer a body of ``/``, of the chat or of the completions route (SageMaker)."""
+    for key, path in OTHER_ROUTES.items():
         if key in context.body:
-            endpoint = next(each for each in context.services.endpoints if each.path == path)
+            endpoint = next(item for item in context.services.endpoints if item.path == path)
             return await endpoint.run(replace(context, body=fit(context.body, endpoint.body)))
     return await compatible(context, fit(context.body, GenerateBody))
 
 
 class VertexBody(Struct):
-    """Texts to go on from, as Google's Vertex AI sends them."""
+    """The body of a request of Google's Vertex AI."""
 
     instances: Annotated[list[GenerateBody], Meta(min_length=1)]
 
 
 async def vertex(context: RequestContext) -> AnyResponse:
-    """Go on from several texts at once."""
+    """Continue several texts (Vertex AI)."""
     instances = context.body.instances
     if len(instances) > context.settings.prompts:
-        raise InvalidParameter("instances", f"holds {len(instances)}, at most {context.settings.prompts} are taken")
-    jobs = [job_of(context, each) for each in instances]
-    found = await gather_all([answered(context, job) for job in jobs])
-    return Response({"predictions": [content["generated_text"] for content, _ in found]})
+        raise InvalidParameter("instances", f"has {len(instances)} entries; the limit is {context.settings.prompts}")
+    jobs = [make_job(context, item) for item in instances]
+    match = await gather_all([best_answer(context, job) for job in jobs])
+    return Response({"predictions": [content["generated_text"] for content, _ in match]})
 
 
 ENDPOINTS = (
     *(
-        Endpoint(path, compat, tgi.failure, tgi.broken, body=GenerateBody, summary="Go on from a text (TGI).")
+        Endpoint(path, compat, tgi.failure, tgi.broken, body=GenerateBody, summary="Continue a text (TGI).")
         for path in ("/", "/v1", "/v1/")
     ),
-    Endpoint("/generate", generate, tgi.failure, body=GenerateBody, summary="Go on from a text (TGI)."),
+    Endpoint("/generate", generate, tgi.failure, body=GenerateBody, summary="Continue a text (TGI)."),
     Endpoint(
         "/generate_stream",
         generate_stream,
         tgi.failure,
         tgi.broken,
         body=GenerateBody,
-        summary="Go on from a text, token by token (TGI).",
+        summary="Continue a text, token by token (TGI).",
     ),
     Endpoint(
         "/invocations",
@@ -330,7 +334,7 @@ ENDPOINTS = (
         tgi.failure,
         tgi.broken,
         body=dict[str, Any],
-        summary="Answer any of these bodies (SageMaker).",
+        summary="Answer a body of TGI's, chat or completions routes (SageMaker).",
     ),
     Endpoint("/vertex", vertex, tgi.failure, body=VertexBody, summary="Go on from several texts (Vertex AI)."),
 )

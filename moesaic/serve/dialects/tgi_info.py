@@ -1,6 +1,6 @@
-"""What TGI's clients ask besides answers: is it well, what does it allow, how is a text cut into tokens.
+"""Further routes of TGI: health, limits and tokenization.
 
-``/tokenize`` is vLLM's, too, and ``/tokenizer_info`` is vLLM's alone: lm-eval asks for them.
+``/tokenize`` also accepts vLLM's body, and ``/tokenizer_info`` is vLLM's: lm-eval uses both.
 """
 
 from __future__ import annotations
@@ -19,55 +19,55 @@ from moesaic.serve.dialects import _tgi as tgi
 from moesaic.serve.endpoint import AnyResponse, Endpoint, Response
 
 
-class Turn(Struct):
-    """One turn of a conversation."""
+class Message(Struct):
+    """One message of a conversation."""
 
     role: Annotated[str, Meta(max_length=32)]
     content: str | list[dict[str, Any]] = ""
 
 
 class TokenizeBody(Struct):
-    """A text as TGI has it (``inputs``), or a text or a conversation as vLLM has them (``prompt``, ``messages``)."""
+    """The body of a tokenization request: TGI's ``inputs``, or vLLM's ``prompt`` or ``messages``."""
 
     inputs: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Turn], Meta(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)] | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
 
 
 class ChatTokenizeBody(Struct):
-    """A conversation."""
+    """The body of a chat tokenization request."""
 
-    messages: Annotated[list[Turn], Meta(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
     model: str | None = None
 
 
 async def health(context: RequestContext) -> AnyResponse:
-    """Answer with nothing if the models can still answer."""
-    if all(load.alive for load in context.backend.stats().values()):
+    """Answer 200 without a body while the models can answer."""
+    if all(stats.alive for stats in context.backend.stats().values()):
         return Response(b"")
     return Response({"error": "unhealthy", "error_type": "healthcheck"}, 503)
 
 
 async def info(context: RequestContext) -> AnyResponse:
-    """Tell which model it is and what is allowed: the fields of TGI 1.3 and of 3.3 together."""
+    """Return the default model and the server's limits, with the fields of TGI 1.3 and 3.3."""
     settings, bounds = context.settings, context.settings.tgi
-    card = openai.card_of(context.backend, None)
-    longest = tgi.input_tokens(bounds, card.context)
+    model = openai.find_model(context.backend, None)
+    longest = tgi.input_tokens(bounds, model.context)
     out = {
-        "model_id": card.aliases[0] if card.aliases else card.name,
+        "model_id": model.aliases[0] if model.aliases else model.name,
         "model_sha": None,
-        "model_dtype": card.about.get("dtype"),
-        "model_device_type": card.about.get("device"),
-        "model_pipeline_tag": "text-classification" if card.task == "classify" else "text-generation",
+        "model_dtype": model.about.get("dtype"),
+        "model_device_type": model.about.get("device"),
+        "model_pipeline_tag": "text-classification" if model.task == "classify" else "text-generation",
         "max_concurrent_requests": settings.concurrent_requests,
         "max_best_of": bounds.max_best_of,
         "max_stop_sequences": bounds.max_stop_sequences,
         "max_input_tokens": longest,
         "max_input_length": longest,
-        "max_total_tokens": tgi.total_tokens(bounds, card.context),
-        "max_batch_total_tokens": card.about.get("cache_tokens"),
+        "max_total_tokens": tgi.total_tokens(bounds, model.context),
+        "max_batch_total_tokens": model.about.get("cache_tokens"),
         "max_client_batch_size": settings.prompts,
         "waiting_served_ratio": 0.3,
         "max_waiting_tokens": 20,
@@ -81,115 +81,117 @@ async def info(context: RequestContext) -> AnyResponse:
 
 
 async def tokenize(context: RequestContext) -> AnyResponse:
-    """Return a text's tokens, in the shape that the body asks for."""
+    """Return the tokens of a text, in TGI's or vLLM's form."""
     body: TokenizeBody = context.body
-    name = openai.model_of(context, body.model)
+    name = openai.model_name(context, body.model)
     bos = body.add_special_tokens is not False
     if body.inputs is not None:
-        marks = await context.backend.tokenize(
+        tokens = await context.backend.tokenize(
             GenerationRequest(name, prompt=body.inputs, parse_special=True, add_bos=bos)
         )
-        return Response(placed(marks, body.inputs))
+        return Response(token_spans(tokens, body.inputs))
     if body.messages is not None:
-        marks = await context.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
+        tokens = await context.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
     elif body.prompt is not None:
-        marks = await context.backend.tokenize(GenerationRequest(name, prompt=body.prompt, add_bos=bos))
+        tokens = await context.backend.tokenize(GenerationRequest(name, prompt=body.prompt, add_bos=bos))
     else:
         raise InvalidRequest("expected inputs, prompt or messages")
     return Response(
         {
-            "count": len(marks),
-            "max_model_len": openai.card_of(context.backend, name).context,
-            "tokens": [mark.id for mark in marks],
-            "token_strs": [mark.text for mark in marks],
+            "count": len(tokens),
+            "max_model_len": openai.find_model(context.backend, name).context,
+            "tokens": [token.id for token in tokens],
+            "token_strs": [token.text for token in tokens],
         }
     )
 
 
 async def chat_tokenize(context: RequestContext) -> AnyResponse:
-    """Return a conversation as the text that the model reads, and its tokens."""
+    """Return the templated text of a conversation and its tokens."""
     body: ChatTokenizeBody = context.body
-    name = openai.model_of(context, body.model)
-    marks = await context.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
-    text = await context.backend.detokenize(name, [mark.id for mark in marks])
-    return Response({"tokenize_response": placed(marks, text), "templated_text": text})
+    name = openai.model_name(context, body.model)
+    tokens = await context.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
+    text = await context.backend.detokenize(name, [token.id for token in tokens])
+    return Response({"tokenize_response": token_spans(tokens, text), "templated_text": text})
 
 
 async def tokenizer_info(context: RequestContext) -> AnyResponse:
-    """Tell what is special about the tokenizer, as far as vLLM's clients ask."""
-    card = openai.card_of(context.backend, None)
+    """Return the tokenizer's special tokens, as vLLM does."""
+    model = openai.find_model(context.backend, None)
     return Response(
         {
             "tokenizer_class": "moesaic",
-            "bos_token": card.about.get("bos_token"),
-            "eos_token": card.about.get("eos_token"),
+            "bos_token": model.about.get("bos_token"),
+            "eos_token": model.about.get("eos_token"),
             "pad_token": None,
             "chat_template": None,
-            "model_max_length": card.context,
+            "model_max_length": model.context,
         }
     )
 
 
-def _messages(turns: Sequence[Turn]) -> tuple[dict[str, Any], ...]:
+def _messages(turns: Sequence[Message]) -> tuple[dict[str, Any], ...]:
     out = []
-    for place, turn in enumerate(turns):
+    for index, turn in enumerate(turns):
         content = turn.content
         if not isinstance(content, str):
             parts = [part.get("text") for part in content]
             if not all(isinstance(part, str) for part in parts):
-                raise InvalidMessages(f"messages[{place}] has a part that is no text: this model reads text only")
+                raise InvalidMessages(f"messages[{index}] has a part that is not text; this model supports text only")
             content = "".join(map(str, parts))
         out.append({"role": turn.role, "content": content})
     return tuple(out)
 
 
-def placed(marks: Sequence[TokenInfo], text: str) -> list[dict[str, Any]]:
-    """Return tokens with the characters that each stands for; a special token that is not in the text has none.
+def token_spans(tokens: Sequence[TokenInfo], text: str) -> list[dict[str, Any]]:
+    """Return tokens with their spans of characters in the text. A special token that is not in the text has none.
 
-    Tokens that are parts of characters get all the characters that they make up with their neighbours.
+    Tokens that are parts of one character share the span of the whole character.
     """
-    at, spans = 0, [(0, 0)] * len(marks)
-    parts: list[int] = []  # places of tokens that are parts of characters
-    for place, mark in enumerate(marks):
-        start, stop = _span(mark, text, at, bool(parts))
+    at, spans = 0, [(0, 0)] * len(tokens)
+    parts: list[int] = []  # indexes of tokens that are parts of characters
+    for index, token in enumerate(tokens):
+        start, stop = _span(token, text, at, bool(parts))
         if start >= 0:
             for part in parts:
                 spans[part] = at, start
             parts.clear()
-            spans[place] = start, stop
+            spans[index] = start, stop
             at = stop
-        elif not mark.special:
-            parts.append(place)
+        elif not token.special:
+            parts.append(index)
     for part in parts:
         spans[part] = at, len(text)
     return [
-        {"id": mark.id, "text": text[start:stop], "start": start, "stop": stop}
-        for mark, (start, stop) in zip(marks, spans, strict=True)
+        {"id": token.id, "text": text[start:stop], "start": start, "stop": stop}
+        for token, (start, stop) in zip(tokens, spans, strict=True)
     ]
 
 
-def _span(mark: TokenInfo, text: str, at: int, behind_parts: bool) -> tuple[int, int]:
-    """Return where a token stands in the text from ``at`` on; -1 for one that is not there as it is shown."""
-    pieces = [piece for piece in (mark.text, mark.text.removeprefix(" ")) if piece]  # SentencePiece adds a space
-    if not behind_parts:
+def _span(token: TokenInfo, text: str, at: int, after_parts: bool) -> tuple[int, int]:
+    """Return the span of a token in the text from ``at`` on; (-1, -1) if its text is not there."""
+    pieces = [piece for piece in (token.text, token.text.removeprefix(" ")) if piece]  # SentencePiece adds a blank
+    if not after_parts:
         for piece in pieces:
             if text.startswith(piece, at):
                 return at, at + len(piece)
-    if not mark.special:
+    if not token.special:
         for piece in pieces:
-            # Parts are of one character at least; and a tokenizer may leave characters out.
-            start = -1 if "\ufffd" in piece else text.find(piece, at + behind_parts)
+            # Parts make up at least one character, and a tokenizer may drop characters.
+            start = -1 if "\ufffd" in piece else text.find(piece, at + after_parts)
             if start >= 0:
                 return start, start + len(piece)
     return -1, -1
 
 
 ENDPOINTS = (
-    Endpoint("/", health, tgi.failure, method="GET", public=True, summary="Whether it is alive."),
-    Endpoint("/info", info, tgi.failure, method="GET", summary="The model, and what is allowed (TGI)."),
-    Endpoint("/tokenize", tokenize, tgi.failure, body=TokenizeBody, summary="A text's tokens (TGI's or vLLM's way)."),
+    Endpoint("/", health, tgi.failure, method="GET", public=True, summary="Whether the models are alive (TGI)."),
+    Endpoint("/info", info, tgi.failure, method="GET", summary="The default model and the limits (TGI)."),
+    Endpoint("/tokenize", tokenize, tgi.failure, body=TokenizeBody, summary="Tokenize a text (TGI, vLLM)."),
     Endpoint(
-        "/chat_tokenize", chat_tokenize, tgi.failure, body=ChatTokenizeBody, summary="A conversation's tokens (TGI)."
+        "/chat_tokenize", chat_tokenize, tgi.failure, body=ChatTokenizeBody, summary="Tokenize a conversation (TGI)."
     ),
-    Endpoint("/tokenizer_info", tokenizer_info, tgi.failure, method="GET", summary="Special tokens (vLLM)."),
+    Endpoint(
+        "/tokenizer_info", tokenizer_info, tgi.failure, method="GET", summary="Special tokens of the tokenizer (vLLM)."
+    ),
 )
