@@ -214,7 +214,7 @@ def test_the_command_says_what_is_wrong(here: Site, capsys: pytest.CaptureFixtur
         assert cli.main(["admin", *line, *given, "--key", here.written["ops"]]) == 2
         assert why in capsys.readouterr().err
     assert admin(here, "status", key="anna") == 2
-    assert "admin's key" in capsys.readouterr().err
+    assert "administrator's key" in capsys.readouterr().err
 
 
 def test_what_workers_say_of_themselves_cannot_drive_the_terminal(
