@@ -26,46 +26,46 @@ from tests.support.scripted_server import CONTEXT, TEMPLATE, Script, serving
 
 
 @pytest.fixture(params=registry.names("formats"))
-def format(request) -> type[Packed]:
+def weight_format(request) -> type[Packed]:
     return formats.load(request.param)
 
 
 class TestFormats:
     @pytest.mark.parametrize("shape", [(3, 64), (4, 3, 64)])
-    def test_bytes_are_as_announced(self, format, shape):
-        packed = format.pack(torch.randn(shape))
+    def test_bytes_are_as_announced(self, weight_format, shape):
+        packed = weight_format.pack(torch.randn(shape))
         real = sum(part.numel() * part.element_size() for part in packed.parts().values())
-        assert format.nbytes(shape) == real
+        assert weight_format.nbytes(shape) == real
         assert {name: (tuple(part.shape), part.dtype) for name, part in packed.parts().items()} == dict(
-            format.layout(shape)
+            weight_format.layout(shape)
         )
 
-    def test_round_trip_within_the_stated_error(self, format):
+    def test_round_trip_within_the_stated_error(self, weight_format):
         weight = torch.randn(5, 128)
-        error = (format.pack(weight).dequantize() - weight).norm() / weight.norm()
-        assert error <= format.error
+        error = (weight_format.pack(weight).dequantize() - weight).norm() / weight.norm()
+        assert error <= weight_format.error
 
-    def test_an_entry_of_a_stack_is_packed_as_if_alone(self, format):
+    def test_an_entry_of_a_stack_is_packed_as_if_alone(self, weight_format):
         weight = torch.randn(4, 6, 64)
-        stack = format.pack(weight)
+        stack = weight_format.pack(weight)
         for e in range(4):
-            alone = format.pack(weight[e])
+            alone = weight_format.pack(weight[e])
             assert torch.equal(stack.dequantize(index=e), alone.dequantize())
 
-    def test_store_writes_one_entry_and_no_other(self, format):
-        stack = format.pack(torch.zeros(3, 4, 64))
+    def test_store_writes_one_entry_and_no_other(self, weight_format):
+        stack = weight_format.pack(torch.zeros(3, 4, 64))
         weight = torch.randn(4, 64)
         stack.store(weight, 1)
-        assert torch.equal(stack.dequantize(index=1), format.pack(weight).dequantize())
+        assert torch.equal(stack.dequantize(index=1), weight_format.pack(weight).dequantize())
         assert not stack.dequantize(index=0).any()
         assert not stack.dequantize(index=2).any()
 
-    def test_takes_no_memory_on_the_meta_device(self, format):
-        packed = format.empty((10**6, 10**6), device="meta")
+    def test_takes_no_memory_on_the_meta_device(self, weight_format):
+        packed = weight_format.empty((10**6, 10**6), device="meta")
         assert all(part.is_meta for part in packed.parts().values())
 
-    def test_its_name_is_its_file(self, format):
-        assert format.__module__ == f"moesaic.formats.{format.name}"
+    def test_its_name_is_its_file(self, weight_format):
+        assert weight_format.__module__ == f"moesaic.formats.{weight_format.name}"
 
 
 @pytest.mark.parametrize("name", registry.names("ops"))
@@ -113,33 +113,33 @@ class TestCheckpoints:
     def written(self, layout, tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
         """A tiny Mixtral in this layout, and its weights."""
         theirs("Mixtral", {"num_local_experts": 4}).save_pretrained(tmp_path / "source")
-        with checkpoints.open(tmp_path / "source") as source:
+        with checkpoints.open_checkpoint(tmp_path / "source") as source:
             registry.load("checkpoints", layout).write(source, tmp_path / "written", 1, lambda _count: None)
             weights = {name: source.read(name) for name in source.tensors}
         return tmp_path / "written", weights
 
     def test_write_then_read(self, layout, written):
         folder, weights = written
-        assert checkpoints.detect(folder).__name__.endswith(layout)
-        with checkpoints.open(folder) as checkpoint:
+        assert checkpoints.detect_layout(folder).__name__.endswith(layout)
+        with checkpoints.open_checkpoint(folder) as checkpoint:
             assert checkpoint.layout == layout
             assert checkpoint.tensors.keys() == weights.keys()
             assert all(torch.equal(checkpoint.read(name), weight) for name, weight in weights.items())
 
-    @pytest.mark.parametrize("change", ["missing", "surplus"])
-    def test_a_missing_and_a_surplus_tensor_are_errors(self, layout, written, change):
+    @pytest.mark.parametrize("change", ["missing", "unexpected"])
+    def test_missing_and_unexpected_tensors_are_errors(self, layout, written, change):
         folder, _ = written
-        with checkpoints.open(folder) as checkpoint:
+        with checkpoints.open_checkpoint(folder) as checkpoint:
             model = models.build(checkpoint.config, folder, formats.load("float32"), dtype=torch.float32)
             slots = list(model.slots())
-            if change == "surplus":
+            if change == "unexpected":
                 slots = [slot for slot in slots if slot.name != "model.norm.weight"]
             else:
                 extra = slots[0]
                 slots.append(formats.Slot("model.extra.weight", extra.shape, extra.index, extra.store))
             with pytest.raises(CheckpointError) as caught:
-                checkpoints.fill(slots, checkpoint)
-        named = "model.norm.weight" if change == "surplus" else "model.extra.weight"
+                checkpoints.load_weights(slots, checkpoint)
+        named = "model.norm.weight" if change == "unexpected" else "model.extra.weight"
         assert named in str(caught.value)
         assert "\n" not in str(caught.value)
 

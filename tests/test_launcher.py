@@ -14,6 +14,7 @@ from moesaic.cli.tgi_flags import TABLE
 from moesaic.cli.tgi_launcher import PORT, TGI_PORT, Launch, translate
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.llm import LLM
+from moesaic.loading import memory_needed
 from moesaic.serve.settings import TgiBounds
 
 TYPICAL = "--num-shard 2 --max-batch-total-tokens 1024000 --max-total-tokens 32000"
@@ -75,7 +76,7 @@ def test_small_cache_size_is_used():
 
 
 def test_cache_larger_than_memory_is_refused():
-    with pytest.raises(InvalidParameter, match=r"cache_tokens: is \d+, which takes [\d.]+ GB, and this machine has"):
+    with pytest.raises(InvalidParameter, match=r"cache_tokens: is \d+, which needs [\d.]+ GB, but the device has"):
         LLM.load(cache_tokens=10**12)
 
 
@@ -181,6 +182,12 @@ def test_hub_name_is_an_alias_of_the_model(tmp_path, monkeypatch):
     assert (entry.info.name, entry.info.aliases) == ("a-b", ())
 
 
+def test_memory_budget_counts_weights_and_cache(talker):
+    line = f"--memory 20 --format q4 --cache-tokens 512 {talker}"
+    [entry] = model_entries(launch(line).args)
+    assert entry.bytes == memory_needed(talker, weight_format="q4", cache_tokens=512)
+
+
 def test_every_flag_has_a_meaning_and_a_known_argument():
     parser = cli._parser()
     arguments = vars(parser.parse_args(["serve"])).keys() | launch().args.__dict__.keys()
@@ -196,7 +203,7 @@ def test_public_address_requires_a_key(capsys):
 
 
 def test_docs_list_every_flag():
-    page = (Path(__file__).parent.parent / "docs/tgi.md").read_text()
+    page = (Path(__file__).parent.parent / "docs/how-to/migrate-from-tgi.md").read_text()
     for flag in TABLE:
         assert re.search(rf"`--{flag.name}`", page), flag.name
 

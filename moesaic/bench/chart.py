@@ -13,7 +13,7 @@ from moesaic.bench.compare import Cell, Comparison, Row
 from moesaic.bench.plotting import COLOURS
 
 FACTS = ("bits", "GiB", "same", "spread")
-"""Columns before the speeds of a row; docs/benchmarks.md explains them."""
+"""Columns before the speeds of a row; docs/how-to/benchmark.md explains them."""
 MODEL_STEP, WHOLE_LLM = "moesaic", "moesaic_llm"
 """Our two peers: the model alone, and the LLM with scheduler and sampler."""
 

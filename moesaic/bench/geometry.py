@@ -21,7 +21,7 @@ from moesaic import models, packed
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Packed
 from moesaic.llm import BUILT_IN
-from moesaic.loading import Loaded, cache_bytes, cache_dtype
+from moesaic.loading import Loaded, cache_bytes_per_token, cache_dtype
 from moesaic.models import Decoder
 from moesaic.ops import native
 
@@ -100,7 +100,7 @@ def estimate(
 ) -> MemoryEstimate:
     """Return the memory of a model and of its cache with data type ``cache``, without allocating either."""
     model = _outline(config, format_name, dtype)
-    cache_size = cache_tokens * cache_bytes(model, cache_dtype(model, cache))
+    cache_size = cache_tokens * cache_bytes_per_token(model, cache_dtype(model, cache))
     return MemoryEstimate(models.parameters(model), sum(part.nbytes for part in model.parameters()), cache_size)
 
 
@@ -188,7 +188,7 @@ def pack(
         for source in BUILT_IN.glob("tokenizer*"):
             shutil.copyfile(source, folder / source.name)
         kinds = {role: packed_type.name for role, packed_type in models.choose(format_name, dtype).items()}
-        packed.create(folder, packed.Mark(dtype, kinds, config, {}), lambda model: randomize(model, progress))
+        packed.create(folder, packed.PackedManifest(dtype, kinds, config, {}), lambda model: randomize(model, progress))
         with (folder / packed.WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())  # a measurement after this must not wait for the disk
     except OSError as error:

@@ -28,7 +28,7 @@ from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.llm import BUILT_IN, LLM, Reply
-from moesaic.loading import Loaded, Progress, cache_bytes, load_model
+from moesaic.loading import Loaded, Progress, cache_bytes_per_token, load_model
 from moesaic.models import Experts
 from moesaic.ops import native
 from moesaic.text.tokenizer import Tokenizer
@@ -174,7 +174,7 @@ def run(
         report.forget_peak()
     loaded, tokenizer, name = load()
     length = _context(options, loaded.model.max_length, work)
-    with LLM.over(
+    with LLM.from_loaded(
         loaded,
         tokenizer,
         name,
@@ -215,7 +215,7 @@ def _random(options: Options, work: Work, progress: Progress | None) -> Loader:
 def _checkpoint(path: Path, options: Options, progress: Progress | None) -> Loader:
     tokenizer = Tokenizer.open(path)
     return lambda: (
-        load_model(path, dtype=options.dtype, format=options.format, progress=progress),
+        load_model(path, dtype=options.dtype, weight_format=options.format, progress=progress),
         tokenizer,
         path.name,
     )
@@ -312,7 +312,7 @@ def _reads(llm: LLM, work: Work, choices: dict[Experts, list[Tensor]]) -> Reads:
     return Reads(
         dense=total - stacks - looked_up,
         experts=round(sum(count * _expert_bytes(layer) for layer, count in distinct.items())),
-        cache=work.batch * min(length, model.window or length) * cache_bytes(model, llm.engine.cache_dtype),
+        cache=work.batch * min(length, model.window or length) * cache_bytes_per_token(model, llm.engine.cache_dtype),
         experts_per_layer=statistics.fmean(distinct.values()) if distinct else 0.0,
         busiest_share=max((_busiest(steps) for steps in choices.values()), default=0.0),
     )
@@ -341,7 +341,7 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
             "weights": dict(weights),
             "weight_bytes": sum(part.nbytes for part in model.parameters()),
             "context": llm.context,
-            "cache_bytes": work.cache_tokens(llm.context) * cache_bytes(model, llm.engine.cache_dtype),
+            "cache_bytes": work.cache_tokens(llm.context) * cache_bytes_per_token(model, llm.engine.cache_dtype),
         },
         "work": asdict(work),
         "memory": report.resident(),

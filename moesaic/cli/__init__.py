@@ -158,18 +158,18 @@ def _chat(args: argparse.Namespace) -> int:
 
             local = args.model is None or Path(args.model).exists()  # the folder of a hub model is named by a digest
             return Session(conversation, llm.name if local else args.model).run()
-        from moesaic.console import once
+        from moesaic.console import one_shot
 
-        once.answer(conversation, text, as_json=args.json, stats=args.stats)
+        one_shot.answer(conversation, text, as_json=args.json, stats=args.stats)
         return 0
 
 
 def _message(argument: str | None) -> str:
     """Return the message of -m, or all of standard input."""
-    from moesaic.console import once
+    from moesaic.console import one_shot
 
     if argument is None:
-        return once.read_input()
+        return one_shot.read_input()
     if not argument.strip():
         raise InvalidRequest("the message is empty: pass a text to -m")
     return argument
@@ -181,7 +181,7 @@ def _load(args: argparse.Namespace) -> LLM:
     from moesaic.text import chat
 
     if args.chat_format not in (None, OWN_TEMPLATE):
-        chat.get(args.chat_format)  # check the name before a model is fetched
+        chat.get_format(args.chat_format)  # check the name before a model is fetched
     path = folder(args.model)
     with bar("loading") as progress:
         return LLM.load(
@@ -305,7 +305,7 @@ def _add_list(commands: Commands) -> None:
 def _list(args: argparse.Namespace) -> int:
     from moesaic import inventory
 
-    rows = inventory.of(args.what)
+    rows = inventory.rows(args.what)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:

@@ -59,7 +59,9 @@ def _perplexity(args: argparse.Namespace) -> int:
     tokenizer, rows = Tokenizer.open(path), []
     for format_name in args.format or [None]:
         with bar("loading") as progress:
-            loaded = load_model(path, dtype=args.dtype, format=format_name, device=args.device, progress=progress)
+            loaded = load_model(
+                path, dtype=args.dtype, weight_format=format_name, device=args.device, progress=progress
+            )
         cache = cache_dtype(loaded.model, args.kv_cache_dtype) if args.kv_cache_dtype else None
         with bar("documents", count=True) as progress:
             measured = quality.perplexity(loaded, tokenizer, texts, args.length, progress, cache)
@@ -103,8 +105,8 @@ def add_bench(commands: Commands) -> None:
         "peers",
         _bench_peers,
         "compare this engine with llama.cpp, vLLM and transformers",
-        "All engines take turns with one model: random weights, Mixtral's dimensions, two layers. docs/benchmarks.md "
-        "explains how to install the engines.",
+        "All engines take turns with one model: random weights, Mixtral's dimensions, two layers. "
+        "docs/how-to/benchmark.md explains how to install the engines.",
         "moesaic bench peers --only moesaic:q4,moesaic_llm:q4,transformers",
         "moesaic bench peers --python llama_cpp=./llama/bin/python --plot peers.svg --out peers.json",
     )
@@ -197,7 +199,7 @@ def _bench_peers(args: argparse.Namespace) -> int:
     if args.plot:
         plotting.check(args.plot)
     measure = partial(limits.measure, report=show) if native.why_not("linear", "cpu", "int4") is None else None
-    work = args.work or pull.cache() / "bench"
+    work = args.work or pull.cache_folder() / "bench"
     comparison = compare.compare(pairs, work, plan=plan, pythons=pythons, limits=measure, report=show)
     print("\n".join(chart.tables(comparison)))
     record = report.record(args.line, comparison.figures())

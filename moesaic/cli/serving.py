@@ -139,12 +139,28 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
         source = model if model is None or Path(model).exists() else model.partition("@")[0]
         shown = name or (source.rstrip("/").split("/")[-1] if source else "built-in")
         aliases = tuple({source} - {shown, None}) if source and "/" in source and not Path(source).exists() else ()
-        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
+        size = _memory_needed(args, path) if getattr(args, "memory", None) is not None else 0
         info = ModelInfo(shown, aliases, state="unloaded")
         entries.append(ModelEntry(info, partial(open_model, args, path, shown, many_streams), size))
     if len({entry.info.name for entry in entries}) < len(entries):
         raise InvalidRequest("two models have the same name: give them names, for example a=./one b=./two")
     return entries
+
+
+def _memory_needed(args: argparse.Namespace, path: Path | None) -> int:
+    """Return the bytes that a model takes when it is loaded with these arguments."""
+    from moesaic.llm import BUILT_IN
+    from moesaic.loading import memory_needed
+
+    return memory_needed(
+        path or BUILT_IN,
+        dtype=args.dtype,
+        weight_format=args.format,
+        device=args.device,
+        context=args.context,
+        cache_tokens=args.cache_tokens,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
 
 
 async def open_model(

@@ -45,7 +45,7 @@ class Flag:
     info_field: str = ""
     """Field of TGI's route /info that shows the value."""
     help: str = ""
-    """Text for --help; a flag without it is documented in docs/tgi.md only."""
+    """Text for --help; a flag without it is documented in docs/how-to/migrate-from-tgi.md only."""
     aliases: tuple[str, ...] = ()
     env: bool = True
     """Whether an environment variable can set the flag."""

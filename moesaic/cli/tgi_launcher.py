@@ -33,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "TGI's launcher",
         "Flags of text-generation-launcher, with the same meaning as far as it applies here.\n"
-        "The server prints at its start how it understands each flag; docs/tgi.md lists all flags.\n"
+        "The server prints at its start how it understands each flag; see docs/how-to/migrate-from-tgi.md.\n"
         "With any of these flags the default port is 3000.",
     )
     for flag in TABLE:

@@ -17,8 +17,9 @@ from typing import Any
 from moesaic.client import Retries
 from tests.support.require import require_program
 
-JS = Path(__file__).parents[2] / "clients/js"
-"""The folder of the JavaScript client."""
+ROOT = Path(__file__).parents[2]
+JS_PACKAGE, JS_SOURCE = ROOT / "clients/js", ROOT / "moesaic/serve/web/client"
+"""The npm package of the JavaScript client, and its source."""
 AT_ONCE = Retries(first=0.0)
 """Retries without a pause before the first."""
 SCRIPTS = Path(__file__).parents[1] / "clients/scripts"
@@ -51,7 +52,7 @@ def node(*arguments: Any, **environment: str) -> str:
     """Run a program in Node and return what it printed."""
     command = [require_program("node"), "--no-warnings", *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=os.environ | environment, check=False
+        command, capture_output=True, text=True, timeout=180, env=os.environ | environment, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout

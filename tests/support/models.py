@@ -76,10 +76,10 @@ def theirs(family: str, changes: dict[str, object], head: str = "ForCausalLM") -
 
 def ours(folder: Path, format: str = "float32") -> models.Decoder:
     """Return our model of the checkpoint in ``folder``."""
-    with checkpoints.open(folder) as checkpoint:
+    with checkpoints.open_checkpoint(folder) as checkpoint:
         dtype = getattr(torch, format)
         model = models.build(checkpoint.config, folder, formats.load(format), dtype=dtype)
-        checkpoints.fill(model.slots(), checkpoint)
+        checkpoints.load_weights(model.slots(), checkpoint)
     return model
 
 

@@ -1,6 +1,6 @@
-"""A server for the page's tests: the page, its headers, and a model whose answers the test writes.
+"""A server for tests of the page: it delivers the page with its headers, and sends scripted answers.
 
-Stands in for Moesaic's own server and knows only what the page needs of it: no model, no queue.
+It replaces Moesaic's server and implements only what the page needs.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ MODELS = [
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says to one request."""
+    """The scripted answer to one request."""
 
     pieces: tuple[str, ...] = ()
     hold: int | None = None
-    """After this many pieces nothing comes until ``Server.release``."""
+    """Number of pieces after which the answer waits for ``Server.release``."""
     finish: str = "stop"
     fails: str | None = None
-    """After the pieces comes this error instead of the end."""
+    """Error message to send after the pieces."""
     status: int = 200
-    """Anything else: the request is refused, with ``fails`` as the reason."""
+    """Another status than 200 refuses the request, with the message ``fails``."""
     retry_after: int | None = None
 
 
@@ -50,15 +50,15 @@ def says(*pieces: str, hold: int | None = None, finish: str = "stop") -> Answer:
 
 @dataclass
 class Server:
-    """A running server, and how a test tells it what to do and learns what it was asked."""
+    """A running server: its scripted answers and the requests it received."""
 
     url: str = ""
     key: str | None = None
-    """The key that is asked for."""
+    """The required API key; None if none is required."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     answers: queue.SimpleQueue[Answer] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    """Counts the answers that the page did not wait for."""
+    """Released once for each answer that the page cancelled."""
     released: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
     def will_say(self, *answers: Answer) -> None:
@@ -76,7 +76,7 @@ class Server:
 class Handler(BaseHTTPRequestHandler):
     """One connection, one request."""
 
-    script: Server  # set where the server is made
+    script: Server  # set by serving()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._json(200, {"object": "list", "data": MODELS})
             return
         name = "index.html" if self.path == "/" else self.path.removeprefix("/web/")
-        files = {path.name: path for path in WEB.iterdir()}
+        files = {path.relative_to(WEB).as_posix(): path for path in WEB.rglob("*.*")}
         if name in files:
             kind = TYPES[files[name].suffix]
             self._send(200, files[name].read_bytes(), kind + ("; charset=utf-8" if kind != "image/svg+xml" else ""))
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _hold(self) -> None:
-        """Wait for the test; the comments are how a page that went away is noticed."""
+        """Wait for the test. The comments detect a page that has closed the connection."""
         while not self.script.released.acquire(timeout=0.02):
             self.wfile.write(b": still here\n\n")
 
@@ -168,10 +168,10 @@ class Handler(BaseHTTPRequestHandler):
 
 class Listener(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # a browser keeps connections open that it may need again
+    block_on_close = False  # browsers keep idle connections open
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a browser drops connections as it likes
+        pass  # browsers may close connections at any time
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 import aiohttp
 
 from moesaic.bench.endpoints import RequestFailed
+from moesaic.client.events import EventParser
+from moesaic.errors import BadReply
 
 KEEPALIVE_SECONDS = 3.0
 """Idle time after which a connection is not reused. Common servers close idle connections after five seconds, and a
@@ -54,8 +56,8 @@ class Client:
             async with self._session.post(self.root + path, json=body) as response:
                 return await _json(response)
 
-    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[float, bytes], None]:
-        """Send ``body`` with POST and yield the data of each server-sent event with its arrival time.
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[float, str], None]:
+        """Send ``body`` with POST and yield the data of each server-sent event with the arrival time of its last bytes.
 
         The response is read to its end, so that the connection can be reused. A caller that stops early must close
         the generator (``aclosing``).
@@ -69,15 +71,13 @@ class Client:
                 if response.content_type != "text/event-stream":
                     message = f"{response.content_type} instead of events: {await _message(response)}"
                     raise RequestFailed("bad reply", message)
-                rest = b""
-                while data := await response.content.readany():
+                parser = EventParser()
+                while chunk := await response.content.readany():
                     now = clock()
-                    *lines, rest = (rest + data).split(b"\n") if rest else data.split(b"\n")
-                    for line in lines:
-                        if line.startswith(b"data:"):
-                            yield now, line[5:].strip()
-                if rest.startswith(b"data:"):
-                    yield clock(), rest[5:].strip()
+                    for data in parser.feed(chunk):
+                        yield now, data
+                for data in parser.feed(b"\n\n"):  # some servers end the last event without an empty line
+                    yield clock(), data
 
 
 @asynccontextmanager
@@ -108,7 +108,7 @@ async def get_if_known(client: Client, path: str) -> Any:
         raise
 
 
-def decode(data: bytes) -> dict[str, Any]:
+def decode(data: str) -> dict[str, Any]:
     """Return the JSON object in the data of an event.
 
     Raises:
@@ -119,7 +119,7 @@ def decode(data: bytes) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise RequestFailed("bad reply", f"an event that is not a JSON object: {_short(data.decode(errors='replace'))}")
+        raise RequestFailed("bad reply", f"an event that is not a JSON object: {_short(data)}")
     return content
 
 
@@ -145,7 +145,7 @@ def translate_errors() -> Iterator[None]:
         raise RequestFailed("no connection", _short(str(error))) from error
     except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError) as error:
         raise RequestFailed("cut stream", _short(str(error))) from error
-    except (aiohttp.ClientError, ValueError) as error:
+    except (aiohttp.ClientError, BadReply, ValueError) as error:
         raise RequestFailed("bad reply", _short(f"{type(error).__name__}: {error}")) from error
 
 

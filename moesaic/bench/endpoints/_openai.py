@@ -1,6 +1,6 @@
 """Base class of OpenAI's two streaming APIs: the list of models, and the events of a stream.
 
-Events are searched as bytes. Only an event that ends an answer, counts tokens or reports an error is decoded: at ten
+Events are searched as text. Only an event that ends an answer, counts tokens or reports an error is decoded: at ten
 thousand events per second, decoding every event would be a noticeable part of the client's work.
 """
 
@@ -15,9 +15,9 @@ from moesaic.bench.endpoints import Answer, Endpoint, Request, RequestFailed, Re
 from moesaic.bench.endpoints._http import Client, count, decode, error_message, get_if_known
 from moesaic.errors import InvalidRequest
 
-TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"[^"]')
+TEXT = re.compile(r'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"[^"]')
 """Matches a text that is not empty. It cannot match inside a text, where every quote has a backslash before it."""
-DECODED = re.compile(rb'"(?:error|usage|finish_reason)"\s*:\s*["{\[]|"object"\s*:\s*"error"')
+DECODED = re.compile(r'"(?:error|usage|finish_reason)"\s*:\s*["{\[]|"object"\s*:\s*"error"')
 """Matches events to decode: those with an error, a usage or a finish reason that is not null."""
 
 
@@ -59,7 +59,7 @@ class OpenAI(Endpoint):
             async for now, data in events:
                 if TEXT.search(data):
                     arrived(now)
-                if data == b"[DONE]":
+                if data == "[DONE]":
                     finished = True
                 elif DECODED.search(data):
                     finished |= _record(decode(data), answer)

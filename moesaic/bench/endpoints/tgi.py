@@ -13,8 +13,8 @@ from typing import Any, Self
 from moesaic.bench.endpoints import Answer, Endpoint, Request, RequestFailed, RequestOptions
 from moesaic.bench.endpoints._http import Client, count, decode, error_message, get_if_known
 
-TEXT = re.compile(rb'"token"\s*:\s*\{[^{}]*"text"\s*:\s*"[^"]')
-DECODED = re.compile(rb'"(?:error|generated_text)"\s*:\s*["{]')
+TEXT = re.compile(r'"token"\s*:\s*\{[^{}]*"text"\s*:\s*"[^"]')
+DECODED = re.compile(r'"(?:error|generated_text)"\s*:\s*["{]')
 
 
 class Dialect(Endpoint):
