@@ -200,7 +200,7 @@ def test_off_loopback_a_key_is_needed(capsys):
 
 
 def test_the_page_has_every_flag():
-    page = (Path(__file__).parent.parent / "docs/tgi.md").read_text()
+    page = (Path(__file__).parent.parent / "docs/how-to/migrate-from-tgi.md").read_text()
     for flag in TABLE:
         assert re.search(rf"`--{flag.name}`", page), flag.name
 

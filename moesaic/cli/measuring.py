@@ -101,7 +101,7 @@ def add_bench(commands: Commands) -> None:
         _bench_peers,
         "this engine beside llama.cpp, vLLM and transformers",
         "All run one random model with\n"
-        "Mixtral's dimensions and two layers, in turn. docs/benchmarks.md says how to install them.",
+        "Mixtral's dimensions and two layers, in turn. docs/how-to/benchmark.md says how to install them.",
         "moesaic bench peers --only moesaic:q4,moesaic_llm:q4,transformers",
         "moesaic bench peers --python llama_cpp=./llama/bin/python --plot peers.svg --out peers.json",
     )

@@ -1,7 +1,7 @@
 """A gateway's routes for administrators: who works, what waits, what was set aside, and what to do about it.
 
-docs/admin.md has them. Nothing here shows a prompt but ``show`` of a dead job whose body was asked for: it is needed to
-find out what kills workers. Knows HTTP and messages. Does not know how jobs are kept.
+docs/how-to/administer.md has them. Nothing here shows a prompt but ``show`` of a dead job whose body was asked for: it
+is needed to find out what kills workers. Knows HTTP and messages. Does not know how jobs are kept.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The gateway's HTTP routes: the worker protocol, and job routes for clients.
 
-docs/cluster.md describes both. This module translates between HTTP messages and the services of ``protocols``.
+docs/reference/worker-protocol.md describes the protocol. This module translates between HTTP messages and the services
+of ``protocols``.
 """
 
 from __future__ import annotations

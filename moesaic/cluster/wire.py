@@ -1,7 +1,7 @@
 """Messages between gateways and workers, and the JSON of events, requests and errors in job stores.
 
 Neither side trusts the other: incoming messages are decoded by type, and an invalid message raises InvalidRequest.
-docs/cluster.md describes every field. This module does not depend on HTTP.
+docs/reference/worker-protocol.md describes every field. This module does not depend on HTTP.
 """
 
 from __future__ import annotations

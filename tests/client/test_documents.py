@@ -1,4 +1,4 @@
-"""The examples in docs/clients.md and in the README of the JavaScript client run against our server."""
+"""The examples in docs/how-to/clients.md and in the README of the JavaScript client run against our server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.support.client import JS_PACKAGE, JS_SOURCE, ROOT, node
 from tests.support.documents import blocks
 
-PAGE = ROOT / "docs/clients.md"
+PAGE = ROOT / "docs/how-to/clients.md"
 HERE = "http://127.0.0.1:8000"
 
 

@@ -2,7 +2,7 @@
 
 A job that has ended is told as long as it is kept, however often it is asked for. What went wrong with one is told
 as a result with an error, since AIME's clients take any other way for a broken connection. Follows AIME's API
-server 0.9.6 and its clients in Python and JavaScript; docs/aime.md has what differs.
+server 0.9.6 and its clients in Python and JavaScript; docs/how-to/aime.md has what differs.
 """
 
 from __future__ import annotations

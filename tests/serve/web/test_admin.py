@@ -122,7 +122,7 @@ def test_admin_key_is_requested_and_separate_from_the_chat(open_page: Open, here
     page = open_page("anna")
     page.get_by_text("This page needs an administrator's API key.").wait_for()
     page.get_by_role("button", name="Cancel").click()
-    page.get_by_text("this needs an admin's key").wait_for()
+    page.get_by_text("this needs an administrator's key").wait_for()
     page.get_by_role("button", name="Change the key").click()
     page.get_by_label("Administrator's key", exact=True).last.fill(here.written["ops"])
     page.get_by_role("button", name="Use this key").click()
