@@ -214,7 +214,7 @@ def test_admin_command_errors(here: Site, capsys: pytest.CaptureFixture[str]) ->
         assert cli.main(["admin", *line, *given, "--key", here.written["ops"]]) == 2
         assert why in capsys.readouterr().err
     assert admin(here, "status", key="anna") == 2
-    assert "admin's key" in capsys.readouterr().err
+    assert "administrator's key" in capsys.readouterr().err
 
 
 def test_worker_names_cannot_send_terminal_escapes(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
