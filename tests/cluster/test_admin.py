@@ -203,7 +203,7 @@ def test_admin_command(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
 def test_admin_command_errors(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
     for line, why in (
         (("job", "none"), "no job 'none'"),
-        (("revive",), "which?"),
+        (("revive",), "requires a name"),
         (("workers", "x"), "takes no name"),
         (("jobs", "gone"), "expected one of"),
         (("status", "--url", "http://example.org"), "unencrypted"),
