@@ -1,10 +1,10 @@
 """The tables of a job store: one definition for both databases.
 
-    store             one row: the tick count and the last number of a group of suspects; writers lock it first
-    jobs              one small row for each job; bodies, results and records refer to it by ``seq``
-    idempotency_keys  the job of each idempotency key; a row outlives its job
-    queues            for each model and priority: counts of queued and leased jobs, and the fair queueing clock
-    flows             for each tenant in a queue: the number of queued jobs and the finish tag
+store             one row: the tick count and the last number of a group of suspects; writers lock it first
+jobs              one small row for each job; bodies, results and records refer to it by ``seq``
+idempotency_keys  the job of each idempotency key; a row outlives its job
+queues            for each model and priority: counts of queued and leased jobs, and the fair queueing clock
+flows             for each tenant in a queue: the number of queued jobs and the finish tag
 """
 
 from __future__ import annotations
