@@ -85,6 +85,15 @@ def test_other_operations_run_on_workers(plain, direct):
         assert (ours.status_code, said(ours)) == (theirs.status_code, said(theirs)), path
 
 
+def test_tgi_requests_are_one_durable_job_and_tokenizing_is_none(plain):
+    plain.hire()
+    body = {"inputs": "Hi", "parameters": {"max_new_tokens": 4, "truncate": 10}}
+    assert plain.client.post("/generate", json=body).status_code == 200
+    assert plain.client.post("/tokenize", json={"inputs": "Hi"}).status_code == 200
+    jobs = plain.do(plain.gateway.store.list_jobs("done"))
+    assert [(snapshot.job.kind, snapshot.job.model) for snapshot in jobs] == [("generate", "fake")]
+
+
 @pytest.mark.parametrize(("prompt", "status"), [("x" * 5000, 400), ("NAN", 500)])
 def test_model_errors_keep_status_and_message(plain, direct, prompt, status):
     plain.hire()
