@@ -125,4 +125,4 @@ def test_an_answer_that_does_not_begin(breaking, scripted):
     client = Client(scripted.url, timeouts=Timeouts(first_byte=0.2), retries=AT_ONCE)
     with client, pytest.raises(TimedOut, match="first_byte"):
         client.chat("Hi")
-    assert len(scripted.backend.asked) == 1
+    assert len(scripted.backend.requests) == 1

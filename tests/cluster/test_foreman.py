@@ -24,7 +24,7 @@ from moesaic.cluster.jobs import Beat, Bounds, Hold, Job, Record, Seen
 from moesaic.cluster.live import Following, Live
 from moesaic.cluster.silence import Silence
 from moesaic.errors import NotFound, Overloaded, Unavailable
-from tests.support.backend import Fake, answer
+from tests.support.backend import FakeBackend, answer
 from tests.support.cluster import site
 from tests.support.completions import Stream
 from tests.support.wait import eventually
@@ -293,7 +293,7 @@ def test_what_is_too_long_for_a_message_comes_in_several(tmp_path, monkeypatch):
     """An event that is too long by itself fails its job, not the worker; so does an outcome."""
     monkeypatch.setattr(worker, "MESSAGE_BYTES", 300)
 
-    class Large(Fake):
+    class Large(FakeBackend):
         async def embed(self, model: str, texts: Any) -> tuple[list[list[float]], int]:
             return [[0.5] * 200], 1
 
@@ -319,10 +319,10 @@ def test_what_no_worker_knows_how_to_do_fails(tmp_path):
 
 
 def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tmp_path, monkeypatch):
-    class Full(Fake):
+    class Full(FakeBackend):
         async def generate(self, request: GenerationRequest) -> Any:
-            if not self.asked:
-                self.asked.append(request)
+            if not self.requests:
+                self.requests.append(request)
                 raise Overloaded("not now")
             return await super().generate(request)
 
@@ -344,7 +344,7 @@ def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tm
 
 def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
     async def main() -> None:
-        made = worker.Worker(Fake(), ["http://127.0.0.1:1"], name="w")
+        made = worker.Worker(FakeBackend(), ["http://127.0.0.1:1"], name="w")
         made._begin(wire.Leased("id", 1, "ask", "fake", msgspec.Raw(wire.pack_ask(ASK))))
         job = made._works["id"]
         assert job.task is not None
@@ -368,7 +368,7 @@ def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
 
 def test_news_of_an_older_lease_do_not_stop_the_newer_one():
     async def main() -> None:
-        made = worker.Worker(Fake(seconds=60), ["http://127.0.0.1:1"], name="w")
+        made = worker.Worker(FakeBackend(seconds=60), ["http://127.0.0.1:1"], name="w")
         lease = wire.Leased("id", 1, "ask", "fake", msgspec.Raw(wire.pack_ask(ASK)))
         made._begin(lease)
         older = made._works["id"]

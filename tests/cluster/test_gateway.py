@@ -18,7 +18,7 @@ from moesaic.cluster import gateway as gateways
 from moesaic.cluster import protocol as wire
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
-from tests.support.backend import SEED, Fake, answer
+from tests.support.backend import SEED, FakeBackend, answer
 from tests.support.cluster import SLOW, Site, site
 from tests.support.completions import Stream, ask, body, text
 from tests.support.server import running
@@ -44,7 +44,7 @@ def plain(tmp_path: Path) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def direct() -> Iterator[httpx.Client]:
     """The same model behind a server of its own."""
-    with running(Fake) as server, httpx.Client(base_url=server.url) as client:
+    with running(FakeBackend) as server, httpx.Client(base_url=server.url) as client:
         yield client
 
 
@@ -125,18 +125,18 @@ def test_a_name_of_a_model_can_be_known_before_a_worker_comes(tmp_path):
 
 
 def test_each_model_goes_to_whoever_has_it(plain):
-    one, two, both = (plain.hire(Fake(name), name=name) for name in ("one", "two", "one"))
+    one, two, both = (plain.hire(FakeBackend(name), name=name) for name in ("one", "two", "one"))
     for model in ("one", "two") * 3:
         said = plain.client.post("/v1/completions", json=body(f"of {model}", model=model))
         assert text(said) == answer(f"of {model}")
-    assert {each.model for each in one.backend.asked + both.backend.asked} <= {"one"}
-    assert {each.model for each in two.backend.asked} == {"two"}
+    assert {each.model for each in one.backend.requests + both.backend.requests} <= {"one"}
+    assert {each.model for each in two.backend.requests} == {"two"}
     assert {card.name for card in plain.gateway.models()} == {"one", "two"}
 
 
 def test_load_is_all_workers_together_and_never_falls(plain):
     plain.gateway.lease_seconds = 2.0  # so that workers say often how busy they are
-    hands = [plain.hire(Fake(seconds=SLOW)) for _ in range(2)]
+    hands = [plain.hire(FakeBackend(seconds=SLOW)) for _ in range(2)]
     streams = [Stream(plain.client, f"{n}", 40) for n in range(6)]
     eventually(lambda: plain.gateway.stats()["fake"].running == 6)
     for stream in streams:
@@ -160,18 +160,18 @@ def test_under_one_key_there_is_one_answer(plain):
     assert [each.headers["idempotency-replayed"] for each in (first, again)] == ["false", "true"]
     assert first.headers["x-moesaic-job"] == again.headers["x-moesaic-job"]
     assert Stream(plain.client, once="k").end().text == answer("Hi")  # however it is asked for
-    assert len(hand.backend.asked) == 1
+    assert len(hand.backend.requests) == 1
     other = ask(plain.client, "something else", once="k")
     assert other.status_code == 409 and other.json()["error"]["message"]
     assert "idempotency-replayed" not in ask(plain.client).headers
-    assert len(hand.backend.asked) == 2
+    assert len(hand.backend.requests) == 2
 
 
 def test_a_failure_is_an_answer_too(plain):
     hand = plain.hire()
     first, again = ask(plain.client, "NAN", once="k"), ask(plain.client, "NAN", once="k")
     assert first.status_code == again.status_code == 500 and first.json() == again.json()
-    assert len(hand.backend.asked) == 1
+    assert len(hand.backend.requests) == 1
 
 
 @pytest.mark.filterwarnings(
@@ -179,7 +179,7 @@ def test_a_failure_is_an_answer_too(plain):
 )  # of aiohttp's: it is torn down with 1,000 open
 def test_a_thousand_at_once_are_one_job(plain):
     """F19."""
-    hand = plain.hire(Fake(seconds=0.02))
+    hand = plain.hire(FakeBackend(seconds=0.02))
 
     async def all_of_them() -> list[tuple[str, str, str]]:
         headers = {"idempotency-key": "k"}
@@ -196,7 +196,7 @@ def test_a_thousand_at_once_are_one_job(plain):
     assert {each[0] for each in found} == {answer("Hi")}
     assert len({each[1] for each in found}) == 1
     assert [each[2] for each in found].count("false") == 1
-    assert len(hand.backend.asked) == 1
+    assert len(hand.backend.requests) == 1
 
 
 # Coming back
@@ -214,7 +214,7 @@ def events(client: httpx.Client, job: str, after: int | None = None) -> list[tup
 
 
 def test_a_job_can_be_looked_at_and_read_again(plain):
-    plain.hire(Fake(seconds=SLOW))
+    plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: len(stream.pieces) > 2)
     shown = plain.client.get(f"/v1/jobs/{stream.job}").json()
@@ -237,7 +237,7 @@ def test_a_job_can_be_looked_at_and_read_again(plain):
 
 
 def test_a_job_that_is_taken_back_stops_where_it_runs(plain):
-    hand = plain.hire(Fake(seconds=SLOW))
+    hand = plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=2000)
     eventually(lambda: stream.pieces)
     assert plain.client.delete(f"/v1/jobs/{stream.job}").json()["state"] == "cancelled"
@@ -252,7 +252,7 @@ def test_a_job_that_is_taken_back_stops_where_it_runs(plain):
 @pytest.mark.parametrize("slots", [1, 4])
 def test_who_leaves_takes_the_request_back(plain, slots):
     """Whether it runs or waits."""
-    hand = plain.hire(Fake(seconds=SLOW), slots=slots)
+    hand = plain.hire(FakeBackend(seconds=SLOW), slots=slots)
     first = Stream(plain.client, "first", 2000)
     eventually(lambda: first.pieces)
     with pytest.raises(httpx.ReadTimeout):
@@ -265,13 +265,13 @@ def test_who_leaves_takes_the_request_back(plain, slots):
 
 
 def test_who_leaves_and_may_come_again_finds_the_answer(plain):
-    hand = plain.hire(Fake(seconds=SLOW))
+    hand = plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, "back", 10, once="k")
     eventually(lambda: stream.pieces)
     stream.leave()
     stream.end()
     assert text(ask(plain.client, "back", 10, once="k")) == answer("back", count=10)
-    assert len(hand.backend.asked) == 1
+    assert len(hand.backend.requests) == 1
 
 
 # Keys
@@ -297,7 +297,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def test_jobs_are_their_key_s_alone(guarded):
-    guarded.hire(Fake(seconds=SLOW), key=WORKER)
+    guarded.hire(FakeBackend(seconds=SLOW), key=WORKER)
     stream = Stream(guarded.client, count=10)
     eventually(lambda: stream.pieces)
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
@@ -330,23 +330,23 @@ def test_workers_keys_open_workers_routes_and_no_others(guarded):
 
 def test_a_worker_that_is_not_wanted_ends_and_says_why(guarded):
     for key, backend, why in (
-        ("wrong", Fake(), "valid API key"),
-        (ANNA, Fake(), "worker's key"),
-        (WORKER, Fake("another"), "may not offer another"),
-        (None, Fake(), "valid API key"),
+        ("wrong", FakeBackend(), "valid API key"),
+        (ANNA, FakeBackend(), "worker's key"),
+        (WORKER, FakeBackend("another"), "may not offer another"),
+        (None, FakeBackend(), "valid API key"),
     ):
         hand = guarded.hire(backend, key=key)
         with pytest.raises(Exception, match=why):
             hand.future.result(20)
     assert not guarded.gateway.crew
-    assert guarded.hire(Fake("another"), key=OTHER).worker.connected.is_set()
+    assert guarded.hire(FakeBackend("another"), key=OTHER).worker.connected.is_set()
 
 
 # Ends and beginnings
 
 
 def test_a_worker_that_drains_ends_what_runs_and_takes_nothing_new(plain):
-    hand = plain.hire(Fake(seconds=SLOW), slots=2)
+    hand = plain.hire(FakeBackend(seconds=SLOW), slots=2)
     streams = [Stream(plain.client, f"{n}", 10) for n in range(4)]
     eventually(lambda: len(hand.backend.running) == 2)
     hand.drain()
@@ -355,11 +355,11 @@ def test_a_worker_that_drains_ends_what_runs_and_takes_nothing_new(plain):
     assert {each.crashes for each in plain.do(plain.gateway.store.listed("queued"))} == {0}
     plain.hire()
     assert sorted(stream.end().text for stream in streams) == sorted(answer(f"{n}", count=10) for n in range(4))
-    assert len(hand.backend.asked) == 2 and plain.gateway.lost == 0
+    assert len(hand.backend.requests) == 2 and plain.gateway.lost == 0
 
 
 def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain):
-    hand = plain.hire(Fake(seconds=SLOW))
+    hand = plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=30)
     eventually(lambda: len(stream.pieces) > 3)
     hand.drain(0.0)
@@ -372,7 +372,7 @@ def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain)
 
 
 def test_a_gateway_that_drains_ends_what_runs(plain):
-    plain.hire(Fake(seconds=SLOW))
+    plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: stream.pieces)
     plain.server.call_sync(lambda: setattr(plain.server.app.state, "draining", True))
@@ -384,7 +384,7 @@ def test_a_gateway_that_drains_ends_what_runs(plain):
 
 def test_workers_go_on_and_readers_come_back_when_the_gateway_is_another(tmp_path):
     """The worker lives on another loop than both gateways do."""
-    backend, slots = Fake(seconds=SLOW), 4
+    backend, slots = FakeBackend(seconds=SLOW), 4
     with site(tmp_path / "beside.sqlite") as beside:
         with site(tmp_path / "jobs.sqlite") as first:
             hand = beside.hire(backend, urls=[first.url], slots=slots)
@@ -399,7 +399,7 @@ def test_workers_go_on_and_readers_come_back_when_the_gateway_is_another(tmp_pat
             again = [Stream(second.client, f"{n}", 40, once=f"k{n}") for n in range(slots)]
             for n, stream in enumerate(again):
                 assert stream.end().text == answer(f"{n}", count=40) and stream.done
-            assert len(backend.asked) == slots and backend.steps == 40 * slots, "nothing was computed twice"
+            assert len(backend.requests) == slots and backend.steps == 40 * slots, "nothing was computed twice"
             assert second.gateway.lost == second.gateway.fenced == 0
             hand.stop()
 

@@ -27,13 +27,13 @@ BODY = {"messages": [{"role": "user", "content": "What time is it?"}], "stream":
 
 
 class Clock:
-    """A door whose answers are the time in nanoseconds, at an even pace; see ``tests.serve.conftest.Scripted``."""
+    """A door whose answers are the time in nanoseconds, at an even pace. It has the methods of ``ScriptedBackend``."""
 
     def __init__(self, rate: float, seconds: float) -> None:
-        from tests.support.backend import Scripted
+        from tests.support.backend import ScriptedBackend
 
         self._gap, self._count = 1 / rate, int(rate * seconds)
-        self._rest = Scripted()
+        self._rest = ScriptedBackend()
         self.cards, self.load, self.close = self._rest.cards, self._rest.load, self._rest.close
 
     async def generate(self, request: GenerationRequest) -> Ticks:

@@ -136,7 +136,7 @@ def test_what_is_asked_reaches_the_door(server):
         "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
     }
     assert post(server, body).status_code == 200
-    [ask] = server.backend.asked
+    [ask] = server.backend.requests
     assert ask.messages[0] == {"role": "system", "content": "Be brief.\n\nBe kind."}
     assert ask.sampling == {"max_tokens": 50, "temperature": 0.5, "top_p": 1e-9, "top_k": 3, "stop": ("END",)}
     schema = TOOL["input_schema"]
@@ -165,7 +165,7 @@ def test_results_of_tools_become_turns_of_their_own(server):
     turns = [{"role": "assistant", "content": calls}, {"role": "user", "content": results}]
     assert post(server, ASK | {"messages": ASK["messages"] + turns}).status_code == 200
     function = {"name": "weather", "arguments": '{"city":"Oslo"}'}
-    assert server.backend.asked[0].messages == (
+    assert server.backend.requests[0].messages == (
         {"role": "user", "content": "Hi"},
         {
             "role": "assistant",
@@ -181,7 +181,7 @@ def test_results_of_tools_become_turns_of_their_own(server):
 def test_the_assistants_last_message_is_continued(server):
     turns = [*ASK["messages"], {"role": "assistant", "content": "Hel"}]
     assert post(server, ASK | {"messages": turns}).status_code == 200
-    assert server.backend.asked[0].continue_final
+    assert server.backend.requests[0].continue_final
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_the_assistants_last_message_is_continued(server):
 )
 def test_choices_of_tools(server, choice, expected):
     assert post(server, ASK | {"tools": [TOOL], "tool_choice": choice}).status_code == 200
-    assert server.backend.asked[0].tool_choice == expected
+    assert server.backend.requests[0].tool_choice == expected
 
 
 RESULT = {"type": "tool_result", "tool_use_id": "call_a"}
@@ -225,13 +225,13 @@ def test_what_cannot_be_is_refused(server, change, message):
     found = answer.json()
     assert (found["type"], found["error"]["type"]) == ("error", "invalid_request_error")
     assert message in found["error"]["message"]
-    assert not server.backend.asked
+    assert not server.backend.requests
 
 
 def test_counting(server):
     body = {"model": "scripted", "system": "Be brief.", "messages": [{"role": "user", "content": "one two three"}]}
     assert post(server, body, "/v1/messages/count_tokens").json() == {"input_tokens": 6}
-    assert not server.backend.asked
+    assert not server.backend.requests
 
 
 @pytest.mark.parametrize(

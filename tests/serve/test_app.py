@@ -13,7 +13,7 @@ import pytest
 from moesaic.backend import Finished, ModelStats
 from moesaic.errors import NumericalError, Overloaded
 from moesaic.serve.settings import Settings
-from tests.support.backend import Script, Scripted, ScriptedAnswers
+from tests.support.backend import Script, ScriptedBackend, ScriptedStream
 from tests.support.http import CHAT, Raw
 from tests.support.server import running
 from tests.support.wait import eventually
@@ -80,12 +80,12 @@ WHOLE = '{"messages": [{"role": "user", "content": "Hi"}], "x": %s}'
     ids=lambda content: repr(content[:40]),
 )
 def test_what_is_no_json_of_ours_is_400(usual, content):
-    before = len(usual.backend.asked)
+    before = len(usual.backend.requests)
     answer = send(usual, content)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert len(answer.content) < 1000
-    assert len(usual.backend.asked) == before
+    assert len(usual.backend.requests) == before
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "seed", "max_tokens", "n", "top_k", "priority", "min_p"])
@@ -98,13 +98,13 @@ def test_no_number_is_taken_for_granted(usual, field, value):
 def test_whole_characters_and_the_deepest_json_are_read(usual):
     content = '{"messages": [{"role": "user", "content": "\\ud83d\\ude00 \\u0000 \U0001f600"}], "x": %s}'
     assert send(usual, (content % ("[" * 28 + "]" * 28)).encode()).status_code == 200
-    assert usual.backend.asked[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
+    assert usual.backend.requests[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
 
 
 def test_a_long_body_is_read_too(usual):
     long = "tale " * 100_000
     assert post(usual, {"messages": [{"role": "user", "content": long}]}).status_code == 200
-    assert usual.backend.asked[-1].messages[0]["content"] == long
+    assert usual.backend.requests[-1].messages[0]["content"] == long
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
@@ -176,7 +176,7 @@ def test_a_client_who_leaves_before_a_whole_answer_takes_its_request_back(server
     server.backend.script = Script(held=True)
     raw = Raw(server).post(CHAT | {"prompt": ["one", "two"], "n": 2}, path=path)
     asked = 1 if path == PATH else 2
-    eventually(lambda: len(server.backend.asked) == asked)
+    eventually(lambda: len(server.backend.requests) == asked)
     assert server.backend.cancelled == 0
     raw.socket.close()
     eventually(lambda: server.backend.cancelled == asked)
@@ -206,7 +206,7 @@ def test_a_client_who_leaves_while_a_refusal_is_worked_out_leaves_nothing(server
 
 def test_a_silent_stream_gets_comments():
     quick = Settings(keep_alive_seconds=0.1)
-    with running(lambda: Scripted(Script(held=True)), quick) as server, Raw(server) as raw:
+    with running(lambda: ScriptedBackend(Script(held=True)), quick) as server, Raw(server) as raw:
         raw.post(CHAT | {"stream": True})
         raw.until(b": keep-alive\n\n")
         raw.until(b": keep-alive\n\n")
@@ -214,7 +214,7 @@ def test_a_silent_stream_gets_comments():
         assert b"[DONE]" in raw.until(b"0\r\n\r\n")
 
 
-class Waiting(Scripted):
+class Waiting(ScriptedBackend):
     """A door behind which nothing begins."""
 
     async def generate(self, request):
@@ -223,7 +223,7 @@ class Waiting(Scripted):
         return answers
 
 
-class Never(ScriptedAnswers):
+class Never(ScriptedStream):
     async def __aiter__(self):
         await asyncio.Event().wait()
         yield Finished(0, "stop", 1, 1)
@@ -238,7 +238,7 @@ def test_who_waits_too_long_for_his_turn_is_told_to_come_back(stream):
 
 
 def test_who_waits_too_long_to_be_let_in_at_all_is_told_to_come_back():
-    class Closed(Scripted):
+    class Closed(ScriptedBackend):
         async def generate(self, request):
             await asyncio.Event().wait()
 
@@ -248,15 +248,17 @@ def test_who_waits_too_long_to_be_let_in_at_all_is_told_to_come_back():
 
 
 def test_a_turn_that_has_come_is_not_waited_for():
-    with running(lambda: Scripted(Script(pause=0.2)), Settings(queue_seconds=0.3)) as server:
+    with running(lambda: ScriptedBackend(Script(pause=0.2)), Settings(queue_seconds=0.3)) as server:
         assert post(server, CHAT).status_code == 200
-    with running(lambda: Scripted(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=1.5)) as server:
+    with running(
+        lambda: ScriptedBackend(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=1.5)
+    ) as server:
         answer = post(server, CHAT)
         assert answer.status_code == 504 and server.backend.cancelled == 1
 
 
 def test_an_answer_that_takes_too_long_is_an_event_in_a_stream():
-    with running(lambda: Scripted(Script(held=True)), Settings(request_seconds=0.3)) as server:
+    with running(lambda: ScriptedBackend(Script(held=True)), Settings(request_seconds=0.3)) as server:
         answer = post(server, CHAT | {"stream": True})
         assert answer.status_code == 200 and "[DONE]" not in answer.text
         last = json.loads(answer.text.split("data: ")[-1])
@@ -266,7 +268,7 @@ def test_an_answer_that_takes_too_long_is_an_event_in_a_stream():
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
 def test_time_runs_out_for_several_at_once(path):
-    with running(lambda: Scripted(Script(held=True)), Settings(request_seconds=0.3)) as server:
+    with running(lambda: ScriptedBackend(Script(held=True)), Settings(request_seconds=0.3)) as server:
         body = CHAT | {"prompt": ["a", "b", "c"], "n": 2}
         answer = httpx.post(server.url + path, json=body, timeout=30)
         assert answer.status_code == 504
@@ -276,7 +278,7 @@ def test_time_runs_out_for_several_at_once(path):
 
 
 def test_time_runs_out_for_what_is_no_answer_too():
-    class Slow(Scripted):
+    class Slow(ScriptedBackend):
         async def embed(self, model, texts):
             await asyncio.Event().wait()
 
@@ -331,20 +333,20 @@ def test_health_and_readiness():
             return [httpx.get(f"{server.url}/{name}").status_code for name in ("health", "ready")]
 
         assert states() == [200, 200]
-        server.backend.loads = {"scripted": ModelStats(running=1, steps=5)}
+        server.backend.model_stats = {"scripted": ModelStats(running=1, steps=5)}
         assert states() == [200, 200]
         now[0] = 9
         assert states() == [200, 200]
         now[0] = 11
         assert states() == [200, 503]
         assert "stalled" in httpx.get(server.url + "/ready").json()["status"]
-        server.backend.loads = {"scripted": ModelStats(running=1, steps=6)}
+        server.backend.model_stats = {"scripted": ModelStats(running=1, steps=6)}
         assert states() == [200, 200]
         now[0] = 99
-        server.backend.loads = {"scripted": ModelStats(steps=6)}  # nothing to do is no standstill
+        server.backend.model_stats = {"scripted": ModelStats(steps=6)}  # nothing to do is no standstill
         assert states() == [200, 200]
-        server.backend.loads = {"scripted": ModelStats(steps=6, waiting=1)}
+        server.backend.model_stats = {"scripted": ModelStats(steps=6, waiting=1)}
         assert states() == [200, 200]
-        server.backend.loads = {"scripted": ModelStats(alive=False)}
+        server.backend.model_stats = {"scripted": ModelStats(alive=False)}
         assert states() == [503, 503]
         assert httpx.get(server.url + "/ready").headers["retry-after"]

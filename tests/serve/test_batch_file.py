@@ -14,7 +14,7 @@ from moesaic.errors import InvalidRequest, Overloaded
 from moesaic.serve import batch_file
 from moesaic.serve.app import App
 from moesaic.serve.settings import Settings
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 from tests.support.wait import eventually
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -39,7 +39,7 @@ def files(tmp_path):
 
 def run(files, backend=None, **options):
     async def main():
-        made = backend() if backend else Scripted()
+        made = backend() if backend else ScriptedBackend()
         app = App(made, Settings(request_seconds=0, queue_seconds=0))
         return await batch_file.run(app, *files, **options), made
 
@@ -93,19 +93,19 @@ def test_every_request_is_answered(files):
 def test_what_is_no_request_is_told_with_its_line(files, bad, why):
     write(files[0], line("a"), bad, line("b"))
     count, backend = run(files)
-    assert (count.answered, count.failed) == (2, 1) and len(backend.asked) == 2
+    assert (count.answered, count.failed) == (2, 1) and len(backend.requests) == 2
     [told] = [each for each in results(files[1]) if each["error"]]
     assert told["custom_id"] is None and told["response"] is None
     assert told["error"]["line"] == 2 and why in told["error"]["message"] and "line 2" in told["error"]["message"]
     again, backend = run(files)
-    assert (again.answered, again.failed, again.skipped, len(backend.asked)) == (2, 1, 3, 0)
+    assert (again.answered, again.failed, again.skipped, len(backend.requests)) == (2, 1, 3, 0)
     assert len(results(files[1])) == 3
 
 
 def test_the_same_id_twice_is_an_error(files):
     write(files[0], line("a"), line("b"), line("a"))
     count, backend = run(files, concurrency=1)
-    assert (count.answered, count.failed, len(backend.asked)) == (2, 1, 2)
+    assert (count.answered, count.failed, len(backend.requests)) == (2, 1, 2)
     assert "already used in line 1" in next(each["error"] for each in results(files[1]) if each["error"])["message"]
     assert run(files)[0].skipped == 3
 
@@ -118,7 +118,7 @@ def test_what_is_answered_is_not_asked_again_and_half_a_line_is_cut_off(files):
     for cut in (b"", lines[3][:1], lines[3][:-1], b'{"id": "x\xff'):
         files[1].write_bytes(b"".join(lines[:3]) + cut)
         count, backend = run(files)
-        assert (count.answered, count.skipped, len(backend.asked)) == (6, 3, 3)
+        assert (count.answered, count.skipped, len(backend.requests)) == (6, 3, 3)
         assert sorted(each["custom_id"] for each in results(files[1])) == [f"r{n}" for n in range(6)]
 
 
@@ -139,7 +139,7 @@ def test_so_many_run_at_a_time(files):
     write(files[0], *[line(f"r{n}") for n in range(20)])
     most = [0, 0]
 
-    class Counting(Scripted):
+    class Counting(ScriptedBackend):
         async def generate(self, request):
             most[0] += 1
             most[1] = max(most)
@@ -159,9 +159,9 @@ def test_a_full_queue_is_waited_for(files, monkeypatch):
     async def no_time(seconds):
         waited.append(seconds)
 
-    class Full(Scripted):
+    class Full(ScriptedBackend):
         async def generate(self, request):
-            self.script = Script(refusal=Overloaded("full") if len(self.asked) < 3 else None)
+            self.script = Script(refusal=Overloaded("full") if len(self.requests) < 3 else None)
             return await super().generate(request)
 
     monkeypatch.setattr(batch_file.asyncio, "sleep", no_time)
@@ -182,10 +182,10 @@ PROGRAM = """
 import asyncio, sys
 from moesaic import cli
 from moesaic.cli import serving
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 
 async def opened(*_):
-    return Scripted(Script(pieces=("word",) * 4, pause=0.01))
+    return ScriptedBackend(Script(pieces=("word",) * 4, pause=0.01))
 
 serving.open_model = opened
 sys.exit(cli.main(["run-batch", *sys.argv[1:]]))

@@ -26,10 +26,10 @@ import asyncio, sys
 from pathlib import Path
 from moesaic import cli
 from moesaic.cli import serving
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 
 async def opened(*_):
-    door = Scripted(Script(held=True))
+    door = ScriptedBackend(Script(held=True))
     async def watch():
         while not Path(sys.argv[1]).exists():
             await asyncio.sleep(0.01)

@@ -168,7 +168,7 @@ def test_a_rebound_name_reaches_nothing(server):
     for path in ("/", "/v1/models", "/health", "/nothing", "/web/index.html"):
         with Raw(server) as raw:
             assert raw.get(path, "Accept: text/html", host="rebound.evil.example:8000").status() == 400
-    assert not server.backend.asked
+    assert not server.backend.requests
 
 
 def test_a_named_host_is_let_in_and_others_are_not():
@@ -193,7 +193,7 @@ def test_pages_of_other_origins_cannot_have_anything_done(server):
             headers = {"origin": origin, "content-type": kind}
             answer = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
             assert answer.status_code == 403
-    assert not server.backend.asked
+    assert not server.backend.requests
     own = {"origin": server.url}
     assert httpx.post(server.url + "/v1/chat/completions", headers=own, json=CHAT).status_code == 200
 

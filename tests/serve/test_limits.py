@@ -10,7 +10,7 @@ import pytest
 
 from moesaic.serve.app import App
 from moesaic.serve.keys import Key, Keys, digest
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 from tests.support.http import CHAT, Raw
 from tests.support.server import running
 from tests.support.wait import eventually
@@ -31,7 +31,7 @@ BEN = {"authorization": "Bearer b"}
 
 
 def test_requests_at_the_same_time_are_bounded_for_one_key_alone():
-    with running(lambda: Scripted(Script(held=True)), keys=limited(concurrent=1)) as server:
+    with running(lambda: ScriptedBackend(Script(held=True)), keys=limited(concurrent=1)) as server:
         with Raw(server) as raw:
             raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
             refused = post(server, CHAT, headers=ANNA)
@@ -63,10 +63,10 @@ def test_requests_of_a_minute_are_bounded_whatever_they_are(path):
 
 def test_tokens_are_paid_for_by_those_who_leave_too():
     long = Script(pieces=("x",) * 50, held=False)
-    with running(lambda: Scripted(long), keys=limited(tokens_per_minute=52)) as server:
+    with running(lambda: ScriptedBackend(long), keys=limited(tokens_per_minute=52)) as server:
         assert post(server, CHAT, headers=ANNA).status_code == 200
         assert post(server, CHAT, headers=ANNA).status_code == 429
-    with running(lambda: Scripted(Script(held=True)), keys=limited(tokens_per_minute=1)) as server:
+    with running(lambda: ScriptedBackend(Script(held=True)), keys=limited(tokens_per_minute=1)) as server:
         with Raw(server) as raw:
             raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
         eventually(lambda: server.app.state.running == 0)
@@ -92,7 +92,7 @@ def test_a_share_is_given_back_before_the_end_is_heard(stream):
             running_then.append(dict(keys._running))
 
     async def main():
-        await App(Scripted(), keys=keys)(scope, receive, send)
+        await App(ScriptedBackend(), keys=keys)(scope, receive, send)
 
     asyncio.run(main())
     assert running_then == [{}]
@@ -102,13 +102,13 @@ def test_a_client_cannot_step_in_front_of_others():
     with running(keys=limited(priority=5)) as server:
         for asked, given in ((-100, 5), (None, 5), (3, 8)):
             assert post(server, CHAT | {"priority": asked}, headers=ANNA).status_code == 200
-            assert server.backend.asked[-1].priority == given
+            assert server.backend.requests[-1].priority == given
 
 
 def test_what_is_asked_carries_the_keys_name_and_never_the_clients_word(server):
     with running(keys=limited()) as locked:
         post(locked, CHAT | {"user": "ben", "tenant": "ben", "cache_salt": "ben"}, headers=ANNA)
-        assert locked.backend.asked[0].tenant == "anna"
+        assert locked.backend.requests[0].tenant == "anna"
 
 
 PROMPTS = {
@@ -128,5 +128,5 @@ def test_no_client_puts_words_into_an_answers_mouth(server, path):
     more = {"resume": [[1, 2]]}
     for wrong in ({}, more, {"parameters": more}, {"sampling": more, "extra_body": more, "user": "ben"}):
         assert httpx.post(server.url + path, json=PROMPTS[path] | wrong, timeout=30).status_code in (200, 400, 422)
-    assert server.backend.asked
-    assert all(not ask.resume and "resume" not in ask.sampling for ask in server.backend.asked)
+    assert server.backend.requests
+    assert all(not ask.resume and "resume" not in ask.sampling for ask in server.backend.requests)

@@ -12,7 +12,7 @@ import pytest
 from moesaic.serve import keys, logs
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 from tests.support.http import CHAT, Raw
 from tests.support.server import running
 from tests.support.wait import eventually
@@ -43,7 +43,7 @@ def test_neither_prompts_nor_keys_are_written_down(written):
     key, anna = keys.new("anna")
     headers = {"authorization": f"Bearer {key}"}
     patient = Settings(failed_keys_per_minute=10**6)  # every route is asked with a wrong key
-    with running(lambda: Scripted(Script(pieces=(SECRET,))), patient, Keys((anna,))) as server:
+    with running(lambda: ScriptedBackend(Script(pieces=(SECRET,))), patient, Keys((anna,))) as server:
         body = {"messages": [{"role": "user", "content": SECRET}], "prompt": SECRET, "input": SECRET, "user": SECRET}
         body |= {"stop": [SECRET], "inputs": SECRET, "guided_regex": SECRET, "response_format": {"type": SECRET}}
         plain = {name: value for name, value in body.items() if name not in ("guided_regex", "response_format")}

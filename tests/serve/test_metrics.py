@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.backend import ModelStats
 from moesaic.errors import NumericalError, Overloaded
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 from tests.support.http import CHAT, Raw
 from tests.support.server import running
 from tests.support.wait import eventually
@@ -162,7 +162,7 @@ def test_no_client_makes_a_figure_of_its_own(server):
 
 def test_gauges_are_what_the_models_say(server):
     load = ModelStats(3, 2, 70, 500, 90, 40, 1, 10, 4, 5)
-    server.backend.loads = {"a": load, "b": ModelStats(running=1, blocks=0)}
+    server.backend.model_stats = {"a": load, "b": ModelStats(running=1, blocks=0)}
     found = figures(server)
     for prefix in ("moesaic_", "vllm:"):
         assert total(found, prefix + "num_requests_running", model_name="a") == 3
@@ -177,7 +177,7 @@ def test_gauges_are_what_the_models_say(server):
 
 
 def test_what_is_left_before_it_was_taken_in_is_counted_too():
-    class Broken(Scripted):
+    class Broken(ScriptedBackend):
         async def generate(self, request):
             raise RuntimeError("nobody foresaw this")
 

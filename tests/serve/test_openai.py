@@ -72,7 +72,7 @@ def test_what_is_asked_reaches_the_door(server):
         "unknown": {"is": "ignored"},
     }
     assert post(server, "/v1/chat/completions", body).status_code == 200
-    [ask] = server.backend.asked
+    [ask] = server.backend.requests
     assert ask.sampling == {
         "temperature": 0.5,
         "top_p": 1e-9,
@@ -88,7 +88,7 @@ def test_what_is_asked_reaches_the_door(server):
 def test_parts_of_text_are_joined_and_others_refused(server):
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     assert post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}).status_code == 200
-    assert server.backend.asked[0].messages[0]["content"] == "Hello"
+    assert server.backend.requests[0].messages[0]["content"] == "Hello"
     image = [{"type": "image_url", "image_url": {"url": "http://example.org/x.png"}}]
     answer = post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": image}]})
     assert answer.status_code == 400 and "text only" in answer.json()["error"]["message"]
@@ -125,7 +125,7 @@ def test_what_cannot_be_is_refused_with_the_parameters_name(server, change, para
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
     assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert not server.backend.asked
+    assert not server.backend.requests
 
 
 def test_a_missing_field_is_named(server):
@@ -163,7 +163,7 @@ def test_completions_of_several_prompts(server):
     found = post(server, "/v1/completions", body).json()
     assert [(c["index"], c["text"]) for c in found["choices"]] == [(i, "Hello, world") for i in range(4)]
     assert found["usage"]["prompt_tokens"] == 4 and found["usage"]["completion_tokens"] == 12
-    assert [ask.prompt for ask in server.backend.asked] == ["one", (1, 2)]
+    assert [ask.prompt for ask in server.backend.requests] == ["one", (1, 2)]
     *chunks, done = events(post(server, "/v1/completions", body | {"stream": True}).text)
     texts = ["", "", "", ""]
     for chunk in map(json.loads, chunks):
@@ -228,7 +228,7 @@ def test_the_built_in_models_vectors_are_of_length_one(tales):
 def test_whole_numbers_may_have_a_fraction_of_nothing(server):
     raw = '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2.0, "temperature": 1.0, "top_k": 3e0}'
     assert httpx.post(server.url + "/v1/chat/completions", content=raw, headers=JSON).status_code == 200
-    assert server.backend.asked[0].sampling == {"max_tokens": 2, "temperature": 1.0, "top_k": 3}
+    assert server.backend.requests[0].sampling == {"max_tokens": 2, "temperature": 1.0, "top_k": 3}
     for wrong in ("2.5", "1e400", "-1e400"):
         answer = httpx.post(server.url + "/v1/chat/completions", content=raw.replace("2.0", wrong), headers=JSON)
         assert answer.status_code == 400, wrong

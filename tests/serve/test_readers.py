@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 
 from moesaic.serve.settings import Settings
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 from tests.support.http import CHAT, Raw
 from tests.support.server import running
 from tests.support.wait import eventually
@@ -25,11 +25,11 @@ def memory() -> int:
 
 def test_readers_who_do_not_read_cost_little_and_are_dropped():
     endless = Script(pieces=("x" * 16_000,) * 2000)
-    with running(lambda: Scripted(endless), Settings(reader_seconds=3)) as server:
+    with running(lambda: ScriptedBackend(endless), Settings(reader_seconds=3)) as server:
         httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3})
         before = memory()
         kept = stalled(server, 200, CHAT | {"stream": True})
-        eventually(lambda: len(server.backend.asked) == 201)
+        eventually(lambda: len(server.backend.requests) == 201)
         other = httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3}).json()
         assert other["choices"][0]["message"]["content"] == "x" * 48_000
         eventually(lambda: server.app.state.running == 0, 60)
@@ -42,7 +42,7 @@ def test_readers_who_do_not_read_cost_little_and_are_dropped():
 
 def test_a_whole_answer_that_nobody_takes_is_dropped():
     huge = Script(pieces=("x" * (1 << 20),) * 24)
-    with running(lambda: Scripted(huge), QUICK) as server:
+    with running(lambda: ScriptedBackend(huge), QUICK) as server:
         [raw] = stalled(server, 1, CHAT)
         connections = server.http.server_state.connections
         eventually(lambda: server.backend.cancelled)
@@ -53,11 +53,11 @@ def test_a_whole_answer_that_nobody_takes_is_dropped():
 def test_what_is_left_of_an_answer_when_the_connection_is_closed_is_dropped():
     """Of one of these sizes a little is left that the system did not take, and nothing more is ever written."""
     pieces = Script(pieces=("x" * 32_000,) * 48)
-    with running(lambda: Scripted(pieces), QUICK) as server:
+    with running(lambda: ScriptedBackend(pieces), QUICK) as server:
         connections = server.http.server_state.connections
         for most in range(4, 49):
             Raw(server, receive_buffer=4096).post(CHAT | {"max_tokens": most}, "Connection: close")
-        eventually(lambda: len(server.backend.asked) == 45)
+        eventually(lambda: len(server.backend.requests) == 45)
         eventually(lambda: not connections, 40)
 
 

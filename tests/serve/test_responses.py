@@ -66,7 +66,7 @@ def test_a_whole_answer(server):
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 6,
     }
-    [ask] = server.backend.asked
+    [ask] = server.backend.requests
     assert ask.messages == ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"})
     assert ask.sampling == {"temperature": 0.5}
 
@@ -116,7 +116,7 @@ def test_calls_of_tools(server):
     done = [event for event in events if event["type"].endswith("arguments.done")]
     assert [event["arguments"] for event in done] == ['{"city": "Oslo"}', "{}"]
     function = {name: TOOL[name] for name in ("name", "description", "parameters")}
-    assert server.backend.asked[0].tools == ({"type": "function", "function": function},)
+    assert server.backend.requests[0].tools == ({"type": "function", "function": function},)
 
 
 def test_logprobs(server):
@@ -128,7 +128,7 @@ def test_logprobs(server):
     assert [len(event["logprobs"]) for event in deltas] == [1] * 4
     included = post(server, ASK | {"include": ["message.output_text.logprobs"]}).json()["output"][0]["content"][0]
     assert included["logprobs"][0]["top_logprobs"] == []
-    assert server.backend.asked[-1].sampling == {"logprobs": 0}
+    assert server.backend.requests[-1].sampling == {"logprobs": 0}
 
 
 def test_items_become_turns(server):
@@ -148,7 +148,7 @@ def test_items_become_turns(server):
     assert post(server, body).status_code == 200
     function = {"name": "weather", "arguments": "{}"}
     calls = [{"id": f"call_{name}", "type": "function", "function": function} for name in "abc"]
-    [ask] = server.backend.asked
+    [ask] = server.backend.requests
     assert ask.messages == (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Oslo?"},
@@ -170,7 +170,7 @@ def test_items_become_turns(server):
 )
 def test_forms_of_text(server, form, grammar):
     assert post(server, ASK | {"text": {"format": form}}).json()["text"]["format"] == form
-    assert server.backend.asked[0].grammar == grammar
+    assert server.backend.requests[0].grammar == grammar
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_what_cannot_be_is_refused(server, change, message):
     answer = post(server, ASK | change)
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]
-    assert not server.backend.asked
+    assert not server.backend.requests
 
 
 def test_a_conversation_goes_on(server):
@@ -214,10 +214,10 @@ def test_a_conversation_goes_on(server):
     assert second["previous_response_id"] == first["id"]
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, world!"}]
     told = [{"role": "system", "content": "Be brief."}]  # instructions are for one answer alone
-    assert list(server.backend.asked[1].messages) == [*told, *said, {"role": "user", "content": "And?"}]
+    assert list(server.backend.requests[1].messages) == [*told, *said, {"role": "user", "content": "And?"}]
     third = ASK | {"input": "So?", "previous_response_id": second["id"]}
     assert stream(server, third)
-    assert [turn["content"] for turn in server.backend.asked[2].messages][-3:] == ["And?", "Hello, world!", "So?"]
+    assert [turn["content"] for turn in server.backend.requests[2].messages][-3:] == ["And?", "Hello, world!", "So?"]
 
 
 def test_results_of_tools_answer_kept_calls(server):
@@ -225,7 +225,7 @@ def test_results_of_tools_answer_kept_calls(server):
     first = post(server, ASK | {"tools": [TOOL]}).json()
     results = [{"type": "function_call_output", "call_id": f"call_{name}", "output": "rain"} for name in "ab"]
     assert post(server, ASK | {"input": results, "previous_response_id": first["id"]}).status_code == 200
-    turns = server.backend.asked[1].messages
+    turns = server.backend.requests[1].messages
     assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "tool"]
     assert [call["id"] for call in turns[1]["tool_calls"]] == ["call_a", "call_b"]
 
@@ -327,17 +327,17 @@ def test_an_error_in_a_stream_fails_the_response(server, error):
 
 
 def test_the_oldest_turns_go_if_that_is_asked_for(server):
-    server.backend.listed = [ModelInfo("scripted", context=12)]
+    server.backend.model_infos = [ModelInfo("scripted", context=12)]
     turns = [{"role": ("user", "assistant")[place % 2], "content": f"{place} x x"} for place in range(5)]
     body = ASK | {"input": [{"role": "system", "content": "brief"}, *turns], "max_output_tokens": 3}
     assert post(server, body).status_code == 200
-    assert len(server.backend.asked[0].messages) == 6
+    assert len(server.backend.requests[0].messages) == 6
     assert post(server, body | {"truncation": "auto"}).status_code == 200
-    kept = [turn["content"] for turn in server.backend.asked[1].messages]
+    kept = [turn["content"] for turn in server.backend.requests[1].messages]
     assert kept == ["brief", "4 x x"]
-    server.backend.listed = [ModelInfo("scripted", context=15)]
+    server.backend.model_infos = [ModelInfo("scripted", context=15)]
     assert post(server, body | {"truncation": "auto"}).status_code == 200
-    assert [turn["content"] for turn in server.backend.asked[2].messages] == ["brief", "2 x x", "3 x x", "4 x x"]
+    assert [turn["content"] for turn in server.backend.requests[2].messages] == ["brief", "2 x x", "3 x x", "4 x x"]
 
 
 def test_the_built_in_model_answers_alike_whole_and_streamed(tales):

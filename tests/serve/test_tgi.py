@@ -13,7 +13,7 @@ from moesaic.serve.dialects._tgi import Parameters, check_parameters
 from moesaic.serve.dialects.tgi_info import token_spans
 from moesaic.serve.keys import Key, Keys, digest
 from moesaic.serve.settings import Settings, TgiBounds
-from tests.support.backend import Script, Scripted, ScriptedAnswers
+from tests.support.backend import Script, ScriptedBackend, ScriptedStream
 from tests.support.http import events, post
 from tests.support.server import running
 
@@ -90,7 +90,7 @@ def test_details_of_a_stream_are_there_on_request_only(server):
     assert json.loads(last)["details"] is None and "top_tokens" not in json.loads(last)
 
 
-class Apart(ScriptedAnswers):
+class Apart(ScriptedStream):
     """Held-back text, two tokens at once, a stop string, and an end that comes alone."""
 
     async def __aiter__(self):
@@ -103,7 +103,7 @@ class Apart(ScriptedAnswers):
 
 
 def test_texts_of_a_stream_add_up_whatever_was_held_back(monkeypatch):
-    class Door(Scripted):
+    class Door(ScriptedBackend):
         async def generate(self, request):
             return Apart(self, request, self.script)
 
@@ -117,14 +117,14 @@ def test_texts_of_a_stream_add_up_whatever_was_held_back(monkeypatch):
 
 
 def test_the_best_of_several(monkeypatch):
-    class Door(Scripted):
+    class Door(ScriptedBackend):
         async def generate(self, request):
-            self.script = Script(pieces=(("Good", "Better")[len(self.asked)],))
+            self.script = Script(pieces=(("Good", "Better")[len(self.requests)],))
             found = await super().generate(request)
-            found.scale = len(self.asked)
+            found.scale = len(self.requests)
             return found
 
-    class Answers(ScriptedAnswers):
+    class Answers(ScriptedStream):
         async def _steps(self):
             async for step in super()._steps():
                 yield [
@@ -134,10 +134,10 @@ def test_the_best_of_several(monkeypatch):
                     for e in step
                 ] + [Finished(0, "length", 2, 1)] * isinstance(step[0], Delta) * (not isinstance(step[-1], Finished))
 
-    monkeypatch.setattr("tests.support.backend.ScriptedAnswers", Answers)
+    monkeypatch.setattr("tests.support.backend.ScriptedStream", Answers)
     with running(Door) as server:
         found = post(server, "/generate", asks({"best_of": 2, "do_sample": True, "details": True})).json()
-        seeds = [ask.sampling["seed"] for ask in server.backend.asked]
+        seeds = [ask.sampling["seed"] for ask in server.backend.requests]
     assert found["generated_text"] == "Better"
     [other] = found["details"]["best_of_sequences"]
     assert other["generated_text"] == "Good" and other["tokens"][0]["logprob"] == -1
@@ -166,7 +166,7 @@ def test_what_is_asked_reaches_the_door(server):
         {"id": 1, "text": "<s>", "logprob": None},
         {"id": 5, "text": "Hi", "logprob": -0.5},
     ]
-    [ask] = server.backend.asked
+    [ask] = server.backend.requests
     assert ask.sampling == {
         "temperature": 0.5,
         "top_k": 5,
@@ -203,7 +203,7 @@ def test_what_is_asked_reaches_the_door(server):
 def test_when_tokens_are_drawn(server, parameters, greedy):
     body = BODY if parameters is None else asks(parameters)
     assert post(server, "/generate", body).status_code == 200
-    [ask] = server.backend.asked
+    [ask] = server.backend.requests
     assert (ask.sampling["temperature"] == 0) == greedy
     assert 0 <= ask.sampling["seed"] < 2**53
     assert ask.sampling["max_tokens"] == 100 - 3  # what is left of the context
@@ -249,7 +249,7 @@ def test_refusals_have_tgis_words(server, parameters, text):
     assert found["error"].startswith(f"Input validation error: {text}")
     if text[-1] not in ": " and text.startswith("`") and "supported" not in text:
         assert found["error"] == f"Input validation error: {text}"
-    assert not server.backend.asked
+    assert not server.backend.requests
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_stream_is_refused_with_a_real_status(server, parameters, text):
 
 def test_what_is_null_is_not_there(server):
     assert post(server, "/generate", asks(dict.fromkeys(Parameters.__struct_fields__))).status_code == 200
-    assert server.backend.asked[0].sampling["temperature"] == 0
+    assert server.backend.requests[0].sampling["temperature"] == 0
 
 
 def test_an_empty_text_and_too_long_ones():
@@ -348,7 +348,7 @@ def test_an_error_of_one_of_several_is_that_error(server):
 
 
 def test_no_more_than_so_many_at_once():
-    with running(lambda: Scripted(Script(held=True)), Settings(concurrent_requests=1)) as server:
+    with running(lambda: ScriptedBackend(Script(held=True)), Settings(concurrent_requests=1)) as server:
         with httpx.stream("POST", server.url + "/generate_stream", json=BODY) as first:
             lines = first.iter_lines()
             assert "Hello" in next(lines)
@@ -361,7 +361,7 @@ def test_no_more_than_so_many_at_once():
 def test_health(server):
     assert (httpx.get(server.url).status_code, httpx.get(server.url).content) == (200, b"")
     assert httpx.get(server.url + "/health").status_code == 200
-    server.backend.loads = {"scripted": ModelStats(alive=False)}
+    server.backend.model_stats = {"scripted": ModelStats(alive=False)}
     for path in ("/", "/health", "/ping"):
         answer = httpx.get(server.url + path)
         assert answer.status_code == 503

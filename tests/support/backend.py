@@ -1,8 +1,10 @@
 """Backends without a model.
 
-``Fake`` computes each token from the prompt, the seed and the position, so that an answer can be predicted and resumed.
-A prompt may contain a fault: EXIT and SEGFAULT kill the process at the third token, HANG stops all steps, NAN ends the
-answer with an error. ``Scripted`` sends the pieces of a ``Script``, and remembers the requests that it received.
+``FakeBackend`` computes each token from the prompt, the seed and the position. A test can therefore predict a reply,
+and a second backend can resume it. A word in the prompt injects a fault at the third token: EXIT and SEGFAULT kill the
+process, HANG stops all steps, and NAN ends the reply with an error.
+
+``ScriptedBackend`` sends the pieces of a ``Script`` and records the requests that it receives.
 """
 
 from __future__ import annotations
@@ -28,29 +30,31 @@ from moesaic.backend import (
 )
 from moesaic.errors import InvalidRequest, NumericalError, PromptTooLong
 
-LONGEST = 4000
+MAX_PROMPT_TOKENS = 4000
 SEED = 7
-"""Of an answer that was asked for without one."""
+"""Seed of a request that names none."""
 
 
-def prompt_of(ask: GenerationRequest) -> str:
-    if ask.messages is not None:
-        return str(ask.messages[-1]["content"])
-    return str(ask.prompt)
+def prompt_of(request: GenerationRequest) -> str:
+    """Return the prompt of a request; of a chat, its last message."""
+    if request.messages is not None:
+        return str(request.messages[-1]["content"])
+    return str(request.prompt)
 
 
-def token(prompt: str, seed: int, index: int, place: int) -> int:
-    said = f"{prompt}/{seed}/{index}/{place}".encode()
-    return int.from_bytes(hashlib.sha256(said).digest()[:2], "big")
+def token(prompt: str, seed: int, index: int, position: int) -> int:
+    """Return the token at ``position`` of choice ``index``, from 0 to 65535."""
+    source = f"{prompt}/{seed}/{index}/{position}".encode()
+    return int.from_bytes(hashlib.sha256(source).digest()[:2], "big")
 
 
-def text(ids: Sequence[int]) -> str:
-    return "".join(f"{id:x} " for id in ids)
+def text(tokens: Sequence[int]) -> str:
+    return "".join(f"{token_id:x} " for token_id in tokens)
 
 
 def answer(prompt: str, seed: int = SEED, count: int = 16, index: int = 0) -> str:
-    """Return what the fake says."""
-    return text([token(prompt, seed, index, place) for place in range(count)])
+    """Return the first ``count`` tokens of the fake backend's reply, as text."""
+    return text([token(prompt, seed, index, position) for position in range(count)])
 
 
 class SteppedStream:
@@ -77,55 +81,56 @@ class SteppedStream:
         raise NotImplementedError
 
 
-class FakeAnswers(SteppedStream):
-    """See ``backend.ResponseStream``."""
+class FakeStream(SteppedStream):
+    """Response stream of a ``FakeBackend``."""
 
-    def __init__(self, backend: Fake, ask: GenerationRequest) -> None:
-        self._backend, self._ask = backend, ask
+    def __init__(self, backend: FakeBackend, request: GenerationRequest) -> None:
+        self._backend, self._request = backend, request
         super().__init__()
 
     def cancel(self) -> None:
         self.cancelled = True
-        if not self._backend.stuck:  # as an engine that hangs hears nothing any more
+        if not self._backend.stuck:  # an engine that hangs does not react to a cancellation
             self._backend.running.discard(self)
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
-        """Yield lists of events; each list is ready at once, and a reply ends in the list of its last token."""
-        backend, ask = self._backend, self._ask
-        prompt, n, seed = prompt_of(ask), ask.sampling.get("n") or 1, ask.sampling.get("seed", SEED)
-        most = ask.sampling.get("max_tokens") or 16
+        backend, request = self._backend, self._request
+        prompt, n, seed = prompt_of(request), request.sampling.get("n") or 1, request.sampling.get("seed", SEED)
+        max_tokens = request.sampling.get("max_tokens") or 16
         yield [PromptDone(index, (), len(prompt)) for index in range(n)]
-        for place in range(most):
-            given = min(map(len, ask.resume), default=0)
-            if place >= given:  # what was told is read with the prompt, in one step
-                await backend.step(prompt, place)
+        resumed = min(map(len, request.resume), default=0)
+        for position in range(max_tokens):
+            if position >= resumed:  # resumed tokens are read together with the prompt, in one step
+                await backend.step(prompt, position)
             events: list[Event] = []
             for index in range(n):
-                id = token(prompt, seed, index, place)
-                told = ask.resume[index] if index < len(ask.resume) else ()
-                if place < len(told):
-                    assert told[place] == id, "an answer was resumed with what it never said"
-                events.append(Delta(index, text([id]), (TokenInfo(id, text([id])),)))
-            if place == most - 1:
+                token_id = token(prompt, seed, index, position)
+                earlier = request.resume[index] if index < len(request.resume) else ()
+                if position < len(earlier):
+                    assert earlier[position] == token_id, "the resumed tokens are not those of this reply"
+                piece = text([token_id])
+                events.append(Delta(index, piece, (TokenInfo(token_id, piece),)))
+            if position == max_tokens - 1:
                 backend.running.discard(self)
-                events += [Finished(index, "length", len(prompt), most) for index in range(n)]
+                events += [Finished(index, "length", len(prompt), max_tokens) for index in range(n)]
             yield events
 
 
-class Fake:
-    """See ``backend.Backend``."""
+class FakeBackend:
+    """Backend whose replies are a hash of prompt, seed and position."""
 
     def __init__(self, model: str = "fake", seconds: float = 0.0) -> None:
-        """Offer a model that takes so many seconds for a token."""
+        """Serve ``model``, which takes ``seconds`` for each token."""
         self.model, self._seconds = model, seconds
-        self.running: set[FakeAnswers] = set()
-        self.asked: list[GenerationRequest] = []
+        self.running: set[FakeStream] = set()
+        self.requests: list[GenerationRequest] = []
         self.steps = 0
         self.stuck = False
 
-    async def step(self, prompt: str, place: int) -> None:
+    async def step(self, prompt: str, position: int) -> None:
+        """Take the time of one token; inject the prompt's fault at the third one."""
         await asyncio.sleep(self._seconds)
-        if place == 2:
+        if position == 2:
             if "EXIT" in prompt:
                 os._exit(1)
             if "SEGFAULT" in prompt:
@@ -138,21 +143,21 @@ class Fake:
         self.steps += 1
 
     def models(self) -> Sequence[ModelInfo]:
-        return [ModelInfo(self.model, ("fake-alias",), context=LONGEST)]
+        return [ModelInfo(self.model, ("fake-alias",), context=MAX_PROMPT_TOKENS)]
 
     def stats(self) -> Mapping[str, ModelStats]:
         return {self.model: ModelStats(running=len(self.running), steps=self.steps)}
 
-    async def generate(self, request: GenerationRequest) -> FakeAnswers:
-        if len(prompt_of(request)) > LONGEST:
-            raise PromptTooLong(len(prompt_of(request)), LONGEST)
-        self.asked.append(request)
-        answers = FakeAnswers(self, request)
-        self.running.add(answers)
-        return answers
+    async def generate(self, request: GenerationRequest) -> FakeStream:
+        if len(prompt_of(request)) > MAX_PROMPT_TOKENS:
+            raise PromptTooLong(len(prompt_of(request)), MAX_PROMPT_TOKENS)
+        self.requests.append(request)
+        stream = FakeStream(self, request)
+        self.running.add(stream)
+        return stream
 
-    async def tokenize(self, ask: GenerationRequest) -> list[TokenInfo]:
-        return [TokenInfo(ord(each), each) for each in prompt_of(ask)]
+    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
+        return [TokenInfo(ord(char), char) for char in prompt_of(request)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
@@ -169,26 +174,32 @@ class Fake:
 
 @dataclass
 class Script:
-    """What a scripted model answers: pieces with pauses between them, perhaps an error at the end."""
+    """Reply of a scripted model: pieces of text with pauses between them, and optionally an error at the end."""
 
     pieces: Sequence[str] = ("Hello", ", ", "world", "!")
     pause: float = 0.0
+    """Seconds after each piece."""
     reason: str = "stop"
+    """Finish reason."""
     error: Exception | None = None
+    """Error that the stream raises after the last piece."""
     refusal: Exception | None = None
+    """Error that ``generate`` raises."""
     calls: Sequence[ToolCall] = ()
-    """Parts of calls of tools, which come after the text; each in a piece of its own."""
+    """Parts of tool calls. They follow the text, each in a delta of its own."""
     stop: str | None = None
+    """Stop string that ended the reply."""
     cached: int = 0
+    """Prompt tokens that were found in the prefix cache."""
     held: bool = False
-    """Whether the answer waits, after its first piece, until ``Scripted.go`` is set."""
+    """Whether the stream waits after its first piece until ``ScriptedBackend.go`` is set."""
 
 
-class ScriptedAnswers(SteppedStream):
-    """See ``door.Answers``."""
+class ScriptedStream(SteppedStream):
+    """Response stream that follows a ``Script``."""
 
-    def __init__(self, backend: Scripted, ask: GenerationRequest, script: Script) -> None:
-        self._backend, self._ask, self._script = backend, ask, script
+    def __init__(self, backend: ScriptedBackend, request: GenerationRequest, script: Script) -> None:
+        self._backend, self._request, self._script = backend, request, script
         super().__init__()
 
     def cancel(self) -> None:
@@ -197,70 +208,77 @@ class ScriptedAnswers(SteppedStream):
             self._backend.cancelled += 1
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
-        """Yield lists of events; each list is ready at once, and a reply ends in the list of its last token."""
-        script, sampling = self._script, self._ask.sampling
+        script, sampling = self._script, self._request.sampling
         count = sampling.get("n", 1)
         scored = sampling.get("prompt_logprobs") is not None
         prompt = (TokenInfo(1, "<s>", True), TokenInfo(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
         yield [PromptDone(index, prompt, 2) for index in range(count)]
         pieces = script.pieces[: sampling.get("max_tokens") or len(script.pieces)]
-        for place, text in enumerate(pieces):
-            mark = TokenInfo(10 + place, text, False, -0.25, ((10 + place, text, -0.25),))
-            events: list[Event] = [Delta(index, text, (mark,)) for index in range(count)]
-            if place == len(pieces) - 1 and not script.error:
+        for position, piece in enumerate(pieces):
+            info = TokenInfo(10 + position, piece, False, -0.25, ((10 + position, piece, -0.25),))
+            events: list[Event] = [Delta(index, piece, (info,)) for index in range(count)]
+            if position == len(pieces) - 1 and not script.error:
                 events += [Delta(index, calls=(part,)) for part in script.calls for index in range(count)]
-                events += [self._ended(index, len(pieces)) for index in range(count)]
+                events += [self._finished(index, len(pieces)) for index in range(count)]
             yield events
-            if script.held and place == 0:
+            if script.held and position == 0:
                 await self._backend.go.wait()
             await asyncio.sleep(script.pause)
         if script.error:
             raise script.error
         if not pieces:
             calls: list[Event] = [Delta(index, calls=(part,)) for part in script.calls for index in range(count)]
-            yield calls + [self._ended(index, 0) for index in range(count)]
+            yield calls + [self._finished(index, 0) for index in range(count)]
 
-    def _ended(self, index: int, generated: int) -> Finished:
+    def _finished(self, index: int, generated: int) -> Finished:
         script = self._script
         reason = "length" if generated < len(script.pieces) else script.reason
-        called = bool(script.calls)
-        return Finished(index, reason, 2, generated, script.cached, script.stop, None, called)  # type: ignore[arg-type]
+        has_calls = bool(script.calls)
+        return Finished(index, reason, 2, generated, script.cached, script.stop, None, has_calls)  # type: ignore[arg-type]
 
 
-class Scripted:
-    """A door without a model; ``asked`` has what came through."""
+class ScriptedBackend:
+    """Backend that replies as its ``script`` says; ``requests`` holds the requests that it has accepted or refused."""
 
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or Script()
-        self.asked: list[GenerationRequest] = []
+        self.requests: list[GenerationRequest] = []
+        self.calls: list[str] = []
+        """Names of the ``generate`` and ``tokenize`` calls, in order."""
         self.cancelled = 0
         self.go = asyncio.Event()
-        self.loads = {"scripted": ModelStats(blocks=10, free_blocks=10)}
-        self.listed = [ModelInfo("scripted", ("alias",), context=100), ModelInfo("other", context=50)]
+        """Lets streams of a ``held`` script continue."""
+        self.model_stats = {"scripted": ModelStats(blocks=10, free_blocks=10)}
+        self.model_infos = [ModelInfo("scripted", ("alias",), context=100), ModelInfo("other", context=50)]
 
     def models(self) -> Sequence[ModelInfo]:
-        return self.listed
+        return self.model_infos
 
     def stats(self) -> Mapping[str, ModelStats]:
-        return self.loads
+        return self.model_stats
 
-    async def generate(self, request: GenerationRequest) -> ScriptedAnswers:
+    async def generate(self, request: GenerationRequest) -> ScriptedStream:
+        self.calls.append("generate")
         if request.limits is not None:
-            [info] = [model for model in self.listed if model.name == request.model]
-            count = len(await self.tokenize(request))
+            [info] = [model for model in self.model_infos if model.name == request.model]
+            count = len(self._tokens(request))
             limit = request.limits.max_tokens(count, request.sampling.get("max_tokens"), info.context)
             request = replace(request, sampling={**request.sampling, "max_tokens": limit})
-        self.asked.append(request)
+        self.requests.append(request)
         if self.script.refusal:
             raise self.script.refusal
-        return ScriptedAnswers(self, request, replace(self.script))
+        return ScriptedStream(self, request, replace(self.script))
 
-    async def tokenize(self, ask: GenerationRequest) -> list[TokenInfo]:
-        prompt = ask.prompt if ask.messages is None else " ".join(turn["content"] for turn in ask.messages)
-        words = prompt.split() if isinstance(prompt, str) else [str(id) for id in prompt or ()]
-        return [TokenInfo(1, "<s>", True)] * ask.add_bos + [
-            TokenInfo(20 + place, word) for place, word in enumerate(words)
-        ]
+    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
+        self.calls.append("tokenize")
+        return self._tokens(request)
+
+    def _tokens(self, request: GenerationRequest) -> list[TokenInfo]:
+        """Return the prompt's tokens: each word is one, after the token that begins a text."""
+        prompt = request.prompt if request.messages is None else " ".join(turn["content"] for turn in request.messages)
+        words = prompt.split() if isinstance(prompt, str) else [str(token_id) for token_id in prompt or ()]
+        bos = [TokenInfo(1, "<s>", True)] * request.add_bos
+        return bos + [TokenInfo(20 + position, word) for position, word in enumerate(words)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

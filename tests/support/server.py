@@ -20,7 +20,7 @@ from moesaic.serve import server as http_server
 from moesaic.serve.app import App
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.support.backend import Scripted
+from tests.support.backend import ScriptedBackend
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    make: Callable[[], Any] = Scripted,
+    make: Callable[[], Any] = ScriptedBackend,
     settings: Settings | None = None,
     keys: Keys | None = None,
     routes: Callable[[Any], Any] = lambda _: (),

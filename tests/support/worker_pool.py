@@ -23,7 +23,7 @@ from moesaic.cluster.desk import STALL_SECONDS
 from moesaic.cluster.worker import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve import logs
-from tests.support.backend import Fake
+from tests.support.backend import FakeBackend
 
 DEATH = 1  # PR_SET_PDEATHSIG
 
@@ -90,7 +90,7 @@ def work(urls: list[str], name: str, slots: int, seconds: float, log: str, stall
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     try:
         kind = Stubborn if int(name[1:]) % 2 else Worker
-        backend, key = Fake(seconds=seconds), os.environ.get("MOESAIC_WORKER_KEY")
+        backend, key = FakeBackend(seconds=seconds), os.environ.get("MOESAIC_WORKER_KEY")
         asyncio.run(kind(backend, urls, name=name, key=key, slots=slots, stall_seconds=stall).run())
     except MoesaicError as error:
         print(error, file=sys.stderr)
