@@ -32,7 +32,7 @@ def format(request) -> type[Packed]:
 
 class TestFormats:
     @pytest.mark.parametrize("shape", [(3, 64), (4, 3, 64)])
-    def test_bytes_are_as_announced(self, format, shape):
+    def test_nbytes_and_layout_match_the_packed_parts(self, format, shape):
         packed = format.pack(torch.randn(shape))
         real = sum(part.numel() * part.element_size() for part in packed.parts().values())
         assert format.nbytes(shape) == real
@@ -45,14 +45,14 @@ class TestFormats:
         error = (format.pack(weight).dequantize() - weight).norm() / weight.norm()
         assert error <= format.error
 
-    def test_an_entry_of_a_stack_is_packed_as_if_alone(self, format):
+    def test_stacked_entries_are_packed_independently(self, format):
         weight = torch.randn(4, 6, 64)
         stack = format.pack(weight)
         for e in range(4):
             alone = format.pack(weight[e])
             assert torch.equal(stack.dequantize(index=e), alone.dequantize())
 
-    def test_store_writes_one_entry_and_no_other(self, format):
+    def test_store_writes_only_one_entry(self, format):
         stack = format.pack(torch.zeros(3, 4, 64))
         weight = torch.randn(4, 64)
         stack.store(weight, 1)
@@ -64,13 +64,13 @@ class TestFormats:
         packed = format.empty((10**6, 10**6), device="meta")
         assert all(part.is_meta for part in packed.parts().values())
 
-    def test_its_name_is_its_file(self, format):
+    def test_the_name_is_the_file_name(self, format):
         assert format.__module__ == f"moesaic.formats.{format.name}"
 
 
 @pytest.mark.parametrize("name", registry.names("ops"))
 class TestOps:
-    def test_says_what_it_runs(self, name):
+    def test_every_supported_operation_exists(self, name):
         backend = registry.load("ops", name)
         for op in ops.OPS:
             why = backend.why_not(op, "cpu", "float32")
@@ -84,7 +84,7 @@ FAMILIES = {"mixtral": "Mixtral", "llama": "Llama"}
 
 @pytest.mark.parametrize("name", registry.names("models"))
 class TestModels:
-    def test_equals_an_independent_implementation(self, name, tmp_path):
+    def test_logits_match_transformers(self, name, tmp_path):
         model = theirs(FAMILIES[name], {})
         model.save_pretrained(tmp_path)
         mine = ours(tmp_path)
@@ -94,7 +94,7 @@ class TestModels:
             found = mine.logits(mine(ops.Batch.whole([ids])))
         assert (found - expected).abs().max() <= 1e-4
 
-    def test_says_what_an_engine_needs(self, name, tmp_path):
+    def test_sizes_and_window_of_the_cache(self, name, tmp_path):
         model = theirs(FAMILIES[name], {"sliding_window": 11} if name == "mixtral" else {})
         model.save_pretrained(tmp_path)
         mine = ours(tmp_path)
@@ -127,7 +127,7 @@ class TestCheckpoints:
             assert all(torch.equal(checkpoint.read(name), weight) for name, weight in weights.items())
 
     @pytest.mark.parametrize("change", ["missing", "surplus"])
-    def test_a_missing_and_a_surplus_tensor_are_errors(self, layout, written, change):
+    def test_missing_and_surplus_tensors_are_errors(self, layout, written, change):
         folder, _ = written
         with checkpoints.open(folder) as checkpoint:
             model = models.build(checkpoint.config, folder, formats.load("float32"), dtype=torch.float32)
@@ -143,7 +143,7 @@ class TestCheckpoints:
         assert named in str(caught.value)
         assert "\n" not in str(caught.value)
 
-    def test_says_what_it_looks_for(self, layout, tmp_path):
+    def test_an_empty_folder_is_not_detected(self, layout, tmp_path):
         assert registry.load("checkpoints", layout).LOOKS_FOR
         assert registry.load("checkpoints", layout).detect(tmp_path) is False
 
@@ -168,17 +168,17 @@ class TestEndpoints:
         await endpoint.answer(ask or Ask("one two three", 9), answer)
         return answer
 
-    def test_its_name_is_its_file(self, name):
+    def test_the_name_is_the_file_name(self, name):
         dialect = endpoints.load(name.replace("_", "-"))
         assert dialect.name == name.replace("_", "-") and not inspect.isabstract(dialect)
         assert dialect.__module__ == f"moesaic.bench.endpoints.{name}"
 
-    def test_notes_every_piece_and_what_the_server_counts(self, name):
+    def test_every_piece_and_the_usage_are_recorded(self, name):
         found = self.ask(name, Script(key="secret"), self.answer)
         assert len(found.arrivals) == 5 and list(found.arrivals) == sorted(found.arrivals)
         assert (found.tokens, found.prompt_tokens) == (5, TEMPLATE + 6)
 
-    def test_a_server_that_does_not_count(self, name):
+    def test_usage_may_be_missing(self, name):
         found = self.ask(name, Script(counts=False), self.answer)
         assert len(found.arrivals) == 5
         assert (found.tokens, found.prompt_tokens) == (None, None)
@@ -193,7 +193,7 @@ class TestEndpoints:
             ("page", "bad reply"),
         ],
     )
-    def test_a_failure_is_told_by_its_kind_and_ends_nothing_else(self, name, fault, kind):
+    def test_a_failure_has_a_kind_and_the_next_request_works(self, name, fault, kind):
         async def twice(endpoint: Endpoint) -> tuple[Failed, Answer]:
             with pytest.raises(Failed) as caught:
                 await self.answer(endpoint)
@@ -206,7 +206,7 @@ class TestEndpoints:
         assert "\n" not in str(failed)
         assert len(next.arrivals) == 5
 
-    def test_says_what_it_was_told_to(self, name):
+    def test_request_options_are_sent(self, name):
         script, dialect = Script(), endpoints.load(name.replace("_", "-"))
         manner = {"temperature": 0.5, "extra": {"top_k": 7}, "ignore_eos": dialect.ignores_eos}
         self.ask(name, script, self.answer, **manner)
@@ -218,12 +218,12 @@ class TestEndpoints:
         assert body.get("ignore_eos", False) == dialect.ignores_eos
         assert 9 in body.values()
 
-    def test_what_it_cannot_say_is_refused(self, name):
+    def test_unsupported_options_are_refused(self, name):
         if not endpoints.load(name.replace("_", "-")).ignores_eos:
             with pytest.raises(InvalidRequest, match="ignore-eos"):
                 self.ask(name, Script(), self.answer, ignore_eos=True)
 
-    def test_conversations(self, name):
+    def test_chat_messages_are_sent(self, name):
         said = (
             {"role": "user", "content": "a b"},
             {"role": "assistant", "content": "c"},
@@ -234,7 +234,7 @@ class TestEndpoints:
             self.ask(name, script, lambda endpoint: self.answer(endpoint, Ask("", 9, said)))
             assert all(word in str(script.asked[0][2]) for word in ("a b", "assistant", "d"))
 
-    def test_is_found_where_it_is_spoken_and_only_there(self, name):
+    def test_the_dialect_is_detected(self, name):
         rank = endpoints.load(name.replace("_", "-")).rank
         if rank is None:
             return
@@ -251,7 +251,7 @@ class TestEndpoints:
                     with pytest.raises(InvalidRequest, match="--dialect"):
                         asyncio.run(opened(script))
 
-    def test_knows_the_context_if_the_server_says(self, name):
+    def test_the_context_length_is_read(self, name):
         async def context(endpoint: Endpoint) -> int | None:
             return endpoint.context
 
@@ -270,12 +270,12 @@ class TestDialects:
             assert inspect.iscoroutinefunction(endpoint.run) and endpoint.summary
             assert endpoint.body is None or endpoint.method == "POST"
 
-    def test_errors_have_a_shape_that_is_json(self, name):
+    def test_errors_are_json(self, name):
         for endpoint in registry.load("serve/dialects", name).ENDPOINTS:
             shown = endpoint.failure(Failure(400, "validation", "it is wrong"))
             assert "it is wrong" in json.dumps(getattr(shown, "content", shown))
 
-    def test_no_other_dialect_has_its_routes(self, name):
+    def test_routes_are_unique_to_a_dialect(self, name):
         def routes(dialect: str) -> set[tuple[str, str]]:
             return {(each.method, each.path) for each in registry.load("serve/dialects", dialect).ENDPOINTS}
 
@@ -296,6 +296,6 @@ class TestLaunchers:
             assert all(flag in text for flag in self.WORKER)
 
 
-def test_an_unknown_name_is_refused_with_what_exists():
+def test_an_unknown_name_lists_the_available_ones():
     with pytest.raises(NotFound, match="bfloat16, float16, float32"):
         formats.load("int99")

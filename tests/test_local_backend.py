@@ -94,7 +94,7 @@ async def moved(one, other, ask, whole, cut):
     return begun
 
 
-def test_who_passes_an_answer_on_cannot_tell_that_another_took_over(talker):
+def test_a_reply_resumes_on_another_backend(talker):
     async def main():
         async with opened(talker) as one, opened(talker) as other:
             for ask in ASKS:
@@ -109,7 +109,7 @@ def test_who_passes_an_answer_on_cannot_tell_that_another_took_over(talker):
     asyncio.run(main())
 
 
-def test_a_long_answer_that_comes_again_is_not_taken_for_a_slow_reader(talker):
+def test_a_long_resumed_reply_is_not_a_slow_reader(talker):
     async def main():
         async with opened(talker) as backend:
             long = (7,) * (MAX_UNREAD_EVENTS + 500)
@@ -124,7 +124,7 @@ def test_a_long_answer_that_comes_again_is_not_taken_for_a_slow_reader(talker):
     asyncio.run(main())
 
 
-def test_what_cannot_have_been_said_is_refused(talker):
+def test_impossible_resume_tokens_are_refused(talker):
     async def main():
         async with opened(talker) as backend:
             for resume in (((1,), (1,)), ((32000,),), ((5000,) * 5000,), ((2, 5000),)):

@@ -40,7 +40,7 @@ def stream(server, body):
     return found
 
 
-def test_a_whole_answer(server):
+def test_a_reply_has_anthropics_shape(server):
     server.backend.script = Script(cached=1)
     answer = post(server, ASK)
     found = answer.json()
@@ -61,7 +61,7 @@ def test_a_whole_answer(server):
     }
 
 
-def test_a_stream(server):
+def test_a_stream_has_anthropics_events(server):
     found = stream(server, ASK)
     assert [event["type"] for event in found] == [
         *("message_start", "content_block_start", "ping"),
@@ -84,7 +84,7 @@ def test_a_stream(server):
         (Script(calls=CALLS), {"tools": [TOOL]}, ("tool_use", None)),
     ],
 )
-def test_why_an_answer_ends(server, script, more, reason):
+def test_stop_reasons(server, script, more, reason):
     server.backend.script = script
     found = post(server, ASK | more).json()
     assert (found["stop_reason"], found["stop_sequence"]) == reason
@@ -92,7 +92,7 @@ def test_why_an_answer_ends(server, script, more, reason):
     assert (delta["stop_reason"], delta["stop_sequence"]) == reason
 
 
-def test_calls_of_tools(server):
+def test_tool_calls(server):
     server.backend.script = Script(pieces=("Let me see.",), calls=CALLS)
     found = post(server, ASK | {"tools": [TOOL]}).json()
     assert found["content"] == [
@@ -111,18 +111,18 @@ def test_calls_of_tools(server):
     assert "".join(event["delta"]["partial_json"] for event in blocks[4:6]) == '{"city": "Oslo"}'
 
 
-def test_an_answer_that_is_only_a_call(server):
+def test_a_reply_with_only_a_tool_call(server):
     server.backend.script = Script(pieces=(), calls=CALLS[:2])
     assert [block["type"] for block in post(server, ASK).json()["content"]] == ["tool_use"]
     assert [event["type"] for event in stream(server, ASK)][1:3] == ["content_block_start", "ping"]
 
 
-def test_a_call_that_max_tokens_cut_has_no_input(server):
+def test_a_truncated_tool_call_has_empty_input(server):
     server.backend.script = Script(pieces=(), calls=CALLS[:1])
     assert post(server, ASK).json()["content"][0]["input"] == {}
 
 
-def test_what_is_asked_reaches_the_door(server):
+def test_the_backend_receives_all_parameters(server):
     body = ASK | {
         "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}, text("Be kind.")],
         "temperature": 0.5,
@@ -151,7 +151,7 @@ def text(content):
     return {"type": "text", "text": content}
 
 
-def test_results_of_tools_become_turns_of_their_own(server):
+def test_tool_results_become_tool_messages(server):
     calls = [
         text("Let me see."),
         {"type": "thinking", "thinking": "hm", "signature": ""},
@@ -178,7 +178,7 @@ def test_results_of_tools_become_turns_of_their_own(server):
     )
 
 
-def test_the_assistants_last_message_is_continued(server):
+def test_a_last_assistant_message_is_continued(server):
     turns = [*ASK["messages"], {"role": "assistant", "content": "Hel"}]
     assert post(server, ASK | {"messages": turns}).status_code == 200
     assert server.backend.requests[0].continue_final
@@ -188,7 +188,7 @@ def test_the_assistants_last_message_is_continued(server):
     ("choice", "expected"),
     [({"type": "auto"}, "auto"), ({"type": "any"}, "required"), ({"type": "none"}, "none"), (None, "auto")],
 )
-def test_choices_of_tools(server, choice, expected):
+def test_tool_choice(server, choice, expected):
     assert post(server, ASK | {"tools": [TOOL], "tool_choice": choice}).status_code == 200
     assert server.backend.requests[0].tool_choice == expected
 
@@ -219,7 +219,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"output_config": {"format": {"type": "poem"}}}, "json_schema"),
     ],
 )
-def test_what_cannot_be_is_refused(server, change, message):
+def test_invalid_requests_are_refused(server, change, message):
     answer = post(server, ASK | change)
     assert answer.status_code == 400, answer.text
     found = answer.json()
@@ -228,7 +228,7 @@ def test_what_cannot_be_is_refused(server, change, message):
     assert not server.backend.requests
 
 
-def test_counting(server):
+def test_count_tokens(server):
     body = {"model": "scripted", "system": "Be brief.", "messages": [{"role": "user", "content": "one two three"}]}
     assert post(server, body, "/v1/messages/count_tokens").json() == {"input_tokens": 6}
     assert not server.backend.requests
@@ -243,14 +243,14 @@ def test_counting(server):
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_refusal_is_a_status(server, error, status, kind, streamed):
+def test_backend_refusals_become_http_errors(server, error, status, kind, streamed):
     server.backend.script = Script(refusal=error)
     answer = post(server, ASK | {"stream": streamed})
     assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
     assert ("retry-after" in answer.headers) == (status != 500)
 
 
-def test_an_error_in_a_stream_is_an_event_and_nothing_follows(server):
+def test_an_error_event_ends_a_stream(server):
     server.backend.script = Script(error=NumericalError("the model computed NaN"))
     found = stream(server, ASK)
     error = {"type": "api_error", "message": "the model computed NaN"}
@@ -259,21 +259,21 @@ def test_an_error_in_a_stream_is_an_event_and_nothing_follows(server):
     assert post(server, ASK).status_code == 500
 
 
-def test_errors_around_the_routes_have_anthropics_shape(server):
+def test_routing_errors_have_anthropics_shape(server):
     assert post(server, ASK | {"model": "other-1"}).json()["error"]["type"] == "not_found_error"
     for answer in (httpx.get(server.url + "/v1/messages"), post(server, ASK, "/v1/messages/batches")):
         assert answer.json()["type"] == "error", answer.text
     assert "type" not in post(server, ASK, "/v1/nothing").json()
 
 
-def test_keys_as_anthropics_clients_send_them():
+def test_the_x_api_key_header_authenticates():
     written, key = keys.new("anna")
     with running(keys=keys.Keys((key,))) as server:
         assert post(server, ASK).json()["error"]["type"] == "authentication_error"
         assert post(server, ASK, headers={"x-api-key": written}).status_code == 200
 
 
-def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
+def test_streamed_and_whole_replies_are_equal(tales):
     body = {"max_tokens": 30, "temperature": 0, "messages": [{"role": "user", "content": "Tell a story."}]}
     whole = post(tales, body).json()
     found = stream(tales, body)

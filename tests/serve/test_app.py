@@ -79,7 +79,7 @@ WHOLE = '{"messages": [{"role": "user", "content": "Hi"}], "x": %s}'
     ],
     ids=lambda content: repr(content[:40]),
 )
-def test_what_is_no_json_of_ours_is_400(usual, content):
+def test_invalid_json_is_400(usual, content):
     before = len(usual.backend.requests)
     answer = send(usual, content)
     assert answer.status_code == 400, answer.text
@@ -90,18 +90,18 @@ def test_what_is_no_json_of_ours_is_400(usual, content):
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "seed", "max_tokens", "n", "top_k", "priority", "min_p"])
 @pytest.mark.parametrize("value", ["9" * 400, "-" + "9" * 400, "1e308", "1e999", "NaN", "true", '"1"', "[]", "{}"])
-def test_no_number_is_taken_for_granted(usual, field, value):
+def test_out_of_range_numbers_are_400(usual, field, value):
     answer = send(usual, f'{{"messages": [{{"role": "user", "content": "Hi"}}], "{field}": {value}}}'.encode())
     assert answer.status_code == 400, answer.text
 
 
-def test_whole_characters_and_the_deepest_json_are_read(usual):
+def test_surrogate_pairs_and_deep_json_are_accepted(usual):
     content = '{"messages": [{"role": "user", "content": "\\ud83d\\ude00 \\u0000 \U0001f600"}], "x": %s}'
     assert send(usual, (content % ("[" * 28 + "]" * 28)).encode()).status_code == 200
     assert usual.backend.requests[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
 
 
-def test_a_long_body_is_read_too(usual):
+def test_a_long_body_is_accepted(usual):
     long = "tale " * 100_000
     assert post(usual, {"messages": [{"role": "user", "content": long}]}).status_code == 200
     assert usual.backend.requests[-1].messages[0]["content"] == long
@@ -109,7 +109,7 @@ def test_a_long_body_is_read_too(usual):
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 @pytest.mark.parametrize("more", ["", "; charset=utf-8"])
-def test_only_json_is_taken(usual, kind, more):
+def test_other_content_types_are_415(usual, kind, more):
     answer = send(usual, json.dumps(CHAT).encode(), {"content-type": kind + more})
     assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
     for fine in ("application/json", "APPLICATION/JSON; charset=utf-8", "application/vnd.x+json"):
@@ -120,14 +120,14 @@ def test_only_json_is_taken(usual, kind, more):
         assert raw.status() == 415
 
 
-def test_a_request_keeps_its_id_and_a_strange_one_gets_another(usual):
+def test_invalid_request_ids_are_replaced(usual):
     assert post(usual, CHAT, headers={"x-request-id": "job-7.a_b"}).headers["x-request-id"] == "job-7.a_b"
     for given in ("a b", "x" * 65, "<script>", ""):
         shown = post(usual, CHAT, headers={"x-request-id": given}).headers["x-request-id"]
         assert shown != given and len(shown) == 16
 
 
-def test_no_request_opens_a_connection_to_anywhere(usual, monkeypatch):
+def test_requests_cause_no_outgoing_connections(usual, monkeypatch):
     reached = []
     connect, mine = socket.socket.connect, threading.get_ident()
 
@@ -161,7 +161,7 @@ def test_no_request_opens_a_connection_to_anywhere(usual, monkeypatch):
 # Who leaves
 
 
-def test_a_client_who_leaves_a_stream_takes_its_request_back(server):
+def test_a_disconnect_cancels_a_stream(server):
     server.backend.script = Script(held=True)
     raw = Raw(server).post(CHAT | {"stream": True})
     raw.until(b"Hello")
@@ -172,7 +172,7 @@ def test_a_client_who_leaves_a_stream_takes_its_request_back(server):
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
-def test_a_client_who_leaves_before_a_whole_answer_takes_its_request_back(server, path):
+def test_a_disconnect_cancels_a_whole_reply(server, path):
     server.backend.script = Script(held=True)
     raw = Raw(server).post(CHAT | {"prompt": ["one", "two"], "n": 2}, path=path)
     asked = 1 if path == PATH else 2
@@ -183,7 +183,7 @@ def test_a_client_who_leaves_before_a_whole_answer_takes_its_request_back(server
     eventually(lambda: server.app.state.running == 0)
 
 
-def test_a_client_who_leaves_while_a_refusal_is_worked_out_leaves_nothing(server):
+def test_a_disconnect_cancels_a_pending_generate_call(server):
     """Before the door has taken the request in: a model may be loading, or its text being read."""
     came, go, taken = threading.Event(), asyncio.Event(), []
 
@@ -204,7 +204,7 @@ def test_a_client_who_leaves_while_a_refusal_is_worked_out_leaves_nothing(server
 # Who waits
 
 
-def test_a_silent_stream_gets_comments():
+def test_an_idle_stream_sends_keep_alive_comments():
     quick = Settings(keep_alive_seconds=0.1)
     with running(lambda: ScriptedBackend(Script(held=True)), quick) as server, Raw(server) as raw:
         raw.post(CHAT | {"stream": True})
@@ -230,14 +230,14 @@ class Never(ScriptedStream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_waits_too_long_for_his_turn_is_told_to_come_back(stream):
+def test_a_queue_timeout_is_503(stream):
     with running(Waiting, Settings(queue_seconds=0.2)) as server:
         answer = post(server, CHAT | {"stream": stream})
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
         assert server.backend.cancelled == 1
 
 
-def test_who_waits_too_long_to_be_let_in_at_all_is_told_to_come_back():
+def test_a_generate_call_timeout_is_503():
     class Closed(ScriptedBackend):
         async def generate(self, request):
             await asyncio.Event().wait()
@@ -247,7 +247,7 @@ def test_who_waits_too_long_to_be_let_in_at_all_is_told_to_come_back():
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
 
 
-def test_a_turn_that_has_come_is_not_waited_for():
+def test_the_queue_timeout_ends_when_the_prompt_is_read():
     with running(lambda: ScriptedBackend(Script(pause=0.2)), Settings(queue_seconds=0.3)) as server:
         assert post(server, CHAT).status_code == 200
     with running(
@@ -257,7 +257,7 @@ def test_a_turn_that_has_come_is_not_waited_for():
         assert answer.status_code == 504 and server.backend.cancelled == 1
 
 
-def test_an_answer_that_takes_too_long_is_an_event_in_a_stream():
+def test_a_request_timeout_ends_a_stream_with_an_error():
     with running(lambda: ScriptedBackend(Script(held=True)), Settings(request_seconds=0.3)) as server:
         answer = post(server, CHAT | {"stream": True})
         assert answer.status_code == 200 and "[DONE]" not in answer.text
@@ -267,7 +267,7 @@ def test_an_answer_that_takes_too_long_is_an_event_in_a_stream():
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
-def test_time_runs_out_for_several_at_once(path):
+def test_a_request_timeout_cancels_all_choices(path):
     with running(lambda: ScriptedBackend(Script(held=True)), Settings(request_seconds=0.3)) as server:
         body = CHAT | {"prompt": ["a", "b", "c"], "n": 2}
         answer = httpx.post(server.url + path, json=body, timeout=30)
@@ -277,7 +277,7 @@ def test_time_runs_out_for_several_at_once(path):
         eventually(lambda: server.app.state.running == 0)
 
 
-def test_time_runs_out_for_what_is_no_answer_too():
+def test_a_request_timeout_applies_to_embeddings():
     class Slow(ScriptedBackend):
         async def embed(self, model, texts):
             await asyncio.Event().wait()
@@ -301,7 +301,7 @@ class Panic(BaseException):
 
 @pytest.mark.parametrize("error", [RuntimeError("the secret text"), Panic("the secret text"), KeyError("the secret")])
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_nobody_foresaw_is_500_without_its_text(server, caplog, error, stream):
+def test_unexpected_errors_are_500_without_details(server, caplog, error, stream):
     server.backend.script = Script(refusal=error)
     answer = post(server, CHAT | {"stream": stream})
     assert answer.status_code == 500 and "secret" not in answer.text
@@ -312,7 +312,7 @@ def test_what_nobody_foresaw_is_500_without_its_text(server, caplog, error, stre
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the secret"), NumericalError("NaN"), Panic("the secret")])
-def test_an_error_after_the_first_byte_is_never_a_good_end(server, error):
+def test_a_failed_stream_has_no_normal_end(server, error):
     server.backend.script = Script(error=error)
     with Raw(server) as raw:
         answer = raw.post(CHAT | {"stream": True}, "Connection: close").rest()

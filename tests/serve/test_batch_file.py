@@ -90,7 +90,7 @@ def test_every_request_is_answered(files):
         ('{"custom_id": "x"}', "missing"),
     ],
 )
-def test_what_is_no_request_is_told_with_its_line(files, bad, why):
+def test_an_invalid_line_is_reported_with_its_number(files, bad, why):
     write(files[0], line("a"), bad, line("b"))
     count, backend = run(files)
     assert (count.answered, count.failed) == (2, 1) and len(backend.requests) == 2
@@ -102,7 +102,7 @@ def test_what_is_no_request_is_told_with_its_line(files, bad, why):
     assert len(results(files[1])) == 3
 
 
-def test_the_same_id_twice_is_an_error(files):
+def test_a_repeated_custom_id_is_an_error(files):
     write(files[0], line("a"), line("b"), line("a"))
     count, backend = run(files, concurrency=1)
     assert (count.answered, count.failed, len(backend.requests)) == (2, 1, 2)
@@ -110,7 +110,7 @@ def test_the_same_id_twice_is_an_error(files):
     assert run(files)[0].skipped == 3
 
 
-def test_what_is_answered_is_not_asked_again_and_half_a_line_is_cut_off(files):
+def test_a_restart_skips_results_and_drops_a_torn_line(files):
     write(files[0], *[line(f"r{n}") for n in range(6)])
     run(files)
     whole = files[1].read_bytes()
@@ -122,7 +122,7 @@ def test_what_is_answered_is_not_asked_again_and_half_a_line_is_cut_off(files):
         assert sorted(each["custom_id"] for each in results(files[1])) == [f"r{n}" for n in range(6)]
 
 
-def test_a_file_of_something_else_is_not_touched(files):
+def test_an_unrelated_output_file_is_not_overwritten(files):
     write(files[0], line("a"))
     for content in (b"a diary\n", b"{}\n", b"[]\n", files[0].read_bytes()):
         files[1].write_bytes(content)
@@ -135,7 +135,7 @@ def test_a_file_of_something_else_is_not_touched(files):
         run((files[0].with_name("none"), files[1]))
 
 
-def test_so_many_run_at_a_time(files):
+def test_concurrency_is_limited(files):
     write(files[0], *[line(f"r{n}") for n in range(20)])
     most = [0, 0]
 
@@ -152,7 +152,7 @@ def test_so_many_run_at_a_time(files):
     assert most[1] == 5
 
 
-def test_a_full_queue_is_waited_for(files, monkeypatch):
+def test_requests_are_retried_while_the_queue_is_full(files, monkeypatch):
     write(files[0], line("a"))
     waited = []
 
@@ -169,7 +169,7 @@ def test_a_full_queue_is_waited_for(files, monkeypatch):
     assert count.answered == 1 and waited[:3] == [1.0, 1.0, 1.0]
 
 
-def test_two_processes_do_not_write_into_one_file(files):
+def test_the_output_file_is_locked(files):
     pytest.importorskip("fcntl")
     write(files[0], line("a"))
     with files[1].open("ab+", buffering=0) as other:
@@ -192,7 +192,7 @@ sys.exit(cli.main(["run-batch", *sys.argv[1:]]))
 """
 
 
-def test_killed_and_run_again_every_request_is_answered_once(files):
+def test_killed_runs_answer_every_request_once(files):
     count = 60
     write(files[0], *[line(f"r{n}") for n in range(count)], "no request")
     command = [sys.executable, "-c", PROGRAM, str(files[0]), str(files[1]), "--concurrency", "3"]
@@ -228,7 +228,7 @@ def test_with_the_built_in_model(files, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["none.jsonl", "out.jsonl"], ["--concurrency", "0", __file__, "out.jsonl"]])
-def test_what_cannot_be_is_one_line(arguments, capsys, tmp_path, monkeypatch):
+def test_invalid_arguments_print_one_line(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run-batch", *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -35,24 +35,24 @@ def ask(tales: Server, **body):
         {"guided_json": SCHEMA},
     ],
 )
-def test_json_of_a_schema(tales, wanted):
+def test_a_json_schema_constrains_the_reply(tales, wanted):
     [choice] = ask(tales, **wanted).json()["choices"]
     assert choice["finish_reason"] == "stop"
     jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
 
 
-def test_a_choice(tales):
+def test_guided_choice(tales):
     [choice] = ask(tales, guided_choice=["yes", "no"]).json()["choices"]
     assert choice["message"]["content"] in ("yes", "no")
 
 
-def test_a_bad_schema_is_a_bad_request(tales):
+def test_an_invalid_schema_is_400(tales):
     answer = ask(tales, guided_json={"properties": {"a": {"type": "strin"}}})
     assert answer.status_code == 400
     assert "#/properties/a: Invalid type: strin" in answer.json()["error"]["message"]
 
 
-def test_a_required_call(tales):
+def test_a_required_tool_call(tales):
     [choice] = ask(tales, tools=TOOLS, tool_choice="required", parallel_tool_calls=False).json()["choices"]
     assert choice["finish_reason"] == "tool_calls"
     [call] = choice["message"]["tool_calls"]
@@ -62,7 +62,7 @@ def test_a_required_call(tales):
     jsonschema.validate(arguments, SCHEMA if call["function"]["name"] == "look" else {"maxProperties": 0})
 
 
-def test_a_streamed_call_and_what_follows_it(tales):
+def test_a_streamed_tool_call_and_its_result(tales):
     named = {"type": "function", "function": {"name": "look"}}
     answer = ask(tales, tools=TOOLS, tool_choice=named, stream=True)
     chunks = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
@@ -97,7 +97,7 @@ def test_a_streamed_call_and_what_follows_it(tales):
         ({"tool_choice": "required"}, "tool_choice"),
     ],
 )
-def test_refused(tales, body, param):
+def test_invalid_tools_are_refused(tales, body, param):
     answer = ask(tales, **body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param

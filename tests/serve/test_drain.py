@@ -96,7 +96,7 @@ def streaming(server: Process) -> Raw:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_runs_is_finished_and_what_comes_is_refused(start, number):
+def test_draining_finishes_streams_and_refuses_new_requests(start, number):
     server = start("--drain-timeout", "20")
     raw = streaming(server)
     assert httpx.get(server.url + "/ready").status_code == 200
@@ -112,7 +112,7 @@ def test_what_runs_is_finished_and_what_comes_is_refused(start, number):
     assert server.end()[0] == 0
 
 
-def test_idle_it_ends_at_once_and_closes_what_is_kept_open(start):
+def test_an_idle_server_closes_connections_and_exits(start):
     server = start()
     with Raw(server) as raw:
         raw.get().until(b'"ok"}')
@@ -122,7 +122,7 @@ def test_idle_it_ends_at_once_and_closes_what_is_kept_open(start):
     assert code == 0 and "Traceback" not in err
 
 
-def test_what_is_not_finished_in_time_ends_with_an_error(start):
+def test_the_drain_timeout_ends_streams_with_an_error(start):
     server = start("--drain-timeout", "0.2")
     raw = streaming(server)
     server.signal(signal.SIGTERM)
@@ -132,7 +132,7 @@ def test_what_is_not_finished_in_time_ends_with_an_error(start):
     assert code == 0 and "Traceback" not in err
 
 
-def test_a_second_signal_ends_it_at_once(start):
+def test_a_second_signal_ends_the_server_at_once(start):
     server = start("--drain-timeout", "600")
     raw = streaming(server)
     server.signal(signal.SIGTERM)
@@ -142,7 +142,7 @@ def test_a_second_signal_ends_it_at_once(start):
     assert server.end()[0] in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
-def test_keys_are_read_again(start, tmp_path):
+def test_sighup_reloads_the_keys(start, tmp_path):
     file = tmp_path / "keys.json"
     (first, anna), (second, ben) = keys.new("anna"), keys.new("ben")
     keys.write(file, (anna,))
@@ -173,14 +173,14 @@ def test_keys_are_read_again(start, tmp_path):
     assert first not in str(server.lines) and second not in str(server.lines)
 
 
-def test_a_file_without_keys_lets_nobody_in(start, tmp_path):
+def test_an_empty_key_file_admits_no_request(start, tmp_path):
     keys.write(tmp_path / "keys.json", ())
     server = start("--keys", str(tmp_path / "keys.json"))
     assert httpx.get(server.url + "/v1/models").status_code == 401
     assert httpx.get(server.url + "/ready").status_code == 200
 
 
-def test_keys_of_the_environment(start):
+def test_keys_from_the_environment(start):
     server = start(MOESAIC_API_KEYS="one,two")
     assert httpx.get(server.url + "/v1/models").status_code == 401
     assert httpx.get(server.url + "/v1/models", headers={"authorization": "Bearer two"}).status_code == 200
@@ -204,7 +204,7 @@ def secure(start, tmp_path):
     return SimpleNamespace(server=server, port=port, trusting=trusting)
 
 
-def test_a_certificate_is_shown_and_checked(secure):
+def test_clients_verify_the_certificate(secure):
     assert secure.server.url.startswith("https://")
     assert httpx.get(f"https://localhost:{secure.port}/health", verify=secure.trusting).status_code == 200
     with pytest.raises(httpx.ConnectError, match=r"(?i)mismatch|not valid for"):
@@ -217,7 +217,7 @@ def test_a_certificate_is_shown_and_checked(secure):
     assert stream.status_code == 200
 
 
-def test_plain_text_and_old_tls_get_nowhere(secure):
+def test_plain_http_and_old_tls_are_refused(secure):
     with socket.create_connection(("127.0.0.1", secure.port)) as plain:
         plain.settimeout(20)
         plain.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -237,7 +237,7 @@ def test_plain_text_and_old_tls_get_nowhere(secure):
     assert code == 0 and "Traceback" not in err
 
 
-def test_a_reader_who_leaves_over_tls_is_noticed(secure):
+def test_a_disconnect_over_tls_ends_the_request(secure):
     context = secure.trusting
     with socket.create_connection(("127.0.0.1", secure.port)) as plain:
         wrapped = context.wrap_socket(plain, server_hostname="localhost")
@@ -254,7 +254,7 @@ def test_a_reader_who_leaves_over_tls_is_noticed(secure):
 @pytest.mark.parametrize(
     ("certificate", "key"), [("none.pem", "none.pem"), ("cert.pem", "other.pem"), ("cert.pem", None)]
 )
-def test_a_certificate_that_cannot_be_used_is_told(tmp_path, certificate, key):
+def test_an_unusable_certificate_is_a_usage_error(tmp_path, certificate, key):
     trustme = require_package("trustme")
     authority = trustme.CA()
     authority.issue_cert("localhost").cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")

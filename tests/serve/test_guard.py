@@ -34,7 +34,7 @@ def bearer(key: str = WRITTEN) -> dict[str, str]:
 # Keys
 
 
-def test_every_route_but_the_public_ones_wants_a_key(locked):
+def test_all_routes_but_public_ones_require_a_key(locked):
     assert {each.path for each in locked.app.services.endpoints if each.public} <= PUBLIC
     with httpx.Client(base_url=locked.url) as client:
         for each in locked.app.services.endpoints:
@@ -48,7 +48,7 @@ def test_every_route_but_the_public_ones_wants_a_key(locked):
 
 
 @pytest.mark.parametrize("headers", [bearer(), {"x-api-key": WRITTEN}, {"authorization": WRITTEN}])
-def test_a_key_is_sent_as_openais_or_as_anthropics_clients_do(locked, headers):
+def test_accepted_authentication_headers(locked, headers):
     assert httpx.get(locked.url + "/version", headers=headers).status_code == 200
 
 
@@ -68,13 +68,13 @@ def test_a_key_is_sent_as_openais_or_as_anthropics_clients_do(locked, headers):
         [b"Authorization: Bearer " + ANNA.sha256.encode()],
     ],
 )
-def test_what_is_no_key_is_401_and_never_500(locked, fields):
+def test_malformed_keys_are_401(locked, fields):
     with Raw(locked) as raw:
         raw.send(b"\r\n".join([b"GET /version HTTP/1.1", b"Host: " + raw.host.encode(), *fields, b"", b""]))
         assert raw.status() == 401
 
 
-def test_a_key_of_a_megabyte_is_not_even_hashed():
+def test_an_overlong_key_is_refused():
     with pytest.raises(Unauthorized):
         Keys((ANNA,)).owner(b"x" * 2**20)
     long = "k" * (keys.MAX_KEY_BYTES + 1)
@@ -82,7 +82,7 @@ def test_a_key_of_a_megabyte_is_not_even_hashed():
         Keys((keys.Key("long", keys.digest(long)),)).owner(long.encode())
 
 
-def test_wrong_keys_are_not_listened_to_for_ever():
+def test_failed_keys_are_rate_limited_per_address():
     now = [0.0]
     guard = Guard(Settings(failed_keys_per_minute=3), Keys((ANNA,)), lambda: now[0])
 
@@ -105,7 +105,7 @@ def test_wrong_keys_are_not_listened_to_for_ever():
         who("wrong")
 
 
-def test_addresses_with_wrong_keys_are_forgotten_rather_than_piled_up(monkeypatch):
+def test_the_number_of_tracked_addresses_is_bounded(monkeypatch):
     monkeypatch.setattr("moesaic.serve.guard.MAX_TRACKED_ADDRESSES", 3)
     guard = Guard(Settings(failed_keys_per_minute=1), Keys((ANNA,)))
     for place in range(10):
@@ -114,7 +114,7 @@ def test_addresses_with_wrong_keys_are_forgotten_rather_than_piled_up(monkeypatc
     assert len(guard._failures) == 3
 
 
-def test_too_many_wrong_keys_are_429_over_http():
+def test_too_many_failed_keys_are_429():
     with running(keys=Keys((ANNA,)), settings=Settings(failed_keys_per_minute=2)) as server:
         found = [httpx.get(server.url + "/version", headers=bearer("no")) for _ in range(3)]
         assert [answer.status_code for answer in found] == [401, 401, 429]
@@ -122,13 +122,13 @@ def test_too_many_wrong_keys_are_429_over_http():
         assert httpx.get(server.url + "/health").status_code == 200
 
 
-def test_a_server_for_others_does_not_start_without_keys(capsys, monkeypatch):
+def test_a_public_host_requires_keys(capsys, monkeypatch):
     monkeypatch.delenv("MOESAIC_API_KEYS", raising=False)
     assert cli.main(["serve", "--host", "0.0.0.0", "--port", "0"]) == 2
     assert "--keys" in capsys.readouterr().err
 
 
-def test_no_key_is_known_from_the_start():
+def test_there_is_no_default_key():
     for name in ("", "moesaic", "admin", "test", "sk-none", "changeme"):
         with pytest.raises(Unauthorized):
             Keys(wanted=True).owner(name.encode())
@@ -147,12 +147,12 @@ def test_a_malformed_or_foreign_host_is_refused(server, host):
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8000"])
-def test_the_servers_own_names_are_let_in(server, host):
+def test_loopback_hosts_are_accepted(server, host):
     with Raw(server) as raw:
         assert raw.get(host=host).status() == 200
 
 
-def test_no_host_two_hosts_and_a_host_in_the_target(server):
+def test_missing_repeated_and_absolute_hosts(server):
     for head in ("GET /health HTTP/1.1\r\n\r\n", "GET /health HTTP/1.0\r\n\r\n"):
         with Raw(server) as raw:
             assert raw.send(head).status() == 400
@@ -164,21 +164,21 @@ def test_no_host_two_hosts_and_a_host_in_the_target(server):
         assert raw.get("http://localhost/health", host="evil.example").status() == 400
 
 
-def test_a_rebound_name_reaches_nothing(server):
+def test_dns_rebinding_reaches_no_route(server):
     for path in ("/", "/v1/models", "/health", "/nothing", "/web/index.html"):
         with Raw(server) as raw:
             assert raw.get(path, "Accept: text/html", host="rebound.evil.example:8000").status() == 400
     assert not server.backend.requests
 
 
-def test_a_named_host_is_let_in_and_others_are_not():
+def test_only_allowed_hosts_are_accepted():
     with running(settings=Settings(allowed_hosts=("chat.example.org",))) as server:
         for host, status in (("chat.example.org", 200), ("CHAT.example.org:443", 200), ("other.example.org", 400)):
             with Raw(server) as raw:
                 assert raw.get(host=host).status() == status
 
 
-def test_pages_of_other_origins_are_told_nothing_by_default(server):
+def test_there_are_no_cors_headers_by_default(server):
     answer = httpx.get(server.url + "/v1/models", headers={"origin": "https://evil.example"})
     assert not [name for name in answer.headers if name.startswith("access-control")]
     asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
@@ -186,7 +186,7 @@ def test_pages_of_other_origins_are_told_nothing_by_default(server):
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_pages_of_other_origins_cannot_have_anything_done(server):
+def test_cross_origin_requests_are_refused(server):
     """What a browser sends without asking first: text/plain, or a form, or nothing, with the page's origin."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/json"):
         for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://localhost"):
@@ -198,7 +198,7 @@ def test_pages_of_other_origins_cannot_have_anything_done(server):
     assert httpx.post(server.url + "/v1/chat/completions", headers=own, json=CHAT).status_code == 200
 
 
-def test_named_origins_are_let_in_and_never_with_credentials():
+def test_allowed_origins_get_no_credentials():
     for allowed, shown in ((("https://chat.example.org",), "https://chat.example.org"), (("*",), "*")):
         with running(settings=Settings(cors_origins=allowed)) as server:
             headers = {"origin": "https://chat.example.org"}
@@ -218,7 +218,7 @@ def test_named_origins_are_let_in_and_never_with_credentials():
 # Proxies
 
 
-def test_an_address_is_taken_from_a_proxy_that_is_trusted_only():
+def test_forwarded_addresses_need_a_trusted_proxy():
     def seen(client: str, said: str, trusted: tuple[str, ...]) -> str:
         headers = [(b"x-forwarded-for", each.encode()) for each in said.split("|")]
         return Guard(Settings(trusted_proxies=trusted), Keys()).client_address(
@@ -247,7 +247,7 @@ def page(tmp_path, monkeypatch):
         yield server
 
 
-def test_the_page_is_open_and_walled_in(page):
+def test_the_web_page_has_security_headers(page):
     answer = httpx.get(page.url + "/", headers={"accept": "text/html"})
     assert answer.status_code == 200 and "hello" in answer.text
     policy = answer.headers["content-security-policy"]
@@ -275,7 +275,7 @@ def test_the_page_is_open_and_walled_in(page):
         ),
     ],
 )
-def test_no_path_leads_out_of_the_page(page, path):
+def test_paths_cannot_leave_the_web_folder(page, path):
     with Raw(page) as raw:
         answer = raw.get(path, "Connection: close").rest()
     assert (

@@ -20,7 +20,7 @@ class Clock:
         return self.now
 
 
-def test_a_key_is_random_and_only_its_digest_is_kept(tmp_path, capsys):
+def test_only_the_digest_of_a_random_key_is_stored(tmp_path, capsys):
     file = tmp_path / "keys.json"
     for name in ("anna", "ben"):
         assert cli.main(["keys", "add", name, "--file", str(file), "--concurrent", "2"]) == 0
@@ -37,7 +37,7 @@ def test_a_key_is_random_and_only_its_digest_is_kept(tmp_path, capsys):
     assert known.owner(written[1].encode()).name == "ben"
 
 
-def test_revoking_the_last_key_lets_nobody_in(tmp_path):
+def test_revoking_the_last_key_locks_the_server(tmp_path):
     written, anna = keys.new("anna")
     known = Keys((anna,))
     known.replace(())
@@ -76,12 +76,12 @@ def test_a_damaged_file_is_refused_without_quoting_it(tmp_path, content):
     assert "0000" not in str(caught.value) and "sha256" not in str(caught.value)
 
 
-def test_no_file_is_no_crash(tmp_path, capsys):
+def test_a_missing_file_is_a_usage_error(tmp_path, capsys):
     assert cli.main(["serve", "--keys", str(tmp_path / "none.json"), "--port", "0"]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_keys_of_the_environment():
+def test_keys_from_the_environment():
     known = Keys(keys.from_environment("one, two,,"))
     assert known.owner(b"two").name == "environment-2"
     with pytest.raises(Unauthorized):
@@ -94,7 +94,7 @@ def exhausted(known: Keys, key: Key) -> float:
     return caught.value.retry_after
 
 
-def test_requests_of_a_minute():
+def test_requests_per_minute():
     clock, key = Clock(), Key("a", "0" * 64, requests_per_minute=6)
     known = Keys((key,), clock)
     for _ in range(6):
@@ -109,7 +109,7 @@ def test_requests_of_a_minute():
     assert exhausted(known, key) == pytest.approx(10), "reading the keys again must not fill up a share"
 
 
-def test_tokens_of_a_minute_are_paid_at_the_end():
+def test_tokens_per_minute_are_charged_at_the_end():
     clock, key = Clock(), Key("a", "0" * 64, tokens_per_minute=600)
     known = Keys((key,), clock)
     known.begin(key)
@@ -119,7 +119,7 @@ def test_tokens_of_a_minute_are_paid_at_the_end():
     known.begin(key)
 
 
-def test_requests_at_the_same_time():
+def test_concurrent_requests():
     key = Key("a", "0" * 64, concurrent=2)
     known = Keys((key,))
     known.begin(key)
@@ -132,7 +132,7 @@ def test_requests_at_the_same_time():
     assert not known._running, "nobody who has left is remembered"
 
 
-def test_a_refused_request_costs_nothing():
+def test_a_refused_request_is_not_charged():
     clock, key = Clock(), Key("a", "0" * 64, requests_per_minute=2, concurrent=1)
     known = Keys((key,), clock)
     known.begin(key)
@@ -142,7 +142,7 @@ def test_a_refused_request_costs_nothing():
     known.begin(key)
 
 
-def test_the_file_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_the_file_is_written_atomically(tmp_path, monkeypatch):
     file = tmp_path / "keys.json"
     keys.write(file, (Key("a", "0" * 64),))
     before = file.read_bytes()

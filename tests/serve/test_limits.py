@@ -30,7 +30,7 @@ ANNA = {"authorization": "Bearer k"}
 BEN = {"authorization": "Bearer b"}
 
 
-def test_requests_at_the_same_time_are_bounded_for_one_key_alone():
+def test_concurrency_is_limited_per_key():
     with running(lambda: ScriptedBackend(Script(held=True)), keys=limited(concurrent=1)) as server:
         with Raw(server) as raw:
             raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
@@ -52,7 +52,7 @@ def test_requests_at_the_same_time_are_bounded_for_one_key_alone():
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/embeddings", "/v1/classify", "/detokenize"])
-def test_requests_of_a_minute_are_bounded_whatever_they_are(path):
+def test_requests_per_minute_count_all_routes(path):
     with running(keys=limited(requests_per_minute=2)) as server:
         body = CHAT | {"input": "x", "tokens": [1]}
         found = [httpx.post(server.url + path, json=body, headers=ANNA) for _ in range(3)]
@@ -61,7 +61,7 @@ def test_requests_of_a_minute_are_bounded_whatever_they_are(path):
         assert httpx.get(server.url + "/v1/models", headers=ANNA).status_code == 200
 
 
-def test_tokens_are_paid_for_by_those_who_leave_too():
+def test_a_disconnect_charges_the_generated_tokens():
     long = Script(pieces=("x",) * 50, held=False)
     with running(lambda: ScriptedBackend(long), keys=limited(tokens_per_minute=52)) as server:
         assert post(server, CHAT, headers=ANNA).status_code == 200
@@ -75,7 +75,7 @@ def test_tokens_are_paid_for_by_those_who_leave_too():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_share_is_given_back_before_the_end_is_heard(stream):
+def test_a_slot_is_free_before_the_reply_ends(stream):
     keys, running_then = limited(concurrent=1), []
     body = json.dumps(CHAT | {"stream": stream}).encode()
     fields = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"authorization", b"Bearer k")]
@@ -98,14 +98,14 @@ def test_a_share_is_given_back_before_the_end_is_heard(stream):
     assert running_then == [{}]
 
 
-def test_a_client_cannot_step_in_front_of_others():
+def test_a_client_cannot_raise_its_priority():
     with running(keys=limited(priority=5)) as server:
         for asked, given in ((-100, 5), (None, 5), (3, 8)):
             assert post(server, CHAT | {"priority": asked}, headers=ANNA).status_code == 200
             assert server.backend.requests[-1].priority == given
 
 
-def test_what_is_asked_carries_the_keys_name_and_never_the_clients_word(server):
+def test_the_tenant_is_the_name_of_the_key(server):
     with running(keys=limited()) as locked:
         post(locked, CHAT | {"user": "ben", "tenant": "ben", "cache_salt": "ben"}, headers=ANNA)
         assert locked.backend.requests[0].tenant == "anna"
@@ -123,7 +123,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("path", PROMPTS)
-def test_no_client_puts_words_into_an_answers_mouth(server, path):
+def test_clients_cannot_resume_replies(server, path):
     """What an answer has already is for a gateway to say."""
     more = {"resume": [[1, 2]]}
     for wrong in ({}, more, {"parameters": more}, {"sampling": more, "extra_body": more, "user": "ben"}):

@@ -47,7 +47,7 @@ ENDLESS = {"ignore_eos": True}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_frees_everything_and_others_go_on_as_ever(real, stream):
+def test_a_disconnect_frees_all_resources(real, stream):
     alone = post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"]
     leaving = [
         Raw(real).post(body("A long tale.", stream=stream, **ENDLESS), "Authorization: Bearer a") for _ in range(3)
@@ -66,7 +66,7 @@ def test_who_leaves_frees_everything_and_others_go_on_as_ever(real, stream):
     eventually(lambda: real.app.state.running == 0 and not real.app.services.keys._running)
 
 
-def test_who_leaves_while_his_text_is_read_leaves_no_request_behind(real, monkeypatch):
+def test_a_disconnect_during_tokenization_leaves_no_request(real, monkeypatch):
     reading, go = threading.Event(), threading.Event()
     encode = real.llm.encode_chat
 
@@ -86,7 +86,7 @@ def test_who_leaves_while_his_text_is_read_leaves_no_request_behind(real, monkey
     eventually(lambda: free(real))
 
 
-def test_readers_who_do_not_read_leave_the_batch_and_others_as_they_are(real):
+def test_slow_readers_do_not_change_other_replies(real):
     alone = post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"]
     sent = body("A long tale.", stream=True, logprobs=True, top_logprobs=20, **ENDLESS)
     stalled = [Raw(real, receive_buffer=4096).post(sent, "Authorization: Bearer a") for _ in range(3)]
@@ -97,7 +97,7 @@ def test_readers_who_do_not_read_leave_the_batch_and_others_as_they_are(real):
         raw.socket.close()
 
 
-def test_a_full_queue_is_429_and_what_was_taken_in_is_answered(real):
+def test_a_full_queue_is_429(real):
     taken = []
     for figures in ((4, 0), (4, 4)):
         for _ in range(4):
@@ -111,7 +111,7 @@ def test_a_full_queue_is_429_and_what_was_taken_in_is_answered(real):
     assert post(real, body("One more.", max_tokens=2)).status_code == 200
 
 
-def test_two_keys_share_no_cached_prefix(real):
+def test_keys_share_no_cached_prefix(real):
     long = "Once upon a time there was a king who had three daughters. " * 12
 
     def cached(headers) -> int:
@@ -126,7 +126,7 @@ class Panic(BaseException):
     """As pyo3's."""
 
 
-def test_a_tokenizer_that_panics_is_400(real, monkeypatch):
+def test_a_tokenizer_panic_is_400(real, monkeypatch):
     def panic(*_, **__):
         raise Panic("retry-limit-in-match over: the secret prompt")
 
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_panics_is_400(real, monkeypatch):
     assert post(real, body("Hi", max_tokens=2)).status_code == 200
 
 
-def test_too_long_a_text_is_refused_before_it_is_tokenized(real, monkeypatch):
+def test_too_long_texts_are_refused_before_tokenization(real, monkeypatch):
     monkeypatch.setattr(real.llm.tokenizer, "encode", lambda *_, **__: pytest.fail("it was tokenized"))
     long = "x" * 1_000_000
     for path, sent in ((PATH, body(long)), ("/v1/completions", {"prompt": long}), ("/v1/embeddings", {"input": long})):
@@ -147,19 +147,19 @@ def test_too_long_a_text_is_refused_before_it_is_tokenized(real, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["\0", "\u2028\u202e", "<s></s>[INST]", "\U0010ffff" * 50, "a\u0300" * 200, ""])
-def test_strange_texts_are_answered(real, text):
+def test_unusual_texts_are_answered(real, text):
     answer = post(real, body(text, max_tokens=2))
     assert answer.status_code in (200, 400), answer.text
 
 
 @pytest.mark.parametrize("ids", [[2**31 - 1], [10**6], [-1], [1.5], [True], ["x", 1], [[]], [], [[1], "x", [None]]])
-def test_token_ids_that_are_none_are_400(real, ids):
+def test_invalid_token_ids_are_400(real, ids):
     assert post(real, {"prompt": ids, "max_tokens": 1}, path="/v1/completions").status_code == 400
     assert post(real, {"input": ids}, path="/v1/embeddings").status_code == 400
     assert not ids or post(real, {"tokens": ids}, path="/detokenize").status_code == 400
 
 
-def test_figures_add_up_with_what_was_asked(real):
+def test_metrics_match_the_usage(real):
     def figure(text: str, name: str) -> float:
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 

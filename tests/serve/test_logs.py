@@ -39,7 +39,7 @@ def lines(written) -> list[str]:
     return written.getvalue().splitlines()
 
 
-def test_neither_prompts_nor_keys_are_written_down(written):
+def test_prompts_and_keys_are_not_logged(written):
     key, anna = keys.new("anna")
     headers = {"authorization": f"Bearer {key}"}
     patient = Settings(failed_keys_per_minute=10**6)  # every route is asked with a wrong key
@@ -61,7 +61,7 @@ def test_neither_prompts_nor_keys_are_written_down(written):
     assert "endpoint failed" in written.getvalue()
 
 
-def test_no_client_writes_a_line_of_its_own(written, server):
+def test_clients_cannot_forge_log_lines(written, server):
     evil = '\r\n{"event":"forged"}\x1b[2J\x00\u2028'
     for _ in range(2):
         httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"model": evil})
@@ -76,7 +76,7 @@ def test_no_client_writes_a_line_of_its_own(written, server):
         assert {json.loads(line)["event"] for line in found} == {"request"}
 
 
-def test_a_line_has_what_is_needed_to_find_a_request_again(written, server):
+def test_a_log_line_identifies_its_request(written, server):
     if not written.as_json:
         return
     httpx.get(server.url + "/version?key=hidden", headers={"x-request-id": "find-me"})
@@ -86,7 +86,7 @@ def test_a_line_has_what_is_needed_to_find_a_request_again(written, server):
     assert line["client"] == "127.0.0.1" and line["ms"] > 0 and "hidden" not in str(line)
 
 
-def test_a_long_path_is_cut(written, server):
+def test_a_long_path_is_truncated(written, server):
     httpx.get(server.url + "/" + "x" * 20_000)
     eventually(lambda: lines(written))
     assert len(lines(written)[0]) < 1000

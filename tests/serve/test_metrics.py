@@ -80,7 +80,7 @@ def asked(server):
     return server
 
 
-def test_counters_add_up_with_what_was_asked(asked):
+def test_counters_match_the_requests(asked):
     found = figures(asked)
     assert total(found, "moesaic_request_begun_total") == 7
     ends = {"length": 1, "stop": 2, "Overloaded": 1, "NumericalError": 2, "cancelled": 1}
@@ -106,7 +106,7 @@ def test_counters_add_up_with_what_was_asked(asked):
         assert total(found, "moesaic_http_requests_total", path="/v1/chat/completions", status=status) == count, status
 
 
-def test_the_names_that_dashboards_ask_for_are_there(asked):
+def test_vllm_and_tgi_names_exist(asked):
     names = {name for name, _ in figures(asked)}
     assert not {f"vllm:{name}" for name in VLLM} - names
     assert not set(TGI) - names
@@ -118,7 +118,7 @@ def test_the_names_that_dashboards_ask_for_are_there(asked):
     assert {f"vllm:{name}" for name in VLLM} <= labelled
 
 
-def test_the_dashboard_names_what_is_there(asked):
+def test_the_dashboard_uses_existing_metrics(asked):
     found = figures(asked)
     names = {name for name, _ in found}
     labels = {label for _, labels in found for label, _ in labels}
@@ -141,7 +141,7 @@ def test_the_dashboard_names_what_is_there(asked):
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
-def test_no_client_makes_a_figure_of_its_own(server):
+def test_clients_cannot_create_series(server):
 
     def ask(client, numbers) -> None:
         for n in numbers:
@@ -160,7 +160,7 @@ def test_no_client_makes_a_figure_of_its_own(server):
         assert set(figures(server)) == before
 
 
-def test_gauges_are_what_the_models_say(server):
+def test_gauges_match_the_model_stats(server):
     load = ModelStats(3, 2, 70, 500, 90, 40, 1, 10, 4, 5)
     server.backend.model_stats = {"a": load, "b": ModelStats(running=1, blocks=0)}
     found = figures(server)
@@ -176,7 +176,7 @@ def test_gauges_are_what_the_models_say(server):
     assert total(found, "moesaic_numerical_errors_total") == 5
 
 
-def test_what_is_left_before_it_was_taken_in_is_counted_too():
+def test_a_failed_generate_call_is_counted():
     class Broken(ScriptedBackend):
         async def generate(self, request):
             raise RuntimeError("nobody foresaw this")

@@ -65,7 +65,7 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(main(), 30))  # type: ignore[arg-type]
 
 
-def test_models_that_are_asked_for_at_once_stay_within_the_budget():
+def test_concurrent_loads_stay_within_the_budget():
     async def main() -> None:
         memory = Memory("a", "b", "c", budget=1)
         results = await asyncio.gather(*map(memory.ask, "abc"), return_exceptions=True)
@@ -76,7 +76,7 @@ def test_models_that_are_asked_for_at_once_stay_within_the_budget():
     run(main)
 
 
-def test_models_that_fit_together_are_loaded_at_once():
+def test_models_that_fit_are_loaded_concurrently():
     async def main() -> None:
         memory = Memory("a", "b", budget=2)
         assert await asyncio.gather(*map(memory.ask, ("a", "b", "aa"))) == ["a", "b", "a"]
@@ -109,7 +109,7 @@ def test_a_busy_model_is_not_unloaded():
     run(main)
 
 
-def test_a_model_that_cannot_be_loaded_gives_its_memory_back():
+def test_a_failed_load_releases_its_memory():
     async def main() -> None:
         memory = Memory("a", "b", budget=1, broken=("a",))
         with pytest.raises(InvalidRequest, match="broken"):
@@ -120,7 +120,7 @@ def test_a_model_that_cannot_be_loaded_gives_its_memory_back():
     run(main)
 
 
-def test_a_model_that_is_asked_for_while_it_is_unloaded_is_loaded_again():
+def test_a_request_during_unloading_stays_within_the_budget():
     async def main() -> None:
         memory = Memory("a", "b", budget=1)
         await memory.ask("a")
@@ -135,7 +135,7 @@ def test_a_model_that_is_asked_for_while_it_is_unloaded_is_loaded_again():
     run(main)
 
 
-def test_an_unknown_model_is_refused_by_name():
+def test_an_unknown_model_lists_the_available_ones():
     async def main() -> None:
         with pytest.raises(NotFound, match="available models: a, b"):
             await Memory("a", "b", budget=None).ask("c")

@@ -17,7 +17,7 @@ JSON = {"content-type": "application/json"}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
 
 
-def test_a_whole_answer(server):
+def test_a_reply_has_openais_shape(server):
     found = post(server, "/v1/chat/completions", CHAT).json()
     assert found["object"] == "chat.completion" and found["model"] == "scripted"
     [choice] = found["choices"]
@@ -31,7 +31,7 @@ def test_a_whole_answer(server):
     }
 
 
-def test_the_joined_stream_is_the_whole_answer(server):
+def test_stream_chunks_join_to_the_reply(server):
     body = CHAT | {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
     answer = post(server, "/v1/chat/completions", body)
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -47,7 +47,7 @@ def test_the_joined_stream_is_the_whole_answer(server):
         assert [c["finish_reason"] for c in mine] == [None] * 5 + ["stop"]
 
 
-def test_max_tokens_gives_length(server):
+def test_max_tokens_finishes_with_length(server):
     found = post(server, "/v1/chat/completions", CHAT | {"max_tokens": 2}).json()
     assert found["choices"][0]["finish_reason"] == "length"
     assert found["choices"][0]["message"]["content"] == "Hello, "
@@ -60,7 +60,7 @@ def test_logprobs(server):
     assert entries[0]["top_logprobs"] == [{"token": "Hello", "logprob": -0.25, "bytes": list(b"Hello")}]
 
 
-def test_what_is_asked_reaches_the_door(server):
+def test_the_backend_receives_all_parameters(server):
     body = CHAT | {
         "temperature": 0.5,
         "top_p": 0,
@@ -85,7 +85,7 @@ def test_what_is_asked_reaches_the_door(server):
     assert ask.messages == ({"role": "user", "content": "Hi"},)
 
 
-def test_parts_of_text_are_joined_and_others_refused(server):
+def test_text_parts_are_joined_and_others_refused(server):
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     assert post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}).status_code == 200
     assert server.backend.requests[0].messages[0]["content"] == "Hello"
@@ -120,7 +120,7 @@ def test_an_unknown_model_is_not_found(server):
         ({"response_format": {"type": "poem"}}, "response_format"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_parameters_name(server, change, param):
+def test_an_invalid_parameter_is_named(server, change, param):
     answer = post(server, "/v1/chat/completions", CHAT | change)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
@@ -138,7 +138,7 @@ def test_a_missing_field_is_named(server):
     [(Overloaded("full"), 429, "1"), (PromptTooLong(9, 3), 400, None), (RuntimeError("secret"), 500, None)],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_refusal_is_a_status_also_of_a_stream(server, error, status, retry, stream):
+def test_backend_refusals_become_http_errors(server, error, status, retry, stream):
     server.backend.script = Script(refusal=error)
     answer = post(server, "/v1/chat/completions", CHAT | {"stream": stream})
     assert answer.status_code == status
@@ -146,7 +146,7 @@ def test_a_refusal_is_a_status_also_of_a_stream(server, error, status, retry, st
     assert "secret" not in answer.text
 
 
-def test_an_error_in_a_stream_is_an_event_and_no_good_end(server):
+def test_an_error_event_ends_a_stream(server):
     server.backend.script = Script(error=NumericalError("the model computed NaN"))
     answer = post(server, "/v1/chat/completions", CHAT | {"stream": True})
     assert answer.status_code == 200
@@ -172,7 +172,7 @@ def test_completions_of_several_prompts(server):
     assert done == "[DONE]" and texts == ["Hello, world"] * 4
 
 
-def test_scoring_as_lm_eval_asks_for_it(server):
+def test_prompt_logprobs_for_lm_eval(server):
     body = {"prompt": [[1, 5]], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1}
     [choice] = post(server, "/v1/completions", body).json()["choices"]
     assert choice["text"] == "1 5Hello"
@@ -201,14 +201,14 @@ def test_models(server):
     assert httpx.get(server.url + "/v1/models/none").status_code == 404
 
 
-def test_classes(server):
+def test_classify(server):
     found = post(server, "/v1/classify", {"input": "fine"}).json()
     assert found["data"] == [
         {"index": 0, "label": "good", "probs": [0.75, 0.25], "scores": {"good": 0.75, "bad": 0.25}}
     ]
 
 
-def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
+def test_streamed_and_whole_replies_are_equal(tales):
     body = {"messages": [{"role": "user", "content": "Tell a story."}], "temperature": 0, "max_tokens": 40}
     whole = post(tales, "/v1/chat/completions", body).json()
     *chunks, done = events(post(tales, "/v1/chat/completions", body | {"stream": True}).text)
@@ -218,14 +218,14 @@ def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
     assert post(tales, "/v1/completions", prompt).json()["choices"][0]["text"].startswith("Once upon a")
 
 
-def test_the_built_in_models_vectors_are_of_length_one(tales):
+def test_built_in_embeddings_are_normalized(tales):
     found = post(tales, "/v1/embeddings", {"input": ["a king", "a queen", "the sea"]}).json()
     vectors = [entry["embedding"] for entry in found["data"]]
     assert all(abs(sum(x * x for x in vector) - 1) < 1e-3 for vector in vectors)
     assert vectors[0] != vectors[1]
 
 
-def test_whole_numbers_may_have_a_fraction_of_nothing(server):
+def test_integers_may_be_written_as_floats(server):
     raw = '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2.0, "temperature": 1.0, "top_k": 3e0}'
     assert httpx.post(server.url + "/v1/chat/completions", content=raw, headers=JSON).status_code == 200
     assert server.backend.requests[0].sampling == {"max_tokens": 2, "temperature": 1.0, "top_k": 3}
@@ -234,12 +234,12 @@ def test_whole_numbers_may_have_a_fraction_of_nothing(server):
         assert answer.status_code == 400, wrong
 
 
-def test_a_wrong_method_is_told_all_right_ones(server):
+def test_a_wrong_method_lists_the_allowed_ones(server):
     answer = httpx.put(server.url + "/v1/responses/resp_1", json={})
     assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, HEAD")
 
 
-def test_the_description_asks_for_keys_where_they_are_wanted(server):
+def test_openapi_declares_where_keys_are_required(server):
     described = httpx.get(server.url + "/openapi.json").json()
     assert "security" not in described["paths"]["/v1/models"]["get"]
     written, key = keys.new("anna")

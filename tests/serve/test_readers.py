@@ -23,7 +23,7 @@ def memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_readers_who_do_not_read_cost_little_and_are_dropped():
+def test_slow_readers_use_little_memory_and_are_dropped():
     endless = Script(pieces=("x" * 16_000,) * 2000)
     with running(lambda: ScriptedBackend(endless), Settings(reader_seconds=3)) as server:
         httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3})
@@ -40,7 +40,7 @@ def test_readers_who_do_not_read_cost_little_and_are_dropped():
             raw.__exit__()
 
 
-def test_a_whole_answer_that_nobody_takes_is_dropped():
+def test_an_unread_reply_is_dropped():
     huge = Script(pieces=("x" * (1 << 20),) * 24)
     with running(lambda: ScriptedBackend(huge), QUICK) as server:
         [raw] = stalled(server, 1, CHAT)
@@ -50,7 +50,7 @@ def test_a_whole_answer_that_nobody_takes_is_dropped():
         raw.__exit__()
 
 
-def test_what_is_left_of_an_answer_when_the_connection_is_closed_is_dropped():
+def test_the_unread_rest_of_a_reply_is_dropped():
     """Of one of these sizes a little is left that the system did not take, and nothing more is ever written."""
     pieces = Script(pieces=("x" * 32_000,) * 48)
     with running(lambda: ScriptedBackend(pieces), QUICK) as server:
@@ -61,7 +61,7 @@ def test_what_is_left_of_an_answer_when_the_connection_is_closed_is_dropped():
         eventually(lambda: not connections, 40)
 
 
-def test_requests_in_a_row_whose_answers_nobody_takes_are_dropped():
+def test_pipelined_requests_with_unread_replies_are_dropped():
     with running(settings=QUICK) as server:
         connections = server.http.server_state.connections
         raw = Raw(server, receive_buffer=4096)

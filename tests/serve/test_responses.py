@@ -51,7 +51,7 @@ def kinds(found):
     return [event["type"].removeprefix("response.") for event in found]
 
 
-def test_a_whole_answer(server):
+def test_a_reply_has_the_responses_shape(server):
     found = post(server, ASK | {"metadata": {"a": "b"}, "instructions": "Be kind.", "temperature": 0.5}).json()
     assert (found["object"], found["status"], found["error"]) == ("response", "completed", None)
     assert found["id"].startswith("resp_") and found["metadata"] == {"a": "b"}
@@ -71,7 +71,7 @@ def test_a_whole_answer(server):
     assert ask.sampling == {"temperature": 0.5}
 
 
-def test_a_stream(server):
+def test_a_stream_has_the_events_of_the_responses_api(server):
     found = stream(server, ASK)
     assert kinds(found) == [
         *("created", "in_progress", "output_item.added", "content_part.added"),
@@ -87,7 +87,7 @@ def test_a_stream(server):
     assert get(server, f"/v1/responses/{whole['id']}").json() == whole
 
 
-def test_max_output_tokens_gives_incomplete(server):
+def test_max_output_tokens_ends_as_incomplete(server):
     found = post(server, ASK | {"max_output_tokens": 2}).json()
     assert (found["status"], found["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert found["output"][0]["status"] == "incomplete"
@@ -95,7 +95,7 @@ def test_max_output_tokens_gives_incomplete(server):
     assert kinds(events)[-1] == "incomplete" and "completed" not in kinds(events)
 
 
-def test_calls_of_tools(server):
+def test_tool_calls(server):
     server.backend.script = Script(pieces=("Let me see.",), calls=CALLS)
     body = ASK | {"tools": [TOOL]}
     found = post(server, body).json()["output"]
@@ -131,7 +131,7 @@ def test_logprobs(server):
     assert server.backend.requests[-1].sampling == {"logprobs": 0}
 
 
-def test_items_become_turns(server):
+def test_items_become_messages(server):
     given = [
         {"role": "developer", "content": "Be brief."},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Oslo?"}]},
@@ -168,7 +168,7 @@ def test_items_become_turns(server):
         ({"type": "json_schema", "name": "x", "schema": {"type": "object"}}, ("json_schema", {"type": "object"})),
     ],
 )
-def test_forms_of_text(server, form, grammar):
+def test_text_formats(server, form, grammar):
     assert post(server, ASK | {"text": {"format": form}}).json()["text"]["format"] == form
     assert server.backend.requests[0].grammar == grammar
 
@@ -200,14 +200,14 @@ def test_forms_of_text(server, form, grammar):
         ({"top_logprobs": 21}, "top_logprobs"),
     ],
 )
-def test_what_cannot_be_is_refused(server, change, message):
+def test_invalid_requests_are_refused(server, change, message):
     answer = post(server, ASK | change)
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]
     assert not server.backend.requests
 
 
-def test_a_conversation_goes_on(server):
+def test_previous_response_id_continues_a_conversation(server):
     first = post(server, ASK | {"instructions": "Be kind."}).json()
     body = ASK | {"input": "And?", "previous_response_id": first["id"], "instructions": "Be brief."}
     second = post(server, body).json()
@@ -220,7 +220,7 @@ def test_a_conversation_goes_on(server):
     assert [turn["content"] for turn in server.backend.requests[2].messages][-3:] == ["And?", "Hello, world!", "So?"]
 
 
-def test_results_of_tools_answer_kept_calls(server):
+def test_tool_results_follow_stored_calls(server):
     server.backend.script = Script(pieces=(), calls=CALLS)
     first = post(server, ASK | {"tools": [TOOL]}).json()
     results = [{"type": "function_call_output", "call_id": f"call_{name}", "output": "rain"} for name in "ab"]
@@ -230,7 +230,7 @@ def test_results_of_tools_answer_kept_calls(server):
     assert [call["id"] for call in turns[1]["tool_calls"]] == ["call_a", "call_b"]
 
 
-def test_what_is_kept_can_be_shown_and_dropped(server):
+def test_stored_responses_can_be_read_and_deleted(server):
     whole = post(server, ASK).json()
     path = f"/v1/responses/{whole['id']}"
     assert get(server, path).json() == whole
@@ -243,7 +243,7 @@ def test_what_is_kept_can_be_shown_and_dropped(server):
         assert answer.status_code == 404 and answer.json()["error"]["code"] is None
 
 
-def test_what_is_not_to_be_kept_is_not(server):
+def test_store_false_stores_nothing(server):
     whole = post(server, ASK | {"store": False}).json()
     assert whole["store"] is False and get(server, f"/v1/responses/{whole['id']}").status_code == 404
 
@@ -264,7 +264,7 @@ def test_input_items(server):
         assert get(server, f"{path}?{wrong}").status_code == 400
 
 
-def test_one_key_never_sees_anothers():
+def test_keys_cannot_read_each_others_responses():
     (mine, one), (theirs, two) = keys.new("anna"), keys.new("ben")
     with running(keys=keys.Keys((one, two))) as server:
         as_one, as_two = ({"headers": {"authorization": f"Bearer {key}"}} for key in (mine, theirs))
@@ -278,7 +278,7 @@ def test_one_key_never_sees_anothers():
         assert get(server, path, **as_one).status_code == 200
 
 
-def test_the_oldest_go_and_only_ones_own():
+def test_the_store_evicts_the_oldest_of_the_same_owner():
     entry = StoredResponse({"text": "x" * 100}, (), ())
     kept = ResponseStore(2, 10 * entry.size())
     for name in "abc":
@@ -298,7 +298,7 @@ def test_the_oldest_go_and_only_ones_own():
     assert small._owners["anna"].size == entry.size()
 
 
-def test_how_much_is_kept_is_a_setting():
+def test_kept_responses_limits_the_store():
     with running(settings=Settings(kept_responses=1)) as server:
         first, second = (post(server, ASK).json()["id"] for _ in range(2))
         assert get(server, f"/v1/responses/{first}").status_code == 404
@@ -306,7 +306,7 @@ def test_how_much_is_kept_is_a_setting():
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_refusal_is_a_status(server, streamed):
+def test_backend_refusals_become_http_errors(server, streamed):
     server.backend.script = Script(refusal=Overloaded("full"))
     answer = post(server, ASK | {"stream": streamed})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
@@ -326,7 +326,7 @@ def test_an_error_in_a_stream_fails_the_response(server, error):
     assert post(server, ASK).status_code == 500
 
 
-def test_the_oldest_turns_go_if_that_is_asked_for(server):
+def test_truncation_auto_drops_the_oldest_messages(server):
     server.backend.model_infos = [ModelInfo("scripted", context=12)]
     turns = [{"role": ("user", "assistant")[place % 2], "content": f"{place} x x"} for place in range(5)]
     body = ASK | {"input": [{"role": "system", "content": "brief"}, *turns], "max_output_tokens": 3}
@@ -340,7 +340,7 @@ def test_the_oldest_turns_go_if_that_is_asked_for(server):
     assert [turn["content"] for turn in server.backend.requests[2].messages] == ["brief", "2 x x", "3 x x", "4 x x"]
 
 
-def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
+def test_streamed_and_whole_replies_are_equal(tales):
     body = {"input": "Tell a story.", "temperature": 0, "max_output_tokens": 30}
     whole = post(tales, body).json()
     found = stream(tales, body)

@@ -65,19 +65,19 @@ def refused(raw: Raw, status: int) -> None:
         [f"X-{place}: 1" for place in range(5000)],
     ],
 )
-def test_too_large_a_head_is_431(usual, fields):
+def test_too_large_headers_are_431(usual, fields):
     with Raw(usual) as raw:
         refused(raw.get("/health", *fields), 431)
 
 
-def test_a_head_of_the_largest_size_is_read(usual):
+def test_headers_of_the_largest_size_are_accepted(usual):
     with Raw(usual) as raw:
         assert raw.get("/health", f"X-Long: {'x' * 31_000}", *[f"X-{each}: 1" for each in range(90)]).status() == 200
     with Raw(usual) as raw:
         refused(raw.get("/" + "x" * 33_000), 431)
 
 
-def test_a_head_without_an_end_is_431(usual):
+def test_endless_headers_are_431(usual):
     with Raw(usual) as raw:
         began = monotonic()
         raw.send("GET /health HTTP/1.1\r\nX-Long: ")
@@ -92,7 +92,7 @@ def test_a_head_without_an_end_is_431(usual):
         refused(raw, 431)
 
 
-def test_a_head_that_drips_is_cut_off(quick):
+def test_slow_headers_are_cut_off(quick):
     with Raw(quick) as raw:
         assert raw.drip(b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 9999, 0.05, 10) < 0.4 + LINGER_SECONDS + MARGIN
     with Raw(quick) as raw:
@@ -100,14 +100,14 @@ def test_a_head_that_drips_is_cut_off(quick):
         refused(raw, 408)
 
 
-def test_a_connection_that_says_nothing_is_closed(quick):
+def test_a_silent_connection_is_closed(quick):
     with Raw(quick) as raw:
         began = monotonic()
         assert raw.rest() == b"" and monotonic() - began < 0.4 + MARGIN
 
 
 @pytest.mark.parametrize("dripped", [b"GET /health HTTP/1.1\r\nX: " + b"x" * 9999, b"\r\n", b"\n"])
-def test_what_drips_on_a_kept_connection_is_cut_off(quick, dripped):
+def test_slow_bytes_on_a_kept_connection_are_cut_off(quick, dripped):
     """Line breaks too, which belong to no request and wind up no parser."""
     with Raw(quick) as raw:
         raw.get().until(b'"ok"}')
@@ -124,7 +124,7 @@ def test_an_idle_connection_is_closed(quick):
 # Bodies
 
 
-def test_a_body_that_drips_is_refused_in_time(quick):
+def test_a_slow_body_is_refused(quick):
     with Raw(quick) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
         raw.send("Content-Length: 5000\r\n\r\n{")
@@ -143,7 +143,7 @@ def test_a_body_that_drips_is_refused_in_time(quick):
         ("POST /health", "open"),
     ],
 )
-def test_a_body_that_nobody_reads_holds_no_connection(head, server):
+def test_an_unread_body_holds_no_connection(head, server):
     """What is refused, or has no use for a body, is answered before the body: its rest must not keep us waiting."""
     with running(settings=QUICK, keys=LOCKED if server == "locked" else None) as found, Raw(found) as raw:
         raw.send(
@@ -154,7 +154,7 @@ def test_a_body_that_nobody_reads_holds_no_connection(head, server):
         assert raw.drip(b"x", 0.05, 15) < LINGER_SECONDS + MARGIN
 
 
-def test_a_body_that_is_announced_too_long_is_refused_before_it_is_read(usual):
+def test_a_too_large_content_length_is_refused_unread(usual):
     with Raw(usual) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
         raw.send(f"Expect: 100-continue\r\nContent-Length: {300 << 20}\r\n\r\n")
@@ -163,7 +163,7 @@ def test_a_body_that_is_announced_too_long_is_refused_before_it_is_read(usual):
     assert answer.status_code == 413, "it was read while the client was still writing"
 
 
-def test_what_follows_a_refusal_is_read_for_a_while(usual):
+def test_bytes_after_a_refusal_are_read_for_a_while(usual):
     """Closing on unread data is a reset, which may destroy the answer before the client has read it."""
     with Raw(usual) as raw:
         raw.send(POST + "Content-Length: 5000000\r\n\r\n")
@@ -188,14 +188,14 @@ def test_chunks_beyond_the_limit_are_cut_off(usual):
         assert b" 413 " in raw.rest()[:20]
 
 
-def test_a_body_of_exactly_the_limit_is_read(usual):
+def test_a_body_of_exactly_the_limit_is_accepted(usual):
     body = json.dumps({"input": "x"}).encode()
     body += b" " * (usual.app.services.settings.body_bytes - len(body))
     assert httpx.post(usual.url + "/v1/embeddings", content=body, headers=JSON).status_code == 200
     assert httpx.post(usual.url + "/v1/embeddings", content=body + b" ", headers=JSON).status_code == 413
 
 
-def test_a_body_in_chunks_is_read_and_its_trailers_are_no_headers():
+def test_trailers_of_a_chunked_body_are_ignored():
     with running(keys=LOCKED) as server, Raw(server) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
         raw.send('Transfer-Encoding: chunked\r\n\r\nd\r\n{"input":"x"}\r\n0\r\nAuthorization: Bearer x\r\n\r\n')
@@ -257,7 +257,7 @@ SMUGGLED = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
         "\0" * 100,
     ],
 )
-def test_what_two_servers_might_read_differently_is_400_and_closed(usual, caplog, sent):
+def test_request_smuggling_is_400_and_closed(usual, caplog, sent):
     with Raw(usual) as raw:
         refused(raw.send(sent), 400)
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "it was answered twice"
@@ -272,7 +272,7 @@ def test_a_broken_body_is_answered_once():
         eventually(lambda: not server.app.state.running)
 
 
-def test_requests_in_a_row_are_answered_in_order(usual):
+def test_pipelined_requests_are_answered_in_order(usual):
     with Raw(usual) as raw:
         for path in ("/version", "/nothing", "/health"):
             raw.get(path)
@@ -280,7 +280,7 @@ def test_requests_in_a_row_are_answered_in_order(usual):
     assert [int(each[:3]) for each in answer.split(b"HTTP/1.1 ")[1:]] == [200, 404, 200, 200]
 
 
-def test_what_would_be_another_protocol_is_not_upgraded_to(usual):
+def test_protocol_upgrades_are_ignored_or_refused(usual):
     for kind in ("websocket", "h2c"):
         upgrade = (f"Upgrade: {kind}", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13")
         with Raw(usual) as raw:
@@ -293,7 +293,7 @@ def test_what_would_be_another_protocol_is_not_upgraded_to(usual):
 # Connections
 
 
-def test_too_many_connections_of_one_address():
+def test_connections_per_address_are_limited():
     with running(settings=Settings(connections_per_address=3)) as server:
         kept = [Raw(server).get() for _ in range(3)]
         for raw in kept:
@@ -312,7 +312,7 @@ def test_too_many_connections_of_one_address():
         eventually(lambda: not server.app.state.running)
 
 
-def test_too_many_connections_in_all():
+def test_connections_are_limited_in_total():
     settings = Settings(connections=3, connections_per_address=1, trusted_proxies=("127.0.0.1",))
     with running(settings=settings) as server:
         kept = [Raw(server).get() for _ in range(3)]  # a proxy of ours is not counted by its address
@@ -334,7 +334,7 @@ def listening() -> set[str]:
     return {line.split()[3] for line in found.splitlines() if f"pid={os.getpid()}," in line}
 
 
-def test_there_is_one_socket_and_no_other(usual):
+def test_the_server_listens_on_one_socket(usual):
     before = listening()
     with running() as server:
         for path in ("/health", "/v1/models", "/openapi.json", "/metrics"):
@@ -344,7 +344,7 @@ def test_there_is_one_socket_and_no_other(usual):
         assert server.url.startswith("http://127.0.0.1:")
 
 
-def test_a_port_that_is_taken_is_told_at_once():
+def test_a_port_in_use_is_an_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -352,7 +352,7 @@ def test_a_port_that_is_taken_is_told_at_once():
             server.bind(Settings(port=taken.getsockname()[1]))
 
 
-def test_as_many_files_may_be_open_as_there_may_be_connections():
+def test_the_open_file_limit_fits_the_connections():
     program = (
         "import resource\n"
         "from moesaic.serve import server\n"

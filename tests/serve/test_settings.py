@@ -17,18 +17,18 @@ BOUNDS = [each for each in fields(Settings) if type(each.default) in (int, float
 
 
 @pytest.mark.parametrize("bound", BOUNDS, ids=lambda each: each.name)
-def test_the_page_tells_every_bound(bound):
+def test_the_page_lists_every_limit(bound):
     [row] = re.findall(rf"^\| `{bound.name}`.*?\| *([\d.]+) *\|", PAGE, re.M)
     assert float(row) == bound.default
 
 
-def test_the_page_tells_the_engines_bounds():
+def test_the_page_lists_the_engine_limits():
     limits = Limits()
     assert f"each model | {limits.sequences} |" in PAGE and f"answers that wait | {limits.queue} |" in PAGE
 
 
 @pytest.mark.parametrize("bound", BOUNDS, ids=lambda each: each.name)
-def test_no_bound_is_below_nothing(bound):
+def test_limits_must_be_positive(bound):
     with pytest.raises(InvalidParameter):
         Settings(**{bound.name: -1})
     with pytest.raises(InvalidParameter):
@@ -43,7 +43,7 @@ def test_no_bound_is_below_nothing(bound):
 @pytest.mark.parametrize(
     ("host", "alone"), [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True)]
 )
-def test_what_only_this_machine_reaches(host, alone):
+def test_loopback_hosts(host, alone):
     assert Settings(host=host).loopback is alone
     for open_to_others in ("0.0.0.0", "::", "192.168.1.1", "example.org", "127.example.org", "", "1270.0.0.1"):
         assert not Settings(host=open_to_others).loopback, open_to_others

@@ -30,7 +30,7 @@ def token(place, text, special=False):
     return {"id": 10 + place, "text": text, "logprob": -0.25, "special": special}
 
 
-def test_a_whole_answer(server):
+def test_a_reply_has_tgis_shape(server):
     answer = post(server, "/generate", asks(GREEDY))
     assert answer.json() == {
         "generated_text": "Hello, world!",
@@ -49,7 +49,7 @@ def test_a_whole_answer(server):
         assert f"x-{name}" in answer.headers
 
 
-def test_the_compatible_route_wraps_and_repeats_the_prompt(server):
+def test_the_compatible_route_repeats_the_prompt(server):
     for path in ("/", "/v1", "/v1/"):
         assert post(server, path, BODY).json() == [{"generated_text": "Hi youHello, world!"}]
     [found] = post(server, "/", asks({"return_full_text": False})).json()
@@ -85,7 +85,7 @@ def test_a_stream_has_one_event_for_each_token(server, path):
     assert "[DONE]" not in answer.text
 
 
-def test_details_of_a_stream_are_there_on_request_only(server):
+def test_stream_details_are_optional(server):
     *_, last = events(post(server, "/generate_stream", BODY).text)
     assert json.loads(last)["details"] is None and "top_tokens" not in json.loads(last)
 
@@ -102,7 +102,7 @@ class Apart(ScriptedStream):
         yield Finished(0, "stop", 2, 5, stop="STOP")
 
 
-def test_texts_of_a_stream_add_up_whatever_was_held_back(monkeypatch):
+def test_stream_texts_join_to_the_reply(monkeypatch):
     class Door(ScriptedBackend):
         async def generate(self, request):
             return Apart(self, request, self.script)
@@ -116,7 +116,7 @@ def test_texts_of_a_stream_add_up_whatever_was_held_back(monkeypatch):
     assert [each["token"] for each in found] == whole["details"]["tokens"]
 
 
-def test_the_best_of_several(monkeypatch):
+def test_best_of(monkeypatch):
     class Door(ScriptedBackend):
         async def generate(self, request):
             self.script = Script(pieces=(("Good", "Better")[len(self.requests)],))
@@ -144,7 +144,7 @@ def test_the_best_of_several(monkeypatch):
     assert [other["seed"], found["details"]["seed"]] == seeds and len(set(seeds)) == 2
 
 
-def test_what_is_asked_reaches_the_door(server):
+def test_the_backend_receives_all_parameters(server):
     parameters = {
         "temperature": 0.5,
         "top_k": 5,
@@ -200,7 +200,7 @@ def test_what_is_asked_reaches_the_door(server):
         ({"do_sample": False, "temperature": 0.5}, False),
     ],
 )
-def test_when_tokens_are_drawn(server, parameters, greedy):
+def test_when_tokens_are_sampled(server, parameters, greedy):
     body = BODY if parameters is None else asks(parameters)
     assert post(server, "/generate", body).status_code == 200
     [ask] = server.backend.requests
@@ -242,7 +242,7 @@ def test_when_tokens_are_drawn(server, parameters, greedy):
         ({"temperature": "hot"}, "parameters.temperature: Expected"),
     ],
 )
-def test_refusals_have_tgis_words(server, parameters, text):
+def test_validation_errors_have_tgis_wording(server, parameters, text):
     answer = post(server, "/generate", asks(parameters))
     found = answer.json()
     assert answer.status_code == 422 and found["error_type"] == "validation"
@@ -260,18 +260,18 @@ def test_refusals_have_tgis_words(server, parameters, text):
         ({"top_p": 0}, "`top_p` must be > 0.0 and < 1.0"),
     ],
 )
-def test_a_stream_is_refused_with_a_real_status(server, parameters, text):
+def test_an_invalid_stream_request_is_422(server, parameters, text):
     answer = post(server, "/generate_stream", asks(parameters))
     assert answer.status_code == 422
     assert answer.json() == {"error": f"Input validation error: {text}", "error_type": "validation"}
 
 
-def test_what_is_null_is_not_there(server):
+def test_null_means_unset(server):
     assert post(server, "/generate", asks(dict.fromkeys(Parameters.__struct_fields__))).status_code == 200
     assert server.backend.requests[0].sampling["temperature"] == 0
 
 
-def test_an_empty_text_and_too_long_ones():
+def test_empty_and_too_long_inputs_are_refused():
     with running(settings=Settings(tgi=TgiBounds(max_best_of=1, max_input_tokens=4, max_total_tokens=10))) as server:
         said = {
             "`inputs` cannot be empty": {"inputs": ""},
@@ -286,7 +286,7 @@ def test_an_empty_text_and_too_long_ones():
         assert post(server, "/generate", asks({"max_new_tokens": 7})).status_code == 200
 
 
-def test_a_body_that_is_none(server):
+def test_invalid_bodies_are_refused(server):
     answer = post(server, "/generate", {"prompt": "x"})
     assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
     assert "inputs" in answer.json()["error"]
@@ -296,7 +296,7 @@ def test_a_body_that_is_none(server):
     assert plain.status_code == 415 and plain.json().keys() == {"error"}
 
 
-def test_routes_that_are_not_there_below_v1_are_openais(server):
+def test_unknown_routes_below_v1_have_openais_errors(server):
     assert post(server, "/v1/nothing", BODY).json()["error"]["type"] == "not_found_error"
     assert post(server, "/generate/nothing", BODY).json().keys() == {"error"}
 
@@ -314,7 +314,7 @@ def test_routes_that_are_not_there_below_v1_are_openais(server):
     ],
 )
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
-def test_an_error_before_the_first_byte_is_a_status(server, path, error, status, text, kind):
+def test_backend_refusals_become_http_errors(server, path, error, status, text, kind):
     server.backend.script = Script(refusal=error)
     answer = post(server, path, BODY)
     assert answer.status_code == status and answer.json()["error_type"] == kind
@@ -331,7 +331,7 @@ def test_an_error_before_the_first_byte_is_a_status(server, path, error, status,
         (Overloaded("slow"), "overloaded"),
     ],
 )
-def test_an_error_in_a_stream_is_an_event_and_no_end(server, error, kind):
+def test_an_error_event_ends_a_stream(server, error, kind):
     server.backend.script = Script(error=error)
     answer = post(server, "/generate_stream", asks(GREEDY))
     *found, last = [json.loads(line[5:]) for line in answer.text.split("\n") if line.startswith("data:")]
@@ -339,7 +339,7 @@ def test_an_error_in_a_stream_is_an_event_and_no_end(server, error, kind):
     assert len(found) == 4 and all(each["generated_text"] is each["details"] is None for each in found)
 
 
-def test_an_error_of_one_of_several_is_that_error(server):
+def test_the_error_of_one_choice_fails_the_request(server):
     server.backend.script = Script(error=NumericalError("NaN"))
     best = asks({"best_of": 2, "do_sample": True})
     assert post(server, "/generate", best).status_code == 424
@@ -347,7 +347,7 @@ def test_an_error_of_one_of_several_is_that_error(server):
     assert post(server, "/v1/completions", both).json()["error"]["message"] == "NaN"
 
 
-def test_no_more_than_so_many_at_once():
+def test_concurrent_requests_are_limited():
     with running(lambda: ScriptedBackend(Script(held=True)), Settings(concurrent_requests=1)) as server:
         with httpx.stream("POST", server.url + "/generate_stream", json=BODY) as first:
             lines = first.iter_lines()
@@ -368,7 +368,7 @@ def test_health(server):
         assert (answer.json()["error"], answer.json()["error_type"]) == ("unhealthy", "healthcheck")
 
 
-def test_where_a_key_is_needed():
+def test_which_routes_require_a_key():
     key = Keys((Key("anna", digest("secret")),))
     with running(keys=key) as server:
         for found in (post(server, "/generate", BODY), post(server, "/", BODY), httpx.get(server.url + "/info")):
@@ -422,13 +422,13 @@ def test_tokenize_in_both_dialects(server):
         (["a", "\ufffd", "\ufffd", "a", "a"], "aéaa", [(0, 1), (1, 2), (1, 2), (2, 3), (3, 4)]),
     ],
 )
-def test_where_tokens_stand(marks, text, spans):
+def test_token_spans(marks, text, spans):
     found = token_spans([TokenInfo(9, mark, mark[0] == "<") for mark in marks], text)
     assert [(each["start"], each["stop"]) for each in found] == spans
     assert all(each["text"] == text[each["start"] : each["stop"]] for each in found)
 
 
-def test_sagemakers_and_vertexs_routes(server):
+def test_sagemaker_and_vertex_routes(server):
     chat = {"messages": [{"role": "user", "content": "Hi"}]}
     assert post(server, "/invocations", chat).json()["choices"][0]["message"]["content"] == "Hello, world!"
     assert post(server, "/invocations", {"prompt": "Hi"}).json()["choices"][0]["text"] == "Hello, world!"
@@ -439,7 +439,7 @@ def test_sagemakers_and_vertexs_routes(server):
     assert post(server, "/vertex", {"instances": []}).status_code == 422
 
 
-def test_schemas_as_grammars():
+def test_json_grammars():
     def of(grammar):
         return check_parameters(Parameters(grammar=grammar), TgiBounds(), stream=False).grammar
 
@@ -460,7 +460,7 @@ STORY = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 30, "det
     "more",
     [{}, {"temperature": 0.8, "seed": 5, "top_p": 0.9}, {"stop": ["the"]}, {"top_n_tokens": 2}, {"max_new_tokens": 1}],
 )
-def test_the_built_in_model_answers_alike_whole_and_streamed(tales, more):
+def test_streamed_and_whole_replies_are_equal(tales, more):
     body = STORY | {"parameters": STORY["parameters"] | more}
     whole = post(tales, "/generate", body).json()
     found = [json.loads(event) for event in events(post(tales, "/generate_stream", body).text)]
@@ -482,14 +482,14 @@ def test_the_built_in_model_answers_alike_whole_and_streamed(tales, more):
         assert [each["top_tokens"] for each in found] == whole["details"]["top_tokens"]
 
 
-def test_a_drawn_seed_repeats_its_answer(tales):
+def test_a_returned_seed_repeats_the_reply(tales):
     body = STORY | {"parameters": STORY["parameters"] | {"do_sample": True}}
     first = post(tales, "/generate", body).json()
     again = body | {"parameters": body["parameters"] | {"seed": first["details"]["seed"]}}
     assert post(tales, "/generate", again).json()["generated_text"] == first["generated_text"]
 
 
-def test_special_tokens_in_a_prompt_written_by_hand_are_read_as_such(tales):
+def test_special_tokens_in_the_text_are_parsed(tales):
     info = httpx.get(tales.url + "/tokenizer_info").json()
     bos, eos = info["bos_token"], info["eos_token"]
 
@@ -506,7 +506,7 @@ def test_special_tokens_in_a_prompt_written_by_hand_are_read_as_such(tales):
     assert read["details"]["prefill"][0]["logprob"] is None and read["details"]["prefill"][1]["logprob"] < 0
 
 
-def test_tokens_of_a_conversation(tales):
+def test_chat_tokenize(tales):
     body = {"messages": [{"role": "user", "content": "Tell a story about Zoë."}]}
     found = post(tales, "/chat_tokenize", body).json()
     assert "Tell a story about Zoë." in found["templated_text"]

@@ -66,7 +66,7 @@ def attributes(span) -> dict:
     return out
 
 
-def test_spans_arrive_with_the_present_names_and_without_prompts(server, collector):
+def test_spans_have_current_names_and_no_prompts(server, collector):
     server.app.services = replace(server.app.services, tracer=Tracer())
     trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     headers = {"traceparent": f"00-{trace}-{parent}-01", "tracestate": "vendor=1"}
@@ -105,7 +105,7 @@ def test_spans_arrive_with_the_present_names_and_without_prompts(server, collect
     assert "error.type" not in attributes(text)
 
 
-def test_a_collector_that_is_away_holds_nobody_up(server, monkeypatch):
+def test_an_unreachable_collector_delays_no_request(server, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     server.app.services = replace(server.app.services, tracer=Tracer())
@@ -113,7 +113,7 @@ def test_a_collector_that_is_away_holds_nobody_up(server, monkeypatch):
     server.app.services.tracer.close()
 
 
-def test_without_opentelemetry_it_is_told_what_to_install(monkeypatch):
+def test_a_missing_opentelemetry_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(InvalidRequest, match=r"moesaic\[otel\]"):
         Tracer()
