@@ -1,4 +1,4 @@
-"""What stands in front of every route: keys, hosts, origins, wrong keys, proxies; and the page's own walls."""
+"""Tests of the guard in front of all routes: keys, hosts, origins and proxies; and of the web page's headers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WRITTEN, ANNA = keys.new("anna")
 @pytest.fixture(scope="module")
 def locked():
     settings = Settings(failed_keys_per_minute=10**6)
-    with running(keys=Keys((ANNA,)), settings=settings) as found:
-        yield found
+    with running(keys=Keys((ANNA,)), settings=settings) as server:
+        yield server
 
 
 def bearer(key: str = WRITTEN) -> dict[str, str]:
@@ -35,16 +35,18 @@ def bearer(key: str = WRITTEN) -> dict[str, str]:
 
 
 def test_all_routes_but_public_ones_require_a_key(locked):
-    assert {each.path for each in locked.app.services.endpoints if each.public} <= PUBLIC
+    assert {endpoint.path for endpoint in locked.app.services.endpoints if endpoint.public} <= PUBLIC
     with httpx.Client(base_url=locked.url) as client:
-        for each in locked.app.services.endpoints:
-            path = each.path.replace("{name:path}", "x")
+        for endpoint in locked.app.services.endpoints:
+            path = endpoint.path.replace("{name:path}", "x")
             for headers in ({}, bearer("wrong"), {"x-api-key": "wrong"}):
-                answer = client.request(each.method, path, headers=headers, content=b"{}" if each.body else None)
-                assert (answer.status_code == 401) == (not each.public), (each, headers)
-            if not each.public:
-                assert answer.headers["www-authenticate"] == "Bearer"
-                assert client.request(each.method, path, headers=bearer()).status_code != 401
+                response = client.request(
+                    endpoint.method, path, headers=headers, content=b"{}" if endpoint.body else None
+                )
+                assert (response.status_code == 401) == (not endpoint.public), (endpoint, headers)
+            if not endpoint.public:
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert client.request(endpoint.method, path, headers=bearer()).status_code != 401
 
 
 @pytest.mark.parametrize("headers", [bearer(), {"x-api-key": WRITTEN}, {"authorization": WRITTEN}])
@@ -86,39 +88,39 @@ def test_failed_keys_are_rate_limited_per_address():
     now = [0.0]
     guard = Guard(Settings(failed_keys_per_minute=3), Keys((ANNA,)), lambda: now[0])
 
-    def who(key: str, address: str = "10.0.0.1") -> str:
+    def authenticate(key: str, address: str = "10.0.0.1") -> str:
         headers = [(b"authorization", f"Bearer {key}".encode())]
         return guard.authenticate(HttpRequest({"headers": headers}, "id", address)).name
 
     for _ in range(3):
         with pytest.raises(Unauthorized):
-            who("wrong")
+            authenticate("wrong")
         now[0] += 10
-    for key in ("wrong", WRITTEN):  # the answer tells nothing about the key
+    for key in ("wrong", WRITTEN):  # a valid key gets the same error
         with pytest.raises(KeyExhausted) as caught:
-            who(key)
+            authenticate(key)
         assert caught.value.retry_after == 30
-    assert who(WRITTEN, "10.0.0.2") == "anna"
+    assert authenticate(WRITTEN, "10.0.0.2") == "anna"
     now[0] += 31
-    assert who(WRITTEN) == "anna"
+    assert authenticate(WRITTEN) == "anna"
     with pytest.raises(Unauthorized):
-        who("wrong")
+        authenticate("wrong")
 
 
 def test_the_number_of_tracked_addresses_is_bounded(monkeypatch):
     monkeypatch.setattr("moesaic.serve.guard.MAX_TRACKED_ADDRESSES", 3)
     guard = Guard(Settings(failed_keys_per_minute=1), Keys((ANNA,)))
-    for place in range(10):
+    for number in range(10):
         with pytest.raises(Unauthorized):
-            guard.authenticate(HttpRequest({"headers": []}, "id", f"10.0.0.{place}"))
+            guard.authenticate(HttpRequest({"headers": []}, "id", f"10.0.0.{number}"))
     assert len(guard._failures) == 3
 
 
 def test_too_many_failed_keys_are_429():
     with running(keys=Keys((ANNA,)), settings=Settings(failed_keys_per_minute=2)) as server:
-        found = [httpx.get(server.url + "/version", headers=bearer("no")) for _ in range(3)]
-        assert [answer.status_code for answer in found] == [401, 401, 429]
-        assert 55 <= int(found[2].headers["retry-after"]) <= 60
+        responses = [httpx.get(server.url + "/version", headers=bearer("no")) for _ in range(3)]
+        assert [response.status_code for response in responses] == [401, 401, 429]
+        assert 55 <= int(responses[2].headers["retry-after"]) <= 60
         assert httpx.get(server.url + "/health").status_code == 200
 
 
@@ -159,7 +161,7 @@ def test_missing_repeated_and_absolute_hosts(server):
     with Raw(server) as raw:
         assert raw.get("/health", "Host: evil.example").status() == 400
     with Raw(server) as raw:
-        assert raw.get("http://evil.example/health").status() == 200  # nothing is decided by it
+        assert raw.get("http://evil.example/health").status() == 200  # the Host header decides, not the target
     with Raw(server) as raw:
         assert raw.get("http://localhost/health", host="evil.example").status() == 400
 
@@ -179,35 +181,35 @@ def test_only_allowed_hosts_are_accepted():
 
 
 def test_there_are_no_cors_headers_by_default(server):
-    answer = httpx.get(server.url + "/v1/models", headers={"origin": "https://evil.example"})
-    assert not [name for name in answer.headers if name.startswith("access-control")]
-    asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
-    answer = httpx.options(server.url + "/v1/chat/completions", headers=asked)
-    assert not [name for name in answer.headers if name.startswith("access-control")]
+    response = httpx.get(server.url + "/v1/models", headers={"origin": "https://evil.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    preflight = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    response = httpx.options(server.url + "/v1/chat/completions", headers=preflight)
+    assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 def test_cross_origin_requests_are_refused(server):
-    """What a browser sends without asking first: text/plain, or a form, or nothing, with the page's origin."""
+    """Browsers send these content types across origins without a preflight request."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/json"):
         for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://localhost"):
             headers = {"origin": origin, "content-type": kind}
-            answer = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
-            assert answer.status_code == 403
+            response = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
+            assert response.status_code == 403
     assert not server.backend.requests
     own = {"origin": server.url}
     assert httpx.post(server.url + "/v1/chat/completions", headers=own, json=CHAT).status_code == 200
 
 
 def test_allowed_origins_get_no_credentials():
-    for allowed, shown in ((("https://chat.example.org",), "https://chat.example.org"), (("*",), "*")):
+    for allowed, header in ((("https://chat.example.org",), "https://chat.example.org"), (("*",), "*")):
         with running(settings=Settings(cors_origins=allowed)) as server:
             headers = {"origin": "https://chat.example.org"}
-            answer = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
-            assert answer.status_code == 200
-            assert answer.headers["access-control-allow-origin"] == shown
-            assert "access-control-allow-credentials" not in answer.headers
-            assert "idempotency-key" in answer.headers["access-control-allow-headers"]  # our own client sends one
-            assert "retry-after" in answer.headers["access-control-expose-headers"]
+            response = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
+            assert response.status_code == 200
+            assert response.headers["access-control-allow-origin"] == header
+            assert "access-control-allow-credentials" not in response.headers
+            assert "idempotency-key" in response.headers["access-control-allow-headers"]  # Moesaic's client sends it
+            assert "retry-after" in response.headers["access-control-expose-headers"]
     guard = Guard(Settings(cors_origins=("https://a.example",)), Keys())
     scope = {"method": "DELETE", "headers": [(b"host", b"localhost"), (b"origin", b"https://b.example")]}
     with pytest.raises(Forbidden):
@@ -219,18 +221,18 @@ def test_allowed_origins_get_no_credentials():
 
 
 def test_forwarded_addresses_need_a_trusted_proxy():
-    def seen(client: str, said: str, trusted: tuple[str, ...]) -> str:
-        headers = [(b"x-forwarded-for", each.encode()) for each in said.split("|")]
-        return Guard(Settings(trusted_proxies=trusted), Keys()).client_address(
-            {"client": (client, 1), "headers": headers}
-        )
+    def client_address(client: str, forwarded: str, trusted: tuple[str, ...]) -> str:
+        headers = [(b"x-forwarded-for", value.encode()) for value in forwarded.split("|")]
+        scope = {"client": (client, 1), "headers": headers}
+        return Guard(Settings(trusted_proxies=trusted), Keys()).client_address(scope)
 
-    assert seen("10.0.0.9", "1.2.3.4", ()) == "10.0.0.9"
-    assert seen("10.0.0.9", "1.2.3.4", ("10.0.0.1",)) == "10.0.0.9"
-    assert seen("10.0.0.1", "6.6.6.6, 1.2.3.4", ("10.0.0.1",)) == "1.2.3.4"  # what the client made up comes first
-    assert seen("10.0.0.1", "6.6.6.6|1.2.3.4, 10.0.0.2", ("10.0.0.1", "10.0.0.2")) == "1.2.3.4"
-    assert seen("10.0.0.1", "2001:DB8::1", ("10.0.0.1",)) == "2001:db8::1"
-    assert seen("10.0.0.1", "\n{}", ("10.0.0.1",)) == "10.0.0.1"
+    assert client_address("10.0.0.9", "1.2.3.4", ()) == "10.0.0.9"
+    assert client_address("10.0.0.9", "1.2.3.4", ("10.0.0.1",)) == "10.0.0.9"
+    # a client can forge the first entries; the trusted proxy adds the last one
+    assert client_address("10.0.0.1", "6.6.6.6, 1.2.3.4", ("10.0.0.1",)) == "1.2.3.4"
+    assert client_address("10.0.0.1", "6.6.6.6|1.2.3.4, 10.0.0.2", ("10.0.0.1", "10.0.0.2")) == "1.2.3.4"
+    assert client_address("10.0.0.1", "2001:DB8::1", ("10.0.0.1",)) == "2001:db8::1"
+    assert client_address("10.0.0.1", "\n{}", ("10.0.0.1",)) == "10.0.0.1"
 
 
 # The page
@@ -248,15 +250,15 @@ def page(tmp_path, monkeypatch):
 
 
 def test_the_web_page_has_security_headers(page):
-    answer = httpx.get(page.url + "/", headers={"accept": "text/html"})
-    assert answer.status_code == 200 and "hello" in answer.text
-    policy = answer.headers["content-security-policy"]
+    response = httpx.get(page.url + "/", headers={"accept": "text/html"})
+    assert response.status_code == 200 and "hello" in response.text
+    policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     assert "frame-ancestors 'none'" in policy and "connect-src 'self'" in policy
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert answer.headers["referrer-policy"] == "no-referrer"
-    assert answer.headers["x-frame-options"] == "DENY"
-    assert "set-cookie" not in answer.headers
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert response.headers["x-frame-options"] == "DENY"
+    assert "set-cookie" not in response.headers
 
 
 @pytest.mark.parametrize(
@@ -277,9 +279,9 @@ def test_the_web_page_has_security_headers(page):
 )
 def test_paths_cannot_leave_the_web_folder(page, path):
     with Raw(page) as raw:
-        answer = raw.get(path, "Connection: close").rest()
+        response = raw.get(path, "Connection: close").rest()
     assert (
-        int(answer[9:12]) in (404, 400)
-        and b"secret" not in answer.replace(path.encode(), b"")
-        and b"root:" not in answer
+        int(response[9:12]) in (404, 400)
+        and b"secret" not in response.replace(path.encode(), b"")
+        and b"root:" not in response
     )

@@ -1,4 +1,4 @@
-"""Keys: what is kept, what is let in, and how much."""
+"""Tests of API keys: storage, authentication and limits."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def test_only_the_digest_of_a_random_key_is_stored(tmp_path, capsys):
     for name in ("anna", "ben"):
         assert cli.main(["keys", "add", name, "--file", str(file), "--concurrent", "2"]) == 0
     written = capsys.readouterr().out.split()
-    assert len(set(written)) == 2 and all(len(each) >= 43 for each in written)
-    assert not any(each in file.read_text() for each in written)
+    assert len(set(written)) == 2 and all(len(key) >= 43 for key in written)
+    assert not any(key in file.read_text() for key in written)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    known = Keys(keys.read(file))
-    assert known.owner(written[0].encode()) == Key("anna", keys.digest(written[0]), concurrent=2)
+    registry = Keys(keys.read(file))
+    assert registry.owner(written[0].encode()) == Key("anna", keys.digest(written[0]), concurrent=2)
     assert cli.main(["keys", "revoke", "anna", "--file", str(file)]) == 0
-    known.replace(keys.read(file))
+    registry.replace(keys.read(file))
     with pytest.raises(Unauthorized):
-        known.owner(written[0].encode())
-    assert known.owner(written[1].encode()).name == "ben"
+        registry.owner(written[0].encode())
+    assert registry.owner(written[1].encode()).name == "ben"
 
 
 def test_revoking_the_last_key_locks_the_server(tmp_path):
     written, anna = keys.new("anna")
-    known = Keys((anna,))
-    known.replace(())
-    for given in (None, b"", written.encode()):
+    registry = Keys((anna,))
+    registry.replace(())
+    for secret in (None, b"", written.encode()):
         with pytest.raises(Unauthorized):
-            known.owner(given)
+            registry.owner(secret)
     with pytest.raises(Unauthorized):
         Keys((), wanted=True).owner(None)
 
@@ -82,64 +82,64 @@ def test_a_missing_file_is_a_usage_error(tmp_path, capsys):
 
 
 def test_keys_from_the_environment():
-    known = Keys(keys.from_environment("one, two,,"))
-    assert known.owner(b"two").name == "environment-2"
+    registry = Keys(keys.from_environment("one, two,,"))
+    assert registry.owner(b"two").name == "environment-2"
     with pytest.raises(Unauthorized):
-        known.owner(b"")
+        registry.owner(b"")
 
 
-def exhausted(known: Keys, key: Key) -> float:
+def exhausted(registry: Keys, key: Key) -> float:
     with pytest.raises(KeyExhausted) as caught:
-        known.begin(key)
+        registry.begin(key)
     return caught.value.retry_after
 
 
 def test_requests_per_minute():
     clock, key = Clock(), Key("a", "0" * 64, requests_per_minute=6)
-    known = Keys((key,), clock)
+    registry = Keys((key,), clock)
     for _ in range(6):
-        known.begin(key)
-    assert exhausted(known, key) == pytest.approx(10)
+        registry.begin(key)
+    assert exhausted(registry, key) == pytest.approx(10)
     clock.now += 10
-    known.begin(key)
-    assert exhausted(known, key) == pytest.approx(10)
+    registry.begin(key)
+    assert exhausted(registry, key) == pytest.approx(10)
     other = Key("b", "1" * 64, requests_per_minute=6)
-    known.replace((key, other))
-    known.begin(other)
-    assert exhausted(known, key) == pytest.approx(10), "reading the keys again must not fill up a share"
+    registry.replace((key, other))
+    registry.begin(other)
+    assert exhausted(registry, key) == pytest.approx(10), "a reload of the keys must not reset the limits"
 
 
 def test_tokens_per_minute_are_charged_at_the_end():
     clock, key = Clock(), Key("a", "0" * 64, tokens_per_minute=600)
-    known = Keys((key,), clock)
-    known.begin(key)
-    known.end(key, 1200)
-    assert exhausted(known, key) == pytest.approx(60.1)
+    registry = Keys((key,), clock)
+    registry.begin(key)
+    registry.end(key, 1200)
+    assert exhausted(registry, key) == pytest.approx(60.1)
     clock.now += 61
-    known.begin(key)
+    registry.begin(key)
 
 
 def test_concurrent_requests():
     key = Key("a", "0" * 64, concurrent=2)
-    known = Keys((key,))
-    known.begin(key)
-    known.begin(key)
-    assert exhausted(known, key) > 0
-    known.end(key, 0)
-    known.begin(key)
+    registry = Keys((key,))
+    registry.begin(key)
+    registry.begin(key)
+    assert exhausted(registry, key) > 0
+    registry.end(key, 0)
+    registry.begin(key)
     for _ in range(2):
-        known.end(key, 0)
-    assert not known._running, "nobody who has left is remembered"
+        registry.end(key, 0)
+    assert not registry._running, "keys without requests must be forgotten"
 
 
 def test_a_refused_request_is_not_charged():
     clock, key = Clock(), Key("a", "0" * 64, requests_per_minute=2, concurrent=1)
-    known = Keys((key,), clock)
-    known.begin(key)
+    registry = Keys((key,), clock)
+    registry.begin(key)
     for _ in range(5):
-        exhausted(known, key)
-    known.end(key, 0)
-    known.begin(key)
+        exhausted(registry, key)
+    registry.end(key, 0)
+    registry.begin(key)
 
 
 def test_the_file_is_written_atomically(tmp_path, monkeypatch):

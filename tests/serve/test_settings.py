@@ -1,4 +1,4 @@
-"""Bounds: none is nothing, and the page about serving tells every one as it is."""
+"""Tests of the settings: their limits are positive, and ``docs/serving.md`` lists them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moesaic.errors import InvalidParameter
 from moesaic.serve.settings import Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-BOUNDS = [each for each in fields(Settings) if type(each.default) in (int, float) and each.name != "port"]
+LIMITS = [field for field in fields(Settings) if type(field.default) in (int, float) and field.name != "port"]
 
 
-@pytest.mark.parametrize("bound", BOUNDS, ids=lambda each: each.name)
-def test_the_page_lists_every_limit(bound):
-    [row] = re.findall(rf"^\| `{bound.name}`.*?\| *([\d.]+) *\|", PAGE, re.M)
-    assert float(row) == bound.default
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda field: field.name)
+def test_the_page_lists_every_limit(limit):
+    [row] = re.findall(rf"^\| `{limit.name}`.*?\| *([\d.]+) *\|", PAGE, re.M)
+    assert float(row) == limit.default
 
 
 def test_the_page_lists_the_engine_limits():
@@ -27,23 +27,23 @@ def test_the_page_lists_the_engine_limits():
     assert f"each model | {limits.sequences} |" in PAGE and f"answers that wait | {limits.queue} |" in PAGE
 
 
-@pytest.mark.parametrize("bound", BOUNDS, ids=lambda each: each.name)
-def test_limits_must_be_positive(bound):
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda field: field.name)
+def test_limits_must_be_positive(limit):
     with pytest.raises(InvalidParameter):
-        Settings(**{bound.name: -1})
+        Settings(**{limit.name: -1})
     with pytest.raises(InvalidParameter):
-        Settings(**{bound.name: float("nan")})
-    if bound.name in ("request_seconds", "queue_seconds"):
-        Settings(**{bound.name: 0})
+        Settings(**{limit.name: float("nan")})
+    if limit.name in ("request_seconds", "queue_seconds"):
+        Settings(**{limit.name: 0})
     else:
         with pytest.raises(InvalidParameter):
-            Settings(**{bound.name: 0})
+            Settings(**{limit.name: 0})
 
 
 @pytest.mark.parametrize(
-    ("host", "alone"), [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True)]
+    ("host", "loopback"), [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True)]
 )
-def test_loopback_hosts(host, alone):
-    assert Settings(host=host).loopback is alone
-    for open_to_others in ("0.0.0.0", "::", "192.168.1.1", "example.org", "127.example.org", "", "1270.0.0.1"):
-        assert not Settings(host=open_to_others).loopback, open_to_others
+def test_loopback_hosts(host, loopback):
+    assert Settings(host=host).loopback is loopback
+    for public_host in ("0.0.0.0", "::", "192.168.1.1", "example.org", "127.example.org", "", "1270.0.0.1"):
+        assert not Settings(host=public_host).loopback, public_host

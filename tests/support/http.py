@@ -92,7 +92,7 @@ class Raw:
 
 def post(server: Any, path: str, body: Any, **options: Any) -> httpx.Response:
     """Post a JSON body to a path of a server."""
-    return httpx.post(server.url + path, json=body, timeout=30, **options)
+    return httpx.post(server.url + path, json=body, timeout=60, **options)
 
 
 def events(text: str) -> list[str]:
