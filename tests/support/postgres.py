@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own: Debian's, on a folder and a socket of its own."""
+"""PostgreSQL server for tests: Debian's binaries, with a data folder and a socket of its own."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROOT = os.geteuid() == 0
 
 
 def binaries() -> Path | None:
-    """Return the folder of the newest server that is installed."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    return found[-1].parent if found else None
+    """Return the folder of the newest installed server's binaries."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    return installed[-1].parent if installed else None
 
 
 class Server:
-    """A running server. As root it is run as the user ``postgres``, for it refuses to run as root."""
+    """Running server. Root starts it as the user ``postgres``, because PostgreSQL refuses to run as root."""
 
     def __init__(self) -> None:
         require(folder := binaries(), "PostgreSQL is not installed (apt-get install postgresql)")
@@ -43,7 +43,7 @@ class Server:
         self._do("initdb", "-D", str(self._data), "-U", "tests", "-A", "trust", "-E", "UTF8", "--locale=C")
         with (self._data / "postgresql.conf").open("a") as settings:
             settings.write(f"listen_addresses = ''\nunix_socket_directories = '{self.folder}'\nport = {self.port}\n")
-            settings.write("recovery_init_sync_method = syncfs\n")  # or every restart reads the whole folder
+            settings.write("recovery_init_sync_method = syncfs\n")  # otherwise every restart reads the whole folder
         self.start()
 
     def _do(self, program: str, *arguments: str) -> None:
@@ -56,7 +56,7 @@ class Server:
         self._do("pg_ctl", "start", "-w", "-D", str(self._data), "-l", str(self.folder / "log"))
 
     def stop(self, mode: str = "immediate") -> None:
-        """End it; "immediate" is as if it were killed."""
+        """Stop the server; the mode "immediate" is like a kill."""
         self._do("pg_ctl", "stop", "-w", "-D", str(self._data), "-m", mode)
 
     def remove(self) -> None:
@@ -67,13 +67,13 @@ class Server:
         return f"postgresql://tests@/{database}?host={self.folder}&port={self.port}"
 
     def sql(self, statement: str, database: str = "postgres") -> list[asyncpg.Record]:
-        """Run a statement beside the stores."""
+        """Run a statement on a connection of its own and return the rows."""
 
         async def run() -> list[asyncpg.Record]:
             connection = await asyncpg.connect(self.address(database))
             try:
-                found: list[asyncpg.Record] = await connection.fetch(statement)
-                return found
+                rows: list[asyncpg.Record] = await connection.fetch(statement)
+                return rows
             finally:
                 await connection.close()
 
@@ -81,7 +81,7 @@ class Server:
 
 
 class Database(Places):
-    """A database of a server's."""
+    """Database on a test server."""
 
     name = "postgres"
     _count = 0

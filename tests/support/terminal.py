@@ -1,4 +1,4 @@
-"""A program in a pseudo terminal, as a person sees and uses it."""
+"""Program in a pseudo terminal, as a user sees and operates it."""
 
 import os
 import pty
@@ -10,13 +10,13 @@ import termios
 import time
 from pathlib import Path
 
-# The child makes the terminal its own, so that Ctrl-C becomes a signal, and then is the program.
+# The child takes the terminal as its controlling one, so that Ctrl-C becomes a signal. Then it executes the program.
 ADOPT = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>()][0-9AB]?|\x1b\][^\x07]*\x07")
 
 
 class Terminal:
-    """Runs ``moesaic`` with these arguments; ``type`` and ``expect`` are what a person does."""
+    """``moesaic`` in a terminal; ``type`` and ``expect`` are the actions of a user."""
 
     def __init__(self, *arguments: str | Path, state: Path) -> None:
         self._master, slave = pty.openpty()
@@ -49,24 +49,26 @@ class Terminal:
 
     @property
     def screen(self) -> str:
-        """All that was shown so far, without escape sequences."""
+        """Whole output so far, without escape sequences."""
         return ESCAPES.sub("", self.raw).replace("\r", "").replace("\b", "")
 
     def type(self, text: str) -> None:
-        """Press these keys."""
+        """Type these characters."""
         os.write(self._master, text.encode())
 
     def answer(self, text: str) -> None:
-        """Wait for the prompt, then press these keys: a terminal that is not read raw takes Ctrl-D for itself."""
+        """Wait for the prompt, then type: before raw mode, the terminal would interpret Ctrl-D itself."""
         self.expect("(?m)^>")
         self.type(text)
 
     def expect(self, pattern: str, seconds: float = 30.0) -> str:
-        """Wait until ``pattern`` is shown after what was expected last; return what stood up to its end."""
-        until = time.monotonic() + seconds
-        while not (found := re.compile(pattern).search(self.screen, self._seen)):
-            assert time.monotonic() < until and self._read(until), f"no {pattern!r} in {self.screen[self._seen :]!r}"
-        shown, self._seen = self.screen[self._seen : found.end()], found.end()
+        """Wait until new output matches ``pattern``; return the output up to the end of the match."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.compile(pattern).search(self.screen, self._seen)):
+            assert time.monotonic() < deadline and self._read(deadline), (
+                f"no {pattern!r} in {self.screen[self._seen :]!r}"
+            )
+        shown, self._seen = self.screen[self._seen : match.end()], match.end()
         return shown
 
     def end(self) -> int:
@@ -75,8 +77,8 @@ class Terminal:
             pass
         return self.process.wait(10)
 
-    def _read(self, until: float) -> bool:
-        ready, _, _ = select.select([self._master], [], [], max(0.0, until - time.monotonic()))
+    def _read(self, deadline: float) -> bool:
+        ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
         try:
             data = os.read(self._master, 65536) if ready else b""
         except OSError:  # the program has closed the terminal

@@ -1,6 +1,6 @@
-"""A server for the page's tests: the page, its headers, and a model whose answers the test writes.
+"""Stand-in for Moesaic's server in the tests of the web page: the page, its headers, and scripted replies.
 
-Stands in for Moesaic's own server and knows only what the page needs of it: no model, no queue.
+The server has only the routes that the page uses. It has no model and no queue.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ MODELS = [
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says to one request."""
+    """Scripted reply to one request."""
 
     pieces: tuple[str, ...] = ()
     hold: int | None = None
-    """After this many pieces nothing comes until ``Server.release``."""
+    """Number of pieces after which the stream waits for ``Server.release``."""
     finish: str = "stop"
     fails: str | None = None
-    """After the pieces comes this error instead of the end."""
+    """Error that follows the pieces instead of a normal end."""
     status: int = 200
-    """Anything else: the request is refused, with ``fails`` as the reason."""
+    """Status; any other than 200 refuses the request with ``fails`` as the message."""
     retry_after: int | None = None
 
 
@@ -50,15 +50,15 @@ def says(*pieces: str, hold: int | None = None, finish: str = "stop") -> Answer:
 
 @dataclass
 class Server:
-    """A running server, and how a test tells it what to do and learns what it was asked."""
+    """Running server: scripted replies, and a record of the requests."""
 
     url: str = ""
     key: str | None = None
-    """The key that is asked for."""
+    """API key that clients must send; None: no key."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     answers: queue.SimpleQueue[Answer] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    """Counts the answers that the page did not wait for."""
+    """Count of the replies that the page has cancelled."""
     released: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
     def will_say(self, *answers: Answer) -> None:
@@ -74,11 +74,11 @@ class Server:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection, one request."""
+    """Handler of one request."""
 
-    script: Server  # set where the server is made
+    script: Server  # set by ``serving``
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *_: Any) -> None:
         pass
 
     def do_GET(self) -> None:
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _hold(self) -> None:
-        """Wait for the test; the comments are how a page that went away is noticed."""
+        """Wait for the test. The comments detect a page that has disconnected."""
         while not self.script.released.acquire(timeout=0.02):
             self.wfile.write(b": still here\n\n")
 
@@ -168,10 +168,10 @@ class Handler(BaseHTTPRequestHandler):
 
 class Listener(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # a browser keeps connections open that it may need again
+    block_on_close = False  # a browser keeps idle connections open
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a browser drops connections as it likes
+        pass  # a browser drops connections at any time
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def serving() -> Iterator[Server]:
             thread.join()
 
 
-if __name__ == "__main__":  # to look at the page: python -m tests.support.web_server
+if __name__ == "__main__":  # to see the page, run: python -m tests.support.web_server
     with serving() as running:
         print(running.url, flush=True)
         threading.Event().wait()

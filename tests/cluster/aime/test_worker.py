@@ -72,7 +72,7 @@ def test_a_job_is_fetched_told_of_and_answered():
         assert result["metrics"] == {"in_num_tokens": 2, "out_num_tokens": 3} and "error" not in result
         assert result["start_time"] and result["start_time_compute"] and result["prompt_input"] == "Hi"
         assert result["arrival_time"] <= result["finished_time"]
-        first = server.asked[0]
+        first = server.job_requests[0]
         assert (first["max_job_batch"], first["auth"], first["job_type"]) == (4, "ours", JOB_TYPE)
 
     played(run)
@@ -90,7 +90,7 @@ def test_places_are_kept_full():
             await until(lambda: len(server.results) == 5)
             server.add("late")
             await until(lambda: "late" in server.results)
-        assert max(each["max_job_batch"] for each in server.asked) == 3
+        assert max(each["max_job_batch"] for each in server.job_requests) == 3
 
     played(run)
 
