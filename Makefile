@@ -9,6 +9,8 @@
 #   make test-newest        tests of servers and clients with the newest releases of the libraries they build on
 #   make test-clients       real clients against a real server; downloads each into an environment of its own
 #   make check              lint, types and layers
+#   make reference          write docs/reference/ from the code
+#   make docs               build the documentation site in build/site; broken links fail
 #   make clean              remove what make made
 
 PYTHON ?= python3
@@ -21,7 +23,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: chat serve demo-cluster test test-slow test-all test-newest test-clients check clean
+.PHONY: chat serve demo-cluster test test-slow test-all test-newest test-clients check reference docs clean
 
 chat: $(VENV)/installed
 	@$(BIN)/moesaic chat $(ARGS)
@@ -60,6 +62,12 @@ test-clients: $(VENV)/installed-test
 check: $(VENV)/installed-test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_layers.py
 
+reference: $(VENV)/installed-test
+	@$(BIN)/python -m tools.generate_reference
+
+docs: $(VENV)/installed-docs
+	@$(BIN)/zensical build --strict --clean
+
 $(VENV)/python: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Moesaic needs Python 3.11 or later; try make PYTHON=python3.12")'
 	@echo "Setting up $(VENV); the first time takes a minute ..." >&2
@@ -83,5 +91,9 @@ $(VENV)/installed-test: pyproject.toml $(VENV)/installed
 	@$(PIP) --editable '.[test]' >&2
 	@touch $@
 
+$(VENV)/installed-docs: pyproject.toml $(VENV)/installed
+	@$(PIP) --editable '.[docs]' >&2
+	@touch $@
+
 clean:
-	@rm -rf $(VENV) $(VENV)-newest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-newest build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

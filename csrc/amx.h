@@ -1,4 +1,4 @@
-// The tile registers of AMX: eight tiles of 16 rows of 64 bytes.
+// The tile registers of AMX: eight registers of 16 rows of 64 bytes.
 #pragma once
 
 #include "vec.h"
@@ -7,14 +7,14 @@
 
 namespace moesaic::MOESAIC_ISA {
 
-// What lies there is in memory: the compiler does not know that a tile load reads it, and GCC 12
-// believes that a tile configuration is shorter than it is.
-MOESAIC_INLINE void settle(const void* there) { __asm__ volatile("" : : "r"(there) : "memory"); }
+// Make the compiler finish all stores to memory. It does not know that a tile load reads memory, and GCC 12 assumes
+// a tile configuration that is too short.
+MOESAIC_INLINE void compiler_barrier(const void* address) { __asm__ volatile("" : : "r"(address) : "memory"); }
 
-// While one of these lives, this thread's tiles are set up; afterwards the system need not save them.
-class Tiles {
+// Configures the tile registers of this thread for its lifetime; after it, the system need not save them.
+class TileRegisters {
   public:
-    MOESAIC_INLINE Tiles() {
+    MOESAIC_INLINE TileRegisters() {
         struct alignas(64) {
             uint8_t palette = 1, row = 0, unused[14] = {};
             uint16_t bytes[16] = {};  // of a row of each tile
@@ -24,15 +24,15 @@ class Tiles {
             shape.bytes[i] = 64;
             shape.rows[i] = 16;
         }
-        settle(&shape);
+        compiler_barrier(&shape);
         _tile_loadconfig(&shape);
     }
-    MOESAIC_INLINE ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
+    MOESAIC_INLINE ~TileRegisters() { _tile_release(); }
+    TileRegisters(const TileRegisters&) = delete;
 };
 
-// Sixteen vectors of sixteen numbers, rows turned to columns.
-MOESAIC_INLINE void turn(F (&x)[16]) {
+// Transpose sixteen vectors of sixteen numbers in place.
+MOESAIC_INLINE void transpose(F (&x)[16]) {
     I t[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
@@ -47,7 +47,7 @@ MOESAIC_INLINE void turn(F (&x)[16]) {
         u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
         u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
-    // u[4 a + c] holds, in its quarter b, rows 4 a .. 4 a + 3 of column 4 b + c.
+    // Quarter b of u[4 a + c] holds rows 4 a .. 4 a + 3 of column 4 b + c.
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
         const I low = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x88), high = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x88);

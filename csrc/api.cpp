@@ -1,4 +1,7 @@
-// The C functions that Python calls. They check nothing: moesaic/ops/native.py does.
+// The C functions that Python calls through moesaic/ops/native.py.
+//
+// moesaic/ops/__init__.py checks shapes, dtypes and devices before it chooses a backend. The functions here check
+// only the expert ids, which are data. All other arguments are trusted.
 
 #include <cstring>
 #include <new>
@@ -16,7 +19,7 @@ using namespace moesaic;
 namespace {
 
 #if defined(MOESAIC_HAS_amx)
-// The system must be asked before a process may use tile registers: they make what it saves 8 KiB larger.
+// Ask Linux for permission to use the tile registers: they add 8 KiB to the state that it saves for each thread.
 bool may_use_tiles() {
 #if defined(__linux__)
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
@@ -27,14 +30,14 @@ bool may_use_tiles() {
 }
 #endif
 
-// The instruction sets that this processor has, from the least on.
-struct Levels {
-    const Kernels* all[5];
+// The instruction sets of this processor, from the smallest to the largest.
+struct InstructionSets {
+    const Kernels* tables[5];
     int count;
 
-    void add(const Kernels* one) { all[count++] = one; }
+    void add(const Kernels* table) { tables[count++] = table; }
 
-    Levels() : all{&portable::kernels}, count(1) {
+    InstructionSets() : tables{&portable::kernels}, count(1) {
 #if defined(__x86_64__)
         __builtin_cpu_init();
 #if defined(MOESAIC_HAS_avx2)
@@ -58,8 +61,21 @@ struct Levels {
     }
 };
 
-const Levels levels;
-const Kernels* kernels = levels.all[levels.count - 1];
+const InstructionSets instruction_sets;
+const Kernels* kernels = instruction_sets.tables[instruction_sets.count - 1];
+
+template <class Args>
+bool valid(const Args&) {
+    return true;
+}
+
+// Every expert id must be in range: it selects the memory that is read.
+bool valid(const ExpertsArgs& a) {
+    for (int64_t i = 0; i < a.tokens * a.choices; ++i) {
+        if (a.ids[i] < 0 || a.ids[i] >= a.experts) return false;
+    }
+    return true;
+}
 
 }  // namespace
 
@@ -68,12 +84,20 @@ extern "C" {
 
 const char* moesaic_isa() { return kernels->name; }
 
-// Use another instruction set; 0 if this processor does not have it. For tests and comparisons.
+// Return the names of the weight formats in the order of their numbers, each followed by a space.
+const char* moesaic_formats() {
+    return
+#define MOESAIC_FORMAT(name, Type) #name " "
+#include "formats/formats.def"
+        ;
+}
+
+// Use another instruction set. Return 0 if this processor does not have it. For tests and benchmarks.
 int moesaic_set_isa(const char* name) {
-    for (int i = 0; i < levels.count; ++i) {
-        if (strcmp(levels.all[i]->name, name) == 0) {
-            Turn turn;
-            kernels = levels.all[i];
+    for (int i = 0; i < instruction_sets.count; ++i) {
+        if (strcmp(instruction_sets.tables[i]->name, name) == 0) {
+            OpLock lock;
+            kernels = instruction_sets.tables[i];
             return 1;
         }
     }
@@ -81,25 +105,28 @@ int moesaic_set_isa(const char* name) {
 }
 
 int moesaic_threads() {
-    Turn turn;
+    OpLock lock;
     return threads();
 }
 
 void moesaic_set_threads(int count) {
-    Turn turn;
+    OpLock lock;
     set_threads(count);
 }
 
-// The ops return 0, or 1 where there was no memory.
+// Ops return one of these; moesaic/ops/native.py raises an error for each but OK.
+enum Status : int { OK, OUT_OF_MEMORY, ID_OUT_OF_RANGE };
+
 #define MOESAIC_OP(op, Args)                      \
     int moesaic_##op(const Args* a) {             \
-        Turn turn;                                \
+        if (!valid(*a)) return ID_OUT_OF_RANGE;   \
+        OpLock lock;                              \
         try {                                     \
             kernels->op(*a);                      \
         } catch (const std::bad_alloc&) {         \
-            return 1;                             \
+            return OUT_OF_MEMORY;                 \
         }                                         \
-        return 0;                                 \
+        return OK;                                \
     }
 MOESAIC_OP(linear, LinearArgs)
 MOESAIC_OP(experts, ExpertsArgs)
@@ -110,17 +137,17 @@ MOESAIC_OP(truncate, TruncateArgs)
 MOESAIC_OP(draw, DrawArgs)
 
 void moesaic_read(const uint8_t* memory, int64_t bytes, int streams, int ahead) {
-    Turn turn;
+    OpLock lock;
     kernels->read(memory, bytes, streams, ahead);
 }
 
 int64_t moesaic_multiply(int64_t rounds) {
-    Turn turn;
+    OpLock lock;
     return kernels->multiply(rounds);
 }
 
 int64_t moesaic_multiply_bf16(int64_t rounds) {
-    Turn turn;
+    OpLock lock;
     return kernels->multiply_bf16(rounds);
 }
 

@@ -1,12 +1,15 @@
-// What a processor's instruction set has to offer: one table of functions for each, the same results.
+// The interface of the kernels: the arguments of each op, and one table of functions for each instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace moesaic {
 
-enum class Format : int { int8, int4, int4_64, int3, int2, bfloat16 };
-enum class Type : int { float32, bfloat16, float16, int8 };  // int8: of a cache only
+enum class Format : int {
+#define MOESAIC_FORMAT(name, Type) name,
+#include "formats/formats.def"
+};
+enum class Type : int { float32, bfloat16, float16, int8 };  // int8: only in a cache
 
 // y [tokens, out] = x [tokens, columns] times weight [out, columns] transposed.
 struct LinearArgs {
@@ -18,7 +21,8 @@ struct LinearArgs {
     void* y;
 };
 
-// y[t] = sum over j of scores[t, j] * down[e] (silu(gate[e] x[t]) * (up[e] x[t])), e = ids[t, j].
+// y[t] = sum over j of scores[t, j] * down[e] (silu(gate[e] x[t]) * (up[e] x[t])), e = ids[t, j]. All three stacks have
+// the same format.
 struct ExpertsArgs {
     Format format;
     Type type;
@@ -30,16 +34,16 @@ struct ExpertsArgs {
     void* y;              // [tokens, size]
 };
 
-// y [tokens, heads, size] = attention of queries over the keys and values of their own sequences.
+// y [tokens, heads, size] = attention of each query over the keys and values of its own sequence.
 struct AttentionArgs {
     Type type, cache_type;
     int64_t tokens, heads, kv_heads, size, sequences;
     int64_t block, width;  // tokens of a cache block, and columns of `tables`
-    int64_t window;        // how many positions a token sees; 0: all
+    int64_t window;        // number of positions that a token sees; 0: all
     const void *q, *k, *v;
     void *keys, *values;        // [blocks, block, kv_heads, size]; null: no cache
     float *key_scales, *value_scales;  // [blocks, block, kv_heads] of an int8 cache
-    const int64_t* slots;       // [tokens], where keys and values go
+    const int64_t* slots;       // [tokens], the cache slot of each key and value
     const int64_t* tables;      // [sequences, width]
     const int64_t* starts;      // [sequences + 1]
     const int64_t* positions;   // [tokens]
@@ -56,7 +60,7 @@ struct NormArgs {
     void* y;
 };
 
-// Pairs (x[i], x[i + size / 2]) turned by the angles whose cos and sin are [tokens, size / 2].
+// y = x with pairs (x[i], x[i + size / 2]) rotated by the angles whose cos and sin are [tokens, size / 2].
 struct RopeArgs {
     Type type;
     int64_t tokens, heads, size;
@@ -65,7 +69,7 @@ struct RopeArgs {
     void* y;
 };
 
-// y = what temperature and truncations leave of logits, -inf where nothing.
+// y = logits after temperature and truncations, -inf for removed tokens.
 struct TruncateArgs {
     int64_t rows, vocabulary;
     const float* logits;    // [rows, vocabulary]
@@ -73,7 +77,7 @@ struct TruncateArgs {
     float* y;
 };
 
-// ids[r] = the token that numbers[r] falls on if row r's tokens share [0, 1) out as softmax has it.
+// ids[r] = a token drawn from the softmax of row r by inverting its cumulative distribution at numbers[r].
 struct DrawArgs {
     int64_t rows, vocabulary;
     const float* logits;
@@ -90,7 +94,7 @@ struct Kernels {
     void (*rope)(const RopeArgs&);
     void (*truncate)(const TruncateArgs&);
     void (*draw)(const DrawArgs&);
-    // What this machine can do at most, for comparison; see measure.h.
+    // Measurements of the machine's limits; csrc/measure.h describes them.
     void (*read)(const uint8_t* memory, int64_t bytes, int streams, int ahead);
     int64_t (*multiply)(int64_t rounds);
     int64_t (*multiply_bf16)(int64_t rounds);

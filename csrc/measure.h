@@ -1,4 +1,4 @@
-// The limits that speeds are compared with: how fast memory is read, and how fast bytes are multiplied.
+// The limits of the machine: how fast it reads memory, and how fast it multiplies.
 #pragma once
 
 #include "amx.h"
@@ -7,16 +7,16 @@
 
 namespace moesaic::MOESAIC_ISA {
 
-inline volatile int32_t sink;  // what is computed goes somewhere, so that it is computed
+inline volatile int32_t sink;  // Results are stored here, so that the compiler keeps the computation.
 
-constexpr int64_t PIECE = 4 << 20;
+constexpr int64_t READ_BYTES = 4 << 20;
 
-// Read all of the memory once, with all threads: each piece of 4 MiB as some streams side by side,
-// asking for data `ahead` bytes before it is needed (0: leaving that to the processor).
+// Read all of the memory once, with all threads. Each chunk of 4 MiB is read as `streams` parallel streams with a
+// prefetch distance of `ahead` bytes (0: only the hardware prefetcher).
 inline void read_memory(const uint8_t* memory, int64_t bytes, int streams, int ahead) {
-    run(bytes / PIECE, [&](int64_t piece, int) {
-        const uint8_t* p = memory + piece * PIECE;
-        const int64_t length = PIECE / streams;
+    parallel_for(bytes / READ_BYTES, [&](int64_t chunk, int) {
+        const uint8_t* p = memory + chunk * READ_BYTES;
+        const int64_t length = READ_BYTES / streams;
         I sum[8];
         for (auto& each : sum) each = set(0);
         for (int64_t at = 0; at < length; at += 128) {
@@ -35,13 +35,13 @@ inline void read_memory(const uint8_t* memory, int64_t bytes, int streams, int a
     });
 }
 
-// Multiply and add bytes in registers, with all threads; return how many of both were done.
+// Multiply and add bytes in registers, with all threads. Return the number of multiplications plus additions.
 inline int64_t multiply(int64_t rounds) {
     constexpr int TASKS = 64;
 #if MOESAIC_AMX
     constexpr int SUMS = 4, WORTH = 16 * 16 * 64 * 2;
-    run(TASKS, [&](int64_t, int) {
-        const Tiles set_up;
+    parallel_for(TASKS, [&](int64_t, int) {
+        const TileRegisters registers;
         for (int64_t i = 0; i < rounds; ++i) {
             _tile_dpbssd(0, 4, 6);
             _tile_dpbssd(1, 4, 7);
@@ -51,7 +51,7 @@ inline int64_t multiply(int64_t rounds) {
     });
 #else
     constexpr int SUMS = 2 * TILE, WORTH = 64 * 2;
-    run(TASKS, [&](int64_t, int) {
+    parallel_for(TASKS, [&](int64_t, int) {
         I sums[SUMS], a = set(sink), b = set(sink + 1);
         for (auto& sum : sums) sum = set(0);
         for (int64_t i = 0; i < rounds; ++i) {
@@ -65,13 +65,13 @@ inline int64_t multiply(int64_t rounds) {
     return TASKS * rounds * SUMS * WORTH;
 }
 
-// The same for bfloat16.
+// Multiply and add bfloat16 values in registers, with all threads. Return the number of operations.
 inline int64_t multiply_bf16(int64_t rounds) {
     constexpr int TASKS = 64;
 #if MOESAIC_AMX
     constexpr int SUMS = 4, WORTH = 16 * 16 * 32 * 2;
-    run(TASKS, [&](int64_t, int) {
-        const Tiles set_up;
+    parallel_for(TASKS, [&](int64_t, int) {
+        const TileRegisters registers;
         for (int64_t i = 0; i < rounds; ++i) {
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
@@ -81,7 +81,7 @@ inline int64_t multiply_bf16(int64_t rounds) {
     });
 #else
     constexpr int SUMS = 2 * TILE, WORTH = 32 * 2;
-    run(TASKS, [&](int64_t, int) {
+    parallel_for(TASKS, [&](int64_t, int) {
         F sums[SUMS];
         const I a = set(sink), b = set(sink + 1);
         for (auto& sum : sums) sum = zero();

@@ -21,10 +21,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// About what Python needs between two ops; longer would take the core from others for nothing.
+// About the time that Python needs between two ops. Spinning longer would only take the core from others.
 constexpr auto SPIN = std::chrono::microseconds(150);
 constexpr int64_t HUGE_PAGE = 2 << 20;
-constexpr uint32_t CLOSED = 1u << 31;
+constexpr uint32_t GATE_CLOSED = 1u << 31;
 
 void pause() {
 #if defined(__x86_64__)
@@ -34,7 +34,7 @@ void pause() {
 #endif
 }
 
-// Spin until done() or for SPIN; return done().
+// Spin until done() is true, for at most SPIN. Return done().
 template <class F>
 bool spin(F done) {
     const auto until = Clock::now() + SPIN;
@@ -50,7 +50,7 @@ bool spin(F done) {
 class Pool {
   public:
     explicit Pool(int count) {
-        for (int worker = 1; worker < count; ++worker) helpers_.emplace_back([this, worker] { help(worker); });
+        for (int worker = 1; worker < count; ++worker) helpers_.emplace_back([this, worker] { worker_loop(worker); });
     }
 
     ~Pool() {
@@ -58,32 +58,32 @@ class Pool {
             std::lock_guard lock(mutex_);
             ending_ = true;
         }
-        work_.notify_all();
+        task_ready_.notify_all();
         for (auto& helper : helpers_) helper.join();
     }
 
     int count() const { return int(helpers_.size()) + 1; }
 
-    void run(int64_t count, Task task, void* context) {
+    void parallel_for(int64_t count, Task task, void* context) {
         task_ = task;
         context_ = context;
         count_ = count;
         next_.store(0, std::memory_order_relaxed);
-        // Opens the gate. Who is just looking in from the run before is counted, hence no plain store.
-        inside_.fetch_and(~CLOSED, std::memory_order_acq_rel);
+        // Open the gate. A helper that is late for the previous run may still be counted, so this cannot be a plain store.
+        inside_.fetch_and(~GATE_CLOSED, std::memory_order_acq_rel);
         {
-            // A helper decides under this lock to sleep, so none can miss the new number.
+            // A helper decides to sleep under this lock, so it cannot miss the new epoch.
             std::lock_guard lock(mutex_);
             epoch_.fetch_add(1, std::memory_order_release);
         }
-        if (sleeping_.load(std::memory_order_relaxed) > 0) work_.notify_all();
+        if (sleeping_.load(std::memory_order_relaxed) > 0) task_ready_.notify_all();
         work(0);
-        const uint32_t before = inside_.fetch_or(CLOSED, std::memory_order_acq_rel);
-        if (before == 0) return;  // who was not there in time is not waited for
-        const auto empty = [this] { return inside_.load(std::memory_order_acquire) == CLOSED; };
+        const uint32_t before = inside_.fetch_or(GATE_CLOSED, std::memory_order_acq_rel);
+        if (before == 0) return;  // no helper entered the gate, so there is none to wait for
+        const auto empty = [this] { return inside_.load(std::memory_order_acquire) == GATE_CLOSED; };
         if (spin(empty)) return;
         std::unique_lock lock(mutex_);
-        done_.wait(lock, empty);
+        task_done_.wait(lock, empty);
     }
 
   private:
@@ -95,22 +95,22 @@ class Pool {
         }
     }
 
-    void help(int worker) {
+    void worker_loop(int worker) {
         uint64_t seen = 0;
         for (;;) {
             const auto news = [&] { return epoch_.load(std::memory_order_acquire) != seen || ending_.load(); };
             if (!spin(news)) {
                 std::unique_lock lock(mutex_);
                 sleeping_.fetch_add(1);
-                work_.wait(lock, news);
+                task_ready_.wait(lock, news);
                 sleeping_.fetch_sub(1);
             }
             if (ending_.load()) return;
             seen = epoch_.load(std::memory_order_acquire);
-            if (!(inside_.fetch_add(1, std::memory_order_acq_rel) & CLOSED)) work(worker);
-            if (inside_.fetch_sub(1, std::memory_order_acq_rel) == (CLOSED | 1)) {
+            if (!(inside_.fetch_add(1, std::memory_order_acq_rel) & GATE_CLOSED)) work(worker);
+            if (inside_.fetch_sub(1, std::memory_order_acq_rel) == (GATE_CLOSED | 1)) {
                 std::lock_guard lock(mutex_);
-                done_.notify_one();
+                task_done_.notify_one();
             }
         }
     }
@@ -119,46 +119,46 @@ class Pool {
     void* context_ = nullptr;
     int64_t count_ = 0;
     alignas(64) std::atomic<int64_t> next_{0};
-    // How many helpers work on the task at hand; CLOSED when no more may begin.
-    alignas(64) std::atomic<uint32_t> inside_{CLOSED};
+    // Number of helpers that run tasks; the bit GATE_CLOSED is set when no more may enter.
+    alignas(64) std::atomic<uint32_t> inside_{GATE_CLOSED};
     alignas(64) std::atomic<uint64_t> epoch_{0};
     std::atomic<int> sleeping_{0};
     std::atomic<bool> ending_{false};
     std::mutex mutex_;
-    std::condition_variable work_, done_;
+    std::condition_variable task_ready_, task_done_;
     std::vector<std::thread> helpers_;
 };
 
-std::mutex turn;
+std::mutex op_mutex;
 Pool* pool = nullptr;
 
-// Threads do not survive a fork; the child makes its own when it needs them.
+// Threads do not survive a fork. The child starts its own when it needs them.
 void after_fork() {
     pool = nullptr;
-    new (&turn) std::mutex;
+    new (&op_mutex) std::mutex;
 }
 
 const int registered = pthread_atfork(nullptr, nullptr, after_fork);
 
-Pool& current() {
+Pool& current_pool() {
     if (!pool) pool = new Pool(std::clamp(int(std::thread::hardware_concurrency()), 1, 1024));
     return *pool;
 }
 
 }  // namespace
 
-Turn::Turn() { turn.lock(); }
-Turn::~Turn() { turn.unlock(); }
+OpLock::OpLock() { op_mutex.lock(); }
+OpLock::~OpLock() { op_mutex.unlock(); }
 
-void run(int64_t count, Task task, void* context) {
+void parallel_for(int64_t count, Task task, void* context) {
     if (count == 1) {
         task(context, 0, 0);
     } else if (count > 1) {
-        current().run(count, task, context);
+        current_pool().parallel_for(count, task, context);
     }
 }
 
-int threads() { return current().count(); }
+int threads() { return current_pool().count(); }
 
 void set_threads(int count) {
     if (pool && pool->count() == count) return;
@@ -175,7 +175,7 @@ uint8_t* scratch(int number, int64_t bytes) {
         slot.memory = static_cast<uint8_t*>(std::aligned_alloc(page, size));
         if (!slot.memory) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-        if (page == HUGE_PAGE) madvise(slot.memory, size, MADV_HUGEPAGE);  // tokens are read in all corners at once
+        if (page == HUGE_PAGE) madvise(slot.memory, size, MADV_HUGEPAGE);  // avoids TLB misses: many places are read at once
 #endif
         slot.bytes = size;
     }

@@ -1,8 +1,7 @@
-// Threads that share out numbered tasks. Knows no arithmetic.
+// A thread pool that runs numbered tasks.
 //
-// Tasks are claimed one by one, so a thread whose core is taken away costs the others only the task
-// it holds. Waiting spins for a short while and then sleeps: a sleeping thread frees its core for
-// the very thread that is waited for, which engines that spin at barriers never do.
+// Threads claim tasks one at a time, so a preempted thread delays the others by at most one task. A waiting thread
+// spins for a short time and then sleeps, which frees its core for the thread that it waits for.
 #pragma once
 
 #include <cstdint>
@@ -11,30 +10,30 @@ namespace moesaic {
 
 using Task = void (*)(void* context, int64_t index, int worker);
 
-// Run task(context, i, worker) for 0 <= i < count and return when all are done. Workers are numbered
-// from 0 (the caller) up to threads() - 1. The caller holds a Turn.
-void run(int64_t count, Task task, void* context);
+// Run task(context, i, worker) for 0 <= i < count and return when all are done. The caller is worker 0; the others are
+// numbered up to threads() - 1. The caller must hold an OpLock.
+void parallel_for(int64_t count, Task task, void* context);
 
 template <class F>
-void run(int64_t count, const F& body) {
+void parallel_for(int64_t count, const F& body) {
     const Task task = [](void* f, int64_t index, int worker) { (*static_cast<const F*>(f))(index, worker); };
-    run(count, task, const_cast<F*>(&body));
+    parallel_for(count, task, const_cast<F*>(&body));
 }
 
-// The right to the threads and the scratch memory: one op at a time, a second caller waits.
-class Turn {
+// Exclusive use of the threads and the scratch memory: one op runs at a time, and a second caller waits.
+class OpLock {
   public:
-    Turn();
-    ~Turn();
+    OpLock();
+    ~OpLock();
 };
 
 int threads();
 
-// Set the number of threads, the caller included; 1 <= count <= 1024. The caller holds a Turn.
+// Set the number of threads, including the caller; 1 <= count <= 1024. The caller must hold an OpLock.
 void set_threads(int count);
 
-// Memory that stays where it is until a larger piece is asked for under the same number; 64-aligned.
-// Numbers from 16 on are the workers' own. It is not given back, as the next op needs it again.
+// Return at least `bytes` bytes of scratch memory, aligned to 64 bytes. The memory stays valid until a larger size is
+// requested under the same number. Number 16 + w belongs to worker w. Memory is never freed: the next op reuses it.
 uint8_t* scratch(int number, int64_t bytes);
 
 }  // namespace moesaic

@@ -1,18 +1,13 @@
-// Products of weights in integer formats and activations: blocks of 32 rows with up to TILE tokens at a time.
+// Matrix products of integer weights with activations: blocks of 32 rows times tiles of up to TILE tokens.
 //
-// Activations are rounded to whole numbers, x = scale * q with one scale for each token and 256
-// columns. Weights are whole multiples of a step in the same 256 columns, so a product of the two is
-// step * scale * (a whole number), and that number is exact in whatever order it is summed up. All
-// kernels add up the superblocks of a row in order, in float32: one token alone and a hundred
-// together, one thread and many, AMX and plain C++ give the same bits.
+// Activations are rounded to integers: x = scale * q, with one scale for each token and superblock of 256 columns.
+// Weights are integer multiples of a step within the same superblock. A product over a superblock is therefore
+// step * scale * (an integer), and the integer is exact in every order of summation. All kernels add the superblocks
+// of a row in order, in float32. One token or a hundred, one thread or many, AMX or portable C++ give the same bits.
 #pragma once
 
 #include "amx.h"
-#include "formats/int2.h"
-#include "formats/int3.h"
-#include "formats/int4.h"
-#include "formats/int4_64.h"
-#include "formats/int8.h"
+#include "formats/formats.def"
 #include "vec.h"
 
 namespace moesaic::MOESAIC_ISA {
@@ -22,14 +17,14 @@ constexpr int ROWS = 32, SUPER = 256, PAD = 64;
 constexpr int64_t padded(int64_t columns) { return (columns + PAD - 1) / PAD * PAD; }
 constexpr int64_t supers(int64_t columns) { return (columns + SUPER - 1) / SUPER; }
 
-// Where the sections of a superblock begin, and where it ends.
+// Byte offsets of the sections of a superblock, and its size.
 template <class Format>
 struct Sections {
     int scales, offsets, codes, end;
 
     constexpr explicit Sections(int width) {
         const int groups = Format::GROUP ? width / Format::GROUP : 0;
-        scales = 2 * ROWS;  // behind the steps
+        scales = 2 * ROWS;  // after the steps
         offsets = scales + (groups * 16 + 63) / 64 * 64;
         codes = offsets + (groups * ROWS + 63) / 64 * 64;
         end = codes + ROWS * width * Format::BITS / 8;
@@ -47,7 +42,7 @@ constexpr int64_t block_bytes(int64_t columns) {
     return whole * super_bytes<Format>(SUPER) + (rest ? super_bytes<Format>(int(rest)) : 0);
 }
 
-// A matrix of weights as it lies in memory, row after row, [out, columns].
+// A weight matrix [out, columns] in memory.
 struct Matrix {
     const uint8_t* data;
     int64_t out, columns;
@@ -60,9 +55,9 @@ struct TokenTile {
     int n;
     int8_t* q;       // [supers][n][256]
     float* scale;    // [supers][n]
-    int32_t* total;  // [supers][n]: sums of q over a superblock
-    int16_t* sums;   // [columns / 64][n][2]: sums over 32 columns, two in a word
-    int16_t* wide;   // [columns / 128, rounded up][n][2]: sums over 64
+    int32_t* total;  // [supers][n]: sum of q over a superblock
+    int16_t* sums;   // [columns / 64][n][2]: sums of q over 32 columns, in pairs
+    int16_t* wide;   // [columns / 128, rounded up][n][2]: sums of q over 64 columns, in pairs
 
     static int64_t bytes(int64_t columns, int n) {
         const int64_t k = padded(columns), s = supers(columns);
@@ -81,17 +76,16 @@ struct TokenTile {
         return t;
     }
 
-    // Round columns 256 s .. 256 s + width - 1 of token i; x holds them, zeros behind the last one up
-    // to a multiple of 64.
+    // Round columns 256 s .. 256 s + width - 1 of token i. The caller pads x with zeros to a multiple of 64.
     void round(int i, int64_t s, int width, const float* x) const {
         I most = set(0);
         for (int k = 0; k < padded(width); k += 16) most = max(most, bit_and(load(x + k), set(0x7fffffff)));
-        // Sizes compare like their bits, and a NaN is above all of them: it comes out again.
-        const int32_t top = largest(most);
-        float size;
-        memcpy(&size, &top, 4);
-        const float inverse = size > 0.0f ? 127.0f / size : 0.0f;
-        scale[s * n + i] = size / 127.0f;
+        // Magnitudes are ordered like their bits and NaN is the largest, so NaN reaches the scale.
+        const int32_t max_bits = largest(most);
+        float magnitude;
+        memcpy(&magnitude, &max_bits, 4);
+        const float inverse = magnitude > 0.0f ? 127.0f / magnitude : 0.0f;
+        scale[s * n + i] = magnitude / 127.0f;
         int32_t all = 0;
         const F factor = set(inverse);
         int8_t* to = q + (s * n + i) * SUPER;
@@ -103,28 +97,28 @@ struct TokenTile {
                 to[j] = int8_t(q32[j]);
                 sum += to[j];
             }
-            const int64_t place = (s * SUPER + k) / 32;
-            sums[(place / 2 * n + i) * 2 + place % 2] = int16_t(sum);
+            const int64_t index = (s * SUPER + k) / 32;
+            sums[(index / 2 * n + i) * 2 + index % 2] = int16_t(sum);
             all += sum;
         }
         for (int k = 0; k < padded(width); k += 64) {
-            const int64_t place = (s * SUPER + k) / 64;
-            const int16_t* pair = sums + (place * n + i) * 2;
-            wide[(place / 2 * n + i) * 2 + place % 2] = int16_t(pair[0] + pair[1]);
+            const int64_t index = (s * SUPER + k) / 64;
+            const int16_t* pair = sums + (index * n + i) * 2;
+            wide[(index / 2 * n + i) * 2 + index % 2] = int16_t(pair[0] + pair[1]);
         }
-        // The half of a last word that no columns belong to meets offsets of zero, but must be there.
+        // The second half of the last pair has no columns. Its offset is zero, but it must be initialized.
         if (padded(width) % 128) {
-            const int64_t place = (s * SUPER + padded(width)) / 64;
-            wide[(place / 2 * n + i) * 2 + 1] = 0;
+            const int64_t index = (s * SUPER + padded(width)) / 64;
+            wide[(index / 2 * n + i) * 2 + 1] = 0;
         }
         total[s * n + i] = all;
     }
 };
 
-// How far ahead weights are asked for, in bytes: hardware stops at the end of a page of 4 KiB.
-constexpr int AHEAD = 2048;
+// Prefetch distance of weights in bytes. The hardware prefetcher stops at the end of a 4 KiB page.
+constexpr int PREFETCH_BYTES = 2048;
 
-// The numbers of a superblock, where its sections begin.
+// Pointers to the sections of a superblock.
 template <class Format>
 struct Super {
     const uint8_t *steps, *scales, *offsets, *codes;
@@ -145,9 +139,9 @@ struct Super {
     MOESAIC_INLINE I offset_pair(int pair, int half) const { return load_words_of_bytes(offsets + 64 * pair + 32 * half); }
 };
 
-// sum[half][t] += (whole number of the superblock) * step * scale, for formats with scales.
+// One superblock of a GEMV with N tokens: sum[half][t] += (integer sum of the superblock) * step * scale.
 template <class Format, int N>
-MOESAIC_INLINE void few(const uint8_t* p, int width, const TokenTile& x, int64_t s, F (&sum)[2][N]) {
+MOESAIC_INLINE void gemv_superblock(const uint8_t* p, int width, const TokenTile& x, int64_t s, F (&sum)[2][N]) {
     const Super<Format> super(p, width);
     constexpr int RUN_BYTES = ROWS * Format::RUN * Format::BITS / 8;
     const int8_t* q = x.q + s * SUPER * N;
@@ -156,8 +150,8 @@ MOESAIC_INLINE void few(const uint8_t* p, int width, const TokenTile& x, int64_t
     if constexpr (Format::GROUP == 0) {
         for (int t = 0; t < N; ++t) whole[0][t] = whole[1][t] = set(-BIAS * x.total[s * N + t]);
         for (int k = 0; k < width; k += Format::RUN, codes += RUN_BYTES) {
-            prefetch(codes + AHEAD);
-            prefetch(codes + AHEAD + 64);
+            prefetch(codes + PREFETCH_BYTES);
+            prefetch(codes + PREFETCH_BYTES + 64);
             Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
                 const I back = set(int32_t(0x01010101u * (128 - BIAS)));
                 if (BIAS != 128) a = subtract_bytes(a, back), b = subtract_bytes(b, back);
@@ -196,7 +190,7 @@ MOESAIC_INLINE void few(const uint8_t* p, int width, const TokenTile& x, int64_t
             for (int t = 0; t < N; ++t) part[0][t] = part[1][t] = set(0);
 #pragma GCC unroll 4
             for (int k = 0; k < Format::GROUP; k += Format::RUN, codes += RUN_BYTES) {
-                for (int line = 0; line < RUN_BYTES; line += 64) prefetch(codes + AHEAD + line);
+                for (int line = 0; line < RUN_BYTES; line += 64) prefetch(codes + PREFETCH_BYTES + line);
                 Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
 #pragma GCC unroll 12
                     for (int t = 0; t < N; ++t) {
@@ -230,9 +224,9 @@ constexpr int PANEL_BIAS = 0;
 constexpr int PANEL_BIAS = BIAS;
 #endif
 
-// Unpack a superblock to v + PANEL_BIAS: [width / 4][2 halves][16 rows][4] bytes.
+// Unpack a superblock to bytes v + PANEL_BIAS: [width / 4][2 halves][16 rows][4].
 template <class Format>
-__attribute__((noinline)) void expand(const uint8_t* p, int width, uint8_t* panel) {
+__attribute__((noinline)) void unpack_superblock(const uint8_t* p, int width, uint8_t* panel) {
     const Super<Format> super(p, width);
     constexpr int RUN_BYTES = ROWS * Format::RUN * Format::BITS / 8;
     const uint8_t* codes = super.codes;
@@ -241,7 +235,7 @@ __attribute__((noinline)) void expand(const uint8_t* p, int width, uint8_t* pane
         I factor[2], offset[2];
         for (int h = 0; h < 2; ++h) {
             if constexpr (Format::GROUP != 0) {
-                // A product of code and scale fits a byte, so one multiplication serves two of them.
+                // The product of a code and a scale fits a byte, so one 16-bit multiplication computes two products.
                 const I scale = super.scale(g, h), pair = super.offset_pair(g / 2, h);
                 factor[h] = multiply_words(bit_or(scale, shift_left<16>(scale)), set(Format::FACTOR * 0x10001));
                 const I own = bit_and(g % 2 ? shift_right<16>(pair) : pair, set(0xff));
@@ -252,7 +246,7 @@ __attribute__((noinline)) void expand(const uint8_t* p, int width, uint8_t* pane
             }
         }
         for (int k = 0; k < GROUP; k += Format::RUN, codes += RUN_BYTES) {
-            for (int line = 0; line < RUN_BYTES; line += 64) prefetch(codes + AHEAD + line);
+            for (int line = 0; line < RUN_BYTES; line += 64) prefetch(codes + PREFETCH_BYTES + line);
             Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
                 if constexpr (Format::GROUP != 0) a = multiply_words(a, factor[0]), b = multiply_words(b, factor[1]);
                 uint8_t* to = panel + ((g * GROUP + k) / 4 + j) * 128;
@@ -263,23 +257,23 @@ __attribute__((noinline)) void expand(const uint8_t* p, int width, uint8_t* pane
     }
 }
 
-// sum[row] += (whole number of the superblock) * step * scale
+// sum[row] += (integer sum of the superblock) * step * scale
 MOESAIC_INLINE void add_scaled(float* sum, I low, I high, F low_step, F high_step, float scale) {
     const F factor = set(scale);
     store_float(sum, fma(to_float(low), mul(low_step, factor), load_float(sum)));
     store_float(sum + 16, fma(to_float(high), mul(high_step, factor), load_float(sum + 16)));
 }
 
-// sum[t][row] += (whole number of the superblock) * step * scale, from an unpacked superblock.
+// One unpacked superblock times a tile of tokens: sum[t][row] += (integer sum of the superblock) * step * scale.
 #if MOESAIC_AMX
 
-inline void many(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
-    // Tiles 0 to 3 add up, 4 and 5 are tokens, 6 and 7 are rows. With up to 16 tokens, the second pair of
-    // sums takes every other step, as a product takes longer than the time to begin the next.
+inline void gemm_tile(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
+    // Tile registers 0 to 3 accumulate, 4 and 5 hold tokens, 6 and 7 hold rows. With up to 16 tokens, two pairs of
+    // accumulators alternate: the latency of a product is longer than the interval at which products can start.
     alignas(64) int32_t whole[4][16][16];
     const int8_t* q = x.q + s * SUPER * x.n;
     const bool two = x.n > 16;
-    settle(panel);
+    compiler_barrier(panel);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -331,7 +325,7 @@ inline void many(const uint8_t* p, const uint8_t* panel, int width, const TokenT
 #else
 
 template <int N>
-__attribute__((noinline)) void many_of(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
+__attribute__((noinline)) void gemm_tile_of(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
     const int8_t* q = x.q + s * SUPER * N;
     I whole[2][N];
 #pragma GCC unroll 12
@@ -350,22 +344,23 @@ __attribute__((noinline)) void many_of(const uint8_t* p, const uint8_t* panel, i
     for (int t = 0; t < N; ++t, sum += ROWS) add_scaled(sum, whole[0][t], whole[1][t], low, high, x.scale[s * N + t]);
 }
 
-inline void many(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
-    with_number<TILE>(x.n, [&](auto n) { many_of<n.value>(p, panel, width, x, s, sum); });
+inline void gemm_tile(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
+    with_number<TILE>(x.n, [&](auto n) { gemm_tile_of<n.value>(p, panel, width, x, s, sum); });
 }
 
 #endif
 
-constexpr int FEW = TILE < 8 ? TILE : 8;  // up to here codes are used as they are, without unpacking to v
+constexpr int GEMV_TOKENS = TILE < 8 ? TILE : 8;  // with at most this many tokens, codes are multiplied without unpacking to v
 
+// sum[t] [32 rows] = one block of 32 rows times each of N tokens.
 template <class Format, int N>
-__attribute__((noinline)) void few_block(const uint8_t* block, int64_t columns, const TokenTile& x, float* sum) {
+__attribute__((noinline)) void gemv(const uint8_t* block, int64_t columns, const TokenTile& x, float* sum) {
     F total[2][N];
     for (int t = 0; t < N; ++t) total[0][t] = total[1][t] = zero();
     int64_t s = 0;
     for (int64_t left = padded(columns); left > 0; left -= SUPER, ++s) {
         const int width = int(left < SUPER ? left : SUPER);
-        few<Format, N>(block, width, x, s, total);
+        gemv_superblock<Format, N>(block, width, x, s, total);
         block += super_bytes<Format>(width);
     }
     for (int t = 0; t < N; ++t) {
@@ -374,42 +369,42 @@ __attribute__((noinline)) void few_block(const uint8_t* block, int64_t columns, 
     }
 }
 
-// What an integer format adds to the ops; csrc/plain.h has the same for bfloat16.
+// The matrix product of an integer format; csrc/plain.h has the same interface for bfloat16.
 template <class Format>
 struct Products {
     using Tokens = TokenTile;
 
-    // Bytes that times() needs beside its sums.
-    static int64_t room(int64_t, int) { return 0; }
+    // Bytes of scratch memory that gemm() needs.
+    static int64_t workspace_bytes(int64_t, int) { return 0; }
 
     static int64_t bytes(const Matrix& m) { return m.blocks() * block_bytes<Format>(m.columns); }
 
-    // sums[block][token][row] = `count` blocks of rows times every token of the tiles, in the tiles' order.
-    static void times(const Matrix& m, int64_t first, int count, const Tokens* tiles, int tile_count, uint8_t*, float* sums) {
+    // sums[block][token][row] = `count` blocks of rows times every token of the tiles, in the order of the tiles.
+    static void gemm(const Matrix& m, int64_t first, int count, const Tokens* tiles, int tile_count, uint8_t*, float* sums) {
         const int64_t stride = block_bytes<Format>(m.columns);
         const uint8_t* block = m.data + first * stride;
-        if (tile_count == 1 && tiles->n <= FEW) {
+        if (tile_count == 1 && tiles->n <= GEMV_TOKENS) {
             for (int b = 0; b < count; ++b, block += stride, sums += tiles->n * ROWS) {
-                with_number<FEW>(tiles->n, [&](auto n) { few_block<Format, n.value>(block, m.columns, *tiles, sums); });
+                with_number<GEMV_TOKENS>(tiles->n, [&](auto n) { gemv<Format, n.value>(block, m.columns, *tiles, sums); });
             }
             return;
         }
 #if MOESAIC_AMX
-        const Tiles set_up;
+        const TileRegisters registers;
 #endif
         alignas(64) uint8_t panel[SUPER * ROWS];
         int64_t tokens = 0;
         for (int i = 0; i < tile_count; ++i) tokens += tiles[i].n;
         memset(sums, 0, sizeof(float) * ROWS * tokens * count);
         int64_t s = 0;
-        // The tokens' part of a superblock stays in the cache for all blocks.
+        // The activations of one superblock stay in the cache while all blocks are multiplied with them.
         for (int64_t left = padded(m.columns); left > 0; left -= SUPER, ++s) {
             const int width = int(left < SUPER ? left : SUPER);
             float* sum = sums;
             for (int b = 0; b < count; ++b) {
                 const uint8_t* p = block + b * stride;
-                expand<Format>(p, width, panel);
-                for (int i = 0; i < tile_count; sum += ROWS * tiles[i].n, ++i) many(p, panel, width, tiles[i], s, sum);
+                unpack_superblock<Format>(p, width, panel);
+                for (int i = 0; i < tile_count; sum += ROWS * tiles[i].n, ++i) gemm_tile(p, panel, width, tiles[i], s, sum);
             }
             block += super_bytes<Format>(width);
         }

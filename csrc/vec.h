@@ -1,9 +1,8 @@
-// Sixteen 32-bit lanes, as the instruction set at hand has them. A file that includes this is compiled
-// once for each: AVX-512 with VNNI, the same with BF16, the same with AMX, AVX2, and plain C++ (which
-// the compiler maps to NEON and others).
+// SIMD vectors of sixteen 32-bit lanes. A file that includes this header is compiled once for each instruction set:
+// AVX-512 with VNNI, AVX-512 with BF16, AMX, AVX2, and portable C++ (which the compiler maps to NEON and others).
 //
-// All is in the namespace MOESAIC_ISA, so that the linker cannot mix code of two instruction sets;
-// for the same reason nothing here may call a template of the standard library.
+// Everything is in the namespace MOESAIC_ISA, so that the linker cannot mix code of two instruction sets. For the same
+// reason, nothing here may call a template of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +32,7 @@
 
 namespace moesaic::MOESAIC_ISA {
 
-// A number that a template can be chosen by.
+// An integer as a type, to select a template.
 template <int N>
 struct Number {
     static constexpr int value = N;
@@ -64,7 +63,7 @@ MOESAIC_INLINE float bf16_to_float(uint16_t x) {
     return f;
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// Round to nearest, ties to even; NaN stays NaN.
 MOESAIC_INLINE uint16_t float_to_bf16(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
@@ -80,9 +79,9 @@ using I = __m512i;  // 16 int32, or 32 int16, or 64 bytes
 using F = __m512;   // 16 float
 
 #if MOESAIC_AMX
-constexpr int TILE = 32;  // tokens whose sums for 32 rows fit the tile registers
+constexpr int TILE = 32;  // tokens whose accumulators for 32 rows fit the tile registers
 #else
-constexpr int TILE = 12;  // tokens whose sums for 32 rows fit the registers
+constexpr int TILE = 12;  // tokens whose accumulators for 32 rows fit the registers
 #endif
 
 MOESAIC_INLINE I load(const void* p) { return _mm512_loadu_si512(p); }
@@ -101,12 +100,12 @@ MOESAIC_INLINE I negate(I a) { return _mm512_sub_epi32(_mm512_setzero_si512(), a
 MOESAIC_INLINE I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
 MOESAIC_INLINE I multiply_words(I a, I b) { return _mm512_mullo_epi16(a, b); }
 MOESAIC_INLINE I subtract_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
-// acc + the sum of four products in each lane: u unsigned bytes, s signed bytes.
+// Return acc + the sum of four products in each lane: u has unsigned bytes, s signed bytes.
 MOESAIC_INLINE I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
-// The same for weights v that are stored as v + BIAS.
+// Weights v are passed to dot_biased as v + BIAS.
 constexpr int BIAS = 128;
 MOESAIC_INLINE I dot_biased(I acc, I w, I s) { return _mm512_dpbusd_epi32(acc, w, s); }
-// acc + the sum of two products of signed words in each lane.
+// Return acc + the sum of two products of signed 16-bit words in each lane.
 MOESAIC_INLINE I dot_words(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
 MOESAIC_INLINE I load_bytes(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 MOESAIC_INLINE I load_signed_bytes(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
@@ -131,7 +130,7 @@ MOESAIC_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
 MOESAIC_INLINE I bits(F a) { return _mm512_castps_si512(a); }
 MOESAIC_INLINE F from_bits(I a) { return _mm512_castsi512_ps(a); }
 
-// The sum of all lanes of each of x[0 .. 15]: lanes 8 apart are added first, then 4, 2 and 1 apart.
+// Return in lane i the sum of all lanes of x[i]: lanes 8 apart are added first, then 4, 2 and 1 apart.
 MOESAIC_INLINE F sums_of(const F* x) {
     F eights[8], fours[4];
     for (int i = 0; i < 8; ++i) {
@@ -181,12 +180,12 @@ MOESAIC_INLINE I shift_right_signed(I x) { return {_mm256_srai_epi32(x.a, N), _m
 MOESAIC_INLINE I negate(I x) {
     return {_mm256_sub_epi32(_mm256_setzero_si256(), x.a), _mm256_sub_epi32(_mm256_setzero_si256(), x.b)};
 }
-// u below 128, so that the sum of two products stays within 16 bits.
+// u must be below 128, so that the sum of two products fits 16 bits.
 MOESAIC_INLINE __m256i dot(__m256i acc, __m256i u, __m256i s) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 }
 MOESAIC_INLINE I dot(I acc, I u, I s) { return {dot(acc.a, u.a, s.a), dot(acc.b, u.b, s.b)}; }
-// v itself; its sign goes over to the activation.
+// Here weights are passed as v itself, and the sign of v moves to the activation.
 constexpr int BIAS = 0;
 MOESAIC_INLINE __m256i dot_biased(__m256i acc, __m256i v, __m256i s) {
     return dot(acc, _mm256_abs_epi8(v), _mm256_sign_epi8(s, v));
@@ -231,7 +230,7 @@ MOESAIC_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(
 MOESAIC_INLINE I bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 MOESAIC_INLINE F from_bits(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 
-// The sum of all lanes of each of x[0 .. 15]: lanes 8 apart are added first, then 4, 2 and 1 apart.
+// Return in lane i the sum of all lanes of x[i]: lanes 8 apart are added first, then 4, 2 and 1 apart.
 MOESAIC_INLINE __m256 sums_of_eight(const F* x) {
     __m256 fours[4];
     for (int i = 0; i < 4; ++i) {
@@ -252,7 +251,7 @@ MOESAIC_INLINE float largest_of(F x) {
 
 #else
 
-// Vectors of the compiler (GCC and Clang), which it cuts into what the processor has.
+// Vector extensions of GCC and Clang; the compiler splits the vectors into those of the processor.
 typedef int32_t I __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
 typedef float F __attribute__((vector_size(64)));
@@ -344,7 +343,7 @@ MOESAIC_INLINE I choose(I mask, I a, I b) { return (mask & a) | (~mask & b); }
 MOESAIC_INLINE F min(F a, F b) { return from_bits(choose(I(a < b), bits(a), bits(b))); }
 MOESAIC_INLINE F max(F a, F b) { return from_bits(choose(I(a > b), bits(a), bits(b))); }
 MOESAIC_INLINE I max(I a, I b) { return choose(I(a > b), a, b); }
-// The sum of all lanes of each of x[0 .. 15]: lanes 8 apart are added first, then 4, 2 and 1 apart.
+// Return in lane i the sum of all lanes of x[i]: lanes 8 apart are added first, then 4, 2 and 1 apart.
 MOESAIC_INLINE F sums_of(const F* x) {
     F sums;
     for (int i = 0; i < 16; ++i) {
@@ -365,7 +364,7 @@ MOESAIC_INLINE float largest_of(F x) {
 
 #endif
 
-// acc + the sum of two products of bfloat16 numbers in each lane.
+// Return acc + the sum of two products of bfloat16 numbers in each lane.
 MOESAIC_INLINE F dot_bf16(F acc, I a, I b) {
 #if MOESAIC_BF16
     return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
@@ -384,9 +383,9 @@ MOESAIC_INLINE int32_t largest(I x) {
     return most;
 }
 
-// e^x within 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.
+// Return e^x within 2 ulp; 0 below -87.3, infinity above 88.7, NaN for NaN.
 MOESAIC_INLINE F exp(F x) {
-    const F bounded = max(set(-104.0f), min(set(104.0f), x));  // the second argument goes through if it is NaN
+    const F bounded = max(set(-104.0f), min(set(104.0f), x));  // min and max return the second argument if it is NaN
     const I n = to_int(mul(bounded, set(1.44269504f)));
     const F whole = to_float(n);
     F r = fma(whole, set(-0.693359375f), bounded);
@@ -398,7 +397,7 @@ MOESAIC_INLINE F exp(F x) {
     p = fma(p, r, set(1.6666665459e-1f));
     p = fma(p, r, set(5.0000001201e-1f));
     p = fma(p, mul(r, r), add(r, set(1.0f)));
-    // 2^n in two steps, as n may lie outside the exponents of normal numbers.
+    // Multiply by 2^n in two steps, because n may be outside the exponent range of normal numbers.
     const I half = shift_right_signed<1>(n), rest = add(n, negate(half));
     const F first = from_bits(shift_left<23>(add(half, set(127)))), second = from_bits(shift_left<23>(add(rest, set(127))));
     return mul(mul(p, first), second);

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A gateway and two workers with the built-in model on this machine, and the chat in a browser: `make demo-cluster`.
-# Kill any of them in the middle of an answer: it is started again, and the answer goes on. Ctrl-C ends it all.
+# Start a gateway and two workers with the built-in model, and open the chat in a browser: `make demo-cluster`.
+# Kill one of them in the middle of an answer: it is started again, and the answer continues. Ctrl-C stops all.
 set -euo pipefail
 bin=${BIN:-.venv/bin}
 url=http://127.0.0.1:${PORT:-8000}
 jobs=$(mktemp -d)
 loops=()
 
-# Runs moesaic NAME's COMMAND, and again when it is killed, until it is told to end itself.
+# Run `moesaic ARGUMENTS...` under a name, and start it again when it was killed, until this shell gets SIGTERM.
 supervise() {
     local name=$1 child='' code
     shift
@@ -22,7 +22,7 @@ supervise() {
     done
 }
 
-end() {
+stop_all() {
     trap '' INT TERM
     kill -TERM "${loops[@]}" 2>/dev/null || true
     wait || true
@@ -36,7 +36,7 @@ for name in one two; do
     supervise "worker $name" worker --gateway "$url" --name "$name" &
     loops+=($!)
 done
-trap end EXIT
+trap stop_all EXIT
 trap 'exit 0' INT TERM
 echo "the chat is at $url"
 "$bin/python" -m webbrowser "$url" >/dev/null 2>&1 || true

@@ -1,4 +1,4 @@
-"""Have a short conversation with a server that runs already, at MOESAIC_BASE_URL or on this machine.
+"""Have a short conversation with a running server, at MOESAIC_BASE_URL or on this machine.
 
 moesaic serve &
 python examples/client_chat.py "Tell me a story about a fox."

@@ -1,6 +1,6 @@
-"""Moesaic: sparse mixture-of-experts chat models on your own hardware.
+"""Moesaic: serves sparse mixture-of-experts chat models on your own hardware.
 
-The public names. Importing this module imports neither torch nor anything else that is slow.
+This module exports the public names. Importing it is fast: torch is imported when a model is loaded.
 """
 
 from __future__ import annotations

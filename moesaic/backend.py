@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
+
+import msgspec
 
 from moesaic.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled"]
+AnswerIndex = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+"""Index of an answer among the ``n`` answers of a request. The bound is checked when an event is decoded."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,7 @@ class GenerationRequest:
     """A name under which the tenant may ask this again and gets the same answers, where jobs are kept; "": none."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenInfo:
+class TokenInfo(msgspec.Struct, frozen=True, array_like=True):
     """A token as it is shown."""
 
     id: int
@@ -106,19 +109,17 @@ class TokenInfo:
     """The likeliest: id, text, log-probability."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptDone:
+class PromptDone(msgspec.Struct, frozen=True, array_like=True, tag="b"):
     """The prompt is read. Comes once for each answer, before its first piece."""
 
-    index: int
+    index: AnswerIndex
     prompt: tuple[TokenInfo, ...] = ()
     """Its tokens with their log-probabilities, if asked for."""
     prompt_tokens: int = 0
     """How many it has."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(msgspec.Struct, frozen=True, array_like=True):
     """A call of a tool, or a further part of its arguments."""
 
     index: int
@@ -128,21 +129,19 @@ class ToolCall:
     arguments: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="p"):
     """A part of an answer: text that can be shown now, tokens that came, calls of tools. Any may be empty."""
 
-    index: int
+    index: AnswerIndex
     text: str = ""
     tokens: tuple[TokenInfo, ...] = ()
     calls: tuple[ToolCall, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     """The end of one answer."""
 
-    index: int
+    index: AnswerIndex
     reason: FinishReason
     prompt_tokens: int
     generated_tokens: int

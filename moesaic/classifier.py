@@ -1,6 +1,6 @@
-"""Models with a sequence-classification head: text in, a probability for each label out.
+"""Classification of texts with models that have a sequence-classification head.
 
-Knows how a text becomes scores. Does not use the engine: a text is read once, whole.
+This module does not use the engine, since each text needs only one forward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from moesaic.text.tokenizer import Tokenizer
 
 
 class Classifier:
-    """A model with a sequence-classification head: text in, a probability for each label out."""
+    """A model with a sequence-classification head.
+
+    Attributes:
+        loaded: the model and the configuration of its checkpoint.
+        tokenizer: the tokenizer of the checkpoint.
+        labels: the names of the classes.
+    """
 
     def __init__(self, loaded: Loaded, tokenizer: Tokenizer) -> None:
         self.loaded, self.tokenizer = loaded, tokenizer
@@ -28,7 +34,7 @@ class Classifier:
     def load(
         cls, model: str | Path, *, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None
     ) -> Self:
-        """Load a classifier; arguments and errors as for ``LLM.load``."""
+        """Load a classifier; arguments and errors are as for ``LLM.load``."""
         loaded = load_model(Path(model), dtype=dtype, device=device, progress=progress)
         if not loaded.model.shape.labels:
             raise InvalidRequest(f"{model} has no classification head: use LLM.load")
@@ -36,10 +42,10 @@ class Classifier:
 
     @torch.inference_mode()
     def classify(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """Return for each text the probability of every label, by the head's score at its last token.
+        """Return the probability of every label for each text, from the scores of the head at its last token.
 
         Raises:
-            PromptTooLong: a text has more tokens than the model was made for.
+            PromptTooLong: a text has more tokens than the model supports.
             InvalidRequest: a text is empty.
         """
         prompts = [self.tokenizer.encode(text, bos=True) for text in texts]
@@ -47,7 +53,7 @@ class Classifier:
             if len(ids) > self.loaded.model.max_length:
                 raise PromptTooLong(len(ids), self.loaded.model.max_length)
             if not ids:
-                raise InvalidRequest("there is nothing to classify: the text is empty")
+                raise InvalidRequest("the text to classify is empty")
         return [self._scores(ids) for ids in prompts]
 
     def _scores(self, ids: list[int]) -> dict[str, float]:

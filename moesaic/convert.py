@@ -1,7 +1,7 @@
-"""The same weights in another layout, or cut into another number of files.
+"""Conversion of checkpoints to another layout or another number of files.
 
-Knows how to bring a reader and a writer of ``checkpoints`` together: bits and dtypes stay, names,
-order and configuration change vocabulary. Does not know any layout.
+The conversion connects a reader and a writer of ``checkpoints``. Values and dtypes stay the same; tensor names, row
+order and configuration keys are translated. This module does not depend on any layout.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ def convert(
     shards: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the checkpoint in ``src`` to the new folder ``dst``, in layout ``to``; tokenizer files go along.
+    """Write the checkpoint in ``src`` to the new folder ``dst`` in layout ``to``, with its tokenizer files.
 
-    The folder appears whole or not at all. At most one shard is in memory.
+    The folder appears only when it is complete. At most one shard is in memory.
 
     Args:
-        src: a folder in any layout.
-        dst: a folder that does not exist yet, or is empty.
-        to: the layout's name: ``hf``, ``mistral`` or ``meta``.
-        shards: into how many files; for ``meta`` these are model-parallel ranks, and must divide the heads.
-        progress: called after each tensor with the bytes written so far and the bytes there are to write.
+        src: the folder of a checkpoint in any layout.
+        dst: a folder that does not exist or is empty.
+        to: the name of the layout: ``hf``, ``mistral`` or ``meta``.
+        shards: number of files; for ``meta`` the number of model-parallel ranks, which must divide the heads.
+        progress: called after each tensor with (bytes written, total bytes).
 
     Raises:
-        NotFound: there is no such folder or layout.
-        InvalidParameter: ``dst`` holds something, or the weights cannot be cut into so many files.
-        ConfigError: ``to`` has no words for something that changes the computation.
+        NotFound: the folder or the layout does not exist.
+        InvalidParameter: ``dst`` is not empty, or the weights cannot be split into ``shards`` files.
+        ConfigError: the layout cannot express a setting that changes the computation.
         CheckpointError: ``src`` is damaged, or ``dst`` cannot be written.
     """
     source, target = Path(src), Path(dst)
     layout = registry.load("checkpoints", to)
     if source.resolve() in (target.resolve(), *target.resolve().parents):
-        raise InvalidParameter("dst", f"{target} lies in the source; name another folder")
-    with checkpoints.open(source) as checkpoint:
+        raise InvalidParameter("dst", f"{target} is inside the source folder; choose another folder")
+    with checkpoints.open_checkpoint(source) as checkpoint:
         total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
 
-        def wrote(count: int) -> None:
+        def report(count: int) -> None:
             nonlocal done
             done += count
             if progress is not None:
                 progress(done, max(total, done))
 
-        layout.write(checkpoint, target, shards, wrote)
+        layout.write(checkpoint, target, shards, report)

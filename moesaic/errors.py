@@ -1,38 +1,39 @@
-"""Every error a user can see: one tree, each with the HTTP status it becomes.
+"""Public exceptions: one hierarchy, each class with its HTTP status.
 
-    MoesaicError                 500  the root; catch this to catch them all
-      InvalidRequest             400  what was asked cannot be done as asked
-        InvalidParameter         400  one named value is out of range or of the wrong kind
-        InvalidMessages          400  a conversation that the chat format cannot hold
-        PromptTooLong            400  more tokens than the model, or its cache, can ever hold
-        GrammarError             400  an answer cannot go on as its grammar demands
-        TooLarge                 413  more bytes than a server takes in at once
-        WrongMedia               415  a body that is not JSON, or is compressed
-      Unauthorized               401  no key, or one that is not known
-      Forbidden                  403  not with this key, or not from this page
-      NotFound                   404  no such model, file, format, chat format, ...
-      WrongMethod                405  the route has other methods
-      Conflict                   409  the idempotency key was used for another request
-      CheckpointError            422  weights on disk that do not say what they should
-        ConfigError              422  a configuration key is missing, wrong, or not understood
-        TokenizerError           422  no tokenizer, or one that cannot be read exactly
-      DownloadError              502  a file could not be fetched, or arrived damaged
-      Overloaded                 429  the queue is full: try again later
-        KeyExhausted             429  this key's share is used up: try again later
-      Unavailable                503  the server is loading, draining, or waited too long for its turn
-        StorageFull              503  what keeps the jobs has no room left
-      PoisonedJob                500  every worker that had this request died of it
-      TimedOut                   504  the answer took longer than the server allows
-      Cancelled                  499  the caller took the request back
-      NumericalError             500  the model computed NaN or infinity for this request
-      EngineStopped              503  the engine was closed, or died; the cause is chained
-      NotInstalled               501  a package that this needs is not installed; the message says how to get it
-      ConnectionFailed           502  a server could not be reached, or hung up before it answered
-        StreamBroken             502  an answer broke off, and there is no going on with it
-          AnswerChanged          502  asked for the rest of an answer, a server told another one
-      BadReply                   502  what a server sent is no answer of its API
+    MoesaicError                 500  root of the hierarchy
+      InvalidRequest             400  the request cannot be served as it is
+        InvalidParameter         400  a parameter has an invalid value or type
+        InvalidMessages          400  the chat format cannot represent the conversation
+        PromptTooLong            400  the prompt exceeds the context length or the cache
+        GrammarError             400  the answer cannot continue under its grammar
+        TooLarge                 413  the request body is too large
+        WrongMedia               415  the request body is not JSON, or is compressed
+      Unauthorized               401  the API key is missing or unknown
+      Forbidden                  403  the API key or the origin lacks permission
+      NotFound                   404  unknown model, file, format, chat format, ...
+      WrongMethod                405  the route does not support the HTTP method
+      Conflict                   409  the idempotency key belongs to another request
+      CheckpointError            422  a checkpoint is damaged or inconsistent
+        ConfigError              422  a configuration key is missing, invalid or not supported
+        TokenizerError           422  the tokenizer is missing or not supported
+      DownloadError              502  a file could not be downloaded, or is damaged
+      Overloaded                 429  the queue is full
+        KeyExhausted             429  the rate limit of the API key is reached
+      Unavailable                503  the server is loading, draining, or did not start the request in time
+        StorageFull              503  the job store has no free space
+      StoreError                 500  the job store is unsafe, damaged, or of another version
+      PoisonedJob                500  every worker that ran the request died
+      TimedOut                   504  the answer exceeded the server's time limit
+      Cancelled                  499  the caller cancelled the request
+      NumericalError             500  the model computed NaN or infinity
+      EngineStopped              503  the engine was closed, or has failed
+      NotInstalled               501  an optional package is not installed
+      ConnectionFailed           502  the server cannot be reached, or closed the connection
+        StreamBroken             502  an answer broke off and cannot be resumed
+          AnswerChanged          502  the resumed answer differs from the text that was already received
+      BadReply                   502  the response does not follow the API
 
-A message is one line that says what is wrong and, where it can, what to do.
+Each message is one line that states what is wrong and, where possible, what to do about it.
 """
 
 from __future__ import annotations
@@ -41,25 +42,26 @@ from pathlib import Path
 
 
 class MoesaicError(Exception):
-    """The root of the tree. ``status`` is the HTTP status that a server answers with, and that a client got."""
+    """Root of all exceptions of Moesaic; catch it to catch every error of the library."""
 
     status: int = 500
+    """HTTP status that a server sends for this error and that a client received."""
     retry_after: float | None = None
-    """Seconds after which another try makes sense, where that is known."""
+    """Seconds after which a retry makes sense; None if unknown."""
     request_id: str | None = None
-    """What a server calls the request that failed, where a client was told."""
+    """The server's id of the failed request; None if the server sent none."""
 
 
 class InvalidRequest(MoesaicError):
-    """What was asked cannot be done as asked."""
+    """The request cannot be served as it is; change the request."""
 
     status = 400
 
 
 class InvalidParameter(InvalidRequest):
-    """One named value is out of range or of the wrong kind.
+    """A parameter has an invalid value or type.
 
-    ``param`` is the name as the caller wrote it, so that an API can point at the field.
+    ``param`` is the name of the parameter as the caller wrote it; APIs report it as the invalid field.
     """
 
     def __init__(self, param: str, message: str) -> None:
@@ -68,72 +70,72 @@ class InvalidParameter(InvalidRequest):
 
 
 class InvalidMessages(InvalidRequest):
-    """A conversation that the chat format cannot hold: unknown role, wrong order, no content."""
+    """The chat format cannot represent the conversation: a role is unknown, or the order or a content is invalid."""
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt has ``tokens`` tokens where at most ``limit`` can ever be held."""
+    """The prompt has ``tokens`` tokens, more than the ``limit`` of the context length or the cache."""
 
-    def __init__(self, tokens: int, limit: int, why: str = "the context length") -> None:
-        super().__init__(f"the prompt has {tokens} tokens, but {why} allows {limit}: shorten it")
+    def __init__(self, tokens: int, limit: int, limited_by: str = "the context length") -> None:
+        super().__init__(f"the prompt has {tokens} tokens, but {limited_by} allows {limit}: shorten it")
         self.tokens = tokens
         self.limit = limit
 
 
 class GrammarError(InvalidRequest):
-    """An answer cannot go on as its grammar demands: no token of the vocabulary fits, or finding one costs too much."""
+    """The answer cannot continue under its grammar: no token is allowed, or the grammar is too costly."""
 
 
 class TooLarge(InvalidRequest):
-    """More bytes than a server takes in at once."""
+    """The request body is larger than the server accepts."""
 
     status = 413
 
 
 class WrongMedia(InvalidRequest):
-    """A body that is not JSON, or is compressed."""
+    """The request body is not JSON, or is compressed."""
 
     status = 415
 
 
 class Unauthorized(MoesaicError):
-    """No key, or one that is not known."""
+    """The API key is missing or unknown."""
 
     status = 401
 
 
 class Forbidden(MoesaicError):
-    """Not with this key, or not from this page."""
+    """The API key, or the origin of the web page, lacks permission for the request."""
 
     status = 403
 
 
 class NotFound(MoesaicError):
-    """No such model, file, format or chat format; the message names what exists."""
+    """The model, file, format or chat format does not exist; the message lists what is available."""
 
     status = 404
 
 
 class WrongMethod(MoesaicError):
-    """The route has other methods, ``allowed``."""
+    """The route does not support the HTTP method; ``allowed`` are the methods that it supports."""
 
     status = 405
 
     def __init__(self, method: str, allowed: str) -> None:
-        super().__init__(f"{method:.20} is not possible here; {allowed} is")
+        super().__init__(f"the method {method:.20} is not allowed here; use {allowed}")
         self.allowed = allowed
 
 
 class Conflict(MoesaicError):
-    """The idempotency key was used for another request already: take a new key for a new request."""
+    """The idempotency key belongs to a different request; use a new key for each new request."""
 
     status = 409
 
 
 class CheckpointError(MoesaicError):
-    """Weights on disk that do not say what they should.
+    """A checkpoint is damaged, incomplete or inconsistent.
 
-    ``path`` is the file or directory at fault; it stands at the head of the message.
+    ``path`` is the file or directory with the problem; the message begins with it.
     """
 
     status = 422
@@ -144,28 +146,28 @@ class CheckpointError(MoesaicError):
 
 
 class ConfigError(CheckpointError):
-    """A configuration key is missing, has a wrong value, or changes the computation in a way not known here."""
+    """A configuration key is missing, has an invalid value, or requires a computation that is not supported."""
 
 
 class TokenizerError(CheckpointError):
-    """There is no tokenizer, or one that cannot be read exactly."""
+    """The tokenizer is missing, damaged, or cannot be reproduced exactly."""
 
 
 class DownloadError(MoesaicError):
-    """A file could not be fetched, or arrived damaged."""
+    """A file could not be downloaded, or is damaged."""
 
     status = 502
 
 
 class Overloaded(MoesaicError):
-    """The queue is full: try again later, in ``retry_after`` seconds if that can be told."""
+    """The queue is full; retry after ``retry_after`` seconds, if known."""
 
     status = 429
     retry_after: float | None = None
 
 
 class KeyExhausted(Overloaded):
-    """This key's share is used up: try again in ``retry_after`` seconds."""
+    """The rate limit of the API key is reached; retry after ``retry_after`` seconds."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -173,67 +175,67 @@ class KeyExhausted(Overloaded):
 
 
 class Unavailable(MoesaicError):
-    """The server is loading, draining, or waited too long for its turn: try again later, as for ``Overloaded``."""
+    """The server is loading, draining, or did not start the request in time; retry later."""
 
     status = 503
     retry_after: float | None = None
 
 
 class StorageFull(Unavailable):
-    """What keeps the jobs has no room left: nothing new is taken in until there is."""
+    """The job store has no free space; it accepts no new jobs until space is freed."""
 
 
 class StoreError(MoesaicError):
-    """Jobs cannot be kept safely where they should be, or what is there is damaged or of another version."""
+    """The job store cannot keep jobs safely at its location, is damaged, or has another version."""
 
 
 class PoisonedJob(MoesaicError):
-    """Every worker that had this request died while it had it; it is set aside and not tried again."""
+    """Every worker that ran the request died; the job is a dead letter and is not retried."""
 
 
 class TimedOut(MoesaicError):
-    """The answer took longer than the server allows."""
+    """The answer exceeded the server's time limit."""
 
     status = 504
 
 
 class Cancelled(MoesaicError):
-    """The caller took the request back."""
+    """The caller cancelled the request."""
 
     status = 499
 
 
 class NumericalError(MoesaicError):
-    """The model computed NaN or infinity for this request; others in the batch are not affected."""
+    """The model computed NaN or infinity for this request; other requests in the batch are not affected."""
 
 
 class EngineStopped(MoesaicError):
-    """The engine was closed, or died; the cause is chained."""
+    """The engine was closed, or has failed; ``__cause__`` is the original error."""
 
     status = 503
 
 
 class NotInstalled(MoesaicError):
-    """A package that this needs is not installed; the message says how to get it."""
+    """An optional package is not installed; the message has the command that installs it."""
 
     status = 501
 
 
 class ConnectionFailed(MoesaicError):
-    """A server could not be reached, or hung up before it answered."""
+    """The server cannot be reached, or closed the connection before it answered."""
 
     status = 502
 
 
 class StreamBroken(ConnectionFailed):
-    """An answer broke off, and there is no going on with it: what came of it is not the whole."""
+    """A streamed answer broke off and cannot be resumed; the text received so far is incomplete."""
 
 
 class AnswerChanged(StreamBroken):
-    """Asked for the rest of an answer, a server told another one: what came of the first is not the whole."""
+    """A resumed answer differs from the text that was already received; that text is incomplete."""
 
 
 class BadReply(MoesaicError):
-    """What a server sent is no answer of its API: it is something else, or something between has changed it."""
+    """The response does not follow the API; a proxy may have changed it, or the URL is not a Moesaic server."""
 
     status = 502

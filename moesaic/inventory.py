@@ -1,6 +1,6 @@
-"""What this build has: one row for each model, format, op, layout and chat format.
+"""Inventory of this installation: models, weight formats, ops, checkpoint layouts and chat formats.
 
-Knows how to ask the registry folders. Does not know how rows are shown beyond one line each.
+The rows come from the registry folders; this module formats each as one line of text.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from moesaic import registry
 Row = dict[str, str | list[str] | dict[str, str]]
 
 
-def of(what: str) -> list[Row]:
-    """Return the rows of models, formats, ops, checkpoints or chat-formats."""
-    if what == "ops":
+def rows(kind: str) -> list[Row]:
+    """Return one row per entry; ``kind`` is models, formats, ops, checkpoints or chat-formats."""
+    if kind == "ops":
         return list(_ops())
-    if what == "chat-formats":
+    if kind == "chat-formats":
         return list(_chat_formats())
-    return [_entry(what, name) for name in registry.names(what)]
+    return [_entry(kind, name) for name in registry.names(kind)]
 
 
 def _entry(folder: str, name: str) -> Row:
@@ -31,35 +31,40 @@ def _entry(folder: str, name: str) -> Row:
 def _chat_formats() -> Iterator[Row]:
     from moesaic.text.chat import FORMATS
 
-    for name, form in FORMATS.items():
-        needs = f"made of the control tokens {' '.join(form.needs)}" if form.needs else "plain text, for any tokenizer"
-        yield {"name": name, "about": needs}
-    yield {"name": "template", "about": "the checkpoint's own template, run in a child process with limits"}
+    for name, chat_format in FORMATS.items():
+        tokens = " ".join(chat_format.required_tokens)
+        yield {
+            "name": name,
+            "about": f"requires the control tokens {tokens}" if tokens else "plain text, any tokenizer",
+        }
+    yield {"name": "template", "about": "the checkpoint's own template, rendered in a child process with limits"}
 
 
 def _ops() -> Iterator[Row]:
-    """Yield a row for each op, device and weight format; ops without weights have none."""
+    """Yield one row per op, device and weight format; ops without weights have no format."""
     import torch
 
     from moesaic import ops
 
     for op in ops.OPS:
         for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-            for format in registry.names("formats") if op in ("linear", "experts") else [None]:
-                refused = {name: why for name, why in ops.explain(op, device, format).items() if why is not None}
-                on = f"{device}, {format}" if format else device
-                yield {"name": op, "on": on, "backend": ops.chosen(op, device, format), "passed_over": refused}
+            for weights in registry.names("formats") if op in ("linear", "experts") else [None]:
+                reasons = {
+                    name: reason for name, reason in ops.explain(op, device, weights).items() if reason is not None
+                }
+                on = f"{device}, {weights}" if weights else device
+                yield {"name": op, "on": on, "backend": ops.chosen(op, device, weights), "passed_over": reasons}
 
 
 def lines(rows: list[Row]) -> Iterator[str]:
-    """Yield one line for each row, in columns."""
-    wide = max((len(str(row["name"])) for row in rows), default=0)
-    on = max((len(str(row.get("on", ""))) for row in rows), default=0)
+    """Yield one line of text per row, with aligned columns."""
+    name_width = max((len(str(row["name"])) for row in rows), default=0)
+    on_width = max((len(str(row.get("on", ""))) for row in rows), default=0)
     for row in rows:
         if "backend" in row:
-            refused = row["passed_over"]
-            assert isinstance(refused, dict)
-            why = "".join(f"; not {name}: {reason}" for name, reason in refused.items())
-            yield f"{row['name']:<{wide}}  {row['on']:<{on}}  {row['backend']}{why}"
+            reasons = row["passed_over"]
+            assert isinstance(reasons, dict)
+            rejected = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
+            yield f"{row['name']:<{name_width}}  {row['on']:<{on_width}}  {row['backend']}{rejected}"
         else:
-            yield f"{row['name']:<{wide}}  {row['about']}"
+            yield f"{row['name']:<{name_width}}  {row['about']}"

@@ -1,7 +1,6 @@
-"""Text in, text out: the one door to the engine.
+"""Chat and completion with a model in this process: a model, its tokenizer and an engine behind one class.
 
-Knows how a checkpoint becomes a model, a tokenizer and an engine, how a conversation becomes a
-request, and how its events become text again. Does not know terminals or HTTP.
+This module does not depend on terminals or HTTP.
 
     llm = LLM.load()                                           # the built-in model
     answer = llm.chat([{"role": "user", "content": "Tell me a story."}], max_tokens=200)
@@ -22,9 +21,9 @@ import torch
 
 from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
-from moesaic.loading import Loaded, Progress, cache_dtype, load_model, sizes, torch_threads
+from moesaic.loading import Loaded, Progress, cache_dtype, load_model, plan_cache, torch_threads
 from moesaic.ops import Batch
-from moesaic.reply import Answer, Reading, Reply, Text, finished
+from moesaic.reply import Answer, AnswerDecoder, Reply, Text, finished_answers
 from moesaic.text import chat, template
 from moesaic.text.chat import ChatFormat
 from moesaic.text.compiler import Compiler
@@ -33,13 +32,13 @@ from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tools import Tools
 
 BUILT_IN = Path(__file__).parent / "builtin" / "tales"
-"""The checkpoint that is loaded when none is named: a small Mixtral that tells stories."""
+"""Folder of the built-in model: a small Mixtral, trained on stories."""
 
 OWN_TEMPLATE = "template"
-"""The chat format that runs the checkpoint's own template, in a child process with limits."""
+"""Name of the chat format that runs the checkpoint's own template, in a child process with limits."""
 
-CHARACTERS_PER_TOKEN = 16
-"""More than any text has, so that a hopelessly long one is refused before it costs a tokenizer's time."""
+MAX_CHARACTERS_PER_TOKEN = 16
+"""Upper bound for any text. A prompt that cannot fit is refused by its length, before it is tokenized."""
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -47,15 +46,16 @@ __all__ = ["LLM", "Answer", "Reply", "Text"]
 
 
 class LLM(AbstractContextManager["LLM"]):
-    """A chat model, ready to answer; safe to share among threads.
+    """A chat model with a running engine; threads may share it.
 
     Attributes:
-        loaded: the model and its checkpoint.
-        tokenizer: between text and ids.
+        loaded: the model and the configuration of its checkpoint.
+        tokenizer: the tokenizer of the checkpoint.
         format: the chat format; None: the checkpoint's own template.
-        engine: what runs the requests.
-        context: the most tokens that prompt and answer can have together.
-        defaults: sampling values that the checkpoint recommends.
+        name: the name of the model.
+        engine: the engine that runs the requests.
+        context: the most tokens of prompt and answer together.
+        defaults: sampling parameters that the checkpoint recommends.
     """
 
     def __init__(
@@ -88,33 +88,33 @@ class LLM(AbstractContextManager["LLM"]):
 
         Args:
             model: a folder in any layout, or None for the built-in model.
-            dtype: float32, bfloat16, float16, or auto: what the checkpoint is stored in.
-            format: what weights are quantized to while they are read: q8, q4, q3, q2, a format's name, or
-                role=format, ...; None: not at all.
-            device: where it runs.
-            context: the most tokens of prompt and answer; None: what the model was made for, as far
-                as a quarter of the free memory holds its key/value cache.
-            cache_tokens: places in the key/value cache, shared by all that runs at once; None: sixteen
-                contexts, within the same bound.
-            kv_cache_dtype: float32, bfloat16, float16, int8 (half of bfloat16's memory, or twice the places), or
-                auto: that of the activations.
-            block_size: places in a block of the cache.
-            chat_format: a name of ``moesaic list chat-formats``, "template" to run the checkpoint's own
-                in a sandbox, None to tell by the checkpoint.
-            limits: how much may run and wait at once.
-            progress: called with the bytes read so far and in all.
+            dtype: float32, bfloat16, float16, or auto: the dtype that the checkpoint is stored in.
+            format: formats that weights are quantized to while they are read: q8, q4, q3, q2, the name of a format,
+                or role=format, ...; None: weights are not quantized.
+            device: the device that the model runs on.
+            context: the most tokens of prompt and answer together; None: as many as the model supports, if a quarter
+                of the available memory holds their key/value cache.
+            cache_tokens: tokens in the key/value cache, which all running requests share; None: sixteen contexts, but
+                at most a quarter of the available memory.
+            kv_cache_dtype: float32, bfloat16, float16, int8, or auto: the dtype of activations.
+            block_size: tokens in a block of the cache.
+            chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, run
+                in a sandbox; None: recognized from the checkpoint.
+            limits: limits for running and waiting requests.
+            progress: called with the bytes read so far and in total.
 
         Raises:
-            NotFound: no such model or chat format.
+            NotFound: the model or chat format does not exist.
             CheckpointError: the checkpoint or its tokenizer is missing, damaged or not understood.
-            InvalidParameter: a value is out of range.
+            InvalidParameter: a value is unknown or out of range.
+            InvalidRequest: the model is a classifier, or does not match its tokenizer.
         """
         path = BUILT_IN if model is None else Path(model)
         if not path.is_dir():
             raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
         tokenizer = Tokenizer.open(path)
-        loaded = load_model(path, dtype=dtype, format=format, device=device, progress=progress)
-        return cls.over(
+        loaded = load_model(path, dtype=dtype, weight_format=format, device=device, progress=progress)
+        return cls.from_loaded(
             loaded,
             tokenizer,
             "built-in" if model is None else path.name,
@@ -127,7 +127,7 @@ class LLM(AbstractContextManager["LLM"]):
         )
 
     @classmethod
-    def over(
+    def from_loaded(
         cls,
         loaded: Loaded,
         tokenizer: Tokenizer,
@@ -140,38 +140,41 @@ class LLM(AbstractContextManager["LLM"]):
         chat_format: str | None = None,
         limits: Limits | None = None,
     ) -> Self:
-        """Start an engine for a model that is in memory already; arguments and errors as for ``load``."""
+        """Start an engine for a model that is loaded already; arguments and errors are as for ``LLM.load``."""
         if loaded.model.shape.labels:
-            raise InvalidRequest(f"{loaded.path} is a classifier, which does not chat: use Classifier.load")
+            raise InvalidRequest(f"{loaded.path} holds a classifier, which cannot chat: use Classifier.load")
         if tokenizer.vocab_size > loaded.model.vocab_size:
-            sizes_differ = f"{tokenizer.vocab_size} tokens, but the model only {loaded.model.vocab_size}"
-            raise InvalidRequest(f"{loaded.path}: the tokenizer has {sizes_differ}")
-        stored = cache_dtype(loaded.model, kv_cache_dtype)
-        length, places = sizes(loaded.model, context, cache_tokens, block_size, stored)
-        form = _format(chat_format, tokenizer, loaded)
+            sizes = f"{tokenizer.vocab_size} tokens, but the model only {loaded.model.vocab_size}"
+            raise InvalidRequest(f"{loaded.path}: the tokenizer has {sizes}")
+        dtype = cache_dtype(loaded.model, kv_cache_dtype)
+        context, cache_tokens = plan_cache(loaded.model, context, cache_tokens, block_size, dtype)
+        selected_format = _chat_format(chat_format, tokenizer, loaded)
         engine = Engine(
             loaded.model,
-            cache_tokens=places,
+            cache_tokens=cache_tokens,
             block_size=block_size,
-            context=length,
+            context=context,
             limits=limits,
-            dtype=stored,
+            dtype=dtype,
             torch_threads=torch_threads(loaded.model),
         )
-        return cls(loaded, tokenizer, engine, form, name)
+        return cls(loaded, tokenizer, engine, selected_format, name)
 
     def close(self) -> None:
-        """Stop the engine; running answers raise EngineStopped."""
+        """Stop the engine; replies that are still running raise EngineStopped."""
         self.engine.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def encode_chat(self, messages: Messages, *, continue_final: bool = False, tools: Tools | None = None) -> list[int]:
-        """Return the prompt ids of a conversation, up to where the answer begins, which may call ``tools``.
+        """Return the prompt's token ids for a conversation, up to the beginning of an answer that may call ``tools``.
+
+        With ``continue_final``, the answer continues the last message, which is the assistant's.
 
         Raises:
-            InvalidMessages: the chat format cannot hold it.
+            InvalidMessages: the chat format cannot express the conversation.
+            InvalidRequest: the conversation is too long, or the checkpoint's own template does not support a parameter.
         """
         parts = (
             message.get(key)
@@ -179,50 +182,52 @@ class LLM(AbstractContextManager["LLM"]):
             if isinstance(message, Mapping)
             for key in ("content", "tool_calls")
         )
-        self._bound(sum(len(str(part)) for part in parts if part is not None))
+        self._check_length(sum(len(str(part)) for part in parts if part is not None))
         if self.format is not None:
             return self.format.encode(messages, self.tokenizer, continue_final=continue_final, tools=tools)
         assert self._template is not None
         if tools is not None:
-            raise InvalidRequest("a checkpoint's own template is not given tools: choose a chat format")
+            raise InvalidRequest("a checkpoint's own template does not support tools: choose a chat format")
         if continue_final:
             raise InvalidRequest("a checkpoint's own template cannot continue an answer: choose a chat format")
         return template.encode(self._template, messages, self.tokenizer)
 
     def encode(self, text: str, *, bos: bool = True, marked: bool = False) -> list[int]:
-        """Return the prompt ids of a plain text, by default with the beginning-of-text token in front.
+        """Return the token ids of a text.
 
-        Where the text itself begins with that token's name, it is read as the token, once: programs that
-        write a chat format by hand put it there. With ``marked``, the same holds for all special tokens, wherever
-        they stand: for texts that are a chat format written by hand, and never for what a user of theirs wrote.
+        Args:
+            text: the text. A beginning-of-sequence token's name at its beginning is read as that token.
+            bos: put the beginning-of-sequence token in front, unless the text begins with it.
+            marked: read the names of all special tokens as these tokens. It is for chat formats that a program
+                wrote, and must not be used with text of users.
 
         Raises:
-            InvalidRequest: it is so long that it cannot fit, which is known without tokenizing it.
+            InvalidRequest: the text is too long to fit; this is checked before it is tokenized.
         """
-        self._bound(len(text))
-        first = self.tokenizer.bos_id
+        self._check_length(len(text))
+        bos_id = self.tokenizer.bos_id
         if marked:
-            ids = self.tokenizer.encode_marked(text)
-            return [first, *ids] if bos and first is not None and ids[:1] != [first] else ids
-        name = self.tokenizer.piece(first) if first is not None else ""
-        written = bool(name) and text.startswith(name)
-        ids = self.tokenizer.encode(text[len(name) :] if written else text, bos=bos or written)
-        return ids
+            ids = self.tokenizer.encode_with_special(text)
+            return [bos_id, *ids] if bos and bos_id is not None and ids[:1] != [bos_id] else ids
+        name = self.tokenizer.piece(bos_id) if bos_id is not None else ""
+        has_bos = bool(name) and text.startswith(name)
+        return self.tokenizer.encode(text[len(name) :] if has_bos else text, bos=bos or has_bos)
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        """Return a vector of length 1 for each text, the mean of its last hidden states, and the tokens read.
+        """Return an embedding for each text, and the number of tokens in all texts.
 
-        Models made to chat were not trained for this; the vectors tell roughly what a text is about.
+        An embedding is the mean of the last hidden states, scaled to length 1. Chat models are not trained for it.
 
         Raises:
-            InvalidRequest: a text is empty. PromptTooLong: it has more tokens than the model was made for.
+            InvalidRequest: a text is empty, or has a token id that is not in the vocabulary.
+            PromptTooLong: a text has more tokens than the model supports.
         """
         prompts = [self.encode(text) if isinstance(text, str) else list(text) for text in texts]
         model = self.loaded.model
         for ids in prompts:
             if not ids:
-                raise InvalidRequest("there is nothing to embed: the text is empty")
+                raise InvalidRequest("the text to embed is empty")
             if max(ids) >= model.vocab_size:
                 raise InvalidParameter("input", f"token id {max(ids)} is not in the vocabulary of {model.vocab_size}")
             if len(ids) > model.max_length:
@@ -231,12 +236,11 @@ class LLM(AbstractContextManager["LLM"]):
         vectors = [model(Batch.whole([ids], device)).float().mean(0) for ids in prompts]
         return [(vector / vector.norm()).tolist() for vector in vectors], sum(map(len, prompts))
 
-    def _bound(self, characters: int) -> None:
-        most = CHARACTERS_PER_TOKEN * self.context
-        if characters > most:
-            raise InvalidRequest(
-                f"the prompt has {characters} characters; {self.context} tokens never hold over {most}"
-            )
+    def _check_length(self, characters: int) -> None:
+        limit = MAX_CHARACTERS_PER_TOKEN * self.context
+        if characters > limit:
+            problem = f"the prompt has {characters} characters, but {self.context} tokens hold at most {limit}"
+            raise InvalidRequest(problem)
 
     def submit(
         self,
@@ -252,51 +256,51 @@ class LLM(AbstractContextManager["LLM"]):
         tools: Tools | None = None,
         resume: tuple[tuple[int, ...], ...] = (),
     ) -> list[Reply]:
-        """Start a request and return its ``n`` replies. With ``chat``, the chat format's ends count too.
+        """Start a request and return its ``n`` replies.
 
         Args:
-            ids: the prompt.
-            sampling: how tokens are chosen.
-            chat: whether the prompt is a conversation in the chat format.
-            priority, salt: see ``Request``.
-            skip_special: leave the names of special tokens out of the text.
-            begins: whether the answer begins a text, where a leading space is dropped; None: if ``chat``.
-            grammar: what the answer has to be; cut by ``max_tokens`` or a stop string, it is the beginning of that.
-            tools: what the answer may call, or has to: those that ``encode_chat`` was given.
-            resume: the tokens that each answer has already: its first pieces, from which it goes on.
+            ids: the token ids of the prompt.
+            sampling: the sampling parameters.
+            chat: the prompt is a conversation in the chat format; stop tokens and stop strings of the format apply.
+            priority, salt: the fields of ``Request``.
+            skip_special: omit the names of special tokens from the text.
+            begins: the answer begins a text, so that a leading space is dropped; None: the value of ``chat``.
+            grammar: the grammar of the answer; an answer that ends early is a prefix of a valid text.
+            tools: the tools that the answer may or must call, the same as for ``encode_chat``.
+            resume: the first tokens of each answer, after which it continues.
 
         Raises:
-            PromptTooLong, InvalidParameter, GrammarError, Overloaded, EngineStopped: see ``Engine.submit``.
-            InvalidParameter, Overloaded, NotInstalled: the grammar cannot be had, see ``Compiler.compile``.
+            PromptTooLong, InvalidParameter, GrammarError, Overloaded, EngineStopped: as for ``Engine.submit``.
+            InvalidParameter, Overloaded, NotInstalled: the grammar cannot be compiled, as for ``Compiler.compile``.
         """
         eos = self.loaded.eos_ids | self.tokenizer.eos_ids
         begins = chat if begins is None else begins
         strip = False
-        grammar = self._forced(tools, grammar)
+        grammar = self._effective_grammar(tools, grammar)
         if chat and self.format is not None:
             eos |= self.format.stop_ids(self.tokenizer)
-            if grammar is None:  # which says itself where its text begins and ends
+            if grammar is None:  # a grammar defines itself where the text begins and ends
                 sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
                 strip = bool(self.format.stop_strings)
         constraint = None if grammar is None else partial(self._grammars.compile(grammar), begins=begins)
         request = Request(tuple(ids), sampling, tuple(sorted(eos)), priority, salt, constraint, resume)
-        how: dict[str, Any] = {"strip": strip and begins, "skip_special": skip_special, "begins": begins}
+        options: dict[str, Any] = {"strip": strip and begins, "skip_special": skip_special, "begins": begins}
 
-        def read() -> Reading:
-            calls = self.format.calls(self.tokenizer, tools) if self.format and tools else None
-            return Reading(self.tokenizer, request, calls=calls, **how)
+        def new_decoder() -> AnswerDecoder:
+            calls = self.format.tool_call_parser(self.tokenizer, tools) if self.format and tools else None
+            return AnswerDecoder(self.tokenizer, request, calls=calls, **options)
 
-        if ended := finished(request, read):
-            request = replace(request, finished=ended)
-        return [Reply(stream, request, read()) for stream in self.engine.submit(request)]
+        if indexes := finished_answers(request, new_decoder):
+            request = replace(request, finished=indexes)
+        return [Reply(stream, request, new_decoder()) for stream in self.engine.submit(request)]
 
-    def _forced(self, tools: Tools | None, grammar: Grammar | None) -> Grammar | None:
-        """Return what the answer has to be, a call of a tool if one is required."""
-        if tools is None or not tools.enforced or self.format is None:
+    def _effective_grammar(self, tools: Tools | None, grammar: Grammar | None) -> Grammar | None:
+        """Return the grammar of the answer; if the answer must call a tool, it is the grammar of calls."""
+        if tools is None or not tools.call_required or self.format is None:
             return grammar
         if grammar is not None:
-            raise InvalidParameter("tool_choice", "cannot require a call of an answer that has a grammar")
-        return self.format.forced(self.tokenizer, tools)
+            raise InvalidParameter("tool_choice", "cannot require a tool call together with a grammar")
+        return self.format.forced_call_grammar(self.tokenizer, tools)
 
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> Reply: ...
@@ -320,18 +324,18 @@ class LLM(AbstractContextManager["LLM"]):
 
         Args:
             messages: [{"role": "system" | "user" | "assistant" | "tool", "content": text}, ...].
-            stream: return a ``Reply`` to iterate over.
-            grammar: what every answer has to be.
-            tools, tool_choice, parallel_tool_calls: what the answer may call, or has to, see ``Tools.of``.
-            **sampling: the fields of ``Sampling``; what is not given is as the checkpoint recommends.
+            stream: return a ``Reply`` to iterate over, not a complete answer.
+            grammar: the grammar of every answer.
+            tools, tool_choice, parallel_tool_calls: the tools that the answer may or must call.
+            **sampling: fields of ``Sampling``; the checkpoint recommends the values of the others.
 
         Raises:
-            InvalidMessages, InvalidParameter, PromptTooLong: before anything runs.
+            InvalidMessages, InvalidParameter, PromptTooLong: the request is invalid; nothing was computed.
         """
         options = self.sampling(**sampling)
-        offered = Tools.of(tools, tool_choice, parallel_tool_calls)
+        offered = Tools.from_request(tools, tool_choice, parallel_tool_calls)
         if messages and not isinstance(messages[0], Mapping):
-            prompts = [self.encode_chat(each, tools=offered) for each in messages]  # type: ignore[arg-type]
+            prompts = [self.encode_chat(conversation, tools=offered) for conversation in messages]  # type: ignore[arg-type]
             return self._all(prompts, options, chat=True, grammar=grammar, tools=offered)
         ids = self.encode_chat(messages, tools=offered)  # type: ignore[arg-type]
         return self._one(ids, options, chat=True, grammar=grammar, tools=offered, stream=stream)
@@ -346,36 +350,36 @@ class LLM(AbstractContextManager["LLM"]):
     def complete(
         self, prompt: str | list[str], *, stream: bool = False, grammar: Grammar | None = None, **sampling: Any
     ) -> Reply | Answer | list[Answer]:
-        """Go on from a text, or from each of a list of texts at once; no chat format is applied.
+        """Continue a text, or each of a list of texts, without a chat format.
 
-        Arguments and errors as for ``chat``.
+        Arguments and errors are as for ``LLM.chat``.
         """
         options = self.sampling(**sampling)
         if isinstance(prompt, str):
             return self._one(self.encode(prompt), options, grammar=grammar, stream=stream)
-        return self._all([self.encode(each) for each in prompt], options, grammar=grammar)
+        return self._all([self.encode(text) for text in prompt], options, grammar=grammar)
 
     def sampling(self, **values: Any) -> Sampling:
-        """Return a ``Sampling`` of these values over the checkpoint's recommendations.
+        """Return sampling parameters with these values, and the checkpoint's recommendations for all others.
 
         Raises:
-            InvalidParameter: there is no such field, or a value is out of range.
+            InvalidParameter: a parameter is unknown, or a value is out of range.
         """
         unknown = sorted(values.keys() - Sampling.__dataclass_fields__.keys())
         if unknown:
-            known = ", ".join(Sampling.__dataclass_fields__)
-            raise InvalidParameter(unknown[0], f"is no sampling parameter; there are {known}")
+            names = ", ".join(Sampling.__dataclass_fields__)
+            raise InvalidParameter(unknown[0], f"is not a sampling parameter; available parameters: {names}")
         return Sampling(**(self.defaults | values))
 
-    def _one(self, ids: list[int], sampling: Sampling, *, stream: bool, **how: Any) -> Reply | Answer:
+    def _one(self, ids: list[int], sampling: Sampling, *, stream: bool, **options: Any) -> Reply | Answer:
         if stream and sampling.n > 1:
-            raise InvalidParameter("n", "is more than 1: read several answers at once through LLM.submit")
-        replies = self.submit(ids, sampling, **how)
+            raise InvalidParameter("n", "is more than 1: use LLM.submit to stream several answers")
+        replies = self.submit(ids, sampling, **options)
         return replies[0] if stream else _joined(replies)
 
-    def _all(self, prompts: list[list[int]], sampling: Sampling, **how: Any) -> list[Answer]:
-        """Answer every prompt, keeping the engine as full as its queue allows."""
-        for ids in prompts:  # before anything runs
+    def _all(self, prompts: list[list[int]], sampling: Sampling, **options: Any) -> list[Answer]:
+        """Answer all prompts; the queue of the engine is kept full."""
+        for ids in prompts:  # all prompts are checked before any of them runs
             if len(ids) >= self.context:
                 raise PromptTooLong(len(ids), self.context - 1)
         running: deque[list[Reply]] = deque()
@@ -383,7 +387,7 @@ class LLM(AbstractContextManager["LLM"]):
         for ids in prompts:
             while True:
                 try:
-                    running.append(self.submit(ids, sampling, **how))
+                    running.append(self.submit(ids, sampling, **options))
                     break
                 except Overloaded:
                     if not running:
@@ -398,19 +402,19 @@ def _joined(replies: list[Reply]) -> Answer:
 
 
 def _recommended(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampling values of generation_config.json; greedy where it says that nothing is drawn."""
+    """Return the sampling parameters in generation_config.json; ``do_sample: false`` means temperature 0."""
     fields = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-    named = {name: generation[name] for name in fields if generation.get(name) is not None}
-    return named | ({"temperature": 0.0} if generation.get("do_sample") is False else {})
+    values = {name: generation[name] for name in fields if generation.get(name) is not None}
+    return values | ({"temperature": 0.0} if generation.get("do_sample") is False else {})
 
 
-def _format(name: str | None, tokenizer: Tokenizer, loaded: Loaded) -> ChatFormat | None:
+def _chat_format(name: str | None, tokenizer: Tokenizer, loaded: Loaded) -> ChatFormat | None:
     if name == OWN_TEMPLATE:
         return None
     if name is not None:
-        return chat.get(name)
+        return chat.get_format(name)
     try:
-        written = template.load(loaded.path)
+        own_template = template.load(loaded.path)
     except template.TemplateError:
-        written = None
-    return chat.choose(tokenizer, architecture=loaded.config.get("model_type"), template=written)
+        own_template = None
+    return chat.choose_format(tokenizer, architecture=loaded.config.get("model_type"), template=own_template)

@@ -1,13 +1,11 @@
-"""From a folder to a model with its weights.
+"""Loads the weights of a model, and computes the memory that the weights and the key/value cache take.
 
-Knows checkpoints, models and formats, and how much memory there is for a cache. Does not know
-text or the engine.
+This module depends on checkpoints, models, weight formats and memory. It does not depend on text or the engine.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +13,34 @@ from typing import Any
 
 import torch
 
-from moesaic import checkpoints, models, ops, packed
+from moesaic import checkpoints, memory, models, ops, packed
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.models import Decoder
 from moesaic.ops import native
 
-SMALL = 100_000_000
-"""Parameters; below it torch's threads are not worth waking."""
+SMALL_MODEL = 100_000_000
+"""Parameters; for smaller models, starting torch's threads costs more time than they save."""
 
-DTYPES = checkpoints.FLOATS
+DTYPES = checkpoints.FLOAT_DTYPES
 CACHE_DTYPES = ("auto", *DTYPES, "int8")
 Progress = Callable[[int, int], None]
 
-SEQUENCES = 16
-"""Requests of the whole context that the cache has room for, where memory allows: fewer would preempt each other."""
+CACHED_CONTEXTS = 16
+"""Requests of full length that the cache holds if memory allows; with a smaller cache they preempt each other."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint became: the model with its weights, and what the checkpoint says beside them."""
+    """A model with its weights, and the configuration files of its checkpoint.
+
+    Attributes:
+        path: folder of the checkpoint.
+        layout: name of the checkpoint layout, or "packed".
+        model: the model.
+        config: content of config.json, in its vocabulary whatever the layout.
+        generation: content of generation_config.json; empty if there is none.
+    """
 
     path: Path
     layout: str
@@ -44,95 +50,161 @@ class Loaded:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Every id that the configurations name as an end; Llama 3 has more than one."""
-        named = [self.generation.get("eos_token_id"), self.config.get("eos_token_id")]
-        ids = [id for each in named for id in (each if isinstance(each, list) else [each])]
-        return frozenset(id for id in ids if isinstance(id, int) and 0 <= id < self.model.vocab_size)
+        """All end-of-sequence token ids in the configurations; Llama 3 has more than one."""
+        values = [self.generation.get("eos_token_id"), self.config.get("eos_token_id")]
+        token_ids = [item for value in values for item in (value if isinstance(value, list) else [value])]
+        return frozenset(item for item in token_ids if isinstance(item, int) and 0 <= item < self.model.vocab_size)
 
 
 def load_model(
     path: Path,
     *,
     dtype: str = "auto",
-    format: str | None = None,
+    weight_format: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Loaded:
-    """Read the checkpoint in folder ``path`` into a model.
+    """Load the model in folder ``path``.
 
     Args:
-        path: a folder in any layout.
-        dtype: float32, bfloat16, float16, or auto: what the checkpoint is stored in.
-        format: what weights are quantized to, see ``models.choose``; None: they stay plain, in ``dtype``.
-        device: where the model goes.
-        progress: called with the bytes read so far and in all.
+        path: a folder in any layout, or a packed folder.
+        dtype: float32, bfloat16 or float16, for activations and plain weights; auto: the dtype that the checkpoint
+            is stored in.
+        weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: weights stay
+            plain.
+        device: the device that the model is loaded to.
+        progress: called with the bytes read so far and in total.
 
     Raises:
-        NotFound: there is no such folder.
-        CheckpointError: something in it is missing, damaged or not understood.
-        InvalidParameter: an unknown dtype, format or device.
+        NotFound: the folder does not exist.
+        CheckpointError: the checkpoint is incomplete, damaged or not understood.
+        InvalidParameter: the dtype, format or device is unknown.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise InvalidParameter("dtype", f"is {dtype!r}, expected auto, {', '.join(DTYPES)}")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidParameter("device", f"is {device!r}, which torch does not know") from error
-    if format is not None:
-        models.choose(format, "float32")  # refused before anything is read
+    target = _check(dtype, weight_format, device)
     if packed.is_packed(path):
-        return _packed(path, dtype, format, place)
-    with checkpoints.open(path) as checkpoint:
-        name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
-        roles = models.choose(format or name, name)
-        model = models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=place)
-        if place.type == "cpu":
+        manifest = _read_manifest(path, dtype, weight_format)
+        model = packed.load(path, manifest)
+        if target.type != "cpu":
+            model.to(target)
+        return Loaded(path, "packed", model, manifest.config, manifest.generation)
+    with checkpoints.open_checkpoint(path) as checkpoint:
+        model = _build(checkpoint, dtype, weight_format, target)
+        if target.type == "cpu":
             for parameter in model.parameters():
-                native.huge_pages(parameter)  # before it is touched
-        checkpoints.fill(model.slots(), checkpoint, progress=progress)
+                native.huge_pages(parameter)  # the advice has no effect on pages that were written before
+        checkpoints.load_weights(model.slots(), checkpoint, progress=progress)
         return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation)
 
 
-def is_classifier(path: Path) -> bool:
-    """Return whether the checkpoint in folder ``path`` has a classification head; False where that cannot be read."""
-    name = packed.MARK if packed.is_packed(path) else "config.json"
+def memory_needed(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    weight_format: str | None = None,
+    device: str = "cpu",
+    context: int | None = None,
+    cache_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
+    block_size: int = 16,
+) -> int:
+    """Return the bytes that the model in folder ``path`` takes once loaded: its weights and key/value cache.
+
+    Weights count in the format that they will have in memory. No weights are read or allocated. Where the size
+    of the cache depends on the available memory, the result holds for the memory that is available now.
+
+    Args:
+        path: a folder in any layout, or a packed folder.
+        dtype: dtype of activations and plain weights, as for ``load_model``.
+        weight_format: formats that weights are quantized to, as for ``load_model``; ignored for a classifier.
+        device: the device that the model is loaded to.
+        context: the most tokens of a request; None: as many as the model and the cache allow.
+        cache_tokens: places in the cache; None: enough for CACHED_CONTEXTS requests, if memory allows.
+        kv_cache_dtype: dtype of the cache, one of CACHE_DTYPES. A classifier has no cache.
+        block_size: places in a block of the cache.
+
+    Raises:
+        NotFound: the folder does not exist.
+        CheckpointError: the checkpoint is incomplete, damaged or not understood.
+        InvalidParameter: a value is unknown or out of range.
+    """
+    if is_classifier(path):
+        weight_format = None  # Classifier.load does not quantize
+    target = _check(dtype, weight_format, device)
+    mapped = packed.is_packed(path)
+    if mapped:
+        model = packed.build(path, _read_manifest(path, dtype, weight_format))
+    else:
+        with checkpoints.open_checkpoint(path) as checkpoint:
+            model = _build(checkpoint, dtype, weight_format, torch.device("meta"))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if model.shape.labels:
+        return weights
+    available, total = memory.device_memory(target)
+    if not mapped or target.type != "cpu":  # mapped weights are page cache, which counts as available
+        available = max(0, available - weights)
+    stored = cache_dtype(model, kv_cache_dtype)
+    _, places = plan_cache(model, context, cache_tokens, block_size, stored, (available, total))
+    return weights + places * cache_bytes_per_token(model, stored)
+
+
+def _check(dtype: str, weight_format: str | None, device: str) -> torch.device:
+    """Return the device called ``device``, or raise InvalidParameter if it, the dtype or the format is unknown."""
+    if dtype not in ("auto", *DTYPES):
+        raise InvalidParameter("dtype", f"is {dtype!r}, expected auto, {', '.join(DTYPES)}")
+    if weight_format is not None:
+        models.choose(weight_format, "float32")
     try:
-        config = json.loads((path / name).read_bytes())
-        named = config["config"]["architectures"] if packed.is_packed(path) else config["architectures"]
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InvalidParameter("device", f"is {device!r}, but torch has no such device") from error
+
+
+def _build(checkpoint: checkpoints.Checkpoint, dtype: str, weight_format: str | None, device: torch.device) -> Decoder:
+    """Return the model that ``checkpoint`` describes, its weights allocated on ``device`` but not read."""
+    name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
+    roles = models.choose(weight_format or name, name)
+    return models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=device)
+
+
+def _read_manifest(path: Path, dtype: str, weight_format: str | None) -> packed.PackedManifest:
+    """Return the manifest of a packed folder; raise InvalidParameter if a format or dtype is asked for."""
+    if weight_format is not None or dtype != "auto":
+        parameter = "format" if weight_format is not None else "dtype"
+        raise InvalidParameter(parameter, f"cannot be changed: the weights in {path} are packed already")
+    return packed.read_manifest(path)
+
+
+def is_classifier(path: Path) -> bool:
+    """Return whether the checkpoint in folder ``path`` has a classification head; False if it cannot be read."""
+    try:
+        if packed.is_packed(path):
+            config = json.loads((path / packed.MANIFEST).read_bytes())["config"]
+        else:
+            config = json.loads((path / "config.json").read_bytes())
+        architectures = list(config["architectures"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # whoever loads it says what is wrong
-    return any(str(each).endswith("ForSequenceClassification") for each in named)
+        return False  # loading the checkpoint reports the problem
+    return any(str(name).endswith("ForSequenceClassification") for name in architectures)
 
 
 def torch_threads(model: Decoder) -> int | None:
-    """Return how many threads torch should use for this model, None for its own choice.
+    """Return the number of threads that torch should use for this model; None: torch's default.
 
-    One where there is little for it to do: in a small model its threads cost more to wake, some
-    hundred times a step, than they save; and beside our kernels they would take the cores away.
+    In a small model, waking threads a hundred times in each step costs more than they save. Beside Moesaic's own
+    kernels, torch's threads would compete for the cores. One thread is best in both cases.
     """
-    if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
+    if sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
         return 1
     device = next(model.parameters()).device.type
     names = {weight.name for weight in model.blocks.modules() if isinstance(weight, Packed)}
     return 1 if all(ops.chosen("linear", device, name) != "reference" for name in names) else None
 
 
-def _packed(path: Path, dtype: str, format: str | None, device: torch.device) -> Loaded:
-    """Map a packed folder. What is packed stays as it is."""
-    if format is not None or dtype != "auto":
-        raise InvalidParameter("format" if format is not None else "dtype", f"is decided: {path} holds packed weights")
-    said = packed.read(path)
-    model = packed.load(path, said)
-    if device.type != "cpu":
-        model.to(device)
-    return Loaded(path, "packed", model, said.config, said.generation)
-
-
 def cache_dtype(model: Decoder, name: str) -> torch.dtype:
-    """Return the dtype of the key/value cache that ``name`` means: one of CACHE_DTYPES.
+    """Return the dtype of the key/value cache for ``name``, one of CACHE_DTYPES; auto: the dtype of activations.
 
     Raises:
-        InvalidParameter: it is none of them.
+        InvalidParameter: the name is unknown.
     """
     if name not in CACHE_DTYPES:
         raise InvalidParameter("kv_cache_dtype", f"is {name!r}, expected {', '.join(CACHE_DTYPES)}")
@@ -140,41 +212,45 @@ def cache_dtype(model: Decoder, name: str) -> torch.dtype:
     return dtype
 
 
-def sizes(model: Decoder, context: int | None, places: int | None, block: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the context and the places in the cache: as asked for, else as a quarter of the free memory allows.
+def plan_cache(
+    model: Decoder,
+    context: int | None,
+    cache_tokens: int | None,
+    block_size: int,
+    dtype: torch.dtype,
+    device_memory: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """Return the longest request and the size of the key/value cache, both in tokens.
+
+    Given numbers are kept. A size that is left open takes at most a quarter of the available memory.
 
     Args:
-        model: whose keys and values are cached.
-        context: the most tokens of a request, or None.
-        places: how many the cache has, or None.
-        block: places in a block.
-        dtype: of the cache.
+        model: the model that the cache is for; on the meta device, ``device_memory`` must be given.
+        context: the most tokens of a request; None: as many as the model and the cache allow.
+        cache_tokens: places in the cache; None: enough for CACHED_CONTEXTS requests, if memory allows.
+        block_size: places in a block; the cache is rounded up to whole blocks.
+        dtype: dtype of the cache.
+        device_memory: available and total bytes of memory; None: those of the model's device.
 
     Raises:
-        InvalidParameter: the context is longer than the model's, or the cache is larger than the machine's memory.
+        InvalidParameter: the context is longer than the model's, or the cache is larger than the device's memory.
     """
     if context is not None and not 1 < context <= model.max_length:
-        raise InvalidParameter("context", f"is {context}, but the model was made for 2 to {model.max_length} tokens")
-    per_token = cache_bytes(model, dtype)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    affordable = max(block, free // 4 // per_token)
-    if places is not None:
-        _check_room(model, places, per_token)
+        raise InvalidParameter("context", f"is {context}, but the model supports 2 to {model.max_length} tokens")
+    available, total = device_memory or memory.device_memory(next(model.parameters()).device)
+    bytes_per_token = cache_bytes_per_token(model, dtype)
+    affordable = max(block_size, available // 4 // bytes_per_token)
+    if cache_tokens is not None and cache_tokens * bytes_per_token > total:
+        size, limit = cache_tokens * bytes_per_token / 1e9, total / 1e9
+        problem = f"is {cache_tokens}, which needs {size:.1f} GB, but the device has {limit:.1f} GB of memory"
+        raise InvalidParameter("cache_tokens", problem)
     if context is None:
         context = min(model.max_length, affordable)
-    if places is None:
-        places = max(context, min(SEQUENCES * context, affordable))
-    return context, -(-places // block) * block
+    if cache_tokens is None:
+        cache_tokens = max(context, min(CACHED_CONTEXTS * context, affordable))
+    return context, -(-cache_tokens // block_size) * block_size
 
 
-def _check_room(model: Decoder, places: int, per_token: int) -> None:
-    """Refuse a cache that is larger than all of the machine's memory."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if places * per_token > there and next(model.parameters()).device.type == "cpu":
-        takes = f"takes {places * per_token / 1e9:.1f} GB, and this machine has {there / 1e9:.1f}"
-        raise InvalidParameter("cache_tokens", f"is {places}, which {takes}")
-
-
-def cache_bytes(model: Decoder, dtype: torch.dtype) -> int:
-    """Return the bytes that keys and values of one token take in a cache of ``dtype``."""
+def cache_bytes_per_token(model: Decoder, dtype: torch.dtype) -> int:
+    """Return the bytes that the keys and values of one token take in a cache of ``dtype``."""
     return ops.Cache.bytes_per_token(model.cache_shapes, dtype)

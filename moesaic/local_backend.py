@@ -102,7 +102,7 @@ class LocalResponseStream:
 
     def __init__(self, replies: Sequence[Reply], tokens: TokenInfoCache) -> None:
         self._replies, self._token_info = replies, tokens.of
-        resumed = sum(len(reply.request.given(reply.stream.index)) for reply in replies)
+        resumed = sum(len(reply.request.resumed_tokens(reply.stream.index)) for reply in replies)
         self._behind = MAX_UNREAD_EVENTS + resumed  # the resumed tokens come at once
         self._begun: set[int] = set()
         self._events: deque[Event] = deque()
@@ -193,7 +193,7 @@ def _ended(index: int, reply: Reply) -> Finished:
 
 
 def _tools(request: GenerationRequest) -> Tools | None:
-    return Tools.of(request.tools, request.tool_choice, request.parallel_tool_calls)
+    return Tools.from_request(request.tools, request.tool_choice, request.parallel_tool_calls)
 
 
 def _about(llm: LLM) -> Mapping[str, Any]:

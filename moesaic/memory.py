@@ -1,7 +1,7 @@
-"""What memory there is, and mapped files: what the system is told about how they will be read.
+"""Sizes of memory, and advice to the kernel about memory-mapped files.
 
-Knows addresses, pages and Linux's advice; elsewhere the advice is left out and everything still works.
-Does not know what is in a file.
+The advice is specific to Linux. On other systems it is skipped, which costs speed only. This module does not
+depend on the content of files.
 """
 
 from __future__ import annotations
@@ -21,36 +21,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AHEAD = 128 << 10
-"""Bytes asked for in one call: of more, Linux reads only as much as the device's read-ahead and drops the rest."""
+PREFETCH_BYTES = 128 << 10
+"""Bytes in one prefetch call. Of a larger range, Linux reads no more than the read-ahead of the disk."""
 
-PATIENCE = 256
-"""Requests to go on making after the last byte was read from disk."""
+PREFETCH_REQUESTS = 256
+"""Requests that a ``Prefetcher`` still makes after the last time this process read from disk."""
 
-FETCHED = 64 << 20
-"""Bytes of a mapped file that are fetched in one call; others of this process wait that long to map anything."""
+POPULATE_BYTES = 64 << 20
+"""Bytes of a mapped file loaded in one call. During the call, no other thread of this process can map memory."""
 
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where a container says how much it may have, in versions 2 and 1 of control groups."""
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Files with the memory limit of this process's control group, in versions 2 and 1 of control groups."""
+
+CGROUP_USAGES = ("memory.current", "memory.usage_in_bytes")
+"""Files beside the limit with the bytes that the control group uses, page cache included."""
+
+RECLAIMABLE = ("active_file", "inactive_file")
+"""Entries of ``memory.stat`` that count page cache, which the kernel frees when the group needs memory."""
 
 
 def total() -> int:
-    """Return how many bytes of memory this machine, or the container, has."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            found.append(int(file.read_text()))
-    return min(found)
+    """Return the bytes of main memory that this machine has, or the limit of its container if that is lower."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_limits().values()])
 
 
 def available() -> int:
-    """Return how many bytes can be had before the system takes from what other processes need."""
+    """Return the bytes of main memory that can be allocated without taking memory from other processes.
+
+    In a container this is at most the container's limit, less the memory that it already uses.
+    """
     free = kilobytes(Path("/proc/meminfo")).get("MemAvailable")
-    return min(free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), total())
+    bounds = [free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), total()]
+    bounds += [limit - _cgroup_usage(file.parent) for file, limit in _cgroup_limits().items()]
+    return max(0, min(bounds))
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the available and the total bytes of the memory in which tensors of ``device`` are allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    return available(), total()
+
+
+def _cgroup_limits() -> dict[Path, int]:
+    """Return the memory limits of this process's control group, by the file that holds each."""
+    limits = {}
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # version 2 writes "max" where there is no limit
+            limits[file] = int(file.read_text())
+    return limits
+
+
+def _cgroup_usage(folder: Path) -> int:
+    """Return the bytes that a control group uses and the kernel cannot reclaim; 0 if they are unknown."""
+    usage = 0
+    for name in CGROUP_USAGES:
+        with contextlib.suppress(OSError, ValueError):
+            usage = int((folder / name).read_text())
+    with contextlib.suppress(OSError, ValueError):
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        # Version 1 counts child groups only in the entries that begin with "total_".
+        usage -= sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in RECLAIMABLE)
+    return max(0, usage)
 
 
 def kilobytes(path: Path) -> Mapping[str, int]:
-    """Return the lines "name: number kB" of a file of the system, in bytes; nothing where there is no such file."""
+    """Return the "name: number kB" lines of a file in /proc, in bytes; empty if the file cannot be read."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -60,12 +96,12 @@ def kilobytes(path: Path) -> Mapping[str, int]:
 
 
 def map_file(path: Path) -> Tensor:
-    """Return the bytes of a file, mapped: what is written to them is kept apart, and never reaches the file.
+    """Return the bytes of a file, mapped copy-on-write: writes stay in this process and never reach the file.
 
     Raises:
-        OSError: it cannot be mapped.
+        OSError: the file cannot be mapped.
     """
-    # Without MAP_NORESERVE, Linux refuses a mapping that may be written to and is larger than its memory.
+    # Without MAP_NORESERVE, Linux refuses a writable mapping that is larger than its memory.
     flags = mmap.MAP_PRIVATE | (getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0)
     with path.open("rb") as file:
         return torch.frombuffer(
@@ -73,77 +109,78 @@ def map_file(path: Path) -> Tensor:
         )
 
 
-def fetch(mapped: Tensor) -> threading.Thread:
-    """Have all of a mapped file in memory soon, in pages of 2 MiB where Linux can; returns at once.
+def load_in_background(mapped: Tensor) -> threading.Thread:
+    """Start to read a mapped file into memory, in pages of 2 MiB where Linux can, and return the reading thread.
 
-    A kernel that streams through pages of 4 KiB spends up to a quarter of its time looking them up. Linux gives
-    larger ones to what is read from disk under this advice, and to nothing that is in memory already: see ``forget``.
+    With pages of 4 KiB, a kernel that streams through the weights spends up to a quarter of its time on page table
+    lookups. Linux uses large pages only for data read from disk after this advice; ``evict`` makes it read again.
     """
     _call("madvise", mapped.data_ptr(), mapped.nbytes, _HUGE_PAGE)
 
     def populate() -> None:
-        for begin in range(0, mapped.nbytes, FETCHED):
-            if not _call("madvise", mapped.data_ptr() + begin, min(FETCHED, mapped.nbytes - begin), _POPULATE_READ):
-                return  # before Linux 5.14: pages come as they are touched
+        for begin in range(0, mapped.nbytes, POPULATE_BYTES):
+            size = min(POPULATE_BYTES, mapped.nbytes - begin)
+            if not _call("madvise", mapped.data_ptr() + begin, size, _POPULATE_READ):
+                return  # Linux before 5.14 loads pages only when they are accessed
 
-    thread = threading.Thread(target=populate, name="moesaic-fetch", daemon=True)
+    thread = threading.Thread(target=populate, name="moesaic-load", daemon=True)
     thread.start()
     return thread
 
 
-def forget(path: Path) -> None:
-    """Write a file out and have the system drop it from memory, where it may lie in pages of 4 KiB."""
+def evict(path: Path) -> None:
+    """Write a file to disk and drop it from the page cache, where it may lie in pages of 4 KiB."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def lock(parts: Iterable[Tensor], most: int) -> int:
-    """Have the system keep these in memory once they were read, as far as it lets us and up to ``most`` bytes.
+def lock(parts: Iterable[Tensor], max_bytes: int) -> int:
+    """Lock tensors in memory once they are read, up to ``max_bytes`` and as far as the system permits.
 
     Returns:
-        How many bytes that is.
+        The number of bytes locked.
     """
-    on_fault, locked = 1, 0  # MLOCK_ONFAULT: when they are first read, not now
+    on_fault, locked = 1, 0  # MLOCK_ONFAULT locks a page when it is first accessed
     for part in parts:
-        if locked + part.nbytes <= most and _call("mlock2", part.data_ptr(), part.nbytes, on_fault):
+        if locked + part.nbytes <= max_bytes and _call("mlock2", part.data_ptr(), part.nbytes, on_fault):
             locked += part.nbytes
     return locked
 
 
-class Early:
-    """Has parts of mapped files read from disk before they are needed, all of them at once.
+class Prefetcher:
+    """Reads parts of mapped files from disk before they are accessed, with all reads in flight at once.
 
-    Where everything is in memory already, asking costs about a tenth of the time of a token; so it is done only
-    as long as this process does read from disk, which takes half a microsecond to find out.
+    If all data is in memory already, prefetching costs about a tenth of the time of a token. It is therefore active
+    only while this process reads from disk, which takes half a microsecond to check.
     """
 
     def __init__(self) -> None:
-        self._left = PATIENCE
-        self._read = _reads()
+        self._requests_left = PREFETCH_REQUESTS
+        self._disk_reads = _disk_reads()
 
-    def ask(self, parts: Callable[[], Iterable[Tensor]]) -> None:
-        """Ask for ``parts``, which is called only if there is something to ask for."""
-        read = _reads()
-        if read != self._read:
-            self._read, self._left = read, PATIENCE
-        if not self._left:
+    def prefetch(self, parts: Callable[[], Iterable[Tensor]]) -> None:
+        """Start to read the tensors that ``parts`` returns; ``parts`` is called only while prefetching is active."""
+        disk_reads = _disk_reads()
+        if disk_reads != self._disk_reads:
+            self._disk_reads, self._requests_left = disk_reads, PREFETCH_REQUESTS
+        if not self._requests_left:
             return
-        self._left -= 1
+        self._requests_left -= 1
         page = mmap.PAGESIZE
         for part in parts():
             first, end = part.data_ptr() // page * page, part.data_ptr() + part.nbytes
-            for begin in range(first, end, AHEAD):
-                _call("madvise", begin, min(AHEAD, end - begin), _WILL_NEED)
+            for begin in range(first, end, PREFETCH_BYTES):
+                _call("madvise", begin, min(PREFETCH_BYTES, end - begin), _WILL_NEED)
 
 
-_WILL_NEED = 3  # MADV_WILLNEED, on every system that has madvise
-_HUGE_PAGE, _POPULATE_READ = 14, 22  # Linux only, elsewhere errors that change nothing
+_WILL_NEED = 3  # MADV_WILLNEED, which every system with madvise has
+_HUGE_PAGE, _POPULATE_READ = 14, 22  # MADV_HUGEPAGE and MADV_POPULATE_READ; other systems reject them without effect
 
 
-def _reads() -> tuple[int, int]:
-    """Return two counters that rise when this process has to wait for a disk, or reads from one."""
+def _disk_reads() -> tuple[int, int]:
+    """Return the numbers of major page faults and of blocks read from disk by this process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_majflt, usage.ru_inblock
 
@@ -154,6 +191,6 @@ def _function(name: str) -> Any:
 
 
 def _call(name: str, address: int, size: int, advice: int) -> bool:
-    """Return whether the system did what was asked of it."""
+    """Call a C function on a range of memory; return whether it exists and succeeded."""
     function = _function(name)
     return function is not None and function(ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0

@@ -1,13 +1,13 @@
-"""Weights as the kernels read them, in a folder: quantized once, mapped ever after.
+"""Folders of packed weights: quantized once, in the form that the kernels read, and mapped when they are loaded.
 
     moesaic.json           {"packed": 1, "dtype": ..., "formats": {role: format}, "config": {...}, "generation": {...}}
     weights.safetensors    every parameter of the model by its name, each at a multiple of 64 bytes
 
-beside the tokenizer's files. Loading maps the file, which all processes share, and returns at once: a
-model that fits in memory is fetched in the background, in large pages; a larger one runs, slowly: what
-every token needs is kept, and experts are asked for as soon as they are chosen.
+The folder also holds the tokenizer's files. Loading maps the weights and returns at once; all processes share the
+mapped memory. A model that fits in memory is then read in the background, in large pages. A larger model runs
+slowly: weights that every token needs stay in memory, and experts are read as soon as the router chooses them.
 
-Knows this folder. Does not know formats: a part is bytes of a shape and a dtype.
+This module does not depend on single weight formats: a part is bytes with a shape and a dtype.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from moesaic.checkpoints import _safetensors, _write
 from moesaic.errors import CheckpointError
 from moesaic.models import Decoder, Experts
 
-MARK, WEIGHTS = "moesaic.json", "weights.safetensors"
+MANIFEST, WEIGHTS = "moesaic.json", "weights.safetensors"
 VERSION = 1
-ALIGNED = 64
+ALIGNMENT = 64
+"""Bytes; each parameter begins at a multiple of it."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Mark:
-    """What a packed folder says about itself."""
+class PackedManifest:
+    """Content of moesaic.json: the dtype, weight formats and configuration of a packed model."""
 
     dtype: str
     formats: Mapping[str, str]
@@ -45,106 +46,130 @@ class Mark:
 
 
 def is_packed(path: Path) -> bool:
-    """Return whether ``path`` is a folder that ``pack`` wrote."""
-    return (path / MARK).is_file()
+    """Return whether ``path`` is a folder of packed weights."""
+    return (path / MANIFEST).is_file()
 
 
-def pack(src: Path | str, dst: Path | str, format: str, dtype: str = "auto", progress: Progress | None = None) -> None:
+def pack(
+    src: Path | str, dst: Path | str, weight_format: str, dtype: str = "auto", progress: Progress | None = None
+) -> None:
     """Quantize the checkpoint in ``src`` into the new folder ``dst``.
 
-    The folder appears whole or not at all. Memory: one tensor, and what of the new file the system caches.
+    The folder appears complete or not at all. Memory: one tensor, and the part of the new file that the kernel caches.
 
     Args:
         src: a folder in any layout.
         dst: a folder that does not exist yet, or is empty.
-        format: see ``models.choose``.
-        dtype: of activations and of what stays plain; auto: as the checkpoint is stored.
-        progress: called with the bytes read so far and in all.
+        weight_format: formats that weights are quantized to, as ``models.choose`` reads them.
+        dtype: dtype of activations and plain weights; auto: the dtype that the checkpoint is stored in.
+        progress: called with the bytes read so far and in total.
 
     Raises:
-        NotFound: there is no such folder.
-        InvalidParameter: an unknown format, or ``dst`` holds something.
+        NotFound: the folder ``src`` does not exist.
+        InvalidParameter: the format is unknown, or ``dst`` is not empty.
         CheckpointError: ``src`` is damaged, or ``dst`` cannot be written.
     """
-    models.choose(format, "float32")  # refused before anything is read
-    with checkpoints.open(src) as checkpoint:
+    models.choose(weight_format, "float32")  # refuses an unknown format before anything is read
+    with checkpoints.open_checkpoint(src) as checkpoint:
         name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
-        roles = models.choose(format, name)
-        with _write.target(Path(dst), checkpoint) as folder:
-            kinds = {role: each.name for role, each in roles.items()}
-            said = Mark(name, kinds, dict(checkpoint.config), _write.generation(checkpoint))
-            create(folder, said, lambda model: checkpoints.fill(model.slots(), checkpoint, progress=progress))
+        roles = models.choose(weight_format, name)
+        with _write.new_folder(Path(dst), checkpoint) as folder:
+            names = {role: chosen.name for role, chosen in roles.items()}
+            manifest = PackedManifest(name, names, dict(checkpoint.config), _write.generation_config(checkpoint))
+
+            def store_weights(model: Decoder) -> None:
+                checkpoints.load_weights(model.slots(), checkpoint, progress=progress)
+
+            create(folder, manifest, store_weights)
 
 
-def create(folder: Path, said: Mark, fill: Callable[[Decoder], object]) -> None:
-    """Make a packed folder of what ``fill`` stores in a model's weights, which lie in the new file.
+def create(folder: Path, manifest: PackedManifest, store_weights: Callable[[Decoder], object]) -> None:
+    """Write a packed folder.
+
+    Args:
+        folder: an existing folder.
+        manifest: description of the model.
+        store_weights: called with the model, the weights of which lie in the new file; sets them.
 
     Raises:
         ConfigError: the configuration is not understood.
-        OSError: the disk does not take it.
+        OSError: the folder cannot be written.
     """
-    model = _build(said, folder)
-    _map(model, _lay(model, folder / WEIGHTS), written=True)
-    fill(model)
-    del model  # what is mapped cannot be dropped
-    memory.forget(folder / WEIGHTS)
-    _write.write_json(folder / MARK, {"packed": VERSION} | asdict(said))  # last: without it there is no packed folder
+    model = build(folder, manifest)
+    _write_header(model, folder / WEIGHTS)
+    _map_weights(model, folder / WEIGHTS, shared=True)
+    store_weights(model)
+    del model  # the page cache keeps pages that are still mapped
+    memory.evict(folder / WEIGHTS)
+    # The manifest is written last: a folder without it is not a packed folder.
+    _write.write_json(folder / MANIFEST, {"packed": VERSION} | asdict(manifest))
 
 
-def read(path: Path) -> Mark:
-    """Return what ``moesaic.json`` in the folder ``path`` says.
+def read_manifest(path: Path) -> PackedManifest:
+    """Return the manifest of the packed folder ``path``.
 
     Raises:
-        CheckpointError: it cannot be read or understood.
+        CheckpointError: the manifest cannot be read or understood.
     """
-    file = path / MARK
+    file = path / MANIFEST
     try:
         content = json.loads(file.read_bytes())
-        found = Mark(**{key: content[key] for key in Mark.__dataclass_fields__})
+        manifest = PackedManifest(**{key: content[key] for key in PackedManifest.__dataclass_fields__})
         version = content["packed"]
     except OSError as error:
         raise CheckpointError(file, f"cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(file, "damaged: it does not describe packed weights; pack the model again") from error
     if version != VERSION:
-        raise CheckpointError(file, f"has version {version}, this build reads {VERSION}: pack the model again")
-    return found
+        raise CheckpointError(file, f"has version {version}, but this build reads {VERSION}: pack the model again")
+    return manifest
 
 
-def load(path: Path, said: Mark | None = None) -> Decoder:
-    """Return the model in the packed folder ``path``, its weights mapped; ``said``: what ``read`` gave.
+def build(path: Path, manifest: PackedManifest) -> Decoder:
+    """Return the model that ``manifest`` describes on the meta device, where its weights take no memory.
 
     Raises:
-        CheckpointError: something in it is missing, damaged or not understood.
+        ConfigError: the configuration of the model is not understood.
     """
-    said = said or read(path)
-    model = _build(said, path)
-    _map(model, path / WEIGHTS, written=False)
+    roles = {role: formats.load(name) for role, name in manifest.formats.items()}
+    return models.build(manifest.config, path, roles, dtype=getattr(torch, manifest.dtype), device="meta")
+
+
+def load(path: Path, manifest: PackedManifest | None = None) -> Decoder:
+    """Return the model in the packed folder ``path`` with its weights mapped.
+
+    Args:
+        path: the folder.
+        manifest: the folder's manifest, if it was read already.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not understood.
+    """
+    model = build(path, manifest or read_manifest(path))
+    _map_weights(model, path / WEIGHTS, shared=False)
     return model
 
 
-def _build(said: Mark, path: Path) -> Decoder:
-    roles = {role: formats.load(name) for role, name in said.formats.items()}
-    return models.build(said.config, path, roles, dtype=getattr(torch, said.dtype), device="meta")
+def _is_expert(name: str) -> bool:
+    return ".experts." in name
 
 
-def _places(model: Decoder) -> dict[str, tuple[int, Tensor]]:
-    """Return where each parameter begins in the data; what is always read comes first, then the experts."""
-    named = sorted(model.named_parameters(), key=lambda item: ".experts." in item[0])
-    places: dict[str, tuple[int, Tensor]] = {}
-    at = 0
-    for name, parameter in named:
-        places[name] = (at, parameter)
-        at += -(-parameter.nbytes // ALIGNED) * ALIGNED
-    return places
+def _offsets(model: Decoder) -> dict[str, tuple[int, Tensor]]:
+    """Return the offset of each parameter in the data; experts come last, after the weights of every token."""
+    offsets: dict[str, tuple[int, Tensor]] = {}
+    end = 0
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: _is_expert(item[0])):
+        offsets[name] = (end, parameter)
+        end += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets
 
 
-def _lay(model: Decoder, file: Path) -> Path:
-    """Make ``file`` with a header for the model's parameters and room for their data."""
+def _write_header(model: Decoder, file: Path) -> None:
+    """Create ``file`` with a header for the model's parameters and unwritten space for their data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, (begin, parameter) in _places(model).items():
-        if begin > end:  # the format of safetensors knows no holes
+    for name, (begin, parameter) in _offsets(model).items():
+        if begin > end:  # safetensors files may not have gaps between tensors
             header[f"pad.{begin}"] = {"dtype": "U8", "shape": [begin - end], "data_offsets": [end, begin]}
         end = begin + parameter.nbytes
         code = _safetensors.CODES[parameter.dtype]
@@ -153,36 +178,35 @@ def _lay(model: Decoder, file: Path) -> Path:
     with file.open("wb") as stream:
         stream.write(head)
         stream.truncate(len(head) + end)
-    return file
 
 
-def _map(model: Decoder, file: Path, *, written: bool) -> None:
-    """Let the model's parameters be parts of ``file``; with ``written``, what is stored in them goes to it."""
+def _map_weights(model: Decoder, file: Path, *, shared: bool) -> None:
+    """Replace the model's parameters with views of ``file``; if ``shared``, writes to them change the file."""
     infos = _safetensors.header(file)
-    whole = _whole(file, written)
+    mapped = _map_file(file, shared)
     with file.open("rb") as stream:
         data = 8 + struct.unpack("<Q", stream.read(8))[0]
-    always = []
-    for name, (begin, parameter) in _places(model).items():
+    read_by_every_token = []
+    for name, (begin, parameter) in _offsets(model).items():
         info = infos.get(name)
         if info is None or info.shape != tuple(parameter.shape) or info.dtype != parameter.dtype:
-            raise CheckpointError(file, f"damaged: {name} is not as its configuration wants it; pack the model again")
-        part = whole[data + begin : data + begin + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        if ".experts." not in name:
-            always.append(part)
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, nn.Parameter(part, requires_grad=False))
-    if not written:
-        # The rest is for the experts, the cache and others: what is locked cannot be taken back in need.
-        memory.lock(always, memory.total() // 2)
-        if whole.nbytes < memory.available():
-            memory.fetch(whole)
+            raise CheckpointError(file, f"damaged: {name} does not match the configuration; pack the model again")
+        part = mapped[data + begin : data + begin + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        if not _is_expert(name):
+            read_by_every_token.append(part)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(part, requires_grad=False))
+    if not shared:
+        # Half of memory stays for experts, the cache and other processes: the kernel cannot reclaim locked pages.
+        memory.lock(read_by_every_token, memory.total() // 2)
+        if mapped.nbytes < memory.available():
+            memory.load_in_background(mapped)
         else:
-            _ask_early(model)
+            _prefetch_experts(model)
 
 
-def _whole(file: Path, written: bool) -> Tensor:
-    if written:
+def _map_file(file: Path, shared: bool) -> Tensor:
+    if shared:
         return torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8)
     try:
         return memory.map_file(file)
@@ -190,22 +214,22 @@ def _whole(file: Path, written: bool) -> Tensor:
         raise CheckpointError(file, f"cannot be mapped: {error.strerror}") from error
 
 
-def _ask_early(model: Decoder) -> None:
-    """Have experts read from disk as soon as they are chosen, all at once, and not where a kernel stumbles on them."""
-    early = memory.Early()
+def _prefetch_experts(model: Decoder) -> None:
+    """Read experts from disk together, as soon as they are chosen, and not when a kernel accesses each of them."""
+    prefetcher = memory.Prefetcher()
 
-    def ask(layer: Experts, inputs: tuple[Tensor, ...]) -> None:
+    def prefetch(layer: Experts, inputs: tuple[Tensor, ...]) -> None:
         chosen = inputs[1]
-        if chosen.device.type != "cpu":  # the model was moved: nothing of it is mapped any more
+        if chosen.device.type != "cpu":  # the weights were moved to another device and are no longer mapped
             return
 
         def parts() -> Iterator[Tensor]:
             for expert in chosen.unique().tolist():
-                for stack in (layer.gate, layer.up, layer.down):  # in the order in which they are read
+                for stack in (layer.gate, layer.up, layer.down):  # in the order in which the kernel reads them
                     yield from (part[expert] for part in stack.parts().values())
 
-        early.ask(parts)
+        prefetcher.prefetch(parts)
 
     for module in model.modules():
         if isinstance(module, Experts):
-            module.register_forward_pre_hook(ask)
+            module.register_forward_pre_hook(prefetch)

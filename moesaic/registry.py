@@ -1,8 +1,8 @@
-"""The folder is the registry: a file's stem is the name under which it is known.
+"""Registry folders: each module in such a folder is an entry, and its file name is the entry's name.
 
-Knows how to list and import the files of a registry folder (``formats``, ``ops``, ``models``,
-``checkpoints``, ``cluster/queue``). Does not know what they contain: the folder's ``__init__`` states the contract
-and ``tests/test_contracts.py`` holds every file to it.
+This module lists and imports the entries of registry folders such as ``formats``, ``ops``, ``models`` and
+``checkpoints``. It does not depend on what the entries contain. The ``__init__`` of a folder states the contract of its
+entries, and ``tests/test_contracts.py`` checks them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moesaic.errors import NotFound
 
 
 def names(folder: str) -> list[str]:
-    """Return the sorted names in ``moesaic/<folder>``; files that begin with ``_`` are shared pieces, not entries."""
+    """Return the sorted names of the entries in ``moesaic/<folder>``; modules that begin with ``_`` are not entries."""
     root = Path(__file__).parent / folder
     files = {path.stem for path in root.glob("*.py")}
     packages = {path.parent.name for path in root.glob("*/__init__.py")}
@@ -23,13 +23,14 @@ def names(folder: str) -> list[str]:
 
 
 def load(folder: str, name: str) -> ModuleType:
-    """Import the file ``moesaic/<folder>/<name>.py``.
+    """Import the entry ``name`` of ``moesaic/<folder>`` and return its module.
+
+    An import error inside the module is not caught: a missing dependency must not look like a missing entry.
 
     Raises:
-        NotFound: no such file; the message names what exists. An import error *inside* the file
-            is not caught, so that a missing dependency is never mistaken for a missing entry.
+        NotFound: the entry does not exist; the message lists the available entries.
     """
-    known = names(folder)
-    if name not in known:
-        raise NotFound(f"{folder} has no {name!r}; it has {', '.join(known)}")
+    available = names(folder)
+    if name not in available:
+        raise NotFound(f"{folder} has no entry {name!r}; available: {', '.join(available)}")
     return importlib.import_module(f"moesaic.{folder.replace('/', '.')}.{name}")

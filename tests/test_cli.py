@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moesaic import __version__, cli
-from moesaic.checkpoints import open as open_checkpoint
+from moesaic.checkpoints import open_checkpoint
 from moesaic.llm import LLM
 
 
@@ -120,7 +120,7 @@ def test_what_is_wrong_is_said_in_one_line(talker: Path, tmp_path: Path, capsys:
     ask = ("-m", "Hello")
     assert "no such folder" in refused(capsys, "chat", tmp_path / "none", *ask)
     assert "top_p: is 2.0" in refused(capsys, "chat", tmp_path / "none", *ask, "--top-p", "2")  # before it is loaded
-    assert "no chat format 'x'" in refused(capsys, "chat", tmp_path / "none", *ask, "--chat-format", "x")
+    assert "unknown chat format 'x'" in refused(capsys, "chat", tmp_path / "none", *ask, "--chat-format", "x")
     assert "the message is empty" in refused(capsys, "chat", talker, "-m", " ")
     assert "--plain-text goes with neither" in refused(capsys, "chat", talker, *ask, "--plain-text", "--system", "x")
     assert "the prompt has" in refused(capsys, "chat", talker, "-m", "word " * 100, "--context", "64")

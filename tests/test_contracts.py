@@ -114,33 +114,33 @@ class TestCheckpoints:
     def written(self, layout, tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
         """Folder of a tiny Mixtral in this layout, and its weights."""
         theirs("Mixtral", {"num_local_experts": 4}).save_pretrained(tmp_path / "source")
-        with checkpoints.open(tmp_path / "source") as source:
+        with checkpoints.open_checkpoint(tmp_path / "source") as source:
             registry.load("checkpoints", layout).write(source, tmp_path / "written", 1, lambda _count: None)
             weights = {name: source.read(name) for name in source.tensors}
         return tmp_path / "written", weights
 
     def test_write_then_read(self, layout, written):
         folder, weights = written
-        assert checkpoints.detect(folder).__name__.endswith(layout)
-        with checkpoints.open(folder) as checkpoint:
+        assert checkpoints.detect_layout(folder).__name__.endswith(layout)
+        with checkpoints.open_checkpoint(folder) as checkpoint:
             assert checkpoint.layout == layout
             assert checkpoint.tensors.keys() == weights.keys()
             assert all(torch.equal(checkpoint.read(name), weight) for name, weight in weights.items())
 
-    @pytest.mark.parametrize("change", ["missing", "surplus"])
-    def test_missing_and_surplus_tensors_are_errors(self, layout, written, change):
+    @pytest.mark.parametrize("change", ["missing", "unexpected"])
+    def test_missing_and_unexpected_tensors_are_errors(self, layout, written, change):
         folder, _ = written
-        with checkpoints.open(folder) as checkpoint:
+        with checkpoints.open_checkpoint(folder) as checkpoint:
             model = models.build(checkpoint.config, folder, formats.load("float32"), dtype=torch.float32)
             slots = list(model.slots())
-            if change == "surplus":
+            if change == "unexpected":
                 slots = [slot for slot in slots if slot.name != "model.norm.weight"]
             else:
                 extra = slots[0]
                 slots.append(formats.Slot("model.extra.weight", extra.shape, extra.index, extra.store))
             with pytest.raises(CheckpointError) as caught:
-                checkpoints.fill(slots, checkpoint)
-        tensor = "model.norm.weight" if change == "surplus" else "model.extra.weight"
+                checkpoints.load_weights(slots, checkpoint)
+        tensor = "model.norm.weight" if change == "unexpected" else "model.extra.weight"
         assert tensor in str(caught.value)
         assert "\n" not in str(caught.value)
 

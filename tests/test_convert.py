@@ -1,4 +1,4 @@
-"""Converting between layouts and shard counts keeps every bit."""
+"""Conversion between layouts and shard counts preserves every bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LLAMA3_ROPE = {
 
 
 def tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-    """Write a tiny random model as transformers does, and a tokenizer file beside it."""
+    """Write a tiny random model with transformers, and a tokenizer file next to it."""
     torch.manual_seed(3)
     sizes = {
         **RANKS,
@@ -49,7 +49,7 @@ def tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32, **changes: o
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    with checkpoints.open(path) as checkpoint:
+    with checkpoints.open_checkpoint(path) as checkpoint:
         return {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
 
 
@@ -74,52 +74,52 @@ def llama(tmp_path_factory):
 @pytest.mark.parametrize("to", ["hf", "mistral", "meta"])
 def test_every_layout_and_shard_count_keeps_every_bit(mixtral, tmp_path, to, shards):
     seen = []
-    convert(mixtral, tmp_path / "there", to, shards, lambda done, total: seen.append((done, total)))
+    convert(mixtral, tmp_path / "target", to, shards, lambda done, total: seen.append((done, total)))
     expected = weights(mixtral)
-    with checkpoints.open(tmp_path / "there") as checkpoint:
+    with checkpoints.open_checkpoint(tmp_path / "target") as checkpoint:
         assert checkpoint.layout == to
         same({name: checkpoint.read(name).clone() for name in checkpoint.tensors}, expected)
     total = sum(tensor.nbytes for tensor in expected.values())
     assert seen[-1] == (total, total)
     suffix = "*.pth" if to == "meta" else "*.safetensors"
-    assert len(list((tmp_path / "there").glob(suffix))) == shards
-    assert (tmp_path / "there" / "tokenizer.model").read_bytes() == b"pieces"
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert len(list((tmp_path / "target").glob(suffix))) == shards
+    assert (tmp_path / "target" / "tokenizer.model").read_bytes() == b"pieces"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_a_round_trip_through_every_layout_comes_home(mixtral, tmp_path):
+def test_a_round_trip_through_every_layout_is_lossless(mixtral, tmp_path):
     steps = [("meta", 4), ("mistral", 3), ("meta", 8), ("hf", 5)]
-    before = mixtral
+    latest = mixtral
     for number, (to, shards) in enumerate(steps):
-        convert(before, tmp_path / str(number), to, shards)
-        before = tmp_path / str(number)
-    same(weights(before), weights(mixtral))
-    with checkpoints.open(before) as came, checkpoints.open(mixtral) as went:
-        assert came.generation["eos_token_id"] == [2, 3]
+        convert(latest, tmp_path / str(number), to, shards)
+        latest = tmp_path / str(number)
+    same(weights(latest), weights(mixtral))
+    with checkpoints.open_checkpoint(latest) as result, checkpoints.open_checkpoint(mixtral) as original:
+        assert result.generation["eos_token_id"] == [2, 3]
         for key in ("num_local_experts", "num_experts_per_tok", "rms_norm_eps", "hidden_size", "intermediate_size"):
-            assert came.config[key] == went.config[key], key
-        assert came.config["rope_theta"] == went.config["rope_parameters"]["rope_theta"]
+            assert result.config[key] == original.config[key], key
+        assert result.config["rope_theta"] == original.config["rope_parameters"]["rope_theta"]
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "mistral", "llama"])
 @pytest.mark.parametrize("to", ["mistral", "meta"])
-def test_transformers_computes_the_same_from_what_came_back(tmp_path, kind, to):
-    """The oracle for the configuration and the rotary order: a wrong one of either changes the logits."""
+def test_transformers_computes_the_same_after_a_round_trip(tmp_path, kind, to):
+    """A wrong configuration or rotary order would change the logits."""
     changes: dict[str, object] = {"head_dim": 6, "num_key_value_heads": 2}
     if kind == "mistral":
         changes["sliding_window"] = 5
     if kind == "llama" and to == "meta":
         changes["rope_parameters"] = LLAMA3_ROPE
     source = tiny(kind, tmp_path / "source", **changes)
-    convert(source, tmp_path / "there", to, 2)
-    convert(tmp_path / "there", tmp_path / "back", "hf")
+    convert(source, tmp_path / "target", to, 2)
+    convert(tmp_path / "target", tmp_path / "back", "hf")
     ids = torch.arange(1, 33)[None]
     with torch.no_grad():
         logits = [transformers.AutoModelForCausalLM.from_pretrained(p)(ids).logits for p in (source, tmp_path / "back")]
     assert torch.equal(*logits)
 
 
-def test_rotary_rows_lie_interleaved_on_disk(llama, tmp_path):
+def test_rotary_rows_are_interleaved_in_metas_files(llama, tmp_path):
     """Row 2i + j of a head in Meta's file is row i + j * D / 2 of Hugging Face's."""
     convert(llama, tmp_path / "meta", "meta")
     stored = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
@@ -132,16 +132,16 @@ def test_rotary_rows_lie_interleaved_on_disk(llama, tmp_path):
                     assert torch.equal(row, rows[head * 4 + pair + half * 2])
 
 
-def test_llama3_scaling_survives_meta(llama, tmp_path):
+def test_llama3_rope_scaling_survives_the_meta_layout(llama, tmp_path):
     convert(llama, tmp_path / "meta", "meta", 2)
     convert(tmp_path / "meta", tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert {**config["rope_scaling"], "rope_theta": config["rope_theta"]} == LLAMA3_ROPE
 
 
-def test_rope_scaling_has_no_word_in_mistrals_params(llama, tmp_path):
-    with pytest.raises(ConfigError, match="rope scaling has no expression in the mistral layout"):
-        convert(llama, tmp_path / "there", "mistral")
+def test_the_mistral_layout_rejects_rope_scaling(llama, tmp_path):
+    with pytest.raises(ConfigError, match="rope scaling cannot be written in the mistral layout"):
+        convert(llama, tmp_path / "target", "mistral")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,46 +156,46 @@ def test_rope_scaling_has_no_word_in_mistrals_params(llama, tmp_path):
     ],
 )
 @pytest.mark.parametrize("to", ["mistral", "meta"])
-def test_what_a_layout_cannot_say_is_refused_by_name(llama, tmp_path, change, message, to):
+def test_settings_that_a_layout_cannot_express_are_rejected(llama, tmp_path, change, message, to):
     source = shutil.copytree(llama, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     del config["rope_parameters"]
     (source / "config.json").write_text(json.dumps({**config, "rope_theta": 10000.0, **change}))
     with pytest.raises(ConfigError, match=message):
-        convert(source, tmp_path / "there", to)
-    assert not (tmp_path / "there").exists()
+        convert(source, tmp_path / "target", to)
+    assert not (tmp_path / "target").exists()
 
 
-def test_shards_must_divide_what_is_cut(mixtral, tmp_path):
+def test_shards_must_divide_the_weights(mixtral, tmp_path):
     with pytest.raises(InvalidParameter, match=r"shards: is 3, .* divide by 1, 2, 4, 8"):
-        convert(mixtral, tmp_path / "there", "meta", 3)
+        convert(mixtral, tmp_path / "target", "meta", 3)
     with pytest.raises(InvalidParameter, match="shards: is 0"):
-        convert(mixtral, tmp_path / "there", "hf", 0)
+        convert(mixtral, tmp_path / "target", "hf", 0)
     with pytest.raises(InvalidParameter, match="must be 1 to 41"):
-        convert(mixtral, tmp_path / "there", "hf", 42)
+        convert(mixtral, tmp_path / "target", "hf", 42)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tied_head_is_written_out_where_a_layout_has_no_word_for_it(tmp_path):
+def test_a_tied_head_is_copied_if_the_layout_cannot_tie(tmp_path):
     source = tiny("llama", tmp_path / "source", tie_word_embeddings=True)
     assert "lm_head.weight" not in weights(source)
     for to in ("mistral", "meta"):
         convert(source, tmp_path / to, to)
-        got = weights(tmp_path / to)
-        assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
-        with checkpoints.open(tmp_path / to) as checkpoint:
+        result = weights(tmp_path / to)
+        assert torch.equal(result["lm_head.weight"], result["model.embed_tokens.weight"])
+        with checkpoints.open_checkpoint(tmp_path / to) as checkpoint:
             assert checkpoint.config["tie_word_embeddings"] is False
     convert(source, tmp_path / "hf", "hf", 2)
     same(weights(tmp_path / "hf"), weights(source))
 
 
-def test_a_target_that_holds_something_is_left_alone(mixtral, tmp_path):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "letter").write_text("dear")
+def test_a_target_that_is_not_empty_is_left_unchanged(mixtral, tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "letter").write_text("dear")
     with pytest.raises(InvalidParameter, match=r"dst: .*exists already"):
-        convert(mixtral, tmp_path / "there", "hf")
-    assert [path.name for path in (tmp_path / "there").iterdir()] == ["letter"]
-    with pytest.raises(InvalidParameter, match="lies in the source"):
+        convert(mixtral, tmp_path / "target", "hf")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["letter"]
+    with pytest.raises(InvalidParameter, match="is inside the source"):
         convert(mixtral, mixtral / "inside", "hf")
 
 
@@ -206,24 +206,24 @@ def test_an_interrupted_write_leaves_nothing(mixtral, tmp_path):
 
     for to in ("hf", "mistral", "meta"):
         with pytest.raises(KeyboardInterrupt):
-            convert(mixtral, tmp_path / "there", to, 2, stop)
+            convert(mixtral, tmp_path / "target", to, 2, stop)
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_target_that_cannot_be_written_is_one_line(mixtral, tmp_path):
+def test_an_unwritable_target_raises(mixtral, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="could not be written: Not a directory"):
-        convert(mixtral, tmp_path / "file" / "there", "hf")
+        convert(mixtral, tmp_path / "file" / "target", "hf")
 
 
-def test_unknown_layouts_are_named(mixtral, tmp_path):
-    with pytest.raises(NotFound, match=r"it has .*hf"):
-        convert(mixtral, tmp_path / "there", "onnx")
+def test_an_unknown_layout_raises(mixtral, tmp_path):
+    with pytest.raises(NotFound, match=r"available: .*hf"):
+        convert(mixtral, tmp_path / "target", "onnx")
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_shape_survives_any_path_without_torch_files(tmp_path_factory, data):
+def test_any_shape_survives_conversion(tmp_path_factory, data):
     kind = data.draw(st.sampled_from(["mixtral", "mistral", "llama"]))
     kv_heads = data.draw(st.integers(1, 3))
     heads = kv_heads * data.draw(st.integers(1, 3))
@@ -248,44 +248,44 @@ def test_any_shape_survives_any_path_without_torch_files(tmp_path_factory, data)
 
 
 @pytest.fixture(scope="module")
-def everywhere(mixtral, tmp_path_factory):
-    """The same weights in every layout and several numbers of files."""
-    root = tmp_path_factory.mktemp("everywhere")
-    places = [mixtral]
+def all_layouts(mixtral, tmp_path_factory):
+    """Return folders with the same weights in every layout and several numbers of files."""
+    root = tmp_path_factory.mktemp("all_layouts")
+    folders = [mixtral]
     for to, shards in (("hf", 3), ("mistral", 1), ("mistral", 2), ("meta", 1), ("meta", 2), ("meta", 4), ("meta", 8)):
-        places.append(root / f"{to}-{shards}")
-        convert(mixtral, places[-1], to, shards)
-    return places
+        folders.append(root / f"{to}-{shards}")
+        convert(mixtral, folders[-1], to, shards)
+    return folders
 
 
 def logits(path: Path) -> torch.Tensor:
-    """Return what our own model computes from a checkpoint, [T, V]."""
-    with checkpoints.open(path) as checkpoint:
+    """Return the logits that Moesaic computes from a checkpoint, [T, V]."""
+    with checkpoints.open_checkpoint(path) as checkpoint:
         model = models.build(checkpoint.config, path, formats.load("float32"), dtype=torch.float32)
-        checkpoints.fill(model.slots(), checkpoint)
+        checkpoints.load_weights(model.slots(), checkpoint)
     with torch.no_grad():
         return model.logits(model(Batch.whole([range(1, 30)])))
 
 
-def test_the_same_weights_give_the_same_logits_wherever_they_lie(mixtral, everywhere):
+def test_all_layouts_give_the_same_logits(mixtral, all_layouts):
     expected = transformers.AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32)
     with torch.no_grad():
-        want = expected(torch.arange(1, 30)[None]).logits[0]
-    first = logits(everywhere[0])
-    assert (first - want).abs().max() < 1e-4
-    for path in everywhere[1:]:
+        reference = expected(torch.arange(1, 30)[None]).logits[0]
+    first = logits(all_layouts[0])
+    assert (first - reference).abs().max() < 1e-4
+    for path in all_layouts[1:]:
         assert torch.equal(logits(path), first), path.name
 
 
-def test_a_rank_reads_its_share_and_no_more(everywhere):
-    """What a rank's slots name is what comes, whichever layout it comes from."""
-    whole = weights(everywhere[0])
-    for path in (everywhere[0], everywhere[3], everywhere[6]):
-        with checkpoints.open(path) as checkpoint:
+def test_a_rank_reads_only_its_slices(all_layouts):
+    """Every layout returns exactly the slices that the slots of a rank name."""
+    whole = weights(all_layouts[0])
+    for path in (all_layouts[0], all_layouts[3], all_layouts[6]):
+        with checkpoints.open_checkpoint(path) as checkpoint:
             for rank in range(2):
-                format = formats.load("bfloat16")
-                model = models.build(checkpoint.config, path, format, dtype=torch.bfloat16, group=Group(rank, 2))
+                bfloat16 = formats.load("bfloat16")
+                model = models.build(checkpoint.config, path, bfloat16, dtype=torch.bfloat16, group=Group(rank, 2))
                 for slot in model.slots():
-                    got = checkpoint.read(slot.name, slot.index)
-                    assert torch.equal(got, whole[slot.name][slot.index]), slot.name
-                checkpoints.fill(model.slots(), checkpoint)
+                    tensor = checkpoint.read(slot.name, slot.index)
+                    assert torch.equal(tensor, whole[slot.name][slot.index]), slot.name
+                checkpoints.load_weights(model.slots(), checkpoint)

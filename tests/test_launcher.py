@@ -11,9 +11,10 @@ import pytest
 from moesaic import cli
 from moesaic.cli.launcher import PORT, TGI_PORT, Launch, translate
 from moesaic.cli.launcher_flags import TABLE
-from moesaic.cli.serving import books
+from moesaic.cli.serving import model_entries
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.llm import LLM
+from moesaic.loading import memory_needed
 from moesaic.serve.settings import TgiBounds
 
 SEED = "--num-shard 2 --max-batch-total-tokens 1024000 --max-total-tokens 32000"
@@ -72,7 +73,7 @@ def test_a_cache_that_was_asked_for_and_fits():
 
 
 def test_a_cache_that_can_never_be():
-    with pytest.raises(InvalidParameter, match=r"cache_tokens: is \d+, which takes [\d.]+ GB, and this machine has"):
+    with pytest.raises(InvalidParameter, match=r"cache_tokens: is \d+, which needs [\d.]+ GB, but the device has"):
         LLM.load(cache_tokens=10**12)
 
 
@@ -125,7 +126,7 @@ def test_bounds_and_what_info_tells():
     bounds = TgiBounds(**found.bounds)
     assert (bounds.max_best_of, bounds.max_total_tokens, bounds.max_input_tokens) == (3, 90, 40)
     assert not bounds.grammar and "TGI 1.3" not in said(found)
-    assert bounds.told == {"validation_workers": 5, "waiting_served_ratio": 1.2, "max_waiting_tokens": 9}
+    assert bounds.launcher_info == {"validation_workers": 5, "waiting_served_ratio": 1.2, "max_waiting_tokens": 9}
 
 
 @pytest.mark.parametrize(
@@ -170,12 +171,18 @@ def test_secrets_are_not_said():
 def test_the_model_keeps_its_whole_name_as_another(tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.cli.serving.folder", lambda model: tmp_path)
     for line in ("--model-id org/name --revision v1", "--model-id org/name"):
-        [book] = books(launch(line).args)
-        assert (book.card.name, book.card.aliases) == ("name", ("org/name",))
+        [entry] = model_entries(launch(line).args)
+        assert (entry.info.name, entry.info.aliases) == ("name", ("org/name",))
     path = tmp_path / "a=b"
     path.mkdir()
-    [book] = books(launch(f"--model-id {path}").args)
-    assert (book.card.name, book.card.aliases) == ("a-b", ())
+    [entry] = model_entries(launch(f"--model-id {path}").args)
+    assert (entry.info.name, entry.info.aliases) == ("a-b", ())
+
+
+def test_memory_budget_counts_weights_and_cache(talker):
+    line = f"--memory 20 --format q4 --cache-tokens 512 {talker}"
+    [entry] = model_entries(launch(line).args)
+    assert entry.bytes == memory_needed(talker, weight_format="q4", cache_tokens=512)
 
 
 def test_every_flag_says_something_and_changes_what_exists():
@@ -193,7 +200,7 @@ def test_off_loopback_a_key_is_needed(capsys):
 
 
 def test_the_page_has_every_flag():
-    page = (Path(__file__).parent.parent / "docs/tgi.md").read_text()
+    page = (Path(__file__).parent.parent / "docs/how-to/migrate-from-tgi.md").read_text()
     for flag in TABLE:
         assert re.search(rf"`--{flag.name}`", page), flag.name
 

@@ -1,4 +1,4 @@
-"""The door: whole equals streamed, batched equals alone, and every refusal comes before anything runs."""
+"""LLM: streamed and batched answers equal single ones, and invalid requests are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def copy(talker, tmp_path) -> Path:
     return Path(shutil.copytree(talker, tmp_path / "model"))
 
 
-def test_whole_is_the_joined_stream(llm):
+def test_answer_equals_the_joined_stream(llm):
     whole = llm.chat(HELLO, **GREEDY)
     reply = llm.chat(HELLO, stream=True, **GREEDY)
     pieces = list(reply)
@@ -42,7 +42,7 @@ def test_whole_is_the_joined_stream(llm):
 
 def test_batched_equals_alone(llm):
     conversations = [[{"role": "user", "content": text}] for text in ("Hello.", "A fox?", "Why is the sky blue?")]
-    alone = [llm.chat(each, **GREEDY).text for each in conversations]
+    alone = [llm.chat(conversation, **GREEDY).text for conversation in conversations]
     assert [answer.text for answer in llm.chat(conversations, **GREEDY)] == alone
     prompts = ["Once", "Once upon", "Once upon a time"]
     assert [a.text for a in llm.complete(prompts, **GREEDY)] == [llm.complete(p, **GREEDY).text for p in prompts]
@@ -51,32 +51,34 @@ def test_batched_equals_alone(llm):
 def test_more_prompts_than_the_queue_holds(talker):
     prompts = [f"Number {i}" for i in range(9)]
     with LLM.load(talker, limits=Limits(batch_tokens=32, sequences=2, queue=3)) as small:
-        found = [answer.text for answer in small.complete(prompts, **GREEDY)]
+        answers = [answer.text for answer in small.complete(prompts, **GREEDY)]
     with LLM.load(talker) as large:
-        assert found == [large.complete(prompt, **GREEDY).text for prompt in prompts]
+        assert answers == [large.complete(prompt, **GREEDY).text for prompt in prompts]
 
 
-def test_a_stop_string_ends_the_answer_and_is_not_in_it(llm):
+def test_stop_string_ends_the_answer(llm):
     whole = llm.complete("Once", **GREEDY).text
     stop = whole[10:14]
-    at = whole.find(stop)
+    position = whole.find(stop)
     answer = llm.complete("Once", stop=(stop,), **GREEDY)
-    assert (answer.text, answer.reason, answer.stop) == (whole[:at], "stop", stop)
-    assert "".join(piece.text for piece in llm.complete("Once", stop=(stop,), stream=True, **GREEDY)) == whole[:at]
+    assert (answer.text, answer.reason, answer.stop) == (whole[:position], "stop", stop)
+    assert (
+        "".join(piece.text for piece in llm.complete("Once", stop=(stop,), stream=True, **GREEDY)) == whole[:position]
+    )
 
 
-def test_a_stop_string_ends_the_work_even_if_nobody_reads_on(llm):
-    asked = {"temperature": 0, "max_tokens": 3000, "ignore_eos": True}
+def test_stop_string_ends_the_request_without_reader(llm):
+    options = {"temperature": 0, "max_tokens": 3000, "ignore_eos": True}
     stop = llm.complete("Once", **GREEDY).text[10:14]
     before = llm.engine.stats().generated_tokens
-    reply = llm.complete("Once", stop=(stop,), stream=True, **asked)
+    reply = llm.complete("Once", stop=(stop,), stream=True, **options)
     while not reply.stopped:
         next(iter(reply))
     assert [event.reason for event in reply.stream if isinstance(event, Done)] == ["cancelled"]
     assert llm.engine.stats().generated_tokens - before < 3000
 
 
-def test_a_stop_id_ends_the_answer_and_is_not_in_it(llm):
+def test_stop_token_ends_the_answer(llm):
     whole = llm.complete("Once", **GREEDY)
     stop = whole.tokens[5].id
     first = next(i for i, token in enumerate(whole.tokens) if token.id == stop)
@@ -97,7 +99,7 @@ def test_every_eos_of_the_generation_config_ends_a_turn(copy):
     assert [token.id for token in answer.tokens] == tokens[: tokens.index(tokens[7]) + 1]
 
 
-def test_the_checkpoint_recommends_and_the_caller_decides(copy):
+def test_caller_overrides_recommended_sampling(copy):
     (copy / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "top_k": 7, "do_sample": True}))
     with LLM.load(copy) as llm:
         assert llm.sampling() == Sampling(temperature=0.3, top_k=7)
@@ -125,14 +127,14 @@ def test_cancelling_ends_a_reply(llm):
     assert 1 <= len(reply.answer.tokens) < 3000
 
 
-def test_plain_dialogue_ends_where_the_user_would_speak(copy):
+def test_plain_dialogue_ends_before_the_next_user_turn(copy):
     with LLM.load(copy, chat_format="plain") as llm:
         reply = llm.submit(llm.encode_chat(HELLO), llm.sampling(**GREEDY), chat=True)[0]
         assert "\nUser:" in reply.request.sampling.stop
         assert not reply.answer.text.startswith(" ")
 
 
-def test_a_checkpoints_own_template_only_on_request(copy):
+def test_own_template_runs_only_on_request(copy):
     (copy / "chat_template.jinja").write_text("{% for m in messages %}<<{{ m.content }}>>{% endfor %}[INST]")
     with LLM.load(copy) as llm:
         assert llm.format.name == "mistral-v1"
@@ -155,7 +157,7 @@ def test_a_checkpoints_own_template_only_on_request(copy):
         (lambda llm: llm.complete("x" * 10**6), errors.InvalidRequest, "1000000 characters"),
     ],
 )
-def test_refused_before_anything_runs(llm, call, error, named):
+def test_invalid_requests_are_refused_before_running(llm, call, error, named):
     before = llm.engine.stats().prompt_tokens
     with pytest.raises(error) as caught:
         call(llm)
@@ -176,32 +178,23 @@ def test_refused_before_anything_runs(llm, call, error, named):
         ({"chat_format": "telegram"}, errors.NotFound, "mistral-v1"),
     ],
 )
-def test_what_cannot_be_loaded(talker, options, error, named):
+def test_loading_refuses_invalid_options(talker, options, error, named):
     with pytest.raises(error, match=named):
         LLM.load(**{"model": talker} | options)
 
 
-def test_a_tokenizer_that_is_larger_than_the_model_is_refused(copy):
+def test_tokenizer_larger_than_the_model_is_refused(copy):
     theirs("Mixtral", {}).save_pretrained(copy)
     with pytest.raises(errors.InvalidRequest, match="32000 tokens, but the model only 97"):
         LLM.load(copy)
 
 
-def test_an_int8_cache_has_room_for_more_and_answers(talker, llm, monkeypatch):
-    from moesaic.loading import cache_dtype, sizes
-
-    model = llm.loaded.model
-    bytes_free = 4 * 1000 * 2 * 2 * (2 * 8 * 4)  # a quarter of it: 1000 places of 2 layers' float32 keys and values
-    monkeypatch.setattr("os.sysconf", {"SC_AVPHYS_PAGES": bytes_free, "SC_PAGE_SIZE": 1}.__getitem__)
-    assert sizes(model, None, None, 10, cache_dtype(model, "auto")) == (1000, 1000)
-    assert sizes(model, None, None, 10, cache_dtype(model, "bfloat16")) == (2000, 2000)
-    assert sizes(model, None, None, 10, cache_dtype(model, "int8")) == (2666, 2670)  # a scale for each 8 of them
-    monkeypatch.undo()
+def test_int8_cache_answers(talker):
     with LLM.load(talker, kv_cache_dtype="int8") as small:
         assert len(small.chat(HELLO, **GREEDY).tokens) == 24
 
 
-def test_a_closed_engine_says_so(talker):
+def test_closed_engine_raises(talker):
     llm = LLM.load(talker)
     llm.close()
     with pytest.raises(errors.EngineStopped):
@@ -219,10 +212,10 @@ def test_classifier(talker, tmp_path):
         Classifier.load(talker)
     classifier = Classifier.load(tmp_path)
     texts = ["What a lovely day.", "Oh no!"]
-    for text, found in zip(texts, classifier.classify(texts), strict=True):
+    for text, probabilities in zip(texts, classifier.classify(texts), strict=True):
         ids = torch.tensor([classifier.tokenizer.encode(text, bos=True)])
         with torch.inference_mode():
             expected = model(ids).logits.softmax(-1)[0].tolist()
-        assert found == pytest.approx({"sad": expected[0], "glad": expected[1]}, abs=1e-5)
+        assert probabilities == pytest.approx({"sad": expected[0], "glad": expected[1]}, abs=1e-5)
     with pytest.raises(errors.PromptTooLong):
         classifier.classify(["word " * 500])

@@ -1,4 +1,4 @@
-"""Answers held to a grammar, from a request to its text: on the built-in model, and on one that says nonsense."""
+"""Answers with a grammar, on the built-in model and on a random one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def random(talker):
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_every_answer_is_of_the_schema(llm, name):
+def test_every_answer_matches_the_schema(llm, name):
     grammar = Grammar("json_schema", SCHEMAS[name])
     for way in WAYS:
         for answer in (
@@ -75,14 +75,14 @@ def test_every_answer_is_of_the_schema(llm, name):
 @pytest.mark.parametrize(
     "pattern", [r"(yes|no)( indeed)?", r"[a-f]{3}\d{1,4}", r" {0,2}[éàü]{2,5}🙂", r"\d{4}-\d\d-\d\d"]
 )
-def test_regular_expressions_match_in_full(llm, pattern):
+def test_regular_expressions_match_completely(llm, pattern):
     for way in WAYS:
         answer = llm.chat(HELLO, grammar=Grammar("regex", pattern), max_tokens=60, **way)
         assert answer.reason == "stop"
         assert re.fullmatch(pattern, answer.text)
 
 
-def test_a_choice_is_one_of_them(llm):
+def test_choice_returns_one_of_the_choices(llm):
     choices = ["a fox", "a fox and a hen", "λύκος", "\n\nUser: nobody"]
     said = {
         llm.chat(HELLO, grammar=Grammar("choice", choices), temperature=3, seed=seed, max_tokens=60).text
@@ -92,20 +92,20 @@ def test_a_choice_is_one_of_them(llm):
     assert len(said) > 1
 
 
-def test_a_lark_grammar(llm):
+def test_lark_grammar(llm):
     grammar = Grammar("lark", 'start: "(" list ")"\nlist: item ("," item){1,3}\nitem: /[0-9]{1,3}/ | "(" list ")"\n')
     for way in WAYS:
         answer = llm.chat(HELLO, grammar=grammar, max_tokens=100, **way)
         assert answer.reason == "length" or answer.text.count("(") == answer.text.count(")") > 0
 
 
-def test_a_json_object_is_one_as_far_as_it_goes(llm):
+def test_truncated_json_object_is_a_valid_prefix(llm):
     answer = llm.chat(HELLO, grammar=Grammar("json_object"), temperature=0, max_tokens=40)
     assert answer.text.startswith("{")
     assert answer.reason == "length" or isinstance(json.loads(answer.text), dict)
 
 
-def test_every_one_of_n_answers_has_its_own_place_in_the_grammar(llm):
+def test_n_answers_have_independent_grammar_states(llm):
     schema = SCHEMAS["members"]
     answer = llm.chat(HELLO, grammar=Grammar("json_schema", schema), temperature=1.5, seed=5, n=3, max_tokens=200)
     answers = [answer, *answer.alternatives]
@@ -114,14 +114,14 @@ def test_every_one_of_n_answers_has_its_own_place_in_the_grammar(llm):
     assert len({each.text for each in answers}) > 1
 
 
-def test_streamed_is_whole(llm):
+def test_streamed_answer_equals_the_complete_one(llm):
     grammar = Grammar("json_schema", SCHEMAS["letters of many bytes"])
     whole = llm.chat(HELLO, grammar=grammar, temperature=1.5, seed=4, max_tokens=99)
     pieces = llm.chat(HELLO, grammar=grammar, temperature=1.5, seed=4, max_tokens=99, stream=True)
     assert "".join(piece.text for piece in pieces) == whole.text
 
 
-def test_max_tokens_cuts_and_says_so(random):
+def test_max_tokens_ends_an_answer_with_reason_length(random):
     grammar = Grammar("json_schema", {"type": "string", "minLength": 200, "maxLength": 300})
     answer = random.chat(HELLO, grammar=grammar, temperature=0, max_tokens=9)
     assert (answer.reason, len(answer.tokens)) == ("length", 9)
@@ -131,13 +131,13 @@ def test_max_tokens_cuts_and_says_so(random):
     assert (exact.text, exact.reason) == ("a b c d", "stop")
 
 
-def test_min_tokens_and_ignored_ends_do_not_break_a_grammar(random):
+def test_min_tokens_and_ignored_ends_keep_the_grammar(random):
     for options in ({"min_tokens": 50}, {"ignore_eos": True}, {"min_tokens": 50, "ignore_eos": True}):
         answer = random.chat(HELLO, grammar=Grammar("choice", ["yes", "no"]), temperature=1.5, max_tokens=60, **options)
         assert (answer.text in ("yes", "no"), answer.reason) == (True, "stop")
 
 
-def test_biases_and_penalties_cannot_break_a_grammar(random):
+def test_biases_and_penalties_keep_the_grammar(random):
     schema = SCHEMAS["members"]
     bias = dict.fromkeys(random.tokenizer.encode("xxxx{}[]"), 100.0)
     answer = random.chat(
@@ -156,7 +156,7 @@ def test_biases_and_penalties_cannot_break_a_grammar(random):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
-def test_rows_without_a_grammar_get_the_very_same_tokens(random, temperature):
+def test_requests_without_grammar_get_equal_tokens(random, temperature):
     prompts = [random.encode_chat([{"role": "user", "content": text}]) for text in ("One", "Two?", "And three.")]
     sampling = random.sampling(temperature=temperature, seed=11, max_tokens=40)
     alone = [random.submit(ids, sampling, chat=True)[0].answer.tokens for ids in prompts]
@@ -169,7 +169,7 @@ def test_rows_without_a_grammar_get_the_very_same_tokens(random, temperature):
     assert all(reply.answer.text.startswith("[") for reply in mixed[1::2])
 
 
-def test_preemption_changes_nothing(talker):
+def test_preemption_does_not_change_answers(talker):
     grammar = Grammar("json_schema", {"type": "array", "items": WORD, "minItems": 12, "maxItems": 12})
     conversations = [[{"role": "user", "content": f"Fox number {n}."}] for n in range(6)]
     with LLM.load(talker, context=256, cache_tokens=320, limits=Limits(batch_tokens=64, sequences=8)) as small:
@@ -180,7 +180,7 @@ def test_preemption_changes_nothing(talker):
     assert [answer.text for answer in crowded] == [answer.text for answer in alone]
 
 
-def test_a_bad_grammar_is_refused_before_anything_runs(random):
+def test_invalid_grammar_is_refused_before_running(random):
     before = random.engine.stats().prompt_tokens
     with pytest.raises(errors.InvalidParameter, match=r"grammar: .*unclosed group"):
         random.chat(HELLO, grammar=Grammar("regex", "(a"))

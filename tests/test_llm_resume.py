@@ -1,4 +1,4 @@
-"""Answers that were begun elsewhere, as text and calls: piece for piece what they would have been, wherever cut."""
+"""Resumed answers: text and calls equal those of an uninterrupted answer, wherever it was interrupted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLOCK = {"type": "function", "function": {"name": "clock"}}
 BYTES = range(3, 259)  # in SentencePiece's vocabulary, the ids of single bytes
 
 SALTS = map(str, count())
-"""Each request with one of its own shares no cached prefix."""
+"""Requests with different salts share no cached prefix."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def caller(mistral3):
 
 
 def read(reply):
-    """Return an answer as its pieces and how it ended; the ids of calls are drawn anew each time."""
+    """Return the pieces of an answer and how it ended, without the ids of calls, which are random."""
     pieces = [
         ([token.id for token in piece.tokens], piece.text, [(call.name, call.arguments) for call in piece.calls])
         for piece in reply
@@ -55,30 +55,30 @@ def read(reply):
     answer = reply.answer
     assert answer.cached_tokens <= answer.prompt_tokens
     assert answer.text == "".join(text for _, text, _ in pieces)
-    assert [token.id for token in answer.tokens] == [id for ids, _, _ in pieces for id in ids]
+    assert [token.id for token in answer.tokens] == [token_id for ids, _, _ in pieces for token_id in ids]
     return pieces, answer.reason, answer.stop, answer.stop_id, answer.prompt_tokens
 
 
-def tokens(found):
-    return [id for ids, _, _ in found[0] for id in ids]
+def tokens(answer):
+    return [token_id for ids, _, _ in answer[0] for token_id in ids]
 
 
-def whole(llm, ids, sampling, **how):
-    return [read(reply) for reply in llm.submit(ids, sampling, **how)]
+def whole(llm, ids, sampling, **options):
+    return [read(reply) for reply in llm.submit(ids, sampling, **options)]
 
 
-def cut_anywhere(llm, ids, sampling, **how):
-    """Assert that each answer goes on wherever it is cut, with and without a prefix in the cache; return them."""
-    first = whole(llm, ids, sampling, **how)
-    most = max(len(tokens(each)) for each in first)
+def cut_anywhere(llm, ids, sampling, **options):
+    """Assert that each answer resumes from every position, with and without a cached prefix; return the answers."""
+    first = whole(llm, ids, sampling, **options)
+    longest = max(len(tokens(answer)) for answer in first)
     replies, cached = [], set()
-    for cut in range(most + 1):
-        resume = tuple(tuple(tokens(each)[: max(0, cut - 3 * index)]) for index, each in enumerate(first))
+    for cut in range(longest + 1):
+        resume = tuple(tuple(tokens(answer)[: max(0, cut - 3 * index)]) for index, answer in enumerate(first))
         for salt in ("", next(SALTS)):
-            replies.append(llm.submit(ids, sampling, salt=salt, resume=resume, **how))
-    for place, each in enumerate(replies):
-        assert [read(reply) for reply in each] == first
-        cached.add((place % 2, each[0].answer.cached_tokens > 0))
+            replies.append(llm.submit(ids, sampling, salt=salt, resume=resume, **options))
+    for index, resumed in enumerate(replies):
+        assert [read(reply) for reply in resumed] == first
+        cached.add((index % 2, resumed[0].answer.cached_tokens > 0))
     assert len(ids) <= 16 or (0, True) in cached
     assert (1, True) not in cached
     return first
@@ -97,19 +97,19 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("skip_special", [True, False])
-def test_text_goes_on_where_it_was_cut(llm, way, skip_special):
+def test_text_resumes_from_every_position(llm, way, skip_special):
     sampling = llm.sampling(**{"max_tokens": 16} | WAYS[way])
     first = cut_anywhere(llm, llm.encode_chat(HELLO), sampling, chat=True, skip_special=skip_special)
     assert ("end" in way) == (first[0][1] == "stop")
 
 
-def test_an_int8_cache_goes_on_too(talker):
+def test_int8_cache_resumes(talker):
     with LLM.load(talker, kv_cache_dtype="int8") as small:
         sampling = small.sampling(temperature=1.0, seed=3, max_tokens=24)
         cut_anywhere(small, small.encode_chat(HELLO), sampling, chat=True)
 
 
-def test_characters_of_many_bytes_are_cut_within(llm):
+def test_interrupted_multibyte_characters_resume(llm):
     sampling = llm.sampling(temperature=2.0, seed=1, max_tokens=60)
     grammar = Grammar("regex", "[é日🦊𝄞ß]{6,9}!")
     [(pieces, reason, *_)] = cut_anywhere(llm, llm.encode_chat(HELLO), sampling, chat=True, grammar=grammar)
@@ -118,7 +118,7 @@ def test_characters_of_many_bytes_are_cut_within(llm):
 
 
 @pytest.mark.parametrize("begin", [3, 8, 20])
-def test_stop_strings_are_met_across_the_cut(llm, begin):
+def test_stop_string_across_the_interruption_ends(llm, begin):
     ids, sampling = llm.encode("Once upon"), llm.sampling(temperature=0, max_tokens=24)
     [(pieces, *_)] = whole(llm, ids, sampling)
     text = "".join(text for _, text, _ in pieces)
@@ -128,7 +128,7 @@ def test_stop_strings_are_met_across_the_cut(llm, begin):
         assert (reason, met in stops) == ("stop", True)
 
 
-def test_white_space_in_front_belongs_to_the_format_on_both_sides_of_the_cut(talker):
+def test_leading_white_space_is_stripped_after_resuming(talker):
     with LLM.load(talker, chat_format="plain") as llm:
         blank, letter = llm.tokenizer.encode("\n", prefix=False), llm.tokenizer.encode("fox")
         bias = dict.fromkeys(blank, 100) | dict.fromkeys(letter, 95)
@@ -141,7 +141,7 @@ def test_white_space_in_front_belongs_to_the_format_on_both_sides_of_the_cut(tal
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_answers_cut_anywhere(llm, data):
+def test_any_answers_resume_from_every_position(llm, data):
     some = st.sampled_from
     asked = {
         "temperature": data.draw(some([0, 0.7, 3.0])),
@@ -152,20 +152,20 @@ def test_any_answers_cut_anywhere(llm, data):
         "frequency_penalty": data.draw(some([0.0, 1.5])),
     }
     sampling = llm.sampling(**asked)
-    how = {"begins": data.draw(st.booleans()), "skip_special": data.draw(st.booleans())}
+    options = {"begins": data.draw(st.booleans()), "skip_special": data.draw(st.booleans())}
     ids = llm.encode("Once upon a time")
-    text = "".join(text for _, text, _ in whole(llm, ids, sampling, **how)[0][0])
+    text = "".join(text for _, text, _ in whole(llm, ids, sampling, **options)[0][0])
     if text and data.draw(st.booleans()):
         begin = data.draw(st.integers(0, len(text) - 1))
         sampling = replace(sampling, stop=(text[begin : begin + data.draw(st.integers(1, 9))],))
-    first = whole(llm, ids, sampling, **how)
+    first = whole(llm, ids, sampling, **options)
     for salt in ("", next(SALTS)):
         resume = tuple(tuple(tokens(each)[: data.draw(st.integers(0, len(tokens(each))))]) for each in first)
-        assert whole(llm, ids, sampling, resume=resume, salt=salt, **how) == first
+        assert whole(llm, ids, sampling, resume=resume, salt=salt, **options) == first
 
 
 @pytest.mark.parametrize("which", ["llm", "built_in"])
-def test_json_of_a_schema_is_cut_anywhere(which, request):
+def test_json_resumes_from_every_position(which, request):
     llm = request.getfixturevalue(which)
     sampling = llm.sampling(temperature=1.5, seed=2, max_tokens=80)
     ids = llm.encode_chat(HELLO)
@@ -175,27 +175,27 @@ def test_json_of_a_schema_is_cut_anywhere(which, request):
 
 
 @pytest.mark.parametrize("which", ["llm", "caller"])
-def test_calls_that_must_come_are_cut_anywhere(which, request):
+def test_required_calls_resume_from_every_position(which, request):
     llm = request.getfixturevalue(which)
-    tools = Tools.of([WEATHER, CLOCK], "required", False)
+    tools = Tools.from_request([WEATHER, CLOCK], "required", False)
     sampling = llm.sampling(temperature=1.5, seed=4, max_tokens=200)
     first = cut_anywhere(llm, llm.encode_chat(HELLO, tools=tools), sampling, chat=True, tools=tools)
     assert all(reason == "stop" and sum(len(calls) for *_, calls in pieces) == 1 for pieces, reason, *_ in first)
 
 
 def written(llm):
-    """Return a grammar of words, a call and another: what a model may write of its own will."""
+    """Return a grammar of words and two calls, as a model could write them by itself."""
     call = '{"name": "clock", "arguments": {}}'
-    syntax = llm.format.calls_as(llm.tokenizer)
-    mark = f"<[{llm.tokenizer.control[syntax.mark]}]> " if syntax.mark else ""
+    syntax = llm.format.tool_syntax(llm.tokenizer)
+    mark = f"<[{llm.tokenizer.control[syntax.start_token]}]> " if syntax.start_token else ""
     return Grammar("lark", f'start: "Well.\\n" {mark} {json.dumps(f"[{call}, {call}]")}')
 
 
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("which", ["llm", "caller"])
-def test_calls_of_its_own_will_are_cut_anywhere(which, parallel, request):
+def test_voluntary_calls_resume_from_every_position(which, parallel, request):
     llm = request.getfixturevalue(which)
-    tools = Tools.of([WEATHER, CLOCK], "auto", parallel)
+    tools = Tools.from_request([WEATHER, CLOCK], "auto", parallel)
     ids = llm.encode_chat(HELLO, tools=tools)
     sampling = llm.sampling(temperature=0, max_tokens=99)
     [(pieces, reason, *_)] = cut_anywhere(llm, ids, sampling, chat=True, tools=tools, grammar=written(llm))
@@ -207,8 +207,8 @@ def test_calls_of_its_own_will_are_cut_anywhere(which, parallel, request):
 
 
 def ends(llm, caller):
-    """Return (model, prompt, how it is asked) of answers that end in every way."""
-    plain, tools = llm.encode("Once upon"), Tools.of([CLOCK], "auto", False)
+    """Return (model, prompt, options) of answers, one for each way to end."""
+    plain, tools = llm.encode("Once upon"), Tools.from_request([CLOCK], "auto", False)
     greedy = llm.sampling(temperature=0, max_tokens=24)
     text = llm.complete("Once upon", temperature=0, max_tokens=24)
     yield llm, plain, {"sampling": greedy}
@@ -219,23 +219,23 @@ def ends(llm, caller):
     yield caller, caller.encode_chat(HELLO, tools=tools), asked
 
 
-def test_what_has_ended_ends_at_once_for_the_same_reason(llm, caller):
-    for model, ids, how in ends(llm, caller):
-        [first] = whole(model, ids, **how)
+def test_finished_answers_end_at_once_for_the_same_reason(llm, caller):
+    for model, ids, options in ends(llm, caller):
+        [first] = whole(model, ids, **options)
         before = model.engine.stats().steps
-        assert whole(model, ids, resume=(tuple(tokens(first)),), **how) == [first]
+        assert whole(model, ids, resume=(tuple(tokens(first)),), **options) == [first]
         assert model.engine.stats().steps == before, "the model ran"
 
 
-def test_nothing_stands_behind_an_end(llm, caller):
-    for model, ids, how in ends(llm, caller):
-        [first] = whole(model, ids, **how)
+def test_tokens_after_the_end_are_refused(llm, caller):
+    for model, ids, options in ends(llm, caller):
+        [first] = whole(model, ids, **options)
         before = model.engine.stats().prompt_tokens
         with pytest.raises(errors.InvalidParameter, match=r"resume: .*(ends before its token|has room for)"):
-            model.submit(ids, resume=((*tokens(first), 5000),), **how)
+            model.submit(ids, resume=((*tokens(first), 5000),), **options)
         assert model.engine.stats().prompt_tokens == before
 
 
-def test_what_a_grammar_forbids_is_refused(llm):
+def test_tokens_outside_the_grammar_are_refused(llm):
     with pytest.raises(errors.InvalidParameter, match="resume: the grammar does not allow"):
         llm.submit([1], llm.sampling(), grammar=Grammar("choice", ["yes", "no"]), resume=((5000,),))

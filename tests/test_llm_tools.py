@@ -1,4 +1,4 @@
-"""Tools from a request to its calls: forced on models that would never call, found where a model writes them."""
+"""Tool calls: required ones on random models, and calls that a model writes by itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def llm(request, talker, mistral3):
 
 
 def valid(answer, schemas):
-    """Assert that an answer is calls and nothing else, with arguments of their schemas."""
+    """Assert that an answer consists of calls only, with arguments that match their schemas."""
     assert answer.reason == "stop"
     assert answer.text.strip() == ""
     assert answer.calls
@@ -50,14 +50,14 @@ def valid(answer, schemas):
 ALL = {"get_weather": SCHEMA, "clock": {"type": "object", "maxProperties": 0}}
 
 
-def test_a_required_call_is_one(llm):
+def test_required_call_is_made(llm):
     for way in WAYS:
         answer = llm.chat(HELLO, tools=BOTH, tool_choice="required", parallel_tool_calls=False, max_tokens=300, **way)
         valid(answer, ALL)
         assert len(answer.calls) == 1
 
 
-def test_several_may_be_called_where_that_is_allowed(llm):
+def test_parallel_calls_are_made_if_allowed(llm):
     found = set()
     for seed in range(6):
         answer = llm.chat(HELLO, tools=BOTH, tool_choice="required", temperature=1.5, seed=seed, max_tokens=1500)
@@ -66,7 +66,7 @@ def test_several_may_be_called_where_that_is_allowed(llm):
     assert max(found) > 1
 
 
-def test_a_named_function_is_called(llm):
+def test_named_function_is_called(llm):
     for tool, name in ((WEATHER, "get_weather"), (CLOCK, "clock")):
         choice = {"type": "function", "function": {"name": tool["function"]["name"]}}
         answer = llm.chat(HELLO, tools=BOTH, tool_choice=choice, temperature=1.5, seed=3, max_tokens=300)
@@ -74,13 +74,13 @@ def test_a_named_function_is_called(llm):
         assert [call.name for call in answer.calls] == [name]
 
 
-def test_ids_are_of_the_formats_style(llm):
+def test_call_ids_follow_the_chat_format(llm):
     answer = llm.chat(HELLO, tools=[CLOCK], tool_choice="required", temperature=0, max_tokens=300)
     form = r"[a-zA-Z0-9]{9}" if llm.format.name == "mistral-v3" else r"call_[a-zA-Z0-9]{24}"
     assert all(re.fullmatch(form, call.id) for call in answer.calls)
 
 
-def test_the_control_token_stands_in_front_and_is_not_shown(mistral3):
+def test_control_token_of_calls_is_not_shown(mistral3):
     with LLM.load(mistral3) as llm:
         assert llm.format.name == "mistral-v3"
         answer = llm.chat(HELLO, tools=[CLOCK], tool_choice="required", temperature=0, max_tokens=300)
@@ -88,7 +88,7 @@ def test_the_control_token_stands_in_front_and_is_not_shown(mistral3):
         assert answer.text == ""
 
 
-def test_streamed_calls_are_those_of_the_whole(llm):
+def test_streamed_calls_equal_those_of_the_answer(llm):
     options = {"tools": BOTH, "tool_choice": "required", "temperature": 1.5, "seed": 5, "max_tokens": 600}
     whole = llm.chat(HELLO, **options)
     pieces = list(llm.chat(HELLO, stream=True, **options))
@@ -97,13 +97,13 @@ def test_streamed_calls_are_those_of_the_whole(llm):
     assert [token.id for piece in pieces for token in piece.tokens] == [token.id for token in whole.tokens]
 
 
-def test_every_one_of_n_answers_calls(llm):
+def test_each_of_n_answers_calls(llm):
     answer = llm.chat(HELLO, tools=BOTH, tool_choice="required", temperature=1.5, seed=2, n=3, max_tokens=900)
     for each in (answer, *answer.alternatives):
         valid(each, ALL)
 
 
-def test_a_conversation_goes_on_after_its_calls(llm):
+def test_conversation_continues_after_calls(llm):
     answer = llm.chat(HELLO, tools=BOTH, tool_choice="required", temperature=0, max_tokens=900)
     calls = [
         {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -116,30 +116,30 @@ def test_a_conversation_goes_on_after_its_calls(llm):
     assert llm.chat(messages, tools=BOTH, max_tokens=8).tokens
 
 
-def test_cut_calls_stay_text(llm):
+def test_truncated_call_stays_text(llm):
     answer = llm.chat(HELLO, tools=[WEATHER], tool_choice="required", temperature=0, max_tokens=6)
     assert (answer.reason, answer.calls) == ("length", ())
     assert answer.text.removeprefix("[TOOL_CALLS]").lstrip().startswith(("{", "["))
 
 
-def test_with_auto_nothing_is_forced_and_with_none_nothing_is_told(llm):
+def test_auto_does_not_require_calls_and_none_hides_tools(llm):
     plain = llm.encode_chat(HELLO)
-    assert llm.encode_chat(HELLO, tools=Tools.of(BOTH, "none")) == plain
+    assert llm.encode_chat(HELLO, tools=Tools.from_request(BOTH, "none")) == plain
     silent = llm.chat(HELLO, tools=BOTH, tool_choice="none", temperature=0, max_tokens=12)
     assert silent.text == llm.chat(HELLO, temperature=0, max_tokens=12).text
-    told = llm.tokenizer.decode(llm.encode_chat(HELLO, tools=Tools.of(BOTH)), skip_special=False)
+    told = llm.tokenizer.decode(llm.encode_chat(HELLO, tools=Tools.from_request(BOTH)), skip_special=False)
     assert '"name": "get_weather"' in told
     answer = llm.chat(HELLO, tools=BOTH, temperature=0, max_tokens=12)
     assert answer.tokens
     assert answer.calls == ()
 
 
-def test_what_a_model_writes_of_itself_is_found(llm, monkeypatch):
-    """With auto the model is free: here a grammar that knows nothing of tools stands in for its will."""
+def test_voluntary_calls_are_found(llm, monkeypatch):
+    """With tool_choice auto the model decides; here a grammar without tools makes it write a call."""
     written = '{"name": "get_weather", "arguments": {"city": "Łódź", "days": 2}}'
-    syntax = llm.format.calls_as(llm.tokenizer)
-    mark = f"<[{llm.tokenizer.control[syntax.mark]}]> " if syntax.mark else ""
-    free = f"[{written}]" if syntax.mark else written
+    syntax = llm.format.tool_syntax(llm.tokenizer)
+    mark = f"<[{llm.tokenizer.control[syntax.start_token]}]> " if syntax.start_token else ""
+    free = f"[{written}]" if syntax.start_token else written
     script = Grammar("lark", f'start: "Well.\\n" {mark}{json.dumps(free, ensure_ascii=False)}')
     answer = llm.chat(HELLO, tools=BOTH, grammar=script, temperature=0, max_tokens=300)
     assert answer.text == "Well.\n"
@@ -153,7 +153,7 @@ def test_what_a_model_writes_of_itself_is_found(llm, monkeypatch):
     assert (len(answer.calls), answer.reason) == (1, "stop")
 
 
-def test_a_stop_string_ends_text_before_a_mark(mistral3):
+def test_stop_string_ends_text_before_a_control_token(mistral3):
     with LLM.load(mistral3) as llm:
         mark = llm.tokenizer.control["[TOOL_CALLS]"]
         script = Grammar("lark", f'start: "ab" <[{mark}]> "[{{\\"name\\": \\"clock\\"}}]"')
@@ -174,14 +174,14 @@ def test_a_stop_string_ends_text_before_a_mark(mistral3):
         ),
     ],
 )
-def test_refused_before_anything_runs(llm, options, match):
+def test_invalid_requests_are_refused_before_running(llm, options, match):
     before = llm.engine.stats().prompt_tokens
     with pytest.raises(errors.InvalidParameter, match=match):
         llm.chat(HELLO, **options)
     assert llm.engine.stats().prompt_tokens == before
 
 
-def test_a_checkpoints_own_template_takes_no_tools(talker, tmp_path):
+def test_own_template_does_not_support_tools(talker, tmp_path):
     folder = shutil.copytree(talker, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     with LLM.load(folder, chat_format="template") as llm:

@@ -50,7 +50,7 @@ class Reader:
 
     def take(self, event):
         if isinstance(event, Finished):
-            self.ended = replace(event, cached_tokens=0)
+            self.ended = msgspec.structs.replace(event, cached_tokens=0)
         elif isinstance(event, Delta):
             repeated = min(len(event.tokens), self.repeated_tokens)
             self.repeated_tokens -= repeated

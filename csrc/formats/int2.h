@@ -1,4 +1,4 @@
-// Two bits a weight: bits 2 j and 2 j + 1 of a word's bytes are columns 4 j .. 4 j + 3.
+// Two bits per weight: bits 2 j and 2 j + 1 of the four bytes of a word are columns 4 j .. 4 j + 3.
 #pragma once
 
 #include "../vec.h"

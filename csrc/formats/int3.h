@@ -1,4 +1,4 @@
-// Three bits a weight: for 32 columns the two lower bits as in int2, then the highest bits.
+// Three bits per weight: for each 32 columns, first the two lower bits as in int2, then the highest bits.
 #pragma once
 
 #include "../vec.h"

@@ -1,4 +1,4 @@
-// Four bits a weight: low halves of bytes are columns 0 .. 3, high ones columns 4 .. 7.
+// Four bits per weight: the low halves of the four bytes of a word are columns 0 .. 3, the high halves columns 4 .. 7.
 #pragma once
 
 #include "../vec.h"

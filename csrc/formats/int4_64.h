@@ -1,4 +1,4 @@
-// int4 with 64 columns to a scale.
+// int4 with 64 columns per scale.
 #pragma once
 
 #include "int4.h"

@@ -14,7 +14,7 @@ from moesaic.bench.compare import Cell, Comparison, Row
 from moesaic.bench.plotting import COLOURS
 
 FACTS = ("bits", "GiB", "same", "spread")
-"""What stands in front of a row's speeds: see docs/benchmarks.md."""
+"""What stands in front of a row's speeds: see docs/how-to/benchmark.md."""
 STEP, WHOLE = "moesaic", "moesaic_llm"
 
 Value = Callable[[Row, Cell], str]

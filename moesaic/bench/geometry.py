@@ -21,7 +21,7 @@ from moesaic import models, packed
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Packed
 from moesaic.llm import BUILT_IN
-from moesaic.loading import Loaded, cache_bytes, cache_dtype
+from moesaic.loading import Loaded, cache_bytes_per_token, cache_dtype
 from moesaic.models import Decoder
 from moesaic.ops import native
 
@@ -94,7 +94,7 @@ def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
 def need(config: Mapping[str, Any], format: str, dtype: str, cache_tokens: int, cache: str = "auto") -> Need:
     """Return what a model of this configuration, and a cache of dtype ``cache``, take; nothing is allocated."""
     model = _outline(config, format, dtype)
-    places = cache_tokens * cache_bytes(model, cache_dtype(model, cache))
+    places = cache_tokens * cache_bytes_per_token(model, cache_dtype(model, cache))
     return Need(models.parameters(model), sum(each.nbytes for each in model.parameters()), places)
 
 
@@ -171,7 +171,7 @@ def pack(config: Mapping[str, Any], folder: Path, format: str, dtype: str, progr
         for each in BUILT_IN.glob("tokenizer*"):
             shutil.copyfile(each, folder / each.name)
         kinds = {role: each.name for role, each in models.choose(format, dtype).items()}
-        packed.create(folder, packed.Mark(dtype, kinds, config, {}), lambda model: randomize(model, progress))
+        packed.create(folder, packed.PackedManifest(dtype, kinds, config, {}), lambda model: randomize(model, progress))
         with (folder / packed.WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())  # so that what is measured afterwards does not wait for it
     except OSError as error:

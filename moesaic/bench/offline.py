@@ -28,7 +28,7 @@ from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.llm import BUILT_IN, LLM, Reply
-from moesaic.loading import Loaded, Progress, cache_bytes, load_model
+from moesaic.loading import Loaded, Progress, cache_bytes_per_token, load_model
 from moesaic.models import Experts
 from moesaic.ops import native
 from moesaic.text.tokenizer import Tokenizer
@@ -173,7 +173,7 @@ def run(
         report.forget_peak()
     loaded, tokenizer, name = load()
     length = _context(wish, loaded.model.max_length, work)
-    with LLM.over(
+    with LLM.from_loaded(
         loaded,
         tokenizer,
         name,
@@ -212,7 +212,7 @@ def _random(wish: Wish, work: Work, progress: Progress | None) -> Load:
 def _checkpoint(path: Path, wish: Wish, progress: Progress | None) -> Load:
     tokenizer = Tokenizer.open(path)
     return lambda: (
-        load_model(path, dtype=wish.dtype, format=wish.format, progress=progress),
+        load_model(path, dtype=wish.dtype, weight_format=wish.format, progress=progress),
         tokenizer,
         path.name,
     )
@@ -309,7 +309,7 @@ def _reads(llm: LLM, work: Work, chosen: dict[Experts, list[Tensor]]) -> Reads:
     return Reads(
         dense=total - stacks - looked_up,
         experts=round(sum(each * _expert_bytes(layer) for layer, each in distinct.items())),
-        cache=work.batch * min(length, model.window or length) * cache_bytes(model, llm.engine.cache_dtype),
+        cache=work.batch * min(length, model.window or length) * cache_bytes_per_token(model, llm.engine.cache_dtype),
         experts_per_layer=statistics.fmean(distinct.values()) if distinct else 0.0,
         busiest_share=max((_busiest(steps) for steps in chosen.values()), default=0.0),
     )
@@ -338,7 +338,7 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
             "weights": dict(weights),
             "weight_bytes": sum(part.nbytes for part in model.parameters()),
             "context": llm.context,
-            "cache_bytes": work.places(llm.context) * cache_bytes(model, llm.engine.cache_dtype),
+            "cache_bytes": work.places(llm.context) * cache_bytes_per_token(model, llm.engine.cache_dtype),
         },
         "work": asdict(work),
         "memory": report.resident(),

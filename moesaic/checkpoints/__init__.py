@@ -1,15 +1,15 @@
-"""How weights lie on disk: one file = one layout.
+"""Checkpoint layouts: one module for each way in which weights are stored on disk.
 
-A file ``checkpoints/<name>.py`` defines
+A module ``checkpoints/<name>.py`` defines
 
-    LOOKS_FOR                                   what ``detect`` looks for, to be shown to a person
-    detect(path) -> bool                        whether this folder is in this layout; never raises
-    open(path) -> Checkpoint                    the checkpoint, its tensors known but not read
-    write(source, path, shards, wrote)          the same weights in this layout, all or nothing
+    LOOKS_FOR                                   description of the files that ``detect`` looks for
+    detect(path) -> bool                        whether a folder is in this layout; never raises
+    open_checkpoint(path) -> Checkpoint         the checkpoint, with its tensors described but not read
+    write(source, path, shards, on_write)       writes a checkpoint in this layout, completely or not at all
 
-Every layout speaks one language: Hugging Face's classic tensor names, query and key rows in
-half-split rotary order, and a configuration in config.json's vocabulary. Nothing here knows what
-a tensor is used for; ``fill`` brings a checkpoint and a model's slots together.
+All layouts present the same view of a checkpoint: Hugging Face's classic tensor names, query and key rows in
+half-split rotary order, and a configuration in the vocabulary of config.json. This package does not depend on
+models: ``load_weights`` copies tensors into the slots that a model declares.
 """
 
 from __future__ import annotations
@@ -29,33 +29,31 @@ from moesaic.checkpoints._views import Index, TensorInfo, View
 from moesaic.errors import CheckpointError, NotFound
 from moesaic.formats import Slot
 
-__all__ = ["Checkpoint", "TensorInfo", "detect", "fill", "open"]
+__all__ = ["Checkpoint", "TensorInfo", "detect_layout", "load_weights", "open_checkpoint"]
 
-PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-HARMLESS = {
-    # Tables of rotary frequencies follow from the configuration; older writers stored them all the same.
+IGNORED_TENSORS = {
+    # Older writers stored the tables of rotary frequencies, which follow from the configuration.
     re.compile(r"(.*\.)?rotary_emb\.inv_freq"): "computed from the configuration",
     re.compile(r"rope\.freqs"): "computed from the configuration",
 }
-"""Tensors that a checkpoint may hold and no model asks for, and why that loses nothing."""
+"""Names of tensors that a checkpoint may hold although no model needs them, and the reason."""
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIED = "tie_word_embeddings"
-
-
-FLOATS = ("float32", "bfloat16", "float16")
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Checkpoint(AbstractContextManager["Checkpoint"]):
-    """A checkpoint on disk, whatever its layout, in the common language; leaving it closes its files.
+    """An open checkpoint in any layout; as a context manager, it closes its files on exit.
 
     Attributes:
-        layout: the file of this folder that opened it.
-        path: the folder it lies in.
-        config: in config.json's vocabulary, values untouched.
-        generation: what generation_config.json says, or nothing.
-        tensors: shape, dtype and file of every tensor, in the order in which they lie on disk.
+        layout: name of the layout.
+        path: folder of the checkpoint.
+        config: configuration in the vocabulary of config.json, with unchanged values.
+        generation: content of generation_config.json; empty if there is none.
+        tensors: shape, dtype and file of every tensor by its classic name, in the order on disk.
     """
 
     def __init__(
@@ -76,91 +74,93 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         self._close = close
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """Return tensor ``name``, or the part of it that ``index`` names; no more than that is read.
+        """Return tensor ``name``, or the part of it that ``index`` selects; only that part is read.
 
         Raises:
-            CheckpointError: there is no such tensor, or its data cannot be read.
+            CheckpointError: the tensor does not exist, or its data cannot be read.
         """
         if name not in self._views:
             raise CheckpointError(self.path, f"there is no tensor {name}")
         return self._views[name].read(index)
 
     def close(self) -> None:
-        """Close the files; tensors already read stay valid."""
+        """Close the files; tensors that were read stay valid."""
         self._close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def detect(path: Path) -> ModuleType:
-    """Return the layout that the folder ``path`` is in.
+def detect_layout(path: Path) -> ModuleType:
+    """Return the module of the layout that the folder ``path`` is in.
 
-    A folder can hold the same weights in two layouts, as Mistral's releases do; the first that
-    answers, in the order of their names, is taken, and that is ``hf`` before the others.
+    A folder can hold the same weights in two layouts, as Mistral's releases do. The layout that comes first in
+    alphabetical order is then chosen: hf before meta before mistral.
 
     Raises:
-        NotFound: there is no such folder.
-        CheckpointError: there is nothing in it that any layout knows; the message says what was looked for.
+        NotFound: the folder does not exist.
+        CheckpointError: the folder holds no known layout; the message names the files of all layouts.
     """
     if not path.exists():
         raise NotFound(f"{path}: no such folder")
     if not path.is_dir():
-        raise CheckpointError(path, "is a file; give the folder that holds it")
+        raise CheckpointError(path, "is a file; give the folder that holds it instead")
     layouts = [registry.load("checkpoints", name) for name in registry.names("checkpoints")]
     for layout in layouts:
         if layout.detect(path):
             return layout
-    looked = "; ".join(f"{layout.__name__.rpartition('.')[2]}: {layout.LOOKS_FOR}" for layout in layouts)
-    raise CheckpointError(path, f"holds no checkpoint. Looked for {looked}")
+    expected = "; ".join(f"{layout.__name__.rpartition('.')[2]}: {layout.LOOKS_FOR}" for layout in layouts)
+    raise CheckpointError(path, f"holds no checkpoint. Looked for {expected}")
 
 
-def open(path: Path | str) -> Checkpoint:
-    """Open the checkpoint in the folder ``path``, whatever its layout.
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open the checkpoint in the folder ``path``, in whatever layout it is.
 
     Raises:
-        NotFound: there is no such folder.
-        CheckpointError: it holds no checkpoint, or a damaged one.
+        NotFound: the folder does not exist.
+        CheckpointError: the folder holds no checkpoint, or a damaged one.
     """
     folder = Path(path)
-    checkpoint: Checkpoint = detect(folder).open(folder)
+    checkpoint: Checkpoint = detect_layout(folder).open_checkpoint(folder)
     return checkpoint
 
 
-def surplus_reason(name: str) -> str | None:
-    """Return why a checkpoint may hold a tensor of this name that no model asks for, or None if it may not."""
-    return next((reason for pattern, reason in HARMLESS.items() if pattern.fullmatch(name)), None)
+def ignored_reason(name: str) -> str | None:
+    """Return the reason why a tensor that no model needs may be in a checkpoint, or None if it may not."""
+    return next((reason for pattern, reason in IGNORED_TENSORS.items() if pattern.fullmatch(name)), None)
 
 
-def fill(slots: Iterable[Slot], checkpoint: Checkpoint, *, progress: Callable[[int, int], None] | None = None) -> None:
-    """Fill every slot of a model from ``checkpoint``, streamed in disk order, one tensor in memory at a time.
+def load_weights(
+    slots: Iterable[Slot], checkpoint: Checkpoint, *, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Store the tensors of ``checkpoint`` in the slots of a model, in disk order, one tensor in memory at a time.
 
     Args:
-        slots: what the model wants; several slots may want the same tensor.
-        checkpoint: where it comes from.
-        progress: called after each tensor with the bytes read so far and the bytes there are to read.
+        slots: the slots of the model; several slots may take the same tensor.
+        checkpoint: the open checkpoint.
+        progress: called after each tensor with the bytes read so far and in total.
 
     Raises:
-        CheckpointError: a tensor is missing, surplus, of the wrong shape or not a plain float (all found
-            before the first is stored), or holds NaN or infinity (found when it is read).
+        CheckpointError: a tensor is missing, unexpected, of the wrong shape or not a plain float; this is checked
+            before any tensor is stored. Or a tensor holds NaN or infinity; this is checked when it is read.
     """
     wanted: dict[str, list[Slot]] = {}
     for slot in slots:
         wanted.setdefault(slot.name, []).append(slot)
-    _compare(wanted, checkpoint)
+    _check_tensors(wanted, checkpoint)
     parts = [(name, slot) for name in checkpoint.tensors for slot in wanted.get(name, ())]
     total, done = sum(_nbytes(slot, checkpoint) for _, slot in parts), 0
     for name, slot in parts:
         tensor = checkpoint.read(name, slot.index)
-        _finite(tensor, checkpoint.tensors[name].file, name)
+        _check_finite(tensor, checkpoint.tensors[name].file, name)
         slot.store(tensor)
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
 
 
-def _compare(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the tensors are exactly those wanted, in shape and kind."""
+def _check_tensors(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless names, shapes and dtypes of the tensors are those that the slots expect."""
     tensors = checkpoint.tensors
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:
@@ -168,42 +168,43 @@ def _compare(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             checkpoint.path, f"{missing[0]} is missing{_more(missing)}: expected shape {expected}, found no such tensor"
         )
-    surplus = [name for name in tensors if name not in wanted and not _harmless(name, checkpoint)]
-    if surplus:
-        info = tensors[surplus[0]]
+    unexpected = [name for name in tensors if name not in wanted and not _is_ignored(name, checkpoint)]
+    if unexpected:
+        info = tensors[unexpected[0]]
         raise CheckpointError(
             info.file,
-            f"{surplus[0]} is surplus{_more(surplus)}: expected no such tensor in this architecture, "
+            f"{unexpected[0]} is unexpected{_more(unexpected)}: this architecture has no such tensor, "
             f"found shape {list(info.shape)}",
         )
-    for name, places in wanted.items():
-        info, expected = tensors[name], list(places[0].shape)
+    for name, slots in wanted.items():
+        info, expected = tensors[name], list(slots[0].shape)
         if list(info.shape) != expected:
             raise CheckpointError(
                 info.file, f"{name} has the wrong shape: expected {expected}, found {list(info.shape)}"
             )
-        if info.dtype not in PLAIN:
-            kinds = ", ".join(_kind(dtype) for dtype in PLAIN)
-            raise CheckpointError(info.file, f"{name} has the wrong dtype: expected {kinds}, found {_kind(info.dtype)}")
+        if info.dtype not in PLAIN_DTYPES:
+            names = ", ".join(_dtype_name(dtype) for dtype in PLAIN_DTYPES)
+            problem = f"{name} has the wrong dtype: expected {names}, found {_dtype_name(info.dtype)}"
+            raise CheckpointError(info.file, problem)
 
 
 def _more(names: list[str]) -> str:
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _kind(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _harmless(name: str, checkpoint: Checkpoint) -> bool:
-    """Return whether a surplus tensor may be passed over; reads only where a tied head must be compared."""
+def _is_ignored(name: str, checkpoint: Checkpoint) -> bool:
+    """Return whether a tensor that no slot takes may be ignored; reads data only to compare a tied head."""
     if name == HEAD and checkpoint.config.get(TIED) is True and EMBEDDING in checkpoint.tensors:
-        return _same(checkpoint, HEAD, EMBEDDING)
-    return surplus_reason(name) is not None
+        return _equal(checkpoint, HEAD, EMBEDDING)
+    return ignored_reason(name) is not None
 
 
-def _same(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> bool:
-    """Return whether two tensors are equal, comparing ``rows`` rows at a time."""
+def _equal(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> bool:
+    """Return whether two tensors are equal; ``rows`` rows are compared at a time."""
     shape = checkpoint.tensors[one].shape
     if shape != checkpoint.tensors[other].shape:
         return False
@@ -212,23 +213,23 @@ def _same(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> boo
 
 
 def _nbytes(slot: Slot, checkpoint: Checkpoint) -> int:
-    """Return the bytes that reading this slot's part takes."""
+    """Return the bytes of the part of a tensor that a slot takes, as stored on disk."""
     lengths = [len(range(*part.indices(size))) for part, size in zip(slot.index, slot.shape, strict=False)]
     return torch.Size((*lengths, *slot.shape[len(lengths) :])).numel() * checkpoint.tensors[slot.name].dtype.itemsize
 
 
-def _finite(tensor: Tensor, file: Path, name: str) -> None:
-    """Raise CheckpointError if ``tensor`` holds NaN or infinity; needs no memory of its size."""
+def _check_finite(tensor: Tensor, file: Path, name: str) -> None:
+    """Raise CheckpointError if ``tensor`` holds NaN or infinity, without allocating memory of its size."""
     if tensor.numel() and not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
         kind = "NaN" if torch.isnan(torch.aminmax(tensor)[0]) else "infinity"
         raise CheckpointError(file, f"{name} holds {kind}: expected finite weights; fetch the file again")
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype that most of the checkpoint's bytes are in; float64 counts as float32."""
+    """Return the name of the dtype in which most bytes of the checkpoint are stored; float64 counts as float32."""
     sizes: dict[str, int] = {}
     for info in checkpoint.tensors.values():
-        name = str(info.dtype).removeprefix("torch.")
+        name = _dtype_name(info.dtype)
         sizes[name] = sizes.get(name, 0) + info.nbytes
-    most = max(sizes, key=lambda name: sizes[name], default="float32")
-    return most if most in FLOATS else "float32"
+    most_used = max(sizes, key=lambda name: sizes[name], default="float32")
+    return most_used if most_used in FLOAT_DTYPES else "float32"

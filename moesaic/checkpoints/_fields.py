@@ -1,7 +1,7 @@
-"""Takes values out of a JSON object one by one, and refuses what is left over by name.
+"""Strict reader for JSON objects: values are taken key by key, and keys that are left over are refused.
 
-Knows kinds and defaults. Does not know what any key means: the caller says which keys there are
-and which do not matter. A key that nobody took could change the computation.
+A key that was not taken could change the computation. This module checks types and fills in defaults. It does not
+depend on the meaning of keys: the caller names the keys that exist and those to ignore.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ REQUIRED = object()
 
 
 class Fields:
-    """The keys of one object; null counts as absent."""
+    """Keys of one JSON object that were not taken yet; a key with the value null counts as absent."""
 
     def __init__(self, raw: Mapping[str, Any], path: Path) -> None:
         self._left = {key: value for key, value in raw.items() if value is not None}
         self.path = path
 
-    def fail(self, message: str) -> ConfigError:
-        """Return the error to raise about this object."""
+    def error(self, message: str) -> ConfigError:
+        """Return an error about this object, for the caller to raise."""
         return ConfigError(self.path, message)
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
-        """Take ``name`` as it is; without a default it must be there."""
+        """Take the value of ``name`` unchanged, or the default; without a default, the key is required."""
         value = self._left.pop(name, default)
         if value is REQUIRED:
-            raise self.fail(f"does not say {name!r}, which this layout needs")
+            raise self.error(f"has no {name!r}, which this layout requires")
         return value
 
     def integer(self, name: str, default: Any = REQUIRED) -> Any:
-        """Take a positive whole number, which some files write as a string, or the default."""
+        """Take a positive integer, which may be written as a string, or the default."""
         value = self.take(name, default)
         if value is default:
             return value
         if isinstance(value, str) and value.isascii() and value.isdigit():
             value = int(value)
         if type(value) is not int or value < 1:
-            raise self.fail(f"{name} is {value!r}, expected a positive whole number")
+            raise self.error(f"{name} is {value!r}, expected a positive integer")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
@@ -51,30 +51,30 @@ class Fields:
         if value is default:
             return value
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.fail(f"{name} is {value!r}, expected a positive number")
+            raise self.error(f"{name} is {value!r}, expected a positive number")
         return float(value)
 
-    def only(self, name: str, *known: Any) -> None:
-        """Take a value that must be absent or one of ``known``."""
+    def allow(self, name: str, *values: Any) -> None:
+        """Take a value that must be absent or one of ``values``."""
         value = self.take(name, None)
-        if value is not None and value not in known:
-            raise self.fail(f"{name} is {value!r}, which cannot be carried over; only {known[0]!r} can")
+        if value is not None and value not in values:
+            raise self.error(f"{name} is {value!r}, which is not supported here; only {values[0]!r} is")
 
     def nested(self, name: str) -> Fields | None:
-        """Take an object, or None where there is none."""
+        """Take a JSON object as fields of its own, or None if the key is absent."""
         value = self.take(name, None)
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            raise self.fail(f"{name} is {value!r}, expected an object")
+            raise self.error(f"{name} is {value!r}, expected an object")
         return Fields(value, self.path)
 
     def has(self, name: str) -> bool:
-        """Return whether ``name`` is there and not yet taken."""
+        """Return whether ``name`` is present and was not taken."""
         return name in self._left
 
-    def finish(self, harmless: Iterable[str] = ()) -> None:
-        """Refuse what nobody took, but for ``harmless`` keys and values that ask for nothing."""
-        left = sorted(key for key in self._left.keys() - set(harmless) if self._left[key] not in (False, "", [], {}))
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        """Raise ConfigError if a key is left that is not ``ignored``; false and empty values are accepted."""
+        left = sorted(key for key in self._left.keys() - set(ignored) if self._left[key] not in (False, "", [], {}))
         if left:
-            raise self.fail(f"the key {left[0]!r} is not known here and may change the computation")
+            raise self.error(f"the key {left[0]!r} is unknown and may change the computation")

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint: read with a bound, and answered with one clear error."""
+"""Reads JSON files of a checkpoint, up to a size limit and with one clear error for each problem."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 
 from moesaic.errors import CheckpointError, ConfigError
 
-LIMIT = 64 << 20
-"""Bytes that no honest file reaches: the index of a model with 100,000 tensors takes ten million."""
+MAX_BYTES = 64 << 20
+"""Limit for the size of a file. The index of a model with 100,000 tensors takes ten million bytes."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in ``path``.
 
     Raises:
-        ConfigError: the file is missing, too big, or holds no JSON object.
+        ConfigError: the file is missing, too large, or holds no JSON object.
+        CheckpointError: the file cannot be read.
     """
     try:
-        if path.stat().st_size > LIMIT:
-            raise ConfigError(path, f"is larger than {LIMIT >> 20} MiB, which no configuration is")
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(path, f"is larger than {MAX_BYTES >> 20} MiB, the limit for a configuration")
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(path, "is missing") from error
@@ -34,5 +35,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``, or an empty one if there is no such file."""
+    """Return the JSON object in ``path``, or an empty object if the file does not exist."""
     return read_json(path) if path.exists() else {}

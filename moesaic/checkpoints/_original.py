@@ -1,6 +1,7 @@
-"""The tensor names that Meta gave with Llama, and Mistral kept: both ways, with rotary rows turned.
+"""Translation between the tensor names of Meta and Mistral ("original") and of Hugging Face ("classic").
 
-Knows the names and which of them hold query and key rows. Does not know files or sharding.
+Query and key rows are reordered as well, since the two conventions order rotary pairs differently. This module does
+not depend on files or sharding.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from moesaic.checkpoints._numbers import Numbers
+from moesaic.checkpoints._decoder import DecoderConfig
 from moesaic.checkpoints._views import Rotary, View
 from moesaic.errors import CheckpointError
 
@@ -34,63 +35,63 @@ _DENSE = {
 _ROTARY = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
 
 
-def names(numbers: Numbers) -> Iterator[tuple[str, str]]:
-    """Yield (original, classic) for every tensor that a model of these numbers has."""
-    for layer in range(numbers.layers):
-        for original, classic in (_LAYER | (_experts(numbers.experts) if numbers.experts else _DENSE)).items():
+def tensor_names(decoder: DecoderConfig) -> Iterator[tuple[str, str]]:
+    """Yield the original and the classic name of every tensor of a model with this configuration."""
+    for layer in range(decoder.layers):
+        for original, classic in (_LAYER | (_experts(decoder.experts) if decoder.experts else _DENSE)).items():
             yield f"layers.{layer}.{original}", f"model.layers.{layer}.{classic}"
     yield from _TOP.items()
 
 
 def _experts(count: int) -> dict[str, str]:
-    """Return the names of a layer's router and experts."""
-    found = {"feed_forward.gate.weight": "block_sparse_moe.gate.weight"}
+    """Return the original and classic names of a layer's router and experts, without the layer's prefix."""
+    names = {"feed_forward.gate.weight": "block_sparse_moe.gate.weight"}
     for expert in range(count):
         for number in ("w1", "w2", "w3"):
             stem = f"experts.{expert}.{number}.weight"
-            found[f"feed_forward.{stem}"] = f"block_sparse_moe.{stem}"
-    return found
+            names[f"feed_forward.{stem}"] = f"block_sparse_moe.{stem}"
+    return names
 
 
-def to_classic(views: Mapping[str, View], numbers: Numbers, path: Path) -> dict[str, View]:
-    """Return ``views`` under classic names and in half-split order, in their own order.
+def to_classic(views: Mapping[str, View], decoder: DecoderConfig, path: Path) -> dict[str, View]:
+    """Return ``views`` under classic names, with query and key rows in half-split order; the order of views stays.
 
-    A tensor without a classic name keeps its own, for whoever fills a model to refuse.
+    A tensor without a classic name keeps its own name. ``load_weights`` refuses it later.
 
     Raises:
-        CheckpointError: a tensor that the numbers call for is missing, or its rows are no whole heads.
+        CheckpointError: a tensor of the configuration is missing, or has the wrong number of query or key rows.
     """
-    table = dict(names(numbers))
+    table = dict(tensor_names(decoder))
     missing = [name for name in table if name not in views]
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(path, f"{missing[0]} is missing{more}: params.json calls for it, found no such tensor")
-    return {table.get(name, name): _turned(name, view, numbers, halves=True) for name, view in views.items()}
+        raise CheckpointError(path, f"{missing[0]} is missing{more}: params.json requires it")
+    return {table.get(name, name): _reordered(name, view, decoder, half_split=True) for name, view in views.items()}
 
 
-def to_original(views: Mapping[str, View], numbers: Numbers, path: Path) -> dict[str, View]:
-    """Return ``views`` under original names and in interleaved order, layer by layer.
+def to_original(views: Mapping[str, View], decoder: DecoderConfig, path: Path) -> dict[str, View]:
+    """Return ``views`` under original names, with query and key rows in interleaved order, layer by layer.
 
     Raises:
-        CheckpointError: a tensor is missing, or has no name in this scheme.
+        CheckpointError: a tensor is missing, or has no original name.
     """
-    table = dict(names(numbers))
+    table = dict(tensor_names(decoder))
     missing = sorted(set(table.values()) - views.keys())
-    surplus = sorted(views.keys() - set(table.values()))
-    if missing or surplus:
-        fault = f"{missing[0]} is missing" if missing else f"{surplus[0]} has no name in this layout"
-        raise CheckpointError(path, f"{fault}; the configuration and the tensors disagree")
-    return {name: _turned(name, views[classic], numbers, halves=False) for name, classic in table.items()}
+    unexpected = sorted(views.keys() - set(table.values()))
+    if missing or unexpected:
+        problem = f"{missing[0]} is missing" if missing else f"{unexpected[0]} has no name in this layout"
+        raise CheckpointError(path, f"{problem}; the configuration and the tensors disagree")
+    return {name: _reordered(name, views[classic], decoder, half_split=False) for name, classic in table.items()}
 
 
-def _turned(name: str, view: View, numbers: Numbers, *, halves: bool) -> View:
-    """Return ``view`` with its rows in the other rotary order if it has any."""
+def _reordered(name: str, view: View, decoder: DecoderConfig, *, half_split: bool) -> View:
+    """Return ``view`` with its rows in the other rotary order if it holds query or key rows."""
     if not _ROTARY.fullmatch(name):
         return view
-    heads = numbers.heads if ".wq." in name else numbers.kv_heads
-    expected = [heads * numbers.head_dim, numbers.hidden]
+    heads = decoder.heads if ".wq." in name else decoder.kv_heads
+    expected = [heads * decoder.head_dim, decoder.hidden]
     if list(view.info.shape) != expected:
         raise CheckpointError(
             view.info.file, f"{name} has the wrong shape: expected {expected}, found {list(view.info.shape)}"
         )
-    return Rotary(view, numbers.head_dim, halves=halves)
+    return Rotary(view, decoder.head_dim, half_split=half_split)

@@ -1,7 +1,7 @@
-"""Safetensors files: a checked header, and tensors read in part or written as they come.
+"""Reads and writes safetensors files.
 
-Knows the container only: eight bytes with the header's length, a JSON header of names, dtypes,
-shapes and offsets, then the data. Does not know what the tensors are for.
+A file holds eight bytes with the length of the header, a JSON header with names, dtypes, shapes and offsets, and the
+data. The header is checked before data is read. This module does not depend on the meaning of tensors.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -22,7 +22,8 @@ from torch import Tensor
 from moesaic.checkpoints._views import Index, TensorInfo, View, bounds
 from moesaic.errors import CheckpointError
 
-HEADER_LIMIT = 100_000_000  # the reference implementation's own bound
+MAX_HEADER_BYTES = 100_000_000
+"""Limit for the length of a header, the same as in the reference implementation."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -42,12 +43,12 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SafetensorsFiles:
-    """Several safetensors files that hold disjoint tensors, as one store, in the order of the data on disk.
+    """Store of the tensors in several safetensors files, in the order of the data on disk.
 
-    Only the file that was read last is mapped, so that reading in order never holds more than one.
+    Only the file that was read last is mapped.
 
     Raises:
-        CheckpointError: a file is missing, cut short, or has a header that cannot be true.
+        CheckpointError: a file is missing, truncated or damaged, or two files hold the same tensor.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -61,10 +62,10 @@ class SafetensorsFiles:
             if name in self.tensors:
                 raise CheckpointError(path, f"{name} is also in {self.tensors[name].file.name}")
             self.tensors[name] = info
-        self._map(path)  # the library's own checks, before anything is read
+        self._map(path)  # runs the checks of the safetensors library
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """Return the part ``index`` of tensor ``name``; the memory is the mapped file's."""
+        """Return the part ``index`` of tensor ``name``; it shares memory with the mapped file."""
         info = self.tensors[name]
         part = bounds(index, info.shape)
         file = self._map(info.file)
@@ -75,7 +76,7 @@ class SafetensorsFiles:
         return cut
 
     def _map(self, path: Path) -> Any:
-        """Return the open file at ``path``, closing the one before it; tensors already read stay valid."""
+        """Return the mapped file at ``path`` and close the one mapped before; tensors that were read stay valid."""
         if self._mapped is None or self._mapped[0] != path:
             self.close()
             try:
@@ -87,14 +88,14 @@ class SafetensorsFiles:
         return self._mapped[1]
 
     def close(self) -> None:
-        """Give the file back; tensors already read stay valid."""
+        """Close the mapped file; tensors that were read stay valid."""
         if self._mapped is not None:
             self._mapped[1].__exit__(None, None, None)
             self._mapped = None
 
 
 def header(path: Path) -> dict[str, TensorInfo]:
-    """Return what the header of ``path`` declares, in data order, after checking it against the file's size."""
+    """Return the tensors that the header of ``path`` declares, in data order, checked against the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -106,12 +107,12 @@ def header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _entries(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """Return the header's entries without its metadata, and the number of data bytes behind it."""
+    """Return the entries of the header without its metadata, and the number of data bytes after the header."""
     if size < 8:
-        raise CheckpointError(path, f"cut short: {size} bytes are no safetensors file; fetch it again")
+        raise CheckpointError(path, f"truncated: {size} bytes are too few for a safetensors file; fetch it again")
     (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(HEADER_LIMIT, size - 8):
-        raise CheckpointError(path, f"cut short or damaged: a header of {length} bytes in a file of {size}")
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(path, f"truncated or damaged: a header of {length} bytes in a file of {size}")
     try:
         entries = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
@@ -131,28 +132,31 @@ def _checked(path: Path, name: str, entry: Any, data: int) -> tuple[int, TensorI
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(path, f"damaged: the header entry of {name} is incomplete") from error
     if code not in DTYPES:
-        raise CheckpointError(path, f"{name} has dtype {code!r}, known are {', '.join(DTYPES)}")
+        raise CheckpointError(path, f"{name} has the unknown dtype {code!r}; known dtypes: {', '.join(DTYPES)}")
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise CheckpointError(path, f"damaged: the header entry of {name} has a shape or offset that is no size")
-    wanted = math.prod(shape) * DTYPES[code].itemsize
-    if end - begin != wanted:
-        raise CheckpointError(path, f"damaged: {name} {list(shape)} needs {wanted} bytes, has {end - begin}")
+        raise CheckpointError(path, f"damaged: the header entry of {name} has an invalid shape or offset")
+    needed = math.prod(shape) * DTYPES[code].itemsize
+    if end - begin != needed:
+        raise CheckpointError(path, f"damaged: {name} {list(shape)} needs {needed} bytes, but has {end - begin}")
     if end > data:
-        raise CheckpointError(path, f"cut short: {name} ends at byte {end} of the data, found {data}; fetch it again")
+        raise CheckpointError(
+            path, f"truncated: {name} ends at byte {end}, but there are only {data} bytes of data; fetch it again"
+        )
     return begin, TensorInfo(shape, DTYPES[code], path)
 
 
 def head(entries: Mapping[str, Any], aligned: int) -> bytes:
-    """Return the bytes in front of the data: length and header, filled up to a multiple of ``aligned``."""
+    """Return the bytes before the data: length and header, padded to a multiple of ``aligned`` bytes."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % aligned)
     return struct.pack("<Q", len(text)) + text
 
 
-def write_file(path: Path, views: Mapping[str, View], wrote: Callable[[int], None] | None = None) -> None:
-    """Write ``views`` to ``path``, one tensor in memory at a time; ``wrote`` is told the bytes of each.
+def write_file(path: Path, views: Mapping[str, View], on_write: Callable[[int], None] | None = None) -> None:
+    """Write ``views`` to ``path``, one tensor in memory at a time.
 
-    Wider dtypes go first, so that every tensor is aligned to its own element size.
+    Tensors with larger elements come first, so that each is aligned to its element size. ``on_write`` is called with
+    the bytes of each tensor.
     """
     order = sorted(views, key=lambda name: -views[name].info.dtype.itemsize)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -171,5 +175,5 @@ def write_file(path: Path, views: Mapping[str, View], wrote: Callable[[int], Non
             tensor = views[name].read().contiguous()
             assert tensor.shape == views[name].info.shape and tensor.dtype == views[name].info.dtype
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            if wrote is not None:
-                wrote(tensor.nbytes)
+            if on_write is not None:
+                on_write(tensor.nbytes)

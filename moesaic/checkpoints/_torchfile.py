@@ -1,7 +1,7 @@
-"""Files written by ``torch.save``: read by a child process, so that this one never unpickles.
+"""Reads files of ``torch.save`` in a child process, so that this process never unpickles.
 
-Knows how to start the child, how long to wait for it, and how to ask it for parts of tensors. Does not
-know torch's file format, and has no other way to read it: what the child refuses stays refused.
+This module starts the child, waits for it with a time limit, and requests parts of tensors from it. It does not
+depend on torch's file format and has no other way to read it: a file that the child refuses cannot be read.
 """
 
 from __future__ import annotations
@@ -23,64 +23,64 @@ from torch import Tensor
 from moesaic.checkpoints._views import Index, TensorInfo, bounds, sizes
 from moesaic.errors import CheckpointError
 
-PATIENCE = 300.0
-"""Seconds without a byte from the child after which it counts as hanging: a cold disk may take long."""
+TIMEOUT_SECONDS = 300.0
+"""Time without output after which the child counts as hanging; a disk that is not cached may be slow."""
 
-LINE_LIMIT = 64 << 20
+MAX_LINE_BYTES = 64 << 20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SYSTEMROOT")
-"""What the child gets to see of the environment: not the tokens and keys that may be in it."""
+ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SYSTEMROOT")
+"""Environment variables that the child receives. Others may contain tokens and keys."""
 
 
 class TorchFile:
-    """One of the files, as a store of its own."""
+    """Store of the tensors in one of the files."""
 
-    def __init__(self, path: Path, ask: Callable[[str, Index], Tensor]) -> None:
+    def __init__(self, path: Path, read_part: Callable[[str, Index], Tensor]) -> None:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
-        self._ask = ask
+        self._read_part = read_part
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """Return the part ``index`` of tensor ``name``; no more than that leaves the child."""
-        return self._ask(name, bounds(index, self.tensors[name].shape))
+        """Return the part ``index`` of tensor ``name``; the child sends only that part."""
+        return self._read_part(name, bounds(index, self.tensors[name].shape))
 
 
 class TorchFiles:
-    """Several files of ``torch.save``, read by one child process; ``files`` is a store for each.
+    """Several files of ``torch.save``, read by one child process; ``files`` has a store for each.
 
     Raises:
-        CheckpointError: a file is missing, is not a plain dictionary of dense float tensors, or the child
-            ended or fell silent while reading it.
+        CheckpointError: a file is missing, is not a plain dictionary of dense float tensors, or the child ended or
+            hung while reading it.
     """
 
-    def __init__(self, paths: Sequence[Path], patience: float = PATIENCE) -> None:
-        self._patience = patience
+    def __init__(self, paths: Sequence[Path], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self._timeout_seconds = timeout_seconds
         for path in paths:
             if not path.is_file():
                 raise CheckpointError(path, "cannot be read: no such file")
-        self.files = [TorchFile(path, partial(self._read, place)) for place, path in enumerate(paths)]
+        self.files = [TorchFile(path, partial(self._read, position)) for position, path in enumerate(paths)]
         self._child = _start(paths)
-        self._rest = b""
+        self._buffer = b""
         try:
-            for place, name, kind, shape in self._answer(paths[0])["tensors"]:
-                self.files[place].tensors[name] = TensorInfo(tuple(shape), DTYPES[kind], paths[place])
+            for position, name, dtype, shape in self._response(paths[0])["tensors"]:
+                self.files[position].tensors[name] = TensorInfo(tuple(shape), DTYPES[dtype], paths[position])
         except BaseException:
             self.close()
             raise
 
-    def _read(self, place: int, name: str, part: Index) -> Tensor:
-        info = self.files[place].tensors[name]
+    def _read(self, position: int, name: str, part: Index) -> Tensor:
+        info = self.files[position].tensors[name]
         tensor = torch.empty(sizes(part), dtype=info.dtype)
-        asked = {"file": place, "name": name, "index": [[each.start, each.stop] for each in part]}
-        self._send(json.dumps(asked).encode() + b"\n", info.file)
-        length = self._answer(info.file)["bytes"]
+        request = {"file": position, "name": name, "index": [[span.start, span.stop] for span in part]}
+        self._send(json.dumps(request).encode() + b"\n", info.file)
+        length = self._response(info.file)["bytes"]
         if length != tensor.nbytes:
-            raise CheckpointError(info.file, f"{name} came with {length} bytes, expected {tensor.nbytes}")
+            raise CheckpointError(info.file, f"the reader sent {length} bytes of {name}, expected {tensor.nbytes}")
         self._receive(tensor.reshape(-1).view(torch.uint8).numpy().data, info.file)
         return tensor
 
     def close(self) -> None:
-        """End the child."""
+        """Stop the child process."""
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 pipe.close()
@@ -92,55 +92,55 @@ class TorchFiles:
         try:
             os.write(self._child.stdin.fileno(), line)
         except OSError as error:
-            raise self._ended(file) from error
+            raise self._child_error(file) from error
 
-    def _answer(self, file: Path) -> dict[str, Any]:
-        """Return the child's next line, or raise what it complains of."""
-        while b"\n" not in self._rest:
-            if len(self._rest) > LINE_LIMIT:
-                raise CheckpointError(file, "lists more tensors than any model has")
-            self._rest += self._more(1 << 16, file)
-        line, _, self._rest = self._rest.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise CheckpointError(answer.get("file", file), f"cannot be read safely: {answer['error']}")
-        return answer
+    def _response(self, file: Path) -> dict[str, Any]:
+        """Return the child's next line, or raise the error that it reports."""
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > MAX_LINE_BYTES:
+                raise CheckpointError(file, "lists too many tensors for a model")
+            self._buffer += self._read_pipe(1 << 16, file)
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        response: dict[str, Any] = json.loads(line)
+        if "error" in response:
+            raise CheckpointError(response.get("file", file), f"cannot be read safely: {response['error']}")
+        return response
 
-    def _receive(self, into: memoryview, file: Path) -> None:
-        """Fill ``into`` with the child's raw bytes."""
-        done = min(len(self._rest), len(into))
-        into[:done] = self._rest[:done]
-        self._rest = self._rest[done:]
-        while done < len(into):
-            data = self._more(min(1 << 20, len(into) - done), file)
-            into[done : done + len(data)] = data
+    def _receive(self, target: memoryview, file: Path) -> None:
+        """Fill ``target`` with raw bytes from the child."""
+        done = min(len(self._buffer), len(target))
+        target[:done] = self._buffer[:done]
+        self._buffer = self._buffer[done:]
+        while done < len(target):
+            data = self._read_pipe(min(1 << 20, len(target) - done), file)
+            target[done : done + len(data)] = data
             done += len(data)
 
-    def _more(self, most: int, file: Path) -> bytes:
-        """Return some bytes of the child, at least one."""
+    def _read_pipe(self, max_bytes: int, file: Path) -> bytes:
+        """Return at least one byte from the child, and at most ``max_bytes``."""
         assert self._child.stdout is not None
         pipe = self._child.stdout.fileno()
-        if not select.select([pipe], [], [], self._patience)[0]:
-            raise CheckpointError(file, f"its reader said nothing for {self._patience:.0f} s and was ended")
-        data = os.read(pipe, most)
+        if not select.select([pipe], [], [], self._timeout_seconds)[0]:
+            raise CheckpointError(file, f"the process that reads it sent nothing for {self._timeout_seconds:.0f} s")
+        data = os.read(pipe, max_bytes)
         if not data:
-            raise self._ended(file)
+            raise self._child_error(file)
         return data
 
-    def _ended(self, file: Path) -> CheckpointError:
-        """Return the error for a child that is gone."""
+    def _child_error(self, file: Path) -> CheckpointError:
+        """Return an error with the exit status of the child, which has closed its pipes."""
         deadline = time.monotonic() + 5
         while self._child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        return CheckpointError(file, f"its reader ended while reading it (exit status {self._child.returncode})")
+        return CheckpointError(file, f"the process that reads it ended (exit status {self._child.returncode})")
 
 
 def _start(paths: Sequence[Path]) -> subprocess.Popen[bytes]:
     script = Path(__file__).with_name("_torchfile_child.py")
-    home = Path(torch.__file__).parents[1]
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    packages = Path(torch.__file__).parents[1]
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-I", str(script), str(home), *(str(path.resolve()) for path in paths)]
+    command = [sys.executable, "-I", str(script), str(packages), *(str(path.resolve()) for path in paths)]
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

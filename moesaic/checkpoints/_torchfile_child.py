@@ -1,12 +1,12 @@
-"""The process that unpickles: reads .pth, .pt and .bin files for its parent, and can do little else.
+"""Child process that unpickles: reads .pth, .pt and .bin files for its parent, with few other permissions.
 
-Run by path, isolated, with nothing of this package imported. Reads requests from standard input, one
-JSON line each, and answers on standard output with one JSON line, followed by raw bytes where it says so:
+The script is run by its path in an isolated interpreter and imports nothing of this package. Each request is a line
+of JSON on standard input. Each response is a line of JSON on standard output, which raw bytes may follow:
 
-    {}                                        -> {"tensors": [[file, name, dtype, shape], ...]}, once, unasked
+    (at the start)                            -> {"tensors": [[file, name, dtype, shape], ...]} or {"error": s}
     {"file": 0, "name": s, "index": [[a, b]]} -> {"bytes": n} and n bytes, or {"error": s}
 
-Arguments: the folder to import torch from, then the files. Does not know what the tensors are for.
+Arguments: the folder to import torch from, then the files.
 """
 
 import contextlib
@@ -19,81 +19,82 @@ from pathlib import Path
 from typing import IO, Any
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-ROOM = 32 << 30  # address space besides the mapped files: what importing torch reserves, CUDA builds too
+ADDRESS_SPACE = 32 << 30
+"""Bytes of address space in addition to the mapped files; importing torch with CUDA reserves most of it."""
 
 
-def limit(files: list[str]) -> None:
-    """Give up what reading does not need: writing files, starting programs, leaving a core."""
-    room = ROOM + 2 * sum(Path(file).stat().st_size for file in files)
-    wanted = {"RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0, "RLIMIT_AS": room}
-    for name, most in wanted.items():
-        with contextlib.suppress(ValueError, OSError):  # a lower limit already holds, or the system has none
-            resource.setrlimit(getattr(resource, name), (most, most))
+def drop_permissions(files: list[str]) -> None:
+    """Forbid this process to write files, start programs or dump core, and limit its address space."""
+    address_space = ADDRESS_SPACE + 2 * sum(Path(file).stat().st_size for file in files)
+    limits = {"RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0, "RLIMIT_AS": address_space}
+    for name, limit in limits.items():
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is set, or the system does not have this limit
+            resource.setrlimit(getattr(resource, name), (limit, limit))
 
 
 def load(torch: Any, file: str) -> dict[str, Any]:
-    """Return {name: tensor} of one file; raises whatever torch raises, or ValueError."""
-    zipped = zipfile.is_zipfile(file)
-    if zipped:
+    """Return {name: tensor} of one file; raise ValueError, or any error of torch, for a file that is refused."""
+    is_zip = zipfile.is_zipfile(file)
+    if is_zip:
         for name in zipfile.ZipFile(file).namelist():
             if name.endswith("constants.pkl") or "/code/" in name:
                 raise ValueError("this is a TorchScript program, not a file of weights")
-    state = torch.load(file, weights_only=True, mmap=zipped, map_location="cpu")
+    state = torch.load(file, weights_only=True, mmap=is_zip, map_location="cpu")
     if not isinstance(state, dict):
         raise ValueError(f"expected a dictionary of tensors, found {type(state).__name__}")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"expected only named tensors, found {name!r}: {type(tensor).__name__}")
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or kind not in FLOATS:
-            raise ValueError(f"{name} is {tensor.layout} {kind} on {tensor.device}, expected plain floats")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or dtype not in FLOATS:
+            raise ValueError(f"{name} is {tensor.layout} {dtype} on {tensor.device}, expected plain floats")
     return state
 
 
-def serve(torch: Any, states: list[dict[str, Any]], requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer requests until there are no more."""
+def serve(torch: Any, states: list[dict[str, Any]], requests: IO[bytes], responses: IO[bytes]) -> None:
+    """Answer requests until the parent closes the pipe."""
     for line in requests:
-        asked = json.loads(line)
-        tensor = states[asked["file"]][asked["name"]]
-        part = tensor[tuple(slice(a, b) for a, b in asked["index"])].detach().contiguous()
+        request = json.loads(line)
+        tensor = states[request["file"]][request["name"]]
+        part = tensor[tuple(slice(a, b) for a, b in request["index"])].detach().contiguous()
         data = part.reshape(-1).view(torch.uint8).numpy().data
-        say(answers, {"bytes": len(data)})
-        answers.write(data)
-        answers.flush()
+        send(responses, {"bytes": len(data)})
+        responses.write(data)
+        responses.flush()
 
 
-def say(answers: IO[bytes], value: dict[str, Any]) -> None:
-    answers.write(json.dumps(value).encode() + b"\n")
-    answers.flush()
+def send(responses: IO[bytes], value: dict[str, Any]) -> None:
+    responses.write(json.dumps(value).encode() + b"\n")
+    responses.flush()
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not reach the parent as an answer
-    home, *files = sys.argv[1:]
-    sys.path.append(home)
-    at = {"file": files[0]}
+    responses = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # output of libraries must not reach the parent as a response
+    packages, *files = sys.argv[1:]
+    sys.path.append(packages)
+    current = {"file": files[0]}
     try:
-        import torch  # here, so that a failure to import is an answer too
+        import torch  # imported here so that a failure is reported to the parent
 
         torch.set_num_threads(1)
-        limit(files)
+        drop_permissions(files)
         states = []
-        for at["file"] in files:
-            states.append(load(torch, at["file"]))
-        say(answers, {"tensors": listing(states)})
-        at = {}  # from here on the parent knows which file it asked for
-        serve(torch, states, sys.stdin.buffer, answers)
-    except Exception as error:  # a dozen types come out of a hostile file; each is one refusal
+        for current["file"] in files:
+            states.append(load(torch, current["file"]))
+        send(responses, {"tensors": listing(states)})
+        current = {}  # from here on, the parent knows the file of its request
+        serve(torch, states, sys.stdin.buffer, responses)
+    except Exception as error:  # a malicious file can raise many types of errors; each refuses the file
         lines = str(error).strip().splitlines() or [""]
-        say(answers, {"error": f"{type(error).__name__}: {lines[0][:500]}"} | at)
+        send(responses, {"error": f"{type(error).__name__}: {lines[0][:500]}"} | current)
 
 
 def listing(states: list[dict[str, Any]]) -> list[tuple[int, str, str, list[int]]]:
     """Return (file, name, dtype, shape) of every tensor."""
     return [
-        (place, name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        for place, state in enumerate(states)
+        (position, name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        for position, state in enumerate(states)
         for name, tensor in state.items()
     ]
 

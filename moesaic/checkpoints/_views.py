@@ -1,9 +1,9 @@
-"""Tensors that are described before they are read: pieces of files, cut, turned, permuted and joined.
+"""Views: tensors that are described first and read later, and that combine or reorder tensors on disk.
 
-Knows how a tensor of the common language is put together from what lies on disk, and reads no more
-than the overlap of a wanted part with each piece. Does not know names, layouts or file formats.
+Reading a part of a view reads only the data that the part needs. This module does not depend on tensor names,
+layouts or file formats.
 
-Legend: an index is one slice per leading axis, with step 1; axes left out are whole.
+Legend: an index is one slice per leading axis, with step 1; axes that are left out are read completely.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it; ``file`` is where its first byte lies."""
+    """Shape and dtype of a tensor, and the file that holds its first byte."""
 
     shape: Shape
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class TensorInfo:
 
 
 class Store(Protocol):
-    """Named tensors that can be read in part: a file, several files, or a whole checkpoint."""
+    """Named tensors that can be read in parts: a file, several files, or a checkpoint."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
@@ -45,33 +45,33 @@ class Store(Protocol):
 
 
 def bounds(index: Index | None, shape: Shape) -> Index:
-    """Return ``index`` with one slice per axis of ``shape``, each with a plain start and stop."""
-    given = index or ()
-    assert len(given) <= len(shape) and all(part.step in (None, 1) for part in given)
-    whole = (*given, *(slice(None) for _ in shape[len(given) :]))
+    """Return ``index`` with one slice for each axis of ``shape``, each with an explicit start and stop."""
+    index = index or ()
+    assert len(index) <= len(shape) and all(part.step in (None, 1) for part in index)
+    whole = (*index, *(slice(None) for _ in shape[len(index) :]))
     ranges = [part.indices(size) for part, size in zip(whole, shape, strict=True)]
     return tuple(slice(start, max(start, stop)) for start, stop, _ in ranges)
 
 
 def sizes(index: Index) -> Shape:
-    """Return the shape that a bounded ``index`` cuts out."""
+    """Return the shape of the part that ``index`` selects; ``index`` comes from ``bounds``."""
     return tuple(part.stop - part.start for part in index)
 
 
 class View(Protocol):
-    """One tensor of the common language, not yet read."""
+    """A tensor that is not read yet."""
 
     @property
     def info(self) -> TensorInfo: ...
 
     def read(self, index: Index | None = None) -> Tensor:
-        """Return the part that ``index`` names; it may share memory with a mapped file."""
+        """Read the part that ``index`` selects; the result may share memory with a mapped file."""
         ...
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it lies in a store."""
+    """View of a tensor in a store, unchanged."""
 
     store: Store
     name: str
@@ -85,7 +85,7 @@ class Stored:
 
 
 class Part:
-    """The block ``index`` of another view; ``drop`` removes the leading axis, which must be cut to 1."""
+    """View of the block ``index`` of another view; ``drop`` removes the leading axis, which must have length 1."""
 
     def __init__(self, whole: View, index: Index, *, drop: bool = False) -> None:
         self._whole = whole
@@ -99,16 +99,16 @@ class Part:
         inner = bounds(index, self.info.shape)
         if self._drop:
             inner = (slice(0, 1), *inner)
-        moved = tuple(
+        shifted = tuple(
             slice(base.start + part.start, base.start + part.stop)
             for base, part in zip(self._index, inner, strict=True)
         )
-        tensor = self._whole.read(moved)
+        tensor = self._whole.read(shifted)
         return tensor[0] if self._drop else tensor
 
 
 class Transposed:
-    """A matrix stored the other way round."""
+    """View of the transpose of a matrix."""
 
     def __init__(self, other: View) -> None:
         self._other = other
@@ -121,7 +121,7 @@ class Transposed:
 
 
 class Joined:
-    """Pieces that follow one another along ``axis``: the shards of a model-parallel checkpoint."""
+    """View of the concatenation of pieces along ``axis``, such as the shards of a model-parallel checkpoint."""
 
     def __init__(self, pieces: Sequence[View], axis: int) -> None:
         first = pieces[0].info
@@ -147,7 +147,7 @@ class Joined:
 
 
 class Replicated:
-    """A tensor that several files each hold whole: read once, and checked to be the same everywhere."""
+    """View of a tensor that several files hold completely; reading it checks that all copies are equal."""
 
     def __init__(self, name: str, copies: Sequence[View]) -> None:
         self._name = name
@@ -161,23 +161,23 @@ class Replicated:
                 raise CheckpointError(
                     copy.info.file,
                     f"{self._name} differs from the copy in {self.info.file.name}: "
-                    "these shards are not of one checkpoint; fetch them again",
+                    "the files do not belong to the same checkpoint; fetch them again",
                 )
         return first
 
 
 class Rotary:
-    """Query or key rows in the other of the two orders that rotary embeddings come in.
+    """View of query or key rows in the other of the two orders that rotary embeddings use.
 
-    Su et al. (RoFormer, 2021) rotate neighbours: row 2i of a head pairs with 2i + 1, and Meta and
-    Mistral store rows so. Hugging Face pairs row i with row i + D/2. ``halves`` says which order
-    this view presents; the other view holds the opposite. Whole heads are read around any rows asked for.
+    The interleaved order pairs row 2i of a head with row 2i + 1 (Su et al., RoFormer, 2021); Meta and Mistral store
+    it. The half-split order of Hugging Face pairs row i with row i + D/2. If ``half_split``, this view has the
+    half-split order and ``other`` the interleaved one; otherwise the reverse. Reading a row reads its whole head.
     """
 
-    def __init__(self, other: View, head_dim: int, *, halves: bool) -> None:
+    def __init__(self, other: View, head_dim: int, *, half_split: bool) -> None:
         self._other = other
         self._head_dim = head_dim
-        self._halves = halves
+        self._half_split = half_split
         self.info = other.info
 
     def read(self, index: Index | None = None) -> Tensor:
@@ -185,6 +185,8 @@ class Rotary:
         size = self._head_dim
         begin, end = rows.start // size * size, -(-rows.stop // size) * size
         tensor = self._other.read((slice(begin, end), *rest))
-        pairs = (size // 2, 2) if self._halves else (2, size // 2)
-        turned = tensor.reshape((end - begin) // size, *pairs, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
-        return turned[rows.start - begin : rows.stop - begin]
+        pairs = (size // 2, 2) if self._half_split else (2, size // 2)
+        reordered = (
+            tensor.reshape((end - begin) // size, *pairs, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
+        )
+        return reordered[rows.start - begin : rows.stop - begin]

@@ -1,15 +1,18 @@
-"""Meta's layout: params.json beside consolidated.NN.pth, one file per model-parallel rank.
+"""Meta's layout: params.json and consolidated.NN.pth, with one file for each model-parallel rank.
 
-Knows how each weight is cut over the ranks (Shoeybi et al., Megatron-LM, arXiv:1909.08053, as fairscale
-does it): projections into the heads and the feed-forward layer along their output, those back along
-their input, norms and routers whole in every file; the embedding along its width up to Llama 2 and along
-the vocabulary since, which its shape tells. ``merged.{N}GPUs.NN.pth``, as AIME's converter calls the same
-weights for N ranks, is read too. Knows params.json: what Meta writes there, and in files of ours also
-``moe``, ``head_dim`` and ``sliding_window`` in Mistral's words, so that every family has this layout.
+Weights are split over ranks as in Megatron-LM (Shoeybi et al., arXiv:1909.08053) by fairscale. Projections into
+heads and into the feed-forward layer are split along their output, the projections back along their input. Every
+file holds all norms and routers. The embedding is split along its width up to Llama 2 and along the vocabulary
+since Llama 3; its shape shows which. Files named ``merged.{N}GPUs.NN.pth``, which AIME's converter writes for N
+ranks, are read as well.
 
-Meta's files do not say by how much rotary wavelengths are stretched (``use_scaled_rope``). It is 8 since
-Llama 3.1, but 32 in the published config.json of Llama 3.2 1B and 3B, which are told by their size. Files
-of ours say it, in the words of Llama 4's params.json (``rope_scaling_factor``, ``rope_high_freq_factor``).
+params.json is read as Meta writes it. Files written by this module may also contain ``moe``, ``head_dim`` and
+``sliding_window`` as in Mistral's params.json, so that every model family can be stored in this layout.
+
+Meta's params.json does not contain the factor by which rotary wavelengths are scaled (``use_scaled_rope``). It is 8
+since Llama 3.1, and 32 in the published config.json of Llama 3.2 1B and 3B, which are recognized by their size.
+Files written by this module contain the factor under the names of Llama 4's params.json (``rope_scaling_factor``,
+``rope_high_freq_factor``).
 """
 
 from __future__ import annotations
@@ -24,124 +27,129 @@ from typing import Any
 import torch
 
 from moesaic.checkpoints import Checkpoint
+from moesaic.checkpoints._decoder import DecoderConfig, RopeScaling, common_dtype, parse_config
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._json import read_json, read_json_if_there
-from moesaic.checkpoints._numbers import Numbers, Scaling, common_dtype, from_config
 from moesaic.checkpoints._original import to_classic, to_original
 from moesaic.checkpoints._torchfile import TorchFile, TorchFiles
 from moesaic.checkpoints._views import Joined, Part, Replicated, Stored, View
-from moesaic.checkpoints._write import Wrote, generation, target, untied, write_json
+from moesaic.checkpoints._write import OnWrite, generation_config, new_folder, views_with_head, write_json
 from moesaic.errors import CheckpointError, ConfigError, InvalidParameter
 
 LOOKS_FOR = "params.json without 'hidden_dim', and consolidated.NN.pth or merged.{N}GPUs.NN.pth"
 
 EMBEDDING = "tok_embeddings.weight"
-UNSAID = -1  # the vocab_size of Llama 1 and 2, who leave it to their tokenizer
-LLAMA2_VOCAB = 32_000
-SMALL = {(2048, 16), (3072, 28)}  # (dim, n_layers) of Llama 3.2 1B and 3B
+UNKNOWN_VOCAB = -1
+"""``vocab_size`` in params.json of Llama 1 and 2, where the tokenizer determines it."""
+LLAMA_2_VOCAB = 32_000
+LLAMA_3_2_SIZES = {(2048, 16), (3072, 28)}
+"""``dim`` and ``n_layers`` of Llama 3.2 1B and 3B."""
 _FILE = re.compile(r"(consolidated|merged\.(\d+)GPUs)\.(\d\d)\.pth")
 _OUTPUT = re.compile(r"output\.weight|.*\.attention\.w[qkv]\.weight|.*\.feed_forward\.(experts\.\d+\.)?w[13]\.weight")
 _INPUT = re.compile(r".*\.attention\.wo\.weight|.*\.feed_forward\.(experts\.\d+\.)?w2\.weight")
-_HARMLESS = ("max_batch_size", "model_parallel_size")
-_RELEASED = ((256, None), (256, 1.5), (1024, 1.3), (4096, 1.3), (4096, 1.2))
+_IGNORED_KEYS = ("max_batch_size", "model_parallel_size")
+_RELEASED_SIZES = ((256, None), (256, 1.5), (1024, 1.3), (4096, 1.3), (4096, 1.2))
+"""``multiple_of`` and ``ffn_dim_multiplier`` of the models that Meta released."""
 
 
 def detect(path: Path) -> bool:
-    """Return whether the folder holds params.json and weights as Meta distributes them."""
+    """Return whether the folder holds params.json and weight files in Meta's layout."""
     if not _files(path):
         return False
     try:
         params = read_json(path / "params.json")
     except CheckpointError:
-        return True  # let ``open`` say what is wrong with it
+        return True  # open_checkpoint reports the problem
     return "hidden_dim" not in params and "intermediate_size" not in params
 
 
-def open(path: Path) -> Checkpoint:
-    """Open the checkpoint in the folder ``path``, whatever number of files it is cut into.
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint in the folder ``path``, with any number of model-parallel files.
 
     Raises:
-        ConfigError: params.json is missing, or says what is not understood.
-        CheckpointError: a file is missing or damaged, or the files are not of one checkpoint.
+        ConfigError: params.json is missing or not understood.
+        CheckpointError: a file is missing or damaged, or the files do not belong to the same checkpoint.
     """
     params = Fields(read_json(path / "params.json"), path / "params.json")
-    generation_config = read_json_if_there(path / "generation_config.json")
-    numbers = _numbers(params)
+    generation = read_json_if_there(path / "generation_config.json")
+    decoder = _decoder_config(params)
     files = _files(path)
-    _whole(files, path)
+    _check_ranks(files, path)
     store = TorchFiles(files)
     try:
-        joined = _join(store.files, numbers.hidden)
-        if numbers.vocab == UNSAID and EMBEDDING in joined:
-            numbers = replace(numbers, vocab=joined[EMBEDDING].info.shape[0])
-        found = to_classic(joined, numbers, path)
+        joined = _join(store.files, decoder.hidden)
+        if decoder.vocab == UNKNOWN_VOCAB and EMBEDDING in joined:
+            decoder = replace(decoder, vocab=joined[EMBEDDING].info.shape[0])
+        views = to_classic(joined, decoder, path)
     except CheckpointError:
         store.close()
         raise
-    kind = "mixtral" if numbers.experts else "mistral" if numbers.window else "llama"
-    config = numbers.config(kind, common_dtype(view.info for view in found.values()))
-    return Checkpoint("meta", path, config, generation_config, found, store.close)
+    model_type = "mixtral" if decoder.experts else "mistral" if decoder.window else "llama"
+    config = decoder.to_config(model_type, common_dtype(view.info for view in views.values()))
+    return Checkpoint("meta", path, config, generation, views, store.close)
 
 
-def write(source: Checkpoint, path: Path, shards: int = 1, wrote: Wrote | None = None) -> None:
-    """Write ``source`` in this layout, cut for ``shards`` model-parallel ranks, one rank in memory at a time.
+def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | None = None) -> None:
+    """Write ``source`` in this layout for ``shards`` model-parallel ranks, with one rank in memory at a time.
 
     Raises:
-        InvalidParameter: ``path`` holds something, or the model cannot be cut so; the message says how it can.
-        ConfigError: the configuration asks for what params.json cannot say.
+        InvalidParameter: ``path`` is not empty, or the model cannot be split over that many ranks; the message
+            lists the possible numbers.
+        ConfigError: the configuration cannot be expressed in params.json.
         CheckpointError: the source cannot be read, or the target cannot be written.
     """
-    numbers = from_config(source.config, source.path)
-    params = _params(numbers, source.path)
-    legal = _legal(numbers)
-    if shards not in legal:
+    decoder = parse_config(source.config, source.path)
+    params = _params(decoder, source.path)
+    possible = _possible_ranks(decoder)
+    if shards not in possible:
+        divisors = ", ".join(map(str, possible))
         raise InvalidParameter(
-            "shards", f"is {shards}, but heads, feed-forward size and vocabulary divide by {', '.join(map(str, legal))}"
+            "shards", f"is {shards}, but heads, feed-forward size and vocabulary divide by {divisors}"
         )
-    found = to_original(untied(source), numbers, source.path)
-    with target(path, source) as folder:
+    views = to_original(views_with_head(source), decoder, source.path)
+    with new_folder(path, source) as folder:
         for rank in range(shards):
             state = {}
-            for name, view in found.items():
-                # A clone, because what is read may be a window on a file, and torch.save would save all of it.
+            for name, view in views.items():
+                # The tensor may be a view of a mapped file, of which torch.save would write all; so it is cloned.
                 state[name] = (
-                    _cut(name, view, rank, shards, numbers).read().clone(memory_format=torch.contiguous_format)
+                    _rank_part(name, view, rank, shards, decoder).read().clone(memory_format=torch.contiguous_format)
                 )
-                if wrote is not None and (rank == 0 or _axis(name, numbers, shards) is not None):
-                    wrote(state[name].nbytes)
+                if on_write is not None and (rank == 0 or _axis(name, decoder, shards) is not None):
+                    on_write(state[name].nbytes)
             torch.save(state, folder / f"consolidated.{rank:02d}.pth")
-        if ids := generation(source):
-            write_json(folder / "generation_config.json", ids)
+        if generation := generation_config(source):
+            write_json(folder / "generation_config.json", generation)
         write_json(folder / "params.json", params)
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the files of one set, in the order of ranks: Meta's own, or else the set of fewest files."""
+    """Return the weight files in the order of ranks; if there are several sets, Meta's own or the smallest."""
     sets: dict[int, list[Path]] = {}
     for file in sorted(path.glob("*.pth")):
-        if found := _FILE.fullmatch(file.name):
-            sets.setdefault(int(found[2] or 0), []).append(file)
+        if match := _FILE.fullmatch(file.name):
+            sets.setdefault(int(match[2] or 0), []).append(file)
     return sets[min(sets)] if sets else []
 
 
-def _whole(files: Sequence[Path], path: Path) -> None:
-    """Raise CheckpointError if a file in the row of ranks is not there."""
-    found = _FILE.fullmatch(files[0].name)
-    assert found is not None
+def _check_ranks(files: Sequence[Path], path: Path) -> None:
+    """Raise CheckpointError if the file of a rank is missing."""
+    match = _FILE.fullmatch(files[0].name)
+    assert match is not None
     names = {file.name for file in files}
-    for rank in range(max(int(found[2] or 0), len(files))):
-        name = f"{found[1]}.{rank:02d}.pth"
+    for rank in range(max(int(match[2] or 0), len(files))):
+        name = f"{match[1]}.{rank:02d}.pth"
         if name not in names:
-            raise CheckpointError(path / name, f"is missing, though there is {files[-1].name}")
+            raise CheckpointError(path / name, f"is missing, although {files[-1].name} exists")
 
 
 def _join(files: Sequence[TorchFile], hidden: int) -> dict[str, View]:
-    """Return every tensor put together over the files."""
+    """Return views of the complete tensors, joined from the parts in the files of all ranks."""
     first = files[0]
     for file in files[1:]:
-        if odd := sorted(file.tensors.keys() ^ first.tensors.keys()):
-            has, lacks = (file, first) if odd[0] in file.tensors else (first, file)
-            raise CheckpointError(lacks.path, f"{odd[0]} is missing, though it is in {has.path.name}")
+        if differing := sorted(file.tensors.keys() ^ first.tensors.keys()):
+            complete, incomplete = (file, first) if differing[0] in file.tensors else (first, file)
+            raise CheckpointError(incomplete.path, f"{differing[0]} is missing, although it is in {complete.path.name}")
         for name, info in file.tensors.items():
             expected = first.tensors[name]
             if (info.shape, info.dtype) != (expected.shape, expected.dtype):
@@ -150,126 +158,136 @@ def _join(files: Sequence[TorchFile], hidden: int) -> dict[str, View]:
                     f"{name} has the wrong shape: expected {list(expected.shape)} as in {first.path.name}, "
                     f"found {list(info.shape)}",
                 )
-    found: dict[str, View] = {}
+    views: dict[str, View] = {}
     for name, info in first.tensors.items():
-        copies = [Stored(file, name) for file in files]
-        axis = _split_axis(name, info.shape[-1] == hidden)
-        whole = axis is None or len(info.shape) != 2
-        found[name] = (
-            copies[0] if len(copies) == 1 else Replicated(name, copies) if whole else Joined(copies, axis or 0)
-        )
-    return found
+        parts = [Stored(file, name) for file in files]
+        axis = _split_axis(name, full_width=info.shape[-1] == hidden)
+        if len(parts) == 1:
+            views[name] = parts[0]
+        elif axis is None or len(info.shape) != 2:
+            views[name] = Replicated(name, parts)
+        else:
+            views[name] = Joined(parts, axis)
+    return views
 
 
-def _split_axis(name: str, wide: bool) -> int | None:
-    """Return the axis along which a tensor is cut, or None; ``wide``: an embedding has its full width."""
+def _split_axis(name: str, full_width: bool) -> int | None:
+    """Return the axis along which a tensor is split over ranks, or None if each rank holds all of it.
+
+    ``full_width`` says whether each rank holds embedding vectors of full width.
+    """
     if name == EMBEDDING:
-        return 0 if wide else 1
+        return 0 if full_width else 1
     return 0 if _OUTPUT.fullmatch(name) else 1 if _INPUT.fullmatch(name) else None
 
 
-def _axis(name: str, numbers: Numbers, shards: int) -> int | None:
-    """Return the axis along which to cut a tensor; Llama 2's reader wants its embedding cut along the width."""
-    return _split_axis(name, numbers.vocab != LLAMA2_VOCAB or numbers.hidden % shards != 0)
+def _axis(name: str, decoder: DecoderConfig, shards: int) -> int | None:
+    """Return the axis along which ``write`` splits a tensor; Llama 2's code expects split embedding vectors."""
+    full_width = decoder.vocab != LLAMA_2_VOCAB or decoder.hidden % shards != 0
+    return _split_axis(name, full_width)
 
 
-def _cut(name: str, view: View, rank: int, shards: int, numbers: Numbers) -> View:
-    """Return what rank ``rank`` of ``shards`` holds of a tensor."""
-    axis = _axis(name, numbers, shards)
+def _rank_part(name: str, view: View, rank: int, shards: int, decoder: DecoderConfig) -> View:
+    """Return the part of a tensor that rank ``rank`` of ``shards`` holds."""
+    axis = _axis(name, decoder, shards)
     if axis is None:
         return view
     share = view.info.shape[axis] // shards
     return Part(view, (slice(None),) * axis + (slice(rank * share, (rank + 1) * share),))
 
 
-def _legal(numbers: Numbers) -> list[int]:
-    """Return the numbers of ranks that a model can be cut for; file names have two digits."""
-    common = math.gcd(numbers.heads, numbers.kv_heads, numbers.inner, numbers.vocab)
+def _possible_ranks(decoder: DecoderConfig) -> list[int]:
+    """Return the numbers of ranks that a model can be split over; file names have two digits, hence at most 99."""
+    common = math.gcd(decoder.heads, decoder.kv_heads, decoder.intermediate, decoder.vocab)
     return [count for count in range(1, min(common, 99) + 1) if common % count == 0]
 
 
-def _numbers(params: Fields) -> Numbers:
-    """Return what a params.json says, ``vocab`` perhaps UNSAID."""
+def _decoder_config(params: Fields) -> DecoderConfig:
+    """Parse params.json; the vocabulary of the result may be UNKNOWN_VOCAB."""
     hidden, heads, layers = params.integer("dim"), params.integer("n_heads"), params.integer("n_layers")
-    vocab = params.take("vocab_size", UNSAID)
-    if type(vocab) is not int or (vocab < 1 and vocab != UNSAID):
-        raise params.fail(f"vocab_size is {vocab!r}, expected a positive whole number")
+    vocab = params.take("vocab_size", UNKNOWN_VOCAB)
+    if type(vocab) is not int or (vocab < 1 and vocab != UNKNOWN_VOCAB):
+        raise params.error(f"vocab_size is {vocab!r}, expected a positive integer")
     theta = params.number("rope_theta", 10_000.0)
-    scaling = _scaling(params, (hidden, layers) in SMALL)
+    scaling = _scaling(params, (hidden, layers) in LLAMA_3_2_SIZES)
+    multiple, multiplier = params.integer("multiple_of", 256), params.number("ffn_dim_multiplier", None)
+    intermediate = _feed_forward_size(hidden, multiple, multiplier)
     moe = params.nested("moe")
-    numbers = Numbers(
+    decoder = DecoderConfig(
         hidden=hidden,
-        inner=_inner(hidden, params.integer("multiple_of", 256), params.number("ffn_dim_multiplier", None)),
+        intermediate=intermediate,
         layers=layers,
         heads=heads,
         kv_heads=params.integer("n_kv_heads", heads),
         head_dim=params.integer("head_dim", hidden // heads),
         vocab=vocab,
-        length=params.integer("max_seq_len", 131_072 if scaling else 8192 if theta > 10_000 else 4096),
+        max_length=params.integer("max_seq_len", 131_072 if scaling else 8192 if theta > 10_000 else 4096),
         eps=params.number("norm_eps"),
         theta=theta,
         window=params.integer("sliding_window", None),
         scaling=scaling,
         experts=moe.integer("num_experts") if moe else None,
-        chosen=moe.integer("num_experts_per_tok") if moe else None,
+        experts_per_token=moe.integer("num_experts_per_tok") if moe else None,
     )
     if moe:
         moe.finish()
-    params.finish(_HARMLESS)
-    return numbers
+    params.finish(_IGNORED_KEYS)
+    return decoder
 
 
-def _scaling(params: Fields, small: bool) -> Scaling | None:
-    """Take the rotary scaling, which Meta's own files switch on without saying how much."""
+def _scaling(params: Fields, small: bool) -> RopeScaling | None:
+    """Take the rotary scaling; Meta's own files switch it on but do not contain the factor."""
     scaled = params.take("use_scaled_rope", False)
     if not isinstance(scaled, bool):
-        raise params.fail(f"use_scaled_rope is {scaled!r}, expected true or false")
+        raise params.error(f"use_scaled_rope is {scaled!r}, expected true or false")
     factor = params.number("rope_scaling_factor", 32.0 if small else 8.0)
     high = params.number("rope_high_freq_factor", 4.0)
-    return Scaling(factor, 1.0, high, 8192) if scaled else None
+    return RopeScaling(factor, 1.0, high, 8192) if scaled else None
 
 
-def _inner(hidden: int, multiple: int, factor: float | None) -> int:
-    """Return the feed-forward size that Meta's three numbers stand for."""
+def _feed_forward_size(hidden: int, multiple: int, factor: float | None) -> int:
+    """Return the feed-forward size that Meta computes from the three values of params.json."""
     size = int(8 * hidden / 3)
     if factor is not None:
         size = int(factor * size)
     return multiple * -(-size // multiple)
 
 
-def _outer(hidden: int, inner: int) -> dict[str, Any]:
-    """Return the keys of params.json that stand for a feed-forward size: a released model's, or any that fit."""
+def _feed_forward_keys(hidden: int, intermediate: int) -> dict[str, Any]:
+    """Return the keys of params.json for a feed-forward size, with the values of a released model if they fit."""
     size = int(8 * hidden / 3)
-    free = (inner, None if size <= inner else inner / size)
-    multiple, factor = next(pair for pair in (*_RELEASED, free) if _inner(hidden, *pair) == inner)
+    fallback = (intermediate, None if size <= intermediate else intermediate / size)
+    multiple, factor = next(
+        pair for pair in (*_RELEASED_SIZES, fallback) if _feed_forward_size(hidden, *pair) == intermediate
+    )
     return {"multiple_of": multiple} | ({} if factor is None else {"ffn_dim_multiplier": factor})
 
 
-def _params(numbers: Numbers, path: Path) -> dict[str, Any]:
-    """Return the params.json that says these numbers."""
+def _params(decoder: DecoderConfig, path: Path) -> dict[str, Any]:
+    """Return the content of params.json for this configuration."""
     params: dict[str, Any] = {
-        "dim": numbers.hidden,
-        "n_layers": numbers.layers,
-        "n_heads": numbers.heads,
-        "n_kv_heads": numbers.kv_heads,
-        "vocab_size": numbers.vocab,
-        **_outer(numbers.hidden, numbers.inner),
-        "norm_eps": numbers.eps,
-        "rope_theta": numbers.theta,
-        "max_seq_len": numbers.length,
+        "dim": decoder.hidden,
+        "n_layers": decoder.layers,
+        "n_heads": decoder.heads,
+        "n_kv_heads": decoder.kv_heads,
+        "vocab_size": decoder.vocab,
+        **_feed_forward_keys(decoder.hidden, decoder.intermediate),
+        "norm_eps": decoder.eps,
+        "rope_theta": decoder.theta,
+        "max_seq_len": decoder.max_length,
     }
-    if (scaling := numbers.scaling) is not None:
-        if (scaling.low, scaling.length) != (1.0, 8192):
-            raise ConfigError(path, "rope scaling with these numbers has no expression in the meta layout; use hf")
+    if (scaling := decoder.scaling) is not None:
+        if (scaling.low_freq_factor, scaling.original_length) != (1.0, 8192):
+            raise ConfigError(path, "this rope scaling cannot be written in the meta layout; use hf")
         params |= {
             "use_scaled_rope": True,
             "rope_scaling_factor": scaling.factor,
-            "rope_high_freq_factor": scaling.high,
+            "rope_high_freq_factor": scaling.high_freq_factor,
         }
-    if numbers.head_dim * numbers.heads != numbers.hidden:
-        params["head_dim"] = numbers.head_dim
-    if numbers.window is not None:
-        params["sliding_window"] = numbers.window
-    if numbers.experts:
-        params["moe"] = {"num_experts": numbers.experts, "num_experts_per_tok": numbers.chosen}
+    if decoder.head_dim * decoder.heads != decoder.hidden:
+        params["head_dim"] = decoder.head_dim
+    if decoder.window is not None:
+        params["sliding_window"] = decoder.window
+    if decoder.experts:
+        params["moe"] = {"num_experts": decoder.experts, "num_experts_per_tok": decoder.experts_per_token}
     return params

@@ -1,12 +1,12 @@
-"""Mistral's own layout: params.json beside consolidated.* files.
+"""Mistral's own layout: params.json and consolidated.* files.
 
-Knows the three shapes in which Mistral distributed weights: ``consolidated*.safetensors``,
-``consolidated.NN.pth`` or ``.pt`` that each hold some whole tensors, and the first Mixtral torrent,
-whose experts are fused (``block_sparse_moe.w1`` [E * f, d], and w2 with each expert transposed) and
-whose params.json already speaks config.json's language. Also knows which keys of params.json matter.
+Mistral distributed weights in three forms: ``consolidated*.safetensors``; several ``consolidated.NN.pth`` or ``.pt``
+files, each with some of the tensors; and the first Mixtral torrent. The torrent's experts are fused
+(``block_sparse_moe.w1`` [E * f, d], and w2 with each expert transposed), and its params.json uses the vocabulary of
+config.json.
 
-A folder with .pth files is Mistral's if params.json gives the feed-forward size (``hidden_dim``), and
-Meta's if it leaves it to be computed.
+A folder with .pth files is in this layout if params.json contains the feed-forward size (``hidden_dim``). In Meta's
+layout, that size is computed from other keys.
 
 Legend: E experts, f intermediate size, d hidden size.
 """
@@ -19,24 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoints import Checkpoint
+from moesaic.checkpoints._decoder import DecoderConfig, common_dtype, parse_config
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._json import read_json, read_json_if_there
-from moesaic.checkpoints._numbers import Numbers, common_dtype, from_config
 from moesaic.checkpoints._original import to_classic, to_original
-from moesaic.checkpoints._union import union
 from moesaic.checkpoints._views import Part, Transposed, View
-from moesaic.checkpoints._write import Wrote, generation, safetensors, target, untied, write_json
+from moesaic.checkpoints._weight_files import open_weight_files
+from moesaic.checkpoints._write import OnWrite, generation_config, new_folder, views_with_head, write_json, write_shards
 from moesaic.errors import CheckpointError, ConfigError
 
 LOOKS_FOR = "params.json with 'hidden_dim', and consolidated*.safetensors, consolidated.NN.pth or consolidated.NN.pt"
 
-LENGTH = 32_768  # what Mistral's models were trained for, where params.json is silent
+DEFAULT_MAX_LENGTH = 32_768
+"""Context length of Mistral's models, used if params.json does not contain it."""
 _SAFE = re.compile(r"consolidated([.-].+)?\.safetensors")
 _TORCH = re.compile(r"consolidated\.\d\d\.(pt|pth)")
 _FUSED = re.compile(r"(layers\.\d+)\.block_sparse_moe\.w([123])")
 
-# The first Mixtral's params.json, in config.json's words, and what later ones call the same.
-_FIRST = {
+# Keys in params.json of the first Mixtral, which are those of config.json, and their names in later files.
+_RENAMED_KEYS = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
     "intermediate_size": "hidden_dim",
@@ -44,142 +45,142 @@ _FIRST = {
     "num_key_value_heads": "n_kv_heads",
     "rms_norm_eps": "norm_eps",
 }
-# What the keys of later and larger models mean where they ask for nothing.
+# Keys of later models, with the values that do not change the computation.
 _NEUTRAL = {"use_biases": False, "causal": True, "ffn_type": "gated", "norm_type": "rms", "model_type": "transformer"}
-_HARMLESS = ("max_batch_size", "architectures", "torch_dtype", "router_aux_loss_coef")
+_IGNORED_KEYS = ("max_batch_size", "architectures", "torch_dtype", "router_aux_loss_coef")
 
 
 def detect(path: Path) -> bool:
-    """Return whether the folder holds params.json and weights as Mistral distributes them."""
+    """Return whether the folder holds params.json and weight files in Mistral's layout."""
     files = _files(path)
     if not files:
         return False
     try:
         return "hidden_dim" in (params := read_json(path / "params.json")) or "intermediate_size" in params
     except CheckpointError:
-        return files[0].suffix != ".pth"  # let ``open`` say what is wrong with it
+        return files[0].suffix != ".pth"  # open_checkpoint reports the problem
 
 
-def open(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint in the folder ``path``.
 
     Raises:
-        ConfigError: params.json is missing, or says what is not understood.
-        CheckpointError: a file is damaged, or a tensor that params.json calls for is missing.
+        ConfigError: params.json is missing or not understood.
+        CheckpointError: a file is damaged, or a tensor is missing.
     """
-    numbers = _numbers(read_json(path / "params.json"), path / "params.json")
-    generation_config = read_json_if_there(path / "generation_config.json")
-    stored, close = union(_files(path))
+    decoder = _decoder_config(read_json(path / "params.json"), path / "params.json")
+    generation = read_json_if_there(path / "generation_config.json")
+    stored, close = open_weight_files(_files(path))
     try:
-        found = to_classic(_split(stored, numbers), numbers, path)
+        views = to_classic(_split_experts(stored, decoder), decoder, path)
     except CheckpointError:
         close()
         raise
-    dtype = common_dtype(view.info for view in found.values())
-    config = numbers.config("mixtral" if numbers.experts else "mistral", dtype)
-    return Checkpoint("mistral", path, config, generation_config, found, close)
+    dtype = common_dtype(view.info for view in views.values())
+    config = decoder.to_config("mixtral" if decoder.experts else "mistral", dtype)
+    return Checkpoint("mistral", path, config, generation, views, close)
 
 
-def write(source: Checkpoint, path: Path, shards: int = 1, wrote: Wrote | None = None) -> None:
+def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | None = None) -> None:
     """Write ``source`` in this layout, into ``shards`` safetensors files of whole tensors.
 
     Raises:
-        InvalidParameter: ``path`` holds something, or there are more shards than tensors.
-        ConfigError: the configuration asks for what params.json cannot say: rope scaling, an unknown key.
+        InvalidParameter: ``path`` is not empty, or there are more shards than tensors.
+        ConfigError: params.json cannot express the configuration: it has rope scaling or an unknown key.
         CheckpointError: the source cannot be read, or the target cannot be written.
     """
-    numbers = from_config(source.config, source.path)
-    if numbers.scaling:
-        raise ConfigError(source.path, "rope scaling has no expression in the mistral layout; use hf or meta")
-    found = to_original(untied(source), numbers, source.path)
+    decoder = parse_config(source.config, source.path)
+    if decoder.scaling:
+        raise ConfigError(source.path, "rope scaling cannot be written in the mistral layout; use hf or meta")
+    views = to_original(views_with_head(source), decoder, source.path)
     files = ["consolidated.safetensors"]
     if shards != 1:
         files = [f"consolidated-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    with target(path, source) as folder:
-        safetensors(folder, found, files, wrote)
-        if ids := generation(source):
-            write_json(folder / "generation_config.json", ids)
-        write_json(folder / "params.json", _params(numbers))
+    with new_folder(path, source) as folder:
+        write_shards(folder, views, files, on_write)
+        if generation := generation_config(source):
+            write_json(folder / "generation_config.json", generation)
+        write_json(folder / "params.json", _params(decoder))
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the weight files: safetensors if there are any, otherwise those of torch."""
+    """Return the weight files: safetensors files if there are any, otherwise torch files."""
     for pattern in (_SAFE, _TORCH):
         if files := sorted(file for file in path.glob("consolidated*") if pattern.fullmatch(file.name)):
             return files
     return []
 
 
-def _split(stored: Mapping[str, View], numbers: Numbers) -> dict[str, View]:
-    """Return ``stored`` with the first torrent's fused experts taken apart, under the later names."""
-    found: dict[str, View] = {}
+def _split_experts(stored: Mapping[str, View], decoder: DecoderConfig) -> dict[str, View]:
+    """Return ``stored`` with the fused experts of the first torrent split, all under the names of later files."""
+    views: dict[str, View] = {}
     for name, view in stored.items():
         fused = _FUSED.fullmatch(name)
-        if fused and numbers.experts:
-            expected = [numbers.experts * numbers.inner, numbers.hidden]
+        if fused and decoder.experts:
+            expected = [decoder.experts * decoder.intermediate, decoder.hidden]
             if list(view.info.shape) != expected:
                 raise CheckpointError(
                     view.info.file, f"{name} has the wrong shape: expected {expected}, found {list(view.info.shape)}"
                 )
-            for expert in range(numbers.experts):
-                part = Part(view, (slice(expert * numbers.inner, (expert + 1) * numbers.inner),))
-                found[f"{fused[1]}.feed_forward.experts.{expert}.w{fused[2]}.weight"] = (
+            for expert in range(decoder.experts):
+                part = Part(view, (slice(expert * decoder.intermediate, (expert + 1) * decoder.intermediate),))
+                views[f"{fused[1]}.feed_forward.experts.{expert}.w{fused[2]}.weight"] = (
                     Transposed(part) if fused[2] == "2" else part
                 )
         else:
-            found[name.replace(".block_sparse_moe.", ".feed_forward.")] = view
-    return found
+            views[name.replace(".block_sparse_moe.", ".feed_forward.")] = view
+    return views
 
 
-def _numbers(raw: Mapping[str, Any], path: Path) -> Numbers:
-    """Return what a params.json says."""
-    params = Fields({_FIRST.get(key, key): value for key, value in raw.items()}, path)
+def _decoder_config(raw: Mapping[str, Any], path: Path) -> DecoderConfig:
+    """Parse params.json."""
+    params = Fields({_RENAMED_KEYS.get(key, key): value for key, value in raw.items()}, path)
     for key, neutral in _NEUTRAL.items():
-        params.only(key, neutral)
+        params.allow(key, neutral)
     moe = params.nested("moe") or params
     window = params.integer("sliding_window", None)
-    # Mistral's own reference code infers the base so where params.json is silent.
+    # Mistral's reference code uses these bases if params.json does not contain one.
     theta = params.number("rope_theta", 1e6 if window is None else 1e4)
     heads, hidden = params.integer("n_heads"), params.integer("dim")
     length = params.integer("max_seq_len", None)
-    numbers = Numbers(
+    decoder = DecoderConfig(
         hidden=hidden,
-        inner=params.integer("hidden_dim"),
+        intermediate=params.integer("hidden_dim"),
         layers=params.integer("n_layers"),
         heads=heads,
         kv_heads=params.integer("n_kv_heads", heads),
         head_dim=params.integer("head_dim", hidden // heads),
         vocab=params.integer("vocab_size"),
-        length=params.integer("max_position_embeddings", length or LENGTH),
+        max_length=params.integer("max_position_embeddings", length or DEFAULT_MAX_LENGTH),
         eps=params.number("norm_eps"),
         theta=theta,
         window=window,
         experts=moe.integer("num_experts", moe.integer("num_local_experts", None)),
-        chosen=moe.integer("num_experts_per_tok", None),
+        experts_per_token=moe.integer("num_experts_per_tok", None),
     )
-    if (numbers.experts is None) != (numbers.chosen is None):
-        raise params.fail("must say both num_experts and num_experts_per_tok, or neither")
+    if (decoder.experts is None) != (decoder.experts_per_token is None):
+        raise params.error("must contain both num_experts and num_experts_per_tok, or neither")
     moe.finish()
-    params.finish(_HARMLESS)
-    return numbers
+    params.finish(_IGNORED_KEYS)
+    return decoder
 
 
-def _params(numbers: Numbers) -> dict[str, Any]:
-    """Return the params.json that says these numbers."""
+def _params(decoder: DecoderConfig) -> dict[str, Any]:
+    """Return the content of params.json for this configuration."""
     params: dict[str, Any] = {
-        "dim": numbers.hidden,
-        "n_layers": numbers.layers,
-        "head_dim": numbers.head_dim,
-        "hidden_dim": numbers.inner,
-        "n_heads": numbers.heads,
-        "n_kv_heads": numbers.kv_heads,
-        "norm_eps": numbers.eps,
-        "vocab_size": numbers.vocab,
-        "rope_theta": numbers.theta,
-        "max_position_embeddings": numbers.length,
+        "dim": decoder.hidden,
+        "n_layers": decoder.layers,
+        "head_dim": decoder.head_dim,
+        "hidden_dim": decoder.intermediate,
+        "n_heads": decoder.heads,
+        "n_kv_heads": decoder.kv_heads,
+        "norm_eps": decoder.eps,
+        "vocab_size": decoder.vocab,
+        "rope_theta": decoder.theta,
+        "max_position_embeddings": decoder.max_length,
     }
-    if numbers.window is not None:
-        params["sliding_window"] = numbers.window
-    if numbers.experts:
-        params["moe"] = {"num_experts": numbers.experts, "num_experts_per_tok": numbers.chosen}
+    if decoder.window is not None:
+        params["sliding_window"] = decoder.window
+    if decoder.experts:
+        params["moe"] = {"num_experts": decoder.experts, "num_experts_per_tok": decoder.experts_per_token}
     return params

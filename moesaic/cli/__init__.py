@@ -147,17 +147,17 @@ def _chat(args: argparse.Namespace) -> int:
 
             known = args.model is None or Path(args.model).exists()  # a hub id's folder is named by a digest
             return Session(conversation, llm.name if known else args.model).run()
-        from moesaic.console import once
+        from moesaic.console import one_shot
 
-        once.answer(conversation, text, as_json=args.json, stats=args.stats)
+        one_shot.answer(conversation, text, as_json=args.json, stats=args.stats)
         return 0
 
 
 def _message(given: str | None) -> str:
-    from moesaic.console import once
+    from moesaic.console import one_shot
 
     if given is None:
-        return once.read_input()
+        return one_shot.read_input()
     if not given.strip():
         raise InvalidRequest("the message is empty: there is nothing to answer")
     return given
@@ -169,7 +169,7 @@ def _load(args: argparse.Namespace) -> LLM:
     from moesaic.text import chat
 
     if args.chat_format not in (None, OWN_TEMPLATE):
-        chat.get(args.chat_format)  # before anything is fetched
+        chat.get_format(args.chat_format)  # before anything is fetched
     path = folder(args.model)
     with bar("loading") as progress:
         return LLM.load(
@@ -283,7 +283,7 @@ def _add_list(commands: Commands) -> None:
 def _list(args: argparse.Namespace) -> int:
     from moesaic import inventory
 
-    rows = inventory.of(args.what)
+    rows = inventory.rows(args.what)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:

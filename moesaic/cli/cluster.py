@@ -20,7 +20,7 @@ from moesaic.errors import EngineStopped, InvalidRequest, NotInstalled
 if TYPE_CHECKING:
     from moesaic.backend import Backend
     from moesaic.cluster.gateway import Gateway
-    from moesaic.cluster.worker import Worker
+    from moesaic.cluster.worker.agent import Worker
     from moesaic.serve.endpoint import Endpoint
 
 CROWD = 4
@@ -73,7 +73,7 @@ def _gateway(args: argparse.Namespace) -> int:
     listening.need_packages()
     from moesaic.cluster import admin, routes
     from moesaic.cluster.aime import clients, settings, workers
-    from moesaic.cluster.figures import Figures
+    from moesaic.cluster.metrics import ClusterCollector
 
     if not args.lease > 0:
         raise InvalidRequest(f"--lease: is {args.lease:g}, expected more than 0")
@@ -82,21 +82,21 @@ def _gateway(args: argparse.Namespace) -> int:
     known = settings.together([*(each for each in settings.shipped() if each.name not in names), *given])
 
     def all_routes(gateway: Gateway) -> Iterable[Endpoint]:
-        aime = [*clients.endpoints(gateway, known), *workers.endpoints(gateway, gateway, known, args.lease)]
+        aime = [*clients.endpoints(gateway, known), *workers.endpoints(gateway.leases, gateway, known, args.lease)]
         return [*routes.endpoints(gateway), *aime, *admin.endpoints(gateway)]
 
     bounds = listening.settings(args, admin_port=args.admin_port)
-    return listening.serve(args, bounds, lambda: _open(args), all_routes, Figures)
+    return listening.serve(args, bounds, lambda: _open(args), all_routes, ClusterCollector)
 
 
 async def _open(args: argparse.Namespace) -> Gateway:
-    from moesaic.cluster import queue
     from moesaic.cluster.gateway import Gateway
-    from moesaic.cluster.jobs import Bounds
+    from moesaic.cluster.jobs import StoreLimits
+    from moesaic.cluster.store import open_store
 
     given = {"queued": args.queue, "queued_per_tenant": args.queue_per_key, "crashes": args.crashes}
-    bounds = Bounds(**{name: value for name, value in given.items() if value is not None})
-    return Gateway(await queue.open(args.jobs or str(_default_jobs()), bounds), args.model or (), args.lease)
+    limits = StoreLimits(**{name: value for name, value in given.items() if value is not None})
+    return Gateway(await open_store(args.jobs or str(_default_jobs()), limits), args.model or (), args.lease)
 
 
 def _default_jobs() -> Path:
@@ -153,7 +153,7 @@ def _worker(args: argparse.Namespace) -> int:
 
 async def _work(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
     from moesaic.cluster.launch import LOST_ENGINE
-    from moesaic.cluster.worker import Worker
+    from moesaic.cluster.worker.agent import Worker
     from moesaic.engine import Limits
 
     models = await serving.model_manager(args, CROWD)

@@ -34,7 +34,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "TGI's launcher",
         "These, and the launcher's other flags, mean what they mean in TGI as far as that makes sense here.\n"
-        "What was taken as what is said at the start; docs/tgi.md has all of them. Port: 3000 unless --port is given.",
+        "The server prints at the start how it understood them; docs/how-to/migrate-from-tgi.md lists all.\n"
+        "Port: 3000 unless --port is given.",
     )
     for flag in TABLE:
         names = [f"--{flag.name}", *(f"--{each}" if len(each) > 1 else f"-{each}" for each in flag.also)]

@@ -45,7 +45,7 @@ class Flag:
     told: str = ""
     """The field of /info that shows the value."""
     help: str = ""
-    """Without it the flag is not in --help, but in docs/tgi.md."""
+    """Without it the flag is not in --help, but in docs/how-to/migrate-from-tgi.md."""
     also: tuple[str, ...] = ()
     env: bool = True
 

@@ -56,7 +56,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     tokenizer, rows = Tokenizer.open(path), []
     for format in args.format or [None]:
         with bar("loading") as progress:
-            loaded = load_model(path, dtype=args.dtype, format=format, device=args.device, progress=progress)
+            loaded = load_model(path, dtype=args.dtype, weight_format=format, device=args.device, progress=progress)
         cache = cache_dtype(loaded.model, args.kv_cache_dtype) if args.kv_cache_dtype else None
         with bar("documents", count=True) as progress:
             found = quality.perplexity(loaded, tokenizer, texts, args.length, progress, cache)
@@ -101,7 +101,7 @@ def add_bench(commands: Commands) -> None:
         _bench_peers,
         "this engine beside llama.cpp, vLLM and transformers",
         "All run one random model with\n"
-        "Mixtral's dimensions and two layers, in turn. docs/benchmarks.md says how to install them.",
+        "Mixtral's dimensions and two layers, in turn. docs/how-to/benchmark.md says how to install them.",
         "moesaic bench peers --only moesaic:q4,moesaic_llm:q4,transformers",
         "moesaic bench peers --python llama_cpp=./llama/bin/python --plot peers.svg --out peers.json",
     )
@@ -177,7 +177,7 @@ def _bench_peers(args: argparse.Namespace) -> int:
     if args.plot:
         plotting.check(args.plot)
     most = partial(limits.measure, report=say) if native.why_not("linear", "cpu", "int4") is None else None
-    work = args.work or pull.cache() / "bench"
+    work = args.work or pull.cache_folder() / "bench"
     found = compare.compare(pairs, work, plan=plan, pythons=pythons, limits=most, report=say)
     print("\n".join(chart.tables(found)))
     record = report.record(args.line, found.figures())

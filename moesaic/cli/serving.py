@@ -108,7 +108,7 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
         called = model if model is None or Path(model).exists() else model.partition("@")[0]
         shown = name or (called.rstrip("/").split("/")[-1] if called else "built-in")
         aliases = tuple({called} - {shown, None}) if called and "/" in called and not Path(called).exists() else ()
-        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path else 0
+        size = _memory_needed(args, path) if getattr(args, "memory", None) is not None else 0
         found.append(
             ModelEntry(
                 ModelInfo(shown, aliases, state="unloaded"), partial(open_model, args, path, shown, many_streams), size
@@ -117,6 +117,22 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
     if len({entry.info.name for entry in found}) < len(found):
         raise InvalidRequest("two models have the same name: name them, as in a=./one b=./two")
     return found
+
+
+def _memory_needed(args: argparse.Namespace, path: Path | None) -> int:
+    """Return the bytes that a model takes when it is loaded with these arguments."""
+    from moesaic.llm import BUILT_IN
+    from moesaic.loading import memory_needed
+
+    return memory_needed(
+        path or BUILT_IN,
+        dtype=args.dtype,
+        weight_format=args.format,
+        device=args.device,
+        context=args.context,
+        cache_tokens=args.cache_tokens,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
 
 
 async def open_model(

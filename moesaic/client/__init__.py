@@ -1,4 +1,4 @@
-"""Ask a Moesaic server, or another that speaks OpenAI's dialect, from Python.
+"""Python client for Moesaic servers and other servers with an OpenAI-compatible API.
 
     with Client("http://127.0.0.1:8000") as client:
         print(client.chat("Tell me a story about a fox.", max_tokens=60).text)
@@ -6,10 +6,10 @@
             for piece in stream:
                 print(piece.text, end="", flush=True)
 
-``AsyncClient`` is the same with ``await``. ``asking`` makes bodies of what is asked, ``replies`` and ``events`` read
-what comes, ``answers`` are the values that come out, ``retrying`` says when to ask again, ``resuming`` keeps an answer
-one answer over several connections; ``sync`` and ``asynchronous`` move the bytes, with httpx, which is imported when a
-client is made. Knows the API. Does not know any model: it needs no torch.
+``AsyncClient`` has the same methods for asyncio. ``requests`` builds request bodies. ``events`` and ``responses`` parse
+what the server sends, and ``answers`` holds the resulting values. ``retry`` decides when to try again, ``resume``
+continues a broken stream over a new connection. ``asynchronous`` and ``sync`` do the network I/O over httpx, which is
+imported when a client is created; ``sync`` is generated from ``asynchronous``. This package does not import torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from moesaic.client.answers import (
     ToolCall,
     Usage,
 )
-from moesaic.client.asking import ChatOptions, CompleteOptions, Timeouts
 from moesaic.client.asynchronous import AsyncClient, AsyncStream
-from moesaic.client.retrying import Retries
+from moesaic.client.requests import ChatOptions, CompleteOptions, Timeouts
+from moesaic.client.retry import Retries
 from moesaic.client.sync import Client, Stream
 
 __all__ = [

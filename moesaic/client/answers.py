@@ -1,6 +1,6 @@
-"""What a client hands out: whole answers, pieces of answers, and what else there is to ask for.
+"""The values that the client returns: answers, pieces of streamed answers, models, embeddings and tokens.
 
-Plain values. Does not know where they come from: ``replies`` reads them out of JSON.
+This module does not parse anything: ``responses`` creates these values from the server's JSON.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer cost, in tokens."""
+    """Number of tokens that an answer used."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
-    """Tokens of the prompt that the server did not have to compute again."""
+    """Prompt tokens that the server took from its cache."""
 
     @property
     def total_tokens(self) -> int:
@@ -27,82 +27,83 @@ class Usage:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a tool that the model wants; ``arguments`` is what it wrote, JSON if it kept to its task."""
+    """A tool call that the model requests."""
 
     id: str
     name: str
     arguments: str
+    """The text that the model wrote; normally JSON."""
 
     def parsed(self) -> Any:
-        """Return the arguments as a value.
+        """Return the arguments as a Python value.
 
         Raises:
-            ValueError: they are no JSON.
+            ValueError: the arguments are not valid JSON.
         """
         return json.loads(self.arguments)
 
 
 @dataclass(frozen=True)
 class CallPiece:
-    """A part of a call: call number ``place`` of an answer gets more ``arguments``.
-
-    The first part of a call has its id and its name, later ones have "".
-    """
+    """A part of a streamed tool call. The first part has the id and the name; in later parts both are empty."""
 
     place: int
+    """Index of the tool call within its answer."""
     id: str = ""
     name: str = ""
     arguments: str = ""
+    """Text to append to the arguments."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, its natural log-probability, and the likeliest at its place with theirs."""
+    """A token with its log-probability (natural logarithm) and the most likely alternatives."""
 
     token: str
     logprob: float | None
-    """None: the first token of a prompt, which follows from nothing."""
+    """None for the first token of a prompt, which has no context."""
     top: tuple[tuple[str, float], ...] = ()
+    """The most likely tokens at this position with their log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What has come of an answer since the last piece."""
+    """The part of a streamed answer that arrived since the previous piece."""
 
     text: str = ""
     index: int = 0
-    """Which of ``n`` answers it is a piece of."""
+    """Index of the answer, from 0 to ``n`` - 1."""
     calls: tuple[CallPiece, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     reason: str | None = None
-    """Why the answer has ended, if it has."""
+    """Finish reason; None while the answer continues."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer."""
+    """A complete answer."""
 
     text: str
     reason: str
-    """"stop" (the model ended it, or a stop string or its grammar did), "length", or "tool_calls"."""
+    """Finish reason: "stop" (end of text, stop string or end of the grammar), "length" or "tool_calls"."""
     usage: Usage | None
-    """Of all ``n`` answers together; None if the server does not say."""
+    """Tokens of all ``n`` answers together; None if the server does not report them."""
     calls: tuple[ToolCall, ...] = ()
-    """The tools that it calls, in order."""
+    """The tool calls, in order."""
     logprobs: tuple[TokenLogprob, ...] | None = None
-    """Of its tokens, if they were asked for."""
+    """Log-probabilities of the answer's tokens; None unless requested."""
     id: str = ""
     model: str = ""
     request_id: str | None = None
-    """What the server's log calls the request."""
+    """The request's id in the server's log."""
     alternatives: tuple[Answer, ...] = ()
-    """With ``n`` > 1, the other n - 1 answers."""
+    """The other n - 1 answers, if ``n`` > 1."""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """What the server sent; of a stream, the fields of its events, each as it came last."""
+    """The server's JSON. For a stream: the fields of all events, each with its latest value."""
 
     @property
     def message(self) -> dict[str, Any]:
-        """The answer as a turn of the conversation, to be put at its end before the next question."""
+        """The answer as an assistant message, to append to the conversation."""
         message: dict[str, Any] = {"role": "assistant", "content": self.text}
         if self.calls:
             message["tool_calls"] = [
@@ -112,45 +113,48 @@ class Answer:
         return message
 
     def parsed(self) -> Any:
-        """Return what a ``response_format`` made the model write as a value.
+        """Return the text as a Python value; use with ``response_format``.
 
         Raises:
-            ValueError: the text is no JSON; with reason "length" it was cut.
+            ValueError: the text is not valid JSON, for example because it was cut (reason "length").
         """
         return json.loads(self.text)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that can be asked."""
+    """A model that the server offers."""
 
     id: str
     context: int | None = None
-    """How many tokens prompt and answer may have together."""
+    """Context length in tokens: the maximum for prompt and answer together."""
     task: str = "chat"
     state: str = "loaded"
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The server's JSON for this model."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """A vector for each text, in order."""
+    """One embedding vector for each input text, in order."""
 
     vectors: tuple[tuple[float, ...], ...]
     model: str
     usage: Usage | None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The server's JSON."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a text, or a conversation, is to the model."""
+    """Result of tokenizing a text or a conversation."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
     context: int | None
-    """How many tokens the model can hold."""
+    """Context length of the model in tokens."""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The server's JSON."""
 
     def __len__(self) -> int:
         return len(self.ids)

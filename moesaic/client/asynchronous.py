@@ -1,4 +1,8 @@
-"""The client for an event loop: ``sync`` once more, over httpx's other half. Nothing is decided here."""
+"""Client for asyncio: sends requests over httpx and returns answers.
+
+``tools/generate_sync_client.py`` generates ``sync`` from this file. Retries, parsing and resumption are decided in the
+other modules of this package.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
-from moesaic.client import asking, replies, transport
+from moesaic.client import requests, responses, transport
 from moesaic.client.answers import Answer, Embeddings, Model, Piece, Tokens
-from moesaic.client.asking import Ask, ChatOptions, CompleteOptions, Messages, Timeouts
-from moesaic.client.resuming import Course
-from moesaic.client.retrying import Attempts, Retries
+from moesaic.client.requests import ChatOptions, CompleteOptions, Messages, Request, Timeouts
+from moesaic.client.resume import ResumableStream
+from moesaic.client.retry import Attempts, Retries
 from moesaic.errors import ConnectionFailed, MoesaicError
 
 if TYPE_CHECKING:
@@ -22,14 +26,14 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """A server to ask. It belongs to one event loop, and keeps its connections until it is closed.
+    """Connection pool to one server. Use a client in one event loop, and close it after use.
 
-    ``base_url`` is the server's address, with or without ``/v1``: by default what MOESAIC_BASE_URL says, else this
-    machine. ``key`` is the API key, by default MOESAIC_API_KEY. ``model`` is asked where a call names none. ``http``
-    is an httpx client of one's own, for proxies and certificates; it is not closed here.
+    ``base_url`` is the server's address, with or without ``/v1``; the default is MOESAIC_BASE_URL, else
+    http://127.0.0.1:8000. ``key`` is the API key; the default is MOESAIC_API_KEY. ``model`` is the model of calls that
+    name none. ``http`` is an httpx client of your own, for example with a proxy; this class does not close it.
 
-    Every call may raise any of ``moesaic.errors``: what the server says, with its ``status``, ``retry_after`` and
-    ``request_id``; ``ConnectionFailed``; ``TimedOut``; ``BadReply`` if something else answered.
+    Every call may raise any error of ``moesaic.errors``: the server's errors, with ``status``, ``retry_after`` and
+    ``request_id``; ``ConnectionFailed``; ``TimedOut``; and ``BadReply`` for an invalid response.
     """
 
     def __init__(
@@ -43,12 +47,11 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         http: httpx.AsyncClient | None = None,
     ) -> None:
-        httpx = transport.load()
-        self._at = asking.address(base_url, key, model, headers)
-        self._wire = AsyncWire(
-            http or httpx.AsyncClient(limits=transport.limits()), timeouts or Timeouts(), retries or Retries()
-        )
-        self._own = http is None
+        httpx = transport.import_httpx()
+        self._server = requests.server_config(base_url, key, model, headers)
+        self._owns_http = http is None
+        http = http or httpx.AsyncClient(limits=transport.connection_limits())
+        self._sender = AsyncSender(http, timeouts or Timeouts(), retries or Retries())
 
     async def __aenter__(self) -> Self:
         return self
@@ -58,8 +61,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._own:
-            await self._wire.http.aclose()
+        if self._owns_http:
+            await self._sender.http.aclose()
 
     @overload
     def chat(
@@ -89,13 +92,13 @@ class AsyncClient:
         extra: Mapping[str, Any] | None = None,
         **options: Unpack[ChatOptions],
     ) -> Coroutine[Any, Any, Answer] | AsyncStream:
-        """Answer a conversation, whole, or with ``stream`` as it comes.
+        """Return the answer to a conversation, or with ``stream`` its pieces as they arrive.
 
-        ``options`` are the API's fields; ``extra`` is for those that are not among them.
+        ``options`` are fields of the API; ``extra`` adds fields that ``ChatOptions`` does not list.
         """
-        fields = asking.chat(messages, options, extra)
-        ask = asking.post(self._at, "/v1/chat/completions", fields, stream=stream)
-        return AsyncStream(self._wire, ask) if stream else self._wire.answer(ask)
+        fields = requests.chat_fields(messages, options, extra)
+        request = requests.post(self._server, "/v1/chat/completions", fields, stream=stream)
+        return AsyncStream(self._sender, request) if stream else self._sender.answer(request)
 
     @overload
     def complete(
@@ -125,94 +128,104 @@ class AsyncClient:
         extra: Mapping[str, Any] | None = None,
         **options: Unpack[CompleteOptions],
     ) -> Coroutine[Any, Any, Answer] | AsyncStream:
-        """Go on from a text, or from token ids; as ``chat`` otherwise."""
-        fields = asking.complete(prompt, options, extra)
-        ask = asking.post(self._at, "/v1/completions", fields, stream=stream)
-        return AsyncStream(self._wire, ask) if stream else self._wire.answer(ask)
+        """Return the continuation of a text or of token ids, or with ``stream`` its pieces as they arrive.
+
+        ``options`` are fields of the API; ``extra`` adds fields that ``CompleteOptions`` does not list.
+        """
+        fields = requests.completion_fields(prompt, options, extra)
+        request = requests.post(self._server, "/v1/completions", fields, stream=stream)
+        return AsyncStream(self._sender, request) if stream else self._sender.answer(request)
 
     async def models(self) -> list[Model]:
-        """Return the models that can be asked."""
-        return await self._wire.value(asking.get(self._at, "/v1/models"), replies.models)
+        """Return the models that the server offers."""
+        return await self._sender.value(requests.get(self._server, "/v1/models"), responses.parse_models)
 
     async def embed(
         self, texts: str | Sequence[str], *, model: str | None = None, dimensions: int | None = None
     ) -> Embeddings:
-        """Return a vector for each text."""
-        ask = asking.post(self._at, "/v1/embeddings", asking.embed(texts, model, dimensions))
-        return await self._wire.value(ask, replies.embeddings)
+        """Return one vector for each text."""
+        fields = requests.embedding_fields(texts, model, dimensions)
+        request = requests.post(self._server, "/v1/embeddings", fields)
+        return await self._sender.value(request, responses.parse_embeddings)
 
     async def tokenize(self, text: Messages, *, model: str | None = None) -> Tokens:
-        """Return the tokens of a text, or of a conversation as the model reads it."""
-        return await self._wire.value(asking.post(self._at, "/tokenize", asking.tokenize(text, model)), replies.tokens)
+        """Return the tokens of a text, or of a conversation after the chat template."""
+        request = requests.post(self._server, "/tokenize", requests.tokenize_fields(text, model))
+        return await self._sender.value(request, responses.parse_tokens)
 
 
-class AsyncWire:
-    """Sends what is asked, and again where that may help."""
+class AsyncSender:
+    """Sends requests, and repeats them after transient errors."""
 
     def __init__(self, http: httpx.AsyncClient, timeouts: Timeouts, retries: Retries) -> None:
         self.http, self.timeouts, self.retries = http, timeouts, retries
-        self.failures = transport.load().TransportError
+        self.transport_errors = transport.import_httpx().TransportError
 
-    async def answer(self, ask: Ask) -> Answer:
-        value, headers = await self._reply(ask)
-        return replace(replies.read(replies.answer, value), request_id=headers.get("x-request-id"))
+    async def answer(self, request: Request) -> Answer:
+        """Send a request and return its answer."""
+        content, headers = await self._exchange(request)
+        answer = responses.parse(responses.parse_answer, content)
+        return replace(answer, request_id=headers.get("x-request-id"))
 
-    async def value(self, ask: Ask, reader: Callable[[Any], T]) -> T:
-        return replies.read(reader, (await self._reply(ask))[0])
+    async def value(self, request: Request, parser: Callable[[Any], T]) -> T:
+        """Send a request and return what ``parser`` makes of the JSON."""
+        content, _ = await self._exchange(request)
+        return responses.parse(parser, content)
 
-    async def stream(self, ask: Ask) -> httpx.Response:
-        """Return a response whose body is still to come.
+    async def open_stream(self, request: Request) -> httpx.Response:
+        """Send a request and return the response before its body. This method does not retry.
 
         Raises:
-            MoesaicError: it is an error.
+            MoesaicError: the request failed, or the status is an error.
         """
-        response = await self._send(ask)
+        response = await self._send(request)
         if response.status_code != 200:
-            replies.content(response.status_code, response.headers, await self._whole(response, ask))
+            responses.parse_body(response.status_code, response.headers, await self._read_body(response, request))
         return response
 
-    async def _reply(self, ask: Ask) -> tuple[Any, Mapping[str, str]]:
+    async def _exchange(self, request: Request) -> tuple[Any, Mapping[str, str]]:
         attempts = Attempts(self.retries)
         while True:
             try:
-                response = await self._send(ask)
-                body = await self._whole(response, ask)
-                return replies.content(response.status_code, response.headers, body), response.headers
+                response = await self._send(request)
+                body = await self._read_body(response, request)
+                return responses.parse_body(response.status_code, response.headers, body), response.headers
             except MoesaicError as error:
                 wait = attempts.wait_after(error)
             await asyncio.sleep(wait)
 
-    async def _send(self, ask: Ask) -> httpx.Response:
-        request = self.http.build_request(
-            ask.method, ask.url, headers=ask.headers, content=ask.body, timeout=transport.waits(self.timeouts)
+    async def _send(self, request: Request) -> httpx.Response:
+        timeout = transport.first_byte_timeout(self.timeouts)
+        prepared = self.http.build_request(
+            request.method, request.url, headers=request.headers, content=request.body, timeout=timeout
         )
         try:
-            response = await self.http.send(request, stream=True, follow_redirects=False)
-        except self.failures as error:
-            raise transport.lost(error, ask, begun=False) from error
-        transport.bear_silence(request, self.timeouts)
+            response = await self.http.send(prepared, stream=True, follow_redirects=False)
+        except self.transport_errors as error:
+            raise transport.connection_error(error, request, begun=False) from error
+        transport.use_silence_timeout(prepared, self.timeouts)
         return response
 
-    async def _whole(self, response: httpx.Response, ask: Ask) -> bytes:
+    async def _read_body(self, response: httpx.Response, request: Request) -> bytes:
         try:
             return await response.aread()
-        except self.failures as error:
-            raise transport.lost(error, ask, begun=True) from error
+        except self.transport_errors as error:
+            raise transport.connection_error(error, request, begun=True) from error
         finally:
             await response.aclose()
 
 
 class AsyncStream:
-    """An answer as it comes: iterate over its pieces. It is asked for when that begins, or at the ``with``.
+    """Iterator over the pieces of an answer. The request is sent when iteration or the ``with`` block begins.
 
-    Leaving the ``with`` before the end, or ``close``, closes the connection, and the server stops computing.
+    If the ``with`` block ends early, or after ``close``, the connection is closed and the server stops computing.
     """
 
-    def __init__(self, wire: AsyncWire, ask: Ask) -> None:
-        self._wire, self._ask, self._course = wire, ask, Course()
-        self._attempts = Attempts(wire.retries)
+    def __init__(self, sender: AsyncSender, request: Request) -> None:
+        self._sender, self._request, self._stream = sender, request, ResumableStream()
+        self._attempts = Attempts(sender.retries)
         self._response: httpx.Response | None = None
-        self._bytes: AsyncIterator[bytes]
+        self._chunks: AsyncIterator[bytes]
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -231,7 +244,7 @@ class AsyncStream:
 
     async def __anext__(self) -> Piece:
         try:
-            piece = await self._next()
+            piece = await self._next_piece()
         except BaseException:
             await self.close()
             raise
@@ -241,41 +254,41 @@ class AsyncStream:
 
     @property
     def text(self) -> str:
-        """What has come so far, of the first answer if there are several."""
-        return self._course.text
+        """The text of the first answer, as received until now."""
+        return self._stream.text
 
     @property
     def resumed(self) -> int:
-        """How often the connection broke and another one went on."""
-        return self._course.resumed
+        """Number of times that the connection broke and a new one continued the answer."""
+        return self._stream.resumed
 
     async def answer(self) -> Answer:
-        """Return the whole answer; what has not come yet is waited for.
+        """Read the stream to its end and return the complete answer.
 
         Raises:
-            StreamBroken: the stream was closed before its end, or has failed.
+            StreamBroken: the stream was closed early, or has failed.
         """
         async for _ in self:
             pass
-        return self._course.answer()
+        return self._stream.answer()
 
     async def close(self) -> None:
-        """Take no more of it."""
+        """Stop reading and close the connection."""
         self._closed = True
-        await self._hang_up()
+        await self._disconnect()
 
-    async def _next(self) -> Piece | None:
+    async def _next_piece(self) -> Piece | None:
         while not self._closed:
-            if piece := self._course.take():
+            if piece := self._stream.take():
                 return piece
-            if self._course.done:
+            if self._stream.done:
                 await self._finish()
             else:
                 await self._connect()
                 await self._read()
         return None
 
-    async def _hang_up(self) -> None:
+    async def _disconnect(self) -> None:
         response, self._response = self._response, None
         if response is not None:
             await response.aclose()
@@ -283,31 +296,31 @@ class AsyncStream:
     async def _connect(self) -> None:
         while self._response is None:
             try:
-                self._response = await self._wire.stream(self._ask)
+                self._response = await self._sender.open_stream(self._request)
             except MoesaicError as error:
-                wait = self._attempts.wait_after(self._course.failed(error))
+                wait = self._attempts.wait_after(self._stream.failure(error))
                 await asyncio.sleep(wait)
                 continue
-            self._course.opened(self._response.headers)
-            self._bytes = self._response.aiter_bytes()
+            self._stream.start_connection(self._response.headers)
+            self._chunks = self._response.aiter_bytes()
 
     async def _read(self) -> None:
         try:
-            data = await anext(self._bytes, b"")
-        except self._wire.failures as error:
-            return await self._broke(transport.lost(error, self._ask, begun=True))
-        if not data:
-            return await self._broke(ConnectionFailed("the stream ended before the answer did"))
-        if self._course.feed(data):
+            chunk = await anext(self._chunks, b"")
+        except self._sender.transport_errors as error:
+            return await self._reconnect_after(transport.connection_error(error, self._request, begun=True))
+        if not chunk:
+            return await self._reconnect_after(ConnectionFailed("the stream ended before the answer was complete"))
+        if self._stream.feed(chunk):
             self._attempts.progress()
 
-    async def _broke(self, cause: MoesaicError) -> None:
-        await self._hang_up()
-        await asyncio.sleep(self._attempts.wait_after(self._course.failed(cause)))
+    async def _reconnect_after(self, cause: MoesaicError) -> None:
+        await self._disconnect()
+        await asyncio.sleep(self._attempts.wait_after(self._stream.failure(cause)))
 
     async def _finish(self) -> None:
-        """Read the end of the response, which leaves its connection to the next request."""
+        """Read the end of the response, so that the next request can reuse the connection."""
         if self._response is not None:
-            with contextlib.suppress(self._wire.failures):
-                await anext(self._bytes, b"")
+            with contextlib.suppress(self._sender.transport_errors):
+                await anext(self._chunks, b"")
         await self.close()

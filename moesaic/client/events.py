@@ -1,6 +1,7 @@
-"""Server-sent events out of bytes that come in arbitrary pieces (HTML standard, section 9.2.6).
+"""Incremental parser for server-sent events (HTML standard, section 9.2.6).
 
-Knows only the field ``data``: the API names no events. Does not know what is in them.
+The parser returns the field ``data`` and ignores all others: the API does not use event names or ids. It does not
+interpret the data.
 """
 
 from __future__ import annotations
@@ -9,45 +10,51 @@ import re
 
 from moesaic.errors import BadReply
 
-LONGEST = 16 << 20
-"""Bytes of one event; more is no event of this API."""
-END = re.compile(rb"\r\n|\n|\r")
+MAX_EVENT_BYTES = 16 << 20
+"""A longer event is an error: no API sends one."""
+LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
-class Events:
-    """Collects the bytes of one connection and returns the data of each whole event."""
+class EventParser:
+    """Parser for the bytes of one connection; it returns the data of each complete event."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
         self._size = 0
 
-    def feed(self, piece: bytes) -> list[str]:
-        """Return the data of the events that these bytes complete.
+    def feed(self, chunk: bytes) -> list[str]:
+        """Return the data of the events that this chunk completes.
 
         Raises:
-            BadReply: an event is too long, or no UTF-8.
+            BadReply: an event is too long, or is not valid UTF-8.
         """
-        text = self._rest + piece
-        # A carriage return at the very end may be half of a line's end: it waits for what follows.
-        usable = text[:-1] if text.endswith(b"\r") else text
-        *lines, rest = END.split(usable)
-        self._rest = rest + text[len(usable) :]
-        if len(self._rest) + self._size > LONGEST:
-            raise BadReply(f"the server sent an event of more than {LONGEST} bytes")
-        return [found for line in lines if (found := self._line(line)) is not None]
+        text = self._rest + chunk
+        if b"\r" in text:
+            # A carriage return at the end may be the first half of "\r\n", so it waits for the next chunk.
+            usable = text[:-1] if text.endswith(b"\r") else text
+            *lines, rest = LINE_END.split(usable)
+            rest += text[len(usable) :]
+        else:
+            *lines, rest = text.split(b"\n")  # faster than the regular expression
+        self._rest = rest
+        if len(rest) + self._size > MAX_EVENT_BYTES:
+            raise BadReply(f"the server sent an event of more than {MAX_EVENT_BYTES} bytes")
+        return [self._take_event() for line in lines if self._ends_event(line)]
 
-    def _line(self, line: bytes) -> str | None:
-        if line:
-            name, _, value = line.partition(b":")
-            if name == b"data":
-                self._data.append(value.removeprefix(b" "))
-                self._size += len(value)
-            return None
-        if not self._data:
-            return None
-        whole, self._data, self._size = b"\n".join(self._data), [], 0
+    def _ends_event(self, line: bytes) -> bool:
+        """Add a line to the current event; return whether the line ends an event that has data."""
+        if not line:
+            return bool(self._data)
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._data.append(value.removeprefix(b" "))
+            self._size += len(value)
+        return False
+
+    def _take_event(self) -> str:
+        event, self._data, self._size = b"\n".join(self._data), [], 0
         try:
-            return whole.decode()
+            return event.decode()
         except UnicodeDecodeError:
-            raise BadReply("the server sent an event that is no UTF-8") from None
+            raise BadReply("the server sent an event that is not valid UTF-8") from None

@@ -1,6 +1,6 @@
-"""What both clients tell httpx, and what its errors are to them.
+"""What both clients share of httpx: import, limits, timeouts, and the mapping of its errors to ours.
 
-Knows httpx, and imports it when it is needed. Does not know what is asked.
+httpx is imported when a function is called, not with the module.
 """
 
 from __future__ import annotations
@@ -8,18 +8,20 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from moesaic.client.asking import Ask, Timeouts
+from moesaic.client.requests import Request, Timeouts
 from moesaic.errors import ConnectionFailed, MoesaicError, NotInstalled, TimedOut
 
 if TYPE_CHECKING:
     import httpx
 
+MAX_IDLE_CONNECTIONS = 20
 
-def load() -> ModuleType:
-    """Return httpx.
+
+def import_httpx() -> ModuleType:
+    """Return the module httpx.
 
     Raises:
-        NotInstalled: it is not here.
+        NotInstalled: httpx is not installed.
     """
     try:
         import httpx
@@ -28,41 +30,41 @@ def load() -> ModuleType:
     return httpx
 
 
-def limits() -> httpx.Limits:
-    """Return how many connections there may be: the server says when there are too many."""
+def connection_limits() -> httpx.Limits:
+    """Return the limits of the connection pool. Active connections are unlimited: the server refuses excess ones."""
     import httpx
 
-    return httpx.Limits(max_connections=None, max_keepalive_connections=20)
+    return httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS)
 
 
-def waits(timeouts: Timeouts) -> httpx.Timeout:
-    """Return how long to wait until an answer begins."""
+def first_byte_timeout(timeouts: Timeouts) -> httpx.Timeout:
+    """Return the timeouts that apply until the response begins."""
     import httpx
 
     return httpx.Timeout(timeouts.first_byte, connect=timeouts.connect, pool=timeouts.connect)
 
 
-def bear_silence(request: httpx.Request, timeouts: Timeouts) -> None:
-    """Wait from now on only as long as an answer that has begun may be silent.
+def use_silence_timeout(request: httpx.Request, timeouts: Timeouts) -> None:
+    """Apply the silence timeout to the body of a response that has begun.
 
-    httpx reads this mapping anew when it begins with the body.
+    httpx reads this mapping again when it starts to read the body.
     """
     request.extensions["timeout"]["read"] = timeouts.silence
 
 
-def lost(error: httpx.TransportError, ask: Ask, *, begun: bool) -> MoesaicError:
-    """Return our error for one of httpx; ``begun``: the head of the answer was there."""
+def connection_error(error: httpx.TransportError, request: Request, *, begun: bool) -> MoesaicError:
+    """Return our error for an httpx error. ``begun`` says whether the response headers had arrived."""
     import httpx
 
     reason = str(error) or type(error).__name__
-    found: MoesaicError
+    result: MoesaicError
     if isinstance(error, httpx.ReadTimeout) and not begun:
-        found = TimedOut("the server did not begin to answer in time: Timeouts(first_byte=…) says how long to wait")
+        result = TimedOut("the server did not respond in time; Timeouts(first_byte=…) sets the limit")
     elif isinstance(error, httpx.ReadTimeout):
-        found = ConnectionFailed("the server fell silent in the middle of its answer")
+        result = ConnectionFailed("the server stopped sending in the middle of its answer")
     elif isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        found = ConnectionFailed(f"there is no connection to {ask.url} ({reason:.200}): does a server run there?")
+        result = ConnectionFailed(f"cannot connect to {request.url} ({reason:.200}); check that the server is running")
     else:
-        found = ConnectionFailed(f"the connection to {ask.url} broke off ({reason:.200})")
-    found.__cause__ = error
-    return found
+        result = ConnectionFailed(f"the connection to {request.url} broke ({reason:.200})")
+    result.__cause__ = error
+    return result

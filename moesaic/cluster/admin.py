@@ -1,7 +1,7 @@
 """A gateway's routes for administrators: who works, what waits, what was set aside, and what to do about it.
 
-docs/admin.md has them. Nothing here shows a prompt but ``show`` of a dead job whose body was asked for: it is needed to
-find out what kills workers. Knows HTTP and messages. Does not know how jobs are kept.
+docs/how-to/administer.md has them. Nothing here shows a prompt but ``show`` of a dead job whose body was asked for: it
+is needed to find out what kills workers. Knows HTTP and messages. Does not know how jobs are kept.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import msgspec
 
 from moesaic import __version__
 from moesaic.backend import ModelStats
-from moesaic.cluster import protocol as wire
-from moesaic.cluster.crew import Session
+from moesaic.cluster import wire
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Depth, Seen, State
+from moesaic.cluster.jobs import JobSnapshot, JobState, QueueDepth
+from moesaic.cluster.workers import WorkerSession
 from moesaic.errors import Conflict, InvalidParameter, NotFound
 from moesaic.serve.context import RequestContext
 from moesaic.serve.endpoint import AnyResponse, Endpoint, Response, openai_failure
 from moesaic.serve.keys import Key
 
-STATES: tuple[State, ...] = get_args(State)
-MOST = 1000
+STATES: tuple[JobState, ...] = get_args(JobState)
+MAX_JOBS = 1000
 """Jobs in one list."""
 
 
@@ -98,7 +98,7 @@ class Job(msgspec.Struct, frozen=True):
     model: str
     kind: str
     key: str
-    state: State
+    state: JobState
     cost: int
     priority: int
     worker: str
@@ -111,7 +111,7 @@ class Job(msgspec.Struct, frozen=True):
 class Jobs(msgspec.Struct, frozen=True):
     """Jobs of one state, the newest first."""
 
-    state: State
+    state: JobState
     jobs: list[Job]
 
 
@@ -119,7 +119,7 @@ class Shown(msgspec.Struct, frozen=True, omit_defaults=True):
     """One job, how it ended, and of a dead one its request, if that was asked for."""
 
     job: Job
-    error: wire.Fault | None = None
+    error: wire.ErrorInfo | None = None
     request: msgspec.Raw | None = None
 
 
@@ -150,22 +150,22 @@ class KeyList(msgspec.Struct, frozen=True):
 
 def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     """Return the routes of a gateway for those with an admin's key."""
-    crew, jobs = _Crew(gateway), _Jobs(gateway)
+    workers, jobs = _WorkerRoutes(gateway), _JobRoutes(gateway)
 
     def route(method: str, path: str, run: Any, summary: str, **more: Any) -> Endpoint:
         return Endpoint(
             f"/admin/{path}", run, openai_failure, method=method, admin=True, summary=f"Admins: {summary}", **more
         )
 
-    listing = {"state": {"enum": list(STATES)}, "most": {"type": "integer", "minimum": 1, "maximum": MOST}}
+    listing = {"state": {"enum": list(STATES)}, "most": {"type": "integer", "minimum": 1, "maximum": MAX_JOBS}}
     return (
-        route("GET", "status", crew.status, "the gateway at a glance."),
+        route("GET", "status", workers.status, "the gateway at a glance."),
         route("POST", "drain", _drain, "take no new requests; what is queued is done."),
         route("POST", "resume", _resume, "take requests again."),
-        route("GET", "workers", crew.listed, "who works."),
-        route("POST", "workers/drain", crew.drain, "give a worker nothing more.", body=Named),
-        route("POST", "workers/resume", crew.resume, "take that back.", body=Named),
-        route("POST", "workers/dismiss", crew.dismiss, "send a worker away.", body=Named),
+        route("GET", "workers", workers.listed, "who works."),
+        route("POST", "workers/drain", workers.drain, "give a worker nothing more.", body=Named),
+        route("POST", "workers/resume", workers.resume, "take that back.", body=Named),
+        route("POST", "workers/dismiss", workers.ban, "send a worker away.", body=Named),
         route("GET", "queues", jobs.queues, "what waits and runs, by model."),
         route("GET", "jobs", jobs.listed, "jobs of a state.", query=listing),
         route("GET", "jobs/{id}", jobs.show, "one job.", query={"request": {"enum": ["true", "false"]}}),
@@ -203,7 +203,7 @@ def _key(key: Key) -> KeyShown:
     return KeyShown(key.name, kind, *limits, key.priority, key.models)
 
 
-class _Crew:
+class _WorkerRoutes:
     """About workers."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -217,53 +217,53 @@ class _Crew:
                 __version__,
                 "stopping" if state.stopping else "draining" if state.draining else "serving",
                 state.running - 1,  # without this one
-                len(gateway.crew),
-                sum(each.recruit.slots for each in gateway.crew.values()),
+                len(gateway.workers.sessions),
+                gateway.workers.slots(),
                 sum(each.queued for each in depths),
                 sum(each.leased for each in depths),
                 sum(each.suspects for each in depths),
-                gateway.seconds,
-                gateway.lost,
-                gateway.fenced,
-                gateway.dead,
+                gateway.leases.mean_job_seconds,
+                gateway.leases.expired,
+                gateway.leases.fenced,
+                gateway.leases.dead,
             )
         )
 
     async def listed(self, _: RequestContext) -> AnyResponse:
-        gateway = self._gateway
-        workers = [self._worker(each) for _, each in sorted(gateway.crew.items())]
-        return Response(Workers(workers, sorted(gateway.drained), sorted(gateway.dismissed)))
+        registry = self._gateway.workers
+        workers = [self._worker(session) for _, session in sorted(registry.sessions.items())]
+        return Response(Workers(workers, sorted(registry.drained), sorted(registry.banned)))
 
-    def _worker(self, session: Session) -> Worker:
-        recruit = session.recruit
+    def _worker(self, session: WorkerSession) -> Worker:
+        info = session.info
         return Worker(
-            recruit.name,
-            recruit.owner,
+            info.name,
+            info.owner,
             session.models,
-            recruit.slots,
-            tuple(session.holds),
-            dict(session.load),
-            dict(recruit.about),
-            session.since,
-            max(0.0, self._gateway.clock() - session.heard),
+            info.slots,
+            tuple(session.leases),
+            dict(session.stats),
+            dict(info.about),
+            session.connected_at,
+            max(0.0, self._gateway.workers.clock() - session.last_seen),
             session.drained,
-            session.apart,
+            session.quarantined,
         )
 
     async def drain(self, context: RequestContext) -> AnyResponse:
-        self._gateway.drain_worker(context.body.name)
+        self._gateway.workers.drain(context.body.name)
         return Response(Done(context.body.name, "drained"))
 
     async def resume(self, context: RequestContext) -> AnyResponse:
-        self._gateway.resume_worker(context.body.name)
+        self._gateway.workers.resume(context.body.name)
         return Response(Done(context.body.name, "working"))
 
-    async def dismiss(self, context: RequestContext) -> AnyResponse:
-        await self._gateway.dismiss_worker(context.body.name)
+    async def ban(self, context: RequestContext) -> AnyResponse:
+        await self._gateway.leases.ban(context.body.name)
         return Response(Done(context.body.name, "dismissed"))
 
 
-class _Jobs:
+class _JobRoutes:
     """About jobs."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -272,34 +272,34 @@ class _Jobs:
     async def queues(self, _: RequestContext) -> AnyResponse:
         depths = await self._gateway.store.depths()
         return Response(
-            Queues([self._queue(name, depths.get(name)) for name in sorted({*self._gateway.known, *depths})])
+            Queues([self._queue(name, depths.get(name)) for name in sorted({*self._gateway.workers.models, *depths})])
         )
 
-    def _queue(self, model: str, depth: Depth | None) -> Queue:
-        crew = [each for each in self._gateway.crew.values() if model in each.models]
-        depth, slots = depth or Depth(), sum(each.recruit.slots for each in crew)
-        return Queue(model, len(crew), slots, depth.queued, depth.leased, depth.suspects, depth.cost)
+    def _queue(self, model: str, depth: QueueDepth | None) -> Queue:
+        workers = self._gateway.workers.offering(model)
+        depth, slots = depth or QueueDepth(), self._gateway.workers.slots(model)
+        return Queue(model, len(workers), slots, depth.queued, depth.leased, depth.suspects, depth.cost)
 
     async def listed(self, context: RequestContext) -> AnyResponse:
         given = context.query
         state, most = given.get("state", "dead"), given.get("most", "100")
         if state not in STATES:
             raise InvalidParameter("state", f"is {state!r:.40}, expected one of {', '.join(STATES)}")
-        if not (most.isascii() and most.isdigit() and len(most) < 6 and 0 < int(most) <= MOST):
-            raise InvalidParameter("most", f"is {most!r:.20}, expected 1 to {MOST}")
-        return Response(Jobs(state, [_job(each) for each in await self._gateway.store.listed(state, int(most))]))
+        if not (most.isascii() and most.isdigit() and len(most) < 6 and 0 < int(most) <= MAX_JOBS):
+            raise InvalidParameter("most", f"is {most!r:.20}, expected 1 to {MAX_JOBS}")
+        return Response(Jobs(state, [_job(each) for each in await self._gateway.store.list_jobs(state, int(most))]))
 
     async def show(self, context: RequestContext) -> AnyResponse:
         seen = await self._look(context)
         asked = context.query.get("request") == "true"
         if asked and seen.state != "dead":
             raise Conflict("what was asked is shown of dead jobs alone")
-        result = msgspec.json.decode(seen.result, type=wire.Result) if seen.result else wire.Result()
+        result = msgspec.json.decode(seen.result, type=wire.JobResult) if seen.result else wire.JobResult()
         return Response(Shown(_job(seen), result.error, msgspec.Raw(seen.job.body) if asked else None))
 
     async def cancel(self, context: RequestContext) -> AnyResponse:
         seen = await self._look(context)
-        return Response(Done(seen.job.id, await self._gateway.withdraw(seen.job.id, seen.job.tenant)))
+        return Response(Done(seen.job.id, await self._gateway.cancel(seen.job.id, seen.job.tenant)))
 
     async def revive(self, context: RequestContext) -> AnyResponse:
         seen = await self._look(context)
@@ -307,15 +307,15 @@ class _Jobs:
             raise Conflict(f"the job is {seen.state}: only dead ones can be revived")
         return Response(Done(seen.job.id, "queued"))
 
-    async def _look(self, context: RequestContext) -> Seen:
+    async def _look(self, context: RequestContext) -> JobSnapshot:
         id = context.path_parameters["id"]
-        seen = await self._gateway.store.look(id)
+        seen = await self._gateway.store.snapshot(id)
         if seen is None:
             raise NotFound(f"there is no job {id!r:.60}")
         return seen
 
 
-def _job(seen: Seen) -> Job:
+def _job(seen: JobSnapshot) -> Job:
     job = seen.job
     return Job(
         job.id,
@@ -329,5 +329,5 @@ def _job(seen: Seen) -> Job:
         seen.attempts,
         seen.crashes,
         seen.logged,
-        seen.ahead,
+        seen.queue_position,
     )

@@ -1,15 +1,17 @@
-"""Jobs, and what keeps them: every store under ``queue/`` offers the same, and is tested by the same tests.
+"""Jobs, leases, and the interface of job stores.
 
-A job is *accepted* once ``submit`` returns: it is on disk, and ends exactly once, whatever dies meanwhile. It may be
-computed more than once: whoever leases it gets a *fence*, a number that only grows, and only the newest fence may write
-(M. Kleppmann, "How to do distributed locking", 2016). It grows when a lease is given and when one is taken away.
+A job is *accepted* once ``submit`` returns: it is on disk and ends exactly once. It may be computed more than once.
+Each lease has a *fence*, a number that only grows, and only the holder of the newest fence may write (M. Kleppmann,
+"How to do distributed locking", 2016). The fence grows when a lease is given and when one is taken away.
 
-    queued -> leased -> done | failed | cancelled | dead         a lost lease goes back to queued
+    queued -> leased -> done | failed | cancelled | dead         an expired lease puts the job back to queued
 
-No clock of the wall decides anything. A lease lives as long as its *beat* goes on rising, which a gateway watches by
-its own monotonic clock; how long ended jobs are kept is counted in *ticks* of the store, which gateways drive.
+No decision depends on the wall clock. A lease is alive while its *heartbeat* counter rises; each gateway watches the
+counters with its own monotonic clock. Retention of ended jobs is counted in *ticks* of the store, which gateways
+advance.
 
-Knows jobs and leases. Does not know what is asked in a job, nor HTTP.
+This module does not depend on HTTP or on the content of a job. Every store under ``store/`` implements ``Store`` and
+runs the same tests.
 """
 
 from __future__ import annotations
@@ -18,59 +20,59 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-State = Literal["queued", "leased", "done", "failed", "cancelled", "dead"]
-Held = Literal["ok", "cancelled", "fenced"]
+JobState = Literal["queued", "leased", "done", "failed", "cancelled", "dead"]
+RenewState = Literal["ok", "cancelled", "fenced"]
 
 TICK_SECONDS = 10.0
-"""How often a gateway calls ``Store.tick``."""
+"""Seconds between two calls of ``Store.tick`` by a gateway."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted."""
+    """A submitted job."""
 
     id: str
-    """Chosen by the gateway; nobody can guess it."""
+    """Unguessable id, chosen by the gateway."""
     model: str
-    """Only workers that offer this model lease it."""
-    kind: str = "ask"
-    """What is to be done with ``body``."""
+    """Only workers that offer this model lease the job."""
+    kind: str = "generate"
+    """The operation: "generate", "embed", "classify", "tokenize" or "detokenize"."""
     body: bytes = b""
     tenant: str = ""
-    """Whose it is."""
+    """The name of the key that submitted the job."""
     cost: int = 1
-    """About how many tokens it may take: what tenants share fairly."""
+    """Estimated number of tokens; tenants share capacity by it."""
     priority: int = 0
-    """The lower number goes first, whosever it is."""
-    once: str = ""
-    """A name under which the same tenant may submit it again and gets the job that there is; "": none."""
+    """Jobs with a lower number are leased first, across tenants."""
+    idempotency_key: str = ""
+    """A tenant that submits this key again gets the existing job; "" means no key."""
     digest: str = ""
-    """Of what was asked under that name, so that another question under the same name is refused."""
+    """Hash of the request; the same idempotency key with another digest is refused."""
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """What a store takes in, and for how long it keeps what has ended."""
+class StoreLimits:
+    """Limits on queued jobs and on retention."""
 
     queued: int = 10_000
-    """Jobs that may wait; more are refused (``Unavailable``)."""
+    """Maximum number of queued jobs; more are refused with ``Unavailable``."""
     queued_per_tenant: int = 2_000
-    """The same for one tenant (``Overloaded``)."""
+    """Maximum number of queued jobs of one tenant; more are refused with ``Overloaded``."""
     queued_cost: int = 100_000_000
-    """Their cost together (``Unavailable``)."""
+    """Maximum total cost of queued jobs; more are refused with ``Unavailable``."""
     crashes: int = 3
-    """A job that alone took its worker with it, and was there when so many were lost, is dead."""
-    kept_ticks: int = 90
-    """Ended jobs keep their log and result for so many ticks (15 minutes), ..."""
-    kept: int = 100_000
-    """... and at most so many jobs do, the oldest go first, ..."""
-    once_ticks: int = 8640
-    """... and are known by their ``once`` for so many (a day)."""
+    """A job is dead when it is lost alone and this was at least its nth crash."""
+    retention_ticks: int = 90
+    """Number of ticks for which an ended job keeps its log and result (90 ticks are 15 minutes)."""
+    max_ended: int = 100_000
+    """Maximum number of ended jobs that are kept; the oldest are dropped first."""
+    idempotency_ticks: int = 8640
+    """Number of ticks for which an idempotency key is remembered after the job has ended (one day)."""
 
 
 @dataclass(frozen=True)
-class Record:
-    """A part of a job's log: ``count`` entries from number ``start`` on, as whoever wrote them encodes them."""
+class LogRecord:
+    """A part of a job's log: ``count`` entries from number ``start`` on, encoded by the writer."""
 
     start: int
     count: int
@@ -78,202 +80,218 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Lease:
-    """A job that is somebody's to do now."""
-
-    job: Job
-    fence: int
-    log: tuple[Record, ...] = ()
-    """What earlier leases have written, without gaps: the work goes on behind it."""
-
-
-@dataclass(frozen=True)
-class Hold:
-    """A claim to a lease: valid while the store has the same fence."""
+class LeaseToken:
+    """A claim to a lease. It is valid while the job has the same fence in the store."""
 
     id: str
+    """The job's id."""
     fence: int
 
 
 @dataclass(frozen=True)
-class Beat:
-    """A live lease as a gateway watches it."""
-
-    hold: Hold
-    worker: str
-    beat: int
-    """Rises with every ``renew``, ``append`` and ``lease``."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A job as it stands."""
+class Lease:
+    """A job that has been leased to a worker."""
 
     job: Job
-    state: State
-    fence: int = 0
-    worker: str = ""
-    """Who has it, or had it last."""
-    attempts: int = 0
-    """How often it was leased."""
-    crashes: int = 0
-    """How often it was lost together with its worker."""
-    logged: int = 0
-    """Entries in its log."""
-    result: bytes = b""
-    """Of an ended job."""
-    ahead: int = 0
-    """Of a queued job: how many of its model go before it."""
+    fence: int
+    log: tuple[LogRecord, ...] = ()
+    """The job's log so far, without gaps; the worker continues behind it."""
+
+    @property
+    def token(self) -> LeaseToken:
+        """The claim that the worker presents with every message about this job."""
+        return LeaseToken(self.job.id, self.fence)
 
 
 @dataclass(frozen=True)
-class Depth:
-    """How much waits and runs of one model."""
+class LeaseStatus:
+    """An active lease and its heartbeat counter."""
+
+    lease_token: LeaseToken
+    worker: str
+    heartbeat: int
+    """Counter that rises with every ``renew``, ``append`` and ``lease``."""
+
+
+@dataclass(frozen=True)
+class JobSnapshot:
+    """The current state of a job in the store."""
+
+    job: Job
+    state: JobState
+    fence: int = 0
+    worker: str = ""
+    """The worker that holds the job's newest lease, or held it last."""
+    attempts: int = 0
+    """Number of leases so far."""
+    crashes: int = 0
+    """Number of leases that expired together with their worker."""
+    logged: int = 0
+    """Number of entries in the log."""
+    result: bytes = b""
+    """The result of an ended job."""
+    queue_position: int = 0
+    """Of a queued job: the number of queued jobs of its model that go first."""
+
+    def held_by(self, worker: str, lease_token: LeaseToken) -> bool:
+        """Return whether the job's newest lease is, or was, this worker's."""
+        return (self.worker, self.fence) == (worker, lease_token.fence)
+
+
+@dataclass(frozen=True)
+class QueueDepth:
+    """Counts of the queued and leased jobs of one model."""
 
     queued: int = 0
     leased: int = 0
     suspects: int = 0
-    """Of those queued: lost with a worker, and to be run apart from others."""
+    """Queued jobs that crashed with a worker; they run in quarantine."""
     cost: int = 0
-    """Of those queued, together."""
+    """Total cost of the queued jobs."""
 
 
-News = Callable[[Sequence[str]], None]
-"""Called, on the gateway's loop and after the commit, with ids of jobs that changed; "" stands for new work."""
+ChangeListener = Callable[[Sequence[str]], None]
+"""Function called on the gateway's loop, after a commit, with ids of changed jobs; "" stands for new queued work."""
 
 
 class Store(Protocol):
-    """What keeps jobs. What a call has returned is on disk, and stays. Used on one event loop.
+    """Durable storage of jobs. When a method returns, its effect is on disk. Used from one event loop.
 
-    Raises, from every method: Unavailable when the store cannot be reached or has no room left
-    (``StorageFull``); then nothing of that call has happened, or all of it has, and repeating it does no harm.
+    Every method raises Unavailable when the store is unreachable or has no room left (``StorageFull``). The call then
+    had either no effect or its whole effect, and it is safe to repeat it.
     """
 
     shared: bool
-    """Whether other gateways may use it at the same time."""
+    """Whether several gateways may use this store at the same time."""
 
-    def listen(self, news: News) -> None:
-        """Have this called with what changes, also by other gateways on the same store. It may come late, twice, or not
-        at all when a connection breaks: whoever waits for a job looks again every second or so."""
+    def listen(self, listener: ChangeListener) -> None:
+        """Call ``listener`` with changes, including those made by other gateways on the same store.
+
+        A notification may be late, repeated, or missing after a broken connection. A gateway must therefore also poll.
+        """
         ...
 
     async def submit(self, job: Job) -> str:
-        """Take a job in; return its id, or that of the one that is there under the same tenant and ``once``.
+        """Store a job; return its id, or the id of the existing job of the same tenant and idempotency key.
 
-        The same job again, by its id, is the one that is there too. The job under a ``once`` may have
-        been dropped already: then ``look`` knows nothing of the id returned.
+        Submitting the same job id again returns that id. The job of an idempotency key may have been dropped already;
+        then ``snapshot`` returns None for the returned id.
 
         Raises:
-            Conflict: there is one, of another ``digest``.
-            Overloaded: this tenant has as many queued as it may. Unavailable: there are too many altogether.
-            InvalidParameter: text with a character 0 or a lone surrogate, a cost below 0, a number beyond 2**40.
+            Conflict: the existing job has another ``digest``.
+            Overloaded: the tenant has too many queued jobs. Unavailable: there are too many queued jobs altogether.
+            InvalidParameter: text with a character 0 or a lone surrogate, a cost below 0, or a number beyond 2**40.
         """
         ...
 
-    async def lease(self, worker: str, models: Sequence[str], most: int, *, suspects: bool = False) -> list[Lease]:
-        """Lease up to ``most`` queued jobs of these models: by priority, then fairly among tenants, then in order.
+    async def lease(self, worker: str, models: Sequence[str], limit: int, *, suspects: bool = False) -> list[Lease]:
+        """Lease up to ``limit`` queued jobs of these models: by priority, then fairly among tenants, then in order.
 
-        Fair: start-time fair queueing by cost (Goyal et al., SIGCOMM 1996): a tenant who asks little does not wait
-        behind one who asks much. Models share a worker that offers several.
+        Tenants share by start-time fair queueing over cost (Goyal et al., SIGCOMM 1996), so a small request does not
+        wait behind a large backlog of another tenant. A worker that offers several models divides its time among them.
 
-        After Unavailable there may be leases that nobody was told of: ``beats`` has them, ``release`` them. Left alone
-        they would look like those of a worker that was lost.
+        After Unavailable, leases may exist that no worker has received. ``active_leases`` lists them; ``release`` them,
+        or they expire and count as crashes.
 
         Args:
-            worker: who leases.
-            models: what it offers.
-            most: how many it can take.
-            suspects: lease suspects instead, of one group only (the oldest): the caller gives such a worker
-                nothing else until it is done with them. A group of more than ``most`` is parted.
+            worker: name of the worker.
+            models: models that the worker offers.
+            limit: number of jobs that it can take.
+            suspects: lease suspects of the oldest group only. The caller gives this worker nothing else until it has
+                finished them. A group of more than ``limit`` jobs is split.
         """
         ...
 
-    async def renew(self, holds: Sequence[Hold]) -> Mapping[str, Held]:
-        """Raise the beats of leases; say for each id whether it still holds. "cancelled" still holds, but stop."""
+    async def renew(self, leases: Sequence[LeaseToken]) -> Mapping[str, RenewState]:
+        """Raise the heartbeats of leases; return for each job id whether its lease is valid.
+
+        "cancelled" means that the lease is the newest but the job was cancelled: the worker must stop.
+        """
         ...
 
-    async def append(self, parts: Mapping[Hold, Record]) -> Mapping[str, int | None]:
-        """Append to logs; return for each id how many entries its log now has, or None where the hold does not hold.
+    async def append(self, parts: Mapping[LeaseToken, LogRecord]) -> Mapping[str, int | None]:
+        """Append to logs; return for each job id the length of its log, or None if the lease is not valid.
 
-        A record is written if it begins at the log's end, else not: the number returned says where to begin. So the
-        same record may be sent again, and one that grew between the two times is cut by whoever sends it.
+        A record is written only if it begins at the log's end; the returned length tells the caller where to begin. So
+        it is safe to send a record again.
         """
         ...
 
     async def finish(
-        self, hold: Hold, state: Literal["done", "failed"], result: bytes, last: Record | None = None
+        self, lease_token: LeaseToken, state: Literal["done", "failed"], result: bytes, last: LogRecord | None = None
     ) -> bool:
-        """End a job, its last entries included, in one transaction; return whether this fence has ended it.
+        """Finish a job and write its last log entries in one transaction; return whether this lease finished it.
 
-        The same call again is True again, whatever it says now: the first end counts. False: the hold does not hold,
-        the job is somebody else's or cancelled.
-        ``last`` must meet the log's end, or lie within it.
+        Repeating the call returns True again and changes nothing. False means that the lease is not valid: the job was
+        cancelled or leased again. ``last`` must begin at the log's end or lie within the log.
 
         Raises:
-            ValueError: it does not; nothing was written.
+            ValueError: ``last`` does not fit the log; nothing was written.
         """
         ...
 
-    async def release(self, holds: Sequence[Hold]) -> None:
-        """Give leases back, blamelessly: the jobs are queued again, in their old places."""
+    async def release(self, leases: Sequence[LeaseToken]) -> None:
+        """Give leases back without counting a crash: the jobs are queued again in their old positions."""
         ...
 
-    async def lose(self, beats: Sequence[Beat]) -> list[str]:
-        """Take leases from a worker that was lost with all of these at once; return the ids of those that are now dead.
+    async def expire(self, statuses: Sequence[LeaseStatus]) -> list[str]:
+        """Expire the leases of one worker that was lost; return the ids of jobs that are now dead.
 
-        Only leases whose fence *and beat* are still as given are lost. Their jobs are queued again as suspects, in two
-        groups, the halves of what was lost together, so that one job that kills its workers is found in log2 steps.
-        A job that was lost alone, for the ``Bounds.crashes``th time that it was lost at all, is dead.
+        A lease expires only if its fence *and heartbeat* are still as given. The jobs are queued again as suspects, in
+        two groups, each one half of what was lost together. A job that kills its workers is thus found in log2 steps.
+        A job that was lost alone, for at least the ``StoreLimits.crashes``th time, is dead.
         """
         ...
 
-    async def absolve(self, holds: Sequence[Hold]) -> None:
-        """Take back one crash of each job whose lease this was and is no more: whoever had it lives, and was lost by
-        the network's doing. One that is to blame for nothing any more is no suspect.
+    async def forgive_crash(self, leases: Sequence[LeaseToken]) -> None:
+        """Take back one crash of each job that had one of these leases and has lost it.
+
+        Called when the worker turns out to be alive: the network was at fault. A job without crashes is not a suspect.
         """
         ...
 
-    async def cancel(self, id: str) -> State | None:
-        """End a job that has not ended: who has it leased is told so by ``renew``, and can write no more.
+    async def cancel(self, job_id: str) -> JobState | None:
+        """Cancel a job unless it has ended; return its state afterwards, or None if there is no such job.
 
-        Return its state then; None: there is no such job.
+        Its lease can no longer write; ``renew`` tells the worker.
         """
         ...
 
-    async def look(self, id: str) -> Seen | None:
-        """Return a job as it stands, or None if it is not there (any more)."""
+    async def snapshot(self, job_id: str) -> JobSnapshot | None:
+        """Return the current state of a job, or None if the store does not have it."""
         ...
 
-    async def log(self, id: str, start: int = 0) -> list[Record]:
-        """Return the log's records from entry ``start`` on; the first may begin before it."""
+    async def log(self, job_id: str, start: int = 0) -> list[LogRecord]:
+        """Return the log's records from entry ``start`` on; the first record may begin before it."""
         ...
 
-    async def beats(self) -> list[Beat]:
-        """Return all live leases."""
+    async def active_leases(self) -> list[LeaseStatus]:
+        """Return all active leases."""
         ...
 
-    async def depths(self) -> Mapping[str, Depth]:
-        """Return how much waits and runs, by model."""
+    async def depths(self) -> Mapping[str, QueueDepth]:
+        """Return counts of queued and leased jobs by model."""
         ...
 
-    async def listed(self, state: State, most: int = 100) -> list[Seen]:
+    async def list_jobs(self, state: JobState, limit: int = 100) -> list[JobSnapshot]:
         """Return jobs of a state, the newest first, without their bodies and results."""
         ...
 
-    async def revive(self, id: str) -> bool:
-        """Queue a dead job again, its crashes forgotten; return whether there was one."""
+    async def revive(self, job_id: str) -> bool:
+        """Queue a dead job again with no crashes; return whether there was one."""
         ...
 
     async def tick(self, seen: int) -> int:
-        """Advance the store's count of ticks by one unless another gateway did since ``seen``; drop what has been kept
-        long enough (so many whole ticks); return the count. The first time, ``seen`` is -1, and nothing is advanced.
+        """Advance the store's tick count unless another gateway has advanced it since ``seen``; return the count.
+
+        Drops jobs and idempotency keys whose retention has ended. Pass -1 the first time: nothing is advanced.
         """
         ...
 
     async def check(self) -> str:
-        """Return "ok", or what the database says is wrong with it."""
+        """Return "ok", or a description of the damage in the database."""
         ...
 
     async def close(self) -> None:
-        """End it; what waits is done first. May be called again."""
+        """Finish pending operations and close the store. May be called again."""
         ...

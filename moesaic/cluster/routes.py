@@ -1,6 +1,7 @@
-"""The gateway's own routes: for workers, and for clients who come back for what they asked.
+"""The gateway's HTTP routes: the worker protocol, and job routes for clients.
 
-docs/cluster.md has the protocol. Knows HTTP and messages. Does not know what becomes of them.
+docs/reference/worker-protocol.md describes the protocol. This module translates between HTTP messages and the services
+of ``protocols``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 
 import msgspec
 
-from moesaic.cluster import protocol as wire
-from moesaic.cluster.desk import RENEWS, Recruit
+from moesaic.cluster import wire
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Hold
+from moesaic.cluster.jobs import LeaseToken
+from moesaic.cluster.leases import LeaseManager
+from moesaic.cluster.protocols import RENEW_FRACTION, JobService, WorkerInfo
 from moesaic.errors import Forbidden, InvalidParameter
 from moesaic.serve import sse
 from moesaic.serve.context import RequestContext
@@ -23,15 +25,15 @@ from moesaic.serve.json_body import decode_json_fast
 from moesaic.serve.keys import ANONYMOUS
 
 MESSAGE_BYTES = 16 << 20
-"""Of one message of a worker."""
-LONGEST_WAIT = 25.0
-"""Seconds that a worker's question stays open."""
-LONGEST_NAME = 128
+"""Maximum size of a worker's message."""
+MAX_WAIT_SECONDS = 25.0
+"""Maximum duration of a worker's long poll."""
+MAX_NAME_CHARS = 128
 
 
 def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     """Return the routes of a gateway."""
-    crew, jobs = _Crew(gateway), _Jobs(gateway)
+    workers, jobs = _WorkerRoutes(gateway.leases), _JobRoutes(gateway)
 
     def route(path: str, run: Any, body: Any, summary: str, decode: Any = None) -> Endpoint:
         summary = f"Workers: {summary}"
@@ -40,144 +42,165 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         )
 
     return (
-        route("/worker/enlist", crew.enlist, wire.Enlist, "offer yourself."),
-        route("/worker/lease", crew.lease, wire.Want, "wait for something to do, or to stop."),
-        route("/worker/renew", crew.renew, wire.Renew, "keep what you have."),
-        route("/worker/tokens", crew.tokens, wire.Tokens, "send what has come.", decode_json_fast),
-        route("/worker/done", crew.done, wire.Done, "end a job."),
-        route("/worker/release", crew.release, wire.Release, "give back what you have."),
-        Endpoint("/v1/jobs/{id}", jobs.show, openai_failure, method="GET", summary="How far a job is."),
-        Endpoint("/v1/jobs/{id}", jobs.withdraw, openai_failure, method="DELETE", summary="Take a job back."),
+        route("/worker/register", workers.register, wire.RegisterRequest, "register a worker."),
+        route("/worker/lease", workers.lease, wire.LeaseRequest, "wait for jobs, cancellations and queries."),
+        route("/worker/renew", workers.renew, wire.RenewRequest, "renew leases."),
+        route("/worker/events", workers.events, wire.EventsRequest, "send new events of jobs.", decode_json_fast),
+        route("/worker/finish", workers.finish, wire.FinishRequest, "finish a job."),
+        route("/worker/answer", workers.answer, wire.AnswerRequest, "answer a query."),
+        route("/worker/release", workers.release, wire.ReleaseRequest, "give leases back."),
+        Endpoint("/v1/jobs/{id}", jobs.show, openai_failure, method="GET", summary="Progress of a job."),
+        Endpoint("/v1/jobs/{id}", jobs.cancel, openai_failure, method="DELETE", summary="Cancel a job."),
         Endpoint(
             "/v1/jobs/{id}/events",
             jobs.events,
             openai_failure,
             sse.openai_broken,
             method="GET",
-            summary="A job's events, all of them.",
+            summary="All events of a job.",
         ),
     )
 
 
-def _name(context: RequestContext, name: str) -> str:
-    """Return a worker's name, which is its key's own: no worker can speak for another key's."""
-    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
-        raise InvalidParameter("name", f"is {name!r:.40}, expected up to {LONGEST_NAME} printable characters")
+def _worker_name(context: RequestContext, name: str) -> str:
+    """Return the full name of a worker. It begins with the key's name, so no key can use another key's workers."""
+    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+        raise InvalidParameter("name", f"is {name!r:.40}, expected up to {MAX_NAME_CHARS} printable characters")
     return name if context.key is ANONYMOUS else f"{context.key.name}/{name}"
 
 
-def _holds(claims: tuple[wire.Claim, ...]) -> list[Hold]:
-    return [Hold(id, fence) for id, fence in claims]
+def _lease_tokens(claims: tuple[wire.LeaseClaim, ...]) -> list[LeaseToken]:
+    return [LeaseToken(job_id, fence) for job_id, fence in claims]
 
 
-class _Crew:
-    """What workers ask."""
+class _WorkerRoutes:
+    """Routes of the worker protocol."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, leases: LeaseManager) -> None:
+        self._leases = leases
 
-    async def enlist(self, context: RequestContext) -> AnyResponse:
-        said: wire.Enlist = context.body
-        refused = {card.name for card in said.cards} - set(context.key.models) if context.key.models else set()
+    async def register(self, context: RequestContext) -> AnyResponse:
+        message: wire.RegisterRequest = context.body
+        refused = {model.name for model in message.models} - set(context.key.models) if context.key.models else set()
         if refused:
             raise Forbidden(f"this key may not offer {', '.join(sorted(refused)):.100}")
-        if not said.cards or said.slots < 1:
-            raise InvalidParameter(
-                "cards" if said.slots > 0 else "slots", "a worker needs a model, and a slot for a job"
-            )
-        recruit = Recruit(_name(context, said.name), said.cards, said.slots, said.about, context.key.name, said.run)
-        known, lease = await self._gateway.enlist(recruit, _holds(said.holds)), self._gateway.lease_seconds
-        return Response(wire.Enlisted(lease * RENEWS, lease, dict(known)))
+        if not message.models:
+            raise InvalidParameter("models", "is empty, expected at least one model")
+        if message.slots < 1:
+            raise InvalidParameter("slots", f"is {message.slots}, expected at least 1")
+        info = WorkerInfo(
+            name=_worker_name(context, message.name),
+            models=message.models,
+            slots=message.slots,
+            about=message.about,
+            owner=context.key.name,
+            instance=message.instance,
+            answers_queries=message.answers_queries,
+        )
+        acknowledged = await self._leases.register(info, _lease_tokens(message.leases))
+        lease_seconds = self._leases.lease_seconds
+        return Response(wire.RegisterResponse(lease_seconds * RENEW_FRACTION, lease_seconds, dict(acknowledged)))
 
     async def lease(self, context: RequestContext) -> AnyResponse:
-        said: wire.Want = context.body
-        name = _name(context, said.name)
+        message: wire.LeaseRequest = context.body
+        name = _worker_name(context, message.name)
+        wait_seconds = min(max(0.0, message.wait_seconds), MAX_WAIT_SECONDS)
         try:
-            orders = await self._gateway.lease(name, said.free, min(max(0.0, said.wait), LONGEST_WAIT))
+            assignment = await self._leases.lease(name, message.free_slots, wait_seconds)
         except asyncio.CancelledError:
-            self._gateway.disconnected(name)
+            self._leases.on_disconnect(name)
             raise
         leases = [
-            wire.Leased(
+            wire.LeasedJob(
                 lease.job.id,
                 lease.fence,
                 lease.job.kind,
                 lease.job.model,
                 msgspec.Raw(lease.job.body),
-                [wire.to_wire(event) for record in lease.log for event in wire.unpack_events(record.blob)],
+                [event for record in lease.log for event in wire.unpack_events(record.blob)],
             )
-            for lease in orders.leases
+            for lease in assignment.leases
         ]
-        return Response(wire.Given(leases, list(orders.stop)))
+        queries = [
+            wire.QueryMessage(query.id, query.kind, query.model, msgspec.Raw(query.body))
+            for query in assignment.queries
+        ]
+        return Response(wire.LeaseResponse(leases, list(assignment.cancel), queries))
 
     async def renew(self, context: RequestContext) -> AnyResponse:
-        said: wire.Renew = context.body
-        held = await self._gateway.renew(_name(context, said.name), _holds(said.holds), said.load)
-        return Response(wire.Renewed(dict(held)))
+        message: wire.RenewRequest = context.body
+        name = _worker_name(context, message.name)
+        states = await self._leases.renew(name, _lease_tokens(message.leases), message.stats)
+        return Response(wire.RenewResponse(dict(states)))
 
-    async def tokens(self, context: RequestContext) -> AnyResponse:
-        said: wire.Tokens = context.body
-        parts = {
-            Hold(part.id, part.fence): (part.start, [wire.from_wire(each) for each in part.events])
-            for part in said.parts
-        }
-        return Response(wire.Known(dict(await self._gateway.take(_name(context, said.name), parts))))
+    async def events(self, context: RequestContext) -> AnyResponse:
+        message: wire.EventsRequest = context.body
+        batches = {LeaseToken(batch.id, batch.fence): (batch.start, batch.events) for batch in message.batches}
+        acknowledged = await self._leases.append_events(_worker_name(context, message.name), batches)
+        return Response(wire.EventsResponse(dict(acknowledged)))
 
-    async def done(self, context: RequestContext) -> AnyResponse:
-        said: wire.Done = context.body
-        events = [wire.from_wire(each) for each in said.events]
-        error = wire.error_of(said.error) if said.error else None
-        hold = Hold(said.id, said.fence)
-        counted = await self._gateway.finish(_name(context, said.name), hold, said.start, events, said.outcome, error)
-        return Response(wire.Counted(counted))
+    async def finish(self, context: RequestContext) -> AnyResponse:
+        message: wire.FinishRequest = context.body
+        name = _worker_name(context, message.name)
+        lease_token = LeaseToken(message.id, message.fence)
+        error = wire.to_error(message.error) if message.error else None
+        accepted = await self._leases.finish(name, lease_token, message.start, message.events, message.outcome, error)
+        return Response(wire.FinishResponse(accepted))
+
+    async def answer(self, context: RequestContext) -> AnyResponse:
+        message: wire.AnswerRequest = context.body
+        error = wire.to_error(message.error) if message.error else None
+        await self._leases.answer_query(_worker_name(context, message.name), message.id, message.outcome, error)
+        return Response({})
 
     async def release(self, context: RequestContext) -> AnyResponse:
-        said: wire.Release = context.body
-        name = _name(context, said.name)
-        await self._gateway.release(name, _holds(said.holds), leave=said.leave)
-        if said.leave:
-            await self._gateway.dismiss(name)
+        message: wire.ReleaseRequest = context.body
+        name = _worker_name(context, message.name)
+        await self._leases.release(name, _lease_tokens(message.leases), leaving=message.unregister)
+        if message.unregister:
+            await self._leases.unregister(name)
         return Response({})
 
 
-class _Jobs:
-    """What clients ask about what they asked."""
+class _JobRoutes:
+    """Job routes for clients."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, jobs: JobService) -> None:
+        self._jobs = jobs
 
     async def show(self, context: RequestContext) -> AnyResponse:
-        progress = await self._gateway.progress(context.path_parameters["id"], context.key.name)
+        progress = await self._jobs.progress(context.path_parameters["id"], context.key.name)
         return Response(
             {
                 "id": progress.id,
                 "object": "job",
                 "model": progress.model,
                 "state": progress.state,
-                "ahead": progress.ahead,
+                "queue_position": progress.queue_position,
                 "estimate": progress.estimate,
                 "texts": progress.texts,
                 "tokens": progress.tokens,
-                "error": wire.fault(progress.error) if progress.error else None,
+                "error": wire.error_info(progress.error) if progress.error else None,
             }
         )
 
-    async def withdraw(self, context: RequestContext) -> AnyResponse:
-        id = context.path_parameters["id"]
-        return Response({"id": id, "object": "job", "state": await self._gateway.withdraw(id, context.key.name)})
+    async def cancel(self, context: RequestContext) -> AnyResponse:
+        job_id = context.path_parameters["id"]
+        state = await self._jobs.cancel(job_id, context.key.name)
+        return Response({"id": job_id, "object": "job", "state": state})
 
     async def events(self, context: RequestContext) -> AnyResponse:
-        """Stream a job's events as the worker protocol writes them, numbered; ``Last-Event-ID`` goes on behind it."""
+        """Stream the numbered events of a job in the worker protocol's format; ``Last-Event-ID`` resumes behind one."""
         last = context.header(b"last-event-id") or ""
         after = int(last) if last.isascii() and last.isdigit() and len(last) < 10 else -1
-        following = await self._gateway.follow(context.path_parameters["id"], context.key.name)
-        context.running.append(following)
+        subscription = await self._jobs.follow(context.path_parameters["id"], context.key.name)
+        context.running.append(subscription)
 
         async def frames() -> AsyncIterator[bytes]:
             number = 0
-            async for event in following:
+            async for event in subscription:
                 if number > after:
-                    yield b"id: %d\ndata: %b\n\n" % (number, msgspec.json.encode(wire.to_wire(event)))
+                    yield b"id: %d\ndata: %b\n\n" % (number, msgspec.json.encode(event))
                 number += 1
             yield b"data: [DONE]\n\n"
 

@@ -1,7 +1,7 @@
-"""The chat in a terminal.
+"""Chat in the terminal.
 
-``conversation`` holds what was said and asks the model, ``saved`` keeps it in a file, ``commands`` are the
-words with a slash, ``session`` reads and prints, ``editing`` is the line that is typed, ``once`` answers
-one question without a session, ``progress`` draws bars, ``visible`` keeps a model from driving the
-terminal. Importing this folder imports none of them.
+``conversation`` holds the messages and asks the model. ``conversation_file`` saves and loads conversations.
+``commands`` implements the slash commands. ``session`` is the interactive chat, and ``editing`` its line editor.
+``one_shot`` answers a single message. ``progress`` draws progress bars, and ``visible`` escapes terminal control
+characters. Importing this package imports none of these modules.
 """

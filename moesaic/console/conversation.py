@@ -1,7 +1,7 @@
-"""A conversation with a model: what was said, how it is sampled, and the next answer.
+"""Conversation with a model: messages, sampling settings, and running answers.
 
-Knows how a conversation is cut to the context, continued, taken back and repeated. Does not know a
-terminal: answers come as pieces of text, and whoever shows them decides how.
+A conversation is truncated to the context, and supports undo and retry. This module does not depend on a terminal:
+answers come as pieces of text, and the caller shows them.
 """
 
 from __future__ import annotations
@@ -13,96 +13,97 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moesaic.console import saved
+from moesaic.console import conversation_file
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, PromptTooLong
-from moesaic.llm import CHARACTERS_PER_TOKEN, LLM, Reply
+from moesaic.llm import LLM, MAX_CHARACTERS_PER_TOKEN, Reply
 from moesaic.text import chat
 from moesaic.text.chat import Message
 
-RESERVED = 512
-"""Tokens kept free for an answer whose length nobody bounded; never more than half the context."""
+RESERVED_TOKENS = 512
+"""Tokens reserved for an answer without max_tokens; at most half of the context is reserved."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """How one answer went. Times are in seconds."""
+    """Statistics of one answer; times are in seconds."""
 
     reason: str
-    """stop, length, cancelled, or failed."""
+    """Reason for the end: stop, length, cancelled, or failed."""
     prompt_tokens: int
     tokens: int
-    """Tokens generated, the one that ended the answer among them."""
-    first: float | None
-    """From the question to the first token."""
+    """Number of generated tokens, including the token that ended the answer."""
+    first_token_seconds: float | None
+    """Time from the question to the first token; None if there is none."""
     seconds: float
-    """From the question to the end."""
+    """Time from the question to the end of the answer."""
 
     @property
     def tokens_per_second(self) -> float:
-        """The pace of generation: the tokens after the first, by the time they took; of a single token, over all."""
-        if self.first is None:
+        """Generation speed: tokens after the first one per second; for a single token, per total time."""
+        if self.first_token_seconds is None:
             return 0.0
-        after = self.seconds - self.first
+        after = self.seconds - self.first_token_seconds
         return (self.tokens - 1) / after if self.tokens > 1 and after > 0 else self.tokens / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
         parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"]
-        if self.first is not None:
-            parts += [f"{self.tokens_per_second:.1f} tokens/s", f"first token {self.first:.2f} s"]
-        ended = {"length": "cut at the token limit", "cancelled": "stopped", "failed": "failed"}
-        return " · ".join([*parts, *([ended[self.reason]] if self.reason in ended else [])])
+        if self.first_token_seconds is not None:
+            parts += [f"{self.tokens_per_second:.1f} tokens/s", f"first token {self.first_token_seconds:.2f} s"]
+        endings = {"length": "cut at the token limit", "cancelled": "stopped", "failed": "failed"}
+        return " · ".join([*parts, *([endings[self.reason]] if self.reason in endings else [])])
 
 
 class Turn:
-    """A question, and its answer on the way: enter it, iterate over the pieces of text, leave it.
+    """A question and its running answer; a context manager that yields pieces of text.
 
-    Leaving takes what has come into the conversation, also where the answer was stopped or failed. If
-    no text came at all, the conversation stays as it was, and ``Conversation.retry`` asks again.
+    On exit, the received text is added to the conversation, even if the answer was stopped or failed. If there is no
+    text, the conversation does not change, and ``Conversation.retry`` asks the question again.
 
     Attributes:
-        dropped: how many of the oldest messages did not fit and were not shown to the model.
-        reason: how it ended; "cancelled" until it has.
+        dropped: number of the oldest messages that did not fit into the context and were not sent to the model.
+        reason: reason for the end of the answer; "cancelled" before the end.
     """
 
     def __init__(
-        self, conversation: Conversation, said: Sequence[Message], reply: Reply, prompt_tokens: int, dropped: int
+        self, conversation: Conversation, messages: Sequence[Message], reply: Reply, prompt_tokens: int, dropped: int
     ) -> None:
         self.dropped = dropped
         self.reason = "cancelled"
-        self._conversation, self._said, self._reply, self._prompt_tokens = conversation, said, reply, prompt_tokens
+        self._conversation, self._messages, self._reply = conversation, messages, reply
+        self._prompt_tokens = prompt_tokens
         self._pieces: list[str] = []
         self._tokens = 0
-        self._began = time.perf_counter()
-        self._first: float | None = None
-        self._last = self._began
+        self._started = time.perf_counter()
+        self._first_token: float | None = None
+        self._last_piece = self._started
 
     @property
     def text(self) -> str:
-        """What has come so far."""
+        """Text of the answer received so far."""
         return "".join(self._pieces)
 
     @property
     def statistics(self) -> Statistics:
-        """How it went so far."""
-        first = None if self._first is None else self._first - self._began
-        return Statistics(self.reason, self._prompt_tokens, self._tokens, first, self._last - self._began)
+        """Statistics of the answer so far."""
+        first = None if self._first_token is None else self._first_token - self._started
+        return Statistics(self.reason, self._prompt_tokens, self._tokens, first, self._last_piece - self._started)
 
     def __enter__(self) -> Self:
         return self
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the answer's text as it comes.
+        """Yield the text of the answer as it comes.
 
         Raises:
             NumericalError: the model computed NaN or infinity for this answer.
-            EngineStopped: the engine was closed, or died.
+            EngineStopped: the engine was closed, or has failed.
         """
-        self.reason = "failed"  # unless it gets to the end
+        self.reason = "failed"  # until the answer is complete
         for piece in self._reply:
-            self._last = time.perf_counter()
-            if piece.tokens and self._first is None:
-                self._first = self._last
+            self._last_piece = time.perf_counter()
+            if piece.tokens and self._first_token is None:
+                self._first_token = self._last_piece
             self._tokens += len(piece.tokens)
             if piece.text:
                 self._pieces.append(piece.text)
@@ -110,183 +111,185 @@ class Turn:
         self.reason = self._reply.answer.reason
 
     def cancel(self) -> None:
-        """Stop the answer: iteration ends after at most the step that is running. A signal handler may call this."""
+        """Stop the answer after the current step of the engine; safe to call from a signal handler."""
         self._reply.cancel()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.reason in ("failed", "cancelled"):
-            self._reply.cancel()  # where the loop was left early, the engine still runs
+            self._reply.cancel()  # after an early exit from the loop the engine still generates
         if isinstance(error, KeyboardInterrupt | GeneratorExit):
             self.reason = "cancelled"
-        self._conversation.settle(self._said, self.text, complete=self.reason in ("stop", "length"))
+        self._conversation.record(self._messages, self.text, complete=self.reason in ("stop", "length"))
 
 
 class Conversation:
-    """What was said, the settings, and the model that answers. For one thread.
+    """Messages, settings and the model of one conversation; not thread-safe.
 
     Attributes:
-        system: the system prompt; empty: none.
-        messages: everything said, without the system prompt, also what no longer fits the context.
-        settings: the sampling values that were set; all others are as the checkpoint recommends.
-        plain: no chat format: the text so far is continued, and each thing said begins a new line.
+        system: the system prompt; empty if there is none.
+        messages: all messages except the system prompt, including those that no longer fit into the context.
+        settings: the sampling parameters that were set; the others have the checkpoint's recommended values.
+        plain: whether to use no chat format; the model then continues the text, with each message on a new line.
     """
 
     def __init__(
         self, llm: LLM, *, system: str = "", settings: Mapping[str, Any] | None = None, plain: bool = False
     ) -> None:
-        """Begin a conversation.
+        """Start a conversation.
 
         Raises:
-            InvalidParameter: a setting is out of range.
-            InvalidRequest: a system prompt in plain text, which has no place for it.
+            InvalidParameter: a setting is invalid.
+            InvalidRequest: ``system`` is set and ``plain`` is true.
         """
         if plain and system:
-            raise InvalidRequest("plain text has no system prompt: leave out one of the two")
+            raise InvalidRequest("plain text has no system prompt: use only one of the two")
         self.llm, self.plain, self.system = llm, plain, system
         self.messages: list[Message] = []
         self.settings = dict(settings or {})
-        self._unanswered: Sequence[Message] | None = None  # what was said up to a question that got no answer
+        self._unanswered: Sequence[Message] | None = None  # the messages up to a question without an answer
         self._sampling(self.settings)
 
     @property
     def sampling(self) -> Sampling:
-        """The settings over what the checkpoint recommends."""
+        """Sampling parameters: the settings, and the checkpoint's recommendations for the rest."""
         return self._sampling(self.settings)
 
     def _sampling(self, settings: Mapping[str, Any]) -> Sampling:
         sampling = self.llm.sampling(**settings)
         if sampling.n != 1:
-            raise InvalidParameter("n", f"is {sampling.n}, but a conversation goes on from one answer")
+            raise InvalidParameter("n", f"is {sampling.n}, but a conversation needs exactly one answer: use 1")
         return sampling
 
     def ask(self, text: str) -> Turn:
-        """Start the answer to ``text``. Nothing of the conversation changes before the turn is left.
+        """Start the answer to ``text``; the conversation changes only when the turn is exited.
 
         Raises:
-            PromptTooLong: the text does not fit the context, even with nothing before it.
-            InvalidMessages: the chat format cannot hold the conversation.
-            EngineStopped: the engine was closed, or died.
+            PromptTooLong: the text alone does not fit into the context.
+            InvalidMessages: the chat format cannot represent the conversation.
+            EngineStopped: the engine was closed, or has failed.
         """
         return self._start([*self.messages, {"role": "user", "content": text}])
 
     def retry(self) -> Turn:
-        """Start another answer to the last question; the former answer stays until the new one has come.
+        """Start another answer to the last question; it replaces the old answer when the turn is exited.
 
         Raises:
-            InvalidRequest: nothing was asked yet.
+            InvalidRequest: there is no question yet.
         """
         if self._unanswered is not None:
             return self._start(self._unanswered)
-        place = self._last_question()
-        if place is None:
-            raise InvalidRequest("there is nothing to repeat: ask something first")
-        return self._start(self.messages[: place + 1])
+        index = self._last_question()
+        if index is None:
+            raise InvalidRequest("nothing to answer again: ask a question first")
+        return self._start(self.messages[: index + 1])
 
     def undo(self) -> str:
-        """Take the last question and its answer out of the conversation, and return the question.
+        """Remove the last question and its answer, and return the question.
 
         Raises:
-            InvalidRequest: nothing was asked yet.
+            InvalidRequest: there is no question yet.
         """
-        place = self._last_question()
-        if place is None:
-            raise InvalidRequest("there is nothing to undo")
-        question = self.messages[place]["content"]
-        del self.messages[place:]
+        index = self._last_question()
+        if index is None:
+            raise InvalidRequest("nothing to undo: the conversation is empty")
+        question = self.messages[index]["content"]
+        del self.messages[index:]
         self._unanswered = None
         return question
 
     def reset(self) -> None:
-        """Forget everything that was said; the system prompt and the settings stay."""
+        """Remove all messages; the system prompt and the settings stay."""
         self.messages.clear()
         self._unanswered = None
 
     def set(self, name: str, text: str) -> None:
-        """Set a sampling value from how it is typed: JSON, a bare string, or ``default`` for the checkpoint's own.
+        """Set a sampling parameter from text: JSON, a plain string, or ``default`` for the checkpoint's value.
 
         Raises:
-            InvalidParameter: there is no such value, or it is out of range; nothing has changed then.
+            InvalidParameter: the parameter is unknown or the value is invalid; the settings are unchanged.
         """
         changed = {key: value for key, value in self.settings.items() if key != name}
         if text != "default":
-            changed[name] = saved.typed(name, text)
+            changed[name] = conversation_file.parse_setting(name, text)
         elif name not in Sampling.__dataclass_fields__:
-            raise InvalidParameter(name, "is no sampling parameter")
+            raise InvalidParameter(name, "is not a sampling parameter")
         self._sampling(changed)
         self.settings = changed
 
     def save(self, path: Path) -> None:
-        """Write messages and settings to ``path``.
+        """Save the messages and the settings to ``path``.
 
         Raises:
-            InvalidRequest: it cannot be written, or there is something else under this name.
+            InvalidRequest: the file cannot be written, or ``path`` is a file of another kind.
         """
-        saved.write(path, saved.Saved(self._with_system(self.messages), self.settings), self.llm.name)
+        content = conversation_file.SavedConversation(self._with_system(self.messages), self.settings)
+        conversation_file.write(path, content, self.llm.name)
 
     def load(self, path: Path) -> None:
-        """Go on with the conversation in ``path``; if it cannot be read, this one stays as it is.
+        """Replace this conversation by the one in ``path``; after an error it is unchanged.
 
         Raises:
-            NotFound: there is no such file.
-            InvalidRequest: it is no conversation, or one with a system prompt where there is no place for it.
-            InvalidMessages, InvalidParameter: a role or a setting in it does not exist.
+            NotFound: the file does not exist.
+            InvalidRequest: the file is not a conversation, or has a system prompt and ``plain`` is true.
+            InvalidMessages, InvalidParameter: a message or a setting in the file is invalid.
         """
-        found = saved.read(path)
-        self._sampling(found.settings)
-        system = found.messages[0]["content"] if found.messages and found.messages[0]["role"] == "system" else ""
+        content = conversation_file.read(path)
+        self._sampling(content.settings)
+        messages = content.messages
+        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
         if system and self.plain:
-            raise InvalidRequest(f"{path} has a system prompt, for which plain text has no place")
-        self.system, self.settings = system, dict(found.settings)
-        self.messages = list(found.messages[1:] if system else found.messages)
+            raise InvalidRequest(f"{path} has a system prompt, but plain text has none: start without --plain-text")
+        self.system, self.settings = system, dict(content.settings)
+        self.messages = list(messages[1:] if system else messages)
         self._unanswered = None
 
     def tokens(self) -> int:
-        """Return how many tokens the conversation has, all of it, as a prompt would."""
+        """Return the number of tokens of the whole conversation as a prompt."""
         if not self.messages and not self.system:
             return 0
-        said = self.messages
-        if not said or said[-1]["role"] != "user":  # a prompt ends with what the user says
-            said = [*said, {"role": "user", "content": ""}]
-        return len(self._encode(self._with_system(said)))
+        messages = self.messages
+        if not messages or messages[-1]["role"] != "user":  # a prompt ends with a message of the user
+            messages = [*messages, {"role": "user", "content": ""}]
+        return len(self._encode(self._with_system(messages)))
 
-    def settle(self, said: Sequence[Message], answer: str, *, complete: bool) -> None:
-        """Take an answer into the conversation; an incomplete one only if there is something of it."""
+    def record(self, messages: Sequence[Message], answer: str, *, complete: bool) -> None:
+        """Add an answer to the conversation; an incomplete answer is added only if it has text."""
         if complete or answer:
-            self.messages = [*said, {"role": "assistant", "content": answer}]
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
             self._unanswered = None
         else:
-            self._unanswered = said
+            self._unanswered = messages
 
     def _last_question(self) -> int | None:
-        places = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
-        return places[-1] if places else None
+        indexes = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        return indexes[-1] if indexes else None
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         return [*([Message(role="system", content=self.system)] if self.system else []), *messages]
 
-    def _start(self, said: Sequence[Message]) -> Turn:
-        kept, dropped = self._fit(self._with_system(said))
+    def _start(self, messages: Sequence[Message]) -> Turn:
+        kept, dropped = self._truncate(self._with_system(messages))
         ids = self._encode(kept)
         [reply] = self.llm.submit(ids, self.sampling, chat=not self.plain)
-        return Turn(self, said, reply, len(ids), dropped)
+        return Turn(self, messages, reply, len(ids), dropped)
 
-    def _fit(self, messages: list[Message]) -> tuple[list[Message], int]:
-        """Return (what the model is shown, how many messages are not): the oldest make room for the answer."""
+    def _truncate(self, messages: list[Message]) -> tuple[list[Message], int]:
+        """Return (messages for the model, number of removed messages); the oldest make room for the answer."""
         context = self.llm.context
-        reserved = min(self.sampling.max_tokens or RESERVED, context // 2)
+        reserved = min(self.sampling.max_tokens or RESERVED_TOKENS, context // 2)
         try:
-            return chat.fit(messages, self._count, context - reserved)
-        except PromptTooLong:  # a long question may have a shorter answer
-            self._encode(self._with_system(messages[-1:]))  # a hopeless one is refused here
-            return chat.fit(messages, self._count, context - 1)
+            return chat.truncate(messages, self._count, context - reserved)
+        except PromptTooLong:  # reserve less for the answer, since the question is long
+            self._encode(self._with_system(messages[-1:]))  # raises if the question alone is too long
+            return chat.truncate(messages, self._count, context - 1)
 
     def _count(self, messages: list[Message]) -> int:
-        """Return the tokens of a prompt; of one that is far too long, any number that is too large."""
+        """Return the number of tokens of a prompt; for a far too long prompt, its number of characters."""
         characters = sum(len(message["content"]) for message in messages)
-        hopeless = characters > CHARACTERS_PER_TOKEN * self.llm.context
-        return characters if hopeless else len(self._encode(messages))
+        too_long = characters > MAX_CHARACTERS_PER_TOKEN * self.llm.context
+        return characters if too_long else len(self._encode(messages))
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         if self.plain:

@@ -1,6 +1,6 @@
-"""The line that is typed: where it ends, and where it is remembered.
+"""Line editor of the chat: multi-line input, keys, and the history file.
 
-Knows prompt_toolkit and the history file. Does not know what a line means.
+The editor is built on prompt_toolkit. This module does not interpret the input.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from prompt_toolkit.output import create_output
 
 BLOCK = '"""'
 HISTORY_BYTES = 1 << 20
-"""A larger history file is cut to its newer half when a session begins."""
+"""Maximum size of the history file; a larger file is cut to its newer half when a session begins."""
 
 
-def unfinished(text: str) -> bool:
-    """Whether Enter begins a new line: after a backslash, and within a block of triple quotes."""
+def is_unfinished(text: str) -> bool:
+    """Return whether Enter starts a new line: after a backslash, and within triple quotes."""
     if text.lstrip().startswith(BLOCK):
         inner = text.strip()
         return len(inner) < 2 * len(BLOCK) or not inner.endswith(BLOCK)
     return text.endswith("\\")
 
 
-def meant(text: str) -> str:
-    """Return what was typed without the marks that joined its lines."""
+def message_text(text: str) -> str:
+    """Return the input without line-ending backslashes and without enclosing triple quotes."""
     inner = text.strip()
     if inner.startswith(BLOCK) and inner.endswith(BLOCK) and len(inner) >= 2 * len(BLOCK):
         return inner[len(BLOCK) : -len(BLOCK)].strip("\n")
@@ -37,20 +37,20 @@ def meant(text: str) -> str:
 
 
 def history_path() -> Path:
-    """Return where what was typed is remembered, by the XDG base directory specification."""
+    """Return the path of the history file, by the XDG base directory specification."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "moesaic" / "history"
 
 
-class _Kept(FileHistory):
-    """A history file; what can no longer be written is remembered for this session only."""
+class _TolerantFileHistory(FileHistory):
+    """History file; if writing fails, the entry is kept in memory for this session."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):
             super().store_string(string)
 
 
-def history(path: Path) -> History:
-    """Return the history in ``path``, readable by its owner alone and bounded; in memory if that cannot be."""
+def open_history(path: Path) -> History:
+    """Return the history in ``path``, which only its owner can read; if that fails, a history in memory."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
@@ -59,16 +59,16 @@ def history(path: Path) -> History:
             _halve(path)
     except OSError:
         return InMemoryHistory()
-    return _Kept(str(path))
+    return _TolerantFileHistory(str(path))
 
 
 def _halve(path: Path) -> None:
-    """Keep the newer half, from where an entry begins: a line with ``#``, after an empty one."""
+    """Keep the newer half of the file, from the beginning of an entry: a line with ``#`` after an empty line."""
     tail = path.read_bytes()[-HISTORY_BYTES // 2 :]
-    begin = tail.find(b"\n\n#")
+    start = tail.find(b"\n\n#")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(tail[begin + 1 :] if begin >= 0 else b"")
+        file.write(tail[start + 1 :] if start >= 0 else b"")
     part.replace(path)
 
 
@@ -78,7 +78,7 @@ def _keys() -> KeyBindings:
     @keys.add("enter")
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        if unfinished(buffer.text):
+        if is_unfinished(buffer.text):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
@@ -102,13 +102,13 @@ def _keys() -> KeyBindings:
 
 
 def line_editor() -> PromptSession[str]:
-    """Return what reads from the terminal, with line editing and history; where output goes elsewhere, on stderr."""
+    """Return the prompt with line editing and history; it is drawn on stderr if stdout is not a terminal."""
     return PromptSession(
         FormattedText([("bold", "> ")]),
         multiline=True,
         reserve_space_for_menu=0,
         key_bindings=_keys(),
-        history=history(history_path()),
+        history=open_history(history_path()),
         prompt_continuation=lambda width, _line, _wraps: "." * (width - 1) + " ",
         output=create_output(always_prefer_tty=True),
     )

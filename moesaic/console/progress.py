@@ -1,4 +1,4 @@
-"""A bar for what takes long, drawn on standard error and only on a terminal."""
+"""Progress bar on standard error; it is drawn only on a terminal."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-QUICK = 0.5
-"""Seconds for which nothing is drawn: what is done by then needs no bar."""
+DELAY_SECONDS = 0.5
+"""Time before the bar is drawn; shorter operations show no bar."""
 
 
 @contextmanager
 def bar(label: str, *, count: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """Give a function to call with (done, total), in bytes or with ``count`` in things; None without a terminal."""
+    """Draw a progress bar while the context is open.
+
+    Yields:
+        A function to call with (done, total), in bytes or, with ``count``, in items; None without a terminal.
+    """
     if not sys.stderr.isatty():
         yield None
         return
     from rich import progress
     from rich.console import Console
 
-    amount = progress.MofNCompleteColumn() if count else progress.DownloadColumn(binary_units=True)
-    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), amount)
-    drawn = progress.Progress(*columns, progress.TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    task, began = drawn.add_task(label, total=None), time.monotonic()
+    amount_column = progress.MofNCompleteColumn() if count else progress.DownloadColumn(binary_units=True)
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), amount_column)
+    display = progress.Progress(*columns, progress.TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    task, started = display.add_task(label, total=None), time.monotonic()
 
     def show(done: int, total: int) -> None:
-        drawn.update(task, completed=done, total=total or None)
-        if time.monotonic() - began > QUICK:
-            drawn.start()  # again and again is as good as once
+        display.update(task, completed=done, total=total or None)
+        if time.monotonic() - started > DELAY_SECONDS:
+            display.start()  # does nothing if the bar is already drawn
 
     try:
         yield show
     finally:
-        drawn.stop()
+        display.stop()

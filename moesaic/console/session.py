@@ -1,6 +1,6 @@
-"""The interactive session: reads what is typed, shows answers as they come.
+"""Interactive chat session: reads input and shows answers as they come.
 
-Knows the terminal and its signals. What is said and done lies in ``conversation`` and ``commands``.
+This module handles the terminal and its signals. ``conversation`` and ``commands`` implement the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DIM, RED, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[0m"
 
 
 def banner(llm: LLM, name: str, *, plain: bool) -> str:
-    """Return the line that says what is being talked to."""
+    """Return the first line of a session, which describes the model."""
     model = llm.loaded.model
     count = sum(math.prod(slot.shape) for slot in model.slots())
     form = "plain text" if plain else f"format {llm.format.name if llm.format else 'template'}"
@@ -43,103 +43,107 @@ def _short(count: int) -> str:
 
 
 class Session:
-    """A person at a terminal, talking to a model. For the main thread, whose signals it handles."""
+    """Chat session in a terminal; it must run in the main thread, because it handles signals."""
 
     def __init__(self, conversation: Conversation, name: str) -> None:
         self._conversation, self._name = conversation, name
         self._editor = editing.line_editor()
-        # Where answers are written to a file, everything else must not be in it.
-        self._notes = sys.stdout if sys.stdout.isatty() else sys.stderr
-        self._told = 0  # dropped messages that the user knows of
-        self._broken = False
+        # If answers are redirected to a file, notices must not be in it.
+        self._notices = sys.stdout if sys.stdout.isatty() else sys.stderr
+        self._reported = 0  # dropped messages that were reported to the user
+        self._engine_failed = False
 
     def run(self) -> int:
-        """Talk until the user leaves; return the exit status: 2 if the engine died on the way."""
-        self._note(banner(self._conversation.llm, self._name, plain=self._conversation.plain))
+        """Run until the user exits; return the exit status, which is 2 if the engine has failed."""
+        self._notice(banner(self._conversation.llm, self._name, plain=self._conversation.plain))
         while True:
             try:
-                text = editing.meant(self._editor.prompt())
-            except KeyboardInterrupt:  # sent by another process: at the prompt the key only clears the line
+                text = editing.message_text(self._editor.prompt())
+            except (
+                KeyboardInterrupt
+            ):  # a signal from another process; at the prompt, the Ctrl-C key only clears the line
                 continue
             except EOFError:
                 break
-            if text.strip() and not self._heed(text):
+            if text.strip() and not self._handle(text):
                 break
-        return 2 if self._broken else 0
+        return 2 if self._engine_failed else 0
 
-    def _heed(self, text: str) -> bool:
-        """Do what one input asks for; return whether the session goes on."""
+    def _handle(self, text: str) -> bool:
+        """Run a command or ask a question; return whether the session continues."""
         try:
             if text.startswith("/") and not text.startswith("//"):
                 outcome = commands.run(self._conversation, text)
             else:
                 outcome = commands.Outcome(turn=self._conversation.ask(text.removeprefix("/")))
             if outcome.text:
-                self._note(outcome.text)
+                self._notice(outcome.text)
             if outcome.turn is not None:
                 self._show(outcome.turn)
             return not outcome.leave
         except MoesaicError as error:
-            self._note(one_line(str(error)), RED)
+            self._notice(one_line(str(error)), RED)
             if isinstance(error, EngineStopped):
-                self._broken = True
-                self._note("no more answers will come: /save FILE keeps the conversation, /exit leaves")
+                self._engine_failed = True
+                self._notice("the model can give no more answers: save the conversation with /save FILE, then /exit")
         except KeyboardInterrupt:
-            self._note("stopped")
+            self._notice("stopped")
         return True
 
     def _show(self, turn: Turn) -> None:
-        if turn.dropped > self._told:
+        if turn.dropped > self._reported:
             were = "message was" if turn.dropped == 1 else "messages were"
-            self._note(f"the conversation is longer than the context: the oldest {turn.dropped} {were} left out")
-        self._told = turn.dropped
+            self._notice(f"the conversation is longer than the context: the oldest {turn.dropped} {were} left out")
+        self._reported = turn.dropped
         try:
-            with turn, _stoppable(turn), _silent():
+            with turn, _interruptible(turn), _no_echo():
                 for piece in turn:
                     sys.stdout.write(visible(piece))
                     sys.stdout.flush()
         finally:
             if not turn.text.endswith("\n"):
                 print(flush=True)
-            self._note(f"{turn.statistics}\n")
+            self._notice(f"{turn.statistics}\n")
             if turn.reason in ("cancelled", "failed") and not turn.text:
-                self._note("nothing came, so the question is not part of the conversation; /retry asks it again")
+                self._notice(
+                    "there was no answer, so the question was not added to the conversation; /retry asks it again"
+                )
 
-    def _note(self, text: str, color: str = DIM) -> None:
-        """Show lines that are not the model's."""
-        colored = self._notes.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    def _notice(self, text: str, color: str = DIM) -> None:
+        """Show a notice of the program, in a color that differs from answers."""
+        colored = self._notices.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         text = visible(text)
-        print(f"{color}{text}{PLAIN}" if colored else text, file=self._notes, flush=True)
+        print(f"{color}{text}{PLAIN}" if colored else text, file=self._notices, flush=True)
 
 
 @contextmanager
-def _stoppable(turn: Turn) -> Iterator[None]:
-    """Let Ctrl-C stop the answer; a second one does not wait for the step that is running."""
-    asked = False
+def _interruptible(turn: Turn) -> Iterator[None]:
+    """Let Ctrl-C stop the answer; a second Ctrl-C does not wait for the current step of the engine."""
+    interrupted = False
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal interrupted
+        if interrupted:
             raise KeyboardInterrupt
-        asked = True
+        interrupted = True
         turn.cancel()
 
-    before = signal.signal(signal.SIGINT, stop)
+    previous = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Do not show keys that are pressed during an answer; the prompt shows them afterwards."""
+def _no_echo() -> Iterator[None]:
+    """Hide keys that are typed during an answer; the prompt shows them afterwards."""
     keyboard = sys.stdin.fileno()
-    before = termios.tcgetattr(keyboard)
-    quiet = [*before]
+    previous = termios.tcgetattr(keyboard)
+    quiet = [*previous]
     quiet[3] &= ~termios.ECHO
     termios.tcsetattr(keyboard, termios.TCSADRAIN, quiet)
     try:
         yield
     finally:
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, previous)

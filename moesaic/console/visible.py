@@ -1,31 +1,24 @@
-"""Text that cannot drive a terminal.
-
-Knows which characters a terminal takes as orders or which turn the order of what is read. Does not
-know where the text came from: all of it is shown, none of it is obeyed.
-"""
+"""Escaping of characters that control a terminal or change the reading direction."""
 
 from __future__ import annotations
 
 import re
 
-# C0 but for tab and newline, DEL and C1 (0x9B alone begins an escape sequence); then the bidirectional
-# overrides and isolates, with which a line can be made to read as another (CVE-2021-42574).
-ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 except tab and newline, DEL, and C1 (0x9B alone begins an escape sequence); then the bidirectional overrides and
+# isolates, which can make a line read as another one (CVE-2021-42574); then surrogates, which cannot be encoded.
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """Return ``text`` with every character that a terminal would obey written as ``\\x1b``, ``\\u202e``, ...
-
-    Tab and newline stay.
-    """
-    return ORDERS.sub(_written, text)
+    """Return ``text`` with control characters as escapes such as ``\\x1b`` or ``\\u202e``; tab and newline stay."""
+    return CONTROL_CHARACTERS.sub(_escape, text)
 
 
-def _written(found: re.Match[str]) -> str:
-    code = ord(found[0])
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` as one visible line."""
+    """Return ``text`` as one line, with control characters escaped."""
     return visible(" ".join(text.split()))

@@ -1,17 +1,17 @@
-"""Token ids in, token ids out.
+"""The inference engine: token ids in, token ids out.
 
     engine = Engine(model)
     [stream] = engine.submit(Request(ids, Sampling(temperature=0, max_tokens=64), eos_ids=(2,)))
     for event in stream:  # Token, Token, ..., Done
         ...
 
-A request passes ``engine`` (submit, the loop) -> ``scheduler`` (which tokens run) with ``blocks``
-(where they are kept) -> ``batch`` and ``runner`` (the model) -> ``sampler`` (the next token) ->
-``engine`` (events). ``growth`` knows what ends an answer. ``request``, ``growth``, ``blocks`` and
-``scheduler`` import no torch, so they can be tested in any number of random ways in seconds.
+A request passes through ``engine`` (submission, the loop), ``scheduler`` (which tokens run) with ``blocks`` (cache
+memory), ``batch`` and ``runner`` (the model), ``sampler`` (the next token), and ``engine`` again (events). ``finish``
+decides what ends an answer. ``request``, ``finish``, ``blocks`` and ``scheduler`` do not import torch, so that
+randomized tests of them run in seconds.
 
-Knows any model with the few attributes of ``runner.Model``. Does not know text, files or HTTP.
-The names below are imported when first used: importing ``moesaic.engine`` does not import torch.
+The engine runs any model with the attributes of ``runner.Model``. It does not depend on text, files or HTTP.
+The names below are imported on first use: importing ``moesaic.engine`` does not import torch.
 """
 
 from __future__ import annotations

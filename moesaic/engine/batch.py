@@ -1,6 +1,6 @@
-"""A scheduler's Step as the tensors of a Batch.
+"""Converts a Step of the scheduler to the tensors of a Batch.
 
-Knows how sequences' blocks become cache slots. Does not know models or sampling.
+This module computes cache slots from the block tables of sequences. It does not depend on models or sampling.
 
 Legend: T tokens of the step, S sequences, B block size.
 """
@@ -14,18 +14,18 @@ from moesaic.ops import Batch, Cache
 
 
 def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
-    """Return the Batch that runs ``step`` on ``cache``; its outputs are the rows that give a next token."""
+    """Return the Batch that runs ``step`` on ``cache``; its outputs are the rows that are sampled."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     starts, lengths, outputs = [0], [], []
     for run in step.runs:
-        places = range(run.sequence.cached, run.sequence.cached + run.count)
-        tokens += run.sequence.ids[places.start : places.stop]
-        positions += places
-        slots += _slots(run, places, cache.block_size)
+        run_positions = range(run.sequence.cached, run.sequence.cached + run.count)
+        tokens += run.sequence.ids[run_positions.start : run_positions.stop]
+        positions += run_positions
+        slots += _slots(run, run_positions, cache.block_size)
         starts.append(len(tokens))
-        lengths.append(places.stop)
+        lengths.append(run_positions.stop)
         if run.samples:
             outputs.append(len(tokens) - 1)
     width = max(len(run.sequence.table) for run in step.runs)
@@ -46,7 +46,7 @@ def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
     )
 
 
-def _slots(run: Run, places: range, size: int) -> list[int]:
-    """Return the cache slot of each place: its block's first slot plus its place in the block."""
+def _slots(run: Run, positions: range, size: int) -> list[int]:
+    """Return the cache slot of each position: the first slot of its block plus the offset in the block."""
     table = run.sequence.table
-    return [table[place // size] * size + place % size for place in places]
+    return [table[position // size] * size + position % size for position in positions]

@@ -1,13 +1,12 @@
-"""Blocks of cache places: who holds which, and which prefixes are already in them.
+"""Block allocator of the key/value cache, with reference counts and a prefix cache.
 
-A block is free, idle (nobody holds it, but its contents are known and can be found again) or held
-by one or more sequences. Knows numbers of blocks and digests of what is in them. Does not know
-sequences, tensors or devices.
+A block is free, idle (no references, but its contents are known and can be reused) or held by one or more sequences.
+This module handles block numbers and digests of their contents. It does not depend on sequences, tensors or devices.
 
-Prefixes are found by a chain of SHA-256 digests over tagged fields: a block's digest covers the
-salt, every token before it and its own. Only full blocks have one, so a block that is still being
-written is never shared. A short or unkeyed hash would let one tenant find, or forge, another's
-prefix; the cost of this one is about a microsecond for each block.
+The prefix cache uses a chain of SHA-256 digests over tagged fields: the digest of a block covers the salt, all
+earlier tokens and its own. Only full blocks have a digest, so a block that is still being written is never shared.
+With a short or unkeyed hash, one tenant could find or forge the prefix of another. This hash costs about a
+microsecond per block.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _BLOCK = b"moesaic/prefix/1/block\0"
 
 
 def extend(digests: list[bytes], salt: str, ids: Sequence[int], size: int) -> None:
-    """Append the digests of the full blocks of ``ids`` that ``digests`` does not cover yet."""
+    """Append the missing digests of the full blocks of ``ids``, after those already in ``digests``."""
     for begin in range(len(digests) * size, len(ids) - size + 1, size):
         parent = digests[-1] if digests else _root(salt)
         packed = struct.pack(f"<{size}q", *ids[begin : begin + size])
@@ -34,54 +33,54 @@ def _root(salt: str) -> bytes:
 
 
 class Blocks:
-    """``count`` blocks of ``size`` token places each. Every operation on one block takes constant time."""
+    """``count`` blocks of ``size`` tokens each. Every operation on one block takes constant time."""
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
-        self._free = list(range(count - 1, -1, -1))  # contents unknown; taken from the end
+        self._free = list(range(count - 1, -1, -1))  # no known contents; allocated from the end
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._refs = [0] * count
         self._digest: list[bytes | None] = [None] * count
-        self._where: dict[bytes, int] = {}
+        self._block_of: dict[bytes, int] = {}
 
     @property
     def available(self) -> int:
-        """How many blocks could be taken now."""
+        """Number of blocks that can be taken now."""
         return len(self._free) + len(self._idle)
 
     def is_idle(self, block: int) -> bool:
-        """Return whether nobody holds ``block`` but its contents are known."""
+        """Return whether ``block`` has no references but known contents."""
         return block in self._idle
 
     def take(self) -> int:
-        """Hand out a block with unknown contents; the longest unused known one where none is free."""
-        assert self.available, "take() without asking for available first"
+        """Allocate a free block or, if there is none, the least recently used idle block."""
+        assert self.available, "take() called without checking available"
         if self._free:
             block = self._free.pop()
         else:
             block, _ = self._idle.popitem(last=False)
-            self._unname(block)
+            self._remove_digest(block)
         self._refs[block] = 1
         return block
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
-        """Return the blocks that hold the longest known prefix of ``digests``, without taking them."""
-        found = []
+        """Return the blocks of the longest cached prefix of ``digests``, without adding references."""
+        blocks = []
         for digest in digests:
-            block = self._where.get(digest)
+            block = self._block_of.get(digest)
             if block is None:
                 break
-            found.append(block)
-        return found
+            blocks.append(block)
+        return blocks
 
     def share(self, block: int) -> None:
-        """Hold a block that ``find`` returned."""
+        """Add a reference to a block that ``find`` returned."""
         self._idle.pop(block, None)
         self._refs[block] += 1
 
     def drop(self, block: int) -> bool:
-        """Let go of a block; return whether nobody holds it any more."""
-        assert self._refs[block] > 0, f"block {block} is dropped but nobody holds it"
+        """Remove a reference from a block; return whether it was the last one."""
+        assert self._refs[block] > 0, f"block {block} is dropped but has no references"
         self._refs[block] -= 1
         if self._refs[block]:
             return False
@@ -92,33 +91,35 @@ class Blocks:
         return True
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Say that a held block is full and what is in it. The first block with a given digest is the one found."""
-        assert self._refs[block] > 0, f"block {block} is published but nobody holds it"
-        if digest not in self._where and self._digest[block] is None:
-            self._where[digest] = block
+        """Register the contents of a full, held block. ``find`` returns the first block published with a digest."""
+        assert self._refs[block] > 0, f"block {block} is published but has no references"
+        if digest not in self._block_of and self._digest[block] is None:
+            self._block_of[digest] = block
             self._digest[block] = digest
 
     def forget(self, block: int) -> None:
-        """Never find this block again under what it was published as."""
+        """Remove this block from the prefix cache."""
         if self._digest[block] is not None:
-            self._unname(block)
+            self._remove_digest(block)
             if block in self._idle:
                 del self._idle[block]
                 self._free.append(block)
 
-    def _unname(self, block: int) -> None:
+    def _remove_digest(self, block: int) -> None:
         digest = self._digest[block]
-        assert digest is not None and self._where[digest] == block, f"block {block} lost its digest"
-        del self._where[digest]
+        assert digest is not None and self._block_of[digest] == block, f"block {block} lost its digest"
+        del self._block_of[digest]
         self._digest[block] = None
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:
-        """Assert that these tables (-1: no block) hold exactly what is held, and that nothing leaked."""
+        """Assert that the reference counts equal those of these tables (-1: no block), and that no block leaked."""
         held = Counter(block for table in tables for block in table if block >= 0)
         assert [held[block] for block in range(self.count)] == self._refs, "reference counts differ from the tables"
         kinds = [*self._free, *self._idle, *held]
-        assert sorted(kinds) == list(range(self.count)), "a block is in no place, or in two"
+        assert sorted(kinds) == list(range(self.count)), "a block has no state, or two"
         named = {block: digest for block, digest in enumerate(self._digest) if digest is not None}
-        assert {digest: block for block, digest in named.items()} == self._where, "the index and the blocks differ"
+        assert {digest: block for block, digest in named.items()} == self._block_of, (
+            "the prefix index and the blocks differ"
+        )
         assert all(block in named for block in self._idle), "an idle block has no digest"
         assert not any(block in named for block in self._free), "a free block has a digest"

@@ -1,10 +1,10 @@
-"""The engine: requests in, streams of events out.
+"""The engine loop: requests in, streams of events out.
 
-Owns the loop, its thread, and the lock around the scheduler, which is never held while the model
-runs. Knows nothing of text, HTTP, or how tokens are chosen.
+This module owns the loop, its thread, and the lock around the scheduler, which is not held while the model runs. It
+does not depend on text, HTTP or sampling.
 
-Every refusal happens in ``submit``. After it, a stream ends with exactly one ``Done`` or one
-exception, also when the model breaks, the engine is closed, or its thread dies.
+``submit`` rejects every request that cannot run. An accepted stream ends with exactly one ``Done`` or one exception,
+even if the model fails, the engine is closed, or its thread dies.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from moesaic.engine.runner import Model, Runner
 from moesaic.engine.scheduler import Limits, Outcome, Scheduler, Step
 from moesaic.errors import EngineStopped, InvalidParameter, MoesaicError, NumericalError
 
-Batches = queue.SimpleQueue[list[Event | MoesaicError]]
-News = list[tuple["Stream", list[Event | MoesaicError]]]
+EventQueue = queue.SimpleQueue[list[Event | MoesaicError]]
+Deliveries = list[tuple["Stream", list[Event | MoesaicError]]]
 
 
 class Stream:
-    """The events of one answer, in order: ``PromptLogprobs`` if asked for, ``Token``s, one ``Done``.
+    """The events of one answer, in order: ``PromptLogprobs`` if requested, ``Token``s, one ``Done``.
 
-    Iterate over it from one thread. A failure is raised once, in place of ``Done``.
+    Iterate from one thread only. A failure is raised once, instead of ``Done``.
     """
 
     def __init__(self, engine: Engine, sequence: Sequence) -> None:
         self.index = sequence.index
-        """Which of the request's ``n`` answers this is."""
+        """Index among the ``n`` answers of the request."""
         self._engine, self._sequence = engine, sequence
-        self._batches: Batches = queue.SimpleQueue()
+        self._batches: EventQueue = queue.SimpleQueue()
         self._ready: deque[Event | MoesaicError] = deque()
         self._ended = False
 
@@ -53,20 +53,20 @@ class Stream:
         """Wait for the next event and return it.
 
         Raises:
-            StopIteration: after ``Done``, or after an error was raised.
+            StopIteration: ``Done`` was returned or an error was raised before.
             NumericalError: the model computed NaN or infinity for this answer.
-            GrammarError: no token can follow under the request's constraint.
-            EngineStopped: the engine was closed, or died; the cause is chained.
+            GrammarError: the constraint of the request allows no next token.
+            EngineStopped: the engine was closed or failed; the cause is chained.
         """
         if self._ended:
             raise StopIteration
         while not self._ready:
-            self._engine._attend(self._batches)
+            self._engine._run_until_event(self._batches)
             self._ready.extend(self._batches.get())
         return self._take()
 
     def poll(self) -> list[Event]:
-        """Return what has come so far, without waiting. Raises as iteration does, once all events are taken."""
+        """Return the available events without waiting. Raise errors as iteration does, after all events."""
         while not self._batches.empty():
             self._ready.extend(self._batches.get())
         out: list[Event] = []
@@ -85,32 +85,32 @@ class Stream:
         self._batches.put(list(events))
 
     def cancel(self) -> None:
-        """Take the request back: the stream ends with ``Done("cancelled")`` after at most the step that is running."""
+        """Cancel the answer: the stream ends with ``Done("cancelled")`` after the running step at the latest."""
         self._engine._cancel(self._sequence)
 
 
 @dataclass(frozen=True)
 class Stats:
-    """A moment of the engine."""
+    """A snapshot of the engine's statistics; counters are cumulative since its start."""
 
     running: int
     waiting: int
     blocks: int
     free_blocks: int
-    """Blocks that nobody holds; those that keep a cached prefix are among them."""
+    """Blocks without references, including those with a cached prefix."""
     steps: int
-    """Rises while the engine makes progress."""
+    """Steps so far; increases while the engine makes progress."""
     prompt_tokens: int
-    """Of the requests taken in, each answer counted."""
+    """Prompt tokens of accepted requests, counted once per answer."""
     generated_tokens: int
     cached_tokens: int
-    """Prompt tokens that were found in the prefix cache."""
+    """Prompt tokens found in the prefix cache."""
     preemptions: int
     numerical_errors: int
 
 
 class Engine(AbstractContextManager["Engine"]):
-    """Runs a model for many requests at once."""
+    """A model that runs many requests at the same time."""
 
     def __init__(
         self,
@@ -125,21 +125,19 @@ class Engine(AbstractContextManager["Engine"]):
         torch_threads: int | None = None,
         poison: bool = False,
     ) -> None:
-        """Allocate the cache and start.
+        """Allocate the cache and start the loop.
 
         Args:
-            model: moesaic.models has them; see ``runner.Model``.
-            cache_tokens: places in the key/value cache, rounded down to whole blocks. No request may be
-                longer than this, unless the model has a window that fits it.
-            block_size: places in a block.
-            context: the most tokens of a request, prompt and answer together; None: as many as the model
-                was made for.
-            limits: how much may run and wait at once.
-            dtype: of the cache: a float dtype, or int8, see ``ops.Cache``.
-            thread: run the loop in a thread of its own. Without it, reading a stream drives the loop,
-                and so does ``step``.
-            torch_threads: threads that torch uses in the loop's thread; None: as many as it likes.
-            poison: fill the cache with NaN first, to show that nothing unwritten is ever read.
+            model: a model of ``moesaic.models``, or any object with the interface ``runner.Model``.
+            cache_tokens: tokens that the key/value cache holds, rounded down to whole blocks. No request can be
+                longer, unless the model has a window that fits.
+            block_size: tokens in a block.
+            context: maximum tokens of a request, prompt and answer together; None: the model's maximum.
+            limits: limits on running and waiting requests.
+            dtype: dtype of the cache: a floating-point dtype, or int8 as in ``ops.Cache``.
+            thread: run the loop in its own thread. Otherwise reading a stream runs the loop, and so does ``step``.
+            torch_threads: number of torch threads in the loop's thread; None: torch's default.
+            poison: fill the cache with NaN first, so that tests detect reads of unwritten memory.
 
         Raises:
             InvalidParameter: the cache would not hold one block, a size is not positive, or the context is
@@ -156,10 +154,10 @@ class Engine(AbstractContextManager["Engine"]):
         self._runner = Runner(model, blocks.count, block_size, dtype, device, poison=poison)
         self._scheduler = Scheduler(blocks, limits or Limits(), context or model.max_length, model.window)
         self.cache_dtype = dtype
-        """Of the key/value cache."""
+        """Dtype of the key/value cache."""
         self._vocab = model.vocab_size
         self._on_events: Callable[[list[Stream]], None] | None = None
-        self._lock = threading.Condition()  # around everything below, and the scheduler
+        self._lock = threading.Condition()  # protects the scheduler and the attributes below
         self._streams: dict[Sequence, Stream] = {}
         self._cancelled: list[Sequence] = []
         self._stopped = False
@@ -169,51 +167,51 @@ class Engine(AbstractContextManager["Engine"]):
         self._thread = threading.Thread(target=self._loop, name="moesaic-engine", daemon=True) if thread else None
         if self._thread:
             self._thread.start()
-            atexit.register(self.close)  # a thread inside the model while the interpreter is taken down may crash it
+            atexit.register(self.close)  # a thread that runs the model at interpreter shutdown may crash
 
     def listen(self, on_events: Callable[[list[Stream]], None]) -> None:
-        """Have this called after each step with the streams that have something to ``poll``, on the engine's thread.
+        """Set the function that the engine's thread calls after each step with the streams that have new events.
 
-        It must be quick and must not raise: an error in it ends the engine. There is one listener; what came
-        before it was named is not told again.
+        The function must be fast and must not raise: an error stops the engine. There is only one listener, and it is
+        not called for earlier events.
         """
         self._on_events = on_events
 
     @property
     def stopped(self) -> bool:
-        """Whether it was closed, or died."""
+        """Whether the engine was closed or has failed."""
         return self._stopped
 
     @property
     def capacity(self) -> int:
-        """The most tokens, prompt and answer together, that a request can have."""
+        """Maximum tokens of a request, prompt and answer together."""
         return self._scheduler.capacity
 
     def submit(self, request: Request) -> list[Stream]:
-        """Take a request in and return its streams, one for each of its ``n`` answers.
+        """Accept a request and return its streams, one for each of its ``n`` answers.
 
-        The prompt is computed once for all of them. Cancel each on its own. Tokens that the request brings along are
-        in the streams at once, of which no listener is told.
+        The prompt is computed once for all answers. Each stream is cancelled separately. Tokens that the request brings
+        along are in the streams immediately, and the listener is not called for them.
 
         Raises:
-            InvalidParameter: a token id is not in the model's vocabulary, or an answer cannot have had the tokens
-                that it is to go on from; ``param`` names where.
-            GrammarError: what the grammar allows behind these cannot be found out.
-            PromptTooLong: the prompt and one token more exceed the context, or the whole cache.
-            Overloaded: too many requests, or too long ones, are waiting.
-            EngineStopped: the engine was closed, or died.
+            InvalidParameter: a token id is not in the model's vocabulary, or the tokens of a resumed answer are
+                impossible; ``param`` names the argument.
+            GrammarError: the grammar cannot compute the allowed tokens of a resumed answer.
+            PromptTooLong: the prompt and one more token exceed the context, or the whole cache.
+            Overloaded: too many requests or prompt tokens are waiting.
+            EngineStopped: the engine was closed or has failed.
         """
         self._check_vocabulary(request)
         seed = request.sampling.seed
         sequences = self._scheduler.prepare(request, secrets.randbits(63) if seed is None else seed)
         with self._lock:
             if self._stopped:
-                raise self._ending()
+                raise self._stop_error()
             self._scheduler.add(sequences)
             streams = [Stream(self, sequence) for sequence in sequences]
             for sequence, stream in zip(sequences, streams, strict=True):
-                if sequence.begun:
-                    stream._put(sequence.begun)
+                if sequence.resumed_events:
+                    stream._put(sequence.resumed_events)
                 if not sequence.ended:
                     self._streams[sequence] = stream
             self._prompt_tokens += sum(sequence.prompt for sequence in sequences)
@@ -222,30 +220,30 @@ class Engine(AbstractContextManager["Engine"]):
 
     def _check_vocabulary(self, request: Request) -> None:
         sampling = request.sampling
-        named = {
+        arguments = {
             "prompt": request.ids,
             "eos_ids": request.eos_ids,
             "stop_token_ids": sampling.stop_token_ids,
             "logit_bias": sampling.logit_bias,
-            "resume": [id for given in request.resume for id in given],
+            "resume": [token_id for ids in request.resume for token_id in ids],
         }
-        for name, ids in named.items():
+        for name, ids in arguments.items():
             if max(ids, default=0) >= self._vocab:
                 raise InvalidParameter(name, f"token id {max(ids)} is not in the vocabulary of {self._vocab}")
 
     def step(self) -> bool:
         """Run one step; return whether there was anything to do. Only for engines without a thread.
 
-        Never raises: a failure stops the engine, and every stream ends with it.
+        A failure does not raise here: it stops the engine, and every stream raises it.
         """
         try:
             return self._step()
-        except Exception as error:  # whatever it is, those who wait must hear of it
+        except Exception as error:  # every stream must end, whatever the error is
             self._stop(error)
             return False
 
     def stats(self) -> Stats:
-        """Return the present figures."""
+        """Return the current statistics."""
         with self._lock:
             scheduler = self._scheduler
             return Stats(
@@ -256,13 +254,13 @@ class Engine(AbstractContextManager["Engine"]):
                 steps=scheduler.steps,
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated,
-                cached_tokens=scheduler.hits,
+                cached_tokens=scheduler.cached_prompt_tokens,
                 preemptions=scheduler.preemptions,
                 numerical_errors=self._numerical,
             )
 
     def close(self) -> None:
-        """Stop after the step that is running. Streams that have not ended raise EngineStopped. May be called again."""
+        """Stop after the running step. Unfinished streams raise EngineStopped. Closing twice is allowed."""
         with self._lock:
             self._stopped = True
             self._lock.notify()
@@ -280,11 +278,11 @@ class Engine(AbstractContextManager["Engine"]):
         try:
             while self._await_work():
                 self.step()
-        finally:  # also when something that is not an Exception gets through
+        finally:  # a BaseException must end the streams too
             self._stop(None)
 
     def _await_work(self) -> bool:
-        """Sleep until there is something to do; return False when the engine is to stop."""
+        """Wait until there is something to do; return False if the engine must stop."""
         scheduler = self._scheduler
         with self._lock:
             self._lock.wait_for(lambda: self._stopped or self._cancelled or scheduler.running or scheduler.waiting)
@@ -292,48 +290,48 @@ class Engine(AbstractContextManager["Engine"]):
 
     def _step(self) -> bool:
         with self._lock:
-            news = self._reap()
-            step = None if self._stopped else self._scheduler.next()
-        self._hand_over(news)
+            deliveries = self._apply_cancellations()
+            step = None if self._stopped else self._scheduler.schedule()
+        self._deliver(deliveries)
         if step is None:
-            return bool(news)
+            return bool(deliveries)
         outcome = self._runner.run(step)
         with self._lock:
-            news = self._settle(step, outcome)
-        self._hand_over(news)
+            deliveries = self._update(step, outcome)
+        self._deliver(deliveries)
         return True
 
-    def _reap(self) -> News:
-        """End what was cancelled; between steps, so that a step's sequences never change under it."""
-        news: News = []
+    def _apply_cancellations(self) -> Deliveries:
+        """End cancelled sequences. This runs between steps, so that the sequences of a step never change during it."""
+        deliveries: Deliveries = []
         for sequence in self._cancelled:
             done = self._scheduler.cancel(sequence)
             if done:
-                news.append((self._streams.pop(sequence), [done]))
+                deliveries.append((self._streams.pop(sequence), [done]))
         self._cancelled.clear()
-        return news
+        return deliveries
 
-    def _settle(self, step: Step, outcome: Outcome) -> News:
-        """Enter a step's outcome; return what to tell whom."""
-        news: News = []
+    def _update(self, step: Step, outcome: Outcome) -> Deliveries:
+        """Apply the outcome of a step; return the events of each stream."""
+        deliveries: Deliveries = []
         for sequence in outcome.failed:
             self._runner.wipe(self._scheduler.fail(sequence))
             self._numerical += 1
-            news.append((self._streams.pop(sequence), [NumericalError("the model computed NaN or infinity")]))
+            deliveries.append((self._streams.pop(sequence), [NumericalError("the model computed NaN or infinity")]))
         for sequence, error in outcome.refused.items():
             self._scheduler.cancel(sequence)
-            news.append((self._streams.pop(sequence), [error]))
-        for sequence, events in self._scheduler.commit(step, outcome):
+            deliveries.append((self._streams.pop(sequence), [error]))
+        for sequence, events in self._scheduler.update(step, outcome):
             self._generated += sum(isinstance(event, Token) for event in events)
             ended = isinstance(events[-1], Done)
-            news.append((self._streams.pop(sequence) if ended else self._streams[sequence], [*events]))
-        return news
+            deliveries.append((self._streams.pop(sequence) if ended else self._streams[sequence], [*events]))
+        return deliveries
 
-    def _hand_over(self, news: News) -> None:
-        for stream, events in news:
+    def _deliver(self, deliveries: Deliveries) -> None:
+        for stream, events in deliveries:
             stream._put(events)
-        if news and self._on_events:
-            self._on_events([stream for stream, _ in news])
+        if deliveries and self._on_events:
+            self._on_events([stream for stream, _ in deliveries])
 
     def _cancel(self, sequence: Sequence) -> None:
         with self._lock:
@@ -341,23 +339,23 @@ class Engine(AbstractContextManager["Engine"]):
                 self._cancelled.append(sequence)
                 self._lock.notify()
 
-    def _attend(self, batches: Batches) -> None:
-        """Without a thread, run steps until something has come."""
+    def _run_until_event(self, batches: EventQueue) -> None:
+        """If there is no thread, run steps until an event is available."""
         while self._thread is None and batches.empty():
-            assert self.step() or not batches.empty(), "a stream is read that nothing will be written to"
+            assert self.step() or not batches.empty(), "this stream will never get another event"
 
     def _stop(self, cause: Exception | None) -> None:
-        """Let nothing more in and end every stream. The first cause is kept."""
+        """Reject new requests and end every stream. Only the first cause is kept."""
         with self._lock:
             self._stopped = True
             self._cause = self._cause or cause
             streams = list(self._streams.values())
             self._streams.clear()
-        self._hand_over([(stream, [self._ending()]) for stream in streams])
+        self._deliver([(stream, [self._stop_error()]) for stream in streams])
 
-    def _ending(self) -> EngineStopped:
+    def _stop_error(self) -> EngineStopped:
         if self._cause is None:
             return EngineStopped("the engine was closed")
-        error = EngineStopped(f"the engine died: {type(self._cause).__name__}: {self._cause}")
+        error = EngineStopped(f"the engine failed: {type(self._cause).__name__}: {self._cause}")
         error.__cause__ = self._cause
         return error

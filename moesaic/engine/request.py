@@ -1,7 +1,7 @@
-"""What is asked of the engine, what it answers, and the state of one running sequence.
+"""Requests, events, and the state of one running sequence.
 
-Knows the bounds of every sampling parameter. Does not know text, torch or time: prompts are token
-ids, and ``Sampling.stop`` is carried only for the layer above that turns ids into text.
+This module validates every sampling parameter. It does not depend on text, torch or time: prompts are token ids, and
+``Sampling.stop`` is only passed on to the layer that converts ids to text.
 """
 
 from __future__ import annotations
@@ -24,63 +24,63 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_TEMPERATURE = 100.0
 GREEDY_BELOW = 1e-4
-"""Under this temperature the largest logit has all the mass there is, so it is taken without drawing."""
+"""Below this temperature the largest logit has all the probability mass, so sampling is greedy."""
 
 Reason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Every field is checked; the order in which they act is in ``sampler``.
+    """Sampling parameters. ``sampler`` documents the order in which they are applied.
 
     Raises:
-        InvalidParameter: a field is out of range or of the wrong kind; ``param`` names it.
+        InvalidParameter: a field is out of range or has the wrong type; ``param`` names it.
     """
 
     temperature: float = 1.0
-    """Divides the logits; 0 (or below 1e-4) takes the likeliest token. At most 100."""
+    """Divides the logits; 0 (or less than 1e-4) selects the likeliest token. At most 100."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0 is off."""
+    """Keep only the k likeliest tokens; 0 is off."""
     top_p: float = 1.0
-    """Only the smallest set of tokens with this much mass (nucleus, arXiv:1904.09751); 0 < p <= 1."""
+    """Keep only the smallest set of tokens with this mass (nucleus sampling, arXiv:1904.09751); 0 < p <= 1."""
     min_p: float = 0.0
-    """Only tokens at least this times as likely as the likeliest (arXiv:2407.01082); 0 <= p <= 1."""
+    """Keep only tokens at least p times as likely as the likeliest (arXiv:2407.01082); 0 <= p <= 1."""
     typical_p: float = 1.0
-    """Only the mass p of tokens nearest to the expected surprise (arXiv:2202.00666); 0 < p <= 1."""
+    """Keep only the tokens of mass p nearest to the expected surprise (arXiv:2202.00666); 0 < p <= 1."""
     repetition_penalty: float = 1.0
     """Divides (if positive, else multiplies) the logits of tokens in prompt or answer (arXiv:1909.05858); > 0."""
     frequency_penalty: float = 0.0
-    """Subtracted from a logit for each time that its token is in the answer; -2 .. 2."""
+    """Subtracted from a logit for each occurrence of its token in the answer; -2 .. 2."""
     presence_penalty: float = 0.0
-    """Subtracted once from the logit of each token that is in the answer; -2 .. 2."""
+    """Subtracted once from the logit of each token in the answer; -2 .. 2."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids; -100 .. 100, at most 300 entries."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer; at most 16 of 1 .. 256 bytes. Heeded above the engine."""
+    """Strings that end the answer; at most 16 of 1 .. 256 bytes. The engine ignores them; ``Reply`` applies them."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the answer, besides the request's ``eos_ids``."""
+    """Token ids that end the answer, in addition to the request's ``eos_ids``."""
     max_tokens: int | None = None
-    """The most tokens to generate; None: as many as fit. Clipped to what the context has room for."""
+    """Maximum number of tokens to generate; None: up to the context length, which always limits it."""
     min_tokens: int = 0
-    """No EOS and no stop id before this many tokens, unless a grammar leaves nothing else."""
+    """Minimum number of tokens before EOS or a stop id, unless a grammar allows nothing else."""
     n: int = 1
-    """How many answers; 1 .. 8."""
+    """Number of answers; 1 .. 8."""
     seed: int | None = None
-    """Makes the draws repeatable; a draw depends on the seed, the answer's index and its place alone."""
+    """Seed; a draw depends only on the seed, the index of the answer and the position in it. None: random."""
     logprobs: int | None = None
-    """Report each token's log-probability and this many of the likeliest; 0 .. 20; None: nothing."""
+    """Report the log-probability of each token and this number of likeliest tokens; 0 .. 20; None: off."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens; such a request does not read the prefix cache."""
+    """Like ``logprobs``, for the tokens of the prompt; such a request does not read the prefix cache."""
     ignore_eos: bool = False
-    """Generate past EOS, to the length asked for."""
+    """Continue after EOS, up to the maximum length."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         _integer("top_k", self.top_k, 0)
         for name in ("top_p", "typical_p"):
-            _number(name, getattr(self, name), 0.0, 1.0, open=True)
+            _number(name, getattr(self, name), 0.0, 1.0, exclusive=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, exclusive=True)
         for name in ("frequency_penalty", "presence_penalty"):
             _number(name, getattr(self, name), -2.0, 2.0)
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
@@ -109,13 +109,13 @@ class Sampling:
         return self.temperature < GREEDY_BELOW
 
 
-def _number(name: str, value: Any, low: float, high: float, *, open: bool = False) -> None:
-    """Raise unless ``value`` is a finite number in [low, high], or (low, high] where ``open``."""
+def _number(name: str, value: Any, low: float, high: float, *, exclusive: bool = False) -> None:
+    """Raise InvalidParameter unless ``value`` is a finite number in [low, high], or in (low, high] if ``exclusive``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InvalidParameter(name, f"is {value!r}, expected a finite number")
-    if value < low or value > high or (open and value == low):
+    if value < low or value > high or (exclusive and value == low):
         raise InvalidParameter(
-            name, f"is {value!r}, expected {'more than' if open else 'at least'} {low:g} and at most {high:g}"
+            name, f"is {value!r}, expected {'more than' if exclusive else 'at least'} {low:g} and at most {high:g}"
         )
 
 
@@ -129,11 +129,11 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
 
 
 def _bias(bias: Any) -> dict[int, float]:
-    """Return a copy, which nobody can change after it was checked."""
+    """Return a checked copy, which the caller cannot change."""
     if not isinstance(bias, Mapping) or len(bias) > MAX_BIAS_ENTRIES:
         raise InvalidParameter("logit_bias", f"expected at most {MAX_BIAS_ENTRIES} pairs of token id and number")
-    for id, value in bias.items():
-        _integer("logit_bias", id, 0)
+    for token_id, value in bias.items():
+        _integer("logit_bias", token_id, 0)
         _number("logit_bias", value, -100.0, 100.0)
     return dict(bias)
 
@@ -147,77 +147,77 @@ def _stops(stops: Any) -> None:
 
 
 def _ids(name: str, ids: Any) -> tuple[int, ...]:
-    """Return token ids as a tuple; whether the model has them is checked where they are submitted."""
+    """Return token ids as a tuple. ``Engine.submit`` checks that the model has them."""
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise InvalidParameter(name, f"is {ids!r}, expected token ids")
     out = tuple(ids)
-    for id in out:
-        _integer(name, id, 0)
+    for token_id in out:
+        _integer(name, token_id, 0)
     return out
 
 
-def _answers(given: Any, n: int) -> tuple[tuple[int, ...], ...]:
+def _answers(value: Any, n: int) -> tuple[tuple[int, ...], ...]:
     """Return the token ids of at most ``n`` answers as tuples."""
-    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-        raise InvalidParameter("resume", f"is {given!r}, expected the token ids of each answer")
-    out = tuple(_ids("resume", ids) for ids in given)
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InvalidParameter("resume", f"is {value!r}, expected the token ids of each answer")
+    out = tuple(_ids("resume", ids) for ids in value)
     if len(out) > n:
         raise InvalidParameter("resume", f"has the tokens of {len(out)} answers, but n is {n}")
     return out
 
 
 class Constraint(Protocol):
-    """What one answer may say next: a grammar, and where in it the answer is.
+    """A grammar, and the position of one answer in it.
 
-    Each of a request's answers has its own, used by one thread at a time: the one that submits, which enters
-    the tokens that the answer has already, then the engine's. It knows text, not ends: which ids
-    end an answer is the request's affair (``Request.stop_ids``), a constraint says only when it may end.
+    Each answer of a request has its own constraint, used by one thread at a time: first the submitting thread, which
+    enters the tokens that the answer already has, then the engine's thread. A constraint covers text only.
+    ``Request.stop_ids`` names the ids that end an answer; the constraint says when the answer may end.
     """
 
     def mask(self) -> NDArray[np.int32]:
-        """Return the tokens that may come next: [V / 32, rounded up], token t is bit t % 32 of word t // 32.
+        """Return the allowed next tokens as bits [V / 32, rounded up]: token t is bit t % 32 of word t // 32.
 
         Raises:
-            GrammarError: this cannot be found out; the answer ends with it.
+            GrammarError: the mask cannot be computed; the answer ends with this error.
         """
 
-    def accept(self, id: int) -> None:
-        """Enter the next token of the answer. Called once for each, but for the one that ends it. Never raises."""
+    def accept(self, token_id: int) -> None:
+        """Advance by the next token of the answer; called for every token but a stop id. Must not raise."""
 
     @property
     def may_end(self) -> bool:
-        """Whether the answer is whole as it stands."""
+        """Whether the present answer is complete."""
 
     @property
     def done(self) -> bool:
-        """Whether it is whole and nothing can follow."""
+        """Whether the present answer is complete and no token can follow."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and what to do with it.
+    """A prompt and how to answer it.
 
     Raises:
-        InvalidParameter: the prompt is empty, or something is not a token id.
+        InvalidParameter: the prompt is empty, or a value is not a token id.
     """
 
     ids: tuple[int, ...]
-    """The prompt's token ids; at least one."""
+    """Token ids of the prompt; at least one."""
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
-    """Ids that end an answer; all of generation_config.json's, not only the first."""
+    """Ids that end an answer; all EOS ids of generation_config.json."""
     priority: int = 0
-    """The lower number goes first; first come, first served within one."""
+    """Lower numbers run first; requests of equal priority run in the order of arrival."""
     salt: str = ""
-    """Requests with different salts share no cached prefix. One per tenant; set by the server, never by a client."""
+    """Requests share cached prefixes only within a salt. The server sets one per tenant; a client cannot."""
     constraint: Callable[[], Constraint] | None = None
-    """Makes what holds an answer to a grammar, one for each of the n; None: anything may be said."""
+    """Creates the constraint of each of the n answers; None: no grammar."""
     resume: tuple[tuple[int, ...], ...] = ()
-    """For each of the n answers, the tokens that it has already, as when it was begun elsewhere: they count as
-    generated, and come again first. What follows is what would have, given the same seed and model."""
+    """Tokens that each of the n answers already has, for example from another process. They count as generated and
+    are sent first. With the same seed and model, the continuation is the same as in one uninterrupted run."""
     finished: frozenset[int] = frozenset()
-    """Indexes of answers that these tokens finish for a reason beyond the engine, such as a stop string: each ends
-    behind them as if it had been cancelled there."""
+    """Indexes of answers that ended after these tokens for a reason outside the engine, such as a stop string. Each
+    ends with the reason "cancelled"."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", _ids("prompt", self.ids))
@@ -227,8 +227,8 @@ class Request:
             raise InvalidParameter("prompt", "is empty; at least one token is needed")
         object.__setattr__(self, "resume", _answers(self.resume, self.sampling.n))
 
-    def given(self, index: int) -> tuple[int, ...]:
-        """Return the tokens that an answer has already."""
+    def resumed_tokens(self, index: int) -> tuple[int, ...]:
+        """Return the tokens that answer ``index`` already has."""
         return self.resume[index] if index < len(self.resume) else ()
 
     @property
@@ -242,10 +242,9 @@ class Request:
 class Token:
     """One token of an answer.
 
-    ``logprob`` and ``top`` are of the model's own distribution, before bias, penalties, grammar,
-    temperature and truncation: under a grammar the likeliest may be tokens that it forbids. None and
-    empty unless asked for, and of tokens that came with the request. ``top`` is ordered by falling
-    probability, ties by lower id.
+    ``logprob`` and ``top`` describe the distribution of the model before bias, penalties, grammar, temperature and
+    truncation, so ``top`` may contain tokens that a grammar forbids. They are None and empty unless requested, and for
+    tokens that came with the request. ``top`` is sorted by descending probability, then by id.
     """
 
     id: int
@@ -255,21 +254,21 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """The prompt's tokens with their log-probabilities; the first token has none. Comes before any ``Token``."""
+    """Tokens of the prompt with log-probabilities; the first has none. This event comes before any ``Token``."""
 
     tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of an answer. With reason "stop", ``stop_id`` is the last token, which was sent as a ``Token`` too."""
+    """The end of an answer. ``stop_id`` is the stop id that ended it, which was also sent as a ``Token``, or None."""
 
     reason: Reason
     stop_id: int | None
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    """Prompt tokens that were found in the prefix cache when the request was first admitted."""
+    """Prompt tokens found in the prefix cache when the request was first admitted."""
     preemptions: int
 
 
@@ -278,54 +277,54 @@ Event = Token | PromptLogprobs | Done
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One answer on its way. ``scheduler`` owns and changes it; everybody else only reads.
+    """The state of one unfinished answer. Only ``scheduler`` and ``finish`` change it.
 
-    Sampling needs nothing beyond this: what is drawn next follows from ``seed``, ``index`` and
-    ``ids``, so neither the company in a batch nor a preemption can change it.
+    The next draw depends only on ``seed``, ``index`` and ``ids``, so neither the other sequences of a batch nor a
+    preemption can change it.
     """
 
     request: Request
-    index: int  # which of the request's n answers
+    index: int  # index among the n answers of the request
     arrival: int  # order of submission
     seed: int
-    limit: int  # most ids, prompt included
-    ids: list[int]  # prompt, then what was generated
-    digests: list[bytes]  # of the full blocks of ids, as far as computed
-    leader: Sequence | None = None  # the first of the n answers, which computes the prompt for the others
-    waiting_since: int = 0  # scheduler step
+    limit: int  # maximum length of ids
+    ids: list[int]  # prompt and generated tokens
+    digests: list[bytes]  # prefix digests of full blocks, possibly not of all
+    leader: Sequence | None = None  # the answer of the same request that computes the prompt for the others
+    waiting_since: int = 0  # step of the scheduler
     cached: int = 0  # tokens whose keys and values are in the cache
-    table: list[int] = field(default_factory=list)  # blocks in order; -1: given back
-    gone: int = 0  # leading blocks given back
-    published: int = 0  # leading blocks offered to the prefix cache
-    hits: int | None = None  # prompt tokens found in the prefix cache when first admitted
+    table: list[int] = field(default_factory=list)  # blocks in order; -1: freed
+    freed_blocks: int = 0  # leading blocks that were freed
+    published: int = 0  # leading blocks published in the prefix cache
+    cached_prompt_tokens: int | None = None  # set when first admitted
     preemptions: int = 0
-    aged: bool = False  # waited so long that nobody may pass it any more
+    aged: bool = False  # waited for Limits.aging_steps, so that its priority is the highest
     ended: bool = False
-    primed: bool = False  # the whole prompt has been in the cache once
+    prefilled: bool = False  # the whole prompt has been computed at least once
     prompt_logprobs: list[Token] = field(default_factory=list)
-    constraint: Constraint | None = None  # at the end of ids: it moves when they grow, and only then
-    begun: tuple[Event, ...] = ()  # the tokens that came with the request, and the end if they are all of the answer
+    constraint: Constraint | None = None  # always at the end of ids
+    resumed_events: tuple[Event, ...] = ()  # tokens that came with the request, and Done if they end the answer
 
     @property
     def prompt(self) -> int:
-        """Tokens of the prompt."""
+        """Number of prompt tokens."""
         return len(self.request.ids)
 
     @property
     def generated(self) -> int:
-        """Tokens generated so far."""
+        """Number of generated tokens."""
         return len(self.ids) - len(self.request.ids)
 
     @property
     def pending(self) -> int:
-        """Tokens whose keys and values are not in the cache yet."""
+        """Number of tokens whose keys and values are not in the cache yet."""
         return len(self.ids) - self.cached
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt are wanted of this answer; the first of n reports them.
+        """Whether this answer reports log-probabilities of the prompt: the first of n does, unless it is resumed.
 
-        Not of one that has tokens already: whoever has these was told before.
+        The client of a resumed answer already has them.
         """
         wanted = self.request.sampling.prompt_logprobs is not None
-        return wanted and self.index == 0 and not self.request.given(0)
+        return wanted and self.index == 0 and not self.request.resumed_tokens(0)

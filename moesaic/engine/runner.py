@@ -1,6 +1,6 @@
-"""Runs a Step: the model, the check of its numbers, the sampler.
+"""Runs a Step: the model, the check for NaN and infinity, and the sampler.
 
-Owns the memory of the cache. Does not decide what runs, and knows no streams.
+This module owns the memory of the cache. It does not decide what runs, and does not depend on streams.
 
 Legend: T tokens of the step, R rows whose logits are wanted, d hidden size, V vocabulary, G key/value
 heads, D head size, B block size.
@@ -13,32 +13,32 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moesaic.engine import masks, sampler
+from moesaic.engine import grammar_masks, sampler
 from moesaic.engine.batch import assemble
 from moesaic.engine.request import Sequence, Token
 from moesaic.engine.scheduler import Outcome, Run, Step
 from moesaic.ops import Batch, Cache
 
-SCORED_AT_ONCE = 64
-"""Prompt rows whose logits are in memory at a time: all of a long prompt's would take gigabytes."""
+SCORED_ROWS = 64
+"""Prompt rows whose logits are in memory at a time; those of a whole long prompt would take gigabytes."""
 
 UNWRITTEN = -128
-"""What a poisoned int8 cache holds under scales of NaN; no key or value is ever rounded to it."""
+"""Value of unwritten entries in a poisoned int8 cache; keys and values are never rounded to it."""
 
 
 class Model(Protocol):
-    """What the engine asks of a model. ``moesaic.models`` has them; any module with these will do."""
+    """The interface of a model. ``moesaic.models`` implements it; any object with these members works."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def max_length(self) -> int:
-        """The most positions."""
+        """Maximum number of positions."""
 
     @property
     def window(self) -> int | None:
-        """How far back any layer looks, itself included; None if some layer looks back to the start."""
+        """Largest attention window of any layer, the token itself included; None if a layer has no window."""
 
     @property
     def cache_shapes(self) -> list[tuple[int, int]]:
@@ -52,7 +52,7 @@ class Model(Protocol):
 
 
 class Runner:
-    """A model and its cache of ``blocks`` blocks of ``block_size`` tokens."""
+    """A model and its cache of ``blocks`` blocks with ``block_size`` tokens each."""
 
     def __init__(
         self,
@@ -72,12 +72,12 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Outcome:
-        """Run the model on ``step`` and choose the next tokens."""
+        """Run the model on ``step`` and sample the next tokens."""
         batch = assemble(step, self.cache, self.device)
         hidden = self.model(batch)
         rows = [run.sequence for run in step.runs if run.samples]
-        # Between starting the model and looking at what it gave: an accelerator is at work meanwhile.
-        allowed, refused = masks.allowed(rows, self.model.vocab_size)
+        # Compute the masks before reading results, so that they overlap with the work of an accelerator.
+        allowed, refused = grammar_masks.allowed(rows, self.model.vocab_size)
         failed = _broken(hidden, batch.starts, step)
         tokens: dict[Sequence, list[Token]] = {}
         if rows:
@@ -96,37 +96,37 @@ class Runner:
         return Outcome(tokens, scores, frozenset(failed), refused)
 
     def _scores(self, hidden: Tensor, run: Run) -> list[Token]:
-        """Return the log-probabilities of the prompt's tokens that follow those of this run."""
+        """Return the log-probabilities of the prompt tokens that follow the tokens of this run."""
         sequence, out = run.sequence, list[Token]()
         top = sequence.request.sampling.prompt_logprobs or 0
         stop = min(sequence.cached + run.count, sequence.prompt - 1)
-        for begin in range(sequence.cached, stop, SCORED_AT_ONCE):
-            end = min(begin + SCORED_AT_ONCE, stop)
+        for begin in range(sequence.cached, stop, SCORED_ROWS):
+            end = min(begin + SCORED_ROWS, stop)
             logits = self.model.logits(hidden[begin - sequence.cached : end - sequence.cached])
             out += sampler.report(logits, sequence.request.ids[begin + 1 : end + 1], top)
         return out
 
     def wipe(self, blocks: list[int]) -> None:
-        """Overwrite blocks, so that what a broken sequence left in them can reach nobody."""
+        """Overwrite blocks with zeros, so that no other sequence reads NaN or infinity from them."""
         for part in self.cache.tensors():
             part[blocks] = 0
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Return which rows [R] of x [R, n] are finite throughout."""
-    # A sum is not, if any of its terms is not; the terms themselves are looked at only where it is not.
-    sound = torch.isfinite(x.sum(-1))
-    return sound if bool(sound.all()) else torch.isfinite(x).all(-1)
+    """Return which rows [R] of x [R, n] contain only finite values."""
+    # If a value is not finite, the sum is not finite. A finite row may also overflow, so then check every value.
+    finite = torch.isfinite(x.sum(-1))
+    return finite if bool(finite.all()) else torch.isfinite(x).all(-1)
 
 
 def _broken(hidden: Tensor, starts: tuple[int, ...], step: Step) -> set[Sequence]:
     """Return the sequences with NaN or infinity in their rows of ``hidden`` [T, d].
 
-    Every row is looked at, not only those that are sampled from: a key or value that is not finite
-    makes the hidden state at its own place so, hence a block that passed here is safe to share.
+    All rows are checked, not only the sampled ones. A key or value that is not finite makes the hidden state at its
+    own position not finite, so a block whose tokens pass this check is safe to share.
     """
-    sound = _finite(hidden)
-    if bool(sound.all()):
+    finite = _finite(hidden)
+    if bool(finite.all()):
         return set()
     spans = zip(step.runs, starts, starts[1:], strict=False)
-    return {run.sequence for run, begin, end in spans if not bool(sound[begin:end].all())}
+    return {run.sequence for run, begin, end in spans if not bool(finite[begin:end].all())}

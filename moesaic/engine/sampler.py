@@ -1,16 +1,14 @@
-"""From logits to tokens.
+"""The sampler: from logits to tokens.
 
-A row goes through, in this order (that of transformers' ``generate``, and of vLLM where it has the
-same step): logit bias, no end before ``min_tokens``, repetition penalty, frequency and presence
-penalties, what a grammar forbids (``masks``); the greedy rows then take the largest logit; the
-others go on through temperature, top-k, top-p, min-p, typical-p, and one draw. Log-probabilities
-that are reported are of the row as the model gave it.
+The steps have the order of transformers' ``generate``, and of vLLM for the steps that it has: logit bias, no stop id
+before ``min_tokens``, repetition penalty, frequency and presence penalties, grammar mask (``grammar_masks``). Greedy
+rows then take the largest logit. The others continue with temperature, top-k, top-p, min-p, typical-p and one draw.
+Reported log-probabilities are those of the model's unchanged logits.
 
-The draw inverts the distribution at a number that is a hash of (seed, index of the answer, place
-in the answer) and of nothing else: no generator's state that a preemption or the company in a
-batch could disturb.
+A draw inverts the cumulative distribution at a number that is a hash of (seed, index of the answer, position in the
+answer). There is no generator state that a preemption or the other sequences of a batch could change.
 
-Knows sequences and their ``Sampling``. Does not know batches, caches or how a sequence ends.
+This module depends on sequences and their ``Sampling``, but not on batches, caches or stop conditions.
 
 Legend: R rows, V vocabulary.
 """
@@ -29,7 +27,7 @@ from torch import Tensor
 from moesaic import ops
 from moesaic.engine.request import Sampling, Sequence, Token
 
-NEVER = float("-inf")
+REMOVED = float("-inf")
 
 
 def sample(
@@ -37,7 +35,7 @@ def sample(
 ) -> dict[Sequence, list[Token]]:
     """Return the next token of each sequence from its row of ``logits`` [R, V], which must be finite.
 
-    ``allowed`` has the tokens [V] that a grammar allows, at least one, for each sequence that has a grammar.
+    ``allowed`` has the mask [V] of each sequence with a grammar; a mask allows at least one token.
     """
     adjusted = _adjust(logits, sequences)
     if allowed:
@@ -47,10 +45,10 @@ def sample(
         rows = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.greedy is greedy]
         if rows:
             chosen = adjusted if len(rows) == len(sequences) else adjusted[rows]
-            found = chosen.argmax(-1).tolist() if greedy else _draw(chosen, [sequences[row] for row in rows])
-            for row, id in zip(rows, found, strict=True):
-                ids[row] = id
-    tokens = [Token(id) for id in ids]
+            drawn = chosen.argmax(-1).tolist() if greedy else _draw(chosen, [sequences[row] for row in rows])
+            for row, token_id in zip(rows, drawn, strict=True):
+                ids[row] = token_id
+    tokens = [Token(token_id) for token_id in ids]
     for row, sequence in enumerate(sequences):
         top = sequence.request.sampling.logprobs
         if top is not None:
@@ -59,37 +57,38 @@ def sample(
 
 
 def report(logits: Tensor, ids: Listing[int], top: int) -> list[Token]:
-    """Return ``ids`` [R] with their log-probabilities under ``logits`` [R, V] and the ``top`` likeliest of each row."""
+    """Return ``ids`` [R] with their log-probabilities under ``logits`` [R, V] and the ``top`` likeliest tokens."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
     likeliest = [_likeliest(row, top) for row in logprobs]
-    return [Token(id, value, best) for id, value, best in zip(ids, chosen, likeliest, strict=True)]
+    return [Token(token_id, value, best) for token_id, value, best in zip(ids, chosen, likeliest, strict=True)]
 
 
 def _likeliest(row: Tensor, top: int) -> tuple[tuple[int, float], ...]:
-    """Return the ``top`` largest of row [V] with their ids, falling; ties by lower id, which topk leaves open."""
+    """Return the ids and values of the ``top`` largest of row [V], sorted by value and then by id."""
     top = min(top, len(row))
     if not top:
         return ()
+    # topk does not define the order of equal values.
     candidates = (row >= row.topk(top).values[-1]).nonzero()[:, 0]
     pairs = zip(candidates.tolist(), row[candidates].tolist(), strict=True)
     return tuple(sorted(pairs, key=lambda pair: -pair[1])[:top])
 
 
-# Adjustments: what is wanted of the tokens, whatever the temperature
+# Adjustments, which do not depend on the temperature
 
 
 def _adjust(logits: Tensor, sequences: Listing[Sequence]) -> Tensor:
-    """Return logits [R, V] after bias and penalties; the same tensor if no row wants any."""
-    wants = [row for row, sequence in enumerate(sequences) if _wants_adjusting(sequence)]
-    if wants:
+    """Return logits [R, V] after bias and penalties; the same tensor if no row has any."""
+    rows = [row for row, sequence in enumerate(sequences) if _has_adjustments(sequence)]
+    if rows:
         logits = logits.clone()
-    for row in wants:
+    for row in rows:
         logits[row] = adjust(logits[row], sequences[row])
     return logits
 
 
-def _wants_adjusting(sequence: Sequence) -> bool:
+def _has_adjustments(sequence: Sequence) -> bool:
     s = sequence.request.sampling
     penalized = s.repetition_penalty != 1 or s.frequency_penalty or s.presence_penalty
     return bool(s.logit_bias or penalized or sequence.generated < s.min_tokens)
@@ -100,9 +99,9 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
     s = sequence.request.sampling
     if s.logit_bias:
         row[_ids(s.logit_bias, row)] += torch.tensor(list(s.logit_bias.values()), device=row.device)
-    # Under a grammar it is the mask that knows whether an end can be done without.
+    # With a grammar, the mask decides whether a stop id is allowed.
     if sequence.generated < s.min_tokens and sequence.request.stop_ids and sequence.constraint is None:
-        row[_ids(sequence.request.stop_ids, row)] = NEVER
+        row[_ids(sequence.request.stop_ids, row)] = REMOVED
     if s.repetition_penalty != 1:
         seen = _ids(set(sequence.ids), row)
         row[seen] = torch.where(row[seen] > 0, row[seen] / s.repetition_penalty, row[seen] * s.repetition_penalty)
@@ -121,7 +120,7 @@ def _forbid(
     if rows:
         kept = torch.from_numpy(np.stack([allowed[sequences[row]] for row in rows])).to(logits.device)
         logits = logits if fresh else logits.clone()
-        logits[rows] = logits[rows].masked_fill_(~kept, NEVER)
+        logits[rows] = logits[rows].masked_fill_(~kept, REMOVED)
     return logits
 
 
@@ -139,25 +138,25 @@ SETTINGS: tuple[Callable[[Sampling], float], ...] = (
     lambda s: s.min_p,
     lambda s: s.typical_p,
 )
-"""The settings of ``ops.truncate``, in its order."""
+"""The columns of the settings of ``ops.truncate``."""
 
-PLAIN = [1.0, 0, 1.0, 0.0, 1.0]
-"""Settings that leave a row as it is."""
+SETTINGS_OFF = [1.0, 0, 1.0, 0.0, 1.0]
+"""Settings that do not change a row."""
 
 
 def _draw(logits: Tensor, sequences: Listing[Sequence]) -> list[int]:
     """Return one id for each row of adjusted logits [R, V]."""
     settings = [[setting(sequence.request.sampling) for setting in SETTINGS] for sequence in sequences]
-    if any(each != PLAIN for each in settings):
+    if any(row != SETTINGS_OFF for row in settings):
         logits = ops.truncate(logits, torch.tensor(settings, dtype=torch.float32, device=logits.device))
     numbers = torch.tensor([uniform(sequence) for sequence in sequences], dtype=torch.float64, device=logits.device)
     return ops.draw(logits, numbers).tolist()
 
 
 def uniform(sequence: Sequence) -> float:
-    """Return the number in [0, 1) with which the next token is drawn.
+    """Return the number in [0, 1) at which the next token is drawn.
 
-    It has 52 bits, so that times a mass of about 1 it stays below that mass in float64.
+    It has 52 bits, so that its product with a mass of about 1 stays below that mass in float64.
     """
-    place = f"{sequence.seed}/{sequence.index}/{sequence.generated}"
-    return float(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little") >> 12) / 2**52
+    key = f"{sequence.seed}/{sequence.index}/{sequence.generated}"
+    return float(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 12) / 2**52

@@ -1,17 +1,16 @@
-"""Which tokens of which sequences run in the next step.
+"""The scheduler: decides which tokens of which sequences run in the next step.
 
-A step is "run tokens [cached : cached + n] of these sequences". A decode is n = 1, a piece of a
-long prompt is n = what the budget leaves, a recompute after preemption is cached = 0; all of them
-share a step, so a long prompt never holds up the answers of others (continuous batching, Orca,
-OSDI 2022; chunked prefill, arXiv:2308.16369; paged cache, arXiv:2309.06180).
+A step is "run tokens [cached : cached + n] of these sequences". Decoding is n = 1; for a chunk of a long prompt, n is
+the rest of the budget; recomputation after a preemption starts at cached = 0. All of them share a step, so a long
+prompt does not delay the answers of others (continuous batching, Orca, OSDI 2022; chunked prefill, arXiv:2308.16369;
+paged cache, arXiv:2309.06180).
 
-The order, everywhere, is ``_rank``: those that waited out the patience, then by priority (the lower
-number first), then by arrival. Whoever comes first in it can always run, if need be by preempting
-all others; hence no deadlock, and with the patience no starvation. Preempted sequences give up
-their blocks and are recomputed, as a rule from what the prefix cache still holds.
+``_rank`` defines the order: aged sequences first, then by priority (the lower number first), then by arrival. The first
+sequence in this order can always run, if necessary by preempting all others, so there is no deadlock. Aging prevents
+starvation. Preempted sequences free their blocks and are recomputed, usually from the prefix cache.
 
-Knows sequences, blocks and numbers. Does not know tensors, time, threads or streams: the caller
-makes sure that one thread at a time is in here. The clock is the number of steps.
+This module handles sequences, blocks and numbers. It does not depend on tensors, time, threads or streams. The caller
+lets only one thread at a time use it. Its clock is the number of steps.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
 from moesaic.engine import blocks as prefix
-from moesaic.engine import growth
+from moesaic.engine import finish
 from moesaic.engine.blocks import Blocks
 from moesaic.engine.request import Done, Event, PromptLogprobs, Request, Sequence, Token
 from moesaic.errors import InvalidParameter, MoesaicError, Overloaded, PromptTooLong
@@ -29,29 +28,29 @@ from moesaic.errors import InvalidParameter, MoesaicError, Overloaded, PromptToo
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may run, and wait, at once.
+    """Limits on what may run and wait at the same time.
 
     Raises:
         InvalidParameter: a step could not hold one token of each sequence, or a number is not positive.
     """
 
     batch_tokens: int = 512
-    """Tokens in one step, prompts and answers together."""
+    """Maximum tokens in one step, of prompts and answers together."""
     sequences: int = 64
-    """Sequences that run at the same time."""
+    """Maximum sequences that run at the same time."""
     queue: int = 256
-    """Sequences that may wait; more are refused."""
+    """Maximum waiting sequences; more are rejected."""
     queue_tokens: int = 2**20
-    """Prompt tokens that may wait; more are refused."""
-    patience: int = 1000
-    """Steps after which nobody may pass a waiting sequence any more, whatever the priority."""
+    """Maximum prompt tokens of waiting sequences; more are rejected."""
+    aging_steps: int = 1000
+    """Steps after which a waiting sequence ranks first, regardless of its priority."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "sequences", "queue", "queue_tokens", "patience"):
+        for name in ("batch_tokens", "sequences", "queue", "queue_tokens", "aging_steps"):
             if getattr(self, name) < 1:
                 raise InvalidParameter(name, f"is {getattr(self, name)}, expected at least 1")
         if self.batch_tokens < self.sequences:
-            why = f"is {self.batch_tokens}, but every one of {self.sequences} sequences needs a token in each step"
+            why = f"is {self.batch_tokens}, but each of {self.sequences} sequences needs a token in each step"
             raise InvalidParameter("batch_tokens", why)
 
 
@@ -64,43 +63,43 @@ class Run:
 
     @property
     def samples(self) -> bool:
-        """Whether the last of them is the sequence's newest, so that its logits give the next token."""
+        """Whether the run includes the newest token of the sequence, so that the next token is sampled."""
         return self.count == self.sequence.pending
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What runs together."""
+    """The runs of one forward pass."""
 
     runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a step."""
+    """The results of a step."""
 
     tokens: Mapping[Sequence, Listing[Token]]
-    """New tokens, in order."""
+    """New tokens of each sequence, in order."""
     scores: Mapping[Sequence, Listing[Token]] = field(default_factory=dict)
-    """Log-probabilities of the prompt's tokens cached + 1 .. cached + count, where they are wanted."""
+    """Log-probabilities of prompt tokens cached + 1 .. cached + count, if requested."""
     failed: frozenset[Sequence] = frozenset()
     """Sequences for which the model computed NaN or infinity."""
     refused: Mapping[Sequence, MoesaicError] = field(default_factory=dict)
-    """Sequences whose grammar leaves no next token, and why."""
+    """Sequences whose grammar allows no next token, and the error."""
 
 
 class Scheduler:
-    """Holds every sequence from submission to its end. Call ``next``, run the step, ``commit``, and again."""
+    """Owner of all unfinished sequences. In a loop, call ``schedule``, run the step, and call ``update``."""
 
     def __init__(self, blocks: Blocks, limits: Limits, context: int, window: int | None = None) -> None:
         self.blocks, self.limits, self.window = blocks, limits, window
-        self.steps = self.preemptions = self.hits = 0
+        self.steps = self.preemptions = self.cached_prompt_tokens = 0
         self._arrivals = 0
         self._waiting: dict[Sequence, None] = {}
         self._running: dict[Sequence, None] = {}
-        # Between two give-backs a window's tokens touch at most this many blocks, one new token included.
-        self._span = None if window is None else -(-(window - 1) // blocks.size) + 1
-        slides = self._span is not None and self._span <= blocks.count
+        # The maximum number of blocks that a window touches, including one new token.
+        self._window_blocks = None if window is None else -(-(window - 1) // blocks.size) + 1
+        slides = self._window_blocks is not None and self._window_blocks <= blocks.count
         self.capacity = context if slides else min(context, blocks.count * blocks.size)
 
     @property
@@ -112,17 +111,17 @@ class Scheduler:
         return len(self._running)
 
     def sequences(self) -> Iterable[Sequence]:
-        """Return every sequence that has not ended."""
+        """Return all sequences that have not ended."""
         return (*self._running, *self._waiting)
 
     def prepare(self, request: Request, seed: int) -> list[Sequence]:
-        """Return the sequences of a request, one per answer, without queueing them. Changes nothing: needs no lock.
+        """Return the sequences of a request, one per answer, without queueing them. Needs no lock.
 
-        Each has the tokens that the request brings along for it, and has ended if these are all of it.
+        A sequence includes the tokens that the request brings along, and may have ended with them.
 
         Raises:
-            PromptTooLong: with one more token it would not fit the context, or the whole cache.
-            InvalidParameter, GrammarError: an answer cannot have had these tokens, see ``growth.resume``.
+            PromptTooLong: the prompt and one more token exceed the context, or the whole cache.
+            InvalidParameter, GrammarError: the tokens of an answer are impossible; ``finish.resume`` has the cases.
         """
         prompt, sampling = len(request.ids), request.sampling
         if prompt + 1 > self.capacity:
@@ -135,16 +134,16 @@ class Scheduler:
             leader = next((other for other in out if not other.ended), None)
             sequence = Sequence(request, index, 0, seed, limit, list(request.ids), list(digests), leader)
             sequence.constraint = request.constraint() if request.constraint else None
-            growth.resume(sequence)
+            finish.resume(sequence)
             prefix.extend(sequence.digests, request.salt, sequence.ids, self.blocks.size)
             out.append(sequence)
         return out
 
     def add(self, sequences: Listing[Sequence]) -> None:
-        """Queue what ``prepare`` returned, as far as it has not ended.
+        """Queue those sequences from ``prepare`` that have not ended.
 
         Raises:
-            Overloaded: the queue is full, by sequences or by prompt tokens.
+            Overloaded: too many sequences or prompt tokens are waiting.
         """
         sequences = [sequence for sequence in sequences if not sequence.ended]
         if len(self._waiting) + len(sequences) > self.limits.queue:
@@ -157,82 +156,82 @@ class Scheduler:
             self._arrivals += 1
             self._wait(sequence)
 
-    def next(self) -> Step | None:
-        """Return what to run now; None if there is nothing to do."""
+    def schedule(self) -> Step | None:
+        """Return the next step; None if there is nothing to do."""
         self.steps += 1
         for sequence in self._waiting:
-            sequence.aged |= self.steps - sequence.waiting_since >= self.limits.patience
+            sequence.aged |= self.steps - sequence.waiting_since >= self.limits.aging_steps
         self._admit()
         runs = []
         budget = self.limits.batch_tokens
         order = sorted(self._running, key=_rank)
         for behind, sequence in zip(range(len(order) - 1, -1, -1), order, strict=True):
-            if sequence not in self._running:  # preempted by one before it
+            if sequence not in self._running:  # preempted by an earlier one
                 continue
-            count = self._grow(sequence, min(sequence.pending, budget - behind))
+            count = self._allocate(sequence, min(sequence.pending, budget - behind))
             budget -= count
             if count:
                 runs.append(Run(sequence, count))
         assert runs or not self._running, "sequences are running but none of them can"
         return Step(tuple(runs)) if runs else None
 
-    def commit(self, step: Step, outcome: Outcome) -> list[tuple[Sequence, list[Event]]]:
-        """Take in what came of ``step`` and return what to tell of it, in the order of the step."""
+    def update(self, step: Step, outcome: Outcome) -> list[tuple[Sequence, list[Event]]]:
+        """Apply the results of ``step`` and return the events of each sequence, in the order of the step."""
         out = []
         for run in step.runs:
             sequence = run.sequence
             if sequence.ended:  # cancelled or failed while the step ran
                 continue
-            self._score(sequence, outcome.scores.get(sequence, ()))
+            self._append_scores(sequence, outcome.scores.get(sequence, ()))
             sequence.cached += run.count
-            sequence.primed |= sequence.cached >= sequence.prompt
+            sequence.prefilled |= sequence.cached >= sequence.prompt
             self._publish(sequence)
-            events = self._accept(sequence, outcome.tokens.get(sequence, ()))
+            events = self._append_tokens(sequence, outcome.tokens.get(sequence, ()))
             if events:
                 out.append((sequence, events))
         return out
 
     def cancel(self, sequence: Sequence) -> Done | None:
-        """End a sequence at once, also while its step runs; None if it has ended already."""
+        """End a sequence at once, even while its step runs; return None if it has ended already."""
         if sequence.ended:
             return None
         self._end(sequence)
-        return growth.done(sequence, "cancelled")
+        return finish.done_event(sequence, "cancelled")
 
     def fail(self, sequence: Sequence) -> list[int]:
-        """End a sequence whose numbers are broken.
+        """End a sequence for which the model computed NaN or infinity.
 
-        Nothing that it held is found as a prefix again. Returns the blocks that nobody holds now:
-        the caller wipes them before the next step.
+        Its blocks are removed from the prefix cache. Return the blocks without references; the caller must wipe them
+        before the next step.
         """
         if sequence.ended:
             return []
-        for block in _held(sequence):
+        for block in _held_blocks(sequence):
             self.blocks.forget(block)
         return self._end(sequence)
 
     # Admission
 
     def _admit(self) -> None:
-        """Move waiting sequences to the running ones, in order, as far as seats, blocks and budget go."""
+        """Start waiting sequences in order, within the limits on sequences, blocks and the token budget."""
         while (sequence := self._first_waiting()) is not None:
-            if not self._budget_for(sequence) or not self._make_way(sequence):
+            if not self._budget_for(sequence) or not self._make_room(sequence):
                 return
             del self._waiting[sequence]
             self._running[sequence] = None
-            self._enter(sequence)
+            self._start(sequence)
 
     def _first_waiting(self) -> Sequence | None:
-        ready = (s for s in self._waiting if s.leader is None or s.leader.primed or s.leader.ended)
+        ready = (s for s in self._waiting if s.leader is None or s.leader.prefilled or s.leader.ended)
         return min(ready, key=_rank, default=None)
 
     def _budget_for(self, sequence: Sequence) -> bool:
-        """Return whether those before it leave it a share of a step; else it would only sit on blocks."""
+        """Return whether higher-ranked sequences leave tokens in a step; otherwise it would only occupy blocks."""
         before = sum(other.pending for other in self._running if _rank(other) < _rank(sequence))
         return before < self.limits.batch_tokens
 
-    def _make_way(self, sequence: Sequence) -> bool:
-        """Return whether there is a seat and memory, after preempting whom a better priority may preempt."""
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Return whether the sequence fits, after preempting sequences of worse priority as needed."""
         while not self._fits(sequence):
             victim = max(self._running, key=_rank)
             if victim.aged or victim.request.priority <= sequence.request.priority:
@@ -241,54 +240,54 @@ class Scheduler:
         return True
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Return whether there is a seat, and room for all that it has and a little growth of the others.
+        """Return whether there are blocks for the sequence and for the growth of the running ones.
 
-        Without that margin a newcomer would take the last blocks, and be the first to be preempted.
+        Without that margin, a new sequence would take the last blocks and would be preempted first.
         """
         if not self._running:
             return True
         if len(self._running) >= self.limits.sequences:
             return False
-        found = self._found(sequence)
-        reused = sum(self.blocks.is_idle(block) for block in found)
-        fresh = self._lacking(sequence, len(found), 0)
-        promised = sum(self._lacking(other, len(other.table), other.gone) for other in self._running)
+        cached = self._cached_blocks(sequence)
+        reused = sum(self.blocks.is_idle(block) for block in cached)
+        fresh = self._missing_blocks(sequence, len(cached), 0)
+        promised = sum(self._missing_blocks(other, len(other.table), other.freed_blocks) for other in self._running)
         return self.blocks.available - reused >= fresh + promised + len(self._running)
 
-    def _lacking(self, sequence: Sequence, blocks: int, gone: int) -> int:
-        """Return how many more blocks its present ids need when it has ``blocks``, ``gone`` of them given back."""
-        lacking = -(-len(sequence.ids) // self.blocks.size) - blocks
-        if self._span is not None:
+    def _missing_blocks(self, sequence: Sequence, blocks: int, freed_blocks: int) -> int:
+        """Return the number of blocks that its ids need beyond its ``blocks``, of which ``freed_blocks`` are freed."""
+        missing = -(-len(sequence.ids) // self.blocks.size) - blocks
+        if self._window_blocks is not None:
             step = -(-self.limits.batch_tokens // self.blocks.size)
-            lacking = min(lacking, self._span + step - (blocks - gone))
-        return max(0, lacking)
+            missing = min(missing, self._window_blocks + step - (blocks - freed_blocks))
+        return max(0, missing)
 
-    def _found(self, sequence: Sequence) -> list[int]:
-        """Return cached blocks with its prefix. Never all of its tokens: the last must run to give logits."""
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Return the cached blocks of its prefix, without the last token: it must run to give logits."""
         if sequence.scores_prompt and not sequence.generated:
             return []
         return self.blocks.find(sequence.digests[: (len(sequence.ids) - 1) // self.blocks.size])
 
-    def _enter(self, sequence: Sequence) -> None:
-        sequence.table = self._found(sequence)
+    def _start(self, sequence: Sequence) -> None:
+        sequence.table = self._cached_blocks(sequence)
         for block in sequence.table:
             self.blocks.share(block)
         sequence.published = len(sequence.table)
         sequence.cached = sequence.published * self.blocks.size
-        if sequence.hits is None:
-            sequence.hits = min(sequence.cached, sequence.prompt)
-            self.hits += sequence.hits
+        if sequence.cached_prompt_tokens is None:
+            sequence.cached_prompt_tokens = min(sequence.cached, sequence.prompt)
+            self.cached_prompt_tokens += sequence.cached_prompt_tokens
 
     # Blocks
 
-    def _grow(self, sequence: Sequence, count: int) -> int:
-        """Take the blocks for the next ``count`` tokens, or for as many as there is room for; return how many.
+    def _allocate(self, sequence: Sequence, count: int) -> int:
+        """Allocate blocks for the next ``count`` tokens, or for fewer if memory is short; return that number.
 
-        Only where there is no room for a single one are others preempted, the last in order first.
-        The last one itself then sits out the step, its work kept.
+        Other sequences are preempted, the last in order first, only if there is no room for a single token. If this
+        sequence is the last one, it skips the step and keeps its blocks.
         """
-        self._give_back(sequence)
-        while (room := self._room(sequence)) == 0:
+        self._free_outside_window(sequence)
+        while (room := self._capacity_for(sequence)) == 0:
             victim = max(self._running, key=_rank)
             if victim is sequence:
                 return 0
@@ -298,25 +297,25 @@ class Scheduler:
             sequence.table.append(self.blocks.take())
         return count
 
-    def _room(self, sequence: Sequence) -> int:
+    def _capacity_for(self, sequence: Sequence) -> int:
         return (len(sequence.table) + self.blocks.available) * self.blocks.size - sequence.cached
 
-    def _give_back(self, sequence: Sequence) -> None:
-        """Drop leading blocks that no coming token sees: the next one, at ``cached``, sees cached - window + 1 on."""
+    def _free_outside_window(self, sequence: Sequence) -> None:
+        """Drop leading blocks outside the window: the next token, at ``cached``, sees cached - window + 1 and later."""
         if self.window is None:
             return
-        while (sequence.gone + 1) * self.blocks.size <= sequence.cached - self.window + 1:
-            self.blocks.drop(sequence.table[sequence.gone])
-            sequence.table[sequence.gone] = -1
-            sequence.gone += 1
+        while (sequence.freed_blocks + 1) * self.blocks.size <= sequence.cached - self.window + 1:
+            self.blocks.drop(sequence.table[sequence.freed_blocks])
+            sequence.table[sequence.freed_blocks] = -1
+            sequence.freed_blocks += 1
 
     def _publish(self, sequence: Sequence) -> None:
-        """Let others find the blocks that have become full."""
+        """Publish newly full blocks in the prefix cache."""
         full = sequence.cached // self.blocks.size
         if len(sequence.digests) < full:
             prefix.extend(sequence.digests, sequence.request.salt, sequence.ids[: sequence.cached], self.blocks.size)
-        for place in range(sequence.published, full):
-            self.blocks.publish(sequence.table[place], sequence.digests[place])
+        for index in range(sequence.published, full):
+            self.blocks.publish(sequence.table[index], sequence.digests[index])
         sequence.published = full
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -327,31 +326,31 @@ class Scheduler:
         self._wait(sequence)
 
     def _release(self, sequence: Sequence) -> list[int]:
-        """Drop all blocks, the last first: a prefix is of more use than what follows it. Return those now unheld."""
-        unheld = [block for block in reversed(_held(sequence)) if self.blocks.drop(block)]
+        """Drop all blocks and return those without references. The last come first: prefixes are reused more often."""
+        released = [block for block in reversed(_held_blocks(sequence)) if self.blocks.drop(block)]
         sequence.table = []
-        sequence.cached = sequence.gone = sequence.published = 0
-        return unheld
+        sequence.cached = sequence.freed_blocks = sequence.published = 0
+        return released
 
-    # Life and death
+    # State changes
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.waiting_since = self.steps
         self._waiting[sequence] = None
 
-    def _score(self, sequence: Sequence, scores: Listing[Token]) -> None:
-        """Keep the prompt's log-probabilities; after a preemption the first ones come again and are skipped."""
+    def _append_scores(self, sequence: Sequence, scores: Listing[Token]) -> None:
+        """Append log-probabilities of the prompt; skip those computed again after a preemption."""
         known = len(sequence.prompt_logprobs) - sequence.cached
         sequence.prompt_logprobs.extend(scores[max(0, known) :])
 
-    def _accept(self, sequence: Sequence, tokens: Listing[Token]) -> list[Event]:
+    def _append_tokens(self, sequence: Sequence, tokens: Listing[Token]) -> list[Event]:
         events: list[Event] = []
         if tokens and sequence.scores_prompt and not sequence.generated:
             first = Token(sequence.request.ids[0])
             events.append(PromptLogprobs((first, *sequence.prompt_logprobs)))
         for token in tokens:
             events.append(token)
-            if done := growth.grow(sequence, token.id):
+            if done := finish.append_token(sequence, token.id):
                 self._end(sequence)
                 events.append(done)
                 break
@@ -365,9 +364,9 @@ class Scheduler:
 
 
 def _rank(sequence: Sequence) -> tuple[bool, int, int]:
-    """The smaller goes first."""
+    """Return the sort key of the scheduling order; the smallest runs first."""
     return (not sequence.aged, 0 if sequence.aged else sequence.request.priority, sequence.arrival)
 
 
-def _held(sequence: Sequence) -> list[int]:
+def _held_blocks(sequence: Sequence) -> list[int]:
     return [block for block in sequence.table if block >= 0]

@@ -1,13 +1,13 @@
-"""What a weight is made of: one file = one way to store a weight.
+"""Weight formats: each file is one way to store a weight.
 
 A file ``formats/<name>.py`` defines ``class Format(Packed)``:
 
-    layout(shape)                 {part: (shape, dtype)} that a weight of this logical shape occupies
+    layout(shape)                 {part: (shape, dtype)} of a weight of this logical shape
     quantize(weight)              {part: tensor} of a plain weight
-    unpack(parts, shape, dtype)   the plain weight again, as near as the format allows
+    unpack(parts, shape, dtype)   the plain weight, within the format's error
 
-That is all a format owes; the reference backend works from it. A fast backend adds a tile
-reader under the same stem. Nothing here knows what a weight is used for.
+The reference backend needs nothing else. A fast backend adds its own reader under the same name. This module does
+not know what a weight is used for.
 
 Legend: a logical shape is [out, in], or [experts, out, in] for a stack.
 """
@@ -23,66 +23,101 @@ import torch
 from torch import Tensor, nn
 
 from moesaic import registry
+from moesaic.errors import InvalidParameter
 
 Shape = tuple[int, ...]
 Layout = Mapping[str, tuple[Shape, torch.dtype]]
 
 
 class Packed(nn.Module):
-    """A weight in some format: its named parts, and the logical shape [..., out, in] they stand for.
+    """A weight in some format: its named parts and its logical shape [..., out, in].
 
-    It is an ``nn.Module`` so that device moves, the meta device and optimizers see the parts;
-    it is never called. Parts are parameters without gradient until somebody trains them.
+    It is an ``nn.Module`` so that device moves, the meta device and optimizers see the parts. It is never called.
+    Parts are parameters without gradient; training code switches the gradient on.
+
+    Kernels read the parts' memory. A part is therefore compared with ``layout`` whenever it is set or moved, and not
+    in every call of an op.
+
+    Raises:
+        InvalidParameter: a part is unknown or not contiguous, or its shape or dtype is not that of ``layout``.
     """
 
     name: ClassVar[str]
-    """The format's name, its file's stem."""
+    """Name of the format and stem of its file."""
 
     error: ClassVar[float]
-    """The most that quantizing changes a weight drawn from a normal distribution, |w' - w| / |w|."""
+    """Upper bound of the relative error |w' - w| / |w| of quantizing a normally distributed weight."""
 
     shape: Shape
+    """Logical shape: [out, in], or [experts, out, in] for a stack."""
+
+    device: torch.device
+    """Device of the parts."""
 
     def __init__(self, shape: Shape, parts: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.shape = tuple(shape)
         for part, tensor in parts.items():
-            self.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(part, nn.Parameter(tensor.contiguous(), requires_grad=False))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Set a part; assignment to an attribute of the part's name comes here too."""
+        if param is not None:
+            self._check(name, param)
+            self.device = param.device
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert or move the parts, as ``nn.Module.to`` does, and check them again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in self.parts().items():
+            self._check(name, tensor)
+            self.device = tensor.device
+        return self
+
+    def _check(self, part: str, tensor: Tensor) -> None:
+        layout = self.layout(self.shape)
+        if part not in layout:
+            raise InvalidParameter("weight", f"{self.name} has no part {part!r}; its parts: {', '.join(layout)}")
+        shape, dtype = layout[part]
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or not tensor.is_contiguous():
+            actual = f"{tuple(tensor.shape)} {tensor.dtype}" + ("" if tensor.is_contiguous() else ", not contiguous")
+            raise InvalidParameter("weight", f"{self.name} part {part!r} is {actual}; expected {tuple(shape)} {dtype}")
 
     @classmethod
     def layout(cls, shape: Shape) -> Layout:
-        """Return the shape and dtype of each part of a weight of logical ``shape``."""
+        """Return the shape and dtype of each part of a weight with this logical ``shape``."""
         raise NotImplementedError
 
     @classmethod
     def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
-        """Return the parts of ``weight`` [..., out, in]; leading axes are packed independently."""
+        """Return the parts of ``weight`` [..., out, in]; entries along the leading axes are packed independently."""
         raise NotImplementedError
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the plain weight of logical ``shape`` in ``dtype``; differentiable where the format is."""
+        """Return the plain weight of logical ``shape`` in ``dtype``. Unquantized formats are differentiable."""
         raise NotImplementedError
 
     @classmethod
     def empty(cls, shape: Shape, device: torch.device | str | None = None) -> Self:
-        """Return a weight of logical ``shape`` with unset memory, on any device, ``meta`` included."""
+        """Return a weight of logical ``shape`` with uninitialized memory on any device, including ``meta``."""
         layout = cls.layout(shape)
         return cls(shape, {part: torch.empty(s, dtype=t, device=device) for part, (s, t) in layout.items()})
 
     @classmethod
     def pack(cls, weight: Tensor) -> Self:
-        """Return ``weight`` in this format."""
+        """Return ``weight`` quantized to this format."""
         return cls(tuple(weight.shape), cls.quantize(weight))
 
     @classmethod
     def nbytes(cls, shape: Shape) -> int:
-        """Return the bytes that a weight of logical ``shape`` occupies, without making one."""
+        """Return the size in bytes of a weight with this logical ``shape``, without allocating it."""
         return sum(math.prod(s) * t.itemsize for s, t in cls.layout(shape).values())
 
     def parts(self) -> dict[str, Tensor]:
         """Return the parts by name."""
-        # Not named_parameters(): this is called for every weight of every step.
+        # named_parameters() is too slow here: this runs for every weight in every step.
         return {part: tensor for part, tensor in self._parameters.items() if tensor is not None}
 
     def dequantize(self, dtype: torch.dtype = torch.float32, index: int | None = None) -> Tensor:
@@ -102,25 +137,26 @@ class Packed(nn.Module):
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a model that one tensor of a checkpoint fills.
+    """The part of a model that one checkpoint tensor fills.
 
-    ``shape`` is the full tensor's, ``index`` the part of it that this rank holds, and ``store``
-    takes exactly that part. A reader therefore never reads, and a rank never holds, more than
-    its share.
+    A reader reads only the slice ``index`` of the tensor, so a rank never reads or holds more than its shard.
     """
 
     name: str
-    """The tensor's name in Hugging Face's classic scheme, the common language of all layouts."""
+    """Name of the tensor in Hugging Face's classic scheme, which all checkpoint layouts are translated to."""
     shape: Shape
+    """Shape of the full tensor."""
     index: tuple[slice, ...]
+    """Slice of the tensor that this rank holds."""
     store: Callable[[Tensor], None]
+    """Stores the slice in the model."""
 
 
 def load(name: str) -> type[Packed]:
     """Return the format called ``name``.
 
     Raises:
-        NotFound: there is no such format; the message names those there are.
+        NotFound: there is no such format; the message lists the available ones.
     """
     packed: type[Packed] = registry.load("formats", name).Format
     return packed

@@ -1,4 +1,4 @@
-"""What the unquantized formats share: one part, ``weight``, in the format's own dtype."""
+"""Base of the unquantized formats: one part, ``weight``, in the format's dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moesaic.formats import Layout, Packed, Shape
 
 
 class Plain(Packed):
-    """A weight stored as it is, rounded to ``dtype``."""
+    """A weight rounded to ``dtype``."""
 
     dtype: ClassVar[torch.dtype]
 

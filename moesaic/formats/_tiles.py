@@ -1,21 +1,20 @@
-"""What the integer formats share: tiles of 32 rows that a kernel reads from front to back.
+"""Base of the integer formats: tiles of 32 rows that a kernel reads sequentially.
 
-A weight stands for ``step * v`` with a small whole number v, -128 <= v <= 127, and one bfloat16
-step for each 256 columns of a row. Formats of fewer than 8 bits build v from a code q, with an
-own pair of numbers for each ``group`` columns of a row:
+A weight is ``step * v`` with an integer v, -128 <= v <= 127, and one bfloat16 step for each 256 columns of a row.
+Formats of fewer than 8 bits compute v from a code q. Each ``group`` of columns of a row has its own scale and offset:
 
     v = factor * scale * q - offset        q: ``bits`` bits, scale: 1 .. 15, offset: -127 .. 127
 
-Because v is whole, a product with whole activations is exact in whatever order it is summed up:
-every kernel, for one token or for many, gives the same bits.
+Because v is an integer, a product with integer activations is exact in every order of summation. Every kernel
+therefore gives the same bits, for one token or for many.
 
-In memory, block by block of 32 rows, and in it superblock by superblock of 256 columns (the last
-one may have 64, 128 or 192; missing rows and columns are zero):
+The memory holds blocks of 32 rows. A block holds superblocks of 256 columns; the last one may have 64, 128 or 192.
+Missing rows and columns are zero. A superblock consists of:
 
     steps     [32] bfloat16
-    scales    [groups][16] uint8: the low four bits are row i's, the high ones row 16 + i's
+    scales    [groups][16] uint8: the low four bits belong to row i, the high four to row 16 + i
     offsets   [pairs of groups][2 halves][16 rows][2] int8; halves: rows 0 .. 15 and 16 .. 31
-    codes     see ``_codes``; a 32-bit word belongs to one row, a half of 16 rows fills 64 bytes
+    codes     planes as ``_pack_plane`` describes; a 32-bit word belongs to one row, and 16 rows fill 64 bytes
 
 Scales are padded to 64 bytes, offsets to a whole pair; int8 has neither.
 """
@@ -34,21 +33,23 @@ from moesaic.formats import Layout, Packed, Shape
 ROWS = 32
 SUPER = 256
 PAD = 64
-"""Columns are filled up to a multiple of this."""
+"""Columns are padded to a multiple of this."""
 LARGEST_SCALE = 15
 HEADROOM = 120
-"""|w / step| stays below this, so that rounding outwards never leaves the range of v."""
+"""Upper bound of |w / step|, so that rounding outwards stays within the range of v."""
 SLICE = 1 << 22
-"""Weights that are quantized at once, to bound the memory it needs."""
+"""Weights that are quantized at a time; bounds the temporary memory."""
 
 
 class Tiled(Packed):
-    """A weight in tiles; a format names its numbers and nothing else."""
+    """A weight in tiles; a format only sets the numbers below."""
 
     bits: ClassVar[int]
+    """Bits of a code."""
     group: ClassVar[int] = 0
-    """Columns that share a scale and an offset; 0: none do, v itself is stored."""
+    """Columns that share a scale and an offset; 0: there are no scales, and v itself is stored."""
     factor: ClassVar[int] = 1
+    """Constant factor of the scales."""
 
     @classmethod
     def layout(cls, shape: Shape) -> Layout:
@@ -62,7 +63,7 @@ class Tiled(Packed):
 
     @classmethod
     def _superblocks(cls, columns: int) -> Iterator[tuple[int, int, int]]:
-        """Yield where each superblock's bytes begin and end in a block, and how many columns it has."""
+        """Yield the byte range in a block and the number of columns of each superblock."""
         at, left = 0, -(-columns // PAD) * PAD
         while left:
             width = min(SUPER, left)
@@ -72,7 +73,7 @@ class Tiled(Packed):
 
     @classmethod
     def _sections(cls, width: int) -> tuple[int, int, int, int]:
-        """Return the bytes of steps, scales, offsets and codes of a superblock."""
+        """Return the sizes in bytes of the steps, scales, offsets and codes of a superblock."""
         groups = width // cls.group if cls.group else 0
         return 2 * ROWS, _padded(groups * 16), _padded(groups * ROWS), ROWS * width * cls.bits // 8
 
@@ -84,7 +85,7 @@ class Tiled(Packed):
         for matrix, target in zip(weight.reshape(-1, *weight.shape[-2:]), tiles, strict=True):
             for begin in range(0, len(matrix), rows):
                 block = begin // ROWS
-                part = _filled(matrix[begin : begin + rows].float())
+                part = _padded_to_blocks(matrix[begin : begin + rows].float())
                 target[block : block + len(part) // ROWS] = cls._tile(part)
         return {"tiles": tiles.reshape(shape)}
 
@@ -99,7 +100,7 @@ class Tiled(Packed):
 
     @classmethod
     def _tile(cls, plain: Tensor) -> Tensor:
-        """Return the tiles [blocks, bytes] of plain weights [32 blocks, columns], both filled up."""
+        """Return the tiles [blocks, bytes] of padded plain weights [32 blocks, columns]."""
         pieces = []
         for part in plain.split(SUPER, dim=1):
             step, scale, offset, codes = cls._round(part)
@@ -127,8 +128,8 @@ class Tiled(Packed):
     def _round(cls, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return step [R], scale and offset [R, groups], and codes [R, width] of one superblock.
 
-        Of a few scales, the one with the least squared error is taken: a narrower grid cuts off
-        the group's extremes, and is finer for all others.
+        Several scales are tried, and the one with the least squared error is taken. A narrower grid clips the
+        extremes of the group and is finer for the other weights.
         """
         if not cls.group:
             step = _upwards(part.abs().amax(1) / 127)
@@ -152,14 +153,14 @@ class Tiled(Packed):
             most = ((127 + offset) / grid).floor().clamp(0, levels)
             codes = ((w + offset[..., None]) / grid[..., None]).round().clamp_min(0).minimum(most[..., None])
             error = (codes * grid[..., None] - offset[..., None] - w).square().sum(2)
-            found = (error, scale, offset, codes)
+            candidate = (error, scale, offset, codes)
             if best is None:
-                best = found
+                best = candidate
             else:
                 less = error < best[0]
                 best = tuple(
                     torch.where(less if new.dim() == 2 else less[..., None], new, old)
-                    for new, old in zip(found, best, strict=True)
+                    for new, old in zip(candidate, best, strict=True)
                 )
         assert best is not None
         return step, best[1], best[2], best[3].flatten(1)
@@ -169,13 +170,13 @@ class Tiled(Packed):
         """Return the bytes [blocks, n] of codes [32 blocks, width]."""
         q = codes.to(torch.uint8).reshape(-1, 2, 16, codes.shape[1])  # [blocks, halves, rows, width]
         planes = [_pack_plane((q >> low) & ((1 << bits) - 1), bits) for low, bits in PLANES[cls.bits]]
-        # The planes of each 32 columns follow one another.
+        # The planes are interleaved by runs of columns.
         runs = codes.shape[1] // RUN[cls.bits]
         return torch.cat([plane.reshape(len(q), runs, -1) for plane in planes], dim=2).flatten(1)
 
     @classmethod
     def _unpack_codes(cls, data: Tensor, width: int) -> Tensor:
-        """Return codes [blocks, 32, width] as float32, of bytes [blocks, n]."""
+        """Return the codes [blocks, 32, width] in bytes [blocks, n], as float32."""
         runs = width // RUN[cls.bits]
         planes = data.reshape(len(data), runs, -1).split(
             [ROWS * RUN[cls.bits] * bits // 8 for _, bits in PLANES[cls.bits]], dim=2
@@ -187,20 +188,20 @@ class Tiled(Packed):
 
 
 NARROWER = {2: (1.0, 0.9, 0.8, 0.7, 0.6), 3: (1.0, 0.9, 0.8), 4: (1.0, 0.93)}
-"""Scales that are tried, as shares of the one that reaches a group's extremes."""
+"""Scales to try, as fractions of the scale that covers the extremes of a group."""
 
 PLANES = {8: ((0, 8),), 4: ((0, 4),), 3: ((0, 2), (2, 1)), 2: ((0, 2),)}
-"""(lowest bit, bits) of the parts in which a code is stored: a field must divide a byte."""
+"""(lowest bit, bits) of each plane in which a code is stored; the bits of a plane divide a byte."""
 
 RUN = {8: PAD, 4: PAD, 3: 32, 2: PAD}
-"""Columns after which the planes begin anew."""
+"""Columns of a run; each run stores all its planes before the next run begins."""
 
 
 def _pack_plane(q: Tensor, bits: int) -> Tensor:
     """Return bytes [blocks, n] of fields [blocks, 2, 16, width].
 
-    With p = 8 / bits fields in a byte, 4 p columns of a row make one 32-bit word: field j of its
-    byte b is column 4 j + b. Then come the other rows of the half, the other half, the next columns.
+    With p = 8 / bits fields in a byte, 4 p columns of a row make one 32-bit word: field j of byte b is column 4 j + b.
+    The order is: columns within a word, rows of a half, halves, next columns.
     """
     fields = 8 // bits
     blocks, _, _, width = q.shape
@@ -211,7 +212,7 @@ def _pack_plane(q: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_plane(data: Tensor, bits: int, width: int) -> Tensor:
-    """Return fields [blocks, 32, width] of bytes [blocks, n]."""
+    """Return the fields [blocks, 32, width] in bytes [blocks, n]."""
     fields = 8 // bits
     packed = data.reshape(len(data), -1, 2, 16, 1, 4)  # [blocks, chunks, halves, rows, 1, 4]
     shifts = bits * torch.arange(fields, device=data.device, dtype=torch.uint8)
@@ -220,7 +221,7 @@ def _unpack_plane(data: Tensor, bits: int, width: int) -> Tensor:
 
 
 def _pack_scales(scale: Tensor) -> Tensor:
-    """Return bytes [blocks, padded] of scales [32 blocks, groups]."""
+    """Return the padded bytes [blocks, n] of scales [32 blocks, groups]."""
     halves = scale.to(torch.uint8).reshape(len(scale) // ROWS, 2, 16, scale.shape[1])
     packed = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).flatten(1)
     return torch.nn.functional.pad(packed, (0, _padded(packed.shape[1]) - packed.shape[1]))
@@ -232,7 +233,7 @@ def _unpack_scales(data: Tensor, groups: int) -> Tensor:
 
 
 def _pack_offsets(offset: Tensor) -> Tensor:
-    """Return bytes [blocks, 32 groups] of offsets [32 blocks, groups]."""
+    """Return the bytes [blocks, 32 groups] of offsets [32 blocks, groups]."""
     even = torch.nn.functional.pad(offset, (0, offset.shape[1] % 2)).to(torch.int8)
     pairs = even.reshape(len(even) // ROWS, 2, 16, even.shape[1] // 2, 2)
     return pairs.permute(0, 3, 1, 2, 4).flatten(1).view(torch.uint8)
@@ -243,14 +244,14 @@ def _unpack_offsets(data: Tensor, groups: int) -> Tensor:
     return pairs.permute(0, 2, 3, 1, 4).reshape(len(data), ROWS, -1)[..., :groups]
 
 
-def _filled(part: Tensor) -> Tensor:
-    """Return weights [rows, columns] with zeros up to whole blocks."""
+def _padded_to_blocks(part: Tensor) -> Tensor:
+    """Return weights [rows, columns] padded with zeros to whole blocks."""
     rows, columns = part.shape
     return torch.nn.functional.pad(part, (0, -columns % PAD, 0, -rows % ROWS))
 
 
 def _upwards(x: Tensor) -> Tensor:
-    """Return the least bfloat16 numbers, as float32, that are not below x >= 0."""
+    """Round x >= 0 up to bfloat16; return float32."""
     rounded = x.to(torch.bfloat16)
     bits = rounded.view(torch.int16)
     return torch.where(rounded.float() < x, (bits + 1).view(torch.bfloat16), rounded).float()

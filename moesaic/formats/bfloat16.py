@@ -1,4 +1,4 @@
-"""bfloat16: float32's range with 8 bits of precision; what Mixtral and Llama 3 are published in."""
+"""bfloat16: float32's range with 8 bits of precision; the dtype in which Mixtral and Llama 3 are published."""
 
 from __future__ import annotations
 

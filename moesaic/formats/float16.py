@@ -1,4 +1,4 @@
-"""IEEE half precision: more precise than bfloat16 within +-65504; what older checkpoints are published in."""
+"""IEEE half precision: more precise than bfloat16 but limited to +-65504; used by older checkpoints."""
 
 from __future__ import annotations
 

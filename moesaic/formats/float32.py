@@ -1,4 +1,4 @@
-"""IEEE single precision: exact for every checkpoint, 32 bits per weight."""
+"""IEEE single precision: 32 bits per weight, exact for every checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two bits a weight (2.44 with its scales): for experts, where memory is short."""
+"""Two bits per weight (2.44 with scales): for experts if memory is scarce."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from moesaic.formats._tiles import Tiled
 
 
 class Format(Tiled):
-    """A weight of whole multiples of a step, 2 bits each."""
+    """A weight of integer multiples of a step, 2 bits per weight."""
 
     name = "int2"
     bits = 2

@@ -1,4 +1,4 @@
-"""Three bits a weight (3.25 with its scales)."""
+"""Three bits per weight (3.25 with scales)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from moesaic.formats._tiles import Tiled
 
 
 class Format(Tiled):
-    """A weight of whole multiples of a step, 3 bits each."""
+    """A weight of integer multiples of a step, 3 bits per weight."""
 
     name = "int3"
     bits = 3

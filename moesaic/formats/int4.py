@@ -1,4 +1,4 @@
-"""Four bits a weight (4.44 with its scales), 32 columns to a scale: the usual choice."""
+"""Four bits per weight (4.44 with scales), 32 columns per scale: the usual choice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from moesaic.formats._tiles import Tiled
 
 
 class Format(Tiled):
-    """A weight of whole multiples of a step, 4 bits each."""
+    """A weight of integer multiples of a step, 4 bits per weight."""
 
     name = "int4"
     bits = 4

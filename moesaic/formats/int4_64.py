@@ -1,4 +1,4 @@
-"""Four bits a weight (4.25 with its scales), 64 columns to a scale."""
+"""Four bits per weight (4.25 with scales), 64 columns per scale."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from moesaic.formats._tiles import Tiled
 
 
 class Format(Tiled):
-    """A weight of whole multiples of a step, 4 bits each."""
+    """A weight of integer multiples of a step, 4 bits per weight."""
 
     name = "int4_64"
     bits = 4

@@ -1,4 +1,4 @@
-"""Eight bits a weight (8.06 with its steps): as good as bfloat16 for all that is known."""
+"""Eight bits per weight (8.06 with steps): no measured loss of quality against bfloat16."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from moesaic.formats._tiles import Tiled
 
 
 class Format(Tiled):
-    """A weight of whole multiples of a step, 8 bits each."""
+    """A weight of integer multiples of a step, 8 bits per weight."""
 
     name = "int8"
     bits = 8

@@ -1,9 +1,8 @@
-"""Reads a checkpoint's configuration by allow-list.
+"""Strict reader of a checkpoint's configuration: every key must be read or be known as harmless.
 
-Knows how to take typed values out of a ``config.json`` dictionary and to refuse what is left
-over. Does not know what any value is for. A key that nobody took and that asks for something
-(it is not null, false or empty) may change the computation, so it is refused by name: a wrong
-guess would run, and answer nonsense.
+This module reads typed values from a ``config.json`` dictionary. It does not depend on their meaning. A key that was
+not read and is not null, false or empty may change the computation, so it is an error: if it were ignored, the model
+would run and give wrong answers.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from moesaic.errors import ConfigError
 
 _REQUIRED = object()
 
-# Keys that describe training, bookkeeping, or what the engine and text layers read for themselves.
+# Keys that describe training or bookkeeping, or that the engine and text layers read themselves.
 HARMLESS = frozenset(
     {
         "architectures",
@@ -50,7 +49,7 @@ HARMLESS = frozenset(
 
 
 class Keys:
-    """The keys of one configuration, each taken at most by its name and kind."""
+    """The keys of one configuration. A method that reads a key marks it as read."""
 
     def __init__(self, raw: Mapping[str, Any], path: Path) -> None:
         self._raw = dict(raw)
@@ -62,17 +61,17 @@ class Keys:
         return ConfigError(self.path, message)
 
     def has(self, name: str) -> bool:
-        """Return whether ``name`` is there, null or not."""
+        """Return whether the key ``name`` exists, even if it is null."""
         return name in self._raw
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Take ``name`` as it is; null counts as absent."""
+        """Read ``name`` without conversion; null counts as absent."""
         self._taken.add(name)
         value = self._raw.get(name)
         return default if value is None else value
 
     def integer(self, name: str, default: Any = _REQUIRED, least: int = 1) -> int:
-        """Take a whole number of at least ``least``; ``default`` where it is absent."""
+        """Read an integer of at least ``least``; return ``default`` if it is absent."""
         value = self.get(name, default)
         if value is _REQUIRED:
             raise self.fail(f"the key {name!r} is missing")
@@ -81,7 +80,7 @@ class Keys:
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """Take a finite positive number; ``default`` where it is absent."""
+        """Read a finite positive number; return ``default`` if it is absent."""
         value = self.get(name, default)
         if value is _REQUIRED:
             raise self.fail(f"the key {name!r} is missing")
@@ -90,23 +89,23 @@ class Keys:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """Take true or false."""
+        """Read true or false; return ``default`` if it is absent."""
         value = self.get(name, default)
         if not isinstance(value, bool):
             raise self.fail(f"{name} is {value!r}, expected true or false")
         return value
 
-    def only(self, name: str, *known: Any) -> Any:
-        """Take a value that must be absent or one of ``known``, the first being the default."""
-        value = self.get(name, known[0])
-        if value not in known:
-            names = ", ".join(repr(each) for each in known)
+    def only(self, name: str, *supported: Any) -> Any:
+        """Read a value that must be one of ``supported``; return the first of them if it is absent."""
+        value = self.get(name, supported[0])
+        if value not in supported:
+            names = ", ".join(repr(choice) for choice in supported)
             raise self.fail(f"{name} is {value!r}, which changes the computation; only {names} is supported")
         return value
 
     def finish(self) -> None:
-        """Refuse what nobody took, unless it is harmless or asks for nothing."""
+        """Raise ConfigError if an unread key may change the computation."""
         left = self._raw.keys() - self._taken - HARMLESS
-        asking = sorted(name for name in left if self._raw[name] not in (None, False, "", [], {}))
-        if asking:
-            raise self.fail(f"the key {asking[0]!r} is not known and may change the computation")
+        unknown = sorted(name for name in left if self._raw[name] not in (None, False, "", [], {}))
+        if unknown:
+            raise self.fail(f"the key {unknown[0]!r} is not known and may change the computation")

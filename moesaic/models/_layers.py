@@ -1,7 +1,7 @@
-"""The pieces that models are made of. Their arguments are numbers, never the name of a model.
+"""The layers of the models. Their arguments are numbers, never the name of a model.
 
-Every layer takes a ``Group`` and holds its own shard (Megatron-LM, arXiv:1909.08053 §3), and
-says by ``slots`` which tensor of a checkpoint fills it and which part of that tensor it holds.
+Every layer takes a ``Group`` and holds its own shard (Megatron-LM, arXiv:1909.08053 §3). Its ``slots`` name the tensors
+of a checkpoint that fill it, and the part of each tensor that it holds.
 
 Legend: T tokens, d hidden size, f intermediate size, V vocabulary, H query heads, G key/value
 heads, D head size, E experts, k experts per token; sizes inside a layer are those of its shard.
@@ -23,22 +23,22 @@ from moesaic.models import _rope
 from moesaic.ops import Batch, Group
 
 Formats = Mapping[str, type[Packed]]
-"""Which format a weight gets, by its role: embedding, attention, mlp, experts, head."""
+"""Format of the weights of each role: embedding, attention, mlp, experts, head."""
 
 ALL = slice(None)
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias. Split by "out", a rank holds some rows of W; by "in", some columns, and y is summed."""
+    """y = x W^T without bias. Split by "out", a rank holds rows of W; by "in", columns, and y is summed over ranks."""
 
     def __init__(
-        self, out: int, inp: int, format: type[Packed], group: Group, split: Literal["out", "in"] | None = None
+        self, out: int, inp: int, weight_format: type[Packed], group: Group, split: Literal["out", "in"] | None = None
     ) -> None:
         super().__init__()
         rows = group.share(out, "output features") if split == "out" else slice(0, out)
         columns = group.share(inp, "input features") if split == "in" else slice(0, inp)
         self.full, self.index = (out, inp), (rows, columns)
-        self.weight = format.empty((rows.stop - rows.start, columns.stop - columns.start))
+        self.weight = weight_format.empty((rows.stop - rows.start, columns.stop - columns.start))
         self.group, self.summed = group, split == "in"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 
 
 class Router(nn.Module):
-    """Logits [T, E] of a token's liking for each expert, in float32 and never quantized."""
+    """Router logits [T, E] of each token for each expert, in float32 and never quantized."""
 
     def __init__(self, experts: int, size: int) -> None:
         super().__init__()
@@ -79,21 +79,21 @@ class Router(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids [T] to vectors [T, d]; a rank holds a part of the vocabulary."""
+    """Token ids [T] to vectors [T, d]; a rank holds a shard of the vocabulary."""
 
-    def __init__(self, vocab: int, size: int, format: type[Packed], group: Group, dtype: torch.dtype) -> None:
+    def __init__(self, vocab: int, size: int, weight_format: type[Packed], group: Group, dtype: torch.dtype) -> None:
         super().__init__()
         self.share = group.share(vocab, "vocabulary entries")
         self.full = (vocab, size)
-        self.weight = format.empty((self.share.stop - self.share.start, size))
+        self.weight = weight_format.empty((self.share.stop - self.share.start, size))
         self.group, self.dtype = group, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
             return F.embedding(ids, self.weight.dequantize(self.dtype))
-        mine = (ids >= self.share.start) & (ids < self.share.stop)
-        x = F.embedding(torch.where(mine, ids - self.share.start, 0), self.weight.dequantize(self.dtype))
-        return self.group.sum(x * mine[:, None])
+        local = (ids >= self.share.start) & (ids < self.share.stop)
+        x = F.embedding(torch.where(local, ids - self.share.start, 0), self.weight.dequantize(self.dtype))
+        return self.group.sum(x * local[:, None])
 
     def slots(self, name: str) -> Iterator[Slot]:
         yield Slot(f"{name}.weight", self.full, (self.share, ALL), self.weight.store)
@@ -102,7 +102,7 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Causal attention with rotary positions and grouped key/value heads (GQA, arXiv:2305.13245).
 
-    With a window, a token sees that many positions, itself included (Mistral 7B, arXiv:2310.06825 §2).
+    With a window, a token sees only the last ``window`` positions, itself included (Mistral 7B, arXiv:2310.06825 §2).
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         kv_heads: int,
         head_dim: int,
         window: int | None,
-        format: type[Packed],
+        weight_format: type[Packed],
         group: Group,
     ) -> None:
         super().__init__()
@@ -121,10 +121,10 @@ class Attention(nn.Module):
         share = group.share(kv_heads, "key/value heads")
         self.kv_heads, self.head_dim = share.stop - share.start, head_dim
         self.layer, self.window = layer, window
-        self.wq = Linear(heads * head_dim, size, format, group, "out")
-        self.wk = Linear(kv_heads * head_dim, size, format, group, "out")
-        self.wv = Linear(kv_heads * head_dim, size, format, group, "out")
-        self.wo = Linear(size, heads * head_dim, format, group, "in")
+        self.wq = Linear(heads * head_dim, size, weight_format, group, "out")
+        self.wk = Linear(kv_heads * head_dim, size, weight_format, group, "out")
+        self.wv = Linear(kv_heads * head_dim, size, weight_format, group, "out")
+        self.wo = Linear(size, heads * head_dim, weight_format, group, "in")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         q = ops.rope(self._split(self.wq(x)), cos, sin)  # [T, H, D]
@@ -142,16 +142,16 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks as three stacked weights; a rank holds a part of every expert's intermediate size."""
+    """E SwiGLU networks as three stacked weights; a rank holds a shard of the intermediate size of every expert."""
 
-    def __init__(self, experts: int, size: int, inner: int, format: type[Packed], group: Group) -> None:
+    def __init__(self, experts: int, size: int, inner: int, weight_format: type[Packed], group: Group) -> None:
         super().__init__()
         self.share = group.share(inner, "intermediate features")
-        mine = self.share.stop - self.share.start
+        local = self.share.stop - self.share.start
         self.experts, self.size, self.inner, self.group = experts, size, inner, group
-        self.gate = format.empty((experts, mine, size))  # [E, f, d]
-        self.up = format.empty((experts, mine, size))  # [E, f, d]
-        self.down = format.empty((experts, size, mine))  # [E, d, f]
+        self.gate = weight_format.empty((experts, local, size))  # [E, f, d]
+        self.up = weight_format.empty((experts, local, size))  # [E, f, d]
+        self.down = weight_format.empty((experts, size, local))  # [E, d, f]
 
     def forward(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         return self.group.sum(ops.experts(x, self.gate, self.up, self.down, ids, scores))
@@ -165,7 +165,7 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). ``mlp`` is whatever the model puts between."""
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, attention: Attention, mlp: nn.Module, size: int, eps: float) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers that every decoder here has. Sizes are the whole model's, not a shard's."""
+    """The sizes that all decoders have. They are those of the whole model, not of a shard."""
 
     vocab_size: int
     hidden_size: int
@@ -200,14 +200,14 @@ class Shape:
     window: int | None
     tied: bool
     labels: tuple[str, ...] = ()
-    """The classes of a sequence-classification head; empty for a language model."""
+    """Class names of a sequence-classification head; empty for a language model."""
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm, and a head over the vocabulary or, with labels, over classes.
+    """A decoder: embedding, blocks, norm, and a head over the vocabulary or, with labels, over classes.
 
-    ``model(batch)`` gives normalized hidden states [T, d], ``model.logits(hidden)`` float32 scores
-    [R, V] (or [R, labels]). The attributes below it are what an engine needs to know.
+    ``model(batch)`` returns normalized hidden states [T, d]; ``model.logits(hidden)`` returns float32 scores [R, V], or
+    [R, labels]. The class implements ``moesaic.engine.runner.Model``.
     """
 
     def __init__(
@@ -229,12 +229,14 @@ class Decoder(nn.Module):
         self.head = self._head(formats)
         self.frequencies: Tensor | None = None
 
-    def _attention(self, layer: int, format: type[Packed]) -> Attention:
+    def _attention(self, layer: int, weight_format: type[Packed]) -> Attention:
         s = self.shape
-        return Attention(layer, s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim, s.window, format, self.group)
+        return Attention(
+            layer, s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim, s.window, weight_format, self.group
+        )
 
     def _head(self, formats: Formats) -> Linear:
-        if self.shape.labels:  # too few rows to be worth splitting
+        if self.shape.labels:  # too few rows to split over ranks
             return Linear(len(self.shape.labels), self.shape.hidden_size, formats["head"], Group())
         head = Linear(self.shape.vocab_size, self.shape.hidden_size, formats["head"], self.group, "out")
         if self.shape.tied:
@@ -261,12 +263,12 @@ class Decoder(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """The most positions the model was made for."""
+        """Maximum number of positions."""
         return self.shape.max_length
 
     @property
     def window(self) -> int | None:
-        """How far back any layer looks; None if some layer looks back to the start."""
+        """Largest attention window of any layer; None if a layer has no window."""
         return self.shape.window
 
     @property
@@ -275,7 +277,7 @@ class Decoder(nn.Module):
         return [(block.attention.kv_heads, block.attention.head_dim) for block in self.blocks]  # type: ignore[union-attr, misc]
 
     def slots(self) -> Iterator[Slot]:
-        """Yield the place of every tensor that a checkpoint must have, in the order they are used."""
+        """Yield a slot for every tensor that a checkpoint must have, in the order of use."""
         yield from self.embed.slots("model.embed_tokens")
         for layer, block in enumerate(self.blocks):
             yield from block.slots(f"model.layers.{layer}")  # type: ignore[operator]

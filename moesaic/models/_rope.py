@@ -1,7 +1,7 @@
 """Rotary position embedding: from configuration to cos and sin.
 
-RoPE is arXiv:2104.09864; Llama 3.1's scaling is Meta's, as published with its weights:
-long wavelengths are stretched by ``factor``, short ones stay, the band between is blended.
+RoPE is arXiv:2104.09864. Llama 3.1's scaling follows the code that Meta published with the weights: long wavelengths
+are stretched by ``factor``, short ones are unchanged, and the band between them is interpolated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moesaic.models._config import Keys
 
 @dataclass(frozen=True)
 class Rope:
-    """``theta`` is the base; ``kind`` is ``default``, ``linear`` or ``llama3``; the rest belongs to the kinds."""
+    """RoPE parameters: base ``theta`` and ``kind``: ``default``, ``linear`` or ``llama3``; the others depend on it."""
 
     theta: float
     kind: str = "default"
@@ -52,7 +52,7 @@ def tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read(keys: Keys, theta: float) -> Rope:
-    """Take RoPE's keys in either of config.json's vocabularies; ``theta`` is the family's default base."""
+    """Read the keys of RoPE in the old or new style of config.json; ``theta`` is the family's default base."""
     new = keys.get("rope_parameters")
     scaling: Mapping[str, Any] = new or keys.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):

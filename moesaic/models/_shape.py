@@ -1,6 +1,6 @@
-"""Takes from a configuration the numbers that every decoder here has.
+"""Reads from a configuration the sizes that all decoders have.
 
-The families differ in what an absent key means; ``Defaults`` holds that.
+The defaults of absent keys depend on the family of models; ``Defaults`` holds them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CLASSIFIER = "ForSequenceClassification"
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a family means by an absent key. ``kv_heads`` None: as many as query heads."""
+    """Defaults of a family for absent keys. ``kv_heads`` None: the number of query heads."""
 
     rope_theta: float
     kv_heads: int | None
@@ -27,7 +27,7 @@ class Defaults:
 
 
 def read(keys: Keys, families: Mapping[str, Defaults]) -> Shape:
-    """Take the numbers of a decoder; ``keys`` must name one of ``families`` as its model_type."""
+    """Read the sizes of a decoder; the model_type of ``keys`` must be one of ``families``."""
     defaults = families[keys.get("model_type")]
     keys.only("hidden_act", "silu")
     keys.only("attention_bias", False)
@@ -57,7 +57,7 @@ def read(keys: Keys, families: Mapping[str, Defaults]) -> Shape:
 
 
 def _window(keys: Keys, default: int | None) -> int | None:
-    """Take the sliding window; null switches it off even where the family has one by default."""
+    """Read the sliding window; null disables it even if the family has a default window."""
     if not keys.has("sliding_window"):
         return default
     return None if keys.get("sliding_window") is None else keys.integer("sliding_window")

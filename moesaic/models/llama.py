@@ -27,13 +27,13 @@ MODEL_TYPES = {
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers of a dense decoder."""
+    """The sizes of a dense decoder."""
 
     shape: Shape
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """A SwiGLU network: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, size: int, inner: int, formats: Formats, group: Group) -> None:
         super().__init__()
@@ -57,6 +57,6 @@ def configure(keys: Keys) -> Config:
 
 
 def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
-    """Return the model with unset weights on the current default device."""
+    """Return the model with uninitialized weights on the current default device."""
     size, inner = config.shape.hidden_size, config.shape.intermediate_size
     return Decoder(config.shape, lambda: SwiGLU(size, inner, formats, group), formats, group, dtype)

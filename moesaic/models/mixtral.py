@@ -1,6 +1,6 @@
 """Mixtral: a Mistral decoder whose feed-forward network is a sparse mixture of experts.
 
-Mixtral of Experts, arXiv:2401.04088. 8x7B and 8x22B differ in numbers only.
+Mixtral of Experts, arXiv:2401.04088. 8x7B and 8x22B differ only in their sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODEL_TYPES = {"mixtral": _shape.Defaults(rope_theta=1e6, kv_heads=8, norm_eps=1
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers of a Mixtral."""
+    """The sizes of a Mixtral."""
 
     shape: Shape
     num_experts: int
@@ -59,5 +59,5 @@ def configure(keys: Keys) -> Config:
 
 
 def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
-    """Return the model with unset weights on the current default device."""
+    """Return the model with uninitialized weights on the current default device."""
     return Decoder(config.shape, lambda: MixtureOfExperts(config, formats, group), formats, group, dtype)

@@ -1,11 +1,16 @@
-"""What a model and the sampler may call: the ops, the Batch they work on, and the Group they are split over.
+"""The ops that models and the sampler call, the Batch that they work on, and the Group of ranks that shares a model.
 
-Knows the signature, the shapes and the meaning of every op, and chooses the backend that runs
-it: one file = one backend, ``reference`` always the last resort. Does not know any model.
+This module defines the signature, the shapes and the meaning of every op. It checks the arguments of each call and
+chooses the backend that runs it: one file is one backend, and ``reference`` is the last one tried. It does not
+depend on any model.
 
 A backend file defines any subset of ``OPS`` and
 
-    why_not(op, device, format) -> str | None      None: I run this; else why I do not
+    why_not(op, device, weight_format) -> str | None      None: it can run this; otherwise the reason why not
+
+``weight_format`` is the name of the weight's format; None for an op without a weight; for ``experts`` whose stacks
+have different formats, the names of those of gate, up and down. A backend may trust the shapes, dtypes and devices.
+Only the ids of ``experts`` are its own to check, since reading them here would cost a synchronization.
 
 Legend: T tokens of this step, S sequences, R rows of logits, V vocabulary, d hidden size, f intermediate size,
 E experts, k experts per token, H query heads, G key/value heads, D head size, B block size.
@@ -24,7 +29,10 @@ from torch import Tensor
 
 from moesaic import registry
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Packed
+from moesaic.formats import Packed, Shape
+
+WeightFormat = str | tuple[str, str, str] | None
+"""The format of an op's weight, as ``why_not`` gets it."""
 
 OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw")
 
@@ -33,19 +41,18 @@ OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw")
 class Cache:
     """The paged key/value cache: block b of layer l is ``keys[l][b]``.
 
-    Memory is handed out in blocks of B token places; place i of block b is slot b * B + i.
+    Memory is allocated in blocks of B tokens; token i of block b has slot b * B + i.
 
-    An int8 cache holds what each token's key and value are rounded to, head by head: x = scale * q with
-    q = round(x * 127 / max |x|), to nearest, ties to even, and scale = max |x| / 127 in float32. Where max |x|
-    is at most 2^-100, q is 0. Where something is not finite, q is 0 and the scale NaN: all of it is NaN
-    when it is read again. float32 takes two bytes a head more than bfloat16 would, 1.5 % at D = 128,
-    but its rounding cannot push q beyond 127, nor its range end before that of x.
+    An int8 cache rounds each token's key and value head by head: x = scale * q with q = round(x * 127 / max |x|), to
+    nearest, ties to even, and scale = max |x| / 127 in float32. If max |x| is at most 2^-100, q is 0. If a value is
+    not finite, q is 0 and the scale is NaN, so the whole head reads as NaN. A float32 scale takes two bytes per head
+    more than bfloat16, 1.5 % at D = 128, but its rounding cannot push q beyond 127, and its range covers that of x.
     """
 
     keys: Sequence[Tensor]  # per layer [blocks, B, G, D]
     values: Sequence[Tensor]  # per layer [blocks, B, G, D]
-    key_scales: Sequence[Tensor] = ()  # of an int8 cache, per layer [blocks, B, G] float32
-    value_scales: Sequence[Tensor] = ()  # likewise
+    key_scales: Sequence[Tensor] = ()  # only for int8, per layer [blocks, B, G] float32
+    value_scales: Sequence[Tensor] = ()  # only for int8, per layer [blocks, B, G] float32
 
     @classmethod
     def zeros(
@@ -56,7 +63,7 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> Cache:
-        """Return a cache of zeros for layers of these (G, D); ``dtype`` is a float dtype or int8."""
+        """Return a cache of zeros for layers with these (G, D); ``dtype`` is a floating-point dtype or int8."""
 
         def memory(*sizes: tuple[int, ...], dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
             return tuple(torch.zeros((blocks, block_size, *size), dtype=dtype, device=device) for size in sizes)
@@ -69,12 +76,12 @@ class Cache:
 
     @staticmethod
     def bytes_per_token(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
-        """Return what a token's keys and values take in a cache of ``zeros``."""
+        """Return the bytes that the keys and values of one token take in all layers."""
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return sum(2 * heads * (size * dtype.itemsize + scale) for heads, size in shapes)
 
     def tensors(self) -> Sequence[Tensor]:
-        """Return all that the cache consists of; the first axis of each counts blocks."""
+        """Return all tensors of the cache; the first axis of each is the block."""
         return (*self.keys, *self.values, *self.key_scales, *self.value_scales)
 
     @property
@@ -86,39 +93,38 @@ class Cache:
 class Batch:
     """One step of the engine as flat tensors: "run tokens [cached : cached + n] of these sequences".
 
-    Tokens of one sequence are consecutive, sequences follow one another, nothing is padded.
-    With ``cache`` None the step stands alone: every sequence is whole and starts at position 0
-    (training, scoring), and slots and tables are empty.
+    The tokens of a sequence are consecutive, and there is no padding. If ``cache`` is None (training, scoring), every
+    sequence is complete and starts at position 0, and slots and tables are empty.
     """
 
     tokens: Tensor  # [T] int64, token ids
-    positions: Tensor  # [T] int64, place of each token in its sequence
+    positions: Tensor  # [T] int64, position of each token in its sequence
     starts: tuple[int, ...]  # [S + 1], sequence s owns tokens starts[s] : starts[s + 1]
-    lengths: tuple[int, ...]  # [S], tokens of each sequence after this step, cached ones included
-    slots: Tensor  # [T] int64, cache slot that each token's key and value go to
-    tables: Tensor  # [S, blocks] int64, cache blocks of each sequence in order; -1: given back or unused
-    outputs: Tensor  # [R] int64, the rows whose logits are wanted
+    lengths: tuple[int, ...]  # [S], tokens of each sequence after this step, including cached ones
+    slots: Tensor  # [T] int64, cache slot for the key and value of each token
+    tables: Tensor  # [S, blocks] int64, cache blocks of each sequence in order; -1: freed or unused
+    outputs: Tensor  # [R] int64, rows whose logits are needed
     cache: Cache | None
 
     @functools.cached_property
     def offsets(self) -> Tensor:
-        """``starts`` as a tensor [S + 1] int64, which every layer's kernel reads."""
+        """``starts`` as a tensor [S + 1] int64, which the attention kernel of every layer reads."""
         return torch.tensor(self.starts, dtype=torch.int64, device=self.tokens.device)
 
     @classmethod
     def whole(cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Batch:
-        """Return a batch of whole sequences without a cache, every row wanted."""
+        """Return a batch of complete sequences without a cache; the logits of every row are needed."""
         lengths = tuple(len(ids) for ids in sequences)
         starts = (0, *(sum(lengths[: i + 1]) for i in range(len(lengths))))
-        positions = [place for length in lengths for place in range(length)]
-        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        positions = [position for length in lengths for position in range(length)]
+        empty = torch.empty(0, dtype=torch.int64, device=device)
         return cls(
-            tokens=torch.tensor([id for ids in sequences for id in ids], dtype=torch.int64, device=device),
+            tokens=torch.tensor([token_id for ids in sequences for token_id in ids], dtype=torch.int64, device=device),
             positions=torch.tensor(positions, dtype=torch.int64, device=device),
             starts=starts,
             lengths=lengths,
-            slots=nothing,
-            tables=nothing.reshape(0, 0),
+            slots=empty,
+            tables=empty.reshape(0, 0),
             outputs=torch.arange(starts[-1], device=device),
             cache=None,
         )
@@ -126,35 +132,35 @@ class Batch:
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that hold one model together; a group of one by default.
+    """The ranks that share one model by tensor parallelism (Megatron-LM, arXiv:1909.08053 §3); one rank by default.
 
-    A layer holds shard ``rank`` of ``size`` and calls ``sum`` or ``gather`` where the parts meet
-    (Megatron-LM, arXiv:1909.08053 §3). ``handle`` is the torch process group, None for all ranks.
+    A layer holds shard ``rank`` of ``size`` and calls ``sum`` or ``gather`` to combine partial results. ``handle`` is
+    the torch process group; None: all ranks.
     """
 
     rank: int = 0
     size: int = 1
     handle: Any = None
 
-    def share(self, total: int, what: str) -> slice:
-        """Return this rank's part of ``total`` things.
+    def share(self, total: int, noun: str) -> slice:
+        """Return this rank's shard of ``total`` items; ``noun`` names them in the error message.
 
         Raises:
-            InvalidParameter: the group's size does not divide ``total``.
+            InvalidParameter: the size of the group does not divide ``total``.
         """
         if total % self.size:
-            raise InvalidParameter("group size", f"{self.size} ranks do not divide {total} {what}")
+            raise InvalidParameter("group size", f"{self.size} ranks do not divide {total} {noun}")
         part = total // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sum of every rank's ``x``."""
+        """Return the sum of ``x`` over all ranks."""
         if self.size > 1:
             torch.distributed.all_reduce(x, group=self.handle)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return every rank's ``x`` side by side along the last axis."""
+        """Return ``x`` of all ranks, concatenated along the last axis."""
         if self.size == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
@@ -164,7 +170,11 @@ class Group:
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
     """Return x [T, in] times weight [out, in] transposed: [T, out], in x's dtype."""
-    return cast(Tensor, _pick("linear", x.device, weight.name, _trained(x, weight))(x, weight))
+    trained = _needs_gradient(x, weight)
+    op = _pick_checked("linear", weight.name, trained, x.dtype, x.device, weight.device)
+    if x.shape[1:] != weight.shape[1:] or len(weight.shape) != 2:
+        raise _mismatch("x", x.shape, f"[T, in] for a weight of shape {weight.shape}")
+    return cast(Tensor, op(x, weight))
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
@@ -175,28 +185,54 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     Args:
         x: [T, d].
         gate, up: [E, f, d]; Mixtral's w1 and w3.
-        down: [E, d, f]; Mixtral's w2.
+        down: [E, d, f]; Mixtral's w2. The three stacks may have different formats.
         ids: [T, k] int64, the chosen experts, distinct within a row.
-        scores: [T, k] float32, their weights; routing itself is the model's affair.
+        scores: [T, k] float32, their weights; the model computes the routing.
+
+    Raises:
+        InvalidParameter: an expert id is not in 0 .. E - 1.
     """
-    op = _pick("experts", x.device, gate.name, _trained(x, gate, up, down, scores))
+    names = (gate.name, up.name, down.name)
+    mixed = names[0] != names[1] or names[0] != names[2]
+    trained = _needs_gradient(x, gate, up, down, scores)
+    op = _pick_experts(
+        *(names if mixed else names[0], trained, x.device, x.dtype, scores.dtype, ids.dtype),
+        *(gate.device, up.device, down.device, ids.device, scores.device),
+    )
+    if ids.shape != scores.shape or ids.shape[:1] != x.shape[:1] or x.shape[1:] != gate.shape[2:]:
+        raise _mismatch(
+            "x, ids, scores", (tuple(x.shape), tuple(ids.shape), tuple(scores.shape)), "[T, d], [T, k], [T, k]"
+        )
+    _check_stacks(gate.shape, up.shape, down.shape)
     return cast(Tensor, op(x, gate, up, down, ids, scores))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window: int | None) -> Tensor:
-    """Store k and v in the cache, then let each query see its own sequence up to itself: [T, H, D].
+    """Store k and v in the cache, then return the causal attention of q over each token's own sequence: [T, H, D].
 
     Scores are scaled by 1 / sqrt(D). A token at position p sees positions max(0, p - window + 1) .. p;
-    without a window, 0 .. p. Cache places outside a sequence may hold anything, NaN included.
+    without a window, 0 .. p. Cache slots outside a sequence may hold any value, NaN included.
 
     Args:
         q: [T, H, D].
         k, v: [T, G, D] with G dividing H; query head h reads key head h // (H / G)
-            (GQA, arXiv:2305.13245).
-        layer: which layer's cache.
-        window: how many positions a token sees, itself included; None: all.
+            (GQA, arXiv:2305.13245). The same dtype as q.
+        batch: the sequences and their cache.
+        layer: index of the layer in the cache.
+        window: number of positions that a token sees, itself included; None: all.
     """
-    return cast(Tensor, _pick("attention", q.device, None, _trained(q, k, v))(q, k, v, batch, layer, window))
+    op = _pick_checked(
+        *("attention", None, _needs_gradient(q, k, v), q.dtype),
+        *(q.device, k.device, v.device, batch.positions.device),
+    )
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise InvalidParameter("k, v", f"are {k.dtype} and {v.dtype}, but q is {q.dtype}")
+    if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[0] != batch.starts[-1]:
+        shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
+        raise _mismatch("q, k, v", shapes, f"[T, H, D], [T, G, D], [T, G, D] with T = {batch.starts[-1]}")
+    memory = None if batch.cache is None else batch.cache.keys[layer].shape[2:]
+    _check_heads(q.shape[1:], k.shape[1:], memory)
+    return cast(Tensor, op(q, k, v, batch, layer, window))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -204,7 +240,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     RMSNorm, arXiv:1910.07467.
     """
-    return cast(Tensor, _pick("rms_norm", x.device, None, _trained(x, weight))(x, weight, eps))
+    trained = _needs_gradient(x, weight)
+    op = _pick_checked("rms_norm", None, trained, x.dtype, x.device, weight.device)
+    if x.shape[-1:] != weight.shape:
+        raise _mismatch("x", x.shape, f"[..., n] for a weight of shape {tuple(weight.shape)}")
+    return cast(Tensor, op(x, weight, eps))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -212,62 +252,142 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     RoPE, arXiv:2104.09864, in Hugging Face's half-split order; computed in float32, in x's dtype.
     """
-    return cast(Tensor, _pick("rope", x.device, None, _trained(x))(x, cos, sin))
+    trained = _needs_gradient(x)
+    op = _pick_checked("rope", None, trained, x.dtype, x.device, cos.device, sin.device)
+    tokens, _, size = x.shape
+    if cos.shape != (tokens, size // 2) or sin.shape != cos.shape or size % 2:
+        raise _mismatch("cos, sin", (tuple(cos.shape), tuple(sin.shape)), f"[T, D/2] for x of shape {tuple(x.shape)}")
+    return cast(Tensor, op(x, cos, sin))
 
 
 def truncate(logits: Tensor, settings: Tensor) -> Tensor:
-    """Return logits [R, V] after temperature and truncations: float32, -inf where nothing is left.
+    """Return logits [R, V] after temperature and truncations: float32, -inf for removed tokens.
 
-    x = (logits - max) / temperature; then, each by the softmax of what the one before it has left: the k
-    largest and what equals the last of them; the smallest set of likeliest tokens whose mass reaches p, and what
-    equals the last of them (nucleus sampling, arXiv:1904.09751); tokens at least min-p times as likely
-    as the likeliest (arXiv:2407.01082); the tokens whose surprise is nearest to the expected one, up to
-    mass typical-p (arXiv:2202.00666).
+    x = (logits - max) / temperature. The truncations follow in this order; each uses the softmax of the tokens that
+    the previous one kept. Top-k keeps the k largest. Nucleus sampling (arXiv:1904.09751) keeps the smallest set of
+    likeliest tokens whose mass reaches p. Both keep tokens that equal the last kept one. Min-p (arXiv:2407.01082)
+    keeps tokens at least min-p times as likely as the likeliest. Typical sampling (arXiv:2202.00666) keeps the tokens
+    whose surprise is nearest to the expected surprise, up to mass typical-p.
 
     Args:
-        logits: [R, V] float32; -inf where a token is forbidden, at least one of each row finite.
-        settings: [R, 5] float32: temperature > 0, k (0: all), p, min-p (0: off), typical-p; p and typical-p
-            of 1 are off.
+        logits: [R, V] float32; -inf for forbidden tokens. At least one value of each row is finite.
+        settings: [R, 5] float32: temperature > 0, k (0: off), p (1: off), min-p (0: off), typical-p (1: off).
     """
-    return cast(Tensor, _pick("truncate", logits.device, None, False)(logits, settings))
+    op = _pick_checked("truncate", None, False, logits.dtype, logits.device, settings.device)
+    if settings.shape != (logits.shape[0], 5) or logits.dim() != 2:
+        raise _mismatch("settings", settings.shape, f"[R, 5] for logits [R, V] of shape {tuple(logits.shape)}")
+    return cast(Tensor, op(logits, settings))
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    """Return one id for each row of logits [R, V] float32: [R] int64.
+    """Draw one token id for each row of logits [R, V] float32: [R] int64.
 
-    The tokens of a row share out [0, 1) in the order of their ids, each as much as softmax gives it; the
-    answer is the one that numbers [R], float64 in [0, 1), falls on.
+    The softmax of a row divides [0, 1) among the tokens in the order of their ids. The result is the token whose
+    interval contains numbers[r]; numbers [R] is float64 in [0, 1).
     """
-    return cast(Tensor, _pick("draw", logits.device, None, False)(logits, numbers))
+    op = _pick_checked("draw", None, False, logits.dtype, logits.device, numbers.device)
+    if numbers.shape != logits.shape[:1] or logits.dim() != 2:
+        raise _mismatch("numbers", numbers.shape, f"[R] for logits [R, V] of shape {tuple(logits.shape)}")
+    return cast(Tensor, op(logits, numbers))
 
 
 @functools.cache
 def backends() -> tuple[str, ...]:
-    """Return the backends in the order they are asked: ``reference`` last, the rest by name."""
+    """Return the backends in the order in which they are tried: by name, ``reference`` last."""
     return tuple(sorted(registry.names("ops"), key=lambda name: (name == "reference", name)))
 
 
-def explain(op: str, device: str, format: str | None) -> dict[str, str | None]:
-    """Return, for each backend in order, None if it can run this and else why it does not."""
-    return {name: registry.load("ops", name).why_not(op, device, format) for name in backends()}
+def explain(op: str, device: str, weight_format: WeightFormat) -> dict[str, str | None]:
+    """Return, for each backend in order, the reason why it cannot run the op, or None if it can."""
+    return {name: registry.load("ops", name).why_not(op, device, weight_format) for name in backends()}
 
 
-def chosen(op: str, device: str, format: str | None) -> str:
-    """Return the name of the backend that runs this, where no gradient is wanted."""
-    return next(name for name, why in explain(op, device, format).items() if why is None)
+def chosen(op: str, device: str, weight_format: WeightFormat) -> str:
+    """Return the name of the backend that runs the op if no gradient is needed."""
+    return next(name for name, why in explain(op, device, weight_format).items() if why is None)
 
 
-def _trained(*inputs: Tensor | Packed) -> bool:
-    """Return whether a gradient is wanted for any of the inputs."""
+def _needs_gradient(*inputs: Tensor | Packed) -> bool:
+    """Return whether any of the inputs requires a gradient."""
     if not torch.is_grad_enabled():
         return False
     parts = [part for x in inputs for part in (x.parts().values() if isinstance(x, Packed) else (x,))]
     return any(part.requires_grad for part in parts)
 
 
+# The checks run for every op of every step. Those of devices and dtypes therefore share a cached function with the
+# choice of the backend; only shapes are compared in every call. ``Packed`` has checked the parts of a weight.
+
+
 @functools.cache
-def _pick(op: str, device: torch.device, format: str | None, trained: bool) -> Callable[..., Any]:
-    """Return the first willing backend's function; a pure function of its arguments, hence cached."""
-    if trained:  # only the reference is differentiable
-        return cast(Callable[..., Any], getattr(registry.load("ops", "reference"), op))
-    return cast(Callable[..., Any], getattr(registry.load("ops", chosen(op, device.type, format)), op))
+def _pick(op: str, device: torch.device, weight_format: WeightFormat, trained: bool) -> Callable[..., Any]:
+    """Return the function of the first backend that can run the op."""
+    name = "reference" if trained else chosen(op, device.type, weight_format)  # only the reference is differentiable
+    return cast(Callable[..., Any], getattr(registry.load("ops", name), op))
+
+
+ARGUMENTS = {
+    "linear": ("x", "weight"),
+    "attention": ("q", "k", "v", "batch"),
+    "rms_norm": ("x", "weight"),
+    "rope": ("x", "cos", "sin"),
+    "truncate": ("logits", "settings"),
+    "draw": ("logits", "numbers"),
+}
+"""Names of the arguments whose devices ``_pick_checked`` compares."""
+
+
+@functools.cache
+def _pick_checked(
+    op: str, weight_format: str | None, trained: bool, dtype: torch.dtype, device: torch.device, *others: torch.device
+) -> Callable[..., Any]:
+    """Return the backend's function after checking the dtype of the first argument and the devices of all."""
+    first, *names = ARGUMENTS[op]
+    if not dtype.is_floating_point:
+        raise InvalidParameter(first, f"is {dtype}, expected a floating-point dtype")
+    for name, other in zip(names, others, strict=True):
+        if other != device:
+            raise InvalidParameter(name, f"is on {other}, but {first} is on {device}")
+    return _pick(op, device, weight_format, trained)
+
+
+@functools.cache
+def _pick_experts(
+    weight_format: WeightFormat,
+    trained: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    scores: torch.dtype,
+    ids: torch.dtype,
+    *devices: torch.device,
+) -> Callable[..., Any]:
+    """Return the backend's function for ``experts`` after checking devices and dtypes."""
+    if not dtype.is_floating_point:
+        raise InvalidParameter("x", f"is {dtype}, expected a floating-point dtype")
+    if not scores.is_floating_point:
+        raise InvalidParameter("scores", f"is {scores}, expected a floating-point dtype")
+    if ids != torch.int64:
+        raise InvalidParameter("ids", f"is {ids}, expected torch.int64")
+    for name, other in zip(("gate", "up", "down", "ids", "scores"), devices, strict=True):
+        if other != device:
+            raise InvalidParameter(name, f"is on {other}, but x is on {device}")
+    return _pick("experts", device, weight_format, trained)
+
+
+@functools.cache
+def _check_stacks(gate: Shape, up: Shape, down: Shape) -> None:
+    if len(gate) != 3 or up != gate or down != (gate[0], gate[2], gate[1]):
+        raise _mismatch("gate, up, down", (gate, up, down), "[E, f, d], [E, f, d], [E, d, f]")
+
+
+@functools.cache
+def _check_heads(queries: Shape, keys: Shape, memory: Shape | None) -> None:
+    if len(queries) != 2 or len(keys) != 2 or queries[1] != keys[1] or queries[0] % keys[0]:
+        raise _mismatch("q, k", (queries, keys), "[H, D] and [G, D] with G dividing H")
+    if memory is not None and tuple(memory) != keys:
+        raise InvalidParameter("k", f"has heads of shape {keys}, but the cache holds {tuple(memory)}")
+
+
+def _mismatch(name: str, shape: object, expected: str) -> InvalidParameter:
+    shape = tuple(shape) if isinstance(shape, torch.Size) else shape
+    return InvalidParameter(name, f"has shape {shape}, expected {expected}")

@@ -1,11 +1,10 @@
-"""The ops on the CPU, in C++: binds ``csrc/``, which knows no torch.
+"""The ops on the CPU in C++: Python bindings of ``csrc/``, which does not depend on torch.
 
-The library is built when the package is installed, and chooses at run time what the processor has:
-AMX, AVX-512 with VNNI, AVX2, or plain C++. Activations that meet an integer format are rounded to
-eight bits, with one scale for each token and 256 columns, see ``formats/_tiles.py``; those that meet
-bfloat16 are rounded to it.
+The library is built when the package is installed. At run time it chooses the best instruction set of the processor:
+AMX, AVX-512 with VNNI, AVX2, or portable C++. Activations are rounded to 8 bits for a weight in an integer format,
+with one scale for each token and 256 columns (see ``formats/_tiles.py``), and to bfloat16 for a bfloat16 weight.
 
-Not differentiable: where a gradient is wanted, the reference is asked.
+These ops are not differentiable. If a gradient is needed, ``ops`` chooses the reference backend.
 """
 
 from __future__ import annotations
@@ -21,17 +20,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
-from moesaic.ops import OPS, Batch
+from moesaic.ops import OPS, Batch, WeightFormat
 
-FORMATS = {"int8": 0, "int4": 1, "int4_64": 2, "int3": 3, "int2": 4, "bfloat16": 5}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CACHE_TYPES = TYPES | {torch.int8: 3}
+OUT_OF_MEMORY, ID_OUT_OF_RANGE = 1, 2  # csrc/api.cpp, Status
 
 
 class _Arguments(ctypes.Structure):
-    """A struct of csrc/kernels.h, filled field by field in its order."""
+    """An argument struct of csrc/kernels.h, with the same fields in the same order."""
 
     op: ClassVar[str]
 
@@ -97,12 +97,12 @@ _Draw = _struct(
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Return the compiled library, or None where there is none."""
-    found = importlib.util.find_spec("moesaic.ops._native")  # wherever an editable install has put it
-    if found is None or found.origin is None:
+    """Return the compiled library, or None if it was not built."""
+    spec = importlib.util.find_spec("moesaic.ops._native")  # an editable install may put it elsewhere
+    if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(found.origin)
-    library.moesaic_isa.restype = ctypes.c_char_p
+    library = ctypes.CDLL(spec.origin)
+    library.moesaic_isa.restype = library.moesaic_formats.restype = ctypes.c_char_p
     library.moesaic_multiply.restype = library.moesaic_multiply_bf16.restype = c_int64
     for struct in (_Linear, _Experts, _Attention, _Norm, _Rope, _Truncate, _Draw):
         getattr(library, f"moesaic_{struct.op}").argtypes = [POINTER(struct)]
@@ -110,41 +110,50 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+@functools.cache
+def formats() -> dict[str, int]:
+    """Return the weight formats that the library reads, and their numbers; empty if it was not built."""
+    library = _library()
+    names = library.moesaic_formats().decode().split() if library else []
+    return {name: number for number, name in enumerate(names)}
+
+
 def set_threads(count: int, library: ctypes.CDLL | None = None) -> None:
-    """Let ``count`` threads share the work, the caller's own among them; by default, as many as there are cores."""
+    """Set the number of threads, including the caller's; the default is the number of available cores."""
     (library or _built()).moesaic_set_threads(max(1, min(count, 1024)))
 
 
 def instruction_set() -> str:
-    """Return which of the compiled instruction sets is in use."""
+    """Return the name of the instruction set in use."""
     return str(_built().moesaic_isa().decode())
 
 
 def use_instruction_set(name: str) -> bool:
-    """Use one of ``INSTRUCTION_SETS``; return whether this processor has it. For tests and comparisons."""
+    """Use one of ``INSTRUCTION_SETS``; return False if this processor lacks it. For tests and benchmarks."""
     return bool(_built().moesaic_set_isa(name.encode()))
 
 
 def read_memory(memory: Tensor, streams: int, ahead: int) -> None:
-    """Read all of ``memory`` once with all threads, to see how fast it goes; see csrc/measure.h."""
-    _built().moesaic_read(c_void_p(_at(memory)), c_int64(memory.nbytes), streams, ahead)
+    """Read all of ``memory`` once with all threads, to measure bandwidth; csrc/measure.h has the arguments."""
+    _built().moesaic_read(c_void_p(_address(memory)), c_int64(memory.nbytes), streams, ahead)
 
 
 def multiply(rounds: int) -> int:
-    """Multiply and add bytes in registers with all threads, and return how many operations that was."""
+    """Multiply and add bytes in registers with all threads; return the number of operations."""
     return int(_built().moesaic_multiply(c_int64(rounds)))
 
 
 def multiply_bf16(rounds: int) -> int:
-    """Do the same with bfloat16 numbers."""
+    """Multiply and add bfloat16 numbers in registers with all threads; return the number of operations."""
     return int(_built().moesaic_multiply_bf16(c_int64(rounds)))
 
 
 def huge_pages(memory: Tensor) -> None:
-    """Ask the system to hold ``memory`` in pages of 2 MiB, where it has a choice: fewer misses in the TLB."""
+    """Advise Linux to back ``memory`` with huge pages of 2 MiB, for fewer TLB misses; do nothing elsewhere."""
     page = 2 << 20
-    begin, end = -(-_at(memory) // page) * page, (_at(memory) + memory.nbytes) // page * page
-    advice = 14  # MADV_HUGEPAGE of Linux; elsewhere an error that changes nothing
+    address = _address(memory)
+    begin, end = -(-address // page) * page, (address + memory.nbytes) // page * page
+    advice = 14  # MADV_HUGEPAGE
     if end > begin and sys.platform == "linux":
         ctypes.CDLL(None).madvise(c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
@@ -155,14 +164,16 @@ def _built() -> ctypes.CDLL:
     return library
 
 
-def why_not(op: str, device: str, format: str | None) -> str | None:
-    """Declines without the library, off the CPU, and formats it does not read."""
+def why_not(op: str, device: str, weight_format: WeightFormat) -> str | None:
+    """Return the reason why this backend cannot run the op; None if it can."""
     if _library() is None:
         return "it was not compiled when moesaic was installed"
     if device != "cpu":
         return "it runs on the CPU only"
-    if op in ("linear", "experts") and format not in FORMATS:
-        return f"it does not read {format}"
+    if isinstance(weight_format, tuple):
+        return f"it needs one format for gate, up and down, not {', '.join(weight_format)}"
+    if op in ("linear", "experts") and weight_format not in formats():
+        return f"it does not read {weight_format}"
     return None if op in OPS else "it has no such op"
 
 
@@ -170,8 +181,11 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
     dtype, x = x.dtype, _native(x)
     (tokens, columns), out = x.shape, weight.shape[0]
     y = _answer(x, (tokens, out))
-    [data] = weight.parts().values()
-    _run(_Linear(FORMATS[weight.name], TYPES[x.dtype], tokens, columns, out, _at(x), _at(data), _at(y)))
+    [data] = weight._parameters.values()  # parts() would copy the dictionary
+    assert data is not None
+    _run(
+        _Linear(formats()[weight.name], TYPES[x.dtype], tokens, columns, out, _address(x), _address(data), _address(y))
+    )
     return _as(dtype, y)
 
 
@@ -179,12 +193,13 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     dtype, x = x.dtype, _native(x)
     y = _answer(x, tuple(x.shape))
     ids, scores = ids.contiguous(), _float(scores)
+    assert gate.name == up.name == down.name, "why_not() refuses mixed formats"
     stacks = [data for stack in (gate, up, down) for data in stack.parts().values()]
     (count, inner, size), (tokens, choices) = gate.shape, ids.shape
     _run(
         _Experts(
-            *(FORMATS[gate.name], TYPES[x.dtype], tokens, size, inner, count, choices),
-            *(_at(each) for each in (x, *stacks, ids, scores, y)),
+            *(formats()[gate.name], TYPES[x.dtype], tokens, size, inner, count, choices),
+            *(_address(tensor) for tensor in (x, *stacks, ids, scores, y)),
         )
     )
     return _as(dtype, y)
@@ -194,19 +209,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
     dtype, q, k, v = q.dtype, _native(q), _native(k), _native(v)
     y = _answer(q, tuple(q.shape))
     tokens, heads, size = q.shape
-    type = block = 0
+    cache_type = block = 0
     cached: list[int | None] = [None] * 4
     if batch.cache is not None:
-        type, block = CACHE_TYPES[batch.cache.keys[0].dtype], batch.cache.block_size
+        cache_type, block = CACHE_TYPES[batch.cache.keys[0].dtype], batch.cache.block_size
         parts = (batch.cache.keys, batch.cache.values, batch.cache.key_scales, batch.cache.value_scales)
-        cached = [_at(part[layer]) if part else None for part in parts]
+        cached = [_address(part[layer]) if part else None for part in parts]
     tables = batch.tables.contiguous()
     _run(
         _Attention(
-            *(TYPES[q.dtype], type, tokens, heads, k.shape[1], size, len(batch.lengths), block),
+            *(TYPES[q.dtype], cache_type, tokens, heads, k.shape[1], size, len(batch.lengths), block),
             *(tables.shape[1], window or 0),
-            *(_at(q), _at(k), _at(v), *cached),
-            *(_at(batch.slots), _at(tables), _at(batch.offsets), _at(batch.positions), _at(y)),
+            *(_address(q), _address(k), _address(v), *cached),
+            *(_address(batch.slots), _address(tables), _address(batch.offsets), _address(batch.positions), _address(y)),
         )
     )
     return _as(dtype, y)
@@ -216,7 +231,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype, x, weight = x.dtype, _native(x), _float(weight)
     y = _answer(x, tuple(x.shape))
     size = x.shape[-1]
-    _run(_Norm(TYPES[x.dtype], x.numel() // size, size, eps, _at(x), _at(weight), _at(y)))
+    _run(_Norm(TYPES[x.dtype], x.numel() // size, size, eps, _address(x), _address(weight), _address(y)))
     return _as(dtype, y)
 
 
@@ -224,34 +239,34 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dtype, x, cos, sin = x.dtype, _native(x), _float(cos), _float(sin)
     y = _answer(x, tuple(x.shape))
     tokens, heads, size = x.shape
-    _run(_Rope(TYPES[x.dtype], tokens, heads, size, _at(x), _at(cos), _at(sin), _at(y)))
+    _run(_Rope(TYPES[x.dtype], tokens, heads, size, _address(x), _address(cos), _address(sin), _address(y)))
     return _as(dtype, y)
 
 
 def truncate(logits: Tensor, settings: Tensor) -> Tensor:
     logits, settings = _float(logits), _float(settings)
     y = _answer(logits, tuple(logits.shape))
-    _run(_Truncate(*logits.shape, _at(logits), _at(settings), _at(y)))
+    _run(_Truncate(*logits.shape, _address(logits), _address(settings), _address(y)))
     return y
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     logits, numbers = _float(logits), numbers.double().contiguous()
     ids = torch.empty(len(logits), dtype=torch.int64)
-    _run(_Draw(*logits.shape, _at(logits), _at(numbers), _at(ids)))
+    _run(_Draw(*logits.shape, _address(logits), _address(numbers), _address(ids)))
     return ids
 
 
-# These run for every op of every step, and even a call of torch that changes nothing takes a microsecond.
+# These helpers run for every op of every step. They avoid calls of torch: even a no-op takes a microsecond.
 
 
 def _native(x: Tensor) -> Tensor:
-    """Return ``x`` in one piece, in a dtype that the library reads."""
+    """Return ``x`` contiguous and in a dtype that the library reads."""
     return (x if x.dtype in TYPES else x.float()).contiguous()
 
 
 def _float(x: Tensor) -> Tensor:
-    """Return ``x`` in one piece, in float32."""
+    """Return ``x`` contiguous and in float32."""
     return (x if x.dtype is torch.float32 else x.float()).contiguous()
 
 
@@ -263,7 +278,7 @@ def _answer(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.new_empty(shape)
 
 
-def _at(x: Tensor) -> int:
+def _address(x: Tensor) -> int:
     return x.data_ptr()
 
 
@@ -273,6 +288,9 @@ def _function(op: str) -> Any:
 
 
 def _run(arguments: _Arguments) -> None:
-    """Call the library; ctypes releases the interpreter's lock for it."""
-    if _function(arguments.op)(byref(arguments)):
-        raise MemoryError(f"no memory for {arguments.op}")
+    """Call the library; ctypes releases the GIL during the call."""
+    status = _function(arguments.op)(byref(arguments))
+    if status == OUT_OF_MEMORY:
+        raise MemoryError(f"out of memory in {arguments.op}")
+    if status == ID_OUT_OF_RANGE:
+        raise InvalidParameter("ids", f"an expert id is out of range: there are {arguments.experts} experts")

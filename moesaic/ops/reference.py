@@ -1,7 +1,7 @@
-"""Every op in plain PyTorch: slow, differentiable, never clever. What the others are measured against.
+"""Every op in plain PyTorch: slow, simple and differentiable. Tests compare the other backends with this one.
 
-Runs on any device and any format. Where there is no cache (training, scoring) nothing is
-written in place, so gradients flow.
+It runs on any device and reads any format. Without a cache (training, scoring) it writes nothing in place, so
+gradients flow.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
-from moesaic.ops import Batch, Cache
+from moesaic.ops import Batch, Cache, WeightFormat
 
-NEVER = float("-inf")
+REMOVED = float("-inf")
 
 
-def why_not(op: str, device: str, format: str | None) -> str | None:
-    """Never declines."""
+def why_not(op: str, device: str, weight_format: WeightFormat) -> str | None:
+    """Return None: this backend runs every op."""
     return None
 
 
@@ -28,9 +29,9 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
-    order = ids.flatten().argsort(stable=True)  # choices in the order of their experts
+    order = ids.flatten().argsort(stable=True)  # choices sorted by expert
     token = order // ids.shape[1]
-    counts = torch.bincount(ids.flatten(), minlength=gate.shape[0]).tolist()
+    counts = _counts(ids.flatten(), gate.shape[0])
     chosen = [expert for expert, count in enumerate(counts) if count]
     weights = zip(*(_entries(stack, chosen, x.dtype) for stack in (gate, up, down)), strict=True)
     rows = x.index_select(0, token).split([counts[expert] for expert in chosen])
@@ -42,11 +43,19 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, answers).to(x.dtype)
 
 
+def _counts(ids: Tensor, experts: int) -> list[int]:
+    """Return how many of ``ids`` are 0, 1, ..., experts - 1."""
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= experts):
+        raise InvalidParameter("ids", f"an expert id is out of range: there are {experts} experts")
+    counts: list[int] = torch.bincount(ids, minlength=experts).tolist()
+    return counts
+
+
 def _entries(stack: Packed, chosen: list[int], dtype: torch.dtype) -> list[Tensor]:
     """Return the plain weights of the chosen entries.
 
-    Where gradients are wanted all are unpacked at once: the gradient of picking one entry is a
-    whole stack of zeros, that of taking all apart is one stack.
+    If a gradient is needed, the whole stack is dequantized once. The gradient of indexing one entry is a full stack
+    of zeros; the gradient of ``unbind`` is a single stack for all entries.
     """
     if torch.is_grad_enabled() and any(part.requires_grad for part in stack.parts().values()):
         entries = stack.dequantize(dtype).unbind(0)
@@ -65,7 +74,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
 def _sequence(
     batch: Batch, layer: int, s: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
 ) -> Tensor:
-    """Return the attention of sequence ``s``: its new tokens' q, k, v, and what the cache holds of it."""
+    """Return the attention of sequence ``s`` from q, k, v of its new tokens and its part of the cache."""
     length = batch.lengths[s]
     if length == len(q) and (window is None or length <= window):
         return _attend(q, k, v, None)  # the whole sequence is in this step: plain causal attention
@@ -73,11 +82,11 @@ def _sequence(
         keys, values, first = k, v, 0
     else:
         keys, values, first = _read(batch.cache, layer, batch.tables[s], length)
-    return _attend(q, keys, values, _seen(positions, first + torch.arange(len(keys), device=q.device), window))
+    return _attend(q, keys, values, _visible(positions, first + torch.arange(len(keys), device=q.device), window))
 
 
 def _write(cache: Cache, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Store k and v; return them as they are read again, so that who is in the cache already makes no difference."""
+    """Store k and v in the cache; return them rounded as a later read returns them."""
     stored = []
     for x, memory, scales in ((k, cache.keys, cache.key_scales), (v, cache.values, cache.value_scales)):
         if scales:
@@ -92,10 +101,10 @@ def _write(cache: Cache, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tup
 
 
 def round_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x [..., D] as an int8 cache holds it: q [..., D] int8 and scale [...] float32; see ``Cache``."""
+    """Return x [..., D] rounded as in an int8 ``Cache``: q [..., D] int8 and scale [...] float32."""
     x = x.float()
     most = x.abs().amax(-1)
-    # Not 127 / most, which torch computes as 127 * (1 / most): that rounds twice.
+    # torch computes 127 / most as 127 * (1 / most), which rounds twice.
     factor = torch.where(most > 2.0**-100, torch.full_like(most, 127.0) / most, 0.0)
     finite = most.isfinite()
     q = torch.where(finite[..., None], (x * factor[..., None]).round(), 0.0)
@@ -109,14 +118,14 @@ def _scaled(q: Tensor, scale: Tensor) -> Tensor:
 def _read(cache: Cache, layer: int, table: Tensor, length: int) -> tuple[Tensor, Tensor, int]:
     """Return keys and values [n, G, D] of a sequence, and the position of the first.
 
-    Blocks that slid out of the window were given back (-1); they are always the leading ones.
+    Leading blocks (-1) that left the window were freed.
     """
     table = table[: -(-length // cache.block_size)]
-    lost = int((table < 0).sum())
-    first = lost * cache.block_size
+    freed = int((table < 0).sum())
+    first = freed * cache.block_size
 
     def rows(memory: Tensor) -> Tensor:
-        return memory[table[lost:]].flatten(0, 1)[: length - first]
+        return memory[table[freed:]].flatten(0, 1)[: length - first]
 
     keys, values = rows(cache.keys[layer]), rows(cache.values[layer])
     if cache.key_scales:
@@ -125,18 +134,18 @@ def _read(cache: Cache, layer: int, table: Tensor, length: int) -> tuple[Tensor,
     return keys, values, first
 
 
-def _seen(positions: Tensor, places: Tensor, window: int | None) -> Tensor:
-    """Return which keys at ``places`` each query at ``positions`` sees: [queries, keys] bool."""
-    seen = places[None, :] <= positions[:, None]
+def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Return the attention mask [queries, keys] for the positions of queries and keys."""
+    visible = keys[None, :] <= queries[:, None]
     if window is not None:
-        seen &= places[None, :] > positions[:, None] - window
-    return seen
+        visible &= keys[None, :] > queries[:, None] - window
+    return visible
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
-    """Return softmax(q k / sqrt(D)) v for one sequence; ``seen`` None: causal, query i at key i."""
-    q, keys, values = (each.to(q.dtype).transpose(0, 1)[None] for each in (q, keys, values))  # [1, heads, n, D]
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return softmax(q k / sqrt(D)) v for one sequence; without a mask, query i sees keys 0 .. i."""
+    q, keys, values = (x.to(q.dtype).transpose(0, 1)[None] for x in (q, keys, values))  # [1, heads, n, D]
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 
@@ -162,47 +171,47 @@ def truncate(logits: Tensor, settings: Tensor) -> Tensor:
 
 
 def temper(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Divide by the temperature, the largest logit at 0 so that a small temperature overflows to -inf only."""
+    """Shift the largest logit to 0 and divide by the temperature, so that a low temperature overflows only to -inf."""
     return (logits - logits.amax(-1, keepdim=True)) / temperature
 
 
 def top_k(logits: Tensor, k: Tensor) -> Tensor:
-    """Keep the k largest, and what equals the last of them."""
+    """Keep the k largest logits, and those that equal the smallest kept one."""
     k = k.long().clamp(max=logits.shape[-1])
     least = logits.sort(descending=True).values.gather(-1, k - 1)
-    return logits.masked_fill(logits < least, NEVER)
+    return logits.masked_fill(logits < least, REMOVED)
 
 
 def top_p(logits: Tensor, p: Tensor) -> Tensor:
-    """Keep the smallest set of likeliest tokens whose mass reaches p, and what equals the last of them."""
+    """Keep the smallest set of likeliest tokens whose mass reaches p, and tokens that equal the last kept one."""
     probabilities = logits.softmax(-1)
     ordered = probabilities.sort(descending=True).values
-    place = (ordered.cumsum(-1, dtype=torch.float64) < p).sum(-1, keepdim=True)
-    least = ordered.gather(-1, place.clamp(max=logits.shape[-1] - 1))
-    return logits.masked_fill(probabilities < least, NEVER)
+    index = (ordered.cumsum(-1, dtype=torch.float64) < p).sum(-1, keepdim=True)
+    least = ordered.gather(-1, index.clamp(max=logits.shape[-1] - 1))
+    return logits.masked_fill(probabilities < least, REMOVED)
 
 
 def min_p(logits: Tensor, p: Tensor) -> Tensor:
     """Keep tokens at least p times as likely as the likeliest."""
     probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), NEVER)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), REMOVED)
 
 
 def typical_p(logits: Tensor, p: Tensor) -> Tensor:
-    """Keep the tokens whose surprise is nearest to the expected one, up to mass p."""
+    """Keep the tokens whose surprise is nearest to the expected surprise, up to mass p."""
     logprobs = logits.log_softmax(-1)
     probabilities = logprobs.exp()
     expected = -(probabilities * logprobs).nansum(-1, keepdim=True)
     order = (-logprobs - expected).abs().sort(dim=-1, stable=True).indices
     ordered = probabilities.gather(-1, order)
-    before = F.pad(ordered.cumsum(-1, dtype=torch.float64)[:, :-1], (1, 0))  # the first is always kept
-    return logits.masked_fill(~torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, before < p), NEVER)
+    before = F.pad(ordered.cumsum(-1, dtype=torch.float64)[:, :-1], (1, 0))  # the first token is always kept
+    return logits.masked_fill(~torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, before < p), REMOVED)
 
 
 TRUNCATIONS = ((temper, float("nan")), (top_k, 0.0), (top_p, 1.0), (min_p, 0.0), (typical_p, 1.0))
-"""What is done to a row, in order, and the setting that leaves it as it is; of temperature, none does."""
+"""The functions in order, each with the setting that switches it off; temperature is always applied."""
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    mass = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # a float32 sum would lose a vocabulary's tail
+    mass = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # float32 would lose the tail
     return torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True)[:, 0]

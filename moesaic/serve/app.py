@@ -178,7 +178,7 @@ class App:
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or not (WEB_DIRECTORY / name).is_file():
+        if not re.fullmatch(r"(client/)?[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or not (WEB_DIRECTORY / name).is_file():
             raise NotFound("file not found")
         await self._files({**http.scope, "path": f"/{name}", "root_path": ""}, receive, send_with_headers)
 

@@ -1,5 +1,4 @@
-"""Between text and token ids: vocabularies, chat formats, and text that comes out piece by piece.
+"""Tokenizers, chat formats, tool calls, grammars, and incremental detokenization.
 
-Knows tokenizers and conversations. Does not know models, tensors or requests, and imports nothing
-of Moesaic but its errors.
+This package does not depend on models, tensors or requests. It imports only ``moesaic.errors``.
 """

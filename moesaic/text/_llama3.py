@@ -1,7 +1,7 @@
-"""Llama 3's conversations, and those of 3.1 to 3.3, which know tools.
+"""Chat formats of Llama 3, and of Llama 3.1 to 3.3, which support tools.
 
-Follows the model cards and the templates that the checkpoints carry: the date in them is the one that
-stands there when nobody says another. Does not know which of them a checkpoint is (``chat``).
+The formats follow Meta's model cards and the chat templates in the checkpoints. The date in the system header is
+the default date of these templates. The module ``chat`` decides which format a checkpoint uses.
 """
 
 from __future__ import annotations
@@ -10,50 +10,55 @@ import json
 
 from moesaic.text.messages import Message
 from moesaic.text.tokenizer import Tokenizer
-from moesaic.text.tools import Call, Tools
+from moesaic.text.tools import ToolCall, Tools
 
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-OFFER = (
+TOOL_PROMPT = (
     "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
     'best answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of '
     "argument name and its value}.Do not use variables.\n\n"
 )
 
 
-def turns(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None = None) -> list[int]:
-    """Return the ids of a conversation, the assistant's last turn left open."""
-    return _encoded([_said(turn) for turn in messages], tokenizer)
+def encode_llama3(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None = None) -> list[int]:
+    """Return the token ids of a Llama 3 conversation; the assistant's last turn is left open."""
+    return _encode_turns([_role_and_text(message) for message in messages], tokenizer)
 
 
-def turns_31(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None = None) -> list[int]:
-    """Return the same with the head that 3.1 expects, and the tools in the first turn, which is the user's."""
-    said = [_said(turn) for turn in messages]
-    known = said.pop(0)[1] if messages[0]["role"] == "system" else ""
+def encode_llama31(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None = None) -> list[int]:
+    """Return the token ids of a Llama 3.1 conversation; the assistant's last turn is left open.
+
+    The system turn begins with the header that Llama 3.1 expects. The tools are listed in the first user turn.
+    """
+    turns = [_role_and_text(message) for message in messages]
+    system = turns.pop(0)[1] if messages[0]["role"] == "system" else ""
     if tools is not None:
-        listed = "".join(json.dumps(tool.described(), ensure_ascii=False, indent=4) + "\n\n" for tool in tools.offered)
-        asked = said.pop(0)[1] if said and said[0][0] == "user" else ""
-        said.insert(0, ("user", OFFER + listed + asked))
-    head = ("" if tools is None else "Environment: ipython\n") + DATES + known
-    return _encoded([("system", head), *said], tokenizer)
+        tool_list = "".join(
+            json.dumps(tool.to_openai(), ensure_ascii=False, indent=4) + "\n\n" for tool in tools.offered
+        )
+        question = turns.pop(0)[1] if turns and turns[0][0] == "user" else ""
+        turns.insert(0, ("user", TOOL_PROMPT + tool_list + question))
+    header = ("" if tools is None else "Environment: ipython\n") + DATES
+    return _encode_turns([("system", header + system), *turns], tokenizer)
 
 
-def _encoded(said: list[tuple[str, str]], tokenizer: Tokenizer) -> list[int]:
+def _encode_turns(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> list[int]:
     control = tokenizer.control
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    for role, text in said if said[-1][0] == "assistant" else [*said, ("assistant", "")]:
+    for role, text in turns if turns[-1][0] == "assistant" else [*turns, ("assistant", "")]:
         ids += [control["<|start_header_id|>"], *tokenizer.encode(role), control["<|end_header_id|>"]]
         ids += [*tokenizer.encode("\n\n"), *tokenizer.encode(text), control["<|eot_id|>"]]
-    return ids[:-1]  # the last turn is open
+    return ids[:-1]  # without the last <|eot_id|> the model continues the turn
 
 
-def _said(turn: Message) -> tuple[str, str]:
-    if turn["role"] == "tool":
-        return "ipython", json.dumps(turn["content"], ensure_ascii=False)
-    calls = [_call(call) for call in turn.get("tool_calls", [])]
-    return turn["role"], "\n".join(filter(None, (turn["content"].strip(), *calls)))
+def _role_and_text(message: Message) -> tuple[str, str]:
+    if message["role"] == "tool":
+        return "ipython", json.dumps(message["content"], ensure_ascii=False)
+    calls = [_call_text(call) for call in message.get("tool_calls", [])]
+    return message["role"], "\n".join(filter(None, (message["content"].strip(), *calls)))
 
 
-def _call(call: Call) -> str:
+def _call_text(call: ToolCall) -> str:
     try:
         arguments = json.dumps(json.loads(call.arguments), ensure_ascii=False)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""Mistral's conversations from the version on in which instructions have control tokens (v2).
+"""Mistral's chat formats with control tokens for instructions (version 2 and later).
 
-Follows mistral-common, version by version: which texts become one block, in which order the keys of a
-call stand, and where tools are listed. Does not know which version a checkpoint has (``chat``).
+The formats follow mistral-common for each version: which texts form one block, the order of the keys in a tool
+call, and where the tools are listed. The module ``chat`` decides which version a checkpoint uses.
 """
 
 from __future__ import annotations
@@ -13,101 +13,107 @@ from typing import Any
 
 from moesaic.text.messages import Message
 from moesaic.text.tokenizer import Tokenizer
-from moesaic.text.tools import Call, Tools
+from moesaic.text.tools import ToolCall, Tools
 
-MARKS = {"user": ("[INST]", "[/INST]"), "system": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")}
+DELIMITERS = {"user": ("[INST]", "[/INST]"), "system": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")}
 
 
-def turns(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, version: int) -> list[int]:
-    """Return the ids of a conversation, an assistant's last turn left open."""
+def encode(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, version: int) -> list[int]:
+    """Return the token ids of a conversation; if the last turn is the assistant's, it is left open."""
     writer = _Writer(tokenizer, version)
-    users = [place for place, turn in enumerate(messages) if turn["role"] == "user"]
+    users = [index for index, turn in enumerate(messages) if turn["role"] == "user"]
     last = users[-1] if users else -1
-    listed = (users[0] if version >= 13 else last) if users else -1
+    tools_index = (users[0] if version >= 13 else last) if users else -1
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    for place, turn in enumerate(_sorted(messages) if version >= 11 else messages):
-        if version == 2 and place < last and (turn["role"] == "tool" or turn.get("tool_calls")):
-            continue  # what was called for an earlier question is forgotten
-        if place == listed and tools is not None:
-            ids += writer.listing(tools)
+    for index, turn in enumerate(_sort_results(messages) if version >= 11 else messages):
+        if version == 2 and index < last and (turn["role"] == "tool" or turn.get("tool_calls")):
+            continue  # version 2 drops the tool calls of earlier questions
+        if index == tools_index and tools is not None:
+            ids += writer.tool_list(tools)
         if turn["role"] == "assistant":
-            ids += writer.answer(turn, closed=place < len(messages) - 1)
+            ids += writer.answer(turn, closed=index < len(messages) - 1)
+        elif turn["role"] == "tool":
+            ids += writer.result(turn)
         else:
-            ids += (
-                writer.result(turn) if turn["role"] == "tool" else writer.between(*MARKS[turn["role"]], turn["content"])
-            )
+            ids += writer.block(*DELIMITERS[turn["role"]], turn["content"])
     return ids
 
 
-def _sorted(messages: list[Message]) -> list[Message]:
-    """Return the conversation with results in the order of their calls."""
+def _sort_results(messages: list[Message]) -> list[Message]:
+    """Return the conversation with the tool results in the order of their calls."""
     order: dict[str, int] = {}
     out: list[Message] = []
     for turn in messages:
-        at = len(out)
+        index = len(out)
         if turn["role"] != "tool":
             order = {call.id: number for number, call in enumerate(turn.get("tool_calls", ()))}
         else:
-            while out[at - 1]["role"] == "tool" and order[out[at - 1]["tool_call_id"]] > order[turn["tool_call_id"]]:
-                at -= 1
-        out.insert(at, turn)
+            call_number = order[turn["tool_call_id"]]
+            while out[index - 1]["role"] == "tool" and order[out[index - 1]["tool_call_id"]] > call_number:
+                index -= 1
+        out.insert(index, turn)
     return out
 
 
 class _Writer:
+    """Encodes the parts of a conversation as one version of the format writes them."""
+
     def __init__(self, tokenizer: Tokenizer, version: int) -> None:
         self._tokenizer, self._control, self._version = tokenizer, tokenizer.control, version
 
-    def between(self, begin: str, end: str, text: str) -> list[int]:
-        return [self._control[begin], *self._tokenizer.encode(text), self._control[end]]
+    def block(self, start: str, end: str, text: str) -> list[int]:
+        return [self._control[start], *self._tokenizer.encode(text), self._control[end]]
 
-    def listing(self, tools: Tools) -> list[int]:
-        listed = [tool.described(always=True) for tool in tools.offered]
-        return self.between("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", _json(listed))
+    def tool_list(self, tools: Tools) -> list[int]:
+        definitions = [tool.to_openai(always=True) for tool in tools.offered]
+        return self.block("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", _json(definitions))
 
     def answer(self, turn: Message, *, closed: bool) -> list[int]:
         ids = self._tokenizer.encode(turn["content"].rstrip(" "))
         ids += self._calls(turn.get("tool_calls", []))
         return ids + (sorted(self._tokenizer.eos_ids)[:1] if closed else [])
 
-    def _calls(self, calls: list[Call]) -> list[int]:
+    def _calls(self, calls: list[ToolCall]) -> list[int]:
         if not calls:
             return []
         if self._version >= 11:
-            return [id for call in calls for id in self._each(call)]
-        return [self._control["[TOOL_CALLS]"], *self._tokenizer.encode(_json([self._as_json(call) for call in calls]))]
+            return [token_id for call in calls for token_id in self._call(call)]
+        call_list = _json([self._call_object(call) for call in calls])
+        return [self._control["[TOOL_CALLS]"], *self._tokenizer.encode(call_list)]
 
-    def _each(self, call: Call) -> list[int]:
+    def _call(self, call: ToolCall) -> list[int]:
         encode, control = self._tokenizer.encode, self._control
-        id = [control["[CALL_ID]"], *encode(nine(call.id))] if self._version < 13 else []
-        arguments = encode(_json(_parsed(call.arguments)))
-        return [control["[TOOL_CALLS]"], *encode(call.name), *id, control["[ARGS]"], *arguments]
+        call_id = [control["[CALL_ID]"], *encode(short_id(call.id))] if self._version < 13 else []
+        arguments = encode(_json(_json_or_text(call.arguments)))
+        return [control["[TOOL_CALLS]"], *encode(call.name), *call_id, control["[ARGS]"], *arguments]
 
-    def _as_json(self, call: Call) -> dict[str, Any]:
-        known = {"name": call.name, "arguments": _parsed(call.arguments)}
-        return known if self._version < 3 else known | {"id": nine(call.id)}
+    def _call_object(self, call: ToolCall) -> dict[str, Any]:
+        fields = {"name": call.name, "arguments": _json_or_text(call.arguments)}
+        return fields if self._version < 3 else fields | {"id": short_id(call.id)}
 
     def result(self, turn: Message) -> list[int]:
-        id, content = nine(turn["tool_call_id"]), turn["content"]
+        call_id, content = short_id(turn["tool_call_id"]), turn["content"]
         if self._version == 2:
-            text = _json([{"name": turn["name"], "content": _parsed(content or "{}")}])
+            text = _json([{"name": turn["name"], "content": _json_or_text(content or "{}")}])
         elif self._version == 3:
-            text = _json({"content": _parsed(content or "{}"), "call_id": id})
+            text = _json({"content": _json_or_text(content or "{}"), "call_id": call_id})
         else:
             text = content
-        ids = self.between("[TOOL_RESULTS]", "[/TOOL_RESULTS]", text)
+        ids = self.block("[TOOL_RESULTS]", "[/TOOL_RESULTS]", text)
         if 7 <= self._version < 13:
-            ids[1:1] = [*self._tokenizer.encode(id), self._control["[TOOL_CONTENT]"]]
+            ids[1:1] = [*self._tokenizer.encode(call_id), self._control["[TOOL_CONTENT]"]]
         return ids
 
 
-def nine(id: str) -> str:
-    """Return an id as Mistral's models know them, nine letters and digits; the same each time it stands somewhere."""
-    return id if re.fullmatch(r"[a-zA-Z0-9]{9}", id) else hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()[:9]
+def short_id(call_id: str) -> str:
+    """Return a call id in Mistral's form, nine letters and digits; equal ids give equal results."""
+    if re.fullmatch(r"[a-zA-Z0-9]{9}", call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
 
 
-def _parsed(text: str) -> Any:
-    """Return what JSON text says, or the text itself."""
+def _json_or_text(text: str) -> Any:
+    """Return the value of a JSON text, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

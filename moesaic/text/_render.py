@@ -1,7 +1,7 @@
-"""The child that renders one chat template: a program of its own, run by ``template``.
+"""Child process that renders one chat template; ``template`` starts it.
 
-Knows Jinja's sandbox, the names that Hugging Face's templates expect, and its own limits. Imports
-nothing of Moesaic: reads one JSON object from standard input, writes one to standard output.
+The program sets Jinja's sandbox, the names that Hugging Face's templates expect, and its own resource limits. It
+imports nothing from Moesaic. It reads one JSON object from standard input and writes one to standard output.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class TooLong(Exception):
 
 
 def main() -> None:
-    """Set the limits, then do the one job."""
+    """Read the job, set the resource limits, and render the template."""
     job = json.load(sys.stdin)
-    import jinja2  # before the limits: importing needs more than rendering
+    import jinja2  # imported before the limits are set, because the import needs more than rendering does
 
     environment = _environment()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -37,43 +37,43 @@ def main() -> None:
     try:
         outcome = {"text": _render(environment, job)}
     except Refused as error:
-        outcome = {"kind": "refused", "error": _line(error)}
+        outcome = {"kind": "refused", "error": _first_line(error)}
     except jinja2.TemplateSyntaxError as error:
-        outcome = {"kind": "template", "error": f"line {error.lineno} is malformed: {_line(error)}"}
+        outcome = {"kind": "template", "error": f"line {error.lineno} is malformed: {_first_line(error)}"}
     except jinja2.exceptions.SecurityError as error:
-        outcome = {"kind": "template", "error": f"tries what is forbidden: {_line(error)}"}
+        outcome = {"kind": "template", "error": f"uses something that the sandbox forbids: {_first_line(error)}"}
     except MemoryError:
         outcome = {"kind": "template", "error": f"needs more than {MEMORY_BYTES >> 20} MiB of memory"}
     except RecursionError:
-        outcome = {"kind": "template", "error": "is nested too deeply"}
+        outcome = {"kind": "template", "error": "has too many nested levels"}
     except TooLong as error:
-        outcome = {"kind": "template", "error": _line(error)}
-    except Exception as error:  # whatever a template provokes is the template's fault, and ends here
-        outcome = {"kind": "template", "error": f"{type(error).__name__}: {_line(error)}"}
+        outcome = {"kind": "template", "error": _first_line(error)}
+    except Exception as error:  # any exception that a template causes is reported as an error of the template
+        outcome = {"kind": "template", "error": f"{type(error).__name__}: {_first_line(error)}"}
     sys.stdout.write(json.dumps(outcome))
 
 
 def _render(environment: Any, job: dict[str, Any]) -> str:
     parts: list[str] = []
-    left = int(job["limit"])
+    remaining = int(job["limit"])
     for part in environment.from_string(job["template"]).generate(**job["values"]):
-        left -= len(part)
-        if left < 0:
+        remaining -= len(part)
+        if remaining < 0:
             raise TooLong(f"writes more than {job['limit']} characters")
         parts.append(part)
     return "".join(parts)
 
 
 def _environment() -> Any:
-    """Return Jinja's strictest environment with what Hugging Face's templates expect to find."""
+    """Return Jinja's immutable sandbox with the filters and functions that Hugging Face's templates use."""
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}``: marks what training learns from; here it only holds its contents."""
+        """Jinja tag ``{% generation %}``, which marks training targets; rendering keeps only its contents."""
 
-        tags = {"generation"}  # noqa: RUF012 - Jinja's own way to declare it
+        tags = {"generation"}  # noqa: RUF012 - Jinja requires a class attribute
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
@@ -99,11 +99,11 @@ def _refuse(message: str) -> NoReturn:
     raise Refused(message)
 
 
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _now(date_format: str) -> str:
+    return datetime.datetime.now().strftime(date_format)
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

@@ -1,8 +1,8 @@
-"""Reads SentencePiece's ``tokenizer.model`` (BPE): Llama 2, Mistral and Mixtral v1, v2, v3, v7.
+"""Reader of SentencePiece BPE files (``tokenizer.model``) of Llama 2, Mistral and Mixtral v1, v2, v3 and v7.
 
-Knows the few fields of the ModelProto message that change the result, by number (the published
-sentencepiece_model.proto). Refuses what it would not encode exactly: unigram models, character maps,
-whitespace as a suffix. Does not know chat formats.
+The reader uses the fields of the ModelProto message that change the result, by their numbers in the published
+sentencepiece_model.proto. It rejects every model that it could not encode exactly: unigram models, character maps,
+and whitespace as a suffix. It does not depend on chat formats.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ Field = int | bytes
 
 
 class Piece(NamedTuple):
+    """One entry of the vocabulary, as the file stores it."""
+
     text: str
     score: float
     kind: int
@@ -32,14 +34,16 @@ def read(path: Path, data: bytes) -> Vocabulary:
     """Return the vocabulary of a SentencePiece BPE model.
 
     Raises:
-        TokenizerError: truncated, not a ModelProto, or a model that cannot be encoded exactly.
+        TokenizerError: the file is truncated, is not a ModelProto, or holds a model that cannot be encoded exactly.
     """
     try:
         pieces, trainer, normalizer = _model(data)
     except (ValueError, struct.error) as error:
-        raise TokenizerError(path, f"not a SentencePiece model, or a damaged one ({error})") from error
+        raise TokenizerError(
+            path, f"not a SentencePiece model, or the file is damaged ({error}); download it again"
+        ) from error
     _check(path, pieces, trainer, normalizer)
-    return _vocabulary(pieces, trainer, dummy=bool(normalizer.get(3, 1)))
+    return _vocabulary(pieces, trainer, add_prefix=bool(normalizer.get(3, 1)))
 
 
 def _check(path: Path, pieces: list[Piece], trainer: dict[int, Field], normalizer: dict[int, Field]) -> None:
@@ -47,7 +51,7 @@ def _check(path: Path, pieces: list[Piece], trainer: dict[int, Field], normalize
     problems = {
         "has no pieces": not pieces,
         f"has more than {MAX_IDS} pieces": len(pieces) > MAX_IDS,
-        "has a piece twice": len(texts) != len(pieces),
+        "has duplicate pieces": len(texts) != len(pieces),
         "has an empty piece": "" in texts,
         "is not a BPE model": trainer.get(3, 1) != BPE,
         "has no unknown piece": not any(piece.kind == UNKNOWN for piece in pieces),
@@ -61,41 +65,41 @@ def _check(path: Path, pieces: list[Piece], trainer: dict[int, Field], normalize
         "removes extra whitespace": bool(normalizer.get(4, 1)),
         "does not escape whitespace": not normalizer.get(5, 1),
     }
-    for problem, found in problems.items():
-        if found:
+    for problem, present in problems.items():
+        if present:
             raise TokenizerError(path, f"this SentencePiece model {problem}, which is not supported")
 
 
-def _vocabulary(pieces: list[Piece], trainer: dict[int, Field], dummy: bool) -> Vocabulary:
+def _vocabulary(pieces: list[Piece], trainer: dict[int, Field], add_prefix: bool) -> Vocabulary:
     from tokenizers import Tokenizer
     from tokenizers.models import BPE as BPEModel
 
-    ids = {piece.text: id for id, piece in enumerate(pieces)}
-    of_kind = {kind: {p.text: ids[p.text] for p in pieces if p.kind == kind} for kind in range(7)}
+    ids = {piece.text: token_id for token_id, piece in enumerate(pieces)}
+    by_kind = {kind: {p.text: ids[p.text] for p in pieces if p.kind == kind} for kind in range(7)}
     normal = sorted((p for p in pieces if p.kind == NORMAL), key=lambda piece: -piece.score)
-    unknown = next(iter(of_kind[UNKNOWN]))
+    unknown = next(iter(by_kind[UNKNOWN]))
     fallback = bool(trainer.get(35, 0))
     model = BPEModel(
-        vocab=of_kind[NORMAL] | of_kind[BYTE] | of_kind[UNKNOWN],
-        merges=merges((piece.text for piece in normal), of_kind[NORMAL]),
+        vocab=by_kind[NORMAL] | by_kind[BYTE] | by_kind[UNKNOWN],
+        merges=merges((piece.text for piece in normal), by_kind[NORMAL]),
         unk_token=unknown,
         byte_fallback=fallback,
         fuse_unk=True,
     )
-    bos, eos = (of_kind[CONTROL].get(_text(trainer, key, default)) for key, default in ((46, "<s>"), (47, "</s>")))
+    bos, eos = (by_kind[CONTROL].get(_text(trainer, key, default)) for key, default in ((46, "<s>"), (47, "</s>")))
     surface = _text(trainer, 44, " \u2047 ").encode()
     return Vocabulary(
         core=Tokenizer(model),
         pieces=[_bytes(piece, surface) for piece in pieces],
-        control=of_kind[CONTROL],
+        control=by_kind[CONTROL],
         bos_id=bos,
         eos_ids=frozenset() if eos is None else frozenset({eos}),
-        escape=True,
-        dummy=dummy,
-        strip=dummy,
-        unstripped=frozenset([*of_kind[BYTE].values(), *of_kind[UNKNOWN].values()]),
-        fixed=of_kind[USER_DEFINED],
-        errors="moesaic.one_for_each",
+        escape_spaces=True,
+        add_prefix=add_prefix,
+        strip_prefix=add_prefix,
+        keeps_space=frozenset([*by_kind[BYTE].values(), *by_kind[UNKNOWN].values()]),
+        user_defined=by_kind[USER_DEFINED],
+        byte_errors="moesaic.replace_each_byte",
     )
 
 
@@ -137,37 +141,37 @@ def _text(fields: dict[int, Field], number: int, default: str) -> str:
 def _as_bytes(value: Field) -> bytes:
     if isinstance(value, bytes):
         return value
-    raise ValueError("a number stands where text should")
+    raise ValueError("a field holds a number instead of text")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Field]]:
-    """Yield (field number, value) of one protobuf message; a length is checked before it is believed."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
+    """Yield (field number, value) for each field of a protobuf message; every length is checked before use."""
+    offset = 0
+    while offset < len(data):
+        key, offset = _varint(data, offset)
         number, wire = key >> 3, key & 7
         if wire == VARINT:
-            value, at = _varint(data, at)
+            value, offset = _varint(data, offset)
             yield number, value
             continue
         length = {FIXED64: 8, FIXED32: 4}.get(wire, -1)
         if wire == BYTES:
-            length, at = _varint(data, at)
+            length, offset = _varint(data, offset)
         if length < 0 or number == 0:
-            raise ValueError(f"unexpected byte at {at}")
-        if at + length > len(data):
-            raise ValueError(f"it ends {at + length - len(data)} bytes too early")
-        yield number, data[at : at + length]
-        at += length
+            raise ValueError(f"unexpected byte at offset {offset}")
+        if offset + length > len(data):
+            raise ValueError(f"{offset + length - len(data)} bytes are missing at the end")
+        yield number, data[offset : offset + length]
+        offset += length
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, offset: int) -> tuple[int, int]:
     value = 0
-    for place in range(10):
-        if at >= len(data):
-            raise ValueError("it ends within a number")
-        value |= (data[at] & 127) << (7 * place)
-        at += 1
-        if data[at - 1] < 128:
-            return value, at
-    raise ValueError(f"unexpected byte at {at}")
+    for index in range(10):
+        if offset >= len(data):
+            raise ValueError("the data ends within a number")
+        value |= (data[offset] & 127) << (7 * index)
+        offset += 1
+        if data[offset - 1] < 128:
+            return value, offset
+    raise ValueError(f"unexpected byte at offset {offset}")

@@ -1,7 +1,7 @@
-"""Reads vocabularies that rank byte strings: Llama 3's ``tokenizer.model`` and Mistral's ``tekken.json``.
+"""Reader of ranked byte vocabularies (tiktoken): Llama 3's ``tokenizer.model`` and Mistral's ``tekken.json``.
 
-Knows the base64 lines of the first, the JSON of the second, and the special tokens of both. Encodes with
-byte-level BPE, where the lowest rank is merged first. Does not know SentencePiece.
+The first file has base64 lines, the second is JSON; both have special tokens. The result is a byte-level BPE
+tokenizer that merges the lowest rank first. SentencePiece files have another reader.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TEKKEN_PATTERN = (
 
 LLAMA3_RANKS = 128_000
 LLAMA3_SPECIALS = 256
-# Named as in the Llama 3.1 release, which gave names to some that Llama 3 had only reserved.
+# The names are those of Llama 3.1, which named some tokens that Llama 3 only reserved.
 LLAMA3_NAMED = (
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
     *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id"),
     *("python_tag", "image"),
 )
-# What the first tekken files left to the reader: their specials have ids, but no names.
+# The first tekken files give ids to the special tokens, but no names. These are the names that they imply.
 TEKKEN_NAMED = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
@@ -42,16 +42,18 @@ TEKKEN_NAMED = (
 
 
 def is_ranks(data: bytes) -> bool:
-    """Whether a ``tokenizer.model`` begins as base64 lines do (SentencePiece begins with a protobuf field)."""
+    """Return whether ``data`` begins with a base64 line; SentencePiece files begin with a protobuf field."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data) is not None
 
 
 def read_ranks(path: Path, data: bytes) -> Vocabulary:
     """Return the vocabulary of Llama 3's ``tokenizer.model``: lines of base64 and rank.
 
+    The number of ranks must be Llama 3's. The ids of the special tokens depend on it, so a file that was cut
+    between two lines would shift them.
+
     Raises:
-        TokenizerError: a line that is none, ranks with gaps, or not as many as Llama 3 has: the ids of
-            the special tokens follow from that number, so a file cut between two lines would move them.
+        TokenizerError: a line is malformed, the ranks have gaps, or the number of ranks is wrong.
     """
     pieces: list[bytes] = []
     for number, line in enumerate(data.splitlines(), 1):
@@ -59,15 +61,19 @@ def read_ranks(path: Path, data: bytes) -> Vocabulary:
         try:
             piece, rank = base64.b64decode(fields[0], validate=True), int(fields[1])
         except (IndexError, ValueError) as error:  # binascii.Error is a ValueError
-            raise TokenizerError(path, f"line {number} is not base64 and a rank: the file is damaged") from error
+            raise TokenizerError(
+                path, f"line {number} is not base64 and a rank: the file is damaged; download it again"
+            ) from error
         if rank != len(pieces):
-            raise TokenizerError(path, f"line {number} has rank {rank} where {len(pieces)} should stand")
+            raise TokenizerError(
+                path, f"line {number} has rank {rank}, expected {len(pieces)}: the file is damaged; download it again"
+            )
         pieces.append(piece)
     if len(pieces) != LLAMA3_RANKS:
-        raise TokenizerError(path, f"has {len(pieces)} ranks where Llama 3 has {LLAMA3_RANKS}: the file is damaged")
+        raise TokenizerError(path, f"has {len(pieces)} ranks, but Llama 3 has {LLAMA3_RANKS}: download it again")
     reserved = (f"reserved_special_token_{2 + n}" for n in range(LLAMA3_SPECIALS - len(LLAMA3_NAMED)))
     names = [f"<|{name}|>" for name in (*LLAMA3_NAMED, *reserved)]
-    control = {name: len(pieces) + place for place, name in enumerate(names)}
+    control = {name: len(pieces) + index for index, name in enumerate(names)}
     return _vocabulary(path, pieces, 0, control, LLAMA3_PATTERN, "<|begin_of_text|>", "<|end_of_text|>", None)
 
 
@@ -75,7 +81,7 @@ def read_tekken(path: Path, data: bytes) -> Vocabulary:
     """Return the vocabulary of a ``tekken.json``.
 
     Raises:
-        TokenizerError: not such a file, an unknown split pattern, or ranks with gaps.
+        TokenizerError: the file is not a tekken file, has an unknown split pattern, or its ranks have gaps.
     """
     try:
         tree = json.loads(data)
@@ -85,16 +91,18 @@ def read_tekken(path: Path, data: bytes) -> Vocabulary:
         pieces = _tekken_pieces(tree["vocab"], size - specials)
         pattern, version = str(config["pattern"]), str(config.get("version"))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise TokenizerError(path, f"not a tekken file, or a damaged one ({type(error).__name__}: {error})") from error
+        raise TokenizerError(
+            path, f"not a tekken file, or the file is damaged ({type(error).__name__}: {error})"
+        ) from error
     if pattern != TEKKEN_PATTERN:
-        raise TokenizerError(path, f"splits text with an unknown pattern, which is not run: {pattern[:120]!r}")
-    control = {name: id for id, name in enumerate(names)}
+        raise TokenizerError(path, f"has an unknown split pattern, which is not executed: {pattern[:120]!r}")
+    control = {name: token_id for token_id, name in enumerate(names)}
     return _vocabulary(path, pieces, specials, control, pattern, "<s>", "</s>", version)
 
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or not 0 < value <= MAX_IDS:
-        raise ValueError(f"{value!r} is no number of tokens")
+        raise ValueError(f"{value!r} is not a number of tokens")
     return value
 
 
@@ -102,19 +110,19 @@ def _special_names(entries: Any, count: int) -> list[str]:
     names = list(TEKKEN_NAMED) if entries is None else [""] * len(entries)
     for entry in entries or ():
         names[_count(entry["rank"] + 1) - 1] = str(entry["token_str"])
-    names += [f"<SPECIAL_{id}>" for id in range(len(names), count)]
+    names += [f"<SPECIAL_{token_id}>" for token_id in range(len(names), count)]
     if len(set(names)) != count or "" in names:
-        raise ValueError("special tokens are missing or named twice")
+        raise ValueError("special tokens are missing or have duplicate names")
     return names
 
 
 def _tekken_pieces(entries: Any, count: int) -> list[bytes]:
     if count < 256 or len(entries) < count:
-        raise ValueError(f"{len(entries)} pieces where {count} were announced")
+        raise ValueError(f"{len(entries)} pieces, but the header announces {count}")
     pieces = []
     for rank, entry in enumerate(entries[:count]):
         if entry["rank"] != rank:
-            raise ValueError(f"rank {entry['rank']} where {rank} should stand")
+            raise ValueError(f"rank {entry['rank']}, expected {rank}")
         pieces.append(base64.b64decode(entry["token_bytes"], validate=True))
     return pieces
 
@@ -129,12 +137,12 @@ def _vocabulary(
     eos: str,
     version: str | None,
 ) -> Vocabulary:
-    """Return the vocabulary whose piece of rank r has the id r + offset."""
-    known = set(pieces)
-    if len(known) != len(pieces) or b"" in known:
-        raise TokenizerError(path, "has an empty piece, or one twice")
-    if not known.issuperset(bytes([byte]) for byte in range(256)):
-        raise TokenizerError(path, "lacks some of the 256 single bytes: the file is damaged")
+    """Return the vocabulary in which the piece of rank r has the id r + ``offset``."""
+    unique = set(pieces)
+    if len(unique) != len(pieces) or b"" in unique:
+        raise TokenizerError(path, "has an empty or a duplicate piece: the file is damaged; download it again")
+    if not unique.issuperset(bytes([byte]) for byte in range(256)):
+        raise TokenizerError(path, "lacks some of the 256 single bytes: the file is damaged; download it again")
     names: list[bytes] = [name.encode() for name in control]
     return Vocabulary(
         core=byte_level(pieces, offset, pattern),
@@ -152,11 +160,11 @@ def byte_level(pieces: list[bytes], offset: int, pattern: str) -> Any:
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-    # One character for one byte: latin-1 first, since translating is much faster than joining.
+    # Map each byte to one character: latin-1 and translate() are much faster than joining single characters.
     alphabet = dict(enumerate(byte_alphabet()))
     texts = [piece.decode("latin-1").translate(alphabet) for piece in pieces]
     vocab = {text: offset + rank for rank, text in enumerate(texts)}
-    # A whole word that is in the vocabulary is taken as it is, as tiktoken does.
+    # ignore_merges: like tiktoken, take a whole word that is in the vocabulary without merging its parts.
     core = Tokenizer(BPE(vocab=vocab, merges=merges(texts, vocab), ignore_merges=True))
     core.pre_tokenizer = Sequence(
         [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]

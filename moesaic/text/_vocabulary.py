@@ -1,8 +1,7 @@
-"""What every reader of a tokenizer file hands over, and the pieces the readers share.
+"""Vocabulary that the readers of tokenizer files return, and helpers that the readers share.
 
-Knows the two families of vocabulary: byte-level BPE (a piece is a string of bytes) and SentencePiece
-BPE (a piece is text in which U+2581 stands for a space, with single bytes to fall back to). Does not
-know any file layout.
+There are two families: byte-level BPE, whose pieces are byte strings, and SentencePiece BPE, whose pieces are text
+with U+2581 for a space and which falls back to single bytes. This module does not depend on any file layout.
 """
 
 from __future__ import annotations
@@ -18,42 +17,50 @@ from moesaic.errors import TokenizerError
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
-MAX_FILE_BYTES = 128 << 20  # the largest published tokenizer file has about 35 MB
+MAX_FILE_BYTES = 128 << 20  # the largest published tokenizer files have about 35 MB
 MAX_IDS = 1 << 21
 
 
-def _one_for_each(error: UnicodeError) -> tuple[str, int]:
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd" * (error.end - error.start), error.end
 
 
-# SentencePiece shows every byte that belongs to no character; Python's "replace" (and so tiktoken)
-# shows one mark for a character that was cut short.
-codecs.register_error("moesaic.one_for_each", _one_for_each)
+# SentencePiece writes one U+FFFD for each invalid byte. Python's "replace", and therefore tiktoken, writes one
+# U+FFFD for a whole truncated character.
+codecs.register_error("moesaic.replace_each_byte", _replace_each_byte)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer file, read: enough to encode and to decode exactly.
-
-    ``core`` turns text without special tokens into ids (a ``tokenizers.Tokenizer``). Where
-    ``escape`` is set it has no idea of spaces: text is escaped, and prefixed, before it gets there.
-    """
+    """Contents of a tokenizer file: all that is needed to encode and decode exactly."""
 
     core: Any
-    pieces: Sequence[bytes | None]  # id -> the bytes it stands for (a control token: its name); None: no such id
-    control: Mapping[str, int]  # special tokens by name
+    """The ``tokenizers.Tokenizer`` that turns text without special tokens into ids."""
+    pieces: Sequence[bytes | None]
+    """Bytes of each token by id; for a control token its name; None for an unused id."""
+    control: Mapping[str, int]
+    """Ids of the control tokens by name."""
     bos_id: int | None
     eos_ids: frozenset[int]
-    escape: bool = False  # spaces become U+2581 before ``core`` sees the text
-    dummy: bool = False  # ... and one more is put in front
-    bare: Any = None  # ``core`` without a leading space of its own, where ``core`` adds one
-    once: bool = False  # the leading space belongs to the beginning of a text only, not to what follows a special token
-    strip: bool = False  # decoding drops that leading space again
-    unstripped: frozenset[int] = frozenset()  # ids that keep it
-    fixed: Mapping[str, int] = field(default_factory=dict)  # pieces found in text before anything is merged
-    errors: str = "replace"  # codec error handler for bytes that are no text
-    version: str | None = None  # as the file says it ("v3"), where it does
+    escape_spaces: bool = False
+    """Whether spaces must be replaced by U+2581 before ``core`` encodes the text."""
+    add_prefix: bool = False
+    """Whether a space must be added in front of the text before ``core`` encodes it."""
+    core_without_prefix: Any = None
+    """A variant of ``core`` that adds no leading space; None if ``core`` adds none."""
+    prefix_only_first: bool = False
+    """Whether the leading space is added only at the beginning of a text, and not after a special token."""
+    strip_prefix: bool = False
+    """Whether decoding removes the leading space."""
+    keeps_space: frozenset[int] = frozenset()
+    """Ids whose leading space is never removed."""
+    user_defined: Mapping[str, int] = field(default_factory=dict)
+    """Pieces that are matched in the text before any merge."""
+    byte_errors: str = "replace"
+    """Name of the codec error handler for bytes that are not valid UTF-8."""
+    version: str | None = None
+    """Version of the tokenizer as the file states it, for example "v3"; None if it states none."""
 
 
 def byte_alphabet() -> list[str]:
@@ -61,21 +68,21 @@ def byte_alphabet() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in table]
-    table |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    table |= {byte: chr(256 + index) for index, byte in enumerate(others)}
     return [table[byte] for byte in range(256)]
 
 
-def merges(ranked: Iterable[str], known: Container[str]) -> list[tuple[str, str]]:
-    """Return the BPE merges of a vocabulary that only ranks its pieces.
+def merges(ranked: Iterable[str], vocabulary: Container[str]) -> list[tuple[str, str]]:
+    """Return the BPE merges of a vocabulary that ranks its pieces but lists no merges.
 
-    Such a file says which piece wins, not of which two it was made: every split into two known
-    pieces may lead to it.
+    Such a file does not say from which two parts a piece is merged. Every split into two pieces of the vocabulary
+    is therefore a merge.
     """
     return [
         (piece[:cut], piece[cut:])
         for piece in ranked
         for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
 
 
@@ -83,7 +90,7 @@ def read_bounded(path: Path) -> bytes:
     """Return the bytes of a tokenizer file.
 
     Raises:
-        TokenizerError: not a readable file, empty, or larger than any tokenizer is.
+        TokenizerError: the file cannot be read, is empty, or is larger than ``MAX_FILE_BYTES``.
     """
     try:
         with path.open("rb") as file:
@@ -91,27 +98,27 @@ def read_bounded(path: Path) -> bytes:
     except OSError as error:
         raise TokenizerError(path, f"cannot be read ({error.strerror})") from error
     if not data:
-        raise TokenizerError(path, "the file is empty")
+        raise TokenizerError(path, "the file is empty; download it again")
     if len(data) > MAX_FILE_BYTES:
-        raise TokenizerError(path, f"larger than {MAX_FILE_BYTES >> 20} MiB, which no tokenizer is")
+        raise TokenizerError(path, f"larger than {MAX_FILE_BYTES >> 20} MiB: it is not a tokenizer file")
     return data
 
 
 @contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """Turn whatever the ``tokenizers`` library throws at a file, its panics included, into a TokenizerError."""
+def tokenizer_errors(path: Path) -> Iterator[None]:
+    """Convert every error of the ``tokenizers`` library, including Rust panics, into a TokenizerError."""
     try:
         yield
     except TokenizerError:
         raise
     except BaseException as error:
-        # The library raises bare Exception, and its panics are no Exception at all.
+        # The library raises plain Exception; its panics derive from BaseException.
         if type(error) is Exception or type(error).__name__ == "PanicException" or isinstance(error, ValueError):
-            raise TokenizerError(path, f"not understood: {first_line(error)}") from error
+            raise TokenizerError(path, f"cannot be parsed: {first_line(error)}") from error
         raise
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first 200 characters of the first line of an error's message."""
+    """Return the first line of an error message, at most 200 characters."""
     lines = str(error).splitlines()
     return lines[0][:200] if lines else type(error).__name__

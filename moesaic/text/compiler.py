@@ -1,11 +1,11 @@
-"""Compiles grammars for a vocabulary, and keeps track of where in one an answer is.
+"""Compiler of grammars for a vocabulary, and matchers that follow an answer through its grammar.
 
-Knows llguidance (an optional dependency, imported when first used), and how it sees a vocabulary. Does
-not know the engine: a ``Matcher`` has what ``engine.request.Constraint`` asks for, and no more.
+The compiler uses llguidance, an optional dependency that is imported on first use. This module does not depend on
+the engine; ``Matcher`` implements its protocol ``engine.request.Constraint``.
 
-A grammar is written by whoever sends a request, so that it is bounded on every side: its length
-(``grammar``), a trial in a child process with limits (``_trial``), a walk of a few tokens in the
-caller's thread, and a budget of processor time for the answer, past which it ends with an error.
+Grammars come from requests, so their cost is limited in four ways: their size (``grammar``), a compilation in a
+child process with resource limits (``_trial``), the first few tokens of an answer in the caller's thread, and a budget
+of processor time for the answer.
 """
 
 from __future__ import annotations
@@ -31,75 +31,83 @@ from moesaic.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-CACHED = 128  # compiled grammars kept
-CACHED_BYTES = 4 << 20  # ... and their sources together
-COMPILING = 2  # at the same time
-MAX_PARTS = 16  # tried, to find the one at fault
+MAX_CACHED = 128  # compiled grammars in the cache
+MAX_CACHED_BYTES = 4 << 20  # total size of their sources
+MAX_CONCURRENT = 2  # compilations at the same time
+MAX_PARTS = 16  # parts that are compiled to find the one that causes an error
 WAIT_SECONDS = 10.0
 
 LIMITS: dict[str, Any] = {"max_lexer_states": 20_000, "verbose_errors": False}
-"""Of llguidance: the states of an answer's lexer take one or two kilobytes each; the other defaults are low enough."""
+"""Limits of llguidance: a lexer state takes one or two kilobytes; the other limits keep their defaults."""
 
-SECONDS_AT_ONCE, SECONDS_PER_TOKEN = 0.5, 0.005
-"""What an answer may spend on masks: an ordinary one costs a hundredth of it, and everybody's step waits for it."""
+BUDGET_SECONDS, BUDGET_SECONDS_PER_TOKEN = 0.5, 0.005
+"""Processor time that an answer may use for masks, since all running answers wait for it. Usual: one percent."""
 
-WALK = 8
-"""Tokens of an answer that are tried before a grammar is accepted: what is too costly shows in the first few."""
+PROBE_TOKENS = 8
+"""Tokens that are generated to test a grammar; a grammar that is too costly shows it within a few tokens."""
 
 
 class Compiler:
-    """Compiles grammars for one vocabulary, and keeps the last ones. Safe to share among threads.
+    """Thread-safe compiler of grammars for one vocabulary, with a cache of recent grammars.
 
-    The tables of the vocabulary (some tenths of a second) are made when the first grammar comes.
+    The first call builds the tables of the vocabulary, which takes some tenths of a second.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """``vocab_size`` is the model's, which may be more than the tokenizer's: what is more is never allowed."""
+        """Create a compiler.
+
+        Args:
+            tokenizer: the tokenizer of the model.
+            vocab_size: the model's vocabulary size; ids that the tokenizer lacks are never allowed.
+        """
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._tables: _Tables | None = None
-        self._known: OrderedDict[str, Compiled] = OrderedDict()
+        self._cache: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
-        self._turns = threading.BoundedSemaphore(COMPILING)
+        self._slots = threading.BoundedSemaphore(MAX_CONCURRENT)
 
-    def compile(self, grammar: Grammar) -> Compiled:
-        """Return what makes a constraint for each answer.
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Return the compiled grammar, which creates a matcher for each answer.
 
         Raises:
-            InvalidParameter: no grammar, one that llguidance cannot do, or one that costs too much; says where.
-            Overloaded: too many are being compiled.
-            NotInstalled: llguidance is not here.
+            InvalidParameter: the grammar is malformed, not supported, or too costly; the message says where.
+            Overloaded: too many grammars are being compiled.
+            NotInstalled: llguidance is not installed.
         """
         with self._lock:
-            if grammar.source in self._known:
-                self._known.move_to_end(grammar.source)
-                return self._known[grammar.source]
-        if not self._turns.acquire(timeout=WAIT_SECONDS):
+            if grammar.source in self._cache:
+                self._cache.move_to_end(grammar.source)
+                return self._cache[grammar.source]
+        if not self._slots.acquire(timeout=WAIT_SECONDS):
             raise Overloaded("too many grammars are being compiled: try again later")
         try:
             compiled = self._compile(grammar)
         except InvalidParameter:
             for part in grammar.parts[:MAX_PARTS]:
-                try_out(part)
+                compile_in_child(part)
             raise
         finally:
-            self._turns.release()
+            self._slots.release()
         with self._lock:
-            self._known[grammar.source] = compiled
-            while len(self._known) > CACHED or sum(map(len, self._known)) > CACHED_BYTES:
-                self._known.popitem(last=False)
+            self._cache[grammar.source] = compiled
+            while len(self._cache) > MAX_CACHED or sum(map(len, self._cache)) > MAX_CACHED_BYTES:
+                self._cache.popitem(last=False)
         return compiled
 
-    def _compile(self, grammar: Grammar) -> Compiled:
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
         library = _llguidance()
-        try_out(grammar)
+        compile_in_child(grammar)
         tables = self._vocabulary()
         limits = library.LLParserLimits(**LIMITS)
-        matchers = [library.LLMatcher(table, _text(grammar), log_level=0, limits=limits) for table in tables.all()]
-        compiled = Compiled(tables, matchers)
+        matchers = [
+            library.LLMatcher(table, _llguidance_text(grammar), log_level=0, limits=limits)
+            for table in tables.variants()
+        ]
+        compiled = CompiledGrammar(tables, matchers)
         for matcher in matchers:
             if matcher.is_error():
-                raise grammar.error(f"is not understood: {_readable(matcher.get_error())}")
-        _walk(grammar, compiled)
+                raise grammar.error(f"cannot be compiled: {_one_line(matcher.get_error())}")
+        _probe(grammar, compiled)
         return compiled
 
     def _vocabulary(self) -> _Tables:
@@ -116,8 +124,8 @@ def _llguidance() -> Any:
     return llguidance
 
 
-def _text(grammar: Grammar) -> str:
-    """Return the grammar as llguidance takes it."""
+def _llguidance_text(grammar: Grammar) -> str:
+    """Return the grammar as text in llguidance's own format."""
     matcher = _llguidance().LLMatcher
     match grammar.kind:
         case "json_schema" | "json_object":
@@ -135,16 +143,16 @@ def _schema(grammar: Grammar) -> Any:
     return {"type": "object"} if grammar.kind == "json_object" else json.loads(grammar.value)
 
 
-def try_out(grammar: Grammar) -> None:
-    """Compile a grammar in a child process with limits, so that one without end is found there.
+def compile_in_child(grammar: Grammar) -> None:
+    """Compile a grammar in a child process with resource limits, to reject one that would never finish.
 
     Raises:
-        InvalidParameter: it is not understood, or takes too much time or memory.
-        InvalidRequest: no process can be started.
+        InvalidParameter: the grammar cannot be compiled, or needs too much time or memory.
+        InvalidRequest: the child process cannot be started.
     """
     schema = _schema(grammar) if grammar.kind == "json_schema" else None
-    job = {"schema": schema, "source": _text(grammar), "style": STYLE, "limits": LIMITS}
-    # Isolated (-I), and by its path, as ``template`` runs its child.
+    job = {"schema": schema, "source": _llguidance_text(grammar), "style": STYLE, "limits": LIMITS}
+    # Isolated mode (-I), started by its path: the child imports nothing from Moesaic.
     command = [sys.executable, "-I", str(Path(_trial.__file__))]
     try:
         child = subprocess.run(
@@ -154,36 +162,36 @@ def try_out(grammar: Grammar) -> None:
     except subprocess.TimeoutExpired as error:
         raise grammar.error("takes too long to compile") from error
     except OSError as error:
-        raise InvalidRequest(f"no process can be started to compile a grammar ({error.strerror})") from error
-    except ValueError as error:  # it was stopped, by the processor's clock or for want of memory
+        raise InvalidRequest(f"cannot start a process to compile a grammar ({error.strerror})") from error
+    except ValueError as error:  # the child was killed by the limit on processor time or memory
         raise grammar.error(f"takes more than {_trial.CPU_SECONDS} s, or too much memory, to compile") from error
     if outcome["error"]:
         where = f"at {outcome['where'][:200]}: " if outcome["where"] else ""
-        raise grammar.error(f"is not understood: {where}{_readable(outcome['error'])}")
+        raise grammar.error(f"cannot be compiled: {where}{_one_line(outcome['error'])}")
 
 
-def _readable(error: str) -> str:
-    """Return llguidance's message in one line, places as words."""
+def _one_line(error: str) -> str:
+    """Return llguidance's error message as one line, with positions in words."""
     error = error.replace("<non-verbose/>", "")
     if error.startswith("NoExtension"):
-        return "nothing can satisfy it"
-    regex = re.search(r"^ {4}( *)\^.*\nerror: (.*)", error, re.MULTILINE)  # a caret under the fault
+        return "no text matches it"
+    regex = re.search(r"^ {4}( *)\^.*\nerror: (.*)", error, re.MULTILINE)  # a caret below the error
     if regex:
         return f"at character {len(regex[1]) + 1} of the expression: {regex[2]}"[:300]
-    line = next((line for line in error.splitlines() if line.strip()), "no reason is given")
+    line = next((line for line in error.splitlines() if line.strip()), "no reason given")
     return re.sub(r"^(?:at )?(\d+)\((\d+)\): ", r"at line \1, character \2: ", line)[:300]
 
 
-def _walk(grammar: Grammar, compiled: Compiled) -> None:
-    """Begin an answer, so that a grammar nobody can begin or pay for is refused before anybody waits for it."""
+def _probe(grammar: Grammar, compiled: CompiledGrammar) -> None:
+    """Generate a few tokens, to reject early a grammar that matches nothing or is too costly."""
     matcher = compiled()
     try:
-        for step in range(WALK):
+        for step in range(PROBE_TOKENS):
             ids = np.nonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))[0]
             if not len(ids):
                 if step == 0:
-                    why = "allows only the empty text" if matcher.may_end else "fits no token of this model"
-                    raise grammar.error(why)
+                    reason = "allows only the empty text" if matcher.may_end else "allows no token of this model"
+                    raise grammar.error(reason)
                 break
             matcher.accept(int(ids[7919 * step % len(ids)]))
             if matcher.done:
@@ -193,18 +201,19 @@ def _walk(grammar: Grammar, compiled: Compiled) -> None:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants to see one: the bytes of each id, and how text is cut into ids.
+    """Adapter from a tokenizer to llguidance's interface: the bytes of each id, and a function that encodes text.
 
-    One more token than the model has is the end: which of the model's ids end an answer is not for a
-    grammar to know. With ``first`` it is the vocabulary of an answer's beginning, where SentencePiece
-    drops a leading space: " yes" there says "yes".
+    The end of an answer is one additional token after the model's, because a grammar does not depend on which ids end
+    an answer. With ``first``, the tokens are those at the beginning of a text, where SentencePiece drops a leading
+    space: the token " yes" stands for "yes".
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int, first: bool) -> None:
-        special = [tokenizer.is_special(id) for id in range(size)]
-        self.tokens = [tokenizer.bytes(id, first and not special[id]) for id in range(size)] + [b"<end>"]
+        special = [tokenizer.is_special(token_id) for token_id in range(size)]
+        self.tokens = [tokenizer.bytes(token_id, first and not special[token_id]) for token_id in range(size)]
+        self.special_token_ids = [index for index in range(size) if special[index] and self.tokens[index]] + [size]
+        self.tokens.append(b"<end>")
         self.eos_token_id, self.bos_token_id = size, tokenizer.bos_id
-        self.special_token_ids = [id for id in range(size) if special[id] and self.tokens[id]] + [size]
         self._tokenizer, self._first = tokenizer, first
 
     def __call__(self, text: str) -> list[int]:
@@ -212,21 +221,23 @@ class _Vocabulary:
 
 
 class _Tables:
-    """A vocabulary as llguidance keeps it; ``first`` is None where a beginning is like any other place.
+    """Vocabulary tables of llguidance: ``first`` for the first token of a text, ``body`` for all others.
 
-    ``blank`` has the bits of tokens that show nothing at a beginning (SentencePiece's lone space, with
-    which it begins whatever no piece with a space begins), ``special`` those of control tokens.
+    ``first`` is None if the tokenizer treats the beginning of a text like the rest. ``special`` is a bit mask of the
+    control tokens. ``blank`` is a bit mask of the tokens that show nothing at the beginning of a text: SentencePiece
+    writes a single space there if no piece with a leading space matches.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         self.tokenizer, self.size = tokenizer, size
-        special = np.array([tokenizer.is_special(id) for id in range(size)])
-        blank = np.array([tokenizer.bytes(id) == b" " and not tokenizer.bytes(id, True) for id in range(size)])
+        ids = range(size)
+        special = np.array([tokenizer.is_special(token_id) for token_id in ids])
+        blank = np.array([tokenizer.bytes(index) == b" " and not tokenizer.bytes(index, True) for index in ids])
         self.special, self.blank = _bits(special), _bits(blank & ~special)
         self.body = _table(tokenizer, size, first=False)
         self.first = _table(tokenizer, size, first=True) if tokenizer.strips_space else None
 
-    def all(self) -> list[LLTokenizer]:
+    def variants(self) -> list[LLTokenizer]:
         return [self.body] if self.first is None else [self.body, self.first]
 
 
@@ -237,7 +248,7 @@ def _bits(flags: NDArray[np.bool_]) -> NDArray[np.int32]:
 
 def _table(tokenizer: Tokenizer, size: int, *, first: bool) -> LLTokenizer:
     library = _llguidance()
-    # Slices make masks cheaper; for the one mask of a beginning they cost more than they save.
+    # Slices make masks cheaper; for the single mask at the beginning of a text they cost more than they save.
     slices: list[str] | None = [] if first else None
     table: LLTokenizer = library.LLTokenizer(
         library.TokenizerWrapper(_Vocabulary(tokenizer, size, first)), slices=slices
@@ -245,82 +256,84 @@ def _table(tokenizer: Tokenizer, size: int, *, first: bool) -> LLTokenizer:
     return table
 
 
-class Compiled:
-    """A compiled grammar: call it for each answer's ``Matcher``.
+class CompiledGrammar:
+    """Compiled grammar; call it once per answer to get a ``Matcher``.
 
-    ``begins`` says whether the answer begins a text, where a leading space is not shown, or goes on with one.
+    ``begins`` states whether the answer begins a text, which drops a leading space, or continues one.
     """
 
     def __init__(self, tables: _Tables, matchers: list[LLMatcher]) -> None:
         self._tables, self._matchers = tables, matchers
 
     def __call__(self, *, begins: bool = True) -> Matcher:
-        used = self._matchers if begins else self._matchers[:1]
-        return Matcher(self._tables, [matcher.deep_copy() for matcher in used])
+        matchers = self._matchers if begins else self._matchers[:1]
+        return Matcher(self._tables, [matcher.deep_copy() for matcher in matchers])
 
 
 class Matcher:
-    """Where an answer is in its grammar; see ``engine.request.Constraint`` for what is promised."""
+    """Position of one answer in its grammar; implements ``engine.request.Constraint``."""
 
     def __init__(self, tables: _Tables, matchers: list[LLMatcher]) -> None:
         self._tables = tables
         self._body, self._first = matchers[0], matchers[1] if len(matchers) > 1 else None
         self._mask: NDArray[np.int32] | None = None
-        self._tokens, self._spent = 0, 0.0
+        self._tokens, self._seconds = 0, 0.0
 
     def mask(self) -> NDArray[np.int32]:
-        """Return the tokens that may come next, a bit for each.
+        """Return a bit mask of the tokens that may come next: [V / 32, rounded up].
 
         Raises:
-            GrammarError: it would take more time, or more states, than an answer may have.
+            GrammarError: the answer needs more processor time or states than it may use.
         """
         if self._mask is None:
             self._mask = self._compute()
         return self._mask
 
-    def accept(self, id: int) -> None:
-        """Enter the next token."""
+    def accept(self, token_id: int) -> None:
+        """Advance by the next token of the answer."""
         self._mask = None
         self._tokens += 1
         if self._first is None:
-            self._body.consume_token(id)
-        elif self._tables.tokenizer.is_special(id):  # what follows it is still a beginning
-            self._first.consume_token(id)
-            self._body.consume_token(id)
+            self._body.consume_token(token_id)
+        elif self._tables.tokenizer.is_special(token_id):  # the text begins after it
+            self._first.consume_token(token_id)
+            self._body.consume_token(token_id)
         else:
-            said = self._tables.tokenizer.bytes(id, first=True)
-            self._body.consume_tokens(self._tables.body.tokenize_bytes(said))
+            shown = self._tables.tokenizer.bytes(token_id, first=True)
+            self._body.consume_tokens(self._tables.body.tokenize_bytes(shown))
             self._first = None
 
     @property
     def may_end(self) -> bool:
-        """Whether the answer is whole as it stands."""
-        return self._now.is_accepting()
+        """Whether the answer is complete and may end here."""
+        return self._current.is_accepting()
 
     @property
     def done(self) -> bool:
-        """Whether it is whole and nothing can follow."""
+        """Whether the answer is complete and no token can follow."""
         if not self.may_end:
             return False
         try:
-            return self._now.is_stopped() or not self.mask().any()
-        except GrammarError:  # which comes again when the next token is wanted
+            return self._current.is_stopped() or not self.mask().any()
+        except GrammarError:  # raised again when the next mask is needed
             return False
 
     @property
-    def _now(self) -> LLMatcher:
+    def _current(self) -> LLMatcher:
         return self._body if self._first is None else self._first
 
     def _compute(self) -> NDArray[np.int32]:
         size = self._tables.size
-        began = time.thread_time()
-        words = np.frombuffer(self._now.compute_bitmask(), dtype="<i4")[: -(-size // 32)].copy()
-        self._spent += time.thread_time() - began
-        if self._now.is_error():
-            raise GrammarError(f"the answer cannot go on under its grammar: {_readable(self._now.get_error())}")
-        if self._spent > SECONDS_AT_ONCE + SECONDS_PER_TOKEN * self._tokens:
-            raise GrammarError(f"the grammar took {self._spent:.1f} s of processor time after {self._tokens} tokens")
-        if size % 32:  # the end of llguidance's own is the first bit behind
+        start = time.thread_time()
+        words = np.frombuffer(self._current.compute_bitmask(), dtype="<i4")[: -(-size // 32)].copy()
+        self._seconds += time.thread_time() - start
+        if self._current.is_error():
+            raise GrammarError(f"the answer cannot continue under its grammar: {_one_line(self._current.get_error())}")
+        if self._seconds > BUDGET_SECONDS + BUDGET_SECONDS_PER_TOKEN * self._tokens:
+            raise GrammarError(
+                f"the grammar used {self._seconds:.1f} s of processor time for {self._tokens} tokens: simplify it"
+            )
+        if size % 32:  # the next bit is llguidance's end token
             words[-1] &= np.int32((1 << size % 32) - 1)
         if self._first is not None and (words & ~self._tables.special).any():
             words |= self._tables.blank

@@ -1,7 +1,6 @@
-"""The forms in which models write calls of tools, and the grammars that hold an answer to one.
+"""Forms in which models write tool calls, and grammars that force an answer to be a tool call.
 
-Knows what stands around a name and its arguments, and Lark. Does not know how calls are found in a
-stream (``calls``), nor how the tools are told to the model (``chat``).
+The grammars are in Lark. ``tool_parser`` finds the calls in an answer, and ``chat`` writes the tools into a prompt.
 """
 
 from __future__ import annotations
@@ -18,36 +17,38 @@ from moesaic.text.grammar import STYLE, Grammar
 from moesaic.text.tools import Tool, Tools
 
 MAX_CALLS = 16
-"""The most calls that a forced answer may have: a model that cannot stop would call for ever."""
+"""Maximum number of calls in a forced answer; without a limit, a model could generate calls without end."""
 
 
 @dataclass(frozen=True)
 class Syntax:
-    """How a family of models writes calls.
+    """Form in which a family of models writes tool calls.
 
-    ``form``: "list" is a mark and a JSON list of objects; "each" a mark, a name, and a JSON object for
-    each call; "objects" are JSON objects at the beginning of the answer.
+    ``form`` is "list" (the start token, then a JSON list of objects), "each" (for each call the start token, the
+    name, and a JSON object with the arguments), or "objects" (JSON objects at the beginning of the answer).
     """
 
     form: Literal["list", "each", "objects"]
-    mark: str | None = None
-    """The control token in front."""
-    arguments: str = "arguments"
-    """What an object calls the arguments."""
-    id_mark: str | None = None
-    arguments_mark: str | None = None
-    several: str | None = "\n"
-    """What stands between objects; None: there is only one."""
+    start_token: str | None = None
+    """Control token before a call, or before the list of calls; None if there is none."""
+    arguments_key: str = "arguments"
+    """Key of the arguments in the JSON object of a call."""
+    id_token: str | None = None
+    """Control token before the id of a call; None if there is none."""
+    arguments_token: str | None = None
+    """Control token before the arguments of a call; None if there is none."""
+    separator: str | None = "\n"
+    """Text between two objects; None if an answer has only one call."""
     short_ids: bool = False
-    """Whether ids are nine letters and digits."""
+    """Whether call ids have exactly nine letters and digits."""
 
     @property
-    def marks(self) -> tuple[str, ...]:
-        """The control tokens that mean something in an answer."""
-        return tuple(filter(None, (self.mark, self.id_mark, self.arguments_mark)))
+    def control_tokens(self) -> tuple[str, ...]:
+        """Control tokens that this form uses in an answer."""
+        return tuple(filter(None, (self.start_token, self.id_token, self.arguments_token)))
 
     def new_id(self) -> str:
-        """Return an id for a call that has none."""
+        """Return a new random call id."""
         letters = string.ascii_letters + string.digits
         return ("" if self.short_ids else "call_") + "".join(
             secrets.choice(letters) for _ in range(9 if self.short_ids else 24)
@@ -55,47 +56,49 @@ class Syntax:
 
 
 PLAIN = Syntax("objects")
-LLAMA = Syntax("objects", mark="<|python_tag|>", arguments="parameters", several=None)
-MISTRAL = Syntax("list", mark="[TOOL_CALLS]", short_ids=True)
-MISTRAL_11 = Syntax("each", mark="[TOOL_CALLS]", id_mark="[CALL_ID]", arguments_mark="[ARGS]", short_ids=True)
-MISTRAL_13 = Syntax("each", mark="[TOOL_CALLS]", arguments_mark="[ARGS]", short_ids=True)
+LLAMA = Syntax("objects", start_token="<|python_tag|>", arguments_key="parameters", separator=None)
+MISTRAL = Syntax("list", start_token="[TOOL_CALLS]", short_ids=True)
+MISTRAL_11 = Syntax("each", start_token="[TOOL_CALLS]", id_token="[CALL_ID]", arguments_token="[ARGS]", short_ids=True)
+MISTRAL_13 = Syntax("each", start_token="[TOOL_CALLS]", arguments_token="[ARGS]", short_ids=True)
 
 
-def forced(syntax: Syntax, tools: Tools, control: Mapping[str, int]) -> Grammar:
-    """Return the grammar of an answer that calls one of the wanted tools, or several where that may be.
+def forced_grammar(syntax: Syntax, tools: Tools, control: Mapping[str, int]) -> Grammar:
+    """Return the grammar of an answer that calls an allowed tool, or several if parallel calls are allowed.
 
     Raises:
-        InvalidParameter: the schemas are too long together to hold an answer to all of them.
+        InvalidParameter: the schemas of the tools are too long for one grammar.
     """
-    wanted = {place: tool for place, tool in enumerate(tools.offered) if tool in tools.wanted}
-    calls = {f"call_{n}": _written(syntax, tool, f"arguments_{n}", control) for n, tool in wanted.items()}
-    schemas = {f"arguments_{n}": _json_rule(tool) for n, tool in wanted.items()}
-    rules = {"start": _start(syntax, tools, control), "call": " | ".join(calls)} | calls | schemas
+    allowed = {index: tool for index, tool in enumerate(tools.offered) if tool in tools.allowed}
+    calls = {f"call_{n}": _call_rule(syntax, tool, f"arguments_{n}", control) for n, tool in allowed.items()}
+    schemas = {f"arguments_{n}": _json_rule(tool) for n, tool in allowed.items()}
+    rules = {"start": _start_rule(syntax, tools, control), "call": " | ".join(calls)} | calls | schemas
     text = "\n".join(f"{name}: {rule}" for name, rule in rules.items()) + "\n"
-    parts = [Grammar("json_schema", tool.schema, f"tools[{n}].function.parameters") for n, tool in wanted.items()]
+    parts = [Grammar("json_schema", tool.schema, f"tools[{n}].function.parameters") for n, tool in allowed.items()]
     try:
         return Grammar("lark", text, "tools", tuple(parts))
     except InvalidParameter as error:
-        raise InvalidParameter("tools", "have schemas too long to require a call: name the function") from error
+        raise InvalidParameter(
+            "tools", "have schemas that are too long to require a call: name one function in tool_choice"
+        ) from error
 
 
-def _start(syntax: Syntax, tools: Tools, control: Mapping[str, int]) -> str:
-    more = MAX_CALLS - 1 if tools.parallel and syntax.several is not None else 0
+def _start_rule(syntax: Syntax, tools: Tools, control: Mapping[str, int]) -> str:
+    max_more = MAX_CALLS - 1 if tools.parallel and syntax.separator is not None else 0
     if syntax.form == "list":
-        repeated = f' (", " call){{0,{more}}}' if more else ""
-        return f'<[{control[str(syntax.mark)]}]> "[" call{repeated} "]"'
-    between = f"{_quoted(syntax.several or '')} " if syntax.form == "objects" else ""
-    return "call" + (f" ({between}call){{0,{more}}}" if more else "")
+        repeated = f' (", " call){{0,{max_more}}}' if max_more else ""
+        return f'<[{control[str(syntax.start_token)]}]> "[" call{repeated} "]"'
+    separator = f"{_quoted(syntax.separator or '')} " if syntax.form == "objects" else ""
+    return "call" + (f" ({separator}call){{0,{max_more}}}" if max_more else "")
 
 
-def _written(syntax: Syntax, tool: Tool, arguments: str, control: Mapping[str, int]) -> str:
-    """Return the rule of a call of one tool, written as the models were taught to."""
+def _call_rule(syntax: Syntax, tool: Tool, arguments: str, control: Mapping[str, int]) -> str:
+    """Return the Lark rule for a call of one tool in the form that the model was trained on."""
     if syntax.form != "each":
-        head = f'{{"name": "{tool.name}", "{syntax.arguments}": '
+        head = f'{{"name": "{tool.name}", "{syntax.arguments_key}": '
         return f"{_quoted(head)} {arguments} {_quoted('}')}"
-    mark, ended = f"<[{control[str(syntax.mark)]}]>", f"<[{control[str(syntax.arguments_mark)]}]>"
-    id = f"<[{control[syntax.id_mark]}]> /[a-zA-Z0-9]{{9}}/" if syntax.id_mark else ""
-    return f"{mark} {_quoted(tool.name)} {id} {ended} {arguments}"
+    start, arguments_start = f"<[{control[str(syntax.start_token)]}]>", f"<[{control[str(syntax.arguments_token)]}]>"
+    call_id = f"<[{control[syntax.id_token]}]> /[a-zA-Z0-9]{{9}}/" if syntax.id_token else ""
+    return f"{start} {_quoted(tool.name)} {call_id} {arguments_start} {arguments}"
 
 
 def _json_rule(tool: Tool) -> str:

@@ -1,12 +1,11 @@
-"""A checkpoint's own Jinja template, run only when somebody asks for it, in a child that can do little.
+"""Rendering of a checkpoint's own Jinja chat template, in a sandboxed child process.
 
-Knows the environment that Hugging Face's templates are written for, and the limits of the child:
-memory, processor time, output, no network in it to speak of (a sandboxed template has no name to reach
-one by). Does not know which formats are built in (``chat``), which are used wherever one fits.
+A template is rendered only if the user asks for it; otherwise a built-in format is used (``chat``). The child limits
+memory, processor time and output. Jinja's sandbox gives a template no access to files or the network.
 
-The text of a message stays text: before rendering, a mark that cannot be guessed is put into every
-name of a special token that a message contains; after rendering, names without the mark become control
-tokens and the mark is dropped.
+The text of a message never becomes a control token. Before rendering, a random guard string is inserted into each
+name of a special token that a message contains. After rendering, names without the guard become control tokens, and
+the guard is removed.
 """
 
 from __future__ import annotations
@@ -26,32 +25,35 @@ from moesaic.text.messages import Message, validate
 from moesaic.text.tokenizer import Tokenizer
 
 MAX_TEMPLATE_CHARS = 256 << 10
-OUTPUT_SPARE = 64 << 10  # characters that a rendering may have beyond four times its input
-WALL_SECONDS = 10.0  # the processor limit strikes first, unless the machine is overloaded
+OUTPUT_SPARE = 64 << 10  # maximum output is four times the input plus this number of characters
+WALL_SECONDS = 10.0  # the limit on processor time applies first, unless the machine is overloaded
 
 
 class TemplateError(ConfigError):
-    """A checkpoint's template is no template, breaks a limit, or fails for every conversation."""
+    """Error in a checkpoint's chat template: it is missing, malformed, or exceeds a limit."""
 
 
 def load(folder: Path) -> str:
     """Return the chat template of a checkpoint directory.
 
     Raises:
-        TemplateError: there is none, or it is too long.
-        TokenizerError: a file that cannot be read.
+        TemplateError: the checkpoint has no chat template, or its file is damaged.
+        TokenizerError: a file cannot be read.
     """
-    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    own_file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     template: Any = None
     try:
-        if alone.is_file():
-            template = read_bounded(alone).decode()
+        if own_file.is_file():
+            template = read_bounded(own_file).decode()
         elif config.is_file():
             template = json.loads(read_bounded(config)).get("chat_template")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise TemplateError(alone if alone.is_file() else config, "is damaged: it cannot be decoded") from error
-    if isinstance(template, list):  # several, by name
-        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), "")
+        raise TemplateError(
+            own_file if own_file.is_file() else config, "is damaged: it cannot be decoded; download it again"
+        ) from error
+    if isinstance(template, list):  # several templates with names
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), "")
     if not isinstance(template, str) or not template:
         raise TemplateError(folder, "has no chat template: use one of the built-in chat formats")
     return template
@@ -65,11 +67,11 @@ def render(
     eos: str = "",
     add_generation_prompt: bool = True,
 ) -> str:
-    """Return what ``template`` makes of a conversation, as text; ``bos`` and ``eos`` are names of tokens.
+    """Return the text that ``template`` renders for a conversation; ``bos`` and ``eos`` are names of tokens.
 
     Raises:
-        InvalidMessages: see ``messages.validate``, or the template itself refuses this conversation.
-        TemplateError: the template is malformed, tries what the sandbox forbids, or breaks a limit.
+        InvalidMessages: the messages are invalid (``messages.validate``), or the template rejects them.
+        TemplateError: the template is malformed, uses something that the sandbox forbids, or exceeds a limit.
     """
     if len(template) > MAX_TEMPLATE_CHARS:
         raise TemplateError("chat template", f"longer than {MAX_TEMPLATE_CHARS} characters")
@@ -85,7 +87,7 @@ def render(
     if "text" in outcome:
         return str(outcome["text"])
     if outcome["kind"] == "refused":
-        raise InvalidMessages(f"the chat template refuses this conversation: {outcome['error']}")
+        raise InvalidMessages(f"the chat template rejects this conversation: {outcome['error']}")
     raise TemplateError("chat template", outcome["error"])
 
 
@@ -96,58 +98,63 @@ def encode(
     *,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Return the ids of a rendered conversation: the template's special tokens are special, the messages' are text.
+    """Return the token ids of a rendered conversation.
+
+    Names of special tokens in the template become special tokens; in the messages they stay text.
 
     Raises:
-        InvalidMessages, TemplateError: see ``render``.
+        InvalidMessages: the messages are invalid (``messages.validate``), or the template rejects them.
+        TemplateError: the template is malformed, uses something that the sandbox forbids, or exceeds a limit.
     """
-    names = {id: name for name, id in tokenizer.control.items()}
+    names = {token_id: name for name, token_id in tokenizer.control.items()}
     bos = "" if tokenizer.bos_id is None else names.get(tokenizer.bos_id, "")
     eos = names.get(min(tokenizer.eos_ids), "") if tokenizer.eos_ids else ""
-    mark = f"\ue000{secrets.token_hex(16)}\ue001"
-    marked: list[Message] = [
-        {"role": turn["role"], "content": _break(turn["content"], tokenizer, mark)} for turn in _turns(messages)
+    guard = f"\ue000{secrets.token_hex(16)}\ue001"
+    guarded: list[Message] = [
+        {"role": turn["role"], "content": _insert_guard(turn["content"], tokenizer, guard)} for turn in _turns(messages)
     ]
-    text = render(template, marked, bos=bos, eos=eos, add_generation_prompt=add_generation_prompt)
-    return tokenizer.encode_marked(text, mark)
+    text = render(template, guarded, bos=bos, eos=eos, add_generation_prompt=add_generation_prompt)
+    return tokenizer.encode_with_special(text, guard)
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     turns = validate(messages)
     if any(turn["role"] == "tool" for turn in turns):
-        raise InvalidMessages("a checkpoint's own template is not given results of tools: choose a chat format")
+        raise InvalidMessages("the checkpoint's own chat template does not support tool results: choose a chat format")
     return turns
 
 
-def _break(text: str, tokenizer: Tokenizer, mark: str) -> str:
-    """Return ``text`` with the mark behind the first character of every special token's name in it."""
-    found = [match.start() for match in tokenizer.find_control(text)]
-    while found:
-        for at in reversed(found):
-            text = text[: at + 1] + mark + text[at + 1 :]
-        # A name may have overlapped one that is broken now.
-        found = [match.start() for match in tokenizer.find_control(text)]
+def _insert_guard(text: str, tokenizer: Tokenizer, guard: str) -> str:
+    """Return ``text`` with the guard after the first character of each name of a special token."""
+    starts = [match.start() for match in tokenizer.find_special(text)]
+    while starts:
+        for start in reversed(starts):
+            text = text[: start + 1] + guard + text[start + 1 :]
+        # Names can overlap: the rest of a guarded name may be part of another name.
+        starts = [match.start() for match in tokenizer.find_special(text)]
     return text
 
 
 def _in_child(job: dict[str, Any]) -> dict[str, Any]:
-    """Run ``_render`` on one job in a process of its own and return what it reports."""
-    # Isolated (-I): no environment variables, no user's packages, no current directory on the path. The file is
-    # run by its path, so that the child imports nothing of Moesaic.
+    """Run ``_render`` for one job in a child process and return its report."""
+    # Isolated mode (-I) ignores environment variables, the user's packages and the current directory. The file is
+    # started by its path, so the child imports nothing from Moesaic.
     command = [sys.executable, "-I", str(Path(_render.__file__))]
     try:
         child = subprocess.run(
             command, input=json.dumps(job).encode(), capture_output=True, timeout=WALL_SECONDS, check=False, env={}
         )
     except subprocess.TimeoutExpired as error:
-        raise TemplateError("chat template", f"took longer than {WALL_SECONDS:.0f} s") from error
+        raise TemplateError("chat template", f"took longer than {WALL_SECONDS:.0f} s to render") from error
     except OSError as error:
-        raise InvalidRequest(f"no process can be started to render the chat template ({error.strerror})") from error
+        raise InvalidRequest(f"cannot start a process to render the chat template ({error.strerror})") from error
     if child.returncode < 0:
-        raise TemplateError("chat template", f"was stopped at {_render.CPU_SECONDS} s of processor time")
+        raise TemplateError("chat template", f"used more than {_render.CPU_SECONDS} s of processor time")
     try:
         outcome = json.loads(child.stdout)
     except ValueError as error:
-        raise TemplateError("chat template", f"ended the process that renders it (exit {child.returncode})") from error
+        raise TemplateError(
+            "chat template", f"crashed the process that renders it (exit status {child.returncode})"
+        ) from error
     assert isinstance(outcome, dict)
     return outcome

@@ -1,14 +1,14 @@
-"""One interface over every vocabulary: text in, ids out, and back.
+"""Tokenizer: text to token ids and back, with one interface for all vocabularies.
 
-Knows which file of a directory is the tokenizer and how ids become bytes. Does not know how a file
-is laid out (``_sentencepiece``, ``_tiktoken``, ``_tokenizer_json``) nor what a conversation is
-(``chat``). Text is only ever text: a special token's name inside it is encoded letter by letter.
+This module selects the tokenizer file of a directory and turns ids into bytes. The readers of the file formats are
+``_sentencepiece``, ``_tiktoken`` and ``_tokenizer_json``. The names of special tokens in a text are encoded as
+ordinary text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from moesaic.errors import InvalidRequest, TokenizerError
 from moesaic.text import _sentencepiece, _tiktoken, _tokenizer_json
 from moesaic.text._vocabulary import SPACE, Vocabulary, first_line, read_bounded
 
-# In the order of preference; a later one is looked at only where no earlier one exists.
+# In order of preference: a pattern is used only if no file matches an earlier one.
 FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tekken*.json", "*.model.v*")
 
 
 class Tokenizer:
-    """Encodes and decodes exactly as the tokenizer that the checkpoint was trained with.
+    """Tokenizer that encodes and decodes exactly like the one that the checkpoint was trained with.
 
-    ``vocab_size`` is the highest id + 1, ``control`` maps special tokens to their ids, ``eos_ids``
-    are the ends of text that the tokenizer's own files name (a generation config may know more),
-    ``version`` is Mistral's tokenizer version where the file states one. Safe to share among threads.
+    ``vocab_size`` is the highest id plus one. ``control`` maps the names of special tokens to their ids. ``eos_ids``
+    are the end-of-text tokens that the tokenizer's files name; a generation config may name more. ``version`` is
+    Mistral's tokenizer version if the file states one. Instances are thread-safe.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -35,22 +35,20 @@ class Tokenizer:
         self.bos_id = vocabulary.bos_id
         self.eos_ids = vocabulary.eos_ids
         self.version = vocabulary.version
-        self.strips_space = vocabulary.strip
-        self.byte_errors = vocabulary.errors
-        self.byte_level = not vocabulary.escape and not vocabulary.strip
+        self.strips_space = vocabulary.strip_prefix
+        self.byte_errors = vocabulary.byte_errors
+        self.byte_level = not vocabulary.escape_spaces and not vocabulary.strip_prefix
         self._special = frozenset(vocabulary.control.values())
         self._vocabulary = vocabulary
-        longest_first = sorted(vocabulary.fixed, key=len, reverse=True)
-        self._fixed = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
-        by_length = sorted(vocabulary.control, key=len, reverse=True)
-        self._control = re.compile("(" + "|".join(map(re.escape, by_length)) + ")") if by_length else None
+        self._user_defined = _any_of(vocabulary.user_defined)
+        self._control = _any_of(vocabulary.control)
 
     @classmethod
     def open(cls, path: Path) -> Tokenizer:
-        """Return the tokenizer in a file, or the one in a checkpoint's directory.
+        """Return the tokenizer in a file or in the directory of a checkpoint.
 
         Raises:
-            TokenizerError: there is none, or more than one of the same kind, or it cannot be read exactly.
+            TokenizerError: there is no tokenizer, there are several of the same kind, or it cannot be read exactly.
         """
         file = _find(path) if path.is_dir() else path
         if not file.is_file():
@@ -58,89 +56,107 @@ class Tokenizer:
         return cls(_read(file, read_bounded(file)))
 
     def encode(self, text: str, *, bos: bool = False, prefix: bool = True) -> list[int]:
-        """Return the ids of ``text``, special tokens in it taken as plain text.
+        """Return the token ids of ``text``; names of special tokens in it are plain text.
 
-        With ``prefix`` off, the space that SentencePiece puts in front of a text is not added: that
-        is how text continues a text. A half surrogate, which is no character, becomes U+FFFD.
+        Unpaired surrogates become U+FFFD.
+
+        Args:
+            text: the text to encode.
+            bos: whether to add the beginning-of-text token in front.
+            prefix: whether to add the leading space of SentencePiece; use False for text that continues a text.
 
         Raises:
-            InvalidRequest: the text breaks the ``tokenizers`` library.
+            InvalidRequest: the ``tokenizers`` library fails for this text.
         """
         text = _without_surrogates(text)
         v = self._vocabulary
-        ids = self._escaped(text, prefix) if v.escape else _run(v.core if prefix or v.bare is None else v.bare, text)
+        ids = (
+            self._escaped(text, prefix)
+            if v.escape_spaces
+            else _run(v.core if prefix or v.core_without_prefix is None else v.core_without_prefix, text)
+        )
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
-    def encode_marked(self, text: str, mark: str = "") -> list[int]:
-        """Return the ids of a text whose special tokens *are* special: a rendered template, never user input.
+    def encode_with_special(self, text: str, guard: str = "") -> list[int]:
+        """Return the token ids of a text in which names of special tokens become special tokens.
 
-        ``mark`` is dropped from the text after the special tokens have been found, so that a caller
-        can break a token's name that is meant as text.
+        Use it for a rendered template and never for user input. ``guard`` is removed from the text after the special
+        tokens are found; a caller inserts it into names that must stay text.
         """
         ids: list[int] = []
-        for place, part in enumerate(self._control.split(text) if self._control else [text]):
-            if place % 2:
+        for index, part in enumerate(self._control.split(text) if self._control else [text]):
+            if index % 2:
                 ids.append(self.control[part])
             elif part:
-                part = part.replace(mark, "") if mark else part
-                ids += self.encode(part, prefix=not ids or not self._vocabulary.once)
+                part = part.replace(guard, "") if guard else part
+                ids += self.encode(part, prefix=not ids or not self._vocabulary.prefix_only_first)
         return ids
 
-    def find_control(self, text: str) -> Iterator[re.Match[str]]:
-        """Yield where names of special tokens stand in ``text``."""
+    def find_special(self, text: str) -> Iterator[re.Match[str]]:
+        """Yield a match for each name of a special token in ``text``."""
         return self._control.finditer(text) if self._control else iter(())
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Return the text of ``ids``; bytes that are no UTF-8 become U+FFFD, unknown ids nothing.
+        """Return the text of ``ids``; bytes that are not valid UTF-8 become U+FFFD, and unknown ids are ignored.
 
-        Without ``skip_special`` the names of special tokens stand in the text.
+        With ``skip_special=False`` the text includes the names of special tokens.
         """
         parts: list[str] = []
-        fresh = self.strips_space
+        at_start = self.strips_space
         for special, run in groupby(ids, self.is_special):
             if special and skip_special:
                 continue
-            pieces = [self.bytes(id, fresh and place == 0 and not special) for place, id in enumerate(run)]
+            pieces = [
+                self.bytes(token_id, at_start and index == 0 and not special) for index, token_id in enumerate(run)
+            ]
             parts.append(b"".join(pieces).decode("utf-8", self.byte_errors))
-            fresh = False
+            at_start = False
         return "".join(parts)
 
-    def is_special(self, id: int) -> bool:
-        """Whether ``id`` is a special token, or no token at all (a model may have more rows than pieces)."""
-        return id in self._special or not 0 <= id < self.vocab_size or self._vocabulary.pieces[id] is None
+    def is_special(self, token_id: int) -> bool:
+        """Return whether an id is a special token or no token at all; a model may have more rows than pieces."""
+        if token_id in self._special or not 0 <= token_id < self.vocab_size:
+            return True
+        return self._vocabulary.pieces[token_id] is None
 
-    def bytes(self, id: int, first: bool = False) -> bytes:
-        """Return exactly what ``id`` stands for, a special token's name, or nothing for an id that is no token.
+    def bytes(self, token_id: int, first: bool = False) -> bytes:
+        """Return the bytes of a token, the name of a special token, or no bytes for an id that is not a token.
 
-        ``first`` asks for it at the beginning of a text, where a SentencePiece loses its leading space.
+        ``first`` means that the token begins a text: SentencePiece then drops a leading space.
         """
-        piece = self._vocabulary.pieces[id] if 0 <= id < self.vocab_size else None
-        if piece and first and self.strips_space and piece[:1] == b" " and id not in self._vocabulary.unstripped:
-            return piece[1:]
+        piece = self._vocabulary.pieces[token_id] if 0 <= token_id < self.vocab_size else None
+        if piece and first and self.strips_space and piece[:1] == b" ":
+            return piece if token_id in self._vocabulary.keeps_space else piece[1:]
         return piece or b""
 
-    def piece(self, id: int) -> str:
-        """Return the text of one id for display: half characters show as U+FFFD."""
-        return self.bytes(id).decode("utf-8", self.byte_errors)
+    def piece(self, token_id: int) -> str:
+        """Return the text of one token for display; incomplete characters become U+FFFD."""
+        return self.bytes(token_id).decode("utf-8", self.byte_errors)
 
     def _escaped(self, text: str, prefix: bool) -> list[int]:
         v = self._vocabulary
-        if prefix and v.dummy and text:
+        if prefix and v.add_prefix and text:
             text = " " + text
         text = text.replace(" ", SPACE)
-        if self._fixed is None:
+        if self._user_defined is None:
             return _run(v.core, text)
         ids: list[int] = []
-        for place, part in enumerate(self._fixed.split(text)):
-            ids += [v.fixed[part]] if place % 2 else _run(v.core, part)
+        for index, part in enumerate(self._user_defined.split(text)):
+            ids += [v.user_defined[part]] if index % 2 else _run(v.core, part)
         return ids
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    """Return a pattern that matches and captures any of the names, the longest first; None if there are none."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
 
 def _run(core: Any, text: str) -> list[int]:
     try:
         ids: list[int] = core.encode(text, add_special_tokens=False).ids
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # the library's panics are no Exception
+        if type(error).__name__ != "PanicException":  # panics of the library derive from BaseException
             raise
         raise InvalidRequest(f"the text cannot be tokenized: {first_line(error)}") from error
     return ids
@@ -156,13 +172,13 @@ def _without_surrogates(text: str) -> str:
 
 def _find(folder: Path) -> Path:
     for pattern in FILES:
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
+        matches = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(matches) > 1:
+            names = ", ".join(path.name for path in matches)
             raise TokenizerError(folder, f"has more than one tokenizer: name one of {names}")
-        if found:
-            return found[0]
-    raise TokenizerError(folder, f"has no tokenizer: none of {', '.join(FILES)}")
+        if matches:
+            return matches[0]
+    raise TokenizerError(folder, f"has no tokenizer: add one of {', '.join(FILES)}")
 
 
 def _read(path: Path, data: bytes) -> Vocabulary:

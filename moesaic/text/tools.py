@@ -1,7 +1,7 @@
-"""Tools that a model may call: what is offered, what was called, and which calls must come.
+"""Tools that a model may call, tool calls, and the tool choice of a request.
 
-Knows the bounds of a tool and the forms that requests write them in (OpenAI's). Does not know how a
-chat format writes them into a prompt (``chat``) nor how calls are found in an answer (``calls``).
+This module parses and limits tool definitions in OpenAI's form. Chat formats write them into a prompt (``chat``), and
+``tool_parser`` finds the calls in an answer.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from moesaic.errors import InvalidParameter
 from moesaic.text.grammar import MAX_BYTES, MAX_DEPTH, too_deep
 
 MAX_TOOLS = 128
-MAX_ALL_BYTES = 256 << 10  # of all tools together
+MAX_ALL_BYTES = 256 << 10  # all tool definitions of a request together
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 Choice = Literal["none", "auto", "required"]
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of a tool: ``arguments`` is the text of a JSON object, ``id`` what its result will refer to."""
+class ToolCall:
+    """Tool call: ``arguments`` is the text of a JSON object; the result of the call refers to ``id``."""
 
     id: str
     name: str
@@ -33,9 +33,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that may be called.
+    """Definition of a function that the model may call.
 
-    ``parameters`` is the JSON schema of its arguments, as the request has it; None: it says nothing of them.
+    ``parameters`` is the JSON schema of the arguments as the request states it; None if the request states none.
     """
 
     name: str
@@ -44,23 +44,23 @@ class Tool:
 
     @property
     def schema(self) -> Mapping[str, Any]:
-        """What arguments have to be.
+        """JSON schema that the arguments must satisfy.
 
-        An object that names its properties has no others: the schema need not say so, but to hold an
-        answer to "anything else too" would let a model go on for ever.
+        If the schema lists properties, others are forbidden even if the schema does not say so. A model that may add
+        any property could generate without end.
         """
-        # What is no word of JSON Schema, but tells the compiler to take it less seriously, is left out.
+        # "x-guidance" is not part of JSON Schema: it would let a request relax the checks of the compiler.
         schema = {key: value for key, value in (self.parameters or {}).items() if key != "x-guidance"}
         schema.setdefault("type", "object")
         open_ended = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf", "minProperties"}
-        named = schema.get("properties") or {}
+        properties = schema.get("properties") or {}
         closed = schema["type"] == "object" and not open_ended & schema.keys()
-        if closed and set(schema.get("required") or ()) <= set(named):
+        if closed and set(schema.get("required") or ()) <= set(properties):
             schema["additionalProperties"] = False
         return schema
 
-    def described(self, *, always: bool = False) -> dict[str, Any]:
-        """Return it in OpenAI's form; with ``always``, with what was left out as empty."""
+    def to_openai(self, *, always: bool = False) -> dict[str, Any]:
+        """Return the definition in OpenAI's form; with ``always``, omitted fields are present and empty."""
         function: dict[str, Any] = {"name": self.name}
         if always or self.description is not None:
             function["description"] = self.description or ""
@@ -71,50 +71,50 @@ class Tool:
 
 @dataclass(frozen=True)
 class Tools:
-    """The tools that a request offers, and what it wants called; made by ``Tools.of``."""
+    """Tools of a request and the tool choice; create it with ``Tools.from_request``."""
 
     offered: tuple[Tool, ...]
     choice: Choice = "auto"
     only: str | None = None
-    """The one that has to be called; then ``choice`` is required."""
+    """Name of the tool that must be called; ``choice`` is then "required"."""
     parallel: bool = True
-    """Whether one answer may call several."""
+    """Whether one answer may have several calls."""
 
     @classmethod
-    def of(cls, tools: Any, choice: Any = None, parallel: bool = True) -> Tools | None:
-        """Return the tools of a request, in OpenAI's form, or None if it has none for the model to see.
+    def from_request(cls, tools: Any, choice: Any = None, parallel: bool = True) -> Tools | None:
+        """Return the tools of a request in OpenAI's form; None if the model should see no tools.
 
         Args:
             tools: [{"type": "function", "function": {"name", "description", "parameters"}}, ...] or None.
-            choice: "none", "auto", "required", {"type": "function", "function": {"name": ...}}, or None for auto.
-            parallel: whether one answer may call several.
+            choice: "none", "auto", "required", {"type": "function", "function": {"name": ...}}, or None (auto).
+            parallel: whether one answer may have several calls.
 
         Raises:
-            InvalidParameter: too many, a name or a schema that cannot be, or a choice of what is not offered.
+            InvalidParameter: there are too many tools, a name or a schema is invalid, or ``choice`` names no tool.
         """
         offered = _offered(tools)
         if isinstance(choice, Mapping):
             function = choice.get("function")
             name = function.get("name") if isinstance(function, Mapping) else choice.get("name")
             if name not in [tool.name for tool in offered]:
-                raise InvalidParameter("tool_choice", f"names {name!r:.80}, which is not among the tools")
+                raise InvalidParameter("tool_choice", f"names {name!r:.80}, which is not in tools")
             return cls(offered, "required", str(name), False)
         if choice not in (None, "none", "auto", "required"):
-            raise InvalidParameter("tool_choice", f"is {choice!r:.80}, expected none, auto, required or a function")
+            raise InvalidParameter("tool_choice", f"is {choice!r:.80}; expected none, auto, required or a function")
         if choice == "required" and not offered:
-            raise InvalidParameter("tool_choice", "is required, but there are no tools")
+            raise InvalidParameter("tool_choice", "is required, but the request has no tools: add tools")
         if not offered or choice == "none":
             return None
         return cls(offered, choice or "auto", None, bool(parallel))
 
     @property
-    def wanted(self) -> tuple[Tool, ...]:
+    def allowed(self) -> tuple[Tool, ...]:
         """The tools that may be called."""
         return tuple(tool for tool in self.offered if self.only in (None, tool.name))
 
     @property
-    def enforced(self) -> bool:
-        """Whether the answer has to be a call."""
+    def call_required(self) -> bool:
+        """Whether the answer must be a tool call."""
         return self.choice == "required"
 
 
@@ -124,14 +124,14 @@ def _offered(tools: Any) -> tuple[Tool, ...]:
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
         raise InvalidParameter("tools", "must be a list of functions")
     if len(tools) > MAX_TOOLS:
-        raise InvalidParameter("tools", f"has {len(tools)} functions, at most {MAX_TOOLS} can be offered")
-    offered = tuple(_tool(f"tools[{place}]", tool) for place, tool in enumerate(tools))
+        raise InvalidParameter("tools", f"has {len(tools)} functions, more than the maximum of {MAX_TOOLS}")
+    offered = tuple(_tool(f"tools[{index}]", tool) for index, tool in enumerate(tools))
     names = [tool.name for tool in offered]
-    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
-    if twice is not None:
-        raise InvalidParameter("tools", f"has {twice} twice")
-    if sum(len(json.dumps(tool.described())) for tool in offered) > MAX_ALL_BYTES:
-        raise InvalidParameter("tools", f"are longer than {MAX_ALL_BYTES >> 10} KiB together")
+    duplicate = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if duplicate is not None:
+        raise InvalidParameter("tools", f"has two functions with the name {duplicate}")
+    if sum(len(json.dumps(tool.to_openai())) for tool in offered) > MAX_ALL_BYTES:
+        raise InvalidParameter("tools", f"are longer than {MAX_ALL_BYTES >> 10} KiB in total")
     return offered
 
 
@@ -147,18 +147,18 @@ def _tool(where: str, tool: Any) -> Tool:
     if not isinstance(description, str | None):
         raise InvalidParameter(f"{where}.function.description", "must be a string")
     if parameters is not None:
-        _bounded(f"{where}.function.parameters", parameters)
+        _check_schema(f"{where}.function.parameters", parameters)
     return Tool(name, description, parameters)
 
 
-def _bounded(where: str, parameters: Any) -> None:
+def _check_schema(where: str, parameters: Any) -> None:
     if not isinstance(parameters, Mapping):
-        raise InvalidParameter(where, "must be a JSON schema, an object")
-    if (deep := too_deep(parameters, MAX_DEPTH)) is not None:
-        raise InvalidParameter(where, f"is nested deeper than {MAX_DEPTH}, at {deep}")
+        raise InvalidParameter(where, "must be a JSON schema (an object)")
+    if (pointer := too_deep(parameters, MAX_DEPTH)) is not None:
+        raise InvalidParameter(where, f"has more than {MAX_DEPTH} nested levels at {pointer}")
     try:
         text = json.dumps(parameters, allow_nan=False)
     except (ValueError, TypeError) as error:
-        raise InvalidParameter(where, f"is no JSON: {error}") from error
+        raise InvalidParameter(where, f"is not valid JSON: {error}") from error
     if len(text) > MAX_BYTES:
         raise InvalidParameter(where, f"is longer than {MAX_BYTES >> 10} KiB")

@@ -1,4 +1,4 @@
-"""Training state to checkpoint: the built-in model in the hf layout, in bfloat16.
+"""Export the training state as a checkpoint: the built-in model in the hf layout, in bfloat16.
 
 python recipes/tales/export.py --data WORK --state WORK/run/state.pt --out moesaic/builtin/tales
 """
@@ -46,22 +46,22 @@ EXPERTS = {"gate": "w1", "down": "w2", "up": "w3"}
 
 
 def tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights under Hugging Face's classic names; the head is the embedding."""
+    """Yield the weights with Hugging Face's tensor names; the head is tied to the embedding."""
     for name, tensor in state.items():
         stack = re.fullmatch(r"blocks\.(\d+)\.mlp\.experts\.(gate|down|up)\.weight", name)
         if stack:
-            for e, expert in enumerate(tensor):
-                yield f"model.layers.{stack[1]}.block_sparse_moe.experts.{e}.{EXPERTS[stack[2]]}.weight", expert
+            for index, expert in enumerate(tensor):
+                yield f"model.layers.{stack[1]}.block_sparse_moe.experts.{index}.{EXPERTS[stack[2]]}.weight", expert
         elif not name.startswith("head."):
-            [(pattern, new)] = [pair for pair in NAMES.items() if re.fullmatch(pair[0], name)]
-            yield re.sub(pattern, new, name), tensor
+            [(pattern, replacement)] = [pair for pair in NAMES.items() if re.fullmatch(pair[0], name)]
+            yield re.sub(pattern, replacement, name), tensor
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
-    parser.add_argument("--state", type=Path, required=True, help="what train.py saved")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--data", type=Path, required=True, help="folder that prepare.py wrote")
+    parser.add_argument("--state", type=Path, required=True, help="state file that train.py saved")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     args = parser.parse_args()
     state = torch.load(args.state, weights_only=True)["model"]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Measures the built-in model and what it costs to start: figures for docs/results, with their origin.
+"""Measure the quality and speed of the built-in model; the result is a file for docs/results.
 
     python recipes/tales/measure.py --out docs/results/tales.json
 
-Perplexity is read from the held-out tales; times are of whole processes, the median of --runs. Run it
-on an idle machine.
+The perplexity is that of the held-out tales. Times are those of whole processes, as the median of --runs. Run the
+program on an idle machine.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ QUESTION = "Tell me a story about a rabbit."
 
 
 def seconds_until(command: list[str], size: int = 1) -> float:
-    """Return how long a process takes to print its first ``size`` bytes; -1 for all of them."""
-    began = time.perf_counter()
+    """Return the seconds until a process has printed ``size`` bytes; -1 means all of its output."""
+    start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         process.stdout.read(size)
-        taken = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         process.kill()
-    return taken
+    return seconds
 
 
 def speed(llm: LLM, count: int, tokens: int = 128) -> float:
-    """Return tokens per second of ``count`` answers at once, from the submission to the last token."""
-    began = time.perf_counter()
+    """Return tokens per second for ``count`` concurrent answers, from submission to the last token."""
+    start = time.perf_counter()
     llm.chat(
-        [[{"role": "user", "content": f"{QUESTION} {i}"}] for i in range(count)], max_tokens=tokens, ignore_eos=True
+        [[{"role": "user", "content": f"{QUESTION} {n}"}] for n in range(count)], max_tokens=tokens, ignore_eos=True
     )
-    return count * tokens / (time.perf_counter() - began)
+    return count * tokens / (time.perf_counter() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each time")
+    parser.add_argument("--runs", type=int, default=5, help="number of runs for each time")
     args = parser.parse_args()
     held_out = str(HERE / "tales.valid.jsonl.xz")
     quality = subprocess.run([*MOESAIC, "perplexity", held_out, "--json"], capture_output=True, text=True, check=True)
     with LLM.load() as llm:
-        speed(llm, 1, 8)  # first use
+        speed(llm, 1, 8)  # warm-up
         speeds = {n: statistics.median(speed(llm, n) for _ in range(args.runs)) for n in (1, 4, 16)}
     figures = {
         "held_out": json.loads(quality.stdout),

@@ -1,13 +1,13 @@
-"""Corpus to token files: trains the tokenizer and encodes every tale and dialogue once.
+"""Prepare the training data: train the tokenizer and encode every tale and dialogue.
 
     python recipes/tales/prepare.py --corpus CORPUS --out WORK
 
-Reads tales.jsonl.xz, tales.valid.jsonl.xz and dialogue.jsonl.xz (SOURCES.md says what they are)
-and writes to WORK: tokenizer.json, plain.npy (tales end to end), chat.npy with chat.json (one
-conversation per row: ids, and where the assistant speaks) and valid.npy.
+The program reads tales.jsonl.xz, tales.valid.jsonl.xz and dialogue.jsonl.xz, which README.md describes. It writes to
+WORK: tokenizer.json, plain.npy (concatenated tales), chat.npy with chat.json (conversations: ids, and the spans of the
+assistant) and valid.npy (held-out tales).
 
-The tokenizer is a byte-fallback BPE in SentencePiece's manner, as Mistral's: ▁ for a space, the
-ids of <unk> <s> </s> 0 1 2, then 256 bytes, so that any text can be written and read back.
+The tokenizer is a byte-fallback BPE in the form of SentencePiece and Mistral: ▁ stands for a space, <unk>, <s> and </s>
+have the ids 0, 1 and 2, and 256 byte tokens follow, so that every text can be encoded and decoded exactly.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 VOCAB = 4096
 UNK, BOS, EOS = 0, 1, 2
 SPECIALS = ["<unk>", "<s>", "</s>"]
-LONGEST = 1020
-"""Tokens of a conversation; the model's context is 1024."""
+MAX_TOKENS = 1020
+"""Maximum length of a conversation; the model's context is 1024."""
 
-# How people ask for a story. {} is what it shall be about.
-ASKS = [
+# Requests for a story; {} is its subject.
+REQUESTS = [
     "Tell me a story about {}.",
     "Tell me a tale about {}.",
     "Can you tell me a story about {}?",
@@ -42,7 +42,7 @@ ASKS = [
     "A story about {}, please.",
     "Do you know a story about {}?",
 ]
-ANYTHING = [
+REQUESTS_WITHOUT_SUBJECT = [
     "Tell me a story.",
     "Tell me a fairy tale.",
     "Please tell me a bedtime story.",
@@ -60,9 +60,9 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
-    """Return a tokenizer trained on ``texts``, in the shape of Mistral's tokenizer.json."""
+    """Return a tokenizer trained on ``texts``, in the form of Mistral's tokenizer.json."""
     learned = Tokenizer(models.BPE(unk_token="<unk>"))
-    # Words are learned apart (no merge crosses a space); applying the merges needs no such split.
+    # For training, words are separate, so no merge crosses a space. Applying the merges needs no such split.
     learned.normalizer = normalizers.Replace(" ", "▁")
     learned.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\p{L}+|▁?\p{N}|▁?[^▁\p{L}\p{N}\n]+|\n+|▁+"), "isolated")
     trainer = trainers.BpeTrainer(vocab_size=VOCAB - 259, special_tokens=[], limit_alphabet=160, min_frequency=20)
@@ -73,7 +73,11 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     merges = [tuple(merge) for merge in state["merges"]]
     final = Tokenizer(
         models.BPE(
-            {piece: id for id, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+            {piece: index for index, piece in enumerate(pieces)},
+            merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
         )
     )
     final.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -84,22 +88,22 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     return final
 
 
-def subject(title: str, text: str, chance: random.Random) -> str | None:
-    """Return what a tale is about: its title, or something it often speaks of; None if neither will do."""
+def subject(title: str, text: str, rng: random.Random) -> str | None:
+    """Return the subject of a tale: its title, or a frequent noun; None if neither is suitable."""
     clean = re.sub(
         r"\s+", " ", re.sub(r"^(chapter|part|story|book)?\s*[ivxlc\d]+[.:—-]*\s*", "", title, flags=re.I)
     ).strip(" .")
     words: dict[str, int] = {}
     for word in re.findall(r"\b(?:a|an|the|little|old) ([a-z]{3,12})\b", text[:3000]):
         words[word] = words.get(word, 0) + 1
-    common = [word for word, count in words.items() if count >= 3 and word not in DULL]
-    if common and (chance.random() < 0.6 or not 3 <= len(clean) <= 50):
+    common = [word for word, count in words.items() if count >= 3 and word not in UNSUITABLE]
+    if common and (rng.random() < 0.6 or not 3 <= len(clean) <= 50):
         best = max(common, key=lambda word: words[word])
         return f"{'an' if best[0] in 'aeiou' else 'a'} {best}"
     return clean if 3 <= len(clean) <= 50 else None
 
 
-DULL = set(
+UNSUITABLE = set(
     """same other first last next great whole very more most such old young good little new long way time day
     end rest side top bottom middle moment minute while few lot bit thing world place others two three one morning
     evening night door window house room ground air head hand back face eyes large big small certain poor only
@@ -108,39 +112,41 @@ DULL = set(
 
 
 def conversations(corpus: Path, seed: int) -> Iterator[list[dict[str, str]]]:
-    """Yield conversations: a person asks for a tale and hears it, or talks with someone."""
-    chance = random.Random(seed)
+    """Yield conversations: a request with a tale as its answer, or a dialogue of the corpus."""
+    rng = random.Random(seed)
     for tale in records(corpus / "tales.jsonl.xz"):
         text = tale["text"].strip()
-        about = subject(tale["title"], text, chance)
-        ask = chance.choice(ASKS).format(about) if about and chance.random() < 0.9 else chance.choice(ANYTHING)
-        yield [{"role": "user", "content": ask}, {"role": "assistant", "content": text}]
+        about = subject(tale["title"], text, rng)
+        request = (
+            rng.choice(REQUESTS).format(about) if about and rng.random() < 0.9 else rng.choice(REQUESTS_WITHOUT_SUBJECT)
+        )
+        yield [{"role": "user", "content": request}, {"role": "assistant", "content": text}]
     for talk in records(corpus / "dialogue.jsonl.xz"):
         yield talk["messages"]
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the ids of a conversation in Mistral's first instruct format, and the spans that the assistant says.
+    """Return the ids of a conversation in Mistral's first instruct format, and the spans of the assistant.
 
-    A tale that is too long is cut where a paragraph ends, and then has no end-of-sequence: the
-    model must not learn that tales stop anywhere.
+    A conversation that is too long is cut and then has no end-of-sequence token: the model must not learn to stop in
+    the middle of a tale.
     """
     ids, spans = [BOS], []
     for message in messages:
         if message["role"] == "user":
             ids += tokenizer.encode(f"[INST] {message['content']} [/INST]").ids
         else:
-            said = [*tokenizer.encode(message["content"]).ids, EOS]
-            spans.append((len(ids), min(len(ids) + len(said), LONGEST)))
-            ids += said
-    return ids[:LONGEST], [span for span in spans if span[0] < LONGEST]
+            answer = [*tokenizer.encode(message["content"]).ids, EOS]
+            spans.append((len(ids), min(len(ids) + len(answer), MAX_TOKENS)))
+            ids += answer
+    return ids[:MAX_TOKENS], [span for span in spans if span[0] < MAX_TOKENS]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="folder with the three .jsonl.xz files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="which question goes with which tale")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of the requests")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tales = [record["text"].strip() for record in records(args.corpus / "tales.jsonl.xz")]

@@ -1,13 +1,13 @@
-"""Trains the built-in model: a small Mixtral that tells tales.
+"""Train the built-in model, a small Mixtral that tells tales.
 
     python recipes/tales/train.py --data WORK --out WORK/run
 
-Two stages, one schedule: first the tales end to end, 512 tokens a row; then conversations, in
-which the learning rate falls to zero. Only what the assistant says counts in the second stage.
-The model is Moesaic's own, with float32 weights and bfloat16 activations; the router's load
-balancing loss (Switch Transformers, arXiv:2101.03961 §2.2) is added by a hook.
+Training has two stages: first concatenated tales in rows of 512 tokens, then conversations, during which the learning
+rate decays linearly. In the second stage only the assistant's tokens count for the loss. The model is Moesaic's, with
+float32 weights and bfloat16 activations. Hooks on the routers add the load balancing loss (Switch Transformers,
+arXiv:2101.03961 §2.2).
 
-Every --save steps the state goes to OUT/state.pt; the same command continues from there.
+The state is saved to OUT/state.pt every --save steps; the same command resumes the training from there.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
     "dtype": "bfloat16",
 }
-BALANCE = 0.01
+BALANCE_WEIGHT = 0.01
 """Weight of the load balancing loss."""
 
 
-class Balance:
-    """Collects, by hooks on the routers, the load balancing loss of a forward pass."""
+class BalanceLoss:
+    """Load balancing loss of a forward pass, collected by hooks on the routers."""
 
     def __init__(self, model: Decoder, k: int) -> None:
         self.k, self.losses = k, list[Tensor]()
@@ -65,19 +65,22 @@ class Balance:
                 module.register_forward_hook(lambda _module, _args, logits: self.add(logits))
 
     def add(self, logits: Tensor) -> None:
-        """Add one layer: E * sum over experts of (share of choices) * (mean probability)."""
+        """Add the loss of one layer: E * sum over experts of (share of choices) * (mean probability)."""
         chosen = F.one_hot(logits.topk(self.k).indices, logits.shape[-1]).sum(1).float().mean(0)
         self.losses.append(logits.shape[-1] / self.k * (chosen * logits.softmax(-1).mean(0)).sum())
 
     def take(self) -> Tensor:
-        """Return the mean over layers, 1 when perfectly balanced, and forget it."""
+        """Return the mean loss over layers, which is 1 if perfectly balanced, and reset it."""
         mean = torch.stack(self.losses).mean()
         self.losses.clear()
         return mean
 
 
 def initialize(model: Decoder, layers: int) -> None:
-    """Normal(0, 0.02), less by sqrt(2 layers) for what writes to the residual stream; norms 1."""
+    """Initialize the weights with normal(0, 0.02) and the norms with 1.
+
+    Matrices that write to the residual stream use 0.02 / sqrt(2 * layers).
+    """
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.ones_(parameter)
@@ -89,24 +92,27 @@ def initialize(model: Decoder, layers: int) -> None:
 def plain_rows(
     ids: np.ndarray, rows: int, length: int, seed: int
 ) -> Iterator[tuple[list[list[int]], list[list[bool]]]]:
-    """Yield batches of equal rows cut from the tales end to end, in a new random order each epoch."""
-    chance = np.random.default_rng(seed)
+    """Yield batches of rows of equal length from the concatenated tales, in a new random order each epoch."""
+    rng = np.random.default_rng(seed)
     while True:
-        begins = chance.permutation(np.arange(int(chance.integers(length)), len(ids) - length - 1, length))
-        for at in range(0, len(begins) - rows, rows):
-            batch = [ids[begin : begin + length + 1].tolist() for begin in begins[at : at + rows]]
+        begins = rng.permutation(np.arange(int(rng.integers(length)), len(ids) - length - 1, length))
+        for offset in range(0, len(begins) - rows, rows):
+            batch = [ids[begin : begin + length + 1].tolist() for begin in begins[offset : offset + rows]]
             yield batch, [[True] * length] * rows
 
 
 def chat_rows(
     ids: np.ndarray, index: list[tuple[int, list[tuple[int, int]]]], tokens: int, seed: int
 ) -> Iterator[tuple[list[list[int]], list[list[bool]]]]:
-    """Yield batches of whole conversations, about ``tokens`` tokens each, of like length; True: the assistant's."""
-    chance = np.random.default_rng(seed)
+    """Yield batches of whole conversations of similar length, about ``tokens`` tokens each, and masks.
+
+    The mask is True for the assistant's tokens.
+    """
+    rng = np.random.default_rng(seed)
     begins = np.cumsum([0, *(length for length, _ in index)])
     lengths = np.array([length for length, _ in index])
     while True:
-        order = np.argsort(lengths + chance.uniform(0, 200, len(lengths)))
+        order = np.argsort(lengths + rng.uniform(0, 200, len(lengths)))
         batches, batch, total = [], [], 0
         for row in order:
             batch.append(row)
@@ -114,30 +120,30 @@ def chat_rows(
             if total >= tokens:
                 batches.append(batch)
                 batch, total = [], 0
-        for at in chance.permutation(len(batches)):
-            rows, spoken = [], []
-            for row in batches[at]:
+        for number in rng.permutation(len(batches)):
+            rows, masks = [], []
+            for row in batches[number]:
                 rows.append(ids[begins[row] : begins[row + 1]].tolist())
-                said = np.zeros(lengths[row], dtype=bool)
+                mask = np.zeros(lengths[row], dtype=bool)
                 for begin, end in index[row][1]:
-                    said[begin:end] = True
-                spoken.append(said[1:].tolist())
-            yield rows, spoken
+                    mask[begin:end] = True
+                masks.append(mask[1:].tolist())
+            yield rows, masks
 
 
 def loss_of(model: Decoder, rows: list[list[int]], counted: list[list[bool]]) -> Tensor:
-    """Return the mean cross entropy of the counted next tokens."""
+    """Return the mean cross entropy of the next tokens for which ``counted`` is True."""
     hidden = model(Batch.whole([row[:-1] for row in rows]))
-    wanted = torch.tensor([flag for row in counted for flag in row])
-    targets = torch.tensor([id for row in rows for id in row[1:]])
-    if not bool(wanted.all()):
-        hidden, targets = hidden[wanted], targets[wanted]
+    mask = torch.tensor([flag for row in counted for flag in row])
+    targets = torch.tensor([token_id for row in rows for token_id in row[1:]])
+    if not bool(mask.all()):
+        hidden, targets = hidden[mask], targets[mask]
     return F.cross_entropy(model.logits(hidden), targets)
 
 
 @torch.no_grad()
-def perplexity(model: Decoder, ids: np.ndarray, balance: Balance, length: int = 512) -> float:
-    """Return the perplexity per token of held-out text, read in rows of ``length``."""
+def perplexity(model: Decoder, ids: np.ndarray, balance: BalanceLoss, length: int = 512) -> float:
+    """Return the perplexity per token of held-out text in rows of ``length`` tokens."""
     total, count = 0.0, 0
     for begin in range(0, len(ids) - length, length * 16):
         rows = [ids[b : b + length].tolist() for b in range(begin, min(begin + length * 16, len(ids) - length), length)]
@@ -148,7 +154,7 @@ def perplexity(model: Decoder, ids: np.ndarray, balance: Balance, length: int = 
 
 
 def rate(step: int, args: argparse.Namespace) -> float:
-    """Return the learning rate: a short rise, a plateau, and in the second stage a fall to zero."""
+    """Return the learning rate: warm-up, then constant, then in the second stage a linear decay to 2 %."""
     if step < args.warmup:
         return float(args.lr * (step + 1) / args.warmup)
     if step < args.plain:
@@ -158,28 +164,28 @@ def rate(step: int, args: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for state and log")
+    parser.add_argument("--data", type=Path, required=True, help="folder that prepare.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the training state")
     parser.add_argument("--plain", type=int, default=2000, help="steps on tales")
     parser.add_argument("--chat", type=int, default=1800, help="steps on conversations")
     parser.add_argument("--rows", type=int, default=16, help="rows of --length tokens in a step")
     parser.add_argument("--length", type=int, default=512, help="tokens in a row of tales")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
-    parser.add_argument("--warmup", type=int, default=200, help="steps in which the rate rises")
-    parser.add_argument("--save", type=int, default=100, help="steps between saved states")
+    parser.add_argument("--warmup", type=int, default=200, help="warm-up steps")
+    parser.add_argument("--save", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    # Fused, these two cost a quarter of what they do step by step.
+    # Compiled, these two functions take a quarter of the time.
     reference.rms_norm = torch.compile(reference.rms_norm, dynamic=True)
     reference.rope = torch.compile(reference.rope, dynamic=True)
     args.out.mkdir(parents=True, exist_ok=True)
     model = models.build(CONFIG, args.data, formats.load("float32"), dtype=torch.bfloat16)
     model.requires_grad_(True)
     initialize(model, CONFIG["num_hidden_layers"])
-    balance = Balance(model, CONFIG["num_experts_per_tok"])
+    balance = BalanceLoss(model, CONFIG["num_experts_per_tok"])
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -188,26 +194,26 @@ def main() -> None:
         betas=(0.9, 0.95),
         fused=True,
     )
-    step, spent = 0, 0.0
+    step, elapsed = 0, 0.0
     state_file = args.out / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent"]
+        step, elapsed = state["step"], state["spent"]
     valid = np.load(args.data / "valid.npy")
     plain = plain_rows(np.load(args.data / "plain.npy"), args.rows, args.length, args.seed + step)
     index = json.loads((args.data / "chat.json").read_text())
     chat = chat_rows(np.load(args.data / "chat.npy"), index, args.rows * args.length, args.seed + step)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {step}", flush=True)
-    started, tokens, mean = time.monotonic() - spent, 0, None
+    started, tokens, mean = time.monotonic() - elapsed, 0, None
     since = time.monotonic()
     while step < args.plain + args.chat:
         rows, counted = next(plain if step < args.plain else chat)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, args)
         loss = loss_of(model, rows, counted)
-        (loss + BALANCE * balance.take()).backward()
+        (loss + BALANCE_WEIGHT * balance.take()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -220,8 +226,8 @@ def main() -> None:
             tokens, since = 0, time.monotonic()
         if step % args.save == 0 or step == args.plain + args.chat:
             print(f"step {step} held-out perplexity {perplexity(model, valid[:100_000], balance):.2f}", flush=True)
-            spent = time.monotonic() - started
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
+            elapsed = time.monotonic() - started
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": elapsed}
             torch.save(state, args.out / "state.new")
             (args.out / "state.new").rename(state_file)
             since = time.monotonic()

@@ -149,7 +149,7 @@ def test_plots_are_written(found: Comparison, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_measured_or_drawn_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(NotFound, match="has no 'nobody'; it has llama_cpp, moesaic"):
+    with pytest.raises(NotFound, match="has no entry 'nobody'; available: llama_cpp, moesaic"):
         compare.choose("nobody")
     with pytest.raises(InvalidParameter, match="names no format"):
         compare.choose("moesaic:")
@@ -191,7 +191,7 @@ def test_llama_cpps_file_has_rotary_rows_as_neighbours_and_experts_stacked(work:
     tensors = {each.name: each for each in theirs._tensors(_model._config(SHAPE))}
     stored, ours = theirs._Stored(file), _safetensors.SafetensorsFiles([file])
     name = "model.layers.1.self_attn.k_proj.weight"
-    wanted = Rotary(Stored(ours, name), SHAPE.head_size, halves=False).read()
+    wanted = Rotary(Stored(ours, name), SHAPE.head_size, half_split=False).read()
     found = stored.read(tensors["blk.1.attn_k.weight"])
     assert torch.equal(torch.from_numpy(found).view(torch.bfloat16).reshape(wanted.shape), wanted)
     down = tensors["blk.0.ffn_down_exps.weight"]

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, written by transformers, and slots that take what they are given."""
+"""Tiny random checkpoints, written by transformers, and slots that keep the tensors stored in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tiny() -> type[Tiny]:
 
 @pytest.fixture(scope="session")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Mixtral as save_pretrained writes it, in several shards; tests copy it before they damage it."""
+    """A Mixtral written by save_pretrained in several shards; tests copy it before they damage it."""
     path = tmp_path_factory.mktemp("mixtral")
     Tiny.build().save_pretrained(path, max_shard_size="40KB")
     return path

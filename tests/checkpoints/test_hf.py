@@ -1,4 +1,4 @@
-"""Hugging Face's layout against what transformers itself writes."""
+"""Hugging Face's layout, compared with files that transformers writes."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from moesaic.errors import CheckpointError, ConfigError, NotFound
 
 @pytest.fixture
 def folder(mixtral, tmp_path):
-    """A copy that may be damaged."""
+    """A copy of the checkpoint, for a test to damage."""
     return shutil.copytree(mixtral, tmp_path / "copy")
 
 
 def read(tiny, path, weights):
     out = {}
-    with checkpoints.open(path) as checkpoint:
-        checkpoints.fill(tiny.slots(weights, out), checkpoint)
+    with checkpoints.open_checkpoint(path) as checkpoint:
+        checkpoints.load_weights(tiny.slots(weights, out), checkpoint)
     return out
 
 
-def home(path, name):
-    """Return the file that the index gives for a tensor."""
+def file_of(path, name):
+    """Return the file that the index lists for a tensor."""
     return path / json.loads((path / "model.safetensors.index.json").read_text())["weight_map"][name]
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "mistral", "llama"])
 @pytest.mark.parametrize("shard", ["40KB", "1GB"])
-def test_reads_what_transformers_writes(tiny, tmp_path, kind, shard):
+def test_checkpoint_of_transformers_is_read(tiny, tmp_path, kind, shard):
     model = tiny.build(kind).bfloat16()
     model.save_pretrained(tmp_path, max_shard_size=shard)
     weights = tiny.truth(model)
     tiny.same(read(tiny, tmp_path, weights), weights)
-    with checkpoints.open(tmp_path) as checkpoint:
+    with checkpoints.open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.layout == "hf"
         assert checkpoint.config["model_type"] == kind
         assert checkpoint.generation["eos_token_id"] == 2
 
 
-def test_reads_stacked_experts_and_newer_expert_names(tiny, tmp_path):
+def test_stacked_experts_and_newer_names_are_read(tiny, tmp_path):
     model = tiny.build()
     weights = tiny.truth(model)
     model.config.save_pretrained(tmp_path)
@@ -63,13 +63,13 @@ def test_reads_stacked_experts_and_newer_expert_names(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_reads_only_the_part_that_is_asked_for(tiny, tmp_path, stacked):
+def test_parts_of_tensors_are_read(tiny, tmp_path, stacked):
     model = tiny.build()
     weights = tiny.truth(model)
     model.config.save_pretrained(tmp_path)
     stored = model.state_dict() if stacked else {name: weight.contiguous() for name, weight in weights.items()}
     save_file(stored, tmp_path / "model.safetensors")
-    with checkpoints.open(tmp_path) as checkpoint:
+    with checkpoints.open_checkpoint(tmp_path) as checkpoint:
         for name, weight in weights.items():
             part = tuple(slice(size // 4, size // 2) for size in weight.shape)
             assert torch.equal(checkpoint.read(name, part), weight[part]), name
@@ -77,34 +77,36 @@ def test_reads_only_the_part_that_is_asked_for(tiny, tmp_path, stacked):
 
 
 def test_progress_counts_every_byte_once(tiny, mixtral):
-    weights, seen = tiny.truth(tiny.build()), []
-    with checkpoints.open(mixtral) as checkpoint:
-        checkpoints.fill(tiny.slots(weights, {}), checkpoint, progress=lambda done, total: seen.append((done, total)))
+    weights, calls = tiny.truth(tiny.build()), []
+    with checkpoints.open_checkpoint(mixtral) as checkpoint:
+        checkpoints.load_weights(
+            tiny.slots(weights, {}), checkpoint, progress=lambda done, total: calls.append((done, total))
+        )
     total = sum(weight.nbytes for weight in weights.values())
-    assert seen[-1] == (total, total) and len(seen) == len(weights)
-    assert seen == sorted(seen)
+    assert calls[-1] == (total, total) and len(calls) == len(weights)
+    assert calls == sorted(calls)
 
 
-def test_a_missing_tensor_is_named_before_anything_is_stored(tiny, mixtral):
+def test_missing_tensor_is_found_before_storing(tiny, mixtral):
     weights, out = tiny.truth(tiny.build()), {}
     weights["model.layers.2.input_layernorm.weight"] = torch.ones(32)
     with (
-        checkpoints.open(mixtral) as checkpoint,
+        checkpoints.open_checkpoint(mixtral) as checkpoint,
         pytest.raises(CheckpointError, match=r"layers\.2\.input_layernorm\.weight is missing: expected shape \[32\]"),
     ):
-        checkpoints.fill(tiny.slots(weights, out), checkpoint)
+        checkpoints.load_weights(tiny.slots(weights, out), checkpoint)
     assert not out
 
 
-def test_a_surplus_tensor_is_named_with_its_file(tiny, mixtral):
+def test_unexpected_tensor_is_named_with_its_file(tiny, mixtral):
     weights, out = tiny.truth(tiny.build()), {}
     del weights["model.norm.weight"]
-    file = home(mixtral, "model.norm.weight").name
+    file = file_of(mixtral, "model.norm.weight").name
     with (
-        checkpoints.open(mixtral) as checkpoint,
-        pytest.raises(CheckpointError, match=rf"{file}: model\.norm\.weight is surplus.*found shape \[32\]"),
+        checkpoints.open_checkpoint(mixtral) as checkpoint,
+        pytest.raises(CheckpointError, match=rf"{file}: model\.norm\.weight is unexpected.*found shape \[32\]"),
     ):
-        checkpoints.fill(tiny.slots(weights, out), checkpoint)
+        checkpoints.load_weights(tiny.slots(weights, out), checkpoint)
     assert not out
 
 
@@ -116,31 +118,34 @@ def test_a_surplus_tensor_is_named_with_its_file(tiny, mixtral):
         (lambda w: w.to(torch.float8_e4m3fn), "wrong dtype.* found float8_e4m3fn"),
     ],
 )
-def test_shape_and_dtype_are_compared_before_anything_is_stored(tiny, folder, changed, message):
+def test_shape_and_dtype_are_checked_before_storing(tiny, folder, changed, message):
     name = "model.layers.1.self_attn.o_proj.weight"
-    file, out = home(folder, name), {}
+    file, out = file_of(folder, name), {}
     tensors = load_file(file)
     save_file({**tensors, name: changed(tensors[name])}, file)
     with (
-        checkpoints.open(folder) as checkpoint,
+        checkpoints.open_checkpoint(folder) as checkpoint,
         pytest.raises(CheckpointError, match=f"{file.name}: {name}.*{message}"),
     ):
-        checkpoints.fill(tiny.slots(tiny.truth(tiny.build()), out), checkpoint)
+        checkpoints.load_weights(tiny.slots(tiny.truth(tiny.build()), out), checkpoint)
     assert not out
 
 
 @pytest.mark.parametrize(("bad", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "inf")])
 def test_nan_and_infinity_are_refused(tiny, folder, bad, word):
     name = "model.layers.1.block_sparse_moe.gate.weight"
-    file = home(folder, name)
+    file = file_of(folder, name)
     tensors = load_file(file)
     tensors[name][1, 3] = bad
     save_file(tensors, file)
-    with checkpoints.open(folder) as checkpoint, pytest.raises(CheckpointError, match=f"{name} holds {word}"):
-        checkpoints.fill(tiny.slots(tiny.truth(tiny.build()), {}), checkpoint)
+    with (
+        checkpoints.open_checkpoint(folder) as checkpoint,
+        pytest.raises(CheckpointError, match=f"{name} holds {word}"),
+    ):
+        checkpoints.load_weights(tiny.slots(tiny.truth(tiny.build()), {}), checkpoint)
 
 
-def test_a_head_tied_to_the_embedding_is_surplus_only_if_it_differs(tiny, tmp_path):
+def test_tied_head_is_unexpected_only_if_it_differs(tiny, tmp_path):
     model = tiny.build("llama", tie_word_embeddings=True)
     weights = tiny.truth(model)
     del weights["lm_head.weight"]
@@ -150,11 +155,11 @@ def test_a_head_tied_to_the_embedding_is_surplus_only_if_it_differs(tiny, tmp_pa
     tiny.same(read(tiny, tmp_path, weights), weights)
     head[5, 5] += 1
     save_file({**weights, "lm_head.weight": head}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is surplus"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is unexpected"):
         read(tiny, tmp_path, weights)
 
 
-def test_frequency_tables_of_older_writers_are_passed_over(tiny, tmp_path):
+def test_frequency_tables_are_ignored(tiny, tmp_path):
     model = tiny.build("llama")
     weights = tiny.truth(model)
     model.config.save_pretrained(tmp_path)
@@ -165,54 +170,53 @@ def test_frequency_tables_of_older_writers_are_passed_over(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 7, 40, -1])
-def test_a_file_that_is_cut_short_is_named(folder, keep):
-    file = home(folder, "model.norm.weight")
+def test_truncated_file_is_named(folder, keep):
+    file = file_of(folder, "model.norm.weight")
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=f"{file.name}: cut short"):
-        checkpoints.open(folder)
+    with pytest.raises(CheckpointError, match=f"{file.name}: truncated"):
+        checkpoints.open_checkpoint(folder)
 
 
-def test_a_missing_shard_is_named(folder):
-    file = home(folder, "model.norm.weight")
+def test_missing_shard_is_named(folder):
+    file = file_of(folder, "model.norm.weight")
     file.unlink()
     with pytest.raises(CheckpointError, match=f"{file.name}: cannot be read: No such file"):
-        checkpoints.open(folder)
+        checkpoints.open_checkpoint(folder)
 
 
 def test_index_and_files_must_agree(folder):
     index = folder / "model.safetensors.index.json"
-    said = json.loads(index.read_text())
-    places = said["weight_map"]
-    with_extra = {**places, "model.extra.weight": next(iter(places.values()))}
+    file_names = json.loads(index.read_text())["weight_map"]
+    with_extra = {**file_names, "model.extra.weight": next(iter(file_names.values()))}
     index.write_text(json.dumps({"weight_map": with_extra}))
-    with pytest.raises(CheckpointError, match=r"model\.extra\.weight is missing: .*index\.json says"):
-        checkpoints.open(folder)
-    index.write_text(json.dumps({"weight_map": {n: f for n, f in places.items() if n != "model.norm.weight"}}))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is surplus"):
-        checkpoints.open(folder)
+    with pytest.raises(CheckpointError, match=r"model\.extra\.weight is missing: .*index\.json lists"):
+        checkpoints.open_checkpoint(folder)
+    index.write_text(json.dumps({"weight_map": {n: f for n, f in file_names.items() if n != "model.norm.weight"}}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is unexpected"):
+        checkpoints.open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.bin", "", 3])
-def test_an_index_may_not_point_outside_its_folder(folder, name):
+def test_index_cannot_name_files_outside_its_folder(folder, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(CheckpointError, match="which is not a plain"):
-        checkpoints.open(folder)
+        checkpoints.open_checkpoint(folder)
 
 
-def test_config_is_asked_for_by_name(folder):
+def test_bad_or_missing_config_is_named(folder):
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"config\.json: does not hold a JSON object"):
-        checkpoints.open(folder)
+        checkpoints.open_checkpoint(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"config\.json: is missing"):
-        checkpoints.open(folder)
+        checkpoints.open_checkpoint(folder)
 
 
-def test_what_is_no_checkpoint_is_refused_with_what_was_looked_for(tmp_path):
+def test_folder_without_checkpoint_is_refused(tmp_path):
     with pytest.raises(NotFound, match="no such folder"):
-        checkpoints.open(tmp_path / "nowhere")
+        checkpoints.open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"Looked for hf: model\.safetensors"):
-        checkpoints.open(tmp_path)
+        checkpoints.open_checkpoint(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="give the folder"):
-        checkpoints.open(tmp_path / "file")
+        checkpoints.open_checkpoint(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""Mistral's layout as Mistral distributed it, written here with torch and safetensors alone."""
+"""Mistral's layout in all forms that Mistral distributed; the files are written with torch and safetensors alone."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ MOE = {**PARAMS, "moe": {"num_experts": 4, "num_experts_per_tok": 2}}
 
 
 def interleaved(rows: torch.Tensor, head_dim: int = 4) -> torch.Tensor:
-    """Return query or key rows as Mistral stores them, moved one by one."""
+    """Return query or key rows in interleaved order, in which Mistral stores them."""
     out = torch.empty_like(rows)
     for row in range(len(rows)):
-        head, place = divmod(row, head_dim)
-        half, pair = divmod(place, head_dim // 2)
+        head, offset = divmod(row, head_dim)
+        half, pair = divmod(offset, head_dim // 2)
         out[head * head_dim + 2 * pair + half] = rows[row]
     return out
 
 
 def originals(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights under Mistral's names, replaced word by word."""
+    """Return weights under Mistral's names."""
     words = {
         "model.embed_tokens": "tok_embeddings",
         "lm_head": "output",
@@ -51,21 +51,21 @@ def originals(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "mlp.down_proj": "feed_forward.w2",
         "mlp.up_proj": "feed_forward.w3",
     }
-    found = {}
+    tensors = {}
     for name, tensor in weights.items():
         rotary = "q_proj" in name or "k_proj" in name
         for old, new in words.items():
             name = name.replace(old, new)
-        found[name] = interleaved(tensor) if rotary else tensor.clone()
-    return found
+        tensors[name] = interleaved(tensor) if rotary else tensor.clone()
+    return tensors
 
 
-def torrent(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors as the first Mixtral torrent had them: experts fused, w2 of each transposed."""
-    fused = {n.replace("feed_forward", "block_sparse_moe"): t for n, t in found.items() if ".experts." not in n}
+def torrent(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors as in the first Mixtral torrent: experts fused, w2 of each transposed."""
+    fused = {n.replace("feed_forward", "block_sparse_moe"): t for n, t in tensors.items() if ".experts." not in n}
     for layer in range(2):
         for number in ("w1", "w2", "w3"):
-            parts = [found[f"layers.{layer}.feed_forward.experts.{e}.{number}.weight"] for e in range(4)]
+            parts = [tensors[f"layers.{layer}.feed_forward.experts.{e}.{number}.weight"] for e in range(4)]
             fused[f"layers.{layer}.block_sparse_moe.{number}"] = torch.cat(
                 [p.T if number == "w2" else p for p in parts]
             )
@@ -86,43 +86,43 @@ def folder(tmp_path):
 
 def read(tiny, path, weights, index=()):
     out = {}
-    with checkpoints.open(path) as checkpoint:
+    with checkpoints.open_checkpoint(path) as checkpoint:
         assert checkpoint.layout == "mistral"
-        checkpoints.fill(tiny.slots(weights, out, index), checkpoint)
+        checkpoints.load_weights(tiny.slots(weights, out, index), checkpoint)
         return out, dict(checkpoint.config)
 
 
-def test_a_dense_model_in_one_torch_file(tiny, folder):
+def test_dense_model_in_one_torch_file(tiny, folder):
     weights = tiny.truth(tiny.build("mistral", num_key_value_heads=2))
     path = folder({**PARAMS, "sliding_window": 16}, consolidated__00__pth=originals(weights))
     got, config = read(tiny, path, weights)
     tiny.same(got, weights)
     assert config["model_type"] == "mistral" and config["sliding_window"] == 16
-    assert config["rope_theta"] == 10_000.0  # with a window, where params.json is silent
+    assert config["rope_theta"] == 10_000.0  # the default of a model with a window
     assert (config["hidden_size"], config["intermediate_size"], config["num_key_value_heads"]) == (32, 48, 2)
     assert config["max_position_embeddings"] == 32768 and config["dtype"] == "float32"
 
 
-def test_a_mixtral_in_safetensors_and_any_rows_of_it(tiny, folder):
+def test_mixtral_in_safetensors(tiny, folder):
     weights = tiny.truth(tiny.build(num_key_value_heads=2).bfloat16())
     path = folder(MOE, consolidated__safetensors=originals(weights))
     got, config = read(tiny, path, weights)
     tiny.same(got, weights)
     assert config["model_type"] == "mixtral" and config["rope_theta"] == 1e6 and config["sliding_window"] is None
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (4, 2)
-    with checkpoints.open(path) as checkpoint:  # the second of two ranks
+    with checkpoints.open_checkpoint(path) as checkpoint:  # the second of two ranks
         for name, weight in weights.items():
             half = (slice(weight.shape[0] // 2, weight.shape[0]),)
             assert torch.equal(checkpoint.read(name, half), weight[half]), name
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_mixtral_torrents_in_many_files_with_either_vocabulary(tiny, folder, fused):
+def test_mixtral_torrents_with_either_vocabulary(tiny, folder, fused):
     weights = tiny.truth(tiny.build(num_key_value_heads=2))
-    found = originals(weights)
+    tensors = originals(weights)
     params: dict[str, object] = MOE
     if fused:
-        found = torrent(found)
+        tensors = torrent(tensors)
         params = {
             "hidden_size": 32,
             "num_hidden_layers": 2,
@@ -136,11 +136,11 @@ def test_mixtral_torrents_in_many_files_with_either_vocabulary(tiny, folder, fus
             "sliding_window": "4096",
             "rope_theta": 1e6,
         }
-    names = list(found)
+    names = list(tensors)
     path = folder(
         params,
-        consolidated__00__pt={name: found[name] for name in names[::2]},
-        consolidated__01__pt={name: found[name] for name in names[1::2]},
+        consolidated__00__pt={name: tensors[name] for name in names[::2]},
+        consolidated__01__pt={name: tensors[name] for name in names[1::2]},
     )
     got, config = read(tiny, path, weights)
     tiny.same(got, weights)
@@ -151,42 +151,42 @@ def test_mixtral_torrents_in_many_files_with_either_vocabulary(tiny, folder, fus
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mystery": 1}, "the key 'mystery' is not known"),
+        ({"mystery": 1}, "the key 'mystery' is unknown"),
         ({"moe": {"num_experts": 4, "num_experts_per_tok": 2, "shared": 1}}, "the key 'shared'"),
         ({"moe": {"num_experts": 4}}, "both num_experts and num_experts_per_tok"),
         ({"causal": False}, "causal is False"),
-        ({"n_heads": 0}, "n_heads is 0, expected a positive whole number"),
+        ({"n_heads": 0}, "n_heads is 0, expected a positive integer"),
         ({"norm_eps": "small"}, "norm_eps is 'small', expected a positive number"),
-        ({"vocab_size": None}, "does not say 'vocab_size'"),
+        ({"vocab_size": None}, "has no 'vocab_size'"),
     ],
 )
-def test_params_are_read_by_allow_list(folder, change, message):
+def test_unknown_params_are_refused(folder, change, message):
     path = folder({**PARAMS, **change}, consolidated__safetensors={"norm.weight": torch.ones(32)})
     with pytest.raises(ConfigError, match=message):
-        checkpoints.open(path)
+        checkpoints.open_checkpoint(path)
 
 
-def test_what_params_call_for_must_be_there(tiny, folder):
-    found = originals(tiny.truth(tiny.build("mistral", num_key_value_heads=2)))
-    del found["layers.1.ffn_norm.weight"]
-    path = folder(PARAMS, consolidated__safetensors=found)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn_norm\.weight is missing: params\.json calls for it"):
-        checkpoints.open(path)
-    found["layers.1.ffn_norm.weight"] = torch.ones(32)
-    found["layers.0.attention.wk.weight"] = torch.ones(12, 32)
-    save_file(found, path / "consolidated.safetensors")
+def test_missing_or_misshapen_tensor_is_refused(tiny, folder):
+    tensors = originals(tiny.truth(tiny.build("mistral", num_key_value_heads=2)))
+    del tensors["layers.1.ffn_norm.weight"]
+    path = folder(PARAMS, consolidated__safetensors=tensors)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn_norm\.weight is missing: params\.json requires it"):
+        checkpoints.open_checkpoint(path)
+    tensors["layers.1.ffn_norm.weight"] = torch.ones(32)
+    tensors["layers.0.attention.wk.weight"] = torch.ones(12, 32)
+    save_file(tensors, path / "consolidated.safetensors")
     with pytest.raises(CheckpointError, match=r"wk\.weight has the wrong shape: expected \[8, 32\], found \[12, 32\]"):
-        checkpoints.open(path)
+        checkpoints.open_checkpoint(path)
 
 
-def test_a_tensor_in_two_files_is_refused(folder):
+def test_tensor_in_two_files_is_refused(folder):
     path = folder(PARAMS, consolidated__00__pt={"a": torch.ones(1)}, consolidated__01__pt={"a": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"01\.pt: a is also in consolidated\.00\.pt"):
-        checkpoints.open(path)
+        checkpoints.open_checkpoint(path)
 
 
-def test_hugging_face_files_in_the_same_folder_come_first(tiny, folder, tmp_path):
+def test_hugging_face_layout_is_preferred(tiny, folder, tmp_path):
     tiny.build().save_pretrained(tmp_path)
     path = folder(MOE, consolidated__safetensors={"norm.weight": torch.ones(32)})
-    with checkpoints.open(path) as checkpoint:
+    with checkpoints.open_checkpoint(path) as checkpoint:
         assert checkpoint.layout == "hf"

@@ -1,4 +1,4 @@
-"""Every view, read in any part, equals the same part of the tensor it stands for."""
+"""Reading any part of a view equals the same part of the tensor that it describes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from moesaic.errors import CheckpointError
 
 
 class Memory:
-    """A store that counts what is read of it."""
+    """Store that counts the elements that are read."""
 
     def __init__(self, **tensors: torch.Tensor) -> None:
-        self.held = tensors
+        self.contents = tensors
         self.tensors = {n: TensorInfo(tuple(t.shape), t.dtype, Path(n)) for n, t in tensors.items()}
         self.count = 0
 
     def read(self, name, index=None):
-        tensor = self.held[name][bounds(index, self.held[name].shape)]
+        tensor = self.contents[name][bounds(index, self.contents[name].shape)]
         self.count += tensor.numel()
         return tensor
 
@@ -42,7 +42,7 @@ indices = st.lists(spans, max_size=2).map(tuple)
 
 @settings(deadline=None)
 @given(indices, st.integers(1, 4))
-def test_joined_reads_only_the_pieces_that_overlap(index, count):
+def test_joined_reads_only_overlapping_pieces(index, count):
     for axis in (0, 1):
         whole = grid(12, 12)
         stores = [stored(piece) for piece in whole.chunk(count, axis)]
@@ -55,7 +55,7 @@ def test_joined_reads_only_the_pieces_that_overlap(index, count):
 
 @settings(deadline=None)
 @given(indices, spans, spans)
-def test_a_part_of_a_part(index, rows, columns):
+def test_part_of_a_part(index, rows, columns):
     whole = grid(12, 12)
     view = Part(stored(whole)[1], (rows, columns))
     assert view.info.shape == whole[rows, columns].shape
@@ -64,44 +64,44 @@ def test_a_part_of_a_part(index, rows, columns):
 
 @settings(deadline=None)
 @given(indices, st.integers(0, 4))
-def test_one_of_a_stack(index, place):
+def test_part_without_leading_axis(index, position):
     whole = grid(5, 12, 12)
     store, entry = stored(whole)
-    got = Part(entry, (slice(place, place + 1),), drop=True).read(index)
-    assert torch.equal(got, whole[place][index]) and store.count == got.numel()
+    got = Part(entry, (slice(position, position + 1),), drop=True).read(index)
+    assert torch.equal(got, whole[position][index]) and store.count == got.numel()
 
 
 @settings(deadline=None)
 @given(indices)
-def test_transposed(index):
+def test_transposed_view(index):
     assert torch.equal(Transposed(stored(grid(8, 11))[1]).read(index), grid(8, 11).T[index])
 
 
 @settings(deadline=None)
 @given(indices, st.sampled_from([2, 4, 6, 12]), st.booleans())
-def test_rotary_rows_under_any_slice(index, head_dim, halves):
-    """Written out row by row: interleaved row 2i + j of a head is half-split row i + j * D / 2."""
+def test_rotary_rows_in_any_slice(index, head_dim, half_split):
+    """Row 2i + j of a head in interleaved order is row i + j * D / 2 in half-split order."""
     whole, expected = grid(12, 12), torch.empty(12, 12)
     for row in range(12):
-        head, place = divmod(row, head_dim)
-        pair, half = divmod(place, 2)
+        head, offset = divmod(row, head_dim)
+        pair, half = divmod(offset, 2)
         split = head * head_dim + pair + half * head_dim // 2
-        if halves:
+        if half_split:
             expected[split] = whole[row]
         else:
             expected[row] = whole[split]
-    view = Rotary(stored(whole)[1], head_dim, halves=halves)
+    view = Rotary(stored(whole)[1], head_dim, half_split=half_split)
     assert torch.equal(view.read(index), expected[index])
-    assert torch.equal(Rotary(view, head_dim, halves=not halves).read(index), whole[index])
+    assert torch.equal(Rotary(view, head_dim, half_split=not half_split).read(index), whole[index])
 
 
-def test_rotary_reads_no_other_heads():
+def test_rotary_reads_one_head():
     store, whole = stored(grid(12, 3))
-    Rotary(whole, 4, halves=True).read((slice(4, 8),))
+    Rotary(whole, 4, half_split=True).read((slice(4, 8),))
     assert store.count == 12
 
 
-def test_copies_must_agree():
+def test_replicated_copies_must_be_equal():
     store = Memory(a=grid(3), b=grid(3), c=grid(3) + 1)
     assert torch.equal(Replicated("norm", [Stored(store, "a"), Stored(store, "b")]).read(), grid(3))
     with pytest.raises(CheckpointError, match="c: norm differs from the copy in a"):

@@ -6,18 +6,14 @@ import functools
 import http.server
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from moesaic.client import Retries
 from tests.support import breaking_server as breaks
 from tests.support.breaking_server import Breaking
+from tests.support.client import JS_SOURCE
 from tests.support.server import Server, running, serving
-
-JS = Path(__file__).parents[2] / "clients/js"
-AT_ONCE = Retries(first=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +36,7 @@ def scripted() -> Iterator[Server]:
 
 
 class Files(http.server.SimpleHTTPRequestHandler):
-    """The JavaScript client's folder, and an empty page."""
+    """The source of the JavaScript client, and an empty page."""
 
     def do_GET(self) -> None:
         if self.path == "/":
@@ -57,8 +53,8 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def page_port() -> Iterator[int]:
-    """The port of a web server that has the JavaScript client."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=JS))
+    """Port of a web server that serves the JavaScript client."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=JS_SOURCE))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_port
     server.shutdown()

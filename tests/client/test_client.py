@@ -1,4 +1,4 @@
-"""The client and our server: what comes out, what is refused, and what leaving does."""
+"""The Python client with our server: answers, errors, and cancellation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from moesaic import errors
 from moesaic.backend import ToolCall
 from moesaic.client import AsyncClient, Client, Piece
-from moesaic.client.events import Events
-from moesaic.client.replies import failure
+from moesaic.client.events import EventParser
+from moesaic.client.responses import response_error
 from moesaic.errors import BadReply, InvalidParameter, InvalidRequest, NumericalError, StreamBroken, Unauthorized
 from moesaic.serve import keys
 from tests.support.backend import Script
@@ -49,7 +49,7 @@ def client(scripted):
         yield found
 
 
-def test_it_is_imported_without_torch_and_without_httpx():
+def test_import_needs_neither_torch_nor_httpx():
     done = subprocess.run([sys.executable, "-c", BUILT], capture_output=True, text=True, check=True)
     assert done.stdout == "True moesaic.client needs httpx: pip install 'moesaic[client]'\n"
 
@@ -90,7 +90,7 @@ def test_the_built_in_model(served):
         assert len(client.tokenize([{"role": "user", "content": "a king"}])) > len(tokens)
 
 
-def test_the_same_in_an_event_loop(served):
+def test_the_built_in_model_with_asyncio(served):
     async def main() -> None:
         async with AsyncClient(served) as client:
             ask = "Tell a story about a king."
@@ -128,10 +128,10 @@ def test_tools(scripted, client):
     assert [turn["role"] for turn in scripted.backend.requests[-1].messages] == ["user", "assistant", "tool", "tool"]
 
 
-# What goes wrong
+# Errors
 
 
-def test_refusals(scripted, client):
+def test_server_errors_are_raised(scripted, client):
     with pytest.raises(errors.NotFound, match="does not exist") as caught:
         client.chat("Hi", model="gpt-4")
     assert caught.value.status == 404 and caught.value.request_id
@@ -152,7 +152,7 @@ def test_refusals(scripted, client):
     assert stream.text == "Hello, world!"
 
 
-def test_what_cannot_be_asked_is_not(scripted, client):
+def test_invalid_arguments_are_refused_before_sending(scripted, client):
     with pytest.raises(InvalidParameter, match="temprature"):
         client.chat("Hi", temprature=0)
     for wrong in (float("nan"), {1, 2}, "\ud800"):
@@ -169,29 +169,31 @@ def test_what_cannot_be_asked_is_not(scripted, client):
 
 
 @pytest.mark.parametrize("status", range(400, 600))
-def test_every_status_is_an_error_of_its_own_status(status):
+def test_errors_keep_the_status_of_the_response(status):
     for body in (b"", b"[]", b'{"error": "no"}', b'{"error": {"message": "no", "param": null, "type": 3}}'):
-        error = failure(status, {"retry-after": "2"}, body)
+        error = response_error(status, {"retry-after": "2"}, body)
         assert isinstance(error, errors.MoesaicError) and str(error)
         assert (error.status, error.retry_after, error.request_id) == (status, 2.0, None)
 
 
-def test_events_come_out_whole_however_they_are_cut():
-    source = ': hi\r\n\r\ndata: {"a": 1}\n\nevent: x\ndata:two\ndata: lines\n\nid: 3\r\rdata: ü🐇\n\ndata: cut'.encode()
-    for size in range(1, len(source) + 1):
-        events = Events()
-        found = [each for at in range(0, len(source), size) for each in events.feed(source[at : at + size])]
-        assert found == ['{"a": 1}', "two\nlines", "ü🐇"]
+def test_events_are_complete_wherever_the_chunks_are_cut():
+    source = ': hi\r\n\r\ndata: {"a": 1}\n\nevent: x\ndata:two\ndata: lines\n\n:\n\nid: 3\r\rdata\n\n'
+    source += "data:  spaced\r\n\r\ndatabase: no\n\ndata: ü🐇\n\ndata: cut"
+    data = source.encode()
+    for size in range(1, len(data) + 1):
+        parser = EventParser()
+        events = [event for start in range(0, len(data), size) for event in parser.feed(data[start : start + size])]
+        assert events == ['{"a": 1}', "two\nlines", "", " spaced", "ü🐇"]
     with pytest.raises(BadReply):
-        Events().feed(b"data: " + b"x" * (17 << 20))
+        EventParser().feed(b"data: " + b"x" * (17 << 20))
     with pytest.raises(BadReply):
-        Events().feed(b"data: \xff\n\n")
+        EventParser().feed(b"data: \xff\n\n")
 
 
-# Where, who, and leaving
+# Environment and cancellation
 
 
-def test_the_environment_says_where_and_who(monkeypatch):
+def test_environment_sets_the_url_and_the_key(monkeypatch):
     anna = keys.Key("anna", keys.digest("right"))
     with running(keys=keys.Keys((anna,))) as server:
         monkeypatch.setenv("MOESAIC_BASE_URL", server.url + "/v1")
@@ -211,7 +213,7 @@ def cancelled(server: Server) -> bool:
     return False
 
 
-def test_leaving_a_stream_takes_the_request_back(scripted, client):
+def test_leaving_a_stream_cancels_the_request(scripted, client):
     scripted.backend.script = Script(held=True)
     with client.chat("Hi", stream=True) as stream:
         assert next(stream) == Piece("Hello")
@@ -221,7 +223,7 @@ def test_leaving_a_stream_takes_the_request_back(scripted, client):
         stream.answer()
 
 
-def test_a_cancelled_task_takes_its_request_back(scripted):
+def test_cancelling_a_task_cancels_its_request(scripted):
     scripted.backend.script = Script(held=True)
 
     async def main() -> None:
@@ -242,7 +244,7 @@ def test_a_cancelled_task_takes_its_request_back(scripted):
     assert cancelled(scripted)
 
 
-def test_a_connection_serves_many_streams(scripted, client):
+def test_connection_is_reused_for_streams(scripted, client):
     for _ in range(3):
         with client.chat("Hi", stream=True) as stream:
             list(stream)

@@ -1,4 +1,4 @@
-"""What docs/clients.md and the JavaScript client's own page show is run, against our server."""
+"""The examples in docs/how-to/clients.md and in the README of the JavaScript client run against our server."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.client import JS, node
+from tests.support.client import JS_PACKAGE, JS_SOURCE, ROOT, node
 from tests.support.documents import blocks
 
-PAGE = JS.parents[1] / "docs/clients.md"
+PAGE = ROOT / "docs/how-to/clients.md"
 HERE = "http://127.0.0.1:8000"
 
 
-def written(page: Path, language: str) -> list[str]:
+def examples(page: Path, language: str) -> list[str]:
     return [block for block in blocks(language, page.read_text()) if "moesaic" in block and "api_key" not in block]
 
 
-@pytest.mark.parametrize("place", range(2))
-def test_python(served, place):
-    program = written(PAGE, "python")[place].replace(HERE, served)
+@pytest.mark.parametrize("index", range(2))
+def test_python(served, index):
+    program = examples(PAGE, "python")[index].replace(HERE, served)
     environment = os.environ | {"MOESAIC_BASE_URL": served}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False, timeout=60
@@ -31,10 +31,10 @@ def test_python(served, place):
     assert len(done.stdout) > 40
 
 
-@pytest.mark.parametrize("page", [PAGE, JS / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [PAGE, JS_PACKAGE / "README.md"], ids=lambda page: page.name)
 def test_javascript(served, page, tmp_path):
-    [program] = written(page, "js")
+    [program] = examples(page, "js")
     file = tmp_path / "shown.mjs"
-    source = program.replace(HERE, served).replace('"moesaic-client"', f'"{(JS / "src/index.js").as_uri()}"')
+    source = program.replace(HERE, served).replace('"moesaic-client"', f'"{(JS_SOURCE / "index.js").as_uri()}"')
     file.write_text(source)
     assert len(node(file)) > 40

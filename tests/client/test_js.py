@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.breaking_server import Plan, stream
-from tests.support.client import JS, node
+from tests.support.client import JS_PACKAGE, JS_SOURCE, ROOT, node
 from tests.support.require import require_program
 
 TESTS = Path(__file__).parent / "js"
@@ -33,17 +33,17 @@ def test_streams_that_break():
         root = f"http://127.0.0.1:{int(server.stdout.readline())}"
         places = [len(WHOLE), WHOLE.index(b"dich") + 2, WHOLE.index(b'"usage"')]
         try:
-            node("--test", TESTS / "resuming.test.js", BREAKING=json.dumps([root, *places]))
+            node("--test", TESTS / "resume.test.js", BREAKING=json.dumps([root, *places]))
         finally:
             server.stdin.write("\n")
             server.stdin.close()
 
 
-def test_our_server(served):
+def test_js_client_with_our_server(served):
     node("--test", TESTS / "served.test.js", SERVED=served)
 
 
-def test_the_package_is_installed_and_imported(tmp_path):
+def test_npm_package_is_installed_and_imported(tmp_path):
     npm = require_program("npm")
     quiet = {
         "capture_output": True,
@@ -51,10 +51,10 @@ def test_the_package_is_installed_and_imported(tmp_path):
         "check": True,
         "env": os.environ | {"npm_config_update_notifier": "false"},
     }
-    packed = subprocess.run([npm, "pack", "--json", "--pack-destination", tmp_path, JS], **quiet)
+    packed = subprocess.run([npm, "pack", "--json", "--pack-destination", tmp_path, JS_PACKAGE], **quiet)
     [package] = json.loads(packed.stdout)
     files = {each["path"] for each in package["files"]}
-    sources = {f"src/{path.name}" for path in (JS / "src").iterdir()}
+    sources = {f"src/{path.name}" for path in JS_SOURCE.iterdir()}
     assert files == sources | {"package.json", "README.md", "LICENSE"}
     (tmp_path / "package.json").write_text('{"type": "module"}')
     install = [npm, "install", "--offline", "--no-audit", "--no-fund", f"./{package['filename']}"]
@@ -62,24 +62,23 @@ def test_the_package_is_installed_and_imported(tmp_path):
     program = tmp_path / "try.js"
     program.write_text("import * as moesaic from 'moesaic-client'; console.log(JSON.stringify(Object.keys(moesaic)));")
     names = json.loads(node(program))
-    types = (JS / "src/index.d.ts").read_text()
+    types = (JS_SOURCE / "index.d.ts").read_text()
     assert {"Client", "Stream", "MoesaicError"} <= set(names)
     assert all(f"export class {name} " in types for name in names)
     assert types.count("export class ") == len(names)
 
 
-def test_it_is_of_one_version_and_licence_with_the_rest():
-    root = JS.parents[1]
-    package = json.loads((JS / "package.json").read_text())
-    assert f'version = "{package["version"]}"' in (root / "pyproject.toml").read_text()
-    assert (JS / "LICENSE").read_text() == (root / "LICENSE").read_text()
+def test_npm_package_has_the_version_and_licence_of_the_project():
+    package = json.loads((JS_PACKAGE / "package.json").read_text())
+    assert f'version = "{package["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert (JS_PACKAGE / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
 # In a browser, from a page of another origin than the server's
 
 CHAT = """
 async ([baseUrl, ask]) => {
-  const { Client, NotFound } = await import("/src/index.js");
+  const { Client, NotFound } = await import("/index.js");
   const client = new Client({ baseUrl, retries: { tries: 1 } });
   const options = { temperature: 0, max_tokens: 200 };
   const whole = await client.chat(ask, options);
@@ -105,7 +104,7 @@ async ([baseUrl, ask]) => {
 """
 REFUSED = """
 async (baseUrl) => {
-  const { Client } = await import("/src/index.js");
+  const { Client } = await import("/index.js");
   return await new Client({ baseUrl, retries: { tries: 1 } }).chat("Hi").catch((error) => error.name);
 }
 """
@@ -127,6 +126,6 @@ def test_in_a_browser(page, served, page_port):
     assert found["missing"] == [True, 404, True] and found["requestId"]
 
 
-def test_a_page_that_was_not_named_is_let_in_nowhere(page, served, page_port):
+def test_page_of_another_origin_is_refused(page, served, page_port):
     page.goto(f"http://localhost:{page_port}/")
     assert page.evaluate(REFUSED, served) == "ConnectionFailed"

@@ -164,43 +164,48 @@ def test_lost_workers_and_lost_nodes_are_made_up_for(python: Path, tmp_path: Pat
         head = ray.nodes[0].pid
         second = ray.start("--address", ray.address)
         with launched(ray, here, log, 3) as launcher:
-            eventually(lambda: len(here.gateway.crew) == 3 or launcher.poll() is not None, PATIENCE)
+            eventually(lambda: len(here.gateway.workers.sessions) == 3 or launcher.poll() is not None, PATIENCE)
             assert launcher.poll() is None, log.read_text()[-4000:]
             assert len(workers(head) + workers(second)) == 3 and len(workers(second)) in (1, 2)
 
-            [model] = {name for each in here.gateway.crew.values() for name in each.models}
+            [model] = {name for each in here.gateway.workers.sessions.values() for name in each.models}
             first = pool.map(lambda number: ask(here, number, model), range(JOBS))
-            eventually(lambda: any(each.holds for each in here.gateway.crew.values()))
-            before = set(here.gateway.crew)
+            eventually(lambda: any(each.leases for each in here.gateway.workers.sessions.values()))
+            before = set(here.gateway.workers.sessions)
             kill(workers(second)[0])  # one worker, at work
             assert list(first) == [TOKENS] * JOBS
-            eventually(lambda: len(here.gateway.crew) == 3 and set(here.gateway.crew) != before, PATIENCE)
+            eventually(
+                lambda: len(here.gateway.workers.sessions) == 3 and set(here.gateway.workers.sessions) != before,
+                PATIENCE,
+            )
 
             again = pool.map(lambda number: ask(here, number, model), range(JOBS))
-            eventually(lambda: sum(bool(each.holds) for each in here.gateway.crew.values()) == 3)
-            held = here.gateway.lost
+            eventually(lambda: sum(bool(each.leases) for each in here.gateway.workers.sessions.values()) == 3)
+            held = here.gateway.leases.expired
             lost = [second, *children(second)]
             for process in lost:
                 kill(process)
             assert list(again) == [TOKENS] * JOBS  # also those that were half done
-            assert here.gateway.lost > held
+            assert here.gateway.leases.expired > held
             # Two replicas have room on what is left: the third waits for a node, which comes.
-            eventually(lambda: len(here.gateway.crew) == 2 and len(workers(head)) == 2, PATIENCE)
+            eventually(lambda: len(here.gateway.workers.sessions) == 2 and len(workers(head)) == 2, PATIENCE)
             third = ray.start("--address", ray.address)
-            eventually(lambda: len(here.gateway.crew) == 3 and len(workers(third)) == 1, PATIENCE)
+            eventually(lambda: len(here.gateway.workers.sessions) == 3 and len(workers(third)) == 1, PATIENCE)
 
             launcher.terminate()
             assert launcher.wait(60) == 0, log.read_text()[-4000:]
             eventually(lambda: not workers(head) and not workers(third))
-            assert here.gateway.crew == {} and here.gateway.dead == 0
+            assert here.gateway.workers.sessions == {} and here.gateway.leases.dead == 0
 
 
 def test_workers_end_with_whoever_started_them(python: Path, tmp_path: Path) -> None:
     with site(tmp_path, lease=5.0) as here, cluster(python, **TOKEN) as ray:
         with launched(ray, here, tmp_path / "log", 1) as launcher:
-            eventually(lambda: here.gateway.crew or launcher.poll() is not None, PATIENCE)
+            eventually(lambda: here.gateway.workers.sessions or launcher.poll() is not None, PATIENCE)
             assert launcher.poll() is None, (tmp_path / "log").read_text()[-4000:]
-        eventually(lambda: not here.gateway.crew and not workers(ray.nodes[0].pid), PATIENCE)  # it was killed
+        eventually(
+            lambda: not here.gateway.workers.sessions and not workers(ray.nodes[0].pid), PATIENCE
+        )  # it was killed
 
 
 def test_a_refused_worker_is_not_tried_again(python: Path, tmp_path: Path) -> None:
@@ -223,7 +228,7 @@ def test_others_reach_no_cluster_without_a_token(python: Path, tmp_path: Path) -
     with site(tmp_path) as here, cluster(python) as ray, launched(ray, here, tmp_path / "log", 1) as launcher:
         # Ray's nodes listen on the machine's own address, whatever they are told of 127.0.0.1.
         assert launcher.wait(PATIENCE) == 2
-        assert "can be reached from elsewhere" in (tmp_path / "log").read_text() and not here.gateway.crew
+        assert "can be reached from elsewhere" in (tmp_path / "log").read_text() and not here.gateway.workers.sessions
     path = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
     assert "RAY_AUTH_MODE=token" in refused(python, "--address", "192.0.2.1:6379", **path)
     assert "host:port" in refused(python, "--address", "ray://127.0.0.1:10001", **path)

@@ -1,4 +1,4 @@
-"""Our JavaScript client's types, by TypeScript's own compiler: what is right passes, what is wrong does not."""
+"""The types of the JavaScript client, checked by the TypeScript compiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.require import require_program
 
 pytestmark = pytest.mark.clients
 TYPESCRIPT = "5.9.3"
-JS = Path(__file__).parents[2] / "clients/js"
+ROOT = Path(__file__).parents[2]
 RIGHT = """
 import { Client, InvalidParameter, MoesaicError, Stream, type Answer, type Piece } from "moesaic-client";
 
@@ -48,7 +48,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def project():
-    """A folder with TypeScript, made once."""
+    """A cached folder with TypeScript and our package."""
     npm = require_program("npm")
     root = Path(os.environ.get("MOESAIC_CLIENTS") or Path.home() / ".cache/moesaic-clients")
     folder = root / f"typescript-{TYPESCRIPT}"
@@ -60,27 +60,28 @@ def project():
         (folder / "ready").touch()
     package = folder / "node_modules/moesaic-client"
     shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(JS, package)
+    shutil.copytree(ROOT / "clients/js", package)
+    shutil.copytree(ROOT / "moesaic/serve/web/client", package / "src")
     return folder
 
 
 def compiled(project: Path, *sources: str) -> subprocess.CompletedProcess[str]:
     names = []
-    for place, source in enumerate(sources):
-        (project / f"sample{place}.ts").write_text(source)
-        names.append(f"sample{place}.ts")
+    for index, source in enumerate(sources):
+        (project / f"sample{index}.ts").write_text(source)
+        names.append(f"sample{index}.ts")
     options = "--noEmit --strict --target es2022 --lib es2022,dom,dom.iterable,esnext.asynciterable --module nodenext"
     command = ["node", "node_modules/typescript/bin/tsc", *options.split(), *names]
     return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
 
 
-def test_what_is_right(project):
+def test_valid_programs_compile(project):
     done = compiled(project, RIGHT)
     assert done.returncode == 0, done.stdout
 
 
-def test_what_is_wrong(project):
+def test_type_errors_are_reported(project):
     head = 'import { Client } from "moesaic-client";\nconst client = new Client();\n'
     done = compiled(project, *(head + line for line in WRONG))
-    for place, line in enumerate(WRONG):
-        assert f"sample{place}.ts(3," in done.stdout, line
+    for index, line in enumerate(WRONG):
+        assert f"sample{index}.ts(3," in done.stdout, line

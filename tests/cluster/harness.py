@@ -29,8 +29,8 @@ from typing import Any
 
 import aiohttp
 
-from moesaic.cluster import queue
-from moesaic.cluster.jobs import Bounds
+from moesaic.cluster.jobs import StoreLimits
+from moesaic.cluster.store import open_store
 from tests.support.backend import answer
 from tests.support.worker_pool import Nursery
 
@@ -158,7 +158,7 @@ class Client:
     def _broken(self, said: Any) -> Exception:
         message = str(said["error"]["message"]) if "error" in said else str(said)
         self.told[message[:60]] += 1
-        if "died of it" in message:
+        if "every worker that ran" in message:
             self.dead += 1
         return Broken(message)
 
@@ -191,16 +191,16 @@ def counted(log: Path) -> tuple[int, int, int]:
     late = 0
     with log.open() as lines:
         for line in lines:
-            if '"a result came too late"' in line:
+            if '"result refused: lease not valid"' in line:
                 late += 1
-            elif '"a job is done"' in line:
+            elif '"job finished"' in line:
                 said = json.loads(line)
                 fences.setdefault(said["job"], set()).add(said["fence"])
     return len(fences), sum(len(each) > 1 for each in fences.values()), late
 
 
 async def checked(where: str) -> tuple[str, dict[str, Any]]:
-    store = await queue.open(where, Bounds())
+    store = await open_store(where, StoreLimits())
     depths = {name: (depth.queued, depth.leased) for name, depth in (await store.depths()).items()}
     try:
         return await store.check(), depths

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic import cli
-from moesaic.cluster.worker import Worker
+from moesaic.cluster.worker.agent import Worker
 from moesaic.serve import keys
 from tests.support.backend import FakeBackend, answer
 from tests.support.managed_cluster import Site, site
@@ -34,7 +34,7 @@ def dead(here: Site, once: str = "") -> str:
     """Have a job kill its worker, and return its number."""
     here.spawn("w0")
     gone = here.ask("EXIT", once=once)
-    assert gone.status_code == 500 and "died of it" in gone.text
+    assert gone.status_code == 500 and "every worker that ran" in gone.text
     [job] = here.get("jobs?state=dead")["jobs"]
     return str(job["id"])
 
@@ -89,7 +89,7 @@ def test_a_drained_worker_ends_what_it_has_and_gets_nothing_more(here: Site) -> 
     assert running().json()["choices"][0]["text"] == answer("first", 1, 60)
     eventually(lambda: here.get("status")["queued"] == 1)
     os.kill(process, 9)  # it holds by name
-    eventually(lambda: not here.gateway.crew)
+    eventually(lambda: not here.gateway.workers.sessions)
     here.spawn("w0")
     assert here.get("workers")["workers"][0]["drained"] and here.get("status")["leased"] == 0
     here.ok("POST", "workers/resume", {"name": "rack/w0"})
@@ -116,12 +116,12 @@ def test_a_dead_job_is_looked_at_and_revived(here: Site) -> None:
     shown = here.get(f"jobs/{id}")
     assert shown["job"]["state"] == "dead" and shown["job"]["crashes"] == 1 and "request" not in shown
     assert here.get(f"jobs/{id}?request=true")["request"]["prompt"] == "EXIT"
-    assert "died of it" in here.ask("EXIT", once="again").text  # whoever asks again is told the same
+    assert "every worker that ran" in here.ask("EXIT", once="again").text  # whoever asks again is told the same
     here.ok("POST", f"jobs/{id}/revive")
     eventually(lambda: here.get(f"jobs/{id}")["job"]["state"] == "queued")
     assert here.call("POST", f"/admin/jobs/{id}/revive").status_code == 409
     waiting = here.asking("EXIT", once="again")  # now it waits for another end
-    eventually(lambda: id in here.gateway.lives and here.gateway.lives[id].readers == 1)
+    eventually(lambda: id in here.gateway.jobs.jobs and here.gateway.jobs.jobs[id].readers == 1)
     assert here.ok("DELETE", f"jobs/{id}") == {"name": id, "state": "cancelled"}
     assert waiting().status_code == 499
     assert here.call("POST", "/admin/jobs/none/revive").status_code == 404
@@ -188,7 +188,7 @@ def test_the_command_shows_and_does(here: Site, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out) == {"state": "done", "jobs": []}
     assert admin(here, "job", id, "--request") == 0 and "EXIT" in capsys.readouterr().out
     assert admin(here, "drain", "rack/w2") == 0 and "drained" in capsys.readouterr().out
-    assert here.gateway.crew["rack/w2"].drained
+    assert here.gateway.workers.sessions["rack/w2"].drained
     assert admin(here, "revive", id) == 0 and admin(here, "cancel", id) == 0
     assert admin(here, "dismiss", "rack/w2") == 0
     capsys.readouterr()
@@ -220,8 +220,8 @@ def test_the_command_says_what_is_wrong(here: Site, capsys: pytest.CaptureFixtur
 def test_what_workers_say_of_themselves_cannot_drive_the_terminal(
     here: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    body = {"name": "w", "cards": [{"name": "fake\x1b[2J\n"}], "about": {"machine": "\x1b]0;x\x07"}}
-    assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
+    body = {"name": "w", "models": [{"name": "fake\x1b[2J\n"}], "about": {"machine": "\x1b]0;x\x07"}}
+    assert here.call("POST", "/worker/register", body, key="rack").status_code == 200
     assert admin(here, "workers") == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\x07" not in shown and len(shown.splitlines()) == 2
@@ -229,11 +229,11 @@ def test_what_workers_say_of_themselves_cannot_drive_the_terminal(
 
 def test_a_worker_that_is_silent_is_struck_out(tmp_path: Path) -> None:
     with site(tmp_path, lease=0.2) as here:
-        body = {"name": "w", "cards": [{"name": "fake"}]}
-        assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
+        body = {"name": "w", "models": [{"name": "fake"}]}
+        assert here.call("POST", "/worker/register", body, key="rack").status_code == 200
         assert [each["name"] for each in here.get("workers")["workers"]] == ["rack/w"]
         here.spawn("w0")
-        eventually(lambda: "rack/w" not in here.gateway.crew)
+        eventually(lambda: "rack/w" not in here.gateway.workers.sessions)
         assert [each["name"] for each in here.get("workers")["workers"]] == ["rack/w0"]
 
 
@@ -249,7 +249,7 @@ def test_a_worker_that_leaves_does_not_come_again(here: Site) -> None:
 
     asyncio.run(come_and_go())
     time.sleep(0.2)
-    assert list(here.gateway.crew) == []
+    assert list(here.gateway.workers.sessions) == []
 
 
 def test_figures(here: Site) -> None:

@@ -16,9 +16,9 @@ import pytest
 import trustme
 
 from moesaic.cli import dialing
-from moesaic.cluster.jobs import Bounds
-from moesaic.cluster.queue._steps import Outcome, Statement
-from moesaic.cluster.worker import Worker
+from moesaic.cluster.jobs import StoreLimits
+from moesaic.cluster.store._program import Outcome, Statement
+from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import EngineStopped
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
@@ -45,11 +45,11 @@ def nursed(found: Site, folder: Path, **options: Any) -> Iterator[Nursery]:
 def test_a_killed_worker_s_answer_goes_on_without_gap_or_repeat(tmp_path):
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found, nursed(found, tmp_path, seconds=SLOW) as nursery:
         nursery.spawn("w0")
-        eventually(lambda: found.gateway.crew)
+        eventually(lambda: found.gateway.workers.sessions)
         streams = [Stream(found.client, f"{n}", 40, n=1 + n) for n in range(3)]
         eventually(lambda: all(len(stream.pieces) > 5 for stream in streams))
         nursery.signal("w0", signal.SIGKILL)
-        eventually(lambda: found.gateway.lost == 3)
+        eventually(lambda: found.gateway.leases.expired == 3)
         for n, stream in enumerate(streams):
             assert answer(f"{n}", count=40).startswith(stream.text) or n
         nursery.spawn("w2")
@@ -67,28 +67,28 @@ def test_a_worker_that_was_stopped_comes_too_late(tmp_path):
     """w1 does not stop when it is told to: the fence alone stands between its tokens and the job."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found, nursed(found, tmp_path, seconds=SLOW) as nursery:
         nursery.spawn("w1")
-        eventually(lambda: found.gateway.crew)
+        eventually(lambda: found.gateway.workers.sessions)
         stream = Stream(found.client, count=60)
         eventually(lambda: len(stream.pieces) > 5)
         nursery.signal("w1", signal.SIGSTOP)
         nursery.spawn("w2")
-        eventually(lambda: found.gateway.lost == 1)
+        eventually(lambda: found.gateway.leases.expired == 1)
         heard = len(stream.pieces)
         eventually(lambda: len(stream.pieces) > heard)
         nursery.signal("w1", signal.SIGCONT)
         assert stream.end().text == answer("Hi", count=60) and stream.done
-        eventually(lambda: found.gateway.fenced > 0)
-        eventually(lambda: "a result came too late" in nursery.log.read_text())
+        eventually(lambda: found.gateway.leases.fenced > 0)
+        eventually(lambda: "result refused" in nursery.log.read_text())
         assert found.seen(stream.job).attempts == 2
 
 
 def test_an_engine_that_stands_still_loses_its_jobs_and_gets_no_more(tmp_path):
-    bounds = Bounds(crashes=1)
+    bounds = StoreLimits(crashes=1)
     with site(tmp_path / "jobs.sqlite", lease=1.0, stall=1.0, bounds=bounds) as found:
         hand = found.hire()
         hung = Stream(found.client, "HANG").end()
-        assert hung.error is not None and "died of it" in hung.error["message"] and not hung.done
-        assert found.gateway.crew["w0"].stalled
+        assert hung.error is not None and "every worker that ran" in hung.error["message"] and not hung.done
+        assert found.gateway.workers.sessions["w0"].stalled
         waiting = Stream(found.client, "Hi")
         eventually(lambda: found.depths() == (1, 0))
         time.sleep(0.5)  # it is asked to, and does not get it
@@ -103,9 +103,9 @@ def test_a_worker_whose_engine_stands_still_ends(tmp_path):
         stream = Stream(found.client, "HANG", once="k")
         with pytest.raises(EngineStopped, match="no step"):
             hand.future.result(30)
-        eventually(lambda: found.gateway.lost == 1)
+        eventually(lambda: found.gateway.leases.expired == 1)
         stream.leave()
-        found.client.delete(f"/v1/jobs/{found.do(found.gateway.store.listed('queued'))[0].job.id}")
+        found.client.delete(f"/v1/jobs/{found.do(found.gateway.store.list_jobs('queued'))[0].job.id}")
         stream.end()
 
 
@@ -143,10 +143,10 @@ def test_one_poison_among_64_costs_seven_workers_and_no_innocent(tmp_path, how):
             if n != poison:
                 assert stream.text == answer(prompts[n], count=8) and stream.done
         bad = streams[poison]
-        assert bad.error is not None and "died of it" in bad.error["message"] and not bad.done
+        assert bad.error is not None and "every worker that ran" in bad.error["message"] and not bad.done
         assert found.seen(bad.job).state == "dead"
         assert made - 1 <= 7
-        [dead] = found.do(found.gateway.store.listed("dead"))
+        [dead] = found.do(found.gateway.store.list_jobs("dead"))
         again = found.client.get(f"/v1/jobs/{dead.job.id}").json()
         assert (again["state"], again["error"]["type"]) == ("dead", "PoisonedJob")
 
@@ -158,7 +158,7 @@ def test_a_job_that_fails_by_itself_fails_alone(tmp_path):
         replies = together(16, lambda n: ask(found.client, prompts[n]))
         assert [each.status_code for each in replies] == [500 if n == 5 else 200 for n in range(16)]
         assert [text(each) for n, each in enumerate(replies) if n != 5] == [answer(p) for p in prompts if p != "NAN"]
-        assert len(hand.backend.requests) == 16 and found.gateway.lost == 0
+        assert len(hand.backend.requests) == 16 and found.gateway.leases.expired == 0
 
 
 # The store
@@ -187,7 +187,7 @@ def test_a_full_disk_refuses_what_is_new_and_ends_what_runs(tmp_path):
         assert not hand.future.done()
         pragma(found, "max_page_count = 1000000")
         assert stream.end().text == answer("Hi", count=60) and stream.done
-        assert len(hand.backend.requests) == 1 and found.gateway.lost == 0
+        assert len(hand.backend.requests) == 1 and found.gateway.leases.expired == 0
         assert ask(found.client).status_code == 200
         assert found.do(found.gateway.store.check()) == "ok"
 
@@ -200,7 +200,7 @@ def test_a_store_that_could_not_be_asked_blames_nobody(tmp_path):
         eventually(lambda: stream.pieces)
         found.server.call(lambda: time.sleep(3.0))  # everything here: the gateway's loop itself
         assert stream.end().text == answer("Hi", count=100) and stream.done
-        assert found.gateway.lost == 0 and len(hand.backend.requests) == 1
+        assert found.gateway.leases.expired == 0 and len(hand.backend.requests) == 1
 
 
 # The clock
@@ -213,12 +213,12 @@ def test_the_wall_s_clock_decides_nothing(tmp_path, monkeypatch, days):
         found.hire(FakeBackend(seconds=SLOW))
         stream = Stream(found.client, count=50)
         eventually(lambda: stream.pieces)
-        now, seconds = time.time, found.gateway.seconds
+        now, seconds = time.time, found.gateway.leases.mean_job_seconds
         monkeypatch.setattr(time, "time", lambda: now() + 86400 * days)
         assert stream.end().text == answer("Hi", count=50) and stream.done
         assert text(ask(found.client, once="k")) == answer("Hi")
-        assert found.gateway.lost == found.gateway.fenced == 0
-        assert abs(found.gateway.seconds - seconds) < 10
+        assert found.gateway.leases.expired == found.gateway.leases.fenced == 0
+        assert abs(found.gateway.leases.mean_job_seconds - seconds) < 10
         assert found.client.get(f"/v1/jobs/{stream.job}").json()["state"] == "done"
 
 
@@ -227,7 +227,7 @@ def test_the_wall_s_clock_decides_nothing(tmp_path, monkeypatch, days):
 
 def test_what_is_too_much_is_refused_at_once_and_what_was_accepted_ends(tmp_path):
     """L6: five times what there is room for."""
-    bounds = Bounds(queued=30, queued_per_tenant=30)
+    bounds = StoreLimits(queued=30, queued_per_tenant=30)
     with site(tmp_path / "jobs.sqlite", bounds=bounds) as found:
         found.hire(FakeBackend(seconds=0.02), slots=4)
         replies = together(170, lambda n: ask(found.client, f"{n}"))
@@ -264,7 +264,7 @@ def test_who_asks_little_does_not_wait_behind_who_asks_much(tmp_path):
             assert len(hand.backend.requests) < 300, "there was nobody to wait for any more"
         assert max(waits) <= 4 * slots, waits
         for id in asked:
-            found.do(found.gateway.withdraw(id, "anna"))
+            found.do(found.gateway.cancel(id, "anna"))
 
 
 def _ask(prompt: str, tenant: str) -> Any:
@@ -277,7 +277,7 @@ def test_two_hundred_workers_come_back_without_a_storm(tmp_path, monkeypatch):
     """F15."""
     count, begun = 200, list[tuple[str, int]]()
     tries = 0
-    was, enlist = Worker._begin, Worker._enlist
+    was, register = Worker._start, Worker._register
 
     def begin(self: Worker, lease: Any) -> None:
         begun.append((lease.id, lease.fence))
@@ -286,17 +286,17 @@ def test_two_hundred_workers_come_back_without_a_storm(tmp_path, monkeypatch):
     async def counted(self: Worker) -> None:
         nonlocal tries
         tries += 1
-        await enlist(self)
+        await register(self)
 
-    monkeypatch.setattr(Worker, "_begin", begin)
-    monkeypatch.setattr(Worker, "_enlist", counted)
+    monkeypatch.setattr(Worker, "_start", begin)
+    monkeypatch.setattr(Worker, "_register", counted)
     where = tmp_path / "jobs.sqlite"
     with site(tmp_path / "beside.sqlite") as beside:
         with site(where) as first:
             hands = [
                 beside.hire(FakeBackend(seconds=SLOW), urls=[first.url], slots=1, wait=False) for _ in range(count)
             ]
-            eventually(lambda: len(first.gateway.crew) == count)
+            eventually(lambda: len(first.gateway.workers.sessions) == count)
             streams = [Stream(first.client, f"{n}", 100, once=f"k{n}") for n in range(40)]
             eventually(lambda: len(begun) == 40)
             tries = 0
@@ -305,12 +305,12 @@ def test_two_hundred_workers_come_back_without_a_storm(tmp_path, monkeypatch):
         time.sleep(1.5)
         assert tries <= 12 * count, "each of them tried again and again"
         with site(where, port=first.port) as second:
-            eventually(lambda: len(second.gateway.crew) == count, 40)
+            eventually(lambda: len(second.gateway.workers.sessions) == count, 40)
             again = [Stream(second.client, f"{n}", 100, once=f"k{n}") for n in range(40)]
             for n, stream in enumerate(again):
                 assert stream.end().text == answer(f"{n}", count=100) and stream.done
             assert len(begun) == len(set(begun)), "two were given one lease"
-            assert second.gateway.lost == 0
+            assert second.gateway.leases.expired == 0
             for hand in hands:
                 beside.server.call(hand.worker.stopped.set)
 
@@ -371,14 +371,14 @@ def test_a_gateway_that_is_not_to_be_trusted_is_not_talked_to(name, tmp_path, ca
         server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=make())
         port = server.sockets[0].getsockname()[1]
         worker = Worker(FakeBackend(), [f"{scheme}://127.0.0.1:{port}"], name="w", key="secret", ssl=trusted)
-        lost = worker._lost
+        lost = worker._log_disconnect
 
         def counted(error: BaseException) -> None:
             nonlocal tries
             tries += 1
             lost(error)
 
-        worker._lost = counted  # type: ignore[method-assign]
+        worker._log_disconnect = counted  # type: ignore[method-assign]
         working = asyncio.ensure_future(worker.run())
         await asyncio.sleep(1.0)
         assert not working.done() and not worker.connected.is_set()

@@ -15,7 +15,7 @@ import pytest
 
 from moesaic.backend import ModelStats
 from moesaic.cluster import gateway as gateways
-from moesaic.cluster import protocol as wire
+from moesaic.cluster import wire
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.support.backend import SEED, FakeBackend, answer
@@ -104,7 +104,7 @@ def test_unknown_models_and_no_workers_are_told_apart(plain):
     assert other.status_code == 404 and "'other'" in other.text
     assert text(plain.client.post("/v1/completions", json=body(model="fake-alias"))) == answer("Hi")
     hand.drain()
-    eventually(lambda: not plain.gateway.crew)
+    eventually(lambda: not plain.gateway.workers.sessions)
     [card] = plain.gateway.models()
     assert (card.name, card.state) == ("fake", "unloaded")
     late = Stream(plain.client)
@@ -135,7 +135,7 @@ def test_each_model_goes_to_whoever_has_it(plain):
 
 
 def test_load_is_all_workers_together_and_never_falls(plain):
-    plain.gateway.lease_seconds = 2.0  # so that workers say often how busy they are
+    plain.gateway.leases.lease_seconds = 2.0  # so that workers say often how busy they are
     hands = [plain.hire(FakeBackend(seconds=SLOW)) for _ in range(2)]
     streams = [Stream(plain.client, f"{n}", 40) for n in range(6)]
     eventually(lambda: plain.gateway.stats()["fake"].running == 6)
@@ -145,9 +145,9 @@ def test_load_is_all_workers_together_and_never_falls(plain):
     steps = sum(hand.backend.steps for hand in hands)
     eventually(lambda: plain.gateway.stats()["fake"].steps == steps == 240)
     hands[0].drain()
-    eventually(lambda: len(plain.gateway.crew) == 1)
+    eventually(lambda: len(plain.gateway.workers.sessions) == 1)
     assert plain.gateway.stats()["fake"].steps == steps
-    assert plain.gateway.fenced == plain.gateway.lost == 0
+    assert plain.gateway.leases.fenced == plain.gateway.leases.expired == 0
 
 
 # The same request again
@@ -218,7 +218,7 @@ def test_a_job_can_be_looked_at_and_read_again(plain):
     stream = Stream(plain.client, count=10)
     eventually(lambda: len(stream.pieces) > 2)
     shown = plain.client.get(f"/v1/jobs/{stream.job}").json()
-    assert (shown["state"], shown["model"], shown["ahead"]) == ("leased", "fake", 0)
+    assert (shown["state"], shown["model"], shown["queue_position"]) == ("leased", "fake", 0)
     assert answer("Hi", count=10).startswith(shown["texts"][0]) and shown["tokens"][0] >= 2
     following = events(plain.client, stream.job)  # until its end
     assert stream.end().done
@@ -242,11 +242,11 @@ def test_a_job_that_is_taken_back_stops_where_it_runs(plain):
     eventually(lambda: stream.pieces)
     assert plain.client.delete(f"/v1/jobs/{stream.job}").json()["state"] == "cancelled"
     eventually(lambda: not hand.backend.running)
-    assert stream.end().error["message"] == "the request was taken back" and not stream.done
+    assert stream.end().error["message"] == "the request was cancelled" and not stream.done
     assert plain.seen(stream.job).state == "cancelled"
     assert plain.client.get(f"/v1/jobs/{stream.job}").json()["error"]["type"] == "Cancelled"
     assert ask(plain.client).status_code == 200
-    assert plain.depths() == (0, 0) and not plain.gateway.crew["w0"].holds
+    assert plain.depths() == (0, 0) and not plain.gateway.workers.sessions["w0"].leases
 
 
 @pytest.mark.parametrize("slots", [1, 4])
@@ -261,7 +261,7 @@ def test_who_leaves_takes_the_request_back(plain, slots):
     eventually(lambda: plain.depths() == (0, 0) and not hand.backend.running)
     assert plain.seen(first.job).state == "cancelled"
     first.end()
-    assert [each.state for each in plain.do(plain.gateway.store.listed("cancelled"))] == ["cancelled"] * 2
+    assert [each.state for each in plain.do(plain.gateway.store.list_jobs("cancelled"))] == ["cancelled"] * 2
 
 
 def test_who_leaves_and_may_come_again_finds_the_answer(plain):
@@ -313,13 +313,13 @@ def test_jobs_are_their_key_s_alone(guarded):
 
 
 def test_workers_keys_open_workers_routes_and_no_others(guarded):
-    said = wire.Enlist("w", (), 1)
+    said = wire.RegisterRequest("w", (), 1)
     for key, path, asked, status in (
-        (ANNA, "/worker/enlist", said, 403),
+        (ANNA, "/worker/register", said, 403),
         (WORKER, "/v1/completions", body(), 403),
         (WORKER, "/v1/jobs/x", None, 403),
-        ("wrong", "/worker/enlist", said, 401),
-        (WORKER, "/worker/enlist", said, 400),
+        ("wrong", "/worker/register", said, 401),
+        (WORKER, "/worker/register", said, 400),
     ):
         content = None if asked is None else wire.msgspec.json.encode(asked)
         method = "GET" if asked is None else "POST"
@@ -338,7 +338,7 @@ def test_a_worker_that_is_not_wanted_ends_and_says_why(guarded):
         hand = guarded.hire(backend, key=key)
         with pytest.raises(Exception, match=why):
             hand.future.result(20)
-    assert not guarded.gateway.crew
+    assert not guarded.gateway.workers.sessions
     assert guarded.hire(FakeBackend("another"), key=OTHER).worker.connected.is_set()
 
 
@@ -352,10 +352,10 @@ def test_a_worker_that_drains_ends_what_runs_and_takes_nothing_new(plain):
     hand.drain()
     eventually(lambda: plain.depths() == (2, 0))
     assert sum(stream.done for stream in streams) == 2
-    assert {each.crashes for each in plain.do(plain.gateway.store.listed("queued"))} == {0}
+    assert {each.crashes for each in plain.do(plain.gateway.store.list_jobs("queued"))} == {0}
     plain.hire()
     assert sorted(stream.end().text for stream in streams) == sorted(answer(f"{n}", count=10) for n in range(4))
-    assert len(hand.backend.requests) == 2 and plain.gateway.lost == 0
+    assert len(hand.backend.requests) == 2 and plain.gateway.leases.expired == 0
 
 
 def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain):
@@ -363,12 +363,12 @@ def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain)
     stream = Stream(plain.client, count=30)
     eventually(lambda: len(stream.pieces) > 3)
     hand.drain(0.0)
-    [seen] = plain.do(plain.gateway.store.listed("queued"))
+    [seen] = plain.do(plain.gateway.store.list_jobs("queued"))
     assert (seen.crashes, seen.attempts) == (0, 1) and seen.logged > 3
     second = plain.hire()
     assert stream.end().text == answer("Hi", count=30)
     assert second.backend.steps < 30, "it was not begun again"
-    assert plain.gateway.lost == 0
+    assert plain.gateway.leases.expired == 0
 
 
 def test_a_gateway_that_drains_ends_what_runs(plain):
@@ -395,12 +395,12 @@ def test_workers_go_on_and_readers_come_back_when_the_gateway_is_another(tmp_pat
         assert not hand.future.done() and len(backend.running) == slots
         eventually(lambda: backend.steps > 15 * slots)  # nobody is there, and it goes on
         with site(tmp_path / "jobs.sqlite", port=first.port) as second:
-            eventually(lambda: second.gateway.known)  # before the worker is back
+            eventually(lambda: second.gateway.workers.models)  # before the worker is back
             again = [Stream(second.client, f"{n}", 40, once=f"k{n}") for n in range(slots)]
             for n, stream in enumerate(again):
                 assert stream.end().text == answer(f"{n}", count=40) and stream.done
             assert len(backend.requests) == slots and backend.steps == 40 * slots, "nothing was computed twice"
-            assert second.gateway.lost == second.gateway.fenced == 0
+            assert second.gateway.leases.expired == second.gateway.leases.fenced == 0
             hand.stop()
 
 
@@ -422,6 +422,6 @@ def test_nothing_is_left_of_ended_jobs(plain):
     plain.hire()
     for n in range(20):
         ask(plain.client, f"{n}")
-    assert not plain.gateway.crew["w0"].holds
-    eventually(lambda: not plain.gateway.lives)
+    assert not plain.gateway.workers.sessions["w0"].leases
+    eventually(lambda: not plain.gateway.jobs.jobs)
     assert plain.do(plain.gateway.store.check()) == "ok"

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moesaic.backend import ModelInfo
-from moesaic.cluster.desk import Recruit
-from moesaic.cluster.jobs import Beat, Hold
+from moesaic.cluster.jobs import LeaseStatus, LeaseToken
+from moesaic.cluster.protocols import WorkerInfo
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.support.backend import SEED, answer, text, token
@@ -42,10 +42,10 @@ class Scene:
     def __init__(self, site: Site) -> None:
         self.site = site
         for key, name in ((GOOD, "w"), (THIEF, "w")):
-            self.send(key, "enlist", {"name": name, "cards": [{"name": "fake"}], "slots": 1 if key == GOOD else 8})
+            self.send(key, "register", {"name": name, "models": [{"name": "fake"}], "slots": 1 if key == GOOD else 8})
         self.stream = Stream(site.client, count=COUNT)
         eventually(lambda: site.depths()[0])
-        [lease] = self.send(GOOD, "lease", {"name": "w", "free": 1, "wait": 5})["leases"]
+        [lease] = self.send(GOOD, "lease", {"name": "w", "free_slots": 1, "wait_seconds": 5})["leases"]
         self.id, self.fence = lease["id"], lease["fence"]
         self.tell(0, [["b", 0, [], 2], *map(piece, range(TOLD))])
         eventually(lambda: site.seen(self.id).logged == 1 + TOLD)
@@ -61,16 +61,16 @@ class Scene:
         return reply.json()
 
     def tell(self, start: int, events: list[Any]) -> Any:
-        return self.send(GOOD, "tokens", {"name": "w", "parts": [[self.id, self.fence, start, events]]})
+        return self.send(GOOD, "events", {"name": "w", "batches": [[self.id, self.fence, start, events]]})
 
     def state(self) -> Any:
         seen = self.site.seen(self.id)
-        live = self.site.gateway.lives[self.id]
+        live = self.site.gateway.jobs.jobs[self.id]
         told = self.site.do(self.site.gateway.store.log(self.id))
         return seen, told, list(live.events), live.worker, live.ended
 
-    def beat(self) -> Beat:
-        [found] = self.site.do(self.site.gateway.store.beats())
+    def beat(self) -> LeaseStatus:
+        [found] = self.site.do(self.site.gateway.store.active_leases())
         return found
 
 
@@ -83,8 +83,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         made.tell(1 + TOLD, [piece(place) for place in range(TOLD, COUNT)])
         done = {"name": "w", "id": made.id, "fence": made.fence, "start": 1 + COUNT}
         end = ["e", 0, "length", 2, COUNT]
-        assert made.send(GOOD, "done", done | {"events": [end]}) == {"counted": True}
-        assert made.send(GOOD, "done", done | {"events": [end]}) == {"counted": True}  # said again
+        assert made.send(GOOD, "finish", done | {"events": [end]}) == {"accepted": True}
+        assert made.send(GOOD, "finish", done | {"events": [end]}) == {"accepted": True}  # said again
         assert made.stream.end().text == answer("Hi", count=COUNT) and made.stream.done
 
 
@@ -99,8 +99,8 @@ events = st.lists(
 @st.composite
 def wrong(draw: st.DrawFn) -> tuple[str, str, str, Any, Any, list[Any]]:
     """A key, a route, what is wrong with the claim, a fence and a start that may be absurd, and events."""
-    what = draw(st.sampled_from(["tokens", "done", "renew", "release"]))
-    flaw = draw(st.sampled_from(["owner", "fence", "id", *["start"] * (what in ("tokens", "done"))]))
+    what = draw(st.sampled_from(["events", "finish", "renew", "release"]))
+    flaw = draw(st.sampled_from(["owner", "fence", "id", *["start"] * (what in ("events", "finish"))]))
     key = THIEF if flaw == "owner" else draw(st.sampled_from([GOOD, THIEF]))
     return key, what, flaw, draw(numbers), draw(numbers), draw(events)
 
@@ -108,9 +108,9 @@ def wrong(draw: st.DrawFn) -> tuple[str, str, str, Any, Any, list[Any]]:
 @given(wrong())
 @example((THIEF, "renew", "owner", 1, 0, []))
 @example((THIEF, "release", "owner", 1, 0, []))
-@example((THIEF, "done", "owner", 1, 4, [["e", 0, "stop", 1, 1]]))
-@example((THIEF, "tokens", "owner", 1, 4, [piece(3)]))
-@example((GOOD, "done", "start", 1, 9, [["e", 0, "stop", 1, 1]]))
+@example((THIEF, "finish", "owner", 1, 4, [["e", 0, "stop", 1, 1]]))
+@example((THIEF, "events", "owner", 1, 4, [piece(3)]))
+@example((GOOD, "finish", "start", 1, 9, [["e", 0, "stop", 1, 1]]))
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_only_who_has_the_newest_fence_at_the_right_place_changes_a_job(scene, said):
     key, what, flaw, fence, start, more = said
@@ -123,19 +123,19 @@ def test_only_who_has_the_newest_fence_at_the_right_place_changes_a_job(scene, s
         start = abs(start) + 2 + TOLD  # behind what is known
     before, beat = scene.state(), scene.beat()
     body = {
-        "tokens": {"name": "w", "parts": [[id, fence, start, more]]},
-        "done": {"name": "w", "id": id, "fence": fence, "start": start, "events": more},
-        "renew": {"name": "w", "holds": [[id, fence]], "load": {}},
-        "release": {"name": "w", "holds": [[id, fence]]},
+        "events": {"name": "w", "batches": [[id, fence, start, more]]},
+        "finish": {"name": "w", "id": id, "fence": fence, "start": start, "events": more},
+        "renew": {"name": "w", "leases": [[id, fence]], "stats": {}},
+        "release": {"name": "w", "leases": [[id, fence]]},
     }[what]
     reply = scene.post(key, what, body)
     assert reply.status_code in (200, 400, 409), reply.text
     if reply.status_code == 200 and what == "renew" and flaw != "start":
-        assert reply.json() == {"held": {id: "fenced"}}
-    if reply.status_code == 200 and what == "done":
-        assert reply.json() == {"counted": False}
+        assert reply.json() == {"states": {id: "fenced"}}
+    if reply.status_code == 200 and what == "finish":
+        assert reply.json() == {"accepted": False}
     assert scene.state() == before
-    if key == THIEF or what != "tokens":
+    if key == THIEF or what != "events":
         assert scene.beat() == beat, "another's lease was kept alive"
 
 
@@ -144,22 +144,25 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-FIELDS = ("name", "cards", "slots", "about", "holds", "run", "free", "wait", "load", "parts", "id", "fence", "start")
+FIELDS = (
+    *("name", "models", "slots", "about", "leases", "instance", "free_slots", "wait_seconds", "stats"),
+    *("batches", "id", "fence", "start", "outcome"),
+)
 bodies = (
     st.binary(max_size=40)
     | junk
     | st.dictionaries(st.sampled_from(FIELDS), junk | st.just("t"), max_size=5)
-    | st.fixed_dictionaries({"name": st.just("t"), "cards": st.just([{"name": "f"}]), "slots": numbers})
-    | st.fixed_dictionaries({"name": st.just("t"), "free": numbers, "wait": st.just(0)})
+    | st.fixed_dictionaries({"name": st.just("t"), "models": st.just([{"name": "f"}]), "slots": numbers})
+    | st.fixed_dictionaries({"name": st.just("t"), "free_slots": numbers, "wait_seconds": st.just(0)})
 )
 
 
-@given(st.sampled_from(["enlist", "lease", "renew", "tokens", "done", "release"]), bodies)
+@given(st.sampled_from(["register", "lease", "renew", "events", "finish", "answer", "release"]), bodies)
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_garbage_is_refused_and_breaks_nothing(scene, what, body):
     before = scene.state()
     if what == "lease" and isinstance(body, dict):
-        body = body | {"wait": 0}
+        body = body | {"wait_seconds": 0}
     reply = scene.post(THIEF, what, body)
     assert reply.status_code in (200, 400, 404, 409, 413, 415), (body, reply.text)
     assert scene.state() == before
@@ -168,26 +171,26 @@ def test_garbage_is_refused_and_breaks_nothing(scene, what, body):
 @pytest.mark.parametrize(
     "body, why",
     [
-        (b'{"name":"w","parts":[["a",1,0,[["p",0,"",[],[],%b]]]]}' % (b"[" * 5000 + b"]" * 5000), "nested too deep"),
-        (b'{"name":"w","parts":[["a",1,0,[["p",0,"\\ud800"]]]]}', "is not JSON"),
-        (b'{"name":"w","parts":[["a",1,0,[["p",0,"\xff"]]]]}', "is not JSON"),
-        (b'{"name":"w","parts":[["a",1,0,[["p",0,"",[[NaN,""]]]]]]}', "is not JSON"),
-        (b'{"name":"w","parts":[["a",1,0,[["p",-1]]]]}', "parts[0][3][0]"),
-        (b'{"name":"w","parts":[],"more":1}', "more"),
+        (b'{"name":"w","batches":[["a",1,0,[["p",0,"",[],[],%b]]]]}' % (b"[" * 5000 + b"]" * 5000), "nested too deep"),
+        (b'{"name":"w","batches":[["a",1,0,[["p",0,"\\ud800"]]]]}', "is not JSON"),
+        (b'{"name":"w","batches":[["a",1,0,[["p",0,"\xff"]]]]}', "is not JSON"),
+        (b'{"name":"w","batches":[["a",1,0,[["p",0,"",[[NaN,""]]]]]]}', "is not JSON"),
+        (b'{"name":"w","batches":[["a",1,0,[["p",-1]]]]}', "batches[0][3][0]"),
+        (b'{"name":"w","batches":[],"more":1}', "more"),
         (b'{"name":"w"', "is not JSON"),
     ],
 )
 def test_tokens_that_are_none_are_refused(scene, body, why):
     before = scene.state()
-    reply = scene.post(GOOD, "tokens", body)
+    reply = scene.post(GOOD, "events", body)
     assert reply.status_code == 400 and why in reply.text
     assert scene.state() == before
 
 
 def test_a_worker_that_comes_under_another_key_is_another(scene):
-    assert set(scene.site.gateway.crew) >= {"good/w", "thief/w"}
-    assert scene.send(THIEF, "enlist", {"name": "good/w", "cards": [{"name": "fake"}]})["known"] == {}
-    assert "thief/good/w" in scene.site.gateway.crew
+    assert set(scene.site.gateway.workers.sessions) >= {"good/w", "thief/w"}
+    assert scene.send(THIEF, "register", {"name": "good/w", "models": [{"name": "fake"}]})["acknowledged"] == {}
+    assert "thief/good/w" in scene.site.gateway.workers.sessions
     assert scene.beat().worker == "good/w"
 
 
@@ -195,26 +198,26 @@ def test_whoever_comes_again_is_not_given_more_than_its_slots(tmp_path):
     """As the same process, or another of that name: what it still has counts."""
     with site(tmp_path / "jobs.sqlite", lease=600.0) as found:
         gateway, card = found.gateway, ModelInfo("fake")
-        recruit = Recruit("w", (card,), slots=2, run="1")
-        found.do(gateway.enlist(recruit))
+        info = WorkerInfo("w", (card,), slots=2, instance="1")
+        found.do(gateway.leases.register(info))
         streams = [Stream(found.client, f"{n}") for n in range(4)]
         eventually(lambda: found.depths() == (4, 0))
-        leases = found.do(gateway.lease("w", 2, 0)).leases
-        holds = [Hold(lease.job.id, lease.fence) for lease in leases]
+        leases = found.do(gateway.leases.lease("w", 2, 0)).leases
+        holds = [LeaseToken(lease.job.id, lease.fence) for lease in leases]
         assert len(holds) == 2
         for run in ("1", "2"):
-            known = found.do(gateway.enlist(Recruit("w", (card,), slots=2, run=run), holds))
-            assert known == {hold.id: (0, 0) for hold in holds}
-            assert found.do(gateway.lease("w", 2, 0)).leases == ()
+            known = found.do(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance=run), holds))
+            assert known == {lease_token.id: (0, 0) for lease_token in holds}
+            assert found.do(gateway.leases.lease("w", 2, 0)).leases == ()
         assert found.depths() == (2, 2)
         # An answer that never reached the process: nobody is to blame, and another process's loss is one.
-        found.do(gateway.enlist(Recruit("w", (card,), slots=2, run="2"), holds[:1]))
-        assert found.seen(holds[1].id).crashes == 0 and gateway.lost == 0
-        found.do(gateway.enlist(Recruit("w", (card,), slots=2, run="3")))
-        assert found.seen(holds[0].id).crashes == 1 and gateway.lost == 1
+        found.do(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance="2"), holds[:1]))
+        assert found.seen(holds[1].id).crashes == 0 and gateway.leases.expired == 0
+        found.do(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance="3")))
+        assert found.seen(holds[0].id).crashes == 1 and gateway.leases.expired == 1
         for stream in streams:
             found.client.delete(f"/v1/jobs/{stream.job}" if stream.headers else "/v1/jobs/x")
-        for seen in found.do(gateway.store.listed("queued")):
-            found.do(gateway.withdraw(seen.job.id, ""))
+        for seen in found.do(gateway.store.list_jobs("queued")):
+            found.do(gateway.cancel(seen.job.id, ""))
         for stream in streams:
             stream.end()

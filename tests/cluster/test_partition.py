@@ -161,4 +161,4 @@ def test_whatever_is_cut_nothing_is_lost_and_nothing_is_answered_twice(database,
         integrity, left = asyncio.run(checked(database.server.address(database.database)))
     assert not asker.wrong and asker.right.total() > 20 and asker.again > 0, asker.wrong[:3]
     assert (twice, integrity, left) == (0, "ok", {}), done
-    assert "upkeep broke" not in said and '"trace"' not in said
+    assert "periodic task failed" not in said and '"trace"' not in said

@@ -1,4 +1,4 @@
-"""A loaded model to talk to, and one whose numbers overflow."""
+"""Fixtures: a loaded model, and a model whose logits overflow."""
 
 import shutil
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def llm(talker: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="session")
 def overflowing(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that are finite, and so can be loaded, but whose logits are not."""
+    """Return a model with finite weights, so that it can be loaded, but infinite logits."""
     path = tmp_path_factory.mktemp("overflowing") / "model"
     shutil.copytree(talker, path)
     weights = load_file(path / "model.safetensors")

@@ -1,3 +1,5 @@
+"""Conversations: questions, answers, undo, retry, truncation and failures."""
+
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def turns(conversation: Conversation) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in conversation.messages]
 
 
-def test_an_answer_is_what_the_model_says_to_all_that_was_said(llm: LLM) -> None:
+def test_the_model_answers_the_whole_conversation(llm: LLM) -> None:
     conversation = talk(llm, system="Be brief.")
     first = finish(conversation.ask("Hello"))
     second = finish(conversation.ask("And then?"))
@@ -39,8 +41,8 @@ def test_an_answer_is_what_the_model_says_to_all_that_was_said(llm: LLM) -> None
         ("user", "And then?"),
         ("assistant", second),
     ]
-    said = [{"role": "system", "content": "Be brief."}, *conversation.messages[:3]]
-    assert second == llm.chat(said, max_tokens=8, temperature=0.0).text != first
+    prompt = [{"role": "system", "content": "Be brief."}, *conversation.messages[:3]]
+    assert second == llm.chat(prompt, max_tokens=8, temperature=0.0).text != first
 
 
 def test_plain_text_is_continued(llm: LLM) -> None:
@@ -54,19 +56,20 @@ def test_plain_text_is_continued(llm: LLM) -> None:
         Conversation(llm, system="Be brief.", plain=True)
 
 
-def test_statistics(llm: LLM) -> None:
+def test_statistics_of_an_answer(llm: LLM) -> None:
     turn = talk(llm).ask("Hello")
     finish(turn)
     statistics = turn.statistics
     assert (statistics.reason, statistics.tokens) == ("length", 8)
     assert statistics.prompt_tokens == len(llm.encode_chat([{"role": "user", "content": "Hello"}]))
-    assert statistics.first is not None and 0 < statistics.first <= statistics.seconds
+    assert statistics.first_token_seconds is not None
+    assert 0 < statistics.first_token_seconds <= statistics.seconds
     assert str(Statistics("stop", 9, 11, 0.5, 2.5)) == "11 tokens · 5.0 tokens/s · first token 0.50 s"
     assert str(Statistics("cancelled", 9, 0, None, 2.5)) == "0 tokens · stopped"
     assert Statistics("length", 9, 1, 0.5, 0.5).tokens_per_second == 2.0
 
 
-def test_a_stopped_answer_is_kept_as_far_as_it_came(llm: LLM) -> None:
+def test_the_text_of_a_stopped_answer_is_kept(llm: LLM) -> None:
     conversation = talk(llm, settings={"max_tokens": 100})
     with conversation.ask("Hello") as turn:
         for _ in turn:
@@ -76,7 +79,7 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(llm: LLM) -> None:
     assert finish(conversation.ask("Go on"))
 
 
-def test_leaving_in_the_middle_stops_the_answer(llm: LLM) -> None:
+def test_an_exception_in_the_loop_stops_the_answer(llm: LLM) -> None:
     conversation = talk(llm, settings={"max_tokens": 100})
     with pytest.raises(KeyboardInterrupt), conversation.ask("Hello") as turn:
         for _ in turn:
@@ -86,7 +89,7 @@ def test_leaving_in_the_middle_stops_the_answer(llm: LLM) -> None:
     assert finish(conversation.ask("Go on"))
 
 
-def test_a_question_without_any_answer_is_taken_back_and_can_be_asked_again(llm: LLM) -> None:
+def test_a_question_without_an_answer_can_be_retried(llm: LLM) -> None:
     conversation = talk(llm)
     with conversation.ask("Hello") as turn:
         turn.cancel()
@@ -95,7 +98,7 @@ def test_a_question_without_any_answer_is_taken_back_and_can_be_asked_again(llm:
     assert turns(conversation) == [("user", "Hello"), ("assistant", answer)]
 
 
-def test_retry_replaces_the_answer_once_there_is_another(llm: LLM) -> None:
+def test_retry_replaces_the_answer_when_it_has_text(llm: LLM) -> None:
     conversation = talk(llm, settings={"temperature": 5.0})
     before = finish(conversation.ask("Hello"))
     with conversation.retry() as turn:
@@ -109,7 +112,7 @@ def test_undo_and_reset(llm: LLM) -> None:
     conversation = talk(llm, system="Be brief.")
     with pytest.raises(InvalidRequest, match="nothing to undo"):
         conversation.undo()
-    with pytest.raises(InvalidRequest, match="nothing to repeat"):
+    with pytest.raises(InvalidRequest, match="nothing to answer again"):
         conversation.retry()
     finish(conversation.ask("one"))
     finish(conversation.ask("two"))
@@ -119,7 +122,7 @@ def test_undo_and_reset(llm: LLM) -> None:
     assert conversation.messages == [] and conversation.system == "Be brief."
 
 
-def test_settings(llm: LLM) -> None:
+def test_invalid_settings_change_nothing(llm: LLM) -> None:
     conversation = talk(llm)
     conversation.set("top_p", "0.5")
     conversation.set("stop", "END")
@@ -135,7 +138,7 @@ def test_settings(llm: LLM) -> None:
         Conversation(llm, settings={"top_p": 2.0})
 
 
-def test_the_oldest_messages_make_room(llm: LLM) -> None:
+def test_the_oldest_messages_are_dropped(llm: LLM) -> None:
     conversation = talk(llm, system="Be brief.")
     dropped = []
     for number in range(12):
@@ -144,11 +147,11 @@ def test_the_oldest_messages_make_room(llm: LLM) -> None:
         dropped.append(turn.dropped)
         assert turn.statistics.prompt_tokens <= llm.context - 8
     assert dropped[0] == 0 and dropped[-1] > 0 and dropped == sorted(dropped)
-    assert len(conversation.messages) == 24  # all of it can still be saved
+    assert len(conversation.messages) == 24  # dropped messages can still be saved
     shown = [{"role": "system", "content": "Be brief."}, *conversation.messages[dropped[-1] : -1]]
     assert turn.statistics.prompt_tokens == len(llm.encode_chat(shown))
     more = [shown[0], *conversation.messages[dropped[-1] - 2 : -1]]
-    assert len(llm.encode_chat(more)) > llm.context - 8  # nothing went that would have fit
+    assert len(llm.encode_chat(more)) > llm.context - 8  # no message that fits was dropped
     assert conversation.tokens() > llm.context
 
 
@@ -163,17 +166,18 @@ def test_the_answer_gives_way_to_a_long_question(llm: LLM) -> None:
 
 @pytest.mark.parametrize("words", [200, 5000])
 @pytest.mark.parametrize("plain", [False, True])
-def test_what_cannot_fit_is_refused_and_changes_nothing(llm: LLM, words: int, plain: bool) -> None:
+def test_a_question_that_is_too_long_changes_nothing(llm: LLM, words: int, plain: bool) -> None:
     conversation = talk(llm, plain=plain)
     finish(conversation.ask("Hello"))
     before = turns(conversation)
     with pytest.raises(InvalidRequest) as caught:
         conversation.ask("word " * words)
-    assert isinstance(caught.value, PromptTooLong) or words == 5000
+    # A far too long question is rejected by its number of characters, before it is tokenized.
+    assert type(caught.value) is (PromptTooLong if words == 200 else InvalidRequest)
     assert turns(conversation) == before
 
 
-def test_a_very_long_past_is_no_obstacle(llm: LLM) -> None:
+def test_a_very_long_history_is_truncated(llm: LLM) -> None:
     conversation = talk(llm)
     conversation.messages = [
         {"role": role, "content": "word " * 1000} for _ in range(3) for role in ("user", "assistant")
@@ -207,7 +211,7 @@ def test_save_and_load(llm: LLM, tmp_path: Path) -> None:
         (None, NotFound),
     ],
 )
-def test_a_file_that_is_refused_changes_nothing(
+def test_loading_an_invalid_file_changes_nothing(
     llm: LLM, tmp_path: Path, content: str | None, error: type[Exception]
 ) -> None:
     conversation = talk(llm, system="Be brief.")
@@ -220,7 +224,7 @@ def test_a_file_that_is_refused_changes_nothing(
     assert (conversation.system, conversation.messages, conversation.settings) == before
 
 
-def test_numbers_that_overflow(overflowing: Path) -> None:
+def test_numerical_errors_leave_the_conversation_unchanged(overflowing: Path) -> None:
     with LLM.load(overflowing, context=128) as llm:
         conversation = Conversation(llm)
         for ask in (lambda: conversation.ask("Hello"), conversation.retry):
@@ -229,7 +233,7 @@ def test_numbers_that_overflow(overflowing: Path) -> None:
             assert turn.reason == "failed" and conversation.messages == []
 
 
-def test_an_engine_that_was_closed(talker: Path) -> None:
+def test_a_closed_engine_keeps_the_received_text(talker: Path) -> None:
     with LLM.load(talker, context=128) as llm:
         conversation = Conversation(llm, settings={"max_tokens": 100})
         with pytest.raises(EngineStopped), conversation.ask("Hello") as turn:

@@ -1,4 +1,4 @@
-"""A small Mixtral with random weights, and what it says when nothing clever is done."""
+"""Fixtures: a small Mixtral with random weights, and a greedy oracle without a cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Oracle = Callable[[Decoder, Sequence[int], int], list[int]]
 
 @pytest.fixture(scope="session")
 def build() -> Callable[..., Decoder]:
-    """A factory: the same weights each time, with the configuration keys given changed."""
+    """A factory of models with the same weights; keyword arguments change configuration keys."""
 
     def make(**changes: object) -> Decoder:
         raw = {
@@ -54,7 +54,7 @@ def windowed(build: Callable[..., Decoder]) -> Decoder:
 
 @pytest.fixture(scope="session")
 def greedy() -> Oracle:
-    """The ids that follow a prompt when all of it is computed anew for each token, without a cache."""
+    """Greedy decoding that recomputes the whole sequence for each token, without a cache."""
 
     def run(model: Decoder, prompt: Sequence[int], count: int) -> list[int]:
         ids = list(prompt)
@@ -68,7 +68,7 @@ def greedy() -> Oracle:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[tuple[int, ...]]:
-    """Prompts of many lengths, some with a prefix in common."""
+    """Prompts of many lengths, some with a common prefix."""
     draw = torch.Generator().manual_seed(3)
     common = torch.randint(61, (20,), generator=draw).tolist()
     tails = [torch.randint(61, (n,), generator=draw).tolist() for n in (1, 2, 5, 11, 17, 23, 31)]

@@ -50,7 +50,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_wrong_value_is_refused_and_its_field_named(name, value):
+def test_an_invalid_value_is_an_error_that_names_the_field(name, value):
     with pytest.raises(InvalidParameter) as caught:
         Sampling(**{name: value})
     assert caught.value.param == name
@@ -58,7 +58,7 @@ def test_a_wrong_value_is_refused_and_its_field_named(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in RIGHT.items() for value in values])
-def test_a_value_at_the_bound_is_taken(name, value):
+def test_values_at_the_bounds_are_valid(name, value):
     assert getattr(Sampling(**{name: value}), name) == value
 
 
@@ -72,7 +72,7 @@ def test_min_tokens_above_max_tokens_is_refused():
     assert caught.value.param == "min_tokens"
 
 
-def test_what_was_checked_cannot_be_changed_afterwards():
+def test_checked_values_are_copied():
     bias = {1: 1.0}
     sampling = Sampling(logit_bias=bias)
     bias[2] = NAN
@@ -91,7 +91,7 @@ def test_what_was_checked_cannot_be_changed_afterwards():
         ({"priority": 2**31}, "priority"),
     ],
 )
-def test_a_wrong_request_is_refused(change, param):
+def test_an_invalid_request_is_an_error(change, param):
     with pytest.raises(InvalidParameter) as caught:
         Request(**({"ids": (1,)} | change))
     assert caught.value.param == param

@@ -1,4 +1,4 @@
-"""An answer that was begun elsewhere goes on: wherever it is cut, the rest is what it would have been."""
+"""Resumed answers: wherever an answer is cut, its continuation is the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def manual(model, **options):
 
 
 def read(streams):
-    """Return (ids, end) of each stream; the end without what depends on the engine's past."""
+    """Return (ids, Done) of each stream; Done without the fields that depend on the engine's past."""
     out = []
     for stream in streams:
         *tokens, done = stream
@@ -49,7 +49,7 @@ def idle(engine):
 
 
 class Passing:
-    """Allows ids that are 1 more or 1 less, modulo 3, than what was said before, and an end behind 5 of them."""
+    """A constraint: an id differs from the previous one modulo 3, and the answer may end after 5 tokens."""
 
     def __init__(self, most=99):
         self.said, self.most = [], most
@@ -57,11 +57,11 @@ class Passing:
     def mask(self):
         bits = np.zeros(-(-V // 32) * 32, dtype=bool)
         if len(self.said) < self.most:
-            bits[[id for id in range(V) if not self.said or (id - self.said[-1]) % 3]] = True
+            bits[[token_id for token_id in range(V) if not self.said or (token_id - self.said[-1]) % 3]] = True
         return np.packbits(bits, bitorder="little").view(np.int32)
 
-    def accept(self, id):
-        self.said.append(id)
+    def accept(self, token_id):
+        self.said.append(token_id)
 
     @property
     def may_end(self):
@@ -73,7 +73,7 @@ class Passing:
 
 
 class Counted(nn.Module):
-    """A model that knows how many tokens it has run."""
+    """A model that counts the tokens it has run."""
 
     def __init__(self, model):
         super().__init__()
@@ -115,7 +115,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_cut_anywhere_it_goes_on_as_if_nothing_had_happened(kind, way, prompts, request):
+def test_an_answer_resumed_anywhere_is_the_same(kind, way, prompts, request):
     which, options = KINDS[kind]
     model = request.getfixturevalue(which)
     prompt = prompts[4] if "context" not in way else (prompts[4] * 4)[:113]
@@ -130,7 +130,7 @@ def test_cut_anywhere_it_goes_on_as_if_nothing_had_happened(kind, way, prompts, 
         idle(each)
 
 
-def test_several_answers_are_cut_each_in_its_own_place(model, prompts):
+def test_each_of_n_answers_resumes_at_its_own_position(model, prompts):
     whole = ask(prompts[5], temperature=1.0, seed=9, n=3, eos_ids=tuple(range(0, V, 30)))
     first = read(manual(model).submit(whole))
     assert len({tuple(ids) for ids, _ in first}) == 3 and len({len(ids) for ids, _ in first}) > 1
@@ -146,7 +146,7 @@ def test_several_answers_are_cut_each_in_its_own_place(model, prompts):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_in_a_crowd_on_a_small_cache_too(model, prompts, data):
+def test_resumed_answers_are_the_same_on_a_small_cache(model, prompts, data):
     size = data.draw(st.integers(1, 9))
     budget = data.draw(st.integers(6, 40))
     tokens = data.draw(st.integers(80, 160)) // size * size
@@ -169,7 +169,7 @@ def test_in_a_crowd_on_a_small_cache_too(model, prompts, data):
     idle(engine)
 
 
-def test_what_was_drawn_already_comes_at_once_and_without_log_probabilities(model, prompts):
+def test_resumed_tokens_are_sent_at_once_without_logprobs(model, prompts):
     whole = ask(prompts[1], logprobs=2)
     tokens = [event for event in next(iter(manual(model).submit(whole))) if isinstance(event, Token)]
     engine = manual(model)
@@ -182,7 +182,7 @@ def test_what_was_drawn_already_comes_at_once_and_without_log_probabilities(mode
     assert engine.stats().generated_tokens == COUNT - 6
 
 
-def test_it_is_computed_in_one_go_and_shared_as_a_prefix(model, prompts):
+def test_resumed_tokens_are_prefilled_and_cached(model, prompts):
     whole = ask(prompts[6], max_tokens=20)
     [(ids, _)] = read(manual(model).submit(whole))
     counted = Counted(model)
@@ -225,7 +225,7 @@ def test_n_answers_compute_the_prompt_once(model, prompts):
         (replace(ask([1, 2], eos_ids=(EOS,)), finished=frozenset({0})), (7, EOS), "stop", EOS),
     ],
 )
-def test_what_has_ended_ends_without_a_step(model, request_, given, reason, stop_id):
+def test_a_finished_answer_ends_without_a_step(model, request_, given, reason, stop_id):
     counted = Counted(model)
     engine = manual(counted)
     [stream] = engine.submit(replace(request_, resume=(given,)))
@@ -240,7 +240,7 @@ def test_what_has_ended_ends_without_a_step(model, request_, given, reason, stop
     assert counted.ran == 0
 
 
-def test_what_has_ended_takes_no_place_in_the_queue(model):
+def test_a_finished_answer_is_not_queued(model):
     engine = manual(model, limits=Limits(16, 1, queue=1))
     ended = ask([1], max_tokens=1, n=3)
     engine.submit(replace(ended, resume=((7,), (8,))))
@@ -249,7 +249,7 @@ def test_what_has_ended_takes_no_place_in_the_queue(model):
     engine.submit(replace(ended, resume=((7,), (8,), (9,))))
 
 
-def test_a_thread_reads_the_same(model, prompts):
+def test_resumed_answers_are_the_same_with_a_thread(model, prompts):
     whole = ask(prompts[2], temperature=1.0, seed=1, n=2)
     first = read(manual(model).submit(whole))
     with Engine(model, poison=True) as engine:
@@ -258,7 +258,7 @@ def test_a_thread_reads_the_same(model, prompts):
             assert read(engine.submit(replace(whole, resume=given))) == first
 
 
-def test_the_prompts_log_probabilities_come_with_an_answer_that_has_nothing_yet(model, prompts):
+def test_prompt_logprobs_are_not_sent_again_on_resume(model, prompts):
     whole = ask(prompts[3], n=2, prompt_logprobs=1)
     answers = read(manual(model).submit(ask(prompts[3], n=2)))
     for cuts in ((0, 4), (4, 0), (4, 4)):
@@ -299,7 +299,7 @@ class Costly(Passing):
         (ask([1], Costly), ((1, 2, 3),), GrammarError, "too costly"),
     ],
 )
-def test_what_cannot_have_been_said_is_refused_at_submit(model, request_, given, error, match):
+def test_impossible_resumed_tokens_are_errors(model, request_, given, error, match):
     engine = manual(model)
     with pytest.raises(error, match=match) as caught:
         engine.submit(replace(request_, resume=given))

@@ -5,7 +5,7 @@ import torch
 
 from moesaic.engine.blocks import Blocks
 from moesaic.engine.request import Request, Sampling, Token
-from moesaic.engine.runner import SCORED_AT_ONCE, Runner
+from moesaic.engine.runner import SCORED_ROWS, Runner
 from moesaic.engine.scheduler import Limits, Scheduler
 from moesaic.ops import Batch
 
@@ -14,7 +14,7 @@ BAD = 60
 
 @pytest.fixture
 def broken(model):
-    """A model in which one token's embedding is NaN."""
+    """A model in which the embedding of one token is NaN."""
     out = copy.deepcopy(model)
     with torch.no_grad():
         next(out.embed.weight.parameters())[BAD] = torch.nan
@@ -35,7 +35,7 @@ def add(scheduler, ids, **sampling):
 def test_only_the_broken_sequence_fails(broken, model, greedy):
     runner, scheduler = make(broken)
     good, bad, other = (add(scheduler, ids) for ids in ([1, 2, 3], [4, BAD, 5, 6], [7, 8]))
-    outcome = runner.run(scheduler.next())
+    outcome = runner.run(scheduler.schedule())
     assert outcome.failed == {bad}
     for sequence in (good, other):
         [token] = outcome.tokens[sequence]
@@ -43,25 +43,25 @@ def test_only_the_broken_sequence_fails(broken, model, greedy):
     assert bad not in outcome.tokens
 
 
-def test_a_broken_piece_of_a_prompt_is_seen_before_it_can_be_shared(broken):
+def test_a_broken_prompt_chunk_is_never_shared(broken):
     runner, scheduler = make(broken, batch_tokens=8)
     bad = add(scheduler, [1, 2, BAD, *range(20)])
-    step = scheduler.next()
+    step = scheduler.schedule()
     assert not step.runs[0].samples
     assert runner.run(step).failed == {bad}
 
 
-def test_infinite_logits_of_a_sound_hidden_state_fail(model):
+def test_infinite_logits_of_a_finite_hidden_state_fail(model):
     inf = copy.deepcopy(model)
     with torch.no_grad():
         next(inf.head.weight.parameters())[3] = torch.inf
     runner, scheduler = make(inf)
     bad = add(scheduler, [1, 2, 3])
-    assert runner.run(scheduler.next()).failed == {bad}
+    assert runner.run(scheduler.schedule()).failed == {bad}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_wiping_leaves_no_trace_and_touches_nothing_else(model, dtype):
+def test_wipe_clears_only_the_given_blocks(model, dtype):
     runner, _ = make(model, blocks=3, dtype=dtype)
     before = [part.clone() for part in runner.cache.tensors()]
     runner.wipe([0, 2])
@@ -84,15 +84,15 @@ def test_the_cache_has_the_models_shape(model, poison, dtype):
 
 
 @pytest.mark.parametrize("batch_tokens", [8, 13, 256])
-@pytest.mark.parametrize("length", [1, 2, SCORED_AT_ONCE + 1, SCORED_AT_ONCE + 30])
-def test_the_prompts_logprobs_are_those_of_the_whole_text(model, batch_tokens, length):
+@pytest.mark.parametrize("length", [1, 2, SCORED_ROWS + 1, SCORED_ROWS + 30])
+def test_prompt_logprobs_do_not_depend_on_chunking(model, batch_tokens, length):
     ids = torch.randint(61, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     runner, scheduler = make(model, batch_tokens)
     add(scheduler, ids, prompt_logprobs=2, max_tokens=1)
     events = []
     while not events:
-        step = scheduler.next()
-        events = scheduler.commit(step, runner.run(step))
+        step = scheduler.schedule()
+        events = scheduler.update(step, runner.run(step))
     prompt = events[0][1][0]
     with torch.inference_mode():
         expected = model.logits(model(Batch.whole([ids]))).log_softmax(-1)

@@ -36,7 +36,7 @@ def column(*values):
     return torch.tensor(values)[:, None]
 
 
-def test_the_whole_chain_has_the_order_of_transformers():
+def test_sampling_steps_have_the_order_of_transformers():
     # Parameters for which another order of the truncations, or of temperature, keeps other tokens.
     s = Sampling(0.6, 12, 0.8, 0.03, 0.75, 1.4, logit_bias={3: 4.0, 9: -100.0, 11: 2.5}, min_tokens=5)
     seq = sequence(s, answer=(7, 8, 7, 11), eos_ids=(11, 12))
@@ -68,9 +68,9 @@ def test_frequency_and_presence_count_the_answer_only():
     seq = sequence(Sampling(frequency_penalty=0.5, presence_penalty=-1.5), answer=(7, 9, 7, 7), prompt=(7, 20))
     row = rows(1)[0]
     expected = row.clone()
-    for id in range(V):
-        count = [7, 9, 7, 7].count(id)
-        expected[id] -= 0.5 * count + (-1.5 if count else 0.0)
+    for token_id in range(V):
+        count = [7, 9, 7, 7].count(token_id)
+        expected[token_id] -= 0.5 * count + (-1.5 if count else 0.0)
     torch.testing.assert_close(sampler.adjust(row, seq), expected)
 
 
@@ -81,7 +81,7 @@ def test_repetition_counts_prompt_and_answer_once():
     torch.testing.assert_close(sampler.adjust(row[0].clone(), seq), expected)
 
 
-def test_no_end_before_the_minimum():
+def test_no_stop_id_before_min_tokens():
     logits = torch.zeros(1, V)
     logits[0, 5], logits[0, 6], logits[0, 7] = 9.0, 8.0, 7.0
     s = Sampling(temperature=0, min_tokens=2, stop_token_ids=(6,))
@@ -90,7 +90,7 @@ def test_no_end_before_the_minimum():
         assert sampler.sample(logits, [seq])[seq] == [Token(expected)]
 
 
-def test_greedy_rows_and_drawn_rows_share_a_call_and_do_not_touch_the_logits():
+def test_greedy_and_drawn_rows_share_a_call():
     logits = rows(4)
     before = logits.clone()
     settings = [
@@ -110,7 +110,7 @@ def test_greedy_rows_and_drawn_rows_share_a_call_and_do_not_touch_the_logits():
     assert torch.equal(logits, before)
 
 
-def test_a_small_temperature_neither_overflows_nor_leaves_the_likeliest():
+def test_a_low_temperature_selects_the_likeliest():
     logits = rows(1) * 1e4
     seq = sequence(Sampling(temperature=2e-4))
     assert sampler.sample(logits, [seq])[seq][0].id == int(logits.argmax())
@@ -137,7 +137,7 @@ def test_consecutive_draws_and_answers_of_one_seed_are_independent():
         assert abs(float(torch.corrcoef(torch.stack([x[:-1], x[1:]]))[0, 1])) < 0.15
 
 
-def test_the_extreme_numbers_draw_tokens_that_have_mass(monkeypatch):
+def test_extreme_numbers_draw_tokens_with_mass(monkeypatch):
     logits = torch.full((1, V), -math.inf)
     logits[0, 3], logits[0, 40] = 1.0, 1.0
     seq = sequence()
@@ -166,7 +166,7 @@ def test_the_extreme_numbers_draw_tokens_that_have_mass(monkeypatch):
         max_size=6,
     )
 )
-def test_a_row_gets_the_same_alone_and_in_company(samplings):
+def test_a_row_does_not_depend_on_the_batch(samplings):
     logits = rows(len(samplings), scale=1.0)
     seqs = [sequence(s, answer=(6, 6), eos_ids=(8,), seed=i) for i, s in enumerate(samplings)]
     together = sampler.sample(logits, seqs)
@@ -183,17 +183,19 @@ def test_reported_logprobs_are_the_models_own():
     assert token.id == 4
     assert token.logprob == pytest.approx(float(expected[4]))
     values, ids = expected.sort(descending=True)
-    assert [id for id, _ in token.top] == ids[:3].tolist()
+    assert [token_id for token_id, _ in token.top] == ids[:3].tolist()
     assert [value for _, value in token.top] == pytest.approx(values[:3].tolist())
 
 
 def test_ties_among_the_likeliest_go_to_the_lower_id():
     logits = torch.zeros(2, V)
     logits[:, 30] = 1.0
-    assert [[id for id, _ in token.top] for token in sampler.report(logits, [0, 30], 4)] == [[30, 0, 1, 2]] * 2
+    assert [[token_id for token_id, _ in token.top] for token in sampler.report(logits, [0, 30], 4)] == [
+        [30, 0, 1, 2]
+    ] * 2
 
 
-def test_no_more_likeliest_than_there_are_tokens():
+def test_top_is_limited_to_the_vocabulary():
     [token] = sampler.report(torch.zeros(1, 3), [0], 20)
     assert len(token.top) == 3
     assert sampler.report(torch.zeros(1, 3), [0], 0)[0].top == ()

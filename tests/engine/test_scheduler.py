@@ -12,7 +12,7 @@ from moesaic.errors import InvalidParameter, Overloaded, PromptTooLong
 
 
 def says(ids):
-    """The next token of a model that looks at all it was told; 0 is EOS."""
+    """Return the next token of a fake model, a function of all ids; 0 is EOS."""
     return hash(tuple(ids)) % 11
 
 
@@ -26,7 +26,7 @@ def answer(request, limit):
 
 
 class World:
-    """A scheduler, and a cache that remembers for each slot which prefix was written there."""
+    """A scheduler, and a fake cache that records which prefix was written to each slot."""
 
     def __init__(self, count, size, limits, context=200, window=None):
         self.scheduler = Scheduler(Blocks(count, size), limits, context, window)
@@ -40,17 +40,17 @@ class World:
         sequences = self.scheduler.prepare(request, 0)
         self.scheduler.add(sequences)
         self.live += [sequence for sequence in sequences if not sequence.ended]
-        self.events |= {sequence: [*sequence.begun] for sequence in sequences}
+        self.events |= {sequence: [*sequence.resumed_events] for sequence in sequences}
         return sequences
 
     def start(self):
-        step = self.scheduler.next()
+        step = self.scheduler.schedule()
         if step:
             self.write(step)
         return step
 
     def write(self, step):
-        """Do what a model would with the cache, and see that nobody writes where another reads."""
+        """Use the cache as a model would, and assert that no sequence writes to a shared block."""
         slots = [self.slot(run.sequence, p) for run in step.runs for p in self.places(run)]
         assert len(set(slots)) == len(slots), "a slot is used twice in a step"
         assert len({run.sequence for run in step.runs}) == len(step.runs)
@@ -67,25 +67,25 @@ class World:
             first = 0 if self.window is None else max(0, sequence.cached - self.window + 1)
             for p in range(first, end):
                 seen = self.memory[self.slot(sequence, p)]
-                assert seen == (sequence.request.salt, tuple(sequence.ids[: p + 1])), "a place holds another prefix"
+                assert seen == (sequence.request.salt, tuple(sequence.ids[: p + 1])), "a slot holds another prefix"
 
     def places(self, run):
         return range(run.sequence.cached, run.sequence.cached + run.count)
 
     def slot(self, sequence, p):
         block = sequence.table[p // self.size]
-        assert block >= 0, "a place that is needed was given back"
+        assert block >= 0, "a visible block was freed"
         return block * self.size + p % self.size
 
     def finish(self, step):
         tokens = {run.sequence: [Token(says(run.sequence.ids))] for run in step.runs if run.samples}
         scores = {run.sequence: self.scores(run) for run in step.runs if run.sequence.scores_prompt}
-        for sequence, events in self.scheduler.commit(step, Outcome(tokens, scores)):
+        for sequence, events in self.scheduler.update(step, Outcome(tokens, scores)):
             self.tell(sequence, events)
 
     def scores(self, run):
-        """What follows in the prompt on each token of this run."""
-        return [Token(id) for id in run.sequence.request.ids[run.sequence.cached + 1 :][: run.count]]
+        """Return the prompt tokens that follow the tokens of this run."""
+        return [Token(token_id) for token_id in run.sequence.request.ids[run.sequence.cached + 1 :][: run.count]]
 
     def tell(self, sequence, events):
         assert not any(isinstance(event, Done) for event in self.events[sequence]), "something comes after Done"
@@ -102,7 +102,7 @@ class World:
         while (step := self.start()) is not None:
             self.finish(step)
             steps -= 1
-            assert steps, "somebody starves"
+            assert steps, "a sequence starves"
 
     def check(self):
         self.scheduler.blocks.check(sequence.table for sequence in self.scheduler.sequences())
@@ -134,11 +134,11 @@ class Machine(RuleBasedStateMachine):
         size=st.integers(1, 8),
         sequences=st.integers(1, 6),
         extra=st.integers(0, 20),
-        patience=st.integers(1, 50),
+        aging_steps=st.integers(1, 50),
         window=st.none() | st.integers(1, 12),
     )
-    def begin(self, count, size, sequences, extra, patience, window):
-        limits = Limits(sequences + extra, sequences, queue=12, patience=patience)
+    def begin(self, count, size, sequences, extra, aging_steps, window):
+        limits = Limits(sequences + extra, sequences, queue=12, aging_steps=aging_steps)
         self.world = World(count, size, limits, context=60, window=window)
         self.step = None
 
@@ -212,7 +212,7 @@ def counts(step):
     return {run.sequence.arrival: run.count for run in step.runs}
 
 
-def test_a_long_prompt_runs_in_pieces_beside_the_answers_of_others():
+def test_a_long_prompt_runs_in_chunks_beside_decoding():
     w = world(batch_tokens=8)
     [first] = w.submit([1, 2], max_tokens=10, ignore_eos=True)
     w.finish(w.start())
@@ -234,7 +234,7 @@ def test_an_older_prompt_leaves_every_running_sequence_a_token():
     assert counts(w.start()) == {0: 1, 1: 7}
 
 
-def test_the_lower_number_goes_first_and_arrival_decides_within_one():
+def test_order_is_by_priority_then_arrival():
     w = world(sequences=1)
     arrivals = [w.submit([1, 2], priority=p, max_tokens=1)[0] for p in (1, 0, 1, -5, 0)]
     order = []
@@ -244,7 +244,7 @@ def test_the_lower_number_goes_first_and_arrival_decides_within_one():
     assert order == [3, 1, 4, 0, 2]
 
 
-def test_a_better_priority_takes_the_seat_of_a_worse_one_but_never_of_an_equal():
+def test_only_a_better_priority_preempts():
     w = world(sequences=1)
     [low] = w.submit([1] * 6, priority=3, max_tokens=8)
     w.finish(w.start())
@@ -263,7 +263,7 @@ def test_a_better_priority_takes_the_seat_of_a_worse_one_but_never_of_an_equal()
     assert w.events[low][-1].cached_tokens == 0, "its own blocks are no gift of the prefix cache"
 
 
-def test_under_pressure_the_last_in_order_is_preempted_and_the_answers_are_the_same():
+def test_memory_pressure_preempts_the_last_in_order():
     w = world(count=6, size=2, sequences=3)
     a, b = (w.submit([n] * 4, max_tokens=8)[0] for n in (1, 2))
     w.drain()
@@ -271,7 +271,7 @@ def test_under_pressure_the_last_in_order_is_preempted_and_the_answers_are_the_s
     w.check_answers()
 
 
-def test_a_newcomer_is_not_let_in_only_to_be_preempted():
+def test_a_new_sequence_is_not_admitted_to_be_preempted():
     w = world(count=6, size=2, sequences=3, batch_tokens=16)
     w.submit([1] * 6, max_tokens=6)
     w.finish(w.start())  # holds 3 of 6 blocks, and will need a fourth next
@@ -280,7 +280,7 @@ def test_a_newcomer_is_not_let_in_only_to_be_preempted():
     assert second.table == []
 
 
-def test_cached_blocks_that_a_newcomer_reuses_are_not_room_to_grow_into():
+def test_reused_cached_blocks_do_not_count_as_available():
     w = world(count=6, size=2, sequences=3)
     w.submit([2] * 4, max_tokens=1)
     w.finish(w.start())  # leaves 2 known blocks
@@ -291,7 +291,7 @@ def test_cached_blocks_that_a_newcomer_reuses_are_not_room_to_grow_into():
     assert third.table == []
 
 
-def test_nobody_is_let_in_while_those_before_it_fill_the_step():
+def test_no_admission_while_earlier_sequences_fill_the_step():
     w = world(batch_tokens=8)
     w.submit([1] * 20)
     w.submit([2] * 4)
@@ -308,8 +308,8 @@ def test_the_prompts_logprobs_survive_a_preemption():
     w.check_answers()
 
 
-def test_nobody_waits_longer_than_the_patience_behind_better_priorities():
-    w = world(sequences=1, patience=20, queue=1000)
+def test_aging_bounds_the_wait_behind_better_priorities():
+    w = world(sequences=1, aging_steps=20, queue=1000)
     [low] = w.submit([2, 2], priority=9, max_tokens=5)
     for _ in range(100):
         w.submit([1, 2], priority=0, max_tokens=1)
@@ -320,8 +320,8 @@ def test_nobody_waits_longer_than_the_patience_behind_better_priorities():
     assert 20 <= w.scheduler.steps <= 30
 
 
-def test_a_sequence_that_runs_is_preempted_by_priority_only_until_it_aged():
-    w = world(sequences=1, patience=5, queue=1000)
+def test_an_aged_sequence_is_not_preempted_by_priority():
+    w = world(sequences=1, aging_steps=5, queue=1000)
     [low] = w.submit([1, 2], priority=9, max_tokens=50, ignore_eos=True)
     for _ in range(200):
         w.submit([1, 2], priority=0, max_tokens=1)
@@ -349,7 +349,7 @@ def test_followers_wait_for_the_leader_and_reuse_its_prompt():
     assert [events[-1].cached_tokens for events in w.events.values()] == [0, 16, 16]
 
 
-def test_followers_do_not_wait_for_a_leader_that_is_gone():
+def test_followers_do_not_wait_for_an_ended_leader():
     w = world()
     leader, follower = w.submit([1] * 5, n=2, max_tokens=3)
     w.cancel(leader)
@@ -364,7 +364,7 @@ def test_the_last_prompt_token_always_runs():
     assert w.events[sequence][-1].cached_tokens == 4
 
 
-def test_a_follow_up_finds_the_whole_conversation():
+def test_a_follow_up_reuses_the_whole_conversation():
     w = world()
     [first] = w.submit([1] * 6, max_tokens=7, ignore_eos=True)
     w.drain()
@@ -373,7 +373,7 @@ def test_a_follow_up_finds_the_whole_conversation():
     assert w.events[second][-1].cached_tokens == (len(first.ids) - 1) // 4 * 4
 
 
-def test_salts_keep_tenants_apart():
+def test_salts_isolate_tenants():
     w = world()
     for salt, hits in (("a", 0), ("b", 0), ("a", 8), ("", 0)):
         [sequence] = w.submit([1] * 9, salt=salt, max_tokens=1)
@@ -381,7 +381,7 @@ def test_salts_keep_tenants_apart():
         assert w.events[sequence][-1].cached_tokens == hits
 
 
-def test_cancelling_frees_blocks_at_once_also_during_a_step():
+def test_cancel_frees_blocks_at_once_even_during_a_step():
     w = world()
     [a] = w.submit([1] * 9, max_tokens=5)
     [b] = w.submit([2] * 9, max_tokens=5)
@@ -396,7 +396,7 @@ def test_cancelling_frees_blocks_at_once_also_during_a_step():
     assert w.start() is None
 
 
-def test_what_a_failed_sequence_held_is_not_found_again():
+def test_blocks_of_a_failed_sequence_leave_the_prefix_cache():
     w = world()
     [a] = w.submit([1] * 9, max_tokens=5)
     w.finish(w.start())
@@ -407,7 +407,7 @@ def test_what_a_failed_sequence_held_is_not_found_again():
     assert w.events[b][-1].cached_tokens == 0
 
 
-def test_of_a_failed_sequence_only_what_nobody_else_holds_is_to_be_wiped():
+def test_only_unreferenced_blocks_of_a_failure_are_wiped():
     w = world()
     leader, follower = w.submit([1] * 9, n=2, max_tokens=5, ignore_eos=True)
     w.finish(w.start())
@@ -417,7 +417,7 @@ def test_of_a_failed_sequence_only_what_nobody_else_holds_is_to_be_wiped():
     assert w.scheduler.fail(leader) == own[::-1]
 
 
-def test_a_window_gives_back_what_it_left_behind():
+def test_blocks_outside_the_window_are_freed():
     w = world(count=5, size=2, context=100, window=5, batch_tokens=4)
     [a] = w.submit([1] * 30, max_tokens=20, ignore_eos=True)
     w.drain()
@@ -426,11 +426,11 @@ def test_a_window_gives_back_what_it_left_behind():
     w.check_answers()
 
 
-def test_a_window_wider_than_the_cache_does_not_stretch_it():
+def test_a_window_wider_than_the_cache_adds_no_capacity():
     assert world(count=5, size=2, context=100, window=30).scheduler.capacity == 10
 
 
-def test_an_answer_is_clipped_to_what_fits():
+def test_an_answer_is_limited_to_the_capacity():
     w = world(count=2, size=4)
     [a] = w.submit([1] * 5, max_tokens=100, stop_token_ids=(), ignore_eos=True)
     w.drain()
@@ -439,7 +439,7 @@ def test_an_answer_is_clipped_to_what_fits():
 
 
 @pytest.mark.parametrize(("count", "context", "limit"), [(2, 100, 7), (10, 6, 5)])
-def test_what_can_never_fit_is_refused(count, context, limit):
+def test_a_prompt_that_can_never_fit_is_an_error(count, context, limit):
     w = world(count=count, size=4, context=context)
     w.submit([1] * limit)
     with pytest.raises(PromptTooLong) as caught:
@@ -447,7 +447,7 @@ def test_what_can_never_fit_is_refused(count, context, limit):
     assert (caught.value.tokens, caught.value.limit) == (limit + 1, limit)
 
 
-def test_a_full_queue_refuses():
+def test_a_full_queue_rejects():
     w = world(queue=3, queue_tokens=10)
     w.submit([1], n=2)
     with pytest.raises(Overloaded):
@@ -458,12 +458,12 @@ def test_a_full_queue_refuses():
     w.submit([1] * 8)
 
 
-def test_one_long_prompt_is_taken_by_an_empty_queue():
+def test_an_empty_queue_accepts_one_long_prompt():
     w = world(queue_tokens=10)
     w.submit([1] * 20)
 
 
-@pytest.mark.parametrize("change", [{"batch_tokens": 3}, {"queue": 0}, {"patience": 0}, {"sequences": -1}])
-def test_wrong_limits_are_refused(change):
+@pytest.mark.parametrize("change", [{"batch_tokens": 3}, {"queue": 0}, {"aging_steps": 0}, {"sequences": -1}])
+def test_invalid_limits_are_errors(change):
     with pytest.raises(InvalidParameter):
         Limits(**({"batch_tokens": 8, "sequences": 4} | change))

@@ -1,4 +1,4 @@
-"""The same tiny model twice, for every choice that changes the computation."""
+"""Fixtures: the same tiny model in transformers and here, for every option that changes the computation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.models import CASES, ours, theirs
 
 @pytest.fixture(scope="session", params=CASES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """transformers' model, ours, and the checkpoint that both were made from."""
+    """The model of transformers, ours, and the checkpoint of both."""
     model = theirs(*CASES[request.param])
     folder = tmp_path_factory.mktemp("pair")
     model.save_pretrained(folder)

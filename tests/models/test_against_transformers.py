@@ -1,4 +1,4 @@
-"""Logits and greedy answers equal transformers', over every choice that changes the computation."""
+"""Logits and greedy answers equal those of transformers, for every option that changes the computation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_greedy_ids(pair):
 
 @pytest.mark.parametrize("case", ["mixtral-top2-of-8", "llama-3.1-rope", "mistral-window"])
 def test_bfloat16_logprobs_are_close(case, tmp_path):
-    """At the first divergence, each side's token is among the other's five likeliest."""
+    """At the first difference, the token of each side is among the five likeliest of the other."""
     model = theirs(*CASES[case]).bfloat16()
     model.save_pretrained(tmp_path)
     mine = ours(tmp_path, "bfloat16")

@@ -1,4 +1,4 @@
-"""Configurations are read by allow-list: what may change the computation and is not known is refused by name."""
+"""Configurations are read strictly: an unknown key that may change the computation is an error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(**changes: object) -> models.Decoder:
         ({"architectures": ["MixtralForSequenceClassification"], "id2label": {"a": 1}}, "id2label"),
     ],
 )
-def test_refused_by_name(changes, named):
+def test_unknown_values_are_errors_that_name_the_key(changes, named):
     with pytest.raises(ConfigError) as caught:
         build(**changes)
     assert named in str(caught.value)
@@ -56,11 +56,11 @@ def test_refused_by_name(changes, named):
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}, ""])
-def test_an_unknown_key_that_asks_for_nothing_is_passed_over(value):
+def test_an_unknown_empty_key_is_ignored(value):
     build(some_new_switch=value)
 
 
-def test_what_an_absent_key_means_depends_on_the_family():
+def test_defaults_depend_on_the_family():
     assert build(model_type="mistral").window == 4096
     assert build(model_type="mistral", sliding_window=None).window is None
     assert build(model_type="mixtral").window is None
@@ -70,7 +70,7 @@ def test_what_an_absent_key_means_depends_on_the_family():
     assert build(model_type="mixtral", num_attention_heads=16, num_key_value_heads=...).shape.num_kv_heads == 8
 
 
-def test_both_vocabularies_of_rope_say_the_same():
+def test_old_and_new_rope_keys_are_equivalent():
     old = {key: value for key, value in LLAMA31.items() if key not in ("rope_type", "rope_theta")}
     new = build(rope_parameters=LLAMA31).shape.rope
     assert new.kind == "llama3"
@@ -90,7 +90,7 @@ def test_mixtral_8x7b_has_its_published_size():
     assert sum(parameter.numel() for parameter in model.parameters()) == 46_702_792_704
 
 
-def test_a_format_is_chosen_for_all_roles_for_some_or_by_a_preset():
+def test_choose_accepts_formats_roles_and_presets():
     def chosen(text):
         return {role: each.name for role, each in models.choose(text, "bfloat16").items()}
 
@@ -103,6 +103,6 @@ def test_a_format_is_chosen_for_all_roles_for_some_or_by_a_preset():
 
 
 @pytest.mark.parametrize("text", ["", "q5", "experts=q4", "experts=", "norms=int8", "embedding=int8", "int4,,"])
-def test_a_format_that_is_not_there(text):
+def test_an_unknown_format_is_an_error(text):
     with pytest.raises(InvalidParameter, match="format"):
         models.choose(text, "bfloat16")

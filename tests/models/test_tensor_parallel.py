@@ -1,4 +1,4 @@
-"""Two ranks that hold half of a model each, joined by gloo, compute what one rank with the whole computes."""
+"""Two ranks with half of a model each, connected by gloo, give the results of one rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IDS = [[1, 5, 9, 33, 2, 7, 61], [4, 4, 8]]
 def rank(number: int, folder: Path, out: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{out}/meeting", rank=number, world_size=2)
     try:
-        with checkpoints.open(folder) as checkpoint:
+        with checkpoints.open_checkpoint(folder) as checkpoint:
             model = models.build(
                 checkpoint.config,
                 folder,
@@ -26,7 +26,7 @@ def rank(number: int, folder: Path, out: Path) -> None:
                 dtype=torch.float32,
                 group=Group(number, 2),
             )
-            checkpoints.fill(model.slots(), checkpoint)
+            checkpoints.load_weights(model.slots(), checkpoint)
         with torch.inference_mode():
             logits = model.logits(model(Batch.whole(IDS)))
         held = sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""The same tests on every device there is."""
+"""Fixtures that run each test on every available device."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")
     torch.set_default_device(request.param)
-    torch.manual_seed(0)  # whatever ran before
+    torch.manual_seed(0)
     yield request.param
     torch.set_default_device(None)

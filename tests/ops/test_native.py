@@ -1,24 +1,27 @@
-"""What the compiled kernels promise beyond the ops' contract: the same bits, whatever the company."""
+"""The compiled kernels: bits that do not depend on the batch, the threads or the instruction set."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from moesaic import formats
+from moesaic import formats, registry
 from moesaic.ops import Batch, Cache, native, reference
 from tests.support.require import require
 
 require(shutil.which("c++") or not native.why_not("linear", "cpu", "int4"), "no C++ compiler is installed")
 
-FORMATS = sorted(native.FORMATS)
+FORMATS = sorted(native.formats())
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -28,22 +31,22 @@ def on_cpu(device):
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def restore_settings():
     isa = native.instruction_set()
     yield
     native.use_instruction_set(isa)
     native.set_threads(len(os.sched_getaffinity(0)))
 
 
-def weights(format, experts=4, d=320, f=200):
-    packed = formats.load(format)
+def weights(weight_format, experts=4, d=320, f=200):
+    packed = formats.load(weight_format)
     return [packed.pack(torch.randn(experts, *shape) / 8) for shape in ((f, d), (f, d), (d, f))]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_token_gets_the_same_bits_alone_and_in_a_crowd(format, dtype):
-    weight = formats.load(format).pack(torch.randn(70, 900))
+def test_linear_bits_do_not_depend_on_the_batch(weight_format, dtype):
+    weight = formats.load(weight_format).pack(torch.randn(70, 900))
     x = torch.randn(61, 900).to(dtype)
     together = native.linear(x, weight)
     assert together.dtype == dtype and together.isfinite().all()
@@ -52,9 +55,9 @@ def test_a_token_gets_the_same_bits_alone_and_in_a_crowd(format, dtype):
             assert torch.equal(native.linear(x[begin : begin + count], weight), together[begin : begin + count])
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_experts_too(format):
-    gate, up, down = weights(format)
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_experts_bits_do_not_depend_on_the_batch(weight_format):
+    gate, up, down = weights(weight_format)
     x, scores = torch.randn(50, 320), torch.rand(50, 2)
     ids = torch.stack([torch.randperm(4)[:2] for _ in range(50)])
     together = native.experts(x, gate, up, down, ids, scores)
@@ -63,9 +66,9 @@ def test_experts_too(format):
         assert torch.equal(native.experts(x[part], gate, up, down, ids[part], scores[part]), together[part])
 
 
-@pytest.mark.parametrize("format", [name for name in FORMATS if name.startswith("int")])
-def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(format):
-    gate, up, down = weights(format)
+@pytest.mark.parametrize("weight_format", [name for name in FORMATS if name.startswith("int")])
+def test_experts_bits_do_not_depend_on_isa_or_threads(weight_format):
+    gate, up, down = weights(weight_format)
     for tokens in (1, 2, 4, 30):
         x, scores = torch.randn(tokens, 320), torch.rand(tokens, 2)
         ids = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
@@ -80,7 +83,7 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(format)
         assert all(torch.equal(each, found[0]) for each in found)
 
 
-def test_nan_and_infinity_stay_with_their_token():
+def test_nan_and_infinity_affect_only_their_token():
     weight = formats.load("int4").pack(torch.randn(40, 300))
     x = torch.randn(20, 300)
     clean = native.linear(x, weight)
@@ -91,7 +94,7 @@ def test_nan_and_infinity_stay_with_their_token():
     assert torch.equal(found[others], clean[others])
 
 
-def test_columns_of_zeros():
+def test_zero_weights_and_zero_activations():
     weight = formats.load("int4").pack(torch.zeros(40, 300))
     assert not native.linear(torch.randn(3, 300), weight).any()
     weight = formats.load("int4").pack(torch.randn(40, 300))
@@ -101,7 +104,7 @@ def test_columns_of_zeros():
 def stepwise(backend, cuts, q, k, v, cache_dtype, window, block=16):
     """Attention in steps up to the lengths in ``cuts``, in scattered blocks of a poisoned cache.
 
-    q, k and v are those of whole sequences. Returns the answer of each, and the cache.
+    q, k and v are lists with one tensor per complete sequence. Return the output of each sequence, and the cache.
     """
     needed = [-(-len(each) // block) for each in q]
     blocks = torch.randperm(sum(needed) + 2, generator=torch.Generator().manual_seed(2)).split([*needed, 2])
@@ -148,7 +151,7 @@ HEADS = [(8, 2, 128), (4, 4, 64), (3, 1, 40), (8, 1, 96), (6, 2, 33), (20, 1, 64
 @pytest.mark.parametrize("cache_dtype", CACHES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), HEADS)
 def test_attention_equals_the_reference_for_prefill_and_decode(heads, kv_heads, size, cache_dtype, window):
-    """A long prompt in two chunks beside a sequence that decodes, in scattered blocks of a poisoned cache."""
+    """A long prompt in two chunks beside a decoding sequence, in scattered blocks of a poisoned cache."""
     cuts = [[70, 89, 0], [150, 90, 37]]
     inputs = drawn(cuts[-1], heads, kv_heads, size)
     expected, stored = stepwise(reference, cuts, *inputs, cache_dtype, window)
@@ -162,9 +165,7 @@ def test_attention_equals_the_reference_for_prefill_and_decode(heads, kv_heads, 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "cache_dtype"), [(8, 2, 64, torch.int8), (3, 1, 40, torch.bfloat16)]
 )
-def test_attention_gives_the_same_bits_in_pieces_in_a_crowd_and_with_any_number_of_threads(
-    heads, kv_heads, size, cache_dtype
-):
+def test_attention_bits_do_not_depend_on_chunks_batch_or_threads(heads, kv_heads, size, cache_dtype):
     lengths = [1040, 530, 3]
     inputs = drawn(lengths, heads, kv_heads, size, torch.bfloat16)
     for window in (None, 600):
@@ -181,7 +182,7 @@ def test_attention_gives_the_same_bits_in_pieces_in_a_crowd_and_with_any_number_
             assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
 
 
-def test_every_instruction_set_gives_attention_the_same_bits():
+def test_attention_bits_do_not_depend_on_the_isa():
     cuts = [[70, 69, 0], [75, 70, 37]]
     for heads, kv_heads, size in HEADS[2:5]:
         inputs = drawn(cuts[-1], heads, kv_heads, size)
@@ -195,8 +196,8 @@ def test_every_instruction_set_gives_attention_the_same_bits():
                 assert all(torch.equal(one, other) for one, other in zip(answer, answers[0], strict=True))
 
 
-def test_attention_rounds_what_an_int8_cache_holds_as_the_reference_does():
-    """Rows of zeros, of tiny, huge and odd numbers, of exact halves, and with something that is not finite."""
+def test_int8_cache_is_rounded_like_the_reference():
+    """Rows of zeros, of tiny and huge numbers, of exact halves, and with non-finite values."""
     rows = torch.randn(12, 2, 40) * torch.logspace(-45, 37, 12)[:, None, None]
     rows[3] = 0
     rows[4, 0] = torch.arange(40) - 20.5
@@ -220,7 +221,7 @@ def test_attention_without_a_cache():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_of_activations(dtype):
+def test_norm_and_rope_support_other_dtypes(dtype):
     x, weight = torch.randn(5, 48).to(dtype), torch.rand(48)
     found = native.rms_norm(x, weight, 1e-5)
     assert found.dtype == dtype
@@ -231,7 +232,7 @@ def test_other_dtypes_of_activations(dtype):
     )
 
 
-def test_two_callers_at_once():
+def test_concurrent_callers():
     gate, up, down = weights("int4")
     x, ids, scores = torch.randn(8, 320), torch.randint(0, 4, (8, 1)), torch.rand(8, 1)
     expected = native.experts(x, gate, up, down, ids, scores)
@@ -250,7 +251,7 @@ def test_two_callers_at_once():
     assert not wrong
 
 
-def test_a_forked_child_makes_its_own_threads():
+def test_a_forked_child_starts_its_own_threads():
     program = """
 import os, torch
 from moesaic import formats
@@ -266,9 +267,26 @@ raise SystemExit(os.waitpid(child, 0)[1])
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60).returncode == 0
 
 
-def test_gradients_go_by_the_reference():
+def test_gradients_use_the_reference_backend():
     from moesaic import ops
 
     x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8)
     ops.rms_norm(x, weight, 1e-5).sum().backward()
     assert x.grad is not None and x.grad.any()
+
+
+def test_every_compiled_format_has_a_header_and_a_python_format():
+    headers = {path.stem for path in (ROOT / "csrc" / "formats").glob("*.h")}
+    assert set(native.formats()) == headers
+    assert headers <= set(registry.names("formats"))
+
+
+@pytest.mark.parametrize("weight_format", [name for name in FORMATS if name.startswith("int")])
+def test_header_and_python_format_have_the_same_numbers(weight_format):
+    packed = formats.load(weight_format)
+    header = (ROOT / "csrc" / "formats" / f"{weight_format}.h").read_text()
+    base = re.search(r"struct \w+ : (\w+)", header)
+    if base:
+        header = (ROOT / "csrc" / "formats" / f"{base[1].lower()}.h").read_text() + header
+    numbers = {name: int(value) for name, value in re.findall(r"\b(BITS|GROUP|FACTOR) = (\d+)", header)}
+    assert numbers == {"BITS": packed.bits, "GROUP": packed.group, "FACTOR": packed.factor}

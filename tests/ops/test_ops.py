@@ -1,14 +1,16 @@
-"""Every backend against a naive twin that a person can check by eye; caches poisoned with NaN."""
+"""Every backend against naive implementations, with caches poisoned by NaN; and the argument checks of ``ops``."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from moesaic import formats, ops, registry
-from moesaic.ops import Batch, Cache, Group
+from moesaic.errors import InvalidParameter
+from moesaic.ops import Batch, Cache, Group, reference
 
 BACKENDS = registry.names("ops")
 
@@ -18,38 +20,37 @@ def backend(request, device, monkeypatch):
     found = registry.load("ops", request.param)
     if why := found.why_not("rms_norm", device, None):
         pytest.skip(f"{request.param}: {why}")
-    if hasattr(found, "_answer"):  # what a kernel forgets to write is NaN
+    if hasattr(found, "_answer"):  # values that a kernel does not write are NaN
         monkeypatch.setattr(
             found, "_answer", lambda x, shape: torch.full(shape, math.nan, dtype=x.dtype, device=x.device)
         )
     return found
 
 
-def rounded(x, backend, format):
-    """Return activations [T, n] as the backend multiplies them with weights of this format.
+def rounded(x, backend, weight_format):
+    """Return activations [T, n] rounded as the backend rounds them for weights of this format.
 
-    With whole-numbered weights, kernels round them to 8 bits, with a scale for each 256 columns; with
-    bfloat16 weights to bfloat16.
+    Kernels round to 8 bits, with a scale for each 256 columns, for integer weights, and to bfloat16 for bfloat16.
     """
     if backend.__name__ == "moesaic.ops.reference":
         return x
-    if not format.startswith("int"):
-        return x.to(formats.load(format).dtype).float()
+    if not weight_format.startswith("int"):
+        return x.to(formats.load(weight_format).dtype).float()
     parts = []
     for part in x.float().split(256, dim=1):
         size = part.abs().amax(1, keepdim=True)
-        # Not 127 / size, which torch computes as 127 times the rounded reciprocal.
+        # torch computes 127 / size as 127 times the rounded reciprocal.
         parts.append((part * torch.where(size > 0, torch.full_like(size, 127) / size, 0)).round() * (size / 127))
     return torch.cat(parts, dim=1)
 
 
-def skip_unless_read(backend, op, device, format):
-    if why := backend.why_not(op, device, format):
+def skip_unless_read(backend, op, device, weight_format):
+    if why := backend.why_not(op, device, weight_format):
         pytest.skip(f"{backend.__name__}: {why}")
 
 
 def naive_attention(q, keys, values, positions, window):
-    """One query, one head, one score at a time."""
+    """Attention computed one query, one head and one score at a time."""
     out = torch.full_like(q, math.nan)
     heads, group = q.shape[1], q.shape[1] // keys.shape[1]
     for t, place in enumerate(positions):
@@ -63,7 +64,7 @@ def naive_attention(q, keys, values, positions, window):
 
 
 def naive_int8(x):
-    """Each head of x [tokens, heads, D] as an int8 cache gives it back, one number at a time."""
+    """Return x [tokens, heads, D] as an int8 cache returns it, computed one number at a time."""
     out = torch.full_like(x, math.nan)
     for row, to in zip(x.flatten(0, 1), out.flatten(0, 1), strict=True):
         most = max(abs(value) for value in row)
@@ -117,11 +118,11 @@ def test_attention_over_a_poisoned_cache(backend, heads, kv_heads, cache_dtype, 
 @pytest.mark.parametrize("which", ["k", "v"])
 @pytest.mark.parametrize(
     ("bad", "cache_dtype"),
-    # Infinity in a key of a float cache gives scores of infinity, and these may be negative: no weight, which is sound.
+    # An infinite key in a float cache may give a score of -inf, hence weight 0 and a finite result.
     [(math.nan, torch.float32), (math.nan, torch.int8), (math.inf, torch.int8), (-math.inf, torch.int8)],
 )
-def test_what_is_not_finite_comes_out_of_the_cache_again(backend, bad, cache_dtype, which):
-    """And only in the sequence, and the heads, that it belongs to."""
+def test_non_finite_values_survive_the_cache(backend, bad, cache_dtype, which):
+    """Only the sequence and the heads of the bad value are affected."""
     inputs = {"q": torch.randn(6, 4, 16), "k": torch.randn(6, 2, 16), "v": torch.randn(6, 2, 16)}
     inputs[which][2, 1, 5] = bad
     batch = Batch(
@@ -140,7 +141,7 @@ def test_what_is_not_finite_comes_out_of_the_cache_again(backend, bad, cache_dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_cache_takes_what_it_says(dtype):
+def test_cache_size_is_bytes_per_token(dtype):
     shapes = [(2, 8), (3, 16)]
     cache = Cache.zeros(shapes, 5, 4, dtype)
     assert sum(part.nbytes for part in cache.tensors()) == 5 * 4 * Cache.bytes_per_token(shapes, dtype)
@@ -148,30 +149,30 @@ def test_a_cache_takes_what_it_says(dtype):
     assert cache.block_size == 4
 
 
-@pytest.mark.parametrize("format", registry.names("formats"))
+@pytest.mark.parametrize("weight_format", registry.names("formats"))
 @pytest.mark.parametrize(
     ("tokens", "experts", "k", "d", "f"),
     [(1, 4, 1, 24, 16), (7, 8, 2, 24, 16), (5, 3, 3, 300, 33), (64, 8, 2, 64, 320), (40, 2, 1, 33, 600)],
 )
-def test_experts(backend, device, format, tokens, experts, k, d, f):
-    skip_unless_read(backend, "experts", device, format)
-    packed = formats.load(format)
+def test_experts(backend, device, weight_format, tokens, experts, k, d, f):
+    skip_unless_read(backend, "experts", device, weight_format)
+    packed = formats.load(weight_format)
     gate, up, down = (packed.pack(torch.randn(experts, *shape) / 4) for shape in ((f, d), (f, d), (d, f)))
     x = torch.randn(tokens, d)
-    ids = torch.stack([torch.randperm(max(experts - 1, k))[:k] for _ in range(tokens)])  # the last one stays empty
+    ids = torch.stack([torch.randperm(max(experts - 1, k))[:k] for _ in range(tokens)])  # the last expert gets no token
     scores = torch.rand(tokens, k)
     expected = torch.zeros(tokens, d)
-    sent = rounded(x, backend, format)
+    sent = rounded(x, backend, weight_format)
     for t in range(tokens):
         for e, score in zip(ids[t].tolist(), scores[t], strict=True):
             g, u, w = (stack.dequantize(index=e) for stack in (gate, up, down))
             inner = g @ sent[t]
             hidden = inner / (1 + (-inner).exp()) * (u @ sent[t])
-            expected[t] += score * (w @ rounded(hidden[None], backend, format)[0])
+            expected[t] += score * (w @ rounded(hidden[None], backend, weight_format)[0])
     found = backend.experts(x, gate, up, down, ids, scores)
-    # A hidden value next to a half may be rounded the other way; no more than a few are.
+    # A few hidden values near a rounding boundary may be rounded differently.
     assert (found - expected).norm() <= 1e-3 * expected.norm()
-    if backend.__name__ == "moesaic.ops.reference" and not format.startswith("int"):
+    if backend.__name__ == "moesaic.ops.reference" and not weight_format.startswith("int"):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -198,17 +199,17 @@ def test_experts_gradients(backend):
             assert tensor.grad[place].item() == pytest.approx(slope, rel=0.05, abs=0.05)
 
 
-@pytest.mark.parametrize("format", registry.names("formats"))
+@pytest.mark.parametrize("weight_format", registry.names("formats"))
 @pytest.mark.parametrize(
     ("tokens", "inp", "out"),
     [(1, 8, 3), (5, 33, 17), (64, 64, 128), (2, 4096, 40), (3, 320, 31), (4, 256, 32), (13, 700, 65), (300, 128, 33)],
 )
-def test_linear(backend, device, format, tokens, inp, out):
-    skip_unless_read(backend, "linear", device, format)
-    weight = formats.load(format).pack(torch.randn(out, inp))
+def test_linear(backend, device, weight_format, tokens, inp, out):
+    skip_unless_read(backend, "linear", device, weight_format)
+    weight = formats.load(weight_format).pack(torch.randn(out, inp))
     x = torch.randn(tokens, inp)
     plain = weight.dequantize().double()
-    expected = torch.stack([(plain * row).sum(-1) for row in rounded(x, backend, format).double()])
+    expected = torch.stack([(plain * row).sum(-1) for row in rounded(x, backend, weight_format).double()])
     torch.testing.assert_close(backend.linear(x, weight).double(), expected, atol=1e-3, rtol=1e-5)
 
 
@@ -218,7 +219,7 @@ def test_rms_norm(backend):
     torch.testing.assert_close(backend.rms_norm(x, weight, 1e-5), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rope_turns_each_pair_by_its_angle(backend):
+def test_rope_rotates_each_pair_by_its_angle(backend):
     x, angles = torch.randn(4, 2, 6), torch.randn(4, 3)
     found = backend.rope(x, angles.cos(), angles.sin())
     for t in range(4):
@@ -236,7 +237,130 @@ def test_the_choice_of_backend_is_explained():
         assert reasons["reference"] is None
 
 
-def test_a_group_divides_only_what_divides():
+def test_a_group_must_divide_evenly():
     assert Group(1, 4).share(8, "heads") == slice(2, 4)
     with pytest.raises(Exception, match="3 ranks do not divide 8 heads"):
         Group(0, 3).share(8, "heads")
+
+
+def packed_experts(gate="int4", up="int4", down="int4", experts=4, d=64, f=96):
+    shapes = ((gate, (f, d)), (up, (f, d)), (down, (d, f)))
+    return [formats.load(name).pack(torch.randn(experts, *shape) / 8) for name, shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("int4", "int4", "int8"), ("int4", "bfloat16", "int4"), ("int2", "int8", "int8"), ("float32", "int4", "int3")],
+)
+def test_experts_read_each_matrix_in_its_own_format(device, names):
+    stacks = packed_experts(*names)
+    x, scores = torch.randn(5, 64), torch.rand(5, 2)
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(5)])
+    plain = [formats.load("float32").pack(stack.dequantize()) for stack in stacks]
+    expected = reference.experts(x, *plain, ids, scores)
+    torch.testing.assert_close(ops.experts(x, *stacks, ids, scores), expected)
+
+
+def test_mixed_formats_show_in_the_choice_of_backend():
+    mixed = ("int4", "int4", "int8")
+    assert ops.chosen("experts", "cpu", mixed) == "reference"
+    why = ops.explain("experts", "cpu", mixed)["native"]
+    assert why is not None
+    if ops.chosen("experts", "cpu", "int4") == "native":
+        assert why == "it needs one format for gate, up and down, not int4, int4, int8"
+
+
+@pytest.mark.parametrize("ids", [[[0, 4]], [[-1, 0]], [[2**40, 1]]])
+@pytest.mark.parametrize("down", ["int4", "int8"])  # with int8, the formats are mixed
+def test_expert_ids_out_of_range_are_refused(device, ids, down):
+    stacks = packed_experts(down=down)
+    with pytest.raises(InvalidParameter, match="ids: an expert id is out of range: there are 4 experts"):
+        ops.experts(torch.randn(1, 64), *stacks, torch.tensor(ids), torch.rand(1, 2))
+
+
+def test_linear_refuses_arguments_that_do_not_fit(device):
+    weight = formats.load("int8").pack(torch.randn(8, 64))
+    with pytest.raises(
+        InvalidParameter, match=r"x: has shape \(3, 128\), expected \[T, in\] for a weight of shape \(8, 64\)"
+    ):
+        ops.linear(torch.randn(3, 128), weight)
+    with pytest.raises(InvalidParameter, match=r"x: has shape \(64,\)"):
+        ops.linear(torch.randn(64), weight)
+    with pytest.raises(InvalidParameter, match=r"x: is torch.int64, expected a floating-point dtype"):
+        ops.linear(torch.ones(3, 64, dtype=torch.int64), weight)
+    with pytest.raises(InvalidParameter, match=f"weight: is on {weight.device}, but x is on meta"):
+        ops.linear(torch.randn(3, 64, device="meta"), weight)
+    with pytest.raises(InvalidParameter, match="weight: is on meta"):
+        ops.linear(torch.randn(3, 64), formats.load("int8").empty((8, 64), device="meta"))
+
+
+def test_experts_refuse_arguments_that_do_not_fit(device):
+    gate, up, down = packed_experts()
+    x, ids, scores = torch.randn(3, 64), torch.zeros(3, 1, dtype=torch.int64), torch.rand(3, 1)
+    for change in (
+        {"x": torch.randn(3, 96)},
+        {"x": torch.randn(2, 64)},
+        {"x": torch.ones(3, 64, dtype=torch.int32)},
+        {"x": torch.randn(3, 64, device="meta")},
+        {"ids": ids.int()},
+        {"ids": ids.expand(3, 2)},
+        {"scores": ids},
+        {"gate": down},
+        {"down": up},
+        {"up": packed_experts(experts=5)[1]},
+    ):
+        arguments = {"x": x, "gate": gate, "up": up, "down": down, "ids": ids, "scores": scores} | change
+        with pytest.raises(InvalidParameter):
+            ops.experts(**arguments)
+
+
+def test_attention_refuses_arguments_that_do_not_fit(device):
+    batch = Batch.whole([[1, 2, 3]], device)
+    q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
+    cached = dataclasses.replace(
+        batch, slots=torch.arange(3), tables=torch.tensor([[0]]), cache=Cache.zeros([(4, 8)], 1, 4, torch.float32)
+    )
+    for arguments in (
+        (q, torch.randn(2, 2, 8), torch.randn(2, 2, 8), batch),
+        (q, torch.randn(3, 3, 8), torch.randn(3, 3, 8), batch),
+        (q, k, torch.randn(3, 2, 4), batch),
+        (q, k.bfloat16(), k.bfloat16(), batch),
+        (q[:2], k[:2], k[:2], batch),
+        (q, k, k.to("meta"), batch),
+        (q, k, k, cached),
+    ):
+        with pytest.raises(InvalidParameter):
+            ops.attention(*arguments, 0, None)
+
+
+def test_small_ops_refuse_arguments_that_do_not_fit(device):
+    x = torch.randn(3, 2, 8)
+    for call in (
+        lambda: ops.rms_norm(torch.randn(3, 8), torch.ones(9), 1e-5),
+        lambda: ops.rms_norm(torch.randn(3, 8), torch.ones(8, device="meta"), 1e-5),
+        lambda: ops.rope(x, torch.ones(3, 8), torch.ones(3, 8)),
+        lambda: ops.rope(x, torch.ones(2, 4), torch.ones(2, 4)),
+        lambda: ops.truncate(torch.randn(3, 9), torch.ones(2, 5)),
+        lambda: ops.draw(torch.randn(3, 9), torch.ones(2, dtype=torch.float64)),
+    ):
+        with pytest.raises(InvalidParameter):
+            call()
+
+
+def test_a_weight_refuses_parts_of_another_layout():
+    int4 = formats.load("int4").pack(torch.randn(40, 300))
+    tiles = int4.tiles.data
+    for parts in ({"weight": tiles}, {"tiles": tiles[:1]}, {"tiles": tiles.to(torch.int16)}):
+        with pytest.raises(InvalidParameter, match="weight: int4"):
+            formats.load("int4")((40, 300), parts)
+    with pytest.raises(InvalidParameter, match="weight: int4 part 'tiles'"):
+        int4.tiles = torch.nn.Parameter(tiles[:, :-1], requires_grad=False)
+    with pytest.raises(InvalidParameter, match="weight: bfloat16 part 'weight'"):
+        formats.load("bfloat16").pack(torch.randn(4, 8)).float()
+
+
+def test_a_transposed_weight_is_packed_contiguously(backend, device):
+    skip_unless_read(backend, "linear", device, "bfloat16")
+    plain, x = torch.randn(64, 32).bfloat16(), torch.randn(3, 64).bfloat16()
+    weight = formats.load("bfloat16").pack(plain.T)
+    torch.testing.assert_close(backend.linear(x, weight), x @ plain, atol=0.1, rtol=0.02)

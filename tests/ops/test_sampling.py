@@ -42,7 +42,7 @@ def rows(count=16, seed=0, scale=3.0, size=V):
 
 
 def only(column, *values):
-    """Return settings that are off but for one column."""
+    """Return settings in which only one column is not off."""
     out = torch.tensor([OFF] * len(values))
     out[:, column] = torch.tensor([float(value) for value in values])
     return out
@@ -50,10 +50,10 @@ def only(column, *values):
 
 @pytest.mark.parametrize("name", WARPERS)
 @pytest.mark.parametrize("cut", [None, 5])
-def test_each_truncation_is_transformers(backend, name, cut):
+def test_each_truncation_equals_transformers(backend, name, cut):
     column, theirs, values = WARPERS[name]
     logits = rows()
-    if cut:  # what is forbidden beforehand
+    if cut:  # tokens that are forbidden beforehand
         logits = TopKLogitsWarper(cut)(None, logits)
     for value in values:
         expected = theirs(value)(None, logits.clone())
@@ -71,7 +71,7 @@ def test_every_row_has_its_own_settings(backend, name):
         torch.testing.assert_close(got[row : row + 1], theirs(value)(None, logits[row : row + 1]).softmax(-1))
 
 
-def test_equals_are_not_chosen_among(backend):
+def test_equal_logits_are_kept_together(backend):
     logits = torch.tensor([[1.0, 0.0, 0.0, 0.0, -9.0]])
     for column, value in ((1, 2), (2, 0.5)):
         got = backend.truncate(logits, only(column, value))
@@ -111,7 +111,7 @@ def test_kernels_keep_what_the_reference_keeps(seed, size, scale, forbidden, cho
     expected, got = reference.truncate(logits, settings), native.truncate(logits, settings)
     both = expected.isfinite() & got.isfinite()
     torch.testing.assert_close(got[both], expected[both], rtol=1e-6, atol=1e-6)
-    # Where a mass is reached within rounding, either may keep an entry more, or its equals.
+    # If a mass is reached within rounding error, either may keep one more entry, or its equals.
     mass = expected.logsumexp(-1)
     for row in range(len(chosen)):
         apart = expected[row].isfinite() != got[row].isfinite()
@@ -120,13 +120,13 @@ def test_kernels_keep_what_the_reference_keeps(seed, size, scale, forbidden, cho
         assert expected[row].isfinite().any() and got[row].isfinite().any() and bool(mass[row].isfinite())
 
 
-def test_a_draw_falls_where_the_number_says(backend):
+def test_draw_inverts_the_cumulative_distribution(backend):
     logits = torch.tensor([0.2, 0.0, 0.5, 0.3]).log().expand(9, -1).contiguous()
     numbers = torch.tensor([0.0, 0.19, 0.21, 0.5, 0.69, 0.71, 0.99, 1 - 2**-52, 0.45], dtype=torch.float64)
     assert backend.draw(logits, numbers).tolist() == [0, 0, 2, 2, 2, 3, 3, 3, 2]
 
 
-def test_what_has_no_mass_is_never_drawn(backend):
+def test_tokens_without_mass_are_never_drawn(backend):
     logits = torch.full((2, 5000), -torch.inf)
     logits[:, 3] = logits[:, 4000] = 1.0
     assert backend.draw(logits, torch.tensor([0.0, 1 - 2**-52], dtype=torch.float64)).tolist() == [3, 4000]
@@ -137,13 +137,13 @@ def test_what_has_no_mass_is_never_drawn(backend):
 def test_kernels_draw_what_the_reference_draws(size):
     logits, numbers = rows(64, size=size), torch.rand(64, dtype=torch.float64)
     mass = logits.double().softmax(-1).cumsum(-1)
-    for row, id in enumerate(native.draw(logits, numbers).tolist()):
-        before = float(mass[row, id - 1]) if id else 0.0
-        assert before - 1e-6 <= float(numbers[row]) <= float(mass[row, id]) + 1e-6
+    for row, token_id in enumerate(native.draw(logits, numbers).tolist()):
+        before = float(mass[row, token_id - 1]) if token_id else 0.0
+        assert before - 1e-6 <= float(numbers[row]) <= float(mass[row, token_id]) + 1e-6
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_all_instruction_sets_agree():
+def test_truncate_and_draw_do_not_depend_on_the_isa():
     logits, settings = rows(8, size=1000), torch.tensor([[0.7, 40, 0.9, 0.02, 0.95]] * 8)
     best, answers = native.instruction_set(), []
     try:

@@ -86,7 +86,7 @@ def test_a_streamed_tool_call_and_its_result(tales):
     assert ask(tales, messages=conversation, tools=TOOLS, max_tokens=5).status_code == 200
     refused = ask(tales, messages=conversation[:2])
     assert refused.status_code == 400
-    assert "have no result" in refused.json()["error"]["message"]
+    assert "tool results are missing" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,7 @@ def test_the_web_page_has_security_headers(page):
     "path",
     [
         *("/web/../secret", "/web/%2e%2e/secret", "/web/..%2fsecret", "/web/%2e%2e%2fsecret", "/web/....//secret"),
+        *("/web/client/", "/web/client/../../secret", "/web/client/client/secret", "/web/client/.hidden"),
         *("/web//etc/passwd", "/web/%2fetc%2fpasswd", "/web/..\\secret", "/web/%5c..%5csecret", "/web/.hidden"),
         *(
             "/web/",

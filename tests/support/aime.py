@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 
-from moesaic.cluster import queue
 from moesaic.cluster.aime import clients, settings, workers
 from moesaic.cluster.aime.settings import Definition
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Bounds
+from moesaic.cluster.jobs import StoreLimits
+from moesaic.cluster.store import open_store
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
 from tests.support.server import Server, running
@@ -38,10 +38,10 @@ def gateway(
     shown = settings.shipped() if definitions is None else definitions
 
     async def make() -> Gateway:
-        return Gateway(await queue.open(str(path), Bounds()), models, lease)
+        return Gateway(await open_store(str(path), StoreLimits()), models, lease)
 
     def routes(desk: Gateway) -> Any:
-        return [*clients.endpoints(desk, shown), *workers.endpoints(desk, desk, shown, lease)]
+        return [*clients.endpoints(desk, shown), *workers.endpoints(desk.leases, desk, shown, lease)]
 
     with running(make, bounds, keys, routes) as server:
         yield server

@@ -1,4 +1,4 @@
-"""Pages in a real browser that record the addresses they load and the errors they raise."""
+"""The chat page in a real browser; it records what it loads and runs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ document.addEventListener("securitypolicyviolation", (event) => {
 });
 """
 
-# No sandbox, because containers forbid it. The browser shows only content of the tests.
+# No sandbox, because containers do not allow it; all content comes from the tests.
 ARGUMENTS = ["--no-sandbox", "--host-resolver-rules=MAP chat.test 127.0.0.1"]
 
 
 @dataclass
 class Chat:
-    """Chat page, with the actions of a user."""
+    """The chat page in one tab, and the actions on it."""
 
     page: Page
     server: Server
     loaded: list[str] = field(default_factory=list)
-    """Addresses that the page has requested."""
+    """Every URL that the page has requested."""
     errors: list[str] = field(default_factory=list)
 
     def send(self, text: str) -> None:
@@ -37,7 +37,7 @@ class Chat:
         self.page.get_by_role("button", name="Send", exact=True).click()
 
     def ask(self, text: str) -> None:
-        """Send a message and wait for the end of the reply."""
+        """Send a message and wait for the complete answer."""
         self.send(text)
         self.finished()
 
@@ -52,11 +52,11 @@ class Chat:
 
     @property
     def said(self) -> list[str]:
-        """Texts of all messages."""
+        """The texts of all messages."""
         return [text.strip() for text in self.page.locator("#messages article .body").all_inner_texts()]
 
     def listed(self, *titles: str) -> None:
-        """Wait until the list shows these conversations in this order."""
+        """Wait until the list has these conversations in this order."""
         from playwright.sync_api import expect
 
         expect(self.page.locator("#conversations a")).to_have_text(list(titles), timeout=20_000)
@@ -69,7 +69,7 @@ class Chat:
         self.page.locator("#model:enabled").wait_for()
 
     def stored(self, text: str) -> None:
-        """Wait until a conversation with this text is stored on disk."""
+        """Wait until a conversation that contains this text is stored."""
         self.page.evaluate(
             """async (text) => {
               const { Store } = await import("/web/store.js");
@@ -84,6 +84,6 @@ Open = Callable[..., Chat]
 
 
 def allowed(address: str, server: Server) -> bool:
-    """Whether an address belongs to the page's server, or is a file that the page itself made."""
+    """Return whether a URL belongs to the page, or to a file that the page created."""
     own = (f"{server.url}/web/", f"{server.url}/v1/", f"{server.url}/admin/", f"blob:{server.url}/")
     return address.startswith(own) or address.partition("#")[0] == f"{server.url}/"

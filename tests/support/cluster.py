@@ -12,10 +12,11 @@ from typing import Any
 
 import httpx
 
-from moesaic.cluster import queue, routes
+from moesaic.cluster import routes
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Bounds, Seen
-from moesaic.cluster.worker import Worker
+from moesaic.cluster.jobs import JobSnapshot, StoreLimits
+from moesaic.cluster.store import open_store
+from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
@@ -95,9 +96,9 @@ class Site:
             eventually(lambda: worker.connected.is_set() or future.done())
         return hand
 
-    def seen(self, id: str) -> Seen:
+    def seen(self, id: str) -> JobSnapshot:
         """Return a job as the store has it."""
-        found: Seen = self.do(self.gateway.store.look(id))
+        found: JobSnapshot = self.do(self.gateway.store.snapshot(id))
         return found
 
     def depths(self) -> tuple[int, int]:
@@ -118,7 +119,7 @@ def site(
     models: Sequence[str] = (),
     lease: float = 10.0,
     stall: float = 30.0,
-    bounds: Bounds | None = None,
+    bounds: StoreLimits | None = None,
     settings: Settings | None = None,
     keys: Keys | None = None,
     key: str | None = None,
@@ -127,7 +128,7 @@ def site(
     """Run a gateway; its workers end before it does."""
 
     async def opened() -> Gateway:
-        return Gateway(await queue.open(str(where), bounds or Bounds()), models, lease, stall)
+        return Gateway(await open_store(str(where), bounds or StoreLimits()), models, lease, stall)
 
     make: Callable[[], Any] = opened
     with running(make, settings, keys, routes.endpoints, port) as server:

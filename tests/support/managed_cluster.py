@@ -11,12 +11,13 @@ from typing import Any
 
 import httpx
 
-from moesaic.cluster import admin, queue, routes
+from moesaic.cluster import admin, routes
 from moesaic.cluster.aime import clients, workers
 from moesaic.cluster.aime import settings as aime
-from moesaic.cluster.figures import Figures
 from moesaic.cluster.gateway import Gateway
-from moesaic.cluster.jobs import Bounds
+from moesaic.cluster.jobs import StoreLimits
+from moesaic.cluster.metrics import ClusterCollector
+from moesaic.cluster.store import open_store
 from moesaic.serve import keys
 from moesaic.serve.settings import Settings
 from tests.support.server import Server, running
@@ -46,7 +47,7 @@ class Site:
     def spawn(self, name: str) -> int:
         """Start a worker, w and a number; return its process number when the gateway knows it."""
         process = self.nursery.spawn(name)
-        eventually(lambda: f"rack/{name}" in self.gateway.crew)
+        eventually(lambda: f"rack/{name}" in self.gateway.workers.sessions)
         return process
 
     def call(self, method: str, path: str, body: Any = None, key: str = "ops") -> httpx.Response:
@@ -103,15 +104,15 @@ def site(
     keys.write(file, tuple(kept))
 
     async def made() -> Gateway:
-        return Gateway(await queue.open(str(folder / "jobs.sqlite"), Bounds(crashes=crashes)), ["fake"], lease)
+        return Gateway(await open_store(str(folder / "jobs.sqlite"), StoreLimits(crashes=crashes)), ["fake"], lease)
 
     def offered(gateway: Gateway) -> Any:
         known = aime.shipped()
-        theirs = (*clients.endpoints(gateway, known), *workers.endpoints(gateway, gateway, known, lease))
+        theirs = (*clients.endpoints(gateway, known), *workers.endpoints(gateway.leases, gateway, known, lease))
         return (*routes.endpoints(gateway), *theirs, *admin.endpoints(gateway))
 
     who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
-    with running(made, settings, who, offered, figures=Figures) as server:
+    with running(made, settings, who, offered, figures=ClusterCollector) as server:
         nursery = Nursery(server.url, folder / "log", slots=slots, seconds=step, key=written["rack"])
         try:
             yield Site(server, file, written, nursery)

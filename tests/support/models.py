@@ -76,10 +76,10 @@ def theirs(family: str, changes: dict[str, object], head: str = "ForCausalLM") -
 
 def ours(folder: Path, weight_format: str = "float32") -> models.Decoder:
     """Return Moesaic's model of the checkpoint in ``folder``."""
-    with checkpoints.open(folder) as checkpoint:
+    with checkpoints.open_checkpoint(folder) as checkpoint:
         dtype = getattr(torch, weight_format)
         model = models.build(checkpoint.config, folder, formats.load(weight_format), dtype=dtype)
-        checkpoints.fill(model.slots(), checkpoint)
+        checkpoints.load_weights(model.slots(), checkpoint)
     return model
 
 

@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from moesaic.cluster import queue
-from moesaic.cluster.jobs import Beat, Bounds, Hold, Job, Lease, Store
+from moesaic.cluster.jobs import Job, Lease, LeaseStatus, LeaseToken, Store, StoreLimits
+from moesaic.cluster.store import open_store
 
-USUAL = Bounds()
+USUAL = StoreLimits()
 
 
 class Sync:
@@ -41,8 +41,8 @@ class Sync:
         """Lease, and return the ids."""
         return [each.job.id for each in self.lease(worker, models, most, suspects=suspects)]
 
-    def beats_of(self, *ids: str) -> list[Beat]:
-        return [beat for beat in self.beats() if beat.hold.id in ids]
+    def beats_of(self, *ids: str) -> list[LeaseStatus]:
+        return [beat for beat in self.active_leases() if beat.lease_token.id in ids]
 
 
 class Place(Protocol):
@@ -50,7 +50,7 @@ class Place(Protocol):
 
     name: str
 
-    def open(self, bounds: Bounds = ...) -> Sync: ...
+    def open(self, bounds: StoreLimits = ...) -> Sync: ...
 
     def close(self) -> None:
         """Close what was opened, and remove what is there."""
@@ -66,8 +66,8 @@ class Places:
         self.loop = asyncio.new_event_loop()
         self._open: list[Sync] = []
 
-    def open(self, bounds: Bounds = USUAL) -> Sync:
-        store = Sync(self.loop, self.loop.run_until_complete(queue.open(self.where, bounds)))
+    def open(self, bounds: StoreLimits = USUAL) -> Sync:
+        store = Sync(self.loop, self.loop.run_until_complete(open_store(self.where, bounds)))
         self._open.append(store)
         return store
 
@@ -86,8 +86,8 @@ class File(Places):
         super().__init__(str(folder / "jobs.db"))
 
 
-def hold(lease: Lease) -> Hold:
-    return Hold(lease.job.id, lease.fence)
+def hold(lease: Lease) -> LeaseToken:
+    return LeaseToken(lease.job.id, lease.fence)
 
 
 def job(id: str, **changes: Any) -> Job:

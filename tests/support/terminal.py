@@ -1,4 +1,4 @@
-"""Program in a pseudo terminal, as a user sees and operates it."""
+"""Driver for the program in a pseudo terminal."""
 
 import os
 import pty
@@ -10,13 +10,15 @@ import termios
 import time
 from pathlib import Path
 
-# The child takes the terminal as its controlling one, so that Ctrl-C becomes a signal. Then it executes the program.
-ADOPT = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+# The child makes the terminal its controlling terminal, so that Ctrl-C sends a signal, and then runs the program.
+ADOPT_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>()][0-9AB]?|\x1b\][^\x07]*\x07")
 
 
 class Terminal:
-    """``moesaic`` in a terminal; ``type`` and ``expect`` are the actions of a user."""
+    """Runs ``moesaic`` in a pseudo terminal; ``type`` presses keys and ``expect`` reads the screen."""
 
     def __init__(self, *arguments: str | Path, state: Path) -> None:
         self._master, slave = pty.openpty()
@@ -29,7 +31,7 @@ class Terminal:
         }
         command = [sys.executable, "-m", "moesaic.cli", *map(str, arguments)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", ADOPT, *command],
+            [sys.executable, "-c", ADOPT_TERMINAL, *command],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -49,20 +51,20 @@ class Terminal:
 
     @property
     def screen(self) -> str:
-        """Whole output so far, without escape sequences."""
+        """All output so far, without escape sequences."""
         return ESCAPES.sub("", self.raw).replace("\r", "").replace("\b", "")
 
     def type(self, text: str) -> None:
-        """Type these characters."""
+        """Press the keys of ``text``."""
         os.write(self._master, text.encode())
 
     def answer(self, text: str) -> None:
-        """Wait for the prompt, then type: before raw mode, the terminal would interpret Ctrl-D itself."""
+        """Wait for the prompt, then press the keys; outside of the prompt, the terminal would handle Ctrl-D itself."""
         self.expect("(?m)^>")
         self.type(text)
 
     def expect(self, pattern: str, seconds: float = 30.0) -> str:
-        """Wait until new output matches ``pattern``; return the output up to the end of the match."""
+        """Wait for ``pattern`` after the last match; return the output up to the end of the match."""
         deadline = time.monotonic() + seconds
         while not (match := re.compile(pattern).search(self.screen, self._seen)):
             assert time.monotonic() < deadline and self._read(deadline), (
@@ -72,7 +74,7 @@ class Terminal:
         return shown
 
     def end(self) -> int:
-        """Wait until the program has ended and return its exit code."""
+        """Wait until the program ends, and return its exit status."""
         while self._read(time.monotonic() + 20):
             pass
         return self.process.wait(10)

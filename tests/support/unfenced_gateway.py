@@ -1,4 +1,4 @@
-"""A gateway that takes any fence for the newest: the kill harness must find what comes of it, or it finds nothing.
+"""A gateway that accepts every fence as the newest. The kill harness must notice the damage, or it proves nothing.
 
 python -m tests.support.unfenced_gateway gateway ...
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 
 from moesaic import cli
-from moesaic.cluster import foreman
-from moesaic.cluster.queue import _operations
+from moesaic.cluster import jobs, leases
+from moesaic.cluster.store import _operations
 
 if __name__ == "__main__":
     _operations._holds = lambda job, fence: job.state == "leased"
-    foreman._is_whose = lambda seen, worker, hold: True
-    foreman.Foreman._is_here = lambda self, worker, hold: hold.id in self.lives  # type: ignore[method-assign]
+    jobs.JobSnapshot.held_by = lambda self, worker, lease_token: True  # type: ignore[method-assign]
+    leases.LeaseManager._is_local = lambda self, worker, lease_token: lease_token.id in self._jobs.jobs  # type: ignore[method-assign]
     sys.exit(cli.main(sys.argv[1:]))

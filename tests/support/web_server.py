@@ -1,6 +1,6 @@
-"""Stand-in for Moesaic's server in the tests of the web page: the page, its headers, and scripted replies.
+"""A server for tests of the page: it delivers the page with its headers, and sends scripted answers.
 
-The server has only the routes that the page uses. It has no model and no queue.
+It replaces Moesaic's server and implements only what the page needs.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ MODELS = [
 
 @dataclass(frozen=True)
 class Answer:
-    """Scripted reply to one request."""
+    """The scripted answer to one request."""
 
     pieces: tuple[str, ...] = ()
     hold: int | None = None
-    """Number of pieces after which the stream waits for ``Server.release``."""
+    """Number of pieces after which the answer waits for ``Server.release``."""
     finish: str = "stop"
     fails: str | None = None
-    """Error that follows the pieces instead of a normal end."""
+    """Error message to send after the pieces."""
     status: int = 200
-    """Status; any other than 200 refuses the request with ``fails`` as the message."""
+    """Another status than 200 refuses the request, with the message ``fails``."""
     retry_after: int | None = None
 
 
@@ -50,15 +50,15 @@ def says(*pieces: str, hold: int | None = None, finish: str = "stop") -> Answer:
 
 @dataclass
 class Server:
-    """Running server: scripted replies, and a record of the requests."""
+    """A running server: its scripted answers and the requests it received."""
 
     url: str = ""
     key: str | None = None
-    """API key that clients must send; None: no key."""
+    """The required API key; None if none is required."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     answers: queue.SimpleQueue[Answer] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    """Count of the replies that the page has cancelled."""
+    """Released once for each answer that the page cancelled."""
     released: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
     def will_say(self, *answers: Answer) -> None:
@@ -74,11 +74,11 @@ class Server:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Handler of one request."""
+    """One connection, one request."""
 
-    script: Server  # set by ``serving``
+    script: Server  # set by serving()
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._json(200, {"object": "list", "data": MODELS})
             return
         name = "index.html" if self.path == "/" else self.path.removeprefix("/web/")
-        files = {path.name: path for path in WEB.iterdir()}
+        files = {path.relative_to(WEB).as_posix(): path for path in WEB.rglob("*.*")}
         if name in files:
             kind = TYPES[files[name].suffix]
             self._send(200, files[name].read_bytes(), kind + ("; charset=utf-8" if kind != "image/svg+xml" else ""))
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _hold(self) -> None:
-        """Wait for the test. The comments detect a page that has disconnected."""
+        """Wait for the test. The comments detect a page that has closed the connection."""
         while not self.script.released.acquire(timeout=0.02):
             self.wfile.write(b": still here\n\n")
 
@@ -168,10 +168,10 @@ class Handler(BaseHTTPRequestHandler):
 
 class Listener(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # a browser keeps idle connections open
+    block_on_close = False  # browsers keep idle connections open
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a browser drops connections at any time
+        pass  # browsers may close connections at any time
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def serving() -> Iterator[Server]:
             thread.join()
 
 
-if __name__ == "__main__":  # to see the page, run: python -m tests.support.web_server
+if __name__ == "__main__":  # to look at the page: python -m tests.support.web_server
     with serving() as running:
         print(running.url, flush=True)
         threading.Event().wait()

@@ -19,8 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moesaic.cluster.desk import STALL_SECONDS
-from moesaic.cluster.worker import Worker
+from moesaic.cluster.protocols import STALL_SECONDS
+from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve import logs
 from tests.support.backend import FakeBackend
@@ -31,7 +31,7 @@ DEATH = 1  # PR_SET_PDEATHSIG
 class Stubborn(Worker):
     """Does not stop when it is told to: only the fence stands between its late results and the job."""
 
-    def _stop(self, id: str) -> None:
+    def _cancel(self, job_id: str) -> None:
         pass
 
 

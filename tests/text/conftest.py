@@ -1,4 +1,4 @@
-"""The published tokenizer files, found in the packages that carry them."""
+"""Fixtures: the published tokenizer files, which come with the reference packages."""
 
 import functools
 import json
@@ -27,19 +27,21 @@ def files() -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def opened(files: dict[str, Path]) -> Callable[[str], Tokenizer]:
-    """Each file is opened once for all tests: the large ones take a second."""
+    """Return a function that opens a tokenizer by name; each file is opened once, because large ones take a second."""
     return functools.cache(lambda name: Tokenizer.open(files[name]))
 
 
 @pytest.fixture(scope="session")
 def later_tekken(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Small files of versions whose published ones are not at hand."""
+    """Return a function that writes a small tekken file of a version that no package contains."""
 
     def make(version: str) -> Path:
         tree = json.loads(files["tekken"].read_bytes())
         names = [*TEKKEN_NAMED, "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"]
-        names += [f"<SPECIAL_{id}>" for id in range(len(names), 1000)]
-        tree["special_tokens"] = [{"rank": id, "token_str": name, "is_control": True} for id, name in enumerate(names)]
+        names += [f"<SPECIAL_{token_id}>" for token_id in range(len(names), 1000)]
+        tree["special_tokens"] = [
+            {"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)
+        ]
         tree["vocab"] = tree["vocab"][:2000]
         tree["config"] |= {"version": version, "default_vocab_size": 3000, "num_vocab_tokens": 2000}
         path = tmp_path_factory.mktemp(version) / "tekken.json"

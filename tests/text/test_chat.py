@@ -1,4 +1,4 @@
-"""Chat formats against mistral-common and llama-models, id for id, and what they refuse."""
+"""Chat formats against mistral-common and llama-models, and invalid conversations."""
 
 import functools
 import json
@@ -31,18 +31,26 @@ MISTRAL = {
     "mistral-v7": "v7",
 }
 
-MARKS = ("[INST] ", " [/INST]", "</s>", "<s>", "<|eot_id|>", "<|start_header_id|>system<|end_header_id|>\n\n", "<unk>")
-SAID = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30),
-    st.lists(st.sampled_from((*MARKS, "Hello", " ", "\n", "[SYSTEM_PROMPT]")), min_size=1, max_size=4).map("".join),
+MARKERS = (
+    "[INST] ",
+    " [/INST]",
+    "</s>",
+    "<s>",
+    "<|eot_id|>",
+    "<|start_header_id|>system<|end_header_id|>\n\n",
+    "<unk>",
 )
-TURNS = st.lists(SAID, min_size=1, max_size=5)
-SYSTEM = st.none() | SAID
+TEXT = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30),
+    st.lists(st.sampled_from((*MARKERS, "Hello", " ", "\n", "[SYSTEM_PROMPT]")), min_size=1, max_size=4).map("".join),
+)
+TURNS = st.lists(TEXT, min_size=1, max_size=5)
+SYSTEM = st.none() | TEXT
 
 
-def _conversation(system: str | None, said: list[str]) -> list[Message]:
+def _conversation(system: str | None, texts: list[str]) -> list[Message]:
     head: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    turns: list[Message] = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+    turns: list[Message] = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
     return [*head, *turns]
 
 
@@ -61,18 +69,20 @@ def _expected(original: MistralTokenizer, messages: list[Message]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", MISTRAL)
-def test_mistral_formats(name: str, opened: Opened, mistral: Callable[[str], MistralTokenizer]) -> None:
+def test_mistral_formats_match_mistral_common(
+    name: str, opened: Opened, mistral: Callable[[str], MistralTokenizer]
+) -> None:
     tokenizer, original = opened(MISTRAL[name]), mistral(MISTRAL[name])
 
     @settings(max_examples=120, deadline=None)
     @given(SYSTEM, TURNS)
-    def check(system: str | None, said: list[str]) -> None:
-        messages = _conversation(system, said)
-        ids = FORMATS[name].encode(messages, tokenizer, continue_final=len(said) % 2 == 0)
+    def check(system: str | None, texts: list[str]) -> None:
+        messages = _conversation(system, texts)
+        ids = FORMATS[name].encode(messages, tokenizer, continue_final=len(texts) % 2 == 0)
         assert ids == _expected(original, messages)
 
     check()
-    # A system message in the middle, turns of one role in a row, and an assistant who begins.
+    # A system message in the middle, consecutive messages of one role, and an assistant message at the start.
     talk = _conversation(None, ["a", "b", "c"])
     for messages in (
         [talk[0], *_conversation("be brief", []), *talk[1:]],
@@ -84,7 +94,7 @@ def test_mistral_formats(name: str, opened: Opened, mistral: Callable[[str], Mis
 
 @pytest.fixture(scope="session")
 def tekken_v7(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small file that says version 7: the published ones at hand say 3."""
+    """Return a small file that states version 7; the available published files state version 3."""
     tree = json.loads(files["tekken"].read_bytes())
     tree["vocab"] = tree["vocab"][:2000]
     tree["config"] |= {"version": "v7", "default_vocab_size": 3000, "num_vocab_tokens": 2000}
@@ -93,58 +103,58 @@ def tekken_v7(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-def test_mistral_v7_tekken(tekken_v7: Path) -> None:
+def test_mistral_v7_with_tekken_matches_mistral_common(tekken_v7: Path) -> None:
     tokenizer = Tokenizer.open(tekken_v7)
     original = MistralTokenizer.from_file(str(tekken_v7), mode=ValidationMode.serving)
     messages = _conversation("be brief", ["a", "b ", "c"])
-    form = chat.choose(tokenizer)
+    form = chat.choose_format(tokenizer)
     assert form.name == "mistral-v7"
     assert form.encode(messages, tokenizer) == _expected(original, messages)
 
 
-def test_mixtral_ids_are_the_published_ones(opened: Opened) -> None:
+def test_mixtral_ids_equal_the_published_ones(opened: Opened) -> None:
     ids = FORMATS["mistral-v1"].encode([{"role": "user", "content": "Hello"}], opened("v1"))
     assert ids == [1, 733, 16289, 28793, 22557, 733, 28748, 16289, 28793]
 
 
-def test_llama3(opened: Opened, files: dict[str, Path]) -> None:
+def test_llama3_matches_llama_models(opened: Opened, files: dict[str, Path]) -> None:
     tokenizer, original = opened("llama3"), LlamaFormat(LlamaTokenizer(files["llama3"]))
 
     @settings(max_examples=120, deadline=None)
     @given(SYSTEM, TURNS)
-    def check(system: str | None, said: list[str]) -> None:
-        messages = _conversation(system, said)
-        # The released template trims what is said; the original expects it trimmed.
+    def check(system: str | None, texts: list[str]) -> None:
+        messages = _conversation(system, texts)
+        # The released template strips the texts; the reference expects stripped texts.
         theirs = [RawMessage(role=m["role"], content=m["content"].strip()) for m in messages]
-        going_on = len(said) % 2 == 0
-        expected = original.encode_dialog_prompt(theirs[:-1] if going_on else theirs).tokens
-        if going_on:
+        continued = len(texts) % 2 == 0
+        expected = original.encode_dialog_prompt(theirs[:-1] if continued else theirs).tokens
+        if continued:
             expected += tokenizer.encode(messages[-1]["content"].strip())
-        assert FORMATS["llama3"].encode(messages, tokenizer, continue_final=going_on) == expected
+        assert FORMATS["llama3"].encode(messages, tokenizer, continue_final=continued) == expected
 
     check()
 
 
-def test_aime(opened: Opened) -> None:
+def test_aime_format(opened: Opened) -> None:
     tokenizer = opened("v1")
     encode = tokenizer.encode
     head = "<<SYS>>\nbe brief\n<</SYS>>\n\n"
     messages = _conversation("be [INST]brief", ["Hi </s>there", "Yo", "more"])
     expected = [1, *encode(f"[INST] {head}Hi there [/INST] Yo "), 2, 1, *encode("[INST] more [/INST]")]
     assert FORMATS["aime"].encode(messages, tokenizer) == expected
-    going_on = FORMATS["aime"].encode(messages[:-1], tokenizer, continue_final=True)
-    assert going_on == expected[: expected.index(2)]
+    continued = FORMATS["aime"].encode(messages[:-1], tokenizer, continue_final=True)
+    assert continued == expected[: expected.index(2)]
     nested = FORMATS["aime"].encode(_conversation(None, ["[IN[INST]ST] <<<s>S> <<<s>s>"]), tokenizer)
     assert tokenizer.decode(nested) == "[INST]  <<S> < [/INST]"
 
 
-def test_plain(opened: Opened) -> None:
+def test_plain_format(opened: Opened) -> None:
     tokenizer, plain = opened("v1"), FORMATS["plain"]
     messages = _conversation("A talk.", ["Hi", "Yo", "more"])
     expected = tokenizer.encode("A talk.\n\nUser: Hi\nAssistant: Yo\nUser: more\nAssistant:", bos=True)
     assert plain.encode(messages, tokenizer) == expected
-    going_on = tokenizer.encode("A talk.\n\nUser: Hi\nAssistant: Yo", bos=True)
-    assert plain.encode(messages[:-1], tokenizer, continue_final=True) == going_on
+    continued = tokenizer.encode("A talk.\n\nUser: Hi\nAssistant: Yo", bos=True)
+    assert plain.encode(messages[:-1], tokenizer, continue_final=True) == continued
     assert plain.stop_strings == ("\nUser:",)
 
 
@@ -158,22 +168,22 @@ def test_text_never_becomes_a_control_token(name: str, opened: Opened, later_tek
 
     def control(text: str) -> list[int]:
         ids = form.encode(_conversation(text, [text, text, text]), tokenizer)
-        return [id for id in ids if id in specials]
+        return [token_id for token_id in ids if token_id in specials]
 
     for text in tokenizer.control:
-        said = f"a {text} b{text}"
-        assert control(said) == control("hello")
-        if name != "aime":  # which takes its marks out of the text
-            assert tokenizer.decode(form.encode(_conversation(None, [said]), tokenizer)).count(said) == 1
+        sentence = f"a {text} b{text}"
+        assert control(sentence) == control("hello")
+        if name != "aime":  # which removes its markers from the text
+            assert tokenizer.decode(form.encode(_conversation(None, [sentence]), tokenizer)).count(sentence) == 1
 
 
-def test_what_ends_an_answer(opened: Opened) -> None:
+def test_stop_ids_of_the_formats(opened: Opened) -> None:
     assert FORMATS["mistral-v1"].stop_ids(opened("v1")) == {2}
     assert FORMATS["plain"].stop_ids(opened("llama3")) == {128001}
     assert FORMATS["llama3"].stop_ids(opened("llama3")) == {128001, 128008, 128009}
 
 
-def test_an_empty_answer_can_be_held(opened: Opened) -> None:
+def test_an_empty_answer_can_be_encoded(opened: Opened) -> None:
     for name, vocabulary in {**MISTRAL, "llama3": "llama3", "aime": "v1", "plain": "v1"}.items():
         FORMATS[name].encode(_conversation(None, ["a", "", "b"]), opened(vocabulary))
 
@@ -186,19 +196,19 @@ def test_an_empty_answer_can_be_held(opened: Opened) -> None:
         ({"role": "user", "content": "x"}, "must be a list"),
         (["hello"], r"messages\[0\] must be an object"),
         ([{"role": "user", "content": "x"}, {"role": "wizard", "content": "x"}], r"messages\[1\].*'wizard'"),
-        ([{"content": "x"}], "role None"),
+        ([{"content": "x"}], "unknown role None"),
         ([{"role": ["user"], "content": "x"}], "role"),
         ([{"role": "user"}], "no content"),
         ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "content of type list"),
     ],
 )
-def test_refused_conversations(messages: Any, match: str) -> None:
+def test_invalid_conversations_are_rejected(messages: Any, match: str) -> None:
     with pytest.raises(InvalidMessages, match=match) as caught:
         chat.validate(messages)
     assert "\n" not in str(caught.value)
 
 
-def test_who_speaks_last(opened: Opened) -> None:
+def test_the_last_role_must_match_continue_final(opened: Opened) -> None:
     tokenizer, form = opened("v1"), FORMATS["mistral-v1"]
     with pytest.raises(InvalidMessages, match="last message is the assistant's"):
         form.encode(_conversation(None, ["a", "b"]), tokenizer)
@@ -206,22 +216,22 @@ def test_who_speaks_last(opened: Opened) -> None:
         form.encode(_conversation(None, ["a"]), tokenizer, continue_final=True)
 
 
-def test_validate_joins_turns_and_changes_nothing() -> None:
+def test_validate_joins_turns_in_a_copy() -> None:
     messages = [*_conversation(None, ["a"]), *_conversation(None, ["b", "c"])]
     assert chat.validate(messages) == _conversation(None, ["a\n\nb", "c"])
     assert messages[0]["content"] == "a"
 
 
-def test_a_format_that_does_not_fit(opened: Opened) -> None:
+def test_unsupported_and_unknown_formats_are_rejected(opened: Opened) -> None:
     with pytest.raises(InvalidRequest, match=r"'llama3' needs .*start_header_id.* use mistral-v1, aime, plain"):
         FORMATS["llama3"].encode(_conversation(None, ["a"]), opened("v1"))
     with pytest.raises(NotFound, match="mistral-v1"):
-        chat.get("chatml")
+        chat.get_format("chatml")
 
 
-def test_choose(opened: Opened) -> None:
+def test_choose_format(opened: Opened) -> None:
     def chosen(name: str, **kwargs: str) -> str:
-        return chat.choose(opened(name), **kwargs).name
+        return chat.choose_format(opened(name), **kwargs).name
 
     assert chosen("v1", architecture="MixtralForCausalLM") == "mistral-v1"
     assert chosen("v1", architecture="mistral") == "mistral-v1"
@@ -248,35 +258,35 @@ LONG = _conversation("sys", ["u0", "a0", "u1", "a1", "u2", "a2", "u3"])
         (2, ["sys", "u3"], 6),
     ],
 )
-def test_fit_drops_the_oldest_exchanges(budget: int, kept: list[str], dropped: int) -> None:
-    messages, gone = chat.fit(LONG, len, budget)
-    assert ([m["content"] for m in messages], gone) == (kept, dropped)
+def test_truncate_removes_the_oldest_exchanges(budget: int, kept: list[str], dropped: int) -> None:
+    messages, removed = chat.truncate(LONG, len, budget)
+    assert ([m["content"] for m in messages], removed) == (kept, dropped)
 
 
-def test_fit_keeps_what_has_to_stay() -> None:
+def test_truncate_keeps_the_last_exchange() -> None:
     with pytest.raises(PromptTooLong) as caught:
-        chat.fit(LONG, len, 1)
+        chat.truncate(LONG, len, 1)
     assert (caught.value.tokens, caught.value.limit) == (2, 1)
-    going_on = LONG[:-1]
-    messages, gone = chat.fit(going_on, len, 3)
-    assert ([m["content"] for m in messages], gone) == (["sys", "u2", "a2"], 4)
+    continued = LONG[:-1]
+    messages, removed = chat.truncate(continued, len, 3)
+    assert ([m["content"] for m in messages], removed) == (["sys", "u2", "a2"], 4)
     opened_by_assistant = LONG[2:]
-    assert chat.fit(opened_by_assistant, len, 5)[1] == 1
+    assert chat.truncate(opened_by_assistant, len, 5)[1] == 1
 
 
 @given(SYSTEM, TURNS, st.integers(1, 40))
-def test_fit_drops_as_little_as_possible(system: str | None, said: list[str], budget: int) -> None:
-    messages = _conversation(system, said)
+def test_truncate_removes_as_little_as_possible(system: str | None, texts: list[str], budget: int) -> None:
+    messages = _conversation(system, texts)
 
     def count(turns: list[Message]) -> int:
         return sum(len(turn["content"]) for turn in turns)
 
     try:
-        kept, dropped = chat.fit(messages, count, budget)
+        kept, dropped = chat.truncate(messages, count, budget)
     except PromptTooLong:
         return
     assert count(kept) <= budget
     assert dropped % 2 == 0
     assert kept == [m for m in messages if m["role"] == "system"] + messages[(system is not None) + dropped :]
     if dropped:
-        assert count(kept) + sum(len(text) for text in said[dropped - 2 : dropped]) > budget
+        assert count(kept) + sum(len(text) for text in texts[dropped - 2 : dropped]) > budget

@@ -1,4 +1,4 @@
-"""Conversations with tools: Mistral's against mistral-common, id for id; Llama's against its template's form."""
+"""Conversations with tools: Mistral's formats against mistral-common, Llama 3.1 against its template."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ WEATHER = {
     },
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
-OFFERED = Tools.of([WEATHER, CLOCK])
+OFFERED = Tools.from_request([WEATHER, CLOCK])
 assert OFFERED is not None
 
 
-def call(id: str, arguments: str, name: str = "get_weather") -> dict[str, Any]:
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+def call(call_id: str, arguments: str, name: str = "get_weather") -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def result(id: str, content: str, name: str = "get_weather") -> dict[str, Any]:
-    return {"role": "tool", "tool_call_id": id, "name": name, "content": content}
+def result(call_id: str, content: str, name: str = "get_weather") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "name": name, "content": content}
 
 
 def user(text: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ ONE_EACH = [*TALK[:6], assistant(None, call("123456789", '{"city": "Łódź"}'))
 
 @pytest.fixture(scope="session")
 def pair(files: dict[str, Path], later_tekken: Callable[[str], Path]) -> Callable[[str], tuple[Tokenizer, Any]]:
-    """Our tokenizer and mistral-common's, by the name of our format."""
+    """Return a function that opens Moesaic's and mistral-common's tokenizer of a format."""
     names = {"mistral-v2": "v2", "mistral-v3": "v3", "mistral-tekken": "tekken", "mistral-v7": "v7"}
 
     def make(name: str) -> tuple[Tokenizer, Any]:
@@ -96,14 +96,14 @@ def expected(original: Any, messages: list[dict[str, Any]], offered: bool) -> li
             case role:
                 return {"system": SystemMessage, "user": UserMessage}[role](content=message["content"])
 
-    told = None
+    definitions = None
     if offered:
-        told = [Tool(function=Function(parameters={}, description="", **CLOCK["function"]))]  # type: ignore[arg-type]
-        told.insert(0, Tool(function=Function(**WEATHER["function"])))  # type: ignore[arg-type]
+        definitions = [Tool(function=Function(parameters={}, description="", **CLOCK["function"]))]  # type: ignore[arg-type]
+        definitions.insert(0, Tool(function=Function(**WEATHER["function"])))  # type: ignore[arg-type]
     converted = [theirs(message) for message in messages]
     if messages[-1]["role"] == "assistant":
         converted[-1].prefix = True
-    request = ChatCompletionRequest(model="any", messages=converted, tools=told)
+    request = ChatCompletionRequest(model="any", messages=converted, tools=definitions)
     ids: list[int] = original.encode_chat_completion(request).tokens
     return ids
 
@@ -112,15 +112,15 @@ MISTRAL = ("mistral-v2", "mistral-v3", "mistral-tekken", "mistral-v7", "mistral-
 
 
 @pytest.mark.parametrize("name", MISTRAL)
-def test_mistral_formats(name: str, pair: Callable[[str], tuple[Tokenizer, Any]]) -> None:
+def test_mistral_formats_match_mistral_common(name: str, pair: Callable[[str], tuple[Tokenizer, Any]]) -> None:
     tokenizer, original = pair(name)
-    assert chat.choose(tokenizer).name == name
+    assert chat.choose_format(tokenizer).name == name
     talk = ONE_EACH if name == "mistral-v2" else TALK
     conversations = [talk, talk[:2], talk[:4], talk[:5], talk[:6], talk[1:4]]
     for messages in conversations:
         for offered in (True, False):
-            told, goes_on = OFFERED if offered else None, messages[-1]["role"] == "assistant"
-            ids = FORMATS[name].encode(messages, tokenizer, tools=told, continue_final=goes_on)
+            visible, continued = OFFERED if offered else None, messages[-1]["role"] == "assistant"
+            ids = FORMATS[name].encode(messages, tokenizer, tools=visible, continue_final=continued)
             assert ids == expected(original, messages, offered)
 
 
@@ -128,7 +128,9 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size
 
 
 @pytest.mark.parametrize("name", MISTRAL)
-def test_any_arguments_and_results(name: str, pair: Callable[[str], tuple[Tokenizer, Any]]) -> None:
+def test_any_arguments_and_results_match_mistral_common(
+    name: str, pair: Callable[[str], tuple[Tokenizer, Any]]
+) -> None:
     tokenizer, original = pair(name)
 
     @settings(max_examples=40, deadline=None)
@@ -143,7 +145,7 @@ def test_any_arguments_and_results(name: str, pair: Callable[[str], tuple[Tokeni
     check()
 
 
-def test_ids_of_another_style_become_mistrals_own(opened: Opened) -> None:
+def test_call_ids_are_converted_to_mistrals_form(opened: Opened) -> None:
     tokenizer = opened("v3")
     messages = [user("a"), assistant(None, call("call_0123456789", "{}")), result("call_0123456789", "x")]
     text = tokenizer.decode(FORMATS["mistral-v3"].encode(messages, tokenizer), skip_special=False)
@@ -152,7 +154,7 @@ def test_ids_of_another_style_become_mistrals_own(opened: Opened) -> None:
     assert text.count(one) == 2
 
 
-LLAMA31 = (  # what the template of the released checkpoints writes, put shorter
+LLAMA31 = (  # a shortened version of the template of the released checkpoints
     "{{- bos_token }}{%- if messages[0].role == 'system' %}{% set known = messages[0].content | trim %}"
     "{% set messages = messages[1:] %}{% else %}{% set known = '' %}{% endif %}"
     "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}{% if tools %}{{ 'Environment: ipython\n' }}{% endif %}"
@@ -174,7 +176,7 @@ LLAMA31 = (  # what the template of the released checkpoints writes, put shorter
 
 
 @pytest.mark.parametrize("offered", [True, False])
-def test_llama31_is_of_its_templates_form(offered: bool, opened: Opened) -> None:
+def test_llama31_matches_its_template(offered: bool, opened: Opened) -> None:
     from moesaic.text._render import _environment
 
     tokenizer = opened("llama3")
@@ -182,19 +184,19 @@ def test_llama31_is_of_its_templates_form(offered: bool, opened: Opened) -> None
     for messages in (ONE_EACH, ONE_EACH[1:], ONE_EACH[:2], ONE_EACH[1:4], [user(" hi \n")], [ONE_EACH[0], user("")]):
         theirs = json.loads(json.dumps(messages))
         for message in theirs:
-            for each in message.get("tool_calls", ()):
-                each["function"]["arguments"] = json.loads(each["function"]["arguments"])
-        told = [WEATHER, CLOCK] if offered else None
-        text = rendered.render(messages=theirs, tools=told, bos_token="<|begin_of_text|>")
+            for entry in message.get("tool_calls", ()):
+                entry["function"]["arguments"] = json.loads(entry["function"]["arguments"])
+        definitions = [WEATHER, CLOCK] if offered else None
+        text = rendered.render(messages=theirs, tools=definitions, bos_token="<|begin_of_text|>")
         ids = FORMATS["llama3.1"].encode(messages, tokenizer, tools=OFFERED if offered else None)
         assert tokenizer.decode(ids, skip_special=False) == text
-        assert ids == tokenizer.encode_marked(text)
+        assert ids == tokenizer.encode_with_special(text)
 
 
-def test_llama31_is_chosen_by_its_template_and_writes_several_calls_in_lines(opened: Opened) -> None:
+def test_llama31_is_chosen_by_its_template(opened: Opened) -> None:
     tokenizer = opened("llama3")
-    assert chat.choose(tokenizer, template=LLAMA31).name == "llama3.1"
-    assert chat.choose(tokenizer, template="{{ '<|start_header_id|>' }}").name == "llama3"
+    assert chat.choose_format(tokenizer, template=LLAMA31).name == "llama3.1"
+    assert chat.choose_format(tokenizer, template="{{ '<|start_header_id|>' }}").name == "llama3"
     text = tokenizer.decode(FORMATS["llama3.1"].encode(TALK, tokenizer), skip_special=False)
     assert (
         '\n\n{"name": "get_weather", "parameters": {"city": "Łódź"}}\n{"name": "clock", "parameters": {}}<|eot' in text
@@ -202,7 +204,7 @@ def test_llama31_is_chosen_by_its_template_and_writes_several_calls_in_lines(ope
 
 
 @pytest.mark.parametrize("name", ["mistral-v1", "aime", "plain", "llama3"])
-def test_formats_without_tools_are_told_in_words(name: str, opened: Opened) -> None:
+def test_formats_without_tool_support_describe_the_tools(name: str, opened: Opened) -> None:
     tokenizer = opened("llama3" if name == "llama3" else "v1")
     text = tokenizer.decode(FORMATS[name].encode(TALK, tokenizer, tools=OFFERED), skip_special=False)
     assert "be brief\n\nYou can call these functions:\n" in text
@@ -221,10 +223,12 @@ def test_text_never_becomes_a_control_token(name: str, pair: Any, opened: Opened
     specials = set(tokenizer.control.values())
 
     def control(text: str) -> list[int]:
-        told = Tools.of([named("f", description=text, parameters={"properties": {text: {"enum": [text]}}})])
-        asked = [user(text), assistant(text, call("abcdefghi", json.dumps({text: text}), "f"))]
-        talk = [*asked, result("abcdefghi", text, "f"), *asked, result("abcdefghi", json.dumps(text), "f")]
-        return [id for id in FORMATS[name].encode(talk, tokenizer, tools=told) if id in specials]
+        offered = Tools.from_request(
+            [named("f", description=text, parameters={"properties": {text: {"enum": [text]}}})]
+        )
+        question = [user(text), assistant(text, call("abcdefghi", json.dumps({text: text}), "f"))]
+        talk = [*question, result("abcdefghi", text, "f"), *question, result("abcdefghi", json.dumps(text), "f")]
+        return [index for index in FORMATS[name].encode(talk, tokenizer, tools=offered) if index in specials]
 
     for text in tokenizer.control:
         if "reserved" not in text and "SPECIAL" not in text:
@@ -237,9 +241,9 @@ def test_text_never_becomes_a_control_token(name: str, pair: Any, opened: Opened
         ([user("a"), result("x", "y")], "result of 'x'"),
         ([user("a"), assistant(None, call("x", "{}")), result("y", "z")], "result of 'y'"),
         ([user("a"), assistant(None, call("x", "{}")), result("x", "z"), result("x", "z")], "result of 'x'"),
-        ([user("a"), assistant(None, call("x", "{}")), user("b")], r"messages\[2\] goes on before 1"),
-        ([user("a"), assistant(None, call("x", "{}"))], "1 of the calls at the end"),
-        ([user("a"), assistant(None, call("x", "{}"), call("x", "{}"))], "two calls with the id 'x'"),
+        ([user("a"), assistant(None, call("x", "{}")), user("b")], r"messages\[2\] must come after .*; 1 missing"),
+        ([user("a"), assistant(None, call("x", "{}"))], "tool results are missing at the end: add 1"),
+        ([user("a"), assistant(None, call("x", "{}"), call("x", "{}"))], "two tool calls with the id 'x'"),
         ([user("a"), assistant(None)], "no content"),
         ([user("a"), assistant(None, call("x", "{}", "bad name"))], r"tool_calls\[0\].function.name"),
         ([user("a"), assistant(None, call("", "{}"))], r"tool_calls\[0\].id"),
@@ -249,15 +253,15 @@ def test_text_never_becomes_a_control_token(name: str, pair: Any, opened: Opened
         ([user("a"), {"role": "assistant", "content": None, "tool_calls": "x"}], "tool_calls must be a list"),
     ],
 )
-def test_refused_conversations(messages: Any, match: str) -> None:
+def test_invalid_conversations_are_rejected(messages: Any, match: str) -> None:
     with pytest.raises(InvalidMessages, match=match):
         chat.validate(messages)
 
 
-def test_a_validated_conversation_is_valid_and_the_oldest_exchange_goes_whole() -> None:
+def test_truncate_removes_calls_with_their_results() -> None:
     turns = chat.validate(TALK)
     assert chat.validate(turns) == turns
-    kept, dropped = chat.fit(TALK, len, 6)
+    kept, dropped = chat.truncate(TALK, len, 6)
     assert dropped == 4
     assert [turn["role"] for turn in kept] == ["system", "user", "assistant", "tool", "tool"]
 
@@ -274,8 +278,8 @@ def deep(levels: int) -> dict[str, Any]:
     ("offered", "choice", "param", "match"),
     [
         ("x", None, "tools", "list"),
-        ([named("f")] * 129, None, "tools", "129 functions, at most 128"),
-        ([named("f"), named("f")], None, "tools", "f twice"),
+        ([named("f")] * 129, None, "tools", "129 functions, more than the maximum of 128"),
+        ([named("f"), named("f")], None, "tools", "two functions with the name f"),
         ([named("f g")], None, "tools[0].function.name", "letters"),
         ([named("a" * 65)], None, "tools[0].function.name", "64"),
         ([named(3)], None, "tools[0].function.name", "letters"),
@@ -283,36 +287,37 @@ def deep(levels: int) -> dict[str, Any]:
         ([{"type": "function"}], None, "tools[0].function", "object"),
         ([named("f", description=3)], None, "tools[0].function.description", "string"),
         ([named("f", parameters=[])], None, "tools[0].function.parameters", "object"),
-        ([named("f", parameters=deep(17))], None, "tools[0].function.parameters", "deeper than 16"),
-        ([named("f", parameters={"a": float("inf")})], None, "tools[0].function.parameters", "no JSON"),
+        ([named("f", parameters=deep(17))], None, "tools[0].function.parameters", "more than 16 nested levels"),
+        ([named("f", parameters={"a": float("inf")})], None, "tools[0].function.parameters", "not valid JSON"),
         ([named("f", parameters={"a": "x" * 70_000})], None, "tools[0].function.parameters", "64 KiB"),
         ([named(f"f{n}", description="x" * 9000) for n in range(40)], None, "tools", "256 KiB"),
         ([named("f")], "sometimes", "tool_choice", "none, auto, required"),
         ([named("f")], {"type": "function", "function": {"name": "g"}}, "tool_choice", "'g'"),
-        ([named("f")], {"function": 3}, "tool_choice", "not among"),
+        ([named("f")], {"function": 3}, "tool_choice", "not in tools"),
         ([], "required", "tool_choice", "no tools"),
     ],
 )
-def test_refused_tools(offered: Any, choice: Any, param: str, match: str) -> None:
+def test_invalid_tools_are_rejected(offered: Any, choice: Any, param: str, match: str) -> None:
     with pytest.raises(InvalidParameter, match=match) as caught:
-        Tools.of(offered, choice)
+        Tools.from_request(offered, choice)
     assert caught.value.param == param
 
 
-def test_choices() -> None:
-    assert Tools.of(None) is Tools.of([]) is Tools.of([CLOCK], "none") is Tools.of([], "none") is None
-    both = Tools.of([WEATHER, CLOCK])
+def test_tool_choice() -> None:
+    for offered, choice in ((None, None), ([], None), ([CLOCK], "none"), ([], "none")):
+        assert Tools.from_request(offered, choice) is None
+    both = Tools.from_request([WEATHER, CLOCK])
     assert both is not None
-    assert (both.choice, both.enforced, both.parallel) == ("auto", False, True)
-    required = Tools.of([WEATHER, CLOCK], "required", False)
+    assert (both.choice, both.call_required, both.parallel) == ("auto", False, True)
+    required = Tools.from_request([WEATHER, CLOCK], "required", False)
     assert required is not None
-    assert (required.enforced, required.parallel, len(required.wanted)) == (True, False, 2)
-    one = Tools.of([WEATHER, CLOCK], {"type": "function", "function": {"name": "clock"}})
+    assert (required.call_required, required.parallel, len(required.allowed)) == (True, False, 2)
+    one = Tools.from_request([WEATHER, CLOCK], {"type": "function", "function": {"name": "clock"}})
     assert one is not None
-    assert (one.enforced, one.parallel, [tool.name for tool in one.wanted]) == (True, False, ["clock"])
+    assert (one.call_required, one.parallel, [tool.name for tool in one.allowed]) == (True, False, ["clock"])
 
 
-def test_a_schema_that_names_its_members_has_no_others() -> None:
+def test_a_schema_with_properties_allows_no_others() -> None:
     def schema(**parameters: Any) -> Any:
         return tools.Tool("f", None, parameters).schema
 

@@ -1,4 +1,4 @@
-"""Streaming is decoding, only earlier: whatever the ids and wherever the borders fall."""
+"""Incremental detokenization and stop strings, for any ids and any cut of the text."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,13 +16,13 @@ Opened = Callable[[str], Tokenizer]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("skip_special", [True, False])
-def test_joined_pieces_are_the_decoded_whole(name: str, skip_special: bool, opened: Opened) -> None:
+def test_joined_pieces_equal_the_decoded_text(name: str, skip_special: bool, opened: Opened) -> None:
     tokenizer = opened(name)
     some = st.one_of(st.integers(-2, tokenizer.vocab_size + 2), st.integers(0, 1300))
 
     def check(ids: Sequence[int]) -> None:
         detokenizer = Detokenizer(tokenizer, skip_special=skip_special)
-        shown = [detokenizer.add(id) for id in ids]
+        shown = [detokenizer.add(token_id) for token_id in ids]
         assert "".join(shown) + detokenizer.finish() == tokenizer.decode(ids, skip_special=skip_special)
 
     settings(max_examples=150, deadline=None)(given(st.lists(some, max_size=15))(check))()
@@ -30,18 +30,18 @@ def test_joined_pieces_are_the_decoded_whole(name: str, skip_special: bool, open
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_finished_characters_are_shown(name: str, opened: Opened) -> None:
+def test_only_complete_characters_are_returned(name: str, opened: Opened) -> None:
     tokenizer = opened(name)
     text = "Grüße 🙂‍↕️ 𐍈 鿿 日本 ꙮ 🇩🇪"
     detokenizer, shown = Detokenizer(tokenizer), ""
-    for id in tokenizer.encode(text):
-        shown += detokenizer.add(id)
+    for token_id in tokenizer.encode(text):
+        shown += detokenizer.add(token_id)
         assert text.startswith(shown)
-    assert shown == text  # nothing held back that was finished
+    assert shown == text  # no complete character is held back
     assert detokenizer.finish() == ""
 
 
-def test_bytes_that_cannot_become_a_character(opened: Opened) -> None:
+def test_invalid_bytes_become_replacement_characters(opened: Opened) -> None:
     tokenizer = opened("v1")
     byte = {value: 3 + value for value in range(256)}
     detokenizer = Detokenizer(tokenizer)
@@ -52,23 +52,23 @@ def test_bytes_that_cannot_become_a_character(opened: Opened) -> None:
     assert detokenizer.finish() == "\ufffd"
 
 
-def test_the_cost_of_a_token_does_not_grow(opened: Opened) -> None:
+def test_cost_per_token_does_not_depend_on_the_length(opened: Opened) -> None:
     tokenizer = opened("v1")
-    asked: list[int] = []
+    decoded: list[int] = []
 
     class Counting(Tokenizer):
-        def bytes(self, id: int, first: bool = False) -> bytes:
-            asked.append(id)
-            return super().bytes(id, first)
+        def bytes(self, token_id: int, first: bool = False) -> bytes:
+            decoded.append(token_id)
+            return super().bytes(token_id, first)
 
     counting = Counting(tokenizer._vocabulary)
     detokenizer = Detokenizer(counting)
-    for id in [1000] * 500:
-        detokenizer.add(id)
-    assert len(asked) == 500
+    for token_id in [1000] * 500:
+        detokenizer.add(token_id)
+    assert len(decoded) == 500
 
 
-def _passed(stops: Sequence[str], pieces: Sequence[str]) -> tuple[str, bool]:
+def _stop_at(stops: Sequence[str], pieces: Sequence[str]) -> tuple[str, bool]:
     strings, shown = StopStrings(stops), ""
     for piece in pieces:
         text, stopped = strings.add(piece)
@@ -88,15 +88,15 @@ def _passed(stops: Sequence[str], pieces: Sequence[str]) -> tuple[str, bool]:
 @example(["bcda", "cd"], ["abcd", "a"])
 @example(["bcda", "cd"], ["abcd"])
 @example(["aab"], ["a", "a", "a", "b"])
-def test_stops_at_the_earliest_occurrence(stops: list[str], pieces: list[str]) -> None:
+def test_text_ends_at_the_earliest_stop_string(stops: list[str], pieces: list[str]) -> None:
     whole = "".join(pieces)
-    found = [at for stop in stops if (at := whole.find(stop)) >= 0]
-    assert _passed(stops, pieces) == (whole[: min(found, default=None)], bool(found))
+    starts = [start for stop in stops if (start := whole.find(stop)) >= 0]
+    assert _stop_at(stops, pieces) == (whole[: min(starts, default=None)], bool(starts))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet="ab", max_size=20), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3))
-def test_holds_back_no_more_than_needed(text: str, stops: list[str]) -> None:
+def test_only_a_possible_stop_string_is_held_back(text: str, stops: list[str]) -> None:
     strings, shown, seen = StopStrings(stops), "", ""
     for character in text:
         piece, stopped = strings.add(character)
@@ -108,13 +108,13 @@ def test_holds_back_no_more_than_needed(text: str, stops: list[str]) -> None:
         assert not held or any(stop.startswith(held) for stop in stops) or any(stop in held for stop in stops)
 
 
-def test_text_stream(opened: Opened) -> None:
+def test_text_stream_decodes_and_stops(opened: Opened) -> None:
     tokenizer = opened("v1")
     ids = tokenizer.encode("Once there was a rabbit.\nUser: and then? 🙂")
     stream = TextStream(tokenizer, ["\nUser:"])
     shown = ""
-    for id in ids:
-        text, stopped = stream.add(id)
+    for token_id in ids:
+        text, stopped = stream.add(token_id)
         shown += text
         if stopped:
             break
@@ -123,12 +123,12 @@ def test_text_stream(opened: Opened) -> None:
     assert stream.finish() == ""
 
     stream = TextStream(tokenizer, ["🙂🙂"])
-    parts = [stream.add(id)[0] for id in ids]
-    assert "🙂" not in "".join(parts)  # it may be half of a stop string
+    parts = [stream.add(token_id)[0] for token_id in ids]
+    assert "🙂" not in "".join(parts)  # it may be the first half of the stop string
     assert "".join(parts) + stream.finish() == tokenizer.decode(ids)
     assert stream.stopped is None
 
 
-def test_an_empty_stop_string_is_refused() -> None:
+def test_an_empty_stop_string_is_rejected() -> None:
     with pytest.raises(InvalidParameter, match="stop"):
         StopStrings(["a", ""])

@@ -1,4 +1,4 @@
-"""Templates of the released models against the built-in formats, and templates that mean harm."""
+"""Chat templates: those of released models against the built-in formats, and hostile ones."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ TALK: list[Message] = [
     {"role": "user", "content": "<|begin_of_text|>and <|eot_<|eot_id|>id|>?"},
 ]
 
-# The templates that the released checkpoints carry.
+# The templates of the released checkpoints.
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
     "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
@@ -39,12 +39,12 @@ MIXTRAL = (
 )
 
 
-def test_llama3_template_is_the_built_in_format(opened: Opened) -> None:
+def test_the_llama3_template_equals_the_built_in_format(opened: Opened) -> None:
     tokenizer = opened("llama3")
     assert template.encode(LLAMA3, TALK, tokenizer) == FORMATS["llama3"].encode(TALK, tokenizer)
 
 
-def test_mixtral_template_is_the_built_in_format(opened: Opened) -> None:
+def test_the_mixtral_template_equals_the_built_in_format(opened: Opened) -> None:
     tokenizer = opened("v1")
     messages: list[Message] = [{"role": "user", "content": "Hi </s><s> there"}]
     assert template.encode(MIXTRAL, messages, tokenizer) == FORMATS["mistral-v1"].encode(messages, tokenizer)
@@ -53,15 +53,17 @@ def test_mixtral_template_is_the_built_in_format(opened: Opened) -> None:
 
 
 @settings(max_examples=8, deadline=None)
-@given(said=st.lists(st.sampled_from(("<|eot_id|>", "<|eot", "_id|>", "<", "|>", "x", "\ue000", "\ue001")), max_size=6))
-def test_no_text_becomes_a_control_token(opened: Opened, said: list[str]) -> None:
-    tokenizer, content = opened("llama3"), "a" + "".join(said) + "z"
+@given(
+    parts=st.lists(st.sampled_from(("<|eot_id|>", "<|eot", "_id|>", "<", "|>", "x", "\ue000", "\ue001")), max_size=6)
+)
+def test_message_text_never_becomes_a_control_token(opened: Opened, parts: list[str]) -> None:
+    tokenizer, content = opened("llama3"), "a" + "".join(parts) + "z"
     ids = template.encode("{{ messages[0].content }}", [{"role": "user", "content": content}], tokenizer)
     assert ids == tokenizer.encode(content)
 
 
-def test_what_templates_expect_to_find() -> None:
-    made = template.render(
+def test_hugging_face_extensions_are_available() -> None:
+    rendered = template.render(
         "{% for n in range(9) %}{% if n == 2 %}{% continue %}{% endif %}{% if n == 4 %}{% break %}{% endif %}{{ n }}\n"
         "    {% endfor %}\n"
         "{% generation %}{{ messages | tojson }}{% endgeneration %}|{{ bos_token }}{{ eos_token }}"
@@ -71,7 +73,7 @@ def test_what_templates_expect_to_find() -> None:
         eos="E",
         add_generation_prompt=False,
     )
-    assert made == '0\n1\n3\n[{"role": "user", "content": "<é>&\'"}]|BE|4|False'
+    assert rendered == '0\n1\n3\n[{"role": "user", "content": "<é>&\'"}]|BE|4|False'
 
 
 @pytest.mark.parametrize(
@@ -86,35 +88,35 @@ def test_what_templates_expect_to_find() -> None:
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "2 s of processor time"),
         ("{{ 'a' * 1000000 }}", "writes more than"),
         ("{% for i in range(99999) %}aaaa{% endfor %}", "writes more than"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "forbidden"),
-        ("{{ messages.append(1) }}", "forbidden"),
-        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "forbidden"),
-        ("{{ (''|attr('__class__')).__mro__ }}", "forbidden|Undefined"),
-        ("{{ '{0.__class__.__mro__}'.format('') }}", "forbidden|Undefined"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "sandbox forbids"),
+        ("{{ messages.append(1) }}", "sandbox forbids"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "sandbox forbids"),
+        ("{{ (''|attr('__class__')).__mro__ }}", "sandbox forbids|Undefined"),
+        ("{{ '{0.__class__.__mro__}'.format('') }}", "sandbox forbids|Undefined"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ open('/etc/passwd') }}", "'open' is undefined"),
         ("{% if", "line 1 is malformed"),
-        ("{{" + "(" * 20_000, "nested too deeply"),
+        ("{{" + "(" * 20_000, "too many nested levels"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
         ("x" * 300_000, "longer than"),
     ],
 )
-def test_templates_that_mean_harm(text: str, match: str) -> None:
+def test_hostile_templates_are_rejected(text: str, match: str) -> None:
     with pytest.raises(TemplateError, match=match) as caught:
         template.render(text, HI)
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_may_refuse() -> None:
-    with pytest.raises(InvalidMessages, match="refuses this conversation: not you"):
+def test_a_template_can_reject_a_conversation() -> None:
+    with pytest.raises(InvalidMessages, match="rejects this conversation: not you"):
         template.render("{{ raise_exception('not you\nand more') }}", HI)
 
 
-def test_attributes_reached_by_a_filter_are_nothing() -> None:
+def test_the_attr_filter_reaches_no_attributes() -> None:
     assert template.render("[{{ ''|attr('__class__') }}]", HI) == "[]"
 
 
-def test_where_a_template_lies(tmp_path: Path) -> None:
+def test_the_template_file_is_found(tmp_path: Path) -> None:
     with pytest.raises(TemplateError, match="has no chat template"):
         template.load(tmp_path)
     config = tmp_path / "tokenizer_config.json"

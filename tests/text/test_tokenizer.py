@@ -1,4 +1,4 @@
-"""Tokenizers against the libraries that the files were made with, and against files that are broken."""
+"""Tokenizers against the reference libraries, and damaged tokenizer files."""
 
 import base64
 import functools
@@ -45,7 +45,7 @@ TEXTS = (
     "[REFERENCE_DOC_0]x[REF] y [/REF][REFERENCE_DOC_19]",
     "=" * 77 + "-" * 33 + "a" * 55 + " " * 41 + "\n" * 17,
 )
-# Runs of one character, and few characters in many orders, are where equal merge ranks would show.
+# Runs of one character, and few characters in many orders, would expose merges of equal rank.
 SOME = st.one_of(
     st.text(max_size=60),
     st.text(alphabet="ab =-\n", max_size=60),
@@ -71,7 +71,7 @@ def oracle(files: dict[str, Path]) -> Callable[[str], Oracle]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_encodes_and_decodes_like_the_original(name: str, opened: Opened, oracle: Callable[[str], Oracle]) -> None:
+def test_encoding_and_decoding_match_the_reference(name: str, opened: Opened, oracle: Callable[[str], Oracle]) -> None:
     tokenizer, (encode, decode) = opened(name), oracle(name)
 
     @settings(max_examples=150, deadline=None)
@@ -89,12 +89,13 @@ def test_encodes_and_decodes_like_the_original(name: str, opened: Opened, oracle
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_decodes_ids_in_any_order_like_the_original(name: str, opened: Opened, oracle: Callable[[str], Oracle]) -> None:
+def test_decoding_any_ids_matches_the_reference(name: str, opened: Opened, oracle: Callable[[str], Oracle]) -> None:
     tokenizer, (_, decode) = opened(name), oracle(name)
-    # tiktoken prints special tokens, which is not what is compared here.
+    # tiktoken prints special tokens; they are not part of this comparison.
     top = 128_000 if name == "llama3" else tokenizer.vocab_size
-    # Bytes that are no character by themselves: most of what they make is broken.
-    parts = [id for id in range(top) if len(tokenizer.bytes(id)) == 1 and tokenizer.bytes(id) >= b"\x80"]
+    # Bytes that are not characters by themselves: most of their sequences are invalid UTF-8.
+    pieces = [tokenizer.bytes(token_id) for token_id in range(top)]
+    parts = [index for index, piece in enumerate(pieces) if len(piece) == 1 and piece >= b"\x80"]
     assert len(parts) == 128
     ids = st.one_of(st.integers(0, top - 1), st.integers(0, 1300), st.sampled_from(parts), st.sampled_from(parts))
 
@@ -107,7 +108,9 @@ def test_decodes_ids_in_any_order_like_the_original(name: str, opened: Opened, o
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_character_of_unicode(name: str, opened: Opened, oracle: Callable[[str], Oracle]) -> None:
+def test_every_unicode_character_matches_the_reference(
+    name: str, opened: Opened, oracle: Callable[[str], Oracle]
+) -> None:
     tokenizer, (encode, _) = opened(name), oracle(name)
     characters = [chr(code) for code in range(0x323B0) if not 0xD800 <= code < 0xE000]
     for start in range(0, len(characters), 512):
@@ -116,7 +119,7 @@ def test_every_character_of_unicode(name: str, opened: Opened, oracle: Callable[
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_specials(name: str, opened: Opened) -> None:
+def test_special_tokens(name: str, opened: Opened) -> None:
     tokenizer = opened(name)
     begin, end = ("<|begin_of_text|>", "<|end_of_text|>") if name == "llama3" else ("<s>", "</s>")
     assert tokenizer.bos_id == tokenizer.control[begin]
@@ -137,11 +140,11 @@ def test_llama3_special_ids_are_the_released_ones(opened: Opened, files: dict[st
 
 def test_tekken_special_ids_are_the_released_ones(opened: Opened, files: dict[str, Path]) -> None:
     original, control = Tekkenizer.from_file(files["tekken"]), opened("tekken").control
-    assert {original.id_to_piece(id): id for id in original.special_ids} == control
+    assert {original.id_to_piece(token_id): token_id for token_id in original.special_ids} == control
 
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
-def test_without_prefix_a_text_goes_on(name: str, opened: Opened) -> None:
+def test_encoding_without_prefix_continues_a_text(name: str, opened: Opened) -> None:
     tokenizer = opened(name)
     assert tokenizer.encode(" world", prefix=False) == tokenizer.encode("world")
     ids = tokenizer.encode("Hello") + tokenizer.encode(" world", prefix=False)
@@ -149,7 +152,7 @@ def test_without_prefix_a_text_goes_on(name: str, opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bytes_and_pieces(name: str, opened: Opened) -> None:
+def test_bytes_and_pieces_of_tokens(name: str, opened: Opened) -> None:
     tokenizer = opened(name)
     text = "Größe 🙂‍↕️ 日本"
     ids = tokenizer.encode(text, prefix=False)
@@ -159,7 +162,7 @@ def test_bytes_and_pieces(name: str, opened: Opened) -> None:
     assert (tokenizer.bytes(beyond), tokenizer.piece(-1), tokenizer.decode([beyond])) == (b"", "", "")
 
 
-def test_half_a_surrogate_is_no_character(opened: Opened) -> None:
+def test_an_unpaired_surrogate_becomes_a_replacement_character(opened: Opened) -> None:
     for name in ("v1", "llama3"):
         assert opened(name).encode("a\ud800b") == opened(name).encode("a\ufffdb")
 
@@ -175,7 +178,7 @@ CORPUS = [
 
 
 def _spaced(prepend: bool) -> tokenizers.Tokenizer:
-    """A Llama-like tokenizer in the older (normalizer) or the newer (Metaspace) way of writing it."""
+    """Return a Llama-like tokenizer in the older form (normalizer) or the newer one (Metaspace)."""
     t, n, p, d = tokenizers.Tokenizer, tokenizers.normalizers, tokenizers.pre_tokenizers, tokenizers.decoders
     made = t(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if prepend:
@@ -188,7 +191,7 @@ def _spaced(prepend: bool) -> tokenizers.Tokenizer:
         vocab_size=600, show_progress=False, special_tokens=special, initial_alphabet=["\u2581"]
     )
     made.train_from_iterator(CORPUS, trainer)
-    # A trainer makes no byte pieces: they are put into the file, as published files have them.
+    # The trainer makes no byte pieces; they are added here, because published files have them.
     tree = json.loads(made.to_str())
     vocab = tree["model"]["vocab"]
     for byte in range(256):
@@ -226,7 +229,7 @@ def _saved(made: tokenizers.Tokenizer, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_tokenizer_json_is_the_library_itself(kind: str, tmp_path: Path) -> None:
+def test_tokenizer_json_matches_the_library(kind: str, tmp_path: Path) -> None:
     made = MADE[kind]()
     made.enable_truncation(3)  # must not have any effect
     made.enable_padding(length=50)
@@ -251,7 +254,7 @@ def test_tokenizer_json_is_the_library_itself(kind: str, tmp_path: Path) -> None
     assert tokenizer.bos_id == tokenizer.control["<s>"] and tokenizer.eos_ids == {tokenizer.control["</s>"]}
 
 
-def test_without_prefix_in_tokenizer_json(tmp_path: Path) -> None:
+def test_tokenizer_json_without_prefix(tmp_path: Path) -> None:
     for kind in ("prepend", "metaspace"):
         tokenizer = Tokenizer.open(_saved(MADE[kind](), tmp_path))
         assert tokenizer.encode(" fox", prefix=False) == tokenizer.encode("fox")
@@ -262,7 +265,7 @@ def test_without_prefix_in_tokenizer_json(tmp_path: Path) -> None:
 def test_published_tokenizer_json_equals_sentencepiece(
     name: str, opened: Opened, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A tokenizer.json of the real vocabulary in the form of the published ones, read by our other reader."""
+    """Read the real vocabulary as a tokenizer.json and compare it with the SentencePiece reader."""
     ours, v = opened(name), opened(name)._vocabulary
     made = tokenizers.Tokenizer.from_str(v.core.to_str())
     n, d = tokenizers.normalizers, tokenizers.decoders
@@ -271,12 +274,12 @@ def test_published_tokenizer_json_equals_sentencepiece(
     tree = json.loads(made.to_str())
     tree["added_tokens"] = [
         {
-            "id": id,
+            "id": token_id,
             "content": text,
             "special": True,
             **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
         }
-        for text, id in [("<unk>", 0), *ours.control.items()]
+        for text, token_id in [("<unk>", 0), *ours.control.items()]
     ]
     for token in tree["added_tokens"]:
         tree["model"]["vocab"][token["content"]] = token["id"]
@@ -288,7 +291,7 @@ def test_published_tokenizer_json_equals_sentencepiece(
             assert theirs.decode(theirs.encode(text)) == ours.decode(ours.encode(text))
 
 
-def test_bos_and_eos_come_from_the_files_beside(tmp_path: Path) -> None:
+def test_bos_and_eos_come_from_the_files_next_to_it(tmp_path: Path) -> None:
     made = MADE["gpt2"]()
     made.add_special_tokens(["<|im_end|>"])
     folder = _saved(made, tmp_path)
@@ -303,17 +306,17 @@ def test_bos_and_eos_come_from_the_files_beside(tmp_path: Path) -> None:
         Tokenizer.open(folder)
 
 
-# -- broken files -----------------------------------------------------------------------------------------
+# -- damaged files ----------------------------------------------------------------------------------------
 
 
-def _refused(path: Path, match: str) -> None:
+def _assert_rejected(path: Path, match: str) -> None:
     with pytest.raises(TokenizerError, match=match) as caught:
         Tokenizer.open(path)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(path.parent))
 
 
 @pytest.mark.parametrize("name", ["v1", "tekken", "llama3"])
-def test_truncated_files(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+def test_truncated_files_are_rejected(name: str, files: dict[str, Path], tmp_path: Path) -> None:
     data = files[name].read_bytes().rstrip(b"\n")
     for keep in (1, 10, 1000, 150_000, data.rindex(b"\n") if name == "llama3" else len(data) - 1):
         broken = tmp_path / files[name].name
@@ -325,10 +328,10 @@ def test_truncated_files(name: str, files: dict[str, Path], tmp_path: Path) -> N
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda b: b"\n\x08" + b)))
-def test_garbage(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_random_bytes_are_rejected(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "garbage.model"
     path.write_bytes(data)
-    _refused(path, ":")
+    _assert_rejected(path, ":")
 
 
 KEYS = st.sampled_from(("model", "type", "vocab", "merges", "added_tokens", "normalizer", "decoder", "id"))
@@ -340,10 +343,10 @@ JSON = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(tree=JSON)
-def test_json_garbage(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
+def test_random_json_is_rejected(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "garbage.json"
     path.write_text(json.dumps({"model": tree, "decoder": {"type": "ByteLevel"}}))
-    _refused(path, ":")
+    _assert_rejected(path, ":")
 
 
 def _changed(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -357,22 +360,22 @@ def _changed(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "decoder Replace is not supported", tree | {"decoder": {**replace, "pattern": {"String": "x"}}}
     yield "decoder Fuse is not supported", tree | {"decoder": {"type": "Fuse"}}
     yield "'WordPiece' model is not supported", tree | {"model": tree["model"] | {"type": "WordPiece"}}
-    yield "not understood", tree | {"model": tree["model"] | {"merges": [["x", "no such piece"]]}}
+    yield "cannot be parsed", tree | {"model": tree["model"] | {"merges": [["x", "no such piece"]]}}
     yield "ids outside", tree | {"model": tree["model"] | {"vocab": {"a": -1}}}
     yield "damaged", {key: value for key, value in tree.items() if key != "model"}
 
 
-def test_refused_tokenizer_json(tmp_path: Path) -> None:
+def test_unsupported_tokenizer_json_is_rejected(tmp_path: Path) -> None:
     tree = json.loads(_byte_level(None).to_str())
     path = tmp_path / "tokenizer.json"
     for match, changed in _changed(tree):
         path.write_text(json.dumps(changed))
-        _refused(path, match)
+        _assert_rejected(path, match)
     path.write_text("{" + '"a":[' * 50_000)
-    _refused(path, "damaged")
+    _assert_rejected(path, "damaged")
 
 
-def test_dropout_is_not_used(tmp_path: Path) -> None:
+def test_dropout_is_disabled(tmp_path: Path) -> None:
     tree = json.loads(_byte_level(None).to_str())
     tree["model"]["dropout"] = 0.9
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
@@ -380,7 +383,7 @@ def test_dropout_is_not_used(tmp_path: Path) -> None:
     assert len({tuple(tokenizer.encode("The quick brown fox")) for _ in range(20)}) == 1
 
 
-def test_refused_sentencepiece(files: dict[str, Path], tmp_path: Path) -> None:
+def test_unsupported_sentencepiece_models_are_rejected(files: dict[str, Path], tmp_path: Path) -> None:
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     def changed(change: Callable[[Any], None]) -> Path:
@@ -391,52 +394,54 @@ def test_refused_sentencepiece(files: dict[str, Path], tmp_path: Path) -> None:
         path.write_bytes(model.SerializeToString())
         return path
 
-    _refused(changed(lambda m: setattr(m.trainer_spec, "model_type", 1)), "not a BPE model")
-    _refused(changed(lambda m: setattr(m.normalizer_spec, "precompiled_charsmap", b"x")), "character map")
-    _refused(changed(lambda m: setattr(m.normalizer_spec, "remove_extra_whitespaces", True)), "extra whitespace")
-    _refused(changed(lambda m: setattr(m.pieces[7], "piece", "<0x100>")), "byte piece")
-    _refused(changed(lambda m: setattr(m.pieces[900], "piece", m.pieces[901].piece)), "twice")
-    # What may differ does: the prefix.
-    bare = Tokenizer.open(changed(lambda m: setattr(m.normalizer_spec, "add_dummy_prefix", False)))
+    _assert_rejected(changed(lambda m: setattr(m.trainer_spec, "model_type", 1)), "not a BPE model")
+    _assert_rejected(changed(lambda m: setattr(m.normalizer_spec, "precompiled_charsmap", b"x")), "character map")
+    _assert_rejected(
+        changed(lambda m: setattr(m.normalizer_spec, "remove_extra_whitespaces", True)), "extra whitespace"
+    )
+    _assert_rejected(changed(lambda m: setattr(m.pieces[7], "piece", "<0x100>")), "byte piece")
+    _assert_rejected(changed(lambda m: setattr(m.pieces[900], "piece", m.pieces[901].piece)), "duplicate")
+    # A model without the dummy prefix is supported.
+    prefixless = Tokenizer.open(changed(lambda m: setattr(m.normalizer_spec, "add_dummy_prefix", False)))
     original: Any = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     for text in TEXTS:
-        assert bare.encode(text) == original.encode(text)
-        assert bare.decode(bare.encode(text)) == original.decode(original.encode(text))
+        assert prefixless.encode(text) == original.encode(text)
+        assert prefixless.decode(prefixless.encode(text)) == original.decode(original.encode(text))
 
 
-def test_refused_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_ranks_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiktoken, "LLAMA3_RANKS", 256)
     path = tmp_path / "tokenizer.model"
     lines = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
     path.write_bytes(b"\n".join(lines))
     assert Tokenizer.open(path).decode(Tokenizer.open(path).encode("Größe")) == "Größe"
     path.write_bytes(b"\n".join([*lines[:-1], base64.b64encode(b"ab") + b" 255"]))
-    _refused(path, "single bytes")
+    _assert_rejected(path, "single bytes")
     path.write_bytes(b"\n".join(lines[:-1]))
-    _refused(path, "has 255 ranks")
+    _assert_rejected(path, "has 255 ranks")
     path.write_bytes(b"\n".join([*lines[:3], b"!!!! 3"]))
-    _refused(path, "line 4 is not base64")
+    _assert_rejected(path, "line 4 is not base64")
     path.write_bytes(b"\n".join([*lines[:3], *lines[4:]]))
-    _refused(path, "line 4 has rank 4 where 3")
+    _assert_rejected(path, "line 4 has rank 4, expected 3")
 
 
-def test_refused_tekken(files: dict[str, Path], tmp_path: Path) -> None:
+def test_unsupported_tekken_files_are_rejected(files: dict[str, Path], tmp_path: Path) -> None:
     tree = json.loads(files["tekken"].read_bytes())
     tree["vocab"] = tree["vocab"][:256]
     tree["config"] |= {"default_vocab_size": 1256}
     path = tmp_path / "tekken.json"
     for match, change in (
-        ("unknown pattern.*a\\+", {"pattern": "(a+)+$"}),
-        ("no number of tokens", {"default_vocab_size": "many"}),
-        ("257 were announced", {"default_vocab_size": 1257}),
+        ("unknown split pattern.*a\\+", {"pattern": "(a+)+$"}),
+        ("not a number of tokens", {"default_vocab_size": "many"}),
+        ("announces 257", {"default_vocab_size": 1257}),
     ):
         path.write_text(json.dumps(tree | {"config": tree["config"] | change}))
-        _refused(path, match)
+        _assert_rejected(path, match)
     path.write_text(json.dumps(tree))
     assert Tokenizer.open(path).encode("a") == [1000 + ord("a")]
 
 
-def test_which_file_of_a_directory(files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_tokenizer_file_of_a_directory_is_found(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="has no tokenizer"):
         Tokenizer.open(tmp_path)
     with pytest.raises(TokenizerError, match="no such file"):
@@ -445,7 +450,7 @@ def test_which_file_of_a_directory(files: dict[str, Path], tmp_path: Path) -> No
         (tmp_path / f"tokenizer.model.{version}").symlink_to(files[version])
     with pytest.raises(TokenizerError, match=r"name one of tokenizer\.model\.v1, tokenizer\.model\.v3"):
         Tokenizer.open(tmp_path)
-    (tmp_path / "tokenizer.model").symlink_to(files["llama3"])  # a name says nothing about the kind
+    (tmp_path / "tokenizer.model").symlink_to(files["llama3"])  # the content decides about the format, not the name
     assert Tokenizer.open(tmp_path).vocab_size == 128_256
     _saved(MADE["gpt2"](), tmp_path)
     assert Tokenizer.open(tmp_path).vocab_size == MADE["gpt2"]().get_vocab_size()
@@ -454,14 +459,14 @@ def test_which_file_of_a_directory(files: dict[str, Path], tmp_path: Path) -> No
         Tokenizer.open(tmp_path)
 
 
-def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_over_the_size_limit_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_vocabulary, "MAX_FILE_BYTES", 1 << 20)
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"x" * ((1 << 20) + 1))
-    _refused(path, "larger than 1 MiB")
+    _assert_rejected(path, "larger than 1 MiB")
 
 
-def test_importing_text_is_light() -> None:
+def test_importing_text_imports_no_heavy_packages() -> None:
     code = "import moesaic.text.chat, moesaic.text.stream, moesaic.text.template, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert not {"torch", "tokenizers", "jinja2", "transformers", "numpy"} & set(loaded.stdout.split())

@@ -14,6 +14,8 @@ from typing import Any
 import aiohttp
 
 from moesaic.bench.endpoints import Failed
+from moesaic.client.events import EventParser
+from moesaic.errors import BadReply
 
 IDLE = 3.0
 """Seconds after which an idle connection is not used again: common servers close it after five, and a request
@@ -54,8 +56,8 @@ class Client:
             async with self._session.post(self.root + path, json=body) as response:
                 return await _json(response)
 
-    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[float, bytes], None]:
-        """Send ``body`` and yield each server-sent event's data with the time at which its bytes came.
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[float, str], None]:
+        """Send ``body`` and yield each server-sent event's data with the time at which its last bytes came.
 
         Reads to the end, so that the connection can be used again; who leaves early closes it (``aclosing``).
 
@@ -67,15 +69,13 @@ class Client:
                 await _check(response)
                 if response.content_type != "text/event-stream":
                     raise Failed("bad reply", f"{response.content_type} instead of events: {await _message(response)}")
-                rest = b""
-                while data := await response.content.readany():
+                parser = EventParser()
+                while chunk := await response.content.readany():
                     now = clock()
-                    *lines, rest = (rest + data).split(b"\n") if rest else data.split(b"\n")
-                    for line in lines:
-                        if line.startswith(b"data:"):
-                            yield now, line[5:].strip()
-                if rest.startswith(b"data:"):
-                    yield clock(), rest[5:].strip()
+                    for data in parser.feed(chunk):
+                        yield now, data
+                for data in parser.feed(b"\n\n"):  # some servers end the last event without an empty line
+                    yield clock(), data
 
 
 @asynccontextmanager
@@ -106,7 +106,7 @@ async def knows(client: Client, path: str) -> Any:
         raise
 
 
-def decode(data: bytes) -> dict[str, Any]:
+def decode(data: str) -> dict[str, Any]:
     """Return the JSON object that an event carries.
 
     Raises:
@@ -117,7 +117,7 @@ def decode(data: bytes) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise Failed("bad reply", f"an event that is no JSON object: {_short(data.decode(errors='replace'))}")
+        raise Failed("bad reply", f"an event that is no JSON object: {_short(data)}")
     return found
 
 
@@ -143,7 +143,7 @@ def failures() -> Iterator[None]:
         raise Failed("no connection", _short(str(error))) from error
     except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError) as error:
         raise Failed("cut stream", _short(str(error))) from error
-    except (aiohttp.ClientError, ValueError) as error:
+    except (aiohttp.ClientError, BadReply, ValueError) as error:
         raise Failed("bad reply", _short(f"{type(error).__name__}: {error}")) from error
 
 

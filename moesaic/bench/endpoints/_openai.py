@@ -15,9 +15,9 @@ from moesaic.bench.endpoints import Answer, Ask, Endpoint, Failed, Manner
 from moesaic.bench.endpoints._http import Client, count, decode, knows, said
 from moesaic.errors import InvalidRequest
 
-TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"[^"]')
+TEXT = re.compile(r'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"[^"]')
 """A text that is not empty. Inside of a text every quote has a backslash before it, so nothing there looks so."""
-WHOLE = re.compile(rb'"(?:error|usage|finish_reason)"\s*:\s*["{\[]|"object"\s*:\s*"error"')
+WHOLE = re.compile(r'"(?:error|usage|finish_reason)"\s*:\s*["{\[]|"object"\s*:\s*"error"')
 """What is decoded: an error, a usage, a reason to end; not null."""
 
 
@@ -59,7 +59,7 @@ class OpenAI(Endpoint):
             async for now, data in events:
                 if TEXT.search(data):
                     arrived(now)
-                if data == b"[DONE]":
+                if data == "[DONE]":
                     ended = True
                 elif WHOLE.search(data):
                     ended |= _note(decode(data), answer)

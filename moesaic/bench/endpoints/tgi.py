@@ -13,8 +13,8 @@ from typing import Any, Self
 from moesaic.bench.endpoints import Answer, Ask, Endpoint, Failed, Manner
 from moesaic.bench.endpoints._http import Client, count, decode, knows, said
 
-TEXT = re.compile(rb'"token"\s*:\s*\{[^{}]*"text"\s*:\s*"[^"]')
-WHOLE = re.compile(rb'"(?:error|generated_text)"\s*:\s*["{]')
+TEXT = re.compile(r'"token"\s*:\s*\{[^{}]*"text"\s*:\s*"[^"]')
+WHOLE = re.compile(r'"(?:error|generated_text)"\s*:\s*["{]')
 
 
 class Dialect(Endpoint):

@@ -10,31 +10,33 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moesaic.cluster.aime.crew import Crew
-from moesaic.cluster.aime.member import Member, Running
+from moesaic.cluster.aime.aime_worker import AimeJob, AimeWorker
+from moesaic.cluster.aime.aime_worker_pool import AimeWorkerPool
+from moesaic.cluster.aime.credentials import worker_key
 from moesaic.cluster.aime.settings import Definition
-from moesaic.cluster.aime.visitors import worker_of
-from moesaic.cluster.desk import LEASE_SECONDS, Desk, Labour
+from moesaic.cluster.protocols import LEASE_SECONDS, JobService, WorkerService
 from moesaic.cluster.routes import MESSAGE_BYTES
 from moesaic.errors import InvalidRequest, Unauthorized, Unavailable
 from moesaic.serve.context import RequestContext
 from moesaic.serve.endpoint import AnyResponse, Endpoint, Failure, Response
 
-PATIENCE = 0.75
+WAIT_FRACTION = 0.75
 """Of the time after which a worker gives up a request for jobs: then it is told that there is none."""
-SPOKEN = "0.9.6"
+SERVER_VERSION = "0.9.6"
 """The version of AIME's server that workers are told."""
-MOST = 4096
+MAX_SLOTS = 4096
 """Jobs that one worker may have."""
 OK = {"cmd": "ok", "success": True}
 PARAMETERS = ("gpu_name", "num_gpus", "framework", "framework_version", "pytorch_version", "version", "worker_version")
 
 
-class Workers:
+class WorkerRoutes:
     """What all routes share."""
 
-    def __init__(self, labour: Labour, desk: Desk, definitions: Sequence[Definition], lease_seconds: float) -> None:
-        self.crew = Crew(labour, desk.workers, lease_seconds)
+    def __init__(
+        self, service: WorkerService, jobs: JobService, definitions: Sequence[Definition], lease_seconds: float
+    ) -> None:
+        self._pool = AimeWorkerPool(service, jobs.worker_count, lease_seconds)
         self._definitions = definitions
 
     def endpoints(self) -> list[Endpoint]:
@@ -57,10 +59,10 @@ class Workers:
         member, valid = None, False
         if definitions:
             try:
-                owner = worker_of(context, body.get("auth_key"), definitions).name
+                owner = worker_key(context, body.get("auth_key"), definitions).name
                 valid = True
                 if name := _name(body.get("auth")):  # it may have begun under an earlier process of this gateway
-                    known = [each for each in self.crew.find(name, definitions[0].job_type) if each.owner == owner]
+                    known = [each for each in self._pool.find(name, definitions[0].job_type) if each.owner == owner]
                     member = known[0] if known else await self._admit(definitions, name, owner, body, legacy=False)
             except Unauthorized:
                 pass
@@ -75,12 +77,12 @@ class Workers:
         if not definitions or not name:
             return Response({"success": False, "error_msg": _unfit(str(body.get("job_type")), name)})
         try:
-            owner = worker_of(context, body.get("auth_key"), definitions).name
+            owner = worker_key(context, body.get("auth_key"), definitions).name
         except Unauthorized as error:
             return Response({"success": False, "error_msg": str(error)})
         about = {"model": _object(context.body.get("model_parameters"))}
         await self._admit(definitions, name, owner, body, legacy=False, about=about)
-        told = {"request_timeout": definitions[0].request_timeout, "api_server_version": SPOKEN}
+        told = {"request_timeout": definitions[0].request_timeout, "api_server_version": SERVER_VERSION}
         return Response(OK | told)
 
     async def _admit(
@@ -92,10 +94,10 @@ class Workers:
         *,
         legacy: bool,
         about: Mapping[str, Any] | None = None,
-    ) -> Member:
+    ) -> AimeWorker:
         shown = {key: body[key] for key in PARAMETERS if key in body} | {"protocol": "aime"} | dict(about or {})
         slots = _count(body.get("max_batch_size", body.get("max_job_batch")))
-        return await self.crew.admit(Member(name, definitions, slots, owner, legacy, shown, time.monotonic()))
+        return await self._pool.admit(AimeWorker(name, definitions, slots, owner, legacy, shown, time.monotonic()))
 
     async def jobs(self, context: RequestContext) -> AnyResponse:
         """Wait for jobs."""
@@ -107,7 +109,7 @@ class Workers:
         except (Unauthorized, InvalidRequest) as error:
             return Response({"cmd": "error", "msg": str(error)})
         timeout = min(member.definition.request_timeout, _seconds(body.get("request_timeout")))
-        found = await self.crew.give(member, _count(body.get("max_job_batch")), timeout * PATIENCE)
+        found = await self._pool.give(member, _count(body.get("max_job_batch")), timeout * WAIT_FRACTION)
         if not found:
             return Response({"cmd": "no_job"})
         own = member.definition
@@ -122,7 +124,7 @@ class Workers:
             }
         )
 
-    async def _member(self, context: RequestContext, body: Mapping[str, Any]) -> Member:
+    async def _member(self, context: RequestContext, body: Mapping[str, Any]) -> AimeWorker:
         """Return the worker that asks.
 
         Raises:
@@ -130,15 +132,15 @@ class Workers:
             Unavailable: it is not known, and has to log in first.
         """
         name, job_type = _name(body.get("auth")), str(body.get("job_type") or "")
-        for member in self.crew.find(name, job_type):
-            if worker_of(context, body.get("auth_key"), member.definitions).name == member.owner:
+        for member in self._pool.find(name, job_type):
+            if worker_key(context, body.get("auth_key"), member.definitions).name == member.owner:
                 return member
         definitions = self._of_type(job_type)
         if not job_type:
             raise Unavailable("not logged in: log in again")
         if not definitions or not name:
             raise InvalidRequest(_unfit(job_type, name))
-        owner = worker_of(context, body.get("auth_key"), definitions).name
+        owner = worker_key(context, body.get("auth_key"), definitions).name
         return await self._admit(definitions, name, owner, body, legacy=True)
 
     async def progress(self, context: RequestContext) -> AnyResponse:
@@ -151,14 +153,14 @@ class Workers:
             except Unauthorized as error:
                 return Response({"success": False, "error_msg": str(error)})
         updates = [(str(entry.get("job_id")), _object(entry.get("progress_data"))) for entry in entries]
-        answers = await self.crew.progress(updates)
+        answers = await self._pool.progress(updates)
         return Response(answers if several else answers[0])
 
     def _check(self, context: RequestContext, entry: Mapping[str, Any]) -> None:
         """Raise Unauthorized unless whoever sends this has the job that it is about, or could have it."""
-        member = self.crew.worker_of(str(entry.get("job_id")))
+        member = self._pool.worker_of(str(entry.get("job_id")))
         if definitions := member.definitions if member else self._of_type(entry.get("job_type")):
-            key = worker_of(context, entry.get("auth_key"), definitions)
+            key = worker_key(context, entry.get("auth_key"), definitions)
             if member and key.name != member.owner:
                 raise Unauthorized("this is the job of another key's worker")
 
@@ -170,13 +172,13 @@ class Workers:
         except Unauthorized as error:
             return Response({"success": False, "error_msg": str(error)})
         job = str(body.get("job_id"))
-        if await self.crew.result(job, body):
+        if await self._pool.result(job, body):
             return Response(OK)
         told = f"Job with job id {job[:80]} not found in worker {str(body.get('auth'))[:80]}!"
         return Response({"cmd": "warning", "msg": told})
 
 
-def _data(running: Running) -> dict[str, Any]:
+def _data(running: AimeJob) -> dict[str, Any]:
     now = time.time()
     return {**running.data, "job_id": running.id, "start_time": now, "start_time_compute": now}
 
@@ -195,7 +197,7 @@ def _object(given: Any) -> dict[str, Any]:
 
 
 def _count(given: Any) -> int:
-    return min(MOST, max(1, given)) if type(given) is int else 1
+    return min(MAX_SLOTS, max(1, given)) if type(given) is int else 1
 
 
 def _seconds(given: Any) -> float:
@@ -209,10 +211,10 @@ def failure(reason: Failure) -> Any:
 
 
 def endpoints(
-    labour: Labour, desk: Desk, definitions: Sequence[Definition], lease_seconds: float = LEASE_SECONDS
+    service: WorkerService, jobs: JobService, definitions: Sequence[Definition], lease_seconds: float = LEASE_SECONDS
 ) -> list[Endpoint]:
     """Return AIME's routes for its workers; a lease that is not renewed for ``lease_seconds`` is lost."""
-    return Workers(labour, desk, definitions, lease_seconds).endpoints()
+    return WorkerRoutes(service, jobs, definitions, lease_seconds).endpoints()
 
 
 def _route(path: str, run: Any, summary: str, *, body: Any = dict[str, Any]) -> Endpoint:

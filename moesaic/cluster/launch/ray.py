@@ -104,7 +104,7 @@ def _want_token(where: str) -> None:
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise InvalidRequest(
             f"{where:.100} can be reached from elsewhere, and whoever reaches Ray runs code on it: "
-            "set RAY_AUTH_MODE=token here and on every node (docs/launching.md)"
+            "set RAY_AUTH_MODE=token here and on every node (docs/how-to/launch.md)"
         )
 
 

@@ -1,7 +1,7 @@
 """Routes of Text Generation Inference: continue a text, as one response or token by token.
 
-A stream has one event for each token, and their texts joined are ``generated_text``. Follows the router of TGI 3.3; the
-documentation lists the differences. TGI's OpenAI routes are those of the OpenAI dialects.
+A stream has one event for each token, and their texts joined are ``generated_text``. Follows the router of TGI 3.3;
+docs/how-to/migrate-from-tgi.md lists the differences. TGI's OpenAI routes are those of the OpenAI dialects.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-/** A gateway's routes for administrators. Knows HTTP; knows no page. */
+/** Requests to a gateway's admin routes. This module does not know the page. */
 
-import { ApiError, ask } from "./api.js";
+import { send } from "./api.js";
 
 /**
  * @typedef {{name: string, models: string[], slots: number, jobs: string[], about: Record<string, unknown>,
@@ -15,49 +15,32 @@ import { ApiError, ask } from "./api.js";
  *   dead: Job[]}} Gateway
  */
 
-const BASE = new URL("../admin/", import.meta.url);
-
 /**
- * @param {string} method
- * @param {string} path
- * @param {string} key
- * @param {unknown} [body]
- * @returns {Promise<any>}
- */
-async function send(method, path, key, body) {
-  const headers = { Authorization: `Bearer ${key}`, "Content-Type": "application/json" };
-  const options = { method, headers, body: body === undefined ? null : JSON.stringify(body) };
-  const response = await ask(new URL(path, BASE), options);
-  try {
-    return await response.json();
-  } catch {
-    throw new ApiError("What answers here is no gateway.", response.status);
-  }
-}
-
-/**
- * Returns all that the page shows.
+ * Returns everything that the page shows.
  * @param {string} key
  * @returns {Promise<Gateway>}
  */
-export async function look(key) {
-  const status = await send("GET", "status", key); // alone and first: a wrong key is to count once
-  const [crew, queues, dead] = await Promise.all(["workers", "queues", "jobs?state=dead"].map((path) => send("GET", path, key)));
-  return { status, workers: crew.workers, drained: crew.drained, dismissed: crew.dismissed, queues: queues.queues, dead: dead.jobs };
+export async function fetchGateway(key) {
+  const status = await send("GET", "admin/status", key); // first and alone, so that a wrong key counts as one failure
+  const [roster, { queues }, { jobs: dead }] = await Promise.all(
+    ["admin/workers", "admin/queues", "admin/jobs?state=dead"].map((path) => send("GET", path, key)),
+  );
+  const { workers, drained, dismissed } = roster;
+  return { status, workers, drained, dismissed, queues, dead };
 }
 
 /**
- * @param {"drain" | "resume"} what
+ * @param {"drain" | "resume"} action
  * @param {string} key
  */
-export const tellGateway = (what, key) => send("POST", what, key);
+export const controlGateway = (action, key) => send("POST", `admin/${action}`, key);
 
 /**
- * @param {"drain" | "resume" | "dismiss"} what
- * @param {string} name a worker's
+ * @param {"drain" | "resume" | "dismiss"} action
+ * @param {string} name the worker's
  * @param {string} key
  */
-export const tellWorker = (what, name, key) => send("POST", `workers/${what}`, key, { name });
+export const controlWorker = (action, name, key) => send("POST", `admin/workers/${action}`, key, { body: { name } });
 
-/** @param {string} id a dead job's @param {string} key */
-export const revive = (id, key) => send("POST", `jobs/${encodeURIComponent(id)}/revive`, key);
+/** @param {string} id of a dead job @param {string} key */
+export const reviveJob = (id, key) => send("POST", `admin/jobs/${encodeURIComponent(id)}/revive`, key);

@@ -1,4 +1,4 @@
-/** What the administrators' page shows, as elements. All text goes in as text. Knows no HTTP. */
+/** Creates the tables and figures of the admin page. All data is inserted as text, never as HTML. */
 
 import { element, textButton } from "./dom.js";
 
@@ -6,35 +6,36 @@ import { element, textButton } from "./dom.js";
 /** @typedef {Node | string} Cell */
 
 /**
- * What the buttons do.
- * @typedef {{tell: (what: "drain" | "resume" | "dismiss", name: string) => void, revive: (id: string) => void}} Actions
+ * @typedef {{controlWorker: (action: "drain" | "resume" | "dismiss", name: string) => void,
+ *   reviveJob: (id: string) => void}} Actions actions of the buttons
  */
 
 const number = new Intl.NumberFormat();
 
 /**
- * Returns a table; the first cell of each row is its head, the last has what can be done.
+ * Returns a table. The first cell of each row is its header; the last has the buttons.
  * @param {string} label
- * @param {string[]} heads those that begin with # stand over numbers
+ * @param {string[]} heads column headers; a leading # marks a column of numbers
  * @param {Cell[][]} rows
- * @param {string} nothing what is said where there are none
+ * @param {string} placeholder text for an empty table
  * @returns {HTMLElement}
  */
-function table(label, heads, rows, nothing) {
-  if (rows.length === 0) return element("p", { class: "nothing" }, nothing);
+function table(label, heads, rows, placeholder) {
+  if (rows.length === 0) return element("p", { class: "nothing" }, placeholder);
   const names = heads.map((head) => head.replace("#", ""));
-  const kind = (/** @type {number} */ place) => (heads[place].startsWith("#") ? "number" : names[place] === "" ? "do" : null);
-  const head = names.map((name, place) =>
-    element("th", { scope: "col", class: kind(place) }, name || element("span", { class: "visually-hidden" }, "What to do")),
+  const kind = (/** @type {number} */ column) =>
+    heads[column].startsWith("#") ? "number" : names[column] === "" ? "do" : null;
+  const head = names.map((name, column) =>
+    element("th", { scope: "col", class: kind(column) }, name || element("span", { class: "visually-hidden" }, "Actions")),
   );
   const body = rows.map((cells) =>
     element(
       "tr",
       {},
-      ...cells.map((cell, place) =>
-        place === 0
+      ...cells.map((cell, column) =>
+        column === 0
           ? element("th", { scope: "row" }, cell)
-          : element("td", { class: kind(place), "data-label": names[place] || null }, cell),
+          : element("td", { class: kind(column), "data-label": names[column] || null }, cell),
       ),
     ),
   );
@@ -47,86 +48,86 @@ function table(label, heads, rows, nothing) {
 }
 
 /** @param {...Node} children @returns {DocumentFragment} */
-function together(...children) {
-  const made = document.createDocumentFragment();
-  made.append(...children);
-  return made;
+function fragment(...children) {
+  const node = document.createDocumentFragment();
+  node.append(...children);
+  return node;
 }
 
-/** @param {string} label @param {string} about whom it concerns, for who cannot see the row @param {() => void} action */
-function button(label, about, action) {
-  const made = textButton(label, "plain-button", action);
-  made.setAttribute("aria-label", `${label} ${about}`);
-  return made;
+/** @param {string} label @param {string} target named in the accessible label @param {() => void} action */
+function button(label, target, action) {
+  const node = textButton(label, "plain-button", action);
+  node.setAttribute("aria-label", `${label} ${target}`);
+  return node;
 }
 
 /** @param {Gateway} gateway @param {Actions} actions */
-export function workers({ workers: here, drained, dismissed }, actions) {
-  const rows = here.map((each) => {
-    const [text, bad] = each.drained ? ["drained", true] : each.apart ? ["apart", true] : ["working", false];
-    const about = Object.entries(each.about).map(([name, value]) => `${name} ${value}`);
+export function workersTable({ workers, drained, dismissed }, actions) {
+  const rows = workers.map((worker) => {
+    const [text, bad] = worker.drained ? ["drained", true] : worker.apart ? ["quarantined", true] : ["working", false];
+    const about = Object.entries(worker.about).map(([name, value]) => `${name} ${value}`);
     return [
-      together(document.createTextNode(each.name), element("span", { class: "about" }, about.join(" · "))),
+      fragment(document.createTextNode(worker.name), element("span", { class: "about" }, about.join(" · "))),
       element("span", { class: bad ? "badge bad" : "badge" }, text),
-      each.models.join(", "),
-      `${each.jobs.length} of ${each.slots}`,
-      new Date(1000 * each.since).toLocaleString(undefined, { dateStyle: "short", timeStyle: "short" }),
-      `${Math.round(each.heard)} s ago`,
-      together(
-        each.drained
-          ? button("Resume", each.name, () => actions.tell("resume", each.name))
-          : button("Drain", each.name, () => actions.tell("drain", each.name)),
-        button("Dismiss", each.name, () => actions.tell("dismiss", each.name)),
+      worker.models.join(", "),
+      `${worker.jobs.length} of ${worker.slots}`,
+      new Date(1000 * worker.since).toLocaleString(undefined, { dateStyle: "short", timeStyle: "short" }),
+      `${Math.round(worker.heard)} s ago`,
+      fragment(
+        worker.drained
+          ? button("Resume", worker.name, () => actions.controlWorker("resume", worker.name))
+          : button("Drain", worker.name, () => actions.controlWorker("drain", worker.name)),
+        button("Dismiss", worker.name, () => actions.controlWorker("dismiss", worker.name)),
       ),
     ];
   });
-  const names = new Set(here.map(({ name }) => name));
+  const names = new Set(workers.map(({ name }) => name));
   const away = [...new Set([...drained, ...dismissed])].filter((name) => !names.has(name));
   for (const name of away) {
     const state = element("span", { class: "badge bad" }, dismissed.includes(name) ? "dismissed" : "drained, away");
-    rows.push([name, state, "", "", "", "", button("Resume", name, () => actions.tell("resume", name))]);
+    rows.push([name, state, "", "", "", "", button("Resume", name, () => actions.controlWorker("resume", name))]);
   }
-  return table("Workers", ["Worker", "State", "Models", "#Jobs", "Since", "#Heard", ""], rows, "No worker is here.");
+  return table("Workers", ["Worker", "State", "Models", "#Jobs", "Since", "#Heard", ""], rows, "No workers are connected.");
 }
 
 /** @param {Gateway} gateway */
-export function queues({ queues: found }) {
-  const rows = found.map((each) => [
-    each.model,
-    ...[each.queued, each.leased, each.suspects, each.workers, each.slots, each.cost].map((count) => number.format(count)),
+export function queuesTable({ queues }) {
+  const rows = queues.map((queue) => [
+    queue.model,
+    ...[queue.queued, queue.leased, queue.suspects, queue.workers, queue.slots, queue.cost].map((count) => number.format(count)),
   ]);
   const heads = ["Model", "#Queued", "#Running", "#Suspects", "#Workers", "#Slots", "#Tokens queued"];
-  return table("Queues", heads, rows, "No model is known yet.");
+  return table("Queues", heads, rows, "No models are known yet.");
 }
 
 /** @param {Gateway} gateway @param {Actions} actions */
-export function dead({ dead: found }, actions) {
-  const rows = found.map((each) => [
-    each.id,
-    each.model,
-    each.key || "–",
-    each.worker || "–",
-    number.format(each.attempts),
-    number.format(each.crashes),
-    together(button("Revive", each.id, () => actions.revive(each.id))),
+export function deadLettersTable({ dead }, actions) {
+  const rows = dead.map((job) => [
+    job.id,
+    job.model,
+    job.key || "–",
+    job.worker || "–",
+    number.format(job.attempts),
+    number.format(job.crashes),
+    fragment(button("Revive", job.id, () => actions.reviveJob(job.id))),
   ]);
   const heads = ["Job", "Model", "Key", "Last worker", "#Tries", "#Workers lost", ""];
-  return table("Dead letters", heads, rows, "There are none.");
+  return table("Dead letters", heads, rows, "There are no dead letters.");
 }
 
 /** @param {Gateway} gateway @returns {HTMLElement[]} */
 export function figures({ status }) {
-  /** @type {[string, string, boolean][]} */
-  const shown = [
+  /** @type {[string, string, boolean][]} label, value, whether it is a warning */
+  const rows = [
     ["Requests", number.format(status.running), false],
     ["Queued", number.format(status.queued), false],
     ["Running", `${number.format(status.leased)} / ${number.format(status.slots)}`, false],
-    ["Seconds a job", status.seconds.toFixed(status.seconds < 10 ? 1 : 0), false],
-    ["Leases lost", number.format(status.lost), status.lost > 0],
-    ["Came too late", number.format(status.fenced), false],
-    ["Set aside", number.format(status.dead), status.dead > 0],
+    ["Seconds per job", status.seconds.toFixed(status.seconds < 10 ? 1 : 0), false],
+    ["Leases expired", number.format(status.lost), status.lost > 0],
+    ["Results fenced", number.format(status.fenced), false],
+    ["Dead letters", number.format(status.dead), status.dead > 0],
   ];
-  return shown.map(([name, value, bad]) =>
+  return rows.map(([name, value, bad]) =>
     element("div", { class: bad ? "bad" : null }, element("dt", {}, name), element("dd", {}, value)),
   );
 }

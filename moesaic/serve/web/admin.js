@@ -1,124 +1,125 @@
-/** The administrators' page: looks at the gateway again and again, and tells it what to do. */
+/** Entry point of the admin page: polls the gateway's state and sends the administrator's actions. */
 
-import { look, revive, tellGateway, tellWorker } from "./admin-api.js";
-import { dead, figures, queues, workers } from "./admin-tables.js";
-import { ApiError } from "./api.js";
+import { controlGateway, controlWorker, fetchGateway, reviveJob } from "./admin-api.js";
+import { deadLettersTable, figures, queuesTable, workersTable } from "./admin-tables.js";
+import { describe } from "./api.js";
+import { MoesaicError } from "./client/index.js";
 import { byId } from "./dom.js";
 import { askKey } from "./key.js";
 import { notify } from "./notices.js";
-import { ADMIN, readKey } from "./preferences.js";
-import { offerThemes } from "./themes.js";
+import { ADMIN_KEY, readKey } from "./preferences.js";
+import { showThemeButtons } from "./themes.js";
 
-const EVERY = 2000; // ms
-const WORDS = { serving: "takes requests", draining: "draining: takes nothing new", stopping: "about to stop" };
+const POLL_MS = 2000;
+const STATE_LABELS = { serving: "accepting requests", draining: "draining: no new requests", stopping: "stopping" };
 
 /** @type {number | undefined} */
-let next;
-let looking = false;
-/** @type {string} as it was shown last */
+let timer;
+let refreshing = false;
+/** @type {string} the state shown last */
 let state = "";
 
-/** Looks, shows what there is, and looks again in a while: not while nobody sees the page. */
+/** Shows the gateway's current state and schedules the next refresh, unless the page is hidden. */
 async function refresh() {
-  clearTimeout(next);
-  if (looking) return;
-  looking = true;
+  clearTimeout(timer);
+  if (refreshing) return;
+  refreshing = true;
   /** @type {number | null} */
-  let wait = EVERY;
+  let wait = POLL_MS;
   try {
-    show(await look(readKey(ADMIN)));
-    trouble("");
+    show(await fetchGateway(readKey(ADMIN_KEY)));
+    showProblem("");
   } catch (error) {
-    wait = await explain(/** @type {Error} */ (error));
+    wait = await handleError(/** @type {Error} */ (error));
   }
-  looking = false;
-  clearTimeout(next);
-  if (wait !== null && !document.hidden) next = setTimeout(refresh, wait);
+  refreshing = false;
+  clearTimeout(timer);
+  if (wait !== null && !document.hidden) timer = setTimeout(refresh, wait);
 }
 
-/** @param {Error} error @returns {Promise<number | null>} ms to wait; null: it makes no sense to ask again */
-async function explain(error) {
-  const status = error instanceof ApiError ? error.status : 0;
+/** @param {Error} error @returns {Promise<number | null>} milliseconds until the next refresh; null: do not refresh */
+async function handleError(error) {
+  const status = error instanceof MoesaicError ? error.status : 0;
   if (status === 401 || status === 403) {
-    if (await askKey("This page needs the key of an administrator.", ADMIN)) return 0;
-    trouble(error.message);
+    if (await askKey("This page needs an administrator's API key.", ADMIN_KEY)) return 0;
+    showProblem(describe(error));
     return null;
   }
-  trouble(status === 404 ? "There is no gateway's administration at this address." : error.message);
-  return EVERY;
+  showProblem(status === 404 ? "This server has no admin routes. Only gateways have them." : describe(error));
+  return POLL_MS;
 }
 
 /** @param {string} text */
-function trouble(text) {
+function showProblem(text) {
   const shown = byId("trouble");
   shown.hidden = text === "";
   if (shown.textContent !== text) shown.textContent = text;
-  if (text) write("away", "not in touch");
+  if (text) showState("away", "no connection");
 }
 
 /** @param {string} name @param {string} text */
-function write(name, text) {
+function showState(name, text) {
   const shown = byId("state");
   shown.dataset.state = name;
-  if (shown.textContent !== text) shown.textContent = text; // else it would be read out each time
+  if (shown.textContent !== text) shown.textContent = text; // an unchanged text must not be announced again
 }
 
 /** @param {import("./admin-api.js").Gateway} gateway */
 function show(gateway) {
   state = gateway.status.state;
-  write(state, WORDS[/** @type {keyof typeof WORDS} */ (state)] ?? state);
+  showState(state, STATE_LABELS[/** @type {keyof typeof STATE_LABELS} */ (state)] ?? state);
   const drain = byId("drain");
   drain.hidden = state === "stopping";
-  drain.textContent = state === "draining" ? "Take requests again" : "Drain the gateway";
+  drain.textContent = state === "draining" ? "Accept requests again" : "Drain the gateway";
   byId("figures").replaceChildren(...figures(gateway));
-  replace(byId("workers"), workers(gateway, actions));
-  replace(byId("queues"), queues(gateway));
-  replace(byId("dead"), dead(gateway, actions));
+  replace(byId("workers"), workersTable(gateway, actions));
+  replace(byId("queues"), queuesTable(gateway));
+  replace(byId("dead"), deadLettersTable(gateway, actions));
 }
 
-const PARTS = ["TABLE", "TBODY", "TR"];
+const CONTAINERS = ["TABLE", "TBODY", "TR"];
 
 /**
- * Shows something in the place of what was shown before, and leaves alone what says the same: else a button could be
- * taken away under the finger, and a selection from under the eyes.
- * @param {Element} root whose only child it is
- * @param {HTMLElement} made
+ * Replaces the only child of `root`, but keeps the parts that are equal. A button therefore does not vanish while it is
+ * clicked, and a selection survives.
+ * @param {Element} root
+ * @param {HTMLElement} node
  */
-function replace(root, made) {
-  if (root.firstElementChild) update(root.firstElementChild, made);
-  else root.append(made);
+function replace(root, node) {
+  if (root.firstElementChild) update(root.firstElementChild, node);
+  else root.append(node);
 }
 
-/** @param {Element} old @param {Element} made */
-function update(old, made) {
-  if (old.isEqualNode(made)) return;
-  const [before, now] = [[...old.children], [...made.children]];
-  if (old.tagName === made.tagName && PARTS.includes(old.tagName) && before.length === now.length) {
-    before.forEach((child, place) => update(child, now[place]));
+/** @param {Element} old @param {Element} node */
+function update(old, node) {
+  if (old.isEqualNode(node)) return;
+  const [before, after] = [[...old.children], [...node.children]];
+  if (old.tagName === node.tagName && CONTAINERS.includes(old.tagName) && before.length === after.length) {
+    before.forEach((child, index) => update(child, after[index]));
     return;
   }
   const focused = old.contains(document.activeElement);
-  old.replaceWith(made);
-  if (focused) made.querySelector("button")?.focus({ preventScroll: true });
+  old.replaceWith(node);
+  if (focused) node.querySelector("button")?.focus({ preventScroll: true });
 }
 
-/** @param {() => Promise<{state: string}>} work @param {string} done what is said then */
+/** Runs an action, shows a notice, and refreshes. @param {() => Promise<unknown>} work @param {string} done the notice */
 async function act(work, done) {
   try {
     await work();
     notify(done);
   } catch (error) {
-    notify(/** @type {Error} */ (error).message);
+    notify(describe(error));
   }
   await refresh();
 }
 
 /**
- * Asks the reader whether that is meant.
- * @param {string} title @param {string} text @param {string} yes
+ * Asks the administrator to confirm.
+ * @param {string} title @param {string} text @param {string} yes label of the confirm button
  * @returns {Promise<boolean>}
  */
-function sure(title, text, yes) {
+function confirmAction(title, text, yes) {
   const dialog = /** @type {HTMLDialogElement} */ (byId("sure-dialog"));
   byId("sure-title").textContent = title;
   byId("sure-text").textContent = text;
@@ -132,27 +133,28 @@ function sure(title, text, yes) {
 
 /** @type {import("./admin-tables.js").Actions} */
 const actions = {
-  async tell(what, name) {
-    const text = "Others do what it has, and it is not let in again.";
-    if (what === "dismiss" && !(await sure(`Dismiss ${name}?`, text, "Dismiss"))) return;
-    const done = { drain: "is given nothing more", resume: "may work again", dismiss: "was dismissed" }[what];
-    await act(() => tellWorker(what, name, readKey(ADMIN)), `${name} ${done}.`);
+  async controlWorker(action, name) {
+    const text = "Other workers take over its jobs, and it cannot connect again.";
+    if (action === "dismiss" && !(await confirmAction(`Dismiss ${name}?`, text, "Dismiss"))) return;
+    const done = { drain: "is drained", resume: "accepts jobs again", dismiss: "was dismissed" }[action];
+    await act(() => controlWorker(action, name, readKey(ADMIN_KEY)), `${name} ${done}.`);
   },
-  revive: (id) => void act(() => revive(id, readKey(ADMIN)), `${id} is queued again.`),
+  reviveJob: (id) => void act(() => reviveJob(id, readKey(ADMIN_KEY)), `${id} is queued again.`),
 };
 
 byId("drain").addEventListener("click", async () => {
-  const what = state === "draining" ? "resume" : "drain";
-  const text = "New requests are refused until it takes them again; what is queued is done.";
-  if (what === "drain" && !(await sure("Drain the gateway?", text, "Drain"))) return;
-  await act(() => tellGateway(what, readKey(ADMIN)), what === "drain" ? "It takes nothing new." : "It takes requests again.");
+  const action = state === "draining" ? "resume" : "drain";
+  const text = "The gateway refuses new requests until you resume it. It completes the queued ones.";
+  if (action === "drain" && !(await confirmAction("Drain the gateway?", text, "Drain"))) return;
+  const done = action === "drain" ? "The gateway refuses new requests." : "The gateway accepts requests again.";
+  await act(() => controlGateway(action, readKey(ADMIN_KEY)), done);
 });
 byId("admin-key").addEventListener("click", async () => {
-  if (await askKey("The key is sent to this gateway with every request.", ADMIN)) void refresh();
+  if (await askKey("The page sends this key to the gateway with every request.", ADMIN_KEY)) void refresh();
 });
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) void refresh();
 });
 
-offerThemes();
+showThemeButtons();
 await refresh();

@@ -1,16 +1,17 @@
 /**
- * The conversation that is open, what can be done with it, and the answers that are being written (also of
- * conversations that are not open). Knows no page; it tells by events:
+ * The open conversation, the actions on it, and the answers in progress, also those of other conversations. This
+ * module does not know the page; it emits events:
  *
- *   opened   another conversation is open, or other messages are in this one
- *   grew     the answer in the open conversation has grown
- *   ended    it is complete, was stopped, or failed
- *   failed   something went wrong; detail: the error
- *   replaced messages have been replaced; detail: {count, undo}
+ *   opened   a conversation was opened, or its messages changed
+ *   grew     the answer in the open conversation has new text
+ *   ended    the answer is complete, was stopped, or failed
+ *   failed   an answer failed; detail: the error
+ *   replaced messages were replaced; detail: {count, undo}
  *   stored   the list of conversations has changed
- *   notice   something to tell the reader; detail: the text
+ *   notice   a message for the reader; detail: the text
  */
 
+import { describe } from "./api.js";
 import { newConversation, titleOf } from "./conversation.js";
 import { Generation } from "./generation.js";
 import { readKey, readLast, writeLast } from "./preferences.js";
@@ -19,14 +20,14 @@ import { Store } from "./store.js";
 
 /** @typedef {import("./conversation.js").Conversation} Conversation @typedef {import("./conversation.js").Message} Message */
 
-const SAVE_EVERY = 1000; // ms, while an answer is being written
+const SAVE_INTERVAL_MS = 1000; // while an answer is in progress
 
 export class Chat extends EventTarget {
   /** @type {Set<Generation>} */
   #running = new Set();
-  /** @type {Map<Conversation, number>} what is not on disk yet, and how often it is waiting for that */
+  /** @type {Map<Conversation, number>} number of unfinished saves of each conversation */
   #saving = new Map();
-  /** Whether another tab is writing the answer of the open conversation. */
+  /** Whether another tab receives an answer in the open conversation. */
   elsewhere = false;
   store = new Store((change) => this.#changedElsewhere(change));
   conversation = newConversation(readLast());
@@ -40,27 +41,27 @@ export class Chat extends EventTarget {
   }
 
   /** @param {string} name @param {unknown} [detail] */
-  #tell(name, detail) {
+  #emit(name, detail) {
     this.dispatchEvent(new CustomEvent(name, { detail }));
   }
 
-  /** @returns {Generation | undefined} the answer being written in the open conversation */
+  /** @returns {Generation | undefined} the answer in progress in the open conversation */
   get generation() {
     return [...this.#running].find(({ conversation }) => conversation === this.conversation);
   }
 
-  /** @returns {Set<string>} the conversations whose answers are being written */
+  /** @returns {Set<string>} ids of the conversations with an answer in progress */
   get busy() {
     return new Set([...this.#running].map(({ conversation }) => conversation.id));
   }
 
-  /** Takes in what an earlier page was writing when it was left. */
+  /** Restores answers that were in progress when an earlier page was closed. */
   async recover() {
     await this.#guarded(() => recover(this.store));
   }
 
-  /** Begins a new conversation with the model and the settings used last. */
-  fresh() {
+  /** Starts a new conversation with the last used model and settings. */
+  startNew() {
     this.#show(newConversation(readLast()));
   }
 
@@ -68,20 +69,20 @@ export class Chat extends EventTarget {
   async open(id) {
     if (id === this.conversation.id) return;
     const running = [...this.#running].find(({ conversation }) => conversation.id === id);
-    const found = running?.conversation ?? (await this.#guarded(() => this.store.get(id)));
-    if (found) this.#show(found);
-    else this.fresh();
+    const conversation = running?.conversation ?? (await this.#guarded(() => this.store.get(id)));
+    if (conversation) this.#show(conversation);
+    else this.startNew();
   }
 
   /** @param {Conversation} conversation */
   #show(conversation) {
     this.conversation = conversation;
     this.elsewhere = false;
-    this.#tell("opened");
+    this.#emit("opened");
   }
 
   /**
-   * Says something and starts the answer.
+   * Adds a user message and requests the answer.
    * @param {string} text
    */
   send(text) {
@@ -96,41 +97,41 @@ export class Chat extends EventTarget {
     this.generation?.stop();
   }
 
-  /** Asks for the next answer, or for more of the last one. */
-  proceed() {
+  /** Requests the next answer, or the continuation of the last one. */
+  continueAnswer() {
     this.#start();
   }
 
   /**
-   * Answers anew, from the message before the `place`-th on.
-   * @param {number} place an answer's
+   * Requests a new answer in place of the one at `index`, and removes the messages after it.
+   * @param {number} index
    */
-  regenerate(place) {
-    this.#replace(place, []);
+  regenerate(index) {
+    this.#replace(index, []);
     this.#start();
   }
 
   /**
-   * Puts another question in the `place`-th place and goes on from there.
-   * @param {number} place
+   * Replaces the user message at `index`, removes the messages after it, and requests an answer.
+   * @param {number} index
    * @param {string} text
    */
-  ask(place, text) {
-    this.#replace(place, [{ role: "user", content: text }]);
+  editQuestion(index, text) {
+    this.#replace(index, [{ role: "user", content: text }]);
     this.#start();
   }
 
   /**
-   * Changes what the model has said; the messages after it stay, unless it is to go on from there.
-   * @param {number} place
+   * Replaces the text of the answer at `index`. If the model is to continue from it, the messages after it are removed.
+   * @param {number} index
    * @param {string} text
-   * @param {boolean} goOn
+   * @param {boolean} continueFrom
    */
-  correct(place, text, goOn) {
+  editAnswer(index, text, continueFrom) {
     const { messages } = this.conversation;
-    const corrected = { ...messages[place], content: text };
-    this.#replace(place, [corrected, ...(goOn ? [] : messages.slice(place + 1))]);
-    if (goOn) this.#start();
+    const edited = { ...messages[index], content: text };
+    this.#replace(index, [edited, ...(continueFrom ? [] : messages.slice(index + 1))]);
+    if (continueFrom) this.#start();
     else void this.#changed();
   }
 
@@ -154,32 +155,32 @@ export class Chat extends EventTarget {
   /**
    * Deletes a conversation.
    * @param {string} id
-   * @returns {Promise<(() => Promise<void>) | null>} what brings it back
+   * @returns {Promise<(() => Promise<void>) | null>} a function that restores it
    */
   async remove(id) {
     for (const generation of this.#running) if (generation.conversation.id === id) generation.stop();
     const removed = await this.#guarded(() => this.store.get(id));
     await this.#guarded(() => this.store.remove(id));
-    if (id === this.conversation.id) this.fresh();
-    this.#tell("stored");
+    if (id === this.conversation.id) this.startNew();
+    this.#emit("stored");
     return removed ? () => this.#save({ ...removed, revision: 0 }) : null;
   }
 
   /** @param {Conversation[]} conversations */
   async add(conversations) {
     await this.store.add(conversations);
-    this.#tell("stored");
+    this.#emit("stored");
   }
 
   /**
-   * Puts `messages` in the place of all from `place` on; the reader can undo that if something was lost.
-   * @param {number} place
+   * Replaces all messages from `index` on, and offers the reader to undo that.
+   * @param {number} index
    * @param {Message[]} messages
    */
-  #replace(place, messages) {
+  #replace(index, messages) {
     const { conversation } = this;
     const before = conversation.messages;
-    conversation.messages = [...before.slice(0, place), ...messages];
+    conversation.messages = [...before.slice(0, index), ...messages];
     const count = before.filter((message) => !conversation.messages.includes(message)).length;
     const undo = () => {
       for (const generation of this.#running) if (generation.conversation === conversation) generation.stop();
@@ -187,16 +188,16 @@ export class Chat extends EventTarget {
       if (conversation === this.conversation) void this.#changed();
       else void this.#save(conversation);
     };
-    this.#tell("replaced", { count, undo });
+    this.#emit("replaced", { count, undo });
   }
 
-  /** The messages of the open conversation are others now. */
+  /** Shows and saves the open conversation after its messages changed. */
   async #changed() {
-    this.#tell("opened");
+    this.#emit("opened");
     await this.#save(this.conversation);
   }
 
-  /** Starts an answer in the open conversation. */
+  /** Requests an answer in the open conversation. */
   #start() {
     const { conversation } = this;
     if (this.generation) return;
@@ -205,11 +206,11 @@ export class Chat extends EventTarget {
     void this.#save(conversation);
     const generation = new Generation(conversation);
     this.#running.add(generation);
-    this.#tell("opened");
+    this.#emit("opened");
     void this.#follow(generation);
   }
 
-  /** @param {Generation} generation */
+  /** Runs an answer to its end, and saves it while it grows. @param {Generation} generation */
   async #follow(generation) {
     const { conversation } = generation;
     let saved = performance.now();
@@ -217,8 +218,8 @@ export class Chat extends EventTarget {
     let failure = null;
     try {
       await generation.run(readKey(), () => {
-        if (conversation === this.conversation) this.#tell("grew");
-        if (performance.now() - saved < SAVE_EVERY) return;
+        if (conversation === this.conversation) this.#emit("grew");
+        if (performance.now() - saved < SAVE_INTERVAL_MS) return;
         saved = performance.now();
         void this.#save(conversation, true);
       });
@@ -227,9 +228,9 @@ export class Chat extends EventTarget {
     }
     this.#running.delete(generation);
     if (conversation === this.conversation) {
-      this.#tell("ended");
-      if (failure) this.#tell("failed", failure);
-    } else if (failure) this.#tell("notice", `“${conversation.title}”: ${/** @type {Error} */ (failure).message}`);
+      this.#emit("ended");
+      if (failure) this.#emit("failed", failure);
+    } else if (failure) this.#emit("notice", `“${conversation.title}”: ${describe(failure)}`);
     await this.#save(conversation);
   }
 
@@ -242,17 +243,17 @@ export class Chat extends EventTarget {
     if (waiting > 0) this.#saving.set(conversation, waiting);
     else this.#saving.delete(conversation);
     if (outcome === "copied") {
-      this.#tell("notice", "This conversation went on in another tab. What was said here is kept as a copy.");
+      this.#emit("notice", "This conversation was continued in another tab. The version from this tab was kept as a copy.");
     }
     if (outcome === "removed" && !live && conversation === this.conversation) {
-      this.#tell("notice", "This conversation was deleted in another tab: what is said here now is not kept.");
+      this.#emit("notice", "This conversation was deleted in another tab. New messages here are not saved.");
     }
-    if (id !== conversation.id && conversation === this.conversation) this.#tell("opened");
-    if (!live) this.#tell("stored");
+    if (id !== conversation.id && conversation === this.conversation) this.#emit("opened");
+    if (!live) this.#emit("stored");
   }
 
   /**
-   * Does something with the store; the reader is told if that fails.
+   * Runs work on the store; a failure becomes a notice to the reader.
    * @template T
    * @param {() => Promise<T>} work
    * @returns {Promise<T | undefined>}
@@ -261,28 +262,28 @@ export class Chat extends EventTarget {
     try {
       return await work();
     } catch (error) {
-      this.#tell("notice", /** @type {Error} */ (error).message);
+      this.#emit("notice", /** @type {Error} */ (error).message);
       return undefined;
     }
   }
 
-  /** @param {import("./store.js").Change} change */
+  /** Shows a change that another tab made. @param {import("./store.js").Change} change */
   async #changedElsewhere({ id, removed, live }) {
-    this.#tell("stored");
+    this.#emit("stored");
     if (id !== this.conversation.id || this.generation) return;
     if (removed) {
-      this.fresh();
-      this.#tell("notice", "This conversation was deleted in another tab.");
+      this.startNew();
+      this.#emit("notice", "This conversation was deleted in another tab.");
       return;
     }
     const stored = await this.#guarded(() => this.store.get(id));
     if (!stored || id !== this.conversation.id || this.generation) return;
     const before = this.conversation.messages;
-    // What has not changed stays the same object, and with it the nodes that show it.
-    stored.messages = stored.messages.map((message, place) => (same(message, before[place]) ? before[place] : message));
+    // Unchanged messages stay the same objects, so that the page keeps their nodes.
+    stored.messages = stored.messages.map((message, index) => (same(message, before[index]) ? before[index] : message));
     this.conversation = stored;
     this.elsewhere = live;
-    this.#tell("opened");
+    this.#emit("opened");
   }
 }
 

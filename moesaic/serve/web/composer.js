@@ -1,4 +1,4 @@
-/** The field where messages are written, and how the answer is coming along. */
+/** The message field with its buttons, and the status line with speed and context usage. */
 
 import { byId } from "./dom.js";
 import { fit } from "./message.js";
@@ -14,7 +14,7 @@ export class Composer {
 
   /**
    * @param {import("./chat.js").Chat} chat
-   * @param {() => import("./api.js").Model | null} model the one that answers
+   * @param {() => import("./api.js").Model | null} model returns the selected model
    */
   constructor(chat, model) {
     this.chat = chat;
@@ -31,7 +31,7 @@ export class Composer {
 
   /** @param {KeyboardEvent} event */
   #key(event) {
-    // While characters are composed (Chinese, Japanese ...), Enter chooses one. On a phone it begins a line.
+    // In an input method (Chinese, Japanese, ...) Enter selects a character. On a phone it starts a new line.
     const touch = matchMedia("(hover: none) and (pointer: coarse)").matches;
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229 || touch) return;
     event.preventDefault();
@@ -46,7 +46,7 @@ export class Composer {
   }
 
   /**
-   * Puts a text into the field.
+   * Sets the text of the field.
    * @param {string} text
    */
   put(text) {
@@ -60,14 +60,14 @@ export class Composer {
     this.#input.focus({ preventScroll: true });
   }
 
-  /** Shows what can be done now. */
+  /** Updates the buttons and the status line. */
   show() {
     const busy = this.chat.generation !== undefined;
     const stopping = document.activeElement === this.#stop;
     this.#send.hidden = busy;
     this.#stop.hidden = !busy;
     this.#send.disabled = this.#input.value.trim() === "" || this.model() === null;
-    if (stopping && !busy) this.focus(); // the button under the keyboard is gone
+    if (stopping && !busy) this.focus(); // the focused button is now hidden
     fit(this.#input);
     this.#showProgress();
   }
@@ -78,7 +78,7 @@ export class Composer {
     setTimeout(() => {
       this.#scheduled = false;
       this.#showProgress();
-    }, 200); // numbers that change faster cannot be read
+    }, 200); // faster changes are unreadable
   }
 
   #showProgress() {
@@ -93,7 +93,7 @@ export class Composer {
     /** @type {HTMLProgressElement} */ (byId("context-bar")).value = Math.min(1, used / limit);
   }
 
-  /** @returns {{tokens: number, rate: number | null, prompt: number}} of the answer being written, or of the last */
+  /** @returns {{tokens: number, rate: number | null, prompt: number}} of the answer in progress, or of the last one */
   #progress() {
     const { generation, conversation } = this.chat;
     if (generation) return generation.progress();

@@ -1,20 +1,20 @@
-/** What a conversation is, and what the API is asked for it. Knows neither page nor storage. */
+/** The data of a conversation, and the API request for its next answer. Independent of the page and of storage. */
 
-import { fields } from "./sampling.js";
+import { requestFields } from "./sampling.js";
 
 /**
- * @typedef {"stopped" | "length" | "failed"} Cut why an answer is not complete: the reader stopped it or closed
- *   the page, it reached the most new tokens, or something broke
+ * @typedef {"stopped" | "length" | "failed"} Cut why an answer is incomplete: the reader stopped it or closed the page,
+ *   it reached the token limit, or an error ended it
  * @typedef {{prompt: number, answer: number, rate: number | null}} Cost tokens, and tokens per second
  * @typedef {{role: "user" | "assistant", content: string, cut?: Cut, cost?: Cost, model?: string}} Message
  * @typedef {{id: string, revision: number, title: string, created: number, updated: number, model: string,
  *   system: string, settings: import("./sampling.js").Settings, messages: Message[]}} Conversation
- *   `revision` counts what was stored of it; 0: nothing yet
+ *   `revision` counts the saves; 0: never saved
  */
 
-const TITLE = 60;
+const MAX_TITLE_LENGTH = 60;
 
-/** @returns {string} a name that no other conversation has, also where there is no `crypto.randomUUID` */
+/** @returns {string} a random id; pages over plain HTTP have no `crypto.randomUUID` */
 export function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
@@ -40,29 +40,29 @@ export function newConversation(content = {}) {
 }
 
 /**
- * Returns a title made of what was said first.
+ * Returns a title made from the first message.
  * @param {string} text
  * @returns {string}
  */
 export function titleOf(text) {
   const line = text.trim().replace(/\s+/g, " ");
-  const characters = Array.from(line.slice(0, 2 * TITLE + 2)); // whole characters, not halves of a surrogate pair
-  return characters.length <= TITLE ? line : `${characters.slice(0, TITLE).join("").trimEnd()}…`;
+  const characters = Array.from(line.slice(0, 2 * MAX_TITLE_LENGTH + 2)); // code points, so that no surrogate pair is split
+  return characters.length <= MAX_TITLE_LENGTH ? line : `${characters.slice(0, MAX_TITLE_LENGTH).join("").trimEnd()}…`;
 }
 
 /**
- * Returns the body of the request for the next answer, or for more of the last one if that is the assistant's.
+ * Returns the request for the next answer, or for the continuation of the last message if it is the assistant's.
  * @param {Conversation} conversation
  * @returns {Record<string, unknown>}
  */
 export function requestFor(conversation) {
   const messages = conversation.messages.map(({ role, content }) => ({ role, content }));
   const system = conversation.system.trim() ? [{ role: "system", content: conversation.system }] : [];
-  const goesOn = messages.at(-1)?.role === "assistant";
+  const continues = messages.at(-1)?.role === "assistant";
   return {
     model: conversation.model,
     messages: [...system, ...messages],
-    ...fields(conversation.settings),
-    ...(goesOn ? { continue_final_message: true, add_generation_prompt: false } : {}),
+    ...requestFields(conversation.settings),
+    ...(continues ? { continue_final_message: true, add_generation_prompt: false } : {}),
   };
 }

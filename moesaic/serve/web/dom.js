@@ -1,20 +1,20 @@
-/** Makes elements. The page has no other way to: nothing here or elsewhere parses HTML. */
+/** Creates elements. All of the page's elements come from here or from the HTML file; no script parses HTML. */
 
 /**
- * Returns a new element. Children that are null are left out.
+ * Returns a new element; children that are null are left out.
  * @template {keyof HTMLElementTagNameMap} T
  * @param {T} tag
- * @param {Record<string, string | null>} [attributes] those that are null are left out
+ * @param {Record<string, string | null>} [attributes] null values are left out
  * @param {...(Node | string | null)} children
  * @returns {HTMLElementTagNameMap[T]}
  */
 export function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const created = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null) made.setAttribute(name, value);
+    if (value !== null) created.setAttribute(name, value);
   }
-  made.append(...children.filter((child) => child !== null));
-  return made;
+  created.append(...children.filter((child) => child !== null));
+  return created;
 }
 
 /**
@@ -33,51 +33,51 @@ const SVG = "http://www.w3.org/2000/svg";
  * @returns {SVGSVGElement}
  */
 export function icon(name) {
-  const made = document.createElementNS(SVG, "svg");
-  made.setAttribute("class", "icon");
-  made.setAttribute("aria-hidden", "true");
+  const created = document.createElementNS(SVG, "svg");
+  created.setAttribute("class", "icon");
+  created.setAttribute("aria-hidden", "true");
   const use = document.createElementNS(SVG, "use");
   use.setAttribute("href", `#icon-${name}`);
-  made.append(use);
-  return made;
+  created.append(use);
+  return created;
 }
 
 /**
- * Returns a button that shows an icon; the label is its name and its tip.
- * @param {string} name the icon's
+ * Returns a button with an icon; the label is its accessible name and its tooltip.
+ * @param {string} name of the icon
  * @param {string} label
  * @param {(event: MouseEvent) => void} action
  * @returns {HTMLButtonElement}
  */
 export function iconButton(name, label, action) {
-  const made = element("button", { type: "button", class: "icon-button", "aria-label": label, title: label }, icon(name));
-  made.addEventListener("click", action);
-  return made;
+  const created = element("button", { type: "button", class: "icon-button", "aria-label": label, title: label }, icon(name));
+  created.addEventListener("click", action);
+  return created;
 }
 
 /**
- * Returns a button that shows its label.
+ * Returns a button with a text label.
  * @param {string} label
- * @param {string} style a class
+ * @param {string} style CSS class
  * @param {(event: MouseEvent) => void} action
  * @returns {HTMLButtonElement}
  */
 export function textButton(label, style, action) {
-  const made = element("button", { type: "button", class: style }, label);
-  made.addEventListener("click", action);
-  return made;
+  const created = element("button", { type: "button", class: style }, label);
+  created.addEventListener("click", action);
+  return created;
 }
 
 /**
- * Puts a text on the clipboard.
+ * Copies a text to the clipboard.
  * @param {string} text
- * @returns {Promise<boolean>} whether that was possible
+ * @returns {Promise<boolean>} whether it succeeded
  */
 export async function copy(text) {
   if (navigator.clipboard) {
     return navigator.clipboard.writeText(text).then(() => true, () => false);
   }
-  // Over plain HTTP browsers offer no clipboard, only this.
+  // Over plain HTTP, browsers have no clipboard API, only this command.
   const carrier = element("textarea", { class: "visually-hidden", readonly: "" });
   const focused = document.activeElement;
   carrier.value = text;
@@ -90,7 +90,7 @@ export async function copy(text) {
 }
 
 /**
- * Hands the reader a file.
+ * Offers a file as a download.
  * @param {string} name
  * @param {string} text
  */
@@ -98,5 +98,5 @@ export function download(name, text) {
   const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   const link = element("a", { href: url, download: name });
   link.click();
-  setTimeout(() => URL.revokeObjectURL(url), 60_000); // the browser reads it after the click
+  setTimeout(() => URL.revokeObjectURL(url), 60_000); // the browser reads the file after the click
 }

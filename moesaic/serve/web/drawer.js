@@ -1,44 +1,44 @@
-/** Panels at the side: beside the conversation where there is room, above it where there is none. */
+/** Side panels: next to the conversation on a wide screen, over it on a narrow one. */
 
 import { byId } from "./dom.js";
 
 export class Drawer {
-  /** @type {HTMLElement | null} where the keyboard was before */
-  #from = null;
+  /** @type {HTMLElement | null} the element that had the focus before the panel opened */
+  #previousFocus = null;
 
   /**
    * @param {HTMLElement} panel
-   * @param {string} room a media query: then the panel lies beside the conversation
-   * @param {boolean} standing whether it is open by itself where there is room
+   * @param {string} wide media query of the screens on which the panel is next to the conversation
+   * @param {boolean} openWhenWide whether it is open by default on these screens
    */
-  constructor(panel, room, standing) {
+  constructor(panel, wide, openWhenWide) {
     this.panel = panel;
-    this.room = matchMedia(room);
-    const fit = () => this.#set(standing && this.room.matches);
-    this.room.addEventListener("change", fit);
+    this.wide = matchMedia(wide);
+    const fit = () => this.#set(openWhenWide && this.wide.matches);
+    this.wide.addEventListener("change", fit);
     fit();
     byId("scrim").addEventListener("click", () => this.close());
   }
 
-  /** @returns {boolean} whether it lies above the conversation */
+  /** @returns {boolean} whether the panel is open over the conversation */
   get covers() {
-    return !this.panel.hidden && !this.room.matches;
+    return !this.panel.hidden && !this.wide.matches;
   }
 
   open() {
-    this.#from = /** @type {HTMLElement | null} */ (document.activeElement);
+    this.#previousFocus = /** @type {HTMLElement | null} */ (document.activeElement);
     this.#set(true);
     this.panel.querySelector("button")?.focus();
   }
 
-  /** Closes the panel if it covers the conversation. */
+  /** Closes the panel if it is over the conversation. */
   close() {
     if (this.covers) this.dismiss();
   }
 
   dismiss() {
     this.#set(false);
-    this.#from?.focus();
+    this.#previousFocus?.focus();
   }
 
   toggle() {
@@ -51,6 +51,6 @@ export class Drawer {
     this.panel.hidden = !open;
     this.panel.classList.toggle("covers", this.covers);
     byId("scrim").hidden = !this.covers;
-    byId("main").inert = this.covers; // the keyboard stays in the panel
+    byId("main").inert = this.covers; // keep the focus in the panel
   }
 }

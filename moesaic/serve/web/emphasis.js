@@ -1,20 +1,20 @@
-/** Which of the runs of `*`, `_` and `~~` in a paragraph belong together (CommonMark's delimiter stack). */
+/** Matches the runs of `*`, `_` and `~~` in a paragraph to emphasis spans (CommonMark's delimiter stack). */
 
 /**
  * @typedef {import("./inline.js").Span} Span
- * @typedef {{char: string, count: number, opens: boolean, closes: boolean}} Run a run of `*`, `_` or `~`, and
- *   whether it may open or close something
+ * @typedef {{char: string, count: number, opens: boolean, closes: boolean}} Run a run of `*`, `_` or `~`, and whether it
+ *   may open or close a span
  */
 
-const NESTING = 16;
+const MAX_NESTING = 16;
 
 /**
- * Pairs the runs among the nodes and returns plain spans.
+ * Returns the nodes with matching runs replaced by spans, and all other runs by text.
  * @param {(Span | Run)[]} nodes
  * @returns {Span[]}
  */
 export function emphasize(nodes) {
-  /** @type {{run: Run, spans: Span[]}[]} runs that may still open something, and what follows each */
+  /** @type {{run: Run, spans: Span[]}[]} open runs, each with the spans after it */
   const stack = [];
   /** @type {Span[]} */
   const root = [];
@@ -25,7 +25,7 @@ export function emphasize(nodes) {
       continue;
     }
     if (node.closes) closeRun(node, stack, root);
-    if (node.count > 0 && node.opens && stack.length < NESTING) stack.push({ run: node, spans: [] });
+    if (node.count > 0 && node.opens && stack.length < MAX_NESTING) stack.push({ run: node, spans: [] });
     else if (node.count > 0) top().push({ type: "text", text: node.char.repeat(node.count) });
   }
   while (stack.length > 0) unopen(stack, root);
@@ -33,16 +33,16 @@ export function emphasize(nodes) {
 }
 
 /**
- * Lets a closing run take as many openers as it has characters for.
+ * Matches a closing run to open runs until its characters are used up.
  * @param {Run} run
  * @param {{run: Run, spans: Span[]}[]} stack
  * @param {Span[]} root
  */
 function closeRun(run, stack, root) {
   while (run.count > 0) {
-    const place = stack.findLastIndex((entry) => entry.run.char === run.char);
-    if (place < 0) return;
-    while (stack.length > place + 1) unopen(stack, root);
+    const index = stack.findLastIndex((entry) => entry.run.char === run.char);
+    if (index < 0) return;
+    while (stack.length > index + 1) unopen(stack, root);
     const opener = /** @type {{run: Run, spans: Span[]}} */ (stack.at(-1));
     const used = opener.run.count >= 2 && run.count >= 2 ? 2 : 1;
     const type = run.char === "~" ? "strike" : used === 2 ? "strong" : "emphasis";
@@ -54,7 +54,7 @@ function closeRun(run, stack, root) {
 }
 
 /**
- * Takes the last opener off the stack: what is left of it is text.
+ * Removes the last open run from the stack; its remaining characters become text.
  * @param {{run: Run, spans: Span[]}[]} stack
  * @param {Span[]} root
  */
@@ -67,7 +67,7 @@ function unopen(stack, root) {
 }
 
 /**
- * Joins neighbouring texts.
+ * Joins adjacent text spans.
  * @param {Span[]} spans
  * @returns {Span[]}
  */

@@ -1,6 +1,6 @@
-/** System prompts to begin with, for different uses and in different languages. Only data. */
+/** Example system prompts for different uses and languages. */
 
-/** @typedef {{name: string, about: string, system: string, start: string}} Example `start` is a first message to try */
+/** @typedef {{name: string, about: string, system: string, start: string}} Example `start` is an example of a first message */
 
 /** @type {readonly {language: string, code: string, examples: readonly Example[]}[]} */
 export const LANGUAGES = Object.freeze([

@@ -1,6 +1,6 @@
-/** One answer while it is written: its text, its tokens, its speed, and how it ended. Knows no page. */
+/** One answer while the model writes it: text, token counts, speed, and how it ended. Independent of the page. */
 
-import { ApiError, streamChat } from "./api.js";
+import { streamChat } from "./api.js";
 import { requestFor } from "./conversation.js";
 
 /** @typedef {import("./conversation.js").Conversation} Conversation @typedef {import("./conversation.js").Message} Message */
@@ -12,10 +12,10 @@ export class Generation {
   #lastAt = 0;
   /** @type {import("./api.js").Usage | null} */
   #usage = null;
-  #begin;
+  #initialLength;
 
   /**
-   * Prepares the next answer, or more of the last message if that is the assistant's.
+   * Prepares the next answer, or the continuation of the last message if it is the assistant's.
    * @param {Conversation} conversation
    */
   constructor(conversation) {
@@ -24,13 +24,12 @@ export class Generation {
     const last = conversation.messages.at(-1);
     /** @type {Message} */
     this.message = last?.role === "assistant" ? last : { role: "assistant", content: "", model: conversation.model };
-    this.#begin = this.message.content.length;
+    this.#initialLength = this.message.content.length;
   }
 
   /**
-   * Writes the answer into the message, which joins the conversation with its first piece; `onPiece` is called
-   * whenever it has grown.
-   * Raises ApiError if the server refuses, or fails on the way; what had come by then stays.
+   * Writes the answer into the message and calls `onPiece` after each piece. The first piece adds the message to the
+   * conversation. If the server fails, the error is thrown and the text received until then stays.
    * @param {string} key
    * @param {() => void} onPiece
    * @returns {Promise<void>}
@@ -38,7 +37,7 @@ export class Generation {
   async run(key, onPiece) {
     try {
       for await (const piece of streamChat(this.body, key, this.#controller.signal)) {
-        this.#take(piece);
+        this.#add(piece);
         onPiece();
       }
     } catch (error) {
@@ -49,37 +48,37 @@ export class Generation {
       const { prompt, tokens, rate } = this.progress();
       if (tokens > 0) this.message.cost = { prompt, answer: tokens, rate };
     }
-    if (this.message.content === "") throw new ApiError("The model's answer is empty.");
+    if (this.message.content === "") throw new Error("The model's answer is empty.");
   }
 
   /** @param {import("./api.js").Piece} piece */
-  #take({ text, finish, usage }) {
+  #add({ text, reason, usage }) {
     this.#usage = usage ?? this.#usage;
     if (text) {
       if (this.message.content === "") this.conversation.messages.push(this.message);
-      if (!this.begun) this.message.cut = "stopped"; // what a reload in mid-answer leaves behind
+      if (!this.begun) this.message.cut = "stopped"; // the state to restore if the page is reloaded now
       this.#lastAt = performance.now();
       this.#firstAt ||= this.#lastAt;
       this.#pieces += 1;
       this.message.content += text;
     }
-    if (finish === "length") this.message.cut = "length";
-    else if (finish !== null) delete this.message.cut;
+    if (reason === "length") this.message.cut = "length";
+    else if (reason !== null) delete this.message.cut;
   }
 
-  /** Ends the answer here; the server is told by the closed connection. */
+  /** Stops the answer. The server notices that the connection is closed. */
   stop() {
     this.#controller.abort();
   }
 
-  /** @returns {boolean} whether something of the answer has come */
+  /** @returns {boolean} whether any text has arrived */
   get begun() {
-    return this.message.content.length > this.#begin;
+    return this.message.content.length > this.#initialLength;
   }
 
   /**
-   * Returns the tokens so far, how many of them come in a second, and how long the prompt is (0: not known yet).
-   * A server that does not count along is believed to send one token at a time.
+   * Returns the length of the prompt in tokens (0: unknown), the tokens of the answer, and the tokens per second. If the
+   * server does not report token counts, each piece counts as one token.
    * @returns {{prompt: number, tokens: number, rate: number | null}}
    */
   progress() {

@@ -1,9 +1,9 @@
 /**
- * The inside of a Markdown paragraph: text in, a tree of spans out. Knows no blocks and no DOM.
+ * Parser for the text of a Markdown paragraph; it returns a tree of spans and does not know the DOM.
  *
- * Follows CommonMark for code spans, emphasis and links, and GFM for ~~strike~~ and bare addresses; a line's
- * end is a line break, as chat models mean it. HTML is text. Made for hostile input: every part is read in
- * one pass, nesting is bounded, and only addresses with a harmless scheme become links.
+ * It follows CommonMark for code spans, emphasis and links, and GFM for ~~strikethrough~~ and bare URLs. A line end is a
+ * line break, because chat models use it that way. HTML is text. The parser is safe for hostile input: it takes linear
+ * time, limits nesting, and makes links only of URLs with a safe scheme.
  */
 
 import { emphasize } from "./emphasis.js";
@@ -15,8 +15,8 @@ import { emphasize } from "./emphasis.js";
  * @typedef {import("./emphasis.js").Run} Run
  */
 
-const SCHEMES = new Set(["http:", "https:", "mailto:"]);
-const OPEN_BRACKETS = 64;
+const SAFE_SCHEMES = new Set(["http:", "https:", "mailto:"]);
+const MAX_OPEN_BRACKETS = 64;
 const ESCAPED = /[!-/:-@[-`{-~]/;
 const TARGET = /\(\s*(?:<([^<>\n]*)>|([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*))(?:\s+(?:"[^"\n]*"|'[^'\n]*'))?\s*\)/y;
 const ADDRESS = /https?:\/\/[^\s<>"'`*\[\]{}|\\^\u3000-\u303f\uff00-\uffef]+/y;
@@ -30,21 +30,21 @@ const ENTITIES = new Map(
 const SPECIAL = /[\\`*_~!\[\]<&\n]|https?:\/\//g;
 
 /**
- * Returns the address if it is one that may be followed, else null: an absolute one, with a harmless scheme.
+ * Returns the normalized URL if it is absolute and has a safe scheme, else null.
  * @param {string} address
  * @returns {string | null}
  */
 export function safeAddress(address) {
   try {
     const url = new URL(address);
-    return SCHEMES.has(url.protocol) ? url.href : null;
+    return SAFE_SCHEMES.has(url.protocol) ? url.href : null;
   } catch {
     return null;
   }
 }
 
 /**
- * Returns the spans of a paragraph's text.
+ * Returns the spans of a paragraph.
  * @param {string} text
  * @returns {Span[]}
  */
@@ -56,13 +56,13 @@ class Inline {
   #at = 0;
   /** @type {(Span | Run)[]} */
   #nodes = [];
-  /** @type {{at: number, image: boolean, source: number}[]} brackets that opened and have not closed */
+  /** @type {{at: number, image: boolean, source: number}[]} open brackets */
   #brackets = [];
 
   /** @param {string} text */
   constructor(text) {
     this.text = text;
-    /** @type {Map<number, number>} where the last run of so many backticks lies: beyond it none can close */
+    /** @type {Map<number, number>} position of the last run of backticks of each length, which may close a code span */
     this.ticks = new Map();
     for (const run of text.matchAll(/`+/g)) this.ticks.set(run[0].length, run.index);
   }
@@ -71,11 +71,11 @@ class Inline {
   parse() {
     while (this.#at < this.text.length) {
       SPECIAL.lastIndex = this.#at;
-      const found = SPECIAL.exec(this.text);
-      const next = found ? found.index : this.text.length;
+      const match = SPECIAL.exec(this.text);
+      const next = match ? match.index : this.text.length;
       if (next > this.#at) this.#put(this.text.slice(this.#at, next));
       this.#at = next;
-      if (found) this.#special(found[0]);
+      if (match) this.#special(match[0]);
     }
     return emphasize(this.#nodes);
   }
@@ -85,7 +85,7 @@ class Inline {
     this.#nodes.push({ type: "text", text });
   }
 
-  /** @param {RegExp} pattern a sticky one @returns {RegExpExecArray | null} */
+  /** @param {RegExp} pattern with the sticky flag @returns {RegExpExecArray | null} */
   #match(pattern) {
     pattern.lastIndex = this.#at;
     return pattern.exec(this.text);
@@ -147,10 +147,10 @@ class Inline {
     const count = runLength(this.text, this.#at);
     const before = this.text[this.#at - 1] ?? " ";
     const after = this.text[this.#at + count] ?? " ";
-    // Longer runs are rules or drawings; taken as emphasis they would nest without bound.
+    // Longer runs are rules or drawings. As emphasis they would nest without limit.
     if (char === "~" ? count !== 2 : count > 3) return this.#literal(count);
     const [left, right] = [flanks(before, after), flanks(after, before)];
-    // An underscore inside a word is part of a name.
+    // An underscore inside a word is part of an identifier.
     const opens = left && (char !== "_" || !right || isPunctuation(before));
     const closes = right && (char !== "_" || !left || isPunctuation(after));
     this.#nodes.push({ char, count, opens, closes });
@@ -161,7 +161,7 @@ class Inline {
   #open(mark) {
     const image = mark === "!";
     if (image && this.text[this.#at + 1] !== "[") return this.#literal(1);
-    if (this.#brackets.length >= OPEN_BRACKETS) this.#brackets.shift();
+    if (this.#brackets.length >= MAX_OPEN_BRACKETS) this.#brackets.shift();
     this.#brackets.push({ at: this.#nodes.length, image, source: this.#at });
     this.#literal(image ? 2 : 1);
   }
@@ -214,10 +214,10 @@ class Inline {
   }
 }
 
-/** @param {Span | Run} node @returns {(Span | Run)[]} what stands in a link, which holds no other link */
+/** @param {Span | Run} node @returns {(Span | Run)[]} the children of a link, because links cannot be nested */
 const unlink = (node) => ("type" in node && node.type === "link" ? node.children : [node]);
 
-/** @param {string} text @param {number} at @returns {number} how often the character at `at` is repeated */
+/** @param {string} text @param {number} at @returns {number} length of the run of equal characters at `at` */
 function runLength(text, at) {
   let end = at + 1;
   while (text[end] === text[at]) end += 1;
@@ -225,10 +225,10 @@ function runLength(text, at) {
 }
 
 /** @param {string} text @returns {string} */
-const decode = (text) => text.replace(EVERY_ENTITY, (found) => ENTITIES.get(found.slice(1, -1)) ?? "");
+const decode = (text) => text.replace(EVERY_ENTITY, (entity) => ENTITIES.get(entity.slice(1, -1)) ?? "");
 
 /** @param {string} char @returns {boolean} */
 const isPunctuation = (char) => /[\p{P}\p{S}]/u.test(char);
 
-/** @param {string} outer @param {string} inner @returns {boolean} whether a run between them leans on `inner` */
+/** @param {string} outer @param {string} inner @returns {boolean} whether a run between them is flanking towards `inner`, as CommonMark defines it */
 const flanks = (outer, inner) => !/\s/.test(inner) && (!isPunctuation(inner) || /\s/.test(outer) || isPunctuation(outer));

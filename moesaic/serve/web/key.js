@@ -1,17 +1,17 @@
-/** Asks for the API key. */
+/** The dialog for the API key. */
 
 import { byId } from "./dom.js";
 import { readKey, writeKey } from "./preferences.js";
 
 /**
- * Returns whether the reader has given one.
+ * Shows the dialog and returns whether the reader entered a key.
  * @param {string} reason
- * @param {string} [name] which key, as preferences.js has it
+ * @param {string} [name] storage name of the key, as in preferences.js
  * @returns {Promise<boolean>}
  */
 export function askKey(reason, name) {
   const dialog = /** @type {HTMLDialogElement} */ (byId("key-dialog"));
-  if (dialog.open) return Promise.resolve(false); // several requests can be refused at once
+  if (dialog.open) return Promise.resolve(false); // several requests can fail at the same time
   const input = /** @type {HTMLInputElement} */ (byId("key"));
   const remember = /** @type {HTMLInputElement} */ (byId("key-remember"));
   byId("key-reason").textContent = reason;
@@ -19,17 +19,17 @@ export function askKey(reason, name) {
   dialog.showModal();
   input.select();
   return new Promise((resolve) => {
-    let given = false;
+    let entered = false;
     byId("key-form").onsubmit = (event) => {
       event.preventDefault();
-      given = true;
+      entered = true;
       writeKey(input.value.trim(), remember.checked, name);
       dialog.close();
     };
     byId("key-cancel").onclick = () => dialog.close();
     dialog.onclose = () => {
       input.value = "";
-      resolve(given);
+      resolve(entered);
     };
   });
 }

@@ -1,10 +1,10 @@
 /**
- * Markdown blocks: text in, a tree out. Knows no DOM; what is inside a paragraph is `inline.js`'s.
+ * Parser for Markdown blocks; it returns a tree and does not know the DOM. `inline.js` parses the text of paragraphs.
  *
- * CommonMark and GFM tables as chat models write them, which is a little more loosely: two spaces are enough
- * to nest a list, a table needs no empty line before it. Left out on purpose: raw HTML (it is text), indented
- * code, underlined headings and link definitions, because each of them would let text that comes later change
- * what is already shown. Made for hostile input: linear in its length, and nesting is bounded.
+ * It reads CommonMark and GFM tables with two relaxations for chat models: two spaces are enough to nest a list, and a
+ * table needs no empty line before it. Not supported are raw HTML (it is text), indented code, underlined headings and
+ * link definitions: with them, later text could change what is already shown. The parser is safe for hostile input: it
+ * takes linear time and limits nesting.
  */
 
 import { parseInline } from "./inline.js";
@@ -19,8 +19,8 @@ import { parseInline } from "./inline.js";
  * @typedef {{indent: number, content: number, ordered: boolean, mark: string, number: number, text: string}} Marker
  */
 
-const NESTING = 12;
-const COLUMNS = 64;
+const MAX_NESTING = 12;
+const MAX_COLUMNS = 64;
 const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
@@ -28,7 +28,7 @@ const QUOTE = /^ {0,3}> ?/;
 const MARKER = /^( *)([-*+]|(\d{1,9})[.)])(?:( +)(.*))?$/;
 
 /**
- * Returns the blocks of a text, each with the number of the line it begins in.
+ * Returns the blocks of a text, each with the number of its first line.
  * @param {string} source
  * @returns {{line: number, block: Block}[]}
  */
@@ -37,27 +37,27 @@ export function parse(source) {
 }
 
 /**
- * Returns the place of the first block that may become another one when more text follows.
+ * Returns the index of the first block that more text may change.
  *
- * It is the last that begins in a whole line: what begins in the unfinished one may yet turn out to belong to
- * it (a lone "2" becomes "2. next item"), unless an empty line lies between and it is no list.
+ * This is the last block that begins before the last line. The text in the last line may turn out to belong to that block
+ * (a lone "2" becomes "2. next item"), unless an empty line separates them and the block is not a list.
  * @param {string} source
- * @param {{line: number, block: Block}[]} found what `parse` has found in it
+ * @param {{line: number, block: Block}[]} blocks the result of `parse`
  * @returns {number}
  */
-export function undecided(source, found) {
+export function firstUnsettled(source, blocks) {
   const lines = splitLines(source);
-  const last = found.findLastIndex(({ line }) => line < lines.length - 1);
-  const begun = found[last + 1];
-  const apart = last >= 0 && begun && found[last].block.type !== "list" && isBlank(lines[begun.line - 1]);
-  return apart ? last + 1 : Math.max(0, last);
+  const last = blocks.findLastIndex(({ line }) => line < lines.length - 1);
+  const next = blocks[last + 1];
+  const separate = last >= 0 && next && blocks[last].block.type !== "list" && isBlank(lines[next.line - 1]);
+  return separate ? last + 1 : Math.max(0, last);
 }
 
 /** @param {string} source @returns {string[]} */
 const splitLines = (source) => source.split(/\r\n|\r|\n/);
 
 /** @param {string[]} lines @param {number} depth @returns {Block[]} */
-const parseNested = (lines, depth) => new Blocks(lines, depth).parse().map((found) => found.block);
+const parseNested = (lines, depth) => new Blocks(lines, depth).parse().map(({ block }) => block);
 
 /** @param {string | undefined} line @returns {boolean} */
 const isBlank = (line) => line === undefined || /^\s*$/.test(line);
@@ -71,7 +71,7 @@ const paragraph = (text) => ({ type: "paragraph", spans: parseInline(text.trim()
 class Blocks {
   #at = 0;
 
-  /** @param {string[]} lines @param {number} depth how deep in quotes and lists they lie */
+  /** @param {string[]} lines @param {number} depth number of enclosing quotes and lists */
   constructor(lines, depth) {
     this.lines = lines;
     this.depth = depth;
@@ -79,26 +79,26 @@ class Blocks {
 
   /** @returns {{line: number, block: Block}[]} */
   parse() {
-    const found = [];
+    const blocks = [];
     while (this.#at < this.lines.length) {
       if (isBlank(this.lines[this.#at])) {
         this.#at += 1;
         continue;
       }
       const line = this.#at;
-      found.push({ line, block: this.#next() });
+      blocks.push({ line, block: this.#next() });
     }
-    return found;
+    return blocks;
   }
 
-  /** @returns {Block} the block that begins in this line */
+  /** @returns {Block} the block that begins at the current line */
   #next() {
     const line = this.lines[this.#at];
     return (
       this.#code(line) ??
       this.#heading(line) ??
       this.#rule(line) ??
-      (this.depth < NESTING ? (this.#quote(line) ?? this.#list(line)) : null) ??
+      (this.depth < MAX_NESTING ? (this.#quote(line) ?? this.#list(line)) : null) ??
       this.#table(line) ??
       this.#paragraph()
     );
@@ -162,10 +162,10 @@ class Blocks {
   }
 
   /**
-   * Takes the lines of one item.
+   * Reads the lines of one list item.
    * @param {Marker} marker
-   * @param {number} indent the list's
-   * @returns {{lines: string[], gap: {inside: boolean, after: boolean}}} and where there were empty lines
+   * @param {number} indent of the list
+   * @returns {{lines: string[], gap: {inside: boolean, after: boolean}}} `gap` says where there were empty lines
    */
   #item(marker, indent) {
     const lines = [marker.text];
@@ -180,7 +180,7 @@ class Blocks {
       const depth = indentOf(line);
       const belongs = depth >= indent + 2;
       if (!belongs && (blanks > 0 || isBlank(lines.at(-1)) || this.#begins(line) || readMarker(line))) break;
-      // An empty line inside a nested list or between its items does not spread this one's items.
+      // An empty line inside a nested list does not make this list loose.
       inside ||= blanks > 0 && depth <= marker.content && !readMarker(line);
       for (; blanks > 0; blanks -= 1) lines.push("");
       lines.push(line.slice(Math.min(depth, marker.content)));
@@ -188,7 +188,7 @@ class Blocks {
     return { lines, gap: { inside, after: blanks > 0 } };
   }
 
-  /** @param {Marker} first @returns {Marker | null} the marker of the list's next item, if this line has one */
+  /** @param {Marker} first @returns {Marker | null} the marker of the next item of the list; null if the line has none */
   #sibling(first) {
     const line = this.lines[this.#at];
     const marker = line === undefined || RULE.test(line) ? null : readMarker(line);
@@ -209,12 +209,12 @@ class Blocks {
     return { type: "table", align, head, rows };
   }
 
-  /** @param {string} line @returns {Align[] | null} the columns, if this line is a table's head */
+  /** @param {string} line @returns {Align[] | null} the alignment of the columns if this line is the header of a table */
   #alignment(line) {
     const below = this.lines[this.#at + 1];
     if (below === undefined || !line.includes("|") || !below.includes("-")) return null;
     const marks = cells(below);
-    const fits = marks.length <= COLUMNS && marks.length === cells(line).length && (marks.length > 1 || below.includes("|"));
+    const fits = marks.length <= MAX_COLUMNS && marks.length === cells(line).length && (marks.length > 1 || below.includes("|"));
     if (!fits || !marks.every((mark) => /^:?-+:?$/.test(mark))) return null;
     return marks.map((mark) => {
       if (mark.endsWith(":")) return mark.startsWith(":") ? "center" : "right";
@@ -233,10 +233,10 @@ class Blocks {
     return paragraph(this.lines.slice(first, this.#at).map((line) => line.trim()).join("\n"));
   }
 
-  /** @param {string} line @returns {boolean} whether it ends a paragraph, being the beginning of something else */
+  /** @param {string} line @returns {boolean} whether the line begins a new block and so ends a paragraph */
   #begins(line) {
     if (FENCE.test(line) || HEADING.test(line) || RULE.test(line)) return true;
-    if (this.depth >= NESTING) return false;
+    if (this.depth >= MAX_NESTING) return false;
     const marker = readMarker(line);
     return QUOTE.test(line) || (marker !== null && marker.text !== "" && (!marker.ordered || marker.number === 1));
   }
@@ -244,9 +244,9 @@ class Blocks {
 
 /** @param {string} line @returns {Marker | null} */
 function readMarker(line) {
-  const found = MARKER.exec(line);
-  if (!found || RULE.test(line)) return null;
-  const [, space, mark, digits, gap = " ", text = ""] = found;
+  const match = MARKER.exec(line);
+  if (!match || RULE.test(line)) return null;
+  const [, space, mark, digits, gap = " ", text = ""] = match;
   return {
     indent: space.length,
     content: space.length + mark.length + (gap.length > 4 ? 1 : gap.length),
@@ -257,29 +257,29 @@ function readMarker(line) {
   };
 }
 
-/** @param {string} line @param {string} ticks @returns {boolean} whether the line ends the code that `ticks` began */
+/** @param {string} line @param {string} ticks @returns {boolean} whether the line closes the code fence `ticks` */
 function closes(line, ticks) {
-  const found = line.trim();
-  return found.length >= ticks.length && indentOf(line) < 4 && trailing(found, ticks[0]) === found.length;
+  const fence = line.trim();
+  return fence.length >= ticks.length && indentOf(line) < 4 && trailing(fence, ticks[0]) === fence.length;
 }
 
-/** @param {string} line @returns {string[]} the cells of a table's row */
+/** @param {string} line @returns {string[]} the cells of a table row */
 function cells(line) {
   const row = line.trim();
-  const found = [];
+  const parts = [];
   let from = row.startsWith("|") ? 1 : 0;
   for (let at = from; at < row.length; at += 1) {
     if (row[at] === "\\") at += 1;
     else if (row[at] === "|") {
-      found.push(row.slice(from, at));
+      parts.push(row.slice(from, at));
       from = at + 1;
     }
   }
-  if (from < row.length) found.push(row.slice(from));
-  return found.map((cell) => cell.replaceAll("\\|", "|").trim());
+  if (from < row.length) parts.push(row.slice(from));
+  return parts.map((cell) => cell.replaceAll("\\|", "|").trim());
 }
 
-/** @param {string} text @param {string} char @returns {number} how often `char` stands at the end */
+/** @param {string} text @param {string} char @returns {number} number of `char` at the end of the text */
 function trailing(text, char) {
   let count = 0;
   while (count < text.length && text[text.length - 1 - count] === char) count += 1;

@@ -1,19 +1,19 @@
-/** One message on the page: its text, what can be done with it, and its editor. */
+/** One message on the page: its text, its buttons and its editor. */
 
 import { copy, element, icon, iconButton, textButton } from "./dom.js";
 import { MarkdownView } from "./render.js";
 
 /**
  * @typedef {import("./conversation.js").Message} Message
- * @typedef {{ask: (message: Message, text: string) => void,
- *   correct: (message: Message, text: string, goOn: boolean) => void,
- *   regenerate: (message: Message) => void, proceed: () => void}} Actions what the reader can do
+ * @typedef {{editQuestion: (message: Message, text: string) => void,
+ *   editAnswer: (message: Message, text: string, continueFrom: boolean) => void,
+ *   regenerate: (message: Message) => void, continueAnswer: () => void}} Actions actions of the buttons
  */
 
-const CUTS = Object.freeze({
+const CUT_MESSAGES = Object.freeze({
   stopped: "Stopped before the end.",
-  length: "Reached the most new tokens.",
-  failed: "Cut off by an error.",
+  length: "Reached the token limit.",
+  failed: "Ended by an error.",
 });
 
 export class MessageView {
@@ -62,25 +62,25 @@ export class MessageView {
     return [copyButton, edit, iconButton("again", "Regenerate", () => actions.regenerate(message))];
   }
 
-  /** Shows what has been added to the text. */
+  /** Shows the text that was added to the message. */
   grow() {
     this.#markdown?.grow(this.message.content);
   }
 
-  /** @returns {HTMLElement[]} the paragraphs that have been completed since the last call */
+  /** @returns {HTMLElement[]} the blocks that were completed since the last call */
   takeSettled() {
     return this.#markdown?.takeSettled() ?? [];
   }
 
-  /** @returns {readonly HTMLElement[]} the end of the text, which may still change */
+  /** @returns {readonly HTMLElement[]} the blocks at the end of the text, which may still change */
   get tail() {
     return this.#markdown?.tail ?? [];
   }
 
   /**
-   * Fits what can be done to where the message stands.
-   * @param {{last: boolean, writing: boolean, busy: boolean}} state `writing`: this is the answer being written;
-   *   `busy`: one of the conversation's answers is
+   * Updates the buttons for the state of the conversation.
+   * @param {{last: boolean, writing: boolean, busy: boolean}} state `writing`: this answer is in progress; `busy`: an
+   *   answer of the conversation is in progress
    */
   update({ last, writing, busy }) {
     this.#writing = writing;
@@ -94,16 +94,16 @@ export class MessageView {
   #showFoot(last, busy) {
     const { cut } = this.message;
     const parts = [];
-    if (cut && !this.#writing) parts.push(element("span", { class: "cut" }, CUTS[cut]));
+    if (cut && !this.#writing) parts.push(element("span", { class: "cut" }, CUT_MESSAGES[cut]));
     if (cut && last && !busy) {
-      const proceed = textButton("Continue", "quiet-button", () => this.actions.proceed());
+      const proceed = textButton("Continue", "quiet-button", () => this.actions.continueAnswer());
       proceed.prepend(icon("continue"));
       parts.push(proceed);
     }
     this.#foot.replaceChildren(...parts);
   }
 
-  /** Puts an editor in the place of the text. */
+  /** Replaces the text by an editor. */
   edit() {
     const { message, actions } = this;
     const area = element("textarea", { class: "editor", dir: "auto", "aria-label": "Edit the text" });
@@ -113,23 +113,23 @@ export class MessageView {
       this.#show();
       /** @type {HTMLElement | null} */ (this.#tools.children[1])?.focus();
     };
-    /** @type {[string, () => void][]} the first is what Ctrl+Enter does */
+    /** @type {[string, () => void][]} Ctrl+Enter runs the first */
     const choices =
       message.role === "user"
-        ? [["Send", () => actions.ask(message, area.value)]]
+        ? [["Send", () => actions.editQuestion(message, area.value)]]
         : [
-            ["Save and continue", () => actions.correct(message, area.value, true)],
-            ["Save", () => actions.correct(message, area.value, false)],
+            ["Save and continue", () => actions.editAnswer(message, area.value, true)],
+            ["Save", () => actions.editAnswer(message, area.value, false)],
           ];
-    const buttons = choices.map(([label, run], place) =>
-      textButton(label, place === 0 ? "main-button" : "plain-button", () => area.value.trim() && run()),
+    const buttons = choices.map(([label, run], index) =>
+      textButton(label, index === 0 ? "main-button" : "plain-button", () => area.value.trim() && run()),
     );
     area.addEventListener("keydown", (event) => {
       if (event.key === "Escape") close();
       else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) buttons[0].click();
       else return;
       event.preventDefault();
-      event.stopPropagation(); // Escape stops an answer elsewhere
+      event.stopPropagation(); // elsewhere, Escape stops the answer
     });
     const row = element("div", { class: "buttons" }, textButton("Cancel", "plain-button", close), ...buttons.toReversed());
     this.node.classList.add("editing");
@@ -141,7 +141,7 @@ export class MessageView {
 }
 
 /**
- * Makes a text field as high as its text; the style sheet bounds it.
+ * Makes a text field as high as its text, up to the limit in the style sheet.
  * @param {HTMLTextAreaElement} area
  */
 export function fit(area) {
@@ -150,7 +150,7 @@ export function fit(area) {
 }
 
 /**
- * Copies a text and shows on the button whether that went well.
+ * Copies a text and shows the result on the button for a moment.
  * @param {string} text
  * @param {HTMLButtonElement} button
  */

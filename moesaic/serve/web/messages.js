@@ -1,4 +1,4 @@
-/** The messages of the open conversation, and the answer that is being written. */
+/** The list of messages of the open conversation, including the answer in progress. */
 
 import { byId, element, textButton } from "./dom.js";
 import { copyAndTell, MessageView } from "./message.js";
@@ -6,7 +6,7 @@ import { Scroller } from "./scroll.js";
 
 /** @typedef {import("./conversation.js").Message} Message @typedef {import("./generation.js").Generation} Generation */
 
-const FRAME = 8; // ms that showing new text may take of a frame
+const FRAME_BUDGET_MS = 8; // time for showing new text within one frame
 
 export class MessagesView {
   #root = byId("messages");
@@ -23,10 +23,10 @@ export class MessagesView {
     this.chat = chat;
     /** @type {import("./message.js").Actions} */
     this.actions = {
-      ask: (message, text) => chat.ask(this.#place(message), text),
-      correct: (message, text, goOn) => chat.correct(this.#place(message), text, goOn),
-      regenerate: (message) => chat.regenerate(this.#place(message)),
-      proceed: () => chat.proceed(),
+      editQuestion: (message, text) => chat.editQuestion(this.#indexOf(message), text),
+      editAnswer: (message, text, continueFrom) => chat.editAnswer(this.#indexOf(message), text, continueFrom),
+      regenerate: (message) => chat.regenerate(this.#indexOf(message)),
+      continueAnswer: () => chat.continueAnswer(),
     };
     this.#root.addEventListener("click", (event) => {
       const button = /** @type {Element} */ (event.target).closest("button");
@@ -39,53 +39,53 @@ export class MessagesView {
   }
 
   /** @param {Message} message @returns {number} */
-  #place(message) {
+  #indexOf(message) {
     return this.chat.conversation.messages.indexOf(message);
   }
 
   /** @param {Message} message @returns {MessageView} */
   #viewOf(message) {
-    const found = this.#views.get(message) ?? new MessageView(message, this.actions);
-    this.#views.set(message, found);
-    return found;
+    const view = this.#views.get(message) ?? new MessageView(message, this.actions);
+    this.#views.set(message, view);
+    return view;
   }
 
-  /** Shows the conversation as it is. */
+  /** Shows the current messages of the conversation. */
   show() {
     const { conversation, generation } = this.chat;
     const views = conversation.messages.map((message) => this.#viewOf(message));
     const nodes = views.map(({ node }) => node);
     const shown = [...this.#root.querySelectorAll("article")];
-    const kept = nodes.findIndex((node, place) => shown[place] !== node);
-    const from = kept < 0 ? nodes.length : kept;
-    // Nodes that stay are not touched, so that a selection, an editor and the reader's place survive.
+    const changed = nodes.findIndex((node, index) => shown[index] !== node);
+    const from = changed < 0 ? nodes.length : changed;
+    // Unchanged nodes stay in the page, so that the selection, an open editor and the scroll position survive.
     for (const node of [...this.#root.children].slice(from)) node.remove();
     this.#root.append(...nodes.slice(from));
-    views.forEach((view, place) => {
+    views.forEach((view, index) => {
       view.grow();
       view.update({
-        last: place === views.length - 1,
+        last: index === views.length - 1,
         writing: generation !== undefined && view.message === generation.message,
         busy: generation !== undefined,
       });
     });
     if (generation && !generation.begun) this.#wait(generation.message);
-    if (this.chat.elsewhere) this.#root.append(element("p", { class: "elsewhere" }, "The answer is being written in another tab."));
-    const other = this.#opened !== conversation.id;
+    if (this.chat.elsewhere) this.#root.append(element("p", { class: "elsewhere" }, "Another tab is receiving the answer."));
+    const isOther = this.#opened !== conversation.id;
     this.#opened = conversation.id;
     if (views.length === 0) this.#scroller.reset();
-    else if (other || generation) this.#scroller.pin();
+    else if (isOther || generation) this.#scroller.pin();
     else this.#scroller.follow();
   }
 
-  /** @param {Message} message */
+  /** Shows that the answer has not begun. @param {Message} message */
   #wait(message) {
-    this.#viewOf(message).takeSettled(); // what is continued has been read
+    this.#viewOf(message).takeSettled(); // a continued text was read out before
     this.#root.append(this.#waiting);
     this.#spoken.replaceChildren(element("p", {}, "Answering"));
   }
 
-  /** Shows new text with the next frame: tokens can come faster than anybody sees. */
+  /** Shows new text in the next frame, because tokens can arrive faster than frames. */
   #schedule() {
     if (this.#scheduled) return;
     this.#scheduled = true;
@@ -93,13 +93,13 @@ export class MessagesView {
       const began = performance.now();
       this.#grow();
       const took = performance.now() - began;
-      // Text that takes long to lay out comes in larger steps, which leaves the reader time to scroll.
+      // Slow layouts are spaced out, so that the page stays responsive.
       setTimeout(
         () => {
           this.#scheduled = false;
           if (this.chat.generation) this.#schedule();
         },
-        took > FRAME ? 4 * took : 0,
+        took > FRAME_BUDGET_MS ? 4 * took : 0,
       );
     });
   }
@@ -116,7 +116,7 @@ export class MessagesView {
   }
 
   /**
-   * Has paragraphs read out when they are complete: a live region around the text itself would read every token.
+   * Adds complete blocks to the live region for screen readers. A live region around the text would read every token.
    * @param {readonly HTMLElement[]} nodes
    */
   #speak(nodes) {
@@ -134,16 +134,16 @@ export class MessagesView {
   }
 
   /**
-   * Shows below the messages what went wrong.
+   * Shows an error below the messages, with a button to try again.
    * @param {string} text
-   * @param {() => void} again what may help
+   * @param {() => void} retry
    */
-  fail(text, again) {
-    const retry = textButton("Try again", "quiet-button", () => {
+  showFailure(text, retry) {
+    const button = textButton("Try again", "quiet-button", () => {
       failure.remove();
-      again();
+      retry();
     });
-    const failure = element("div", { class: "failure", role: "alert" }, element("span", {}, text), retry);
+    const failure = element("div", { class: "failure", role: "alert" }, element("span", {}, text), button);
     this.#root.querySelector(".failure")?.remove();
     this.#root.append(failure);
     this.#scroller.follow();

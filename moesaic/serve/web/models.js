@@ -1,4 +1,4 @@
-/** The choice of the model. */
+/** The model selector. */
 
 import { listModels } from "./api.js";
 import { byId, element } from "./dom.js";
@@ -6,8 +6,8 @@ import { readKey } from "./preferences.js";
 
 /** @typedef {import("./api.js").Model} Model */
 
-const STATES = new Map([
-  ["unloaded", " (loads when asked)"],
+const STATE_LABELS = new Map([
+  ["unloaded", " (loads on first use)"],
   ["loading", " (loading)"],
 ]);
 
@@ -28,23 +28,23 @@ export class Models {
     this.show();
   }
 
-  /** @returns {Model | null} the one that answers in the open conversation */
+  /** @returns {Model | null} the model of the open conversation */
   get current() {
     return this.#all.find(({ id }) => id === this.chat.conversation.model) ?? null;
   }
 
-  /** Asks the server which models there are. Raises ApiError. */
+  /** Loads the list of models. Throws MoesaicError. */
   async load() {
     this.#all = await listModels(readKey());
     this.show();
     this.changed();
   }
 
-  /** Shows the choice; a conversation whose model is not served goes on with the first that is. */
+  /** Shows the list. A conversation whose model is not available switches to the first model. */
   show() {
     const { conversation } = this.chat;
     if (this.#all.length > 0 && !this.current) conversation.model = this.#all[0].id;
-    const options = this.#all.map(({ id, state }) => element("option", { value: id }, id + (STATES.get(state) ?? "")));
+    const options = this.#all.map(({ id, state }) => element("option", { value: id }, id + (STATE_LABELS.get(state) ?? "")));
     this.#select.replaceChildren(...options);
     this.#select.disabled = options.length === 0;
     if (options.length === 0) this.#select.append(element("option", {}, "No model"));

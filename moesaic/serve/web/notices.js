@@ -1,12 +1,12 @@
-/** Short messages above the message field, some with something to do about them. */
+/** Short messages above the message field, with an optional action. */
 
 import { byId, element, icon, textButton } from "./dom.js";
 
-const SHOWN = 8000; // ms
-const MOST = 3;
+const DURATION_MS = 8000;
+const MAX_NOTICES = 3;
 
 /**
- * Shows a message; the same one is not shown twice at a time.
+ * Shows a message. It replaces an equal message that is still shown.
  * @param {string} text
  * @param {{label: string, run: () => void}} [action]
  */
@@ -25,14 +25,14 @@ export function notify(text, action) {
     );
   }
   root.append(notice);
-  while (root.children.length > MOST) root.firstChild?.remove();
+  while (root.children.length > MAX_NOTICES) root.firstChild?.remove();
   dismissLater(notice);
 }
 
-/** @param {HTMLElement} notice which stays for as long as the reader is at it */
+/** Removes a notice after a while, but not while the reader points at it or has focused it. @param {HTMLElement} notice */
 function dismissLater(notice) {
   setTimeout(() => {
     if (notice.matches(":hover, :focus-within")) dismissLater(notice);
     else notice.remove();
-  }, SHOWN);
+  }, DURATION_MS);
 }

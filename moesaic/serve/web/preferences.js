@@ -1,15 +1,15 @@
-/** What this browser remembers beside conversations: the API key, the theme, the model used last and its settings. */
+/** Preferences in the browser's storage: the API keys, the theme, and the last used model and settings. */
 
-import { known } from "./sampling.js";
+import { validSettings } from "./sampling.js";
 
 const KEY = "moesaic.key";
-/** Where the key of an administrator is, which the chat never sends. */
-export const ADMIN = "moesaic.admin-key";
-const LAST = "moesaic.last";
+/** Storage name of the administrator's key, which the chat does not use. */
+export const ADMIN_KEY = "moesaic.admin-key";
+const LAST_USED = "moesaic.last";
 const THEME = "moesaic.theme"; // theme.js reads it before the first paint
 
 /**
- * Returns a storage of the browser, or null where the reader has forbidden it: then merely naming it throws.
+ * Returns a storage of the browser, or null if the reader has disabled it; then even the access throws.
  * @param {"localStorage" | "sessionStorage"} name
  * @returns {Storage | null}
  */
@@ -30,35 +30,35 @@ export function put(area, name, value) {
   try {
     area?.setItem(name, value);
   } catch {
-    // It is full: what is kept here can be done without.
+    // The storage is full. The page works without these values.
   }
 }
 
-/** @type {Map<string, string>} the keys of this page, for where nothing can be stored */
-const current = new Map();
+/** @type {Map<string, string>} the keys of this page, in case nothing can be stored */
+const keys = new Map();
 
-/** @param {string} [name] which key @returns {string} empty: there is none */
+/** @param {string} [name] storage name of the key @returns {string} the key; empty if there is none */
 export function readKey(name = KEY) {
-  return current.get(name) ?? storage("sessionStorage")?.getItem(name) ?? storage("localStorage")?.getItem(name) ?? "";
+  return keys.get(name) ?? storage("sessionStorage")?.getItem(name) ?? storage("localStorage")?.getItem(name) ?? "";
 }
 
 /**
- * Keeps the key until the tab is closed, or until it is replaced.
+ * Stores the key, either until the tab is closed or permanently.
  * @param {string} key
- * @param {boolean} remember
- * @param {string} [name] which key it is
+ * @param {boolean} remember whether to store it permanently
+ * @param {string} [name] storage name of the key
  */
 export function writeKey(key, remember, name = KEY) {
-  current.set(name, key);
+  keys.set(name, key);
   for (const area of [storage("sessionStorage"), storage("localStorage")]) area?.removeItem(name);
   if (key) put(storage(remember ? "localStorage" : "sessionStorage"), name, key);
 }
 
-/** @returns {{model: string, settings: import("./sampling.js").Settings}} what the next conversation begins with */
+/** @returns {{model: string, settings: import("./sampling.js").Settings}} the defaults of the next conversation */
 export function readLast() {
   try {
-    const last = JSON.parse(storage("localStorage")?.getItem(LAST) ?? "{}");
-    return { model: typeof last.model === "string" ? last.model : "", settings: known(last.settings ?? {}) };
+    const last = JSON.parse(storage("localStorage")?.getItem(LAST_USED) ?? "{}");
+    return { model: typeof last.model === "string" ? last.model : "", settings: validSettings(last.settings ?? {}) };
   } catch {
     return { model: "", settings: {} };
   }
@@ -66,7 +66,7 @@ export function readLast() {
 
 /** @param {import("./conversation.js").Conversation} conversation */
 export function writeLast({ model, settings }) {
-  put(storage("localStorage"), LAST, JSON.stringify({ model, settings }));
+  put(storage("localStorage"), LAST_USED, JSON.stringify({ model, settings }));
 }
 
 /** @returns {string} light, dark, or system */

@@ -1,28 +1,28 @@
 /**
- * A Markdown tree as DOM nodes, and text that grows while it is shown.
+ * Creates DOM nodes from a Markdown tree, and updates them while the text grows.
  *
- * Only the elements named here can come out, and none of them loads anything: an image is a link to itself.
+ * The output has only the elements in this file, and none of them loads anything: an image becomes a link.
  */
 
 import { element, icon } from "./dom.js";
-import { parse, undecided } from "./markdown.js";
+import { firstUnsettled, parse } from "./markdown.js";
 
 /** @typedef {import("./markdown.js").Block} Block @typedef {import("./markdown.js").Span} Span */
 
 /**
- * Shows a text that may grow. Blocks that can no longer change keep their nodes, so that a long answer costs
- * no more per token than a short one, and what the reader has selected stays selected.
+ * View of a text that may grow. Blocks that can no longer change keep their nodes. The cost of a token therefore does
+ * not depend on the length of the answer, and the reader's selection survives.
  */
 export class MarkdownView {
-  /** The text that the settled nodes do not cover begins here. */
+  /** Length of the text that the settled nodes show. */
   #settled = 0;
-  /** @type {HTMLElement[]} the nodes that the next text may replace */
+  /** @type {HTMLElement[]} the nodes that more text may replace */
   #tail = [];
-  /** @type {Block | null} the block of the last of them */
+  /** @type {Block | null} the block of the last node */
   #last = null;
   #source = "";
-  /** @type {HTMLElement[]} settled, and not taken yet */
-  #fresh = [];
+  /** @type {HTMLElement[]} settled nodes that takeSettled() has not returned yet */
+  #newlySettled = [];
 
   /** @param {HTMLElement} root */
   constructor(root) {
@@ -30,36 +30,36 @@ export class MarkdownView {
   }
 
   /**
-   * Shows `source`, which continues what was shown before.
+   * Shows `source`, which starts with the text shown before.
    * @param {string} source
    */
   grow(source) {
     if (source === this.#source) return;
     this.#source = source;
     const rest = source.slice(this.#settled);
-    const found = parse(rest);
-    const kept = undecided(rest, found);
-    if (found.length === 1 && this.#tail.length === 1 && this.#appendCode(found[0].block)) return;
+    const parsed = parse(rest);
+    const settled = firstUnsettled(rest, parsed);
+    if (parsed.length === 1 && this.#tail.length === 1 && this.#appendCode(parsed[0].block)) return;
     for (const node of this.#tail) node.remove();
-    const nodes = found.map(({ block }) => renderBlock(block));
+    const nodes = parsed.map(({ block }) => renderBlock(block));
     this.root.append(...nodes);
-    this.#tail = nodes.slice(kept);
-    this.#last = found.at(-1)?.block ?? null;
-    if (kept > 0) this.#settled += offsetOfLine(rest, found[kept].line);
-    this.#fresh.push(...nodes.slice(0, kept));
+    this.#tail = nodes.slice(settled);
+    this.#last = parsed.at(-1)?.block ?? null;
+    if (settled > 0) this.#settled += offsetOfLine(rest, parsed[settled].line);
+    this.#newlySettled.push(...nodes.slice(0, settled));
   }
 
-  /** @returns {HTMLElement[]} the nodes that have been settled since the last call */
+  /** @returns {HTMLElement[]} the nodes that became settled since the last call */
   takeSettled() {
-    return this.#fresh.splice(0);
+    return this.#newlySettled.splice(0);
   }
 
-  /** @returns {readonly HTMLElement[]} the nodes that are not settled, which is what an answer ends with */
+  /** @returns {readonly HTMLElement[]} the nodes at the end that are not settled */
   get tail() {
     return this.#tail;
   }
 
-  /** @param {Block} block @returns {boolean} whether it is the code shown last, and only had to be lengthened */
+  /** @param {Block} block @returns {boolean} whether the block continues the last code block and was appended to it */
   #appendCode(block) {
     const last = this.#last;
     if (block.type !== "code" || last?.type !== "code") return false;
@@ -72,7 +72,7 @@ export class MarkdownView {
   }
 }
 
-/** @param {string} text @param {number} line @returns {number} where this line begins */
+/** @param {string} text @param {number} line @returns {number} the offset at which this line begins */
 function offsetOfLine(text, line) {
   const ends = /\r\n|\r|\n/g;
   for (let passed = 0; passed < line; passed += 1) ends.exec(text);
@@ -83,9 +83,9 @@ function offsetOfLine(text, line) {
 function renderBlock(block) {
   if (block.type === "code") return renderCode(block.language, block.text);
   if (block.type === "table") return renderTable(block);
-  const made = renderFlow(block);
-  made.setAttribute("dir", "auto");
-  return made;
+  const node = renderFlow(block);
+  node.setAttribute("dir", "auto");
+  return node;
 }
 
 /** @param {Exclude<Block, {type: "code" | "table"}>} block @returns {HTMLElement} */
@@ -94,7 +94,7 @@ function renderFlow(block) {
     case "paragraph":
       return element("p", {}, ...renderSpans(block.spans));
     case "heading":
-      // Below the page's own headings: the answer's first level is the page's third.
+      // The page itself uses h1 and h2, so the answer's first level is h3.
       return element(/** @type {"h3"} */ (`h${Math.min(6, block.level + 2)}`), {}, ...renderSpans(block.spans));
     case "quote":
       return element("blockquote", {}, ...block.blocks.map(renderBlock));
@@ -146,11 +146,11 @@ function renderTable(table) {
       }),
     );
   const body = element("tbody", {}, ...table.rows.map((cells) => row("td", cells)));
-  const shown = element("table", { dir: "auto" }, element("thead", {}, row("th", table.head)), body);
-  return element("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, shown);
+  const node = element("table", { dir: "auto" }, element("thead", {}, row("th", table.head)), body);
+  return element("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, node);
 }
 
-/** @param {Span[]} spans @param {boolean} linked whether they lie in a link @returns {(Node | string)[]} */
+/** @param {Span[]} spans @param {boolean} linked whether they are inside a link @returns {(Node | string)[]} */
 const renderSpans = (spans, linked = false) => spans.map((span) => renderSpan(span, linked));
 
 /** @param {Span} span @param {boolean} linked @returns {Node | string} */
@@ -178,8 +178,8 @@ function renderSpan(span, linked) {
 }
 
 /**
- * Returns a link out of the page: it opens beside it and tells the other side nothing of where it came from.
- * @param {string} href with a scheme that `inline.js` lets through
+ * Returns an external link. It opens a new tab and sends no referrer.
+ * @param {string} href with a scheme that `inline.js` allows
  * @param {(Node | string)[]} children
  * @returns {HTMLElement}
  */

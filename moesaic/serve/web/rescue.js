@@ -1,6 +1,6 @@
 /**
- * Answers that a reload cuts off. A page that is left has no time for IndexedDB, so it puts what it was writing
- * into localStorage, and the next page that opens takes it into the store.
+ * Saves answers in progress when the page is closed. There is no time for IndexedDB then, so the page writes them to
+ * localStorage, and the next page moves them into the store.
  */
 
 import { put, storage } from "./preferences.js";
@@ -9,35 +9,36 @@ import { put, storage } from "./preferences.js";
 
 const PREFIX = "moesaic.rescue.";
 
-/** @param {Conversation} conversation one that is not stored as it is now */
+/** Saves a conversation with unsaved changes. @param {Conversation} conversation */
 export function rescue(conversation) {
   put(storage("localStorage"), PREFIX + conversation.id, JSON.stringify(conversation));
 }
 
 /**
- * Stores what earlier pages left behind.
+ * Moves the conversations that earlier pages saved into the store.
  * @param {import("./store.js").Store} store
  */
 export async function recover(store) {
   const area = storage("localStorage");
   for (const name of Object.keys(area ?? {}).filter((name) => name.startsWith(PREFIX))) {
     /** @type {Conversation} */
-    const left = JSON.parse(area?.getItem(name) ?? "null");
+    const rescued = JSON.parse(area?.getItem(name) ?? "null");
     area?.removeItem(name);
-    const stored = await store.get(left.id);
-    // Removed, or gone on with, in another tab: then that holds.
-    if (stored ? stored.revision !== left.revision && !continues(left, stored) : left.revision > 0) continue;
-    await store.save({ ...left, revision: stored?.revision ?? 0 });
+    const stored = await store.get(rescued.id);
+    // If another tab has deleted or continued the conversation, that version wins.
+    if (stored ? stored.revision !== rescued.revision && !continues(rescued, stored) : rescued.revision > 0) continue;
+    await store.save({ ...rescued, revision: stored?.revision ?? 0 });
   }
 }
 
 /**
- * @param {Conversation} left
+ * @param {Conversation} rescued
  * @param {Conversation} stored
- * @returns {boolean} whether `left` is `stored` with more of its last answer
+ * @returns {boolean} whether `rescued` is `stored` with more text in its last answer
  */
-function continues(left, stored) {
-  const place = left.messages.length - 1;
-  const shorter = stored.messages.length < left.messages.length ? "" : stored.messages[place].content;
-  return stored.messages.length <= left.messages.length && stored.messages.length >= place && left.messages[place].content.startsWith(shorter);
+function continues(rescued, stored) {
+  const last = rescued.messages.length - 1;
+  const count = stored.messages.length;
+  if (count !== last && count !== last + 1) return false;
+  return rescued.messages[last].content.startsWith(count === last ? "" : stored.messages[last].content);
 }

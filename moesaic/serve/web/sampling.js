@@ -1,19 +1,19 @@
-/** The settings of an answer: their names in the API, ranges and defaults. */
+/** The sampling settings: API names, ranges and defaults. */
 
 /**
  * @typedef {{name: string, label: string, hint: string, min: number, max: number, step: number, standard: number | null}}
- *   Setting `standard` is the default; null: nothing is sent
- * @typedef {Record<string, number>} Settings what differs from the defaults
+ *   Setting `standard` is the default; null: the field is not sent
+ * @typedef {Record<string, number>} Settings values that differ from the defaults
  */
 
-const LARGEST_SEED = 2 ** 32 - 1;
+const MAX_SEED = 2 ** 32 - 1;
 
 /** @type {readonly Setting[]} */
 export const SETTINGS = Object.freeze([
   {
     name: "temperature",
     label: "Temperature",
-    hint: "Low is steady, high is inventive; 0 always takes the likeliest token.",
+    hint: "Low values give predictable text, high values varied text; 0 always takes the most likely token.",
     min: 0,
     max: 2,
     step: 0.05,
@@ -22,7 +22,7 @@ export const SETTINGS = Object.freeze([
   {
     name: "max_tokens",
     label: "Max new tokens",
-    hint: "Where an answer is cut at the latest.",
+    hint: "Maximum length of an answer.",
     min: 1,
     max: 8192,
     step: 1,
@@ -31,7 +31,7 @@ export const SETTINGS = Object.freeze([
   {
     name: "top_p",
     label: "Top-p",
-    hint: "Only the likeliest tokens that together have this much probability; 1 is off.",
+    hint: "Samples from the most likely tokens with this total probability; 1 is off.",
     min: 0.01,
     max: 1,
     step: 0.01,
@@ -40,7 +40,7 @@ export const SETTINGS = Object.freeze([
   {
     name: "top_k",
     label: "Top-k",
-    hint: "Only this many of the likeliest tokens; 0 is off.",
+    hint: "Samples from this number of most likely tokens; 0 is off.",
     min: 0,
     max: 200,
     step: 1,
@@ -49,7 +49,7 @@ export const SETTINGS = Object.freeze([
   {
     name: "repetition_penalty",
     label: "Repetition penalty",
-    hint: "Above 1, tokens that were there before become less likely.",
+    hint: "Values above 1 make repeated tokens less likely.",
     min: 0.5,
     max: 2,
     step: 0.01,
@@ -58,9 +58,9 @@ export const SETTINGS = Object.freeze([
   {
     name: "seed",
     label: "Seed",
-    hint: "The same seed gives the same answer again; empty is a new one each time.",
+    hint: "The same seed repeats an answer; empty gives a new answer each time.",
     min: 0,
-    max: LARGEST_SEED,
+    max: MAX_SEED,
     step: 1,
     standard: null,
   },
@@ -69,7 +69,7 @@ export const SETTINGS = Object.freeze([
 const BY_NAME = new Map(SETTINGS.map((setting) => [setting.name, setting]));
 
 /**
- * Returns the value in the setting's range, or null if it is not a number at all.
+ * Returns the value, limited to the setting's range; null if it is not a number.
  * @param {string} name
  * @param {unknown} value
  * @returns {number | null}
@@ -82,26 +82,26 @@ export function clamp(name, value) {
 }
 
 /**
- * Returns the known settings among `values`, each in its range; the rest is dropped.
+ * Returns the valid settings in `values`, each limited to its range. Unknown fields and defaults are dropped.
  * @param {Record<string, unknown>} values
  * @returns {Settings}
  */
-export function known(values) {
+export function validSettings(values) {
   /** @type {Settings} */
-  const found = {};
+  const settings = {};
   for (const setting of SETTINGS) {
     const value = clamp(setting.name, Object.hasOwn(values, setting.name) ? values[setting.name] : null);
-    if (value !== null && value !== setting.standard) found[setting.name] = value;
+    if (value !== null && value !== setting.standard) settings[setting.name] = value;
   }
-  return found;
+  return settings;
 }
 
 /**
- * Returns the fields of a request: the settings, and the defaults of those that were not changed.
+ * Returns the fields of a request: the settings, and the defaults of all others.
  * @param {Settings} settings
  * @returns {Record<string, number>}
  */
-export function fields(settings) {
+export function requestFields(settings) {
   const standard = SETTINGS.flatMap(({ name, standard }) => (standard === null ? [] : [[name, standard]]));
   return { ...Object.fromEntries(standard), ...settings };
 }

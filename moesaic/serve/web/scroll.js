@@ -1,21 +1,21 @@
-/** Keeps the end of the conversation in view, but only for a reader who is there. */
+/** Scrolls to the end of the conversation while it grows, unless the reader has scrolled up. */
 
-const NEAR = 24; // px
+const END_TOLERANCE_PX = 24;
 
 export class Scroller {
   #pinned = true;
-  #before = 0;
+  #lastTop = 0;
 
   /**
    * @param {HTMLElement} area
-   * @param {HTMLButtonElement} button takes the reader to the end
+   * @param {HTMLButtonElement} button scrolls to the end
    */
   constructor(area, button) {
     this.area = area;
     this.button = button;
     area.addEventListener("scroll", () => this.#moved(), { passive: true });
     button.addEventListener("click", () => this.pin());
-    // The window, the keyboard of a phone or an editor can change the height as well.
+    // The height also changes with the window, a phone's keyboard or an open editor.
     const observer = new ResizeObserver(() => this.follow());
     observer.observe(area);
     for (const child of area.children) observer.observe(child);
@@ -24,32 +24,32 @@ export class Scroller {
   #moved() {
     const { scrollTop, scrollHeight, clientHeight } = this.area;
     const left = scrollHeight - scrollTop - clientHeight;
-    if (left < NEAR) this.#pinned = true;
-    else if (scrollTop < this.#before) this.#pinned = false; // only the reader scrolls up
-    this.#before = scrollTop;
-    this.#offer();
+    if (left < END_TOLERANCE_PX) this.#pinned = true;
+    else if (scrollTop < this.#lastTop) this.#pinned = false; // scrolling up comes only from the reader
+    this.#lastTop = scrollTop;
+    this.#updateButton();
   }
 
-  /** Goes to the beginning, where there is nothing to follow. */
+  /** Scrolls to the start and does not follow the end. */
   reset() {
     this.#pinned = false;
     this.area.scrollTop = 0;
     this.button.hidden = true;
   }
 
-  /** Goes to the end and stays there. */
+  /** Scrolls to the end and follows it from now on. */
   pin() {
     this.#pinned = true;
     this.follow();
   }
 
-  /** Goes to the end if the reader is there. */
+  /** Scrolls to the end if it is being followed. */
   follow() {
     if (this.#pinned) this.area.scrollTop = this.area.scrollHeight;
-    this.#offer();
+    this.#updateButton();
   }
 
-  #offer() {
+  #updateButton() {
     this.button.hidden = this.#pinned || this.area.querySelector("article") === null;
   }
 }

@@ -1,8 +1,8 @@
-/** The panel with system prompt and sampling settings of the open conversation. */
+/** The panel with the system prompt and the sampling settings of the open conversation. */
 
 import { byId, element } from "./dom.js";
 import { LANGUAGES } from "./examples.js";
-import { SETTINGS, clamp, known } from "./sampling.js";
+import { SETTINGS, clamp, validSettings } from "./sampling.js";
 
 /** @typedef {import("./sampling.js").Setting} Setting */
 
@@ -32,7 +32,7 @@ export class SettingsView {
         ...examples.map(({ name, system }) => element("option", { value: system }, name)),
       ),
     );
-    this.#example.append(element("option", { value: "" }, "Own text, or none"), ...groups);
+    this.#example.append(element("option", { value: "" }, "Custom or none"), ...groups);
     this.#example.addEventListener("change", () => this.#store({ system: this.#example.value }));
   }
 
@@ -44,7 +44,7 @@ export class SettingsView {
     if (standard === null) number.placeholder = "random";
     const slider = standard === null ? null : element("input", { type: "range", "aria-label": `${label}, slider`, ...range });
     this.#fields.set(name, { slider, number });
-    // The number follows the slider at once; it is stored when the slider is let go.
+    // The number follows the slider at once; the value is stored when the slider is released.
     slider?.addEventListener("input", () => (number.value = slider.value));
     for (const input of [slider, number]) {
       input?.addEventListener("change", () => this.#set(name, input.value));
@@ -56,7 +56,7 @@ export class SettingsView {
   /** @param {string} name @param {string} typed */
   #set(name, typed) {
     const value = typed.trim() === "" ? null : clamp(name, Number(typed));
-    this.#store({ settings: known({ ...this.chat.conversation.settings, [name]: value }) });
+    this.#store({ settings: validSettings({ ...this.chat.conversation.settings, [name]: value }) });
   }
 
   /** @param {Partial<import("./conversation.js").Conversation>} fields */
@@ -66,7 +66,7 @@ export class SettingsView {
     this.changed();
   }
 
-  /** Shows what holds for the open conversation. */
+  /** Shows the settings of the open conversation. */
   show() {
     const { system, settings } = this.chat.conversation;
     this.#system.value = system;

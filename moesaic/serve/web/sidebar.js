@@ -1,13 +1,13 @@
-/** The list of conversations: open, find, rename, delete; and their files. */
+/** The list of conversations: open, search, rename, delete, import and export. */
 
 import { byId, download, element, iconButton } from "./dom.js";
-import { exportAll, exportOne, ImportError, readFile } from "./exchange.js";
+import { exportAll, exportOne, ImportError, readFile } from "./conversation-file.js";
 import { notify } from "./notices.js";
 
 /** @typedef {import("./store.js").Summary} Summary */
 
-const LARGEST_FILE = 64 << 20; // bytes
-const TITLE = 200;
+const MAX_FILE_BYTES = 64 << 20;
+const MAX_TITLE_LENGTH = 200;
 
 export class Sidebar {
   #list = byId("conversations");
@@ -15,16 +15,16 @@ export class Sidebar {
   #search = /** @type {HTMLInputElement} */ (byId("search"));
   #file = /** @type {HTMLInputElement} */ (byId("file"));
   #renaming = false;
-  #asked = 0;
-  #typing = 0;
+  #searches = 0;
+  #searchTimer = 0;
 
   /** @param {import("./chat.js").Chat} chat @param {() => void} onOpen called when the reader chooses a conversation */
   constructor(chat, onOpen) {
     this.chat = chat;
     this.onOpen = onOpen;
     this.#search.addEventListener("input", () => {
-      clearTimeout(this.#typing); // a search reads everything, so it waits for the end of the word
-      this.#typing = setTimeout(() => void this.show(), 200);
+      clearTimeout(this.#searchTimer); // a search reads all conversations, so it waits for a pause in typing
+      this.#searchTimer = setTimeout(() => void this.show(), 200);
     });
     byId("import").addEventListener("click", () => this.#file.click());
     this.#file.addEventListener("change", () => void this.#import());
@@ -33,20 +33,20 @@ export class Sidebar {
     for (const event of ["opened", "stored", "ended"]) chat.addEventListener(event, () => void this.show());
   }
 
-  /** Shows the conversations that the search finds. */
+  /** Shows the conversations that match the search. */
   async show() {
-    const asked = ++this.#asked;
+    const search = ++this.#searches;
     const wanted = this.#search.value.trim();
     const { store } = this.chat;
     /** @type {[Summary[], Set<string> | null]} */
-    let [all, found] = [[], null];
+    let [all, matches] = [[], null];
     try {
-      [all, found] = await Promise.all([store.list(), wanted ? store.search(wanted) : null]);
+      [all, matches] = await Promise.all([store.list(), wanted ? store.search(wanted) : null]);
     } catch {
-      // The reader has been told that nothing is stored here.
+      // A notice has already said that nothing can be stored.
     }
-    if (asked !== this.#asked || this.#renaming) return; // a later search, or a title that is being written
-    const shown = all.filter(({ id }) => found?.has(id) ?? true);
+    if (search !== this.#searches || this.#renaming) return; // there is a later search, or a title is being edited
+    const shown = all.filter(({ id }) => matches?.has(id) ?? true);
     const focused = document.activeElement?.closest("li")?.dataset.id;
     const { busy } = this.chat;
     this.#list.replaceChildren(...shown.map((summary) => this.#row(summary, busy.has(summary.id))));
@@ -54,7 +54,7 @@ export class Sidebar {
     const again = focused ? this.#list.querySelector(`[data-id="${CSS.escape(focused)}"] a`) : null;
     again?.focus();
     this.#empty.hidden = shown.length > 0;
-    this.#empty.textContent = wanted ? "Nothing found" : "Conversations are kept in this browser only.";
+    this.#empty.textContent = wanted ? "Nothing found" : "Conversations are stored in this browser only.";
   }
 
   /** @param {Summary} summary @param {boolean} busy @returns {HTMLElement} */
@@ -64,18 +64,18 @@ export class Sidebar {
     link.addEventListener("click", () => this.onOpen());
     const rename = iconButton("edit", `Rename ${title}`, () => this.#rename(row, id, title));
     const remove = iconButton("delete", `Delete ${title}`, () => void this.#remove(id, title));
-    const mark = busy ? element("span", { class: "busy", role: "img", "aria-label": "being answered" }) : null;
+    const mark = busy ? element("span", { class: "busy", role: "img", "aria-label": "Answer in progress" }) : null;
     const row = element("li", { "data-id": id, class: current ? "current" : null }, link, mark, rename, remove);
     return row;
   }
 
   /** @param {HTMLElement} row @param {string} id @param {string} title */
   #rename(row, id, title) {
-    const input = element("input", { type: "text", value: title, "aria-label": "Title", maxlength: String(TITLE), dir: "auto" });
+    const input = element("input", { type: "text", value: title, "aria-label": "Title", maxlength: String(MAX_TITLE_LENGTH), dir: "auto" });
     let open = true;
     /** @param {boolean} keep */
     const close = (keep) => {
-      if (!open) return; // taking the field away blurs it
+      if (!open) return; // removing the field also causes a blur event
       open = this.#renaming = false;
       const name = input.value.trim();
       if (keep && name && name !== title) void this.chat.rename(id, name);
@@ -101,10 +101,10 @@ export class Sidebar {
 
   async #import() {
     const file = this.#file.files?.[0];
-    this.#file.value = ""; // the same file can be chosen again
+    this.#file.value = ""; // so that the same file can be chosen again
     if (!file) return;
     try {
-      if (file.size > LARGEST_FILE) throw new ImportError("This file is too large: at most 64 MB are read.");
+      if (file.size > MAX_FILE_BYTES) throw new ImportError("This file is too large. The limit is 64 MB.");
       const conversations = readFile(await file.text());
       await this.chat.add(conversations);
       notify(conversations.length === 1 ? "1 conversation was imported." : `${conversations.length} conversations were imported.`);

@@ -1,27 +1,27 @@
 /**
- * Conversations in the browser (IndexedDB), shared by all tabs.
+ * Storage of conversations in the browser (IndexedDB), shared by all tabs.
  *
- * Every record carries a revision. A tab that writes over a revision it has not seen keeps its own conversation
- * as a copy instead, so that two tabs never overwrite each other. Knows nothing of what is shown.
+ * Every record has a revision. If a tab saves a conversation that another tab has changed, it saves a copy instead, so
+ * that tabs never overwrite each other. This module does not know the page.
  */
 
 import { newId } from "./conversation.js";
 
 /**
  * @typedef {import("./conversation.js").Conversation} Conversation
- * @typedef {{id: string, title: string, updated: number, size: number}} Summary what the list needs, without the messages
- * @typedef {{id: string, removed: boolean, live: boolean}} Change `live`: its answer is still being written
+ * @typedef {{id: string, title: string, updated: number, size: number}} Summary an entry of the list, without the messages
+ * @typedef {{id: string, removed: boolean, live: boolean}} Change `live`: an answer is in progress
  */
 
-const LARGEST_COUNT = 1000;
-const LARGEST_SIZE = 100e6; // characters, of all conversations
+const MAX_CONVERSATIONS = 1000;
+const MAX_CHARACTERS = 100e6; // of all conversations together
 const TABLES = ["summaries", "conversations"];
 
-/** Nothing more can be kept; `message` is for the reader. */
+/** The conversation cannot be stored; `message` is for the reader. */
 export class StoreError extends Error {}
 
 /**
- * Makes a promise of a request.
+ * Returns a promise for the result of a request.
  * @template T
  * @param {IDBRequest<T>} request
  * @returns {Promise<T>}
@@ -52,22 +52,22 @@ export class Store {
   /** @type {Promise<IDBDatabase>} */
   #database;
   #channel = new BroadcastChannel("moesaic");
-  /** @type {Promise<unknown>} what was asked last: saves of one conversation must not pass each other */
+  /** @type {Promise<unknown>} the last operation; operations run in order, so that saves cannot overtake each other */
   #last = Promise.resolve();
 
-  /** @param {(change: Change) => void} onChange told what another tab has changed */
+  /** @param {(change: Change) => void} onChange called when another tab has changed a conversation */
   constructor(onChange) {
     try {
       this.#database = openDatabase();
     } catch (error) {
-      this.#database = Promise.reject(error); // where storage is forbidden, naming indexedDB throws
+      this.#database = Promise.reject(error); // if storage is disabled, the access to indexedDB throws
     }
-    this.#database.catch(() => undefined); // whoever uses it is told
+    this.#database.catch(() => undefined); // every operation reports the failure
     this.#channel.onmessage = (event) => onChange(event.data);
   }
 
   /**
-   * Runs `work` in one transaction and returns its result once that is on disk.
+   * Runs `work` in one transaction and returns its result after the commit.
    * @template T
    * @param {IDBTransactionMode} mode
    * @param {(summaries: IDBObjectStore, conversations: IDBObjectStore) => Promise<T>} work
@@ -90,13 +90,13 @@ export class Store {
     try {
       transaction = (await this.#database).transaction(TABLES, mode);
     } catch {
-      throw new StoreError("This browser stores nothing for this page: conversations last until the tab is closed.");
+      throw new StoreError("This browser stores nothing for this page. Conversations last until the tab is closed.");
     }
     const ended = new Promise((resolve, reject) => {
       transaction.oncomplete = resolve;
       transaction.onabort = () => reject(transaction.error);
     });
-    ended.catch(() => undefined); // if `work` fails first, its error is the one that counts
+    ended.catch(() => undefined); // if `work` fails first, its error is reported
     try {
       const value = await work(transaction.objectStore(TABLES[0]), transaction.objectStore(TABLES[1]));
       await ended;
@@ -107,14 +107,14 @@ export class Store {
         throw error;
       }
       const full = /** @type {Error | null} */ (error)?.name === "QuotaExceededError";
-      throw new StoreError(full ? "The browser's storage is full: delete conversations, or export them first." : `Not stored: ${error}`);
+      throw new StoreError(full ? "The browser's storage is full. Delete conversations, or export them first." : `The conversation could not be stored: ${error}`);
     }
   }
 
   /** @returns {Promise<Summary[]>} newest first */
   async list() {
-    const found = await this.#run("readonly", (summaries) => result(summaries.getAll()));
-    return found.sort((one, other) => other.updated - one.updated);
+    const entries = await this.#run("readonly", (summaries) => result(summaries.getAll()));
+    return entries.sort((one, other) => other.updated - one.updated);
   }
 
   /** @param {string} id @returns {Promise<Conversation | undefined>} */
@@ -128,7 +128,7 @@ export class Store {
   }
 
   /**
-   * Returns the ids of the conversations in which a text occurs, in whatever case.
+   * Returns the ids of the conversations that contain a text; case is ignored.
    * @param {string} text
    * @returns {Promise<Set<string>>}
    */
@@ -136,17 +136,17 @@ export class Store {
     const wanted = text.toLowerCase();
     /** @param {string} content */
     const has = (content) => content.toLowerCase().includes(wanted);
-    const found = (await this.all()).filter(({ title, messages }) => has(title) || messages.some(({ content }) => has(content)));
-    return new Set(found.map(({ id }) => id));
+    const matches = (await this.all()).filter(({ title, messages }) => has(title) || messages.some(({ content }) => has(content)));
+    return new Set(matches.map(({ id }) => id));
   }
 
   /**
-   * Stores a conversation as it is now and counts its revision up.
+   * Saves a conversation and increments its revision.
    *
-   * If another tab has stored it meanwhile, `conversation` becomes a copy under a new id; if another tab has
-   * removed it, nothing is stored.
+   * If another tab has saved it in between, `conversation` becomes a copy with a new id. If another tab has deleted it,
+   * nothing is saved.
    * @param {Conversation} conversation
-   * @param {boolean} [live] whether its answer is still being written
+   * @param {boolean} [live] whether an answer is in progress
    * @returns {Promise<"saved" | "copied" | "removed">}
    */
   async save(conversation, live = false) {
@@ -160,7 +160,7 @@ export class Store {
     });
     if (outcome === "removed") return outcome;
     conversation.revision += 1;
-    this.#tell({ id: conversation.id, removed: false, live });
+    this.#broadcast({ id: conversation.id, removed: false, live });
     return outcome;
   }
 
@@ -170,7 +170,7 @@ export class Store {
    */
   async add(added) {
     await this.#run("readwrite", (summaries, conversations) => this.#put(summaries, conversations, added));
-    for (const { id } of added) this.#tell({ id, removed: false, live: false });
+    for (const { id } of added) this.#broadcast({ id, removed: false, live: false });
   }
 
   /** @param {string} id */
@@ -178,7 +178,7 @@ export class Store {
     await this.#run("readwrite", (summaries, conversations) =>
       Promise.all([result(summaries.delete(id)), result(conversations.delete(id))]),
     );
-    this.#tell({ id, removed: true, live: false });
+    this.#broadcast({ id, removed: true, live: false });
   }
 
   /**
@@ -190,9 +190,9 @@ export class Store {
     const ids = new Set(written.map(({ id }) => id));
     const others = (await result(summaries.getAll())).filter(({ id }) => !ids.has(id));
     const all = [...others, ...written.map(summarize)];
-    if (all.length > LARGEST_COUNT || all.reduce((sum, { size }) => sum + size, 0) > LARGEST_SIZE) {
+    if (all.length > MAX_CONVERSATIONS || all.reduce((sum, { size }) => sum + size, 0) > MAX_CHARACTERS) {
       throw new StoreError(
-        `No room for more: at most ${LARGEST_COUNT} conversations with ${LARGEST_SIZE / 1e6} million characters are kept. ` +
+        `No room for more: the limit is ${MAX_CONVERSATIONS} conversations and ${MAX_CHARACTERS / 1e6} million characters. ` +
           "Delete some, or export them first.",
       );
     }
@@ -203,7 +203,7 @@ export class Store {
   }
 
   /** @param {Change} change */
-  #tell(change) {
+  #broadcast(change) {
     this.#channel.postMessage(change);
   }
 }

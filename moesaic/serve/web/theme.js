@@ -1,7 +1,7 @@
-// A classic script in the head, not a module: it runs before the first paint, so that no other theme flashes up.
+// This is a classic script, not a module, so that it sets the theme before the first paint.
 try {
   const theme = localStorage.getItem("moesaic.theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 } catch {
-  // Storage is forbidden: the system's theme holds.
+  // Storage is disabled; the page uses the system's theme.
 }

@@ -1,10 +1,10 @@
-/** The choice between light, dark and what the system says. */
+/** The buttons for the theme: light, dark or the system's. */
 
 import { byId, iconButton } from "./dom.js";
 import { readTheme, writeTheme } from "./preferences.js";
 
-/** Fills the group of buttons. */
-export function offerThemes() {
+/** Adds the buttons to the page. */
+export function showThemeButtons() {
   const buttons = ["Light", "Dark", "System"].map((label) => {
     const theme = label.toLowerCase();
     const button = iconButton(theme, label, () => {

@@ -1,4 +1,4 @@
-/** What an empty conversation shows: ready system prompts, by language. */
+/** The start screen of an empty conversation: example system prompts by language. */
 
 import { byId, element, textButton } from "./dom.js";
 import { LANGUAGES } from "./examples.js";
@@ -8,20 +8,20 @@ export class Welcome {
   #cards = element("div", { class: "cards" });
   #languages;
 
-  /** @param {import("./chat.js").Chat} chat @param {(start: string) => void} propose puts a first message up */
+  /** @param {import("./chat.js").Chat} chat @param {(start: string) => void} propose fills in a first message */
   constructor(chat, propose) {
     this.chat = chat;
     this.propose = propose;
-    this.#languages = LANGUAGES.map(({ language, code }, place) => {
-      const button = textButton(language, "chip", () => this.#choose(place));
+    this.#languages = LANGUAGES.map(({ language, code }, index) => {
+      const button = textButton(language, "chip", () => this.#choose(index));
       button.lang = code;
       return button;
     });
     const logo = element("img", { src: new URL("logo.svg", import.meta.url).href, alt: "", width: "52", height: "52" });
     this.#root.append(
       logo,
-      element("p", { class: "greeting" }, "What shall we talk about?"),
-      element("p", { class: "hint" }, "Write a message, or begin with one of these roles."),
+      element("p", { class: "greeting" }, "What would you like to talk about?"),
+      element("p", { class: "hint" }, "Write a message, or start with one of these roles."),
       element("div", { class: "chips", role: "group", "aria-label": "Language" }, ...this.#languages),
       this.#cards,
     );
@@ -30,10 +30,10 @@ export class Welcome {
     this.show();
   }
 
-  /** @param {number} place */
-  #choose(place) {
-    const { code, examples } = LANGUAGES[place];
-    this.#languages.forEach((button, other) => button.setAttribute("aria-pressed", String(other === place)));
+  /** @param {number} index of the language */
+  #choose(index) {
+    const { code, examples } = LANGUAGES[index];
+    this.#languages.forEach((button, other) => button.setAttribute("aria-pressed", String(other === index)));
     this.#cards.lang = code;
     this.#cards.replaceChildren(
       ...examples.map(({ name, about, system, start }) => {
@@ -50,7 +50,7 @@ export class Welcome {
     this.show();
   }
 
-  /** Shows the examples while nothing has been said. */
+  /** Shows the examples while the conversation is empty. */
   show() {
     const { messages, system } = this.chat.conversation;
     this.#root.hidden = messages.length > 0 || this.chat.generation !== undefined;

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import test from "node:test";
-import { Client, InvalidParameter, NotFound, StreamBroken } from "../../../clients/js/src/index.js";
+import { Client, InvalidParameter, NotFound, StreamBroken } from "../../../moesaic/serve/web/client/index.js";
 
 const baseUrl = process.env.SERVED;
 const client = new Client({ baseUrl: `${baseUrl}/v1/`, model: "built-in" });

@@ -279,7 +279,7 @@ def test_who_leaves_takes_the_job_back(open_office):
         return int(found["max_queue_length"] - found["free_queue_slots"])
 
     eventually(lambda: queued() == 0)
-    lives = open_office.backend.lives
+    lives = open_office.backend.jobs.jobs
     eventually(lambda: not any(open_office.call_sync(lambda: [live.readers for live in lives.values()])))
 
 
@@ -304,7 +304,7 @@ def test_a_job_can_be_taken_back(open_office, client, how):
     else:
         client.post("/api/progress/mixtral_chat", {"job_id": job, "canceled": True})
     done = client.progress(job).json()
-    assert done["job_state"] == "done" and done["job_result"]["error"] == "the request was taken back"
+    assert done["job_state"] == "done" and done["job_result"]["error"] == "the request was cancelled"
     assert AimeWorker(open_office).ask(request_timeout=1) == {"cmd": "no_job"}
 
 
@@ -328,7 +328,7 @@ def test_a_stream_tells_the_same_as_asking(open_office, client, path):
         worker.tell(worker.update(data, "One two", 2, 9))
         worker.finish(data, "One two three", 3)
         rest = list(coming)
-    assert not open_office.call_sync(lambda: open_office.backend.lives[job].readers)
+    assert not open_office.call_sync(lambda: open_office.backend.jobs.jobs[job].readers)
     assert rest[-1]["job_state"] == "done" and rest[-1]["job_result"]["text"] == "One two three"
     for each in rest[:-1]:  # as the client in JavaScript reads it
         assert each["progress"] >= 0 and "One two three".startswith(each["progress_data"].get("text", ""))
@@ -423,7 +423,7 @@ def test_before_any_worker_came_a_model_that_was_not_named_is_not_there(tmp_path
     with gateway(tmp_path / "jobs.sqlite", models=()) as server:
         answer = Client(server).request()
         assert answer.status_code == 503 and "retry-after" in answer.headers
-        assert "no worker has come yet" in answer.json()["error"][0]
+        assert "no worker is connected" in answer.json()["error"][0]
 
 
 def test_chats_come_as_a_list_too(open_office, client):

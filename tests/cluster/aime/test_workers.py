@@ -5,8 +5,8 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from moesaic.cluster import foreman
-from moesaic.cluster.aime import crew
+from moesaic.cluster import leases
+from moesaic.cluster.aime import aime_worker_pool
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
@@ -313,7 +313,7 @@ def test_an_old_worker_is_told_once_that_a_job_was_taken_back(client, worker):
 
 
 def test_leases_are_kept_for_a_silent_worker(tmp_path, monkeypatch):
-    monkeypatch.setattr(foreman, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(leases, "STALL_SECONDS", 1.0)
     with gateway(tmp_path / "jobs.sqlite", lease=0.5) as server:
         client, worker = Client(server), AimeWorker(server)
         job = client.job()
@@ -346,7 +346,7 @@ def test_a_worker_that_says_nothing_for_too_long_is_gone_and_its_job_goes_on(tmp
 
 
 def test_a_worker_that_began_anew_has_lost_what_it_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(aime_worker_pool, "STALL_SECONDS", 0.2)
     with gateway(tmp_path / "jobs.sqlite", lease=1) as server:
         Client(server).job()
         worker = AimeWorker(server)

@@ -16,9 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moesaic.cluster import queue
-from moesaic.cluster.jobs import Bounds, Hold, Record
-from moesaic.cluster.queue import sqlite
+from moesaic.cluster.jobs import LeaseToken, LogRecord, StoreLimits
+from moesaic.cluster.store import open_store, sqlite
 from tests.support.stores import job
 
 
@@ -55,18 +54,20 @@ def say(*words: object) -> None:
 
 async def one(store: Any, id: str) -> None:
     """A job from its submission to its end."""
-    say("submitted", await store.submit(job(id, once=id, body=b"x" * 3000)))
+    say("submitted", await store.submit(job(id, idempotency_key=id, body=b"x" * 3000)))
     for lease in await store.lease("w", ["m"], 1):
-        hold = Hold(lease.job.id, lease.fence)
+        hold = LeaseToken(lease.job.id, lease.fence)
         end = sum(record.count for record in lease.log)
-        await store.append({hold: Record(end, 2, b"ab")})
-        if await store.finish(hold, "done", lease.job.id.encode(), Record(end + 2, 1, b"c")):
+        await store.append({hold: LogRecord(end, 2, b"ab")})
+        if await store.finish(hold, "done", lease.job.id.encode(), LogRecord(end + 2, 1, b"c")):
             say("done", lease.job.id)
 
 
 async def work(where: str, name: str, jobs: int, abreast: int) -> None:
-    store = await queue.open(where, Bounds())
-    await store.release([beat.hold for beat in await store.beats()])  # of the one before, which was killed
+    store = await open_store(where, StoreLimits())
+    await store.release(
+        [beat.lease_token for beat in await store.active_leases()]
+    )  # of the one before, which was killed
     say("open")
 
     async def several(lane: int) -> None:

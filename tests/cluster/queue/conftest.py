@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from moesaic import registry
-from moesaic.cluster import queue
+from moesaic.cluster import store
 from tests.support.postgres import Database, Server
 from tests.support.stores import File, Place, Sync
 
@@ -33,7 +33,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[File]:
     file.close()
 
 
-@pytest.fixture(params=registry.names(queue.FOLDER))
+@pytest.fixture(params=registry.names(store.FOLDER))
 def place(request: pytest.FixtureRequest) -> Place:
     place: Place = request.getfixturevalue({"sqlite": "file", "postgres": "database"}[request.param])
     return place

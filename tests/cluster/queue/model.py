@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moesaic.cluster.jobs import Beat, Bounds, Depth, Hold, Job, Lease, Record
+from moesaic.cluster.jobs import Job, Lease, LeaseStatus, LeaseToken, LogRecord, QueueDepth, StoreLimits
 from moesaic.errors import Conflict, Overloaded, Unavailable
 
 
@@ -23,12 +23,12 @@ class Known:
     number: int
     state: str = "queued"
     fence: int = 0
-    beat: int = 0
+    heartbeat: int = 0
     worker: str = ""
     attempts: int = 0
     crashes: int = 0
     group: int = 0
-    log: list[Record] = field(default_factory=list)
+    log: list[LogRecord] = field(default_factory=list)
     result: bytes = b""
     ended: int | None = None
     ends: int = 0
@@ -51,7 +51,7 @@ class Name:
 class Model:
     """The store's twin."""
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: StoreLimits) -> None:
         self.bounds = bounds
         self.jobs: dict[str, Known] = {}
         self.names: dict[tuple[str, str], Name] = {}
@@ -63,7 +63,7 @@ class Model:
         return [known for known in self.jobs.values() if known.state == "queued"]
 
     def submit(self, job: Job) -> str:
-        name = self.names.get((job.tenant, job.once)) if job.once else None
+        name = self.names.get((job.tenant, job.idempotency_key)) if job.idempotency_key else None
         if job.id in self.jobs:
             name = Name(job.id, self.jobs[job.id].job.digest)
         if name is not None:
@@ -78,8 +78,8 @@ class Model:
             raise Unavailable("")
         self.places += 1
         self.jobs[job.id] = Known(job, self.places, number=self.places)
-        if job.once:
-            self.names[job.tenant, job.once] = Name(job.id, job.digest)
+        if job.idempotency_key:
+            self.names[job.tenant, job.idempotency_key] = Name(job.id, job.digest)
         return job.id
 
     def may_be_next(self, ids: Sequence[str], models: Sequence[str], most: int) -> None:
@@ -110,31 +110,31 @@ class Model:
             assert lease.fence > known.fence, "a fence strictly grows"
             assert list(lease.log) == known.log
             known.state, known.fence, known.worker = "leased", lease.fence, worker
-            known.beat, known.attempts = known.beat + 1, known.attempts + 1
+            known.heartbeat, known.attempts = known.heartbeat + 1, known.attempts + 1
 
-    def renew(self, holds: Sequence[Hold]) -> dict[str, str]:
+    def renew(self, holds: Sequence[LeaseToken]) -> dict[str, str]:
         held = {}
         for hold in holds:
             known = self.jobs.get(hold.id)
             if known is not None and known.holds(hold.fence):
                 held[hold.id] = "ok"
-                known.beat += 1
+                known.heartbeat += 1
             elif known is not None and known.state == "cancelled" and known.fence == hold.fence:
                 held[hold.id] = "cancelled"
             else:
                 held[hold.id] = "fenced"
         return held
 
-    def append(self, hold: Hold, record: Record) -> int | None:
+    def append(self, hold: LeaseToken, record: LogRecord) -> int | None:
         known = self.jobs.get(hold.id)
         if known is None or not known.holds(hold.fence):
             return None
-        known.beat += 1
+        known.heartbeat += 1
         if record.start == known.logged:
             known.log.append(record)
         return known.logged
 
-    def finish(self, hold: Hold, state: Literal["done", "failed"], result: bytes, last: Record | None) -> bool:
+    def finish(self, hold: LeaseToken, state: Literal["done", "failed"], result: bytes, last: LogRecord | None) -> bool:
         known = self.jobs.get(hold.id)
         if known is None or not known.holds(hold.fence):
             return known is not None and known.fence == hold.fence and known.state in ("done", "failed")
@@ -149,24 +149,27 @@ class Model:
     def _end(self, known: Known, state: str) -> None:
         known.state, known.ended, known.ends = state, self.tick_count, known.ends + 1
         assert known.ends == 1, "a job ends once"
-        name = self.names.get((known.job.tenant, known.job.once))
+        name = self.names.get((known.job.tenant, known.job.idempotency_key))
         if name is not None and name.id == known.job.id:
             name.ended = self.tick_count
 
     def _queue(self, known: Known, group: int) -> None:
         known.state, known.fence, known.group = "queued", known.fence + 1, group
 
-    def release(self, holds: Sequence[Hold]) -> None:
+    def release(self, holds: Sequence[LeaseToken]) -> None:
         for hold in holds:
             known = self.jobs.get(hold.id)
             if known is not None and known.holds(hold.fence):
                 self._queue(known, known.group)
 
-    def lose(self, beats: Sequence[Beat]) -> list[str]:
+    def expire(self, active_leases: Sequence[LeaseStatus]) -> list[str]:
         lost = [
             known
             for id, known in self.jobs.items()
-            if any(each.hold.id == id and known.holds(each.hold.fence) and known.beat == each.beat for each in beats)
+            if any(
+                each.lease_token.id == id and known.holds(each.lease_token.fence) and known.heartbeat == each.heartbeat
+                for each in active_leases
+            )
         ]
         for known in lost:
             known.crashes += 1
@@ -179,7 +182,7 @@ class Model:
         self.groups += 2 if lost else 0
         return []
 
-    def absolve(self, holds: Sequence[Hold]) -> None:
+    def forgive_crash(self, holds: Sequence[LeaseToken]) -> None:
         for id, fence in {hold.id: hold.fence for hold in holds}.items():
             known = self.jobs.get(id)
             if known and known.state in ("queued", "leased") and known.crashes and known.fence > fence:
@@ -201,22 +204,22 @@ class Model:
         self.places += 1
         known.state, known.crashes, known.group, known.place = "queued", 0, 0, self.places
         known.ended, known.ends = None, 0
-        name = self.names.get((known.job.tenant, known.job.once))
+        name = self.names.get((known.job.tenant, known.job.idempotency_key))
         if name is not None and name.id == id:
             name.ended = None
         return True
 
     def tick(self) -> int:
         self.tick_count += 1
-        old = self.tick_count - self.bounds.once_ticks
+        old = self.tick_count - self.bounds.idempotency_ticks
         self.names = {key: name for key, name in self.names.items() if name.ended is None or name.ended >= old}
         ended = sorted((known.ended, known.number, id) for id, known in self.jobs.items() if known.ended is not None)
-        young = [each for each in ended if each[0] >= self.tick_count - self.bounds.kept_ticks]
-        for each in set(ended) - set(young[max(len(young) - self.bounds.kept, 0) :]):
+        young = [each for each in ended if each[0] >= self.tick_count - self.bounds.retention_ticks]
+        for each in set(ended) - set(young[max(len(young) - self.bounds.max_ended, 0) :]):
             del self.jobs[each[2]]
         return self.tick_count
 
-    def depths(self) -> dict[str, Depth]:
+    def depths(self) -> dict[str, QueueDepth]:
         found = {}
         live = [each for each in self.jobs.values() if each.state in ("queued", "leased")]
         for model in {each.job.model for each in live}:
@@ -224,5 +227,5 @@ class Model:
             states = Counter(each.state for each in here)
             suspects = sum(each.state == "queued" and each.group > 0 for each in here)
             cost = sum(each.job.cost for each in here if each.state == "queued")
-            found[model] = Depth(states["queued"], states["leased"], suspects, cost)
+            found[model] = QueueDepth(states["queued"], states["leased"], suspects, cost)
         return found

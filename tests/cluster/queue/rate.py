@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.bench import report
-from moesaic.cluster import queue
-from moesaic.cluster.jobs import Bounds, Hold, Job, Store
+from moesaic.cluster.jobs import Job, LeaseToken, Store, StoreLimits
+from moesaic.cluster.store import open_store
 from tests.support.postgres import Server
 
-BOUNDS = Bounds(queued=10**6, queued_per_tenant=10**6, queued_cost=10**12)
+BOUNDS = StoreLimits(queued=10**6, queued_per_tenant=10**6, queued_cost=10**12)
 
 
 async def measure(jobs: int, abreast: int, one: Callable[[int], Awaitable[None]]) -> float:
@@ -45,7 +45,7 @@ async def rates(store: Store, jobs: int) -> dict[str, float]:
 
     async def end(n: int) -> None:
         [lease] = await store.lease("w", ["m"], 1)
-        assert await store.finish(Hold(lease.job.id, lease.fence), "done", bytes(1000))
+        assert await store.finish(LeaseToken(lease.job.id, lease.fence), "done", bytes(1000))
 
     found = {}
     for warm in (True, False):
@@ -58,7 +58,7 @@ async def rates(store: Store, jobs: int) -> dict[str, float]:
 
 
 async def of(where: str, jobs: int) -> dict[str, float]:
-    store = await queue.open(where, BOUNDS)
+    store = await open_store(where, BOUNDS)
     try:
         return await rates(store, jobs)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from moesaic.cluster.jobs import Bounds
+from moesaic.cluster.jobs import StoreLimits
 from tests.support.stores import Sync, hold, job
 
 
@@ -52,7 +52,7 @@ def test_shares_are_by_cost(store):
 
 def test_equal_demands_get_equal_shares(place):
     """Jain's index over ten tenants whose jobs cost between 1 and 50 stays above 0.95."""
-    store = place.open(Bounds())
+    store = place.open(StoreLimits())
     draw = random.Random(5)
     order = [(tenant, draw.randint(1, 50)) for tenant in "abcdefghij" for _ in range(40)]
     draw.shuffle(order)
@@ -136,7 +136,9 @@ def test_how_many_go_before(store):
     fill(store, "d", 3, model="n", priority=-1)
     order = store.take(3)
     assert order[0] == "c0"
-    waiting = {id: store.look(id).ahead for id in ("a0", "a1", "a2", "a3", "a4", "b0", "b1") if id not in order}
+    waiting = {
+        id: store.snapshot(id).queue_position for id in ("a0", "a1", "a2", "a3", "a4", "b0", "b1") if id not in order
+    }
     assert sorted(waiting.values()) == list(range(5))
     assert store.take(9) == sorted(waiting, key=waiting.__getitem__)
-    assert store.look("a4").ahead == 0
+    assert store.snapshot("a4").queue_position == 0

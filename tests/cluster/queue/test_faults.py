@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from moesaic.cluster import queue
-from moesaic.cluster.jobs import Bounds, Record
-from moesaic.cluster.queue import _disk, sqlite
-from moesaic.cluster.queue._steps import Outcome, Statement
+from moesaic.cluster.jobs import LogRecord, StoreLimits
+from moesaic.cluster.store import _disk, open_store, sqlite
+from moesaic.cluster.store._program import Outcome, Statement
 from moesaic.errors import InvalidParameter, MoesaicError, StorageFull, StoreError, Unavailable
 from tests.support.stores import File, Sync, hold, job
 
@@ -95,9 +94,9 @@ def test_whichever_statement_fails_nothing_is_half_done(faulty, tmp_path, error)
         def calls(store: Sync = store, x: Any = x, y: Any = y) -> list[Awaitable[Any]]:
             inner = store.store
             return [
-                inner.submit(job("b", once="n")),
-                inner.append({x: Record(0, 2, b"ab")}),
-                inner.finish(y, "done", b"result", Record(0, 1, b"c")),
+                inner.submit(job("b", idempotency_key="n")),
+                inner.append({x: LogRecord(0, 2, b"ab")}),
+                inner.finish(y, "done", b"result", LogRecord(0, 1, b"c")),
                 inner.cancel("z"),
             ]
 
@@ -107,14 +106,14 @@ def test_whichever_statement_fails_nothing_is_half_done(faulty, tmp_path, error)
         assert all(isinstance(each, Unavailable | MemoryError) for each in found if isinstance(each, Exception))
         assert store.check() == "ok"
         happened = [
-            store.look("b") is not None,
-            store.look("x").logged == 2,
-            store.look("y").state == "done",
-            store.look("z").state == "cancelled",
+            store.snapshot("b") is not None,
+            store.snapshot("x").logged == 2,
+            store.snapshot("y").state == "done",
+            store.snapshot("z").state == "cancelled",
         ]
         assert happened == [not failed for failed in failures[-1]]
         assert store.all(*calls()) == ["b", {"x": 2}, True, "cancelled"]
-        assert (store.look("x").logged, store.look("y").logged, store.check()) == (2, 1, "ok")
+        assert (store.snapshot("x").logged, store.snapshot("y").logged, store.check()) == (2, 1, "ok")
         place.close()
     assert k > 20
     assert [True] * 4 in failures, "a commit that fails takes all with it"
@@ -127,7 +126,7 @@ def test_a_full_disk_is_told_and_outlived(place, tmp_path):
     store = place.open()
     store.submit(job("a"))
     store.take()
-    [beat] = store.beats()
+    [beat] = store.active_leases()
     pages = run(store, "PRAGMA page_count")[0][0]
     run(store, f"PRAGMA max_page_count = {pages + 3}")
     found = store.all(*(store.store.submit(job(f"j{n}", body=bytes(9000))) for n in range(8)))
@@ -135,8 +134,8 @@ def test_a_full_disk_is_told_and_outlived(place, tmp_path):
     assert all(isinstance(each, str | StorageFull) for each in found)
     assert store.check() == "ok"
     for n, each in enumerate(found):
-        assert (store.look(f"j{n}") is not None) == (each == f"j{n}")
-    assert store.finish(beat.hold, "done", b"small") is True  # what needs no room goes on
+        assert (store.snapshot(f"j{n}") is not None) == (each == f"j{n}")
+    assert store.finish(beat.lease_token, "done", b"small") is True  # what needs no room goes on
     run(store, "PRAGMA max_page_count = 1000000")
     again = store.all(*(store.store.submit(job(f"j{n}", body=bytes(9000))) for n in range(8)))
     assert again == [f"j{n}" for n in range(8)]
@@ -158,7 +157,7 @@ def test_a_connection_that_cannot_roll_back_is_made_anew(faulty, file, monkeypat
     monkeypatch.setattr(faulty, "execute", fails)
     with pytest.raises(Unavailable):
         store.submit(job("b"))
-    assert store.look("b") is None
+    assert store.snapshot("b") is None
     assert store.submit(job("b")) == "b"
     assert len(broken) == 2
 
@@ -176,7 +175,7 @@ def test_a_connection_that_cannot_be_made_is_tried_again(faulty, file, monkeypat
             with pytest.raises(Unavailable):
                 store.submit(job("b"))
     assert store.submit(job("b")) == "b"
-    assert store.look("a") is not None
+    assert store.snapshot("a") is not None
 
 
 def test_what_is_committed_is_flushed(file):
@@ -197,7 +196,7 @@ def test_a_file_has_one_store(file):
     other.close()
     first.submit(job("a"))
     first.close()
-    assert file.open().look("a") is not None
+    assert file.open().snapshot("a") is not None
 
 
 def test_a_file_that_another_program_has_is_refused(file):
@@ -269,22 +268,22 @@ MOUNTS = """22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 
 
 def test_what_lies_on_the_network_is_refused(tmp_path):
-    assert _disk.kind(os.makedev(254, 0), MOUNTS) == "ext4"
-    assert _disk.kind(os.makedev(0, 26), MOUNTS) == "nfs4"
-    assert _disk.kind(os.makedev(0, 27), MOUNTS) == _disk.kind(os.makedev(9, 9), MOUNTS) == ""
+    assert _disk.file_system_type(os.makedev(254, 0), MOUNTS) == "ext4"
+    assert _disk.file_system_type(os.makedev(0, 26), MOUNTS) == "nfs4"
+    assert _disk.file_system_type(os.makedev(0, 27), MOUNTS) == _disk.file_system_type(os.makedev(9, 9), MOUNTS) == ""
     device = tmp_path.stat().st_dev
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTS.replace("254:0", "9:9").replace("0:26", f"{os.major(device)}:{os.minor(device)}"))
     with pytest.raises(StoreError, match="lies on nfs4"):
-        _disk.refuse_network(tmp_path, mounts)
-    _disk.refuse_network(tmp_path, tmp_path / "nothing")
-    _disk.refuse_network(tmp_path)
+        _disk.refuse_network_disk(tmp_path, mounts)
+    _disk.refuse_network_disk(tmp_path, tmp_path / "nothing")
+    _disk.refuse_network_disk(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["", "mysql://somewhere/jobs"])
 def test_other_addresses_are_refused(file, where):
     with pytest.raises(InvalidParameter):
-        file.loop.run_until_complete(queue.open(where, Bounds()))
+        file.loop.run_until_complete(open_store(where, StoreLimits()))
 
 
 def test_refusals_are_of_one_tree():

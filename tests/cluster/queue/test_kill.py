@@ -30,9 +30,9 @@ def said(lines: Sequence[str], what: str) -> set[str]:
 def all_there(store: Sync, submitted: set[str], done: set[str]) -> None:
     assert store.check() == "ok"
     for id in submitted:
-        assert store.look(id) is not None, id
+        assert store.snapshot(id) is not None, id
     for id in done:
-        seen = store.look(id)
+        seen = store.snapshot(id)
         assert (seen.state, seen.result) == ("done", id.encode())
         log = store.log(id)
         ends = [record.start + record.count for record in log]
@@ -77,9 +77,9 @@ def test_killed_at_random_again_and_again(tmp_path):
     store = place.open()
     assert len(done) > 50
     all_there(store, submitted, done)
-    store.release([beat.hold for beat in store.beats()])
+    store.release([beat.lease_token for beat in store.active_leases()])
     left = store.lease("w", ["m"], 9999)
-    ended = {seen.job.id for seen in store.listed("done", 10**6)}
+    ended = {seen.job.id for seen in store.list_jobs("done", 10**6)}
     assert {lease.job.id for lease in left} | ended >= submitted
     assert not {lease.job.id for lease in left} & ended
     place.close()

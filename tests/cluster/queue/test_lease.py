@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.cluster.jobs import Beat, Depth, Hold, Record
+from moesaic.cluster.jobs import LeaseStatus, LeaseToken, LogRecord, QueueDepth
 from moesaic.errors import InvalidParameter
 from tests.support.stores import hold, job
 
 
 def test_a_lease_has_the_whole_job(store):
-    whole = job("a", tenant="t", cost=3, priority=2, once="n", digest="d")
+    whole = job("a", tenant="t", cost=3, priority=2, idempotency_key="n", digest="d")
     store.submit(whole)
     [lease] = store.lease("w", ["m"], 5)
     assert (lease.job, lease.fence, lease.log) == (whole, 1, ())
-    seen = store.look("a")
+    seen = store.snapshot("a")
     assert (seen.state, seen.fence, seen.worker, seen.attempts) == ("leased", 1, "w", 1)
-    assert store.depths() == {"m": Depth(leased=1)}
+    assert store.depths() == {"m": QueueDepth(leased=1)}
 
 
 def test_only_what_a_worker_offers_and_can_take(store):
@@ -49,7 +49,7 @@ def test_fences_grow(store):
         fences.append(lease.fence)
         store.release([hold(lease)])
     assert fences == sorted(set(fences))
-    assert store.look("a").attempts == 4
+    assert store.snapshot("a").attempts == 4
 
 
 def test_renew_says_what_holds(store):
@@ -59,32 +59,32 @@ def test_renew_says_what_holds(store):
     store.cancel("b")
     store.release([c])
     store.finish(d, "done", b"")
-    held = store.renew([a, b, c, d, Hold("nobody's", 1), Hold("a\0", 1)])
+    held = store.renew([a, b, c, d, LeaseToken("nobody's", 1), LeaseToken("a\0", 1)])
     assert held == {"a": "ok", "b": "cancelled", "c": "fenced", "d": "fenced", "nobody's": "fenced", "a\0": "fenced"}
-    assert store.renew([Hold("a", a.fence + 1)]) == {"a": "fenced"}
-    assert store.renew([a, Hold("a", a.fence + 1)]) == {"a": "ok"}
+    assert store.renew([LeaseToken("a", a.fence + 1)]) == {"a": "fenced"}
+    assert store.renew([a, LeaseToken("a", a.fence + 1)]) == {"a": "ok"}
     assert store.renew([]) == {}
 
 
 def test_beats_rise_with_every_sign_of_life(store):
     store.submit(job("a"))
     [lease] = store.lease("w", ["m"], 1)
-    found = [store.beats()]
+    found = [store.active_leases()]
     store.renew([hold(lease)])
-    found.append(store.beats())
-    store.append({hold(lease): Record(0, 1, b"x")})
-    found.append(store.beats())
-    store.append({hold(lease): Record(7, 1, b"behind the end, and still a sign of life")})
-    found.append(store.beats())
-    store.renew([Hold("a", 0)])
-    assert store.beats() == found[-1]
-    assert [beat.hold for [beat] in found] == [hold(lease)] * 4
+    found.append(store.active_leases())
+    store.append({hold(lease): LogRecord(0, 1, b"x")})
+    found.append(store.active_leases())
+    store.append({hold(lease): LogRecord(7, 1, b"behind the end, and still a sign of life")})
+    found.append(store.active_leases())
+    store.renew([LeaseToken("a", 0)])
+    assert store.active_leases() == found[-1]
+    assert [beat.lease_token for [beat] in found] == [hold(lease)] * 4
     assert [beat.worker for [beat] in found] == ["w"] * 4
-    numbers = [beat.beat for [beat] in found]
+    numbers = [beat.heartbeat for [beat] in found]
     assert numbers == sorted(set(numbers))
     store.release([hold(lease)])
     store.lease("w", ["m"], 1)
-    assert store.beats()[0].beat > numbers[-1]
+    assert store.active_leases()[0].heartbeat > numbers[-1]
 
 
 def test_only_live_leases_have_beats(store):
@@ -93,17 +93,17 @@ def test_only_live_leases_have_beats(store):
     leases = [hold(lease) for lease in store.lease("w", ["m"], 3)]
     store.finish(leases[0], "failed", b"")
     store.cancel("b")
-    assert [beat.hold for beat in store.beats()] == [leases[2]]
+    assert [beat.lease_token for beat in store.active_leases()] == [leases[2]]
 
 
 def test_what_is_released_goes_first_and_is_not_blamed(store):
     for n in range(6):
         store.submit(job(f"j{n}"))
     leases = store.lease("w", ["m"], 3)
-    store.release([hold(lease) for lease in leases[1:]] + [Hold("j5", 0), Hold("nobody's", 1)])
-    assert [store.look(id).state for id in ("j0", "j1", "j2", "j5")] == ["leased", "queued", "queued", "queued"]
-    assert store.look("j1").crashes == 0
-    assert store.depths() == {"m": Depth(queued=5, leased=1, cost=5)}
+    store.release([hold(lease) for lease in leases[1:]] + [LeaseToken("j5", 0), LeaseToken("nobody's", 1)])
+    assert [store.snapshot(id).state for id in ("j0", "j1", "j2", "j5")] == ["leased", "queued", "queued", "queued"]
+    assert store.snapshot("j1").crashes == 0
+    assert store.depths() == {"m": QueueDepth(queued=5, leased=1, cost=5)}
     assert store.take(9) == ["j1", "j2", "j3", "j4", "j5"]
     store.release([])
 
@@ -113,22 +113,22 @@ def test_a_stale_hold_does_nothing(store):
     store.submit(job("a"))
     [first] = store.lease("one", ["m"], 1)
     stale = hold(first)
-    store.append({stale: Record(0, 2, b"xy")})
+    store.append({stale: LogRecord(0, 2, b"xy")})
     store.release([stale])
     for again in (False, True):
         if again:
             [second] = store.lease("two", ["m"], 1)
-            assert second.log == (Record(0, 2, b"xy"),)
-        assert store.append({stale: Record(2, 1, b"z")}) == {"a": None}
+            assert second.log == (LogRecord(0, 2, b"xy"),)
+        assert store.append({stale: LogRecord(2, 1, b"z")}) == {"a": None}
         assert store.finish(stale, "done", b"stale") is False
         assert store.renew([stale]) == {"a": "fenced"}
-        assert store.lose([Beat(stale, "one", 99)]) == []
+        assert store.expire([LeaseStatus(stale, "one", 99)]) == []
         store.release([stale])
-        assert (store.look("a").state, store.look("a").logged) == ("leased" if again else "queued", 2)
-    assert store.append({stale: Record(2, 1, b"z"), hold(second): Record(2, 1, b"u")}) == {"a": 3}
+        assert (store.snapshot("a").state, store.snapshot("a").logged) == ("leased" if again else "queued", 2)
+    assert store.append({stale: LogRecord(2, 1, b"z"), hold(second): LogRecord(2, 1, b"u")}) == {"a": 3}
     assert store.finish(hold(second), "done", b"fresh") is True
     assert store.finish(stale, "done", b"stale") is False
-    assert (store.look("a").result, store.log("a")[-1].blob) == (b"fresh", b"u")
+    assert (store.snapshot("a").result, store.log("a")[-1].blob) == (b"fresh", b"u")
 
 
 def test_two_stores_see_the_same(place):
@@ -139,4 +139,4 @@ def test_two_stores_see_the_same(place):
     one.submit(job("a"))
     assert other.take() == ["a"]
     assert one.take() == []
-    assert [beat.worker for beat in one.beats()] == ["w"]
+    assert [beat.worker for beat in one.active_leases()] == ["w"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.cluster.jobs import Beat, Bounds, Depth, Hold
+from moesaic.cluster.jobs import LeaseStatus, LeaseToken, QueueDepth, StoreLimits
 from tests.support.stores import Sync, hold, job
 
 
-def lose(store: Sync, *ids: str) -> list[str]:
-    return store.lose(store.beats_of(*ids))
+def expire(store: Sync, *ids: str) -> list[str]:
+    return store.expire(store.beats_of(*ids))
 
 
 def fill(store: Sync, count: int, **changes) -> list[str]:
@@ -22,10 +22,10 @@ def fill(store: Sync, count: int, **changes) -> list[str]:
 def test_what_is_lost_together_comes_back_in_halves(store):
     ids = fill(store, 5)
     store.take(5)
-    assert lose(store, *ids) == []
-    assert store.depths() == {"m": Depth(queued=5, suspects=5, cost=5)}
-    assert [store.look(id).crashes for id in ids] == [1] * 5
-    assert [store.look(id).ahead for id in ids] == [0, 1, 2, 3, 4]
+    assert expire(store, *ids) == []
+    assert store.depths() == {"m": QueueDepth(queued=5, suspects=5, cost=5)}
+    assert [store.snapshot(id).crashes for id in ids] == [1] * 5
+    assert [store.snapshot(id).queue_position for id in ids] == [0, 1, 2, 3, 4]
     assert store.take(9) == []
     assert store.take(9, suspects=True) == ["j0", "j1", "j2"]
     assert store.take(9, suspects=True) == ["j3", "j4"]
@@ -36,7 +36,7 @@ def test_what_is_lost_together_comes_back_in_halves(store):
 def test_a_group_is_parted_if_it_is_too_large(store):
     fill(store, 8)
     store.take(8)
-    lose(store, *(f"j{n}" for n in range(8)))
+    expire(store, *(f"j{n}" for n in range(8)))
     assert store.take(3, suspects=True) == ["j0", "j1", "j2"]
     assert store.take(3, suspects=True) == ["j3"]
     assert store.take(3, suspects=True) == ["j4", "j5", "j6"]
@@ -46,7 +46,7 @@ def test_suspects_are_for_workers_that_offer_their_model(store):
     fill(store, 2)
     store.submit(job("k", model="n"))
     store.take(9, models=["m", "n"])
-    lose(store, "j0", "j1", "k")
+    expire(store, "j0", "j1", "k")
     assert store.take(9, models=["n"], suspects=True) == ["k"]
     assert store.take(9, models=["m"], suspects=True) == ["j0", "j1"]
 
@@ -54,70 +54,70 @@ def test_suspects_are_for_workers_that_offer_their_model(store):
 def test_a_suspect_that_is_given_back_stays_one(store):
     fill(store, 2)
     store.take(2)
-    lose(store, "j0", "j1")
+    expire(store, "j0", "j1")
     [lease] = store.lease("w", ["m"], 2, suspects=True)
     store.release([hold(lease)])
     assert store.take(2) == []
     assert store.take(2, suspects=True) == ["j0"]
-    assert store.look("j0").crashes == 1
+    assert store.snapshot("j0").crashes == 1
 
 
 def test_a_suspect_that_ends_well_is_done(store):
     fill(store, 1)
     store.take()
-    lose(store, "j0")
+    expire(store, "j0")
     [lease] = store.lease("w", ["m"], 1, suspects=True)
     assert store.finish(hold(lease), "done", b"fine")
-    assert (store.look("j0").state, store.look("j0").crashes) == ("done", 1)
+    assert (store.snapshot("j0").state, store.snapshot("j0").crashes) == ("done", 1)
 
 
 def test_who_has_shown_life_since_is_not_lost(store):
     ids = fill(store, 3)
     holds = [hold(lease) for lease in store.lease("w", ["m"], 3)]
-    beats = store.beats()
+    active_leases = store.active_leases()
     store.renew([holds[0]])
     store.finish(holds[1], "done", b"")
-    assert store.lose([*beats, Beat(Hold("nobody's", 1), "w", 1)]) == []
-    assert [store.look(id).state for id in ids] == ["leased", "done", "queued"]
-    assert store.look("j2").crashes == 1
-    assert store.lose(beats) == []
-    assert store.lose([]) == []
+    assert store.expire([*active_leases, LeaseStatus(LeaseToken("nobody's", 1), "w", 1)]) == []
+    assert [store.snapshot(id).state for id in ids] == ["leased", "done", "queued"]
+    assert store.snapshot("j2").crashes == 1
+    assert store.expire(active_leases) == []
+    assert store.expire([]) == []
 
 
 def test_one_that_is_lost_alone_too_often_is_dead(place):
-    store = place.open(Bounds(crashes=3))
-    store.submit(job("a", once="n"))
+    store = place.open(StoreLimits(crashes=3))
+    store.submit(job("a", idempotency_key="n"))
     for crashes in (1, 2):
         assert store.take(suspects=crashes > 1) == ["a"]
-        assert lose(store, "a") == []
-        assert (store.look("a").state, store.look("a").crashes) == ("queued", crashes)
+        assert expire(store, "a") == []
+        assert (store.snapshot("a").state, store.snapshot("a").crashes) == ("queued", crashes)
     [lease] = store.lease("w", ["m"], 1, suspects=True)
-    assert lose(store, "a") == ["a"]
-    seen = store.look("a")
+    assert expire(store, "a") == ["a"]
+    seen = store.snapshot("a")
     assert (seen.state, seen.crashes, seen.worker) == ("dead", 3, "w")
     assert store.renew([hold(lease)]) == {"a": "fenced"}
     assert store.finish(hold(lease), "done", b"") is False
-    assert [store.cancel("a"), store.depths(), store.beats()] == ["dead", {}, []]
+    assert [store.cancel("a"), store.depths(), store.active_leases()] == ["dead", {}, []]
     assert store.check() == "ok"
 
 
 def test_what_was_lost_by_the_network_s_doing_is_absolved(store):
     fill(store, 3)
     holds = [hold(lease) for lease in store.lease("w", ["m"], 3)]
-    store.absolve(holds)  # none is lost yet
-    lose(store, "j0", "j1", "j2")
+    store.forgive_crash(holds)  # none is lost yet
+    expire(store, "j0", "j1", "j2")
     assert store.take(2, suspects=True) == ["j0", "j1"]
-    lose(store, "j0")
-    store.absolve([*holds, Hold("nobody's", 1)])
-    assert [store.look(each.id).crashes for each in holds] == [1, 0, 0]
-    assert store.depths() == {"m": Depth(queued=2, leased=1, suspects=1, cost=2)}
+    expire(store, "j0")
+    store.forgive_crash([*holds, LeaseToken("nobody's", 1)])
+    assert [store.snapshot(each.id).crashes for each in holds] == [1, 0, 0]
+    assert store.depths() == {"m": QueueDepth(queued=2, leased=1, suspects=1, cost=2)}
     assert (store.take(9), store.take(9, suspects=True)) == (["j2"], ["j0"])
-    store.release([beat.hold for beat in store.beats_of("j1")])
+    store.release([beat.lease_token for beat in store.beats_of("j1")])
     assert store.take(9) == ["j1"]
     for each in holds:
         store.cancel(each.id)
-    store.absolve(holds)
-    assert store.look("j0").crashes == 1
+    store.forgive_crash(holds)
+    assert store.snapshot("j0").crashes == 1
     assert store.check() == "ok"
 
 
@@ -129,27 +129,27 @@ def test_one_poison_among_64_is_found_in_seven_crashes(store, poison):
     while any(depth.queued for depth in store.depths().values()):
         leases = store.lease("w", ["m"], 64) or store.lease("w", ["m"], 64, suspects=True)
         if any(lease.job.id == f"j{poison}" for lease in leases):
-            dead += store.lose(store.beats())
+            dead += store.expire(store.active_leases())
             crashes += 1
         else:
             assert all(store.finish(hold(lease), "done", b"") for lease in leases)
     assert (dead, crashes) == ([f"j{poison}"], 7)
-    assert len(store.listed("done")) == 63
+    assert len(store.list_jobs("done")) == 63
 
 
 def test_a_dead_job_can_be_queued_again(place):
-    store = place.open(Bounds(crashes=1))
-    store.submit(job("a", once="n"))
+    store = place.open(StoreLimits(crashes=1))
+    store.submit(job("a", idempotency_key="n"))
     for n in range(3):
         store.submit(job(f"j{n}"))
     assert store.revive("a") is False
     [lease] = store.lease("w", ["m"], 1)
-    assert lose(store, "a") == ["a"]
+    assert expire(store, "a") == ["a"]
     assert store.revive("a") is True
     assert store.revive("a") is False
     assert store.revive("nobody's") is False
-    seen = store.look("a")
+    seen = store.snapshot("a")
     assert (seen.state, seen.crashes) == ("queued", 0)
     assert store.take(9) == ["j0", "j1", "j2", "a"]
-    assert store.look("a").fence > lease.fence
+    assert store.snapshot("a").fence > lease.fence
     assert store.check() == "ok"

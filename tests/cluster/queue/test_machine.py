@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from moesaic.cluster.jobs import Beat, Bounds, Hold, Job, Record
+from moesaic.cluster.jobs import Job, LeaseStatus, LeaseToken, LogRecord, StoreLimits
 from moesaic.errors import MoesaicError
 from tests.cluster.queue.model import Model
 from tests.support.postgres import Database
@@ -28,7 +28,9 @@ from tests.support.stores import File, Sync
 
 SEQUENCES = int(os.environ.get("MOESAIC_SEQUENCES", "2000"))
 STEPS = 100
-BOUNDS = Bounds(queued=14, queued_per_tenant=8, queued_cost=300, crashes=3, kept_ticks=2, kept=8, once_ticks=3)
+BOUNDS = StoreLimits(
+    queued=14, queued_per_tenant=8, queued_cost=300, crashes=3, retention_ticks=2, max_ended=8, idempotency_ticks=3
+)
 some = st.integers(0, 10**6)
 
 
@@ -43,8 +45,8 @@ class Machine(RuleBasedStateMachine):
         self.store: Sync = self.place.open(BOUNDS)
         self.model = Model(BOUNDS)
         self.submitted: list[Job] = []
-        self.holds: list[Hold] = []
-        self.beats: list[Beat] = []
+        self.holds: list[LeaseToken] = []
+        self.active_leases: list[LeaseStatus] = []
 
     def same(self, name: str, *values: Any) -> Any:
         """Do the same to both; return what came of it, or None where both refused."""
@@ -58,10 +60,10 @@ class Machine(RuleBasedStateMachine):
         assert found == expected, name
         return found
 
-    def hold(self, which: int) -> Hold:
-        """A hold that was given once: every other time one of the last ones."""
+    def lease_token(self, which: int) -> LeaseToken:
+        """Return a token that was given once: every other time one of the last ones."""
         if not self.holds:
-            return Hold("nobody's", 1)
+            return LeaseToken("nobody's", 1)
         last = self.holds[-4:] if which % 2 else self.holds
         return last[which // 2 % len(last)]
 
@@ -72,7 +74,7 @@ class Machine(RuleBasedStateMachine):
         """Assert that these jobs, and what is counted of all, are as they should be."""
         assert self.store.depths() == self.model.depths()
         for id in ids:
-            seen, known = self.store.look(id), self.model.jobs.get(id)
+            seen, known = self.store.snapshot(id), self.model.jobs.get(id)
             assert (seen is None) == (known is None)
             if seen is not None and known is not None:
                 assert seen.job == known.job
@@ -91,7 +93,7 @@ class Machine(RuleBasedStateMachine):
             tenant=draw.choice("tuv"),
             cost=draw.choice((0, 1, 5, 60)),
             priority=draw.choice((0, 0, 1)),
-            once=draw.choice(("", "", "a", "b")),
+            idempotency_key=draw.choice(("", "", "a", "b")),
             digest=draw.choice("xxxy"),
         )
         self.submitted.append(job)
@@ -115,20 +117,20 @@ class Machine(RuleBasedStateMachine):
         else:
             self.model.may_be_next(ids, models, most)
         self.model.lease(who, leases)
-        self.holds += [Hold(lease.job.id, lease.fence) for lease in leases]
+        self.holds += [LeaseToken(lease.job.id, lease.fence) for lease in leases]
         self.right(*ids)
 
     @rule(which=st.lists(some, max_size=4))
     def renew(self, which: list[int]) -> None:
-        holds = list({hold.id: hold for hold in map(self.hold, which)}.values())
+        holds = list({hold.id: hold for hold in map(self.lease_token, which)}.values())
         self.same("renew", holds)
 
     @rule(which=some, back=st.sampled_from([0, 0, 0, 1, 2, -1]), count=st.integers(1, 3))
     def append(self, which: int, back: int, count: int) -> None:
         """In order, again, across the end, or with a gap."""
-        hold = self.hold(which)
+        hold = self.lease_token(which)
         known = self.model.jobs.get(hold.id)
-        record = Record(max((known.logged if known else 0) - back, 0), count, b"%d" % which)
+        record = LogRecord(max((known.logged if known else 0) - back, 0), count, b"%d" % which)
         assert self.store.append({hold: record}) == {hold.id: self.model.append(hold, record)}
         self.right(hold.id)
 
@@ -136,42 +138,44 @@ class Machine(RuleBasedStateMachine):
         which=some, state=st.sampled_from(["done", "failed"]), back=st.sampled_from([None, None, 0, 1, -1]), count=some
     )
     def finish(self, which: int, state: str, back: int | None, count: int) -> None:
-        hold = self.hold(which)
+        hold = self.lease_token(which)
         known = self.model.jobs.get(hold.id)
         start = max((known.logged if known else 0) - (back or 0), 0)
-        last = None if back is None else Record(start, 1 + count % 2, b"last")
+        last = None if back is None else LogRecord(start, 1 + count % 2, b"last")
         self.same("finish", hold, state, b"%d" % which, last)
         self.right(hold.id)
 
     @rule(which=st.lists(some, max_size=4))
     def release(self, which: list[int]) -> None:
-        holds = list(map(self.hold, which))
+        holds = list(map(self.lease_token, which))
         self.same("release", holds)
         self.right(*(hold.id for hold in holds))
 
     @rule(which=st.lists(some, max_size=4))
-    def absolve(self, which: list[int]) -> None:
-        holds = list(map(self.hold, which))
-        self.same("absolve", holds)
+    def forgive_crash(self, which: list[int]) -> None:
+        holds = list(map(self.lease_token, which))
+        self.same("forgive_crash", holds)
         self.right(*(hold.id for hold in holds))
 
     @rule()
     def watch(self) -> None:
-        self.beats = self.store.beats()
-        live = {(each.job.id, each.fence, each.worker, each.beat) for each in self.leased()}
-        assert {(beat.hold.id, beat.hold.fence, beat.worker, beat.beat) for beat in self.beats} == live
+        self.active_leases = self.store.active_leases()
+        live = {(each.job.id, each.fence, each.worker, each.heartbeat) for each in self.leased()}
+        assert {
+            (beat.lease_token.id, beat.lease_token.fence, beat.worker, beat.heartbeat) for beat in self.active_leases
+        } == live
 
     def leased(self) -> list[Any]:
         return [known for known in self.model.jobs.values() if known.state == "leased"]
 
     @rule(worker=some, fresh=st.booleans())
-    def lose(self, worker: int, fresh: bool) -> None:
+    def expire(self, worker: int, fresh: bool) -> None:
         """Lose a worker, by what was seen of it now or a while ago."""
         if fresh:
             self.watch()
-        beats = [beat for beat in self.beats if beat.worker == f"w{worker % 3}"]
-        self.same("lose", beats)
-        self.right(*(beat.hold.id for beat in beats))
+        active_leases = [beat for beat in self.active_leases if beat.worker == f"w{worker % 3}"]
+        self.same("expire", active_leases)
+        self.right(*(beat.lease_token.id for beat in active_leases))
 
     @rule(which=some)
     def cancel(self, which: int) -> None:
@@ -208,7 +212,7 @@ class Machine(RuleBasedStateMachine):
         for suspects in (False, True) * 8:
             for lease in self.store.lease("w", ["m", "n"], 99, suspects=suspects):
                 self.model.lease("w", [lease])
-                self.same("finish", Hold(lease.job.id, lease.fence), "done", b"", None)
+                self.same("finish", LeaseToken(lease.job.id, lease.fence), "done", b"", None)
         for known in self.leased():
             self.same("cancel", known.job.id)
         assert all(known.ends == 1 for known in self.model.jobs.values())
@@ -234,10 +238,10 @@ class Files:
         self._places.append(File(folder))
         return folder
 
-    def open(self, bounds: Bounds) -> Sync:
+    def open(self, bounds: StoreLimits) -> Sync:
         return self._places[-1].open(bounds)
 
-    def crash(self, store: Sync, bounds: Bounds) -> Sync:
+    def crash(self, store: Sync, bounds: StoreLimits) -> Sync:
         old = Path(self._places[-1].where)
         new = self._new()
         for name in (old.name, f"{old.name}-wal"):
@@ -262,7 +266,7 @@ class Databases:
     def empty(self) -> None:
         self._database.server.sql("DROP SCHEMA IF EXISTS moesaic CASCADE", self._database.database)
 
-    def crash(self, store: Sync, bounds: Bounds) -> Sync:
+    def crash(self, store: Sync, bounds: StoreLimits) -> Sync:
         end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'moesaic'"
         self._database.server.sql(end, self._database.database)
         return self.open(bounds)

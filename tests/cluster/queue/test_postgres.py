@@ -10,9 +10,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from moesaic.cluster import queue
-from moesaic.cluster.jobs import Bounds, Hold
-from moesaic.cluster.queue import postgres
+from moesaic.cluster.jobs import LeaseToken, StoreLimits
+from moesaic.cluster.store import open_store, postgres
 from moesaic.errors import StorageFull, StoreError, Unavailable
 from tests.support.stores import Sync, hold, job
 
@@ -51,16 +50,16 @@ def test_gateways_never_share_a_job(database):
 
     store = stores[0]
     store.all(*(work(each.store, f"w{n}{i}") for n, each in enumerate(stores) for i in range(3)))
-    sooner_or_later(store, lambda: not store.beats())
+    sooner_or_later(store, lambda: not store.active_leases())
     assert sorted(done) == sorted(f"j{n}" for n in range(120))
     assert store.check() == "ok"
 
 
 def test_names_and_bounds_hold_among_gateways(database):
-    bounds = Bounds(queued_per_tenant=5)
+    bounds = StoreLimits(queued_per_tenant=5)
     stores = [database.open(bounds).store for _ in range(3)]
     one = database.open(bounds)
-    ids = one.all(*(stores[n % 3].submit(job(f"a{n}", tenant="t", once="n")) for n in range(60)))
+    ids = one.all(*(stores[n % 3].submit(job(f"a{n}", tenant="t", idempotency_key="n")) for n in range(60)))
     assert len(set(ids)) == 1
     found = one.all(*(stores[n % 3].submit(job(f"b{n}", tenant="u")) for n in range(60)))
     assert sum(isinstance(each, str) for each in found) == 5
@@ -137,7 +136,7 @@ def test_a_server_that_goes_away_and_comes_back(server, database):
         """Whether one hears of what the other does now: its listener comes back in its own time."""
         other.submit(job("news"))
         other.renew([hold(other.lease("w", ["m"], 99)[-1])])
-        other.release([beat.hold for beat in other.beats()])
+        other.release([beat.lease_token for beat in other.active_leases()])
         return "news" in told
 
     sooner_or_later(one, heard)
@@ -187,7 +186,7 @@ def test_a_full_disk_is_told_and_outlived(server, database, when):
     found = store.all(*(store.store.submit(job(id)) for id in ids))
     failed = [isinstance(each, StorageFull) for each in found]
     assert failed == ([False, True, False] if when == AT_ONCE else [True, True, True])
-    assert [store.look(id) is None for id in ids] == failed
+    assert [store.snapshot(id) is None for id in ids] == failed
     assert store.submit(job("c")) == "c"
     server.sql("DROP TRIGGER no ON moesaic.jobs", database.database)
     sooner_or_later(store, lambda: submits(store, "bad"))
@@ -214,37 +213,37 @@ def test_a_database_of_another_version_is_refused(server, database):
 def test_a_database_in_another_encoding_is_refused(server, database):
     server.sql("CREATE DATABASE odd ENCODING 'SQL_ASCII' TEMPLATE template0")
     with pytest.raises(StoreError, match="not in UTF8"):
-        database.loop.run_until_complete(queue.open(server.address("odd"), Bounds()))
+        database.loop.run_until_complete(open_store(server.address("odd"), StoreLimits()))
 
 
 def test_a_user_who_may_not_make_tables_is_told(server, database):
     server.sql("CREATE ROLE weak LOGIN")
     where = database.where.replace("tests@", "weak@")
     with pytest.raises(StoreError, match="allows too little"):
-        database.loop.run_until_complete(queue.open(where, Bounds()))
+        database.loop.run_until_complete(open_store(where, StoreLimits()))
 
 
 def test_a_schema_that_is_there_is_enough(server, database):
     server.sql("CREATE ROLE modest LOGIN")
     server.sql("CREATE SCHEMA moesaic AUTHORIZATION modest", database.database)
     where = database.where.replace("tests@", "modest@")
-    store = Sync(database.loop, database.loop.run_until_complete(queue.open(where, Bounds())))
+    store = Sync(database.loop, database.loop.run_until_complete(open_store(where, StoreLimits())))
     assert store.submit(job("a")) == "a"
     store.close()
 
 
 def test_gateways_that_start_together_make_one_store(database):
     async def several() -> list[Any]:
-        return await asyncio.gather(*(queue.open(database.where, Bounds()) for _ in range(5)))
+        return await asyncio.gather(*(open_store(database.where, StoreLimits()) for _ in range(5)))
 
     stores = [Sync(database.loop, each) for each in database.loop.run_until_complete(several())]
     stores[0].submit(job("a"))
     assert stores[4].take() == ["a"]
-    assert stores[1].renew([Hold("a", 1)]) == {"a": "ok"}
+    assert stores[1].renew([LeaseToken("a", 1)]) == {"a": "ok"}
     for store in stores:
         store.close()
 
 
 def test_nobody_there(database):
     with pytest.raises(Unavailable):
-        database.loop.run_until_complete(queue.open("postgresql://tests@/x?host=/nowhere", Bounds()))
+        database.loop.run_until_complete(open_store("postgresql://tests@/x?host=/nowhere", StoreLimits()))

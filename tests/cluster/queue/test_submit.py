@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.cluster.jobs import Bounds, Depth, Job
+from moesaic.cluster.jobs import Job, QueueDepth, StoreLimits
 from moesaic.errors import Conflict, InvalidParameter, Overloaded, Unavailable
 from tests.support.stores import hold, job
 
-WHOLE = Job("a", "m", "ask", b"\x00\xff body", "tenant", 7, -3, "name", "digest")
+WHOLE = Job("a", "m", "generate", b"\x00\xff body", "tenant", 7, -3, "name", "digest")
 
 
 def test_what_is_submitted_is_there(store):
     assert store.submit(WHOLE) == "a"
-    seen = store.look("a")
+    seen = store.snapshot("a")
     assert (seen.job, seen.state) == (WHOLE, "queued")
     assert (seen.fence, seen.worker, seen.attempts, seen.crashes, seen.logged, seen.result) == (0, "", 0, 0, 0, b"")
     assert store.check() == "ok"
@@ -23,7 +23,7 @@ def test_what_is_submitted_is_there_in_the_next_store(place):
     first = place.open()
     first.submit(WHOLE)
     first.close()
-    assert place.open().look("a").job == WHOLE
+    assert place.open().snapshot("a").job == WHOLE
 
 
 def test_the_same_id_again_is_the_same_job(store):
@@ -31,51 +31,51 @@ def test_the_same_id_again_is_the_same_job(store):
     assert [store.submit(WHOLE), store.submit(WHOLE)] == ["a", "a"]
     with pytest.raises(Conflict):
         store.submit(job("a", digest="another"))
-    assert store.depths() == {"m": Depth(queued=1, cost=7)}
+    assert store.depths() == {"m": QueueDepth(queued=1, cost=7)}
 
 
 def test_the_same_name_again_is_the_same_job(store):
-    assert store.submit(job("a", tenant="t", once="n", digest="d")) == "a"
-    assert store.submit(job("b", tenant="t", once="n", digest="d")) == "a"
-    assert store.look("b") is None
+    assert store.submit(job("a", tenant="t", idempotency_key="n", digest="d")) == "a"
+    assert store.submit(job("b", tenant="t", idempotency_key="n", digest="d")) == "a"
+    assert store.snapshot("b") is None
     with pytest.raises(Conflict):
-        store.submit(job("c", tenant="t", once="n", digest="e"))
+        store.submit(job("c", tenant="t", idempotency_key="n", digest="e"))
 
 
 def test_names_belong_to_tenants(store):
-    assert store.submit(job("a", tenant="t", once="n", digest="d")) == "a"
-    assert store.submit(job("b", tenant="u", once="n", digest="e")) == "b"
-    assert store.submit(job("c", tenant="t", once="", digest="e")) == "c"
-    assert store.submit(job("d", tenant="t", once="", digest="f")) == "d"
+    assert store.submit(job("a", tenant="t", idempotency_key="n", digest="d")) == "a"
+    assert store.submit(job("b", tenant="u", idempotency_key="n", digest="e")) == "b"
+    assert store.submit(job("c", tenant="t", idempotency_key="", digest="e")) == "c"
+    assert store.submit(job("d", tenant="t", idempotency_key="", digest="f")) == "d"
 
 
 def test_many_at_once_under_one_name_are_one_job(store):
-    ids = store.all(*(store.store.submit(job(f"j{n}", tenant="t", once="n")) for n in range(1000)))
+    ids = store.all(*(store.store.submit(job(f"j{n}", tenant="t", idempotency_key="n")) for n in range(1000)))
     assert len(set(ids)) == 1
     assert store.depths()["m"].queued == 1
 
 
 def test_a_name_that_ended_is_still_known(store):
-    store.submit(job("a", once="n"))
+    store.submit(job("a", idempotency_key="n"))
     [lease] = store.lease("w", ["m"], 1)
     store.finish(hold(lease), "done", b"")
-    assert store.submit(job("b", once="n")) == "a"
+    assert store.submit(job("b", idempotency_key="n")) == "a"
 
 
 def test_a_tenant_has_its_bound(place):
-    store = place.open(Bounds(queued_per_tenant=2))
+    store = place.open(StoreLimits(queued_per_tenant=2))
     store.submit(job("a", tenant="t"))
     store.submit(job("b", tenant="t", priority=5))
     with pytest.raises(Overloaded):
         store.submit(job("c", tenant="t", model="other"))
-    assert store.look("c") is None
+    assert store.snapshot("c") is None
     store.submit(job("d", tenant="u"))
     store.take()
     store.submit(job("c", tenant="t"))
     assert store.submit(job("a", tenant="t")) == "a"  # also where no more would fit
 
 
-@pytest.mark.parametrize("bounds", [Bounds(queued=2), Bounds(queued_cost=20)])
+@pytest.mark.parametrize("bounds", [StoreLimits(queued=2), StoreLimits(queued_cost=20)])
 def test_all_together_have_a_bound(place, bounds):
     store = place.open(bounds)
     store.submit(job("a", tenant="t", cost=10))
@@ -94,7 +94,7 @@ def test_all_together_have_a_bound(place, bounds):
         {"id": "a\0"},
         {"tenant": "\ud800"},
         {"model": "\0"},
-        {"once": "\udfff"},
+        {"idempotency_key": "\udfff"},
         {"cost": -1},
         {"cost": 2**63},
         {"priority": -(2**63)},
@@ -109,16 +109,16 @@ def test_what_cannot_be_stored_is_refused(store, change):
 def test_text_and_bytes_of_every_kind(store):
     text = "".join(map(chr, (1, 9, 10, 39, 34, 92, 0x2028, 0x1F600, 0xFFFF)))
     body = bytes(range(256)) * 4000
-    store.submit(job("a", model=text, kind=text, tenant=text, once=text, digest=text, body=body))
-    assert store.look("a").job == Job("a", text, text, body, text, 1, 0, text, text)
+    store.submit(job("a", model=text, kind=text, tenant=text, idempotency_key=text, digest=text, body=body))
+    assert store.snapshot("a").job == Job("a", text, text, body, text, 1, 0, text, text)
     [lease] = store.lease(text, [text], 1)
-    assert lease.job == store.look("a").job
-    assert store.look("a").worker == text
+    assert lease.job == store.snapshot("a").job
+    assert store.snapshot("a").worker == text
 
 
 def test_ids_that_cannot_be_are_not_there(store):
     for id in ("", "a\0", "\ud800"):
-        assert store.look(id) is None
+        assert store.snapshot(id) is None
         assert store.cancel(id) is None
         assert store.log(id) == []
         assert store.revive(id) is False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.cluster.jobs import Bounds, Depth, Record
+from moesaic.cluster.jobs import LogRecord, QueueDepth, StoreLimits
 from moesaic.errors import Conflict, Unavailable
 from tests.support.stores import Sync, hold, job
 
@@ -12,7 +12,7 @@ from tests.support.stores import Sync, hold, job
 def end(store: Sync, id: str, **changes) -> None:
     store.submit(job(id, **changes))
     [lease] = store.lease("w", ["m"], 1)
-    store.append({hold(lease): Record(0, 1, b"x")})
+    store.append({hold(lease): LogRecord(0, 1, b"x")})
     assert store.finish(hold(lease), "done", b"result")
 
 
@@ -38,57 +38,57 @@ def test_ticks_go_on_in_the_next_store(place):
 
 
 def test_what_ended_is_kept_so_many_ticks(place):
-    store = place.open(Bounds(kept_ticks=3, once_ticks=5))
-    end(store, "a", once="n", digest="d")
+    store = place.open(StoreLimits(retention_ticks=3, idempotency_ticks=5))
+    end(store, "a", idempotency_key="n", digest="d")
     store.submit(job("waits"))
     ticks(store, 3)
-    assert (store.look("a").result, store.log("a")) == (b"result", [Record(0, 1, b"x")])
+    assert (store.snapshot("a").result, store.log("a")) == (b"result", [LogRecord(0, 1, b"x")])
     ticks(store, 1)
-    assert (store.look("a"), store.log("a"), store.listed("done")) == (None, [], [])
+    assert (store.snapshot("a"), store.log("a"), store.list_jobs("done")) == (None, [], [])
     ticks(store, 1)
-    assert store.submit(job("b", once="n", digest="d")) == "a"
+    assert store.submit(job("b", idempotency_key="n", digest="d")) == "a"
     with pytest.raises(Conflict):
-        store.submit(job("b", once="n", digest="e"))
+        store.submit(job("b", idempotency_key="n", digest="e"))
     ticks(store, 1)
-    assert store.submit(job("b", once="n", digest="e")) == "b"
-    assert store.look("waits").state == "queued"
+    assert store.submit(job("b", idempotency_key="n", digest="e")) == "b"
+    assert store.snapshot("waits").state == "queued"
     assert store.check() == "ok"
 
 
 def test_only_so_many_are_kept_and_the_oldest_go_first(place):
-    store = place.open(Bounds(kept=700))
+    store = place.open(StoreLimits(max_ended=700))
     ids = [f"j{n}" for n in range(1300)]
     store.all(*(store.store.submit(job(id)) for id in ids))
     store.all(*(store.store.cancel(id) for id in ids))
     end(store, "late")
     ticks(store, 1)
-    assert len(store.listed("cancelled", 9999)) == 699
-    assert store.look("late") is not None
+    assert len(store.list_jobs("cancelled", 9999)) == 699
+    assert store.snapshot("late") is not None
     assert store.check() == "ok"
 
 
 def test_what_waits_and_runs_is_kept_whatever_time_passes(place):
-    store = place.open(Bounds(kept_ticks=1, once_ticks=1, kept=0))
-    store.submit(job("a", once="n"))
-    store.submit(job("b", once="o"))
+    store = place.open(StoreLimits(retention_ticks=1, idempotency_ticks=1, max_ended=0))
+    store.submit(job("a", idempotency_key="n"))
+    store.submit(job("b", idempotency_key="o"))
     [lease] = store.lease("w", ["m"], 1)
     ticks(store, 9)
-    assert store.submit(job("c", once="n")) == "a"
-    assert store.submit(job("c", once="o")) == "b"
+    assert store.submit(job("c", idempotency_key="n")) == "a"
+    assert store.submit(job("c", idempotency_key="o")) == "b"
     assert store.finish(hold(lease), "done", b"")
     assert store.take() == ["b"]
 
 
 def test_a_dead_job_that_is_revived_is_not_dropped(place):
-    store = place.open(Bounds(crashes=1, kept_ticks=3, once_ticks=3))
-    store.submit(job("a", once="n"))
+    store = place.open(StoreLimits(crashes=1, retention_ticks=3, idempotency_ticks=3))
+    store.submit(job("a", idempotency_key="n"))
     store.take()
-    store.lose(store.beats())
+    store.expire(store.active_leases())
     ticks(store, 2)
     store.revive("a")
     ticks(store, 9)
-    assert store.look("a").state == "queued"
-    assert store.submit(job("b", once="n")) == "a"
+    assert store.snapshot("a").state == "queued"
+    assert store.submit(job("b", idempotency_key="n")) == "a"
 
 
 def test_what_matters_no_more_leaves_nothing_behind(place):
@@ -108,23 +108,23 @@ def test_depths_count_by_model(store):
         store.submit(job(f"a{n}", cost=3, priority=n % 2))
         store.submit(job(f"b{n}", model="n"))
     store.take(3)
-    assert store.depths() == {"m": Depth(queued=2, leased=3, cost=6), "n": Depth(queued=5, cost=5)}
+    assert store.depths() == {"m": QueueDepth(queued=2, leased=3, cost=6), "n": QueueDepth(queued=5, cost=5)}
 
 
 def test_lists_are_newest_first_and_light(store):
     for n in range(9):
         store.submit(job(f"j{n}", tenant="t", cost=4))
     store.take(4)
-    end_of = store.listed("queued")
+    end_of = store.list_jobs("queued")
     assert [seen.job.id for seen in end_of] == ["j8", "j7", "j6", "j5", "j4"]
-    assert [seen.job.id for seen in store.listed("leased", 2)] == ["j3", "j2"]
+    assert [seen.job.id for seen in store.list_jobs("leased", 2)] == ["j3", "j2"]
     assert {seen.job.body for seen in end_of} == {b""}
     assert (end_of[0].job.tenant, end_of[0].job.cost, end_of[0].state) == ("t", 4, "queued")
-    assert store.listed("dead") == []
+    assert store.list_jobs("dead") == []
 
 
 def test_news_tell_what_changed(place):
-    store = place.open(Bounds(crashes=1))
+    store = place.open(StoreLimits(crashes=1))
     told: set[str] = set()
 
     def news() -> set[str]:
@@ -138,15 +138,15 @@ def test_news_tell_what_changed(place):
     [lease] = store.lease("w", ["m"], 1)
     assert news() == {"a"}
     store.renew([hold(lease)])
-    store.look("a")
+    store.snapshot("a")
     assert news() == set()
-    store.append({hold(lease): Record(0, 1, b"x")})
+    store.append({hold(lease): LogRecord(0, 1, b"x")})
     assert news() == {"a"}
     store.release([hold(lease)])
     assert news() == {"", "a"}
     store.take()
     news()
-    store.lose(store.beats())
+    store.expire(store.active_leases())
     assert news() == {"a"}
     store.revive("a")
     assert news() == {"", "a"}
@@ -167,17 +167,17 @@ def test_a_closed_store_says_so(store):
 
 def test_one_that_fails_does_not_take_the_others_with_it(store):
     """Operations share a transaction, and nothing else."""
-    store.submit(job("a", once="n", digest="d"))
+    store.submit(job("a", idempotency_key="n", digest="d"))
     leases = store.lease("w", ["m"], 1)
     done = store.all(
         store.store.submit(job("b")),
-        store.store.submit(job("c", once="n", digest="e")),
-        store.store.finish(hold(leases[0]), "done", b"", Record(5, 1, b"")),
+        store.store.submit(job("c", idempotency_key="n", digest="e")),
+        store.store.finish(hold(leases[0]), "done", b"", LogRecord(5, 1, b"")),
         store.store.submit(job("d", model="\0")),
         store.store.submit(job("e", body=None)),
         store.store.submit(job("f")),
     )
     assert [done[0], done[5]] == ["b", "f"]
     assert all(isinstance(each, Exception) for each in done[1:5])
-    assert [store.look(id) is not None for id in "bcdef"] == [True, False, False, False, True]
+    assert [store.snapshot(id) is not None for id in "bcdef"] == [True, False, False, False, True]
     assert store.check() == "ok"

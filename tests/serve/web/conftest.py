@@ -1,4 +1,4 @@
-"""The server under the page, and pages in a real browser."""
+"""Fixtures: a server, and browser pages that record what they load and run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """The server under the page, as ``stub.Server`` describes it. Another one with that face can take its place."""
+    """The server of the page. Test modules override it with other servers."""
     with serving() as running:
         yield running
 
@@ -32,7 +32,7 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 
 @pytest.fixture
 def open_chat(context: BrowserContext, server: Server) -> Iterator[Open]:
-    """Opens the chat in a new tab; in the end no tab may have loaded, run or broken anything it should not."""
+    """Open the chat in new tabs; at the end, check that they loaded only the page's URLs and had no errors."""
     opened: list[Chat] = []
 
     def open_tab(path: str = "/", *, ready: bool = True) -> Chat:

@@ -1,4 +1,4 @@
-"""The administrators' page before a real gateway, whose workers are processes, in a real browser."""
+"""The admin page with a real gateway and worker processes, in a real browser."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def here(tmp_path: Path) -> Iterator[Site]:
 
 @pytest.fixture
 def open_page(context: BrowserContext, here: Site) -> Iterator[Open]:
-    """Opens the page, with a key unless there is none; in the end it may have loaded and broken nothing."""
+    """Open the page and enter a key; at the end, check what the page loaded and that it had no errors."""
     opened: list[tuple[Page, list[str], list[str]]] = []
 
     def open_tab(key: str = "ops", **size: int) -> Page:
@@ -60,10 +60,10 @@ def row(page: Page, table: str, text: str) -> Any:
     return page.get_by_role("table", name=table).get_by_role("row").filter(has_text=text)
 
 
-def test_workers_and_queues_refresh_themselves(open_page: Open, here: Site) -> None:
+def test_workers_and_queues_are_refreshed(open_page: Open, here: Site) -> None:
     page = open_page()
-    state(page, "takes requests")
-    page.get_by_text("No worker is here.").wait_for()
+    state(page, "accepting requests")
+    page.get_by_text("No workers are connected.").wait_for()
     here.spawn("w0")
     row(page, "Workers", "rack/w0").get_by_text("working").wait_for()
     asked = [here.asking(f"job {number}", 300) for number in range(4)]
@@ -75,76 +75,77 @@ def test_workers_and_queues_refresh_themselves(open_page: Open, here: Site) -> N
     row(page, "Workers", "rack/w0").get_by_text("0 of 2").wait_for()
 
 
-def test_a_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
+def test_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
     worker = here.spawn("w0")
     page = open_page()
     page.get_by_role("button", name="Drain rack/w0").click()
     row(page, "Workers", "rack/w0").get_by_text("drained").wait_for()
-    assert here.gateway.crew["rack/w0"].drained
+    assert here.gateway.workers.sessions["rack/w0"].drained
     page.get_by_role("button", name="Resume rack/w0").press("Enter")  # by keyboard
     row(page, "Workers", "rack/w0").get_by_text("working").wait_for()
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Drain rack/w0"
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.get_by_role("button", name="Cancel").click()
-    assert here.gateway.dismissed == set()
+    assert here.gateway.workers.banned == set()
     page.get_by_role("button", name="Dismiss rack/w0").click()
     page.locator("#sure-yes").click()
     row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
-    eventually(lambda: not Path(f"/proc/{worker}").exists())  # else it has not heard of it, and comes again
+    # Otherwise the worker does not know that it was dismissed, and connects again.
+    eventually(lambda: not Path(f"/proc/{worker}").exists())
     page.get_by_role("button", name="Resume rack/w0").click()
-    page.get_by_text("No worker is here.").wait_for()
+    page.get_by_text("No workers are connected.").wait_for()
 
 
-def test_a_dead_letter_is_revived(open_page: Open, here: Site) -> None:
+def test_dead_letter_is_revived(open_page: Open, here: Site) -> None:
     here.spawn("w0")
     assert here.ask("EXIT").status_code == 500
     page = open_page()
     [job] = here.get("jobs?state=dead")["jobs"]
     page.get_by_role("button", name=f"Revive {job['id']}").click()
-    page.get_by_text("There are none.").wait_for()
+    page.get_by_text("There are no dead letters.").wait_for()
     assert here.get(f"jobs/{job['id']}")["job"]["state"] == "queued"
     here.ok("DELETE", f"jobs/{job['id']}")
 
 
-def test_the_gateway_is_drained(open_page: Open, here: Site) -> None:
+def test_gateway_is_drained(open_page: Open, here: Site) -> None:
     page = open_page()
     page.get_by_role("button", name="Drain the gateway").click()
     page.get_by_role("button", name="Drain", exact=True).click()
-    state(page, "takes nothing new")
+    state(page, "no new requests")
     assert here.server.app.state.draining
-    page.get_by_role("button", name="Take requests again").click()
-    state(page, "takes requests")
+    page.get_by_role("button", name="Accept requests again").click()
+    state(page, "accepting requests")
     assert not here.server.app.state.draining
 
 
-def test_the_key_is_asked_for_and_is_not_the_chats(open_page: Open, here: Site) -> None:
+def test_admin_key_is_requested_and_separate_from_the_chat(open_page: Open, here: Site) -> None:
     page = open_page("anna")
-    page.get_by_text("This page needs the key of an administrator.").wait_for()
+    page.get_by_text("This page needs an administrator's API key.").wait_for()
     page.get_by_role("button", name="Cancel").click()
-    page.get_by_text("this needs an admin's key").wait_for()
+    page.get_by_text("this needs an administrator's key").wait_for()
     page.get_by_role("button", name="Change the key").click()
     page.get_by_label("Administrator's key", exact=True).last.fill(here.written["ops"])
     page.get_by_role("button", name="Use this key").click()
-    state(page, "takes requests")
+    state(page, "accepting requests")
     stored = page.evaluate("({...sessionStorage, ...localStorage})")
     assert stored == {"moesaic.admin-key": here.written["ops"]}
     page.reload()
-    state(page, "takes requests")
+    state(page, "accepting requests")
 
 
-def test_nothing_that_a_worker_says_is_loaded_or_run(open_page: Open, here: Site) -> None:
+def test_hostile_worker_loads_and_runs_nothing(open_page: Open, here: Site) -> None:
     evil = "<img src=//evil.example/x onerror=window.ran=1><script>window.ran=2</script>"
     cards = [{"name": evil}]
     body = {"name": evil, "cards": cards, "about": {evil: evil}}
     page = open_page()
-    state(page, "takes requests")
+    state(page, "accepting requests")
     assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
     row(page, "Workers", evil).first.wait_for()
     row(page, "Queues", evil).wait_for()
     assert page.locator("main img, main script").count() == 0 and page.evaluate("window.ran") is None
 
 
-def test_a_phone_shows_all_of_it(open_page: Open, here: Site) -> None:
+def test_layout_on_a_phone(open_page: Open, here: Site) -> None:
     here.spawn("w0")
     page = open_page(width=360, height=740)
     row(page, "Workers", "rack/w0").wait_for()
@@ -154,11 +155,11 @@ def test_a_phone_shows_all_of_it(open_page: Open, here: Site) -> None:
         assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= 360)
 
 
-def test_a_gateway_that_is_away_is_told_and_found_again(open_page: Open, here: Site, context: BrowserContext) -> None:
+def test_lost_connection_is_shown_and_recovers(open_page: Open, here: Site, context: BrowserContext) -> None:
     page = open_page()
-    state(page, "takes requests")
+    state(page, "accepting requests")
     context.set_offline(True)
     page.get_by_text("The server cannot be reached.").wait_for()
     context.set_offline(False)
-    state(page, "takes requests")
+    state(page, "accepting requests")
     assert not page.locator("#trouble").is_visible()

@@ -1,4 +1,4 @@
-"""What people do with the page, in a real browser: say something, stop, change it, come back to it."""
+"""The chat page in a real browser: sending, stopping, editing, settings, keyboard and layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
 
 
-def test_an_answer_comes_piece_by_piece(chat: Chat, server: Server) -> None:
+def test_answer_is_shown_piece_by_piece(chat: Chat, server: Server) -> None:
     server.will_say(says("Once upon", " a time", " there was a rabbit.", hold=2))
     chat.send("Tell me a story")
     chat.wait_for("Once upon a time")
@@ -26,7 +26,7 @@ def test_an_answer_comes_piece_by_piece(chat: Chat, server: Server) -> None:
     assert chat.page.locator("#speed").inner_text().startswith("3 tokens")
 
 
-def test_the_conversation_is_sent_each_time(chat: Chat, server: Server) -> None:
+def test_whole_conversation_is_sent(chat: Chat, server: Server) -> None:
     server.will_say(says("Hello."), says("Fine."))
     chat.ask("Hi")
     chat.ask("How are you?")
@@ -37,7 +37,7 @@ def test_the_conversation_is_sent_each_time(chat: Chat, server: Server) -> None:
     ]
 
 
-def test_stop_ends_the_generation_and_continue_goes_on(chat: Chat, server: Server) -> None:
+def test_stop_and_continue(chat: Chat, server: Server) -> None:
     server.will_say(says("The rabbit ", "ran", hold=1), says("hid."))
     chat.send("Go on")
     chat.wait_for("The rabbit")
@@ -52,10 +52,10 @@ def test_stop_ends_the_generation_and_continue_goes_on(chat: Chat, server: Serve
     assert chat.page.get_by_text("Stopped before the end.").count() == 0
 
 
-def test_the_reader_is_told_why_an_answer_ended(chat: Chat, server: Server) -> None:
+def test_token_limit_is_shown(chat: Chat, server: Server) -> None:
     server.will_say(says("One, two", finish="length"))
     chat.ask("Count")
-    chat.wait_for("Reached the most new tokens.")
+    chat.wait_for("Reached the token limit.")
 
 
 def test_regenerate_and_undo(chat: Chat, server: Server) -> None:
@@ -70,7 +70,7 @@ def test_regenerate_and_undo(chat: Chat, server: Server) -> None:
     assert chat.said == ["Say a word", "First."]
 
 
-def test_an_edited_question_restarts_from_there(chat: Chat, server: Server) -> None:
+def test_edited_question_restarts_the_conversation(chat: Chat, server: Server) -> None:
     server.will_say(says("Paris."), says("Yes."), says("Rome."))
     chat.ask("The capital of France?")
     chat.ask("Sure?")
@@ -83,7 +83,7 @@ def test_an_edited_question_restarts_from_there(chat: Chat, server: Server) -> N
     assert server.last["messages"] == [{"role": "user", "content": "The capital of Italy?"}]
 
 
-def test_an_edited_answer_is_continued(chat: Chat, server: Server) -> None:
+def test_edited_answer_is_continued(chat: Chat, server: Server) -> None:
     server.will_say(says("I cannot."), says(" here is one: 42."))
     chat.ask("A number?")
     chat.button("Edit the answer").click()
@@ -93,7 +93,7 @@ def test_an_edited_answer_is_continued(chat: Chat, server: Server) -> None:
     assert server.last["messages"][-1] == {"role": "assistant", "content": "Gladly,"}
 
 
-def test_an_edited_answer_can_just_be_kept(chat: Chat, server: Server) -> None:
+def test_edited_answer_is_saved(chat: Chat, server: Server) -> None:
     server.will_say(says("Blue."), says("Because."))
     chat.ask("A colour?")
     chat.button("Edit the answer").click()
@@ -106,7 +106,7 @@ def test_an_edited_answer_can_just_be_kept(chat: Chat, server: Server) -> None:
 
 def test_models_settings_and_system_prompt_are_sent(chat: Chat, server: Server) -> None:
     options = chat.page.locator("#model option").all_inner_texts()
-    assert options == ["tiny", "large (loads when asked)"]  # and no classifier
+    assert options == ["tiny", "large (loads on first use)"]  # without the classifier
     chat.page.get_by_label("Model").select_option("large")
     chat.button("Settings").click()
     chat.page.get_by_label("Temperature", exact=True).fill("0.2")
@@ -124,7 +124,7 @@ def test_models_settings_and_system_prompt_are_sent(chat: Chat, server: Server) 
     assert server.last["temperature"] == 0.7 and "seed" not in server.last
 
 
-def test_an_example_sets_the_system_prompt(chat: Chat, server: Server) -> None:
+def test_example_sets_the_system_prompt(chat: Chat, server: Server) -> None:
     chat.button("Español").click()
     chat.page.get_by_role("button", name="Cuentacuentos").click()
     assert chat.page.get_by_label("Message", exact=True).input_value().startswith("Cuéntame")
@@ -134,7 +134,7 @@ def test_an_example_sets_the_system_prompt(chat: Chat, server: Server) -> None:
     assert "cuentacuentos" in server.last["messages"][0]["content"]
 
 
-def test_errors_are_told_and_can_be_tried_again(chat: Chat, server: Server) -> None:
+def test_errors_are_shown_and_can_be_retried(chat: Chat, server: Server) -> None:
     server.will_say(
         Answer(status=429, fails="Too many requests are waiting.", retry_after=7),
         Answer(pieces=("Half an ",), fails="The engine stopped."),
@@ -145,13 +145,13 @@ def test_errors_are_told_and_can_be_tried_again(chat: Chat, server: Server) -> N
     assert chat.said == ["Hello"]
     chat.button("Try again").click()
     chat.wait_for("The engine stopped.")
-    chat.wait_for("Cut off by an error.")
+    chat.wait_for("Ended by an error.")
     chat.button("Continue").click()
     chat.wait_for("Half an answer.")
     assert chat.page.locator(".failure").count() == 0
 
 
-def test_the_key_is_asked_for_and_forgotten_with_the_tab(open_chat: Open, server: Server) -> None:
+def test_key_is_requested_and_kept_for_the_tab(open_chat: Open, server: Server) -> None:
     server.key = "secret"
     chat = open_chat(ready=False)
     chat.page.get_by_role("textbox", name="API key").fill("wrong")
@@ -165,7 +165,7 @@ def test_the_key_is_asked_for_and_forgotten_with_the_tab(open_chat: Open, server
     open_chat(ready=False).page.locator("#key-dialog[open]").wait_for()
 
 
-def test_a_remembered_key_holds_in_every_tab(open_chat: Open, server: Server) -> None:
+def test_remembered_key_works_in_every_tab(open_chat: Open, server: Server) -> None:
     server.key = "secret"
     chat = open_chat(ready=False)
     chat.page.get_by_role("textbox", name="API key").fill("secret")
@@ -175,7 +175,7 @@ def test_a_remembered_key_holds_in_every_tab(open_chat: Open, server: Server) ->
     open_chat()
 
 
-def test_copying(chat: Chat, server: Server) -> None:
+def test_copy_buttons(chat: Chat, server: Server) -> None:
     chat.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     server.will_say(says("So:\n\n```python\nprint('<b>')\n```\n"))
     chat.ask("Code?")
@@ -188,8 +188,8 @@ def test_copying(chat: Chat, server: Server) -> None:
     assert chat.page.evaluate("navigator.clipboard.readText()") == "So:\n\n```python\nprint('<b>')\n```\n"
 
 
-def test_over_plain_http(open_chat: Open, server: Server) -> None:
-    """From another machine, where browsers offer neither clipboard nor locks nor random UUIDs."""
+def test_page_works_over_plain_http(open_chat: Open, server: Server) -> None:
+    """Pages over plain HTTP have no clipboard, no locks and no random UUIDs."""
     server.url = server.url.replace("127.0.0.1", "chat.test")
     chat = open_chat()
     assert chat.page.evaluate("[isSecureContext, typeof navigator.clipboard]") == [False, "undefined"]
@@ -204,7 +204,7 @@ def test_over_plain_http(open_chat: Open, server: Server) -> None:
     assert chat.said == ["Hello", "You said: Hello"]
 
 
-def test_where_nothing_can_be_stored(context: BrowserContext, open_chat: Open) -> None:
+def test_page_works_without_storage(context: BrowserContext, open_chat: Open) -> None:
     context.add_init_script("""
       for (const name of ["indexedDB", "localStorage", "sessionStorage"]) {
         Object.defineProperty(window, name, { get() { throw new DOMException("no", "SecurityError"); } });
@@ -216,7 +216,7 @@ def test_where_nothing_can_be_stored(context: BrowserContext, open_chat: Open) -
     assert chat.said == ["Hello", "You said: Hello"]
 
 
-def test_with_the_keyboard_alone(chat: Chat, server: Server) -> None:
+def test_page_works_with_the_keyboard(chat: Chat, server: Server) -> None:
     server.will_say(says("One", " two", hold=1), says("Three."))
     press = chat.page.keyboard.press
     chat.page.locator("#input:focus").wait_for()
@@ -228,7 +228,7 @@ def test_with_the_keyboard_alone(chat: Chat, server: Server) -> None:
     assert server.last["messages"][0]["content"] == "first line\nsecond line"
     press("Escape")
     chat.wait_for("Stopped before the end.")
-    # Backwards from the message field: regenerate is the nearest.
+    # Backwards from the message field, the first button is Regenerate.
     press("Shift+Tab")
     assert chat.page.evaluate("document.activeElement.ariaLabel") == "Regenerate"
     press("Enter")
@@ -240,7 +240,7 @@ def test_with_the_keyboard_alone(chat: Chat, server: Server) -> None:
     assert chat.page.evaluate("document.activeElement.id") == "input"
 
 
-def test_focus_is_visible_everywhere(chat: Chat) -> None:
+def test_focus_is_visible(chat: Chat) -> None:
     chat.ask("Hi")
     for _ in range(25):
         chat.page.keyboard.press("Tab")
@@ -253,7 +253,7 @@ def test_focus_is_visible_everywhere(chat: Chat) -> None:
         assert seen is True
 
 
-def test_paragraphs_are_read_out_when_they_are_complete(chat: Chat, server: Server) -> None:
+def test_complete_paragraphs_are_announced(chat: Chat, server: Server) -> None:
     server.will_say(says("First paragraph.\n\n", "Second ", "paragraph.\n\nThird", " one.", hold=2))
     chat.send("Talk")
     chat.wait_for("Second")
@@ -266,7 +266,7 @@ def test_paragraphs_are_read_out_when_they_are_complete(chat: Chat, server: Serv
     assert parts == ["Answering", "First paragraph.", "Second paragraph.", "Third one.", "End of the answer."]
 
 
-def test_on_a_phone(chat: Chat, server: Server) -> None:
+def test_layout_on_a_phone(chat: Chat, server: Server) -> None:
     chat.page.set_viewport_size({"width": 390, "height": 844})
     chat.ask("Hello")
     width = chat.page.evaluate("document.documentElement.scrollWidth")
@@ -290,7 +290,7 @@ def test_on_a_phone(chat: Chat, server: Server) -> None:
 BELOW = "area => area.scrollHeight - area.scrollTop - area.clientHeight"
 
 
-def test_the_reader_who_scrolls_up_is_left_in_peace(chat: Chat, server: Server) -> None:
+def test_scrolled_up_page_does_not_move(chat: Chat, server: Server) -> None:
     lines = "\n\n".join(f"Line {number}" for number in range(80))
     server.will_say(says(lines, "\n\nThe end", hold=1))
     chat.send("Count")

@@ -1,4 +1,4 @@
-"""The page before a real gateway that goes away and comes back, in a real browser."""
+"""The chat page with a real gateway that restarts, in a real browser."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.wait import eventually
 
 
 class Here:
-    """A gateway with a worker at an address that stays."""
+    """A gateway with a worker; a restart keeps the address."""
 
     def __init__(self, where: Path) -> None:
         self._where, self._stack = where, contextlib.ExitStack()
@@ -39,11 +39,11 @@ def server(tmp_path: Path) -> Iterator[Here]:
 
 
 def begun(chat: Chat, characters: int) -> None:
-    """Wait until so much of the answer is there."""
+    """Wait until the answer is longer than this number of characters."""
     eventually(lambda: len(chat.said) == 2 and len(chat.said[1]) > characters)
 
 
-def test_an_answer_goes_on_when_the_gateway_is_back(open_chat: Open, server: Here) -> None:
+def test_answer_resumes_after_a_gateway_restart(open_chat: Open, server: Here) -> None:
     chat = open_chat()
     chat.send("Tell a long story.")
     begun(chat, 40)
@@ -56,7 +56,7 @@ def test_an_answer_goes_on_when_the_gateway_is_back(open_chat: Open, server: Her
     assert chat.said[1] == whole.strip()
 
 
-def test_stop_ends_the_job(open_chat: Open, server: Here) -> None:
+def test_stop_cancels_the_job(open_chat: Open, server: Here) -> None:
     chat = open_chat()
     chat.send("Tell a long story.")
     begun(chat, 9)

@@ -1,4 +1,4 @@
-"""Answers that try to load something, run something, or break the page."""
+"""Hostile answers: they must not load or run anything, and must not break the page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SPANS = "BR SPAN STRONG EM DEL A BUTTON SVG USE"
 
 
 @pytest.mark.parametrize("size", [7, len(HOSTILE)], ids=["in pieces", "at once"])
-def test_a_hostile_answer_loads_and_runs_nothing(chat: Chat, server: Server, size: int) -> None:
+def test_hostile_answer_loads_and_runs_nothing(chat: Chat, server: Server, size: int) -> None:
     pieces = [HOSTILE[start : start + size] for start in range(0, len(HOSTILE), size)]
     server.will_say(says(*pieces))
     chat.ask(HOSTILE)
@@ -53,17 +53,17 @@ def test_a_hostile_answer_loads_and_runs_nothing(chat: Chat, server: Server, siz
     assert chat.page.evaluate("window.ran") is None
     chat.page.locator("article.user").get_by_role("button", name="Edit").click()  # into a textarea
     assert chat.page.get_by_label("Edit the text").input_value() == HOSTILE
-    # That nothing was asked for and nothing violated the policy is what the fixture asserts in the end.
+    # The fixture asserts that nothing was loaded and that the policy was not violated.
 
 
-def test_hostile_titles_and_models(chat: Chat, server: Server) -> None:
+def test_hostile_title(chat: Chat, server: Server) -> None:
     chat.ask("<img src=https://evil.example/1 onerror=window.ran=1>")
     chat.page.get_by_role("link", name="<img src=").wait_for()
     assert chat.page.evaluate("window.ran") is None
     assert chat.page.title().startswith("<img src=")
 
 
-def test_a_huge_table_and_a_long_answer(chat: Chat, server: Server) -> None:
+def test_huge_table_and_long_answer(chat: Chat, server: Server) -> None:
     table = "|" + " a |" * 60 + "\n|" + "---|" * 60 + "\n" + ("|" + " 1 |" * 60 + "\n") * 100
     words = "".join(f"Paragraph {number} of *many*.\n\n" for number in range(3000))
     text = f"{table}\n{words}```\n{'x' * 200}\n" + "y\n" * 2000

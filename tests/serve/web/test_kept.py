@@ -1,4 +1,4 @@
-"""What the browser keeps: conversations over a reload, in several tabs, in files."""
+"""Stored conversations in a real browser: reloads, several tabs, export and import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.console import saved
+from moesaic.console import conversation_file
 from tests.support.browser import Chat, Open
 from tests.support.web_server import Server, says
 
@@ -17,7 +17,7 @@ def take(chat: Chat, path: Path) -> None:
     chat.page.locator("#file").set_input_files(path)
 
 
-def test_a_reload_in_mid_answer_keeps_what_had_come(chat: Chat, server: Server) -> None:
+def test_reload_during_an_answer_keeps_the_text(chat: Chat, server: Server) -> None:
     server.will_say(says("A long ", "tale", hold=1), says("tale of foxes."))
     chat.send("Tell me")
     chat.wait_for("A long")
@@ -34,7 +34,7 @@ def test_a_reload_in_mid_answer_keeps_what_had_come(chat: Chat, server: Server) 
     assert chat.said == ["Tell me", "A long tale of foxes."]
 
 
-def test_a_list_of_conversations(chat: Chat, server: Server) -> None:
+def test_list_and_search(chat: Chat, server: Server) -> None:
     chat.ask("About apples")
     chat.button("New conversation").click()
     chat.page.locator("#welcome:visible").wait_for()
@@ -66,7 +66,7 @@ def test_rename_delete_and_undo(chat: Chat) -> None:
     chat.wait_for("You said: Hello")
 
 
-def test_an_answer_goes_on_while_another_conversation_is_open(chat: Chat, server: Server) -> None:
+def test_answer_continues_in_a_conversation_that_is_not_open(chat: Chat, server: Server) -> None:
     server.will_say(says("Slow ", "but steady.", hold=1))
     chat.send("Tortoise")
     chat.wait_for("Slow")
@@ -119,7 +119,7 @@ def test_two_tabs_with_two_conversations(open_chat: Open, server: Server) -> Non
         chat.listed("Second", "First")
 
 
-def test_deleted_in_another_tab(open_chat: Open) -> None:
+def test_conversation_deleted_in_another_tab(open_chat: Open) -> None:
     one = open_chat()
     one.ask("Hello")
     one.stored("You said: Hello")
@@ -142,7 +142,7 @@ def test_export_and_import(chat: Chat, tmp_path: Path) -> None:
         chat.page.locator("#conversations li").first.hover()
         chat.page.locator("#conversations li").first.get_by_role("button", name="Delete").click()
         chat.page.get_by_text("was deleted.").first.wait_for()
-    chat.page.get_by_text("Conversations are kept in this browser only.").wait_for()
+    chat.page.get_by_text("Conversations are stored in this browser only.").wait_for()
     take(chat, path)
     chat.page.get_by_text("2 conversations were imported.").wait_for()
     chat.listed("Zweite", "Grüße 🐇")
@@ -150,7 +150,7 @@ def test_export_and_import(chat: Chat, tmp_path: Path) -> None:
     chat.wait_for("You said: Grüße 🐇")
 
 
-def test_one_conversation_is_a_file_for_the_console_and_back(chat: Chat, server: Server, tmp_path: Path) -> None:
+def test_export_is_compatible_with_the_console(chat: Chat, server: Server, tmp_path: Path) -> None:
     chat.button("Settings").click()
     chat.page.get_by_label("System prompt").fill("Be kind.")
     chat.page.get_by_label("Temperature", exact=True).fill("0.3")
@@ -159,10 +159,14 @@ def test_one_conversation_is_a_file_for_the_console_and_back(chat: Chat, server:
         chat.button("Export this conversation").click()
     path = tmp_path / "one.json"
     waiting.value.save_as(path)
-    found = saved.read(path)
+    found = conversation_file.read(path)
     assert [message["content"] for message in found.messages] == ["Be kind.", "Hello", "You said: Hello"]
     assert found.settings == {"temperature": 0.3}
-    saved.write(path, saved.Saved([*found.messages, {"role": "user", "content": "Bye"}], {"stop": ["x"]}), "other")
+    conversation_file.write(
+        path,
+        conversation_file.SavedConversation([*found.messages, {"role": "user", "content": "Bye"}], {"stop": ["x"]}),
+        "other",
+    )
     chat.button("New conversation").click()
     take(chat, path)
     chat.page.get_by_text("1 conversation was imported.").wait_for()
@@ -179,7 +183,7 @@ def test_one_conversation_is_a_file_for_the_console_and_back(chat: Chat, server:
         (b'{"moesaic": 1, "messages": [{"role": "wizard", "content": "x"}]}', "message 1"),
     ],
 )
-def test_a_bad_file_gives_one_message(chat: Chat, tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_file_is_refused_with_one_message(chat: Chat, tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(content)
     take(chat, path)
@@ -188,10 +192,10 @@ def test_a_bad_file_gives_one_message(chat: Chat, tmp_path: Path, content: bytes
     chat.listed()
 
 
-def test_a_full_store_says_so(chat: Chat, tmp_path: Path) -> None:
+def test_full_store_is_reported(chat: Chat, tmp_path: Path) -> None:
     said: Any = {"messages": [{"role": "user", "content": "x"}]}
     path = tmp_path / "many.json"
     path.write_text(json.dumps({"moesaic": 1, "conversations": [said] * 1001}))
     take(chat, path)
-    chat.page.get_by_text("No room for more: at most 1000 conversations").wait_for()
+    chat.page.get_by_text("No room for more: the limit is 1000 conversations").wait_for()
     chat.listed()

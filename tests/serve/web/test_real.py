@@ -1,4 +1,4 @@
-"""The page before the real server: the application over a real socket, with the built-in model and a scripted one."""
+"""The chat page with the real server, with the built-in model and with a scripted one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Real]:
 
 
 @pytest.mark.parametrize("server", ["built-in"], indirect=True)
-def test_the_built_in_model_tells_a_story_which_a_reload_keeps(open_chat: Open, server: Real) -> None:
+def test_built_in_model_answers_and_a_reload_keeps_it(open_chat: Open, server: Real) -> None:
     chat = open_chat()
     chat.ask("Tell me a story about a rabbit.")
     asked, told = chat.said
@@ -33,7 +33,7 @@ def test_the_built_in_model_tells_a_story_which_a_reload_keeps(open_chat: Open, 
     assert chat.said[0] == asked and len(chat.said[1]) > 40
 
 
-def test_stop_takes_the_request_back(open_chat: Open, server: Real) -> None:
+def test_stop_cancels_the_request(open_chat: Open, server: Real) -> None:
     server.backend.script = Script(pieces=("Once ", "upon"), held=True)
     chat = open_chat()
     chat.send("Go on")
@@ -49,7 +49,7 @@ def test_stop_takes_the_request_back(open_chat: Open, server: Real) -> None:
     assert server.backend.cancelled == 1
 
 
-def test_another_model_is_asked(open_chat: Open, server: Real) -> None:
+def test_selected_model_is_used(open_chat: Open, server: Real) -> None:
     chat = open_chat()
     chat.page.get_by_label("Model").select_option("other")
     chat.ask("Hi")
@@ -57,10 +57,10 @@ def test_another_model_is_asked(open_chat: Open, server: Real) -> None:
     assert chat.said[1] == "Hello, world!"
 
 
-def test_nothing_that_a_model_writes_is_loaded_or_run(open_chat: Open, server: Real) -> None:
+def test_hostile_answer_loads_and_runs_nothing(open_chat: Open, server: Real) -> None:
     evil = "<script>document.title='x'</script> ![a](https://example.org/x.png) [b](javascript:alert(1)) <img src=//x>"
     server.backend.script = Script(pieces=(evil,))
-    chat = open_chat()  # which looks at all that the page loaded, and at what its policy forbade
+    chat = open_chat()  # the fixture checks what the page loaded, and violations of its policy
     chat.ask("Be evil")
     assert chat.page.locator("#messages img, #messages script").count() == 0
     assert chat.page.title() != "x"

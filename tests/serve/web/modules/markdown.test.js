@@ -1,9 +1,9 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import { parseInline, safeAddress } from "../../../../moesaic/serve/web/inline.js";
-import { parse, undecided } from "../../../../moesaic/serve/web/markdown.js";
+import { firstUnsettled, parse } from "../../../../moesaic/serve/web/markdown.js";
 
-/** The tree of a text in short: lists of names and texts. */
+/** Short form of a tree: nested lists of names and texts. */
 const spans = (list) =>
   list.map((span) => {
     if (span.type === "text") return span.text;
@@ -30,7 +30,7 @@ const block = (one) => {
       return [one.type];
   }
 };
-const tree = (source) => parse(source).map((found) => block(found.block));
+const tree = (source) => parse(source).map((entry) => block(entry.block));
 const inline = (source) => spans(parseInline(source));
 
 test("spans", () => {
@@ -70,7 +70,7 @@ test("links", () => {
   for (const [source, expected] of cases) assert.deepEqual(inline(source), expected, source);
 });
 
-test("only harmless addresses are links", () => {
+test("only URLs with a safe scheme become links", () => {
   const refused = [
     "javascript:alert(1)",
     "JAVASCRIPT:alert(1)",
@@ -92,9 +92,9 @@ test("only harmless addresses are links", () => {
   ];
   for (const address of refused) {
     assert.equal(safeAddress(address), null, address);
-    const found = parseInline(`[a](${address}) [a](<${address}>) <${address}> ![a](${address})`);
-    const followed = found.flatMap((span) => (span.type === "link" || span.type === "image" ? [span.href] : []));
-    assert.ok(followed.every((href) => href === null || href.startsWith("https://x.org")), address);
+    const parsed = parseInline(`[a](${address}) [a](<${address}>) <${address}> ![a](${address})`);
+    const hrefs = parsed.flatMap((span) => (span.type === "link" || span.type === "image" ? [span.href] : []));
+    assert.ok(hrefs.every((href) => href === null || href.startsWith("https://x.org")), address);
   }
   assert.equal(safeAddress("HTTPS://X.org"), "https://x.org/");
 });
@@ -153,14 +153,15 @@ test("tables", () => {
   for (const [source, expected] of cases) assert.deepEqual(tree(source), expected, source);
 });
 
-test("what is settled does not change while text is added", () => {
+test("settled blocks do not change when text is added", () => {
   const source =
     "# T\n\nText *a*\nb\n\n- x\n  - y\n\n  z\n\n1. one\n\n2. two\n\n| a | b |\n|--|--|\n| 1 | 2 |\n\n> q\n> r\n\n```js\n- no\n\n# no\n```\nend\n***\nlast";
   const whole = parse(source);
   for (let length = 1; length <= source.length; length += 1) {
     const part = source.slice(0, length);
-    const found = parse(part);
-    for (let place = 0; place < undecided(part, found); place += 1) assert.deepEqual(found[place], whole[place], JSON.stringify(part));
+    const blocks = parse(part);
+    const settled = firstUnsettled(part, blocks);
+    assert.deepEqual(blocks.slice(0, settled), whole.slice(0, settled), JSON.stringify(part));
   }
 });
 
@@ -170,7 +171,7 @@ test("hostile input neither overflows nor hangs", () => {
     "#", " ", "|", "|-", "<", "<http://", "<br", "&amp", "~~a", "\\", "https://a.b ", "```\n", "a\n-|-\n", "  - a\n", "\t", "\u2028",
   ]; // prettier-ignore
   for (const unit of units) {
-    // Anything quadratic would take minutes, and deep trees overflow when they are written out.
+    // Quadratic time would take minutes, and JSON.stringify overflows on deep trees.
     for (const tail of ["", "x", "`", ")"]) assert.ok(JSON.stringify(parse(unit.repeat(20_000) + tail)));
   }
 });

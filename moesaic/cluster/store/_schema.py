@@ -1,0 +1,80 @@
+"""The tables: one definition for both databases.
+
+    store     one row: the count of ticks, the last number of a group of suspects; whoever writes locks it first
+    jobs      one row a job, small, for it changes often; bodies, results and records hang on its ``seq``
+    names     under which ``once`` which job was submitted; outlives the job
+    lines     for each model and priority: how much waits and runs there, and how far its turns have come
+    flows     for each tenant in a line: how much waits, and where its next turn begins
+
+Does not know what is done with them.
+"""
+
+from __future__ import annotations
+
+VERSION = 2
+"""Of the tables. A store of another version is not opened."""
+
+_TABLES = """
+CREATE TABLE store (
+    one BIGINT PRIMARY KEY, version BIGINT NOT NULL, tick BIGINT NOT NULL, groups BIGINT NOT NULL
+){busy};
+INSERT INTO store (one, version, tick, groups) VALUES (1, {version}, 0, 0);
+CREATE TABLE jobs (
+    seq {serial},
+    id TEXT NOT NULL UNIQUE,
+    model TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    tenant TEXT NOT NULL,
+    cost BIGINT NOT NULL,
+    priority BIGINT NOT NULL,
+    idempotency_key TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    state TEXT NOT NULL,
+    turn BIGINT NOT NULL,
+    suspect BIGINT NOT NULL DEFAULT 0,
+    fence BIGINT NOT NULL DEFAULT 0,
+    heartbeat BIGINT NOT NULL DEFAULT 0,
+    worker TEXT NOT NULL DEFAULT '',
+    attempts BIGINT NOT NULL DEFAULT 0,
+    crashes BIGINT NOT NULL DEFAULT 0,
+    logged BIGINT NOT NULL DEFAULT 0,
+    ended BIGINT
+){busy};
+CREATE INDEX jobs_queue ON jobs (model, priority, turn, seq) WHERE state = 'queued' AND suspect = 0;
+CREATE INDEX jobs_suspect ON jobs (suspect, priority, turn, seq) WHERE state = 'queued' AND suspect > 0;
+CREATE INDEX jobs_state ON jobs (state, seq);
+CREATE INDEX jobs_ended ON jobs (ended, seq) WHERE ended IS NOT NULL;
+CREATE TABLE bodies (seq BIGINT PRIMARY KEY, body {blob} NOT NULL);
+CREATE TABLE results (seq BIGINT PRIMARY KEY, result {blob} NOT NULL);
+CREATE TABLE records (
+    seq BIGINT NOT NULL, start BIGINT NOT NULL, count BIGINT NOT NULL, blob {blob} NOT NULL, PRIMARY KEY (seq, start)
+);
+CREATE TABLE idempotency_keys (
+    tenant TEXT NOT NULL, idempotency_key TEXT NOT NULL, id TEXT NOT NULL, digest TEXT NOT NULL, ended BIGINT,
+    PRIMARY KEY (tenant, idempotency_key)
+);
+CREATE INDEX idempotency_keys_ended ON idempotency_keys (ended) WHERE ended IS NOT NULL;
+CREATE TABLE queues (
+    model TEXT NOT NULL, priority BIGINT NOT NULL,
+    queued BIGINT NOT NULL, suspects BIGINT NOT NULL, leased BIGINT NOT NULL, cost BIGINT NOT NULL,
+    clock BIGINT NOT NULL, last BIGINT NOT NULL, share BIGINT NOT NULL,
+    PRIMARY KEY (model, priority)
+){busy};
+CREATE TABLE flows (
+    tenant TEXT NOT NULL, model TEXT NOT NULL, priority BIGINT NOT NULL,
+    queued BIGINT NOT NULL, finish BIGINT NOT NULL, served BIGINT NOT NULL,
+    PRIMARY KEY (tenant, model, priority)
+){busy};
+"""
+
+
+def tables(*, serial: str, blob: str, busy: str) -> list[str]:
+    """Return the statements that make the tables.
+
+    Args:
+        serial: type of a key that counts upwards and never gives a number twice.
+        blob: type of bytes.
+        busy: what follows the definition of a table whose rows change often.
+    """
+    text = _TABLES.format(version=VERSION, serial=serial, blob=blob, busy=busy)
+    return [statement.strip() for statement in text.split(";") if statement.strip()]

@@ -1,0 +1,255 @@
+"""Messages between gateways and workers, and the JSON of events, requests and errors in job stores.
+
+Neither side trusts the other: incoming messages are decoded by type, and an invalid message raises InvalidRequest.
+docs/reference/worker-protocol.md describes every field. This module does not depend on HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from moesaic import errors
+from moesaic.backend import Event, GenerationRequest, ModelInfo, ModelStats
+from moesaic.errors import InvalidRequest, MoesaicError
+
+T = TypeVar("T")
+
+_EVENTS = msgspec.json.Decoder(list[Event])
+_REQUEST = msgspec.json.Decoder(GenerationRequest)
+
+
+def pack_events(events: Sequence[Event]) -> bytes:
+    """Return the bytes of events in a job's log."""
+    return msgspec.json.encode(events)
+
+
+def unpack_events(blob: bytes) -> list[Event]:
+    """Return the events in a part of a job's log.
+
+    Raises:
+        InvalidRequest: the bytes are not a list of events.
+    """
+    events: list[Event] = decode(_EVENTS, blob)
+    return events
+
+
+def pack_request(request: GenerationRequest) -> bytes:
+    """Return the bytes of a request in a job's body."""
+    return msgspec.json.encode(request)
+
+
+def unpack_request(body: bytes) -> GenerationRequest:
+    """Return the request in a job's body.
+
+    ``Sampling`` has tuples and integer keys, which JSON does not have; they are restored.
+
+    Raises:
+        InvalidRequest: the bytes are not a request.
+    """
+    request: GenerationRequest = decode(_REQUEST, body)
+    sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in request.sampling.items()}
+    if isinstance(bias := sampling.get("logit_bias"), Mapping):
+        try:
+            sampling["logit_bias"] = {int(token_id): value for token_id, value in bias.items()}
+        except ValueError:
+            raise InvalidRequest("logit_bias: the keys must be token ids") from None
+    return replace(request, sampling=sampling)
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error of ``moesaic.errors``."""
+
+    type: str
+    message: str
+    param: str | None = None
+    retry_after: float | None = None
+
+
+class JobResult(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The outcome or the error of an ended job."""
+
+    outcome: Any = None
+    error: ErrorInfo | None = None
+
+
+def error_info(error: BaseException) -> ErrorInfo:
+    """Return an error for the wire. An error outside ``moesaic.errors`` is replaced: it may contain secrets."""
+    if not isinstance(error, MoesaicError):
+        return ErrorInfo("MoesaicError", "internal error of the worker: see its log")
+    return ErrorInfo(
+        type(error).__name__, str(error), getattr(error, "param", None), getattr(error, "retry_after", None)
+    )
+
+
+def to_error(info: ErrorInfo) -> MoesaicError:
+    """Return the exception for an error; an unknown type becomes ``MoesaicError``."""
+    kind = getattr(errors, info.type, None)
+    if not (isinstance(kind, type) and issubclass(kind, MoesaicError)):
+        kind = MoesaicError
+    error = kind.__new__(kind)  # the constructors of some errors would format the message again
+    Exception.__init__(error, info.message)
+    for name in ("param", "retry_after"):
+        if (value := getattr(info, name)) is not None:
+            setattr(error, name, value)
+    return error
+
+
+# Messages between workers and gateways
+
+Count = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+LeaseClaim = tuple[str, Number]
+"""A job's id and its fence."""
+
+
+class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /worker/register``: a worker registers, or registers again after it has lost its connection."""
+
+    name: str
+    models: tuple[ModelInfo, ...]
+    slots: Count = 1
+    about: dict[str, Any] = {}
+    leases: tuple[LeaseClaim, ...] = ()
+    """Leases that the worker still has."""
+    instance: str = ""
+    """Random id of the worker's process."""
+    answers_queries: bool = False
+    """Whether the worker answers queries."""
+
+
+class RegisterResponse(msgspec.Struct, frozen=True):
+    """Response to ``RegisterRequest``."""
+
+    renew_seconds: float
+    """Interval in which the worker must renew its leases."""
+    lease_seconds: float
+    acknowledged: dict[str, tuple[int, int] | None] = {}
+    """For each job the numbers of events received and on disk; null: the worker has lost the lease."""
+
+
+class LeaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /worker/lease``: a long poll for jobs, cancellations and queries."""
+
+    name: str
+    free_slots: Count = 0
+    wait_seconds: float = 20.0
+
+
+class LeasedJob(msgspec.Struct, frozen=True):
+    """A job to run. The worker continues behind the events of ``log``."""
+
+    id: str
+    fence: int
+    kind: str
+    model: str
+    body: msgspec.Raw
+    log: list[Event] = []
+
+
+class QueryMessage(msgspec.Struct, frozen=True):
+    """A query to a worker, answered by ``POST /worker/answer``."""
+
+    id: str
+    kind: str
+    model: str
+    body: msgspec.Raw
+
+
+class LeaseResponse(msgspec.Struct, frozen=True):
+    """Response to ``LeaseRequest``."""
+
+    leases: list[LeasedJob] = []
+    cancel: list[str] = []
+    """Ids of jobs that the worker must stop."""
+    queries: list[QueryMessage] = []
+
+
+class RenewRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /worker/renew``: a worker renews its leases and reports its statistics."""
+
+    name: str
+    leases: tuple[LeaseClaim, ...] = ()
+    stats: dict[str, ModelStats] = {}
+    """Engine statistics by model."""
+
+
+class RenewResponse(msgspec.Struct, frozen=True):
+    """Response to ``RenewRequest``."""
+
+    states: dict[str, str] = {}
+    """For each job "ok", "cancelled" or "fenced"; the worker must stop the latter two."""
+
+
+class EventBatch(msgspec.Struct, array_like=True, frozen=True):
+    """Events of one job, from number ``start`` of its log on."""
+
+    id: str
+    fence: Number
+    start: Number
+    events: list[Event]
+
+
+class EventsRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /worker/events``: the new events of all jobs of a worker."""
+
+    name: str
+    batches: list[EventBatch]
+
+
+class EventsResponse(msgspec.Struct, frozen=True):
+    """Response to ``EventsRequest``."""
+
+    acknowledged: dict[str, tuple[int, int] | None] = {}
+    """For each job the numbers of events received and on disk; null: the worker has lost the lease."""
+
+
+class FinishRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /worker/finish``: the last events of a job, its outcome or its error. It may be sent again."""
+
+    name: str
+    id: str
+    fence: Number
+    start: Number = 0
+    events: list[Event] = []
+    outcome: Any = None
+    error: ErrorInfo | None = None
+
+
+class FinishResponse(msgspec.Struct, frozen=True):
+    """Response to ``FinishRequest``."""
+
+    accepted: bool
+    """False if the lease is not valid: the job was cancelled or leased again."""
+
+
+class AnswerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /worker/answer``: the outcome of a query, or an error."""
+
+    name: str
+    id: str
+    outcome: Any = None
+    error: ErrorInfo | None = None
+
+
+class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /worker/release``: a worker gives leases back; with ``unregister`` it leaves."""
+
+    name: str
+    leases: tuple[LeaseClaim, ...] = ()
+    unregister: bool = False
+
+
+def decode(decoder: msgspec.json.Decoder[T], content: bytes) -> T:
+    """Decode a message.
+
+    Raises:
+        InvalidRequest: the message does not have the expected type.
+    """
+    try:
+        return decoder.decode(content)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise InvalidRequest(f"invalid message of the worker protocol: {error!s:.200}") from error

@@ -1,0 +1,449 @@
+"""What comes between two steps of a gateway: whoever asked leaves, a write's answer is lost, a store is away."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from moesaic.backend import Delta, Event, Finished, GenerationRequest, ModelInfo, PromptDone, TokenInfo
+from moesaic.cluster import active_jobs, queries, wire
+from moesaic.cluster.active_job import ActiveJob, Subscription
+from moesaic.cluster.gateway import Gateway
+from moesaic.cluster.jobs import Job, JobSnapshot, LeaseStatus, LeaseToken, LogRecord, StoreLimits
+from moesaic.cluster.lease_timeouts import LeaseTimeouts
+from moesaic.cluster.protocols import WorkerInfo
+from moesaic.cluster.store import open_store
+from moesaic.cluster.worker import agent, running_job
+from moesaic.errors import NotFound, Overloaded, Unavailable
+from tests.support.backend import FakeBackend, answer
+from tests.support.cluster import site
+from tests.support.completions import Stream
+from tests.support.wait import eventually
+
+INFO = WorkerInfo("w", (ModelInfo("fake"),), slots=4, instance="1")
+REQUEST = GenerationRequest("fake", prompt="Hi", sampling={"max_tokens": 3})
+EVENTS: list[Event] = [
+    PromptDone(0),
+    *(Delta(0, f"{n}", (TokenInfo(n, f"{n}"),)) for n in range(3)),
+    Finished(0, "length", 2, 3),
+]
+
+
+@asynccontextmanager
+async def gateway(folder: Path, lease: float = 600.0) -> AsyncIterator[Gateway]:
+    made = Gateway(await open_store(str(folder / "jobs.sqlite"), StoreLimits()), ["fake"], lease)
+    try:
+        await made.leases.register(INFO)
+        yield made
+    finally:
+        await made.close()
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+async def leased(found: Gateway) -> tuple[Any, LeaseToken]:
+    following = await found.generate(REQUEST)
+    [lease] = (await found.leases.lease("w", 1, 5)).leases
+    return following, LeaseToken(lease.job.id, lease.fence)
+
+
+async def read(following: Any) -> list[Event]:
+    return [event async for event in following]
+
+
+async def look(found: Gateway, lease_token: LeaseToken) -> JobSnapshot:
+    seen = await found.store.snapshot(lease_token.id)
+    assert seen is not None
+    return seen
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_an_end_that_was_written_is_told_though_the_worker_has_left(tmp_path, steps):
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            following, lease_token = await leased(found)
+            telling = asyncio.ensure_future(found.leases.finish("w", lease_token, 0, EVENTS))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            telling.cancel()
+            await asyncio.wait([telling])
+            if steps:
+                assert await read(following) == EVENTS
+                assert not found.workers.sessions["w"].leases
+            else:  # finish() had not begun: the worker still holds the job
+                assert (await look(found, lease_token)).state == "leased"
+                assert found.workers.sessions["w"].leases
+                following.cancel()
+
+    run(main)
+
+
+@pytest.mark.parametrize("steps", [*range(8), None])
+def test_a_lease_that_nobody_heard_of_is_given_back_without_blame(tmp_path, steps):
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            following = await found.generate(REQUEST)
+            asking = asyncio.ensure_future(found.leases.lease("w", 1, 5))
+            if steps is None:
+                await asyncio.wait([asking])
+            for _ in range(steps or 0):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.wait([asking])
+            if steps in (0, 1, None):  # in between, either may come first
+                assert asking.cancelled() == (steps is not None)
+            if asking.cancelled():
+                [lease] = (await found.leases.lease("w", 1, 5)).leases
+            else:  # lease() had returned: the worker heard of the job and holds it
+                [lease] = asking.result().leases
+                assert found.workers.sessions["w"].leases
+            seen = await found.store.snapshot(lease.job.id)
+            assert seen is not None and (seen.state, seen.crashes) == ("leased", 0)
+            following.cancel()
+
+    run(main)
+
+
+def test_a_question_that_another_has_replaced_is_given_nothing(tmp_path):
+    """The connection of the first was lost in silence: what it was given nobody would hear of."""
+
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            asking = asyncio.ensure_future(found.leases.lease("w", 1, 20))
+            await asyncio.sleep(0.05)
+            following = await found.generate(REQUEST)
+            found.workers.register(INFO)
+            assert (await asking).leases == ()
+            assert len((await found.leases.lease("w", 1, 5)).leases) == 1
+            following.cancel()
+
+    run(main)
+
+
+def test_an_end_is_told_once_it_counts(tmp_path):
+    """Whoever has heard all of an answer leaves, which would take back a job that has not ended."""
+
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            following, lease_token = await leased(found)
+            await found.leases.append_events("w", {lease_token: (0, EVENTS)})
+            assert following.ready() == EVENTS[:-1]
+            reading = asyncio.ensure_future(read(following))
+            assert await found.leases.finish("w", lease_token, len(EVENTS), [])
+            assert await reading == EVENTS[-1:]
+
+    run(main)
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+def test_what_was_lost_with_a_worker_that_lives_is_not_to_blame(tmp_path, stalled):
+    """It was the network's doing; unless its engine stood still."""
+
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            following, lease_token = await leased(found)
+            found.workers.sessions["w"].stalled = stalled
+            await found.leases.expire(await found.store.active_leases())
+            assert (await look(found, lease_token)).crashes == 1
+            assert await found.leases.register(INFO, [lease_token]) == {lease_token.id: None}
+            assert (await look(found, lease_token)).crashes == stalled
+            assert (await found.store.depths())["fake"].suspects == stalled
+            following.cancel()
+
+    run(main)
+
+
+def test_a_network_that_fails_again_and_again_makes_no_poison(tmp_path):
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            following, lease_token = await leased(found)
+            for _ in range(2 * StoreLimits().crashes):
+                await found.leases.unregister("w")
+                await found.leases.register(INFO, [lease_token])
+                [lease] = (await found.leases.lease("w", 1, 5)).leases
+                lease_token = LeaseToken(lease.job.id, lease.fence)
+            assert await found.leases.finish("w", lease_token, 0, EVENTS)
+            assert await read(following) == EVENTS
+
+    run(main)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_who_left_may_be_reading_at_another_gateway(tmp_path, shared, monkeypatch):
+    for name in ("POLL_SECONDS", "RECONNECT_SECONDS"):
+        monkeypatch.setattr(active_jobs, name, 0.0)
+
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            found.store.shared = shared
+            following = await found.generate(replace(REQUEST, idempotency_key="k"))
+            following.cancel()
+            [id] = found.jobs.jobs
+            await found.jobs.sweep()
+            await asyncio.sleep(0.1)
+            assert (await look(found, LeaseToken(id, 0))).state == ("queued" if shared else "cancelled")
+            assert not (shared and found.jobs.jobs)
+
+    run(main)
+
+
+def test_a_job_that_ended_unheard_of_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(active_jobs, "POLL_SECONDS", 0.0)
+
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            following, lease_token = await leased(found)
+            reading = asyncio.ensure_future(read(following))
+            found.store._listeners.clear()
+            await found.store.finish(lease_token, "done", b"", LogRecord(0, len(EVENTS), wire.pack_events(EVENTS)))
+            found.jobs.jobs[lease_token.id].worker = ""
+            await found.jobs.sweep()
+            assert await reading == EVENTS
+
+    run(main)
+
+
+def test_a_write_whose_answer_was_lost_is_not_written_again(tmp_path):
+    """More is on disk than the gateway knows to be there."""
+
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            following, lease_token = await leased(found)
+            await found.leases.append_events("w", {lease_token: (0, EVENTS[:3])})
+            await found.store.append({lease_token: LogRecord(0, 2, wire.pack_events(EVENTS[:2]))})
+            with pytest.raises(Unavailable, match="send the request again"):
+                await found.leases.finish("w", lease_token, 3, EVENTS[3:])
+            assert await found.leases.finish("w", lease_token, 3, EVENTS[3:])
+            assert await read(following) == EVENTS
+            assert await found.store.check() == "ok"
+
+    run(main)
+
+
+def test_a_worker_that_is_dismissed_while_it_speaks_is_told_to_enlist(tmp_path):
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            following, lease_token = await leased(found)
+            found.jobs.jobs.clear()  # as after a restart: the store has to be asked
+            speaking = asyncio.ensure_future(found.leases.append_events("w", {lease_token: (0, EVENTS[:2])}))
+            await asyncio.sleep(0)
+            found.workers.unregister("w")
+            assert await speaking == {lease_token.id: (2, 0)}
+            with pytest.raises(NotFound, match="register"):
+                await found.leases.append_events("w", {lease_token: (2, EVENTS[2:])})
+            following.cancel()
+
+    run(main)
+
+
+def test_an_answer_that_went_on_otherwise_is_not_mixed_with_what_was_told():
+    """This gateway was cut off, and told more than the next worker was given to go on from."""
+
+    async def main() -> None:
+        live = ActiveJob("id", "fake", "")
+        live.extend(0, EVENTS[:3])
+        live.persisted = 1
+        reader, later = Subscription(live, lambda: None), Subscription(live, lambda: None)
+        assert reader.ready() == EVENTS[:3]
+        live.reconcile(1, EVENTS[1:4])  # the same, and more
+        assert reader.ready() == EVENTS[3:4]
+        other = [Delta(0, "1 and 2", (TokenInfo(1, "1"), TokenInfo(2, "2"))), EVENTS[-1]]
+        live.reconcile(2, other)
+        live.finish()
+        assert reader.ready() == []
+        for each in (reader, later):
+            with pytest.raises(Unavailable, match="from the start"):
+                await read(each)
+        assert await read(Subscription(live, lambda: None)) == [*EVENTS[:2], *other]
+
+    run(main)
+
+
+def test_only_who_was_listened_to_is_silent():
+    now = 0.0
+    timeouts = LeaseTimeouts(10.0, lambda: now)
+    one, two = LeaseStatus(LeaseToken("a", 1), "w", 5), LeaseStatus(LeaseToken("b", 1), "v", 5)
+
+    def at(time: float, *active_leases: LeaseStatus) -> list[LeaseStatus]:
+        nonlocal now
+        now = time
+        return timeouts.timed_out(active_leases)
+
+    assert at(0, one, two) == at(6, one, two) == []
+    two = LeaseStatus(LeaseToken("b", 1), "v", 6)
+    assert at(11, one, two) == [one]
+    assert at(30, one, two) == []  # nobody looked for 19 seconds
+    assert at(38, one, two) == [] and at(41, one, two) == [one, two]
+    timeouts.restart()
+    assert at(42, one, two) == []
+
+
+def test_what_is_too_long_for_a_message_comes_in_several(tmp_path, monkeypatch):
+    """An event that is too long by itself fails its job, not the worker; so does an outcome."""
+    monkeypatch.setattr(agent, "MESSAGE_BYTES", 300)
+
+    class Large(FakeBackend):
+        async def embed(self, model: str, texts: Any) -> tuple[list[list[float]], int]:
+            return [[0.5] * 200], 1
+
+    with site(tmp_path / "jobs.sqlite") as found:
+        hand = found.hire(Large())
+        streams = [Stream(found.client, f"{n}", 50) for n in range(3)]
+        for n, stream in enumerate(streams):
+            assert stream.end().text == answer(f"{n}", count=50) and stream.done
+        large = found.client.post("/v1/embeddings", json={"model": "fake", "input": "Hi"})
+        assert large.status_code == 413 and "larger than a message" in large.text
+        monkeypatch.setattr(agent, "MESSAGE_BYTES", 20)
+        assert found.client.post("/v1/completions", json={"model": "fake", "prompt": "Hi"}).status_code == 413
+        assert not hand.future.done() and not hand.backend.running
+
+
+def test_what_no_worker_knows_how_to_do_fails(tmp_path):
+    with site(tmp_path / "jobs.sqlite") as found:
+        hand = found.hire()
+        found.do(found.gateway.store.submit(Job("x", "fake", "dance", b"{}")))
+        eventually(lambda: found.seen("x").state == "failed")
+        assert b"operation dance" in found.seen("x").result and found.seen("x").attempts == 1
+        assert not hand.future.done()
+
+
+def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tmp_path, monkeypatch):
+    class Full(FakeBackend):
+        async def generate(self, request: GenerationRequest) -> Any:
+            if not self.requests:
+                self.requests.append(request)
+                raise Overloaded("not now")
+            return await super().generate(request)
+
+    with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
+        release, asked = found.gateway.leases.release, []
+
+        async def deaf(*args: Any, **named: Any) -> None:
+            asked.append(args)
+            if len(asked) == 1:
+                raise Unavailable("the disk is full")
+            await release(*args, **named)
+
+        monkeypatch.setattr(found.gateway.leases, "release", deaf)
+        found.hire(Full())
+        stream = Stream(found.client, "Hi", 3)
+        assert stream.end().text == answer("Hi", count=3)
+        assert asked[0] == asked[1] and found.seen(stream.job).crashes == 0
+
+
+def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
+    async def main() -> None:
+        made = agent.Worker(FakeBackend(), ["http://127.0.0.1:1"], name="w")
+        made._start(wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(wire.pack_request(REQUEST))))
+        job = made._jobs["id"]
+        assert job.task is not None
+        await job.task
+        async with made._connection:
+            sending = asyncio.ensure_future(made._send())
+            while not job.finishing:
+                await asyncio.sleep(0)
+            [telling] = (task for task in asyncio.all_tasks() if "Worker._finish" in repr(task))
+            assert inspect.getcoroutinestate(telling.get_coro()) == inspect.CORO_CREATED
+            for task in (telling, sending):  # as when the end of another job cannot be told just then
+                task.cancel()
+            await asyncio.wait([sending])
+            made._connection.url = "http://127.0.0.1:1"
+            with pytest.raises(aiohttp.ClientError):
+                await made._register()
+        assert made._jobs["id"] is job and not job.finishing
+
+    run(main)
+
+
+def test_news_of_an_older_lease_do_not_stop_the_newer_one():
+    async def main() -> None:
+        made = agent.Worker(FakeBackend(seconds=60), ["http://127.0.0.1:1"], name="w")
+        lease = wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(wire.pack_request(REQUEST)))
+        made._start(lease)
+        older = made._jobs["id"]
+        made._start(msgspec.structs.replace(lease, fence=2))
+        made._acknowledge([older], {"id": None})
+        made._remove(older)
+        newer = made._jobs["id"]
+        assert newer.lease.fence == 2 and newer.task is not None and not newer.task.cancelling()
+        made._acknowledge([newer], {"id": None})
+        assert not made._jobs and newer.task.cancelling()
+
+    run(main)
+
+
+def test_of_what_is_on_disk_a_worker_keeps_no_more_than_a_bound(monkeypatch):
+    monkeypatch.setattr(running_job, "MAX_UNACKNOWLEDGED_BYTES", 10 * running_job.EVENT_BYTES)
+    job = running_job.RunningJob(wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(b"{}")))
+    job.events = [Delta(0, f"{n}") for n in range(30)]
+    job.acknowledge(20, 5)
+    assert (job.first, job.received, len(job.events)) == (5, 20, 25) and job.unsent()[0].text == "20"
+    job.acknowledge(8, 5)  # another gateway, which knows less
+    assert job.unsent()[0].text == "8"
+    job.acknowledge(10**9, 10**9)  # or nonsense
+    assert job.unsent() == [] and job.first == 30
+
+
+def test_a_query_is_answered_without_a_job(tmp_path):
+    with site(tmp_path / "jobs.sqlite", models=["fake"]) as found:
+        found.hire()
+        tokens = found.do(found.gateway.tokenize(GenerationRequest("fake", prompt="Hi")))
+        assert [token.id for token in tokens] == [72, 105]
+        assert found.do(found.gateway.detokenize("fake", [72, 105])) == "Hi"
+        assert found.depths() == (0, 0) and not found.gateway.jobs.jobs
+        assert found.do(found.gateway.store.list_jobs("done")) == []
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_query_without_a_worker(tmp_path, shared, monkeypatch):
+    """On a shared store, a worker of another gateway may do it as a job."""
+    monkeypatch.setattr(queries, "WORKER_SECONDS", 0.05)
+
+    async def main() -> None:
+        made = Gateway(await open_store(str(tmp_path / "jobs.sqlite"), StoreLimits()), ["fake"], 600.0)
+        made.store.shared = shared
+        asking = asyncio.ensure_future(made.detokenize("fake", [72]))
+        await asyncio.sleep(0.3)
+        if shared:
+            assert [job.job.kind for job in await made.store.list_jobs("queued")] == ["detokenize"]
+            asking.cancel()
+            await asyncio.wait([asking])
+        else:
+            with pytest.raises(Unavailable, match="no worker"):
+                await asking
+        await made.close()
+
+    run(main)
+
+
+def test_a_query_follows_its_worker_and_fails_with_it(tmp_path):
+    info = replace(INFO, answers_queries=True)
+
+    async def main() -> None:
+        async with gateway(tmp_path) as found:
+            await found.leases.register(info)
+            first, second = (asyncio.ensure_future(found.detokenize("fake", [n])) for n in (72, 105))
+            queried = (await found.leases.lease("w", 0, 5)).queries
+            assert [query.kind for query in queried] == ["detokenize"] * 2
+            assert (await found.leases.lease("w", 0, 0)).queries == ()
+            await found.leases.register(info)  # the same process: its connection was lost with the query in it
+            assert (await found.leases.lease("w", 0, 5)).queries == queried
+            await found.leases.answer_query("w", queried[0].id, "H")
+            await found.leases.answer_query("w", queried[0].id, "again")
+            assert await first == "H"
+            await found.leases.unregister("w")
+            with pytest.raises(Unavailable, match="lost"):
+                await second
+
+    run(main)
