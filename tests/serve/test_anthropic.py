@@ -94,14 +94,14 @@ def test_stop_reasons(server, script, more, reason):
 
 def test_tool_calls(server):
     server.backend.script = Script(pieces=("Let me see.",), calls=CALLS)
-    found = send(server, BODY | {"tools": [TOOL]}).json()
-    assert found["content"] == [
+    reply = send(server, BODY | {"tools": [TOOL]}).json()
+    assert reply["content"] == [
         {"type": "text", "text": "Let me see."},
         {"type": "tool_use", "id": "call_a", "name": "weather", "input": {"city": "Oslo"}},
         {"type": "tool_use", "id": "call_b", "name": "weather", "input": {}},
     ]
-    found = stream(server, BODY | {"tools": [TOOL]})
-    blocks = [event for event in found if event["type"].startswith("content_block")]
+    events = stream(server, BODY | {"tools": [TOOL]})
+    blocks = [event for event in events if event["type"].startswith("content_block")]
     assert [(event["type"].removeprefix("content_block_"), event["index"]) for event in blocks] == [
         *(("start", 0), ("delta", 0), ("stop", 0)),
         *(("start", 1), ("delta", 1), ("delta", 1), ("stop", 1)),

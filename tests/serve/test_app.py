@@ -23,9 +23,9 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def usual():
-    with running() as found:
-        yield found
+def shared_server():
+    with running() as server:
+        yield server
 
 
 def send(server, content: bytes, headers=JSON):
@@ -75,55 +75,57 @@ WHOLE = '{"messages": [{"role": "user", "content": "Hi"}], "x": %s}'
     ],
     ids=lambda content: repr(content[:40]),
 )
-def test_invalid_json_is_400(usual, content):
-    before = len(usual.backend.requests)
-    response = send(usual, content)
+def test_invalid_json_is_400(shared_server, content):
+    before = len(shared_server.backend.requests)
+    response = send(shared_server, content)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert len(response.content) < 1000
-    assert len(usual.backend.requests) == before
+    assert len(shared_server.backend.requests) == before
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "seed", "max_tokens", "n", "top_k", "priority", "min_p"])
 @pytest.mark.parametrize("value", ["9" * 400, "-" + "9" * 400, "1e308", "1e999", "NaN", "true", '"1"', "[]", "{}"])
-def test_out_of_range_numbers_are_400(usual, field, value):
-    response = send(usual, f'{{"messages": [{{"role": "user", "content": "Hi"}}], "{field}": {value}}}'.encode())
+def test_out_of_range_numbers_are_400(shared_server, field, value):
+    response = send(
+        shared_server, f'{{"messages": [{{"role": "user", "content": "Hi"}}], "{field}": {value}}}'.encode()
+    )
     assert response.status_code == 400, response.text
 
 
-def test_surrogate_pairs_and_deep_json_are_accepted(usual):
+def test_surrogate_pairs_and_deep_json_are_accepted(shared_server):
     content = '{"messages": [{"role": "user", "content": "\\ud83d\\ude00 \\u0000 \U0001f600"}], "x": %s}'
-    assert send(usual, (content % ("[" * 28 + "]" * 28)).encode()).status_code == 200
-    assert usual.backend.requests[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
+    assert send(shared_server, (content % ("[" * 28 + "]" * 28)).encode()).status_code == 200
+    assert shared_server.backend.requests[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
 
 
-def test_a_long_body_is_accepted(usual):
+def test_a_long_body_is_accepted(shared_server):
     long = "tale " * 100_000
-    assert post(usual, PATH, {"messages": [{"role": "user", "content": long}]}).status_code == 200
-    assert usual.backend.requests[-1].messages[0]["content"] == long
+    assert post(shared_server, PATH, {"messages": [{"role": "user", "content": long}]}).status_code == 200
+    assert shared_server.backend.requests[-1].messages[0]["content"] == long
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 @pytest.mark.parametrize("more", ["", "; charset=utf-8"])
-def test_other_content_types_are_415(usual, kind, more):
-    response = send(usual, json.dumps(CHAT).encode(), {"content-type": kind + more})
+def test_other_content_types_are_415(shared_server, kind, more):
+    response = send(shared_server, json.dumps(CHAT).encode(), {"content-type": kind + more})
     assert response.status_code == 415 and "application/json" in response.json()["error"]["message"]
     for fine in ("application/json", "APPLICATION/JSON; charset=utf-8", "application/vnd.x+json"):
-        assert send(usual, json.dumps(CHAT).encode(), {"content-type": fine}).status_code == 200
-    with Raw(usual) as raw:
+        assert send(shared_server, json.dumps(CHAT).encode(), {"content-type": fine}).status_code == 200
+    with Raw(shared_server) as raw:
         data = json.dumps(CHAT)
         raw.send(f"POST {PATH} HTTP/1.1\r\nHost: {raw.host}\r\nContent-Length: {len(data)}\r\n\r\n{data}")
         assert raw.status() == 415
 
 
-def test_invalid_request_ids_are_replaced(usual):
-    assert post(usual, PATH, CHAT, headers={"x-request-id": "job-7.a_b"}).headers["x-request-id"] == "job-7.a_b"
+def test_invalid_request_ids_are_replaced(shared_server):
+    assert post(shared_server, PATH, CHAT, headers={"x-request-id": "job-7.a_b"}).headers["x-request-id"] == "job-7.a_b"
     for request_id in ("a b", "x" * 65, "<script>", ""):
-        returned = post(usual, PATH, CHAT, headers={"x-request-id": request_id}).headers["x-request-id"]
+        returned = post(shared_server, PATH, CHAT, headers={"x-request-id": request_id}).headers["x-request-id"]
         assert returned != request_id and len(returned) == 16
 
 
-def test_requests_cause_no_outgoing_connections(usual, monkeypatch):
+def test_requests_cause_no_outgoing_connections(shared_server, monkeypatch):
     reached = []
     connect, client_thread = socket.socket.connect, threading.get_ident()
 
@@ -133,8 +135,8 @@ def test_requests_cause_no_outgoing_connections(usual, monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", record_connect)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **_: reached.append(asked) or [])
-    monkeypatch.setattr(usual.loop, "create_connection", lambda *asked, **_: reached.append(asked))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: reached.append(address) or [])
+    monkeypatch.setattr(shared_server.loop, "create_connection", lambda *address, **_: reached.append(address))
     target = "http://169.254.169.254/latest"
     bodies = [
         CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": target}}]}]},
@@ -143,9 +145,9 @@ def test_requests_cause_no_outgoing_connections(usual, monkeypatch):
         {"prompt": target, "input": target, "inputs": target, "url": target, "model": target, "lora_path": target},
         {"prompt": target, "input": target, "inputs": target},
     ]
-    for endpoint in usual.app.services.endpoints:
+    for endpoint in shared_server.app.services.endpoints:
         for body in bodies if endpoint.body else [b""]:
-            with Raw(usual) as raw:
+            with Raw(shared_server) as raw:
                 head = (
                     f"{endpoint.method} {endpoint.path.replace('{name:path}', target)} HTTP/1.1\r\nHost: {raw.host}\r\n"
                 )
@@ -172,11 +174,11 @@ def test_a_disconnect_cancels_a_stream(server):
 def test_a_disconnect_cancels_a_whole_reply(server, path):
     server.backend.script = Script(held=True)
     raw = Raw(server).post(CHAT | {"prompt": ["one", "two"], "n": 2}, path=path)
-    asked = 1 if path == PATH else 2
-    eventually(lambda: len(server.backend.requests) == asked)
+    count = 1 if path == PATH else 2
+    eventually(lambda: len(server.backend.requests) == count)
     assert server.backend.cancelled == 0
     raw.socket.close()
-    eventually(lambda: server.backend.cancelled == asked)
+    eventually(lambda: server.backend.cancelled == count)
     eventually(lambda: server.app.state.running == 0)
 
 

@@ -124,4 +124,4 @@ async def test_a_request_during_unloading_stays_within_the_budget():
 @async_test
 async def test_an_unknown_model_lists_the_available_ones():
     with pytest.raises(NotFound, match="available models: a, b"):
-        await Memory("a", "b", budget=None).ask("c")
+        await Memory("a", "b", budget=None).request("c")

@@ -244,8 +244,8 @@ def test_openapi_declares_where_keys_are_required(server):
     assert "security" not in described["paths"]["/v1/models"]["get"]
     written, key = keys.new("anna")
     with running(keys=keys.Keys((key,))) as guarded:
-        asked = {"x-api-key": written}
-        described = httpx.get(guarded.url + "/openapi.json", headers=asked).json()
+        headers = {"x-api-key": written}
+        described = httpx.get(guarded.url + "/openapi.json", headers=headers).json()
     assert described["paths"]["/v1/models"]["get"]["security"] == [{"bearer": []}, {"x-api-key": []}]
     assert "security" not in described["paths"]["/health"]["get"]
     assert {entry["name"] for entry in described["paths"]["/v1/responses/{id}/input_items"]["get"]["parameters"]} == {

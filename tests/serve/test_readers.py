@@ -55,8 +55,8 @@ def test_the_unread_rest_of_a_reply_is_dropped():
     pieces = Script(pieces=("x" * 32_000,) * 48)
     with running(lambda: ScriptedBackend(pieces), SHORT_TIMEOUTS) as server:
         connections = server.http.server_state.connections
-        for most in range(4, 49):
-            Raw(server, receive_buffer=4096).post(CHAT | {"max_tokens": most}, "Connection: close")
+        for max_tokens in range(4, 49):
+            Raw(server, receive_buffer=4096).post(CHAT | {"max_tokens": max_tokens}, "Connection: close")
         eventually(lambda: len(server.backend.requests) == 45)
         eventually(lambda: not connections, 40)
 

@@ -36,7 +36,7 @@ def quick():
 
 
 @pytest.fixture(scope="module")
-def usual():
+def shared_server():
     with running() as server:
         yield server
 
@@ -65,21 +65,21 @@ def assert_refused(raw: Raw, status: int) -> None:
         [f"X-{number}: 1" for number in range(5000)],
     ],
 )
-def test_too_large_headers_are_431(usual, fields):
-    with Raw(usual) as raw:
+def test_too_large_headers_are_431(shared_server, fields):
+    with Raw(shared_server) as raw:
         assert_refused(raw.get("/health", *fields), 431)
 
 
-def test_headers_of_the_largest_size_are_accepted(usual):
+def test_headers_of_the_largest_size_are_accepted(shared_server):
     fields = [f"X-Long: {'x' * 31_000}", *[f"X-{number}: 1" for number in range(90)]]
-    with Raw(usual) as raw:
+    with Raw(shared_server) as raw:
         assert raw.get("/health", *fields).status() == 200
-    with Raw(usual) as raw:
+    with Raw(shared_server) as raw:
         assert_refused(raw.get("/" + "x" * 33_000), 431)
 
 
-def test_endless_headers_are_431(usual):
-    with Raw(usual) as raw:
+def test_endless_headers_are_431(shared_server):
+    with Raw(shared_server) as raw:
         started = monotonic()
         raw.send("GET /health HTTP/1.1\r\nX-Long: ")
         try:
@@ -88,7 +88,7 @@ def test_endless_headers_are_431(usual):
         except OSError:
             pass
         assert monotonic() - started < 20
-    with Raw(usual) as raw:
+    with Raw(shared_server) as raw:
         raw.send("GET /health HTTP/1.1\r\nX-Long: " + "x" * 40_000)
         assert_refused(raw, 431)
 
@@ -135,7 +135,7 @@ def test_a_slow_body_is_refused(quick):
 
 
 @pytest.mark.parametrize(
-    ("head", "server"),
+    ("head", "access"),
     [
         ("POST /v1/embeddings", "locked"),
         ("GET /v1/models", "locked"),
@@ -144,9 +144,12 @@ def test_a_slow_body_is_refused(quick):
         ("POST /health", "open"),
     ],
 )
-def test_an_unread_body_holds_no_connection(head, server):
+def test_an_unread_body_holds_no_connection(head, access):
     """A refusal, or a route without a body, is answered first. The server must not wait for the rest of the body."""
-    with running(settings=SHORT_TIMEOUTS, keys=LOCKED if server == "locked" else None) as found, Raw(found) as raw:
+    with (
+        running(settings=SHORT_TIMEOUTS, keys=LOCKED if access == "locked" else None) as running_server,
+        Raw(running_server) as raw,
+    ):
         raw.send(
             f"{head} HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
         )
@@ -155,18 +158,18 @@ def test_an_unread_body_holds_no_connection(head, server):
         assert raw.drip(b"x", 0.05, 15) < LINGER_SECONDS + MARGIN
 
 
-def test_a_too_large_content_length_is_refused_unread(usual):
-    with Raw(usual) as raw:
+def test_a_too_large_content_length_is_refused_unread(shared_server):
+    with Raw(shared_server) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
         raw.send(f"Expect: 100-continue\r\nContent-Length: {300 << 20}\r\n\r\n")
         assert_refused(raw, 413)
-    response = httpx.post(usual.url + "/v1/embeddings", content=b"x" * (6 << 20), headers=JSON)
+    response = httpx.post(shared_server.url + "/v1/embeddings", content=b"x" * (6 << 20), headers=JSON)
     assert response.status_code == 413, "the refusal must be sent while the client is still writing"
 
 
-def test_bytes_after_a_refusal_are_read_for_a_while(usual):
+def test_bytes_after_a_refusal_are_read_for_a_while(shared_server):
     """A close with unread data resets the connection, and the client may lose the response."""
-    with Raw(usual) as raw:
+    with Raw(shared_server) as raw:
         raw.send(POST + "Content-Length: 5000000\r\n\r\n")
         raw.until(b"}")
         for _ in range(64):
@@ -174,8 +177,8 @@ def test_bytes_after_a_refusal_are_read_for_a_while(usual):
         assert raw.socket.recv(1) == b""
 
 
-def test_chunks_beyond_the_limit_are_cut_off(usual):
-    with Raw(usual) as raw:
+def test_chunks_beyond_the_limit_are_cut_off(shared_server):
+    with Raw(shared_server) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
         raw.send("Transfer-Encoding: chunked\r\n\r\n")
         sent = 0
@@ -189,11 +192,11 @@ def test_chunks_beyond_the_limit_are_cut_off(usual):
         assert b" 413 " in raw.rest()[:20]
 
 
-def test_a_body_of_exactly_the_limit_is_accepted(usual):
+def test_a_body_of_exactly_the_limit_is_accepted(shared_server):
     body = json.dumps({"input": "x"}).encode()
-    body += b" " * (usual.app.services.settings.body_bytes - len(body))
-    assert httpx.post(usual.url + "/v1/embeddings", content=body, headers=JSON).status_code == 200
-    assert httpx.post(usual.url + "/v1/embeddings", content=body + b" ", headers=JSON).status_code == 413
+    body += b" " * (shared_server.app.services.settings.body_bytes - len(body))
+    assert httpx.post(shared_server.url + "/v1/embeddings", content=body, headers=JSON).status_code == 200
+    assert httpx.post(shared_server.url + "/v1/embeddings", content=body + b" ", headers=JSON).status_code == 413
 
 
 def test_trailers_of_a_chunked_body_are_ignored():
@@ -210,8 +213,10 @@ def test_trailers_of_a_chunked_body_are_ignored():
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "identity, gzip", "x"])
-def test_compressed_bodies_are_refused(usual, coding):
-    response = httpx.post(usual.url + "/v1/embeddings", content=b"{}", headers=JSON | {"content-encoding": coding})
+def test_compressed_bodies_are_refused(shared_server, coding):
+    response = httpx.post(
+        shared_server.url + "/v1/embeddings", content=b"{}", headers=JSON | {"content-encoding": coding}
+    )
     assert response.status_code == 415
 
 
@@ -258,8 +263,8 @@ SMUGGLED = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
         "\0" * 100,
     ],
 )
-def test_request_smuggling_is_400_and_closed(usual, caplog, sent):
-    with Raw(usual) as raw:
+def test_request_smuggling_is_400_and_closed(shared_server, caplog, sent):
+    with Raw(shared_server) as raw:
         assert_refused(raw.send(sent), 400)
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "there must be one response only"
 
@@ -273,21 +278,21 @@ def test_a_broken_body_is_answered_once():
         eventually(lambda: not server.app.state.running)
 
 
-def test_pipelined_requests_are_answered_in_order(usual):
-    with Raw(usual) as raw:
+def test_pipelined_requests_are_answered_in_order(shared_server):
+    with Raw(shared_server) as raw:
         for path in ("/version", "/nothing", "/health"):
             raw.get(path)
         response = raw.get("/v1/models", "Connection: close").rest()
     assert [int(part[:3]) for part in response.split(b"HTTP/1.1 ")[1:]] == [200, 404, 200, 200]
 
 
-def test_protocol_upgrades_are_ignored_or_refused(usual):
+def test_protocol_upgrades_are_ignored_or_refused(shared_server):
     for kind in ("websocket", "h2c"):
         upgrade = (f"Upgrade: {kind}", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13")
-        with Raw(usual) as raw:
+        with Raw(shared_server) as raw:
             response = raw.get("/health", *upgrade).rest()
             assert response.startswith(b"HTTP/1.1 200") and b"connection: close" in response
-        with Raw(usual) as raw:
+        with Raw(shared_server) as raw:
             assert_refused(raw.post({"input": "x"}, *upgrade, path="/v1/embeddings"), 400)
 
 
@@ -335,7 +340,7 @@ def listening_addresses() -> set[str]:
     return {line.split()[3] for line in output.splitlines() if f"pid={os.getpid()}," in line}
 
 
-def test_the_server_listens_on_one_socket(usual):
+def test_the_server_listens_on_one_socket(shared_server):
     before = listening_addresses()
     with running() as server:
         for path in ("/health", "/v1/models", "/openapi.json", "/metrics"):

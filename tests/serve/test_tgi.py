@@ -513,9 +513,9 @@ def test_special_tokens_in_the_text_are_parsed(tales):
     assert len(ids(f"Hello{eos}")) == len(plain) + 1
     for text in (f"{bos}Hello", f"Hello{eos}"):
         body = {"inputs": text, "parameters": {"decoder_input_details": True, "max_new_tokens": 1}}
-        read = post(tales, "/generate", body).json()
-        assert [token["id"] for token in read["details"]["prefill"]] == ids(text)
-    assert read["details"]["prefill"][0]["logprob"] is None and read["details"]["prefill"][1]["logprob"] < 0
+        reply = post(tales, "/generate", body).json()
+        assert [token["id"] for token in reply["details"]["prefill"]] == ids(text)
+    assert reply["details"]["prefill"][0]["logprob"] is None and reply["details"]["prefill"][1]["logprob"] < 0
 
 
 def test_chat_tokenize(tales):

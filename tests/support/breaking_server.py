@@ -107,10 +107,10 @@ WHOLE = {
 
 @dataclass
 class Breaking:
-    """Running server; ``asked`` holds the idempotency key and the body of each request."""
+    """Running server; ``requests`` holds the idempotency key and the body of each request."""
 
     port: int = 0
-    asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def url(self, **plan: Any) -> str:
         return f"http://127.0.0.1:{self.port}/" + ",".join(f"{name}={value}" for name, value in plan.items())
@@ -128,12 +128,12 @@ class Breaking:
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in rest)}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         plan, key = Plan.read(first.split("/")[1]), headers.get("idempotency-key", "")
-        number = sum(earlier == key for earlier, _ in self.asked)
-        self.asked.append((key, json.loads(body or b"{}")))
+        number = sum(earlier == key for earlier, _ in self.requests)
+        self.requests.append((key, json.loads(body or b"{}")))
         if number < plan.drop:
             return
         status = plan.status[number] if number < len(plan.status) else 200
-        streamed = status == 200 and self.asked[-1][1].get("stream")
+        streamed = status == 200 and self.requests[-1][1].get("stream")
         content = stream(plan, number) if streamed else json.dumps(WHOLE if status == 200 else REFUSED).encode()
         writer.write(head(plan, number, status, bool(streamed) and plan.body != "html"))
         for _ in range(plan.beats):

@@ -66,8 +66,9 @@ def running(
     parts: list[Any] = []
 
     async def main() -> None:
-        made = make()
-        backend = await made if asyncio.iscoroutine(made) else made
+        backend = make()
+        if asyncio.iscoroutine(backend):
+            backend = await backend
         app = App(backend, settings, keys, more_endpoints=routes(backend), more_metrics=figures(backend))
         server = http_server.Server(http_server.uvicorn_config(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
