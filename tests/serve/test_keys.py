@@ -24,26 +24,26 @@ def test_only_the_digest_of_a_random_key_is_stored(tmp_path, capsys):
     file = tmp_path / "keys.json"
     for name in ("anna", "ben"):
         assert cli.main(["keys", "add", name, "--file", str(file), "--concurrent", "2"]) == 0
-    written = capsys.readouterr().out.split()
-    assert len(set(written)) == 2 and all(len(key) >= 43 for key in written)
-    assert not any(key in file.read_text() for key in written)
+    secrets = capsys.readouterr().out.split()
+    assert len(set(secrets)) == 2 and all(len(secret) >= 43 for secret in secrets)
+    assert not any(secret in file.read_text() for secret in secrets)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     registry = Keys(keys.read(file))
-    assert registry.owner(written[0].encode()) == Key("anna", keys.digest(written[0]), concurrent=2)
+    assert registry.owner(secrets[0].encode()) == Key("anna", keys.digest(secrets[0]), concurrent=2)
     assert cli.main(["keys", "revoke", "anna", "--file", str(file)]) == 0
     registry.replace(keys.read(file))
     with pytest.raises(Unauthorized):
-        registry.owner(written[0].encode())
-    assert registry.owner(written[1].encode()).name == "ben"
+        registry.owner(secrets[0].encode())
+    assert registry.owner(secrets[1].encode()).name == "ben"
 
 
 def test_revoking_the_last_key_locks_the_server(tmp_path):
-    written, anna = keys.new("anna")
+    secret, anna = keys.new("anna")
     registry = Keys((anna,))
     registry.replace(())
-    for secret in (None, b"", written.encode()):
+    for candidate in (None, b"", secret.encode()):
         with pytest.raises(Unauthorized):
-            registry.owner(secret)
+            registry.owner(candidate)
     with pytest.raises(Unauthorized):
         Keys((), wanted=True).owner(None)
 
