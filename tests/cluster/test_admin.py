@@ -203,7 +203,7 @@ def test_the_command_shows_and_does(here: Site, capsys: pytest.CaptureFixture[st
 def test_the_command_says_what_is_wrong(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
     for line, why in (
         (("job", "none"), "no job 'none'"),
-        (("revive",), "which?"),
+        (("revive",), "requires a name"),
         (("workers", "x"), "takes no name"),
         (("jobs", "gone"), "expected one of"),
         (("status", "--url", "http://example.org"), "unencrypted"),
@@ -214,7 +214,7 @@ def test_the_command_says_what_is_wrong(here: Site, capsys: pytest.CaptureFixtur
         assert cli.main(["admin", *line, *given, "--key", here.written["ops"]]) == 2
         assert why in capsys.readouterr().err
     assert admin(here, "status", key="anna") == 2
-    assert "admin's key" in capsys.readouterr().err
+    assert "administrator's key" in capsys.readouterr().err
 
 
 def test_what_workers_say_of_themselves_cannot_drive_the_terminal(

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import trustme
 
-from moesaic.cli import dialing
+from benchmarks.worker_forkserver import WorkerForkServer
+from moesaic.cli import client_options
 from moesaic.cluster.jobs import StoreLimits
 from moesaic.cluster.store._program import Outcome, Statement
 from moesaic.cluster.worker.agent import Worker
@@ -27,12 +28,11 @@ from tests.support.cluster import SLOW, Site, site
 from tests.support.completions import Stream, ask, text, together
 from tests.support.proxy import Proxy
 from tests.support.wait import eventually
-from tests.support.worker_pool import Nursery
 
 
 @contextlib.contextmanager
-def nursed(found: Site, folder: Path, **options: Any) -> Iterator[Nursery]:
-    nursery = Nursery(found.url, folder / "log", **options)
+def nursed(found: Site, folder: Path, **options: Any) -> Iterator[WorkerForkServer]:
+    nursery = WorkerForkServer(found.url, folder / "log", **options)
     try:
         yield nursery
     finally:
@@ -115,7 +115,7 @@ def test_one_poison_among_64_costs_seven_workers_and_no_innocent(tmp_path, how):
     found_all = threading.Event()
     made = 1
 
-    def supervise(nursery: Nursery) -> None:
+    def supervise(nursery: WorkerForkServer) -> None:
         nonlocal made
         while not found_all.wait(0.02):
             if not nursery.lives(f"w{2 * made}"):
@@ -355,7 +355,7 @@ def test_a_gateway_that_is_not_to_be_trusted_is_not_talked_to(name, tmp_path, ca
     """F16. The last, sound, is talked to, and refuses by itself."""
     make, scheme, why = TLS[name]
     CA.cert_pem.write_to_path(tmp_path / "ca.pem")
-    trusted = dialing.trusted(tmp_path / "ca.pem")
+    trusted = client_options.trusted(tmp_path / "ca.pem")
     spoken = bytearray()
     tries = 0
 

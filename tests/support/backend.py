@@ -1,22 +1,22 @@
 """Backends without a model.
 
-``FakeBackend`` computes each token from the prompt, the seed and the position. A test can therefore predict a reply,
-and a second backend can resume it. A word in the prompt injects a fault at the third token: EXIT and SEGFAULT kill the
-process, HANG stops all steps, and NAN ends the reply with an error.
-
-``ScriptedBackend`` sends the pieces of a ``Script`` and records the requests that it receives.
+``ScriptedBackend`` sends the pieces of a ``Script`` and records the requests that it receives. ``FakeBackend`` is
+``benchmarks.fake_backend.FakeBackend``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import os
-import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.fake_backend import SEED as SEED
+from benchmarks.fake_backend import FakeBackend as FakeBackend
+from benchmarks.fake_backend import SteppedStream
+from benchmarks.fake_backend import answer as answer
+from benchmarks.fake_backend import text as text
+from benchmarks.fake_backend import token as token
 from moesaic.backend import (
     Delta,
     Event,
@@ -28,148 +28,6 @@ from moesaic.backend import (
     TokenInfo,
     ToolCall,
 )
-from moesaic.errors import InvalidRequest, NumericalError, PromptTooLong
-
-MAX_PROMPT_TOKENS = 4000
-SEED = 7
-"""Seed of a request that names none."""
-
-
-def prompt_of(request: GenerationRequest) -> str:
-    """Return the prompt of a request; of a chat, its last message."""
-    if request.messages is not None:
-        return str(request.messages[-1]["content"])
-    return str(request.prompt)
-
-
-def token(prompt: str, seed: int, index: int, position: int) -> int:
-    """Return the token at ``position`` of choice ``index``, from 0 to 65535."""
-    source = f"{prompt}/{seed}/{index}/{position}".encode()
-    return int.from_bytes(hashlib.sha256(source).digest()[:2], "big")
-
-
-def text(tokens: Sequence[int]) -> str:
-    return "".join(f"{token_id:x} " for token_id in tokens)
-
-
-def answer(prompt: str, seed: int = SEED, count: int = 16, index: int = 0) -> str:
-    """Return the first ``count`` tokens of the fake backend's reply, as text."""
-    return text([token(prompt, seed, index, position) for position in range(count)])
-
-
-class SteppedStream:
-    """Stream of events that ``_steps`` yields in lists. Subclasses define ``_steps`` and ``cancel``."""
-
-    job = None
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self.cancelled = False
-
-    def ready(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        async for events in self._steps():
-            self._events += events
-            while self._events:
-                yield self._events.pop(0)
-
-    def _steps(self) -> AsyncIterator[list[Event]]:
-        """Yield lists of events; each list is ready at once, and a reply ends in the list of its last token."""
-        raise NotImplementedError
-
-
-class FakeStream(SteppedStream):
-    """Response stream of a ``FakeBackend``."""
-
-    def __init__(self, backend: FakeBackend, request: GenerationRequest) -> None:
-        self._backend, self._request = backend, request
-        super().__init__()
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        if not self._backend.stuck:  # an engine that hangs does not react to a cancellation
-            self._backend.running.discard(self)
-
-    async def _steps(self) -> AsyncIterator[list[Event]]:
-        backend, request = self._backend, self._request
-        prompt, n, seed = prompt_of(request), request.sampling.get("n") or 1, request.sampling.get("seed", SEED)
-        max_tokens = request.sampling.get("max_tokens") or 16
-        yield [PromptDone(index, (), len(prompt)) for index in range(n)]
-        resumed = min(map(len, request.resume), default=0)
-        for position in range(max_tokens):
-            if position >= resumed:  # resumed tokens are read together with the prompt, in one step
-                await backend.step(prompt, position)
-            events: list[Event] = []
-            for index in range(n):
-                token_id = token(prompt, seed, index, position)
-                earlier = request.resume[index] if index < len(request.resume) else ()
-                if position < len(earlier):
-                    assert earlier[position] == token_id, "the resumed tokens are not those of this reply"
-                piece = text([token_id])
-                events.append(Delta(index, piece, (TokenInfo(token_id, piece),)))
-            if position == max_tokens - 1:
-                backend.running.discard(self)
-                events += [Finished(index, "length", len(prompt), max_tokens) for index in range(n)]
-            yield events
-
-
-class FakeBackend:
-    """Backend whose replies are a hash of prompt, seed and position."""
-
-    def __init__(self, model: str = "fake", seconds: float = 0.0) -> None:
-        """Serve ``model``, which takes ``seconds`` for each token."""
-        self.model, self._seconds = model, seconds
-        self.running: set[FakeStream] = set()
-        self.requests: list[GenerationRequest] = []
-        self.steps = 0
-        self.stuck = False
-
-    async def step(self, prompt: str, position: int) -> None:
-        """Take the time of one token; inject the prompt's fault at the third one."""
-        await asyncio.sleep(self._seconds)
-        if position == 2:
-            if "EXIT" in prompt:
-                os._exit(1)
-            if "SEGFAULT" in prompt:
-                os.kill(os.getpid(), signal.SIGSEGV)
-            if "NAN" in prompt:
-                raise NumericalError("the model computed NaN or infinity")
-            self.stuck = self.stuck or "HANG" in prompt
-        while self.stuck:
-            await asyncio.sleep(0.05)
-        self.steps += 1
-
-    def models(self) -> Sequence[ModelInfo]:
-        return [ModelInfo(self.model, ("fake-alias",), context=MAX_PROMPT_TOKENS)]
-
-    def stats(self) -> Mapping[str, ModelStats]:
-        return {self.model: ModelStats(running=len(self.running), steps=self.steps)}
-
-    async def generate(self, request: GenerationRequest) -> FakeStream:
-        if len(prompt_of(request)) > MAX_PROMPT_TOKENS:
-            raise PromptTooLong(len(prompt_of(request)), MAX_PROMPT_TOKENS)
-        self.requests.append(request)
-        stream = FakeStream(self, request)
-        self.running.add(stream)
-        return stream
-
-    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
-        return [TokenInfo(ord(char), char) for char in prompt_of(request)]
-
-    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
-        return "".join(map(chr, ids))
-
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        return [[1.0, 0.0] for _ in texts], len(texts)
-
-    async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
-        raise InvalidRequest(f"{self.model} has no classes")
-
-    async def close(self) -> None:
-        pass
 
 
 @dataclass
