@@ -308,10 +308,10 @@ class _JobRoutes:
         return Response(Done(seen.job.id, "queued"))
 
     async def _look(self, context: RequestContext) -> JobSnapshot:
-        id = context.path_parameters["id"]
-        seen = await self._gateway.store.snapshot(id)
+        job_id = context.path_parameters["id"]
+        seen = await self._gateway.store.snapshot(job_id)
         if seen is None:
-            raise NotFound(f"there is no job {id!r:.60}")
+            raise NotFound(f"there is no job {job_id!r:.60}")
         return seen
 
 

@@ -117,7 +117,7 @@ async def torment(net: Network, urls: list[str], step: int) -> Asker:
 
 
 @pytest.mark.parametrize("step", sizes(3, 1))
-def test_whatever_is_cut_nothing_is_lost_and_nothing_is_answered_twice(database, tmp_path, step):
+def test_network_partitions_lose_and_repeat_nothing(database, tmp_path, step):
     with network("g1", "g2", "w0", "w2", "w4") as net, contextlib.ExitStack() as stack:
         reachable(database.server, net)
         where = f"postgresql://tests@{net.store}:{database.server.port}/{database.database}"

@@ -59,7 +59,7 @@ def storable(text: str) -> bool:
 
 def _rows(ids: Iterable[str]) -> SqlProgram[dict[str, Row]]:
     """Return the jobs that are there, by id."""
-    wanted = [id for id in dict.fromkeys(ids) if storable(id)]
+    wanted = [job_id for job_id in dict.fromkeys(ids) if storable(job_id)]
     if not wanted:
         return {}
     rows = yield Statement(_BY_ID, (wanted,))
@@ -178,7 +178,7 @@ def renew(leases: Sequence[LeaseToken]) -> SqlProgram[Outcome[dict[str, RenewSta
             held[lease_token.id] = "cancelled"
         else:
             held.setdefault(lease_token.id, "fenced")
-    live = [jobs[id].seq for id, state in held.items() if state == "ok"]
+    live = [jobs[job_id].seq for job_id, state in held.items() if state == "ok"]
     if live:
         yield Statement("UPDATE jobs SET heartbeat = heartbeat + 1 WHERE seq IN ?", (live,))
     return Outcome(held)
@@ -201,7 +201,7 @@ def append(parts: Mapping[LeaseToken, LogRecord]) -> SqlProgram[Outcome[dict[str
             news.append(job.id)
     if records:
         yield ExecuteMany(_RECORD, records)
-    live = [(end, jobs[id].seq) for id, end in ends.items() if end is not None]
+    live = [(end, jobs[job_id].seq) for job_id, end in ends.items() if end is not None]
     if live:
         yield ExecuteMany("UPDATE jobs SET heartbeat = heartbeat + 1, logged = ? WHERE seq = ?", live)
     return Outcome(ends, tuple(news))
@@ -309,20 +309,20 @@ def forgive_crash(leases: Sequence[LeaseToken]) -> SqlProgram[Outcome[None]]:
     return Outcome(None, (NEW_WORK,))
 
 
-def cancel(id: str) -> SqlProgram[Outcome[JobState | None]]:
+def cancel(job_id: str) -> SqlProgram[Outcome[JobState | None]]:
     """See ``Store.cancel``."""
-    jobs = yield from _rows([id])
-    job = jobs.get(id)
+    jobs = yield from _rows([job_id])
+    job = jobs.get(job_id)
     if job is None or job.state not in ("queued", "leased"):
         return Outcome(job and job.state)
     yield from _end(job, "cancelled")
-    return Outcome("cancelled", (id,))
+    return Outcome("cancelled", (job_id,))
 
 
-def revive(id: str) -> SqlProgram[Outcome[bool]]:
+def revive(job_id: str) -> SqlProgram[Outcome[bool]]:
     """See ``Store.revive``."""
-    jobs = yield from _rows([id])
-    job = jobs.get(id)
+    jobs = yield from _rows([job_id])
+    job = jobs.get(job_id)
     if job is None or job.state != "dead":
         return Outcome(False)
     columns = yield Statement(f"SELECT {ENTRY_COLUMNS}", entry_parameters(job))
@@ -331,9 +331,9 @@ def revive(id: str) -> SqlProgram[Outcome[bool]]:
     yield ExecuteMany(update, [(where.turn, job.seq)])
     if job.idempotency_key:
         names = "UPDATE idempotency_keys SET ended = NULL WHERE tenant = ? AND idempotency_key = ? AND id = ?"
-        yield ExecuteMany(names, [(job.tenant, job.idempotency_key, id)])
+        yield ExecuteMany(names, [(job.tenant, job.idempotency_key, job_id)])
     moves = QueueDelta()
     moves.wait(job)
     moves.enter(job, where)
     yield from moves.write()
-    return Outcome(True, (NEW_WORK, id))
+    return Outcome(True, (NEW_WORK, job_id))

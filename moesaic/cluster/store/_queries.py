@@ -31,9 +31,9 @@ _PAST = """DELETE FROM flows WHERE queued = 0 AND finish <= COALESCE((SELECT clo
     WHERE queues.model = flows.model AND queues.priority = flows.priority), finish)"""
 
 
-def snapshot(id: str) -> SqlProgram[Outcome[JobSnapshot | None]]:
+def snapshot(job_id: str) -> SqlProgram[Outcome[JobSnapshot | None]]:
     """See ``Store.snapshot``."""
-    rows = (yield Statement(_LOOK, (id,))) if storable(id) else []
+    rows = (yield Statement(_LOOK, (job_id,))) if storable(job_id) else []
     if not rows:
         return Outcome(None)
     *columns, body, result = rows[0]
@@ -63,16 +63,16 @@ def _seen(job: Row, body: bytes = b"", result: bytes = b"", queue_position: int 
     )
 
 
-def log(id: str, start: int) -> SqlProgram[Outcome[list[LogRecord]]]:
+def log(job_id: str, start: int) -> SqlProgram[Outcome[list[LogRecord]]]:
     """See ``Store.log``."""
-    rows = (yield Statement(_LOG, (id, start, id, start))) if storable(id) else []
+    rows = (yield Statement(_LOG, (job_id, start, job_id, start))) if storable(job_id) else []
     return Outcome([LogRecord(first, count, bytes(blob)) for first, count, blob in rows])
 
 
 def active_leases() -> SqlProgram[Outcome[list[LeaseStatus]]]:
     """See ``Store.active_leases``."""
     rows = yield Statement("SELECT id, fence, worker, heartbeat FROM jobs WHERE state = 'leased' ORDER BY seq")
-    return Outcome([LeaseStatus(LeaseToken(id, fence), worker, status) for id, fence, worker, status in rows])
+    return Outcome([LeaseStatus(LeaseToken(job_id, fence), worker, status) for job_id, fence, worker, status in rows])
 
 
 def depths() -> SqlProgram[Outcome[dict[str, QueueDepth]]]:

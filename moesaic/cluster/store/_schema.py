@@ -1,18 +1,16 @@
-"""The tables: one definition for both databases.
+"""The tables of a job store: one definition for both databases.
 
-    store     one row: the count of ticks, the last number of a group of suspects; whoever writes locks it first
-    jobs      one row a job, small, for it changes often; bodies, results and records hang on its ``seq``
-    names     under which ``once`` which job was submitted; outlives the job
-    lines     for each model and priority: how much waits and runs there, and how far its turns have come
-    flows     for each tenant in a line: how much waits, and where its next turn begins
-
-Does not know what is done with them.
+store             one row: the tick count and the last number of a group of suspects; writers lock it first
+jobs              one small row for each job; bodies, results and records refer to it by ``seq``
+idempotency_keys  the job of each idempotency key; a row outlives its job
+queues            for each model and priority: counts of queued and leased jobs, and the fair queueing clock
+flows             for each tenant in a queue: the number of queued jobs and the finish tag
 """
 
 from __future__ import annotations
 
 VERSION = 2
-"""Of the tables. A store of another version is not opened."""
+"""Version of the tables. A store of another version is refused."""
 
 _TABLES = """
 CREATE TABLE store (

@@ -228,7 +228,7 @@ async def _commit(
         await connection.execute(f"{begin}; SAVEPOINT operation")
         outcomes.append(await _outcome(connection, each.operation))
         begin = "RELEASE operation"
-    news = list(dict.fromkeys(id for each in outcomes if isinstance(each, Outcome) for id in each.news))
+    news = list(dict.fromkeys(job_id for each in outcomes if isinstance(each, Outcome) for job_id in each.news))
     for payload in _payloads(news):
         await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
     if await connection.execute("COMMIT") != "COMMIT":
@@ -240,12 +240,12 @@ def _payloads(ids: Sequence[str]) -> list[str]:
     """Return ids as notifications, none too long."""
     parts: list[list[str]] = []
     room = 0
-    for id in ids:
-        size = len(json.dumps(id)) + 2
+    for job_id in ids:
+        size = len(json.dumps(job_id)) + 2
         if size > room:
             parts.append([])
             room = MAX_NOTIFY_BYTES
-        parts[-1].append(id)
+        parts[-1].append(job_id)
         room -= size
     return [json.dumps(part) for part in parts]
 

@@ -108,7 +108,7 @@ class SqliteStore(BaseStore):
         owner = _ConnectionOwner(path, connection)
         while group := self._take():
             done = owner.commit(group)
-            news = [id for each in done if isinstance(each.outcome, Outcome) for id in each.outcome.news]
+            news = [job_id for each in done if isinstance(each.outcome, Outcome) for job_id in each.outcome.news]
             if not self._post(self._settle, done, tuple(dict.fromkeys(news))):
                 break
         owner.close()
