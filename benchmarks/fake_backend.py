@@ -68,10 +68,10 @@ class SteppedStream:
         raise NotImplementedError
 
 
-class FakeResponseStream(SteppedStream):
-    """Event stream of a ``Fake``; see ``moesaic.backend.ResponseStream``."""
+class FakeStream(SteppedStream):
+    """Event stream of a ``FakeBackend``; see ``moesaic.backend.ResponseStream``."""
 
-    def __init__(self, backend: Fake, request: GenerationRequest) -> None:
+    def __init__(self, backend: FakeBackend, request: GenerationRequest) -> None:
         self._backend, self._request = backend, request
         super().__init__()
 
@@ -103,14 +103,14 @@ class FakeResponseStream(SteppedStream):
             yield events
 
 
-class Fake:
+class FakeBackend:
     """Backend that offers one model and computes nothing; see ``moesaic.backend.Backend``."""
 
     def __init__(self, model: str = "fake", seconds: float = 0.0) -> None:
         """Offer ``model``, which takes ``seconds`` for a token."""
         self.model, self._seconds = model, seconds
-        self.running: set[FakeResponseStream] = set()
-        self.asked: list[GenerationRequest] = []
+        self.running: set[FakeStream] = set()
+        self.requests: list[GenerationRequest] = []
         self.steps = 0
         self.stuck = False
 
@@ -135,11 +135,11 @@ class Fake:
     def stats(self) -> Mapping[str, ModelStats]:
         return {self.model: ModelStats(running=len(self.running), steps=self.steps)}
 
-    async def generate(self, request: GenerationRequest) -> FakeResponseStream:
+    async def generate(self, request: GenerationRequest) -> FakeStream:
         if len(prompt_of(request)) > LONGEST:
             raise PromptTooLong(len(prompt_of(request)), LONGEST)
-        self.asked.append(request)
-        stream = FakeResponseStream(self, request)
+        self.requests.append(request)
+        stream = FakeStream(self, request)
         self.running.add(stream)
         return stream
 

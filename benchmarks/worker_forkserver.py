@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.fake_backend import Fake
+from benchmarks.fake_backend import FakeBackend
 from moesaic.cluster.protocols import STALL_SECONDS
 from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import MoesaicError
@@ -104,7 +104,7 @@ def run_worker(urls: list[str], name: str, slots: int, seconds: float, log: str,
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     try:
         kind = Stubborn if int(name[1:]) % 2 else Worker
-        backend, key = Fake(seconds=seconds), os.environ.get("MOESAIC_WORKER_KEY")
+        backend, key = FakeBackend(seconds=seconds), os.environ.get("MOESAIC_WORKER_KEY")
         asyncio.run(kind(backend, urls, name=name, key=key, slots=slots, stall_seconds=stall).run())
     except MoesaicError as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Fixtures of several packages: tiny models, servers and a browser."""
+"""Fixtures that several packages use: tiny models, servers and a browser."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.server import Server, running
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside others: more threads than cores only wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores, so more threads only add waiting
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Mixtral with Mixtral's own tokenizer and room for 4096 tokens; tests copy it before they damage it."""
+    """Folder of a random Mixtral with Mixtral's tokenizer and a context of 4096 tokens. Tests change copies only."""
     import transformers
 
     path = tmp_path_factory.mktemp("talker")
@@ -48,7 +48,7 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mistral3(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the tokenizer of Mistral's third version, whose calls have a control token."""
+    """Folder of a random Mixtral with Mistral's v3 tokenizer, which has control tokens for tool calls."""
     import transformers
 
     path = Path(shutil.copytree(talker, tmp_path_factory.mktemp("v3") / "model"))
@@ -77,17 +77,17 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def tales() -> Iterator[Server]:
-    """The built-in model, served."""
+    """Server of the built-in model."""
     from moesaic.llm import LLM
     from moesaic.local_backend import LocalBackend
 
     llm = LLM.load()
-    with running(lambda: LocalBackend(llm)) as found:
-        yield found
+    with running(lambda: LocalBackend(llm)) as server:
+        yield server
 
 
 @pytest.fixture
 def scripted() -> Iterator[Server]:
-    """A server whose answers the test writes."""
-    with running() as found:
-        yield found
+    """Server whose replies the test scripts."""
+    with running() as server:
+        yield server

@@ -1,4 +1,4 @@
-"""Every file of a registry folder keeps its folder's contract, before its author has written a test."""
+"""Contract tests: they run over every file of a registry folder, so a new file is tested without changes here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def weight_format(request) -> type[Packed]:
 
 class TestFormats:
     @pytest.mark.parametrize("shape", [(3, 64), (4, 3, 64)])
-    def test_bytes_are_as_announced(self, weight_format, shape):
+    def test_nbytes_and_layout_match_the_packed_parts(self, weight_format, shape):
         packed = weight_format.pack(torch.randn(shape))
         real = sum(part.numel() * part.element_size() for part in packed.parts().values())
         assert weight_format.nbytes(shape) == real
@@ -45,14 +45,14 @@ class TestFormats:
         error = (weight_format.pack(weight).dequantize() - weight).norm() / weight.norm()
         assert error <= weight_format.error
 
-    def test_an_entry_of_a_stack_is_packed_as_if_alone(self, weight_format):
+    def test_stacked_entries_are_packed_independently(self, weight_format):
         weight = torch.randn(4, 6, 64)
         stack = weight_format.pack(weight)
         for e in range(4):
             alone = weight_format.pack(weight[e])
             assert torch.equal(stack.dequantize(index=e), alone.dequantize())
 
-    def test_store_writes_one_entry_and_no_other(self, weight_format):
+    def test_store_writes_only_one_entry(self, weight_format):
         stack = weight_format.pack(torch.zeros(3, 4, 64))
         weight = torch.randn(4, 64)
         stack.store(weight, 1)
@@ -64,19 +64,20 @@ class TestFormats:
         packed = weight_format.empty((10**6, 10**6), device="meta")
         assert all(part.is_meta for part in packed.parts().values())
 
-    def test_its_name_is_its_file(self, weight_format):
+    def test_the_name_is_the_file_name(self, weight_format):
         assert weight_format.__module__ == f"moesaic.formats.{weight_format.name}"
 
 
 @pytest.mark.parametrize("name", registry.names("ops"))
 class TestOps:
-    def test_says_what_it_runs(self, name):
+    def test_every_supported_operation_exists(self, name):
         backend = registry.load("ops", name)
         for op in ops.OPS:
-            why = backend.why_not(op, "cpu", "float32")
-            assert why is None or isinstance(why, str)
-            if why is None:
+            reason = backend.why_not(op, "cpu", "float32")
+            if reason is None:
                 assert callable(getattr(backend, op))
+            else:
+                assert isinstance(reason, str) and reason
 
 
 FAMILIES = {"mixtral": "Mixtral", "llama": "Llama"}
@@ -84,34 +85,34 @@ FAMILIES = {"mixtral": "Mixtral", "llama": "Llama"}
 
 @pytest.mark.parametrize("name", registry.names("models"))
 class TestModels:
-    def test_equals_an_independent_implementation(self, name, tmp_path):
+    def test_logits_match_transformers(self, name, tmp_path):
         model = theirs(FAMILIES[name], {})
         model.save_pretrained(tmp_path)
-        mine = ours(tmp_path)
+        decoder = ours(tmp_path)
         ids = [1, 5, 9, 33, 2, 7]
         with torch.inference_mode():
             expected = model(torch.tensor([ids])).logits[0]
-            found = mine.logits(mine(ops.Batch.whole([ids])))
-        assert (found - expected).abs().max() <= 1e-4
+            logits = decoder.logits(decoder(ops.Batch.whole([ids])))
+        assert (logits - expected).abs().max() <= 1e-4
 
-    def test_says_what_an_engine_needs(self, name, tmp_path):
+    def test_sizes_and_window_of_the_cache(self, name, tmp_path):
         model = theirs(FAMILIES[name], {"sliding_window": 11} if name == "mixtral" else {})
         model.save_pretrained(tmp_path)
-        mine = ours(tmp_path)
-        assert (mine.vocab_size, mine.max_length) == (97, 128)
-        assert mine.cache_shapes == [(2, 16), (2, 16)]
-        assert mine.window == (11 if name == "mixtral" else None)
+        decoder = ours(tmp_path)
+        assert (decoder.vocab_size, decoder.max_length) == (97, 128)
+        assert decoder.cache_shapes == [(2, 16), (2, 16)]
+        assert decoder.window == (11 if name == "mixtral" else None)
 
     def test_one_model_type_has_one_file(self, name):
-        for kind in registry.load("models", name).MODEL_TYPES:
-            assert models.types()[kind] == name
+        for model_type in registry.load("models", name).MODEL_TYPES:
+            assert models.types()[model_type] == name
 
 
 @pytest.mark.parametrize("layout", registry.names("checkpoints"))
 class TestCheckpoints:
     @pytest.fixture
     def written(self, layout, tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
-        """A tiny Mixtral in this layout, and its weights."""
+        """Folder of a tiny Mixtral in this layout, and its weights."""
         theirs("Mixtral", {"num_local_experts": 4}).save_pretrained(tmp_path / "source")
         with checkpoints.open_checkpoint(tmp_path / "source") as source:
             registry.load("checkpoints", layout).write(source, tmp_path / "written", 1, lambda _count: None)
@@ -139,21 +140,21 @@ class TestCheckpoints:
                 slots.append(formats.Slot("model.extra.weight", extra.shape, extra.index, extra.store))
             with pytest.raises(CheckpointError) as caught:
                 checkpoints.load_weights(slots, checkpoint)
-        named = "model.norm.weight" if change == "unexpected" else "model.extra.weight"
-        assert named in str(caught.value)
+        tensor = "model.norm.weight" if change == "unexpected" else "model.extra.weight"
+        assert tensor in str(caught.value)
         assert "\n" not in str(caught.value)
 
-    def test_says_what_it_looks_for(self, layout, tmp_path):
+    def test_an_empty_folder_is_not_detected(self, layout, tmp_path):
         assert registry.load("checkpoints", layout).LOOKS_FOR
         assert registry.load("checkpoints", layout).detect(tmp_path) is False
 
 
 @pytest.mark.parametrize("name", registry.names(endpoints.FOLDER))
 class TestEndpoints:
-    """Every dialect, spoken with a server that plays a script."""
+    """Every client dialect of the benchmark, against a scripted server."""
 
     def ask(self, name: str, script: Script, act: Callable[[Endpoint], Awaitable[Any]], **manner: Any) -> Any:
-        """Return what ``act`` returns of the endpoint."""
+        """Return the result of ``act`` on the endpoint ``name``."""
 
         async def run() -> Any:
             async with _http.connect(script.url, "secret", {"X-Who": "me"}) as client:
@@ -170,20 +171,20 @@ class TestEndpoints:
         await endpoint.send(request or Request("one two three", 9), answer)
         return answer
 
-    def test_its_name_is_its_file(self, name):
+    def test_the_name_is_the_file_name(self, name):
         dialect = endpoints.load(name.replace("_", "-"))
         assert dialect.name == name.replace("_", "-") and not inspect.isabstract(dialect)
         assert dialect.__module__ == f"moesaic.bench.endpoints.{name}"
 
-    def test_notes_every_piece_and_what_the_server_counts(self, name):
-        found = self.ask(name, Script(key="secret"), self.answer)
-        assert len(found.arrivals) == 5 and list(found.arrivals) == sorted(found.arrivals)
-        assert (found.tokens, found.prompt_tokens) == (5, TEMPLATE + 6)
+    def test_every_piece_and_the_usage_are_recorded(self, name):
+        answer = self.ask(name, Script(key="secret"), self.answer)
+        assert len(answer.arrivals) == 5 and list(answer.arrivals) == sorted(answer.arrivals)
+        assert (answer.tokens, answer.prompt_tokens) == (5, TEMPLATE + 6)
 
-    def test_a_server_that_does_not_count(self, name):
-        found = self.ask(name, Script(counts=False), self.answer)
-        assert len(found.arrivals) == 5
-        assert (found.tokens, found.prompt_tokens) == (None, None)
+    def test_usage_may_be_missing(self, name):
+        answer = self.ask(name, Script(counts=False), self.answer)
+        assert len(answer.arrivals) == 5
+        assert (answer.tokens, answer.prompt_tokens) == (None, None)
 
     @pytest.mark.parametrize(
         ("fault", "kind"),
@@ -195,20 +196,20 @@ class TestEndpoints:
             ("page", "bad reply"),
         ],
     )
-    def test_a_failure_is_told_by_its_kind_and_ends_nothing_else(self, name, fault, kind):
+    def test_a_failure_has_a_kind_and_the_next_request_works(self, name, fault, kind):
         async def twice(endpoint: Endpoint) -> tuple[RequestFailed, Answer]:
             with pytest.raises(RequestFailed) as caught:
                 await self.answer(endpoint)
             return caught.value, await self.answer(endpoint)
 
-        failed, next = self.ask(name, Script(faults=deque([fault])), twice)
+        failed, second = self.ask(name, Script(faults=deque([fault])), twice)
         assert failed.kind == kind
         assert failed.retry_after == ("7" if fault == "refuse" else None)
         assert ("it broke" in failed.detail) == (fault == "error")
         assert "\n" not in str(failed)
-        assert len(next.arrivals) == 5
+        assert len(second.arrivals) == 5
 
-    def test_says_what_it_was_told_to(self, name):
+    def test_request_options_are_sent(self, name):
         script, dialect = Script(), endpoints.load(name.replace("_", "-"))
         manner = {"temperature": 0.5, "extra": {"top_k": 7}, "ignore_eos": dialect.supports_ignore_eos}
         self.ask(name, script, self.answer, **manner)
@@ -220,40 +221,43 @@ class TestEndpoints:
         assert body.get("ignore_eos", False) == dialect.supports_ignore_eos
         assert 9 in body.values()
 
-    def test_what_it_cannot_say_is_refused(self, name):
-        if not endpoints.load(name.replace("_", "-")).supports_ignore_eos:
+    def test_unsupported_options_are_refused(self, name):
+        if endpoints.load(name.replace("_", "-")).supports_ignore_eos:
+            assert len(self.ask(name, Script(), self.answer, ignore_eos=True).arrivals) == 5
+        else:
             with pytest.raises(InvalidRequest, match="ignore-eos"):
                 self.ask(name, Script(), self.answer, ignore_eos=True)
 
-    def test_conversations(self, name):
-        said = (
+    def test_chat_messages_are_sent(self, name):
+        messages = (
             {"role": "user", "content": "a b"},
             {"role": "assistant", "content": "c"},
             {"role": "user", "content": "d"},
         )
         script = Script()
+        self.ask(name, script, lambda endpoint: self.answer(endpoint, Request("", 9, messages)))
+        body = str(script.asked[0][2])
         if endpoints.load(name.replace("_", "-")).supports_messages:
-            self.ask(name, script, lambda endpoint: self.answer(endpoint, Request("", 9, said)))
-            assert all(word in str(script.asked[0][2]) for word in ("a b", "assistant", "d"))
+            assert all(word in body for word in ("a b", "assistant", "d"))
+        else:
+            assert "a b" not in body and "assistant" not in body
 
-    def test_is_found_where_it_is_spoken_and_only_there(self, name):
-        order = endpoints.load(name.replace("_", "-")).probe_order
-        if order is None:
-            return
+    def test_the_dialect_is_detected(self, name):
+        detectable = endpoints.load(name.replace("_", "-")).probe_order is not None
 
-        async def opened(script: Script) -> str:
+        async def detect(script: Script) -> str:
             async with _http.connect(script.url) as client:
                 return (await endpoints.open_endpoint(client, RequestOptions(), "auto", None)).name
 
         for speaks in ((name,), ("nothing",)):
             with serving(Script(speaks=speaks)) as script:
                 if speaks == (name,):
-                    assert asyncio.run(opened(script)) == name.replace("_", "-")
+                    assert (asyncio.run(detect(script)) == name.replace("_", "-")) == detectable
                 else:
                     with pytest.raises(InvalidRequest, match="--dialect"):
-                        asyncio.run(opened(script))
+                        asyncio.run(detect(script))
 
-    def test_knows_the_context_if_the_server_says(self, name):
+    def test_the_context_length_is_read(self, name):
         async def context(endpoint: Endpoint) -> int | None:
             return endpoint.context
 
@@ -272,14 +276,14 @@ class TestDialects:
             assert inspect.iscoroutinefunction(endpoint.run) and endpoint.summary
             assert endpoint.body is None or endpoint.method == "POST"
 
-    def test_errors_have_a_shape_that_is_json(self, name):
+    def test_errors_are_json(self, name):
         for endpoint in registry.load("serve/dialects", name).ENDPOINTS:
-            shown = endpoint.failure(Failure(400, "validation", "it is wrong"))
-            assert "it is wrong" in json.dumps(getattr(shown, "content", shown))
+            content = endpoint.failure(Failure(400, "validation", "it is wrong"))
+            assert "it is wrong" in json.dumps(getattr(content, "content", content))
 
-    def test_no_other_dialect_has_its_routes(self, name):
+    def test_routes_are_unique_to_a_dialect(self, name):
         def routes(dialect: str) -> set[tuple[str, str]]:
-            return {(each.method, each.path) for each in registry.load("serve/dialects", dialect).ENDPOINTS}
+            return {(endpoint.method, endpoint.path) for endpoint in registry.load("serve/dialects", dialect).ENDPOINTS}
 
         for other in set(registry.names("serve/dialects")) - {name}:
             assert not routes(name) & routes(other)
@@ -298,6 +302,6 @@ class TestLaunchers:
             assert all(flag in text for flag in self.WORKER)
 
 
-def test_an_unknown_name_is_refused_with_what_exists():
+def test_an_unknown_name_lists_the_available_ones():
     with pytest.raises(NotFound, match="bfloat16, float16, float32"):
         formats.load("int99")

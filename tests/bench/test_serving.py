@@ -316,7 +316,7 @@ def test_unusable_servers_are_refused() -> None:
             asyncio.run(sweep(Target(url), WorkloadSource(), [load]))
     with pytest.raises(InvalidRequest, match="cannot be used: no connection"):
         asyncio.run(sweep(Target("http://127.0.0.1:9"), WorkloadSource(), [load]))
-    with pytest.raises(InvalidRequest, match="cannot be used: status 401: who are you"):
+    with pytest.raises(InvalidRequest, match="cannot be used: status 401: invalid API key"):
         measure(Script(key="secret"), load, key="wrong")
     with pytest.raises(InvalidRequest, match="names no model"):
         measure(Script(speaks=()), load, dialect="openai")

@@ -125,7 +125,7 @@ def test_tools(scripted, client):
     assert stream.answer().calls == answer.calls
     results = [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in answer.calls]
     client.chat([*question, answer.message, *results], tools=tools)
-    assert [turn["role"] for turn in scripted.backend.asked[-1].messages] == ["user", "assistant", "tool", "tool"]
+    assert [turn["role"] for turn in scripted.backend.requests[-1].messages] == ["user", "assistant", "tool", "tool"]
 
 
 # Errors
@@ -145,7 +145,7 @@ def test_server_errors_are_raised(scripted, client):
     scripted.backend.script = Script(refusal=errors.KeyExhausted("spent", 300))
     with pytest.raises(errors.Overloaded, match="spent") as caught:
         client.chat("Hi")
-    assert caught.value.retry_after == 300 and len(scripted.backend.asked) == 1
+    assert caught.value.retry_after == 300 and len(scripted.backend.requests) == 1
     scripted.backend.script = Script(error=NumericalError("the model computed NaN"))
     with client.chat("Hi", stream=True) as stream, pytest.raises(errors.MoesaicError, match="NaN"):
         list(stream)
@@ -164,7 +164,7 @@ def test_invalid_arguments_are_refused_before_sending(scripted, client):
     with pytest.raises(InvalidParameter) as caught:
         Client(key="secret\n")
     assert "secret" not in str(caught.value)
-    assert not scripted.backend.asked
+    assert not scripted.backend.requests
     client.chat("Hi", extra={"unheard_of": 1})
 
 

@@ -58,22 +58,22 @@ def test_stream_that_breaks_anywhere_with_asyncio(breaking):
 
 
 def test_progress_resets_the_number_of_tries(breaking, http_client):
-    cuts, before = "+".join(map(str, range(1, SIZE, 60))), len(breaking.asked)
+    cuts, before = "+".join(map(str, range(1, SIZE, 60))), len(breaking.requests)
     with asked(breaking, http_client, cut=cuts, keyed=1).chat("Hi", stream=True) as stream:
         assert_one_answer(list(stream))
     assert stream.resumed > AT_ONCE.resumes
-    asked_for = breaking.asked[before:]
+    asked_for = breaking.requests[before:]
     assert len(asked_for) == stream.resumed + 1 and asked_for[0][1]["stream"]
     assert all(each == asked_for[0] for each in asked_for)  # the same key, and the same body
 
 
 def test_stream_without_progress_fails(breaking, http_client):
     client = asked(breaking, http_client, cut="+".join([str(MIDDLE)] * 20), keyed=1)
-    before = len(breaking.asked)
+    before = len(breaking.requests)
     got = []
     with client.chat("Hi", stream=True) as stream, pytest.raises(StreamBroken):
         got.extend(stream)
-    assert len(breaking.asked) == before + AT_ONCE.resumes
+    assert len(breaking.requests) == before + AT_ONCE.resumes
     assert TEXT.startswith("".join(piece.text for piece in got)) and got
     with pytest.raises(StreamBroken):
         stream.answer()
@@ -81,14 +81,14 @@ def test_stream_without_progress_fails(breaking, http_client):
 
 @pytest.mark.parametrize("how", ["eof", "reset", "end"])
 def test_stream_is_not_repeated_without_idempotency_keys(breaking, http_client, how):
-    before = len(breaking.asked)
+    before = len(breaking.requests)
     with asked(breaking, http_client, cut=MIDDLE, how=how).chat("Hi", stream=True) as stream:
         with pytest.raises(StreamBroken, match="cannot resume"):
             list(stream)
         assert TEXT.startswith(stream.text) and (
             stream.text or how == "reset"
         )  # a reset may overtake data that was sent
-    assert len(breaking.asked) == before + 1
+    assert len(breaking.requests) == before + 1
 
 
 def test_request_is_repeated_before_the_first_byte(breaking, http_client):

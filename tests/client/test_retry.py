@@ -77,14 +77,14 @@ def test_retry_after():
 
 @pytest.mark.parametrize("status", ["503", "429+503+409", "408+502"])
 def test_request_succeeds_after_transient_errors(breaking, http_client, status):
-    before = len(breaking.asked)
+    before = len(breaking.requests)
     answer = Client(breaking.url(status=status), http=http_client, retries=AT_ONCE).chat("Hi")
     assert (answer.text, answer.request_id) == (TEXT, "r1")
-    keys = [key for key, _ in breaking.asked[before:]]
+    keys = [key for key, _ in breaking.requests[before:]]
     assert len(keys) == status.count("+") + 2 and len(set(keys)) == 1 and len(keys[0]) == 36
     with Client(breaking.url(status=status), http=http_client, retries=AT_ONCE).chat("Hi", stream=True) as stream:
         assert stream.answer().text == TEXT
-    assert breaking.asked[-1][0] not in keys
+    assert breaking.requests[-1][0] not in keys
 
     async def main() -> None:
         async with AsyncClient(breaking.url(status=status), retries=AT_ONCE) as client:
@@ -94,14 +94,14 @@ def test_request_succeeds_after_transient_errors(breaking, http_client, status):
 
 
 def test_persistent_error_is_raised(breaking, http_client):
-    before = len(breaking.asked)
+    before = len(breaking.requests)
     with pytest.raises(Unavailable, match="not now") as caught:
         Client(breaking.url(status="503+" * 9 + "503"), http=http_client, retries=AT_ONCE).chat("Hi")
     assert (caught.value.status, caught.value.request_id) == (503, "r1")
-    assert len(breaking.asked) == before + AT_ONCE.tries
+    assert len(breaking.requests) == before + AT_ONCE.tries
     with pytest.raises(MoesaicError) as caught:
         Client(breaking.url(status=500), http=http_client, retries=AT_ONCE).chat("Hi")
-    assert caught.value.status == 500 and len(breaking.asked) == before + AT_ONCE.tries + 1
+    assert caught.value.status == 500 and len(breaking.requests) == before + AT_ONCE.tries + 1
 
 
 def test_long_retry_after_is_raised(breaking, http_client):
@@ -125,4 +125,4 @@ def test_first_byte_timeout_is_not_retried(breaking, scripted):
     client = Client(scripted.url, timeouts=Timeouts(first_byte=0.2), retries=AT_ONCE)
     with client, pytest.raises(TimedOut, match="first_byte"):
         client.chat("Hi")
-    assert len(scripted.backend.asked) == 1
+    assert len(scripted.backend.requests) == 1

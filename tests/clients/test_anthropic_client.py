@@ -39,7 +39,7 @@ def test_tools(python, scripted):
     found = run(python, "anthropic_scripted.py", scripted.url, "tools")
     assert (found["reason"], found["alike"]) == ("tool_use", True)
     assert found["calls"] == [["call_a", "weather", {"city": "Oslo"}], ["call_b", "weather", {}]]
-    first, _, last = scripted.backend.asked
+    first, _, last = scripted.backend.requests
     assert first.tool_choice == "required"
     assert [turn["role"] for turn in last.messages] == ["user", "assistant", "tool", "tool"]
 
@@ -47,14 +47,14 @@ def test_tools(python, scripted):
 def test_parsed_answers(python, scripted):
     scripted.backend.script = Script(pieces=('{"name": ', '"Oslo", ', '"people": 700000}'))
     assert run(python, "anthropic_scripted.py", scripted.url, "parse") == {"name": "Oslo", "people": 700000}
-    kind, schema = scripted.backend.asked[0].grammar
+    kind, schema = scripted.backend.requests[0].grammar
     assert kind == "json_schema" and set(schema["properties"]) == {"name", "people"}
 
 
 def test_a_full_server_is_asked_again(python, scripted):
     scripted.backend.script = Script(refusal=Overloaded("full"))
     assert run(python, "anthropic_scripted.py", scripted.url, "busy") == 429
-    assert len(scripted.backend.asked) == 3
+    assert len(scripted.backend.requests) == 3
 
 
 def test_a_stream_that_breaks(python, scripted):

@@ -25,7 +25,7 @@ def test_modes(python, scripted, mode):
     )
     scripted.backend.script = Script(pieces=(), calls=(call,)) if mode == "TOOLS" else Script(pieces=(text,))
     assert run(python, "instructor_client.py", scripted.url, mode, "scripted") == OSLO
-    [ask] = scripted.backend.asked
+    [ask] = scripted.backend.requests
     if mode == "TOOLS":
         assert ask.tool_choice == {"type": "function", "function": {"name": "City"}}
     else:

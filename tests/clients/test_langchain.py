@@ -30,7 +30,7 @@ def test_tools(python, scripted):
     )
     found = run(python, "langchain_client.py", scripted.url, "tools", "scripted")
     assert found == {name: {"calls": [["call_a", "weather", {"city": "Oslo"}]], "alike": True} for name in found}
-    for ask in (scripted.backend.asked[2], scripted.backend.asked[5]):
+    for ask in (scripted.backend.requests[2], scripted.backend.requests[5]):
         assert [turn["role"] for turn in ask.messages] == ["user", "assistant", "tool"]
         assert ask.messages[2]["content"] == "rain in Oslo"
 
@@ -38,7 +38,7 @@ def test_tools(python, scripted):
 def test_structured_output(python, scripted):
     scripted.backend.script = Script(pieces=('{"name": ', '"Oslo", ', '"people": 700000}'))
     assert run(python, "langchain_client.py", scripted.url, "parse", "scripted") == OSLO
-    assert scripted.backend.asked[0].grammar[0] == "json_schema"
+    assert scripted.backend.requests[0].grammar[0] == "json_schema"
     scripted.backend.script = Script(
         pieces=(), calls=(ToolCall(0, "call_a", "City", '{"name": "Oslo", "people": 700000}'),)
     )

@@ -81,14 +81,14 @@ def test_tools(python, scripted):
     found = run(python, "openai_scripted.py", scripted.url, "response-tools")
     assert (found["calls"], found["alike"], found["status"]) == (CALLED, True, "completed")
     assert "response.function_call_arguments.done" in found["kinds"]
-    assert [turn["role"] for turn in scripted.backend.asked[-1].messages] == ["user", "assistant", "tool", "tool"]
+    assert [turn["role"] for turn in scripted.backend.requests[-1].messages] == ["user", "assistant", "tool", "tool"]
 
 
 def test_parsed_answers(python, scripted):
     scripted.backend.script = Script(pieces=CITY)
     found = run(python, "openai_scripted.py", scripted.url, "parse")
     assert found["chat"] == found["response"] == {"name": "Oslo", "people": 700000}
-    for ask in scripted.backend.asked:
+    for ask in scripted.backend.requests:
         kind, schema = ask.grammar
         assert kind == "json_schema" and set(schema["properties"]) == {"name", "people"}
 
@@ -109,7 +109,7 @@ def test_a_full_server_is_asked_again(python, scripted):
     scripted.backend.script = Script(refusal=Overloaded("full"))
     found = run(python, "openai_scripted.py", scripted.url, "busy")
     assert found["status"] == 429 and "full" in found["message"]
-    assert len(scripted.backend.asked) == 3
+    assert len(scripted.backend.requests) == 3
 
 
 def test_a_stream_that_breaks(python, scripted):

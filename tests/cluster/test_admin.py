@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moesaic import cli
 from moesaic.cluster.worker.agent import Worker
 from moesaic.serve import keys
-from tests.support.backend import Fake, answer
+from tests.support.backend import FakeBackend, answer
 from tests.support.managed_cluster import Site, site
 from tests.support.wait import eventually
 
@@ -238,7 +238,7 @@ def test_silent_worker_is_unregistered(tmp_path: Path) -> None:
 def test_leaving_worker_does_not_register_again(here: Site) -> None:
     async def come_and_go() -> None:
         names = [f"w{number}" for number in range(20)]
-        crew = [Worker(Fake(), [here.url], name=name, key=here.written["rack"]) for name in names]
+        crew = [Worker(FakeBackend(), [here.url], name=name, key=here.written["rack"]) for name in names]
         running = [asyncio.ensure_future(worker.run()) for worker in crew]
         await asyncio.gather(*(worker.connected.wait() for worker in crew))
         await asyncio.sleep(0.2)  # all wait for work

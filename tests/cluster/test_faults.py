@@ -23,7 +23,7 @@ from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import EngineStopped
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
-from tests.support.backend import Fake, answer
+from tests.support.backend import FakeBackend, answer
 from tests.support.cluster import SLOW, Site, site
 from tests.support.completions import Stream, ask, text, together
 from tests.support.proxy import Proxy
@@ -92,7 +92,7 @@ def test_stalled_engine_loses_its_jobs_and_gets_no_more(tmp_path):
         waiting = Stream(found.client, "Hi")
         eventually(lambda: found.depths() == (1, 0))
         time.sleep(0.5)  # it is asked to, and does not get it
-        assert len(hand.backend.asked) == 1
+        assert len(hand.backend.requests) == 1
         found.hire()
         assert waiting.end().text == answer("Hi")
 
@@ -153,12 +153,12 @@ def test_one_poisoned_job_among_64_costs_seven_workers(tmp_path, how):
 
 def test_failing_job_does_not_affect_others(tmp_path):
     with site(tmp_path / "jobs.sqlite") as found:
-        hand = found.hire(Fake(seconds=0.01), slots=16)
+        hand = found.hire(FakeBackend(seconds=0.01), slots=16)
         prompts = ["NAN" if n == 5 else f"{n}" for n in range(16)]
         replies = together(16, lambda n: ask(found.client, prompts[n]))
         assert [each.status_code for each in replies] == [500 if n == 5 else 200 for n in range(16)]
         assert [text(each) for n, each in enumerate(replies) if n != 5] == [answer(p) for p in prompts if p != "NAN"]
-        assert len(hand.backend.asked) == 16 and found.gateway.leases.expired == 0
+        assert len(hand.backend.requests) == 16 and found.gateway.leases.expired == 0
 
 
 # The store
@@ -174,7 +174,7 @@ def pragma(found: Site, sql: str) -> Any:
 
 def test_full_disk_refuses_new_jobs_and_finishes_running_ones(tmp_path):
     with site(tmp_path / "jobs.sqlite", lease=2.0) as found:
-        hand = found.hire(Fake(seconds=SLOW))
+        hand = found.hire(FakeBackend(seconds=SLOW))
         stream = Stream(found.client, count=60)
         eventually(lambda: stream.pieces)
         pragma(found, f"max_page_count = {pragma(found, 'page_count')[0][0]}")
@@ -187,7 +187,7 @@ def test_full_disk_refuses_new_jobs_and_finishes_running_ones(tmp_path):
         assert not hand.future.done()
         pragma(found, "max_page_count = 1000000")
         assert stream.end().text == answer("Hi", count=60) and stream.done
-        assert len(hand.backend.asked) == 1 and found.gateway.leases.expired == 0
+        assert len(hand.backend.requests) == 1 and found.gateway.leases.expired == 0
         assert ask(found.client).status_code == 200
         assert found.do(found.gateway.store.check()) == "ok"
 
@@ -195,12 +195,12 @@ def test_full_disk_refuses_new_jobs_and_finishes_running_ones(tmp_path):
 def test_pause_of_the_gateway_expires_no_lease(tmp_path):
     """Nor does a gateway that stood still: no beat was seen, and none could be."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
-        hand = found.hire(Fake(seconds=SLOW))
+        hand = found.hire(FakeBackend(seconds=SLOW))
         stream = Stream(found.client, count=100)
         eventually(lambda: stream.pieces)
         found.server.call(lambda: time.sleep(3.0))  # everything here: the gateway's loop itself
         assert stream.end().text == answer("Hi", count=100) and stream.done
-        assert found.gateway.leases.expired == 0 and len(hand.backend.asked) == 1
+        assert found.gateway.leases.expired == 0 and len(hand.backend.requests) == 1
 
 
 # The clock
@@ -210,7 +210,7 @@ def test_pause_of_the_gateway_expires_no_lease(tmp_path):
 def test_wall_clock_jumps_have_no_effect(tmp_path, monkeypatch, days):
     """F13."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
-        found.hire(Fake(seconds=SLOW))
+        found.hire(FakeBackend(seconds=SLOW))
         stream = Stream(found.client, count=50)
         eventually(lambda: stream.pieces)
         now, seconds = time.time, found.gateway.leases.mean_job_seconds
@@ -229,7 +229,7 @@ def test_overload_is_refused_at_once_and_accepted_jobs_finish(tmp_path):
     """L6: five times what there is room for."""
     bounds = StoreLimits(queued=30, queued_per_tenant=30)
     with site(tmp_path / "jobs.sqlite", bounds=bounds) as found:
-        found.hire(Fake(seconds=0.02), slots=4)
+        found.hire(FakeBackend(seconds=0.02), slots=4)
         replies = together(170, lambda n: ask(found.client, f"{n}"))
         refused = [each for each in replies if each.status_code != 200]
         assert len(refused) >= 100
@@ -249,19 +249,19 @@ def test_small_tenant_does_not_wait_behind_large_backlog(tmp_path):
     slots = 4
     with site(tmp_path / "jobs.sqlite", keys=Keys(listed), key="anna", models=["fake"]) as found:
         asked = [found.do(found.gateway.submit(_ask(f"a{n}", "anna"))) for n in range(300)]
-        hand = found.hire(Fake(seconds=0.005), slots=slots, key="worker")
+        hand = found.hire(FakeBackend(seconds=0.005), slots=slots, key="worker")
         waits = []
         for n in range(10):
-            before = len(hand.backend.asked)
+            before = len(hand.backend.requests)
             reply = found.client.post(
                 "/v1/completions",
                 json={"model": "fake", "prompt": f"b{n}", "max_tokens": 4},
                 headers={"authorization": "Bearer bert"},
             )
             assert reply.status_code == 200
-            [place] = [place for place, each in enumerate(hand.backend.asked) if each.prompt == f"b{n}"]
+            [place] = [place for place, each in enumerate(hand.backend.requests) if each.prompt == f"b{n}"]
             waits.append(place - before)
-            assert len(hand.backend.asked) < 300, "there was nobody to wait for any more"
+            assert len(hand.backend.requests) < 300, "there was nobody to wait for any more"
         assert max(waits) <= 4 * slots, waits
         for id in asked:
             found.do(found.gateway.cancel(id, "anna"))
@@ -293,7 +293,9 @@ def test_two_hundred_workers_reconnect_without_a_storm(tmp_path, monkeypatch):
     where = tmp_path / "jobs.sqlite"
     with site(tmp_path / "beside.sqlite") as beside:
         with site(where) as first:
-            hands = [beside.hire(Fake(seconds=SLOW), urls=[first.url], slots=1, wait=False) for _ in range(count)]
+            hands = [
+                beside.hire(FakeBackend(seconds=SLOW), urls=[first.url], slots=1, wait=False) for _ in range(count)
+            ]
             eventually(lambda: len(first.gateway.workers.sessions) == count)
             streams = [Stream(first.client, f"{n}", 100, once=f"k{n}") for n in range(40)]
             eventually(lambda: len(begun) == 40)
@@ -368,7 +370,7 @@ def test_worker_refuses_untrusted_gateways(name, tmp_path, caplog):
         nonlocal tries
         server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=make())
         port = server.sockets[0].getsockname()[1]
-        worker = Worker(Fake(), [f"{scheme}://127.0.0.1:{port}"], name="w", key="secret", ssl=trusted)
+        worker = Worker(FakeBackend(), [f"{scheme}://127.0.0.1:{port}"], name="w", key="secret", ssl=trusted)
         lost = worker._log_disconnect
 
         def counted(error: BaseException) -> None:
@@ -404,7 +406,7 @@ def test_bad_network_causes_no_gap_or_repeat(tmp_path, mode):
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
         proxy = Proxy(found.server.url and found.port)
         url = found.do(proxy.start())
-        hands = [found.hire(Fake(seconds=0.01), urls=[url], slots=8) for _ in range(2)]
+        hands = [found.hire(FakeBackend(seconds=0.01), urls=[url], slots=8) for _ in range(2)]
         proxy.mode = mode
         streams = [Stream(found.client, f"{n}", 40) for n in range(16)]
         if mode == "silent":

@@ -18,7 +18,7 @@ from moesaic.cluster import gateway as gateways
 from moesaic.cluster import wire
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
-from tests.support.backend import SEED, Fake, answer
+from tests.support.backend import SEED, FakeBackend, answer
 from tests.support.cluster import SLOW, Site, site
 from tests.support.completions import Stream, ask, body, text
 from tests.support.server import running
@@ -44,7 +44,7 @@ def plain(tmp_path: Path) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def direct() -> Iterator[httpx.Client]:
     """The same model behind a server of its own."""
-    with running(Fake) as server, httpx.Client(base_url=server.url) as client:
+    with running(FakeBackend) as server, httpx.Client(base_url=server.url) as client:
         yield client
 
 
@@ -134,18 +134,18 @@ def test_model_named_at_start_is_accepted_before_a_worker(tmp_path):
 
 
 def test_jobs_go_to_workers_that_offer_their_model(plain):
-    one, two, both = (plain.hire(Fake(name), name=name) for name in ("one", "two", "one"))
+    one, two, both = (plain.hire(FakeBackend(name), name=name) for name in ("one", "two", "one"))
     for model in ("one", "two") * 3:
         said = plain.client.post("/v1/completions", json=body(f"of {model}", model=model))
         assert text(said) == answer(f"of {model}")
-    assert {each.model for each in one.backend.asked + both.backend.asked} <= {"one"}
-    assert {each.model for each in two.backend.asked} == {"two"}
+    assert {each.model for each in one.backend.requests + both.backend.requests} <= {"one"}
+    assert {each.model for each in two.backend.requests} == {"two"}
     assert {card.name for card in plain.gateway.models()} == {"one", "two"}
 
 
 def test_stats_sum_workers_and_never_decrease(plain):
     plain.gateway.leases.lease_seconds = 2.0  # so that workers say often how busy they are
-    hands = [plain.hire(Fake(seconds=SLOW)) for _ in range(2)]
+    hands = [plain.hire(FakeBackend(seconds=SLOW)) for _ in range(2)]
     streams = [Stream(plain.client, f"{n}", 40) for n in range(6)]
     eventually(lambda: plain.gateway.stats()["fake"].running == 6)
     for stream in streams:
@@ -169,18 +169,18 @@ def test_idempotency_key_gives_one_answer(plain):
     assert [each.headers["idempotency-replayed"] for each in (first, again)] == ["false", "true"]
     assert first.headers["x-moesaic-job"] == again.headers["x-moesaic-job"]
     assert Stream(plain.client, once="k").end().text == answer("Hi")  # however it is asked for
-    assert len(hand.backend.asked) == 1
+    assert len(hand.backend.requests) == 1
     other = ask(plain.client, "something else", once="k")
     assert other.status_code == 409 and other.json()["error"]["message"]
     assert "idempotency-replayed" not in ask(plain.client).headers
-    assert len(hand.backend.asked) == 2
+    assert len(hand.backend.requests) == 2
 
 
 def test_idempotency_key_replays_failures(plain):
     hand = plain.hire()
     first, again = ask(plain.client, "NAN", once="k"), ask(plain.client, "NAN", once="k")
     assert first.status_code == again.status_code == 500 and first.json() == again.json()
-    assert len(hand.backend.asked) == 1
+    assert len(hand.backend.requests) == 1
 
 
 @pytest.mark.filterwarnings(
@@ -188,7 +188,7 @@ def test_idempotency_key_replays_failures(plain):
 )  # of aiohttp's: it is torn down with 1,000 open
 def test_thousand_concurrent_requests_are_one_job(plain):
     """F19."""
-    hand = plain.hire(Fake(seconds=0.02))
+    hand = plain.hire(FakeBackend(seconds=0.02))
 
     async def all_of_them() -> list[tuple[str, str, str]]:
         headers = {"idempotency-key": "k"}
@@ -205,7 +205,7 @@ def test_thousand_concurrent_requests_are_one_job(plain):
     assert {each[0] for each in found} == {answer("Hi")}
     assert len({each[1] for each in found}) == 1
     assert [each[2] for each in found].count("false") == 1
-    assert len(hand.backend.asked) == 1
+    assert len(hand.backend.requests) == 1
 
 
 # Coming back
@@ -223,7 +223,7 @@ def events(client: httpx.Client, job: str, after: int | None = None) -> list[tup
 
 
 def test_job_progress_and_events(plain):
-    plain.hire(Fake(seconds=SLOW))
+    plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: len(stream.pieces) > 2)
     shown = plain.client.get(f"/v1/jobs/{stream.job}").json()
@@ -246,7 +246,7 @@ def test_job_progress_and_events(plain):
 
 
 def test_cancelled_job_stops_at_its_worker(plain):
-    hand = plain.hire(Fake(seconds=SLOW))
+    hand = plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=2000)
     eventually(lambda: stream.pieces)
     assert plain.client.delete(f"/v1/jobs/{stream.job}").json()["state"] == "cancelled"
@@ -261,7 +261,7 @@ def test_cancelled_job_stops_at_its_worker(plain):
 @pytest.mark.parametrize("slots", [1, 4])
 def test_disconnect_cancels_the_job(plain, slots):
     """Whether it runs or waits."""
-    hand = plain.hire(Fake(seconds=SLOW), slots=slots)
+    hand = plain.hire(FakeBackend(seconds=SLOW), slots=slots)
     first = Stream(plain.client, "first", 2000)
     eventually(lambda: first.pieces)
     with pytest.raises(httpx.ReadTimeout):
@@ -274,13 +274,13 @@ def test_disconnect_cancels_the_job(plain, slots):
 
 
 def test_disconnect_with_idempotency_key_keeps_the_job(plain):
-    hand = plain.hire(Fake(seconds=SLOW))
+    hand = plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, "back", 10, once="k")
     eventually(lambda: stream.pieces)
     stream.leave()
     stream.end()
     assert text(ask(plain.client, "back", 10, once="k")) == answer("back", count=10)
-    assert len(hand.backend.asked) == 1
+    assert len(hand.backend.requests) == 1
 
 
 # Keys
@@ -306,7 +306,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def test_jobs_are_private_to_their_key(guarded):
-    guarded.hire(Fake(seconds=SLOW), key=WORKER)
+    guarded.hire(FakeBackend(seconds=SLOW), key=WORKER)
     stream = Stream(guarded.client, count=10)
     eventually(lambda: stream.pieces)
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
@@ -339,23 +339,23 @@ def test_worker_keys_open_only_worker_routes(guarded):
 
 def test_refused_worker_stops_with_the_reason(guarded):
     for key, backend, why in (
-        ("wrong", Fake(), "valid API key"),
-        (ANNA, Fake(), "worker's key"),
-        (WORKER, Fake("another"), "may not offer another"),
-        (None, Fake(), "valid API key"),
+        ("wrong", FakeBackend(), "valid API key"),
+        (ANNA, FakeBackend(), "worker's key"),
+        (WORKER, FakeBackend("another"), "may not offer another"),
+        (None, FakeBackend(), "valid API key"),
     ):
         hand = guarded.hire(backend, key=key)
         with pytest.raises(Exception, match=why):
             hand.future.result(20)
     assert not guarded.gateway.workers.sessions
-    assert guarded.hire(Fake("another"), key=OTHER).worker.connected.is_set()
+    assert guarded.hire(FakeBackend("another"), key=OTHER).worker.connected.is_set()
 
 
 # Ends and beginnings
 
 
 def test_draining_worker_finishes_its_jobs_and_takes_no_more(plain):
-    hand = plain.hire(Fake(seconds=SLOW), slots=2)
+    hand = plain.hire(FakeBackend(seconds=SLOW), slots=2)
     streams = [Stream(plain.client, f"{n}", 10) for n in range(4)]
     eventually(lambda: len(hand.backend.running) == 2)
     hand.drain()
@@ -364,11 +364,11 @@ def test_draining_worker_finishes_its_jobs_and_takes_no_more(plain):
     assert {each.crashes for each in plain.do(plain.gateway.store.list_jobs("queued"))} == {0}
     plain.hire()
     assert sorted(stream.end().text for stream in streams) == sorted(answer(f"{n}", count=10) for n in range(4))
-    assert len(hand.backend.asked) == 2 and plain.gateway.leases.expired == 0
+    assert len(hand.backend.requests) == 2 and plain.gateway.leases.expired == 0
 
 
 def test_drain_timeout_releases_jobs_without_a_crash(plain):
-    hand = plain.hire(Fake(seconds=SLOW))
+    hand = plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=30)
     eventually(lambda: len(stream.pieces) > 3)
     hand.drain(0.0)
@@ -381,7 +381,7 @@ def test_drain_timeout_releases_jobs_without_a_crash(plain):
 
 
 def test_draining_gateway_finishes_running_jobs(plain):
-    plain.hire(Fake(seconds=SLOW))
+    plain.hire(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: stream.pieces)
     plain.server.call_sync(lambda: setattr(plain.server.app.state, "draining", True))
@@ -393,7 +393,7 @@ def test_draining_gateway_finishes_running_jobs(plain):
 
 def test_workers_and_readers_survive_a_gateway_restart(tmp_path):
     """The worker lives on another loop than both gateways do."""
-    backend, slots = Fake(seconds=SLOW), 4
+    backend, slots = FakeBackend(seconds=SLOW), 4
     with site(tmp_path / "beside.sqlite") as beside:
         with site(tmp_path / "jobs.sqlite") as first:
             hand = beside.hire(backend, urls=[first.url], slots=slots)
@@ -408,7 +408,7 @@ def test_workers_and_readers_survive_a_gateway_restart(tmp_path):
             again = [Stream(second.client, f"{n}", 40, once=f"k{n}") for n in range(slots)]
             for n, stream in enumerate(again):
                 assert stream.end().text == answer(f"{n}", count=40) and stream.done
-            assert len(backend.asked) == slots and backend.steps == 40 * slots, "nothing was computed twice"
+            assert len(backend.requests) == slots and backend.steps == 40 * slots, "nothing was computed twice"
             assert second.gateway.leases.expired == second.gateway.leases.fenced == 0
             hand.stop()
 

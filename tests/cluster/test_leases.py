@@ -24,7 +24,7 @@ from moesaic.cluster.protocols import WorkerInfo
 from moesaic.cluster.store import open_store
 from moesaic.cluster.worker import agent, running_job
 from moesaic.errors import NotFound, Overloaded, Unavailable
-from tests.support.backend import Fake, answer
+from tests.support.backend import FakeBackend, answer
 from tests.support.cluster import site
 from tests.support.completions import Stream
 from tests.support.wait import eventually
@@ -293,7 +293,7 @@ def test_long_messages_are_split(tmp_path, monkeypatch):
     """An event that is too long by itself fails its job, not the worker; so does an outcome."""
     monkeypatch.setattr(agent, "MESSAGE_BYTES", 300)
 
-    class Large(Fake):
+    class Large(FakeBackend):
         async def embed(self, model: str, texts: Any) -> tuple[list[list[float]], int]:
             return [[0.5] * 200], 1
 
@@ -319,10 +319,10 @@ def test_unknown_operation_fails(tmp_path):
 
 
 def test_release_is_retried_until_acknowledged(tmp_path, monkeypatch):
-    class Full(Fake):
+    class Full(FakeBackend):
         async def generate(self, request: GenerationRequest) -> Any:
-            if not self.asked:
-                self.asked.append(request)
+            if not self.requests:
+                self.requests.append(request)
                 raise Overloaded("not now")
             return await super().generate(request)
 
@@ -344,7 +344,7 @@ def test_release_is_retried_until_acknowledged(tmp_path, monkeypatch):
 
 def test_finish_is_sent_by_the_next_connection():
     async def main() -> None:
-        made = agent.Worker(Fake(), ["http://127.0.0.1:1"], name="w")
+        made = agent.Worker(FakeBackend(), ["http://127.0.0.1:1"], name="w")
         made._start(wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(wire.pack_request(REQUEST))))
         job = made._jobs["id"]
         assert job.task is not None
@@ -368,7 +368,7 @@ def test_finish_is_sent_by_the_next_connection():
 
 def test_stale_acknowledgement_does_not_cancel_a_newer_lease():
     async def main() -> None:
-        made = agent.Worker(Fake(seconds=60), ["http://127.0.0.1:1"], name="w")
+        made = agent.Worker(FakeBackend(seconds=60), ["http://127.0.0.1:1"], name="w")
         lease = wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(wire.pack_request(REQUEST)))
         made._start(lease)
         older = made._jobs["id"]

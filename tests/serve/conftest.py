@@ -1,4 +1,4 @@
-"""The application over a scripted backend, behind a real socket."""
+"""Fixtures: a server over a scripted backend, on a real socket."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def _closed() -> Iterator[None]:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with running() as found:
-        yield found
+    with running() as server:
+        yield server

@@ -1,4 +1,4 @@
-"""Anthropic's API over a scripted model: shapes, streams, what becomes of blocks, errors as clients read them."""
+"""Tests of Anthropic's Messages API: replies, streams, content blocks, tools and errors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from moesaic.backend import ToolCall
 from moesaic.errors import NumericalError, Overloaded, Unavailable
 from moesaic.serve import keys
 from tests.support.backend import Script
+from tests.support.http import post
 from tests.support.server import running
 
-ASK = {"model": "scripted", "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
+BODY = {"model": "scripted", "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}
 CALLS = (
     ToolCall(0, "call_a", "weather", '{"city":'),
@@ -22,30 +23,29 @@ CALLS = (
 )
 
 
-def post(server, body, path="/v1/messages", **options):
-    headers = {"anthropic-version": "2023-06-01"} | options.pop("headers", {})
-    return httpx.post(server.url + path, json=body, headers=headers, timeout=30, **options)
+def send(server, body, path="/v1/messages", headers=None):
+    return post(server, path, body, headers={"anthropic-version": "2023-06-01"} | (headers or {}))
 
 
 def stream(server, body):
-    """Return the kinds and the contents of the events of an answer."""
-    answer = post(server, body | {"stream": True})
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    found = []
-    for block in answer.text.strip().split("\n\n"):
+    """Return the data of the events of a streamed reply; check that each event has the name of its type."""
+    response = send(server, body | {"stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = []
+    for block in response.text.strip().split("\n\n"):
         kind, data = block.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert kind == f"event: {found[-1]['type']}"
-    return found
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert kind == f"event: {events[-1]['type']}"
+    return events
 
 
-def test_a_whole_answer(server):
+def test_a_reply_has_anthropics_shape(server):
     server.backend.script = Script(cached=1)
-    answer = post(server, ASK)
-    found = answer.json()
-    assert found.pop("id").startswith("msg_") and answer.headers["request-id"]
-    assert found == {
+    response = send(server, BODY)
+    reply = response.json()
+    assert reply.pop("id").startswith("msg_") and response.headers["request-id"]
+    assert reply == {
         "type": "message",
         "role": "assistant",
         "model": "scripted",
@@ -61,19 +61,19 @@ def test_a_whole_answer(server):
     }
 
 
-def test_a_stream(server):
-    found = stream(server, ASK)
-    assert [event["type"] for event in found] == [
+def test_a_stream_has_anthropics_events(server):
+    events = stream(server, BODY)
+    assert [event["type"] for event in events] == [
         *("message_start", "content_block_start", "ping"),
         *["content_block_delta"] * 4,
         *("content_block_stop", "message_delta", "message_stop"),
     ]
-    begin = found[0]["message"]
+    begin = events[0]["message"]
     assert (begin["content"], begin["stop_reason"], begin["usage"]["input_tokens"]) == ([], None, 2)
-    assert found[1] == {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
-    assert "".join(event["delta"]["text"] for event in found[3:7]) == "Hello, world!"
-    assert found[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
-    assert found[-2]["usage"]["output_tokens"] == 4
+    assert events[1] == {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    assert "".join(event["delta"]["text"] for event in events[3:7]) == "Hello, world!"
+    assert events[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
+    assert events[-2]["usage"]["output_tokens"] == 4
 
 
 @pytest.mark.parametrize(
@@ -84,24 +84,24 @@ def test_a_stream(server):
         (Script(calls=CALLS), {"tools": [TOOL]}, ("tool_use", None)),
     ],
 )
-def test_why_an_answer_ends(server, script, more, reason):
+def test_stop_reasons(server, script, more, reason):
     server.backend.script = script
-    found = post(server, ASK | more).json()
-    assert (found["stop_reason"], found["stop_sequence"]) == reason
-    delta = stream(server, ASK | more)[-2]["delta"]
+    reply = send(server, BODY | more).json()
+    assert (reply["stop_reason"], reply["stop_sequence"]) == reason
+    delta = stream(server, BODY | more)[-2]["delta"]
     assert (delta["stop_reason"], delta["stop_sequence"]) == reason
 
 
-def test_calls_of_tools(server):
+def test_tool_calls(server):
     server.backend.script = Script(pieces=("Let me see.",), calls=CALLS)
-    found = post(server, ASK | {"tools": [TOOL]}).json()
-    assert found["content"] == [
+    reply = send(server, BODY | {"tools": [TOOL]}).json()
+    assert reply["content"] == [
         {"type": "text", "text": "Let me see."},
         {"type": "tool_use", "id": "call_a", "name": "weather", "input": {"city": "Oslo"}},
         {"type": "tool_use", "id": "call_b", "name": "weather", "input": {}},
     ]
-    found = stream(server, ASK | {"tools": [TOOL]})
-    blocks = [event for event in found if event["type"].startswith("content_block")]
+    events = stream(server, BODY | {"tools": [TOOL]})
+    blocks = [event for event in events if event["type"].startswith("content_block")]
     assert [(event["type"].removeprefix("content_block_"), event["index"]) for event in blocks] == [
         *(("start", 0), ("delta", 0), ("stop", 0)),
         *(("start", 1), ("delta", 1), ("delta", 1), ("stop", 1)),
@@ -111,19 +111,19 @@ def test_calls_of_tools(server):
     assert "".join(event["delta"]["partial_json"] for event in blocks[4:6]) == '{"city": "Oslo"}'
 
 
-def test_an_answer_that_is_only_a_call(server):
+def test_a_reply_with_only_a_tool_call(server):
     server.backend.script = Script(pieces=(), calls=CALLS[:2])
-    assert [block["type"] for block in post(server, ASK).json()["content"]] == ["tool_use"]
-    assert [event["type"] for event in stream(server, ASK)][1:3] == ["content_block_start", "ping"]
+    assert [block["type"] for block in send(server, BODY).json()["content"]] == ["tool_use"]
+    assert [event["type"] for event in stream(server, BODY)][1:3] == ["content_block_start", "ping"]
 
 
-def test_a_call_that_max_tokens_cut_has_no_input(server):
+def test_a_truncated_tool_call_has_empty_input(server):
     server.backend.script = Script(pieces=(), calls=CALLS[:1])
-    assert post(server, ASK).json()["content"][0]["input"] == {}
+    assert send(server, BODY).json()["content"][0]["input"] == {}
 
 
-def test_what_is_asked_reaches_the_door(server):
-    body = ASK | {
+def test_the_backend_receives_all_parameters(server):
+    body = BODY | {
         "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}, text("Be kind.")],
         "temperature": 0.5,
         "top_p": 0,
@@ -135,23 +135,23 @@ def test_what_is_asked_reaches_the_door(server):
         "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True},
         "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
     }
-    assert post(server, body).status_code == 200
-    [ask] = server.backend.asked
-    assert ask.messages[0] == {"role": "system", "content": "Be brief.\n\nBe kind."}
-    assert ask.sampling == {"max_tokens": 50, "temperature": 0.5, "top_p": 1e-9, "top_k": 3, "stop": ("END",)}
+    assert send(server, body).status_code == 200
+    [request] = server.backend.requests
+    assert request.messages[0] == {"role": "system", "content": "Be brief.\n\nBe kind."}
+    assert request.sampling == {"max_tokens": 50, "temperature": 0.5, "top_p": 1e-9, "top_k": 3, "stop": ("END",)}
     schema = TOOL["input_schema"]
     function = {"name": "weather", "description": "Tells it.", "parameters": schema}
-    assert ask.tools == ({"type": "function", "function": function},)
-    assert ask.tool_choice == {"type": "function", "function": {"name": "weather"}}
-    assert not ask.parallel_tool_calls and not ask.continue_final
-    assert ask.grammar == ("json_schema", {"type": "object"})
+    assert request.tools == ({"type": "function", "function": function},)
+    assert request.tool_choice == {"type": "function", "function": {"name": "weather"}}
+    assert not request.parallel_tool_calls and not request.continue_final
+    assert request.grammar == ("json_schema", {"type": "object"})
 
 
 def text(content):
     return {"type": "text", "text": content}
 
 
-def test_results_of_tools_become_turns_of_their_own(server):
+def test_tool_results_become_tool_messages(server):
     calls = [
         text("Let me see."),
         {"type": "thinking", "thinking": "hm", "signature": ""},
@@ -163,9 +163,9 @@ def test_results_of_tools_become_turns_of_their_own(server):
         text("And now?"),
     ]
     turns = [{"role": "assistant", "content": calls}, {"role": "user", "content": results}]
-    assert post(server, ASK | {"messages": ASK["messages"] + turns}).status_code == 200
+    assert send(server, BODY | {"messages": BODY["messages"] + turns}).status_code == 200
     function = {"name": "weather", "arguments": '{"city":"Oslo"}'}
-    assert server.backend.asked[0].messages == (
+    assert server.backend.requests[0].messages == (
         {"role": "user", "content": "Hi"},
         {
             "role": "assistant",
@@ -178,19 +178,19 @@ def test_results_of_tools_become_turns_of_their_own(server):
     )
 
 
-def test_the_assistants_last_message_is_continued(server):
-    turns = [*ASK["messages"], {"role": "assistant", "content": "Hel"}]
-    assert post(server, ASK | {"messages": turns}).status_code == 200
-    assert server.backend.asked[0].continue_final
+def test_a_last_assistant_message_is_continued(server):
+    turns = [*BODY["messages"], {"role": "assistant", "content": "Hel"}]
+    assert send(server, BODY | {"messages": turns}).status_code == 200
+    assert server.backend.requests[0].continue_final
 
 
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [({"type": "auto"}, "auto"), ({"type": "any"}, "required"), ({"type": "none"}, "none"), (None, "auto")],
 )
-def test_choices_of_tools(server, choice, expected):
-    assert post(server, ASK | {"tools": [TOOL], "tool_choice": choice}).status_code == 200
-    assert server.backend.asked[0].tool_choice == expected
+def test_tool_choice(server, choice, expected):
+    assert send(server, BODY | {"tools": [TOOL], "tool_choice": choice}).status_code == 200
+    assert server.backend.requests[0].tool_choice == expected
 
 
 RESULT = {"type": "tool_result", "tool_use_id": "call_a"}
@@ -219,19 +219,19 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"output_config": {"format": {"type": "poem"}}}, "json_schema"),
     ],
 )
-def test_what_cannot_be_is_refused(server, change, message):
-    answer = post(server, ASK | change)
-    assert answer.status_code == 400, answer.text
-    found = answer.json()
-    assert (found["type"], found["error"]["type"]) == ("error", "invalid_request_error")
-    assert message in found["error"]["message"]
-    assert not server.backend.asked
+def test_invalid_requests_are_refused(server, change, message):
+    response = send(server, BODY | change)
+    assert response.status_code == 400, response.text
+    reply = response.json()
+    assert (reply["type"], reply["error"]["type"]) == ("error", "invalid_request_error")
+    assert message in reply["error"]["message"]
+    assert not server.backend.requests
 
 
-def test_counting(server):
+def test_count_tokens(server):
     body = {"model": "scripted", "system": "Be brief.", "messages": [{"role": "user", "content": "one two three"}]}
-    assert post(server, body, "/v1/messages/count_tokens").json() == {"input_tokens": 6}
-    assert not server.backend.asked
+    assert send(server, body, "/v1/messages/count_tokens").json() == {"input_tokens": 6}
+    assert not server.backend.requests
 
 
 @pytest.mark.parametrize(
@@ -243,43 +243,43 @@ def test_counting(server):
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_refusal_is_a_status(server, error, status, kind, streamed):
+def test_backend_refusals_become_http_errors(server, error, status, kind, streamed):
     server.backend.script = Script(refusal=error)
-    answer = post(server, ASK | {"stream": streamed})
-    assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
-    assert ("retry-after" in answer.headers) == (status != 500)
+    response = send(server, BODY | {"stream": streamed})
+    assert (response.status_code, response.json()["error"]["type"]) == (status, kind)
+    assert ("retry-after" in response.headers) == (status != 500)
 
 
-def test_an_error_in_a_stream_is_an_event_and_nothing_follows(server):
+def test_an_error_event_ends_a_stream(server):
     server.backend.script = Script(error=NumericalError("the model computed NaN"))
-    found = stream(server, ASK)
+    events = stream(server, BODY)
     error = {"type": "api_error", "message": "the model computed NaN"}
-    assert found[-1] == {"type": "error", "error": error}
-    assert not {"message_stop", "message_delta"} & {event["type"] for event in found}
-    assert post(server, ASK).status_code == 500
+    assert events[-1] == {"type": "error", "error": error}
+    assert not {"message_stop", "message_delta"} & {event["type"] for event in events}
+    assert send(server, BODY).status_code == 500
 
 
-def test_errors_around_the_routes_have_anthropics_shape(server):
-    assert post(server, ASK | {"model": "other-1"}).json()["error"]["type"] == "not_found_error"
-    for answer in (httpx.get(server.url + "/v1/messages"), post(server, ASK, "/v1/messages/batches")):
-        assert answer.json()["type"] == "error", answer.text
-    assert "type" not in post(server, ASK, "/v1/nothing").json()
+def test_routing_errors_have_anthropics_shape(server):
+    assert send(server, BODY | {"model": "other-1"}).json()["error"]["type"] == "not_found_error"
+    for response in (httpx.get(server.url + "/v1/messages"), send(server, BODY, "/v1/messages/batches")):
+        assert response.json()["type"] == "error", response.text
+    assert "type" not in send(server, BODY, "/v1/nothing").json()
 
 
-def test_keys_as_anthropics_clients_send_them():
+def test_the_x_api_key_header_authenticates():
     written, key = keys.new("anna")
     with running(keys=keys.Keys((key,))) as server:
-        assert post(server, ASK).json()["error"]["type"] == "authentication_error"
-        assert post(server, ASK, headers={"x-api-key": written}).status_code == 200
+        assert send(server, BODY).json()["error"]["type"] == "authentication_error"
+        assert send(server, BODY, headers={"x-api-key": written}).status_code == 200
 
 
-def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
+def test_streamed_and_whole_replies_are_equal(tales):
     body = {"max_tokens": 30, "temperature": 0, "messages": [{"role": "user", "content": "Tell a story."}]}
-    whole = post(tales, body).json()
-    found = stream(tales, body)
-    joined = "".join(event["delta"]["text"] for event in found if event["type"] == "content_block_delta")
+    whole = send(tales, body).json()
+    events = stream(tales, body)
+    joined = "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
     assert joined == whole["content"][0]["text"] and len(joined) > 20
-    counted = post(tales, body, "/v1/messages/count_tokens").json()["input_tokens"]
-    begin = found[0]["message"]["usage"]["input_tokens"]
+    counted = send(tales, body, "/v1/messages/count_tokens").json()["input_tokens"]
+    begin = events[0]["message"]["usage"]["input_tokens"]
     usage = whole["usage"]
     assert begin == counted == usage["input_tokens"] + usage["cache_read_input_tokens"]

@@ -1,4 +1,4 @@
-"""One request from its bytes to its answer: what is no JSON, who leaves, who waits, what breaks."""
+"""Tests of the application: JSON bodies, disconnects, timeouts and unexpected errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from moesaic.backend import Finished, ModelStats
 from moesaic.errors import NumericalError, Overloaded
 from moesaic.serve.settings import Settings
-from tests.support.backend import Script, Scripted, ScriptedAnswers
-from tests.support.http import CHAT, Raw
+from tests.support.backend import Script, ScriptedBackend, ScriptedStream
+from tests.support.http import CHAT, Raw, post
 from tests.support.server import running
 from tests.support.wait import eventually
 
@@ -23,13 +23,9 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def usual():
-    with running() as found:
-        yield found
-
-
-def post(server, body, **options):
-    return httpx.post(server.url + PATH, json=body, timeout=30, **options)
+def shared_server():
+    with running() as server:
+        yield server
 
 
 def send(server, content: bytes, headers=JSON):
@@ -79,78 +75,81 @@ WHOLE = '{"messages": [{"role": "user", "content": "Hi"}], "x": %s}'
     ],
     ids=lambda content: repr(content[:40]),
 )
-def test_what_is_no_json_of_ours_is_400(usual, content):
-    before = len(usual.backend.asked)
-    answer = send(usual, content)
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert len(answer.content) < 1000
-    assert len(usual.backend.asked) == before
+def test_invalid_json_is_400(shared_server, content):
+    before = len(shared_server.backend.requests)
+    response = send(shared_server, content)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert len(response.content) < 1000
+    assert len(shared_server.backend.requests) == before
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "seed", "max_tokens", "n", "top_k", "priority", "min_p"])
 @pytest.mark.parametrize("value", ["9" * 400, "-" + "9" * 400, "1e308", "1e999", "NaN", "true", '"1"', "[]", "{}"])
-def test_no_number_is_taken_for_granted(usual, field, value):
-    answer = send(usual, f'{{"messages": [{{"role": "user", "content": "Hi"}}], "{field}": {value}}}'.encode())
-    assert answer.status_code == 400, answer.text
+def test_out_of_range_numbers_are_400(shared_server, field, value):
+    response = send(
+        shared_server, f'{{"messages": [{{"role": "user", "content": "Hi"}}], "{field}": {value}}}'.encode()
+    )
+    assert response.status_code == 400, response.text
 
 
-def test_whole_characters_and_the_deepest_json_are_read(usual):
+def test_surrogate_pairs_and_deep_json_are_accepted(shared_server):
     content = '{"messages": [{"role": "user", "content": "\\ud83d\\ude00 \\u0000 \U0001f600"}], "x": %s}'
-    assert send(usual, (content % ("[" * 28 + "]" * 28)).encode()).status_code == 200
-    assert usual.backend.asked[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
+    assert send(shared_server, (content % ("[" * 28 + "]" * 28)).encode()).status_code == 200
+    assert shared_server.backend.requests[-1].messages[0]["content"] == "\U0001f600 \0 \U0001f600"
 
 
-def test_a_long_body_is_read_too(usual):
+def test_a_long_body_is_accepted(shared_server):
     long = "tale " * 100_000
-    assert post(usual, {"messages": [{"role": "user", "content": long}]}).status_code == 200
-    assert usual.backend.asked[-1].messages[0]["content"] == long
+    assert post(shared_server, PATH, {"messages": [{"role": "user", "content": long}]}).status_code == 200
+    assert shared_server.backend.requests[-1].messages[0]["content"] == long
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 @pytest.mark.parametrize("more", ["", "; charset=utf-8"])
-def test_only_json_is_taken(usual, kind, more):
-    answer = send(usual, json.dumps(CHAT).encode(), {"content-type": kind + more})
-    assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
+def test_other_content_types_are_415(shared_server, kind, more):
+    response = send(shared_server, json.dumps(CHAT).encode(), {"content-type": kind + more})
+    assert response.status_code == 415 and "application/json" in response.json()["error"]["message"]
     for fine in ("application/json", "APPLICATION/JSON; charset=utf-8", "application/vnd.x+json"):
-        assert send(usual, json.dumps(CHAT).encode(), {"content-type": fine}).status_code == 200
-    with Raw(usual) as raw:
+        assert send(shared_server, json.dumps(CHAT).encode(), {"content-type": fine}).status_code == 200
+    with Raw(shared_server) as raw:
         data = json.dumps(CHAT)
         raw.send(f"POST {PATH} HTTP/1.1\r\nHost: {raw.host}\r\nContent-Length: {len(data)}\r\n\r\n{data}")
         assert raw.status() == 415
 
 
-def test_a_request_keeps_its_id_and_a_strange_one_gets_another(usual):
-    assert post(usual, CHAT, headers={"x-request-id": "job-7.a_b"}).headers["x-request-id"] == "job-7.a_b"
-    for given in ("a b", "x" * 65, "<script>", ""):
-        shown = post(usual, CHAT, headers={"x-request-id": given}).headers["x-request-id"]
-        assert shown != given and len(shown) == 16
+def test_invalid_request_ids_are_replaced(shared_server):
+    assert post(shared_server, PATH, CHAT, headers={"x-request-id": "job-7.a_b"}).headers["x-request-id"] == "job-7.a_b"
+    for request_id in ("a b", "x" * 65, "<script>", ""):
+        returned = post(shared_server, PATH, CHAT, headers={"x-request-id": request_id}).headers["x-request-id"]
+        assert returned != request_id and len(returned) == 16
 
 
-def test_no_request_opens_a_connection_to_anywhere(usual, monkeypatch):
+def test_requests_cause_no_outgoing_connections(shared_server, monkeypatch):
     reached = []
-    connect, mine = socket.socket.connect, threading.get_ident()
+    connect, client_thread = socket.socket.connect, threading.get_ident()
 
-    def watched(self, address):
-        if threading.get_ident() != mine:  # the server's threads, and not the client
+    def record_connect(self, address):
+        if threading.get_ident() != client_thread:  # count only the connections of the server's threads
             reached.append(address)
         return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", watched)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **_: reached.append(asked) or [])
-    monkeypatch.setattr(usual.loop, "create_connection", lambda *asked, **_: reached.append(asked))
-    evil = "http://169.254.169.254/latest"
+    monkeypatch.setattr(socket.socket, "connect", record_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: reached.append(address) or [])
+    monkeypatch.setattr(shared_server.loop, "create_connection", lambda *address, **_: reached.append(address))
+    target = "http://169.254.169.254/latest"
     bodies = [
-        CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": evil}}]}]},
-        CHAT | {"messages": [{"role": "user", "content": f"![]({evil})"}], "documents": [evil], "chat_template": evil},
-        {"prompt": evil, "input": evil, "inputs": evil, "url": evil, "model": evil, "lora_path": evil},
-        {"prompt": evil, "input": evil, "inputs": evil},
+        CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": target}}]}]},
+        CHAT
+        | {"messages": [{"role": "user", "content": f"![]({target})"}], "documents": [target], "chat_template": target},
+        {"prompt": target, "input": target, "inputs": target, "url": target, "model": target, "lora_path": target},
+        {"prompt": target, "input": target, "inputs": target},
     ]
-    for endpoint in usual.app.services.endpoints:
+    for endpoint in shared_server.app.services.endpoints:
         for body in bodies if endpoint.body else [b""]:
-            with Raw(usual) as raw:
+            with Raw(shared_server) as raw:
                 head = (
-                    f"{endpoint.method} {endpoint.path.replace('{name:path}', evil)} HTTP/1.1\r\nHost: {raw.host}\r\n"
+                    f"{endpoint.method} {endpoint.path.replace('{name:path}', target)} HTTP/1.1\r\nHost: {raw.host}\r\n"
                 )
                 data = json.dumps(body) if body else ""
                 head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -158,10 +157,10 @@ def test_no_request_opens_a_connection_to_anywhere(usual, monkeypatch):
     assert reached == []
 
 
-# Who leaves
+# Disconnects
 
 
-def test_a_client_who_leaves_a_stream_takes_its_request_back(server):
+def test_a_disconnect_cancels_a_stream(server):
     server.backend.script = Script(held=True)
     raw = Raw(server).post(CHAT | {"stream": True})
     raw.until(b"Hello")
@@ -172,41 +171,41 @@ def test_a_client_who_leaves_a_stream_takes_its_request_back(server):
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
-def test_a_client_who_leaves_before_a_whole_answer_takes_its_request_back(server, path):
+def test_a_disconnect_cancels_a_whole_reply(server, path):
     server.backend.script = Script(held=True)
     raw = Raw(server).post(CHAT | {"prompt": ["one", "two"], "n": 2}, path=path)
-    asked = 1 if path == PATH else 2
-    eventually(lambda: len(server.backend.asked) == asked)
+    count = 1 if path == PATH else 2
+    eventually(lambda: len(server.backend.requests) == count)
     assert server.backend.cancelled == 0
     raw.socket.close()
-    eventually(lambda: server.backend.cancelled == asked)
+    eventually(lambda: server.backend.cancelled == count)
     eventually(lambda: server.app.state.running == 0)
 
 
-def test_a_client_who_leaves_while_a_refusal_is_worked_out_leaves_nothing(server):
-    """Before the door has taken the request in: a model may be loading, or its text being read."""
-    came, go, taken = threading.Event(), asyncio.Event(), []
+def test_a_disconnect_cancels_a_pending_generate_call(server):
+    """The backend has not accepted the request yet: a model is loading, or the prompt is being tokenized."""
+    entered, go, cancelled = threading.Event(), asyncio.Event(), []
 
-    async def slow(ask):
-        came.set()
+    async def slow(request):
+        entered.set()
         try:
             await go.wait()
         finally:
-            taken.append(ask)
+            cancelled.append(request)
 
     server.backend.generate = slow
     raw = Raw(server).post(CHAT)
-    assert came.wait(20)
+    assert entered.wait(20)
     raw.socket.close()
-    eventually(lambda: taken and server.app.state.running == 0)
+    eventually(lambda: cancelled and server.app.state.running == 0)
 
 
-# Who waits
+# Timeouts
 
 
-def test_a_silent_stream_gets_comments():
+def test_an_idle_stream_sends_keep_alive_comments():
     quick = Settings(keep_alive_seconds=0.1)
-    with running(lambda: Scripted(Script(held=True)), quick) as server, Raw(server) as raw:
+    with running(lambda: ScriptedBackend(Script(held=True)), quick) as server, Raw(server) as raw:
         raw.post(CHAT | {"stream": True})
         raw.until(b": keep-alive\n\n")
         raw.until(b": keep-alive\n\n")
@@ -214,112 +213,113 @@ def test_a_silent_stream_gets_comments():
         assert b"[DONE]" in raw.until(b"0\r\n\r\n")
 
 
-class Waiting(Scripted):
-    """A door behind which nothing begins."""
+class QueueingBackend(ScriptedBackend):
+    """Backend that accepts requests and never starts them."""
 
     async def generate(self, request):
-        answers = await super().generate(request)
-        answers.__class__ = Never
-        return answers
+        await super().generate(request)
+        return QueuedStream(self, request, self.script)
 
 
-class Never(ScriptedAnswers):
+class QueuedStream(ScriptedStream):
     async def __aiter__(self):
         await asyncio.Event().wait()
         yield Finished(0, "stop", 1, 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_waits_too_long_for_his_turn_is_told_to_come_back(stream):
-    with running(Waiting, Settings(queue_seconds=0.2)) as server:
-        answer = post(server, CHAT | {"stream": stream})
-        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+def test_a_queue_timeout_is_503(stream):
+    with running(QueueingBackend, Settings(queue_seconds=0.2)) as server:
+        response = post(server, PATH, CHAT | {"stream": stream})
+        assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
         assert server.backend.cancelled == 1
 
 
-def test_who_waits_too_long_to_be_let_in_at_all_is_told_to_come_back():
-    class Closed(Scripted):
+def test_a_generate_call_timeout_is_503():
+    class BlockedBackend(ScriptedBackend):
         async def generate(self, request):
             await asyncio.Event().wait()
 
-    with running(Closed, Settings(queue_seconds=0.2)) as server:
-        answer = post(server, CHAT)
-        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+    with running(BlockedBackend, Settings(queue_seconds=0.2)) as server:
+        response = post(server, PATH, CHAT)
+        assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
 
 
-def test_a_turn_that_has_come_is_not_waited_for():
-    with running(lambda: Scripted(Script(pause=0.2)), Settings(queue_seconds=0.3)) as server:
-        assert post(server, CHAT).status_code == 200
-    with running(lambda: Scripted(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=1.5)) as server:
-        answer = post(server, CHAT)
-        assert answer.status_code == 504 and server.backend.cancelled == 1
+def test_the_queue_timeout_ends_when_the_prompt_is_read():
+    with running(lambda: ScriptedBackend(Script(pause=0.2)), Settings(queue_seconds=0.3)) as server:
+        assert post(server, PATH, CHAT).status_code == 200
+    with running(
+        lambda: ScriptedBackend(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=1.5)
+    ) as server:
+        response = post(server, PATH, CHAT)
+        assert response.status_code == 504 and server.backend.cancelled == 1
 
 
-def test_an_answer_that_takes_too_long_is_an_event_in_a_stream():
-    with running(lambda: Scripted(Script(held=True)), Settings(request_seconds=0.3)) as server:
-        answer = post(server, CHAT | {"stream": True})
-        assert answer.status_code == 200 and "[DONE]" not in answer.text
-        last = json.loads(answer.text.split("data: ")[-1])
+def test_a_request_timeout_ends_a_stream_with_an_error():
+    with running(lambda: ScriptedBackend(Script(held=True)), Settings(request_seconds=0.3)) as server:
+        response = post(server, PATH, CHAT | {"stream": True})
+        assert response.status_code == 200 and "[DONE]" not in response.text
+        last = json.loads(response.text.split("data: ")[-1])
         assert last["error"]["code"] == 504
         eventually(lambda: server.backend.cancelled == 1)
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
-def test_time_runs_out_for_several_at_once(path):
-    with running(lambda: Scripted(Script(held=True)), Settings(request_seconds=0.3)) as server:
+def test_a_request_timeout_cancels_all_choices(path):
+    with running(lambda: ScriptedBackend(Script(held=True)), Settings(request_seconds=0.3)) as server:
         body = CHAT | {"prompt": ["a", "b", "c"], "n": 2}
-        answer = httpx.post(server.url + path, json=body, timeout=30)
-        assert answer.status_code == 504
+        response = httpx.post(server.url + path, json=body, timeout=30)
+        assert response.status_code == 504
         streamed = httpx.post(server.url + path, json=body | {"stream": True}, timeout=30)
         assert "[DONE]" not in streamed.text and '"code":504' in streamed.text
         eventually(lambda: server.app.state.running == 0)
 
 
-def test_time_runs_out_for_what_is_no_answer_too():
-    class Slow(Scripted):
+def test_a_request_timeout_applies_to_embeddings():
+    class SlowBackend(ScriptedBackend):
         async def embed(self, model, texts):
             await asyncio.Event().wait()
 
-    with running(Slow, Settings(request_seconds=0.2)) as server:
+    with running(SlowBackend, Settings(request_seconds=0.2)) as server:
         assert httpx.post(server.url + "/v1/embeddings", json={"input": "x"}, timeout=30).status_code == 504
 
 
-# What breaks
+# Errors
 
 
 def test_a_full_queue_is_429(server):
     server.backend.script = Script(refusal=Overloaded("257 requests are waiting already"))
-    answer = post(server, CHAT)
-    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    response = post(server, PATH, CHAT)
+    assert response.status_code == 429 and response.headers["retry-after"] == "1"
 
 
 class Panic(BaseException):
-    """As pyo3's."""
+    """Stands in for the exception of a Rust panic in pyo3, which is no ``Exception`` either."""
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the secret text"), Panic("the secret text"), KeyError("the secret")])
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_nobody_foresaw_is_500_without_its_text(server, caplog, error, stream):
+def test_unexpected_errors_are_500_without_details(server, caplog, error, stream):
     server.backend.script = Script(refusal=error)
-    answer = post(server, CHAT | {"stream": stream})
-    assert answer.status_code == 500 and "secret" not in answer.text
+    response = post(server, PATH, CHAT | {"stream": stream})
+    assert response.status_code == 500 and "secret" not in response.text
     server.backend.script = Script()
-    assert post(server, CHAT).status_code == 200
+    assert post(server, PATH, CHAT).status_code == 200
     assert "secret" not in caplog.text and "endpoint failed" in caplog.text
     assert caplog.records[0].error == type(error).__name__
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the secret"), NumericalError("NaN"), Panic("the secret")])
-def test_an_error_after_the_first_byte_is_never_a_good_end(server, error):
+def test_a_failed_stream_has_no_normal_end(server, error):
     server.backend.script = Script(error=error)
     with Raw(server) as raw:
-        answer = raw.post(CHAT | {"stream": True}, "Connection: close").rest()
-    assert answer.startswith(b"HTTP/1.1 200") and b"Hello" in answer
-    assert b"[DONE]" not in answer and b'"stop"' not in answer and b"secret" not in answer
-    assert b'"error"' in answer or not answer.endswith(b"0\r\n\r\n")
+        response = raw.post(CHAT | {"stream": True}, "Connection: close").rest()
+    assert response.startswith(b"HTTP/1.1 200") and b"Hello" in response
+    assert b"[DONE]" not in response and b'"stop"' not in response and b"secret" not in response
+    assert b'"error"' in response or not response.endswith(b"0\r\n\r\n")
 
 
-# Whether it gets on
+# Health
 
 
 def test_health_and_readiness():
@@ -331,20 +331,20 @@ def test_health_and_readiness():
             return [httpx.get(f"{server.url}/{name}").status_code for name in ("health", "ready")]
 
         assert states() == [200, 200]
-        server.backend.loads = {"scripted": ModelStats(running=1, steps=5)}
+        server.backend.model_stats = {"scripted": ModelStats(running=1, steps=5)}
         assert states() == [200, 200]
         now[0] = 9
         assert states() == [200, 200]
         now[0] = 11
         assert states() == [200, 503]
         assert "stalled" in httpx.get(server.url + "/ready").json()["status"]
-        server.backend.loads = {"scripted": ModelStats(running=1, steps=6)}
+        server.backend.model_stats = {"scripted": ModelStats(running=1, steps=6)}
         assert states() == [200, 200]
         now[0] = 99
-        server.backend.loads = {"scripted": ModelStats(steps=6)}  # nothing to do is no standstill
+        server.backend.model_stats = {"scripted": ModelStats(steps=6)}  # an idle engine has not stalled
         assert states() == [200, 200]
-        server.backend.loads = {"scripted": ModelStats(steps=6, waiting=1)}
+        server.backend.model_stats = {"scripted": ModelStats(steps=6, waiting=1)}
         assert states() == [200, 200]
-        server.backend.loads = {"scripted": ModelStats(alive=False)}
+        server.backend.model_stats = {"scripted": ModelStats(alive=False)}
         assert states() == [503, 503]
         assert httpx.get(server.url + "/ready").headers["retry-after"]

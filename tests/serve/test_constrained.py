@@ -1,4 +1,4 @@
-"""Grammars and tools over HTTP, on the built-in model."""
+"""Tests of grammars and tool calls over HTTP, with the built-in model."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ TOOLS = [
     {"type": "function", "function": {"name": "look", "description": "Look at an animal.", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "wait"}},
 ]
-HI = {"messages": [{"role": "user", "content": "What is there?"}], "max_tokens": 300, "seed": 3}
+BODY = {"messages": [{"role": "user", "content": "What is there?"}], "max_tokens": 300, "seed": 3}
 
 
 def ask(tales: Server, **body):
-    return httpx.post(tales.url + "/v1/chat/completions", json=HI | body, timeout=120)
+    return httpx.post(tales.url + "/v1/chat/completions", json=BODY | body, timeout=120)
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "constraint",
     [
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
         {"response_format": {"type": "json", "value": SCHEMA}},
         {"guided_json": SCHEMA},
     ],
 )
-def test_json_of_a_schema(tales, wanted):
-    [choice] = ask(tales, **wanted).json()["choices"]
+def test_a_json_schema_constrains_the_reply(tales, constraint):
+    [choice] = ask(tales, **constraint).json()["choices"]
     assert choice["finish_reason"] == "stop"
     jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
 
 
-def test_a_choice(tales):
+def test_guided_choice(tales):
     [choice] = ask(tales, guided_choice=["yes", "no"]).json()["choices"]
     assert choice["message"]["content"] in ("yes", "no")
 
 
-def test_a_bad_schema_is_a_bad_request(tales):
-    answer = ask(tales, guided_json={"properties": {"a": {"type": "strin"}}})
-    assert answer.status_code == 400
-    assert "#/properties/a: Invalid type: strin" in answer.json()["error"]["message"]
+def test_an_invalid_schema_is_400(tales):
+    response = ask(tales, guided_json={"properties": {"a": {"type": "strin"}}})
+    assert response.status_code == 400
+    assert "#/properties/a: Invalid type: strin" in response.json()["error"]["message"]
 
 
-def test_a_required_call(tales):
+def test_a_required_tool_call(tales):
     [choice] = ask(tales, tools=TOOLS, tool_choice="required", parallel_tool_calls=False).json()["choices"]
     assert choice["finish_reason"] == "tool_calls"
     [call] = choice["message"]["tool_calls"]
@@ -62,10 +62,10 @@ def test_a_required_call(tales):
     jsonschema.validate(arguments, SCHEMA if call["function"]["name"] == "look" else {"maxProperties": 0})
 
 
-def test_a_streamed_call_and_what_follows_it(tales):
+def test_a_streamed_tool_call_and_its_result(tales):
     named = {"type": "function", "function": {"name": "look"}}
-    answer = ask(tales, tools=TOOLS, tool_choice=named, stream=True)
-    chunks = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+    response = ask(tales, tools=TOOLS, tool_choice=named, stream=True)
+    chunks = [json.loads(line[6:]) for line in response.text.split("\n") if line.startswith("data: {")]
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     calls = [call for choice in choices for call in choice["delta"].get("tool_calls", ())]
     assert {call["index"] for call in calls} == {0}
@@ -74,8 +74,8 @@ def test_a_streamed_call_and_what_follows_it(tales):
     assert not "".join(choice["delta"].get("content") or "" for choice in choices).strip()
     assert choices[-1]["finish_reason"] == "tool_calls"
     function = {"name": "look", "arguments": arguments}
-    talk = [
-        *HI["messages"],
+    conversation = [
+        *BODY["messages"],
         {
             "role": "assistant",
             "content": None,
@@ -83,8 +83,8 @@ def test_a_streamed_call_and_what_follows_it(tales):
         },
         {"role": "tool", "tool_call_id": calls[0]["id"], "content": "It runs."},
     ]
-    assert ask(tales, messages=talk, tools=TOOLS, max_tokens=5).status_code == 200
-    refused = ask(tales, messages=talk[:2])
+    assert ask(tales, messages=conversation, tools=TOOLS, max_tokens=5).status_code == 200
+    refused = ask(tales, messages=conversation[:2])
     assert refused.status_code == 400
     assert "tool results are missing" in refused.json()["error"]["message"]
 
@@ -97,7 +97,7 @@ def test_a_streamed_call_and_what_follows_it(tales):
         ({"tool_choice": "required"}, "tool_choice"),
     ],
 )
-def test_refused(tales, body, param):
-    answer = ask(tales, **body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == param
+def test_invalid_tools_are_refused(tales, body, param):
+    response = ask(tales, **body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param

@@ -1,4 +1,4 @@
-"""The server as a process: its end, its keys read again, its certificate."""
+"""Tests of the server process: draining, signals, reloading of keys, and TLS."""
 
 from __future__ import annotations
 
@@ -26,37 +26,38 @@ import asyncio, sys
 from pathlib import Path
 from moesaic import cli
 from moesaic.cli import serving
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 
-async def opened(*_):
-    door = Scripted(Script(held=True))
+async def open_model(*_):
+    backend = ScriptedBackend(Script(held=True))
     async def watch():
         while not Path(sys.argv[1]).exists():
             await asyncio.sleep(0.01)
-        door.go.set()
-    door.watching = asyncio.ensure_future(watch())
-    return door
+        backend.go.set()
+    backend.watcher = asyncio.ensure_future(watch())
+    return backend
 
-serving.open_model = opened
+serving.open_model = open_model
 sys.exit(cli.main(["serve", "--port", "0", *sys.argv[2:]]))
 """
-"""``moesaic serve``, over a model that says one word and waits until a file is there."""
+"""Runs ``moesaic serve`` with a model that sends one word and then waits until a file exists."""
 
 
 @dataclass
 class Process:
-    """A server that runs by itself."""
+    """A server in a process of its own."""
 
     process: subprocess.Popen[str]
     url: str
     lines: list[dict[str, Any]]
     go: Any
+    """Path of the file that lets the model continue."""
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
     def read_until(self, event: str) -> dict[str, Any]:
-        """Return the next line of the log with that event."""
+        """Return the next log line with this event."""
         assert self.process.stderr
         for line in self.process.stderr:
             self.lines.append(json.loads(line))
@@ -71,20 +72,20 @@ class Process:
 
 @pytest.fixture
 def start(tmp_path) -> Iterator[Any]:
-    begun: list[subprocess.Popen[str]] = []
+    processes: list[subprocess.Popen[str]] = []
 
-    def run(*arguments: str, **environment: str) -> Process:
-        go = tmp_path / f"go{len(begun)}"
+    def start_server(*arguments: str, **environment: str) -> Process:
+        go = tmp_path / f"go{len(processes)}"
         command = [sys.executable, "-c", PROGRAM, str(go), *arguments]
         env = {name: value for name, value in os.environ.items() if name != "MOESAIC_API_KEYS"} | environment
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-        begun.append(process)
-        found = Process(process, "", [], go)
-        found.url = found.read_until("serving")["url"]
-        return found
+        processes.append(process)
+        server = Process(process, "", [], go)
+        server.url = server.read_until("serving")["url"]
+        return server
 
-    yield run
-    for process in begun:
+    yield start_server
+    for process in processes:
         process.kill()
         process.communicate()
 
@@ -96,7 +97,7 @@ def streaming(server: Process) -> Raw:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_runs_is_finished_and_what_comes_is_refused(start, number):
+def test_draining_finishes_streams_and_refuses_new_requests(start, number):
     server = start("--drain-timeout", "20")
     raw = streaming(server)
     assert httpx.get(server.url + "/ready").status_code == 200
@@ -112,7 +113,7 @@ def test_what_runs_is_finished_and_what_comes_is_refused(start, number):
     assert server.end()[0] == 0
 
 
-def test_idle_it_ends_at_once_and_closes_what_is_kept_open(start):
+def test_an_idle_server_closes_connections_and_exits(start):
     server = start()
     with Raw(server) as raw:
         raw.get().until(b'"ok"}')
@@ -122,17 +123,17 @@ def test_idle_it_ends_at_once_and_closes_what_is_kept_open(start):
     assert code == 0 and "Traceback" not in err
 
 
-def test_what_is_not_finished_in_time_ends_with_an_error(start):
+def test_the_drain_timeout_ends_streams_with_an_error(start):
     server = start("--drain-timeout", "0.2")
     raw = streaming(server)
     server.signal(signal.SIGTERM)
-    answer = raw.rest()
-    assert b'"error"' in answer and b"stopping" in answer and b"[DONE]" not in answer
+    response = raw.rest()
+    assert b'"error"' in response and b"stopping" in response and b"[DONE]" not in response
     code, err = server.end()
     assert code == 0 and "Traceback" not in err
 
 
-def test_a_second_signal_ends_it_at_once(start):
+def test_a_second_signal_ends_the_server_at_once(start):
     server = start("--drain-timeout", "600")
     raw = streaming(server)
     server.signal(signal.SIGTERM)
@@ -142,7 +143,7 @@ def test_a_second_signal_ends_it_at_once(start):
     assert server.end()[0] in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
-def test_keys_are_read_again(start, tmp_path):
+def test_sighup_reloads_the_keys(start, tmp_path):
     file = tmp_path / "keys.json"
     (first, anna), (second, ben) = keys.new("anna"), keys.new("ben")
     keys.write(file, (anna,))
@@ -173,14 +174,14 @@ def test_keys_are_read_again(start, tmp_path):
     assert first not in str(server.lines) and second not in str(server.lines)
 
 
-def test_a_file_without_keys_lets_nobody_in(start, tmp_path):
+def test_an_empty_key_file_admits_no_request(start, tmp_path):
     keys.write(tmp_path / "keys.json", ())
     server = start("--keys", str(tmp_path / "keys.json"))
     assert httpx.get(server.url + "/v1/models").status_code == 401
     assert httpx.get(server.url + "/ready").status_code == 200
 
 
-def test_keys_of_the_environment(start):
+def test_keys_from_the_environment(start):
     server = start(MOESAIC_API_KEYS="one,two")
     assert httpx.get(server.url + "/v1/models").status_code == 401
     assert httpx.get(server.url + "/v1/models", headers={"authorization": "Bearer two"}).status_code == 200
@@ -195,29 +196,29 @@ def secure(start, tmp_path):
     authority = trustme.CA()
     issued = authority.issue_cert("localhost")
     issued.private_key_pem.write_to_path(tmp_path / "key.pem")
-    for place, blob in enumerate(issued.cert_chain_pems):
-        blob.write_to_path(tmp_path / "cert.pem", append=place > 0)
+    for index, blob in enumerate(issued.cert_chain_pems):
+        blob.write_to_path(tmp_path / "cert.pem", append=index > 0)
     server = start("--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem"))
     port = int(server.url.rpartition(":")[2])
-    trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
-    return SimpleNamespace(server=server, port=port, trusting=trusting)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return SimpleNamespace(server=server, port=port, context=context)
 
 
-def test_a_certificate_is_shown_and_checked(secure):
+def test_clients_verify_the_certificate(secure):
     assert secure.server.url.startswith("https://")
-    assert httpx.get(f"https://localhost:{secure.port}/health", verify=secure.trusting).status_code == 200
+    assert httpx.get(f"https://localhost:{secure.port}/health", verify=secure.context).status_code == 200
     with pytest.raises(httpx.ConnectError, match=r"(?i)mismatch|not valid for"):
-        httpx.get(f"https://127.0.0.1:{secure.port}/health", verify=secure.trusting)
+        httpx.get(f"https://127.0.0.1:{secure.port}/health", verify=secure.context)
     with pytest.raises(httpx.ConnectError, match=r"(?i)verify failed"):
         httpx.get(f"https://localhost:{secure.port}/health")
     stream = httpx.post(
-        f"https://localhost:{secure.port}/v1/embeddings", json={"input": "x" * 500_000}, verify=secure.trusting
+        f"https://localhost:{secure.port}/v1/embeddings", json={"input": "x" * 500_000}, verify=secure.context
     )
     assert stream.status_code == 200
 
 
-def test_plain_text_and_old_tls_get_nowhere(secure):
+def test_plain_http_and_old_tls_are_refused(secure):
     with socket.create_connection(("127.0.0.1", secure.port)) as plain:
         plain.settimeout(20)
         plain.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -231,14 +232,14 @@ def test_plain_text_and_old_tls_get_nowhere(secure):
     old.set_ciphers("ALL:@SECLEVEL=0")
     with socket.create_connection(("127.0.0.1", secure.port)) as plain, pytest.raises((ssl.SSLError, OSError)):
         old.wrap_socket(plain)
-    assert httpx.get(f"https://localhost:{secure.port}/health", verify=secure.trusting).status_code == 200
+    assert httpx.get(f"https://localhost:{secure.port}/health", verify=secure.context).status_code == 200
     secure.server.signal(signal.SIGTERM)
     code, err = secure.server.end()
     assert code == 0 and "Traceback" not in err
 
 
-def test_a_reader_who_leaves_over_tls_is_noticed(secure):
-    context = secure.trusting
+def test_a_disconnect_over_tls_ends_the_request(secure):
+    context = secure.context
     with socket.create_connection(("127.0.0.1", secure.port)) as plain:
         wrapped = context.wrap_socket(plain, server_hostname="localhost")
         data = json.dumps(CHAT | {"model": None, "stream": True})
@@ -254,7 +255,7 @@ def test_a_reader_who_leaves_over_tls_is_noticed(secure):
 @pytest.mark.parametrize(
     ("certificate", "key"), [("none.pem", "none.pem"), ("cert.pem", "other.pem"), ("cert.pem", None)]
 )
-def test_a_certificate_that_cannot_be_used_is_told(tmp_path, certificate, key):
+def test_an_unusable_certificate_is_a_usage_error(tmp_path, certificate, key):
     trustme = require_package("trustme")
     authority = trustme.CA()
     authority.issue_cert("localhost").cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")

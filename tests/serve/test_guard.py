@@ -1,4 +1,4 @@
-"""What stands in front of every route: keys, hosts, origins, wrong keys, proxies; and the page's own walls."""
+"""Tests of the guard in front of all routes: keys, hosts, origins and proxies; and of the web page's headers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WRITTEN, ANNA = keys.new("anna")
 @pytest.fixture(scope="module")
 def locked():
     settings = Settings(failed_keys_per_minute=10**6)
-    with running(keys=Keys((ANNA,)), settings=settings) as found:
-        yield found
+    with running(keys=Keys((ANNA,)), settings=settings) as server:
+        yield server
 
 
 def bearer(key: str = WRITTEN) -> dict[str, str]:
@@ -34,21 +34,23 @@ def bearer(key: str = WRITTEN) -> dict[str, str]:
 # Keys
 
 
-def test_every_route_but_the_public_ones_wants_a_key(locked):
-    assert {each.path for each in locked.app.services.endpoints if each.public} <= PUBLIC
+def test_all_routes_but_public_ones_require_a_key(locked):
+    assert {endpoint.path for endpoint in locked.app.services.endpoints if endpoint.public} <= PUBLIC
     with httpx.Client(base_url=locked.url) as client:
-        for each in locked.app.services.endpoints:
-            path = each.path.replace("{name:path}", "x")
+        for endpoint in locked.app.services.endpoints:
+            path = endpoint.path.replace("{name:path}", "x")
             for headers in ({}, bearer("wrong"), {"x-api-key": "wrong"}):
-                answer = client.request(each.method, path, headers=headers, content=b"{}" if each.body else None)
-                assert (answer.status_code == 401) == (not each.public), (each, headers)
-            if not each.public:
-                assert answer.headers["www-authenticate"] == "Bearer"
-                assert client.request(each.method, path, headers=bearer()).status_code != 401
+                response = client.request(
+                    endpoint.method, path, headers=headers, content=b"{}" if endpoint.body else None
+                )
+                assert (response.status_code == 401) == (not endpoint.public), (endpoint, headers)
+            if not endpoint.public:
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert client.request(endpoint.method, path, headers=bearer()).status_code != 401
 
 
 @pytest.mark.parametrize("headers", [bearer(), {"x-api-key": WRITTEN}, {"authorization": WRITTEN}])
-def test_a_key_is_sent_as_openais_or_as_anthropics_clients_do(locked, headers):
+def test_accepted_authentication_headers(locked, headers):
     assert httpx.get(locked.url + "/version", headers=headers).status_code == 200
 
 
@@ -68,13 +70,13 @@ def test_a_key_is_sent_as_openais_or_as_anthropics_clients_do(locked, headers):
         [b"Authorization: Bearer " + ANNA.sha256.encode()],
     ],
 )
-def test_what_is_no_key_is_401_and_never_500(locked, fields):
+def test_malformed_keys_are_401(locked, fields):
     with Raw(locked) as raw:
         raw.send(b"\r\n".join([b"GET /version HTTP/1.1", b"Host: " + raw.host.encode(), *fields, b"", b""]))
         assert raw.status() == 401
 
 
-def test_a_key_of_a_megabyte_is_not_even_hashed():
+def test_an_overlong_key_is_refused():
     with pytest.raises(Unauthorized):
         Keys((ANNA,)).owner(b"x" * 2**20)
     long = "k" * (keys.MAX_KEY_BYTES + 1)
@@ -82,53 +84,53 @@ def test_a_key_of_a_megabyte_is_not_even_hashed():
         Keys((keys.Key("long", keys.digest(long)),)).owner(long.encode())
 
 
-def test_wrong_keys_are_not_listened_to_for_ever():
+def test_failed_keys_are_rate_limited_per_address():
     now = [0.0]
     guard = Guard(Settings(failed_keys_per_minute=3), Keys((ANNA,)), lambda: now[0])
 
-    def who(key: str, address: str = "10.0.0.1") -> str:
+    def authenticate(key: str, address: str = "10.0.0.1") -> str:
         headers = [(b"authorization", f"Bearer {key}".encode())]
         return guard.authenticate(HttpRequest({"headers": headers}, "id", address)).name
 
     for _ in range(3):
         with pytest.raises(Unauthorized):
-            who("wrong")
+            authenticate("wrong")
         now[0] += 10
-    for key in ("wrong", WRITTEN):  # the answer tells nothing about the key
+    for key in ("wrong", WRITTEN):  # a valid key gets the same error
         with pytest.raises(KeyExhausted) as caught:
-            who(key)
+            authenticate(key)
         assert caught.value.retry_after == 30
-    assert who(WRITTEN, "10.0.0.2") == "anna"
+    assert authenticate(WRITTEN, "10.0.0.2") == "anna"
     now[0] += 31
-    assert who(WRITTEN) == "anna"
+    assert authenticate(WRITTEN) == "anna"
     with pytest.raises(Unauthorized):
-        who("wrong")
+        authenticate("wrong")
 
 
-def test_addresses_with_wrong_keys_are_forgotten_rather_than_piled_up(monkeypatch):
+def test_the_number_of_tracked_addresses_is_bounded(monkeypatch):
     monkeypatch.setattr("moesaic.serve.guard.MAX_TRACKED_ADDRESSES", 3)
     guard = Guard(Settings(failed_keys_per_minute=1), Keys((ANNA,)))
-    for place in range(10):
+    for number in range(10):
         with pytest.raises(Unauthorized):
-            guard.authenticate(HttpRequest({"headers": []}, "id", f"10.0.0.{place}"))
+            guard.authenticate(HttpRequest({"headers": []}, "id", f"10.0.0.{number}"))
     assert len(guard._failures) == 3
 
 
-def test_too_many_wrong_keys_are_429_over_http():
+def test_too_many_failed_keys_are_429():
     with running(keys=Keys((ANNA,)), settings=Settings(failed_keys_per_minute=2)) as server:
-        found = [httpx.get(server.url + "/version", headers=bearer("no")) for _ in range(3)]
-        assert [answer.status_code for answer in found] == [401, 401, 429]
-        assert 55 <= int(found[2].headers["retry-after"]) <= 60
+        responses = [httpx.get(server.url + "/version", headers=bearer("no")) for _ in range(3)]
+        assert [response.status_code for response in responses] == [401, 401, 429]
+        assert 55 <= int(responses[2].headers["retry-after"]) <= 60
         assert httpx.get(server.url + "/health").status_code == 200
 
 
-def test_a_server_for_others_does_not_start_without_keys(capsys, monkeypatch):
+def test_a_public_host_requires_keys(capsys, monkeypatch):
     monkeypatch.delenv("MOESAIC_API_KEYS", raising=False)
     assert cli.main(["serve", "--host", "0.0.0.0", "--port", "0"]) == 2
     assert "--keys" in capsys.readouterr().err
 
 
-def test_no_key_is_known_from_the_start():
+def test_there_is_no_default_key():
     for name in ("", "moesaic", "admin", "test", "sk-none", "changeme"):
         with pytest.raises(Unauthorized):
             Keys(wanted=True).owner(name.encode())
@@ -147,67 +149,67 @@ def test_a_malformed_or_foreign_host_is_refused(server, host):
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8000"])
-def test_the_servers_own_names_are_let_in(server, host):
+def test_loopback_hosts_are_accepted(server, host):
     with Raw(server) as raw:
         assert raw.get(host=host).status() == 200
 
 
-def test_no_host_two_hosts_and_a_host_in_the_target(server):
+def test_missing_repeated_and_absolute_hosts(server):
     for head in ("GET /health HTTP/1.1\r\n\r\n", "GET /health HTTP/1.0\r\n\r\n"):
         with Raw(server) as raw:
             assert raw.send(head).status() == 400
     with Raw(server) as raw:
         assert raw.get("/health", "Host: evil.example").status() == 400
     with Raw(server) as raw:
-        assert raw.get("http://evil.example/health").status() == 200  # nothing is decided by it
+        assert raw.get("http://evil.example/health").status() == 200  # the Host header decides, not the target
     with Raw(server) as raw:
         assert raw.get("http://localhost/health", host="evil.example").status() == 400
 
 
-def test_a_rebound_name_reaches_nothing(server):
+def test_dns_rebinding_reaches_no_route(server):
     for path in ("/", "/v1/models", "/health", "/nothing", "/web/index.html"):
         with Raw(server) as raw:
             assert raw.get(path, "Accept: text/html", host="rebound.evil.example:8000").status() == 400
-    assert not server.backend.asked
+    assert not server.backend.requests
 
 
-def test_a_named_host_is_let_in_and_others_are_not():
+def test_only_allowed_hosts_are_accepted():
     with running(settings=Settings(allowed_hosts=("chat.example.org",))) as server:
         for host, status in (("chat.example.org", 200), ("CHAT.example.org:443", 200), ("other.example.org", 400)):
             with Raw(server) as raw:
                 assert raw.get(host=host).status() == status
 
 
-def test_pages_of_other_origins_are_told_nothing_by_default(server):
-    answer = httpx.get(server.url + "/v1/models", headers={"origin": "https://evil.example"})
-    assert not [name for name in answer.headers if name.startswith("access-control")]
-    asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
-    answer = httpx.options(server.url + "/v1/chat/completions", headers=asked)
-    assert not [name for name in answer.headers if name.startswith("access-control")]
+def test_there_are_no_cors_headers_by_default(server):
+    response = httpx.get(server.url + "/v1/models", headers={"origin": "https://evil.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    preflight = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    response = httpx.options(server.url + "/v1/chat/completions", headers=preflight)
+    assert not [name for name in response.headers if name.startswith("access-control")]
 
 
-def test_pages_of_other_origins_cannot_have_anything_done(server):
-    """What a browser sends without asking first: text/plain, or a form, or nothing, with the page's origin."""
+def test_cross_origin_requests_are_refused(server):
+    """Browsers send these content types across origins without a preflight request."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/json"):
         for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://localhost"):
             headers = {"origin": origin, "content-type": kind}
-            answer = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
-            assert answer.status_code == 403
-    assert not server.backend.asked
+            response = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
+            assert response.status_code == 403
+    assert not server.backend.requests
     own = {"origin": server.url}
     assert httpx.post(server.url + "/v1/chat/completions", headers=own, json=CHAT).status_code == 200
 
 
-def test_named_origins_are_let_in_and_never_with_credentials():
-    for allowed, shown in ((("https://chat.example.org",), "https://chat.example.org"), (("*",), "*")):
+def test_allowed_origins_get_no_credentials():
+    for allowed, header in ((("https://chat.example.org",), "https://chat.example.org"), (("*",), "*")):
         with running(settings=Settings(cors_origins=allowed)) as server:
             headers = {"origin": "https://chat.example.org"}
-            answer = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
-            assert answer.status_code == 200
-            assert answer.headers["access-control-allow-origin"] == shown
-            assert "access-control-allow-credentials" not in answer.headers
-            assert "idempotency-key" in answer.headers["access-control-allow-headers"]  # our own client sends one
-            assert "retry-after" in answer.headers["access-control-expose-headers"]
+            response = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=CHAT)
+            assert response.status_code == 200
+            assert response.headers["access-control-allow-origin"] == header
+            assert "access-control-allow-credentials" not in response.headers
+            assert "idempotency-key" in response.headers["access-control-allow-headers"]  # Moesaic's client sends it
+            assert "retry-after" in response.headers["access-control-expose-headers"]
     guard = Guard(Settings(cors_origins=("https://a.example",)), Keys())
     scope = {"method": "DELETE", "headers": [(b"host", b"localhost"), (b"origin", b"https://b.example")]}
     with pytest.raises(Forbidden):
@@ -218,19 +220,19 @@ def test_named_origins_are_let_in_and_never_with_credentials():
 # Proxies
 
 
-def test_an_address_is_taken_from_a_proxy_that_is_trusted_only():
-    def seen(client: str, said: str, trusted: tuple[str, ...]) -> str:
-        headers = [(b"x-forwarded-for", each.encode()) for each in said.split("|")]
-        return Guard(Settings(trusted_proxies=trusted), Keys()).client_address(
-            {"client": (client, 1), "headers": headers}
-        )
+def test_forwarded_addresses_need_a_trusted_proxy():
+    def client_address(client: str, forwarded: str, trusted: tuple[str, ...]) -> str:
+        headers = [(b"x-forwarded-for", value.encode()) for value in forwarded.split("|")]
+        scope = {"client": (client, 1), "headers": headers}
+        return Guard(Settings(trusted_proxies=trusted), Keys()).client_address(scope)
 
-    assert seen("10.0.0.9", "1.2.3.4", ()) == "10.0.0.9"
-    assert seen("10.0.0.9", "1.2.3.4", ("10.0.0.1",)) == "10.0.0.9"
-    assert seen("10.0.0.1", "6.6.6.6, 1.2.3.4", ("10.0.0.1",)) == "1.2.3.4"  # what the client made up comes first
-    assert seen("10.0.0.1", "6.6.6.6|1.2.3.4, 10.0.0.2", ("10.0.0.1", "10.0.0.2")) == "1.2.3.4"
-    assert seen("10.0.0.1", "2001:DB8::1", ("10.0.0.1",)) == "2001:db8::1"
-    assert seen("10.0.0.1", "\n{}", ("10.0.0.1",)) == "10.0.0.1"
+    assert client_address("10.0.0.9", "1.2.3.4", ()) == "10.0.0.9"
+    assert client_address("10.0.0.9", "1.2.3.4", ("10.0.0.1",)) == "10.0.0.9"
+    # a client can forge the first entries; the trusted proxy adds the last one
+    assert client_address("10.0.0.1", "6.6.6.6, 1.2.3.4", ("10.0.0.1",)) == "1.2.3.4"
+    assert client_address("10.0.0.1", "6.6.6.6|1.2.3.4, 10.0.0.2", ("10.0.0.1", "10.0.0.2")) == "1.2.3.4"
+    assert client_address("10.0.0.1", "2001:DB8::1", ("10.0.0.1",)) == "2001:db8::1"
+    assert client_address("10.0.0.1", "\n{}", ("10.0.0.1",)) == "10.0.0.1"
 
 
 # The page
@@ -247,16 +249,16 @@ def page(tmp_path, monkeypatch):
         yield server
 
 
-def test_the_page_is_open_and_walled_in(page):
-    answer = httpx.get(page.url + "/", headers={"accept": "text/html"})
-    assert answer.status_code == 200 and "hello" in answer.text
-    policy = answer.headers["content-security-policy"]
+def test_the_web_page_has_security_headers(page):
+    response = httpx.get(page.url + "/", headers={"accept": "text/html"})
+    assert response.status_code == 200 and "hello" in response.text
+    policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     assert "frame-ancestors 'none'" in policy and "connect-src 'self'" in policy
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert answer.headers["referrer-policy"] == "no-referrer"
-    assert answer.headers["x-frame-options"] == "DENY"
-    assert "set-cookie" not in answer.headers
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert response.headers["x-frame-options"] == "DENY"
+    assert "set-cookie" not in response.headers
 
 
 @pytest.mark.parametrize(
@@ -276,11 +278,11 @@ def test_the_page_is_open_and_walled_in(page):
         ),
     ],
 )
-def test_no_path_leads_out_of_the_page(page, path):
+def test_paths_cannot_leave_the_web_folder(page, path):
     with Raw(page) as raw:
-        answer = raw.get(path, "Connection: close").rest()
+        response = raw.get(path, "Connection: close").rest()
     assert (
-        int(answer[9:12]) in (404, 400)
-        and b"secret" not in answer.replace(path.encode(), b"")
-        and b"root:" not in answer
+        int(response[9:12]) in (404, 400)
+        and b"secret" not in response.replace(path.encode(), b"")
+        and b"root:" not in response
     )

@@ -1,4 +1,4 @@
-"""Keys: what is kept, what is let in, and how much."""
+"""Tests of API keys: storage, authentication and limits."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ class Clock:
         return self.now
 
 
-def test_a_key_is_random_and_only_its_digest_is_kept(tmp_path, capsys):
+def test_only_the_digest_of_a_random_key_is_stored(tmp_path, capsys):
     file = tmp_path / "keys.json"
     for name in ("anna", "ben"):
         assert cli.main(["keys", "add", name, "--file", str(file), "--concurrent", "2"]) == 0
-    written = capsys.readouterr().out.split()
-    assert len(set(written)) == 2 and all(len(each) >= 43 for each in written)
-    assert not any(each in file.read_text() for each in written)
+    secrets = capsys.readouterr().out.split()
+    assert len(set(secrets)) == 2 and all(len(secret) >= 43 for secret in secrets)
+    assert not any(secret in file.read_text() for secret in secrets)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    known = Keys(keys.read(file))
-    assert known.owner(written[0].encode()) == Key("anna", keys.digest(written[0]), concurrent=2)
+    registry = Keys(keys.read(file))
+    assert registry.owner(secrets[0].encode()) == Key("anna", keys.digest(secrets[0]), concurrent=2)
     assert cli.main(["keys", "revoke", "anna", "--file", str(file)]) == 0
-    known.replace(keys.read(file))
+    registry.replace(keys.read(file))
     with pytest.raises(Unauthorized):
-        known.owner(written[0].encode())
-    assert known.owner(written[1].encode()).name == "ben"
+        registry.owner(secrets[0].encode())
+    assert registry.owner(secrets[1].encode()).name == "ben"
 
 
-def test_revoking_the_last_key_lets_nobody_in(tmp_path):
-    written, anna = keys.new("anna")
-    known = Keys((anna,))
-    known.replace(())
-    for given in (None, b"", written.encode()):
+def test_revoking_the_last_key_locks_the_server(tmp_path):
+    secret, anna = keys.new("anna")
+    registry = Keys((anna,))
+    registry.replace(())
+    for candidate in (None, b"", secret.encode()):
         with pytest.raises(Unauthorized):
-            known.owner(given)
+            registry.owner(candidate)
     with pytest.raises(Unauthorized):
         Keys((), wanted=True).owner(None)
 
@@ -76,73 +76,73 @@ def test_a_damaged_file_is_refused_without_quoting_it(tmp_path, content):
     assert "0000" not in str(caught.value) and "sha256" not in str(caught.value)
 
 
-def test_no_file_is_no_crash(tmp_path, capsys):
+def test_a_missing_file_is_a_usage_error(tmp_path, capsys):
     assert cli.main(["serve", "--keys", str(tmp_path / "none.json"), "--port", "0"]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_keys_of_the_environment():
-    known = Keys(keys.from_environment("one, two,,"))
-    assert known.owner(b"two").name == "environment-2"
+def test_keys_from_the_environment():
+    registry = Keys(keys.from_environment("one, two,,"))
+    assert registry.owner(b"two").name == "environment-2"
     with pytest.raises(Unauthorized):
-        known.owner(b"")
+        registry.owner(b"")
 
 
-def exhausted(known: Keys, key: Key) -> float:
+def exhausted(registry: Keys, key: Key) -> float:
     with pytest.raises(KeyExhausted) as caught:
-        known.begin(key)
+        registry.begin(key)
     return caught.value.retry_after
 
 
-def test_requests_of_a_minute():
+def test_requests_per_minute():
     clock, key = Clock(), Key("a", "0" * 64, requests_per_minute=6)
-    known = Keys((key,), clock)
+    registry = Keys((key,), clock)
     for _ in range(6):
-        known.begin(key)
-    assert exhausted(known, key) == pytest.approx(10)
+        registry.begin(key)
+    assert exhausted(registry, key) == pytest.approx(10)
     clock.now += 10
-    known.begin(key)
-    assert exhausted(known, key) == pytest.approx(10)
+    registry.begin(key)
+    assert exhausted(registry, key) == pytest.approx(10)
     other = Key("b", "1" * 64, requests_per_minute=6)
-    known.replace((key, other))
-    known.begin(other)
-    assert exhausted(known, key) == pytest.approx(10), "reading the keys again must not fill up a share"
+    registry.replace((key, other))
+    registry.begin(other)
+    assert exhausted(registry, key) == pytest.approx(10), "a reload of the keys must not reset the limits"
 
 
-def test_tokens_of_a_minute_are_paid_at_the_end():
+def test_tokens_per_minute_are_charged_at_the_end():
     clock, key = Clock(), Key("a", "0" * 64, tokens_per_minute=600)
-    known = Keys((key,), clock)
-    known.begin(key)
-    known.end(key, 1200)
-    assert exhausted(known, key) == pytest.approx(60.1)
+    registry = Keys((key,), clock)
+    registry.begin(key)
+    registry.end(key, 1200)
+    assert exhausted(registry, key) == pytest.approx(60.1)
     clock.now += 61
-    known.begin(key)
+    registry.begin(key)
 
 
-def test_requests_at_the_same_time():
+def test_concurrent_requests():
     key = Key("a", "0" * 64, concurrent=2)
-    known = Keys((key,))
-    known.begin(key)
-    known.begin(key)
-    assert exhausted(known, key) > 0
-    known.end(key, 0)
-    known.begin(key)
+    registry = Keys((key,))
+    registry.begin(key)
+    registry.begin(key)
+    assert exhausted(registry, key) > 0
+    registry.end(key, 0)
+    registry.begin(key)
     for _ in range(2):
-        known.end(key, 0)
-    assert not known._running, "nobody who has left is remembered"
+        registry.end(key, 0)
+    assert not registry._running, "keys without requests must be forgotten"
 
 
-def test_a_refused_request_costs_nothing():
+def test_a_refused_request_is_not_charged():
     clock, key = Clock(), Key("a", "0" * 64, requests_per_minute=2, concurrent=1)
-    known = Keys((key,), clock)
-    known.begin(key)
+    registry = Keys((key,), clock)
+    registry.begin(key)
     for _ in range(5):
-        exhausted(known, key)
-    known.end(key, 0)
-    known.begin(key)
+        exhausted(registry, key)
+    registry.end(key, 0)
+    registry.begin(key)
 
 
-def test_the_file_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_the_file_is_written_atomically(tmp_path, monkeypatch):
     file = tmp_path / "keys.json"
     keys.write(file, (Key("a", "0" * 64),))
     before = file.read_bytes()

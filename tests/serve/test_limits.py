@@ -1,4 +1,4 @@
-"""What one key may ask, over HTTP: whatever it asks, and whether or not it waits for the end."""
+"""Tests of the limits of a key over HTTP, on all routes and after disconnects."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import pytest
 
 from moesaic.serve.app import App
 from moesaic.serve.keys import Key, Keys, digest
-from tests.support.backend import Script, Scripted
-from tests.support.http import CHAT, Raw
+from tests.support.backend import Script, ScriptedBackend
+from tests.support.event_loop import run
+from tests.support.http import CHAT, Raw, post
 from tests.support.server import running
 from tests.support.wait import eventually
 
 PATH = "/v1/chat/completions"
-
-
-def post(server, body, **options):
-    return httpx.post(server.url + PATH, json=body, timeout=30, **options)
 
 
 def limited(**limits):
@@ -30,85 +27,85 @@ ANNA = {"authorization": "Bearer k"}
 BEN = {"authorization": "Bearer b"}
 
 
-def test_requests_at_the_same_time_are_bounded_for_one_key_alone():
-    with running(lambda: Scripted(Script(held=True)), keys=limited(concurrent=1)) as server:
+def test_concurrency_is_limited_per_key():
+    with running(lambda: ScriptedBackend(Script(held=True)), keys=limited(concurrent=1)) as server:
         with Raw(server) as raw:
             raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
-            refused = post(server, CHAT, headers=ANNA)
+            refused = post(server, PATH, CHAT, headers=ANNA)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "rate_limit_exceeded"
             embedded = httpx.post(server.url + "/v1/embeddings", json={"input": "x"}, headers=ANNA)
             assert embedded.status_code == 429
             server.call(server.backend.go.set)
             raw.until(b"[DONE]")
-            assert post(server, CHAT, headers=BEN).status_code == 200
-            for _ in range(20):  # whoever has heard the end may come again at once
-                answer = post(server, CHAT | {"stream": True}, headers=ANNA)
-                assert answer.status_code == 200 and "[DONE]" in answer.text
-                assert post(server, CHAT, headers=ANNA).status_code == 200
+            assert post(server, PATH, CHAT, headers=BEN).status_code == 200
+            for _ in range(20):  # after the end of a reply, the client may send the next request at once
+                response = post(server, PATH, CHAT | {"stream": True}, headers=ANNA)
+                assert response.status_code == 200 and "[DONE]" in response.text
+                assert post(server, PATH, CHAT, headers=ANNA).status_code == 200
                 body = {"prompt": ["a", "b"]}
                 assert httpx.post(server.url + "/v1/completions", json=body, headers=ANNA).status_code == 429
         eventually(lambda: not server.app.services.keys._running)
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/embeddings", "/v1/classify", "/detokenize"])
-def test_requests_of_a_minute_are_bounded_whatever_they_are(path):
+def test_requests_per_minute_count_all_routes(path):
     with running(keys=limited(requests_per_minute=2)) as server:
         body = CHAT | {"input": "x", "tokens": [1]}
-        found = [httpx.post(server.url + path, json=body, headers=ANNA) for _ in range(3)]
-        assert [answer.status_code for answer in found] == [200, 200, 429]
-        assert 1 <= int(found[2].headers["retry-after"]) <= 30
+        responses = [httpx.post(server.url + path, json=body, headers=ANNA) for _ in range(3)]
+        assert [response.status_code for response in responses] == [200, 200, 429]
+        assert 1 <= int(responses[2].headers["retry-after"]) <= 30
         assert httpx.get(server.url + "/v1/models", headers=ANNA).status_code == 200
 
 
-def test_tokens_are_paid_for_by_those_who_leave_too():
+def test_a_disconnect_charges_the_generated_tokens():
     long = Script(pieces=("x",) * 50, held=False)
-    with running(lambda: Scripted(long), keys=limited(tokens_per_minute=52)) as server:
-        assert post(server, CHAT, headers=ANNA).status_code == 200
-        assert post(server, CHAT, headers=ANNA).status_code == 429
-    with running(lambda: Scripted(Script(held=True)), keys=limited(tokens_per_minute=1)) as server:
+    with running(lambda: ScriptedBackend(long), keys=limited(tokens_per_minute=52)) as server:
+        assert post(server, PATH, CHAT, headers=ANNA).status_code == 200
+        assert post(server, PATH, CHAT, headers=ANNA).status_code == 429
+    with running(lambda: ScriptedBackend(Script(held=True)), keys=limited(tokens_per_minute=1)) as server:
         with Raw(server) as raw:
             raw.post(CHAT | {"stream": True}, "Authorization: Bearer k").until(b"Hello")
         eventually(lambda: server.app.state.running == 0)
-        assert server.app.services.keys._tokens["anna"].left == 1 - (2 + 1)  # the prompt, and the one token that came
-        assert post(server, CHAT, headers=ANNA).status_code == 429
+        assert server.app.services.keys._tokens["anna"].left == 1 - (2 + 1)  # two prompt tokens and one generated token
+        assert post(server, PATH, CHAT, headers=ANNA).status_code == 429
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_share_is_given_back_before_the_end_is_heard(stream):
-    keys, running_then = limited(concurrent=1), []
+def test_a_slot_is_free_before_the_reply_ends(stream):
+    keys, running_at_end = limited(concurrent=1), []
     body = json.dumps(CHAT | {"stream": stream}).encode()
     fields = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"authorization", b"Bearer k")]
     scope = {"type": "http", "method": "POST", "path": PATH, "headers": fields, "query_string": b"", "root_path": ""}
-    coming = [{"type": "http.request", "body": body}]
+    messages = [{"type": "http.request", "body": body}]
 
     async def receive():
-        return coming.pop() if coming else await asyncio.Event().wait()
+        return messages.pop() if messages else await asyncio.Event().wait()
 
     async def send(message):
         if b"[DONE]" in message.get("body", b"") or (
             b"chat.completion" in message.get("body", b"")[:200] and not stream
         ):
-            running_then.append(dict(keys._running))
+            running_at_end.append(dict(keys._running))
 
     async def main():
-        await App(Scripted(), keys=keys)(scope, receive, send)
+        await App(ScriptedBackend(), keys=keys)(scope, receive, send)
 
-    asyncio.run(main())
-    assert running_then == [{}]
+    run(main)
+    assert running_at_end == [{}]
 
 
-def test_a_client_cannot_step_in_front_of_others():
+def test_a_client_cannot_raise_its_priority():
     with running(keys=limited(priority=5)) as server:
-        for asked, given in ((-100, 5), (None, 5), (3, 8)):
-            assert post(server, CHAT | {"priority": asked}, headers=ANNA).status_code == 200
-            assert server.backend.asked[-1].priority == given
+        for requested, priority in ((-100, 5), (None, 5), (3, 8)):
+            assert post(server, PATH, CHAT | {"priority": requested}, headers=ANNA).status_code == 200
+            assert server.backend.requests[-1].priority == priority
 
 
-def test_what_is_asked_carries_the_keys_name_and_never_the_clients_word(server):
+def test_the_tenant_is_the_name_of_the_key(server):
     with running(keys=limited()) as locked:
-        post(locked, CHAT | {"user": "ben", "tenant": "ben", "cache_salt": "ben"}, headers=ANNA)
-        assert locked.backend.asked[0].tenant == "anna"
+        post(locked, PATH, CHAT | {"user": "ben", "tenant": "ben", "cache_salt": "ben"}, headers=ANNA)
+        assert locked.backend.requests[0].tenant == "anna"
 
 
 PROMPTS = {
@@ -123,10 +120,10 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("path", PROMPTS)
-def test_no_client_puts_words_into_an_answers_mouth(server, path):
-    """What an answer has already is for a gateway to say."""
-    more = {"resume": [[1, 2]]}
-    for wrong in ({}, more, {"parameters": more}, {"sampling": more, "extra_body": more, "user": "ben"}):
-        assert httpx.post(server.url + path, json=PROMPTS[path] | wrong, timeout=30).status_code in (200, 400, 422)
-    assert server.backend.asked
-    assert all(not ask.resume and "resume" not in ask.sampling for ask in server.backend.asked)
+def test_clients_cannot_resume_replies(server, path):
+    """Only a gateway may say which tokens a reply has already."""
+    resume = {"resume": [[1, 2]]}
+    for fields in ({}, resume, {"parameters": resume}, {"sampling": resume, "extra_body": resume, "user": "ben"}):
+        assert httpx.post(server.url + path, json=PROMPTS[path] | fields, timeout=30).status_code in (200, 400, 422)
+    assert server.backend.requests
+    assert all(not request.resume and "resume" not in request.sampling for request in server.backend.requests)

@@ -1,4 +1,4 @@
-"""The door to a model in this process: who leaves frees everything, tenants share nothing, figures add up."""
+"""Tests of the server over a real model: disconnects, slow readers, tenants, bad input and metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moesaic.local_backend import LocalBackend
 from moesaic.serve import keys
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
-from tests.support.http import Raw
+from tests.support.http import Raw, post
 from tests.support.server import running
 from tests.support.wait import eventually
 
@@ -23,7 +23,7 @@ ANNA, BEN = {"authorization": "Bearer a"}, {"authorization": "Bearer b"}
 
 
 @pytest.fixture(scope="module")
-def real():
+def real_server():
     llm = LLM.load(limits=Limits(sequences=4, queue=4))
     with running(lambda: LocalBackend(llm), Settings(reader_seconds=2), KEYS) as server:
         server.llm = llm
@@ -34,11 +34,12 @@ def body(text: str, **more):
     return {"messages": [{"role": "user", "content": text}], "temperature": 0, **more}
 
 
-def post(server, sent, headers=ANNA, path=PATH):
-    return httpx.post(server.url + path, json=sent, headers=headers, timeout=60)
+def send(server, content, headers=ANNA, path=PATH):
+    return post(server, path, content, headers=headers)
 
 
-def free(server) -> bool:
+def is_idle(server) -> bool:
+    """Whether the server has no requests and all blocks of the cache are free."""
     stats = server.llm.engine.stats()
     return not stats.running and not stats.waiting and stats.free_blocks == stats.blocks and not server.backend._running
 
@@ -47,75 +48,78 @@ ENDLESS = {"ignore_eos": True}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_frees_everything_and_others_go_on_as_ever(real, stream):
-    alone = post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"]
-    leaving = [
-        Raw(real).post(body("A long tale.", stream=stream, **ENDLESS), "Authorization: Bearer a") for _ in range(3)
+def test_a_disconnect_frees_all_resources(real_server, stream):
+    alone = send(real_server, body("Tell of a fox.", max_tokens=30)).json()["choices"]
+    connections = [
+        Raw(real_server).post(body("A long tale.", stream=stream, **ENDLESS), "Authorization: Bearer a")
+        for _ in range(3)
     ]
-    eventually(lambda: real.llm.engine.stats().running == 3)
-    found = []
-    beside = threading.Thread(
-        target=lambda: found.append(post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"])
+    eventually(lambda: real_server.llm.engine.stats().running == 3)
+    replies = []
+    thread = threading.Thread(
+        target=lambda: replies.append(send(real_server, body("Tell of a fox.", max_tokens=30)).json()["choices"])
     )
-    beside.start()
-    for raw in leaving:
+    thread.start()
+    for raw in connections:
         raw.socket.close()
-    beside.join(60)
-    assert found == [alone]
-    eventually(lambda: free(real))
-    eventually(lambda: real.app.state.running == 0 and not real.app.services.keys._running)
+    thread.join(60)
+    assert replies == [alone]
+    eventually(lambda: is_idle(real_server))
+    eventually(lambda: real_server.app.state.running == 0 and not real_server.app.services.keys._running)
 
 
-def test_who_leaves_while_his_text_is_read_leaves_no_request_behind(real, monkeypatch):
-    reading, go = threading.Event(), threading.Event()
-    encode = real.llm.encode_chat
+def test_a_disconnect_during_tokenization_leaves_no_request(real_server, monkeypatch):
+    tokenizing, go = threading.Event(), threading.Event()
+    encode = real_server.llm.encode_chat
 
-    def slow(*given, **more):
-        reading.set()
+    def slow(*arguments, **options):
+        tokenizing.set()
         assert go.wait(30)
-        return encode(*given, **more)
+        return encode(*arguments, **options)
 
-    monkeypatch.setattr(real.llm, "encode_chat", slow)
-    before = real.llm.engine.stats().prompt_tokens
-    raw = Raw(real).post(body("A long tale.", **ENDLESS), "Authorization: Bearer a")
-    assert reading.wait(30)
+    monkeypatch.setattr(real_server.llm, "encode_chat", slow)
+    before = real_server.llm.engine.stats().prompt_tokens
+    raw = Raw(real_server).post(body("A long tale.", **ENDLESS), "Authorization: Bearer a")
+    assert tokenizing.wait(30)
     raw.socket.close()
-    eventually(lambda: real.app.state.running == 0)
+    eventually(lambda: real_server.app.state.running == 0)
     go.set()
-    eventually(lambda: real.llm.engine.stats().prompt_tokens > before)
-    eventually(lambda: free(real))
+    eventually(lambda: real_server.llm.engine.stats().prompt_tokens > before)
+    eventually(lambda: is_idle(real_server))
 
 
-def test_readers_who_do_not_read_leave_the_batch_and_others_as_they_are(real):
-    alone = post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"]
-    sent = body("A long tale.", stream=True, logprobs=True, top_logprobs=20, **ENDLESS)
-    stalled = [Raw(real, receive_buffer=4096).post(sent, "Authorization: Bearer a") for _ in range(3)]
-    eventually(lambda: real.llm.engine.stats().running == 3)
-    assert post(real, body("Tell of a fox.", max_tokens=30)).json()["choices"] == alone
-    eventually(lambda: free(real), 60)
-    for raw in stalled:
+def test_slow_readers_do_not_change_other_replies(real_server):
+    alone = send(real_server, body("Tell of a fox.", max_tokens=30)).json()["choices"]
+    long_body = body("A long tale.", stream=True, logprobs=True, top_logprobs=20, **ENDLESS)
+    connections = [Raw(real_server, receive_buffer=4096).post(long_body, "Authorization: Bearer a") for _ in range(3)]
+    eventually(lambda: real_server.llm.engine.stats().running == 3)
+    assert send(real_server, body("Tell of a fox.", max_tokens=30)).json()["choices"] == alone
+    eventually(lambda: is_idle(real_server), 60)
+    for raw in connections:
         raw.socket.close()
 
 
-def test_a_full_queue_is_429_and_what_was_taken_in_is_answered(real):
-    taken = []
-    for figures in ((4, 0), (4, 4)):
+def test_a_full_queue_is_429(real_server):
+    connections = []
+    for counts in ((4, 0), (4, 4)):
         for _ in range(4):
-            taken.append(Raw(real).post(body("A tale.", stream=True, **ENDLESS), "Authorization: Bearer a"))
-        eventually(lambda: (real.llm.engine.stats().running, real.llm.engine.stats().waiting) == figures)  # noqa: B023
-    answer = post(real, body("One more.", max_tokens=2))
-    assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
-    for raw in taken:
+            connections.append(
+                Raw(real_server).post(body("A tale.", stream=True, **ENDLESS), "Authorization: Bearer a")
+            )
+        eventually(lambda: (real_server.llm.engine.stats().running, real_server.llm.engine.stats().waiting) == counts)  # noqa: B023
+    response = send(real_server, body("One more.", max_tokens=2))
+    assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+    for raw in connections:
         raw.socket.close()
-    eventually(lambda: free(real))
-    assert post(real, body("One more.", max_tokens=2)).status_code == 200
+    eventually(lambda: is_idle(real_server))
+    assert send(real_server, body("One more.", max_tokens=2)).status_code == 200
 
 
-def test_two_keys_share_no_cached_prefix(real):
+def test_keys_share_no_cached_prefix(real_server):
     long = "Once upon a time there was a king who had three daughters. " * 12
 
     def cached(headers) -> int:
-        usage = post(real, body(long, max_tokens=1), headers).json()["usage"]
+        usage = send(real_server, body(long, max_tokens=1), headers).json()["usage"]
         return usage["prompt_tokens_details"]["cached_tokens"]
 
     assert [cached(ANNA), cached(BEN)] == [0, 0]
@@ -123,62 +127,62 @@ def test_two_keys_share_no_cached_prefix(real):
 
 
 class Panic(BaseException):
-    """As pyo3's."""
+    """Stands in for the exception of a Rust panic in pyo3, which is no ``Exception`` either."""
 
 
-def test_a_tokenizer_that_panics_is_400(real, monkeypatch):
+def test_a_tokenizer_panic_is_400(real_server, monkeypatch):
     def panic(*_, **__):
         raise Panic("retry-limit-in-match over: the secret prompt")
 
     with monkeypatch.context() as broken:
-        broken.setattr(real.llm, "encode_chat", panic)
-        broken.setattr(real.llm, "encode", panic)
+        broken.setattr(real_server.llm, "encode_chat", panic)
+        broken.setattr(real_server.llm, "encode", panic)
         for path, sent in ((PATH, body("Hi")), ("/v1/completions", {"prompt": "Hi"})):
-            answer = post(real, sent, path=path)
-            assert answer.status_code == 400 and "secret" not in answer.text
-    assert post(real, body("Hi", max_tokens=2)).status_code == 200
+            response = send(real_server, sent, path=path)
+            assert response.status_code == 400 and "secret" not in response.text
+    assert send(real_server, body("Hi", max_tokens=2)).status_code == 200
 
 
-def test_too_long_a_text_is_refused_before_it_is_tokenized(real, monkeypatch):
-    monkeypatch.setattr(real.llm.tokenizer, "encode", lambda *_, **__: pytest.fail("it was tokenized"))
+def test_too_long_texts_are_refused_before_tokenization(real_server, monkeypatch):
+    monkeypatch.setattr(real_server.llm.tokenizer, "encode", lambda *_, **__: pytest.fail("the text was tokenized"))
     long = "x" * 1_000_000
     for path, sent in ((PATH, body(long)), ("/v1/completions", {"prompt": long}), ("/v1/embeddings", {"input": long})):
-        assert post(real, sent, path=path).status_code == 400
+        assert send(real_server, sent, path=path).status_code == 400
 
 
 @pytest.mark.parametrize("text", ["\0", "\u2028\u202e", "<s></s>[INST]", "\U0010ffff" * 50, "a\u0300" * 200, ""])
-def test_strange_texts_are_answered(real, text):
-    answer = post(real, body(text, max_tokens=2))
-    assert answer.status_code in (200, 400), answer.text
+def test_unusual_texts_are_answered(real_server, text):
+    response = send(real_server, body(text, max_tokens=2))
+    assert response.status_code in (200, 400), response.text
 
 
 @pytest.mark.parametrize("ids", [[2**31 - 1], [10**6], [-1], [1.5], [True], ["x", 1], [[]], [], [[1], "x", [None]]])
-def test_token_ids_that_are_none_are_400(real, ids):
-    assert post(real, {"prompt": ids, "max_tokens": 1}, path="/v1/completions").status_code == 400
-    assert post(real, {"input": ids}, path="/v1/embeddings").status_code == 400
-    assert not ids or post(real, {"tokens": ids}, path="/detokenize").status_code == 400
+def test_invalid_token_ids_are_400(real_server, ids):
+    assert send(real_server, {"prompt": ids, "max_tokens": 1}, path="/v1/completions").status_code == 400
+    assert send(real_server, {"input": ids}, path="/v1/embeddings").status_code == 400
+    assert not ids or send(real_server, {"tokens": ids}, path="/detokenize").status_code == 400
 
 
-def test_figures_add_up_with_what_was_asked(real):
-    def figure(text: str, name: str) -> float:
+def test_metrics_match_the_usage(real_server):
+    def total(text: str, name: str) -> float:
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
-    before = httpx.get(real.url + "/metrics", headers=ANNA).text
-    used = [post(real, body(f"Tell {n}.", max_tokens=5 + n, n=1 + n % 2)).json()["usage"] for n in range(4)]
-    after = httpx.get(real.url + "/metrics", headers=ANNA).text
+    before = httpx.get(real_server.url + "/metrics", headers=ANNA).text
+    usages = [send(real_server, body(f"Tell {n}.", max_tokens=5 + n, n=1 + n % 2)).json()["usage"] for n in range(4)]
+    after = httpx.get(real_server.url + "/metrics", headers=ANNA).text
 
-    def grown(name: str) -> float:
-        return figure(after, name) - figure(before, name)
+    def increase(name: str) -> float:
+        return total(after, name) - total(before, name)
 
-    generated = sum(each["completion_tokens"] for each in used)
+    generated = sum(usage["completion_tokens"] for usage in usages)
     for prefix in ("moesaic_", "vllm:"):
-        assert grown(prefix + "generation_tokens_total") == generated
-        assert grown(prefix + "request_generation_tokens_sum") == generated
-        assert grown(prefix + "request_prompt_tokens_sum") == sum(each["prompt_tokens"] for each in used)
-        assert grown(prefix + "e2e_request_latency_seconds_count") == 4
-        assert grown(prefix + "time_to_first_token_seconds_count") == 6
-        assert grown(prefix + "inter_token_latency_seconds_count") == generated - 6
-    assert grown("moesaic_request_begun_total") == grown("moesaic_request_ended_total") == 4
-    assert grown("vllm:request_success_total") == 6
-    assert grown("tgi_request_count ") == grown("tgi_request_success ") == 4
-    assert figure(after, "moesaic_num_requests_running") == 0
+        assert increase(prefix + "generation_tokens_total") == generated
+        assert increase(prefix + "request_generation_tokens_sum") == generated
+        assert increase(prefix + "request_prompt_tokens_sum") == sum(usage["prompt_tokens"] for usage in usages)
+        assert increase(prefix + "e2e_request_latency_seconds_count") == 4
+        assert increase(prefix + "time_to_first_token_seconds_count") == 6
+        assert increase(prefix + "inter_token_latency_seconds_count") == generated - 6
+    assert increase("moesaic_request_begun_total") == increase("moesaic_request_ended_total") == 4
+    assert increase("vllm:request_success_total") == 6
+    assert increase("tgi_request_count ") == increase("tgi_request_success ") == 4
+    assert total(after, "moesaic_num_requests_running") == 0

@@ -1,4 +1,4 @@
-"""Figures: they add up with what was asked, dashboards find their names, and nobody can make them many."""
+"""Tests of the metrics: counts, names that dashboards use, and a bounded number of series."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.backend import ModelStats
 from moesaic.errors import NumericalError, Overloaded
-from tests.support.backend import Script, Scripted
-from tests.support.http import CHAT, Raw
+from tests.support.backend import Script, ScriptedBackend
+from tests.support.http import CHAT, Raw, post
 from tests.support.server import running
 from tests.support.wait import eventually
 
@@ -29,8 +29,8 @@ e2e_request_latency_seconds_count request_queue_time_seconds_sum request_inferen
 request_decode_time_seconds_sum request_prompt_tokens_bucket request_generation_tokens_bucket
 request_max_num_generation_tokens_bucket request_params_n_bucket request_params_max_tokens_bucket
 """.split()
-"""vLLM's names (prefix ``vllm:``, label ``model_name``): all that its example boards show, but how long prompts were
-read apart from how long they waited, which a door does not tell, and what only speculation has."""
+"""vLLM's names (prefix ``vllm:``, label ``model_name``) on its example dashboards. Two groups are left out: the prefill
+time without the queue time, which a backend does not report, and the metrics of speculative decoding."""
 
 TGI = """
 tgi_request_count tgi_request_success tgi_request_failure tgi_request_duration_bucket tgi_request_duration_sum
@@ -39,10 +39,10 @@ tgi_request_inference_duration_bucket tgi_request_mean_time_per_token_duration_b
 tgi_request_generated_tokens_bucket tgi_request_generated_tokens_sum tgi_request_generated_tokens_count
 tgi_request_max_new_tokens_bucket tgi_queue_size tgi_batch_current_size
 """.split()
-"""TGI's names, whose counters have no ``_total``: all of its board but those of single batches (``tgi_batch_*``)."""
+"""TGI's names on its dashboard, without those of single batches (``tgi_batch_*``). Its counters have no ``_total``."""
 
 
-def figures(server) -> dict[tuple[str, tuple], float]:
+def scrape(server) -> dict[tuple[str, tuple], float]:
     text = httpx.get(server.url + "/metrics").text
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -51,28 +51,28 @@ def figures(server) -> dict[tuple[str, tuple], float]:
     }
 
 
-def total(found, name: str, **labels: str) -> float:
-    wanted = set(labels.items())
-    return sum(value for (each, its), value in found.items() if each == name and wanted <= set(its))
+def total(samples, name: str, **labels: str) -> float:
+    expected = set(labels.items())
+    return sum(value for (sample, label_set), value in samples.items() if sample == name and expected <= set(label_set))
 
 
-def post(server, **more):
-    return httpx.post(server.url + "/v1/chat/completions", json=CHAT | more)
+def chat(server, **fields):
+    return post(server, "/v1/chat/completions", CHAT | fields)
 
 
 @pytest.fixture
-def asked(server):
-    """A server that has been asked all kinds of things."""
-    post(server, max_tokens=3)
-    post(server, n=2)
-    post(server, stream=True)
-    post(server, temperature=-1)
-    post(server, model="none")
+def busy_server(server):
+    """A server that has received requests of all kinds."""
+    chat(server, max_tokens=3)
+    chat(server, n=2)
+    chat(server, stream=True)
+    chat(server, temperature=-1)
+    chat(server, model="none")
     server.backend.script = Script(refusal=Overloaded("full"))
-    post(server)
+    chat(server)
     server.backend.script = Script(error=NumericalError("NaN"))
-    post(server)
-    post(server, stream=True)
+    chat(server)
+    chat(server, stream=True)
     server.backend.script = Script(held=True)
     with Raw(server) as raw:
         raw.post(CHAT | {"stream": True}).until(b"Hello")
@@ -80,48 +80,50 @@ def asked(server):
     return server
 
 
-def test_counters_add_up_with_what_was_asked(asked):
-    found = figures(asked)
-    assert total(found, "moesaic_request_begun_total") == 7
+def test_counters_match_the_requests(busy_server):
+    samples = scrape(busy_server)
+    assert total(samples, "moesaic_request_begun_total") == 7
     ends = {"length": 1, "stop": 2, "Overloaded": 1, "NumericalError": 2, "cancelled": 1}
     for reason, count in ends.items():
-        assert total(found, "moesaic_request_ended_total", reason=reason) == count, reason
-    assert total(found, "moesaic_request_ended_total") == sum(ends.values())
-    assert total(found, "vllm:request_success_total", finished_reason="stop") == 3  # answers
-    assert total(found, "vllm:request_success_total", finished_reason="length") == 1
-    assert total(found, "vllm:request_success_total", finished_reason="abort") == 4
-    assert total(found, "tgi_request_count") == 7 and total(found, "tgi_request_success") == 3
+        assert total(samples, "moesaic_request_ended_total", reason=reason) == count, reason
+    assert total(samples, "moesaic_request_ended_total") == sum(ends.values())
+    assert total(samples, "vllm:request_success_total", finished_reason="stop") == 3  # choices, not requests
+    assert total(samples, "vllm:request_success_total", finished_reason="length") == 1
+    assert total(samples, "vllm:request_success_total", finished_reason="abort") == 4
+    assert total(samples, "tgi_request_count") == 7 and total(samples, "tgi_request_success") == 3
     failures = {"overloaded": 1, "generation": 2, "dropped": 1}
-    assert {err: total(found, "tgi_request_failure", err=err) for err in failures} == failures
-    assert total(found, "tgi_request_failure") == 4
+    assert {err: total(samples, "tgi_request_failure", err=err) for err in failures} == failures
+    assert total(samples, "tgi_request_failure") == 4
     for prefix in ("moesaic_", "vllm:"):
-        assert total(found, prefix + "e2e_request_latency_seconds_count") == 3
-        assert total(found, prefix + "request_generation_tokens_sum") == 3 + 4 + 4 + 4
-        assert total(found, prefix + "request_prompt_tokens_sum") == 3 * 2
-        # answers that began: of good ends 1 + 2 + 1, of broken ones 2, and the one that was left
-        assert total(found, prefix + "time_to_first_token_seconds_count") == 7
-        assert total(found, prefix + "inter_token_latency_seconds_count") == 2 + 3 + 3 + 3 + 3 + 3
+        assert total(samples, prefix + "e2e_request_latency_seconds_count") == 3
+        assert total(samples, prefix + "request_generation_tokens_sum") == 3 + 4 + 4 + 4
+        assert total(samples, prefix + "request_prompt_tokens_sum") == 3 * 2
+        # choices that began: 1 + 2 + 1 completed, 2 failed and 1 cancelled
+        assert total(samples, prefix + "time_to_first_token_seconds_count") == 7
+        assert total(samples, prefix + "inter_token_latency_seconds_count") == 2 + 3 + 3 + 3 + 3 + 3
     statuses = {"200": 5, "400": 1, "404": 1, "429": 1, "500": 1}
     for status, count in statuses.items():
-        assert total(found, "moesaic_http_requests_total", path="/v1/chat/completions", status=status) == count, status
+        assert total(samples, "moesaic_http_requests_total", path="/v1/chat/completions", status=status) == count, (
+            status
+        )
 
 
-def test_the_names_that_dashboards_ask_for_are_there(asked):
-    names = {name for name, _ in figures(asked)}
+def test_vllm_and_tgi_names_exist(busy_server):
+    names = {name for name, _ in scrape(busy_server)}
     assert not {f"vllm:{name}" for name in VLLM} - names
     assert not set(TGI) - names
     assert not any(name.startswith("tgi_") and name.endswith("_total") for name in names)
-    text = httpx.get(asked.url + "/metrics").text
+    text = httpx.get(busy_server.url + "/metrics").text
     for name in ("tgi_request_count", "tgi_request_success", "tgi_request_failure"):
         assert f"# TYPE {name} " in text
-    labelled = {name for name, labels in figures(asked) if "model_name" in dict(labels)}
+    labelled = {name for name, labels in scrape(busy_server) if "model_name" in dict(labels)}
     assert {f"vllm:{name}" for name in VLLM} <= labelled
 
 
-def test_the_dashboard_names_what_is_there(asked):
-    found = figures(asked)
-    names = {name for name, _ in found}
-    labels = {label for _, labels in found for label, _ in labels}
+def test_the_dashboard_uses_existing_metrics(busy_server):
+    samples = scrape(busy_server)
+    names = {name for name, _ in samples}
+    labels = {label for _, labels in samples for label, _ in labels}
     board = json.loads(DASHBOARD.read_text())
     panels = [panel for panel in board["panels"] if not panel["title"].startswith("Gateway:")]
     expressions = [target["expr"] for panel in panels for target in panel["targets"]]
@@ -131,19 +133,19 @@ def test_the_dashboard_names_what_is_there(asked):
         named = set(re.findall(r"\b(moesaic_\w+)", expression))
         assert named and named <= names, expression
         assert set(re.findall(r"(\w+)=~?\"", expression)) <= labels
-        assert {each for group in re.findall(r"by \((.*?)\)", expression) for each in group.split(", ")} <= labels
+        assert {label for group in re.findall(r"by \((.*?)\)", expression) for label in group.split(", ")} <= labels
         assert expression.count("(") == expression.count(")")
         used |= named
-    for wanted in ("http_requests", "time_to_first", "inter_token", "e2e_", "generation_tokens", "running", "waiting"):
-        assert any(wanted in name for name in used), wanted
-    for wanted in ("kv_cache_usage", "prefix_cache_hits", "prefix_cache_queries", "numerical_errors"):
-        assert any(wanted in name for name in used), wanted
+    for part in ("http_requests", "time_to_first", "inter_token", "e2e_", "generation_tokens", "running", "waiting"):
+        assert any(part in name for name in used), part
+    for part in ("kv_cache_usage", "prefix_cache_hits", "prefix_cache_queries", "numerical_errors"):
+        assert any(part in name for name in used), part
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
-def test_no_client_makes_a_figure_of_its_own(server):
+def test_clients_cannot_create_series(server):
 
-    def ask(client, numbers) -> None:
+    def send_requests(client, numbers) -> None:
         for n in numbers:
             client.get(f"/secret-{n}")
             client.get(f"/v1/models/secret-{n}")
@@ -152,37 +154,37 @@ def test_no_client_makes_a_figure_of_its_own(server):
                 client.post("/v1/chat/completions", json=CHAT | more)
 
     with httpx.Client(base_url=server.url) as client:
-        figures(server)
-        ask(client, range(2))
-        before = set(figures(server))
+        scrape(server)
+        send_requests(client, range(2))
+        before = set(scrape(server))
         assert "secret" not in str(before).lower()
-        ask(client, range(2, 20))
-        assert set(figures(server)) == before
+        send_requests(client, range(2, 20))
+        assert set(scrape(server)) == before
 
 
-def test_gauges_are_what_the_models_say(server):
-    load = ModelStats(3, 2, 70, 500, 90, 40, 1, 10, 4, 5)
-    server.backend.loads = {"a": load, "b": ModelStats(running=1, blocks=0)}
-    found = figures(server)
+def test_gauges_match_the_model_stats(server):
+    stats = ModelStats(3, 2, 70, 500, 90, 40, 1, 10, 4, 5)
+    server.backend.model_stats = {"a": stats, "b": ModelStats(running=1, blocks=0)}
+    samples = scrape(server)
     for prefix in ("moesaic_", "vllm:"):
-        assert total(found, prefix + "num_requests_running", model_name="a") == 3
-        assert total(found, prefix + "num_requests_waiting") == 2
-        assert total(found, prefix + "kv_cache_usage_perc", model_name="a") == pytest.approx(0.6)
-        assert total(found, prefix + "kv_cache_usage_perc", model_name="b") == 0
-        assert total(found, prefix + "prefix_cache_hits_total") == 40
-        assert total(found, prefix + "prefix_cache_queries_total") == 500
-        assert total(found, prefix + "num_preemptions_total") == 1
-    assert (total(found, "tgi_queue_size"), total(found, "tgi_batch_current_size")) == (2, 4)
-    assert total(found, "moesaic_numerical_errors_total") == 5
+        assert total(samples, prefix + "num_requests_running", model_name="a") == 3
+        assert total(samples, prefix + "num_requests_waiting") == 2
+        assert total(samples, prefix + "kv_cache_usage_perc", model_name="a") == pytest.approx(0.6)
+        assert total(samples, prefix + "kv_cache_usage_perc", model_name="b") == 0
+        assert total(samples, prefix + "prefix_cache_hits_total") == 40
+        assert total(samples, prefix + "prefix_cache_queries_total") == 500
+        assert total(samples, prefix + "num_preemptions_total") == 1
+    assert (total(samples, "tgi_queue_size"), total(samples, "tgi_batch_current_size")) == (2, 4)
+    assert total(samples, "moesaic_numerical_errors_total") == 5
 
 
-def test_what_is_left_before_it_was_taken_in_is_counted_too():
-    class Broken(Scripted):
+def test_a_failed_generate_call_is_counted():
+    class BrokenBackend(ScriptedBackend):
         async def generate(self, request):
-            raise RuntimeError("nobody foresaw this")
+            raise RuntimeError("unexpected")
 
-    with running(Broken) as server:
-        assert post(server).status_code == 500
-        found = figures(server)
-        assert total(found, "moesaic_request_ended_total", reason="RuntimeError") == 1
-        assert total(found, "tgi_request_failure", err="generation") == 1
+    with running(BrokenBackend) as server:
+        assert chat(server).status_code == 500
+        samples = scrape(server)
+        assert total(samples, "moesaic_request_ended_total", reason="RuntimeError") == 1
+        assert total(samples, "tgi_request_failure", err="generation") == 1

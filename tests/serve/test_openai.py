@@ -1,4 +1,4 @@
-"""OpenAI's API over a scripted model: shapes, streams, refusals, and failures that never look like success."""
+"""Tests of OpenAI's API: replies, streams, parameters, refusals and errors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ JSON = {"content-type": "application/json"}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
 
 
-def test_a_whole_answer(server):
-    found = post(server, "/v1/chat/completions", CHAT).json()
-    assert found["object"] == "chat.completion" and found["model"] == "scripted"
-    [choice] = found["choices"]
+def test_a_reply_has_openais_shape(server):
+    reply = post(server, "/v1/chat/completions", CHAT).json()
+    assert reply["object"] == "chat.completion" and reply["model"] == "scripted"
+    [choice] = reply["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello, world!"}
     assert choice["finish_reason"] == "stop"
-    assert found["usage"] == {
+    assert reply["usage"] == {
         "prompt_tokens": 2,
         "completion_tokens": 4,
         "total_tokens": 6,
@@ -31,36 +31,36 @@ def test_a_whole_answer(server):
     }
 
 
-def test_the_joined_stream_is_the_whole_answer(server):
+def test_stream_chunks_join_to_the_reply(server):
     body = CHAT | {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
-    answer = post(server, "/v1/chat/completions", body)
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    *chunks, done = events(answer.text)
+    response = post(server, "/v1/chat/completions", body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = events(response.text)
     assert done == "[DONE]"
     chunks = [json.loads(chunk) for chunk in chunks]
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 8
     assert len({chunk["id"] for chunk in chunks}) == 1
     for index in (0, 1):
-        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
-        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
-        assert "".join(c["delta"].get("content", "") for c in mine) == "Hello, world!"
-        assert [c["finish_reason"] for c in mine] == [None] * 5 + ["stop"]
+        choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(c["delta"].get("content", "") for c in choices) == "Hello, world!"
+        assert [c["finish_reason"] for c in choices] == [None] * 5 + ["stop"]
 
 
-def test_max_tokens_gives_length(server):
-    found = post(server, "/v1/chat/completions", CHAT | {"max_tokens": 2}).json()
-    assert found["choices"][0]["finish_reason"] == "length"
-    assert found["choices"][0]["message"]["content"] == "Hello, "
+def test_max_tokens_finishes_with_length(server):
+    reply = post(server, "/v1/chat/completions", CHAT | {"max_tokens": 2}).json()
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert reply["choices"][0]["message"]["content"] == "Hello, "
 
 
 def test_logprobs(server):
-    found = post(server, "/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 1}).json()
-    entries = found["choices"][0]["logprobs"]["content"]
+    reply = post(server, "/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 1}).json()
+    entries = reply["choices"][0]["logprobs"]["content"]
     assert [entry["token"] for entry in entries] == ["Hello", ", ", "world", "!"]
     assert entries[0]["top_logprobs"] == [{"token": "Hello", "logprob": -0.25, "bytes": list(b"Hello")}]
 
 
-def test_what_is_asked_reaches_the_door(server):
+def test_the_backend_receives_all_parameters(server):
     body = CHAT | {
         "temperature": 0.5,
         "top_p": 0,
@@ -72,8 +72,8 @@ def test_what_is_asked_reaches_the_door(server):
         "unknown": {"is": "ignored"},
     }
     assert post(server, "/v1/chat/completions", body).status_code == 200
-    [ask] = server.backend.asked
-    assert ask.sampling == {
+    [request] = server.backend.requests
+    assert request.sampling == {
         "temperature": 0.5,
         "top_p": 1e-9,
         "top_k": 0,
@@ -82,16 +82,16 @@ def test_what_is_asked_reaches_the_door(server):
         "logit_bias": {12: -100.0},
         "max_tokens": 9,
     }
-    assert ask.messages == ({"role": "user", "content": "Hi"},)
+    assert request.messages == ({"role": "user", "content": "Hi"},)
 
 
-def test_parts_of_text_are_joined_and_others_refused(server):
+def test_text_parts_are_joined_and_others_refused(server):
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     assert post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}).status_code == 200
-    assert server.backend.asked[0].messages[0]["content"] == "Hello"
+    assert server.backend.requests[0].messages[0]["content"] == "Hello"
     image = [{"type": "image_url", "image_url": {"url": "http://example.org/x.png"}}]
-    answer = post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": image}]})
-    assert answer.status_code == 400 and "text only" in answer.json()["error"]["message"]
+    response = post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": image}]})
+    assert response.status_code == 400 and "text only" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", ["scripted", "alias", "tgi", "dummy", "", None])
@@ -100,10 +100,10 @@ def test_names_of_the_default_model(server, name):
 
 
 def test_an_unknown_model_is_not_found(server):
-    answer = post(server, "/v1/chat/completions", CHAT | {"model": "gpt-4"})
-    assert answer.status_code == 404
-    assert answer.json()["error"]["code"] == "model_not_found"
-    assert "scripted, other" in answer.json()["error"]["message"]
+    response = post(server, "/v1/chat/completions", CHAT | {"model": "gpt-4"})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert "scripted, other" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_an_unknown_model_is_not_found(server):
         ({"response_format": {"type": "poem"}}, "response_format"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_parameters_name(server, change, param):
-    answer = post(server, "/v1/chat/completions", CHAT | change)
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["param"] == param
-    assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert not server.backend.asked
+def test_an_invalid_parameter_is_named(server, change, param):
+    response = post(server, "/v1/chat/completions", CHAT | change)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert not server.backend.requests
 
 
 def test_a_missing_field_is_named(server):
@@ -138,21 +138,21 @@ def test_a_missing_field_is_named(server):
     [(Overloaded("full"), 429, "1"), (PromptTooLong(9, 3), 400, None), (RuntimeError("secret"), 500, None)],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_refusal_is_a_status_also_of_a_stream(server, error, status, retry, stream):
+def test_backend_refusals_become_http_errors(server, error, status, retry, stream):
     server.backend.script = Script(refusal=error)
-    answer = post(server, "/v1/chat/completions", CHAT | {"stream": stream})
-    assert answer.status_code == status
-    assert answer.headers.get("retry-after") == retry
-    assert "secret" not in answer.text
+    response = post(server, "/v1/chat/completions", CHAT | {"stream": stream})
+    assert response.status_code == status
+    assert response.headers.get("retry-after") == retry
+    assert "secret" not in response.text
 
 
-def test_an_error_in_a_stream_is_an_event_and_no_good_end(server):
+def test_an_error_event_ends_a_stream(server):
     server.backend.script = Script(error=NumericalError("the model computed NaN"))
-    answer = post(server, "/v1/chat/completions", CHAT | {"stream": True})
-    assert answer.status_code == 200
-    *chunks, last = events(answer.text)
+    response = post(server, "/v1/chat/completions", CHAT | {"stream": True})
+    assert response.status_code == 200
+    *chunks, last = events(response.text)
     assert json.loads(last)["error"]["message"] == "the model computed NaN"
-    assert "[DONE]" not in answer.text
+    assert "[DONE]" not in response.text
     assert all(choice["finish_reason"] is None for chunk in chunks for choice in json.loads(chunk)["choices"])
     whole = post(server, "/v1/chat/completions", CHAT)
     assert whole.status_code == 500 and "choices" not in whole.json()
@@ -160,10 +160,10 @@ def test_an_error_in_a_stream_is_an_event_and_no_good_end(server):
 
 def test_completions_of_several_prompts(server):
     body = {"model": "scripted", "prompt": ["one", [1, 2]], "n": 2, "max_tokens": 3}
-    found = post(server, "/v1/completions", body).json()
-    assert [(c["index"], c["text"]) for c in found["choices"]] == [(i, "Hello, world") for i in range(4)]
-    assert found["usage"]["prompt_tokens"] == 4 and found["usage"]["completion_tokens"] == 12
-    assert [ask.prompt for ask in server.backend.asked] == ["one", (1, 2)]
+    reply = post(server, "/v1/completions", body).json()
+    assert [(c["index"], c["text"]) for c in reply["choices"]] == [(i, "Hello, world") for i in range(4)]
+    assert reply["usage"]["prompt_tokens"] == 4 and reply["usage"]["completion_tokens"] == 12
+    assert [request.prompt for request in server.backend.requests] == ["one", (1, 2)]
     *chunks, done = events(post(server, "/v1/completions", body | {"stream": True}).text)
     texts = ["", "", "", ""]
     for chunk in map(json.loads, chunks):
@@ -172,7 +172,7 @@ def test_completions_of_several_prompts(server):
     assert done == "[DONE]" and texts == ["Hello, world"] * 4
 
 
-def test_scoring_as_lm_eval_asks_for_it(server):
+def test_prompt_logprobs_for_lm_eval(server):
     body = {"prompt": [[1, 5]], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1}
     [choice] = post(server, "/v1/completions", body).json()["choices"]
     assert choice["text"] == "1 5Hello"
@@ -187,8 +187,8 @@ def test_scoring_as_lm_eval_asks_for_it(server):
 
 
 def test_embeddings(server):
-    found = post(server, "/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64"}).json()
-    assert [entry["embedding"] for entry in found["data"]] == ["AACAPwAAAAAAAAAA"] * 2
+    reply = post(server, "/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64"}).json()
+    assert [entry["embedding"] for entry in reply["data"]] == ["AACAPwAAAAAAAAAA"] * 2
     short = post(server, "/v1/embeddings", {"input": "a", "dimensions": 2}).json()
     assert short["data"][0]["embedding"] == [1.0, 0.0]
     assert post(server, "/v1/embeddings", {"input": []}).status_code == 400
@@ -196,19 +196,19 @@ def test_embeddings(server):
 
 def test_models(server):
     listed = httpx.get(server.url + "/v1/models").json()["data"]
-    assert [(card["id"], card["max_model_len"]) for card in listed] == [("scripted", 100), ("other", 50)]
+    assert [(model["id"], model["max_model_len"]) for model in listed] == [("scripted", 100), ("other", 50)]
     assert httpx.get(server.url + "/v1/models/other").json()["id"] == "other"
     assert httpx.get(server.url + "/v1/models/none").status_code == 404
 
 
-def test_classes(server):
-    found = post(server, "/v1/classify", {"input": "fine"}).json()
-    assert found["data"] == [
+def test_classify(server):
+    reply = post(server, "/v1/classify", {"input": "fine"}).json()
+    assert reply["data"] == [
         {"index": 0, "label": "good", "probs": [0.75, 0.25], "scores": {"good": 0.75, "bad": 0.25}}
     ]
 
 
-def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
+def test_streamed_and_whole_replies_are_equal(tales):
     body = {"messages": [{"role": "user", "content": "Tell a story."}], "temperature": 0, "max_tokens": 40}
     whole = post(tales, "/v1/chat/completions", body).json()
     *chunks, done = events(post(tales, "/v1/chat/completions", body | {"stream": True}).text)
@@ -218,34 +218,34 @@ def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
     assert post(tales, "/v1/completions", prompt).json()["choices"][0]["text"].startswith("Once upon a")
 
 
-def test_the_built_in_models_vectors_are_of_length_one(tales):
-    found = post(tales, "/v1/embeddings", {"input": ["a king", "a queen", "the sea"]}).json()
-    vectors = [entry["embedding"] for entry in found["data"]]
+def test_built_in_embeddings_are_normalized(tales):
+    reply = post(tales, "/v1/embeddings", {"input": ["a king", "a queen", "the sea"]}).json()
+    vectors = [entry["embedding"] for entry in reply["data"]]
     assert all(abs(sum(x * x for x in vector) - 1) < 1e-3 for vector in vectors)
     assert vectors[0] != vectors[1]
 
 
-def test_whole_numbers_may_have_a_fraction_of_nothing(server):
+def test_integers_may_be_written_as_floats(server):
     raw = '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2.0, "temperature": 1.0, "top_k": 3e0}'
     assert httpx.post(server.url + "/v1/chat/completions", content=raw, headers=JSON).status_code == 200
-    assert server.backend.asked[0].sampling == {"max_tokens": 2, "temperature": 1.0, "top_k": 3}
+    assert server.backend.requests[0].sampling == {"max_tokens": 2, "temperature": 1.0, "top_k": 3}
     for wrong in ("2.5", "1e400", "-1e400"):
-        answer = httpx.post(server.url + "/v1/chat/completions", content=raw.replace("2.0", wrong), headers=JSON)
-        assert answer.status_code == 400, wrong
+        response = httpx.post(server.url + "/v1/chat/completions", content=raw.replace("2.0", wrong), headers=JSON)
+        assert response.status_code == 400, wrong
 
 
-def test_a_wrong_method_is_told_all_right_ones(server):
-    answer = httpx.put(server.url + "/v1/responses/resp_1", json={})
-    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, HEAD")
+def test_a_wrong_method_lists_the_allowed_ones(server):
+    response = httpx.put(server.url + "/v1/responses/resp_1", json={})
+    assert (response.status_code, response.headers["allow"]) == (405, "DELETE, GET, HEAD")
 
 
-def test_the_description_asks_for_keys_where_they_are_wanted(server):
+def test_openapi_declares_where_keys_are_required(server):
     described = httpx.get(server.url + "/openapi.json").json()
     assert "security" not in described["paths"]["/v1/models"]["get"]
     written, key = keys.new("anna")
     with running(keys=keys.Keys((key,))) as guarded:
-        asked = {"x-api-key": written}
-        described = httpx.get(guarded.url + "/openapi.json", headers=asked).json()
+        headers = {"x-api-key": written}
+        described = httpx.get(guarded.url + "/openapi.json", headers=headers).json()
     assert described["paths"]["/v1/models"]["get"]["security"] == [{"bearer": []}, {"x-api-key": []}]
     assert "security" not in described["paths"]["/health"]["get"]
     assert {entry["name"] for entry in described["paths"]["/v1/responses/{id}/input_items"]["get"]["parameters"]} == {

@@ -1,4 +1,4 @@
-"""Readers who do not read: they cost little, are cut off, and nobody beside them notices."""
+"""Tests of slow clients: they use little memory, are disconnected and delay no other client."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 import httpx
 
 from moesaic.serve.settings import Settings
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 from tests.support.http import CHAT, Raw
 from tests.support.server import running
 from tests.support.wait import eventually
 
-QUICK = Settings(reader_seconds=0.4, idle_seconds=0.4)
+SHORT_TIMEOUTS = Settings(reader_seconds=0.4, idle_seconds=0.4)
 
 
-def stalled(server, count: int, body: dict) -> list[Raw]:
+def open_unread(server, count: int, body: dict) -> list[Raw]:
     return [Raw(server, receive_buffer=4096).post(body) for _ in range(count)]
 
 
@@ -23,46 +23,46 @@ def memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_readers_who_do_not_read_cost_little_and_are_dropped():
+def test_slow_readers_use_little_memory_and_are_dropped():
     endless = Script(pieces=("x" * 16_000,) * 2000)
-    with running(lambda: Scripted(endless), Settings(reader_seconds=3)) as server:
+    with running(lambda: ScriptedBackend(endless), Settings(reader_seconds=3)) as server:
         httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3})
         before = memory()
-        kept = stalled(server, 200, CHAT | {"stream": True})
-        eventually(lambda: len(server.backend.asked) == 201)
+        connections = open_unread(server, 200, CHAT | {"stream": True})
+        eventually(lambda: len(server.backend.requests) == 201)
         other = httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3}).json()
         assert other["choices"][0]["message"]["content"] == "x" * 48_000
         eventually(lambda: server.app.state.running == 0, 60)
         assert memory() - before < 50 << 20
         assert server.backend.cancelled >= 200
-        for raw in kept:
+        for raw in connections:
             assert b"[DONE]" not in raw.rest()[-1000:]
             raw.__exit__()
 
 
-def test_a_whole_answer_that_nobody_takes_is_dropped():
+def test_an_unread_reply_is_dropped():
     huge = Script(pieces=("x" * (1 << 20),) * 24)
-    with running(lambda: Scripted(huge), QUICK) as server:
-        [raw] = stalled(server, 1, CHAT)
+    with running(lambda: ScriptedBackend(huge), SHORT_TIMEOUTS) as server:
+        [raw] = open_unread(server, 1, CHAT)
         connections = server.http.server_state.connections
         eventually(lambda: server.backend.cancelled)
         eventually(lambda: not connections)
         raw.__exit__()
 
 
-def test_what_is_left_of_an_answer_when_the_connection_is_closed_is_dropped():
-    """Of one of these sizes a little is left that the system did not take, and nothing more is ever written."""
+def test_the_unread_rest_of_a_reply_is_dropped():
+    """With one of these sizes, the socket buffers are full just before the end, so no later write reports an error."""
     pieces = Script(pieces=("x" * 32_000,) * 48)
-    with running(lambda: Scripted(pieces), QUICK) as server:
+    with running(lambda: ScriptedBackend(pieces), SHORT_TIMEOUTS) as server:
         connections = server.http.server_state.connections
-        for most in range(4, 49):
-            Raw(server, receive_buffer=4096).post(CHAT | {"max_tokens": most}, "Connection: close")
-        eventually(lambda: len(server.backend.asked) == 45)
+        for max_tokens in range(4, 49):
+            Raw(server, receive_buffer=4096).post(CHAT | {"max_tokens": max_tokens}, "Connection: close")
+        eventually(lambda: len(server.backend.requests) == 45)
         eventually(lambda: not connections, 40)
 
 
-def test_requests_in_a_row_whose_answers_nobody_takes_are_dropped():
-    with running(settings=QUICK) as server:
+def test_pipelined_requests_with_unread_replies_are_dropped():
+    with running(settings=SHORT_TIMEOUTS) as server:
         connections = server.http.server_state.connections
         raw = Raw(server, receive_buffer=4096)
         raw.socket.settimeout(1)

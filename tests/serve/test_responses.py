@@ -1,4 +1,4 @@
-"""OpenAI's Responses API over a scripted model: shapes, events in their order, and what is kept for whom."""
+"""Tests of OpenAI's Responses API: replies, the order of events, and stored responses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from moesaic.serve import keys
 from moesaic.serve.response_store import ResponseStore, StoredResponse
 from moesaic.serve.settings import Settings
 from tests.support.backend import Script
+from tests.support.http import post
 from tests.support.server import running
 
-ASK = {"model": "scripted", "input": "Hi"}
+BODY = {"model": "scripted", "input": "Hi"}
 TOOL = {"type": "function", "name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}
 CALLS = (
     ToolCall(0, "call_a", "weather", '{"city":'),
@@ -25,8 +26,8 @@ CALLS = (
 )
 
 
-def post(server, body, path="/v1/responses", **options):
-    return httpx.post(server.url + path, json=body, timeout=30, **options)
+def create(server, body, path="/v1/responses", **options):
+    return post(server, path, body, **options)
 
 
 def get(server, path, **options):
@@ -34,75 +35,75 @@ def get(server, path, **options):
 
 
 def stream(server, body):
-    """Return the events of an answer, each without its number, which are in order."""
-    answer = post(server, body | {"stream": True})
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    found = []
-    for block in answer.text.strip().split("\n\n"):
+    """Return the events of a streamed reply without their sequence numbers; check that those are in order."""
+    response = create(server, body | {"stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = []
+    for block in response.text.strip().split("\n\n"):
         kind, data = block.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert kind == f"event: {found[-1]['type']}"
-    assert [event.pop("sequence_number") for event in found] == list(range(len(found)))
-    return found
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert kind == f"event: {events[-1]['type']}"
+    assert [event.pop("sequence_number") for event in events] == list(range(len(events)))
+    return events
 
 
-def kinds(found):
-    return [event["type"].removeprefix("response.") for event in found]
+def kinds(events):
+    return [event["type"].removeprefix("response.") for event in events]
 
 
-def test_a_whole_answer(server):
-    found = post(server, ASK | {"metadata": {"a": "b"}, "instructions": "Be kind.", "temperature": 0.5}).json()
-    assert (found["object"], found["status"], found["error"]) == ("response", "completed", None)
-    assert found["id"].startswith("resp_") and found["metadata"] == {"a": "b"}
-    [item] = found["output"]
+def test_a_reply_has_the_responses_shape(server):
+    reply = create(server, BODY | {"metadata": {"a": "b"}, "instructions": "Be kind.", "temperature": 0.5}).json()
+    assert (reply["object"], reply["status"], reply["error"]) == ("response", "completed", None)
+    assert reply["id"].startswith("resp_") and reply["metadata"] == {"a": "b"}
+    [item] = reply["output"]
     assert item.pop("id").startswith("msg_")
     part = {"type": "output_text", "text": "Hello, world!", "annotations": [], "logprobs": []}
     assert item == {"type": "message", "status": "completed", "role": "assistant", "content": [part]}
-    assert found["usage"] == {
+    assert reply["usage"] == {
         "input_tokens": 2,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": 4,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 6,
     }
-    [ask] = server.backend.asked
-    assert ask.messages == ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"})
-    assert ask.sampling == {"temperature": 0.5}
+    [request] = server.backend.requests
+    assert request.messages == ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"})
+    assert request.sampling == {"temperature": 0.5}
 
 
-def test_a_stream(server):
-    found = stream(server, ASK)
-    assert kinds(found) == [
+def test_a_stream_has_the_events_of_the_responses_api(server):
+    events = stream(server, BODY)
+    assert kinds(events) == [
         *("created", "in_progress", "output_item.added", "content_part.added"),
         *["output_text.delta"] * 4,
         *("output_text.done", "content_part.done", "output_item.done", "completed"),
     ]
-    assert found[0]["response"]["status"] == "in_progress" and found[0]["response"]["output"] == []
-    assert found[2]["item"]["content"] == [] and found[3]["part"]["text"] == ""
-    assert "".join(event["delta"] for event in found[4:8]) == "Hello, world!" == found[8]["text"]
-    whole = found[-1]["response"]
-    assert whole["output"] == [found[-2]["item"]] and whole["usage"]["total_tokens"] == 6
-    assert whole["id"] == found[0]["response"]["id"]
+    assert events[0]["response"]["status"] == "in_progress" and events[0]["response"]["output"] == []
+    assert events[2]["item"]["content"] == [] and events[3]["part"]["text"] == ""
+    assert "".join(event["delta"] for event in events[4:8]) == "Hello, world!" == events[8]["text"]
+    whole = events[-1]["response"]
+    assert whole["output"] == [events[-2]["item"]] and whole["usage"]["total_tokens"] == 6
+    assert whole["id"] == events[0]["response"]["id"]
     assert get(server, f"/v1/responses/{whole['id']}").json() == whole
 
 
-def test_max_output_tokens_gives_incomplete(server):
-    found = post(server, ASK | {"max_output_tokens": 2}).json()
-    assert (found["status"], found["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
-    assert found["output"][0]["status"] == "incomplete"
-    events = stream(server, ASK | {"max_output_tokens": 2})
+def test_max_output_tokens_ends_as_incomplete(server):
+    reply = create(server, BODY | {"max_output_tokens": 2}).json()
+    assert (reply["status"], reply["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert reply["output"][0]["status"] == "incomplete"
+    events = stream(server, BODY | {"max_output_tokens": 2})
     assert kinds(events)[-1] == "incomplete" and "completed" not in kinds(events)
 
 
-def test_calls_of_tools(server):
+def test_tool_calls(server):
     server.backend.script = Script(pieces=("Let me see.",), calls=CALLS)
-    body = ASK | {"tools": [TOOL]}
-    found = post(server, body).json()["output"]
-    assert [item["type"] for item in found] == ["message", "function_call", "function_call"]
-    assert found[1].pop("id").startswith("fc_")
+    body = BODY | {"tools": [TOOL]}
+    output = create(server, body).json()["output"]
+    assert [item["type"] for item in output] == ["message", "function_call", "function_call"]
+    assert output[1].pop("id").startswith("fc_")
     call = {"type": "function_call", "status": "completed", "call_id": "call_a", "name": "weather"}
-    assert found[1] == call | {"arguments": '{"city": "Oslo"}'}
+    assert output[1] == call | {"arguments": '{"city": "Oslo"}'}
     events = stream(server, body)
     assert kinds(events)[5:] == [
         *("output_text.done", "content_part.done", "output_item.done", "output_item.added"),
@@ -116,23 +117,23 @@ def test_calls_of_tools(server):
     done = [event for event in events if event["type"].endswith("arguments.done")]
     assert [event["arguments"] for event in done] == ['{"city": "Oslo"}', "{}"]
     function = {name: TOOL[name] for name in ("name", "description", "parameters")}
-    assert server.backend.asked[0].tools == ({"type": "function", "function": function},)
+    assert server.backend.requests[0].tools == ({"type": "function", "function": function},)
 
 
 def test_logprobs(server):
-    body = ASK | {"top_logprobs": 1}
-    [part] = post(server, body).json()["output"][0]["content"]
+    body = BODY | {"top_logprobs": 1}
+    [part] = create(server, body).json()["output"][0]["content"]
     assert [entry["token"] for entry in part["logprobs"]] == ["Hello", ", ", "world", "!"]
     assert part["logprobs"][0]["top_logprobs"] == [{"token": "Hello", "logprob": -0.25, "bytes": list(b"Hello")}]
     deltas = [event for event in stream(server, body) if event["type"].endswith("text.delta")]
     assert [len(event["logprobs"]) for event in deltas] == [1] * 4
-    included = post(server, ASK | {"include": ["message.output_text.logprobs"]}).json()["output"][0]["content"][0]
+    included = create(server, BODY | {"include": ["message.output_text.logprobs"]}).json()["output"][0]["content"][0]
     assert included["logprobs"][0]["top_logprobs"] == []
-    assert server.backend.asked[-1].sampling == {"logprobs": 0}
+    assert server.backend.requests[-1].sampling == {"logprobs": 0}
 
 
-def test_items_become_turns(server):
-    given = [
+def test_items_become_messages(server):
+    items = [
         {"role": "developer", "content": "Be brief."},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Oslo?"}]},
         {"type": "reasoning", "id": "rs_1", "summary": []},
@@ -144,12 +145,12 @@ def test_items_become_turns(server):
         {"type": "function_call", "call_id": "call_c", "name": "weather", "arguments": "{}"},
     ]
     choice = {"type": "function", "name": "weather"}
-    body = ASK | {"input": given, "tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
-    assert post(server, body).status_code == 200
+    body = BODY | {"input": items, "tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
+    assert create(server, body).status_code == 200
     function = {"name": "weather", "arguments": "{}"}
     calls = [{"id": f"call_{name}", "type": "function", "function": function} for name in "abc"]
-    [ask] = server.backend.asked
-    assert ask.messages == (
+    [request] = server.backend.requests
+    assert request.messages == (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Oslo?"},
         {"role": "assistant", "content": "Let me see.", "tool_calls": calls[:2]},
@@ -157,7 +158,9 @@ def test_items_become_turns(server):
         {"role": "tool", "tool_call_id": "call_b", "content": "sun"},
         {"role": "assistant", "content": "", "tool_calls": calls[2:]},
     )
-    assert ask.tool_choice == {"type": "function", "function": {"name": "weather"}} and not ask.parallel_tool_calls
+    assert (
+        request.tool_choice == {"type": "function", "function": {"name": "weather"}} and not request.parallel_tool_calls
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,9 +171,9 @@ def test_items_become_turns(server):
         ({"type": "json_schema", "name": "x", "schema": {"type": "object"}}, ("json_schema", {"type": "object"})),
     ],
 )
-def test_forms_of_text(server, form, grammar):
-    assert post(server, ASK | {"text": {"format": form}}).json()["text"]["format"] == form
-    assert server.backend.asked[0].grammar == grammar
+def test_text_formats(server, form, grammar):
+    assert create(server, BODY | {"text": {"format": form}}).json()["text"]["format"] == form
+    assert server.backend.requests[0].grammar == grammar
 
 
 @pytest.mark.parametrize(
@@ -200,58 +203,58 @@ def test_forms_of_text(server, form, grammar):
         ({"top_logprobs": 21}, "top_logprobs"),
     ],
 )
-def test_what_cannot_be_is_refused(server, change, message):
-    answer = post(server, ASK | change)
-    assert answer.status_code == 400, answer.text
-    assert message in answer.json()["error"]["message"]
-    assert not server.backend.asked
+def test_invalid_requests_are_refused(server, change, message):
+    response = create(server, BODY | change)
+    assert response.status_code == 400, response.text
+    assert message in response.json()["error"]["message"]
+    assert not server.backend.requests
 
 
-def test_a_conversation_goes_on(server):
-    first = post(server, ASK | {"instructions": "Be kind."}).json()
-    body = ASK | {"input": "And?", "previous_response_id": first["id"], "instructions": "Be brief."}
-    second = post(server, body).json()
+def test_previous_response_id_continues_a_conversation(server):
+    first = create(server, BODY | {"instructions": "Be kind."}).json()
+    body = BODY | {"input": "And?", "previous_response_id": first["id"], "instructions": "Be brief."}
+    second = create(server, body).json()
     assert second["previous_response_id"] == first["id"]
-    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, world!"}]
-    told = [{"role": "system", "content": "Be brief."}]  # instructions are for one answer alone
-    assert list(server.backend.asked[1].messages) == [*told, *said, {"role": "user", "content": "And?"}]
-    third = ASK | {"input": "So?", "previous_response_id": second["id"]}
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, world!"}]
+    instructions = [{"role": "system", "content": "Be brief."}]  # instructions apply to one response only
+    assert list(server.backend.requests[1].messages) == [*instructions, *history, {"role": "user", "content": "And?"}]
+    third = BODY | {"input": "So?", "previous_response_id": second["id"]}
     assert stream(server, third)
-    assert [turn["content"] for turn in server.backend.asked[2].messages][-3:] == ["And?", "Hello, world!", "So?"]
+    assert [turn["content"] for turn in server.backend.requests[2].messages][-3:] == ["And?", "Hello, world!", "So?"]
 
 
-def test_results_of_tools_answer_kept_calls(server):
+def test_tool_results_follow_stored_calls(server):
     server.backend.script = Script(pieces=(), calls=CALLS)
-    first = post(server, ASK | {"tools": [TOOL]}).json()
+    first = create(server, BODY | {"tools": [TOOL]}).json()
     results = [{"type": "function_call_output", "call_id": f"call_{name}", "output": "rain"} for name in "ab"]
-    assert post(server, ASK | {"input": results, "previous_response_id": first["id"]}).status_code == 200
-    turns = server.backend.asked[1].messages
+    assert create(server, BODY | {"input": results, "previous_response_id": first["id"]}).status_code == 200
+    turns = server.backend.requests[1].messages
     assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "tool"]
     assert [call["id"] for call in turns[1]["tool_calls"]] == ["call_a", "call_b"]
 
 
-def test_what_is_kept_can_be_shown_and_dropped(server):
-    whole = post(server, ASK).json()
+def test_stored_responses_can_be_read_and_deleted(server):
+    whole = create(server, BODY).json()
     path = f"/v1/responses/{whole['id']}"
     assert get(server, path).json() == whole
-    cancelled = post(server, {}, f"{path}/cancel")
+    cancelled = create(server, {}, f"{path}/cancel")
     assert cancelled.status_code == 400 and "has ended" in cancelled.json()["error"]["message"]
     assert get(server, f"{path}?stream=true").status_code == 400
     deleted = {"id": whole["id"], "object": "response", "deleted": True}
     assert httpx.delete(server.url + path).json() == deleted
-    for answer in (get(server, path), httpx.delete(server.url + path), post(server, {}, f"{path}/cancel")):
-        assert answer.status_code == 404 and answer.json()["error"]["code"] is None
+    for response in (get(server, path), httpx.delete(server.url + path), create(server, {}, f"{path}/cancel")):
+        assert response.status_code == 404 and response.json()["error"]["code"] is None
 
 
-def test_what_is_not_to_be_kept_is_not(server):
-    whole = post(server, ASK | {"store": False}).json()
+def test_store_false_stores_nothing(server):
+    whole = create(server, BODY | {"store": False}).json()
     assert whole["store"] is False and get(server, f"/v1/responses/{whole['id']}").status_code == 404
 
 
 def test_input_items(server):
-    given = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two", "id": None}, ASK["input"]]
-    given[2] = {"role": "user", "content": given[2], "id": "msg_mine"}
-    path = f"/v1/responses/{post(server, ASK | {'input': given}).json()['id']}/input_items"
+    items = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two", "id": None}, BODY["input"]]
+    items[2] = {"role": "user", "content": items[2], "id": "msg_mine"}
+    path = f"/v1/responses/{create(server, BODY | {'input': items}).json()['id']}/input_items"
     listed = get(server, path).json()
     texts = [item["content"][0]["text"] for item in listed["data"]]
     assert texts == ["Hi", "two", "one"] and listed["first_id"] == "msg_mine" and not listed["has_more"]
@@ -264,88 +267,88 @@ def test_input_items(server):
         assert get(server, f"{path}?{wrong}").status_code == 400
 
 
-def test_one_key_never_sees_anothers():
-    (mine, one), (theirs, two) = keys.new("anna"), keys.new("ben")
-    with running(keys=keys.Keys((one, two))) as server:
-        as_one, as_two = ({"headers": {"authorization": f"Bearer {key}"}} for key in (mine, theirs))
-        name = post(server, ASK, **as_one).json()["id"]
+def test_keys_cannot_read_each_others_responses():
+    (anna_key, anna), (ben_key, ben) = keys.new("anna"), keys.new("ben")
+    with running(keys=keys.Keys((anna, ben))) as server:
+        as_anna, as_ben = ({"headers": {"authorization": f"Bearer {key}"}} for key in (anna_key, ben_key))
+        name = create(server, BODY, **as_anna).json()["id"]
         path = f"/v1/responses/{name}"
-        assert get(server, path, **as_one).status_code == 200
-        assert get(server, path, **as_two).status_code == 404
-        assert get(server, f"{path}/input_items", **as_two).status_code == 404
-        assert httpx.delete(server.url + path, **as_two).status_code == 404
-        assert post(server, ASK | {"previous_response_id": name}, **as_two).status_code == 400
-        assert get(server, path, **as_one).status_code == 200
+        assert get(server, path, **as_anna).status_code == 200
+        assert get(server, path, **as_ben).status_code == 404
+        assert get(server, f"{path}/input_items", **as_ben).status_code == 404
+        assert httpx.delete(server.url + path, **as_ben).status_code == 404
+        assert create(server, BODY | {"previous_response_id": name}, **as_ben).status_code == 400
+        assert get(server, path, **as_anna).status_code == 200
 
 
-def test_the_oldest_go_and_only_ones_own():
+def test_the_store_evicts_the_oldest_of_the_same_owner():
     entry = StoredResponse({"text": "x" * 100}, (), ())
-    kept = ResponseStore(2, 10 * entry.size())
+    store = ResponseStore(2, 10 * entry.size())
     for name in "abc":
-        kept.put("anna", name, entry)
-    kept.put("ben", "a", entry)
-    assert kept.get("anna", "b") and kept.get("anna", "c") and kept.get("ben", "a")
+        store.put("anna", name, entry)
+    store.put("ben", "a", entry)
+    assert store.get("anna", "b") and store.get("anna", "c") and store.get("ben", "a")
     with pytest.raises(NotFound):
-        kept.get("anna", "a")
+        store.get("anna", "a")
     small = ResponseStore(100, 2 * entry.size())
     small.put("anna", "a", entry)
     small.put("anna", "b", replace(entry, shown={"text": "x" * 150}))
     with pytest.raises(NotFound):
         small.get("anna", "a")
-    small.put("anna", "c", replace(entry, shown={"text": "x" * 500}))  # larger than all room
+    small.put("anna", "c", replace(entry, shown={"text": "x" * 500}))  # larger than the whole store
     small.put("anna", "d", entry)
     assert small.get("anna", "d")
     assert small._owners["anna"].size == entry.size()
 
 
-def test_how_much_is_kept_is_a_setting():
+def test_kept_responses_limits_the_store():
     with running(settings=Settings(kept_responses=1)) as server:
-        first, second = (post(server, ASK).json()["id"] for _ in range(2))
+        first, second = (create(server, BODY).json()["id"] for _ in range(2))
         assert get(server, f"/v1/responses/{first}").status_code == 404
         assert get(server, f"/v1/responses/{second}").status_code == 200
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_refusal_is_a_status(server, streamed):
+def test_backend_refusals_become_http_errors(server, streamed):
     server.backend.script = Script(refusal=Overloaded("full"))
-    answer = post(server, ASK | {"stream": streamed})
-    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-    assert answer.json()["error"]["type"] == "rate_limit_error"
+    response = create(server, BODY | {"stream": streamed})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert response.json()["error"]["type"] == "rate_limit_error"
 
 
 @pytest.mark.parametrize("error", [NumericalError("NaN"), RuntimeError("secret")])
 def test_an_error_in_a_stream_fails_the_response(server, error):
     server.backend.script = Script(error=error)
-    found = stream(server, ASK)
-    assert kinds(found)[-2:] == ["output_text.delta", "failed"]
-    failed = found[-1]["response"]
+    events = stream(server, BODY)
+    assert kinds(events)[-2:] == ["output_text.delta", "failed"]
+    failed = events[-1]["response"]
     assert failed["status"] == "failed" and failed["error"]["code"] == "server_error"
     assert "secret" not in failed["error"]["message"]
     assert failed["output"][0]["status"] == "incomplete" and failed["output"][0]["content"][0]["text"]
     assert get(server, f"/v1/responses/{failed['id']}").status_code == 404
-    assert post(server, ASK).status_code == 500
+    assert create(server, BODY).status_code == 500
 
 
-def test_the_oldest_turns_go_if_that_is_asked_for(server):
-    server.backend.listed = [ModelInfo("scripted", context=12)]
-    turns = [{"role": ("user", "assistant")[place % 2], "content": f"{place} x x"} for place in range(5)]
-    body = ASK | {"input": [{"role": "system", "content": "brief"}, *turns], "max_output_tokens": 3}
-    assert post(server, body).status_code == 200
-    assert len(server.backend.asked[0].messages) == 6
-    assert post(server, body | {"truncation": "auto"}).status_code == 200
-    kept = [turn["content"] for turn in server.backend.asked[1].messages]
-    assert kept == ["brief", "4 x x"]
-    server.backend.listed = [ModelInfo("scripted", context=15)]
-    assert post(server, body | {"truncation": "auto"}).status_code == 200
-    assert [turn["content"] for turn in server.backend.asked[2].messages] == ["brief", "2 x x", "3 x x", "4 x x"]
+def test_truncation_auto_drops_the_oldest_messages(server):
+    server.backend.model_infos = [ModelInfo("scripted", context=12)]
+    turns = [{"role": ("user", "assistant")[number % 2], "content": f"{number} x x"} for number in range(5)]
+    body = BODY | {"input": [{"role": "system", "content": "brief"}, *turns], "max_output_tokens": 3}
+    assert create(server, body).status_code == 200
+    assert len(server.backend.requests[0].messages) == 6
+    assert create(server, body | {"truncation": "auto"}).status_code == 200
+    contents = [turn["content"] for turn in server.backend.requests[1].messages]
+    assert contents == ["brief", "4 x x"]
+    server.backend.model_infos = [ModelInfo("scripted", context=15)]
+    assert create(server, body | {"truncation": "auto"}).status_code == 200
+    assert [turn["content"] for turn in server.backend.requests[2].messages] == ["brief", "2 x x", "3 x x", "4 x x"]
 
 
-def test_the_built_in_model_answers_alike_whole_and_streamed(tales):
+def test_streamed_and_whole_replies_are_equal(tales):
     body = {"input": "Tell a story.", "temperature": 0, "max_output_tokens": 30}
-    whole = post(tales, body).json()
-    found = stream(tales, body)
-    joined = "".join(event["delta"] for event in found if event["type"] == "response.output_text.delta")
+    whole = create(tales, body).json()
+    events = stream(tales, body)
+    joined = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
     assert joined == whole["output"][0]["content"][0]["text"] and len(joined) > 20
-    assert whole["status"] == "incomplete" == found[-1]["response"]["status"]
-    goes_on = post(tales, body | {"previous_response_id": whole["id"], "input": "And then?"}).json()
-    assert goes_on["usage"]["input_tokens"] > whole["usage"]["total_tokens"]
+    assert whole["status"] == "incomplete" == events[-1]["response"]["status"]
+    continued = create(tales, body | {"previous_response_id": whole["id"], "input": "And then?"}).json()
+    assert continued["usage"]["input_tokens"] > whole["usage"]["total_tokens"]

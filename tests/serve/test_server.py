@@ -1,4 +1,4 @@
-"""Sockets in hostile hands: slow, long, split, smuggled, silent, too many."""
+"""Tests of the HTTP server against hostile clients: slow, oversized, malformed, smuggled or too many requests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.support.server import running
 from tests.support.wait import eventually
 
 MARGIN = 5.0
-"""Seconds beyond a deadline in which even a loaded machine must have kept it."""
-QUICK = Settings(header_seconds=0.4, body_seconds=0.4, idle_seconds=0.4, reader_seconds=0.4)
+"""Seconds that a loaded machine may be late."""
+SHORT_TIMEOUTS = Settings(header_seconds=0.4, body_seconds=0.4, idle_seconds=0.4, reader_seconds=0.4)
 POST = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 JSON = {"content-type": "application/json"}
 LOCKED = Keys((Key("anna", "0" * 64),))
@@ -31,84 +31,85 @@ LOCKED = Keys((Key("anna", "0" * 64),))
 
 @pytest.fixture(scope="module")
 def quick():
-    with running(settings=QUICK) as found:
-        yield found
+    with running(settings=SHORT_TIMEOUTS) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def usual():
-    with running() as found:
-        yield found
+def shared_server():
+    with running() as server:
+        yield server
 
 
-def refused(raw: Raw, status: int) -> None:
-    """The answer is a refusal in JSON, and then the connection is closed."""
-    answer = raw.rest()
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert int(head[9:12]) == status, answer
+def assert_refused(raw: Raw, status: int) -> None:
+    """Check that the response is one error in JSON, and that the connection is closed after it."""
+    response = raw.rest()
+    head, _, body = response.partition(b"\r\n\r\n")
+    assert int(head[9:12]) == status, response
     assert b"connection: close" in head.lower()
     assert json.loads(body)["error"]
-    assert answer.count(b"HTTP/1.1 ") == 1
+    assert response.count(b"HTTP/1.1 ") == 1
 
 
-# Heads
+# Headers
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         [f"X-Long: {'x' * 33_000}"],
-        [f"X-{place}: {'x' * 1000}" for place in range(40)],
+        [f"X-{number}: {'x' * 1000}" for number in range(40)],
         [f"{'X' * 33_000}: 1"],
         [f"X-Long: {'x' * 500_000}"],
-        [f"X-{place}: 1" for place in range(101)],
-        [f"X-{place}: 1" for place in range(5000)],
+        [f"X-{number}: 1" for number in range(101)],
+        [f"X-{number}: 1" for number in range(5000)],
     ],
 )
-def test_too_large_a_head_is_431(usual, fields):
-    with Raw(usual) as raw:
-        refused(raw.get("/health", *fields), 431)
+def test_too_large_headers_are_431(shared_server, fields):
+    with Raw(shared_server) as raw:
+        assert_refused(raw.get("/health", *fields), 431)
 
 
-def test_a_head_of_the_largest_size_is_read(usual):
-    with Raw(usual) as raw:
-        assert raw.get("/health", f"X-Long: {'x' * 31_000}", *[f"X-{each}: 1" for each in range(90)]).status() == 200
-    with Raw(usual) as raw:
-        refused(raw.get("/" + "x" * 33_000), 431)
+def test_headers_of_the_largest_size_are_accepted(shared_server):
+    fields = [f"X-Long: {'x' * 31_000}", *[f"X-{number}: 1" for number in range(90)]]
+    with Raw(shared_server) as raw:
+        assert raw.get("/health", *fields).status() == 200
+    with Raw(shared_server) as raw:
+        assert_refused(raw.get("/" + "x" * 33_000), 431)
 
 
-def test_a_head_without_an_end_is_431(usual):
-    with Raw(usual) as raw:
-        began = monotonic()
+def test_endless_headers_are_431(shared_server):
+    with Raw(shared_server) as raw:
+        started = monotonic()
         raw.send("GET /health HTTP/1.1\r\nX-Long: ")
         try:
             for _ in range(64):
                 raw.send(b"x" * 2**20)
         except OSError:
             pass
-        assert monotonic() - began < 20
-    with Raw(usual) as raw:
+        assert monotonic() - started < 20
+    with Raw(shared_server) as raw:
         raw.send("GET /health HTTP/1.1\r\nX-Long: " + "x" * 40_000)
-        refused(raw, 431)
+        assert_refused(raw, 431)
 
 
-def test_a_head_that_drips_is_cut_off(quick):
+def test_slow_headers_are_cut_off(quick):
     with Raw(quick) as raw:
         assert raw.drip(b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 9999, 0.05, 10) < 0.4 + LINGER_SECONDS + MARGIN
     with Raw(quick) as raw:
         raw.send("GET /hea")
-        refused(raw, 408)
+        assert_refused(raw, 408)
 
 
-def test_a_connection_that_says_nothing_is_closed(quick):
+def test_a_silent_connection_is_closed(quick):
     with Raw(quick) as raw:
-        began = monotonic()
-        assert raw.rest() == b"" and monotonic() - began < 0.4 + MARGIN
+        started = monotonic()
+        assert raw.rest() == b"" and monotonic() - started < 0.4 + MARGIN
 
 
 @pytest.mark.parametrize("dripped", [b"GET /health HTTP/1.1\r\nX: " + b"x" * 9999, b"\r\n", b"\n"])
-def test_what_drips_on_a_kept_connection_is_cut_off(quick, dripped):
-    """Line breaks too, which belong to no request and wind up no parser."""
+def test_slow_bytes_on_a_kept_connection_are_cut_off(quick, dripped):
+    """Line breaks count too, although they belong to no request and cause no parser event."""
     with Raw(quick) as raw:
         raw.get().until(b'"ok"}')
         assert raw.drip(dripped, 0.05, 10) < 0.4 + LINGER_SECONDS + MARGIN
@@ -117,24 +118,24 @@ def test_what_drips_on_a_kept_connection_is_cut_off(quick, dripped):
 def test_an_idle_connection_is_closed(quick):
     with Raw(quick) as raw:
         raw.get().until(b'"ok"}')
-        began = monotonic()
-        assert raw.rest() == b"" and monotonic() - began < 0.4 + MARGIN
+        started = monotonic()
+        assert raw.rest() == b"" and monotonic() - started < 0.4 + MARGIN
 
 
 # Bodies
 
 
-def test_a_body_that_drips_is_refused_in_time(quick):
+def test_a_slow_body_is_refused(quick):
     with Raw(quick) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
         raw.send("Content-Length: 5000\r\n\r\n{")
-        began = monotonic()
-        refused(raw, 400)
-        assert monotonic() - began < 0.4 + LINGER_SECONDS + MARGIN
+        started = monotonic()
+        assert_refused(raw, 400)
+        assert monotonic() - started < 0.4 + LINGER_SECONDS + MARGIN
 
 
 @pytest.mark.parametrize(
-    ("head", "server"),
+    ("head", "access"),
     [
         ("POST /v1/embeddings", "locked"),
         ("GET /v1/models", "locked"),
@@ -143,29 +144,32 @@ def test_a_body_that_drips_is_refused_in_time(quick):
         ("POST /health", "open"),
     ],
 )
-def test_a_body_that_nobody_reads_holds_no_connection(head, server):
-    """What is refused, or has no use for a body, is answered before the body: its rest must not keep us waiting."""
-    with running(settings=QUICK, keys=LOCKED if server == "locked" else None) as found, Raw(found) as raw:
+def test_an_unread_body_holds_no_connection(head, access):
+    """A refusal, or a route without a body, is answered first. The server must not wait for the rest of the body."""
+    with (
+        running(settings=SHORT_TIMEOUTS, keys=LOCKED if access == "locked" else None) as running_server,
+        Raw(running_server) as raw,
+    ):
         raw.send(
             f"{head} HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
         )
-        answer = raw.until(b"}")
-        assert b"connection: close" in answer.lower()
+        response = raw.until(b"}")
+        assert b"connection: close" in response.lower()
         assert raw.drip(b"x", 0.05, 15) < LINGER_SECONDS + MARGIN
 
 
-def test_a_body_that_is_announced_too_long_is_refused_before_it_is_read(usual):
-    with Raw(usual) as raw:
+def test_a_too_large_content_length_is_refused_unread(shared_server):
+    with Raw(shared_server) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
         raw.send(f"Expect: 100-continue\r\nContent-Length: {300 << 20}\r\n\r\n")
-        refused(raw, 413)
-    answer = httpx.post(usual.url + "/v1/embeddings", content=b"x" * (6 << 20), headers=JSON)
-    assert answer.status_code == 413, "it was read while the client was still writing"
+        assert_refused(raw, 413)
+    response = httpx.post(shared_server.url + "/v1/embeddings", content=b"x" * (6 << 20), headers=JSON)
+    assert response.status_code == 413, "the refusal must be sent while the client is still writing"
 
 
-def test_what_follows_a_refusal_is_read_for_a_while(usual):
-    """Closing on unread data is a reset, which may destroy the answer before the client has read it."""
-    with Raw(usual) as raw:
+def test_bytes_after_a_refusal_are_read_for_a_while(shared_server):
+    """A close with unread data resets the connection, and the client may lose the response."""
+    with Raw(shared_server) as raw:
         raw.send(POST + "Content-Length: 5000000\r\n\r\n")
         raw.until(b"}")
         for _ in range(64):
@@ -173,8 +177,8 @@ def test_what_follows_a_refusal_is_read_for_a_while(usual):
         assert raw.socket.recv(1) == b""
 
 
-def test_chunks_beyond_the_limit_are_cut_off(usual):
-    with Raw(usual) as raw:
+def test_chunks_beyond_the_limit_are_cut_off(shared_server):
+    with Raw(shared_server) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
         raw.send("Transfer-Encoding: chunked\r\n\r\n")
         sent = 0
@@ -188,14 +192,14 @@ def test_chunks_beyond_the_limit_are_cut_off(usual):
         assert b" 413 " in raw.rest()[:20]
 
 
-def test_a_body_of_exactly_the_limit_is_read(usual):
+def test_a_body_of_exactly_the_limit_is_accepted(shared_server):
     body = json.dumps({"input": "x"}).encode()
-    body += b" " * (usual.app.services.settings.body_bytes - len(body))
-    assert httpx.post(usual.url + "/v1/embeddings", content=body, headers=JSON).status_code == 200
-    assert httpx.post(usual.url + "/v1/embeddings", content=body + b" ", headers=JSON).status_code == 413
+    body += b" " * (shared_server.app.services.settings.body_bytes - len(body))
+    assert httpx.post(shared_server.url + "/v1/embeddings", content=body, headers=JSON).status_code == 200
+    assert httpx.post(shared_server.url + "/v1/embeddings", content=body + b" ", headers=JSON).status_code == 413
 
 
-def test_a_body_in_chunks_is_read_and_its_trailers_are_no_headers():
+def test_trailers_of_a_chunked_body_are_ignored():
     with running(keys=LOCKED) as server, Raw(server) as raw:
         raw.send(f"POST /v1/embeddings HTTP/1.1\r\nHost: {raw.host}\r\nContent-Type: application/json\r\n")
         raw.send('Transfer-Encoding: chunked\r\n\r\nd\r\n{"input":"x"}\r\n0\r\nAuthorization: Bearer x\r\n\r\n')
@@ -205,13 +209,15 @@ def test_a_body_in_chunks_is_read_and_its_trailers_are_no_headers():
         raw.send(
             'Transfer-Encoding: chunked\r\n\r\nd\r\n{"input":"x"}\r\n0\r\nHost: evil\r\nContent-Encoding: gzip\r\n\r\n'
         )
-        assert raw.status() == 200, "a second Host would have been refused"
+        assert raw.status() == 200, "a trailer must not count as a second Host header"
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "identity, gzip", "x"])
-def test_compressed_bodies_are_refused(usual, coding):
-    answer = httpx.post(usual.url + "/v1/embeddings", content=b"{}", headers=JSON | {"content-encoding": coding})
-    assert answer.status_code == 415
+def test_compressed_bodies_are_refused(shared_server, coding):
+    response = httpx.post(
+        shared_server.url + "/v1/embeddings", content=b"{}", headers=JSON | {"content-encoding": coding}
+    )
+    assert response.status_code == 415
 
 
 # Smuggling
@@ -257,94 +263,94 @@ SMUGGLED = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
         "\0" * 100,
     ],
 )
-def test_what_two_servers_might_read_differently_is_400_and_closed(usual, caplog, sent):
-    with Raw(usual) as raw:
-        refused(raw.send(sent), 400)
-    assert not [record for record in caplog.records if record.levelname == "ERROR"], "it was answered twice"
+def test_request_smuggling_is_400_and_closed(shared_server, caplog, sent):
+    with Raw(shared_server) as raw:
+        assert_refused(raw.send(sent), 400)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "there must be one response only"
 
 
 def test_a_broken_body_is_answered_once():
-    """The head was good, and the request had begun to be worked on, when the body turned out to be broken."""
+    """The headers were valid, and the request was running, when the body turned out to be malformed."""
     with running() as server, Raw(server) as raw:
         raw.send(POST + "Transfer-Encoding: chunked\r\n\r\n")
         eventually(lambda: server.app.state.running)
-        refused(raw.send("zz\r\n"), 400)
+        assert_refused(raw.send("zz\r\n"), 400)
         eventually(lambda: not server.app.state.running)
 
 
-def test_requests_in_a_row_are_answered_in_order(usual):
-    with Raw(usual) as raw:
+def test_pipelined_requests_are_answered_in_order(shared_server):
+    with Raw(shared_server) as raw:
         for path in ("/version", "/nothing", "/health"):
             raw.get(path)
-        answer = raw.get("/v1/models", "Connection: close").rest()
-    assert [int(each[:3]) for each in answer.split(b"HTTP/1.1 ")[1:]] == [200, 404, 200, 200]
+        response = raw.get("/v1/models", "Connection: close").rest()
+    assert [int(part[:3]) for part in response.split(b"HTTP/1.1 ")[1:]] == [200, 404, 200, 200]
 
 
-def test_what_would_be_another_protocol_is_not_upgraded_to(usual):
+def test_protocol_upgrades_are_ignored_or_refused(shared_server):
     for kind in ("websocket", "h2c"):
         upgrade = (f"Upgrade: {kind}", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13")
-        with Raw(usual) as raw:
-            answer = raw.get("/health", *upgrade).rest()
-            assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer
-        with Raw(usual) as raw:
-            refused(raw.post({"input": "x"}, *upgrade, path="/v1/embeddings"), 400)
+        with Raw(shared_server) as raw:
+            response = raw.get("/health", *upgrade).rest()
+            assert response.startswith(b"HTTP/1.1 200") and b"connection: close" in response
+        with Raw(shared_server) as raw:
+            assert_refused(raw.post({"input": "x"}, *upgrade, path="/v1/embeddings"), 400)
 
 
 # Connections
 
 
-def test_too_many_connections_of_one_address():
+def test_connections_per_address_are_limited():
     with running(settings=Settings(connections_per_address=3)) as server:
-        kept = [Raw(server).get() for _ in range(3)]
-        for raw in kept:
+        connections = [Raw(server).get() for _ in range(3)]
+        for raw in connections:
             raw.until(b'"ok"}')
         with Raw(server) as raw:
             assert raw.rest().startswith(b"HTTP/1.1 503")
-        kept.pop().__exit__()
+        connections.pop().__exit__()
 
-        def again() -> bool:
+        def is_admitted() -> bool:
             with Raw(server) as raw:
                 return raw.get().status() == 200
 
-        eventually(again)
-        for raw in kept:
+        eventually(is_admitted)
+        for raw in connections:
             raw.__exit__()
         eventually(lambda: not server.app.state.running)
 
 
-def test_too_many_connections_in_all():
+def test_connections_are_limited_in_total():
     settings = Settings(connections=3, connections_per_address=1, trusted_proxies=("127.0.0.1",))
     with running(settings=settings) as server:
-        kept = [Raw(server).get() for _ in range(3)]  # a proxy of ours is not counted by its address
-        for raw in kept:
+        connections = [Raw(server).get() for _ in range(3)]  # trusted proxies are exempt from the limit per address
+        for raw in connections:
             raw.until(b'"ok"}')
         with Raw(server) as raw:
-            answer = raw.rest()
-            assert answer.startswith(b"HTTP/1.1 503") and b"retry-after: 5" in answer
-        for raw in kept:
+            response = raw.rest()
+            assert response.startswith(b"HTTP/1.1 503") and b"retry-after: 5" in response
+        for raw in connections:
             raw.__exit__()
 
 
-# What is open
+# Listening sockets
 
 
-def listening() -> set[str]:
-    """Return where this process listens."""
-    found = subprocess.run([require_program("ss"), "-Hltnp"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[3] for line in found.splitlines() if f"pid={os.getpid()}," in line}
+def listening_addresses() -> set[str]:
+    """Return the addresses on which this process listens."""
+    output = subprocess.run([require_program("ss"), "-Hltnp"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[3] for line in output.splitlines() if f"pid={os.getpid()}," in line}
 
 
-def test_there_is_one_socket_and_no_other(usual):
-    before = listening()
+def test_the_server_listens_on_one_socket(shared_server):
+    before = listening_addresses()
     with running() as server:
         for path in ("/health", "/v1/models", "/openapi.json", "/metrics"):
             httpx.get(server.url + path)
         httpx.post(server.url + "/v1/chat/completions", json=CHAT)
-        assert listening() - before == {server.url.removeprefix("http://")}
+        assert listening_addresses() - before == {server.url.removeprefix("http://")}
         assert server.url.startswith("http://127.0.0.1:")
 
 
-def test_a_port_that_is_taken_is_told_at_once():
+def test_a_port_in_use_is_an_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -352,7 +358,7 @@ def test_a_port_that_is_taken_is_told_at_once():
             server.bind(Settings(port=taken.getsockname()[1]))
 
 
-def test_as_many_files_may_be_open_as_there_may_be_connections():
+def test_the_open_file_limit_fits_the_connections():
     program = (
         "import resource\n"
         "from moesaic.serve import server\n"

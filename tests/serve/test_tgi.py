@@ -1,4 +1,4 @@
-"""TGI's API: its shapes, its refusals word for word, streams that add up to the whole, errors that stay errors."""
+"""Tests of TGI's API: replies, streams, the wording of its errors, and its other routes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moesaic.serve.dialects._tgi import Parameters, check_parameters
 from moesaic.serve.dialects.tgi_info import token_spans
 from moesaic.serve.keys import Key, Keys, digest
 from moesaic.serve.settings import Settings, TgiBounds
-from tests.support.backend import Script, Scripted, ScriptedAnswers
+from tests.support.backend import Script, ScriptedBackend, ScriptedStream
 from tests.support.http import events, post
 from tests.support.server import running
 
@@ -26,34 +26,42 @@ def asks(parameters, **more):
     return BODY | {"parameters": parameters} | more
 
 
-def token(place, text, special=False):
-    return {"id": 10 + place, "text": text, "logprob": -0.25, "special": special}
+def token(position, text, special=False):
+    return {"id": 10 + position, "text": text, "logprob": -0.25, "special": special}
 
 
-def test_a_whole_answer(server):
-    answer = post(server, "/generate", asks(GREEDY))
-    assert answer.json() == {
+def test_a_reply_has_tgis_shape(server):
+    response = post(server, "/generate", asks(GREEDY))
+    assert response.json() == {
         "generated_text": "Hello, world!",
         "details": {
             "finish_reason": "eos_token",
             "generated_tokens": 4,
             "seed": None,
             "prefill": [],
-            "tokens": [token(place, text) for place, text in enumerate(("Hello", ", ", "world", "!"))],
+            "tokens": [token(position, text) for position, text in enumerate(("Hello", ", ", "world", "!"))],
         },
     }
     assert post(server, "/generate", BODY).json() == {"generated_text": "Hello, world!"}
-    assert answer.headers["x-compute-characters"] == "6"
-    assert (answer.headers["x-prompt-tokens"], answer.headers["x-generated-tokens"]) == ("2", "4")
+    assert response.headers["x-compute-characters"] == "6"
+    assert (response.headers["x-prompt-tokens"], response.headers["x-generated-tokens"]) == ("2", "4")
     for name in ("compute-type", "compute-time", "total-time", "validation-time", "queue-time", "inference-time"):
-        assert f"x-{name}" in answer.headers
+        assert f"x-{name}" in response.headers
 
 
-def test_the_compatible_route_wraps_and_repeats_the_prompt(server):
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_a_request_is_one_generate_call(server, path):
+    for parameters in ({}, {"max_new_tokens": 3}, {"max_new_tokens": 3, "truncate": 50}, GREEDY):
+        server.backend.calls.clear()
+        assert post(server, path, asks(parameters)).status_code == 200
+        assert server.backend.calls == ["generate"], "the backend counts the prompt tokens itself"
+
+
+def test_the_compatible_route_repeats_the_prompt(server):
     for path in ("/", "/v1", "/v1/"):
         assert post(server, path, BODY).json() == [{"generated_text": "Hi youHello, world!"}]
-    [found] = post(server, "/", asks({"return_full_text": False})).json()
-    assert found["generated_text"] == "Hello, world!"
+    [reply] = post(server, "/", asks({"return_full_text": False})).json()
+    assert reply["generated_text"] == "Hello, world!"
     assert post(server, "/generate", asks({"return_full_text": True})).json()["generated_text"].startswith("Hi you")
     *_, last = events(post(server, "/", BODY | {"stream": True}).text)
     assert json.loads(last)["generated_text"] == "Hi youHello, world!"
@@ -61,37 +69,39 @@ def test_the_compatible_route_wraps_and_repeats_the_prompt(server):
 
 @pytest.mark.parametrize("path", ["/generate_stream", "/", "/v1/", "/invocations"])
 def test_a_stream_has_one_event_for_each_token(server, path):
-    answer = post(server, path, asks({"details": True, "seed": 7, "temperature": 0.5, "top_n_tokens": 1}, stream=True))
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    assert answer.headers["x-accel-buffering"] == "no" and answer.headers["x-compute-characters"] == "6"
-    found = [json.loads(event) for event in events(answer.text)]
-    assert [each["index"] for each in found] == [1, 2, 3, 4]
-    assert found[0] == {
+    response = post(
+        server, path, asks({"details": True, "seed": 7, "temperature": 0.5, "top_n_tokens": 1}, stream=True)
+    )
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-accel-buffering"] == "no" and response.headers["x-compute-characters"] == "6"
+    tokens = [json.loads(event) for event in events(response.text)]
+    assert [token["index"] for token in tokens] == [1, 2, 3, 4]
+    assert tokens[0] == {
         "index": 1,
         "token": token(0, "Hello"),
         "top_tokens": [token(0, "Hello")],
         "generated_text": None,
         "details": None,
     }
-    assert [each["generated_text"] is None for each in found] == [True, True, True, False]
+    assert [token["generated_text"] is None for token in tokens] == [True, True, True, False]
     whole = "Hello, world!" if path == "/generate_stream" else "Hi youHello, world!"
-    assert found[-1]["generated_text"] == whole and whole.endswith("".join(each["token"]["text"] for each in found))
-    assert found[-1]["details"] == {
+    assert tokens[-1]["generated_text"] == whole and whole.endswith("".join(token["token"]["text"] for token in tokens))
+    assert tokens[-1]["details"] == {
         "finish_reason": "eos_token",
         "generated_tokens": 4,
         "seed": 7,
         "input_length": 2,
     }
-    assert "[DONE]" not in answer.text
+    assert "[DONE]" not in response.text
 
 
-def test_details_of_a_stream_are_there_on_request_only(server):
+def test_stream_details_are_optional(server):
     *_, last = events(post(server, "/generate_stream", BODY).text)
     assert json.loads(last)["details"] is None and "top_tokens" not in json.loads(last)
 
 
-class Apart(ScriptedAnswers):
-    """Held-back text, two tokens at once, a stop string, and an end that comes alone."""
+class UnevenStream(ScriptedStream):
+    """Stream with held-back text, two tokens in one event, a stop string, and a separate last event."""
 
     async def __aiter__(self):
         yield Delta(0, "", (TokenInfo(1, "\ufffd"),))
@@ -102,29 +112,29 @@ class Apart(ScriptedAnswers):
         yield Finished(0, "stop", 2, 5, stop="STOP")
 
 
-def test_texts_of_a_stream_add_up_whatever_was_held_back(monkeypatch):
-    class Door(Scripted):
+def test_stream_texts_join_to_the_reply(monkeypatch):
+    class UnevenBackend(ScriptedBackend):
         async def generate(self, request):
-            return Apart(self, request, self.script)
+            return UnevenStream(self, request, self.script)
 
-    with running(Door) as server:
-        found = [json.loads(event) for event in events(post(server, "/generate_stream", asks(GREEDY)).text)]
+    with running(UnevenBackend) as server:
+        tokens = [json.loads(event) for event in events(post(server, "/generate_stream", asks(GREEDY)).text)]
         whole = post(server, "/generate", asks(GREEDY)).json()
-    assert [each["token"]["text"] for each in found] == ["", "é", "", " we", "", "!STOP"]
-    assert found[-1]["generated_text"] == whole["generated_text"] == "é we!STOP"
-    assert found[-1]["details"]["finish_reason"] == whole["details"]["finish_reason"] == "stop_sequence"
-    assert [each["token"] for each in found] == whole["details"]["tokens"]
+    assert [token["token"]["text"] for token in tokens] == ["", "é", "", " we", "", "!STOP"]
+    assert tokens[-1]["generated_text"] == whole["generated_text"] == "é we!STOP"
+    assert tokens[-1]["details"]["finish_reason"] == whole["details"]["finish_reason"] == "stop_sequence"
+    assert [token["token"] for token in tokens] == whole["details"]["tokens"]
 
 
-def test_the_best_of_several(monkeypatch):
-    class Door(Scripted):
+def test_best_of(monkeypatch):
+    class BestOfBackend(ScriptedBackend):
         async def generate(self, request):
-            self.script = Script(pieces=(("Good", "Better")[len(self.asked)],))
-            found = await super().generate(request)
-            found.scale = len(self.asked)
-            return found
+            self.script = Script(pieces=(("Good", "Better")[len(self.requests)],))
+            stream = await super().generate(request)
+            stream.scale = len(self.requests)
+            return stream
 
-    class Answers(ScriptedAnswers):
+    class ScaledStream(ScriptedStream):
         async def _steps(self):
             async for step in super()._steps():
                 yield [
@@ -134,17 +144,17 @@ def test_the_best_of_several(monkeypatch):
                     for e in step
                 ] + [Finished(0, "length", 2, 1)] * isinstance(step[0], Delta) * (not isinstance(step[-1], Finished))
 
-    monkeypatch.setattr("tests.support.backend.ScriptedAnswers", Answers)
-    with running(Door) as server:
-        found = post(server, "/generate", asks({"best_of": 2, "do_sample": True, "details": True})).json()
-        seeds = [ask.sampling["seed"] for ask in server.backend.asked]
-    assert found["generated_text"] == "Better"
-    [other] = found["details"]["best_of_sequences"]
+    monkeypatch.setattr("tests.support.backend.ScriptedStream", ScaledStream)
+    with running(BestOfBackend) as server:
+        reply = post(server, "/generate", asks({"best_of": 2, "do_sample": True, "details": True})).json()
+        seeds = [request.sampling["seed"] for request in server.backend.requests]
+    assert reply["generated_text"] == "Better"
+    [other] = reply["details"]["best_of_sequences"]
     assert other["generated_text"] == "Good" and other["tokens"][0]["logprob"] == -1
-    assert [other["seed"], found["details"]["seed"]] == seeds and len(set(seeds)) == 2
+    assert [other["seed"], reply["details"]["seed"]] == seeds and len(set(seeds)) == 2
 
 
-def test_what_is_asked_reaches_the_door(server):
+def test_the_backend_receives_all_parameters(server):
     parameters = {
         "temperature": 0.5,
         "top_k": 5,
@@ -161,13 +171,13 @@ def test_what_is_asked_reaches_the_door(server):
         "grammar": {"type": "regex", "value": "a+"},
         "unknown": {"is": "ignored"},
     }
-    found = post(server, "/generate", asks(parameters)).json()
-    assert found["details"]["prefill"] == [
+    reply = post(server, "/generate", asks(parameters)).json()
+    assert reply["details"]["prefill"] == [
         {"id": 1, "text": "<s>", "logprob": None},
         {"id": 5, "text": "Hi", "logprob": -0.5},
     ]
-    [ask] = server.backend.asked
-    assert ask.sampling == {
+    [request] = server.backend.requests
+    assert request.sampling == {
         "temperature": 0.5,
         "top_k": 5,
         "top_p": 0.9,
@@ -181,8 +191,8 @@ def test_what_is_asked_reaches_the_door(server):
         "prompt_logprobs": 0,
         "seed": 2**64 - 1,
     }
-    assert (ask.model, ask.prompt, ask.grammar) == ("scripted", "Hi you", ("regex", "a+"))
-    assert (ask.truncate, ask.parse_special, ask.limits) == (50, True, TokenLimits())
+    assert (request.model, request.prompt, request.grammar) == ("scripted", "Hi you", ("regex", "a+"))
+    assert (request.truncate, request.parse_special, request.limits) == (50, True, TokenLimits())
 
 
 @pytest.mark.parametrize(
@@ -200,13 +210,13 @@ def test_what_is_asked_reaches_the_door(server):
         ({"do_sample": False, "temperature": 0.5}, False),
     ],
 )
-def test_when_tokens_are_drawn(server, parameters, greedy):
+def test_when_tokens_are_sampled(server, parameters, greedy):
     body = BODY if parameters is None else asks(parameters)
     assert post(server, "/generate", body).status_code == 200
-    [ask] = server.backend.asked
-    assert (ask.sampling["temperature"] == 0) == greedy
-    assert 0 <= ask.sampling["seed"] < 2**53
-    assert ask.sampling["max_tokens"] == 100 - 3  # what is left of the context
+    [request] = server.backend.requests
+    assert (request.sampling["temperature"] == 0) == greedy
+    assert 0 <= request.sampling["seed"] < 2**53
+    assert request.sampling["max_tokens"] == 100 - 3  # the rest of the context
 
 
 @pytest.mark.parametrize(
@@ -242,14 +252,14 @@ def test_when_tokens_are_drawn(server, parameters, greedy):
         ({"temperature": "hot"}, "parameters.temperature: Expected"),
     ],
 )
-def test_refusals_have_tgis_words(server, parameters, text):
-    answer = post(server, "/generate", asks(parameters))
-    found = answer.json()
-    assert answer.status_code == 422 and found["error_type"] == "validation"
-    assert found["error"].startswith(f"Input validation error: {text}")
+def test_validation_errors_have_tgis_wording(server, parameters, text):
+    response = post(server, "/generate", asks(parameters))
+    reply = response.json()
+    assert response.status_code == 422 and reply["error_type"] == "validation"
+    assert reply["error"].startswith(f"Input validation error: {text}")
     if text[-1] not in ": " and text.startswith("`") and "supported" not in text:
-        assert found["error"] == f"Input validation error: {text}"
-    assert not server.backend.asked
+        assert reply["error"] == f"Input validation error: {text}"
+    assert not server.backend.requests
 
 
 @pytest.mark.parametrize(
@@ -260,20 +270,20 @@ def test_refusals_have_tgis_words(server, parameters, text):
         ({"top_p": 0}, "`top_p` must be > 0.0 and < 1.0"),
     ],
 )
-def test_a_stream_is_refused_with_a_real_status(server, parameters, text):
-    answer = post(server, "/generate_stream", asks(parameters))
-    assert answer.status_code == 422
-    assert answer.json() == {"error": f"Input validation error: {text}", "error_type": "validation"}
+def test_an_invalid_stream_request_is_422(server, parameters, text):
+    response = post(server, "/generate_stream", asks(parameters))
+    assert response.status_code == 422
+    assert response.json() == {"error": f"Input validation error: {text}", "error_type": "validation"}
 
 
-def test_what_is_null_is_not_there(server):
+def test_null_means_unset(server):
     assert post(server, "/generate", asks(dict.fromkeys(Parameters.__struct_fields__))).status_code == 200
-    assert server.backend.asked[0].sampling["temperature"] == 0
+    assert server.backend.requests[0].sampling["temperature"] == 0
 
 
-def test_an_empty_text_and_too_long_ones():
+def test_empty_and_too_long_inputs_are_refused():
     with running(settings=Settings(tgi=TgiBounds(max_best_of=1, max_input_tokens=4, max_total_tokens=10))) as server:
-        said = {
+        cases = {
             "`inputs` cannot be empty": {"inputs": ""},
             "`inputs` must have less than 4 tokens. Given: 5": {"inputs": "a b c d"},
             "`best_of` != 1 is not allowed for this endpoint": asks({"best_of": 2, "do_sample": True}),
@@ -281,22 +291,22 @@ def test_an_empty_text_and_too_long_ones():
                 {"max_new_tokens": 8}
             ),
         }
-        for text, body in said.items():
+        for text, body in cases.items():
             assert post(server, "/generate", body).json()["error"] == f"Input validation error: {text}"
         assert post(server, "/generate", asks({"max_new_tokens": 7})).status_code == 200
 
 
-def test_a_body_that_is_none(server):
-    answer = post(server, "/generate", {"prompt": "x"})
-    assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
-    assert "inputs" in answer.json()["error"]
+def test_invalid_bodies_are_refused(server):
+    response = post(server, "/generate", {"prompt": "x"})
+    assert (response.status_code, response.json()["error_type"]) == (422, "validation")
+    assert "inputs" in response.json()["error"]
     broken = httpx.post(server.url + "/generate", content=b"{", headers=JSON)
     assert (broken.status_code, broken.json()["error_type"]) == (422, "validation")
     plain = httpx.post(server.url + "/generate", content=b"{}", headers={"content-type": "text/plain"})
     assert plain.status_code == 415 and plain.json().keys() == {"error"}
 
 
-def test_routes_that_are_not_there_below_v1_are_openais(server):
+def test_unknown_routes_below_v1_have_openais_errors(server):
     assert post(server, "/v1/nothing", BODY).json()["error"]["type"] == "not_found_error"
     assert post(server, "/generate/nothing", BODY).json().keys() == {"error"}
 
@@ -314,12 +324,12 @@ def test_routes_that_are_not_there_below_v1_are_openais(server):
     ],
 )
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
-def test_an_error_before_the_first_byte_is_a_status(server, path, error, status, text, kind):
+def test_backend_refusals_become_http_errors(server, path, error, status, text, kind):
     server.backend.script = Script(refusal=error)
-    answer = post(server, path, BODY)
-    assert answer.status_code == status and answer.json()["error_type"] == kind
-    assert answer.json()["error"].startswith(text) and "secret" not in answer.text
-    assert ("retry-after" in answer.headers) == (status in (429, 503))
+    response = post(server, path, BODY)
+    assert response.status_code == status and response.json()["error_type"] == kind
+    assert response.json()["error"].startswith(text) and "secret" not in response.text
+    assert ("retry-after" in response.headers) == (status in (429, 503))
 
 
 @pytest.mark.parametrize(
@@ -331,15 +341,15 @@ def test_an_error_before_the_first_byte_is_a_status(server, path, error, status,
         (Overloaded("slow"), "overloaded"),
     ],
 )
-def test_an_error_in_a_stream_is_an_event_and_no_end(server, error, kind):
+def test_an_error_event_ends_a_stream(server, error, kind):
     server.backend.script = Script(error=error)
-    answer = post(server, "/generate_stream", asks(GREEDY))
-    *found, last = [json.loads(line[5:]) for line in answer.text.split("\n") if line.startswith("data:")]
-    assert answer.status_code == 200 and last["error_type"] == kind
-    assert len(found) == 4 and all(each["generated_text"] is each["details"] is None for each in found)
+    response = post(server, "/generate_stream", asks(GREEDY))
+    *tokens, last = [json.loads(line[5:]) for line in response.text.split("\n") if line.startswith("data:")]
+    assert response.status_code == 200 and last["error_type"] == kind
+    assert len(tokens) == 4 and all(token["generated_text"] is token["details"] is None for token in tokens)
 
 
-def test_an_error_of_one_of_several_is_that_error(server):
+def test_the_error_of_one_choice_fails_the_request(server):
     server.backend.script = Script(error=NumericalError("NaN"))
     best = asks({"best_of": 2, "do_sample": True})
     assert post(server, "/generate", best).status_code == 424
@@ -347,8 +357,8 @@ def test_an_error_of_one_of_several_is_that_error(server):
     assert post(server, "/v1/completions", both).json()["error"]["message"] == "NaN"
 
 
-def test_no_more_than_so_many_at_once():
-    with running(lambda: Scripted(Script(held=True)), Settings(concurrent_requests=1)) as server:
+def test_concurrent_requests_are_limited():
+    with running(lambda: ScriptedBackend(Script(held=True)), Settings(concurrent_requests=1)) as server:
         with httpx.stream("POST", server.url + "/generate_stream", json=BODY) as first:
             lines = first.iter_lines()
             assert "Hello" in next(lines)
@@ -361,18 +371,18 @@ def test_no_more_than_so_many_at_once():
 def test_health(server):
     assert (httpx.get(server.url).status_code, httpx.get(server.url).content) == (200, b"")
     assert httpx.get(server.url + "/health").status_code == 200
-    server.backend.loads = {"scripted": ModelStats(alive=False)}
+    server.backend.model_stats = {"scripted": ModelStats(alive=False)}
     for path in ("/", "/health", "/ping"):
-        answer = httpx.get(server.url + path)
-        assert answer.status_code == 503
-        assert (answer.json()["error"], answer.json()["error_type"]) == ("unhealthy", "healthcheck")
+        response = httpx.get(server.url + path)
+        assert response.status_code == 503
+        assert (response.json()["error"], response.json()["error_type"]) == ("unhealthy", "healthcheck")
 
 
-def test_where_a_key_is_needed():
+def test_which_routes_require_a_key():
     key = Keys((Key("anna", digest("secret")),))
     with running(keys=key) as server:
-        for found in (post(server, "/generate", BODY), post(server, "/", BODY), httpx.get(server.url + "/info")):
-            assert found.status_code == 401 and found.json().keys() == {"error"}
+        for response in (post(server, "/generate", BODY), post(server, "/", BODY), httpx.get(server.url + "/info")):
+            assert response.status_code == 401 and response.json().keys() == {"error"}
         assert httpx.get(server.url).status_code == 200
         named = {"authorization": "Bearer secret"}
         assert post(server, "/", BODY, headers=named).status_code == 200
@@ -380,19 +390,19 @@ def test_where_a_key_is_needed():
 
 
 def test_info():
-    told = Settings(
+    settings = Settings(
         concurrent_requests=9, prompts=3, tgi=TgiBounds(max_total_tokens=50, launcher_info={"validation_workers": 7})
     )
-    with running(settings=told) as server:
-        found = httpx.get(server.url + "/info").json()
-    assert (found["model_id"], found["model_pipeline_tag"], found["router"]) == ("alias", "text-generation", "moesaic")
-    assert (found["max_total_tokens"], found["max_input_tokens"], found["max_input_length"]) == (50, 49, 49)
-    assert (found["max_concurrent_requests"], found["max_client_batch_size"], found["max_best_of"]) == (9, 3, 2)
-    assert (found["validation_workers"], found["max_stop_sequences"], found["docker_label"]) == (7, 4, None)
+    with running(settings=settings) as server:
+        reply = httpx.get(server.url + "/info").json()
+    assert (reply["model_id"], reply["model_pipeline_tag"], reply["router"]) == ("alias", "text-generation", "moesaic")
+    assert (reply["max_total_tokens"], reply["max_input_tokens"], reply["max_input_length"]) == (50, 49, 49)
+    assert (reply["max_concurrent_requests"], reply["max_client_batch_size"], reply["max_best_of"]) == (9, 3, 2)
+    assert (reply["validation_workers"], reply["max_stop_sequences"], reply["docker_label"]) == (7, 4, None)
     for name in ("model_sha", "model_dtype", "model_device_type", "waiting_served_ratio", "max_batch_total_tokens"):
-        assert name in found
+        assert name in reply
     for name in ("max_waiting_tokens", "version", "sha"):
-        assert name in found
+        assert name in reply
 
 
 def test_tokenize_in_both_dialects(server):
@@ -411,7 +421,7 @@ def test_tokenize_in_both_dialects(server):
 
 
 @pytest.mark.parametrize(
-    ("marks", "text", "spans"),
+    ("texts", "text", "spans"),
     [
         ([" Hello", " you"], "Hello you", [(0, 5), (5, 9)]),
         (["Gr", "\ufffd", "\ufffd", "n"], "Grün", [(0, 2), (2, 3), (2, 3), (3, 4)]),
@@ -422,13 +432,13 @@ def test_tokenize_in_both_dialects(server):
         (["a", "\ufffd", "\ufffd", "a", "a"], "aéaa", [(0, 1), (1, 2), (1, 2), (2, 3), (3, 4)]),
     ],
 )
-def test_where_tokens_stand(marks, text, spans):
-    found = token_spans([TokenInfo(9, mark, mark[0] == "<") for mark in marks], text)
-    assert [(each["start"], each["stop"]) for each in found] == spans
-    assert all(each["text"] == text[each["start"] : each["stop"]] for each in found)
+def test_token_spans(texts, text, spans):
+    tokens = token_spans([TokenInfo(9, token_text, token_text[0] == "<") for token_text in texts], text)
+    assert [(token["start"], token["stop"]) for token in tokens] == spans
+    assert all(token["text"] == text[token["start"] : token["stop"]] for token in tokens)
 
 
-def test_sagemakers_and_vertexs_routes(server):
+def test_sagemaker_and_vertex_routes(server):
     chat = {"messages": [{"role": "user", "content": "Hi"}]}
     assert post(server, "/invocations", chat).json()["choices"][0]["message"]["content"] == "Hello, world!"
     assert post(server, "/invocations", {"prompt": "Hi"}).json()["choices"][0]["text"] == "Hello, world!"
@@ -439,7 +449,7 @@ def test_sagemakers_and_vertexs_routes(server):
     assert post(server, "/vertex", {"instances": []}).status_code == 422
 
 
-def test_schemas_as_grammars():
+def test_json_grammars():
     def of(grammar):
         return check_parameters(Parameters(grammar=grammar), TgiBounds(), stream=False).grammar
 
@@ -460,17 +470,19 @@ STORY = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 30, "det
     "more",
     [{}, {"temperature": 0.8, "seed": 5, "top_p": 0.9}, {"stop": ["the"]}, {"top_n_tokens": 2}, {"max_new_tokens": 1}],
 )
-def test_the_built_in_model_answers_alike_whole_and_streamed(tales, more):
+def test_streamed_and_whole_replies_are_equal(tales, more):
     body = STORY | {"parameters": STORY["parameters"] | more}
     whole = post(tales, "/generate", body).json()
-    found = [json.loads(event) for event in events(post(tales, "/generate_stream", body).text)]
-    assert found[-1]["generated_text"] == whole["generated_text"] == "".join(each["token"]["text"] for each in found)
-    tokens = whole["details"]["tokens"]
-    assert [each["token"]["id"] for each in found] == [each["id"] for each in tokens]
-    assert [each["token"]["text"] for each in found] == [each["text"] for each in tokens]
-    assert all(each["token"]["logprob"] <= 0 for each in found)
-    assert [each["index"] for each in found] == list(range(1, whole["details"]["generated_tokens"] + 1))
-    end = found[-1]["details"]
+    tokens = [json.loads(event) for event in events(post(tales, "/generate_stream", body).text)]
+    assert (
+        tokens[-1]["generated_text"] == whole["generated_text"] == "".join(token["token"]["text"] for token in tokens)
+    )
+    whole_tokens = whole["details"]["tokens"]
+    assert [token["token"]["id"] for token in tokens] == [token["id"] for token in whole_tokens]
+    assert [token["token"]["text"] for token in tokens] == [token["text"] for token in whole_tokens]
+    assert all(token["token"]["logprob"] <= 0 for token in tokens)
+    assert [token["index"] for token in tokens] == list(range(1, whole["details"]["generated_tokens"] + 1))
+    end = tokens[-1]["details"]
     assert (
         end["finish_reason"] == whole["details"]["finish_reason"] == ("stop_sequence" if "stop" in more else "length")
     )
@@ -478,40 +490,40 @@ def test_the_built_in_model_answers_alike_whole_and_streamed(tales, more):
     if "stop" in more:
         assert whole["generated_text"].endswith("the") and whole["generated_text"].count("the") == 1
     if "top_n_tokens" in more:
-        assert all(len(each["top_tokens"]) == 2 for each in found)
-        assert [each["top_tokens"] for each in found] == whole["details"]["top_tokens"]
+        assert all(len(token["top_tokens"]) == 2 for token in tokens)
+        assert [token["top_tokens"] for token in tokens] == whole["details"]["top_tokens"]
 
 
-def test_a_drawn_seed_repeats_its_answer(tales):
+def test_a_returned_seed_repeats_the_reply(tales):
     body = STORY | {"parameters": STORY["parameters"] | {"do_sample": True}}
     first = post(tales, "/generate", body).json()
     again = body | {"parameters": body["parameters"] | {"seed": first["details"]["seed"]}}
     assert post(tales, "/generate", again).json()["generated_text"] == first["generated_text"]
 
 
-def test_special_tokens_in_a_prompt_written_by_hand_are_read_as_such(tales):
+def test_special_tokens_in_the_text_are_parsed(tales):
     info = httpx.get(tales.url + "/tokenizer_info").json()
     bos, eos = info["bos_token"], info["eos_token"]
 
     def ids(text):
-        return [each["id"] for each in post(tales, "/tokenize", {"inputs": text}).json()]
+        return [token["id"] for token in post(tales, "/tokenize", {"inputs": text}).json()]
 
     plain = ids("Hello")
     assert ids(f"{bos}Hello") == plain
     assert len(ids(f"Hello{eos}")) == len(plain) + 1
     for text in (f"{bos}Hello", f"Hello{eos}"):
         body = {"inputs": text, "parameters": {"decoder_input_details": True, "max_new_tokens": 1}}
-        read = post(tales, "/generate", body).json()
-        assert [each["id"] for each in read["details"]["prefill"]] == ids(text)
-    assert read["details"]["prefill"][0]["logprob"] is None and read["details"]["prefill"][1]["logprob"] < 0
+        reply = post(tales, "/generate", body).json()
+        assert [token["id"] for token in reply["details"]["prefill"]] == ids(text)
+    assert reply["details"]["prefill"][0]["logprob"] is None and reply["details"]["prefill"][1]["logprob"] < 0
 
 
-def test_tokens_of_a_conversation(tales):
+def test_chat_tokenize(tales):
     body = {"messages": [{"role": "user", "content": "Tell a story about Zoë."}]}
-    found = post(tales, "/chat_tokenize", body).json()
-    assert "Tell a story about Zoë." in found["templated_text"]
-    shown = found["tokenize_response"]
-    assert all(found["templated_text"][each["start"] : each["stop"]] == each["text"] for each in shown)
-    assert [each["id"] for each in shown] == post(tales, "/tokenize", body).json()["tokens"]
-    stops = [each["stop"] for each in shown]
-    assert stops == sorted(stops) and stops[-1] == len(found["templated_text"])
+    reply = post(tales, "/chat_tokenize", body).json()
+    assert "Tell a story about Zoë." in reply["templated_text"]
+    tokens = reply["tokenize_response"]
+    assert all(reply["templated_text"][token["start"] : token["stop"]] == token["text"] for token in tokens)
+    assert [token["id"] for token in tokens] == post(tales, "/tokenize", body).json()["tokens"]
+    stops = [token["stop"] for token in tokens]
+    assert stops == sorted(stops) and stops[-1] == len(reply["templated_text"])

@@ -1,4 +1,4 @@
-"""Traces: spans arrive at a collector, in the present words, in the client's trace, without a word of a prompt."""
+"""Tests of tracing: span names, the client's trace context, and no prompts in spans."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRET = "the-secret-prompt"
 
 @pytest.fixture
 def collector(monkeypatch):
-    """What an OpenTelemetry collector was sent."""
+    """Requests that an OpenTelemetry collector has received."""
     received = []
 
     class Collector(BaseHTTPRequestHandler):
@@ -46,27 +46,27 @@ def collector(monkeypatch):
 def spans(received) -> list:
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-    found = []
+    decoded = []
     for path, body in received:
         assert path == "/v1/traces"
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
             for scope in resource.scope_spans:
-                found += scope.spans
-    return found
+                decoded += scope.spans
+    return decoded
 
 
 def attributes(span) -> dict:
-    out = {}
-    for each in span.attributes:
-        value = each.value
+    values = {}
+    for attribute in span.attributes:
+        value = attribute.value
         kind = value.WhichOneof("value")
-        out[each.key] = (
+        values[attribute.key] = (
             [item.string_value for item in value.array_value.values] if kind == "array_value" else getattr(value, kind)
         )
-    return out
+    return values
 
 
-def test_spans_arrive_with_the_present_names_and_without_prompts(server, collector):
+def test_spans_have_current_names_and_no_prompts(server, collector):
     server.app.services = replace(server.app.services, tracer=Tracer())
     trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     headers = {"traceparent": f"00-{trace}-{parent}-01", "tracestate": "vendor=1"}
@@ -79,12 +79,12 @@ def test_spans_arrive_with_the_present_names_and_without_prompts(server, collect
     server.app.services.tracer.close()
     chat, text, refused = sorted(spans(collector), key=lambda span: span.start_time_unix_nano)
     assert SECRET.encode() not in b"".join(body for _, body in collector)
-    assert chat.name == "chat scripted" and chat.kind == 2  # a server's
+    assert chat.name == "chat scripted" and chat.kind == 2  # SPAN_KIND_SERVER
     assert chat.trace_id.hex() == trace and chat.parent_span_id.hex() == parent
     assert text.trace_id.hex() != trace and not text.parent_span_id and not refused.parent_span_id
-    told = attributes(chat)
-    assert told.pop("gen_ai.response.time_to_first_chunk") >= 0
-    assert told == {
+    chat_attributes = attributes(chat)
+    assert chat_attributes.pop("gen_ai.response.time_to_first_chunk") >= 0
+    assert chat_attributes == {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "moesaic",
         "gen_ai.request.model": "scripted",
@@ -105,7 +105,7 @@ def test_spans_arrive_with_the_present_names_and_without_prompts(server, collect
     assert "error.type" not in attributes(text)
 
 
-def test_a_collector_that_is_away_holds_nobody_up(server, monkeypatch):
+def test_an_unreachable_collector_delays_no_request(server, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     server.app.services = replace(server.app.services, tracer=Tracer())
@@ -113,7 +113,7 @@ def test_a_collector_that_is_away_holds_nobody_up(server, monkeypatch):
     server.app.services.tracer.close()
 
 
-def test_without_opentelemetry_it_is_told_what_to_install(monkeypatch):
+def test_a_missing_opentelemetry_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(InvalidRequest, match=r"moesaic\[otel\]"):
         Tracer()

@@ -1,6 +1,7 @@
-"""Backends without a model: ``Fake``, which the benchmarks use too, and ``Scripted``.
+"""Backends without a model.
 
-``Scripted`` sends the pieces of a ``Script``, and remembers the requests that it received.
+``ScriptedBackend`` sends the pieces of a ``Script`` and records the requests that it receives. ``FakeBackend`` is
+``benchmarks.fake_backend.FakeBackend``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.fake_backend import SEED as SEED
-from benchmarks.fake_backend import Fake as Fake
+from benchmarks.fake_backend import FakeBackend as FakeBackend
 from benchmarks.fake_backend import SteppedStream
 from benchmarks.fake_backend import answer as answer
 from benchmarks.fake_backend import text as text
@@ -31,26 +32,32 @@ from moesaic.backend import (
 
 @dataclass
 class Script:
-    """What a scripted model answers: pieces with pauses between them, perhaps an error at the end."""
+    """Reply of a scripted model: pieces of text with pauses between them, and optionally an error at the end."""
 
     pieces: Sequence[str] = ("Hello", ", ", "world", "!")
     pause: float = 0.0
+    """Seconds after each piece."""
     reason: str = "stop"
+    """Finish reason."""
     error: Exception | None = None
+    """Error that the stream raises after the last piece."""
     refusal: Exception | None = None
+    """Error that ``generate`` raises."""
     calls: Sequence[ToolCall] = ()
-    """Parts of calls of tools, which come after the text; each in a piece of its own."""
+    """Parts of tool calls. They follow the text, each in a delta of its own."""
     stop: str | None = None
+    """Stop string that ended the reply."""
     cached: int = 0
+    """Prompt tokens that were found in the prefix cache."""
     held: bool = False
-    """Whether the answer waits, after its first piece, until ``Scripted.go`` is set."""
+    """Whether the stream waits after its first piece until ``ScriptedBackend.go`` is set."""
 
 
-class ScriptedAnswers(SteppedStream):
-    """See ``door.Answers``."""
+class ScriptedStream(SteppedStream):
+    """Response stream that follows a ``Script``."""
 
-    def __init__(self, backend: Scripted, ask: GenerationRequest, script: Script) -> None:
-        self._backend, self._ask, self._script = backend, ask, script
+    def __init__(self, backend: ScriptedBackend, request: GenerationRequest, script: Script) -> None:
+        self._backend, self._request, self._script = backend, request, script
         super().__init__()
 
     def cancel(self) -> None:
@@ -59,70 +66,77 @@ class ScriptedAnswers(SteppedStream):
             self._backend.cancelled += 1
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
-        """Yield lists of events; each list is ready at once, and a reply ends in the list of its last token."""
-        script, sampling = self._script, self._ask.sampling
+        script, sampling = self._script, self._request.sampling
         count = sampling.get("n", 1)
         scored = sampling.get("prompt_logprobs") is not None
         prompt = (TokenInfo(1, "<s>", True), TokenInfo(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
         yield [PromptDone(index, prompt, 2) for index in range(count)]
         pieces = script.pieces[: sampling.get("max_tokens") or len(script.pieces)]
-        for place, piece in enumerate(pieces):
-            mark = TokenInfo(10 + place, piece, False, -0.25, ((10 + place, piece, -0.25),))
-            events: list[Event] = [Delta(index, piece, (mark,)) for index in range(count)]
-            if place == len(pieces) - 1 and not script.error:
+        for position, piece in enumerate(pieces):
+            info = TokenInfo(10 + position, piece, False, -0.25, ((10 + position, piece, -0.25),))
+            events: list[Event] = [Delta(index, piece, (info,)) for index in range(count)]
+            if position == len(pieces) - 1 and not script.error:
                 events += [Delta(index, calls=(part,)) for part in script.calls for index in range(count)]
-                events += [self._ended(index, len(pieces)) for index in range(count)]
+                events += [self._finished(index, len(pieces)) for index in range(count)]
             yield events
-            if script.held and place == 0:
+            if script.held and position == 0:
                 await self._backend.go.wait()
             await asyncio.sleep(script.pause)
         if script.error:
             raise script.error
         if not pieces:
             calls: list[Event] = [Delta(index, calls=(part,)) for part in script.calls for index in range(count)]
-            yield calls + [self._ended(index, 0) for index in range(count)]
+            yield calls + [self._finished(index, 0) for index in range(count)]
 
-    def _ended(self, index: int, generated: int) -> Finished:
+    def _finished(self, index: int, generated: int) -> Finished:
         script = self._script
         reason = "length" if generated < len(script.pieces) else script.reason
-        called = bool(script.calls)
-        return Finished(index, reason, 2, generated, script.cached, script.stop, None, called)  # type: ignore[arg-type]
+        has_calls = bool(script.calls)
+        return Finished(index, reason, 2, generated, script.cached, script.stop, None, has_calls)  # type: ignore[arg-type]
 
 
-class Scripted:
-    """A door without a model; ``asked`` has what came through."""
+class ScriptedBackend:
+    """Backend that replies as its ``script`` says; ``requests`` holds the requests that it has accepted or refused."""
 
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or Script()
-        self.asked: list[GenerationRequest] = []
+        self.requests: list[GenerationRequest] = []
+        self.calls: list[str] = []
+        """Names of the ``generate`` and ``tokenize`` calls, in order."""
         self.cancelled = 0
         self.go = asyncio.Event()
-        self.loads = {"scripted": ModelStats(blocks=10, free_blocks=10)}
-        self.listed = [ModelInfo("scripted", ("alias",), context=100), ModelInfo("other", context=50)]
+        """Lets streams of a ``held`` script continue."""
+        self.model_stats = {"scripted": ModelStats(blocks=10, free_blocks=10)}
+        self.model_infos = [ModelInfo("scripted", ("alias",), context=100), ModelInfo("other", context=50)]
 
     def models(self) -> Sequence[ModelInfo]:
-        return self.listed
+        return self.model_infos
 
     def stats(self) -> Mapping[str, ModelStats]:
-        return self.loads
+        return self.model_stats
 
-    async def generate(self, request: GenerationRequest) -> ScriptedAnswers:
+    async def generate(self, request: GenerationRequest) -> ScriptedStream:
+        self.calls.append("generate")
         if request.limits is not None:
-            [info] = [model for model in self.listed if model.name == request.model]
-            count = len(await self.tokenize(request))
+            [info] = [model for model in self.model_infos if model.name == request.model]
+            count = len(self._tokens(request))
             limit = request.limits.max_tokens(count, request.sampling.get("max_tokens"), info.context)
             request = replace(request, sampling={**request.sampling, "max_tokens": limit})
-        self.asked.append(request)
+        self.requests.append(request)
         if self.script.refusal:
             raise self.script.refusal
-        return ScriptedAnswers(self, request, replace(self.script))
+        return ScriptedStream(self, request, replace(self.script))
 
-    async def tokenize(self, ask: GenerationRequest) -> list[TokenInfo]:
-        prompt = ask.prompt if ask.messages is None else " ".join(turn["content"] for turn in ask.messages)
-        words = prompt.split() if isinstance(prompt, str) else [str(id) for id in prompt or ()]
-        return [TokenInfo(1, "<s>", True)] * ask.add_bos + [
-            TokenInfo(20 + place, word) for place, word in enumerate(words)
-        ]
+    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
+        self.calls.append("tokenize")
+        return self._tokens(request)
+
+    def _tokens(self, request: GenerationRequest) -> list[TokenInfo]:
+        """Return the prompt's tokens: each word is one, after the token that begins a text."""
+        prompt = request.prompt if request.messages is None else " ".join(turn["content"] for turn in request.messages)
+        words = prompt.split() if isinstance(prompt, str) else [str(token_id) for token_id in prompt or ()]
+        bos = [TokenInfo(1, "<s>", True)] * request.add_bos
+        return bos + [TokenInfo(20 + position, word) for position, word in enumerate(words)]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

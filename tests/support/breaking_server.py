@@ -1,10 +1,9 @@
-"""A server whose connections break where they are told to; what is to happen stands in the path.
+"""Server that breaks its connections as the path of a request says.
 
     /cut=17+40,how=reset,keyed=1/v1/chat/completions
 
-lets the first connection of a request break after 17 bytes of its body and the second after 40; a third would be
-whole. Connections belong to one request if their Idempotency-Key is the same. As a process of its own it says its
-port:
+The first connection of this request breaks after 17 bytes of the body, the second after 40, and a third is complete.
+Connections with the same Idempotency-Key belong to one request. Run as a program, the server prints its port:
 
     python -m tests.support.breaking_server
 """
@@ -29,31 +28,31 @@ RESET = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to the connections of a request; of several values joined by +, each has its connection."""
+    """Faults of the connections of a request. Values joined by + apply to one connection each."""
 
     cut: tuple[int, ...] = ()
     how: str = "eof"
-    """How a cut looks: "eof", "reset", "end" (as if the body were whole) or "hang"."""
+    """How a connection breaks: "eof", "reset", "end" (as if the body were complete) or "hang"."""
     keyed: bool = False
-    """Whether the server says that it knows idempotency keys."""
+    """Whether responses have the Idempotency-Replayed header."""
     forgets: bool = False
-    """Whether it says so only the first time."""
+    """Whether only the first response has the Idempotency-Replayed header."""
     status: tuple[int, ...] = ()
     after: str = ""
-    """What stands in Retry-After."""
+    """Value of Retry-After."""
     drop: int = 0
-    """So many connections are closed without an answer."""
+    """Number of connections that are closed without a response."""
     other: str = ""
-    """What is different in a replay: "text", "call", "arguments", "short" or "reason"."""
+    """Part that differs in a replay: "text", "call", "arguments", "short" or "reason"."""
     beats: int = 0
-    """So many comments come before anything else, one in a tenth of a second."""
+    """Number of comments before the reply, one each tenth of a second."""
     body: str = ""
-    """What is sent instead of an answer: "html", "error", "junk", "undone" or "unreasoned"."""
+    """Invalid body that is sent instead of the reply: "html", "error", "junk", "undone" or "unreasoned"."""
 
     @classmethod
-    def read(cls, written: str) -> Plan:
+    def read(cls, text: str) -> Plan:
         fields: dict[str, Any] = {}
-        for name, _, value in (each.partition("=") for each in written.split(",") if each):
+        for name, _, value in (part.partition("=") for part in text.split(",") if part):
             kind = cls.__dataclass_fields__[name].type
             if kind == "tuple[int, ...]":
                 fields[name] = tuple(map(int, value.split("+")))
@@ -74,13 +73,13 @@ def parts(text: str, size: int) -> Iterator[str]:
     return (text[start : start + size] for start in range(0, len(text), size))
 
 
-def stream(plan: Plan, place: int) -> bytes:
-    """Return the body of a request's connection number ``place``, in pieces that are cut otherwise each time."""
+def stream(plan: Plan, number: int) -> bytes:
+    """Return the body of connection ``number`` of a request. The size of its pieces depends on the number."""
     if plan.body == "html":
         return b"<html>Log in first</html>"
     if plan.body == "junk":
         return b"data: {\n\n"
-    other, size = plan.other if place else "", 5 - place % 3
+    other, size = plan.other if number else "", 5 - number % 3
     text = "Gruß" if other == "text" else "Gr" if other == "short" else TEXT
     arguments = "{}" if other == "arguments" else ARGUMENTS
     out = [frame({"id": "a", "model": "m", "choices": [{"index": 0, "delta": {"role": "assistant"}}]})]
@@ -91,7 +90,7 @@ def stream(plan: Plan, place: int) -> bytes:
     head = {"index": 0, "id": "c2" if other == "call" else "c1", "type": "function"}
     out.append(event(1, tool_calls=[head | {"function": {"name": "weather", "arguments": ""}}]))
     out.append(b": keep-alive\n\n")
-    out += [event(1, tool_calls=[{"index": 0, "function": {"arguments": each}}]) for each in parts(arguments, size + 5)]
+    out += [event(1, tool_calls=[{"index": 0, "function": {"arguments": part}}]) for part in parts(arguments, size + 5)]
     if plan.body != "unreasoned":
         out += [event(1, "tool_calls"), event(0, "length" if other == "reason" else "stop")]
     out.append(frame({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 9}}))
@@ -108,10 +107,10 @@ WHOLE = {
 
 @dataclass
 class Breaking:
-    """The server; ``asked`` has the keys and bodies of what it was asked."""
+    """Running server; ``requests`` holds the idempotency key and the body of each request."""
 
     port: int = 0
-    asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def url(self, **plan: Any) -> str:
         return f"http://127.0.0.1:{self.port}/" + ",".join(f"{name}={value}" for name, value in plan.items())
@@ -129,18 +128,18 @@ class Breaking:
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in rest)}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         plan, key = Plan.read(first.split("/")[1]), headers.get("idempotency-key", "")
-        place = sum(each == key for each, _ in self.asked)
-        self.asked.append((key, json.loads(body or b"{}")))
-        if place < plan.drop:
+        number = sum(earlier == key for earlier, _ in self.requests)
+        self.requests.append((key, json.loads(body or b"{}")))
+        if number < plan.drop:
             return
-        status = plan.status[place] if place < len(plan.status) else 200
-        streamed = status == 200 and self.asked[-1][1].get("stream")
-        content = stream(plan, place) if streamed else json.dumps(WHOLE if status == 200 else REFUSED).encode()
-        writer.write(head(plan, place, status, bool(streamed) and plan.body != "html"))
+        status = plan.status[number] if number < len(plan.status) else 200
+        streamed = status == 200 and self.requests[-1][1].get("stream")
+        content = stream(plan, number) if streamed else json.dumps(WHOLE if status == 200 else REFUSED).encode()
+        writer.write(head(plan, number, status, bool(streamed) and plan.body != "html"))
         for _ in range(plan.beats):
             await send(writer, b": keep-alive\n\n")
             await asyncio.sleep(0.1)
-        cut = plan.cut[place] if place < len(plan.cut) else None
+        cut = plan.cut[number] if number < len(plan.cut) else None
         await send(writer, content[:cut])
         if cut is None or plan.how == "end":
             writer.write(b"0\r\n\r\n")
@@ -154,11 +153,11 @@ class Breaking:
 REFUSED = {"error": {"message": "not now", "type": "server_error", "param": None, "code": None}}
 
 
-def head(plan: Plan, place: int, status: int, events: bool) -> bytes:
+def head(plan: Plan, number: int, status: int, events: bool) -> bytes:
     lines = [f"HTTP/1.1 {status} -", "connection: close", "transfer-encoding: chunked", "x-request-id: r1"]
     lines.append("content-type: " + ("text/event-stream" if events else "application/json"))
-    if plan.keyed and not (place and plan.forgets):
-        lines.append(f"idempotency-replayed: {'true' if place else 'false'}")
+    if plan.keyed and not (number and plan.forgets):
+        lines.append(f"idempotency-replayed: {'true' if number else 'false'}")
     if plan.after and status != 200:
         lines.append(f"retry-after: {plan.after}")
     return "\r\n".join([*lines, "", ""]).encode()
@@ -183,12 +182,12 @@ async def listening() -> AsyncIterator[Breaking]:
 
 @contextmanager
 def running() -> Iterator[Breaking]:
-    """Run a server in a thread."""
+    """Run the server in a thread."""
     with in_thread(listening()) as server:
         yield server
 
 
 if __name__ == "__main__":
-    with running() as own:
-        print(own.port, flush=True)
-        input()  # until whoever started it closes our standard input
+    with running() as server:
+        print(server.port, flush=True)
+        input()  # until the parent process closes standard input

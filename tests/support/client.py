@@ -1,8 +1,8 @@
 """Clients under test: the Python and JavaScript clients of Moesaic, and real clients in environments of their own.
 
-An environment is made once, under ``MOESAIC_CLIENTS`` or ``~/.cache/moesaic-clients``, and named by the packages in
-it. A client is a script in ``tests/clients/scripts`` that takes the server's address and prints one JSON value as its
-last line.
+Environments are created once, under ``MOESAIC_CLIENTS`` or ``~/.cache/moesaic-clients``, and are named after their
+packages. A client is a script in ``tests/clients/scripts``. It takes the server's address and prints one JSON value as
+its last line.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[2]
 JS_PACKAGE, JS_SOURCE = ROOT / "clients/js", ROOT / "moesaic/serve/web/client"
 """The npm package of the JavaScript client, and its source."""
 AT_ONCE = Retries(first=0.0)
-"""Retries without a pause before the first."""
+"""Retry policy without a pause before the first retry."""
 SCRIPTS = Path(__file__).parents[1] / "clients/scripts"
 
 
 def environment(name: str, *packages: str) -> Path:
-    """Return the Python of a virtual environment that has these pinned packages; make it if need be."""
+    """Return the Python of a virtual environment with these pinned packages; create it on the first call."""
     root = Path(os.environ.get("MOESAIC_CLIENTS") or Path.home() / ".cache/moesaic-clients")
     folder = root / "-".join((name, *(package.rpartition("==")[2] for package in packages)))
     python, ready = folder / "bin/python", folder / "ready"
@@ -40,16 +40,18 @@ def environment(name: str, *packages: str) -> Path:
 
 
 def run(python: Path, script: str, *arguments: str, **environment: str) -> Any:
-    """Run a client's script and return what it printed last, read as JSON."""
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
+    """Run a client's script and return the JSON value in the last line of its output."""
+    inherited = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
     command = [str(python), str(SCRIPTS / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=kept | environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=inherited | environment, check=False
+    )
     assert done.returncode == 0, f"{script}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def node(*arguments: Any, **environment: str) -> str:
-    """Run a program in Node and return what it printed."""
+    """Run a program in Node and return its output."""
     command = [require_program("node"), "--no-warnings", *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=180, env=os.environ | environment, check=False

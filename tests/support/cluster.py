@@ -20,7 +20,7 @@ from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.support.backend import Fake
+from tests.support.backend import FakeBackend
 from tests.support.server import Server, running
 from tests.support.wait import eventually
 
@@ -83,7 +83,7 @@ class Site:
         **options: Any,
     ) -> Hand:
         """Have a worker come, and wait until it is there."""
-        backend, name = backend or Fake(), name or f"w{len(self.hands)}"
+        backend, name = backend or FakeBackend(), name or f"w{len(self.hands)}"
 
         async def made() -> Worker:
             return Worker(backend, urls or [self.url], name=name, key=key, slots=slots, **options)

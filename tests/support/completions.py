@@ -1,4 +1,4 @@
-"""What clients do: bodies, and answers read whole or as they come."""
+"""Client of /v1/completions: request bodies, and replies that are read whole or as a stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.backend import SEED
 
 
 def body(prompt: str = "Hi", count: int = 16, seed: int = SEED, **more: Any) -> dict[str, Any]:
-    """Return a request to /v1/completions."""
+    """Return the body of a request to /v1/completions."""
     return {"model": "fake", "prompt": prompt, "max_tokens": count, "seed": seed, **more}
 
 
@@ -28,14 +28,14 @@ def text(response: httpx.Response) -> str:
 
 
 def frames(lines: Iterator[str]) -> Iterator[Any]:
-    """Yield what the events of a stream say; its mark of a good end is None."""
+    """Yield the JSON value of each event of a stream, and None for ``[DONE]``."""
     for line in lines:
         if line.startswith("data: "):
             yield None if line == "data: [DONE]" else json.loads(line[6:])
 
 
 class Stream(threading.Thread):
-    """Reads a streamed answer beside the test."""
+    """Thread that reads a streamed reply."""
 
     def __init__(self, client: httpx.Client, prompt: str = "Hi", count: int = 16, once: str = "", **more: Any) -> None:
         super().__init__(daemon=True)
@@ -46,7 +46,7 @@ class Stream(threading.Thread):
         self.headers: httpx.Headers = httpx.Headers()
         self.error: dict[str, Any] | None = None
         self.done = False
-        """Whether it ended as a good answer does."""
+        """Whether the stream ended with ``[DONE]``."""
         self.broken: Exception | None = None
         self._leave = False
         self.start()
@@ -82,28 +82,28 @@ class Stream(threading.Thread):
         return "".join(self.pieces)
 
     def leave(self) -> None:
-        """Hang up at the next piece."""
+        """Disconnect at the next piece."""
         self._leave = True
 
     def end(self, seconds: float = 60) -> Stream:
         self.join(seconds)
-        assert not self.is_alive(), f"still {len(self.pieces)} pieces"
+        assert not self.is_alive(), f"the stream has not ended after {len(self.pieces)} pieces"
         return self
 
 
 def together(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """Do something many times at once, in threads; return what came of each."""
-    out: list[Any] = [None] * count
+    """Call ``work`` with 0 to ``count`` - 1 in threads of their own; return the results or the exceptions."""
+    results: list[Any] = [None] * count
 
-    def one(place: int) -> None:
+    def call(index: int) -> None:
         try:
-            out[place] = work(place)
+            results[index] = work(index)
         except Exception as error:
-            out[place] = error
+            results[index] = error
 
-    threads = [threading.Thread(target=one, args=(place,), daemon=True) for place in range(count)]
+    threads = [threading.Thread(target=call, args=(index,), daemon=True) for index in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    return out
+    return results

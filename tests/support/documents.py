@@ -1,4 +1,4 @@
-"""Reads Markdown pages."""
+"""Code blocks of Markdown pages."""
 
 from __future__ import annotations
 

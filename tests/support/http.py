@@ -1,4 +1,4 @@
-"""A client that is allowed everything: bytes over a socket."""
+"""HTTP clients: one that can send any bytes over a socket, and helpers for JSON and server-sent events."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 class Raw:
-    """A connection to a server; closed at the end of the test at the latest."""
+    """Connection that can send any bytes. A fixture closes it at the end of the test."""
 
     opened: ClassVar[list[Raw]] = []
 
     def __init__(self, server: Any, receive_buffer: int | None = None) -> None:
-        found = urlsplit(server.url)
-        assert found.hostname and found.port
-        self.host = f"{found.hostname}:{found.port}"
+        address = urlsplit(server.url)
+        assert address.hostname and address.port
+        self.host = f"{address.hostname}:{address.port}"
         self.socket = socket.socket()
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.connect((found.hostname, found.port))
+        self.socket.connect((address.hostname, address.port))
         self.socket.settimeout(20)
         self.opened.append(self)
 
@@ -50,7 +50,7 @@ class Raw:
         return self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + data)
 
     def rest(self) -> bytes:
-        """Return all that comes until the other side closes."""
+        """Return all bytes until the server closes the connection."""
         out = b""
         try:
             while piece := self.socket.recv(65536):
@@ -59,42 +59,42 @@ class Raw:
             pass
         return out
 
-    def until(self, mark: bytes) -> bytes:
-        """Return what comes up to ``mark``."""
+    def until(self, marker: bytes) -> bytes:
+        """Return the bytes that arrive until they contain ``marker``."""
         out = b""
-        while mark not in out:
+        while marker not in out:
             piece = self.socket.recv(65536)
             assert piece, out
             out += piece
         return out
 
     def status(self) -> int:
-        """Return the status of the next answer."""
+        """Return the status of the next response."""
         return int(self.until(b"\r\n")[9:12])
 
-    def drip(self, data: bytes, pause: float, most: float) -> float:
-        """Send byte by byte; return after how many seconds the other side had enough."""
-        began = monotonic()
+    def drip(self, data: bytes, pause: float, seconds: float) -> float:
+        """Send ``data`` byte by byte; return the seconds until the server closes the connection."""
+        started = monotonic()
         self.socket.settimeout(pause)
-        place = 0
-        while monotonic() - began < most:
+        position = 0
+        while monotonic() - started < seconds:
             try:
-                self.socket.sendall(data[place % len(data) :][:1])
-                place += 1
+                self.socket.sendall(data[position % len(data) :][:1])
+                position += 1
                 if not self.socket.recv(65536):
-                    return monotonic() - began
+                    return monotonic() - started
             except TimeoutError:
                 continue
             except OSError:
-                return monotonic() - began
-        raise AssertionError("still open")
+                return monotonic() - started
+        raise AssertionError("the server has not closed the connection")
 
 
 def post(server: Any, path: str, body: Any, **options: Any) -> httpx.Response:
-    """Post a JSON body to a path of a server."""
-    return httpx.post(server.url + path, json=body, timeout=30, **options)
+    """Post a JSON body to a path of a server and return the response."""
+    return httpx.post(server.url + path, json=body, timeout=60, **options)
 
 
 def events(text: str) -> list[str]:
-    """Return the data of the server-sent events in a whole answer."""
+    """Return the data of the server-sent events in the text of a response."""
     return [line[6:] for line in text.split("\n") if line.startswith("data: ")]

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, the independent implementation that ours is compared with."""
+"""Tiny random models of transformers, the independent reference implementation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RANKS = {
     "head_dim": 4,
     "max_position_embeddings": 64,
 }
-"""Sizes that 8 model-parallel ranks divide."""
+"""Sizes that are divisible by 8 model-parallel ranks."""
 LLAMA31 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -57,11 +57,11 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "llama-wide-heads": ("Llama", {"head_dim": 32}),
     "mistral-window": ("Mistral", {"sliding_window": 7}),
 }
-"""Every numeric choice that changes the computation, as a family and its configuration."""
+"""Configurations that change the computation: a model family and its settings, by name."""
 
 
 def theirs(family: str, changes: dict[str, object], head: str = "ForCausalLM") -> transformers.PreTrainedModel:
-    """Return a tiny random model of transformers, in float32, with weights large enough to matter."""
+    """Return a tiny random transformers model in float32, with weights that are large enough to change its output."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES | changes)
     model = getattr(transformers, f"{family}{head}")(config).eval()
@@ -74,21 +74,21 @@ def theirs(family: str, changes: dict[str, object], head: str = "ForCausalLM") -
     return model
 
 
-def ours(folder: Path, format: str = "float32") -> models.Decoder:
-    """Return our model of the checkpoint in ``folder``."""
+def ours(folder: Path, weight_format: str = "float32") -> models.Decoder:
+    """Return Moesaic's model of the checkpoint in ``folder``."""
     with checkpoints.open_checkpoint(folder) as checkpoint:
-        dtype = getattr(torch, format)
-        model = models.build(checkpoint.config, folder, formats.load(format), dtype=dtype)
+        dtype = getattr(torch, weight_format)
+        model = models.build(checkpoint.config, folder, formats.load(weight_format), dtype=dtype)
         checkpoints.load_weights(model.slots(), checkpoint)
     return model
 
 
 class Tiny:
-    """What the tests of this folder share."""
+    """Builders of tiny models and of their weights."""
 
     @staticmethod
     def build(kind: str = "mixtral", **changes: object) -> torch.nn.Module:
-        """Return a tiny random model of transformers."""
+        """Return a tiny random transformers model."""
         torch.manual_seed(7)
         sizes = {**RANKS, **changes}
         if kind == "mixtral":
@@ -129,7 +129,7 @@ class Tiny:
 
     @staticmethod
     def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-        """Hold two sets of weights equal bit for bit."""
+        """Assert that two sets of weights are equal bit for bit."""
         assert one.keys() == other.keys()
         for name in one:
             assert one[name].dtype == other[name].dtype, name

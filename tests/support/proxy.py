@@ -1,4 +1,4 @@
-"""A network that misbehaves: a TCP proxy that drops, delays, splits and falls silent."""
+"""TCP proxy that drops, delays, splits or withholds data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Mode = Literal["good", "drop", "delay", "split", "silent", "refuse"]
 
 
 class Proxy:
-    """Passes bytes on to a port of loopback, as well as ``mode`` lets it. Lives on the loop it was made on."""
+    """Proxy to a port of loopback, with the faults of ``mode``. It belongs to the event loop that starts it."""
 
     def __init__(self, port: int, seed: int = 1) -> None:
         self._to, self._random = port, random.Random(seed)
@@ -39,10 +39,10 @@ class Proxy:
         except (OSError, asyncio.CancelledError):
             pass
         finally:
-            for each in (writer, far):
-                if each is not None:
-                    self._open.discard(each)
-                    each.transport.abort()
+            for stream in (writer, far):
+                if stream is not None:
+                    self._open.discard(stream)
+                    stream.transport.abort()
             self._tasks.discard(task)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -52,7 +52,7 @@ class Proxy:
                 raise ConnectionResetError
             if self.mode == "delay":
                 await asyncio.sleep(self._random.uniform(0, 0.3))
-            while self.mode == "silent":  # open as far as either side can see
+            while self.mode == "silent":  # both sides see an open connection
                 await asyncio.sleep(0.05)
             parts = [data[n : n + 1] for n in range(len(data))] if self.mode == "split" else [data]
             for part in parts:

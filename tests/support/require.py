@@ -1,4 +1,4 @@
-"""Programs and packages that some tests need and that are not on every machine."""
+"""Optional programs and packages that some tests need."""
 
 from __future__ import annotations
 

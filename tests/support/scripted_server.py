@@ -1,6 +1,6 @@
-"""A server that plays a script over real sockets: known pieces of text, and faults in a known order.
+"""Server that follows a script over real sockets: known pieces of text, and faults in a known order.
 
-It speaks all dialects of ``moesaic/bench/endpoints`` with the standard library alone.
+It speaks all dialects of ``moesaic/bench/endpoints`` and needs the standard library only.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from tests.support.threads import in_thread
 
 CONTEXT = 4096
 TEMPLATE = 3
-"""Tokens that a prompt has besides its words, of which each has two."""
+"""Tokens of a prompt in addition to two for each word."""
 
 
 @dataclass
 class Script:
-    """What is played. A fault is taken for each request for text in turn; "" and none left: all is well.
+    """Behaviour of the server. Each generation request takes the next fault; "" and an empty queue mean no fault.
 
-    error: an error in place of the third piece; cut: the connection breaks there; short: the stream ends there;
-    stuck: nothing more comes; refuse: 429 or its like; silent: a good end without text; page: HTML; junk: an
-    event that is no JSON.
+    Faults in place of the third piece: error sends an error; cut breaks the connection; short ends the stream; stuck
+    sends nothing more; junk sends an event that is not JSON. Faults of the whole reply: refuse is status 429; silent
+    ends normally without text; page sends HTML.
     """
 
     speaks: tuple[str, ...] = ("openai_chat", "openai", "tgi", "aime")
@@ -39,16 +39,16 @@ class Script:
     """Seconds before each piece."""
     url: str = ""
     asked: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
-    """Path, headers and body of each request for text."""
+    """Path, headers and body of each generation request."""
     running: int = 0
     most: int = 0
-    """How many were running at once, at most."""
+    """Largest number of requests that ran at the same time."""
     jobs: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @contextmanager
 def serving(script: Script) -> Iterator[Script]:
-    """Play ``script`` in a thread, on a port of its own."""
+    """Serve ``script`` in a thread, on a free port."""
     with in_thread(_listening(script)):
         yield script
 
@@ -64,7 +64,7 @@ async def _listening(script: Script) -> AsyncIterator[None]:
 
 
 class Broken(Exception):
-    """The connection is to be broken."""
+    """Request to break the connection."""
 
 
 async def _connection(script: Script, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -93,12 +93,12 @@ async def _respond(
 ) -> None:
     path, _, query = target.partition("?")
     if script.key is not None and headers.get("authorization") != f"Bearer {script.key}":
-        _reply(writer, 401, {"error": {"message": "who are you?"}})
+        _reply(writer, 401, {"error": {"message": "invalid API key"}})
     elif method == "GET" and path.endswith("/progress"):
         await _progress(script, query, writer)
     elif method == "GET":
-        found = _facts(script).get(path)
-        _reply(writer, 200 if found is not None else 404, {"error": "no such page"} if found is None else found)
+        page = _pages(script).get(path)
+        _reply(writer, 200 if page is not None else 404, {"error": "no such page"} if page is None else page)
     else:
         script.asked.append((path, headers, body))
         script.running += 1
@@ -109,18 +109,18 @@ async def _respond(
             script.running -= 1
 
 
-def _facts(script: Script) -> dict[str, Any]:
-    """Return what can be asked besides text."""
-    found: dict[str, Any] = {}
+def _pages(script: Script) -> dict[str, Any]:
+    """Return the replies to GET requests, by path."""
+    pages: dict[str, Any] = {}
     if {"openai", "openai_chat"} & set(script.speaks):
-        found["/v1/models"] = {"object": "list", "data": [{"id": "tiny", "max_model_len": CONTEXT}]}
+        pages["/v1/models"] = {"object": "list", "data": [{"id": "tiny", "max_model_len": CONTEXT}]}
     if "tgi" in script.speaks:
-        found["/info"] = {"model_id": "tiny", "max_total_tokens": CONTEXT}
+        pages["/info"] = {"model_id": "tiny", "max_total_tokens": CONTEXT}
     if "aime" in script.speaks:
-        found["/api/endpoints"] = {"endpoints": ["tiny"]}
-        found["/api/endpoints/tiny"] = {"parameter_description": {"input": {"prompt_input": {}, "chat_context": {}}}}
-        found["/tiny/login"] = {"success": True, "client_session_auth_key": "session"}
-    return found
+        pages["/api/endpoints"] = {"endpoints": ["tiny"]}
+        pages["/api/endpoints/tiny"] = {"parameter_description": {"input": {"prompt_input": {}, "chat_context": {}}}}
+        pages["/tiny/login"] = {"success": True, "client_session_auth_key": "session"}
+    return pages
 
 
 async def _generate(script: Script, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
@@ -147,7 +147,7 @@ async def _stream(script: Script, path: str, body: dict[str, Any], fault: str, w
 
 
 async def _events(script: Script, path: str, body: dict[str, Any], fault: str) -> AsyncIterator[Any]:
-    """Yield a stream's events, as the path's dialect has them."""
+    """Yield the events of a stream in the dialect of ``path``."""
     native, chat = path == "/generate_stream", path == "/v1/chat/completions"
     if chat:
         yield {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}], "usage": None}
@@ -191,7 +191,7 @@ async def _events(script: Script, path: str, body: dict[str, Any], fault: str) -
 
 
 async def _progress(script: Script, query: str, writer: asyncio.StreamWriter) -> None:
-    """Answer a question for progress: one piece more each time."""
+    """Reply to a progress request; each one has one more piece."""
     name = next(part.removeprefix("job_id=") for part in query.split("&") if part.startswith("job_id="))
     job = script.jobs[name.replace("%23", "#")]
     fault, number, words = job
@@ -204,11 +204,11 @@ async def _progress(script: Script, query: str, writer: asyncio.StreamWriter) ->
     if not (fault == "stuck" and number == 2):
         job[1] = number = number + 1
     done = number >= script.pieces
-    found: dict[str, Any] = {"text": "" if fault == "silent" else "word " * number}
+    progress: dict[str, Any] = {"text": "" if fault == "silent" else "word " * number}
     if script.counts:
-        found |= {"num_generated_tokens": number, "current_context_length": TEMPLATE + 2 * words + number}
-    state = {"job_state": "done", "job_result": found} if done else {"job_state": "processing"}
-    _reply(writer, 200, {"success": True, "progress": {"progress_data": found}} | state)
+        progress |= {"num_generated_tokens": number, "current_context_length": TEMPLATE + 2 * words + number}
+    state = {"job_state": "done", "job_result": progress} if done else {"job_state": "processing"}
+    _reply(writer, 200, {"success": True, "progress": {"progress_data": progress}} | state)
 
 
 def _tokens(body: dict[str, Any]) -> int:
@@ -216,9 +216,9 @@ def _tokens(body: dict[str, Any]) -> int:
 
 
 def _words(body: dict[str, Any]) -> int:
-    said = [message["content"] for message in body.get("messages", [])]
-    said += [body[name] for name in ("prompt", "inputs", "prompt_input") if name in body]
-    return sum(len(text.split()) for text in said)
+    texts = [message["content"] for message in body.get("messages", [])]
+    texts += [body[name] for name in ("prompt", "inputs", "prompt_input") if name in body]
+    return sum(len(text.split()) for text in texts)
 
 
 def _reply(

@@ -1,4 +1,4 @@
-"""Servers for tests: the HTTP application in a thread, and ``moesaic serve`` in a process of its own."""
+"""Servers for tests: the HTTP application in a thread, and ``moesaic serve`` in a process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from moesaic.serve import server as http_server
 from moesaic.serve.app import App
 from moesaic.serve.keys import Keys
 from moesaic.serve.settings import Settings
-from tests.support.backend import Scripted
+from tests.support.backend import ScriptedBackend
 
 
 @dataclass
 class Server:
-    """A running server."""
+    """Running server."""
 
     app: App
     url: str
@@ -38,11 +38,11 @@ class Server:
         return self.app.services.backend
 
     def call(self, function: Callable[[], object]) -> None:
-        """Do something on the server's thread."""
+        """Call ``function`` on the server's thread, later."""
         self.loop.call_soon_threadsafe(function)
 
     def call_sync(self, function: Callable[[], Any]) -> Any:
-        """Do something there, and return what it returns."""
+        """Call ``function`` on the server's thread and return its result."""
 
         async def run() -> Any:
             return function()
@@ -52,42 +52,43 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    make: Callable[[], Any] = Scripted,
+    make: Callable[[], Any] = ScriptedBackend,
     settings: Settings | None = None,
     keys: Keys | None = None,
     routes: Callable[[Any], Any] = lambda _: (),
     port: int = 0,
     figures: Callable[[Any], Any] = lambda _: tuple,
 ) -> Iterator[Server]:
-    """Run a server over the door that ``make`` makes on its loop, with more ``routes`` and ``figures``; 0: any port."""
+    """Run a server over the backend that ``make`` returns, with more ``routes`` and ``figures``. Port 0 is any port."""
     settings = replace(settings or Settings(), port=port)
     listening = http_server.bind(settings)
     started: threading.Event = threading.Event()
-    found: list[Any] = []
+    parts: list[Any] = []
 
     async def main() -> None:
-        made = make()
-        backend = await made if asyncio.iscoroutine(made) else made
+        backend = make()
+        if asyncio.iscoroutine(backend):
+            backend = await backend
         app = App(backend, settings, keys, more_endpoints=routes(backend), more_metrics=figures(backend))
         server = http_server.Server(http_server.uvicorn_config(app), app)
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listening])
         stopped = asyncio.Event()
-        found.extend((app, server, asyncio.get_running_loop(), stopped))
+        parts.extend((app, server, asyncio.get_running_loop(), stopped))
         started.set()
         await stopped.wait()
-        for each in server.servers:
-            each.close()
+        for listener in server.servers:
+            listener.close()
         for connection in list(server.server_state.connections):
             connection._break()  # type: ignore[union-attr]
         while server.server_state.connections or server.server_state.tasks:
             await asyncio.sleep(0.001)
-        await server.lifespan.shutdown()  # no second of uvicorn's waits: there are many tests
+        await server.lifespan.shutdown()  # uvicorn's own shutdown waits for a second
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert started.wait(60)
-    app, server, loop, stopped = found
+    app, server, loop, stopped = parts
 
     def stop() -> None:
         with contextlib.suppress(RuntimeError):
@@ -105,21 +106,21 @@ def running(
 
 @contextlib.contextmanager
 def serving(log: Path, *flags: str) -> Iterator[str]:
-    """Run ``moesaic serve`` with the built-in model, in a process of its own, and yield its address."""
+    """Run ``moesaic serve`` with the built-in model in a process, and yield its address."""
     command = [sys.executable, "-m", "moesaic.cli", "serve", "--port", "0", *flags]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file)
     try:
         yield address(process, log)
     finally:
-        died = process.poll()
+        early_exit = process.poll()
         process.terminate()
         code = process.wait(60)
-        assert died is None and code == 0, f"the server ended with {code}: {log.read_text()[-4000:]}"
+        assert early_exit is None and code == 0, f"the server ended with {code}: {log.read_text()[-4000:]}"
 
 
 def address(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Wait until a server says where it serves."""
+    """Wait until the server's log has its address, and return it."""
     for _ in range(600):
         for line in log.read_text().splitlines():
             if '"event": "serving"' in line:

@@ -1,4 +1,4 @@
-"""Sizes of tests that are run small by default and in full as a slow lane (``make test-slow``)."""
+"""Sizes of tests: small by default, and full in the slow lane (``make test-slow``)."""
 
 from __future__ import annotations
 

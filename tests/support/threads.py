@@ -1,4 +1,4 @@
-"""Runs asyncio servers beside tests that are not asynchronous."""
+"""asyncio servers in threads, for synchronous tests."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ T = TypeVar("T")
 
 @contextmanager
 def in_thread(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
-    """Enter an asynchronous context manager on an event loop in a thread of its own."""
+    """Enter an asynchronous context manager on an event loop in a new thread."""
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(manager) as value:
         yield value

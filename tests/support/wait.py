@@ -1,4 +1,4 @@
-"""Waits for conditions that other threads and processes bring about."""
+"""Waiting for conditions that other threads or processes change."""
 
 from __future__ import annotations
 

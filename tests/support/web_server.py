@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
 
     script: Server  # set by serving()
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *_: Any) -> None:
         pass
 
     def do_GET(self) -> None:

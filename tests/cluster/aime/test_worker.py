@@ -13,7 +13,7 @@ from moesaic.cluster.aime import worker
 from moesaic.errors import InvalidParameter, NotFound, Overloaded, Unauthorized
 from tests.support.aime import Client
 from tests.support.aime_server import JOB_TYPE, KEY, AimeServer
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ async def until(true: Callable[[], object]) -> None:
 
 @contextlib.asynccontextmanager
 async def working(
-    backend: Scripted, server: AimeServer, slots: int = 4, **more: Any
+    backend: ScriptedBackend, server: AimeServer, slots: int = 4, **more: Any
 ) -> AsyncIterator[tuple[asyncio.Task[None], asyncio.Event]]:
     """Have a worker work for a server until the end of this."""
     stop = asyncio.Event()
@@ -52,12 +52,12 @@ def played(run: Callable[[], Any]) -> None:
 
 def test_a_job_is_fetched_told_of_and_answered():
     async def run() -> None:
-        backend, server = Scripted(Script(("Once", " upon", " a", " time"), pause=0.05)), AimeServer()
+        backend, server = ScriptedBackend(Script(("Once", " upon", " a", " time"), pause=0.05)), AimeServer()
         context = '[{"role": "system", "content": "Be brief."}]'
         server.add("JID#1", chat_context=context, top_k=7, top_p=0, temperature=0, max_gen_tokens=3)
         async with working(backend, server):
             await until(lambda: "JID#1" in server.results)
-        [ask] = backend.asked
+        [ask] = backend.requests
         assert ask.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
         assert ask.sampling == {"temperature": 0, "top_k": 7, "max_tokens": 3} and not ask.continue_final
         texts = [each["progress_data"]["text"] for each in server.updates]
@@ -72,7 +72,7 @@ def test_a_job_is_fetched_told_of_and_answered():
         assert result["metrics"] == {"in_num_tokens": 2, "out_num_tokens": 3} and "error" not in result
         assert result["start_time"] and result["start_time_compute"] and result["prompt_input"] == "Hi"
         assert result["arrival_time"] <= result["finished_time"]
-        first = server.asked[0]
+        first = server.job_requests[0]
         assert (first["max_job_batch"], first["auth"], first["job_type"]) == (4, "ours", JOB_TYPE)
 
     played(run)
@@ -80,24 +80,24 @@ def test_a_job_is_fetched_told_of_and_answered():
 
 def test_places_are_kept_full():
     async def run() -> None:
-        backend, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         for place in range(5):
             server.add(f"J{place}")
         async with working(backend, server, slots=3):
-            await until(lambda: len(backend.asked) == 3)
+            await until(lambda: len(backend.requests) == 3)
             assert list(server.states.values()).count("processing") == 3
             backend.go.set()
             await until(lambda: len(server.results) == 5)
             server.add("late")
             await until(lambda: "late" in server.results)
-        assert max(each["max_job_batch"] for each in server.asked) == 3
+        assert max(each["max_job_batch"] for each in server.job_requests) == 3
 
     played(run)
 
 
 def test_one_job_that_lapsed_does_not_silence_the_others():
     async def run() -> None:
-        backend, server = Scripted(Script(["word "] * 500, pause=0.02)), AimeServer()
+        backend, server = ScriptedBackend(Script(["word "] * 500, pause=0.02)), AimeServer()
         for id in ("first", "lapses", "last"):
             server.add(id)
         async with working(backend, server):
@@ -113,7 +113,7 @@ def test_one_job_that_lapsed_does_not_silence_the_others():
 
 def test_a_server_that_goes_away_gets_its_answers_when_it_is_back():
     async def run() -> None:
-        backend, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         server.add("J1")
         async with working(backend, server) as (task, _):
             await until(lambda: server.updates)
@@ -132,7 +132,7 @@ def test_a_server_that_goes_away_gets_its_answers_when_it_is_back():
 
 def test_a_result_whose_reply_was_lost_is_not_sent_for_ever():
     async def run() -> None:
-        backend, server = Scripted(), AimeServer()
+        backend, server = ScriptedBackend(), AimeServer()
         server.lose_replies = True
         server.add("J1")
         async with working(backend, server, slots=1):
@@ -151,7 +151,7 @@ def test_what_can_never_be_ends_the_worker(job_type, key, said):
         server = AimeServer()
         await server.start()
         with pytest.raises(Unauthorized, match=said):
-            await worker.work(Scripted(), server.url, job_type, key)
+            await worker.work(ScriptedBackend(), server.url, job_type, key)
         await server.stop()
 
     played(run)
@@ -159,9 +159,9 @@ def test_what_can_never_be_ends_the_worker(job_type, key, said):
 
 def test_a_worker_without_a_model_does_not_begin():
     with pytest.raises(NotFound, match="there is scripted, other"):
-        asyncio.run(worker.work(Scripted(), "http://127.0.0.1:1", JOB_TYPE, KEY, model="nobody"))
+        asyncio.run(worker.work(ScriptedBackend(), "http://127.0.0.1:1", JOB_TYPE, KEY, model="nobody"))
     with pytest.raises(InvalidParameter, match="slots"):
-        asyncio.run(worker.work(Scripted(), "http://127.0.0.1:1", JOB_TYPE, KEY, slots=0))
+        asyncio.run(worker.work(ScriptedBackend(), "http://127.0.0.1:1", JOB_TYPE, KEY, slots=0))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_what_cannot_be_answered_gets_an_error(params, said):
         server = AimeServer()
         server.one_shape = True
         server.add("J1", **params)
-        async with working(Scripted(), server):
+        async with working(ScriptedBackend(), server):
             await until(lambda: "J1" in server.results)
         assert said in server.results["J1"]["error"]
 
@@ -192,7 +192,7 @@ def test_what_the_model_refuses_gets_its_error(script):
     async def run() -> None:
         server = AimeServer()
         server.add("J1")
-        async with working(Scripted(script), server):
+        async with working(ScriptedBackend(script), server):
             await until(lambda: "J1" in server.results)
         assert server.results["J1"]["error"] == "full"
 
@@ -201,7 +201,7 @@ def test_what_the_model_refuses_gets_its_error(script):
 
 def test_a_job_that_is_cancelled_frees_its_place():
     async def run() -> None:
-        backend, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         server.add("J1")
         server.cancel.add("J1")
         async with working(backend, server, slots=1):
@@ -216,7 +216,7 @@ def test_a_job_that_is_cancelled_frees_its_place():
 
 def test_a_worker_that_stops_ends_what_runs():
     async def run() -> None:
-        backend, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         server.add("J1")
         async with working(backend, server) as (task, stop):
             await until(lambda: server.updates)
@@ -230,7 +230,7 @@ def test_a_worker_that_stops_ends_what_runs():
 
 def test_a_worker_that_may_not_wait_leaves_no_job_unanswered():
     async def run() -> None:
-        backend, server = Scripted(Script(held=True)), AimeServer()
+        backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         server.add("J1")
         async with working(backend, server, drain_seconds=0.05) as (task, stop):
             await until(lambda: server.updates)
@@ -244,7 +244,7 @@ def test_a_worker_that_may_not_wait_leaves_no_job_unanswered():
 def test_it_works_for_our_gateway_as_well(office):
     async def run() -> None:
         stop = asyncio.Event()
-        task = asyncio.create_task(worker.work(Scripted(), office.url, JOB_TYPE, "any", stop=stop))
+        task = asyncio.create_task(worker.work(ScriptedBackend(), office.url, JOB_TYPE, "any", stop=stop))
         client = Client(office)
         found = await asyncio.to_thread(lambda: client.request(wait=True).json())
         assert found["text"] == "Hello, world!" and found["prompt_length"] == 2

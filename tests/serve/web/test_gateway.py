@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.backend import Fake, answer
+from tests.support.backend import FakeBackend, answer
 from tests.support.browser import Chat, Open
 from tests.support.cluster import SLOW, Hand, Site, site
 from tests.support.wait import eventually
@@ -25,7 +25,7 @@ class Here:
     def start(self) -> None:
         self.site: Site = self._stack.enter_context(site(self._where, models=["fake"], lease=1.0, port=self.port))
         self.port, self.url = self.site.port, self.site.url
-        self.hand: Hand = self.site.hire(Fake(seconds=SLOW / 5))
+        self.hand: Hand = self.site.hire(FakeBackend(seconds=SLOW / 5))
 
     def stop(self) -> None:
         self._stack.close()
@@ -50,7 +50,7 @@ def test_answer_resumes_after_a_gateway_restart(open_chat: Open, server: Here) -
     server.stop()
     server.start()
     chat.finished()
-    (asked,) = server.hand.backend.asked
+    (asked,) = server.hand.backend.requests
     assert len(asked.resume[0]) > 0, "it was begun anew"
     whole = answer("Tell a long story.", asked.sampling["seed"], asked.sampling["max_tokens"])
     assert chat.said[1] == whole.strip()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.backend import Script, Scripted
+from tests.support.backend import Script, ScriptedBackend
 from tests.support.browser import Open
 from tests.support.server import Server as Real
 from tests.support.server import running
@@ -40,7 +40,7 @@ def test_stop_cancels_the_request(open_chat: Open, server: Real) -> None:
     chat.wait_for("Once")
     chat.button("Stop").click()
     chat.finished()
-    assert isinstance(server.backend, Scripted)
+    assert isinstance(server.backend, ScriptedBackend)
     chat.wait_for("Stopped before the end.")
     for _ in range(200):
         if server.backend.cancelled:
@@ -53,7 +53,7 @@ def test_selected_model_is_used(open_chat: Open, server: Real) -> None:
     chat = open_chat()
     chat.page.get_by_label("Model").select_option("other")
     chat.ask("Hi")
-    assert [ask.model for ask in server.backend.asked] == ["other"]
+    assert [ask.model for ask in server.backend.requests] == ["other"]
     assert chat.said[1] == "Hello, world!"
 
 
