@@ -23,9 +23,9 @@ STATES = ("queued", "leased", "done", "failed", "cancelled", "dead")
 WHAT = {
     "status": "the gateway at a glance",
     "drain": "take no new requests; with NAME: give that worker nothing more",
-    "resume": "take that back; with NAME: that worker may work again, also one that was dismissed",
+    "resume": "take that back; with NAME: that worker may work again, also a banned one",
     "workers": "who works, on what, since when",
-    "dismiss": "send worker NAME away; others do what it had",
+    "ban": "ban worker NAME; other workers take over its jobs",
     "queues": "what waits and runs, by model",
     "jobs": f"those of state NAME: {', '.join(STATES)}",
     "dead": "the dead letters: jobs that every worker died of",
@@ -35,7 +35,7 @@ WHAT = {
     "keys": "names and limits",
     "reload": "have the keys read again",
 }
-NAMED = ("dismiss", "jobs", "job", "revive", "cancel")
+NAMED = ("ban", "jobs", "job", "revive", "cancel")
 STATUSES: Mapping[int, type[MoesaicError]] = {
     400: errors.InvalidRequest,
     401: errors.Unauthorized,
@@ -84,7 +84,7 @@ def _admin(args: argparse.Namespace) -> int:
 def _request(args: argparse.Namespace) -> tuple[str, str, Any]:
     """Return method, path and body."""
     what, name = args.what, args.name
-    if what in ("drain", "resume", "dismiss"):
+    if what in ("drain", "resume", "ban"):
         return ("POST", f"workers/{what}", {"name": name}) if name else ("POST", what, None)
     if what in ("jobs", "dead"):
         return "GET", f"jobs?state={quote(name or 'dead', safe='')}&most={args.most}", None
@@ -143,7 +143,7 @@ COLUMNS: Mapping[str, tuple[str, Mapping[str, Callable[[Row], Any]]]] = {
         "workers",
         {
             "name": lambda row: row["name"],
-            "state": lambda row: "drained" if row["drained"] else "apart" if row["apart"] else "working",
+            "state": lambda row: "drained" if row["drained"] else "quarantined" if row["quarantined"] else "working",
             "models": lambda row: ", ".join(row["models"]),
             "jobs": lambda row: f"{len(row['jobs'])}/{row['slots']}",
             "since": lambda row: time.strftime("%Y-%m-%d %H:%M", time.localtime(row["since"])),
@@ -206,7 +206,7 @@ def _lines(what: str, said: Mapping[str, Any]) -> list[str]:
     field, columns = shown
     rows = [[one_line(str(read(row))) for read in columns.values()] for row in said[field]]
     lines = _table([[name.upper() for name in columns], *rows]) if rows else [f"no {field}"]
-    return [*lines, f"dismissed: {one_line(', '.join(said['dismissed']))}"] if said.get("dismissed") else lines
+    return [*lines, f"banned: {one_line(', '.join(said['banned']))}"] if said.get("banned") else lines
 
 
 def _plain(value: Any) -> str:

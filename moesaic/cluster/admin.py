@@ -62,7 +62,7 @@ class Worker(msgspec.Struct, frozen=True):
     since: float
     heard: float
     drained: bool
-    apart: bool
+    quarantined: bool
 
 
 class Workers(msgspec.Struct, frozen=True):
@@ -70,7 +70,7 @@ class Workers(msgspec.Struct, frozen=True):
 
     workers: list[Worker]
     drained: list[str]
-    dismissed: list[str]
+    banned: list[str]
 
 
 class Queue(msgspec.Struct, frozen=True):
@@ -105,7 +105,7 @@ class Job(msgspec.Struct, frozen=True):
     attempts: int
     crashes: int
     events: int
-    ahead: int
+    queue_position: int
 
 
 class Jobs(msgspec.Struct, frozen=True):
@@ -165,7 +165,7 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         route("GET", "workers", workers.listed, "who works."),
         route("POST", "workers/drain", workers.drain, "give a worker nothing more.", body=Named),
         route("POST", "workers/resume", workers.resume, "take that back.", body=Named),
-        route("POST", "workers/dismiss", workers.ban, "send a worker away.", body=Named),
+        route("POST", "workers/ban", workers.ban, "ban a worker.", body=Named),
         route("GET", "queues", jobs.queues, "what waits and runs, by model."),
         route("GET", "jobs", jobs.listed, "jobs of a state.", query=listing),
         route("GET", "jobs/{id}", jobs.show, "one job.", query={"request": {"enum": ["true", "false"]}}),
@@ -260,7 +260,7 @@ class _WorkerRoutes:
 
     async def ban(self, context: RequestContext) -> AnyResponse:
         await self._gateway.leases.ban(context.body.name)
-        return Response(Done(context.body.name, "dismissed"))
+        return Response(Done(context.body.name, "banned"))
 
 
 class _JobRoutes:
