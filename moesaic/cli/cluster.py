@@ -79,7 +79,7 @@ def _gateway(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"--lease: is {args.lease:g}, expected more than 0")
     given = [found for path in args.aime_endpoints or () for found in settings.read(path)]
     names = {each.name for each in given}
-    known = settings.together([*(each for each in settings.shipped() if each.name not in names), *given])
+    known = settings.check_definitions([*(each for each in settings.shipped() if each.name not in names), *given])
 
     def all_routes(gateway: Gateway) -> Iterable[Endpoint]:
         aime = [*clients.endpoints(gateway, known), *workers.endpoints(gateway.leases, gateway, known, args.lease)]

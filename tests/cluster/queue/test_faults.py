@@ -213,7 +213,7 @@ def test_a_file_of_another_version_is_refused(file):
     store = file.open()
     run(store, "UPDATE store SET version = 99")
     store.close()
-    with pytest.raises(StoreError, match="is of version 99"):
+    with pytest.raises(StoreError, match="has version 99"):
         file.open()
 
 
@@ -227,7 +227,7 @@ def another_database(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (another_database, "holds something else"),
+        (another_database, "is not a job store"),
         (lambda path: path.write_text("a diary\n" * 999), "is damaged"),
         (lambda path: path.mkdir(), "cannot be used"),
     ],
@@ -274,7 +274,7 @@ def test_what_lies_on_the_network_is_refused(tmp_path):
     device = tmp_path.stat().st_dev
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTS.replace("254:0", "9:9").replace("0:26", f"{os.major(device)}:{os.minor(device)}"))
-    with pytest.raises(StoreError, match="lies on nfs4"):
+    with pytest.raises(StoreError, match="network file system nfs4"):
         _disk.refuse_network_disk(tmp_path, mounts)
     _disk.refuse_network_disk(tmp_path, tmp_path / "nothing")
     _disk.refuse_network_disk(tmp_path)
