@@ -1,9 +1,9 @@
-"""The door to a model, whoever runs it: what is asked of it, and what it answers, event by event.
+"""The interface between APIs and models: requests in, events out.
 
-Knows no text format, no HTTP and no torch: this is what lets a program that has no model, such as a
-gateway, offer the same as one that has. ``local`` is the door of models in this process.
+A program without a model, such as a gateway, can implement the same interface as one with a model. This module does not
+depend on chat formats, HTTP or torch. ``local_backend`` runs models in this process.
 
-Everything here is made of plain values, so that it can be written as JSON and read back.
+All values can be written as JSON and read back.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ AnswerIndex = Annotated[int, msgspec.Meta(ge=0, lt=256)]
 class TokenLimits:
     """Limits on the tokens of a request, as TGI's routes set them.
 
-    They travel with the request, so that a gateway needs no tokenizer. Errors are worded as TGI words them.
+    They travel with the request, so a gateway needs no tokenizer. The errors have TGI's wording.
     """
 
     prompt: int | None = None
-    """Largest prompt; None: whatever leaves room for one token of an answer."""
+    """Maximum number of prompt tokens; None leaves room for one token of an answer."""
     total: int | None = None
-    """Largest prompt and answer together; None: the model's context."""
+    """Maximum number of tokens of prompt and answer together; None means the model's context."""
 
     def max_tokens(self, prompt_tokens: int, max_tokens: int | None, context: int | None) -> int | None:
-        """Return how many tokens the answer may have.
+        """Return the maximum number of tokens of the answer.
 
         Args:
-            prompt_tokens: tokens of the prompt.
-            max_tokens: what the client asked for; None: as many as there is room for.
-            context: the model's context; None: unknown.
+            prompt_tokens: number of tokens of the prompt.
+            max_tokens: the client's limit; None means no limit.
+            context: the model's context; None if unknown.
 
         Raises:
             InvalidRequest: the prompt is too long, or leaves no room for the answer.
@@ -58,10 +58,10 @@ class TokenLimits:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What is asked: a conversation or a prompt, and how to answer.
+    """A conversation or a prompt, and parameters of the answer.
 
-    Exactly one of ``messages`` and ``prompt`` is there. ``sampling`` has the fields of
-    ``moesaic.Sampling`` that were asked for; what is left out is as the checkpoint recommends.
+    Exactly one of ``messages`` and ``prompt`` is set. ``sampling`` has the fields of ``moesaic.Sampling`` that the
+    client set; the others have the checkpoint's recommended values.
     """
 
     model: str = ""
@@ -69,68 +69,68 @@ class GenerationRequest:
     prompt: str | tuple[int, ...] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     continue_final: bool = False
-    """Whether the last message, which is then the assistant's, is to be continued."""
+    """Continue the last message, which must be the assistant's."""
     tools: tuple[Mapping[str, Any], ...] = ()
     tool_choice: str | Mapping[str, Any] = "auto"
     parallel_tool_calls: bool = True
     grammar: tuple[str, Any] | None = None
-    """A kind and a value; see ``moesaic.text.grammar``."""
+    """Kind and value of a grammar, as ``moesaic.text.grammar`` defines them."""
     truncate: int | None = None
-    """Read only this many tokens of the prompt, its last ones."""
+    """Keep only this number of tokens of the prompt, the last ones."""
     limits: TokenLimits | None = None
-    """Limits that are checked where the prompt is tokenized; None: only the model's context counts."""
+    """Limits that are checked when the prompt is tokenized; None means the model's context."""
     parse_special: bool = False
-    """Take the names of special tokens in a prompt that is text for these tokens: whoever wrote it wrote all of it."""
+    """Parse names of special tokens in a text prompt as these tokens."""
     add_bos: bool = True
-    """Put the beginning-of-text token in front of a prompt that is text, unless it is there already."""
+    """Add the beginning-of-text token to a text prompt, unless it has one."""
     skip_special: bool = True
     resume: tuple[tuple[int, ...], ...] = ()
-    """For each of the n answers, the ids of its tokens so far, where it was begun by somebody who is gone.
+    """For each of the n answers, the ids of the tokens that a lost worker has generated. Set by a gateway only.
 
-    They are taken as drawn, count as generated, and come again as the answer's first pieces, one by one and without
-    log-probabilities; so does its ``Begun``, without those of the prompt. The text up to a token follows from the
-    tokens up to it, so that whoever passed on k tokens drops the first k and their text, and goes on as if nothing
-    had happened. Only with a seed is what follows what would have. Set by a gateway, never by a client."""
+    The tokens count as generated. The stream repeats them as the answer's first deltas, one by one and without
+    log-probabilities, after its ``PromptDone`` without the prompt's tokens. The text up to a token depends only on the
+    tokens up to it, so a caller that has passed on k tokens drops the first k and their text, and continues. With a
+    seed the continuation is the one that the lost worker would have generated."""
     priority: int = 0
     tenant: str = ""
-    """Whose request it is: different tenants share no cached prefix. Set by the server alone."""
+    """The name of the client's key; tenants share no cached prefixes. Set by the server only."""
     idempotency_key: str = ""
-    """A name under which the tenant may ask this again and gets the same answers, where jobs are kept; "": none."""
+    """A tenant that sends this key again gets the same answers, if the backend keeps jobs; "" means no key."""
 
 
 class TokenInfo(msgspec.Struct, frozen=True, array_like=True):
-    """A token as it is shown."""
+    """A token and its text."""
 
     id: int
     text: str
     special: bool = False
     logprob: float | None = None
     top: tuple[tuple[int, str, float], ...] = ()
-    """The likeliest: id, text, log-probability."""
+    """Id, text and log-probability of the most likely tokens."""
 
 
 class PromptDone(msgspec.Struct, frozen=True, array_like=True, tag="b"):
-    """The prompt is read. Comes once for each answer, before its first piece."""
+    """Event: the prompt has been processed. Each answer has one, before its first ``Delta``."""
 
     index: AnswerIndex
     prompt: tuple[TokenInfo, ...] = ()
-    """Its tokens with their log-probabilities, if asked for."""
+    """The prompt's tokens with their log-probabilities, if requested."""
     prompt_tokens: int = 0
-    """How many it has."""
+    """Number of tokens of the prompt."""
 
 
 class ToolCall(msgspec.Struct, frozen=True, array_like=True):
-    """A call of a tool, or a further part of its arguments."""
+    """A tool call, or a further part of its arguments."""
 
     index: int
-    """Which of the answer's calls this is."""
+    """Index of the call among the answer's calls."""
     id: str = ""
     name: str = ""
     arguments: str = ""
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="p"):
-    """A part of an answer: text that can be shown now, tokens that came, calls of tools. Any may be empty."""
+    """Event: a part of an answer. It has text that can be shown, tokens, and tool calls; each may be empty."""
 
     index: AnswerIndex
     text: str = ""
@@ -139,7 +139,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="p"):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="e"):
-    """The end of one answer."""
+    """Event: the end of an answer."""
 
     index: AnswerIndex
     reason: FinishReason
@@ -147,11 +147,11 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     generated_tokens: int
     cached_tokens: int = 0
     stop: str | None = None
-    """The stop string that was met."""
+    """The stop string that ended the answer."""
     stop_id: int | None = None
-    """The token that ended it."""
+    """The token that ended the answer."""
     has_tool_calls: bool = False
-    """Whether the answer called tools."""
+    """Whether the answer has tool calls."""
 
 
 Event = PromptDone | Delta | Finished
@@ -159,23 +159,23 @@ Event = PromptDone | Delta | Finished
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model that can be asked."""
+    """A model of a backend."""
 
     name: str
     aliases: tuple[str, ...] = ()
     task: Literal["chat", "classify"] = "chat"
     state: Literal["loaded", "loading", "unloaded", "failed"] = "loaded"
     context: int | None = None
-    """The most tokens of prompt and answer; None until it is known."""
+    """Maximum number of tokens of prompt and answer; None if unknown."""
     labels: tuple[str, ...] = ()
-    """Of a classifier."""
+    """Labels of a classifier."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Architecture, dtype, formats and backends, to be shown."""
+    """Architecture, dtype, formats and op backends, for display."""
 
 
 @dataclass(frozen=True)
 class ModelStats:
-    """How busy a model is; what rises, rises from its start."""
+    """Utilisation of a model. Counters are cumulative since its start."""
 
     running: int = 0
     waiting: int = 0
@@ -188,47 +188,47 @@ class ModelStats:
     free_blocks: int = 0
     numerical_errors: int = 0
     alive: bool = True
-    """Whether it can still answer."""
+    """Whether the model can still answer."""
 
 
 class ResponseStream(Protocol):
-    """A running request: its events, those of its ``n`` answers as they come. Read by one task."""
+    """The events of a running request, of all its ``n`` answers. Read by one task."""
 
     @property
     def job(self) -> tuple[str, bool] | None:
-        """The number under which it is kept, and whether it was there before it was asked; None: it is not kept."""
+        """Job id, and whether the job existed before this request; None if the backend keeps no jobs."""
         ...
 
     def __aiter__(self) -> AsyncIterator[Event]:
-        """Yield events; an error of the tree in ``moesaic.errors`` ends it."""
+        """Yield events, or raise an error of ``moesaic.errors``."""
         ...
 
     def ready(self) -> list[Event]:
-        """Return the events that can be had without waiting; with an answer's last token, its end can be had."""
+        """Return the events that are available now. ``Finished`` is available together with the last token."""
         ...
 
     def cancel(self) -> None:
-        """Take the request back; nothing more comes."""
+        """Cancel the request; no further events come."""
         ...
 
 
 class Backend(Protocol):
-    """What offers models. Every method raises errors of the tree in ``moesaic.errors``, before anything runs."""
+    """A provider of models. Every method raises errors of ``moesaic.errors`` before the request runs."""
 
     def models(self) -> Sequence[ModelInfo]:
-        """Return the models, the default first."""
+        """Return the models, the default one first."""
         ...
 
     def stats(self) -> Mapping[str, ModelStats]:
-        """Return how busy each loaded model is."""
+        """Return statistics of each loaded model."""
         ...
 
     async def generate(self, request: GenerationRequest) -> ResponseStream:
-        """Take a request in."""
+        """Start a request."""
         ...
 
     async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
-        """Return the prompt's tokens, as they would be read."""
+        """Return the tokens of the request's prompt."""
         ...
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
@@ -236,7 +236,7 @@ class Backend(Protocol):
         ...
 
     async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        """Return a vector for each text, and how many tokens were read."""
+        """Return an embedding of each text, and the total number of tokens."""
         ...
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
@@ -244,12 +244,12 @@ class Backend(Protocol):
         ...
 
     async def close(self) -> None:
-        """End everything."""
+        """Cancel all requests and release the models."""
         ...
 
 
 def join(events: Sequence[Event]) -> list[Event]:
-    """Return events with neighbouring pieces of one answer made one, but for those that call tools."""
+    """Return events with adjacent deltas of one answer merged, except those with tool calls."""
     out: list[Event] = []
     run: list[Delta] = []
     for event in events:
@@ -258,7 +258,7 @@ def join(events: Sequence[Event]) -> list[Event]:
             out.append(_joined(run))
             run = []
         if text:
-            run.append(event)  # type: ignore[arg-type]  # a piece
+            run.append(event)  # type: ignore[arg-type]  # a delta without calls
         else:
             out.append(event)
     return [*out, _joined(run)] if run else out
@@ -267,5 +267,5 @@ def join(events: Sequence[Event]) -> list[Event]:
 def _joined(run: list[Delta]) -> Delta:
     if len(run) == 1:
         return run[0]
-    text = "".join([piece.text for piece in run])
-    return Delta(run[0].index, text, tuple([token for piece in run for token in piece.tokens]))
+    text = "".join([delta.text for delta in run])
+    return Delta(run[0].index, text, tuple([token for delta in run for token in delta.tokens]))

@@ -1,5 +1,6 @@
-"""The program as a shell runs it: output, one line for an error, exit codes."""
+"""The command line as a shell runs it: output, one-line errors, exit codes."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moesaic import __version__, cli
+from moesaic import __version__, cli, registry
 from moesaic.checkpoints import open_checkpoint
 from moesaic.llm import LLM
 
@@ -23,7 +24,7 @@ def run(*arguments: str | Path, stdin: str | bytes = "") -> subprocess.Completed
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Run in this process, hold the error to one line and exit code 2, and return the line."""
+    """Run a command that must fail with exit code 2 and a one-line error, and return the line."""
     assert cli.main([*map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("moesaic: error: ")
@@ -38,7 +39,8 @@ try:
     cli.main(sys.argv[1:])
 except SystemExit as end:
     assert end.code == 0
-slow = {"torch", "numpy", "rich", "prompt_toolkit", "tokenizers", "huggingface_hub"} & sys.modules.keys()
+modules = {"torch", "numpy", "rich", "prompt_toolkit", "tokenizers", "huggingface_hub", "asyncio", "ssl"}
+slow = modules & sys.modules.keys()
 assert not slow, slow
 """
     for arguments in (["--help"], ["chat", "--help"], ["--version"]):
@@ -61,7 +63,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["chat", "--top-k", "x"], ["convert", "a", "b", "--to", "z"]])
-def test_a_command_line_that_is_wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_command_lines_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
     assert "error:" in capsys.readouterr().err
@@ -70,7 +72,7 @@ def test_a_command_line_that_is_wrong(arguments: list[str], capsys: pytest.Captu
 # chat
 
 
-def test_piped_input_is_one_message_and_output_only_the_answer(talker: Path) -> None:
+def test_piped_input_is_one_message(talker: Path) -> None:
     done = run("chat", talker, "--max-tokens", "8", "--temperature", "0", stdin="Tell me\na story.\n")
     assert (done.returncode, done.stderr) == (0, "")
     with LLM.load(talker) as llm:
@@ -78,7 +80,7 @@ def test_piped_input_is_one_message_and_output_only_the_answer(talker: Path) -> 
         assert done.stdout == llm.chat(messages, max_tokens=8, temperature=0.0).text + "\n"
 
 
-def test_a_message_with_json(talker: Path) -> None:
+def test_message_flag_with_json(talker: Path) -> None:
     done = run("chat", talker, "-m", "Hello", "--json", "--max-tokens", "8", "--seed", "1", "--stats", stdin="ignored")
     assert done.returncode == 0 and done.stdout.count("\n") == 1
     answer = json.loads(done.stdout)
@@ -109,20 +111,20 @@ def test_plain_text_and_system(
 
 
 @pytest.mark.parametrize(("stdin", "words"), [("", "empty"), (" \n", "empty"), (b"\xff\n", "not UTF-8")])
-def test_input_that_is_no_message(talker: Path, stdin: str | bytes, words: str) -> None:
+def test_invalid_input_is_refused(talker: Path, stdin: str | bytes, words: str) -> None:
     done = run("chat", talker, stdin=stdin)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("moesaic: error: standard input is ") and words in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_what_is_wrong_is_said_in_one_line(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_errors_are_one_line(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ask = ("-m", "Hello")
     assert "no such folder" in refused(capsys, "chat", tmp_path / "none", *ask)
     assert "top_p: is 2.0" in refused(capsys, "chat", tmp_path / "none", *ask, "--top-p", "2")  # before it is loaded
     assert "unknown chat format 'x'" in refused(capsys, "chat", tmp_path / "none", *ask, "--chat-format", "x")
     assert "the message is empty" in refused(capsys, "chat", talker, "-m", " ")
-    assert "--plain-text goes with neither" in refused(capsys, "chat", talker, *ask, "--plain-text", "--system", "x")
+    assert "--plain-text excludes --system" in refused(capsys, "chat", talker, *ask, "--plain-text", "--system", "x")
     assert "the prompt has" in refused(capsys, "chat", talker, "-m", "word " * 100, "--context", "64")
     assert "context: is 1" in refused(capsys, "chat", talker, *ask, "--context", "1")
     assert "device" in refused(capsys, "chat", talker, *ask, "--device", "abacus")
@@ -157,7 +159,7 @@ def name_an_architecture(folder: Path, name: str) -> None:
         (lambda folder: name_an_architecture(folder, "evil\x1b]0;owned\x07\nsecond"), "evil\\x1b]0;owned"),
     ],
 )
-def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(
+def test_checkpoint_errors_are_one_line(
     talker: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -170,7 +172,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(
     assert words in refused(capsys, "chat", folder, "-m", "Hello")
 
 
-def test_a_hub_id_that_cannot_be_fetched(
+def test_unreachable_hub_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "neither org/name" in refused(capsys, "pull", "a b c")
@@ -182,7 +184,7 @@ def test_a_hub_id_that_cannot_be_fetched(
         assert done.stderr == "moesaic: error: org/missing: the hub cannot be reached, and it is not in the cache\n"
 
 
-def test_nobody_reads_the_output(talker: Path) -> None:
+def test_closed_output_is_exit_code_141(talker: Path) -> None:
     command = (
         f"{sys.executable} -m moesaic.cli chat {talker} -m Hello --max-tokens 4000 | head -c 5; echo ${{PIPESTATUS[0]}}"
     )
@@ -190,7 +192,7 @@ def test_nobody_reads_the_output(talker: Path) -> None:
     assert done.stdout.endswith("141\n") and done.stderr == ""
 
 
-# The others
+# other commands
 
 
 def test_convert(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,10 +259,36 @@ def test_list(what: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row.get("about", row.get("backend")) for row in rows)
 
 
-def test_the_choices_of_the_command_line_are_those_of_the_program() -> None:
-    from moesaic import loading, registry
+def test_constants_match_the_modules() -> None:
+    from moesaic import loading
     from moesaic.engine import Sampling
 
     assert ("auto", *loading.DTYPES) == cli.DTYPES
-    assert sorted(cli.LAYOUTS) == registry.names("checkpoints")
     assert set(cli.SAMPLING) <= set(Sampling.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("folder", "command", "dest", "extra"),
+    [
+        ("checkpoints", ["convert"], "to", set()),
+        ("cluster/launch", ["launch"], "launcher", set()),
+        ("bench/endpoints", ["bench", "serving"], "dialect", {"auto"}),
+    ],
+)
+def test_a_new_registry_file_becomes_a_choice(
+    folder: str, command: list[str], dest: str, extra: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = registry.names
+    monkeypatch.setattr(registry, "names", lambda name: [*names(name), "brand_new"] if name == folder else names(name))
+    choices = choices_of(*command, dest=dest)
+    assert choices == {name.replace("_", "-") if extra else name for name in registry.names(folder)} | extra
+
+
+def choices_of(*command: str, dest: str) -> set[str]:
+    """Return the choices of an argument of a subcommand."""
+    parser = cli._parser()
+    for name in command:
+        [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        parser = commands.choices[name]
+    [argument] = [action for action in parser._actions if action.dest == dest]
+    return set(argument.choices or ())

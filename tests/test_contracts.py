@@ -15,7 +15,7 @@ import torch
 
 from moesaic import checkpoints, formats, models, ops, registry
 from moesaic.bench import endpoints
-from moesaic.bench.endpoints import Answer, Ask, Endpoint, Failed, Manner, _http
+from moesaic.bench.endpoints import Answer, Endpoint, Request, RequestFailed, RequestOptions, _http
 from moesaic.cluster import launch
 from moesaic.errors import CheckpointError, InvalidRequest, NotFound
 from moesaic.formats import Packed
@@ -158,14 +158,16 @@ class TestEndpoints:
         async def run() -> Any:
             async with _http.connect(script.url, "secret", {"X-Who": "me"}) as client:
                 dialect = name.replace("_", "-")
-                return await act(await endpoints.open(client, Manner(poll=0.001, **manner), dialect, None))
+                return await act(
+                    await endpoints.open_endpoint(client, RequestOptions(poll=0.001, **manner), dialect, None)
+                )
 
         with serving(script):
             return asyncio.run(run())
 
-    async def answer(self, endpoint: Endpoint, ask: Ask | None = None) -> Answer:
+    async def answer(self, endpoint: Endpoint, request: Request | None = None) -> Answer:
         answer = Answer()
-        await endpoint.answer(ask or Ask("one two three", 9), answer)
+        await endpoint.send(request or Request("one two three", 9), answer)
         return answer
 
     def test_its_name_is_its_file(self, name):
@@ -194,8 +196,8 @@ class TestEndpoints:
         ],
     )
     def test_a_failure_is_told_by_its_kind_and_ends_nothing_else(self, name, fault, kind):
-        async def twice(endpoint: Endpoint) -> tuple[Failed, Answer]:
-            with pytest.raises(Failed) as caught:
+        async def twice(endpoint: Endpoint) -> tuple[RequestFailed, Answer]:
+            with pytest.raises(RequestFailed) as caught:
                 await self.answer(endpoint)
             return caught.value, await self.answer(endpoint)
 
@@ -208,18 +210,18 @@ class TestEndpoints:
 
     def test_says_what_it_was_told_to(self, name):
         script, dialect = Script(), endpoints.load(name.replace("_", "-"))
-        manner = {"temperature": 0.5, "extra": {"top_k": 7}, "ignore_eos": dialect.ignores_eos}
+        manner = {"temperature": 0.5, "extra": {"top_k": 7}, "ignore_eos": dialect.supports_ignore_eos}
         self.ask(name, script, self.answer, **manner)
         [(path, headers, body)] = script.asked
         assert path == (dialect.path or "/tiny") and headers["x-who"] == "me"
         assert headers["authorization"] == "Bearer secret"
         body = body | body.get("parameters", {})
         assert (body["temperature"], body["top_k"]) == (0.5, 7)
-        assert body.get("ignore_eos", False) == dialect.ignores_eos
+        assert body.get("ignore_eos", False) == dialect.supports_ignore_eos
         assert 9 in body.values()
 
     def test_what_it_cannot_say_is_refused(self, name):
-        if not endpoints.load(name.replace("_", "-")).ignores_eos:
+        if not endpoints.load(name.replace("_", "-")).supports_ignore_eos:
             with pytest.raises(InvalidRequest, match="ignore-eos"):
                 self.ask(name, Script(), self.answer, ignore_eos=True)
 
@@ -230,18 +232,18 @@ class TestEndpoints:
             {"role": "user", "content": "d"},
         )
         script = Script()
-        if endpoints.load(name.replace("_", "-")).chats:
-            self.ask(name, script, lambda endpoint: self.answer(endpoint, Ask("", 9, said)))
+        if endpoints.load(name.replace("_", "-")).supports_messages:
+            self.ask(name, script, lambda endpoint: self.answer(endpoint, Request("", 9, said)))
             assert all(word in str(script.asked[0][2]) for word in ("a b", "assistant", "d"))
 
     def test_is_found_where_it_is_spoken_and_only_there(self, name):
-        rank = endpoints.load(name.replace("_", "-")).rank
-        if rank is None:
+        order = endpoints.load(name.replace("_", "-")).probe_order
+        if order is None:
             return
 
         async def opened(script: Script) -> str:
             async with _http.connect(script.url) as client:
-                return (await endpoints.open(client, Manner(), "auto", None)).name
+                return (await endpoints.open_endpoint(client, RequestOptions(), "auto", None)).name
 
         for speaks in ((name,), ("nothing",)):
             with serving(Script(speaks=speaks)) as script:

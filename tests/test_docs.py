@@ -40,7 +40,7 @@ FLAGS = {
     "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
     "insecure-no-auth keys kv-cache-dtype log-format log-level max-body memory otel port queue queue-timeout "
     "request-timeout sequences strict-model-name tls-cert tls-key trusted-proxy "
-    # the flags of TGI's launcher
+    # TGI's launcher: moesaic/cli/tgi_flags.py says what each means
     "api-key cors-allow-origin cuda-graphs cuda-memory-fraction disable-custom-kernels disable-grammar-support "
     "enable-prefill-logprobs env graceful-termination-timeout hostname huggingface-hub-cache json-output "
     "lora-adapters master-addr master-port max-batch-prefill-tokens max-batch-size max-batch-total-tokens "

@@ -1,4 +1,4 @@
-"""TGI's launcher flags: each does what it means here or says why not, and the environment surprises nobody."""
+"""Translation of TGI's launcher flags and environment variables into arguments of ``moesaic serve``."""
 
 from __future__ import annotations
 
@@ -9,70 +9,73 @@ from pathlib import Path
 import pytest
 
 from moesaic import cli
-from moesaic.cli.launcher import PORT, TGI_PORT, Launch, translate
-from moesaic.cli.launcher_flags import TABLE
 from moesaic.cli.serving import model_entries
+from moesaic.cli.tgi_flags import TABLE
+from moesaic.cli.tgi_launcher import PORT, TGI_PORT, Launch, translate
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.llm import LLM
 from moesaic.loading import memory_needed
 from moesaic.serve.settings import TgiBounds
 
-SEED = "--num-shard 2 --max-batch-total-tokens 1024000 --max-total-tokens 32000"
-"""What seed 002 gives TGI 1.3.0's image, after --model-id."""
+TYPICAL = "--num-shard 2 --max-batch-total-tokens 1024000 --max-total-tokens 32000"
+"""Usual flags of TGI 1.3.0's image, after --model-id."""
 
 
 def launch(line: str = "", **environ: str) -> Launch:
     return translate(cli._parser().parse_args(["serve", *line.split()]), environ)
 
 
-def said(found: Launch) -> str:
-    return "\n".join(found.said)
+def notes(result: Launch) -> str:
+    return "\n".join(result.notes)
 
 
-def test_without_tgis_flags_its_environment_does_not_count():
-    found = launch("./model", PORT="9", DTYPE="float16", MODEL_ID="org/other", QUANTIZE="awq", API_KEY="x")
-    assert found.said == () and found.environment == {} and found.args.api_key is None
-    assert (found.args.port, found.args.host, found.args.dtype) == (PORT, "127.0.0.1", "auto")
-    assert (found.args.models, found.args.format) == (["./model"], None)
-    assert TgiBounds(**found.bounds) == TgiBounds()
+def test_tgi_variables_are_ignored_without_tgi_flags():
+    result = launch("./model", PORT="9", DTYPE="float16", MODEL_ID="org/other", QUANTIZE="awq", API_KEY="x")
+    assert result.notes == () and result.environment == {} and result.args.api_key is None
+    assert (result.args.port, result.args.host, result.args.dtype) == (PORT, "127.0.0.1", "auto")
+    assert (result.args.models, result.args.format) == (["./model"], None)
+    assert TgiBounds(**result.bounds) == TgiBounds()
     assert launch(PORT="9").args.port == PORT
 
 
-def test_a_model_id_in_the_environment_is_tgis_way():
-    found = launch(MODEL_ID="org/name", PORT="9", NUM_SHARD="2", MAX_TOTAL_TOKENS="50", TRUST_REMOTE_CODE="true")
-    assert found.args.models == ["name=org/name"] and found.args.port == 9 and found.args.context == 50
-    assert "MODEL_ID=org/name: the model" in found.said and "TRUST_REMOTE_CODE=True: never" in said(found)
+def test_model_id_variable_enables_tgi_variables():
+    result = launch(MODEL_ID="org/name", PORT="9", NUM_SHARD="2", MAX_TOTAL_TOKENS="50", TRUST_REMOTE_CODE="true")
+    assert result.args.models == ["name=org/name"] and result.args.port == 9 and result.args.context == 50
+    assert (
+        "MODEL_ID=org/name: the model" in result.notes
+        and "TRUST_REMOTE_CODE=True: ignored: code from a checkpoint is never run" in notes(result)
+    )
     assert launch("--port 7", MODEL_ID="x", PORT="9").args.port == 7
     assert launch("--dtype bfloat16", MODEL_ID="x", DTYPE="float16").args.dtype == "bfloat16"
 
 
-def test_names_that_mean_something_else_are_not_read():
-    found = launch("--num-shard 1", HOSTNAME="3f2a", ENV="production")
-    assert found.args.host == "127.0.0.1" and "production" not in said(found)
+def test_hostname_and_env_variables_are_ignored():
+    result = launch("--num-shard 1", HOSTNAME="3f2a", ENV="production")
+    assert result.args.host == "127.0.0.1" and "production" not in notes(result)
 
 
-def test_the_seeds_command():
-    found = launch(f"--model-id mistralai/Mixtral-8x7B-Instruct-v0.1 {SEED}")
-    assert (found.args.context, found.args.cache_tokens, found.args.port) == (32000, None, TGI_PORT)
+def test_typical_tgi_command():
+    result = launch(f"--model-id mistralai/Mixtral-8x7B-Instruct-v0.1 {TYPICAL}")
+    assert (result.args.context, result.args.cache_tokens, result.args.port) == (32000, None, TGI_PORT)
     for words in (
         "--num-shard 2: ignored: a server is one process here",
-        "--max-batch-total-tokens 1024000: a bound that is kept",
+        "--max-batch-total-tokens 1024000: an upper bound",
         "TGI 1.3 would have refused more than 1024",
         "--hostname is not given: listening on 127.0.0.1",
         "--port: 3000",
     ):
-        assert words in said(found)
-    assert "max_batch_total_tokens" not in found.told
+        assert words in notes(result)
+    assert "max_batch_total_tokens" not in result.info
 
 
-def test_a_cache_that_was_asked_for_and_fits():
-    found = launch("--max-batch-total-tokens 4000 --max-total-tokens 1000 --max-batch-size 3")
-    assert (found.args.cache_tokens, found.args.sequences) == (4000, 3)
-    assert found.told["max_batch_total_tokens"] == 4000
-    assert "--max-batch-total-tokens 4000: --cache-tokens 4000" in found.said
+def test_small_cache_size_is_used():
+    result = launch("--max-batch-total-tokens 4000 --max-total-tokens 1000 --max-batch-size 3")
+    assert (result.args.cache_tokens, result.args.sequences) == (4000, 3)
+    assert result.info["max_batch_total_tokens"] == 4000
+    assert "--max-batch-total-tokens 4000: --cache-tokens 4000" in result.notes
 
 
-def test_a_cache_that_can_never_be():
+def test_cache_larger_than_memory_is_refused():
     with pytest.raises(InvalidParameter, match=r"cache_tokens: is \d+, which needs [\d.]+ GB, but the device has"):
         LLM.load(cache_tokens=10**12)
 
@@ -105,37 +108,37 @@ def test_a_cache_that_can_never_be():
         ("--otel --otlp-endpoint http://a:4318", "otel", True),
     ],
 )
-def test_what_a_flag_becomes(flags, field, value):
-    found = launch(flags)
-    assert getattr(found.args, field) == value
-    assert found.said
+def test_flag_sets_argument(flags, field, value):
+    result = launch(flags)
+    assert getattr(result.args, field) == value
+    assert result.notes
 
 
-def test_what_libraries_read():
-    found = launch("--otlp-endpoint http://a --otlp-service-name s --huggingface-hub-cache /data")
-    assert found.environment == {
+def test_flags_set_environment_variables_for_libraries():
+    result = launch("--otlp-endpoint http://a --otlp-service-name s --huggingface-hub-cache /data")
+    assert result.environment == {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://a",
         "OTEL_SERVICE_NAME": "s",
         "HF_HUB_CACHE": "/data",
     }
 
 
-def test_bounds_and_what_info_tells():
+def test_bounds_and_info_fields():
     flags = "--max-best-of 3 --max-total-tokens 90 --max-input-tokens 40 --disable-grammar-support"
-    found = launch(f"{flags} --validation-workers 5 --waiting-served-ratio 1.2 --max-waiting-tokens 9")
-    bounds = TgiBounds(**found.bounds)
+    result = launch(f"{flags} --validation-workers 5 --waiting-served-ratio 1.2 --max-waiting-tokens 9")
+    bounds = TgiBounds(**result.bounds)
     assert (bounds.max_best_of, bounds.max_total_tokens, bounds.max_input_tokens) == (3, 90, 40)
-    assert not bounds.grammar and "TGI 1.3" not in said(found)
+    assert not bounds.grammar and "TGI 1.3" not in notes(result)
     assert bounds.launcher_info == {"validation_workers": 5, "waiting_served_ratio": 1.2, "max_waiting_tokens": 9}
 
 
 @pytest.mark.parametrize(
     ("line", "environ", "words"),
     [
-        ("--quantize awq", {}, "a checkpoint that awq has packed"),
-        ("--quantize q4", {}, "q4 is not known; TGI has bitsandbytes,"),
-        ("--rope-scaling dynamic", {}, "write it into its config.json"),
-        ("--lora-adapters x", {}, "adapters cannot be loaded"),
+        ("--quantize awq", {}, "checkpoints in the awq format are not supported"),
+        ("--quantize q4", {}, "unknown value 'q4'; TGI's values: bitsandbytes,"),
+        ("--rope-scaling dynamic", {}, "set rope_scaling in its config.json"),
+        ("--lora-adapters x", {}, "adapters are not supported"),
         ("--max-input-tokens 50 --max-total-tokens 50", {}, "`max_input_tokens` must be < `max_total_tokens`"),
         (
             "--max-total-tokens 50 --max-batch-total-tokens 40",
@@ -143,32 +146,32 @@ def test_bounds_and_what_info_tells():
             "`max_total_tokens` must be <= `max_batch_total_tokens`. Given: 50 and 40",
         ),
         ("--max-batch-size 0", {}, "--max-batch-size 0: expected more than 0"),
-        ("--max-total-tokens 5 --context 6", {}, "--max-total-tokens and --context say the same"),
-        ("--model-id a b", {}, "--model-id and MODEL say the same"),
+        ("--max-total-tokens 5 --context 6", {}, "--max-total-tokens and --context mean the same"),
+        ("--model-id a b", {}, "--model-id and MODEL mean the same"),
         ("--revision main", {}, "--revision goes with --model-id"),
         ("--num-shard 1", {"MAX_TOTAL_TOKENS": "many"}, "MAX_TOTAL_TOKENS=many: expected a number"),
         ("--num-shard 1", {"DTYPE": "float8"}, "DTYPE=float8: expected"),
         ("--num-shard 1", {"KV_CACHE_DTYPE": "x"}, "KV_CACHE_DTYPE=x: expected"),
     ],
 )
-def test_what_cannot_be_is_one_clear_line(line, environ, words):
+def test_unsupported_flags_are_refused_in_one_line(line, environ, words):
     with pytest.raises(InvalidRequest) as caught:
         launch(line, **environ)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_command_line_goes_before_the_environment():
-    found = launch("--context 60 --quantize eetq", MAX_TOTAL_TOKENS="50", QUANTIZE="awq")
-    assert (found.args.context, found.args.format) == (60, "q8")
-    assert "MAX_TOTAL_TOKENS=50: ignored: --context is given" in found.said
+def test_command_line_overrides_environment():
+    result = launch("--context 60 --quantize eetq", MAX_TOTAL_TOKENS="50", QUANTIZE="awq")
+    assert (result.args.context, result.args.format) == (60, "q8")
+    assert "MAX_TOTAL_TOKENS=50: ignored: --context is given" in result.notes
 
 
-def test_secrets_are_not_said():
-    found = launch("--api-key hidden --ngrok-authtoken hidden")
-    assert "hidden" not in said(found) and "whoever may list processes" in said(found)
+def test_notes_hide_secrets():
+    result = launch("--api-key hidden --ngrok-authtoken hidden")
+    assert "hidden" not in notes(result) and "process list" in notes(result)
 
 
-def test_the_model_keeps_its_whole_name_as_another(tmp_path, monkeypatch):
+def test_hub_name_is_an_alias_of_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.cli.serving.folder", lambda model: tmp_path)
     for line in ("--model-id org/name --revision v1", "--model-id org/name"):
         [entry] = model_entries(launch(line).args)
@@ -185,27 +188,27 @@ def test_memory_budget_counts_weights_and_cache(talker):
     assert entry.bytes == memory_needed(talker, weight_format="q4", cache_tokens=512)
 
 
-def test_every_flag_says_something_and_changes_what_exists():
+def test_every_flag_has_a_meaning_and_a_known_argument():
     parser = cli._parser()
-    known = vars(parser.parse_args(["serve"])).keys() | launch().args.__dict__.keys()
+    arguments = vars(parser.parse_args(["serve"])).keys() | launch().args.__dict__.keys()
     for flag in TABLE:
-        assert flag.means or flag.take
-        assert not flag.to or flag.to in known
+        assert flag.meaning or flag.convert
+        assert not flag.argument or flag.argument in arguments
     assert len({flag.name for flag in TABLE}) == len(TABLE)
 
 
-def test_off_loopback_a_key_is_needed(capsys):
+def test_public_address_requires_a_key(capsys):
     assert cli.main(["serve", "--hostname", "0.0.0.0", "--port", "0"]) == 2
     assert "--api-key" in capsys.readouterr().err
 
 
-def test_the_page_has_every_flag():
+def test_docs_list_every_flag():
     page = (Path(__file__).parent.parent / "docs/how-to/migrate-from-tgi.md").read_text()
     for flag in TABLE:
         assert re.search(rf"`--{flag.name}`", page), flag.name
 
 
-def test_help_shows_the_useful_ones(capsys):
+def test_help_lists_only_flags_with_help_text(capsys):
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
     shown = capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""Measuring: what a model is worth, and how fast it is. One file = one kind of measurement."""
+"""Benchmarks and quality measurements: one module per kind of measurement."""

@@ -1,7 +1,6 @@
-"""A comparison as people read it: tables in a terminal, and a plot.
+"""Text tables and plots of a comparison of engines.
 
-Knows how figures are laid out. Does not know how they came about. The plot needs matplotlib, which is
-imported when one is drawn.
+This module formats figures and does not compute them. Plots need matplotlib, which is imported when one is drawn.
 """
 
 from __future__ import annotations
@@ -14,43 +13,44 @@ from moesaic.bench.compare import Cell, Comparison, Row
 from moesaic.bench.plotting import COLOURS
 
 FACTS = ("bits", "GiB", "same", "spread")
-"""What stands in front of a row's speeds: see docs/how-to/benchmark.md."""
-STEP, WHOLE = "moesaic", "moesaic_llm"
+"""Columns before the speeds of a row; docs/how-to/benchmark.md explains them."""
+MODEL_STEP, WHOLE_LLM = "moesaic", "moesaic_llm"
+"""Our two peers: the model alone, and the LLM with scheduler and sampler."""
 
 Value = Callable[[Row, Cell], str]
 
 
-def tables(found: Comparison) -> Iterator[str]:
+def tables(comparison: Comparison) -> Iterator[str]:
     """Yield the lines of all tables."""
-    cells = [cell for cell in found.plan.cells() if not cell.busy]
-    yield f"tokens per second: median of {found.plan.rounds} rounds, {found.plan.threads} threads"
-    yield from _table(found.rows, cells, lambda row, cell: _number(row.speed(cell)), facts=True)
-    if found.limits:
-        yield "\nshare of what the memory, and the fastest multiplications, would allow"
-        yield from _table(found.rows, cells, lambda row, cell: f"{row.speed(cell) / row.limits[cell.name]:.0%}")
-    steps = {row.format: row for row in found.rows if row.peer == STEP}
-    wholes = [row for row in found.rows if row.peer == WHOLE and row.format in steps]
+    cells = [cell for cell in comparison.plan.cells() if not cell.busy]
+    yield f"tokens per second: median of {comparison.plan.rounds} rounds, {comparison.plan.threads} threads"
+    yield from _table(comparison.rows, cells, lambda row, cell: _number(row.speed(cell)), facts=True)
+    if comparison.limits:
+        yield "\nfraction of the speed that memory bandwidth and multiplication would allow"
+        yield from _table(comparison.rows, cells, lambda row, cell: f"{row.speed(cell) / row.limits[cell.name]:.0%}")
+    steps = {row.format: row for row in comparison.rows if row.peer == MODEL_STEP}
+    wholes = [row for row in comparison.rows if row.peer == WHOLE_LLM and row.format in steps]
     if wholes:
-        yield "\ntime that the whole LLM takes beyond the model's steps alone"
+        yield "\nadditional time of the whole LLM beyond the model's steps alone"
         yield from _table(
             wholes, cells, lambda row, cell: f"{steps[row.format].speed(cell) / row.speed(cell) - 1:+.1%}"
         )
-    busy = [cell for cell in cells if found.plan.beside(cell)]
+    busy = [cell for cell in cells if comparison.plan.repeats_busy(cell)]
     if busy:
-        yield "\nshare of its speed that each keeps while another process keeps one core busy"
-        yield from _table(found.rows, busy, _kept)
-    for names, what in ((found.left_out, "left out"), (found.failed, "failed")):
-        yield from (f"\n{what}: {name}: {why}" for name, why in names.items())
+        yield "\nfraction of the speed that remains while another process keeps one core busy"
+        yield from _table(comparison.rows, busy, _busy_share)
+    for reasons, heading in ((comparison.left_out, "left out"), (comparison.failed, "failed")):
+        yield from (f"\n{heading}: {name}: {reason}" for name, reason in reasons.items())
 
 
-def _kept(row: Row, cell: Cell) -> str:
+def _busy_share(row: Row, cell: Cell) -> str:
     return f"{row.speed(Cell(cell.tokens, cell.batch, busy=True)) / row.speed(cell):.0%}"
 
 
 def _table(rows: Sequence[Row], cells: Sequence[Cell], value: Value, *, facts: bool = False) -> Iterator[str]:
-    """Yield two lines of heading, then a line for each row."""
+    """Yield two heading lines, then a line for each row."""
     groups = [f"after {cell.tokens}" if cell.batch else "prefill" for cell in cells]
-    first = [group if place == 0 or group != groups[place - 1] else "" for place, group in enumerate(groups)]
+    first = [group if index == 0 or group != groups[index - 1] else "" for index, group in enumerate(groups)]
     second = [f"batch {cell.batch}" if cell.batch else str(cell.tokens) for cell in cells]
     grid = [["", *(("",) * len(FACTS) if facts else ()), *first], ["", *(FACTS if facts else ()), *second]]
     for row in rows:
@@ -71,17 +71,17 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def plot(found: Comparison, path: Path, caption: str) -> None:
-    """Draw a panel for each cell and one for memory: a bar for each row, its limit as a line across it.
+def plot(comparison: Comparison, path: Path, caption: str) -> None:
+    """Draw a panel for each cell and one for memory, with a bar for each row and a line at its limit.
 
     Args:
-        found: what is drawn.
+        comparison: the result to draw.
         path: an .svg or .png file.
-        caption: stands below: the machine, the commit.
+        caption: text below the plot, such as the machine and the commit.
     """
     from matplotlib.figure import Figure
 
-    plan, rows = found.plan, found.rows
+    plan, rows = comparison.plan, comparison.rows
     cells = [cell for cell in plan.cells() if not cell.busy]
     lines = [[cell for cell in cells if not cell.batch]]
     lines += [[cell for cell in cells if cell.batch and cell.tokens == context] for context in plan.contexts]
@@ -101,8 +101,8 @@ def plot(found: Comparison, path: Path, caption: str) -> None:
     memory = grid[0][len(lines[0])]
     memory.set_visible(True)
     _panel(memory, rows, "peak memory, GiB", [(row.peak_bytes or 0) / 2**30 for row in rows], [])
-    model = f"Mixtral of {found.shape.layers} layers, {plan.threads} threads"
-    figure.suptitle(f"bars and numbers: tokens per second, {model}; lines: what memory and multipliers allow")
+    model = f"Mixtral of {comparison.shape.layers} layers, {plan.threads} threads"
+    figure.suptitle(f"bars and numbers: tokens per second, {model}; lines: limits of memory and multiplication")
     figure.supxlabel(caption, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -113,13 +113,13 @@ def _panel(axis: Any, rows: Sequence[Row], title: str, values: list[float], limi
     colours = [COLOURS[peers.index(row.peer) % len(COLOURS)] for row in rows]
     axis.barh(range(len(rows)), values, color=colours)
     ends = list(values)
-    for place, most in enumerate(limits):
-        if most is not None:
-            axis.vlines(most, place - 0.45, place + 0.45, color="black", linewidth=1.2)
-            ends[place] = max(values[place], most)
-    for place, end in enumerate(ends):  # behind both, so that no line crosses a number
-        text, beside = _number(values[place]), {"xytext": (3, 0), "textcoords": "offset points"}
-        axis.annotate(text, (end, place), va="center", fontsize="x-small", **beside)
+    for index, limit in enumerate(limits):
+        if limit is not None:
+            axis.vlines(limit, index - 0.45, index + 0.45, color="black", linewidth=1.2)
+            ends[index] = max(values[index], limit)
+    for index, end in enumerate(ends):  # numbers stand after both bar and line
+        text, offset = _number(values[index]), {"xytext": (3, 0), "textcoords": "offset points"}
+        axis.annotate(text, (end, index), va="center", fontsize="x-small", **offset)
     axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize="small")
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
     axis.set_xlim(0, 1.18 * max(ends))

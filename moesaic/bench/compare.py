@@ -1,9 +1,8 @@
-"""Our engine and others on one model, side by side: speed, memory, and what a busy neighbour costs.
+"""Compare our engine with others on one model: speed, memory, and the effect of a busy neighbour process.
 
-Every pair of an engine and a weight format is a row; every row runs all cells in each round, in a
-process of its own, one process at a time, and rounds are interleaved, so that a machine that is slow
-for a while is slow for all. Knows what is measured and what the machine would allow. Does not know
-any engine: see ``peers``.
+A row is an engine with weights in one format. In each round, every row runs all cells, in a process of its own, one
+process at a time. Rounds are interleaved, so that a slow phase of the machine affects all rows. This module knows the
+measurements and the limits of the machine. It does not know any engine; those are in ``peers``.
 """
 
 from __future__ import annotations
@@ -26,54 +25,55 @@ from moesaic.bench.peers._process import PeerFailed, Process, neighbour
 from moesaic.errors import InvalidParameter, InvalidRequest
 
 PEERS = "bench/peers"
-WARM_UP = 2  # as in peers/_child.py
-COMPARED = 20
-"""Of how many likeliest tokens it is asked whether two engines name the same."""
-REFERENCE = ("transformers", "vllm", "moesaic")
-"""Whose likeliest tokens the others' are compared with: the first of these that is there in bfloat16."""
+WARM_UP_STEPS = 2  # the same as in peers/_child.py
+COMPARED_TOKENS = 20
+"""Number of most likely tokens that are compared between two engines."""
+REFERENCES = ("transformers", "vllm", "moesaic")
+"""Engines whose most likely tokens are the reference: the first one that was measured in bfloat16."""
 
 Report = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing that is timed: a prompt of ``tokens``, or a step of ``batch`` sequences after ``tokens`` each."""
+    """One measurement: a prompt of ``tokens`` tokens, or a step of ``batch`` sequences of ``tokens`` tokens."""
 
     tokens: int
     batch: int = 0
-    """0: a prompt."""
+    """Number of sequences; 0 for a prompt."""
     busy: bool = False
-    """Whether another process kept a core busy."""
+    """Whether another process keeps a core busy."""
 
     @property
     def name(self) -> str:
-        what = f"decode {self.batch} after {self.tokens}" if self.batch else f"prefill {self.tokens}"
-        return f"{what}, busy" if self.busy else what
+        name = f"decode {self.batch} after {self.tokens}" if self.batch else f"prefill {self.tokens}"
+        return f"{name}, busy" if self.busy else name
 
     @property
     def counted(self) -> int:
-        """Tokens that come of it."""
+        """Tokens that one execution of the cell processes."""
         return self.batch or self.tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """Cells to measure, and how often.
 
     Raises:
-        InvalidParameter: there are no rounds, or no threads.
+        InvalidParameter: ``rounds`` or ``threads`` is less than 1.
     """
 
     prompts: tuple[int, ...] = (512, 2048)
+    """Lengths of prompts in tokens."""
     contexts: tuple[int, ...] = (16, 2048)
     batches: tuple[int, ...] = (1, 4, 8, 16)
     steps: int = 24
-    """Over which a decode is averaged."""
+    """Number of steps whose mean is the time of a decode."""
     rounds: int = 3
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     busy: bool = False
-    """Whether the shortest prompt, and the smallest and largest batch after the shortest context, are measured
-    again beside a busy neighbour."""
+    """Whether some cells are measured again beside a busy neighbour process: the shortest prompt, and the smallest and
+    the largest batch after the shortest context."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "threads"):
@@ -82,28 +82,28 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Places that one sequence needs."""
-        return max(*self.prompts, *self.contexts) + WARM_UP + self.steps + 1
+        """Maximum tokens of a sequence."""
+        return max(*self.prompts, *self.contexts) + WARM_UP_STEPS + self.steps + 1
 
     def cells(self) -> list[Cell]:
         """Return the cells in the order of the table."""
         prompts = [Cell(tokens) for tokens in self.prompts]
         decodes = [Cell(context, batch) for context in self.contexts for batch in self.batches]
-        busy = [Cell(cell.tokens, cell.batch, busy=True) for cell in (*prompts, *decodes) if self.beside(cell)]
+        busy = [Cell(cell.tokens, cell.batch, busy=True) for cell in (*prompts, *decodes) if self.repeats_busy(cell)]
         return [*prompts, *decodes, *busy]
 
-    def beside(self, cell: Cell) -> bool:
-        """Return whether ``cell`` is measured with a busy neighbour too."""
+    def repeats_busy(self, cell: Cell) -> bool:
+        """Return whether ``cell`` is measured again beside a busy neighbour process."""
         if cell.batch:
-            chosen = cell.tokens == min(self.contexts) and cell.batch in (min(self.batches), max(self.batches))
+            selected = cell.tokens == min(self.contexts) and cell.batch in (min(self.batches), max(self.batches))
         else:
-            chosen = cell.tokens == min(self.prompts)
-        return self.busy and chosen
+            selected = cell.tokens == min(self.prompts)
+        return self.busy and selected
 
 
 @dataclass
 class Row:
-    """One engine with weights in one format, and what was measured of it."""
+    """An engine with weights in one format, and its measurements."""
 
     peer: str
     format: str
@@ -111,47 +111,48 @@ class Row:
     about: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     bits: float = 0.0
-    """Per weight of those that steps read."""
+    """Average bits of a weight, of those that steps read."""
     load_seconds: float = 0.0
     peak_bytes: int | None = None
-    """The most memory that its process had at once, mapped files counted as far as they were in memory."""
+    """Peak memory of the process, including the resident part of mapped files."""
     likeliest: list[int] = field(default_factory=list)
+    """Most likely next tokens after a fixed prompt."""
     agrees: int | None = None
-    """How many of its 20 likeliest next tokens are among the reference's."""
+    """Number of most likely next tokens that are among the reference's; None without a reference."""
     samples: dict[str, list[float]] = field(default_factory=dict)
     """Tokens per second in each round, by cell."""
     limits: dict[str, float] = field(default_factory=dict)
-    """Tokens per second that memory and multipliers would allow, by cell."""
+    """Tokens per second that memory bandwidth and multiplication would allow, by cell."""
 
     @property
     def name(self) -> str:
         return f"{self.label}, {self.format}"
 
     def speed(self, cell: Cell) -> float:
-        """Return the median of the rounds."""
+        """Return the median speed of the rounds, in tokens per second."""
         return statistics.median(self.samples[cell.name])
 
     def spread(self, cell: Cell) -> float:
-        """Return how far apart the rounds are, relative to the median."""
-        found = self.samples[cell.name]
-        return (max(found) - min(found)) / self.speed(cell)
+        """Return the difference between the fastest and the slowest round, relative to the median."""
+        samples = self.samples[cell.name]
+        return (max(samples) - min(samples)) / self.speed(cell)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was found."""
+    """Result of a comparison."""
 
     shape: Shape
     plan: Plan
     limits: Limits | None
     rows: list[Row]
     left_out: dict[str, str]
-    """Peers that are not installed, and how to install them."""
+    """Engines that are not installed, with the command that installs them."""
     failed: dict[str, str]
-    """Rows that could not be measured, and why."""
+    """Rows that could not be measured, with the reason."""
 
     def figures(self) -> dict[str, Any]:
-        """Return everything for docs/results."""
+        """Return all figures for a results file."""
         cells = {cell.name: cell for cell in self.plan.cells()}
         rows = []
         for row in self.rows:
@@ -168,37 +169,39 @@ class Comparison:
 
 
 def choose(only: str | None) -> list[tuple[str, str]]:
-    """Return the (peer, format) pairs that ``only`` names, "peer" or "peer:format" with commas; None: all.
+    """Parse a list of "peer" or "peer:format", separated by commas, into (peer, format) pairs; None: all pairs.
 
     Raises:
         NotFound: there is no such peer.
-        InvalidParameter: a format is missing behind the colon.
+        InvalidParameter: the format after a colon is missing.
     """
     pairs = []
     for part in only.split(",") if only is not None else registry.names(PEERS):
-        name, colon, format = part.strip().partition(":")
+        name, colon, weight_format = part.strip().partition(":")
         peer = registry.load(PEERS, name)
-        if colon and not format:
-            raise InvalidParameter("only", f"{part!r} names no format; {name} has {', '.join(peer.FORMATS)}")
-        pairs += [(name, each) for each in ([format] if format else peer.FORMATS)]
+        if colon and not weight_format:
+            raise InvalidParameter(
+                "only", f"{part!r} has no format after the colon; formats of {name}: {', '.join(peer.FORMATS)}"
+            )
+        pairs += [(name, chosen) for chosen in ([weight_format] if weight_format else peer.FORMATS)]
     return pairs
 
 
-def interpreters(given: Sequence[str]) -> dict[str, Path]:
-    """Return the interpreter of each peer that ``given``, "peer=path" each, names.
+def interpreters(arguments: Sequence[str]) -> dict[str, Path]:
+    """Parse arguments of the form "peer=path" into the Python interpreter of each peer.
 
     Raises:
         NotFound: there is no such peer.
-        InvalidParameter: a part has no path, or nothing is there.
+        InvalidParameter: an argument has no path, or there is no file.
     """
-    found = {}
-    for part in given:
+    paths = {}
+    for part in arguments:
         name, _, path = part.partition("=")
         registry.load(PEERS, name)
         if not Path(path).is_file():
-            raise InvalidParameter("python", f"{part!r} names no interpreter: give PEER=FILE")
-        found[name] = Path(path).absolute()
-    return found
+            raise InvalidParameter("python", f"{part!r} does not name an interpreter: write PEER=FILE")
+        paths[name] = Path(path).absolute()
+    return paths
 
 
 def compare(
@@ -211,138 +214,138 @@ def compare(
     limits: Callable[[], Limits] | None = None,
     report: Report = str,
 ) -> Comparison:
-    """Measure all ``pairs`` of a peer and a format; Ctrl-C ends it with what there is.
+    """Measure all ``pairs`` of a peer and a format; after Ctrl-C, return the results so far.
 
     Args:
-        pairs: see ``choose``.
-        folder: where the model is made, in every form; what is there is used again.
-        shape: of the model; by default Mixtral 8x7B's with two layers.
-        plan: what is measured.
-        pythons: the interpreter that has a peer, where it is not this one.
-        limits: finds what the machine can do, for the limit of each figure; called when there is something to measure.
-        report: gets a line now and then.
+        pairs: result of ``choose``.
+        folder: folder for the model's files in all formats; existing files are used again.
+        shape: sizes of the model; by default Mixtral 8x7B's with two layers.
+        plan: the measurements.
+        pythons: interpreter of each peer that is not installed in this one.
+        limits: measures the machine; called only if there is something to measure.
+        report: called with a line of progress from time to time.
 
     Raises:
-        InvalidRequest: nothing could be measured; the message says why.
+        InvalidRequest: nothing could be measured; the message has the reasons.
     """
     shape, plan = shape or Shape(), plan or Plan()
-    bench = _Bench(folder / shape.name, shape, plan, pythons or {}, report)
-    rows = bench.present(pairs)
-    most = limits() if rows and limits is not None else None
+    session = _Session(folder / shape.name, shape, plan, pythons or {}, report)
+    rows = session.installed(pairs)
+    machine = limits() if rows and limits is not None else None
     if rows:
-        report("making the model's files")
-        files = bench.files(rows, _model.write(shape, bench.folder))
+        report("creating the model's files")
+        files = session.files(rows, _model.write(shape, session.folder))
     try:
         for turn in range(plan.rounds):
-            for row in rows[:: 1 if turn % 2 == 0 else -1]:  # so that a drift favours nobody
-                if row.name not in bench.failed:
+            for row in rows[:: 1 if turn % 2 == 0 else -1]:  # alternating order, so that a drift affects all rows alike
+                if row.name not in session.failed:
                     report(f"round {turn + 1} of {plan.rounds}: {row.name}")
-                    bench.round(row, files[row.name])
+                    session.round(row, files[row.name])
     except KeyboardInterrupt:
-        report("stopped: what was measured until now is kept")
+        report("stopped: the results so far are kept")
         for row in rows:
             if any(cell.name not in row.samples for cell in plan.cells()):
-                bench.failed.setdefault(row.name, "stopped before it was measured")
-    rows = [row for row in rows if row.name not in bench.failed]
+                session.failed.setdefault(row.name, "stopped before it was measured")
+    rows = [row for row in rows if row.name not in session.failed]
     if not rows:
-        reasons = [f"{name}: {why}" for name, why in (bench.left_out | bench.failed).items()]
+        reasons = [f"{name}: {reason}" for name, reason in (session.left_out | session.failed).items()]
         raise InvalidRequest("nothing was measured; " + "; ".join(reasons))
     for row in rows:
-        _finish(row, rows, shape, plan, most)
-    return Comparison(shape, plan, most, rows, bench.left_out, bench.failed)
+        _finish(row, rows, shape, plan, machine)
+    return Comparison(shape, plan, machine, rows, session.left_out, session.failed)
 
 
-class _Bench:
-    """One comparison while it runs."""
+class _Session:
+    """State of a running comparison."""
 
     def __init__(self, folder: Path, shape: Shape, plan: Plan, pythons: Mapping[str, Path], report: Report) -> None:
         self.folder, self.shape, self.plan, self.pythons, self.report = folder, shape, plan, pythons, report
         self.left_out: dict[str, str] = {}
         self.failed: dict[str, str] = {}
 
-    def process(self, name: str, format: str = "hello") -> Process:
+    def process(self, name: str, weight_format: str = "hello") -> Process:
         peer = self.module(name)
         python = self.pythons.get(name, Path(sys.executable))
-        return Process(peer, python, self.plan.threads, self.folder / "logs" / f"{name}-{format}.log")
+        return Process(peer, python, self.plan.threads, self.folder / "logs" / f"{name}-{weight_format}.log")
 
     def module(self, name: str) -> ModuleType:
         return registry.load(PEERS, name)
 
-    def present(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
-        """Return a row for each pair whose peer is installed; the others are noted as left out."""
+    def installed(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+        """Return a row for each pair whose peer is installed; add the other peers to ``left_out``."""
         rows = []
         versions: dict[str, dict[str, str]] = {}
         for name in dict.fromkeys(name for name, _ in pairs):
             peer = self.module(name)
             try:
                 with self.process(name) as process:
-                    found = process.ask("hello")
+                    reply = process.ask("hello")
             except PeerFailed as error:
                 self.left_out[name] = str(error)
             else:
-                versions[name] = found["versions"]
-                if found["missing"]:
-                    missing = ", ".join(found["missing"])
+                versions[name] = reply["versions"]
+                if reply["missing"]:
+                    missing = ", ".join(reply["missing"])
                     self.left_out[name] = f"not installed ({missing} cannot be imported): {peer.INSTALL}"
-            if why := self.left_out.get(name):
-                self.report(f"{name} is left out: {why}")
-        for name, format in pairs:
+            if reason := self.left_out.get(name):
+                self.report(f"{name} is left out: {reason}")
+        for name, weight_format in pairs:
             if name not in self.left_out:
                 peer = self.module(name)
-                rows.append(Row(name, format, peer.LABEL, versions=versions[name]))
+                rows.append(Row(name, weight_format, peer.LABEL, versions=versions[name]))
         return rows
 
     def files(self, rows: Sequence[Row], source: Path) -> dict[str, str]:
-        """Return what each row loads, made where it is not there yet."""
-        found = {}
+        """Return the path that each row loads; files that do not exist are created."""
+        paths = {}
         for row in rows:
             try:
                 with self.process(row.peer, row.format) as process:
-                    found[row.name] = process.ask(
-                        "make", source=str(source), folder=str(self.folder), format=row.format
+                    paths[row.name] = process.ask(
+                        "make", source=str(source), folder=str(self.folder), weight_format=row.format
                     )
             except PeerFailed as error:
                 self.fail(row, error)
-        return found
+        return paths
 
     def round(self, row: Row, path: str) -> None:
-        """Let ``row`` run all cells once."""
+        """Measure all cells of a row once."""
         try:
             with self.process(row.peer, row.format) as process:
-                for cell, seconds in self.measured(process, row, path):
+                for cell, seconds in self.cells(process, row, path):
                     row.samples.setdefault(cell.name, []).append(cell.counted / seconds)
         except PeerFailed as error:
             self.fail(row, error)
 
-    def measured(self, process: Process, row: Row, path: str) -> Iterator[tuple[Cell, float]]:
-        """Load the model, yield each cell with its seconds, then see how much memory it took."""
-        plan, most = self.plan, max(self.plan.batches)
+    def cells(self, process: Process, row: Row, path: str) -> Iterator[tuple[Cell, float]]:
+        """Load the model, yield each cell with its duration in seconds, then record the peak memory."""
+        plan, sequences = self.plan, max(self.plan.batches)
         loaded = process.ask(
             "load",
             vocab=self.shape.vocab,
             path=path,
-            format=row.format,
+            weight_format=row.format,
             threads=plan.threads,
             context=plan.longest,
-            sequences=most,
+            sequences=sequences,
         )
         row.about, row.load_seconds = loaded["about"], loaded["seconds"]
         row.about |= {"expert_bytes": loaded["expert_bytes"], "other_bytes": loaded["other_bytes"]}
-        # Also the warm-up: what is only read, compiled or allocated once is so here.
-        row.likeliest = process.ask("likeliest", tokens=min(plan.prompts), count=COMPARED)
+        # This is also the warm-up: memory is allocated, code compiled and weights read for the first time.
+        row.likeliest = process.ask("likeliest", tokens=min(plan.prompts), count=COMPARED_TOKENS)
         for tokens in plan.prompts:
-            yield from self.twice(Cell(tokens), process, "prefill", tokens=tokens)
+            yield from self.measure(Cell(tokens), process, "prefill", tokens=tokens)
         for context in plan.contexts:
-            process.ask("fill", sequences=most, context=context)
+            process.ask("fill", sequences=sequences, context=context)
             for batch in plan.batches:
-                yield from self.twice(Cell(context, batch), process, "decode", batch=batch, steps=plan.steps)
+                yield from self.measure(Cell(context, batch), process, "decode", batch=batch, steps=plan.steps)
         row.peak_bytes = max(process.ask("peak") or 0, row.peak_bytes or 0) or None
 
-    def twice(self, cell: Cell, process: Process, do: str, **arguments: int) -> Iterator[tuple[Cell, float]]:
-        """Yield the seconds of ``cell``, and those beside a busy neighbour right after where they are wanted."""
-        for busy in (False, True) if self.plan.beside(cell) else (False,):
+    def measure(self, cell: Cell, process: Process, command: str, **arguments: int) -> Iterator[tuple[Cell, float]]:
+        """Yield the duration of a cell in seconds, then that of its repetition beside a busy neighbour, if planned."""
+        for busy in (False, True) if self.plan.repeats_busy(cell) else (False,):
             with neighbour() if busy else nullcontext():
-                yield Cell(cell.tokens, cell.batch, busy), process.ask(do, **arguments)
+                yield Cell(cell.tokens, cell.batch, busy), process.ask(command, **arguments)
 
     def fail(self, row: Row, error: PeerFailed) -> None:
         self.failed[row.name] = str(error)
@@ -350,36 +353,37 @@ class _Bench:
 
 
 def _finish(row: Row, rows: Sequence[Row], shape: Shape, plan: Plan, limits: Limits | None) -> None:
-    """Fill in what follows from what was measured."""
-    experts, rest = row.about["expert_bytes"], row.about["other_bytes"]
-    row.bits = 8 * (experts + rest) / (shape.expert_parameters + shape.other_parameters)
-    plain = {other.peer: other for other in rows if other.format == "bfloat16"}
-    for name in REFERENCE:
-        if name in plain:
-            row.agrees = len(set(row.likeliest) & set(plain[name].likeliest))
+    """Set the fields of a row that follow from its measurements."""
+    expert_bytes, other_bytes = row.about["expert_bytes"], row.about["other_bytes"]
+    row.bits = 8 * (expert_bytes + other_bytes) / (shape.expert_parameters + shape.other_parameters)
+    references = {other.peer: other for other in rows if other.format == "bfloat16"}
+    for name in REFERENCES:
+        if name in references:
+            row.agrees = len(set(row.likeliest) & set(references[name].likeliest))
             break
     if limits is not None:
-        row.limits = {cell.name: limit(cell, shape, limits, row.format, experts, rest) for cell in plan.cells()}
+        row.limits = {
+            cell.name: limit(cell, shape, limits, row.format, expert_bytes, other_bytes) for cell in plan.cells()
+        }
 
 
-def limit(cell: Cell, shape: Shape, limits: Limits, format: str, experts: int, rest: int) -> float:
-    """Return the most tokens per second that ``cell`` could have, were the slower of memory and multipliers all.
+def limit(cell: Cell, shape: Shape, limits: Limits, weight_format: str, expert_bytes: int, other_bytes: int) -> float:
+    """Return the tokens per second of a cell if only the slower of memory bandwidth and multiplication took time.
 
-    Every weight that is needed is read once in a step, the cache once, at the best speed measured; every
-    multiplication is one of bytes, or of bfloat16 where weights are. What a step reads of the experts is
-    what tokens that choose at random read.
+    A step reads every weight that it needs, and the cache, once, at the measured bandwidth. Multiplications are those
+    of bytes, or of bfloat16 for bfloat16 weights. The number of experts that a step reads is that of random choices.
 
     Args:
-        cell: what is computed.
-        shape: of the model.
-        limits: of the machine.
-        format: of the weights.
-        experts: bytes of all experts.
-        rest: bytes of everything else that every step reads.
+        cell: the measurement.
+        shape: sizes of the model.
+        limits: limits of the machine.
+        weight_format: format of the weights.
+        expert_bytes: bytes of all experts.
+        other_bytes: bytes of all other weights that every step reads.
     """
     tokens = cell.batch or cell.tokens
     cached = cell.batch * cell.tokens * shape.kv_bytes
-    read = rest + experts * shape.experts_read(tokens) / shape.experts + cached
-    seen = cell.tokens if cell.batch else cell.tokens / 2
-    operations = shape.operations(tokens, seen, cell.batch or 1)
-    return tokens / max(read / limits.read_gb_s / 1e9, operations / limits.gop_s(format) / 1e9)
+    read = other_bytes + expert_bytes * shape.experts_read(tokens) / shape.experts + cached
+    context = cell.tokens if cell.batch else cell.tokens / 2
+    operations = shape.operations(tokens, context, cell.batch or 1)
+    return tokens / max(read / limits.read_gb_s / 1e9, operations / limits.gop_s(weight_format) / 1e9)

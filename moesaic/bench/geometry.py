@@ -1,7 +1,7 @@
-"""Models of known sizes with random weights, made in place in whatever format: for speed and memory, not for sense.
+"""Models with the sizes of published models and random weights, made in place in any format, for benchmarks.
 
-Knows the published configurations, what a model takes in memory, and how to fill a weight without ever
-holding it in another format. Does not know what is measured.
+This module knows the published configurations and the memory that a model needs. It fills weights without ever holding
+them in another format. It does not measure anything.
 """
 
 from __future__ import annotations
@@ -47,42 +47,46 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
     "llama-3-8b": _LLAMA3 | _sizes(4096, 14336, 32, 32, 8192),
     "llama-3-70b": _LLAMA3 | _sizes(8192, 28672, 80, 64, 8192),
 }
-"""Configurations in config.json's vocabulary, as they were published with the first release of each."""
+"""Configurations of the first release of each model, with the keys of config.json."""
 
-SAMPLE = 2048
-"""Rows that are drawn and quantized, once for each format and width; weights are made of them in random order."""
-SPREAD = 0.02
-"""Standard deviation of weights, with which what a layer gives is about as large as what it gets. Embeddings have 1:
-were they smaller than what the layers add, all tokens would soon look alike, and be routed alike."""
-WORK = 1_200_000_000
-"""Bytes for the interpreter, its libraries and the activations of a step of 512 tokens."""
+SAMPLE_ROWS = 2048
+"""Rows that are drawn and quantized once per format and width; weights are random selections of these rows."""
+WEIGHT_STD = 0.02
+"""Standard deviation of the weights: with it, the outputs of a layer are about as large as its inputs.
+
+Embeddings have a standard deviation of 1. If they were smaller than the outputs of the layers, all tokens would soon
+have similar states and choose the same experts."""
+PROCESS_BYTES = 1_200_000_000
+"""Memory of the interpreter, its libraries and the activations of a step of 512 tokens."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a model takes in memory, in bytes."""
+class MemoryEstimate:
+    """Memory that a model needs."""
 
     parameters: int
-    """How many, not bytes."""
+    """Number of parameters."""
     weights: int
+    """Bytes of the weights."""
     cache: int
+    """Bytes of the key/value cache."""
 
     @property
     def total(self) -> int:
-        """All of it, with what the process itself takes."""
-        return self.weights + self.cache + WORK
+        """Bytes of weights, cache and process together."""
+        return self.weights + self.cache + PROCESS_BYTES
 
 
 def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
-    """Return the configuration called ``name``, with ``layers`` layers in place of its own.
+    """Return a published configuration, with ``layers`` layers if it is not None.
 
     Raises:
-        InvalidParameter: there is no such geometry, or it has not so many layers.
+        InvalidParameter: there is no such geometry, or it has fewer layers.
     """
     if name not in GEOMETRIES:
-        raise InvalidParameter("geometry", f"{name!r} is unknown: there are {', '.join(GEOMETRIES)}")
+        raise InvalidParameter("geometry", f"{name!r} is unknown; available geometries: {', '.join(GEOMETRIES)}")
     config = dict(GEOMETRIES[name])
     if layers is not None:
         if not 1 <= layers <= config["num_hidden_layers"]:
@@ -91,17 +95,19 @@ def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
     return config
 
 
-def need(config: Mapping[str, Any], format: str, dtype: str, cache_tokens: int, cache: str = "auto") -> Need:
-    """Return what a model of this configuration, and a cache of dtype ``cache``, take; nothing is allocated."""
-    model = _outline(config, format, dtype)
-    places = cache_tokens * cache_bytes_per_token(model, cache_dtype(model, cache))
-    return Need(models.parameters(model), sum(each.nbytes for each in model.parameters()), places)
+def estimate(
+    config: Mapping[str, Any], format_name: str, dtype: str, cache_tokens: int, cache: str = "auto"
+) -> MemoryEstimate:
+    """Return the memory of a model and of its cache with data type ``cache``, without allocating either."""
+    model = _outline(config, format_name, dtype)
+    cache_size = cache_tokens * cache_bytes_per_token(model, cache_dtype(model, cache))
+    return MemoryEstimate(models.parameters(model), sum(part.nbytes for part in model.parameters()), cache_size)
 
 
 def check(
     name: str,
     layers: int | None,
-    format: str,
+    format_name: str,
     dtype: str,
     cache_tokens: int,
     free: int,
@@ -109,113 +115,124 @@ def check(
     cache: str = "auto",
     mapped: bool = False,
 ) -> None:
-    """Refuse a geometry for which ``free`` bytes are not enough; with ``mapped``, its weights need none of them.
+    """Check that a geometry fits in ``free`` bytes of memory; mapped weights need no memory.
 
     Raises:
-        InvalidParameter: the message says what would fit.
+        InvalidParameter: the geometry does not fit; the message suggests options that fit.
     """
 
-    def fits(config: Mapping[str, Any], format: str, mapped: bool = False) -> bool:
-        wanted = need(config, format, dtype, cache_tokens, cache)
-        return wanted.total - mapped * wanted.weights <= free
+    def fits(config: Mapping[str, Any], format_name: str, mapped: bool = False) -> bool:
+        needed = estimate(config, format_name, dtype, cache_tokens, cache)
+        return needed.total - mapped * needed.weights <= free
 
     config = configuration(name, layers)
-    if fits(config, format, mapped):
+    if fits(config, format_name, mapped):
         return
-    hints = [f"--format {each}" for each in models.PRESETS if fits(config, each, mapped)][:1]
-    numbers = range(1, config["num_hidden_layers"])
-    fewer = bisect.bisect(numbers, False, key=lambda n: not fits(config | {"num_hidden_layers": n}, format, mapped))
+    hints = [f"--format {preset}" for preset in models.PRESETS if fits(config, preset, mapped)][:1]
+    counts = range(1, config["num_hidden_layers"])
+
+    def too_many(layers: int) -> bool:
+        return not fits(config | {"num_hidden_layers": layers}, format_name, mapped)
+
+    fewer = bisect.bisect(counts, False, key=too_many)
     hints += [f"--layers {fewer}"] if fewer else []
-    hints += ["--packed DIR"] if fits(config, format, mapped=True) else []
-    wanted = need(config, format, dtype, cache_tokens, cache)
-    takes = f"takes {wanted.weights / 1e9:.1f} GB of weights, {wanted.cache / 1e9:.1f} GB of cache"
+    hints += ["--packed DIR"] if fits(config, format_name, mapped=True) else []
+    needed = estimate(config, format_name, dtype, cache_tokens, cache)
+    sizes = f"takes {needed.weights / 1e9:.1f} GB of weights, {needed.cache / 1e9:.1f} GB of cache"
     raise InvalidParameter(
         "geometry",
-        f"{name} in {format} {takes} and {WORK / 1e9:.1f} GB to work with, but {free / 1e9:.1f} GB are free: "
-        + (f"{' or '.join(hints)} would fit" if hints else "nothing of it would fit"),
+        f"{name} in {format_name} {sizes} and {PROCESS_BYTES / 1e9:.1f} GB for the process, "
+        f"but {free / 1e9:.1f} GB are free: "
+        + (f"{' or '.join(hints)} would fit" if hints else "no part of it would fit"),
     )
 
 
-def build(config: Mapping[str, Any], name: str, format: str, dtype: str, progress: Progress | None = None) -> Loaded:
-    """Return a model of this configuration with random weights, made in place: nothing of it exists twice.
+def build(
+    config: Mapping[str, Any], name: str, format_name: str, dtype: str, progress: Progress | None = None
+) -> Loaded:
+    """Return a model with random weights, made in place so that no part exists twice.
 
-    Every part is memory of its own, written, in huge pages where the system gives them.
+    Every part has its own memory, which is written, in huge pages if the system provides them.
 
     Args:
-        config: see ``configuration``.
-        name: what the model is called.
-        format: see ``models.choose``.
-        dtype: of activations and of what stays plain.
-        progress: called with the bytes written so far and in all.
+        config: result of ``configuration``.
+        name: name of the model.
+        format_name: weight format, as for ``models.choose``.
+        dtype: data type of activations and of weights that are not quantized.
+        progress: called with the bytes written so far and the total.
     """
-    model = _outline(config, format, dtype).to_empty(device="cpu")
+    model = _outline(config, format_name, dtype).to_empty(device="cpu")
     randomize(model, progress)
     return Loaded(Path(name), "random", model, config, {})
 
 
-def pack(config: Mapping[str, Any], folder: Path, format: str, dtype: str, progress: Progress | None = None) -> None:
-    """Make the same in a new packed folder, where it may be more than memory; with the built-in model's tokenizer.
+def pack(
+    config: Mapping[str, Any], folder: Path, format_name: str, dtype: str, progress: Progress | None = None
+) -> None:
+    """Write a model with random weights to a new packed folder, with the built-in model's tokenizer.
+
+    The weights may be larger than memory.
 
     Raises:
-        InvalidParameter: the folder is there already, or the disk has no room for the weights.
-        CheckpointError: it cannot be written.
+        InvalidParameter: the folder exists, or the disk has too little space.
+        CheckpointError: the folder cannot be written.
     """
     if folder.exists():
-        raise InvalidParameter("packed", f"{folder} exists already; name a new folder, or measure it as MODEL")
-    wanted = need(config, format, dtype, 0).weights
+        raise InvalidParameter("packed", f"{folder} exists already: pass a new folder, or pass this one as MODEL")
+    size = estimate(config, format_name, dtype, 0).weights
     try:
         folder.mkdir(parents=True)
-        if wanted > (free := shutil.disk_usage(folder).free):
+        if size > (free := shutil.disk_usage(folder).free):
             folder.rmdir()
-            raise InvalidParameter("packed", f"takes {wanted / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left")
-        for each in BUILT_IN.glob("tokenizer*"):
-            shutil.copyfile(each, folder / each.name)
-        kinds = {role: each.name for role, each in models.choose(format, dtype).items()}
+            raise InvalidParameter("packed", f"takes {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left")
+        for source in BUILT_IN.glob("tokenizer*"):
+            shutil.copyfile(source, folder / source.name)
+        kinds = {role: packed_type.name for role, packed_type in models.choose(format_name, dtype).items()}
         packed.create(folder, packed.PackedManifest(dtype, kinds, config, {}), lambda model: randomize(model, progress))
         with (folder / packed.WEIGHTS).open("rb") as file:
-            os.fsync(file.fileno())  # so that what is measured afterwards does not wait for it
+            os.fsync(file.fileno())  # a measurement after this must not wait for the disk
     except OSError as error:
         raise CheckpointError(folder, f"cannot be written: {error.strerror}") from error
 
 
 def randomize(model: Decoder, progress: Progress | None = None) -> None:
-    """Fill a model's weights, wherever they lie; ``progress`` is called with the bytes written so far and in all."""
+    """Fill all weights of a model; ``progress`` is called with the bytes written so far and the total."""
     samples: dict[tuple[str, int, float], Mapping[str, Tensor]] = {}
-    total, done = sum(each.nbytes for each in model.parameters()), 0
+    total, done = sum(part.nbytes for part in model.parameters()), 0
     for module in model.modules():
         parts = list(module.parameters(recurse=False))
         if isinstance(module, Packed):
-            kind = (module.name, module.shape[-1], 1.0 if module is model.embed.weight else SPREAD)
+            kind = (module.name, module.shape[-1], 1.0 if module is model.embed.weight else WEIGHT_STD)
             if kind not in samples:
                 samples[kind] = sample(type(module), *kind[1:])
             fill(module, samples[kind])
         else:
-            for part in parts:  # of a norm, which leaves alone what is normal, or of a router
-                nn.init.ones_(part) if part.dim() == 1 else nn.init.normal_(part, std=SPREAD)
+            for part in parts:  # weights of a norm (ones change nothing) or of a router
+                nn.init.ones_(part) if part.dim() == 1 else nn.init.normal_(part, std=WEIGHT_STD)
         done += sum(part.nbytes for part in parts)
         if parts and progress is not None:
             progress(done, total)
 
 
-def sample(format: type[Packed], columns: int, spread: float = SPREAD) -> Mapping[str, Tensor]:
-    """Return the parts of ``SAMPLE`` random rows in this format."""
+def sample(packed_type: type[Packed], columns: int, std: float = WEIGHT_STD) -> Mapping[str, Tensor]:
+    """Return the parts of ``SAMPLE_ROWS`` random rows in a format."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small steps: where a core is busy with other things, more threads take minutes
+    torch.set_num_threads(1)  # many small steps: on a busy core, several threads would take minutes
     try:
-        return format.quantize(torch.randn(SAMPLE, columns) * spread)
+        return packed_type.quantize(torch.randn(SAMPLE_ROWS, columns) * std)
     finally:
         torch.set_num_threads(threads)
 
 
 def fill(weight: Packed, rows: Mapping[str, Tensor]) -> None:
-    """Fill a weight that was never written with rows of a ``sample`` in random order, every one of them a copy."""
+    """Fill a new weight with copies of randomly chosen rows of a ``sample``."""
     for name, part in weight.parts().items():
-        native.huge_pages(part)  # before it is touched
+        native.huge_pages(part)  # before the memory is first written
         target, pool = part.flatten(0, -2), rows[name].flatten(0, -2)
         torch.index_select(pool, 0, torch.randint(len(pool), (len(target),)), out=target)
 
 
-def _outline(config: Mapping[str, Any], format: str, dtype: str) -> Decoder:
-    """Return the model on the meta device, where it takes no memory."""
-    roles = models.choose(format, dtype)
+def _outline(config: Mapping[str, Any], format_name: str, dtype: str) -> Decoder:
+    """Return the model on the meta device, where it needs no memory."""
+    roles = models.choose(format_name, dtype)
     return models.build(config, Path(str(config["model_type"])), roles, dtype=getattr(torch, dtype), device="meta")

@@ -1,7 +1,7 @@
-"""How fast the CPU kernels are, op by op, beside what the machine can do.
+"""Speed of the CPU kernels, op by op, compared with the limits of the machine.
 
-Knows the shapes of a Mixtral layer and what an op reads and computes. Weights, keys and values are
-random and larger than the caches together, and each call uses others than the one before, as in a model.
+The shapes are those of a Mixtral layer. Weights, keys and values are random and together larger than the CPU's caches,
+and successive calls use different ones, as in a model.
 """
 
 from __future__ import annotations
@@ -19,82 +19,87 @@ from moesaic.bench.limits import Limits, median_of
 from moesaic.formats import Packed
 from moesaic.ops import native
 
-TOKENS = (1, 2, 4, 8, 16, 64, 512)
-SIZE, INNER, EXPERTS, CHOICES = 4096, 14336, 8, 2
+TOKEN_COUNTS = (1, 2, 4, 8, 16, 64, 512)
+HIDDEN, INNER, EXPERTS, EXPERTS_PER_TOKEN = 4096, 14336, 8, 2
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
-CACHES = (torch.bfloat16, torch.int8)
-DECODED = tuple((sequences, context) for context in (2048, 8192) for sequences in (1, 4, 16))
-PROMPTS = (512, 2048)
-BLOCK = 16
+CACHE_DTYPES = (torch.bfloat16, torch.int8)
+DECODE_CASES = tuple((sequences, context) for context in (2048, 8192) for sequences in (1, 4, 16))
+PROMPT_LENGTHS = (512, 2048)
+BLOCK_SIZE = 16
 VOCABULARY = 32000
-STREAMED = 256 << 20
-"""Bytes of keys and values that calls take turns with."""
+CACHE_BYTES = 256 << 20
+"""Bytes of keys and values that successive calls rotate through."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One op in one format: the median time, and what came of it."""
+    """Median time of one op in one format, and the speeds that follow from it."""
 
     op: str
     format: str
-    """Of the weights, of the cache, or of the activations, whichever the op reads most of."""
+    """Format of the weights, the cache or the activations, whichever the op reads most."""
     tokens: int
     context: int
-    """Places of the cache that each token's sequence has; 0: the op has to do with none."""
+    """Length of each token's sequence in the cache; 0 for ops that do not read the cache."""
     milliseconds: float
     gb_s: float
-    """Bytes of weights, of the cache or of activations read, each once, in a second."""
+    """Bytes of weights, cache or activations that are read, each counted once, per nanosecond."""
     gop_s: float
     read_share: float
-    """Of the best read bandwidth measured."""
+    """Fraction of the measured memory bandwidth."""
     peak_share: float
-    """Of the fastest multiplication measured, of bytes or of bfloat16."""
+    """Fraction of the fastest measured multiplication, of bytes or of bfloat16."""
 
 
-def measure(limits: Limits, names: list[str], tokens: tuple[int, ...] = TOKENS, seconds: float = 1.0) -> Iterator[Row]:
-    """Yield a row for each op, format and number of tokens."""
+def measure(
+    limits: Limits, names: list[str], tokens: tuple[int, ...] = TOKEN_COUNTS, seconds: float = 1.0
+) -> Iterator[Row]:
+    """Yield a row for each op with weights, each format and each number of tokens."""
     for name in names:
-        format = formats.load(name)
-        square = [_random(format, (SIZE, SIZE)) for _ in range(16)]
-        stacks = [_random(format, (EXPERTS, *shape)) for shape in ((INNER, SIZE), (INNER, SIZE), (SIZE, INNER))]
+        packed_type = formats.load(name)
+        square = [_random(packed_type, (HIDDEN, HIDDEN)) for _ in range(16)]
+        stacks = [
+            _random(packed_type, (EXPERTS, *shape)) for shape in ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+        ]
         for count in tokens:
-            x = torch.randn(count, SIZE, dtype=torch.bfloat16)
-            each = format.nbytes((SIZE, SIZE))
-            operations = 2 * count * SIZE * SIZE
-            yield _row("linear", name, count, 0, each, operations, limits, _linears(x, square), seconds)
-            ids = torch.stack([torch.randperm(EXPERTS)[:CHOICES] for _ in range(count)])
+            x = torch.randn(count, HIDDEN, dtype=torch.bfloat16)
+            size = packed_type.nbytes((HIDDEN, HIDDEN))
+            operations = 2 * count * HIDDEN * HIDDEN
+            yield _row("linear", name, count, 0, size, operations, limits, _linears(x, square), seconds)
+            ids = torch.stack([torch.randperm(EXPERTS)[:EXPERTS_PER_TOKEN] for _ in range(count)])
             used = len(ids.unique())
-            each = used * 3 * format.nbytes((INNER, SIZE))
-            operations = 2 * count * CHOICES * 3 * INNER * SIZE
-
-            yield _row("experts", name, count, 0, each, operations, limits, _experts(x, stacks, ids), seconds)
+            size = used * 3 * packed_type.nbytes((INNER, HIDDEN))
+            operations = 2 * count * EXPERTS_PER_TOKEN * 3 * INNER * HIDDEN
+            yield _row("experts", name, count, 0, size, operations, limits, _experts(x, stacks, ids), seconds)
 
 
 def measure_others(limits: Limits, seconds: float = 1.0) -> Iterator[Row]:
-    """Yield a row for each op without weights, cache dtype and size."""
+    """Yield a row for each op without weights, at several sizes and cache data types."""
     for count in (1, 16, 512):
-        x, each = torch.randn(count, SIZE, dtype=torch.bfloat16), 2 * count * SIZE
-        norm = functools.partial(native.rms_norm, x, torch.ones(SIZE), 1e-5)
-        yield _row("rms_norm", "bfloat16", count, 0, each, 4 * count * SIZE, limits, norm, seconds)
+        x, size = torch.randn(count, HIDDEN, dtype=torch.bfloat16), 2 * count * HIDDEN
+        norm = functools.partial(native.rms_norm, x, torch.ones(HIDDEN), 1e-5)
+        yield _row("rms_norm", "bfloat16", count, 0, size, 4 * count * HIDDEN, limits, norm, seconds)
         heads, angles = x.view(count, HEADS, HEAD_SIZE), torch.randn(count, HEAD_SIZE // 2)
-        turn = functools.partial(native.rope, heads, angles.cos(), angles.sin())
-        yield _row("rope", "bfloat16", count, 0, each, 3 * count * SIZE, limits, turn, seconds)
+        rotate = functools.partial(native.rope, heads, angles.cos(), angles.sin())
+        yield _row("rope", "bfloat16", count, 0, size, 3 * count * HIDDEN, limits, rotate, seconds)
     for count in (1, 16):
-        logits, each = 3 * torch.randn(count, VOCABULARY), 4 * count * VOCABULARY
-        cut = functools.partial(native.truncate, logits, torch.tensor([[0.7, 40, 0.9, 0.0, 1.0]] * count))
-        yield _row("truncate", "float32", count, 0, each, 2 * count * VOCABULARY, limits, cut, seconds)
-        pick = functools.partial(native.draw, logits, torch.rand(count, dtype=torch.float64))
-        yield _row("draw", "float32", count, 0, each, 2 * count * VOCABULARY, limits, pick, seconds)
-    for dtype in CACHES:
-        place = ops.Cache.bytes_per_token([(KV_HEADS, HEAD_SIZE)], dtype)
-        for sequences, context in DECODED:
-            each, operations = sequences * context * place, 4 * sequences * context * SIZE
+        logits, size = 3 * torch.randn(count, VOCABULARY), 4 * count * VOCABULARY
+        truncate = functools.partial(native.truncate, logits, torch.tensor([[0.7, 40, 0.9, 0.0, 1.0]] * count))
+        yield _row("truncate", "float32", count, 0, size, 2 * count * VOCABULARY, limits, truncate, seconds)
+        draw = functools.partial(native.draw, logits, torch.rand(count, dtype=torch.float64))
+        yield _row("draw", "float32", count, 0, size, 2 * count * VOCABULARY, limits, draw, seconds)
+    for dtype in CACHE_DTYPES:
+        token_bytes = ops.Cache.bytes_per_token([(KV_HEADS, HEAD_SIZE)], dtype)
+        for sequences, context in DECODE_CASES:
+            size, operations = sequences * context * token_bytes, 4 * sequences * context * HIDDEN
             call = _attention([context] * sequences, 1, dtype)
-            yield _row("attention", _name(dtype), sequences, context, each, operations, limits, call, seconds)
-        for length in PROMPTS:
-            operations = 2 * length * (length + 1) * SIZE
+            yield _row("attention", _name(dtype), sequences, context, size, operations, limits, call, seconds)
+        for length in PROMPT_LENGTHS:
+            operations = 2 * length * (length + 1) * HIDDEN
             call = _attention([length], length, dtype)
-            yield _row("attention", _name(dtype), length, length, length * place, operations, limits, call, seconds)
+            yield _row(
+                "attention", _name(dtype), length, length, length * token_bytes, operations, limits, call, seconds
+            )
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -102,11 +107,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _attention(lengths: list[int], last: int, dtype: torch.dtype) -> Callable[[], object]:
-    """Return a call for the ``last`` tokens of sequences of these lengths, in scattered blocks of a full cache."""
-    needed = [-(-length // BLOCK) for length in lengths]
+    """Return a call of attention for the ``last`` tokens of sequences, whose cache blocks are scattered."""
+    needed = [-(-length // BLOCK_SIZE) for length in lengths]
     shape = (KV_HEADS, HEAD_SIZE)
-    layers = max(2, STREAMED // (sum(lengths) * ops.Cache.bytes_per_token([shape], dtype)))
-    cache = ops.Cache.zeros([shape] * layers, sum(needed), BLOCK, dtype)
+    layers = max(2, CACHE_BYTES // (sum(lengths) * ops.Cache.bytes_per_token([shape], dtype)))
+    cache = ops.Cache.zeros([shape] * layers, sum(needed), BLOCK_SIZE, dtype)
     for part in cache.tensors():
         if part.dtype == torch.int8:
             part.random_(-127, 128)
@@ -115,39 +120,44 @@ def _attention(lengths: list[int], last: int, dtype: torch.dtype) -> Callable[[]
     tables = torch.full((len(lengths), max(needed)), -1)
     for table, blocks in zip(tables, torch.randperm(sum(needed)).split(needed), strict=True):
         table[: len(blocks)] = blocks
-    places = [torch.arange(length - last, length) for length in lengths]
+    positions = [torch.arange(length - last, length) for length in lengths]
     batch = ops.Batch(
         tokens=torch.zeros(len(lengths) * last, dtype=torch.int64),
-        positions=torch.cat(places),
+        positions=torch.cat(positions),
         starts=tuple(range(0, len(lengths) * last + 1, last)),
         lengths=tuple(lengths),
-        slots=torch.cat([table[at // BLOCK] * BLOCK + at % BLOCK for table, at in zip(tables, places, strict=True)]),
+        slots=torch.cat(
+            [
+                table[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
+                for table, index in zip(tables, positions, strict=True)
+            ]
+        ),
         tables=tables,
         outputs=torch.arange(0),
         cache=cache,
     )
     q, k, v = (torch.randn(len(lengths) * last, n, HEAD_SIZE).bfloat16() for n in (HEADS, KV_HEADS, KV_HEADS))
-    turns = itertools.cycle(range(layers))
+    layer_numbers = itertools.cycle(range(layers))
 
     def call() -> None:
-        native.attention(q, k, v, batch, next(turns), None)
+        native.attention(q, k, v, batch, next(layer_numbers), None)
 
     return call
 
 
-def _random(format: type[Packed], shape: tuple[int, ...]) -> Packed:
-    weight = format.empty(shape)
-    geometry.fill(weight, geometry.sample(format, shape[-1]))
+def _random(packed_type: type[Packed], shape: tuple[int, ...]) -> Packed:
+    weight = packed_type.empty(shape)
+    geometry.fill(weight, geometry.sample(packed_type, shape[-1]))
     return weight
 
 
 def _linears(x: torch.Tensor, weights: list[Packed]) -> Callable[[], object]:
-    turn = 0
+    number = 0
 
     def call() -> None:
-        nonlocal turn
-        turn += 1
-        native.linear(x, weights[turn % len(weights)])
+        nonlocal number
+        number += 1
+        native.linear(x, weights[number % len(weights)])
 
     return call
 
@@ -157,7 +167,7 @@ def _experts(x: torch.Tensor, stacks: list[Packed], ids: torch.Tensor) -> Callab
     gate, up, down = stacks
 
     def call() -> None:
-        # Other experts each time, so that none is in a cache from the call before.
+        # Each call uses other experts, so that none is in a CPU cache from the previous call.
         native.experts(x, gate, up, down, (ids + int(torch.randint(EXPERTS, ()))) % EXPERTS, scores)
 
     return call
@@ -165,7 +175,7 @@ def _experts(x: torch.Tensor, stacks: list[Packed], ids: torch.Tensor) -> Callab
 
 def _row(
     op: str,
-    format: str,
+    format_name: str,
     tokens: int,
     context: int,
     size: int,
@@ -174,15 +184,14 @@ def _row(
     call: Callable[[], object],
     seconds: float,
 ) -> Row:
-    taken = median_of(call, seconds)
-    gb_s, gop_s = size / taken / 1e9, operations / taken / 1e9
-    return Row(
-        op, format, tokens, context, taken * 1e3, gb_s, gop_s, gb_s / limits.read_gb_s, gop_s / limits.gop_s(format)
-    )
+    median = median_of(call, seconds)
+    gb_s, gop_s = size / median / 1e9, operations / median / 1e9
+    read_share, peak_share = gb_s / limits.read_gb_s, gop_s / limits.gop_s(format_name)
+    return Row(op, format_name, tokens, context, median * 1e3, gb_s, gop_s, read_share, peak_share)
 
 
 def line(row: Row) -> str:
-    """Return a row as people read it."""
+    """Return a row as a line of text."""
     context = f" at {row.context}" if row.context else ""
     return (
         f"{row.op:<10}{row.format:<9}{row.tokens:>5} tokens{context:<8}{row.milliseconds:>10.3f} ms"
@@ -191,5 +200,5 @@ def line(row: Row) -> str:
 
 
 def figures(limits: Limits, rows: list[Row]) -> dict[str, object]:
-    """Return everything for docs/results."""
+    """Return all figures for a results file."""
     return {"limits": asdict(limits), "isa": native.instruction_set(), "rows": [asdict(row) for row in rows]}

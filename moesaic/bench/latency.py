@@ -1,8 +1,8 @@
-"""What times of arrival come to: TTFT, TPOT, ITL, E2E, throughput, goodput, and how much of it is the client's fault.
+"""Latency and throughput figures of a run: TTFT, TPOT, ITL, E2E, throughput, goodput, and the client's own delay.
 
-Knows arithmetic. Names and definitions are those of ``vllm bench serve``, so that results can be laid side by
-side: TTFT from sending to the first text; E2E to the last text; ITL each time from one text to the next; TPOT
-(E2E - TTFT) / (tokens - 1), for answers of more than one token. What failed is counted, and counts nowhere else.
+Names and definitions are those of ``vllm bench serve``, so that results can be compared: TTFT is the time from sending
+to the first text; E2E to the last text; ITL the time from one text to the next; TPOT is (E2E - TTFT) / (tokens - 1),
+for answers of more than one token. Failed requests are counted, and are left out of all other figures.
 """
 
 from __future__ import annotations
@@ -15,75 +15,78 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.bench.serving import Record, Run
+from moesaic.bench.serving import RequestRecord, Run
 from moesaic.errors import InvalidParameter
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
-PROMISES = ("ttft", "tpot", "e2el")
-"""What can be promised for each request."""
-LATE = 0.002
-"""Seconds by which an idle timer may be late: the system's own coarseness."""
-LATE_SHARE = 0.2
-"""Of the median ITL or TTFT, whichever is less: from where on lateness spoils the figures."""
-BUSY = 0.9
-"""Share of a core from which on a client counts as the bottleneck."""
+SLO_METRICS = ("ttft", "tpot", "e2el")
+"""Metrics that goodput can limit."""
+TIMER_RESOLUTION_SECONDS = 0.002
+"""Delay that a timer has even on an idle system; it causes no warning."""
+MAX_DELAY_SHARE = 0.2
+"""Largest acceptable delay of the client, relative to the smaller of the median ITL and the median TTFT."""
+MAX_CPU_SHARE = 0.9
+"""Largest acceptable use of a core by the client."""
 
 
-def tokens(record: Record) -> int:
-    """Return the tokens of an answer: as the server counts them, else its pieces."""
+def tokens(record: RequestRecord) -> int:
+    """Return the number of tokens of an answer, or of its pieces if the server does not count tokens."""
     counted = record.answer.tokens
     return len(record.answer.arrivals) if counted is None else counted
 
 
-def ttft(record: Record) -> float:
-    """Return seconds to the first text."""
-    return record.answer.arrivals[0] - record.begun
+def ttft(record: RequestRecord) -> float:
+    """Return the seconds from sending a request to the first text."""
+    return record.answer.arrivals[0] - record.start
 
 
-def e2el(record: Record) -> float:
-    """Return seconds to the last text."""
-    return record.answer.arrivals[-1] - record.begun
+def e2el(record: RequestRecord) -> float:
+    """Return the seconds from sending a request to the last text."""
+    return record.answer.arrivals[-1] - record.start
 
 
-def tpot(record: Record) -> float | None:
-    """Return seconds for each token after the first; None of a single one."""
+def tpot(record: RequestRecord) -> float | None:
+    """Return the seconds per token after the first; None if there is only one token."""
     count = tokens(record)
     return (e2el(record) - ttft(record)) / (count - 1) if count > 1 else None
 
 
-def itl(record: Record) -> list[float]:
-    """Return seconds between texts."""
+def itl(record: RequestRecord) -> list[float]:
+    """Return the seconds from each text to the next."""
     return [after - before for before, after in pairwise(record.answer.arrivals)]
 
 
-def promises(text: str | None) -> dict[str, float]:
-    """Read "ttft=500,tpot=50": milliseconds that a good request keeps to.
+def parse_goodput(text: str | None) -> dict[str, float]:
+    """Parse limits of a good request, such as "ttft=500,tpot=50", in milliseconds.
 
     Raises:
-        InvalidParameter: it is something else.
+        InvalidParameter: a part is not a metric, "=" and a positive number.
     """
-    found: dict[str, float] = {}
+    slos: dict[str, float] = {}
     for part in (text or "").split(","):
         if not part:
             continue
         name, _, value = part.replace(":", "=").partition("=")
         try:
-            found[name] = float(value)
+            slos[name] = float(value)
         except ValueError:
-            found[name] = 0.0
-        if name not in PROMISES or not 0 < found[name] < math.inf:
-            raise InvalidParameter("goodput", f"{part!r} is none of {', '.join(PROMISES)}, =, and milliseconds")
-    return found
+            slos[name] = 0.0
+        if name not in SLO_METRICS or not 0 < slos[name] < math.inf:
+            raise InvalidParameter("goodput", f"is {part!r}, expected METRIC=MS with one of {', '.join(SLO_METRICS)}")
+    return slos
 
 
-def figures(run: Run, promised: dict[str, float]) -> dict[str, Any]:
-    """Return everything that one run shows, under vLLM's names where it has one; None: nothing was answered."""
+def summarize(run: Run, slos: dict[str, float]) -> dict[str, Any]:
+    """Return all figures of a run, under vLLM's names where it has one.
+
+    A figure is None if no answered request has a value for it. ``slos`` are the limits of ``parse_goodput``.
+    """
     good = [record for record in run.records if record.failure is None]
-    seconds = run.ended - run.began
-    made = sum(map(tokens, good))
-    read = sum(_prompt_tokens(record) for record in good)
+    seconds = run.end - run.start
+    output = sum(map(tokens, good))
+    prompts = sum(_prompt_tokens(record) for record in good)
     samples = _samples(good)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "request_rate": _finite(run.load.rate),
         "burstiness": _finite(run.load.burstiness) if run.load.rate is not None else None,
         "max_concurrency": run.load.concurrency,
@@ -93,95 +96,97 @@ def figures(run: Run, promised: dict[str, float]) -> dict[str, Any]:
         "completed": len(good),
         "failed": len(run.records) - len(good),
         "failures": dict(Counter(record.failure for record in run.records if record.failure)),
-        "total_input_tokens": read,
-        "total_output_tokens": made,
+        "total_input_tokens": prompts,
+        "total_output_tokens": output,
         "tokens_counted_by": _counted_by([record.answer.tokens for record in good], "chunks"),
         "prompt_tokens_counted_by": _counted_by([record.answer.prompt_tokens for record in good], "words"),
         "mean_prompt_tokens": _mean([_prompt_tokens(record) for record in good]),
         "mean_prompt_tokens_asked": _mean(
-            [record.asked_prompt_tokens for record in good if record.asked_prompt_tokens is not None]
+            [record.prompt_tokens for record in good if record.prompt_tokens is not None]
         ),
         "mean_answer_tokens": _mean([tokens(record) for record in good]),
-        "mean_answer_tokens_asked": _mean([record.asked_tokens for record in good]),
-        "tokens_per_chunk": made / chunks if (chunks := sum(len(record.answer.arrivals) for record in good)) else None,
+        "mean_answer_tokens_asked": _mean([record.max_tokens for record in good]),
+        "tokens_per_chunk": output / chunks
+        if (chunks := sum(len(record.answer.arrivals) for record in good))
+        else None,
         "request_throughput": len(good) / seconds,
-        "request_goodput": sum(keeps(record, promised) for record in good) / seconds if promised else None,
-        "goodput": promised or None,
-        "output_throughput": made / seconds,
-        "total_token_throughput": (made + read) / seconds,
-        "max_output_tokens_per_s": max(timeline(run), default=0.0),
-        "max_concurrent_requests": peak(run.records),
+        "request_goodput": sum(meets_slos(record, slos) for record in good) / seconds if slos else None,
+        "goodput": slos or None,
+        "output_throughput": output / seconds,
+        "total_token_throughput": (output + prompts) / seconds,
+        "max_output_tokens_per_s": max(tokens_per_second(run), default=0.0),
+        "max_concurrent_requests": peak_concurrency(run.records),
     }
-    per_stream = [1 / each for each in map(tpot, good) if each]
-    found |= {
+    per_stream = [1 / value for value in map(tpot, good) if value]
+    result |= {
         "mean_stream_throughput": _mean(per_stream),
         "p10_stream_throughput": _percentile(per_stream, 10),
     }
     for name in METRICS:
-        found |= _statistics(name, samples[name])
-    return found | _client(run, samples)
+        result |= _statistics(name, samples[name])
+    return result | _client(run, samples)
 
 
-def keeps(record: Record, promised: dict[str, float]) -> bool:
-    """Return whether an answer came as fast as was promised; a single token keeps any TPOT."""
-    measures: dict[str, Callable[[Record], float | None]] = {"ttft": ttft, "tpot": tpot, "e2el": e2el}
-    return all((measures[name](record) or 0.0) * 1000 <= most for name, most in promised.items())
+def meets_slos(record: RequestRecord, slos: dict[str, float]) -> bool:
+    """Return whether an answer keeps all limits; a single token keeps every limit on TPOT."""
+    measures: dict[str, Callable[[RequestRecord], float | None]] = {"ttft": ttft, "tpot": tpot, "e2el": e2el}
+    return all((measures[name](record) or 0.0) * 1000 <= limit for name, limit in slos.items())
 
 
-def peak(records: Sequence[Record]) -> int:
-    """Return how many requests were running at once, at most; one that ends as another begins runs no more."""
-    steps = sorted([(record.begun, 1) for record in records] + [(record.ended, -1) for record in records])
-    running = most = 0
+def peak_concurrency(records: Sequence[RequestRecord]) -> int:
+    """Return the maximum number of concurrent requests; a request that ends when another starts is not counted."""
+    steps = sorted([(record.start, 1) for record in records] + [(record.end, -1) for record in records])
+    running = peak = 0
     for _, step in steps:
         running += step
-        most = max(most, running)
-    return most
+        peak = max(peak, running)
+    return peak
 
 
-def timeline(run: Run) -> list[float]:
-    """Return output tokens for each second of a run; a piece of text counts as many as the answer's average one."""
-    found = [0.0] * max(1, math.ceil(run.ended - run.began))
+def tokens_per_second(run: Run) -> list[float]:
+    """Return the output tokens of each second of a run; the pieces of an answer share its tokens evenly."""
+    totals = [0.0] * max(1, math.ceil(run.end - run.start))
     for record in run.records:
         if record.failure is None:
-            each = tokens(record) / len(record.answer.arrivals)
-            for at in record.answer.arrivals:
-                found[min(int(at - run.began), len(found) - 1)] += each
-    return found
+            per_piece = tokens(record) / len(record.answer.arrivals)
+            for time in record.answer.arrivals:
+                totals[min(int(time - run.start), len(totals) - 1)] += per_piece
+    return totals
 
 
-def single(record: Record, run: Run) -> dict[str, Any]:
-    """Return what one request shows, for a line of its own."""
-    whole = record.failure is None
+def request_row(record: RequestRecord, run: Run) -> dict[str, Any]:
+    """Return the figures of a single request, for a line of a JSONL file."""
+    complete = record.failure is None
     return {
         "index": record.index,
-        "begun_s": record.begun - run.began,
-        "late_ms": None if record.due is None else (record.begun - record.due) * 1000,
+        "begun_s": record.start - run.start,
+        "late_ms": None if record.due is None else (record.start - record.due) * 1000,
         "failure": record.failure,
         "detail": record.detail or None,
         "retry_after": record.retry_after,
         "prompt_tokens": record.answer.prompt_tokens,
-        "prompt_tokens_asked": record.asked_prompt_tokens,
+        "prompt_tokens_asked": record.prompt_tokens,
         "tokens": record.answer.tokens if record.answer.tokens is not None else len(record.answer.arrivals),
-        "tokens_asked": record.asked_tokens,
+        "tokens_asked": record.max_tokens,
         "chunks": len(record.answer.arrivals),
         "ttft_ms": ttft(record) * 1000 if record.answer.arrivals else None,
-        "tpot_ms": each * 1000 if whole and (each := tpot(record)) is not None else None,
-        "e2el_ms": e2el(record) * 1000 if whole else None,
-        "ended_s": record.ended - run.began,
+        "tpot_ms": value * 1000 if complete and (value := tpot(record)) is not None else None,
+        "e2el_ms": e2el(record) * 1000 if complete else None,
+        "ended_s": record.end - run.start,
         "itl_ms": [round(gap * 1000, 3) for gap in itl(record)],
     }
 
 
 def samples_ms(run: Run) -> dict[str, list[float]]:
-    """Return every single TTFT, TPOT, ITL and E2E of what was answered, in milliseconds."""
+    """Return all values of TTFT, TPOT, ITL and E2E of the answered requests, in milliseconds."""
     good = [record for record in run.records if record.failure is None]
     return {name: [value * 1000 for value in values] for name, values in _samples(good).items()}
 
 
-def _samples(good: Sequence[Record]) -> dict[str, list[float]]:
+def _samples(good: Sequence[RequestRecord]) -> dict[str, list[float]]:
     return {
         "ttft": [ttft(record) for record in good],
-        "tpot": [each for each in map(tpot, good) if each is not None],
+        "tpot": [value for value in map(tpot, good) if value is not None],
         "itl": [gap for record in good for gap in itl(record)],
         "e2el": [e2el(record) for record in good],
     }
@@ -190,45 +195,46 @@ def _samples(good: Sequence[Record]) -> dict[str, list[float]]:
 def _statistics(name: str, values: Sequence[float]) -> dict[str, float | None]:
     scaled = np.asarray(values) * 1000
     if not len(scaled):
-        return {f"{which}_{name}_ms": None for which in ("mean", "median", "std", "p90", "p99", "max")}
-    median, p90, p99, most = np.percentile(scaled, [50, 90, 99, 100]).tolist()
-    spread = {
+        return {f"{statistic}_{name}_ms": None for statistic in ("mean", "median", "std", "p90", "p99", "max")}
+    median, p90, p99, maximum = np.percentile(scaled, [50, 90, 99, 100]).tolist()
+    averages = {
         f"mean_{name}_ms": float(scaled.mean()),
         f"median_{name}_ms": median,
         f"std_{name}_ms": float(scaled.std()),
     }
-    return spread | {f"p90_{name}_ms": p90, f"p99_{name}_ms": p99, f"max_{name}_ms": most}
+    return averages | {f"p90_{name}_ms": p90, f"p99_{name}_ms": p99, f"max_{name}_ms": maximum}
 
 
 def _client(run: Run, samples: dict[str, list[float]]) -> dict[str, Any]:
-    """Return how late and how busy the client itself was, and a warning if that shows in the figures."""
-    late = _percentile(run.late, 99) or 0.0
-    sent = _percentile([record.begun - record.due for record in run.records if record.due is not None], 99)
-    busy = run.cpu / (run.ended - run.began)
+    """Return the delay and CPU use of the client, and a warning if they affect the figures."""
+    delay = _percentile(run.timer_delays, 99) or 0.0
+    send_delay = _percentile([record.start - record.due for record in run.records if record.due is not None], 99)
+    cpu_share = run.cpu_seconds / (run.end - run.start)
     medians = (_percentile(samples[name], 50) for name in ("itl", "ttft"))
-    bearable = min((value for value in medians if value), default=math.inf) * LATE_SHARE
-    why = None
-    if max(late, sent or 0.0) > max(LATE, bearable):
-        why = f"its timers were up to {max(late, sent or 0.0) * 1000:.1f} ms late (p99)"
-    elif busy > BUSY:
-        why = f"it took {busy:.0%} of a core"
+    acceptable = min((value for value in medians if value), default=math.inf) * MAX_DELAY_SHARE
+    reason, longest = None, max(delay, send_delay or 0.0)
+    if longest > max(TIMER_RESOLUTION_SECONDS, acceptable):
+        reason = f"its timers were up to {longest * 1000:.1f} ms late (p99)"
+    elif cpu_share > MAX_CPU_SHARE:
+        reason = f"it used {cpu_share:.0%} of a core"
+    advice = "use fewer streams, or run the client on another machine"
     return {
-        "client_lag_p99_ms": late * 1000,
-        "client_lag_max_ms": max(run.late, default=0.0) * 1000,
-        "client_send_late_p99_ms": None if sent is None else sent * 1000,
-        "client_cpu": busy,
-        "warning": why and f"the client itself was a bottleneck: {why}; take fewer streams, or a machine of its own",
+        "client_lag_p99_ms": delay * 1000,
+        "client_lag_max_ms": max(run.timer_delays, default=0.0) * 1000,
+        "client_send_late_p99_ms": None if send_delay is None else send_delay * 1000,
+        "client_cpu": cpu_share,
+        "warning": reason and f"the client itself was a bottleneck: {reason}; {advice}",
     }
 
 
-def _prompt_tokens(record: Record) -> int:
+def _prompt_tokens(record: RequestRecord) -> int:
     counted = record.answer.prompt_tokens
-    return (record.asked_prompt_tokens or 0) if counted is None else counted
+    return (record.prompt_tokens or 0) if counted is None else counted
 
 
-def _counted_by(counts: Sequence[int | None], otherwise: str) -> str:
+def _counted_by(counts: Sequence[int | None], fallback: str) -> str:
     missing = sum(count is None for count in counts)
-    return "usage" if not missing else otherwise if missing == len(counts) else f"usage, else {otherwise}"
+    return "usage" if not missing else fallback if missing == len(counts) else f"usage, else {fallback}"
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -240,4 +246,4 @@ def _percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def _finite(value: float | None) -> float | str | None:
-    return "inf" if value == math.inf else value  # as vLLM writes it: JSON has no infinity
+    return "inf" if value == math.inf else value  # JSON has no infinity; vLLM writes the same string

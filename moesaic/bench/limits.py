@@ -1,7 +1,6 @@
-"""What this machine can do at most: the figures that every speed is compared with.
+"""Limits of this machine, with which all speeds are compared: memory bandwidth and the speed of multiplication.
 
-Knows how to measure how fast memory is read and how fast bytes are multiplied, with the threads
-that the kernels use. Needs the compiled kernels.
+The measurements use the threads of the kernels, and need the compiled kernels.
 """
 
 from __future__ import annotations
@@ -15,36 +14,39 @@ import torch
 
 from moesaic.ops import native
 
-PATTERNS = tuple((streams, ahead) for streams in (1, 2, 4) for ahead in (0, 1024, 2048, 4096, 8192))
-"""(streams side by side, bytes asked for ahead) that are tried; the best counts."""
+READ_PATTERNS = tuple((streams, ahead) for streams in (1, 2, 4) for ahead in (0, 1024, 2048, 4096, 8192))
+"""Read patterns to try: (parallel streams, bytes of prefetch distance). The fastest one counts."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """GB are 10^9 bytes; an operation is a multiplication or an addition."""
+    """Measured limits of a machine. GB are 10^9 bytes; an operation is a multiplication or an addition."""
 
     read_gb_s: float
+    """Memory bandwidth with the fastest read pattern."""
     streams: int
+    """Parallel streams of the fastest read pattern."""
     ahead: int
+    """Prefetch distance of the fastest read pattern, in bytes."""
     int8_gop_s: float
-    """Products of bytes by the best instruction set there is: with AMX, by tile registers."""
+    """Operations on bytes with the best instruction set of the machine: with AMX, in tile registers."""
     bf16_gop_s: float
-    """The same of bfloat16."""
+    """Operations on bfloat16 with the best instruction set of the machine."""
     vnni_gop_s: float
-    """Products of bytes in vector registers, the limit of an engine without tiles; 0 where there is no AVX-512."""
+    """Operations on bytes in vector registers, the limit of an engine without AMX; 0 without AVX-512."""
 
-    def gop_s(self, format: str) -> float:
-        """Return the most operations in a second with weights of this format."""
-        return self.bf16_gop_s if format == "bfloat16" else self.int8_gop_s
+    def gop_s(self, weight_format: str) -> float:
+        """Return the maximum of 10^9 operations per second with weights of a format."""
+        return self.bf16_gop_s if weight_format == "bfloat16" else self.int8_gop_s
 
 
 def measure(gigabytes: float = 1.0, runs: int = 3, report: Callable[[str], object] = str) -> Limits:
-    """Return the limits of this machine, the best of ``runs`` each; reads a buffer larger than any cache."""
+    """Return the limits of this machine: the best of ``runs`` for each, with a buffer larger than the CPU's caches."""
     memory = torch.empty(int(gigabytes * 1e9) // (4 << 20) * (4 << 20), dtype=torch.uint8)
-    native.huge_pages(memory)  # before it is touched
+    native.huge_pages(memory)  # before the memory is first written
     memory.fill_(1)
     speeds = {}
-    for streams, ahead in PATTERNS:
+    for streams, ahead in READ_PATTERNS:
         seconds = min(timed(lambda: native.read_memory(memory, streams, ahead)) for _ in range(runs))  # noqa: B023
         speeds[streams, ahead] = len(memory) / seconds / 1e9
         report(f"read, {streams} streams, {ahead} bytes ahead: {speeds[streams, ahead]:.1f} GB/s")
@@ -60,7 +62,7 @@ def measure(gigabytes: float = 1.0, runs: int = 3, report: Callable[[str], objec
 
 
 def _peak(multiply: Callable[[int], int], runs: int, seconds: float = 0.1) -> float:
-    """Return the operations in a nanosecond, in as many rounds as take about ``seconds``."""
+    """Return the operations per nanosecond, in as many rounds as take about ``seconds``."""
     rounds = 1000
     rounds = max(1, int(rounds * seconds / timed(lambda: multiply(rounds))))
     operations = multiply(rounds)
@@ -68,16 +70,16 @@ def _peak(multiply: Callable[[int], int], runs: int, seconds: float = 0.1) -> fl
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the seconds that one call takes."""
-    begin = time.perf_counter()
+    """Return the duration of one call in seconds."""
+    start = time.perf_counter()
     call()
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
-def median_of(call: Callable[[], object], seconds: float = 1.0, least: int = 5) -> float:
-    """Return the median time of a call, repeated for about ``seconds`` after one to warm up."""
+def median_of(call: Callable[[], object], seconds: float = 1.0, min_calls: int = 5) -> float:
+    """Return the median duration of a call in seconds, from calls for about ``seconds`` after a warm-up call."""
     call()
     times: list[float] = []
-    while sum(times) < seconds or len(times) < least:
+    while sum(times) < seconds or len(times) < min_calls:
         times.append(timed(call))
     return statistics.median(times)

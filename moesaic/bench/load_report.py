@@ -1,7 +1,6 @@
-"""What a load showed, as people read it: a table, and a plot.
+"""Text and plots of a load test's figures.
 
-Knows how figures are laid out. Does not know how they came about. The plot needs matplotlib, which is imported when
-one is drawn.
+This module formats figures and does not compute them. Plots need matplotlib, statistic is imported when one is drawn.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moesaic.bench.latency import METRICS, samples_ms, timeline
+from moesaic.bench.latency import METRICS, samples_ms, tokens_per_second
 from moesaic.bench.plotting import COLOURS
 from moesaic.bench.serving import Run
 
 Figures = dict[str, Any]
 
 TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
-WHICH = ("mean", "median", "p90", "p99", "max")
+STATISTICS = ("mean", "median", "p90", "p99", "max")
 COLUMNS = (
     ("requests", "completed"),
     ("failed", "failed"),
@@ -34,66 +33,68 @@ COLUMNS = (
     ("ITL p99", "p99_itl_ms"),
     ("E2E p50", "median_e2el_ms"),
 )
-"""Of the table of several settings, one row each."""
+"""Columns of the table of several loads: title, and name of the figure."""
 
 
-def lines(found: Sequence[Figures]) -> Iterator[str]:
-    """Yield the figures of one setting, or a row for each of several."""
-    yield from _one(found[0]) if len(found) == 1 else _several(found)
-    for each in found:
-        where = "" if len(found) == 1 else f" with {setting(each)}"
-        if each["interrupted"]:
-            yield f"interrupted{where}: only what had ended by then is counted"
-        if each["failures"]:
-            yield f"failed{where}: {', '.join(f'{count} x {kind}' for kind, count in each['failures'].items())}"
-        if each["warning"]:
-            yield f"warning{where}: {each['warning']}"
+def lines(results: Sequence[Figures]) -> Iterator[str]:
+    """Yield the figures of one load, or a table with a row per load; then warnings."""
+    yield from _single(results[0]) if len(results) == 1 else _table(results)
+    for figures in results:
+        where = "" if len(results) == 1 else f" with {load_name(figures)}"
+        if figures["interrupted"]:
+            yield f"interrupted{where}: only requests completed by then are counted"
+        if figures["failures"]:
+            yield f"failed{where}: {', '.join(f'{count} x {kind}' for kind, count in figures['failures'].items())}"
+        if figures["warning"]:
+            yield f"warning{where}: {figures['warning']}"
 
 
-def setting(each: Figures) -> str:
-    """Return what a row is called by: its load."""
-    if each["max_concurrency"] is not None:
-        return f"{each['max_concurrency']} at once"
-    even = "" if each["burstiness"] == 1 else f", burstiness {each['burstiness']}"
-    return f"{each['request_rate']} a second{even}"
+def load_name(figures: Figures) -> str:
+    """Return a short name of the load that the figures belong to."""
+    if figures["max_concurrency"] is not None:
+        return f"concurrency {figures['max_concurrency']}"
+    even = "" if figures["burstiness"] == 1 else f", burstiness {figures['burstiness']}"
+    return f"{figures['request_rate']} requests/s{even}"
 
 
-def _one(each: Figures) -> Iterator[str]:
-    ended = f"{each['completed']} answered, {each['failed']} failed in {each['duration']:.1f} s"
-    yield f"requests  {ended}; {setting(each)}, at most {each['max_concurrent_requests']} running"
-    yield f"prompts   {_lengths(each, 'prompt')}; counted by {each['prompt_tokens_counted_by']}"
-    yield f"answers   {_lengths(each, 'answer')}; counted by {each['tokens_counted_by']}"
-    yield f"speed     {_number(each['request_throughput'])} requests/s"
-    total = f"{_number(each['total_token_throughput'])} with the prompts'"
-    peak = f"{_number(each['max_output_tokens_per_s'])} in the best second"
-    yield f"          {_number(each['output_throughput'])} output tokens/s; {total}; {peak}"
-    mean, low = _number(each["mean_stream_throughput"]), _number(each["p10_stream_throughput"])
-    yield f"          {mean} tokens/s of a stream on average; {low} of those that a tenth is slower than (p10)"
-    if each["request_goodput"] is not None:
-        kept = ", ".join(f"{TITLES[name]} {most:g} ms" for name, most in each["goodput"].items())
-        yield f"goodput   {_number(each['request_goodput'])} requests/s within {kept}"
-    yield "".join([f"{'ms':<8}", *(f"{which:>10}" for which in WHICH)])
+def _single(figures: Figures) -> Iterator[str]:
+    ended = f"{figures['completed']} answered, {figures['failed']} failed in {figures['duration']:.1f} s"
+    yield f"requests  {ended}; {load_name(figures)}, at most {figures['max_concurrent_requests']} concurrent"
+    yield f"prompts   {_lengths(figures, 'prompt')}; counted by {figures['prompt_tokens_counted_by']}"
+    yield f"answers   {_lengths(figures, 'answer')}; counted by {figures['tokens_counted_by']}"
+    yield f"speed     {_number(figures['request_throughput'])} requests/s"
+    total = f"{_number(figures['total_token_throughput'])} including prompts"
+    peak = f"{_number(figures['max_output_tokens_per_s'])} in the fastest second"
+    yield f"          {_number(figures['output_throughput'])} output tokens/s; {total}; {peak}"
+    mean, low = _number(figures["mean_stream_throughput"]), _number(figures["p10_stream_throughput"])
+    yield f"          {mean} tokens/s per stream on average; {low} at the 10th percentile"
+    if figures["request_goodput"] is not None:
+        limits = ", ".join(f"{TITLES[name]} {limit:g} ms" for name, limit in figures["goodput"].items())
+        yield f"goodput   {_number(figures['request_goodput'])} requests/s within {limits}"
+    yield "".join([f"{'ms':<8}", *(f"{statistic:>10}" for statistic in STATISTICS)])
     for name in METRICS:
-        values = (_number(each[f"{which}_{name}_ms"]) for which in WHICH)
+        values = (_number(figures[f"{statistic}_{name}_ms"]) for statistic in STATISTICS)
         yield "".join([f"{TITLES[name]:<8}", *(f"{value:>10}" for value in values)])
-    sent = "" if each["client_send_late_p99_ms"] is None else f"; sent {each['client_send_late_p99_ms']:.1f} ms late"
-    late = f"{each['client_lag_p99_ms']:.1f} ms late (p99), {each['client_lag_max_ms']:.1f} at most{sent}"
-    yield f"client    timers {late}; {each['client_cpu']:.0%} of a core"
+    sent = (
+        "" if figures["client_send_late_p99_ms"] is None else f"; sent {figures['client_send_late_p99_ms']:.1f} ms late"
+    )
+    late = f"{figures['client_lag_p99_ms']:.1f} ms late (p99), {figures['client_lag_max_ms']:.1f} at most{sent}"
+    yield f"client    timers {late}; {figures['client_cpu']:.0%} of a core"
 
 
-def _lengths(each: Figures, what: str) -> str:
-    total = each["total_input_tokens" if what == "prompt" else "total_output_tokens"]
-    asked = each[f"mean_{what}_tokens_asked"]
-    wish = "" if asked is None else f", {_number(asked)} asked for"
-    return f"{total} tokens, {_number(each[f'mean_{what}_tokens'])} on average{wish}"
+def _lengths(figures: Figures, kind: str) -> str:
+    total = figures["total_input_tokens" if kind == "prompt" else "total_output_tokens"]
+    asked = figures[f"mean_{kind}_tokens_asked"]
+    requested = "" if asked is None else f", {_number(asked)} requested"
+    return f"{total} tokens, {_number(figures[f'mean_{kind}_tokens'])} on average{requested}"
 
 
-def _several(found: Sequence[Figures]) -> Iterator[str]:
-    columns = [column for column in COLUMNS if any(each[column[1]] is not None for each in found)]
+def _table(results: Sequence[Figures]) -> Iterator[str]:
+    columns = [column for column in COLUMNS if any(figures[column[1]] is not None for figures in results)]
     grid = [["", *(title for title, _ in columns)]]
-    grid += [[setting(each), *(_number(each[key]) for _, key in columns)] for each in found]
+    grid += [[load_name(figures), *(_number(figures[key]) for _, key in columns)] for figures in results]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    yield "tokens a second; times in ms; stream: tokens a second of a single answer"
+    yield "throughput in tokens/s; times in ms; stream: tokens/s of a single answer"
     for name, *others in grid:
         line = "  ".join(f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
         yield f"{name:<{widths[0]}}  {line}".rstrip()
@@ -107,15 +108,15 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def plot(runs: Sequence[Run], found: Sequence[Figures], path: Path, title: str, caption: str) -> None:
-    """Draw one setting's distributions and its throughput over time, or several settings side by side.
+def plot(runs: Sequence[Run], results: Sequence[Figures], path: Path, title: str, caption: str) -> None:
+    """Draw the distributions and the throughput over time of one load, or compare several loads.
 
     Args:
-        runs: what was measured.
-        found: its figures.
+        runs: the measured runs.
+        results: their figures.
         path: an .svg or .png file.
-        title: stands above.
-        caption: stands below: the machine, the commit.
+        title: text above the plot.
+        caption: text below the plot, such as the machine and the commit.
     """
     from matplotlib.figure import Figure
 
@@ -123,7 +124,7 @@ def plot(runs: Sequence[Run], found: Sequence[Figures], path: Path, title: str, 
     if len(runs) == 1:
         _distributions(figure.subplots(1, 3), runs[0])
     else:
-        _course(figure.subplots(1, 4), found)
+        _compare(figure.subplots(1, 4), results)
     figure.suptitle(title)
     figure.supxlabel(caption, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,19 +135,19 @@ def _distributions(axes: Any, run: Run) -> None:
     samples = samples_ms(run)
     for axis, name, colour in zip(axes, ("ttft", "itl"), COLOURS, strict=False):
         axis.hist(samples[name], bins=60, color=colour)
-        _dress(axis, f"{TITLES[name]}: how often", "ms")
-    speeds = timeline(run)
+        _style(axis, f"{TITLES[name]}: number of values", "ms")
+    speeds = tokens_per_second(run)
     axes[2].plot([second + 0.5 for second in range(len(speeds))], speeds, color=COLOURS[2])
     axes[2].set_ylim(bottom=0)
-    _dress(axes[2], "output tokens/s over time", "s")
+    _style(axes[2], "output tokens/s over time", "s")
 
 
-def _course(axes: Any, found: Sequence[Figures]) -> None:
-    closed = found[0]["max_concurrency"] is not None
-    labels = [str(each["max_concurrency"] if closed else each["request_rate"]) for each in found]
+def _compare(axes: Any, results: Sequence[Figures]) -> None:
+    closed = results[0]["max_concurrency"] is not None
+    labels = [str(figures["max_concurrency"] if closed else figures["request_rate"]) for figures in results]
     panels = (
-        ("tokens/s of all", (("output_throughput", "output"), ("total_token_throughput", "with prompts"))),
-        ("tokens/s of a stream", (("mean_stream_throughput", "mean"), ("p10_stream_throughput", "p10"))),
+        ("tokens/s, all streams", (("output_throughput", "output"), ("total_token_throughput", "with prompts"))),
+        ("tokens/s per stream", (("mean_stream_throughput", "mean"), ("p10_stream_throughput", "p10"))),
         ("TTFT, ms", (("median_ttft_ms", "median"), ("p99_ttft_ms", "p99"))),
         (
             "TPOT and ITL, ms",
@@ -155,18 +156,24 @@ def _course(axes: Any, found: Sequence[Figures]) -> None:
     )
     for axis, (title, curves) in zip(axes, panels, strict=True):
         for (key, label), colour in zip(curves, COLOURS, strict=False):
-            axis.plot(range(len(found)), [_gap(each[key]) for each in found], marker="o", color=colour, label=label)
+            axis.plot(
+                range(len(results)),
+                [_or_nan(figures[key]) for figures in results],
+                marker="o",
+                color=colour,
+                label=label,
+            )
         axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-        axis.set_xticks(range(len(found)), labels)
+        axis.set_xticks(range(len(results)), labels)
         axis.legend(fontsize="small", frameon=False)
-        _dress(axis, title, "requests at once" if closed else "requests a second")
+        _style(axis, title, "concurrent requests" if closed else "requests per second")
 
 
-def _gap(value: float | None) -> float:
+def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _dress(axis: Any, title: str, label: str) -> None:
+def _style(axis: Any, title: str, label: str) -> None:
     axis.set_title(title, fontsize="medium")
     axis.set_xlabel(label, fontsize="small")
     axis.tick_params(labelsize="small")

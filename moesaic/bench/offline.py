@@ -1,7 +1,7 @@
-"""How fast a model answers and what memory it takes, through the same ``LLM`` and engine that a chat uses.
+"""Speed and memory of a model in the same ``LLM`` and engine that a chat uses.
 
-Knows how to time answers as a client sees them, and what a step reads. The prompts are random token ids and
-the answers are drawn at temperature 1, so that tokens, and with them routing, spread as they do in text.
+This module measures answers as a client sees them, and the bytes that a step reads. Prompts are random token ids and
+answers are drawn at temperature 1, so that tokens, and with them the choice of experts, spread as in real text.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from moesaic.models import Experts
 from moesaic.ops import native
 from moesaic.text.tokenizer import Tokenizer
 
-CONTEXT = 8192
-"""Tokens that the cache holds, if nobody asks for others."""
-BLOCK = 16
-"""Places in a block of the cache."""
+DEFAULT_CONTEXT = 8192
+"""Default capacity of the cache in tokens."""
+BLOCK_SIZE = 16
+"""Tokens in a block of the cache."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked: ``batch`` answers at once, each of ``tokens`` tokens to a prompt of ``prompt`` tokens.
+    """Requests of a measurement: ``batch`` concurrent answers of ``tokens`` tokens to prompts of ``prompt`` tokens.
 
     Raises:
         InvalidParameter: a number is out of range.
@@ -52,20 +52,21 @@ class Work:
     batch: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt", 1), ("tokens", 2), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise InvalidParameter(name, f"is {getattr(self, name)}, expected at least {least}")
+        for name, minimum in (("prompt", 1), ("tokens", 2), ("batch", 1)):
+            if getattr(self, name) < minimum:
+                raise InvalidParameter(name, f"is {getattr(self, name)}, expected at least {minimum}")
 
     @property
     def limits(self) -> engine.Limits:
-        """Limits under which all answers run at once."""
-        usual = engine.Limits()
-        most = max(usual.sequences, self.batch)
-        return engine.Limits(batch_tokens=max(usual.batch_tokens, 2 * most), sequences=most, queue=max(256, most))
+        """Engine limits under which all answers run concurrently."""
+        default = engine.Limits()
+        sequences = max(default.sequences, self.batch)
+        batch_tokens = max(default.batch_tokens, 2 * sequences)
+        return engine.Limits(batch_tokens=batch_tokens, sequences=sequences, queue=max(256, sequences))
 
     @property
     def generated(self) -> int:
-        """Tokens of each answer: so many more that none is at its end before the last prompt is read."""
+        """Tokens that each answer generates: enough that no answer ends before the last prompt is read."""
         if self.batch == 1:
             return self.tokens
         return self.tokens + math.ceil(self.batch * self.prompt / (self.limits.batch_tokens - self.batch))
@@ -75,73 +76,73 @@ class Work:
         """Tokens of a prompt and its answer."""
         return self.prompt + self.generated
 
-    def places(self, context: int) -> int:
-        """Return the places in the cache: a whole context, or more where the answers take more together."""
-        blocks = max(-(-context // BLOCK), self.batch * -(-self.length // BLOCK))
-        return blocks * BLOCK
+    def cache_tokens(self, context: int) -> int:
+        """Return the capacity of the cache in tokens: one context, or more if the answers together need more."""
+        blocks = max(-(-context // BLOCK_SIZE), self.batch * -(-self.length // BLOCK_SIZE))
+        return blocks * BLOCK_SIZE
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a client sees. Tokens a second are those of all answers together."""
+    """Speed as a client sees it; tokens per second are those of all answers together."""
 
     first_token_seconds: float
-    """From the submission to the first token of the first answer."""
+    """Seconds from the submission to the first token of the first answer."""
     prefill_tokens_s: float
-    """Prompt tokens, until every answer has begun."""
+    """Prompt tokens per second until every answer has started."""
     decode_tokens_s: float
-    """From then until the first answer ends."""
+    """Generated tokens per second while all answers run: from the start of the last one to the end of the first."""
     decode_tokens: int
-    """Tokens in that time."""
+    """Tokens generated while all answers run."""
     token_seconds: float
-    """Median time from one token of an answer to its next, in that time."""
+    """Median seconds from a token of an answer to its next token, while all answers run."""
     disk_bytes: int
-    """Read from disk meanwhile, the prompts' time included: of a mapped model what was not in memory."""
+    """Bytes read from disk during prompts and answers; for a mapped model, the parts that were not in memory."""
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Bytes that a step of decoding reads, and how the experts were chosen."""
+    """Bytes that a decoding step reads, and statistics on the choice of experts."""
 
     dense: int
-    """What every token needs: all but the experts, and of the embedding only a few rows, which are not counted."""
+    """Bytes of the weights that every token needs: all but the experts and the embedding."""
     experts: int
-    """The chosen experts, each once, as many as were chosen on average."""
+    """Bytes of the distinct experts that a step chooses on average."""
     cache: int
-    """Keys and values, halfway through the answers."""
+    """Bytes of keys and values, halfway through the answers."""
     experts_per_layer: float
-    """Different ones in a step, on average."""
+    """Average number of distinct experts per layer and step."""
     busiest_share: float
-    """The largest part of a layer's choices that one expert had; 1 / experts if they were spread evenly."""
+    """Largest fraction of a layer's choices that went to one expert; 1 / experts if choices were even."""
 
     @property
     def total(self) -> int:
+        """Bytes that a step reads."""
         return self.dense + self.experts + self.cache
 
 
 @dataclass(frozen=True)
-class Wish:
-    """Which model is to be measured, and how it is to be held.
-
-    With ``geometry`` it is one of random weights (``layers`` None: all of its layers), else a checkpoint;
-    ``packed`` is a new folder to make those weights in, mapped, so that they may be more than memory.
-    ``context`` None: 8192 tokens, or as many as the model was made for. The rest is as for ``LLM.load``.
-    """
+class Options:
+    """Model to measure, and how to load it; fields without a description are as for ``LLM.load``."""
 
     geometry: str | None = None
+    """Geometry of a model with random weights; None: a checkpoint."""
     layers: int | None = None
+    """Number of layers of a geometry; None: all layers."""
     format: str | None = None
     dtype: str = "auto"
     context: int | None = None
+    """Tokens that the cache holds; None: 8192, or the model's maximum if that is less."""
     packed: Path | None = None
+    """New folder for random weights, which are then mapped and may be larger than memory."""
     kv_cache_dtype: str = "auto"
 
 
 def run(
     path: Path | None,
-    wish: Wish,
+    options: Options,
     work: Work,
-    say: Callable[[str], object] = str,
+    show: Callable[[str], object] = str,
     progress: Progress | None = None,
     *,
     buffer: float = 1.0,
@@ -149,78 +150,80 @@ def run(
     """Measure the machine, then the model, and return everything for docs/results.
 
     Args:
-        path: a checkpoint's folder; None: the built-in model, unless there is a geometry.
-        wish: which model, and how it is held.
-        work: what it is asked.
-        say: called with a line for each figure of the machine.
-        progress: called with the bytes of weights made or read so far and in all.
-        buffer: gigabytes that are read to measure the machine; given back before the model is made.
+        path: a checkpoint's folder; None: the built-in model, unless ``options`` has a geometry.
+        options: the model and how to load it.
+        work: the requests.
+        show: called with a line for each figure of the machine.
+        progress: called with the bytes of weights made or read so far and the total.
+        buffer: gigabytes that are read to measure the machine; they are freed before the model is loaded.
 
     Raises:
-        InvalidParameter: something is out of range, or does not fit in memory: before anything is made.
-        MoesaicError: see ``LLM.load``.
+        InvalidParameter: a value is out of range, or the model does not fit in memory; nothing was loaded yet.
+        MoesaicError: the model cannot be loaded; see ``LLM.load``.
     """
-    if wish.geometry is not None:
-        load = _random(wish, work, progress)
-    elif wish.layers is not None or wish.packed is not None:
-        what = "layers" if wish.layers is not None else "packed"
-        raise InvalidParameter(what, "goes with a geometry: a checkpoint is as it is")
+    if options.geometry is not None:
+        load = _random(options, work, progress)
+    elif options.layers is not None or options.packed is not None:
+        name = "layers" if options.layers is not None else "packed"
+        raise InvalidParameter(name, "requires a geometry; it does not apply to a checkpoint")
     else:
-        load = _checkpoint(path or BUILT_IN, wish, progress)
+        load = _checkpoint(path or BUILT_IN, options, progress)
     machine = None
-    if native.why_not("linear", "cpu", "int8") is None:  # what follows is of use without the kernels too
-        machine = limits.measure(buffer, report=say)
+    if native.why_not("linear", "cpu", "int8") is None:  # the model can be measured without the kernels too
+        machine = limits.measure(buffer, report=show)
         report.forget_peak()
     loaded, tokenizer, name = load()
-    length = _context(wish, loaded.model.max_length, work)
+    length = _context(options, loaded.model.max_length, work)
     with LLM.from_loaded(
         loaded,
         tokenizer,
         name,
         context=length,
-        cache_tokens=work.places(length),
-        kv_cache_dtype=wish.kv_cache_dtype,
-        block_size=BLOCK,
+        cache_tokens=work.cache_tokens(length),
+        kv_cache_dtype=options.kv_cache_dtype,
+        block_size=BLOCK_SIZE,
         chat_format="plain",
         limits=work.limits,
     ) as llm:
         return figures(llm, work, machine, *measure(llm, work))
 
 
-Load = Callable[[], tuple[Loaded, Tokenizer, str]]
+Loader = Callable[[], tuple[Loaded, Tokenizer, str]]
+"""Loads or makes the model; returns it with its tokenizer and its name."""
 
 
-def _random(wish: Wish, work: Work, progress: Progress | None) -> Load:
-    """Return what makes the model of random weights, after every refusal."""
-    assert wish.geometry is not None
-    name, dtype = wish.geometry, "bfloat16" if wish.dtype == "auto" else wish.dtype
-    config, format = geometry.configuration(name, wish.layers), wish.format or dtype
-    places = work.places(_context(wish, config["max_position_embeddings"], work))
-    folder, free = wish.packed, memory.available()
-    geometry.check(name, wish.layers, format, dtype, places, free, cache=wish.kv_cache_dtype, mapped=folder is not None)
+def _random(options: Options, work: Work, progress: Progress | None) -> Loader:
+    """Check the options, and return a function that makes the model with random weights."""
+    assert options.geometry is not None
+    name, dtype = options.geometry, "bfloat16" if options.dtype == "auto" else options.dtype
+    config, format_name = geometry.configuration(name, options.layers), options.format or dtype
+    cache_tokens = work.cache_tokens(_context(options, config["max_position_embeddings"], work))
+    folder, free = options.packed, memory.available()
+    cache, mapped = options.kv_cache_dtype, folder is not None
+    geometry.check(name, options.layers, format_name, dtype, cache_tokens, free, cache=cache, mapped=mapped)
 
     def load() -> Loaded:
         if folder is None:
-            return geometry.build(config, name, format, dtype, progress)
-        geometry.pack(config, folder, format, dtype, progress)
+            return geometry.build(config, name, format_name, dtype, progress)
+        geometry.pack(config, folder, format_name, dtype, progress)
         return load_model(folder)
 
-    # Any tokenizer does: it has a text for each id, if only an empty one.
+    # Any tokenizer will do: it has a text, perhaps an empty one, for each id.
     return lambda: (load(), Tokenizer.open(BUILT_IN), name)
 
 
-def _checkpoint(path: Path, wish: Wish, progress: Progress | None) -> Load:
+def _checkpoint(path: Path, options: Options, progress: Progress | None) -> Loader:
     tokenizer = Tokenizer.open(path)
     return lambda: (
-        load_model(path, dtype=wish.dtype, weight_format=wish.format, progress=progress),
+        load_model(path, dtype=options.dtype, weight_format=options.format, progress=progress),
         tokenizer,
         path.name,
     )
 
 
-def _context(wish: Wish, longest: int, work: Work) -> int:
-    """Return how many tokens the cache is to hold at least, if a prompt and its answer fit in them."""
-    length = min(CONTEXT, longest) if wish.context is None else wish.context
+def _context(options: Options, longest: int, work: Work) -> int:
+    """Return the context length; raise InvalidParameter if a prompt and its answer do not fit in it."""
+    length = min(DEFAULT_CONTEXT, longest) if options.context is None else options.context
     if length > longest:
         raise InvalidParameter("context", f"is {length}, but the model was made for {longest} tokens")
     if work.length > length:
@@ -229,89 +232,89 @@ def _context(wish: Wish, longest: int, work: Work) -> int:
 
 
 def measure(llm: LLM, work: Work, seed: int = 0) -> tuple[Speed, Reads]:
-    """Answer ``work`` once, after a short answer to warm up.
+    """Run the requests of ``work`` once, after a short answer as a warm-up.
 
     Raises:
         NumericalError: the model computed NaN or infinity.
     """
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     vocabulary = llm.loaded.model.vocab_size
 
     def submit(prompt: int, tokens: int) -> Reply:
-        ids = torch.randint(vocabulary, (prompt,), generator=draw).tolist()
+        ids = torch.randint(vocabulary, (prompt,), generator=generator).tolist()
         return llm.submit(ids, Sampling(temperature=1.0, max_tokens=tokens, ignore_eos=True, seed=seed))[0]
 
     _arrivals(submit(min(8, work.prompt), 2))
-    with _routes(llm.loaded.model) as chosen, ThreadPoolExecutor(work.batch) as threads:
-        began, read = time.perf_counter(), _disk_bytes()
+    with _record_choices(llm.loaded.model) as choices, ThreadPoolExecutor(work.batch) as threads:
+        start, read = time.perf_counter(), _disk_bytes()
         replies = [submit(work.prompt, work.generated) for _ in range(work.batch)]
         times = list(threads.map(_arrivals, replies))
-    speed = _speed(began, times, work, _disk_bytes() - read)
-    return speed, _reads(llm, work, {layer: [ids for ids in all if len(ids) == work.batch] for layer, all in chosen})
+    speed = _speed(start, times, work, _disk_bytes() - read)
+    decoding = {layer: [ids for ids in steps if len(ids) == work.batch] for layer, steps in choices}
+    return speed, _reads(llm, work, decoding)
 
 
 def _arrivals(reply: Reply) -> list[float]:
-    """Return when each token of an answer came."""
+    """Return the arrival time of each token of an answer."""
     return [time.perf_counter() for piece in reply for _ in piece.tokens]
 
 
 def _disk_bytes() -> int:
-    """Return how much this process had read from disks so far."""
+    """Return the bytes that this process has read from disks so far."""
     return 512 * resource.getrusage(resource.RUSAGE_SELF).ru_inblock
 
 
-def _speed(began: float, times: list[list[float]], work: Work, disk_bytes: int) -> Speed:
-    first, begun, ended = (
-        min(each[0] for each in times),
-        max(each[0] for each in times),
-        min(each[-1] for each in times),
-    )
-    steady = [[time for time in each if begun <= time <= ended] for each in times]
-    count = sum(time > begun for each in steady for time in each)
-    gaps = [after - before for each in steady for before, after in pairwise(each)]
+def _speed(start: float, times: list[list[float]], work: Work, disk_bytes: int) -> Speed:
+    first_token = min(arrivals[0] for arrivals in times)
+    all_started = max(arrivals[0] for arrivals in times)
+    first_end = min(arrivals[-1] for arrivals in times)
+    steady = [[time for time in arrivals if all_started <= time <= first_end] for arrivals in times]
+    count = sum(time > all_started for arrivals in steady for time in arrivals)
+    gaps = [after - before for arrivals in steady for before, after in pairwise(arrivals)]
     return Speed(
-        first_token_seconds=first - began,
-        prefill_tokens_s=work.batch * work.prompt / (begun - began),
-        decode_tokens_s=count / (ended - begun),
+        first_token_seconds=first_token - start,
+        prefill_tokens_s=work.batch * work.prompt / (all_started - start),
+        decode_tokens_s=count / (first_end - all_started),
         decode_tokens=count,
         token_seconds=statistics.median(gaps),
         disk_bytes=disk_bytes,
     )
 
 
-Routes = list[tuple[Experts, list[Tensor]]]
+Choices = list[tuple[Experts, list[Tensor]]]
+"""For each layer of experts, the chosen expert ids [tokens, experts per token] of every step."""
 
 
 @contextmanager
-def _routes(model: nn.Module) -> Iterator[Routes]:
-    """Give what will be chosen: for each layer of experts the ids [T, k] of every step."""
-    chosen: Routes = [(module, []) for module in model.modules() if isinstance(module, Experts)]
+def _record_choices(model: nn.Module) -> Iterator[Choices]:
+    """Yield a list to which every step adds the experts that it chooses."""
+    choices: Choices = [(module, []) for module in model.modules() if isinstance(module, Experts)]
 
-    def watch(ids: list[Tensor]) -> Any:
-        return lambda _, inputs: ids.append(inputs[1])
+    def recorder(steps: list[Tensor]) -> Any:
+        return lambda _, inputs: steps.append(inputs[1])
 
-    hooks = [layer.register_forward_pre_hook(watch(ids)) for layer, ids in chosen]
+    hooks = [layer.register_forward_pre_hook(recorder(steps)) for layer, steps in choices]
     try:
-        yield chosen
+        yield choices
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _reads(llm: LLM, work: Work, chosen: dict[Experts, list[Tensor]]) -> Reads:
-    """Return what a step read whose experts were ``chosen``: for each layer, the ids of each step."""
+def _reads(llm: LLM, work: Work, choices: dict[Experts, list[Tensor]]) -> Reads:
+    """Return the bytes that a step reads; ``choices`` has, for each layer, the chosen expert ids of each step."""
     model = llm.loaded.model
     total = sum(part.nbytes for part in model.parameters())
-    stacks = sum(part.nbytes for layer in chosen for part in layer.parameters())
+    stacks = sum(part.nbytes for layer in choices for part in layer.parameters())
     looked_up = 0 if model.shape.tied else sum(part.nbytes for part in model.embed.parameters())
-    distinct = {layer: statistics.fmean(len(ids.unique()) for ids in steps) for layer, steps in chosen.items()}
+    distinct = {layer: statistics.fmean(len(ids.unique()) for ids in steps) for layer, steps in choices.items()}
     length = work.prompt + work.generated // 2
     return Reads(
         dense=total - stacks - looked_up,
-        experts=round(sum(each * _expert_bytes(layer) for layer, each in distinct.items())),
+        experts=round(sum(count * _expert_bytes(layer) for layer, count in distinct.items())),
         cache=work.batch * min(length, model.window or length) * cache_bytes_per_token(model, llm.engine.cache_dtype),
         experts_per_layer=statistics.fmean(distinct.values()) if distinct else 0.0,
-        busiest_share=max((_busiest(steps) for steps in chosen.values()), default=0.0),
+        busiest_share=max((_busiest(steps) for steps in choices.values()), default=0.0),
     )
 
 
@@ -320,12 +323,12 @@ def _expert_bytes(layer: Experts) -> float:
 
 
 def _busiest(steps: list[Tensor]) -> float:
-    counts = Counter(id for ids in steps for id in ids.flatten().tolist())
+    counts = Counter(expert for ids in steps for expert in ids.flatten().tolist())
     return max(counts.values()) / counts.total()
 
 
 def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, reads: Reads) -> dict[str, Any]:
-    """Return everything for docs/results; ``machine`` None: it could not be measured."""
+    """Return all figures for a results file; ``machine`` is None if it could not be measured."""
     model = llm.loaded.model
     weights = Counter(module.name for module in model.modules() if isinstance(module, Packed))
     steps_s = speed.decode_tokens_s / work.batch
@@ -338,7 +341,7 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
             "weights": dict(weights),
             "weight_bytes": sum(part.nbytes for part in model.parameters()),
             "context": llm.context,
-            "cache_bytes": work.places(llm.context) * cache_bytes_per_token(model, llm.engine.cache_dtype),
+            "cache_bytes": work.cache_tokens(llm.context) * cache_bytes_per_token(model, llm.engine.cache_dtype),
         },
         "work": asdict(work),
         "memory": report.resident(),
@@ -349,24 +352,28 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
     }
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield figures as people read them."""
-    model, held, speed, reads = found["model"], found["memory"], found["speed"], found["reads"]
+def lines(results: dict[str, Any]) -> Iterator[str]:
+    """Yield the figures as lines of text."""
+    model, memory_use, speed, reads = results["model"], results["memory"], results["speed"], results["reads"]
     kinds = ", ".join(f"{count} {name}" for name, count in model["weights"].items())
     yield f"{model['name']}: {model['layers']} layers, {model['parameters'] / 1e9:.2f} billion parameters ({kinds})"
-    yield f"weights {model['weight_bytes'] / 1e9:.2f} GB, cache {model['cache_bytes'] / 1e9:.2f} GB, all of it written"
-    if held:
-        huge = f", {held['huge'] / held['anonymous']:.0%} of it in huge pages" if held.get("huge") else ""
-        own = f"own {held['anonymous'] / 1e9:.2f} GB{huge}; files {held['file'] / 1e9:.2f} GB"
-        yield f"peak memory {held['peak'] / 1e9:.2f} GB; at the end: {own}"
+    yield f"weights {model['weight_bytes'] / 1e9:.2f} GB, cache {model['cache_bytes'] / 1e9:.2f} GB"
+    if memory_use:
+        huge = (
+            f", {memory_use['huge'] / memory_use['anonymous']:.0%} of it in huge pages"
+            if memory_use.get("huge")
+            else ""
+        )
+        own = f"own {memory_use['anonymous'] / 1e9:.2f} GB{huge}; files {memory_use['file'] / 1e9:.2f} GB"
+        yield f"peak memory {memory_use['peak'] / 1e9:.2f} GB; now: {own}"
     yield f"prompt  {speed['prefill_tokens_s']:>8.1f} tokens/s; first token after {speed['first_token_seconds']:.2f} s"
-    each = f"{speed['token_seconds'] * 1e3:.0f} ms from token to token"
-    yield f"answer  {speed['decode_tokens_s']:>8.2f} tokens/s over {speed['decode_tokens']} tokens; {each}"
+    interval = f"{speed['token_seconds'] * 1e3:.0f} ms per token"
+    yield f"answer  {speed['decode_tokens_s']:>8.2f} tokens/s over {speed['decode_tokens']} tokens; {interval}"
     parts = ", ".join(f"{part} {reads[part] / 1e9:.2f}" for part in ("dense", "experts", "cache"))
-    share = f" ({found['read_share']:.0%} of what was measured)" if found["read_share"] else ""
+    share = f" ({results['read_share']:.0%} of the measured bandwidth)" if results["read_share"] else ""
     yield f"a step reads {reads['total'] / 1e9:.2f} GB ({parts}): {reads['gb_s']:.1f} GB/s{share}"
     if speed["disk_bytes"]:
-        yield f"read from disk meanwhile: {speed['disk_bytes'] / 1e9:.2f} GB"
+        yield f"read from disk: {speed['disk_bytes'] / 1e9:.2f} GB"
     if reads["experts"]:
-        spread = f"{reads['experts_per_layer']:.1f} experts in a layer; the busiest had {reads['busiest_share']:.0%}"
-        yield f"a step uses {spread} of a layer's choices"
+        busiest = f"the busiest expert got {reads['busiest_share']:.0%} of a layer's choices"
+        yield f"a step uses {reads['experts_per_layer']:.1f} experts per layer; {busiest}"

@@ -1,4 +1,4 @@
-"""What every plot has in common: its colours, and what must be there to draw one. Imports nothing slow."""
+"""Colours of all plots, and a check that a plot can be drawn. This module imports nothing slow."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from moesaic.errors import InvalidParameter, InvalidRequest
 
 SUFFIXES = (".svg", ".png")
 COLOURS = ("#4477aa", "#228833", "#ee6677", "#ccbb44", "#66ccee", "#aa3377")
-"""Paul Tol's bright scheme, which colour-blind readers can tell apart."""
+"""Paul Tol's "bright" colour scheme, which is safe for colour-blind readers."""
 
 
 def check(path: Path) -> None:
-    """Refuse a plot that could not be drawn, before anything is measured.
+    """Check, before a measurement starts, that its plot can be drawn to a file.
 
     Raises:
-        InvalidParameter: the file's kind is not known.
-        InvalidRequest: matplotlib is missing.
+        InvalidParameter: the file has an unknown suffix.
+        InvalidRequest: matplotlib is not installed.
     """
     if path.suffix not in SUFFIXES:
         raise InvalidParameter("plot", f"{path} ends in neither {' nor '.join(SUFFIXES)}")

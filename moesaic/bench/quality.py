@@ -1,12 +1,10 @@
 """How well a model predicts a text: perplexity per token, and bits per byte.
 
-Knows texts in files, and how they are cut for a model. Does not know how the model came about.
-
-Every document is BOS, its text, EOS. It is read in windows of ``length`` tokens that do not overlap:
-each token but the document's first is predicted once, from what stands before it in its window (Hugging
-Face's "perplexity of fixed-length models" with stride = length). The first of a window thus sees one
-token, so a longer window gives a lower perplexity: compare only numbers of one length and one tokenizer.
-Bits per byte (arXiv:2101.00027 §3.1) compare across tokenizers.
+A document is BOS, its text and EOS. It is read in windows of ``length`` tokens that do not overlap. Each token but the
+document's first is predicted once, from the tokens before it in its window (Hugging Face's "perplexity of fixed-length
+models" with stride = length). The first prediction of a window thus sees one token, so longer windows give a lower
+perplexity: compare only numbers of one length and one tokenizer. Bits per byte (arXiv:2101.00027 §3.1) can be compared
+across tokenizers.
 """
 
 from __future__ import annotations
@@ -30,31 +28,31 @@ from moesaic.ops import Batch, Cache
 from moesaic.text.tokenizer import Tokenizer
 
 STEP_TOKENS = 2048
-"""Tokens computed at once, at least one window; bounds the memory of activations."""
+"""Maximum tokens computed at once, but at least one window; limits the memory of activations."""
 LOGIT_ROWS = 256
-"""Rows whose logits exist at once; a vocabulary of 128,000 in float32 takes 131 MB for them."""
+"""Rows whose logits exist at once: 131 MB for a vocabulary of 128,000 in float32."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How well texts were predicted."""
+    """Quality of the predictions for a list of texts."""
 
     documents: int
     tokens: int
-    """Tokens predicted: all but each document's first."""
+    """Number of predicted tokens: all but the first of each document."""
     bytes: int
-    """UTF-8 bytes of the texts."""
+    """Size of the texts in UTF-8."""
     nats: float
-    """Sum of -log p over the tokens."""
+    """Sum of -log p over the predicted tokens."""
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean of -log p per token."""
+        """Exponential of the mean of -log p per token."""
         return math.exp(self.nats / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """What coding the texts with this model would take; EOS is counted among the bits."""
+        """Bits per byte that a code based on this model needs for the texts, including EOS."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -67,19 +65,19 @@ def perplexity(
     progress: Callable[[int, int], None] | None = None,
     cache: torch.dtype | None = None,
 ) -> Quality:
-    """Return how well the model predicts ``texts``, each a document of its own.
+    """Return how well a model predicts ``texts``; each text is a document.
 
     Args:
         loaded: the model.
-        tokenizer: its tokenizer.
-        texts: documents.
-        length: tokens in a window.
-        progress: called with the tokenized documents computed so far and in all.
-        cache: the dtype of a key/value cache that attention reads, as in a chat; None: there is none.
+        tokenizer: the model's tokenizer.
+        texts: the documents.
+        length: tokens of a window.
+        progress: called with the number of documents computed so far and the total.
+        cache: data type of a key/value cache that attention reads, as in a chat; None: no cache.
 
     Raises:
-        InvalidParameter: the model was not made for windows of this length.
-        InvalidRequest: there is nothing to predict.
+        InvalidParameter: ``length`` is larger than the model's maximum, or less than 1.
+        InvalidRequest: the texts are empty.
         NumericalError: the model computed NaN or infinity.
     """
     longest = loaded.model.max_length
@@ -104,17 +102,18 @@ def _document(tokenizer: Tokenizer, text: str) -> list[int]:
     return [*tokenizer.encode(text, bos=True), *sorted(tokenizer.eos_ids)[:1]]
 
 
-Window = tuple[list[int], list[int]]  # what the model reads, and what comes after each of it
+Window = tuple[list[int], list[int]]
+"""Tokens that the model reads, and the token to predict after each of them."""
 
 
 def _windows(ids: list[int], length: int) -> Iterator[Window]:
-    for begin in range(0, len(ids) - 1, length):
-        targets = ids[begin + 1 : begin + 1 + length]
-        yield ids[begin : begin + len(targets)], targets
+    for start in range(0, len(ids) - 1, length):
+        targets = ids[start + 1 : start + 1 + length]
+        yield ids[start : start + len(targets)], targets
 
 
 def _steps(windows: Iterator[Window]) -> Iterator[list[Window]]:
-    """Group windows to as many as are computed at once."""
+    """Group windows into steps of at most ``STEP_TOKENS`` tokens."""
     step: list[Window] = []
     for window in windows:
         if step and sum(len(ids) for ids, _ in step) + len(window[0]) > STEP_TOKENS:
@@ -126,13 +125,13 @@ def _steps(windows: Iterator[Window]) -> Iterator[list[Window]]:
 
 
 def _nats(loaded: Loaded, windows: list[Window], cache: torch.dtype | None) -> float:
-    """Return the sum of -log p of the windows' targets."""
+    """Return the sum of -log p over the targets of the windows."""
     model = loaded.model
     device = next(model.parameters()).device
     batch = Batch.whole([ids for ids, _ in windows], device)
     hidden: Tensor = model(batch if cache is None else _cached(batch, model.cache_shapes, cache))
-    wanted = torch.tensor([id for _, targets in windows for id in targets], device=device)
-    parts = zip(hidden.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True)
+    expected = torch.tensor([token_id for _, targets in windows for token_id in targets], device=device)
+    parts = zip(hidden.split(LOGIT_ROWS), expected.split(LOGIT_ROWS), strict=True)
     losses = [F.cross_entropy(model.logits(rows).float(), ids, reduction="sum").double() for rows, ids in parts]
     return float(torch.stack(losses).sum())
 
@@ -140,7 +139,7 @@ def _nats(loaded: Loaded, windows: list[Window], cache: torch.dtype | None) -> f
 def _cached(batch: Batch, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Batch:
     """Return ``batch`` with a cache, in which each sequence has one block."""
     size, device = max(batch.lengths), batch.tokens.device
-    slots = [s * size + place for s, length in enumerate(batch.lengths) for place in range(length)]
+    slots = [row * size + index for row, length in enumerate(batch.lengths) for index in range(length)]
     return replace(
         batch,
         slots=torch.tensor(slots, device=device),
@@ -149,42 +148,44 @@ def _cached(batch: Batch, shapes: Sequence[tuple[int, int]], dtype: torch.dtype)
     )
 
 
-def row(format: str | None, loaded: Loaded, found: Quality, length: int) -> dict[str, Any]:
-    """Return what was ``found`` of a model in ``format`` (None: as stored), beside how large it is."""
-    size = sum(each.nbytes for each in loaded.model.parameters())
+def row(format_name: str | None, loaded: Loaded, measured: Quality, length: int) -> dict[str, Any]:
+    """Return the quality and the size of a model in a format; None means the format of the checkpoint."""
+    size = sum(part.nbytes for part in loaded.model.parameters())
     return {
-        "format": format or "as stored",
+        "format": format_name or "as stored",
         "model_bytes": size,
         "bits_per_weight": 8 * size / models.parameters(loaded.model),
-        "documents": found.documents,
-        "tokens": found.tokens,
-        "bytes": found.bytes,
+        "documents": measured.documents,
+        "tokens": measured.tokens,
+        "bytes": measured.bytes,
         "length": length,
-        "perplexity": found.perplexity,
-        "bits_per_byte": found.bits_per_byte,
+        "perplexity": measured.perplexity,
+        "bits_per_byte": measured.bits_per_byte,
     }
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield rows as people read them: one as two lines, several as a table beside the first."""
+    """Yield lines of text: one row as a sentence, several rows as a table that compares them with the first."""
     first = rows[0]
     if len(rows) == 1:
         yield f"perplexity {first['perplexity']:.4f} per token, {first['bits_per_byte']:.4f} bits per byte"
     else:
-        width = max(len(each["format"]) for each in rows)
-        yield f"{'':<{width}}  {'bits a weight':>13}  {'perplexity':>10}  {'bits a byte':>11}  {'difference':>10}"
-        for each in rows:
-            numbers = f"{each['bits_per_weight']:>13.2f}  {each['perplexity']:>10.4f}  {each['bits_per_byte']:>11.4f}"
-            yield f"{each['format']:<{width}}  {numbers}  {each['perplexity'] / first['perplexity'] - 1:>+10.2%}"
+        width = max(len(entry["format"]) for entry in rows)
+        yield f"{'':<{width}}  {'bits/weight':>13}  {'perplexity':>10}  {'bits/byte':>11}  {'difference':>10}"
+        for entry in rows:
+            numbers = (
+                f"{entry['bits_per_weight']:>13.2f}  {entry['perplexity']:>10.4f}  {entry['bits_per_byte']:>11.4f}"
+            )
+            yield f"{entry['format']:<{width}}  {numbers}  {entry['perplexity'] / first['perplexity'] - 1:>+10.2%}"
     yield f"{first['documents']:,} documents, {first['tokens']:,} tokens, windows of {first['length']}"
 
 
 def read_texts(path: Path) -> list[str]:
-    """Return the documents in a file: one in a ``.txt``, one in each line's "text" in a ``.jsonl`` or ``.jsonl.xz``.
+    """Return the documents of a file: a .txt is one; a .jsonl or .jsonl.xz has one in the "text" of each line.
 
     Raises:
         NotFound: there is no such file.
-        InvalidRequest: it is of another kind, or damaged; the message names the line.
+        InvalidRequest: the file has another suffix or is damaged; the message has the line's number.
     """
     if not path.is_file():
         raise NotFound(f"{path}: no such file")
@@ -213,5 +214,5 @@ def _lines(path: Path, content: str) -> list[str]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidRequest(f'{path}, line {number}: expected a JSON object with a "text"') from error
         if not isinstance(texts[-1], str):
-            raise InvalidRequest(f'{path}, line {number}: "text" is no string')
+            raise InvalidRequest(f'{path}, line {number}: "text" is not a string')
     return texts

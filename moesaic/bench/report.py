@@ -1,6 +1,6 @@
-"""Where a figure comes from: the machine, the versions, the command, the date and the commit; and memory.
+"""Origin of a measurement: machine, versions, command, date and commit; and the memory of this process.
 
-Knows how to say it as a JSON object for docs/results. Does not know what is measured.
+This module writes JSON records for docs/results. It does not know what is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
 
 def record(command: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``figures`` with everything needed to understand and to repeat them."""
+    """Return a record of ``figures`` with the command, date, commit, machine and versions that they come from."""
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
@@ -35,13 +35,13 @@ def record(command: str, figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a record to ``path``, making its folder."""
+    """Write a record to the file ``path``; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def machine() -> dict[str, Any]:
-    """Return what the machine is: processor, cores this process may use, memory in GiB."""
+    """Return the machine's processor, the cores that this process may use, the memory in GiB, and the system."""
     return {
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -51,25 +51,26 @@ def machine() -> dict[str, Any]:
 
 
 def resident() -> dict[str, int]:
-    """Return what memory this process has, in bytes; empty where the system does not say.
+    """Return the memory of this process in bytes; values that the system does not provide are left out.
 
-    ``peak`` is the most that was resident since the start, or since ``forget_peak``; ``anonymous`` is its
-    own (a page counts once it was written), ``huge`` the part of that in pages of 2 MiB, ``file`` mapped files.
+    ``peak`` is the maximum resident memory since the start or since ``forget_peak``. ``anonymous`` is memory without a
+    file, in which a page counts when it was written; ``huge`` is the part of it in pages of 2 MiB. ``file`` is the
+    resident part of mapped files.
     """
     status, rollup = memory.kilobytes(Path("/proc/self/status")), memory.kilobytes(Path("/proc/self/smaps_rollup"))
-    named = {"peak": status.get("VmHWM"), "anonymous": status.get("RssAnon"), "file": status.get("RssFile")}
-    named["huge"] = rollup.get("AnonHugePages")
-    return {name: value for name, value in named.items() if value is not None}
+    values = {"peak": status.get("VmHWM"), "anonymous": status.get("RssAnon"), "file": status.get("RssFile")}
+    values["huge"] = rollup.get("AnonHugePages")
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def forget_peak() -> None:
-    """Let the peak of memory begin anew, where the system can."""
+    """Reset the peak of memory, if the system supports it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _processor() -> str:
-    """Return the processor's name; family, model and stepping too, since a virtual machine may hide the name."""
+    """Return the processor's name, family, model and stepping; a virtual machine may hide the name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -83,7 +84,7 @@ def _processor() -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of the source, with a mark if files were changed since; None outside a checkout."""
+    """Return the commit of the source, with "-changed" if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
-"""Several loads, one after another, on one server: who is asked, what, and how it is all put down.
+"""Measure several loads on one server, one after another, and collect the results.
 
-Knows how a wish becomes an endpoint, a workload and runs. The command ``moesaic bench serving`` is this and flags.
+This module turns options into an endpoint, a workload and runs. The command ``moesaic bench serving`` adds the flags.
 """
 
 from __future__ import annotations
@@ -13,64 +13,76 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.bench import endpoints, latency, report, workload
-from moesaic.bench.endpoints import AUTO, Endpoint, Manner
-from moesaic.bench.serving import Load, Run, Standing, calibrate, measure
-from moesaic.bench.workload import Words, Workload
+from moesaic.bench.endpoints import AUTO, Endpoint, RequestOptions
+from moesaic.bench.serving import LoadProfile, Progress, Run, calibrate, measure
+from moesaic.bench.workload import RandomWords, Workload
 from moesaic.errors import InvalidParameter, InvalidRequest
 
 
 @dataclass(frozen=True)
 class Target:
-    """Who is asked, and how. ``model`` None: what the server has."""
+    """The server to measure, and the options of every request."""
 
     url: str
     dialect: str = AUTO
     model: str | None = None
+    """None: the model that the server lists first."""
     key: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    manner: Manner = field(default_factory=Manner)
+    options: RequestOptions = field(default_factory=RequestOptions)
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is asked: random words, or a preset's, or a file's.
+class WorkloadSource:
+    """Where the requests come from: random words, one of AIME's workloads, or a file.
 
-    ``words.answer_tokens`` is also for lines of a file that say nothing; ``context`` is for the preset
-    that fills one, None: what the server says.
+    Raises:
+        InvalidParameter: there is no such preset.
+        InvalidRequest: two fields exclude each other.
     """
 
-    words: Words = field(default_factory=Words)
+    words: RandomWords = field(default_factory=RandomWords)
+    """Parameters of random words; ``answer_tokens`` also applies to lines of a file without "max_tokens"."""
     preset: str | None = None
+    """Name of one of AIME's workloads."""
     dataset: Path | None = None
     context: int | None = None
+    """Context length for the preset aime-context; None: the length that the server announces."""
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in workload.PRESETS:
             raise InvalidParameter("workload", f"is {self.preset!r}, expected one of {', '.join(workload.PRESETS)}")
         if self.preset is not None and self.dataset is not None:
-            raise InvalidRequest("--workload goes without --dataset")
+            raise InvalidRequest("--workload and --dataset exclude each other")
         if self.context is not None and self.preset != "aime-context":
-            raise InvalidRequest("--context goes with --workload aime-context")
+            raise InvalidRequest("--context requires --workload aime-context")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What came of it: a run and its figures for each load."""
+class SweepResult:
+    """Runs and figures of a sweep, one of each per load profile."""
 
     about: dict[str, Any]
+    """Description of the server and the workload."""
     runs: list[Run]
     figures: list[dict[str, Any]]
 
     @property
     def failed(self) -> int:
-        return sum(each["failed"] for each in self.figures)
+        """Number of failed requests in all runs."""
+        return sum(figures["failed"] for figures in self.figures)
 
     @property
     def interrupted(self) -> bool:
+        """Whether the last run was cancelled."""
         return self.runs[-1].interrupted
 
     def record(self, command: str) -> dict[str, Any]:
-        """Return all of it for a file: of one load flat, as vLLM's benchmark writes it; of several in ``settings``."""
+        """Return the result for a JSON file.
+
+        The figures of a single load are at the top level, as vLLM's benchmark writes them; those of several loads are
+        in the list ``settings``.
+        """
         origin = report.record(command, {})
         del origin["figures"]
         origin["versions"]["aiohttp"] = importlib.metadata.version("aiohttp")
@@ -80,59 +92,60 @@ class Found:
 
 async def sweep(
     target: Target,
-    source: Source,
-    loads: Sequence[Load],
-    promised: dict[str, float] | None = None,
-    watch: Callable[[Load, Standing], object] | None = None,
-) -> Found:
-    """Put each of ``loads`` on a server; cancelled, return what is there by then.
+    source: WorkloadSource,
+    loads: Sequence[LoadProfile],
+    slos: dict[str, float] | None = None,
+    on_progress: Callable[[LoadProfile, Progress], object] | None = None,
+) -> SweepResult:
+    """Measure each of ``loads`` on a server; if the task is cancelled, return the results so far.
 
     Args:
         target: the server.
-        source: what it is asked.
-        loads: when it is asked.
-        promised: milliseconds that a good request keeps to, by metric.
-        watch: called about once a second with the load and how far it is.
+        source: the requests.
+        loads: when the requests are sent.
+        slos: limits of a good request in milliseconds, by metric.
+        on_progress: called about once per second with the current load and its progress.
 
     Raises:
-        InvalidRequest: the server cannot be asked, or does not answer a first request; or aiohttp is missing.
+        InvalidRequest: the server cannot be used, its first answers failed, or aiohttp is not installed.
     """
     if importlib.util.find_spec("aiohttp") is None:
-        raise InvalidRequest("a load needs aiohttp: pip install 'moesaic[bench]'")
+        raise InvalidRequest("bench serving needs aiohttp: pip install 'moesaic[bench]'")
     from moesaic.bench.endpoints import _http
 
-    root, named = endpoints.from_url(target.url)
-    dialect = named if named and target.dialect == AUTO else target.dialect
+    root, implied = endpoints.from_url(target.url)
+    dialect = implied if implied and target.dialect == AUTO else target.dialect
     async with _http.connect(root, target.key, target.headers) as client:
-        endpoint = await endpoints.open(client, target.manner, dialect, target.model)
-        work = await _workload(endpoint, source, loads[0].timeout)
+        endpoint = await endpoints.open_endpoint(client, target.options, dialect, target.model)
+        requests = await _workload(endpoint, source, loads[0].timeout)
         runs = []
         for number, load in enumerate(loads):
-            tell = None if watch is None else lambda standing, load=load: watch(load, standing)
-            runs.append(await measure(endpoint, work.asks(str(number)), load, tell))
+            callback = None if on_progress is None else lambda progress, load=load: on_progress(load, progress)
+            runs.append(await measure(endpoint, requests.requests(str(number)), load, callback))
             if runs[-1].interrupted:
                 break
     about = {
         "backend": endpoint.name,
         "model_id": endpoint.model,
-        "workload": work.about(),
-        "ignore_eos": endpoint.manner.ignore_eos,
-        "temperature": endpoint.manner.temperature,
+        "workload": requests.describe(),
+        "ignore_eos": endpoint.options.ignore_eos,
+        "temperature": endpoint.options.temperature,
     }
-    return Found(about, runs, [latency.figures(run, promised or {}) for run in runs])
+    return SweepResult(about, runs, [latency.summarize(run, slos or {}) for run in runs])
 
 
-async def _workload(endpoint: Endpoint, source: Source, timeout: float) -> Workload:
+async def _workload(endpoint: Endpoint, source: WorkloadSource, timeout: float) -> Workload:
     if source.dataset is not None:
-        return workload.read(source.dataset, source.words.answer_tokens, chats=endpoint.chats)
-    if source.preset is not None:  # AIME's workloads are of so many tokens, whatever the model would say
-        endpoint.manner = replace(endpoint.manner, ignore_eos=endpoint.ignores_eos)
+        tokens = source.words.answer_tokens
+        return workload.read_dataset(source.dataset, tokens, supports_messages=endpoint.supports_messages)
+    if source.preset is not None:  # AIME's workloads have a fixed number of tokens, where the model cannot stop early
+        endpoint.options = replace(endpoint.options, ignore_eos=endpoint.supports_ignore_eos)
     if source.preset == "aime-short":
-        return workload.Story()
+        return workload.AimeShortPrompt()
     context = source.context or endpoint.context
     if source.preset == "aime-context" and context is None:
-        raise InvalidRequest("the server does not say how large its context is: name it with --context")
+        raise InvalidRequest("the server does not announce its context length: pass --context")
     scale = await calibrate(endpoint, timeout)
     if source.preset == "aime-context" and context is not None:
-        return workload.filling(context, source.words.seed, scale)
+        return workload.aime_context(context, source.words.seed, scale)
     return replace(source.words, scale=scale)

@@ -1,7 +1,7 @@
-"""What a server is asked under load: prompts made of words, lines of a file, and AIME's two workloads.
+"""Requests of a load test: random words, the lines of a file, and AIME's two workloads.
 
-Knows how questions are drawn, the same ones for the same seed. Does not know how they are sent. A prompt
-made here is about as long as was asked for; how many tokens it really has, only the server can say.
+The same seed gives the same requests. A generated prompt has about the requested number of tokens; only the server
+can count them exactly. This module does not know how requests are sent.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from moesaic.bench.endpoints import Ask
+from moesaic.bench.endpoints import Request
 from moesaic.errors import InvalidParameter, InvalidRequest
 
-WORDS = """
+COMMON_WORDS = """
 the and that have with this from they will would there their what about which when make like time just know take
 people into year your good some could them see other than then now look only come its over think also back after use
 two how our work first well way even new want because any these give day most find here thing many tell very still
@@ -31,62 +31,68 @@ enough fall family far fast feel field fight fill fly follow food foot free frie
 half happen happy hard hear help high hold home hope hot idea keep kind land large last late laugh learn leave left
 let life line list listen live lose love man mean meet mind miss move music name near need next north note number open
 """.split()
-"""Common words, most of which are one token in most vocabularies."""
-STORY = "Tell a long story: Once upon a time"
+"""Common English words; most are a single token in most vocabularies."""
+AIME_SHORT_PROMPT = "Tell a long story: Once upon a time"
 AIME_TOKENS = 500
-"""Tokens that AIME generates in both workloads."""
+"""Tokens of an answer in both of AIME's workloads."""
 PRESETS = ("aime-short", "aime-context")
-MARGIN = 0.01
-"""Share of a context that is left free, and at least ``LEAST`` tokens: words are not of quite equal length."""
-LEAST = 16
+FREE_SHARE = 0.01
+"""Fraction of the context that aime-context leaves free, because words differ in their number of tokens."""
+MIN_FREE_TOKENS = 16
+"""Tokens of the context that aime-context leaves free at least."""
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How many words make a prompt: ``tokens = overhead + words * per_word``, the overhead being a chat template's."""
+class TokenScale:
+    """Relation of words to tokens: ``tokens = overhead + words * per_word``; a chat template makes the overhead."""
 
     per_word: float = 1.0
     overhead: float = 0.0
 
     def words(self, tokens: int) -> int:
-        """Return how many words come to about ``tokens``."""
+        """Return the number of words that have about ``tokens`` tokens."""
         return max(1, round((tokens - self.overhead) / self.per_word))
 
     @classmethod
-    def through(cls, short: tuple[int, int], long: tuple[int, int]) -> Scale:
-        """Return what two prompts of so many (words, tokens) show."""
+    def from_prompts(cls, short: tuple[int, int], long: tuple[int, int]) -> TokenScale:
+        """Return the scale that fits two prompts, each given as (words, tokens)."""
         per_word = (long[1] - short[1]) / (long[0] - short[0])
         return cls(per_word, short[1] - short[0] * per_word) if per_word > 0 else cls()
 
 
 class Workload(Protocol):
-    """Questions without end."""
+    """Source of requests."""
 
-    def asks(self, part: str, /) -> Iterator[Ask]:
-        """Yield them; each ``part`` of a measurement has others, so that none is answered from a cache."""
+    def requests(self, part: str, /) -> Iterator[Request]:
+        """Yield requests without end.
+
+        Each ``part`` of a measurement has different requests, so that no answer comes from a prefix cache.
+        """
         ...
 
-    def about(self) -> dict[str, Any]:
-        """Return what stands in the results."""
+    def describe(self) -> dict[str, Any]:
+        """Return a description for the results."""
         ...
 
 
 @dataclass(frozen=True)
-class Words:
-    """Prompts of random words: ``prompt_tokens`` +- the share ``spread`` of them, and answers likewise.
-
-    The first ``shared_prefix_tokens`` of all prompts are the same.
+class RandomWords:
+    """Prompts of random words.
 
     Raises:
         InvalidParameter: a number is out of range.
     """
 
     prompt_tokens: int = 128
+    """Average tokens of a prompt."""
     answer_tokens: int = 128
+    """Average of the answers' maximum tokens."""
     spread: float = 0.0
+    """Maximum relative difference of a length from the average."""
     shared_prefix_tokens: int = 0
+    """Tokens at the start of a prompt that all prompts share."""
     seed: int = 0
-    scale: Scale = field(default_factory=Scale)
+    scale: TokenScale = field(default_factory=TokenScale)
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "answer_tokens"):
@@ -94,108 +100,116 @@ class Words:
                 raise InvalidParameter(name, f"is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.spread < 1:
             raise InvalidParameter("spread", f"is {self.spread}, expected at least 0 and less than 1")
-        least = int(self.prompt_tokens * (1 - self.spread))
-        if not 0 <= self.shared_prefix_tokens <= least:
-            what = f"is {self.shared_prefix_tokens}, expected 0 to {least}, which the shortest prompt has"
-            raise InvalidParameter("shared_prefix_tokens", what)
+        shortest = int(self.prompt_tokens * (1 - self.spread))
+        if not 0 <= self.shared_prefix_tokens <= shortest:
+            problem = f"is {self.shared_prefix_tokens}, expected 0 to {shortest}, the length of the shortest prompt"
+            raise InvalidParameter("shared_prefix_tokens", problem)
 
-    def asks(self, part: str, /) -> Iterator[Ask]:
+    def requests(self, part: str, /) -> Iterator[Request]:
         shared = round(self.shared_prefix_tokens / self.scale.per_word)
-        prefix = random.Random(f"{self.seed} prefix").choices(WORDS, k=shared)
-        draw = random.Random(f"{self.seed} {part}")
+        prefix = random.Random(f"{self.seed} prefix").choices(COMMON_WORDS, k=shared)
+        generator = random.Random(f"{self.seed} {part}")
         while True:
-            tokens = self._length(draw, self.prompt_tokens)
+            tokens = self._length(generator, self.prompt_tokens)
             words = self.scale.words(tokens)
-            own = draw.choices(WORDS, k=max(0, words - len(prefix)))
-            yield Ask(" ".join((prefix + own)[:words]), self._length(draw, self.answer_tokens), prompt_tokens=tokens)
+            own = generator.choices(COMMON_WORDS, k=max(0, words - len(prefix)))
+            yield Request(
+                " ".join((prefix + own)[:words]), self._length(generator, self.answer_tokens), prompt_tokens=tokens
+            )
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"kind": "words"} | asdict(self)
 
-    def _length(self, draw: random.Random, tokens: int) -> int:
-        return max(1, round(tokens * draw.uniform(1 - self.spread, 1 + self.spread)))
+    def _length(self, generator: random.Random, tokens: int) -> int:
+        return max(1, round(tokens * generator.uniform(1 - self.spread, 1 + self.spread)))
 
 
 @dataclass(frozen=True)
-class Story:
-    """AIME's short prompt: the same for all."""
+class AimeShortPrompt:
+    """AIME's short workload: every request has the same short prompt."""
 
-    def asks(self, _part: str, /) -> Iterator[Ask]:
+    def requests(self, _part: str, /) -> Iterator[Request]:
         while True:
-            yield Ask(STORY, AIME_TOKENS)
+            yield Request(AIME_SHORT_PROMPT, AIME_TOKENS)
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"kind": "aime-short", "answer_tokens": AIME_TOKENS}
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Questions of a file, in its order, over and over."""
+class Dataset:
+    """Requests of a file, in its order, repeated without end."""
 
     name: str
-    questions: tuple[Ask, ...]
+    lines: tuple[Request, ...]
 
-    def asks(self, _part: str, /) -> Iterator[Ask]:
-        return cycle(self.questions)
+    def requests(self, _part: str, /) -> Iterator[Request]:
+        return cycle(self.lines)
 
-    def about(self) -> dict[str, Any]:
-        return {"kind": "dataset", "name": self.name, "questions": len(self.questions)}
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "dataset", "name": self.name, "questions": len(self.lines)}
 
 
-def filling(context: int, seed: int, scale: Scale) -> Words:
-    """Return AIME's long prompts: with 500 tokens of an answer they fill ``context``, but for a margin.
+def aime_context(context: int, seed: int, scale: TokenScale) -> RandomWords:
+    """Return AIME's long workload: a prompt and an answer of 500 tokens almost fill the context.
 
     Raises:
-        InvalidParameter: the context has no room for them.
+        InvalidParameter: the context is too small for an answer of 500 tokens.
     """
-    prompt = context - AIME_TOKENS - max(LEAST, round(MARGIN * context))
+    prompt = context - AIME_TOKENS - max(MIN_FREE_TOKENS, round(FREE_SHARE * context))
     if prompt < 1:
-        raise InvalidParameter("context", f"is {context}: it has no room for a prompt and {AIME_TOKENS} tokens")
-    return Words(prompt, AIME_TOKENS, seed=seed, scale=scale)
+        raise InvalidParameter("context", f"is {context}, too small for a prompt and an answer of {AIME_TOKENS} tokens")
+    return RandomWords(prompt, AIME_TOKENS, seed=seed, scale=scale)
 
 
-def read(path: Path, answer_tokens: int, *, chats: bool) -> Lines:
-    """Read a JSONL file of {"prompt": ...} or {"messages": [...]}, with "max_tokens" or without.
+def read_dataset(path: Path, answer_tokens: int, *, supports_messages: bool) -> Dataset:
+    """Read a JSONL file whose lines have {"prompt": ...} or {"messages": [...]}, and optionally "max_tokens".
 
     Args:
         path: the file.
-        answer_tokens: where a line says nothing.
-        chats: whether conversations can be asked.
+        answer_tokens: maximum tokens of the answer to a line without "max_tokens".
+        supports_messages: whether the dialect can send conversations.
 
     Raises:
-        InvalidRequest: it cannot be read, or a line is something else; the message has its number.
+        InvalidRequest: the file cannot be read or a line is not valid; the message has the line's number.
     """
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"--dataset: {path} cannot be read: {error}") from error
-    found = [
-        _ask(line, f"{path}:{number}", answer_tokens, chats) for number, line in enumerate(lines, 1) if line.strip()
+    requests = [
+        _parse_line(line, f"{path}:{number}", answer_tokens, supports_messages)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
     ]
-    if not found:
-        raise InvalidRequest(f"--dataset: {path} has no lines")
-    return Lines(path.name, tuple(found))
+    if not requests:
+        raise InvalidRequest(f"--dataset: {path} is empty")
+    return Dataset(path.name, tuple(requests))
 
 
-def _ask(line: str, where: str, answer_tokens: int, chats: bool) -> Ask:
+def _parse_line(line: str, location: str, answer_tokens: int, supports_messages: bool) -> Request:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise InvalidRequest(f"{where}: no JSON: {error}") from error
+        raise InvalidRequest(f"{location}: not JSON: {error}") from error
     entry = entry if isinstance(entry, dict) else {}
     prompt, messages, tokens = entry.get("prompt"), entry.get("messages"), entry.get("max_tokens", answer_tokens)
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise InvalidRequest(f'{where}: "max_tokens" is {tokens!r}, expected a number from 1')
+        raise InvalidRequest(f'{location}: "max_tokens" is {tokens!r}, expected an integer of at least 1')
     if isinstance(prompt, str) and prompt and messages is None:
-        return Ask(prompt, tokens)
-    if prompt is None and _conversation(messages):
-        if not chats:
-            raise InvalidRequest(f'{where}: "messages" need a dialect for chats, such as openai-chat')
-        return Ask("", tokens, tuple(messages))
-    raise InvalidRequest(f'{where}: expected {{"prompt": "..."}} or {{"messages": [{{"role": ..., "content": ...}}]}}')
+        return Request(prompt, tokens)
+    if prompt is None and _is_conversation(messages):
+        if not supports_messages:
+            raise InvalidRequest(f'{location}: "messages" requires a chat dialect, such as openai-chat')
+        return Request("", tokens, tuple(messages))
+    raise InvalidRequest(
+        f'{location}: expected {{"prompt": "..."}} or {{"messages": [{{"role": ..., "content": ...}}]}}'
+    )
 
 
-def _conversation(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
+def _is_conversation(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
     if not messages or not isinstance(messages, list):
         return False
-    return all(isinstance(each, dict) and isinstance(each.get("role"), str) and "content" in each for each in messages)
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("role"), str) and "content" in entry for entry in messages
+    )

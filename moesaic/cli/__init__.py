@@ -1,7 +1,7 @@
-"""The command ``moesaic``: one subcommand = one short function that imports what it needs when called.
+"""The command ``moesaic``: each subcommand is a function that imports its modules when it runs.
 
-Knows the flags, and how an error becomes one line and an exit code: 0 done, 2 refused or failed, 130
-interrupted, 141 nobody reads the output any more. ``moesaic --help`` imports neither torch nor a terminal library.
+This module parses the flags and turns an error into one line and an exit code: 0 success, 2 error, 130 interrupted,
+141 the reader of the output has closed it. ``moesaic --help`` imports neither torch nor a terminal library.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesaic import __version__
+from moesaic import __version__, registry
 from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
+from moesaic.cli.bench import add_bench, add_perplexity
 from moesaic.cli.cluster import add_gateway, add_worker
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
-from moesaic.cli.measuring import add_bench, add_perplexity
 from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
 
@@ -31,15 +31,14 @@ if TYPE_CHECKING:
     from moesaic.llm import LLM
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
-LAYOUTS = ("hf", "mistral", "meta")
-LISTS = ("models", "formats", "ops", "checkpoints", "chat-formats")
+INVENTORIES = ("models", "formats", "ops", "checkpoints", "chat-formats")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (by default the process's own) and return its exit code."""
+    """Run a command line, by default the process's own, and return the exit code."""
     args = _parser().parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
-    # For the records of what is measured, which leave out where things lie on this machine.
+    # Benchmarks record the command line, without the folders of this machine.
     args.line = shlex.join(["moesaic", *(re.sub(r"(^|=)[~/].*/", r"\1", word) for word in words)])
     try:
         code: int = args.run(args)
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Python flushes standard output once more on its way out.
+        # Python flushes standard output again at exit, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -61,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moesaic",
-        description="Run sparse mixture-of-experts chat models (Mixtral) and their dense relatives.",
-        epilog="examples:\n  moesaic chat\n  moesaic chat --help    all about one command",
+        description="Run sparse mixture-of-experts chat models (Mixtral), and dense models of the same families.",
+        epilog="examples:\n  moesaic chat\n  moesaic chat --help    show the flags of a command",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
@@ -95,49 +94,61 @@ def _add_chat(commands: Commands) -> None:
         commands,
         "chat",
         _chat,
-        "talk to a model in the terminal",
-        "If standard input is not a terminal,\nall of it is one message, and nothing but the answer is printed.",
+        "chat with a model in the terminal",
+        "If standard input is not a terminal, its whole text is the message, and the command prints only the answer.",
         "moesaic chat",
         "moesaic chat mistralai/Mixtral-8x7B-Instruct-v0.1 --temperature 0.7 --top-p 0.9",
         'echo "Tell me a story about a rabbit." | moesaic chat',
         'moesaic chat ./model -m "Hello!" --json',
     )
     add_model(parser)
-    talk = parser.add_argument_group("conversation")
-    talk.add_argument("--system", metavar="TEXT", default="", help="system prompt")
-    talk.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; default: the model's own")
-    talk.add_argument("--plain-text", action="store_true", help="no chat format: what you type is continued")
-    talk.add_argument("-m", "--message", metavar="TEXT", help="ask this, print the answer and exit")
-    talk.add_argument("--json", action="store_true", help="with -m or piped input: the answer as a JSON object")
-    talk.add_argument("--stats", action="store_true", help="with -m or piped input: tokens and times on standard error")
-    talk.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
-    talk.add_argument(
+    chat = parser.add_argument_group("conversation")
+    chat.add_argument("--system", metavar="TEXT", default="", help="system prompt")
+    chat.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; default: the model's own")
+    chat.add_argument("--plain-text", action="store_true", help="use no chat format: the model continues your text")
+    chat.add_argument("-m", "--message", metavar="TEXT", help="send this message, print the answer and exit")
+    chat.add_argument("--json", action="store_true", help="print the answer as JSON; requires -m or piped input")
+    chat.add_argument(
+        "--stats",
+        action="store_true",
+        help="print token counts and times on standard error; requires -m or piped input",
+    )
+    chat.add_argument("--context", type=int, metavar="N", help="maximum tokens of prompt and answer together")
+    chat.add_argument(
         "--kv-cache-dtype",
         choices=CACHE_DTYPES,
         default="auto",
-        help="int8: half the memory of bfloat16; default: that of activations",
+        help="int8 takes half the memory of bfloat16; default: the data type of activations",
     )
-    how = parser.add_argument_group("sampling (default: what the checkpoint recommends)")
-    how.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
-    how.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: off")
-    how.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens that have this mass together")
-    how.add_argument("--min-p", type=float, metavar="P", help="only tokens this times as likely as the likeliest")
-    how.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
-    how.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer; default: as many as fit")
-    how.add_argument("--seed", type=int, metavar="N", help="makes answers repeatable")
+    sampling = parser.add_argument_group("sampling (default: the checkpoint's recommendation)")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="randomness; 0: always the most likely token")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0: off")
+    sampling.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the most likely tokens with total probability P"
+    )
+    sampling.add_argument(
+        "--min-p", type=float, metavar="P", help="drop tokens less than P times as likely as the most likely token"
+    )
+    sampling.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1: make repeated tokens less likely"
+    )
+    sampling.add_argument(
+        "--max-tokens", type=int, metavar="N", help="maximum tokens of an answer; default: as many as fit"
+    )
+    sampling.add_argument("--seed", type=int, metavar="N", help="seed of the random generator; repeats an answer")
 
 
 def _chat(args: argparse.Namespace) -> int:
     from moesaic.engine import Sampling
 
     settings = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    Sampling(**settings)  # refused before anything is read
+    Sampling(**settings)  # check the values before the model is loaded
     if args.plain_text and (args.system or args.chat_format):
-        raise InvalidRequest("--plain-text goes with neither --system nor --chat-format: it has no template")
-    alone = args.message is None and sys.stdin.isatty()
-    if alone and (args.json or args.stats):
-        raise InvalidRequest("--json and --stats are for one answer: add -m TEXT, or pipe a message in")
-    text = None if alone else _message(args.message)
+        raise InvalidRequest("--plain-text excludes --system and --chat-format: plain text has no template")
+    interactive = args.message is None and sys.stdin.isatty()
+    if interactive and (args.json or args.stats):
+        raise InvalidRequest("--json and --stats need a single message: pass -m TEXT, or pipe a message in")
+    text = None if interactive else _message(args.message)
     from moesaic.console.conversation import Conversation
 
     with _load(args) as llm:
@@ -145,22 +156,23 @@ def _chat(args: argparse.Namespace) -> int:
         if text is None:
             from moesaic.console.session import Session
 
-            known = args.model is None or Path(args.model).exists()  # a hub id's folder is named by a digest
-            return Session(conversation, llm.name if known else args.model).run()
+            local = args.model is None or Path(args.model).exists()  # the folder of a hub model is named by a digest
+            return Session(conversation, llm.name if local else args.model).run()
         from moesaic.console import one_shot
 
         one_shot.answer(conversation, text, as_json=args.json, stats=args.stats)
         return 0
 
 
-def _message(given: str | None) -> str:
+def _message(argument: str | None) -> str:
+    """Return the message of -m, or all of standard input."""
     from moesaic.console import one_shot
 
-    if given is None:
+    if argument is None:
         return one_shot.read_input()
-    if not given.strip():
-        raise InvalidRequest("the message is empty: there is nothing to answer")
-    return given
+    if not argument.strip():
+        raise InvalidRequest("the message is empty: pass a text to -m")
+    return argument
 
 
 def _load(args: argparse.Namespace) -> LLM:
@@ -169,7 +181,7 @@ def _load(args: argparse.Namespace) -> LLM:
     from moesaic.text import chat
 
     if args.chat_format not in (None, OWN_TEMPLATE):
-        chat.get_format(args.chat_format)  # before anything is fetched
+        chat.get_format(args.chat_format)  # check the name before a model is fetched
     path = folder(args.model)
     with bar("loading") as progress:
         return LLM.load(
@@ -192,14 +204,17 @@ def _add_pull(commands: Commands) -> None:
         commands,
         "pull",
         _pull,
-        "fetch a model",
-        "What was fetched before is not fetched again, and what was\ninterrupted goes on. Prints the folder.",
+        "download a model",
+        "Files that are already there are not downloaded again, and an interrupted download continues. The command "
+        "prints the model's folder.",
         "moesaic pull mistralai/Mixtral-8x7B-Instruct-v0.1",
         "moesaic pull https://models.example.org/mixtral-8x7b.tar --to ./mixtral --sha256 0123...",
     )
-    parser.add_argument("source", metavar="SOURCE", help="org/name[@revision] on the hub, or the address of a .tar")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="folder to make; default: the cache")
-    parser.add_argument("--sha256", metavar="HEX", help="what the archive's digest must be")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="org/name[@revision] on the Hugging Face hub, or the URL of a .tar"
+    )
+    parser.add_argument("--to", type=Path, metavar="DIR", help="new folder for the model; default: in the cache")
+    parser.add_argument("--sha256", metavar="HEX", help="expected SHA-256 digest of the archive")
 
 
 def _pull(args: argparse.Namespace) -> int:
@@ -216,14 +231,14 @@ def _add_convert(commands: Commands) -> None:
         commands,
         "convert",
         _convert,
-        "write a checkpoint in another layout",
-        "Bits and dtypes stay as they are;\nthe new folder appears whole or not at all.",
+        "convert a checkpoint to another layout",
+        "Values and data types do not change. The new folder appears only when it is complete.",
         "moesaic convert ./mixtral ./mixtral-hf --to hf --shards 8",
     )
-    parser.add_argument("src", metavar="SRC", type=Path, help="a checkpoint, in any layout")
-    parser.add_argument("dst", metavar="DST", type=Path, help="a new folder")
-    parser.add_argument("--to", choices=LAYOUTS, required=True, help="the layout")
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="into how many files (default 1)")
+    parser.add_argument("src", metavar="SRC", type=Path, help="folder of a checkpoint in any layout")
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
+    parser.add_argument("--to", choices=registry.names("checkpoints"), required=True, help="the new layout")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of weight files (default 1)")
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -240,16 +255,23 @@ def _add_pack(commands: Commands) -> None:
         commands,
         "pack",
         _pack,
-        "quantize a model once, into a folder that loads at once",
-        "The weights are laid out\n"
-        "as the kernels read them and mapped ever after; the new folder appears whole or not at all.",
+        "quantize a model into a folder that loads without conversion",
+        "The folder has the weights in the format of the kernels, so that later commands map it into memory instead "
+        "of reading and quantizing the model again. It appears only when it is complete.",
         "moesaic pack ./mixtral ./mixtral-q4 --format q4",
         "moesaic pack ./mixtral ./mixtral-small --format experts=int2,attention=int8",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, or org/name on the hub")
-    parser.add_argument("dst", metavar="DST", type=Path, help="a new folder")
-    parser.add_argument("--format", metavar="F", required=True, help="q8, q4, q3, q2, a format, or role=format,...")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of activations and of what stays plain")
+    parser.add_argument("model", metavar="MODEL", help="a folder, or org/name on the Hugging Face hub")
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
+    parser.add_argument(
+        "--format",
+        metavar="F",
+        required=True,
+        help="q8, q4, q3, q2, a format of `moesaic list formats`, or role=format,...",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of activations and of weights that are not quantized"
+    )
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -271,13 +293,13 @@ def _add_list(commands: Commands) -> None:
         commands,
         "list",
         _list,
-        "show what this build has",
-        "For ops: which backend runs each on which device\nand weight format, and why others do not.",
+        "list the models, formats, ops, checkpoint layouts or chat formats of this build",
+        "For ops, it shows which backend runs each op on each device and weight format, and why others do not.",
         "moesaic list models",
         "moesaic list ops --json",
     )
-    parser.add_argument("what", choices=LISTS)
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("what", choices=INVENTORIES, help="what to list")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
-"""``moesaic admin``: look after a running gateway.
+"""``moesaic admin``: inspect and control a running gateway through its admin routes.
 
-Knows the gateway's routes for administrators. Needs neither torch nor what servers need.
+This module needs neither torch nor the packages of a server.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from moesaic import errors
-from moesaic.cli import dialing
+from moesaic.cli import client_options
 from moesaic.cli.flags import Commands, add_command
 from moesaic.errors import BadReply, ConnectionFailed, InvalidRequest, MoesaicError, Unavailable
 
-VARIABLE = "MOESAIC_ADMIN_KEY"
-SECONDS = 30.0
+KEY_VARIABLE = "MOESAIC_ADMIN_KEY"
+TIMEOUT_SECONDS = 30.0
 STATES = ("queued", "leased", "done", "failed", "cancelled", "dead")
-WHAT = {
-    "status": "the gateway at a glance",
-    "drain": "take no new requests; with NAME: give that worker nothing more",
-    "resume": "take that back; with NAME: that worker may work again, also a banned one",
-    "workers": "who works, on what, since when",
-    "ban": "ban worker NAME; other workers take over its jobs",
-    "queues": "what waits and runs, by model",
-    "jobs": f"those of state NAME: {', '.join(STATES)}",
-    "dead": "the dead letters: jobs that every worker died of",
-    "job": "job NAME; with --request, of a dead one, what was asked",
+ACTIONS = {
+    "status": "show a summary of the gateway",
+    "drain": "stop accepting requests; with NAME: give worker NAME no further jobs",
+    "resume": "undo drain; with NAME: undo drain or ban of worker NAME",
+    "workers": "list the workers and their jobs",
+    "ban": "ban worker NAME; other workers run its jobs",
+    "queues": "count waiting and running jobs by model",
+    "jobs": f"list jobs in state NAME: {', '.join(STATES)}",
+    "dead": "list dead letters: jobs that were tried until the crash limit",
+    "job": "show job NAME; with --request, also the request of a dead job",
     "revive": "queue the dead job NAME again",
-    "cancel": "cancel job NAME, whosever it is",
-    "keys": "names and limits",
-    "reload": "have the keys read again",
+    "cancel": "cancel job NAME of any client",
+    "keys": "list the API keys and their limits",
+    "reload": "reload the API keys",
 }
-NAMED = ("ban", "jobs", "job", "revive", "cancel")
+NAMED_ACTIONS = ("ban", "jobs", "job", "revive", "cancel")
 STATUSES: Mapping[int, type[MoesaicError]] = {
     400: errors.InvalidRequest,
     401: errors.Unauthorized,
@@ -51,38 +51,42 @@ def add_admin(commands: Commands) -> None:
         commands,
         "admin",
         _admin,
-        "look after a gateway: workers, queues, dead letters, keys",
-        "Needs a key that was made\nwith `moesaic keys add NAME --admin`.\n\n"
-        + "\n".join(f"  {name:<8}  {about}" for name, about in WHAT.items()),
+        "inspect and control a gateway: workers, queues, dead letters, API keys",
+        "It needs an admin key: `moesaic keys add NAME --admin`.\n\n"
+        + "\n".join(f"  {name:<8}  {about}" for name, about in ACTIONS.items()),
         "MOESAIC_ADMIN_KEY=msc-... moesaic admin workers",
         "moesaic admin dead --url https://chat.example.org --key-file admin.key --json",
         "moesaic admin drain rack-1/node-7",
     )
-    parser.add_argument("what", choices=WHAT, metavar="WHAT", help="see above")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a worker, a job or a state: see above")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's; default: http://127.0.0.1:8000")
-    dialing.add_flags(parser.add_argument_group("connection"), VARIABLE, "an admin's")
-    parser.add_argument("--json", action="store_true", help="what the gateway said, as JSON")
-    parser.add_argument("--most", type=int, default=100, metavar="N", help="of jobs: the newest N (default 100)")
-    parser.add_argument("--request", action="store_true", help="with job: what was asked, of a dead one")
+    parser.add_argument("what", choices=ACTIONS, metavar="WHAT", help="one of the actions above")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="name of a worker, id of a job, or state of jobs")
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="address of the gateway (default http://127.0.0.1:8000)"
+    )
+    client_options.add_flags(parser.add_argument_group("connection"), KEY_VARIABLE, "an admin's")
+    parser.add_argument("--json", action="store_true", help="print the gateway's response as JSON")
+    parser.add_argument(
+        "--most", type=int, default=100, metavar="N", help="with jobs and dead: list the newest N (default 100)"
+    )
+    parser.add_argument("--request", action="store_true", help="with job: also show the request, if the job is dead")
 
 
 def _admin(args: argparse.Namespace) -> int:
-    if args.what in NAMED and not args.name:
-        raise InvalidRequest(f"which? `moesaic admin {args.what} NAME`")
-    if args.name and args.what not in (*NAMED, "drain", "resume"):
-        raise InvalidRequest(f"{args.what} takes no name")
-    dialing.check("--url", args.url, plain=args.insecure_plaintext)
-    said = _ask(args, *_request(args))
+    if args.what in NAMED_ACTIONS and not args.name:
+        raise InvalidRequest(f"{args.what} requires a name: `moesaic admin {args.what} NAME`")
+    if args.name and args.what not in (*NAMED_ACTIONS, "drain", "resume"):
+        raise InvalidRequest(f"{args.what} takes no name: leave out {args.name!r:.100}")
+    client_options.check("--url", args.url, plain=args.insecure_plaintext)
+    response = _send(args, *_request(args))
     if args.json:
-        print(json.dumps(said, indent=1))
+        print(json.dumps(response, indent=1))
     else:
-        print("\n".join(_lines(args.what, said)))
+        print("\n".join(_lines(args.what, response)))
     return 0
 
 
 def _request(args: argparse.Namespace) -> tuple[str, str, Any]:
-    """Return method, path and body."""
+    """Return the HTTP method, the path below /admin/ and the body of a command."""
     what, name = args.what, args.name
     if what in ("drain", "resume", "ban"):
         return ("POST", f"workers/{what}", {"name": name}) if name else ("POST", what, None)
@@ -96,46 +100,51 @@ def _request(args: argparse.Namespace) -> tuple[str, str, Any]:
     return ("POST", "keys/reload", None) if what == "reload" else ("GET", what, None)
 
 
-def _ask(args: argparse.Namespace, method: str, path: str, body: Any) -> Any:
-    """Ask the gateway itself: past proxies, and nowhere that it would send us, as the key goes along."""
+def _send(args: argparse.Namespace, method: str, path: str, body: Any) -> Any:
+    """Send a request to the gateway and return the decoded response.
+
+    Uses no proxy and follows no redirect, because the request carries the admin key.
+    """
     import contextlib
     import http.client
 
-    parts, key = urlsplit(args.url), dialing.key(args, VARIABLE)
+    parts, key = urlsplit(args.url), client_options.key(args, KEY_VARIABLE)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     host = str(parts.hostname)
     try:
         connection = (
-            http.client.HTTPSConnection(host, parts.port, timeout=SECONDS, context=dialing.trusted(args.ca))
+            http.client.HTTPSConnection(
+                host, parts.port, timeout=TIMEOUT_SECONDS, context=client_options.trusted(args.ca)
+            )
             if parts.scheme == "https"
-            else http.client.HTTPConnection(host, parts.port, timeout=SECONDS)
+            else http.client.HTTPConnection(host, parts.port, timeout=TIMEOUT_SECONDS)
         )
-        sent = None if body is None else json.dumps(body).encode()
+        data = None if body is None else json.dumps(body).encode()
         with contextlib.closing(connection):
             connection.request(
-                method, f"{parts.path.rstrip('/')}/admin/{path}", sent, headers | {"content-type": "application/json"}
+                method, f"{parts.path.rstrip('/')}/admin/{path}", data, headers | {"content-type": "application/json"}
             )
-            answer = connection.getresponse()
-            content = answer.read()
+            response = connection.getresponse()
+            content = response.read()
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ConnectionFailed(f"{args.url:.100}: no answer: {error}") from error
-    if answer.status != 200:
-        raise _refusal(answer.status, content)
+    if response.status != 200:
+        raise _error(response.status, content)
     try:
         return json.loads(content)
     except ValueError as error:
-        raise BadReply(f"{args.url:.100}: what answers there is no gateway") from error
+        raise BadReply(f"{args.url:.100}: the response is not a gateway's: check --url") from error
 
 
-def _refusal(status: int, content: bytes) -> MoesaicError:
+def _error(status: int, content: bytes) -> MoesaicError:
     try:
         message = str(json.loads(content)["error"]["message"])[:500]
     except (ValueError, KeyError, TypeError):
-        message = f"it answered {status}: is this a gateway's address?"
+        message = f"the response has status {status}: check that --url is a gateway's address"
     return STATUSES.get(status, Unavailable if status >= 500 else BadReply)(message)
 
 
-# What is shown
+# Output
 
 Row = Mapping[str, Any]
 COLUMNS: Mapping[str, tuple[str, Mapping[str, Callable[[Row], Any]]]] = {
@@ -190,26 +199,28 @@ COLUMNS: Mapping[str, tuple[str, Mapping[str, Callable[[Row], Any]]]] = {
         },
     ),
 }
-SAME = {"dead": "jobs", "reload": "keys"}
+ALIASES = {"dead": "jobs", "reload": "keys"}
+"""Actions whose response looks like another action's."""
 
 
-def _lines(what: str, said: Mapping[str, Any]) -> list[str]:
-    """Return what was said as lines; nothing in it can drive the terminal."""
+def _lines(what: str, response: Mapping[str, Any]) -> list[str]:
+    """Return a response as lines of text, with control characters escaped."""
     from moesaic.console.visible import one_line
 
-    shown = COLUMNS.get(SAME.get(what, what))
-    if shown is None:
-        pairs = {**said, **said.get("job", {})} if what == "job" else said
-        kept = {name: value for name, value in pairs.items() if name != "job" and value not in ("", None)}
-        width = max(map(len, kept), default=0)
-        return [f"{name:<{width}}  {one_line(_plain(value))}" for name, value in kept.items()]
-    field, columns = shown
-    rows = [[one_line(str(read(row))) for read in columns.values()] for row in said[field]]
+    table = COLUMNS.get(ALIASES.get(what, what))
+    if table is None:
+        pairs = {**response, **response.get("job", {})} if what == "job" else response
+        filled = {name: value for name, value in pairs.items() if name != "job" and value not in ("", None)}
+        width = max(map(len, filled), default=0)
+        return [f"{name:<{width}}  {one_line(_text(value))}" for name, value in filled.items()]
+    field, columns = table
+    rows = [[one_line(str(cell(row))) for cell in columns.values()] for row in response[field]]
     lines = _table([[name.upper() for name in columns], *rows]) if rows else [f"no {field}"]
-    return [*lines, f"banned: {one_line(', '.join(said['banned']))}"] if said.get("banned") else lines
+    banned = response.get("banned")
+    return [*lines, f"banned: {one_line(', '.join(banned))}"] if banned else lines
 
 
-def _plain(value: Any) -> str:
+def _text(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 

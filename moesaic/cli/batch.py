@@ -1,4 +1,4 @@
-"""``moesaic run-batch``: a file of requests becomes a file of answers."""
+"""``moesaic run-batch``: answer a file of requests without a server."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesaic.cli import listening, serving
+from moesaic.cli import server_options, serving
+from moesaic.cli.event_loop import run_async
 from moesaic.cli.flags import CACHE_DTYPES, Commands, add_command, add_model, folder
-from moesaic.cli.loop import run_async
 from moesaic.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -21,26 +21,28 @@ def add_batch(commands: Commands) -> None:
         commands,
         "run-batch",
         _run_batch,
-        "answer a file of requests, in OpenAI's batch format",
-        "No port is opened. What OUT has already\n"
-        "is not asked again: after an interruption, run the same command. Exit code 1: some requests failed.",
+        "answer a file of requests in OpenAI's batch format",
+        "The command opens no port. Requests that OUT already answers are skipped: run the same command again after "
+        "an interruption. The exit code is 1 if requests failed.",
         "moesaic run-batch requests.jsonl answers.jsonl",
         "moesaic run-batch requests.jsonl answers.jsonl ./mixtral-q4 --concurrency 64",
     )
-    parser.add_argument("source", metavar="IN", type=Path, help='a {"custom_id", "method", "url", "body"} per line')
-    parser.add_argument("target", metavar="OUT", type=Path, help="answers in the order in which they came")
-    add_model(parser)
-    parser.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
-    parser.add_argument("--cache-tokens", type=int, metavar="N", help="places in the key/value cache")
-    parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half the memory")
-    parser.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`")
     parser.add_argument(
-        "--concurrency", type=int, default=32, metavar="N", help="requests at the same time (default 32)"
+        "source", metavar="IN", type=Path, help='file with {"custom_id", "method", "url", "body"} on each line'
     )
+    parser.add_argument("target", metavar="OUT", type=Path, help="file for the answers, in the order of completion")
+    add_model(parser)
+    parser.add_argument("--context", type=int, metavar="N", help="maximum tokens of prompt and answer together")
+    parser.add_argument("--cache-tokens", type=int, metavar="N", help="capacity of the key/value cache in tokens")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8 takes half the memory of bfloat16"
+    )
+    parser.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`")
+    parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="concurrent requests (default 32)")
 
 
 def _run_batch(args: argparse.Namespace) -> int:
-    listening.need_packages()
+    server_options.require_packages()
     if args.concurrency < 1:
         raise InvalidRequest(f"--concurrency: is {args.concurrency}, expected at least 1")
     if not args.source.is_file():
@@ -48,10 +50,10 @@ def _run_batch(args: argparse.Namespace) -> int:
     args.models = [args.model] if args.model else []
     args.sequences, args.queue = args.concurrency, 8 * args.concurrency + 256
     args.batch_tokens = None
-    count = run_async(_answer(args))
-    before = f", {count.skipped} of them before" if count.skipped else ""
-    print(f"{count.answered} answered, {count.failed} failed{before}", file=sys.stderr)
-    return 1 if count.failed else 0
+    counts = run_async(_answer(args))
+    earlier = f", {counts.skipped} of them before" if counts.skipped else ""
+    print(f"{counts.answered} answered, {counts.failed} failed{earlier}", file=sys.stderr)
+    return 1 if counts.failed else 0
 
 
 async def _answer(args: argparse.Namespace) -> BatchCounts:

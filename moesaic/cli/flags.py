@@ -1,28 +1,40 @@
-"""What several subcommands have in common: how one is declared, and how it names a model.
+"""Helpers that several subcommands share: declare a command, add the model's flags, and find the model's folder.
 
-Imports nothing slow: ``moesaic --help`` reads this.
+This module imports nothing slow, because ``moesaic --help`` imports it.
 """
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "int8")
+HELP_WIDTH = 79
 
-Commands = Any  # argparse's own name for what add_subparsers returns is private
+Commands = Any
+"""What ``ArgumentParser.add_subparsers`` returns; argparse gives its type no public name."""
 
 
 def add_command(
     commands: Commands, name: str, run: Any, about: str, more: str, *examples: str
 ) -> argparse.ArgumentParser:
-    """Add a subcommand that ``run`` does, with its help and examples, and return its parser."""
+    """Add a subcommand and return its parser.
+
+    Args:
+        commands: the parsers of all subcommands.
+        name: the subcommand.
+        run: function that runs the command: it takes the parsed arguments and returns the exit code.
+        about: what the command does, in a phrase; the list of commands shows it.
+        more: further sentences of the command's description; a paragraph that has line breaks keeps them.
+        examples: command lines to show at the end of the help.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=about,
-        description=f"{about[0].upper()}{about[1:]}. {more}",
+        description=_wrapped(f"{about[0].upper()}{about[1:]}. {more}"),
         epilog="\n".join(["examples:" if len(examples) > 1 else "example:", *(f"  {line}" for line in examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -31,11 +43,23 @@ def add_command(
     return parser
 
 
+def _wrapped(text: str) -> str:
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(part if "\n" in part else textwrap.fill(part, HELP_WIDTH) for part in paragraphs)
+
+
 def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None:
-    """Add what says which model, and how it is held; with ``formats``, in several formats one after the other."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder, or org/name on the hub; default: built-in")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as the checkpoint is stored")
-    about = "quantize: q8, q4, q3, q2, a format, or experts=int2,attention=int8"
+    """Add the argument MODEL and the flags of how to load it; with ``formats``, --format may be repeated."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a folder, or org/name on the Hugging Face hub; default: the built-in model",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of activations; default: as the checkpoint is stored"
+    )
+    about = "quantize the weights: q8, q4, q3, q2, a format of `moesaic list formats`, or experts=int2,attention=int8"
     if formats:
         parser.add_argument("--format", metavar="F", action="append", help=f"{about}; may be repeated")
     else:
@@ -44,7 +68,7 @@ def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None
 
 
 def folder(model: str | None) -> Path | None:
-    """Return the folder that MODEL means: itself, or where the hub's files are put; None for the built-in model."""
+    """Return the folder of MODEL, after a download if it is a name on the hub; None for the built-in model."""
     from moesaic import pull
     from moesaic.console.progress import bar
 

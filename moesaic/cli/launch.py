@@ -1,4 +1,4 @@
-"""``moesaic launch``: workers on many machines."""
+"""``moesaic launch``: start workers on many machines."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from moesaic.errors import InvalidRequest
 
 
 def add_launch(commands: Commands) -> None:
+    launchers = registry.names("cluster/launch")
     parser = add_command(
         commands,
         "launch",
         _launch,
-        "workers on many machines, by systemd, SLURM or Ray",
-        "What stands behind --worker goes to\n"
-        "`moesaic worker`. systemd and slurm: prints the file, or writes it with --to. ray: runs until SIGTERM.",
+        f"start workers on many machines, with one of: {', '.join(launchers)}",
+        "All arguments after --worker are passed to `moesaic worker`. For systemd and SLURM, the command prints a "
+        "service or batch file, or writes it with --to. For Ray, it runs until it gets SIGTERM.",
         "moesaic launch systemd --replicas 4 --gpus 1 --to . --worker /srv/mixtral-q4 --gateway https://chat.example.org",
         "moesaic launch slurm --replicas 16 --cpus 32 --worker /srv/mixtral-q4 --gateway https://chat.example.org",
         "moesaic launch ray --replicas 8 --gpus 1 --worker /srv/mixtral-q4 --device cuda --gateway https://chat.example.org",
     )
-    parser.add_argument("launcher", choices=registry.names("cluster/launch"))
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="workers (default 1)")
-    parser.add_argument("--cpus", type=float, metavar="N", help="of each")
-    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of each (default 0)")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="write the file here instead of printing it")
-    about = "all that follows: what `moesaic worker` is given"
+    parser.add_argument("launcher", choices=launchers, help="system that starts the workers")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="number of workers (default 1)")
+    parser.add_argument("--cpus", type=float, metavar="N", help="CPUs per worker")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs per worker (default 0)")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="write the file to this folder instead of printing it")
+    about = "all further arguments: the arguments of `moesaic worker`"
     parser.add_argument("--worker", nargs=argparse.REMAINDER, default=[], metavar="...", help=about)
-    parser.add_argument("--program", metavar="PATH", help="where `moesaic` is on those machines; default: as here")
     parser.add_argument(
-        "--address", metavar="HOST:PORT", help="of the Ray cluster; default: RAY_ADDRESS, or this node's"
+        "--program", metavar="PATH", help="path of `moesaic` on the workers' machines; default: the same as here"
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="address of the Ray cluster; default: $RAY_ADDRESS, or this node's"
     )
 
 
@@ -40,11 +43,11 @@ def _launch(args: argparse.Namespace) -> int:
     from moesaic import cli
     from moesaic.cluster import launch
 
-    # Wrong flags are refused here and not on all those machines.
-    known = cli._parser().parse_args(["worker", *args.worker])
+    # Errors in the worker's flags are reported here, not later on every machine.
+    worker = cli._parser().parse_args(["worker", *args.worker])
     program = args.program or str(Path(sys.executable).with_name("moesaic"))
     plan = launch.Plan(
-        tuple(args.worker), args.replicas, args.cpus, args.gpus, program, args.address, known.drain_timeout
+        tuple(args.worker), args.replicas, args.cpus, args.gpus, program, args.address, worker.drain_timeout
     )
     launcher = launch.load(args.launcher)
     files = launcher.files(plan)

@@ -1,9 +1,8 @@
-"""``moesaic serve``: models behind HTTP."""
+"""``moesaic serve``: an HTTP server for models; and the flags and functions that load models for other commands."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from dataclasses import replace
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesaic.cli import launcher, listening
+from moesaic.cli import server_options, tgi_launcher
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, folder
 from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, NotFound
@@ -26,47 +25,69 @@ def add_serve(commands: Commands) -> None:
         commands,
         "serve",
         _serve,
-        "put models behind HTTP: OpenAI's API, TGI's and Anthropic's, and a web chat",
-        "The first MODEL is the default and is loaded at once,\n"
-        "others when they are asked for. NAME=MODEL gives one a name. Without --host, only this machine can reach it.",
+        "serve models over HTTP: the APIs of OpenAI, TGI and Anthropic, and a web chat",
+        "The first MODEL is the default and is loaded at the start; the others are loaded when they are requested. "
+        "Write NAME=MODEL to give a model a name. Without --host, only this machine can connect.",
         "moesaic serve",
         "moesaic serve ./mixtral-q4 --port 8080",
         "moesaic serve chat=./mixtral small=./mistral-7b --memory 20 --host 0.0.0.0 --keys keys.json",
     )
     parser.usage = "moesaic serve [FLAGS] [MODEL ...]"
     add_models(parser)
-    listening.add_flags(parser)
+    server_options.add_flags(parser)
     parser.add_argument(
-        "--strict-model-name", action="store_true", help="no stand-ins such as tgi for the default model"
+        "--strict-model-name",
+        action="store_true",
+        help="refuse stand-in names, such as tgi, for the default model",
     )
-    launcher.add_flags(parser)
+    tgi_launcher.add_flags(parser)
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
-    """Add what says which models there are, and how they are held: what ``books`` reads."""
-    parser.add_argument("models", metavar="MODEL", nargs="*", help="folders, or org/name on the hub; default: built-in")
+    """Add the flags that ``model_entries`` reads: which models there are and how to load them."""
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="folders, or org/name on the Hugging Face hub; default: the built-in model",
+    )
     model = parser.add_argument_group("models")
-    model.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as the checkpoint is stored")
-    model.add_argument("--format", metavar="F", help="quantize: q8, q4, q3, q2, a format, or experts=int2,...")
+    model.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of activations; default: as the checkpoint is stored"
+    )
+    model.add_argument(
+        "--format",
+        metavar="F",
+        help="quantize the weights: q8, q4, q3, q2, a format of `moesaic list formats`, or experts=int2,...",
+    )
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    model.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
-    model.add_argument("--cache-tokens", type=int, metavar="N", help="places in the key/value cache of each model")
-    stored = (*CACHE_DTYPES, *launcher.FP8)
-    model.add_argument("--kv-cache-dtype", choices=stored, default="auto", help="int8: half the memory; fp8: int8")
+    model.add_argument("--context", type=int, metavar="N", help="maximum tokens of prompt and answer together")
+    model.add_argument(
+        "--cache-tokens", type=int, metavar="N", help="capacity of each model's key/value cache in tokens"
+    )
+    dtypes = (*CACHE_DTYPES, *tgi_launcher.FP8)
+    model.add_argument(
+        "--kv-cache-dtype",
+        choices=dtypes,
+        default="auto",
+        help="int8 takes half the memory of bfloat16; TGI's fp8 values mean int8",
+    )
     model.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`")
-    model.add_argument("--memory", type=float, metavar="GB", help="most that loaded models may take together")
-    model.add_argument("--sequences", type=int, metavar="N", help="answers at the same time (default 64)")
-    model.add_argument("--queue", type=int, metavar="N", help="answers that may wait; more get 429 (default 256)")
+    model.add_argument("--memory", type=float, metavar="GB", help="maximum size of all loaded models together")
+    model.add_argument("--sequences", type=int, metavar="N", help="maximum concurrent answers (default 64)")
+    model.add_argument(
+        "--queue", type=int, metavar="N", help="maximum waiting answers; further requests get 429 (default 256)"
+    )
 
 
 def _serve(args: argparse.Namespace) -> int:
-    listening.need_packages()
+    server_options.require_packages()
     from moesaic.serve.settings import TgiBounds
 
-    launch = launcher.translate(args, os.environ)
+    launch = tgi_launcher.translate(args, os.environ)
     args = launch.args
     os.environ.update(launch.environment)  # for the libraries that read it
-    settings = listening.settings(
+    settings = server_options.settings(
         args,
         strict_model_name=args.strict_model_name,
         concurrent_requests=args.concurrent_requests,
@@ -74,49 +95,56 @@ def _serve(args: argparse.Namespace) -> int:
         tgi=TgiBounds(**launch.bounds),
     )
 
-    return listening.serve(args, settings, lambda: model_manager(args), before=lambda: _say(launch))
+    return server_options.serve(args, settings, lambda: model_manager(args), before=lambda: _print_notes(launch))
 
 
 async def model_manager(args: argparse.Namespace, many_streams: int | None = None) -> ModelManager:
-    """Return the models that were named, the first of them loaded. ``many_streams``: see ``LocalBackend``."""
+    """Load the first model of the command line, and return the manager of all of them.
+
+    Args:
+        args: parsed flags of ``add_models``.
+        many_streams: number of running answers above which a backend polls its engine less often; None: the default.
+    """
     from moesaic.serve.model_manager import ModelManager
 
-    made = ModelManager(model_entries(args, many_streams), None if args.memory is None else int(args.memory * 1e9))
-    await made.get(made.models()[0].name)
-    return made
+    manager = ModelManager(model_entries(args, many_streams), None if args.memory is None else int(args.memory * 1e9))
+    await manager.get(manager.models()[0].name)
+    return manager
 
 
-def _say(launch: launcher.Launch) -> None:
-    """Tell what TGI's flags were taken as."""
-    if launch.said:
-        lines = ("moesaic: TGI's flags, as they are taken here:", *(f"  {one_line(line)}" for line in launch.said))
+def _print_notes(launch: tgi_launcher.Launch) -> None:
+    """Print how TGI's flags were translated."""
+    if launch.notes:
+        lines = ("moesaic: TGI's flags and what they mean here:", *(f"  {one_line(note)}" for note in launch.notes))
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> list[ModelEntry]:
-    """Return the models that were named, none of them loaded."""
+    """Return the models of the command line, none of them loaded.
+
+    Raises:
+        InvalidRequest: two models have the same name.
+        NotFound: a model's folder does not exist.
+    """
     from moesaic.backend import ModelInfo
     from moesaic.serve.model_manager import ModelEntry
 
-    found = []
-    for given in args.models or [None]:
-        # A path may have a "=" in it, behind the name that it then needs.
-        name, _, model = given.partition("=") if given and "=" in given else ("", "", given)
+    entries = []
+    for argument in args.models or [None]:
+        # A path that contains "=" needs a name in front of it.
+        name, _, model = argument.partition("=") if argument and "=" in argument else ("", "", argument)
         path = folder(model)
         if path is not None and not path.is_dir():
             raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
-        called = model if model is None or Path(model).exists() else model.partition("@")[0]
-        shown = name or (called.rstrip("/").split("/")[-1] if called else "built-in")
-        aliases = tuple({called} - {shown, None}) if called and "/" in called and not Path(called).exists() else ()
+        source = model if model is None or Path(model).exists() else model.partition("@")[0]
+        shown = name or (source.rstrip("/").split("/")[-1] if source else "built-in")
+        aliases = tuple({source} - {shown, None}) if source and "/" in source and not Path(source).exists() else ()
         size = _memory_needed(args, path) if getattr(args, "memory", None) is not None else 0
-        found.append(
-            ModelEntry(
-                ModelInfo(shown, aliases, state="unloaded"), partial(open_model, args, path, shown, many_streams), size
-            )
-        )
-    if len({entry.info.name for entry in found}) < len(found):
-        raise InvalidRequest("two models have the same name: name them, as in a=./one b=./two")
-    return found
+        info = ModelInfo(shown, aliases, state="unloaded")
+        entries.append(ModelEntry(info, partial(open_model, args, path, shown, many_streams), size))
+    if len({entry.info.name for entry in entries}) < len(entries):
+        raise InvalidRequest("two models have the same name: give them names, for example a=./one b=./two")
+    return entries
 
 
 def _memory_needed(args: argparse.Namespace, path: Path | None) -> int:
@@ -138,7 +166,9 @@ def _memory_needed(args: argparse.Namespace, path: Path | None) -> int:
 async def open_model(
     args: argparse.Namespace, path: Path | None, name: str, many_streams: int | None = None
 ) -> Backend:
-    """Return the door to a model, loaded as the command line says."""
+    """Load a model as the flags say, and return its backend."""
+    import asyncio
+
     from moesaic.classifier import Classifier
     from moesaic.engine import Limits
     from moesaic.llm import LLM

@@ -1,4 +1,4 @@
-"""Many machines behind one address: jobs that are kept until they are answered, and workers that fetch them.
+"""Gateways, workers and job stores: one address for many machines.
 
-Nothing is imported here: a gateway needs no torch, and a worker no job store.
+This package imports nothing itself, because a gateway needs no torch and a worker no job store.
 """

@@ -1,4 +1,4 @@
-"""Our engine beside transformers for real, on a tiny model; peers that are missing or die; what is shown of it."""
+"""Comparison of engines: ours and transformers on a tiny model, missing and failing peers, tables and plots."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def found(work: Path) -> Comparison:
     )
 
 
-def test_every_engine_runs_every_cell_on_the_same_model(found: Comparison) -> None:
+def test_every_engine_runs_every_cell(found: Comparison) -> None:
     assert [(row.peer, row.format) for row in found.rows] == [
         ("moesaic", "q4"),
         ("moesaic_llm", "bfloat16"),
@@ -64,7 +64,7 @@ def test_every_engine_runs_every_cell_on_the_same_model(found: Comparison) -> No
     assert 4 < packed.bits < 8 and 16 <= theirs.bits < plain.bits < 16.1  # ours has norms and router in float32
 
 
-def test_what_is_missing_or_fails_is_said_and_does_not_stop_the_rest(found: Comparison) -> None:
+def test_missing_and_failing_peers_are_reported(found: Comparison) -> None:
     assert "no-such-python cannot be started" in found.left_out["vllm"]
     [(name, why)] = found.failed.items()
     assert name == "Moesaic, model step, q5" and "'q5' is unknown" in why
@@ -72,7 +72,7 @@ def test_what_is_missing_or_fails_is_said_and_does_not_stop_the_rest(found: Comp
     assert "left out: vllm: " in shown and "failed: Moesaic, model step, q5: " in shown
 
 
-def test_ctrl_c_keeps_what_was_measured(work: Path, found: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_measured_rows(work: Path, found: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = []
 
     def run(_: object, row: compare.Row, path: str) -> None:
@@ -82,16 +82,14 @@ def test_ctrl_c_keeps_what_was_measured(work: Path, found: Comparison, monkeypat
         row.samples = {cell.name: [1.0] for cell in PLAN.cells()}
         row.about = {"expert_bytes": 1, "other_bytes": 1}
 
-    monkeypatch.setattr(compare._Bench, "round", run)
+    monkeypatch.setattr(compare._Session, "round", run)
     pairs = [("moesaic", "q4"), ("moesaic_llm", "bfloat16")]
     kept = compare.compare(pairs, work, shape=SHAPE, plan=PLAN)
     assert [row.peer for row in kept.rows] == ["moesaic"]
     assert kept.failed == {"Moesaic, whole LLM, bfloat16": "stopped before it was measured"}
 
 
-def test_a_peer_that_is_not_installed_is_named_with_its_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_peer_is_reported_with_install_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     flags = ["--only", "vllm", "--python", f"vllm={tmp_path}/bare/bin/python", "--work", str(tmp_path / "work")]
     assert cli.main(["bench", "peers", *flags]) == 2
@@ -102,12 +100,12 @@ def test_a_peer_that_is_not_installed_is_named_with_its_command(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("os.kill(os.getpid(), 9)", "its process ended by signal 9 during load; it last said: loading"),
-        ("os._exit(3)", "its process ended with exit status 3 during load; it last said: loading"),
+        ("os.kill(os.getpid(), 9)", "its process ended by signal 9 during load; its last output: loading"),
+        ("os._exit(3)", "its process ended with exit status 3 during load; its last output: loading"),
         ("raise ValueError('no such thing')", "load failed: ValueError: no such thing"),
     ],
 )
-def test_a_child_that_dies_is_one_clear_error(tmp_path: Path, body: str, message: str) -> None:
+def test_failing_child_process_is_one_error(tmp_path: Path, body: str, message: str) -> None:
     file = tmp_path / "peer.py"
     file.write_text(
         "import os\nclass Peer:\n def __init__(self, path, **setup):\n"
@@ -119,7 +117,7 @@ def test_a_child_that_dies_is_one_clear_error(tmp_path: Path, body: str, message
     assert str(caught.value) == message
 
 
-def test_the_tables_and_the_record_hold_every_row(found: Comparison, tmp_path: Path) -> None:
+def test_tables_and_record_have_every_row(found: Comparison, tmp_path: Path) -> None:
     shown = "\n".join(chart.tables(found))
     for row in found.rows:
         assert shown.count(row.name) >= 3  # speeds, shares of the limit, shares beside a neighbour
@@ -131,7 +129,7 @@ def test_the_tables_and_the_record_hold_every_row(found: Comparison, tmp_path: P
     assert first["versions"]["torch"] == torch.__version__ and first["medians"].keys() == first["samples"].keys()
 
 
-def test_the_command_prints_the_tables_and_writes_the_record(
+def test_command_prints_tables_and_writes_record(
     found: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "compare", lambda *_, **__: found)  # the real model takes an hour
@@ -148,13 +146,13 @@ def test_plots_are_written(found: Comparison, tmp_path: Path) -> None:
         assert (tmp_path / f"peers{suffix}").read_bytes().startswith(begins)
 
 
-def test_what_cannot_be_measured_or_drawn_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NotFound, match="has no entry 'nobody'; available: llama_cpp, moesaic"):
         compare.choose("nobody")
-    with pytest.raises(InvalidParameter, match="names no format"):
+    with pytest.raises(InvalidParameter, match="has no format after the colon"):
         compare.choose("moesaic:")
     assert compare.choose("moesaic:int4_64") == [("moesaic", "int4_64")]
-    with pytest.raises(InvalidParameter, match="names no interpreter"):
+    with pytest.raises(InvalidParameter, match="does not name an interpreter"):
         compare.interpreters(["vllm=/nowhere/python"])
     assert cli.main(["bench", "peers", "--plot", "figures.pdf"]) == 2
     assert "ends in neither .svg nor .png" in capsys.readouterr().err
@@ -162,7 +160,7 @@ def test_what_cannot_be_measured_or_drawn_is_refused_at_once(capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_peers_file_needs_nothing_but_the_standard_library_and_keeps_the_contract(name: str) -> None:
+def test_peer_files_keep_the_contract(name: str) -> None:
     file = registry.load(compare.PEERS, name).__file__
     assert file is not None
     code = f"import sys; sys.path.insert(0, {str(Path(file).parent)!r}); import _child; from pathlib import Path\n"
@@ -172,7 +170,7 @@ def test_a_peers_file_needs_nothing_but_the_standard_library_and_keeps_the_contr
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
 
 
-def test_a_step_of_ours_is_the_same_as_computing_the_whole(work: Path) -> None:
+def test_our_step_equals_a_whole_prompt(work: Path) -> None:
     """What ``fill`` copies into each sequence's own blocks is what a step then reads."""
     ours = registry.load(compare.PEERS, "moesaic")
     path = _model.write(SHAPE, work / SHAPE.name)
@@ -185,7 +183,7 @@ def test_a_step_of_ours_is_the_same_as_computing_the_whole(work: Path) -> None:
         torch.testing.assert_close(stepped[row], peer._prompt([*prompt, id]), rtol=0.02, atol=0.02)
 
 
-def test_llama_cpps_file_has_rotary_rows_as_neighbours_and_experts_stacked(work: Path) -> None:
+def test_gguf_rows_are_interleaved_and_experts_stacked(work: Path) -> None:
     theirs = registry.load(compare.PEERS, "llama_cpp")
     file = _model.write(SHAPE, work / SHAPE.name) / "model.safetensors"
     tensors = {each.name: each for each in theirs._tensors(_model._config(SHAPE))}
@@ -214,7 +212,7 @@ def test_limits_follow_from_bytes_and_operations() -> None:
     assert many == pytest.approx(600e9 / 1.6e9, rel=0.05)  # the operations of a token, without the head
 
 
-def test_a_neighbour_spins_on_one_core_and_goes_away() -> None:
+def test_neighbour_keeps_a_core_busy() -> None:
     with neighbour() as process:
         state = Path(f"/proc/{process}/stat").read_text().split()[2]
         assert state == "R"

@@ -53,7 +53,7 @@ def test_every_token_is_predicted_once(talker: Path, loaded: Loaded, tokenizer: 
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / sum(len(t.encode()) for t in TEXTS), rel=1e-5)
 
 
-def test_the_grouping_of_windows_changes_nothing(
+def test_grouping_of_windows_does_not_change_the_result(
     loaded: Loaded, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
@@ -65,7 +65,7 @@ def test_the_grouping_of_windows_changes_nothing(
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3), (torch.int8, 1e-2)])
-def test_a_cache_changes_as_much_as_it_rounds(
+def test_cache_changes_the_result_by_its_rounding(
     loaded: Loaded, tokenizer: Tokenizer, dtype: torch.dtype, close: float
 ) -> None:
     whole = quality.perplexity(loaded, tokenizer, TEXTS, 20)
@@ -74,7 +74,7 @@ def test_a_cache_changes_as_much_as_it_rounds(
     assert dtype == torch.float32 or found.nats != whole.nats
 
 
-def test_what_is_refused(loaded: Loaded, tokenizer: Tokenizer) -> None:
+def test_invalid_arguments_are_refused(loaded: Loaded, tokenizer: Tokenizer) -> None:
     for length in (0, 4097):
         with pytest.raises(InvalidParameter, match="length"):
             quality.perplexity(loaded, tokenizer, TEXTS, length)
@@ -83,7 +83,7 @@ def test_what_is_refused(loaded: Loaded, tokenizer: Tokenizer) -> None:
             quality.perplexity(loaded, tokenizer, nothing)
 
 
-def test_files(tmp_path: Path) -> None:
+def test_text_files_are_read(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": text, "source": "x"}) + "\n" for text in TEXTS)
     (tmp_path / "a.txt").write_text(TEXTS[2], "utf-8")
     (tmp_path / "a.jsonl").write_text(lines + "\n")
@@ -104,7 +104,7 @@ def test_files(tmp_path: Path) -> None:
         ("a.jsonl.xz", lzma.compress(b'{"text": "x"}')[:-9], "cannot be read"),
     ],
 )
-def test_files_that_are_refused(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_invalid_text_files_are_refused(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MoesaicError, match=words):
         quality.read_texts(tmp_path / name)

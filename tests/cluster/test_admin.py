@@ -43,7 +43,7 @@ def admin(here: Site, *line: str, key: str = "ops") -> int:
     return cli.main(["admin", *line, "--url", here.url, "--key", here.written[key]])
 
 
-def test_every_route_wants_an_admins_key(here: Site) -> None:
+def test_every_route_requires_an_admin_key(here: Site) -> None:
     routes = [each for each in here.server.app.services.endpoints if each.path.startswith("/admin/")]
     assert len(routes) == 14 and all(each.admin for each in routes)
     for each in routes:
@@ -54,7 +54,7 @@ def test_every_route_wants_an_admins_key(here: Site) -> None:
         assert here.call(each.method, path, {"name": "x"}).status_code in (200, 404)
 
 
-def test_without_keys_nobody_is_an_administrator(tmp_path: Path) -> None:
+def test_without_keys_admin_routes_are_refused(tmp_path: Path) -> None:
     with site(tmp_path) as here:
         here.server.app.services.keys.wanted = False
         assert here.call("GET", "/admin/workers", key="").status_code == 403
@@ -79,7 +79,7 @@ def test_workers_and_queues(here: Site) -> None:
     assert all(each().status_code == 200 for each in waiting)
 
 
-def test_a_drained_worker_ends_what_it_has_and_gets_nothing_more(here: Site) -> None:
+def test_drained_worker_finishes_its_jobs_and_gets_no_more(here: Site) -> None:
     process = here.spawn("w0")
     running = here.asking("first", 60)
     eventually(lambda: here.get("queues")["queues"][0]["leased"] == 1)
@@ -111,7 +111,7 @@ def test_banned_worker_is_replaced_by_another(here: Site) -> None:
     here.spawn("w0")
 
 
-def test_a_dead_job_is_looked_at_and_revived(here: Site) -> None:
+def test_dead_job_can_be_inspected_and_revived(here: Site) -> None:
     id = dead(here, once="again")
     shown = here.get(f"jobs/{id}")
     assert shown["job"]["state"] == "dead" and shown["job"]["crashes"] == 1 and "request" not in shown
@@ -128,7 +128,7 @@ def test_a_dead_job_is_looked_at_and_revived(here: Site) -> None:
     assert here.call("GET", f"/admin/jobs/{id}?request=true").status_code == 409
 
 
-def test_any_job_is_cancelled(here: Site) -> None:
+def test_admin_can_cancel_any_job(here: Site) -> None:
     here.spawn("w0")
     waiting = here.asking("long", 2000)
     [job] = eventually(lambda: here.get("jobs?state=leased")["jobs"])
@@ -137,7 +137,7 @@ def test_any_job_is_cancelled(here: Site) -> None:
     eventually(lambda: here.get("workers")["workers"][0]["jobs"] == [])
 
 
-def test_a_drained_gateway_takes_nothing_new_and_ends_what_it_has(here: Site) -> None:
+def test_drained_gateway_finishes_its_jobs_and_takes_no_more(here: Site) -> None:
     here.spawn("w0")
     running = here.asking("first", 100)
     eventually(lambda: here.get("queues")["queues"][0]["leased"] == 1)
@@ -152,7 +152,7 @@ def test_a_drained_gateway_takes_nothing_new_and_ends_what_it_has(here: Site) ->
     assert here.call("POST", "/admin/resume").status_code == 409
 
 
-def test_keys_are_listed_and_read_again(here: Site) -> None:
+def test_keys_are_listed_and_reloaded(here: Site) -> None:
     listed = here.get("keys")["keys"]
     assert [(key["name"], key["kind"]) for key in listed] == [("ops", "admin"), ("rack", "worker"), ("anna", "client")]
     assert not re.search("[0-9a-f]{64}", json.dumps(listed))
@@ -169,11 +169,11 @@ def test_keys_are_listed_and_read_again(here: Site) -> None:
 
 
 @pytest.mark.parametrize("query", ["state=gone", "most=0", "most=1001", "most=x", "most=-1"])
-def test_what_cannot_be_listed_is_refused(here: Site, query: str) -> None:
+def test_invalid_job_queries_are_refused(here: Site, query: str) -> None:
     assert here.call("GET", f"/admin/jobs?{query}").status_code == 400
 
 
-def test_the_command_shows_and_does(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_admin_command(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
     id = dead(here)
     here.spawn("w2")
     assert admin(here, "status") == 0
@@ -200,10 +200,10 @@ def test_the_command_shows_and_does(here: Site, capsys: pytest.CaptureFixture[st
     assert "anna" in capsys.readouterr().out
 
 
-def test_the_command_says_what_is_wrong(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_admin_command_errors(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
     for line, why in (
         (("job", "none"), "no job 'none'"),
-        (("revive",), "which?"),
+        (("revive",), "requires a name"),
         (("workers", "x"), "takes no name"),
         (("jobs", "gone"), "expected one of"),
         (("status", "--url", "http://example.org"), "unencrypted"),
@@ -217,9 +217,7 @@ def test_the_command_says_what_is_wrong(here: Site, capsys: pytest.CaptureFixtur
     assert "administrator's key" in capsys.readouterr().err
 
 
-def test_what_workers_say_of_themselves_cannot_drive_the_terminal(
-    here: Site, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_worker_names_cannot_send_terminal_escapes(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
     body = {"name": "w", "models": [{"name": "fake\x1b[2J\n"}], "about": {"machine": "\x1b]0;x\x07"}}
     assert here.call("POST", "/worker/register", body, key="rack").status_code == 200
     assert admin(here, "workers") == 0
@@ -227,7 +225,7 @@ def test_what_workers_say_of_themselves_cannot_drive_the_terminal(
     assert "\x1b" not in shown and "\x07" not in shown and len(shown.splitlines()) == 2
 
 
-def test_a_worker_that_is_silent_is_struck_out(tmp_path: Path) -> None:
+def test_silent_worker_is_unregistered(tmp_path: Path) -> None:
     with site(tmp_path, lease=0.2) as here:
         body = {"name": "w", "models": [{"name": "fake"}]}
         assert here.call("POST", "/worker/register", body, key="rack").status_code == 200
@@ -237,7 +235,7 @@ def test_a_worker_that_is_silent_is_struck_out(tmp_path: Path) -> None:
         assert [each["name"] for each in here.get("workers")["workers"]] == ["rack/w0"]
 
 
-def test_a_worker_that_leaves_does_not_come_again(here: Site) -> None:
+def test_leaving_worker_does_not_register_again(here: Site) -> None:
     async def come_and_go() -> None:
         names = [f"w{number}" for number in range(20)]
         crew = [Worker(Fake(), [here.url], name=name, key=here.written["rack"]) for name in names]

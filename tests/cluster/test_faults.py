@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import trustme
 
-from moesaic.cli import dialing
+from benchmarks.worker_forkserver import WorkerForkServer
+from moesaic.cli import client_options
 from moesaic.cluster.jobs import StoreLimits
 from moesaic.cluster.store._program import Outcome, Statement
 from moesaic.cluster.worker.agent import Worker
@@ -27,12 +28,11 @@ from tests.support.cluster import SLOW, Site, site
 from tests.support.completions import Stream, ask, text, together
 from tests.support.proxy import Proxy
 from tests.support.wait import eventually
-from tests.support.worker_pool import Nursery
 
 
 @contextlib.contextmanager
-def nursed(found: Site, folder: Path, **options: Any) -> Iterator[Nursery]:
-    nursery = Nursery(found.url, folder / "log", **options)
+def nursed(found: Site, folder: Path, **options: Any) -> Iterator[WorkerForkServer]:
+    nursery = WorkerForkServer(found.url, folder / "log", **options)
     try:
         yield nursery
     finally:
@@ -42,7 +42,7 @@ def nursed(found: Site, folder: Path, **options: Any) -> Iterator[Nursery]:
 # Workers
 
 
-def test_a_killed_worker_s_answer_goes_on_without_gap_or_repeat(tmp_path):
+def test_killed_workers_answer_continues_without_gap_or_repeat(tmp_path):
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found, nursed(found, tmp_path, seconds=SLOW) as nursery:
         nursery.spawn("w0")
         eventually(lambda: found.gateway.workers.sessions)
@@ -63,7 +63,7 @@ def test_a_killed_worker_s_answer_goes_on_without_gap_or_repeat(tmp_path):
         assert (seen.attempts, seen.crashes, seen.state) == (2, 1, "done")
 
 
-def test_a_worker_that_was_stopped_comes_too_late(tmp_path):
+def test_results_of_a_paused_worker_are_refused(tmp_path):
     """w1 does not stop when it is told to: the fence alone stands between its tokens and the job."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found, nursed(found, tmp_path, seconds=SLOW) as nursery:
         nursery.spawn("w1")
@@ -82,7 +82,7 @@ def test_a_worker_that_was_stopped_comes_too_late(tmp_path):
         assert found.seen(stream.job).attempts == 2
 
 
-def test_an_engine_that_stands_still_loses_its_jobs_and_gets_no_more(tmp_path):
+def test_stalled_engine_loses_its_jobs_and_gets_no_more(tmp_path):
     bounds = StoreLimits(crashes=1)
     with site(tmp_path / "jobs.sqlite", lease=1.0, stall=1.0, bounds=bounds) as found:
         hand = found.hire()
@@ -97,7 +97,7 @@ def test_an_engine_that_stands_still_loses_its_jobs_and_gets_no_more(tmp_path):
         assert waiting.end().text == answer("Hi")
 
 
-def test_a_worker_whose_engine_stands_still_ends(tmp_path):
+def test_worker_with_a_stalled_engine_stops(tmp_path):
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
         hand = found.hire(stall_seconds=1.0)
         stream = Stream(found.client, "HANG", once="k")
@@ -110,12 +110,12 @@ def test_a_worker_whose_engine_stands_still_ends(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["EXIT", "SEGFAULT", "HANG"])
-def test_one_poison_among_64_costs_seven_workers_and_no_innocent(tmp_path, how):
+def test_one_poisoned_job_among_64_costs_seven_workers(tmp_path, how):
     """F10."""
     found_all = threading.Event()
     made = 1
 
-    def supervise(nursery: Nursery) -> None:
+    def supervise(nursery: WorkerForkServer) -> None:
         nonlocal made
         while not found_all.wait(0.02):
             if not nursery.lives(f"w{2 * made}"):
@@ -151,7 +151,7 @@ def test_one_poison_among_64_costs_seven_workers_and_no_innocent(tmp_path, how):
         assert (again["state"], again["error"]["type"]) == ("dead", "PoisonedJob")
 
 
-def test_a_job_that_fails_by_itself_fails_alone(tmp_path):
+def test_failing_job_does_not_affect_others(tmp_path):
     with site(tmp_path / "jobs.sqlite") as found:
         hand = found.hire(Fake(seconds=0.01), slots=16)
         prompts = ["NAN" if n == 5 else f"{n}" for n in range(16)]
@@ -172,7 +172,7 @@ def pragma(found: Site, sql: str) -> Any:
     return found.do(found.gateway.store.run(operation))
 
 
-def test_a_full_disk_refuses_what_is_new_and_ends_what_runs(tmp_path):
+def test_full_disk_refuses_new_jobs_and_finishes_running_ones(tmp_path):
     with site(tmp_path / "jobs.sqlite", lease=2.0) as found:
         hand = found.hire(Fake(seconds=SLOW))
         stream = Stream(found.client, count=60)
@@ -192,7 +192,7 @@ def test_a_full_disk_refuses_what_is_new_and_ends_what_runs(tmp_path):
         assert found.do(found.gateway.store.check()) == "ok"
 
 
-def test_a_store_that_could_not_be_asked_blames_nobody(tmp_path):
+def test_pause_of_the_gateway_expires_no_lease(tmp_path):
     """Nor does a gateway that stood still: no beat was seen, and none could be."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
         hand = found.hire(Fake(seconds=SLOW))
@@ -207,7 +207,7 @@ def test_a_store_that_could_not_be_asked_blames_nobody(tmp_path):
 
 
 @pytest.mark.parametrize("days", [1, -1])
-def test_the_wall_s_clock_decides_nothing(tmp_path, monkeypatch, days):
+def test_wall_clock_jumps_have_no_effect(tmp_path, monkeypatch, days):
     """F13."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
         found.hire(Fake(seconds=SLOW))
@@ -225,7 +225,7 @@ def test_the_wall_s_clock_decides_nothing(tmp_path, monkeypatch, days):
 # Too much
 
 
-def test_what_is_too_much_is_refused_at_once_and_what_was_accepted_ends(tmp_path):
+def test_overload_is_refused_at_once_and_accepted_jobs_finish(tmp_path):
     """L6: five times what there is room for."""
     bounds = StoreLimits(queued=30, queued_per_tenant=30)
     with site(tmp_path / "jobs.sqlite", bounds=bounds) as found:
@@ -242,7 +242,7 @@ def test_what_is_too_much_is_refused_at_once_and_what_was_accepted_ends(tmp_path
         assert found.depths() == (0, 0)
 
 
-def test_who_asks_little_does_not_wait_behind_who_asks_much(tmp_path):
+def test_small_tenant_does_not_wait_behind_large_backlog(tmp_path):
     """L7: of 300 jobs that stand in line, a few go before each one of somebody else's."""
     who = ("anna", "bert", "worker")
     listed = tuple(keys.Key(name, keys.digest(name), worker=name == "worker") for name in who)
@@ -273,7 +273,7 @@ def _ask(prompt: str, tenant: str) -> Any:
     return GenerationRequest("fake", prompt=prompt, sampling={"max_tokens": 4, "seed": 1}, tenant=tenant)
 
 
-def test_two_hundred_workers_come_back_without_a_storm(tmp_path, monkeypatch):
+def test_two_hundred_workers_reconnect_without_a_storm(tmp_path, monkeypatch):
     """F15."""
     count, begun = 200, list[tuple[str, int]]()
     tries = 0
@@ -349,11 +349,11 @@ TLS = {
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", TLS)
-def test_a_gateway_that_is_not_to_be_trusted_is_not_talked_to(name, tmp_path, caplog):
+def test_worker_refuses_untrusted_gateways(name, tmp_path, caplog):
     """F16. The last, sound, is talked to, and refuses by itself."""
     make, scheme, why = TLS[name]
     CA.cert_pem.write_to_path(tmp_path / "ca.pem")
-    trusted = dialing.trusted(tmp_path / "ca.pem")
+    trusted = client_options.trusted(tmp_path / "ca.pem")
     spoken = bytearray()
     tries = 0
 
@@ -399,7 +399,7 @@ def test_a_gateway_that_is_not_to_be_trusted_is_not_talked_to(name, tmp_path, ca
 
 
 @pytest.mark.parametrize("mode", ["delay", "drop", "split", "silent"])
-def test_a_bad_network_makes_no_gap_and_no_repeat(tmp_path, mode):
+def test_bad_network_causes_no_gap_or_repeat(tmp_path, mode):
     """F3."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
         proxy = Proxy(found.server.url and found.port)

@@ -53,7 +53,7 @@ def said(response: httpx.Response) -> str:
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-def test_every_api_says_what_a_server_of_its_own_says(plain, direct, name, monkeypatch):
+def test_every_api_answers_like_a_single_server(plain, direct, name, monkeypatch):
     monkeypatch.setattr(gateways.secrets, "randbits", lambda _: SEED)
     whole, streamed, asked = DIALECTS[name]
     plain.hire()
@@ -69,7 +69,7 @@ def words(stream: str) -> str:
     return "".join(re.findall(r'"(?:text|content|delta)":"([^"]*)"', stream))
 
 
-def test_what_is_no_answer_is_done_by_workers_too(plain, direct):
+def test_other_operations_run_on_workers(plain, direct):
     plain.hire()
     for path, asked in (
         ("/tokenize", {"inputs": "Hi"}),
@@ -86,7 +86,7 @@ def test_what_is_no_answer_is_done_by_workers_too(plain, direct):
 
 
 @pytest.mark.parametrize(("prompt", "status"), [("x" * 5000, 400), ("NAN", 500)])
-def test_a_refusal_of_the_model_keeps_its_status_and_words(plain, direct, prompt, status):
+def test_model_errors_keep_status_and_message(plain, direct, prompt, status):
     plain.hire()
     ours, theirs = ask(plain.client, prompt), ask(direct, prompt)
     assert ours.status_code == theirs.status_code == status
@@ -95,7 +95,7 @@ def test_a_refusal_of_the_model_keeps_its_status_and_words(plain, direct, prompt
     assert stream.error is not None and not stream.done
 
 
-def test_unknown_models_and_no_workers_are_told_apart(plain):
+def test_unknown_model_differs_from_no_worker(plain):
     nobody = ask(plain.client)
     assert nobody.status_code == 503 and int(nobody.headers["retry-after"]) >= 1
     assert "moesaic worker" in nobody.text
@@ -114,7 +114,7 @@ def test_unknown_models_and_no_workers_are_told_apart(plain):
     assert plain.gateway.models()[0].state == "loaded"
 
 
-def test_a_name_of_a_model_can_be_known_before_a_worker_comes(tmp_path):
+def test_model_named_at_start_is_accepted_before_a_worker(tmp_path):
     with site(tmp_path / "jobs.sqlite", models=["fake"]) as found:
         stream = Stream(found.client)
         eventually(lambda: found.depths() == (1, 0))
@@ -124,7 +124,7 @@ def test_a_name_of_a_model_can_be_known_before_a_worker_comes(tmp_path):
         assert stream.end().text == answer("Hi")
 
 
-def test_each_model_goes_to_whoever_has_it(plain):
+def test_jobs_go_to_workers_that_offer_their_model(plain):
     one, two, both = (plain.hire(Fake(name), name=name) for name in ("one", "two", "one"))
     for model in ("one", "two") * 3:
         said = plain.client.post("/v1/completions", json=body(f"of {model}", model=model))
@@ -134,7 +134,7 @@ def test_each_model_goes_to_whoever_has_it(plain):
     assert {card.name for card in plain.gateway.models()} == {"one", "two"}
 
 
-def test_load_is_all_workers_together_and_never_falls(plain):
+def test_stats_sum_workers_and_never_decrease(plain):
     plain.gateway.leases.lease_seconds = 2.0  # so that workers say often how busy they are
     hands = [plain.hire(Fake(seconds=SLOW)) for _ in range(2)]
     streams = [Stream(plain.client, f"{n}", 40) for n in range(6)]
@@ -153,7 +153,7 @@ def test_load_is_all_workers_together_and_never_falls(plain):
 # The same request again
 
 
-def test_under_one_key_there_is_one_answer(plain):
+def test_idempotency_key_gives_one_answer(plain):
     hand = plain.hire()
     first, again = ask(plain.client, once="k"), ask(plain.client, once="k")
     assert said(first) == said(again) and text(first) == answer("Hi")
@@ -167,7 +167,7 @@ def test_under_one_key_there_is_one_answer(plain):
     assert len(hand.backend.asked) == 2
 
 
-def test_a_failure_is_an_answer_too(plain):
+def test_idempotency_key_replays_failures(plain):
     hand = plain.hire()
     first, again = ask(plain.client, "NAN", once="k"), ask(plain.client, "NAN", once="k")
     assert first.status_code == again.status_code == 500 and first.json() == again.json()
@@ -177,7 +177,7 @@ def test_a_failure_is_an_answer_too(plain):
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # of aiohttp's: it is torn down with 1,000 open
-def test_a_thousand_at_once_are_one_job(plain):
+def test_thousand_concurrent_requests_are_one_job(plain):
     """F19."""
     hand = plain.hire(Fake(seconds=0.02))
 
@@ -213,7 +213,7 @@ def events(client: httpx.Client, job: str, after: int | None = None) -> list[tup
     return found
 
 
-def test_a_job_can_be_looked_at_and_read_again(plain):
+def test_job_progress_and_events(plain):
     plain.hire(Fake(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: len(stream.pieces) > 2)
@@ -236,7 +236,7 @@ def test_a_job_can_be_looked_at_and_read_again(plain):
         assert plain.client.get(path).status_code == 404
 
 
-def test_a_job_that_is_taken_back_stops_where_it_runs(plain):
+def test_cancelled_job_stops_at_its_worker(plain):
     hand = plain.hire(Fake(seconds=SLOW))
     stream = Stream(plain.client, count=2000)
     eventually(lambda: stream.pieces)
@@ -250,7 +250,7 @@ def test_a_job_that_is_taken_back_stops_where_it_runs(plain):
 
 
 @pytest.mark.parametrize("slots", [1, 4])
-def test_who_leaves_takes_the_request_back(plain, slots):
+def test_disconnect_cancels_the_job(plain, slots):
     """Whether it runs or waits."""
     hand = plain.hire(Fake(seconds=SLOW), slots=slots)
     first = Stream(plain.client, "first", 2000)
@@ -264,7 +264,7 @@ def test_who_leaves_takes_the_request_back(plain, slots):
     assert [each.state for each in plain.do(plain.gateway.store.list_jobs("cancelled"))] == ["cancelled"] * 2
 
 
-def test_who_leaves_and_may_come_again_finds_the_answer(plain):
+def test_disconnect_with_idempotency_key_keeps_the_job(plain):
     hand = plain.hire(Fake(seconds=SLOW))
     stream = Stream(plain.client, "back", 10, once="k")
     eventually(lambda: stream.pieces)
@@ -296,7 +296,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-def test_jobs_are_their_key_s_alone(guarded):
+def test_jobs_are_private_to_their_key(guarded):
     guarded.hire(Fake(seconds=SLOW), key=WORKER)
     stream = Stream(guarded.client, count=10)
     eventually(lambda: stream.pieces)
@@ -312,7 +312,7 @@ def test_jobs_are_their_key_s_alone(guarded):
     assert same.headers["x-moesaic-job"] != other.headers["x-moesaic-job"]
 
 
-def test_workers_keys_open_workers_routes_and_no_others(guarded):
+def test_worker_keys_open_only_worker_routes(guarded):
     said = wire.RegisterRequest("w", (), 1)
     for key, path, asked, status in (
         (ANNA, "/worker/register", said, 403),
@@ -328,7 +328,7 @@ def test_workers_keys_open_workers_routes_and_no_others(guarded):
         assert reply.status_code == status, (path, reply.text)
 
 
-def test_a_worker_that_is_not_wanted_ends_and_says_why(guarded):
+def test_refused_worker_stops_with_the_reason(guarded):
     for key, backend, why in (
         ("wrong", Fake(), "valid API key"),
         (ANNA, Fake(), "worker's key"),
@@ -345,7 +345,7 @@ def test_a_worker_that_is_not_wanted_ends_and_says_why(guarded):
 # Ends and beginnings
 
 
-def test_a_worker_that_drains_ends_what_runs_and_takes_nothing_new(plain):
+def test_draining_worker_finishes_its_jobs_and_takes_no_more(plain):
     hand = plain.hire(Fake(seconds=SLOW), slots=2)
     streams = [Stream(plain.client, f"{n}", 10) for n in range(4)]
     eventually(lambda: len(hand.backend.running) == 2)
@@ -358,7 +358,7 @@ def test_a_worker_that_drains_ends_what_runs_and_takes_nothing_new(plain):
     assert len(hand.backend.asked) == 2 and plain.gateway.leases.expired == 0
 
 
-def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain):
+def test_drain_timeout_releases_jobs_without_a_crash(plain):
     hand = plain.hire(Fake(seconds=SLOW))
     stream = Stream(plain.client, count=30)
     eventually(lambda: len(stream.pieces) > 3)
@@ -371,7 +371,7 @@ def test_what_a_worker_has_no_time_to_end_goes_on_elsewhere_without_blame(plain)
     assert plain.gateway.leases.expired == 0
 
 
-def test_a_gateway_that_drains_ends_what_runs(plain):
+def test_draining_gateway_finishes_running_jobs(plain):
     plain.hire(Fake(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: stream.pieces)
@@ -382,7 +382,7 @@ def test_a_gateway_that_drains_ends_what_runs(plain):
     assert stream.end().text == answer("Hi", count=10) and stream.done
 
 
-def test_workers_go_on_and_readers_come_back_when_the_gateway_is_another(tmp_path):
+def test_workers_and_readers_survive_a_gateway_restart(tmp_path):
     """The worker lives on another loop than both gateways do."""
     backend, slots = Fake(seconds=SLOW), 4
     with site(tmp_path / "beside.sqlite") as beside:
@@ -404,7 +404,7 @@ def test_workers_go_on_and_readers_come_back_when_the_gateway_is_another(tmp_pat
             hand.stop()
 
 
-def test_ended_answers_are_there_after_a_restart(tmp_path):
+def test_ended_answers_survive_a_restart(tmp_path):
     where = tmp_path / "jobs.sqlite"
     with site(where) as first:
         first.hire()
@@ -418,7 +418,7 @@ def test_ended_answers_are_there_after_a_restart(tmp_path):
         assert events(second.client, reply.headers["x-moesaic-job"])[-1][1] == "[DONE]"
 
 
-def test_nothing_is_left_of_ended_jobs(plain):
+def test_ended_jobs_leave_nothing_in_memory(plain):
     plain.hire()
     for n in range(20):
         ask(plain.client, f"{n}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.harness import harness
+from benchmarks.kill_workers import kill_workers
 from tests.support.postgres import Database, Server
 from tests.support.sizes import sizes
 
@@ -43,7 +43,7 @@ def sound(found: dict[str, Any]) -> None:
 def run_until_shown(jobs: int, place: Callable[[], str | None]) -> None:
     """Run the harness until late results were refused and a gateway was killed; a full run shows both at once."""
     for seed in range(1, 2 if jobs == JOBS else 9):
-        found = harness(jobs, place(), seed=seed, kills=0.75 if jobs == JOBS else 0.3)
+        found = kill_workers(jobs, place(), seed=seed, kills=0.75 if jobs == JOBS else 0.3)
         sound(found)
         if found["late_results_refused"] and found["workers_killed"] and found["gateway_killed"]:
             return
@@ -65,6 +65,6 @@ def test_without_the_fence_it_is_found(jobs):
     """The negative control: late results are taken, and jobs are done twice."""
     seeds = iter(range(1, 9))
     while True:
-        found = harness(jobs, seed=next(seeds), gateway="tests.support.unfenced_gateway", kills=0.3)
+        found = kill_workers(jobs, seed=next(seeds), gateway="tests.support.unfenced_gateway", kills=0.3)
         if found["done_under_two_fences"] or found["wrong"]:
             break

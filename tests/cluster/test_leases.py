@@ -69,7 +69,7 @@ async def look(found: Gateway, lease_token: LeaseToken) -> JobSnapshot:
 
 
 @pytest.mark.parametrize("steps", range(6))
-def test_an_end_that_was_written_is_told_though_the_worker_has_left(tmp_path, steps):
+def test_finish_completes_though_the_request_is_cancelled(tmp_path, steps):
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
@@ -90,7 +90,7 @@ def test_an_end_that_was_written_is_told_though_the_worker_has_left(tmp_path, st
 
 
 @pytest.mark.parametrize("steps", [*range(8), None])
-def test_a_lease_that_nobody_heard_of_is_given_back_without_blame(tmp_path, steps):
+def test_undelivered_lease_is_released_without_a_crash(tmp_path, steps):
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following = await found.generate(REQUEST)
@@ -115,7 +115,7 @@ def test_a_lease_that_nobody_heard_of_is_given_back_without_blame(tmp_path, step
     run(main)
 
 
-def test_a_question_that_another_has_replaced_is_given_nothing(tmp_path):
+def test_replaced_poll_gets_no_lease(tmp_path):
     """The connection of the first was lost in silence: what it was given nobody would hear of."""
 
     async def main() -> None:
@@ -131,7 +131,7 @@ def test_a_question_that_another_has_replaced_is_given_nothing(tmp_path):
     run(main)
 
 
-def test_an_end_is_told_once_it_counts(tmp_path):
+def test_finished_event_is_visible_once_accepted(tmp_path):
     """Whoever has heard all of an answer leaves, which would take back a job that has not ended."""
 
     async def main() -> None:
@@ -147,7 +147,7 @@ def test_an_end_is_told_once_it_counts(tmp_path):
 
 
 @pytest.mark.parametrize("stalled", [False, True])
-def test_what_was_lost_with_a_worker_that_lives_is_not_to_blame(tmp_path, stalled):
+def test_crash_is_forgiven_when_the_worker_is_alive(tmp_path, stalled):
     """It was the network's doing; unless its engine stood still."""
 
     async def main() -> None:
@@ -164,7 +164,7 @@ def test_what_was_lost_with_a_worker_that_lives_is_not_to_blame(tmp_path, stalle
     run(main)
 
 
-def test_a_network_that_fails_again_and_again_makes_no_poison(tmp_path):
+def test_repeated_network_failures_kill_no_job(tmp_path):
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
@@ -180,7 +180,7 @@ def test_a_network_that_fails_again_and_again_makes_no_poison(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_who_left_may_be_reading_at_another_gateway(tmp_path, shared, monkeypatch):
+def test_abandoned_job_is_cancelled_unless_shared(tmp_path, shared, monkeypatch):
     for name in ("POLL_SECONDS", "RECONNECT_SECONDS"):
         monkeypatch.setattr(active_jobs, name, 0.0)
 
@@ -198,7 +198,7 @@ def test_who_left_may_be_reading_at_another_gateway(tmp_path, shared, monkeypatc
     run(main)
 
 
-def test_a_job_that_ended_unheard_of_is_looked_for(tmp_path, monkeypatch):
+def test_job_end_is_found_by_polling(tmp_path, monkeypatch):
     monkeypatch.setattr(active_jobs, "POLL_SECONDS", 0.0)
 
     async def main() -> None:
@@ -214,7 +214,7 @@ def test_a_job_that_ended_unheard_of_is_looked_for(tmp_path, monkeypatch):
     run(main)
 
 
-def test_a_write_whose_answer_was_lost_is_not_written_again(tmp_path):
+def test_events_are_not_written_twice_after_a_lost_response(tmp_path):
     """More is on disk than the gateway knows to be there."""
 
     async def main() -> None:
@@ -231,7 +231,7 @@ def test_a_write_whose_answer_was_lost_is_not_written_again(tmp_path):
     run(main)
 
 
-def test_a_worker_that_is_dismissed_while_it_speaks_is_told_to_enlist(tmp_path):
+def test_worker_unregistered_during_a_request_must_register(tmp_path):
     async def main() -> None:
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
@@ -247,7 +247,7 @@ def test_a_worker_that_is_dismissed_while_it_speaks_is_told_to_enlist(tmp_path):
     run(main)
 
 
-def test_an_answer_that_went_on_otherwise_is_not_mixed_with_what_was_told():
+def test_diverging_answer_ends_its_subscriptions():
     """This gateway was cut off, and told more than the next worker was given to go on from."""
 
     async def main() -> None:
@@ -270,7 +270,7 @@ def test_an_answer_that_went_on_otherwise_is_not_mixed_with_what_was_told():
     run(main)
 
 
-def test_only_who_was_listened_to_is_silent():
+def test_lease_timeouts_restart_after_a_pause():
     now = 0.0
     timeouts = LeaseTimeouts(10.0, lambda: now)
     one, two = LeaseStatus(LeaseToken("a", 1), "w", 5), LeaseStatus(LeaseToken("b", 1), "v", 5)
@@ -289,7 +289,7 @@ def test_only_who_was_listened_to_is_silent():
     assert at(42, one, two) == []
 
 
-def test_what_is_too_long_for_a_message_comes_in_several(tmp_path, monkeypatch):
+def test_long_messages_are_split(tmp_path, monkeypatch):
     """An event that is too long by itself fails its job, not the worker; so does an outcome."""
     monkeypatch.setattr(agent, "MESSAGE_BYTES", 300)
 
@@ -309,7 +309,7 @@ def test_what_is_too_long_for_a_message_comes_in_several(tmp_path, monkeypatch):
         assert not hand.future.done() and not hand.backend.running
 
 
-def test_what_no_worker_knows_how_to_do_fails(tmp_path):
+def test_unknown_operation_fails(tmp_path):
     with site(tmp_path / "jobs.sqlite") as found:
         hand = found.hire()
         found.do(found.gateway.store.submit(Job("x", "fake", "dance", b"{}")))
@@ -318,7 +318,7 @@ def test_what_no_worker_knows_how_to_do_fails(tmp_path):
         assert not hand.future.done()
 
 
-def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tmp_path, monkeypatch):
+def test_release_is_retried_until_acknowledged(tmp_path, monkeypatch):
     class Full(Fake):
         async def generate(self, request: GenerationRequest) -> Any:
             if not self.asked:
@@ -342,7 +342,7 @@ def test_what_is_given_back_is_so_though_a_gateway_could_not_hear_it_at_first(tm
         assert asked[0] == asked[1] and found.seen(stream.job).crashes == 0
 
 
-def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
+def test_finish_is_sent_by_the_next_connection():
     async def main() -> None:
         made = agent.Worker(Fake(), ["http://127.0.0.1:1"], name="w")
         made._start(wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(wire.pack_request(REQUEST))))
@@ -366,7 +366,7 @@ def test_an_end_that_no_connection_was_left_for_is_told_by_the_next():
     run(main)
 
 
-def test_news_of_an_older_lease_do_not_stop_the_newer_one():
+def test_stale_acknowledgement_does_not_cancel_a_newer_lease():
     async def main() -> None:
         made = agent.Worker(Fake(seconds=60), ["http://127.0.0.1:1"], name="w")
         lease = wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(wire.pack_request(REQUEST)))
@@ -383,7 +383,7 @@ def test_news_of_an_older_lease_do_not_stop_the_newer_one():
     run(main)
 
 
-def test_of_what_is_on_disk_a_worker_keeps_no_more_than_a_bound(monkeypatch):
+def test_persisted_events_are_dropped_beyond_a_limit(monkeypatch):
     monkeypatch.setattr(running_job, "MAX_UNACKNOWLEDGED_BYTES", 10 * running_job.EVENT_BYTES)
     job = running_job.RunningJob(wire.LeasedJob("id", 1, "generate", "fake", msgspec.Raw(b"{}")))
     job.events = [Delta(0, f"{n}") for n in range(30)]

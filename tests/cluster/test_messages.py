@@ -112,7 +112,7 @@ def wrong(draw: st.DrawFn) -> tuple[str, str, str, Any, Any, list[Any]]:
 @example((THIEF, "events", "owner", 1, 4, [piece(3)]))
 @example((GOOD, "finish", "start", 1, 9, [["e", 0, "stop", 1, 1]]))
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-def test_only_who_has_the_newest_fence_at_the_right_place_changes_a_job(scene, said):
+def test_only_the_newest_fence_can_change_a_job(scene, said):
     key, what, flaw, fence, start, more = said
     id = "x" * 24 if flaw == "id" else scene.id
     if flaw != "fence":
@@ -159,7 +159,7 @@ bodies = (
 
 @given(st.sampled_from(["register", "lease", "renew", "events", "finish", "answer", "release"]), bodies)
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-def test_garbage_is_refused_and_breaks_nothing(scene, what, body):
+def test_invalid_messages_are_refused_without_effect(scene, what, body):
     before = scene.state()
     if what == "lease" and isinstance(body, dict):
         body = body | {"wait_seconds": 0}
@@ -180,21 +180,21 @@ def test_garbage_is_refused_and_breaks_nothing(scene, what, body):
         (b'{"name":"w"', "is not JSON"),
     ],
 )
-def test_tokens_that_are_none_are_refused(scene, body, why):
+def test_invalid_events_are_refused(scene, body, why):
     before = scene.state()
     reply = scene.post(GOOD, "events", body)
     assert reply.status_code == 400 and why in reply.text
     assert scene.state() == before
 
 
-def test_a_worker_that_comes_under_another_key_is_another(scene):
+def test_worker_names_are_separate_per_key(scene):
     assert set(scene.site.gateway.workers.sessions) >= {"good/w", "thief/w"}
     assert scene.send(THIEF, "register", {"name": "good/w", "models": [{"name": "fake"}]})["acknowledged"] == {}
     assert "thief/good/w" in scene.site.gateway.workers.sessions
     assert scene.beat().worker == "good/w"
 
 
-def test_whoever_comes_again_is_not_given_more_than_its_slots(tmp_path):
+def test_registering_again_gives_no_extra_slots(tmp_path):
     """As the same process, or another of that name: what it still has counts."""
     with site(tmp_path / "jobs.sqlite", lease=600.0) as found:
         gateway, card = found.gateway, ModelInfo("fake")

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cluster.harness import checked, counted
+from benchmarks.kill_workers import check_store, count_results
 from tests.support.backend import answer
 from tests.support.network import Network, network
 from tests.support.postgres import Database, Server
@@ -117,7 +117,7 @@ async def torment(net: Network, urls: list[str], step: int) -> Asker:
 
 
 @pytest.mark.parametrize("step", sizes(3, 1))
-def test_whatever_is_cut_nothing_is_lost_and_nothing_is_answered_twice(database, tmp_path, step):
+def test_network_partitions_lose_and_repeat_nothing(database, tmp_path, step):
     with network("g1", "g2", "w0", "w2", "w4") as net, contextlib.ExitStack() as stack:
         reachable(database.server, net)
         where = f"postgresql://tests@{net.store}:{database.server.port}/{database.database}"
@@ -148,7 +148,7 @@ def test_whatever_is_cut_nothing_is_lost_and_nothing_is_answered_twice(database,
             known = ",".join(urls if place % 2 else urls[::-1])
             arguments = [known, "4", "0.02", str(tmp_path / "log")]
             pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            nursery = start(name, "tests.support.worker_pool", *arguments, **pipe)
+            nursery = start(name, "benchmarks.worker_forkserver", *arguments, **pipe)
             assert nursery.stdin and nursery.stdout
             stack.callback(nursery.stdout.close)
             stack.callback(nursery.stdin.close)
@@ -156,9 +156,9 @@ def test_whatever_is_cut_nothing_is_lost_and_nothing_is_answered_twice(database,
             nursery.stdin.flush()
             nursery.stdout.readline()
         asker = asyncio.run(torment(net, urls, step))
-        done, twice, _ = counted(Path(tmp_path / "log"))
+        done, twice, _ = count_results(Path(tmp_path / "log"))
         said = (tmp_path / "gateways.log").read_text()
-        integrity, left = asyncio.run(checked(database.server.address(database.database)))
+        integrity, left = asyncio.run(check_store(database.server.address(database.database)))
     assert not asker.wrong and asker.right.total() > 20 and asker.again > 0, asker.wrong[:3]
     assert (twice, integrity, left) == (0, "ok", {}), done
     assert "periodic task failed" not in said and '"trace"' not in said

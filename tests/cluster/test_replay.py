@@ -73,7 +73,7 @@ def read(events: Sequence[Event]) -> Any:
 
 
 @given(runs(), st.lists(st.integers(0, 40), min_size=1, max_size=3), st.data())
-def test_wherever_it_is_cut_nothing_is_missing_and_nothing_comes_twice(events, cuts, data):
+def test_replay_has_no_gap_and_no_repeat(events, cuts, data):
     """Also where the second worker dies, and the third."""
     whole, log = read(events), []
     for cut in [*cuts, len(events)]:
@@ -86,7 +86,7 @@ def test_wherever_it_is_cut_nothing_is_missing_and_nothing_comes_twice(events, c
 
 
 @given(runs(), st.integers(0, 40), st.data())
-def test_text_may_be_cut_elsewhere_the_second_time(events, cut, data):
+def test_replayed_text_may_be_split_differently(events, cut, data):
     """A worker that shows its text in larger pieces, or in other ones, says the same."""
     told = ReplayFilter(events[:cut])
     rest: list[Event] = []
@@ -102,13 +102,13 @@ def test_text_may_be_cut_elsewhere_the_second_time(events, cut, data):
     assert read([*events[:cut], *fresh]) == read(events)
 
 
-def test_of_nothing_nothing_is_resumed():
+def test_empty_log_resumes_nothing():
     assert ReplayFilter([]).resume() == () and not ReplayFilter([]).all_finished(1)
     assert ReplayFilter([PromptDone(0), PromptDone(1)]).resume() == ()
     assert ReplayFilter([Delta(2, "x", (TokenInfo(7, "x"),))]).resume() == ((), (), (7,))
 
 
-def test_text_that_was_told_without_tokens_is_continued_as_text():
+def test_text_without_tokens_is_continued_as_text():
     said = ({"role": "user", "content": "Hi"},)
     log = [PromptDone(0), Delta(0, "Once "), Delta(0, "upon")]
     told = ReplayFilter(log)

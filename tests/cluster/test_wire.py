@@ -51,7 +51,7 @@ events = st.one_of(
 
 
 @given(st.lists(events, max_size=6))
-def test_events_come_back_as_they_were(said):
+def test_events_round_trip(said):
     assert wire.unpack_events(wire.pack_events(said)) == said
 
 
@@ -82,7 +82,7 @@ FULL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_every_field_of_a_request_comes_back():
+def test_requests_round_trip():
     default = GenerationRequest()
     assert FULL.keys() == {field.name for field in dataclasses.fields(GenerationRequest)}
     assert all(getattr(default, name) != value for name, value in FULL.items())
@@ -102,7 +102,7 @@ def tree(kind: type[MoesaicError] = MoesaicError) -> list[type[MoesaicError]]:
 
 
 @pytest.mark.parametrize("kind", [each for each in tree() if each.__module__ == errors.__name__])
-def test_every_error_of_the_tree_comes_back(kind):
+def test_errors_round_trip(kind):
     error = kind.__new__(kind)
     Exception.__init__(error, "what is wrong")
     error.retry_after = 2.5
@@ -115,13 +115,13 @@ def test_every_error_of_the_tree_comes_back(kind):
     assert getattr(read, "param", None) == getattr(error, "param", None)
 
 
-def test_of_what_is_no_error_of_ours_nothing_is_told():
+def test_foreign_errors_are_not_disclosed():
     assert "secret" not in wire.error_info(ValueError("secret")).message
     for name in ("Path", "annotations", "__name__", "nothing", "Exception", ""):
         assert type(wire.to_error(wire.ErrorInfo(name, "said"))) is MoesaicError
 
 
-def test_models_and_figures_come_back():
+def test_models_and_stats_round_trip():
     card = ModelInfo("m", ("a",), "classify", "loading", 9, ("x",), {"dtype": "int8"})
     sent = wire.RegisterRequest("w", (card,), 3, {"machine": "x"}, (("job", 4),), "run")
     assert msgspec.json.decode(msgspec.json.encode(sent), type=wire.RegisterRequest) == sent
@@ -141,7 +141,7 @@ asks = st.dictionaries(st.sampled_from([*FULL, "none"]), junk | st.just({"logit_
 
 @given(st.binary(max_size=30) | (junk | near | asks).map(msgspec.json.encode))
 @settings(max_examples=300)
-def test_garbage_is_refused_by_type(given):
+def test_invalid_bytes_are_refused(given):
     for read in (wire.unpack_events, wire.unpack_request):
         try:
             read(given)
@@ -149,7 +149,7 @@ def test_garbage_is_refused_by_type(given):
             assert "\n" not in str(error)
 
 
-def test_depth_is_bounded():
+def test_nesting_depth_is_limited():
     for read in (wire.unpack_events, wire.unpack_request):
         with pytest.raises(InvalidRequest):
             read(b"[" * 100_000)
@@ -158,7 +158,7 @@ def test_depth_is_bounded():
 
 
 @pytest.mark.parametrize("index", [-1, 256, 10**9])
-def test_a_worker_cannot_make_up_answers_without_end(index):
+def test_answer_index_is_bounded(index):
     """What is counted by answer would grow at its will."""
     with pytest.raises(InvalidRequest):
         wire.unpack_events(msgspec.json.encode([["p", index, "x"]]))

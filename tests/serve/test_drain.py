@@ -155,20 +155,20 @@ def test_keys_are_read_again(start, tmp_path):
     keys.write(file, (ben,))
     assert (status(first), status(second)) == (200, 401)
     server.signal(signal.SIGHUP)
-    server.read_until("keys read again")
+    server.read_until("API keys reloaded")
     assert (status(first), status(second)) == (401, 200)
     for broken in ('{"keys": [', '{"keys": [1]}', ""):
         file.write_text(broken)
         server.signal(signal.SIGHUP)
-        assert "keys.json" in server.read_until("the keys stay as they were")["why"]
+        assert "keys.json" in server.read_until("API keys not reloaded")["why"]
         assert (status(first), status(second)) == (401, 200)
     file.unlink()
     server.signal(signal.SIGHUP)
-    server.read_until("the keys stay as they were")
+    server.read_until("API keys not reloaded")
     assert status(second) == 200
     keys.write(file, ())
     server.signal(signal.SIGHUP)
-    server.read_until("keys read again")
+    server.read_until("API keys reloaded")
     assert (status(first), status(second), status("none")) == (401, 401, 401)
     assert first not in str(server.lines) and second not in str(server.lines)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.worker_forkserver import WorkerForkServer
 from moesaic.cluster import admin, routes
 from moesaic.cluster.aime import clients, workers
 from moesaic.cluster.aime import settings as aime
@@ -22,7 +23,6 @@ from moesaic.serve import keys
 from moesaic.serve.settings import Settings
 from tests.support.server import Server, running
 from tests.support.wait import eventually
-from tests.support.worker_pool import Nursery
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Site:
     """Where the keys are."""
     written: dict[str, str]
     """The keys themselves, by name."""
-    nursery: Nursery = field(repr=False)
+    nursery: WorkerForkServer = field(repr=False)
 
     @property
     def url(self) -> str:
@@ -113,7 +113,7 @@ def site(
 
     who = keys.Keys(tuple(kept), source=lambda: keys.read(file))
     with running(made, settings, who, offered, figures=ClusterCollector) as server:
-        nursery = Nursery(server.url, folder / "log", slots=slots, seconds=step, key=written["rack"])
+        nursery = WorkerForkServer(server.url, folder / "log", slots=slots, seconds=step, key=written["rack"])
         try:
             yield Site(server, file, written, nursery)
         finally:

@@ -1,87 +1,22 @@
-"""A PostgreSQL of the tests' own: Debian's, on a folder and a socket of its own."""
+"""PostgreSQL for the tests: a temporary server, and databases on it."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import pwd
-import shutil
-import socket
-import subprocess
-import tempfile
-from pathlib import Path
-
-import asyncpg
-
+from benchmarks.postgres_server import PostgresServer, binaries
 from tests.support.require import require
 from tests.support.stores import Places
 
-ROOT = os.geteuid() == 0
 
-
-def binaries() -> Path | None:
-    """Return the folder of the newest server that is installed."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    return found[-1].parent if found else None
-
-
-class Server:
-    """A running server. As root it is run as the user ``postgres``, for it refuses to run as root."""
+class Server(PostgresServer):
+    """A temporary PostgreSQL server; skips the test if PostgreSQL is not installed."""
 
     def __init__(self) -> None:
-        require(folder := binaries(), "PostgreSQL is not installed (apt-get install postgresql)")
-        assert folder
-        self._bin = folder
-        self.folder = Path(tempfile.mkdtemp(prefix="jobs-postgres-"))
-        self._data = self.folder / "data"
-        if ROOT:
-            user = pwd.getpwnam("postgres")
-            os.chown(self.folder, user.pw_uid, user.pw_gid)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self._do("initdb", "-D", str(self._data), "-U", "tests", "-A", "trust", "-E", "UTF8", "--locale=C")
-        with (self._data / "postgresql.conf").open("a") as settings:
-            settings.write(f"listen_addresses = ''\nunix_socket_directories = '{self.folder}'\nport = {self.port}\n")
-            settings.write("recovery_init_sync_method = syncfs\n")  # or every restart reads the whole folder
-        self.start()
-
-    def _do(self, program: str, *arguments: str) -> None:
-        become = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if ROOT else []
-        command = [*become, str(self._bin / program), *arguments]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def start(self) -> None:
-        self._do("pg_ctl", "start", "-w", "-D", str(self._data), "-l", str(self.folder / "log"))
-
-    def stop(self, mode: str = "immediate") -> None:
-        """End it; "immediate" is as if it were killed."""
-        self._do("pg_ctl", "stop", "-w", "-D", str(self._data), "-m", mode)
-
-    def remove(self) -> None:
-        self.stop()
-        shutil.rmtree(self.folder)
-
-    def address(self, database: str) -> str:
-        return f"postgresql://tests@/{database}?host={self.folder}&port={self.port}"
-
-    def sql(self, statement: str, database: str = "postgres") -> list[asyncpg.Record]:
-        """Run a statement beside the stores."""
-
-        async def run() -> list[asyncpg.Record]:
-            connection = await asyncpg.connect(self.address(database))
-            try:
-                found: list[asyncpg.Record] = await connection.fetch(statement)
-                return found
-            finally:
-                await connection.close()
-
-        return asyncio.run(run())
+        require(binaries(), "PostgreSQL is not installed (apt-get install postgresql)")
+        super().__init__()
 
 
 class Database(Places):
-    """A database of a server's."""
+    """A new, empty database of a server."""
 
     name = "postgres"
     _count = 0

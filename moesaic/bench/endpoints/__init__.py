@@ -1,8 +1,8 @@
-"""How a server is asked over HTTP: one file = one dialect.
+"""HTTP APIs that a server can be measured over: each file is one dialect.
 
-A file ``endpoints/<name>.py`` defines ``class Dialect(Endpoint)``. Here stands what all of them share with
-whoever asks: the question (``Ask``), what is noted while its answer comes (``Answer``), and how an answer
-fails (``Failed``). Knows neither load nor statistics. The files need aiohttp; this one does not.
+A file ``endpoints/<name>.py`` defines ``class Dialect(Endpoint)``. This module has what the dialects share: a request,
+the record of its answer, and the error of a failed request. It does not know how requests are scheduled or evaluated.
+The dialects' files need aiohttp; this module does not.
 """
 
 from __future__ import annotations
@@ -23,44 +23,49 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One question: ``prompt``, or a conversation in ``messages``, and how long the answer may be."""
+class Request:
+    """One request: a prompt, or a conversation in ``messages``, and the maximum length of the answer."""
 
     prompt: str
     max_tokens: int
     messages: tuple[dict[str, Any], ...] = ()
     prompt_tokens: int | None = None
-    """How many tokens the prompt was meant to have; None: nobody said."""
+    """Intended length of the prompt in tokens; None if unknown."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """What is noted while an answer comes."""
+    """Arrival times and token counts of one answer."""
 
     arrivals: array[float] = field(default_factory=lambda: array("d"))
-    """When each piece of text came, on the monotonic clock, in seconds."""
+    """Arrival time of each piece of text, on the monotonic clock, in seconds."""
     tokens: int | None = None
-    """Tokens of the answer, if the server says."""
+    """Tokens of the answer as the server counts them; None if the server does not say."""
     prompt_tokens: int | None = None
-    """Tokens of the prompt, if the server says."""
+    """Tokens of the prompt as the server counts them; None if the server does not say."""
 
 
 @dataclass(frozen=True)
-class Manner:
-    """What every request says besides its question.
-
-    ``extra`` goes into the body as it is (of TGI: into ``parameters``); ``poll`` is the time between two
-    questions for progress, in seconds, where a dialect has to ask.
-    """
+class RequestOptions:
+    """Options that every request of a benchmark has."""
 
     temperature: float | None = None
+    """None: the server's default."""
     ignore_eos: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the body, or of ``parameters`` for TGI."""
     poll: float = 0.3
+    """Seconds between two progress requests, for dialects that poll."""
 
 
-class Failed(Exception):
-    """One request failed; ``kind`` is what failures are counted by, ``detail`` what the server or the system said."""
+class RequestFailed(Exception):
+    """One request failed.
+
+    Attributes:
+        kind: the kind of failure, by which failures are counted.
+        detail: message of the server or of the operating system.
+        retry_after: value of the Retry-After header, if there was one.
+    """
 
     def __init__(self, kind: str, detail: str, retry_after: str | None = None) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -70,26 +75,26 @@ class Failed(Exception):
 
 
 class Endpoint(ABC):
-    """A server, asked in one dialect."""
+    """A server that is addressed in one dialect."""
 
     name: ClassVar[str]
-    """Its file's."""
+    """Name of the dialect; the file has the same name."""
     path: ClassVar[str]
-    """Where it is asked; a URL that ends so needs no ``--dialect``."""
-    rank: ClassVar[int | None] = None
-    """When ``auto`` looks for it: the smallest first; None: never."""
-    ignores_eos: ClassVar[bool] = False
-    """Whether it can be told to go on after the end-of-sequence token."""
-    chats: ClassVar[bool] = True
-    """Whether it takes conversations."""
+    """Path of the route; a URL that ends with it implies the dialect."""
+    probe_order: ClassVar[int | None] = None
+    """Position among the dialects that ``auto`` tries, smallest first; None: ``auto`` does not try this dialect."""
+    supports_ignore_eos: ClassVar[bool] = False
+    """Whether requests can ask to continue after the end-of-sequence token."""
+    supports_messages: ClassVar[bool] = True
+    """Whether requests can have a conversation."""
 
-    def __init__(self, client: Client, manner: Manner, model: str, context: int | None = None) -> None:
+    def __init__(self, client: Client, options: RequestOptions, model: str, context: int | None = None) -> None:
         self.client = client
-        self.manner = manner
+        self.options = options
         self.model = model
-        """What is asked, as the server calls it."""
+        """The server's name of the model."""
         self.context = context
-        """Most tokens of a prompt and its answer, if the server says."""
+        """Maximum tokens of prompt and answer together; None if the server does not say."""
 
     @classmethod
     @abstractmethod
@@ -97,55 +102,60 @@ class Endpoint(ABC):
         """Return whether the server speaks this dialect.
 
         Raises:
-            Failed: it refused to say for another reason than not knowing the question.
+            RequestFailed: the server failed for another reason than an unknown route.
         """
 
     @classmethod
     @abstractmethod
-    async def open(cls, client: Client, manner: Manner, model: str | None) -> Self:
-        """Return it, ready to be asked; with ``model`` None, what the server has.
+    async def open(cls, client: Client, options: RequestOptions, model: str | None) -> Self:
+        """Return the endpoint, ready for requests.
+
+        Args:
+            client: connections to the server.
+            options: options of every request.
+            model: name of the model; None: the model that the server lists first.
 
         Raises:
-            Failed: the server does not answer, or not as the dialect says.
-            InvalidRequest: it does not say what it has, or does not let us in.
+            RequestFailed: the server does not answer, or not in this dialect.
+            InvalidRequest: the server names no model, or refuses the login.
         """
 
     @abstractmethod
-    async def answer(self, ask: Ask, answer: Answer) -> None:
-        """Ask, and note in ``answer`` what comes, until it has come whole.
+    async def send(self, request: Request, answer: Answer) -> None:
+        """Send a request and record its answer in ``answer`` until it is complete.
 
         Raises:
-            Failed: it did not.
+            RequestFailed: the answer is an error or incomplete.
         """
 
 
 def names() -> list[str]:
-    """Return the dialects as they are written on the command line."""
+    """Return the names of all dialects as the command line spells them."""
     return [name.replace("_", "-") for name in registry.names(FOLDER)]
 
 
 def load(name: str) -> type[Endpoint]:
-    """Return a dialect.
+    """Return the class of a dialect.
 
     Raises:
-        NotFound: there is none of that name; the message names what exists.
+        NotFound: there is no dialect with this name; the message lists the names.
     """
     if name not in names():
-        raise NotFound(f"there is no dialect {name!r}: choose one of {AUTO}, {', '.join(names())}")
-    found: type[Endpoint] = registry.load(FOLDER, name.replace("-", "_")).Dialect
-    return found
+        raise NotFound(f"unknown dialect {name!r}; available dialects: {AUTO}, {', '.join(names())}")
+    dialect: type[Endpoint] = registry.load(FOLDER, name.replace("-", "_")).Dialect
+    return dialect
 
 
 def from_url(url: str) -> tuple[str, str | None]:
-    """Return a server's root and, if ``url`` ends in a dialect's path, the name of that dialect.
+    """Split a URL into the server's root and the dialect whose path it ends with; None if it ends with no such path.
 
     Raises:
-        InvalidParameter: it is no http or https URL.
+        InvalidParameter: ``url`` is not an http or https URL.
     """
     root = url.rstrip("/")
     scheme, _, rest = root.partition("://")
     if scheme not in ("http", "https") or not rest or rest.startswith("/"):
-        raise InvalidParameter("url", f"{url!r} begins with neither http:// nor https://")
+        raise InvalidParameter("url", f"is {url!r}, expected an http:// or https:// URL")
     for name in names():
         path = load(name).path
         if path and root.endswith(path):
@@ -153,25 +163,31 @@ def from_url(url: str) -> tuple[str, str | None]:
     return root.removesuffix("/v1"), None
 
 
-async def open(client: Client, manner: Manner, dialect: str, model: str | None) -> Endpoint:
-    """Return the server, ready to be asked; with ``dialect`` "auto", in the first one that it speaks.
+async def open_endpoint(client: Client, options: RequestOptions, dialect: str, model: str | None) -> Endpoint:
+    """Return a server as an endpoint, ready for requests.
+
+    Args:
+        client: connections to the server.
+        options: options of every request.
+        dialect: name of the dialect; "auto": the first dialect that the server speaks.
+        model: name of the model; None: the model that the server lists first.
 
     Raises:
-        InvalidRequest: it speaks none, or lacks what ``manner`` says.
+        InvalidRequest: the server speaks no known dialect, or the dialect does not support ``options``.
         NotFound: there is no such dialect.
     """
     try:
-        found = load(dialect) if dialect != AUTO else await _recognise(client)
-        if manner.ignore_eos and not found.ignores_eos:
-            raise InvalidRequest(f"--ignore-eos: {found.name} has no word for it")
-        return await found.open(client, manner, model)
-    except Failed as failed:
-        raise InvalidRequest(f"{client.root} cannot be asked: {failed}") from failed
+        endpoint = load(dialect) if dialect != AUTO else await _detect(client)
+        if options.ignore_eos and not endpoint.supports_ignore_eos:
+            raise InvalidRequest(f"--ignore-eos: dialect {endpoint.name} does not support it")
+        return await endpoint.open(client, options, model)
+    except RequestFailed as failed:
+        raise InvalidRequest(f"{client.root}: the server cannot be used: {failed}") from failed
 
 
-async def _recognise(client: Client) -> type[Endpoint]:
-    known = [dialect for dialect in map(load, names()) if dialect.rank is not None]
-    for dialect in sorted(known, key=lambda each: each.rank or 0):
+async def _detect(client: Client) -> type[Endpoint]:
+    dialects = [dialect for dialect in map(load, names()) if dialect.probe_order is not None]
+    for dialect in sorted(dialects, key=lambda dialect: dialect.probe_order or 0):
         if await dialect.recognise(client):
             return dialect
-    raise InvalidRequest(f"{client.root} speaks no dialect that is known here: name one with --dialect")
+    raise InvalidRequest(f"{client.root}: the server speaks no known dialect: pass --dialect")

@@ -1,6 +1,6 @@
-"""HTTP as all dialects need it: JSON there and back, and server-sent events as they arrive.
+"""HTTP client for all dialects: JSON requests, and server-sent events with their arrival times.
 
-Knows sockets, and what their errors are called here. Does not know what anything that comes means.
+This module maps network errors to kinds of failures. It does not know the meaning of what a server sends.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 
 import aiohttp
 
-from moesaic.bench.endpoints import Failed
+from moesaic.bench.endpoints import RequestFailed
 from moesaic.client.events import EventParser
 from moesaic.errors import BadReply
 
-IDLE = 3.0
-"""Seconds after which an idle connection is not used again: common servers close it after five, and a request
-that meets the closing would fail through no fault of the server."""
-SHOWN = 300
-"""Characters of a server's message that are kept."""
-UNKNOWN = ("status 404", "status 405", "status 501", "bad reply")
-"""What a server says that does not know a question."""
+KEEPALIVE_SECONDS = 3.0
+"""Idle time after which a connection is not reused. Common servers close idle connections after five seconds, and a
+request on a connection that is being closed would fail through no fault of the server."""
+MAX_MESSAGE_CHARACTERS = 300
+"""Length to which messages of a server are cut."""
+UNKNOWN_ROUTE = ("status 404", "status 405", "status 501", "bad reply")
+"""Kinds of failures that mean that a server does not have a route."""
 
 clock = time.perf_counter
 
 
 class Client:
-    """Connections to one server; ``key`` is shown to it on every request."""
+    """Connections to one server, with the API key in every request."""
 
     def __init__(self, root: str, session: aiohttp.ClientSession, key: str | None = None) -> None:
         self.root = root
@@ -37,38 +37,40 @@ class Client:
         self._session = session
 
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
-        """Return the JSON that stands there.
+        """Send GET and return the decoded JSON.
 
         Raises:
-            Failed: nothing, or something else does.
+            RequestFailed: the request failed or the response is not JSON.
         """
-        with failures():
+        with translate_errors():
             async with self._session.get(self.root + path, params=query) as response:
                 return await _json(response)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Send ``body`` and return the JSON of the reply.
+        """Send ``body`` with POST and return the decoded JSON of the response.
 
         Raises:
-            Failed: see ``get``.
+            RequestFailed: the request failed or the response is not JSON.
         """
-        with failures():
+        with translate_errors():
             async with self._session.post(self.root + path, json=body) as response:
                 return await _json(response)
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[float, str], None]:
-        """Send ``body`` and yield each server-sent event's data with the time at which its last bytes came.
+        """Send ``body`` with POST and yield the data of each server-sent event with the arrival time of its last bytes.
 
-        Reads to the end, so that the connection can be used again; who leaves early closes it (``aclosing``).
+        The response is read to its end, so that the connection can be reused. A caller that stops early must close
+        the generator (``aclosing``).
 
         Raises:
-            Failed: refused, cut off, or no events.
+            RequestFailed: the request failed, the stream was cut off, or the response has no events.
         """
-        with failures():
+        with translate_errors():
             async with self._session.post(self.root + path, json=body) as response:
                 await _check(response)
                 if response.content_type != "text/event-stream":
-                    raise Failed("bad reply", f"{response.content_type} instead of events: {await _message(response)}")
+                    message = f"{response.content_type} instead of events: {await _message(response)}"
+                    raise RequestFailed("bad reply", message)
                 parser = EventParser()
                 while chunk := await response.content.readany():
                     now = clock()
@@ -80,71 +82,71 @@ class Client:
 
 @asynccontextmanager
 async def connect(root: str, key: str | None = None, headers: Mapping[str, str] | None = None) -> AsyncIterator[Client]:
-    """Give a client with as many connections as it needs, none of which waits for another."""
-    shown = {"Accept-Encoding": "identity"}  # what compresses a stream holds it back
+    """Open a client without a limit on connections, so that no request waits for another."""
+    common = {"Accept-Encoding": "identity"}  # compression would delay the events of a stream
     if key:
-        shown["Authorization"] = f"Bearer {key}"
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE)
-    timeout = aiohttp.ClientTimeout(total=None)  # whoever asks limits the whole
+        common["Authorization"] = f"Bearer {key}"
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
+    timeout = aiohttp.ClientTimeout(total=None)  # the caller limits the time of a whole request
     async with aiohttp.ClientSession(
-        connector=connector, headers=shown | dict(headers or {}), timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()
+        connector=connector, headers=common | dict(headers or {}), timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()
     ) as session:
         yield Client(root, session, key)
 
 
-async def knows(client: Client, path: str) -> Any:
-    """Return the JSON at ``path``; None if the server does not know it.
+async def get_if_known(client: Client, path: str) -> Any:
+    """Return the JSON at ``path``; None if the server does not have this route.
 
     Raises:
-        Failed: it cannot be reached, wants a key, or is out of order.
+        RequestFailed: the server cannot be reached, requires a key, or has an internal error.
     """
     try:
         return await client.get(path)
-    except Failed as failed:
-        if failed.kind in UNKNOWN:
+    except RequestFailed as failed:
+        if failed.kind in UNKNOWN_ROUTE:
             return None
         raise
 
 
 def decode(data: str) -> dict[str, Any]:
-    """Return the JSON object that an event carries.
+    """Return the JSON object in the data of an event.
 
     Raises:
-        Failed: it carries none.
+        RequestFailed: the data is not a JSON object.
     """
     try:
-        found = json.loads(data)
+        content = json.loads(data)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise Failed("bad reply", f"an event that is no JSON object: {_short(data)}")
-    return found
+        content = None
+    if not isinstance(content, dict):
+        raise RequestFailed("bad reply", f"an event that is not a JSON object: {_short(data)}")
+    return content
 
 
 def count(value: Any) -> int | None:
-    """Return a number of tokens; None if it is none."""
+    """Return ``value`` if it is a non-negative integer, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def said(error: Any) -> str:
-    """Return what an error object says, in any of the shapes that servers give it."""
+def error_message(error: Any) -> str:
+    """Return the message of an error object, in any of the shapes that servers use."""
     if isinstance(error, dict):
         error = error.get("message") or error.get("error") or error
-        return said(error) if isinstance(error, dict) and "message" in error else _short(str(error))
+        return error_message(error) if isinstance(error, dict) and "message" in error else _short(str(error))
     return _short(" ".join(map(str, error)) if isinstance(error, list) else str(error))
 
 
 @contextmanager
-def failures() -> Iterator[None]:
-    """Turn the library's errors into ours."""
+def translate_errors() -> Iterator[None]:
+    """Raise aiohttp's errors as RequestFailed."""
     try:
         yield
     except aiohttp.ClientConnectorError as error:
-        raise Failed("no connection", _short(str(error))) from error
+        raise RequestFailed("no connection", _short(str(error))) from error
     except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError) as error:
-        raise Failed("cut stream", _short(str(error))) from error
+        raise RequestFailed("cut stream", _short(str(error))) from error
     except (aiohttp.ClientError, BadReply, ValueError) as error:
-        raise Failed("bad reply", _short(f"{type(error).__name__}: {error}")) from error
+        raise RequestFailed("bad reply", _short(f"{type(error).__name__}: {error}")) from error
 
 
 async def _json(response: aiohttp.ClientResponse) -> Any:
@@ -152,23 +154,24 @@ async def _json(response: aiohttp.ClientResponse) -> Any:
     try:
         return json.loads(await response.read())
     except ValueError as error:
-        raise Failed("bad reply", f"{response.url.path}: no JSON") from error
+        raise RequestFailed("bad reply", f"{response.url.path}: the response is not JSON") from error
 
 
 async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status != 200:
-        raise Failed(f"status {response.status}", await _message(response), response.headers.get("Retry-After"))
+        message = await _message(response)
+        raise RequestFailed(f"status {response.status}", message, response.headers.get("Retry-After"))
 
 
 async def _message(response: aiohttp.ClientResponse) -> str:
     text = (await response.read()).decode(errors="replace")
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError:
         return _short(text)
-    return said(found)
+    return error_message(content)
 
 
 def _short(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= SHOWN else line[: SHOWN - 1] + "…"
+    return line if len(line) <= MAX_MESSAGE_CHARACTERS else line[: MAX_MESSAGE_CHARACTERS - 1] + "…"

@@ -1,7 +1,7 @@
-"""What OpenAI's two ways of asking share: the list of models, and a stream's events.
+"""Base class of OpenAI's two streaming APIs: the list of models, and the events of a stream.
 
-An event is looked at as bytes. Only one that ends something, counts or complains is decoded: at ten
-thousand events a second, JSON would be a noticeable part of what the client does.
+Events are searched as text. Only an event that ends an answer, counts tokens or reports an error is decoded: at ten
+thousand events per second, decoding every event would be a noticeable part of the client's work.
 """
 
 from __future__ import annotations
@@ -11,70 +11,70 @@ from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any, Self
 
-from moesaic.bench.endpoints import Answer, Ask, Endpoint, Failed, Manner
-from moesaic.bench.endpoints._http import Client, count, decode, knows, said
+from moesaic.bench.endpoints import Answer, Endpoint, Request, RequestFailed, RequestOptions
+from moesaic.bench.endpoints._http import Client, count, decode, error_message, get_if_known
 from moesaic.errors import InvalidRequest
 
 TEXT = re.compile(r'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"[^"]')
-"""A text that is not empty. Inside of a text every quote has a backslash before it, so nothing there looks so."""
-WHOLE = re.compile(r'"(?:error|usage|finish_reason)"\s*:\s*["{\[]|"object"\s*:\s*"error"')
-"""What is decoded: an error, a usage, a reason to end; not null."""
+"""Matches a text that is not empty. It cannot match inside a text, where every quote has a backslash before it."""
+DECODED = re.compile(r'"(?:error|usage|finish_reason)"\s*:\s*["{\[]|"object"\s*:\s*"error"')
+"""Matches events to decode: those with an error, a usage or a finish reason that is not null."""
 
 
 class OpenAI(Endpoint):
-    """A server that has /v1/models and streams in OpenAI's way."""
+    """A server that has /v1/models and streams in OpenAI's format."""
 
-    ignores_eos = True  # an extra of vLLM, which others pass over
+    supports_ignore_eos = True  # an extension of vLLM, which other servers ignore
 
     @classmethod
     async def recognise(cls, client: Client) -> bool:
-        return bool(_cards(await knows(client, "/v1/models")))
+        return bool(_models(await get_if_known(client, "/v1/models")))
 
     @classmethod
-    async def open(cls, client: Client, manner: Manner, model: str | None) -> Self:
-        cards = _cards(await knows(client, "/v1/models"))
-        if model is None and not cards:
-            raise InvalidRequest(f"{client.root}/v1/models names no model: name one with --model")
-        card = next((card for card in cards if model in (None, card["id"])), {})
-        return cls(client, manner, model or card["id"], count(card.get("max_model_len")))
+    async def open(cls, client: Client, options: RequestOptions, model: str | None) -> Self:
+        models = _models(await get_if_known(client, "/v1/models"))
+        if model is None and not models:
+            raise InvalidRequest(f"{client.root}/v1/models names no model: pass --model")
+        match = next((entry for entry in models if model in (None, entry["id"])), {})
+        return cls(client, options, model or match["id"], count(match.get("max_model_len")))
 
-    def body(self, ask: Ask) -> dict[str, Any]:
-        """Return what is sent, but for the question."""
+    def body(self, request: Request) -> dict[str, Any]:
+        """Return the body of a request without its prompt or messages."""
         body = {
             "model": self.model,
-            "max_tokens": ask.max_tokens,
+            "max_tokens": request.max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if self.manner.temperature is not None:
-            body["temperature"] = self.manner.temperature
-        if self.manner.ignore_eos:
+        if self.options.temperature is not None:
+            body["temperature"] = self.options.temperature
+        if self.options.ignore_eos:
             body["ignore_eos"] = True
-        return body | self.manner.extra
+        return body | self.options.extra
 
     async def stream(self, body: Mapping[str, Any], answer: Answer) -> None:
-        """Send ``body`` and note what comes."""
-        arrived, ended = answer.arrivals.append, False
+        """Send ``body`` and record the events of the stream in ``answer``."""
+        arrived, finished = answer.arrivals.append, False
         async with aclosing(self.client.events(self.path, body)) as events:
             async for now, data in events:
                 if TEXT.search(data):
                     arrived(now)
                 if data == "[DONE]":
-                    ended = True
-                elif WHOLE.search(data):
-                    ended |= _note(decode(data), answer)
-        if not ended:
-            raise Failed("cut stream", "it ended without a finish_reason")
+                    finished = True
+                elif DECODED.search(data):
+                    finished |= _record(decode(data), answer)
+        if not finished:
+            raise RequestFailed("cut stream", "it ended without a finish_reason")
 
 
-def _note(event: dict[str, Any], answer: Answer) -> bool:
-    """Note what an event counts, and return whether it ends the answer.
+def _record(event: dict[str, Any], answer: Answer) -> bool:
+    """Record the token counts of an event, and return whether it ends the answer.
 
     Raises:
-        Failed: it is an error.
+        RequestFailed: the event is an error.
     """
     if event.get("error") or event.get("object") == "error":
-        raise Failed("error event", said(event.get("error") or event))
+        raise RequestFailed("error event", error_message(event.get("error") or event))
     if isinstance(usage := event.get("usage"), dict):
         answer.tokens = count(usage.get("completion_tokens"))
         answer.prompt_tokens = count(usage.get("prompt_tokens"))
@@ -84,7 +84,7 @@ def _note(event: dict[str, Any], answer: Answer) -> bool:
     )
 
 
-def _cards(reply: Any) -> list[dict[str, Any]]:
+def _models(reply: Any) -> list[dict[str, Any]]:
     data = reply.get("data") if isinstance(reply, dict) else None
-    cards = data if isinstance(data, list) else []
-    return [card for card in cards if isinstance(card, dict) and isinstance(card.get("id"), str)]
+    models = data if isinstance(data, list) else []
+    return [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]

@@ -1,17 +1,17 @@
-"""OpenAI's completions: POST /v1/completions, streaming: a text is continued, without a chat template."""
+"""OpenAI's completions API, streamed: POST /v1/completions continues a text without a chat template."""
 
 from __future__ import annotations
 
-from moesaic.bench.endpoints import Answer, Ask
+from moesaic.bench.endpoints import Answer, Request
 from moesaic.bench.endpoints._openai import OpenAI
 
 
 class Dialect(OpenAI):
-    """Asked for by name alone: who has /v1/models usually has the chat too."""
+    """OpenAI's completions API. ``auto`` never selects it: a server with /v1/models usually has the chat API too."""
 
     name = "openai"
     path = "/v1/completions"
-    chats = False
+    supports_messages = False
 
-    async def answer(self, ask: Ask, answer: Answer) -> None:
-        await self.stream(self.body(ask) | {"prompt": ask.prompt}, answer)
+    async def send(self, request: Request, answer: Answer) -> None:
+        await self.stream(self.body(request) | {"prompt": request.prompt}, answer)

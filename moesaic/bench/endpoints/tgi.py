@@ -1,7 +1,7 @@
-"""Text Generation Inference: POST /generate_stream, an event for each token, no [DONE].
+"""Text Generation Inference's native API: POST /generate_stream sends an event per token, and no [DONE].
 
-What the fields mean: TGI's openapi.json. The last event has ``generated_text``; an error comes with status
-200, as an event.
+TGI's openapi.json describes the fields. The last event has ``generated_text``. An error is an event too, with HTTP
+status 200.
 """
 
 from __future__ import annotations
@@ -10,56 +10,56 @@ import re
 from contextlib import aclosing
 from typing import Any, Self
 
-from moesaic.bench.endpoints import Answer, Ask, Endpoint, Failed, Manner
-from moesaic.bench.endpoints._http import Client, count, decode, knows, said
+from moesaic.bench.endpoints import Answer, Endpoint, Request, RequestFailed, RequestOptions
+from moesaic.bench.endpoints._http import Client, count, decode, error_message, get_if_known
 
 TEXT = re.compile(r'"token"\s*:\s*\{[^{}]*"text"\s*:\s*"[^"]')
-WHOLE = re.compile(r'"(?:error|generated_text)"\s*:\s*["{]')
+DECODED = re.compile(r'"(?:error|generated_text)"\s*:\s*["{]')
 
 
 class Dialect(Endpoint):
-    """It takes a text; its own chat route is OpenAI's."""
+    """TGI's native API, which takes a text; for conversations, TGI has OpenAI's chat API."""
 
     name = "tgi"
     path = "/generate_stream"
-    rank = 2
-    chats = False
+    probe_order = 2
+    supports_messages = False
 
     @classmethod
     async def recognise(cls, client: Client) -> bool:
-        return "model_id" in _info(await knows(client, "/info"))
+        return "model_id" in _info(await get_if_known(client, "/info"))
 
     @classmethod
-    async def open(cls, client: Client, manner: Manner, model: str | None) -> Self:
-        info = _info(await knows(client, "/info"))
-        return cls(client, manner, model or str(info.get("model_id", "tgi")), count(info.get("max_total_tokens")))
+    async def open(cls, client: Client, options: RequestOptions, model: str | None) -> Self:
+        info = _info(await get_if_known(client, "/info"))
+        return cls(client, options, model or str(info.get("model_id", "tgi")), count(info.get("max_total_tokens")))
 
-    async def answer(self, ask: Ask, answer: Answer) -> None:
-        ended, body = False, {"inputs": ask.prompt, "parameters": self._parameters(ask)}
+    async def send(self, request: Request, answer: Answer) -> None:
+        finished, body = False, {"inputs": request.prompt, "parameters": self._parameters(request)}
         async with aclosing(self.client.events(self.path, body)) as events:
             async for now, data in events:
                 if TEXT.search(data):
                     answer.arrivals.append(now)
-                if WHOLE.search(data):
-                    ended |= _note(decode(data), answer)
-        if not ended:
-            raise Failed("cut stream", "it ended without a generated_text")
+                if DECODED.search(data):
+                    finished |= _record(decode(data), answer)
+        if not finished:
+            raise RequestFailed("cut stream", "it ended without a generated_text")
 
-    def _parameters(self, ask: Ask) -> dict[str, Any]:
-        parameters: dict[str, Any] = {"max_new_tokens": ask.max_tokens, "details": True}
-        if self.manner.temperature:  # 0 is refused: without a temperature it is greedy
-            parameters |= {"temperature": self.manner.temperature, "do_sample": True}
-        return parameters | self.manner.extra
+    def _parameters(self, request: Request) -> dict[str, Any]:
+        parameters: dict[str, Any] = {"max_new_tokens": request.max_tokens, "details": True}
+        if self.options.temperature:  # TGI refuses 0, and is greedy without a temperature
+            parameters |= {"temperature": self.options.temperature, "do_sample": True}
+        return parameters | self.options.extra
 
 
-def _note(event: dict[str, Any], answer: Answer) -> bool:
-    """Note what an event counts, and return whether it is the last.
+def _record(event: dict[str, Any], answer: Answer) -> bool:
+    """Record the token counts of an event, and return whether it is the last event.
 
     Raises:
-        Failed: it is an error.
+        RequestFailed: the event is an error.
     """
     if event.get("error"):
-        raise Failed("error event", said(event))
+        raise RequestFailed("error event", error_message(event))
     if isinstance(details := event.get("details"), dict):
         answer.tokens = count(details.get("generated_tokens"))
         answer.prompt_tokens = count(details.get("input_length"))

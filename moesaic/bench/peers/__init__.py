@@ -1,28 +1,28 @@
-"""Engines that ours is measured against: one file = one peer, run in a process of its own.
+"""Engines that ours is compared with: each file is one peer, which runs in a process of its own.
 
 A file ``peers/<name>.py`` defines
 
-    LABEL                            what people call it
-    MODULES, PACKAGES                what must be importable, and the distributions whose versions are reported
-    INSTALL                          the command that makes it so
-    FORMATS                          what its weights can be, as the engine itself names it; the first words of a row
-    make(source, folder, format)     -> the file or folder to load, made from the Hugging Face checkpoint
-                                     ``source`` inside ``folder`` unless it is there already
-    Peer(path, format, threads, context, sequences)
+    LABEL                               name of the engine
+    MODULES, PACKAGES                   modules that must be importable, and distributions whose versions are reported
+    INSTALL                             command that installs them
+    FORMATS                             weight formats, in the engine's own terms
+    make(source, folder, weight_format) -> file or folder to load, created inside ``folder`` from the Hugging Face
+                                        checkpoint ``source`` unless it exists
+    Peer(path, weight_format, threads, context, sequences)
 
 and a ``Peer`` has
 
-    about                            {name: value}: the options in force, and what the engine says of itself
-    weights                          (bytes of the experts, bytes of all else that every step reads)
-    prefill(ids)                     compute one prompt from nothing, up to the logits of its last token
-    likeliest(ids, count)            the ``count`` likeliest next tokens, best first
-    fill(prompts)                    hold the keys and values of these prompts, each in memory of its own
-    begin(batch, steps)              get ready to decode the first ``batch`` prompts for ``steps`` steps
-    step(ids)                        one step; ``ids`` are the tokens, but a whole engine goes on with its own
-    end()                            be as after ``fill`` again
+    about                               {name: value}: options in force, and information from the engine
+    weights                             (bytes of the experts, bytes of all other weights that every step reads)
+    prefill(ids)                        compute one prompt without a cached prefix, up to the logits of its last token
+    likeliest(ids, count)               the ``count`` most likely next tokens, most likely first
+    fill(prompts)                       store the keys and values of these prompts, each in memory of its own
+    begin(batch, steps)                 prepare to decode the first ``batch`` prompts for ``steps`` steps
+    step(ids)                           run one step with the tokens ``ids``; a whole engine uses its own tokens instead
+    end()                               return to the state after ``fill``
 
-``_child.py`` loads such a file by its path in whatever interpreter has the peer, so the file imports
-nothing of Moesaic (but for our own two) and its library only inside functions. A file may define also
+``_child.py`` loads such a file by its path in the interpreter that has the peer. The file therefore imports nothing of
+Moesaic (except in our own two peers), and imports its library only inside functions. A file may also define
 
-    environment(python)              variables that its process is started with by the interpreter ``python``
+    environment(python)                 environment variables for the process with the interpreter ``python``
 """

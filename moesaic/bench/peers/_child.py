@@ -1,10 +1,10 @@
-"""Runs one peer in a process of its own; requests and answers are lines of JSON on its standard streams.
+"""Runs one peer in a process of its own; requests and answers are lines of JSON on standard input and output.
 
     python -P _child.py PEER.py
 
-Imports the standard library and the peer's file only: the interpreter may be one that has nothing but
-the peer. ``-P`` keeps this folder, whose files are named like the libraries, off the search path.
-What a peer prints goes to standard error.
+This file imports only the standard library and the peer's file, because the interpreter may have nothing but the peer
+installed. ``-P`` keeps this folder, whose files have the names of libraries, off the module search path. Output of the
+peer goes to standard error.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-WARM_UP = 2
-"""Steps before those that are timed."""
-SALTS = 1_000_000
+WARM_UP_STEPS = 2
+"""Number of steps before the measured steps."""
+PROMPTS_PER_FILL = 1_000_000
+"""Distance between the random seeds of two calls of ``fill``."""
 
 
 class Server:
-    """Answers requests, each a method by its name with the request's other fields as arguments."""
+    """Runs requests: the name of a method, and its arguments."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -37,55 +38,55 @@ class Server:
         self._prompts = 0
 
     def hello(self) -> dict[str, Any]:
-        """Return what is missing, or the versions of what is there."""
+        """Return the modules that are missing, and the versions of the packages if none is."""
         missing = [name for name in self._module.MODULES if importlib.util.find_spec(name) is None]
         versions = {} if missing else {name: importlib.metadata.version(name) for name in self._module.PACKAGES}
         return {"missing": missing, "versions": {"python": platform.python_version()} | versions}
 
-    def make(self, source: str, folder: str, format: str) -> str:
-        """Make what ``load`` loads; return where it is."""
-        return str(self._module.make(Path(source), Path(folder), format))
+    def make(self, source: str, folder: str, weight_format: str) -> str:
+        """Create the file or folder that ``load`` loads, and return its path."""
+        return str(self._module.make(Path(source), Path(folder), weight_format))
 
     def load(self, vocab: int, path: str, **setup: Any) -> dict[str, Any]:
-        """Start the engine."""
-        begin = time.perf_counter()
+        """Load the model, and return the duration and the engine's description."""
+        start = time.perf_counter()
         self._peer, self._vocab = self._module.Peer(Path(path), **setup), vocab
-        experts, rest = self._peer.weights
-        seconds = time.perf_counter() - begin
-        return {"seconds": seconds, "about": self._peer.about, "expert_bytes": experts, "other_bytes": rest}
+        expert_bytes, other_bytes = self._peer.weights
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "about": self._peer.about, "expert_bytes": expert_bytes, "other_bytes": other_bytes}
 
     def likeliest(self, tokens: int, count: int) -> list[int]:
-        """Return the likeliest continuations of a prompt that is the same for every peer."""
-        return [int(id) for id in self._peer.likeliest(self._ids(tokens, 0), count)]
+        """Return the most likely next tokens after a prompt that is the same for every peer."""
+        return [int(token_id) for token_id in self._peer.likeliest(self._ids(tokens, 0), count)]
 
     def prefill(self, tokens: int) -> float:
-        """Return the seconds that one prompt takes; never the same prompt twice, since engines remember."""
+        """Return the duration of one prompt in seconds; no prompt is used twice, because engines cache prefixes."""
         self._prompts += 1
         ids = self._ids(tokens, self._prompts)
-        begin = time.perf_counter()
+        start = time.perf_counter()
         self._peer.prefill(ids)
-        return time.perf_counter() - begin
+        return time.perf_counter() - start
 
     def fill(self, sequences: int, context: int) -> None:
-        """Hold this many prompts of ``context`` tokens."""
+        """Store ``sequences`` prompts of ``context`` tokens in the engine."""
         self._prompts += 1
-        self._peer.fill([self._ids(context, SALTS * self._prompts + place) for place in range(sequences)])
+        self._peer.fill([self._ids(context, PROMPTS_PER_FILL * self._prompts + index) for index in range(sequences)])
 
     def decode(self, batch: int, steps: int) -> float:
-        """Return the seconds of one step, the mean of ``steps``."""
+        """Return the mean duration of a decoding step in seconds, over ``steps`` steps."""
         tokens = self._steps(batch)
-        self._peer.begin(batch, WARM_UP + steps)
-        for _ in range(WARM_UP):
+        self._peer.begin(batch, WARM_UP_STEPS + steps)
+        for _ in range(WARM_UP_STEPS):
             self._peer.step(next(tokens))
-        begin = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(steps):
             self._peer.step(next(tokens))
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         self._peer.end()
         return seconds / steps
 
     def peak(self) -> int | None:
-        """Return the most memory this process ever had, in bytes; None where the system does not say."""
+        """Return the peak memory of this process in bytes; None if the system does not provide it."""
         try:
             lines = Path("/proc/self/status").read_text().splitlines()
         except OSError:
@@ -93,17 +94,17 @@ class Server:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
     def _ids(self, count: int, salt: int) -> list[int]:
-        """Return tokens that look random and are the same in every process; the first three ids are special."""
+        """Return random tokens that depend only on ``salt``; the first three ids are special tokens and left out."""
         return random.Random(salt).choices(range(3, self._vocab), k=count)
 
     def _steps(self, batch: int) -> Iterator[list[int]]:
-        draw = random.Random(batch)
+        generator = random.Random(batch)
         while True:
-            yield draw.choices(range(3, self._vocab), k=batch)
+            yield generator.choices(range(3, self._vocab), k=batch)
 
 
 def load(path: Path) -> ModuleType:
-    """Return the peer's file as a module, under a name that no library has."""
+    """Import a peer's file under a module name that no library has."""
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -113,7 +114,7 @@ def load(path: Path) -> ModuleType:
 
 
 def main() -> None:
-    """Answer until standard input ends."""
+    """Answer requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     server = Server(load(Path(sys.argv[1])))
@@ -121,7 +122,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             answer = {"ok": getattr(server, request.pop("do"))(**request)}
-        except Exception as error:  # whatever the library raises, the other side must hear of it
+        except Exception as error:  # any error of the library is reported to the parent
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers)
 

@@ -1,7 +1,7 @@
 """The model that every peer runs: a Mixtral of any size with random weights, on disk.
 
-Knows how to write it as a Hugging Face checkpoint, one tensor in memory at a time, with a tokenizer
-whose pieces mean nothing. The same shape gives the same file.
+The model is written as a Hugging Face checkpoint, one tensor in memory at a time, with a tokenizer of meaningless
+pieces. The same shape always gives the same file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from moesaic.checkpoints import _safetensors
 from moesaic.checkpoints._views import Index, TensorInfo
 
-DEVIATION = 0.02
-"""Of the random weights, as Mixtral's are initialized."""
+WEIGHT_STD = 0.02
+"""Standard deviation of the random weights, as in the initialization of Mixtral."""
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a Mixtral; by default 8x7B's with two layers."""
+    """Sizes of a Mixtral; by default those of 8x7B with two layers."""
 
     hidden: int = 4096
     inner: int = 14336
@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """A folder's name that tells this shape from others."""
+        """Unique name of the shape, for a folder."""
         return "mixtral-" + "-".join(str(value) for value in vars(self).values())
 
     @property
@@ -50,40 +50,40 @@ class Shape:
 
     @property
     def expert_parameters(self) -> int:
-        """Of all experts in all layers."""
+        """Parameters of all experts in all layers."""
         return self.layers * self.experts * 3 * self.hidden * self.inner
 
     @property
     def other_parameters(self) -> int:
-        """Of the matrices that every step reads: attention, router and head, but not the embedding."""
+        """Parameters of the other matrices that every step reads: attention, router and head, but not the embedding."""
         attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_size
         return self.layers * (attention + self.experts * self.hidden) + self.vocab * self.hidden
 
     @property
     def kv_bytes(self) -> int:
-        """What the cache holds for a token, at two bytes for a value."""
+        """Bytes of the cache per token, at two bytes per value."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_size
 
     def experts_read(self, tokens: int) -> float:
-        """Return how many experts of a layer are read for ``tokens`` tokens that choose at random."""
+        """Return the expected number of distinct experts of a layer that ``tokens`` tokens choose at random."""
         return self.experts * (1 - (1 - self.chosen / self.experts) ** tokens)
 
     def operations(self, tokens: int, context: float, heads: int) -> float:
         """Return the multiplications and additions of a step.
 
         Args:
-            tokens: how many are computed.
-            context: how many each of them sees, on average.
-            heads: for how many of them logits are wanted.
+            tokens: number of tokens that the step computes.
+            context: average number of tokens that each of them attends to.
+            heads: number of tokens whose logits are computed.
         """
-        used = self.expert_parameters * self.chosen / self.experts
-        each = used + self.other_parameters - self.vocab * self.hidden
+        chosen = self.expert_parameters * self.chosen / self.experts
+        per_token = chosen + self.other_parameters - self.vocab * self.hidden
         attention = 2 * self.layers * self.heads * self.head_size * context
-        return 2 * (tokens * (each + attention) + heads * self.vocab * self.hidden)
+        return 2 * (tokens * (per_token + attention) + heads * self.vocab * self.hidden)
 
 
 def write(shape: Shape, folder: Path) -> Path:
-    """Return the checkpoint of ``shape`` inside ``folder``, made there unless it is there already."""
+    """Return the folder of the checkpoint inside ``folder``; write the checkpoint if it does not exist."""
     target = folder / "hf"
     if not target.exists():
         part = folder / "hf.part"
@@ -98,7 +98,7 @@ def write(shape: Shape, folder: Path) -> Path:
 
 
 class _Random:
-    """A tensor that is drawn when it is read; vectors, which scale norms, are all one."""
+    """A tensor that is generated when it is read: normally distributed, or ones for the vectors of norms."""
 
     def __init__(self, name: str, shape: tuple[int, ...], file: Path) -> None:
         self.info = TensorInfo(shape, torch.bfloat16, file)
@@ -108,8 +108,8 @@ class _Random:
         assert index is None
         if len(self.info.shape) == 1:
             return torch.ones(self.info.shape, dtype=torch.bfloat16)
-        draw = torch.Generator().manual_seed(self._seed)
-        return torch.empty(self.info.shape, dtype=torch.bfloat16).normal_(0, DEVIATION, generator=draw)
+        generator = torch.Generator().manual_seed(self._seed)
+        return torch.empty(self.info.shape, dtype=torch.bfloat16).normal_(0, WEIGHT_STD, generator=generator)
 
 
 def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -158,12 +158,14 @@ def _config(shape: Shape) -> dict[str, Any]:
 
 
 def _tokenizer(vocab: int) -> tokenizers.Tokenizer:
-    """Return a byte-level tokenizer of ``vocab`` pieces, which has a text for every id."""
+    """Return a byte-level tokenizer with ``vocab`` pieces, so that every id has a text."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*SPECIAL, *letters, *(f"piece{id}" for id in range(len(SPECIAL) + len(letters), vocab))][:vocab]
-    model = tokenizers.models.BPE(vocab={piece: id for id, piece in enumerate(pieces)}, merges=[])
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(list(SPECIAL))
-    return made
+    pieces = [*SPECIAL, *letters, *(f"piece{token_id}" for token_id in range(len(SPECIAL) + len(letters), vocab))][
+        :vocab
+    ]
+    model = tokenizers.models.BPE(vocab={piece: token_id for token_id, piece in enumerate(pieces)}, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer

@@ -1,6 +1,6 @@
-"""A peer's process as this side sees it: start it, ask it, end it; and a neighbour that keeps a core busy.
+"""A peer's process as its parent sees it: start, request, end; and a neighbour process that keeps a core busy.
 
-Knows the protocol of ``_child.py``. Does not know what is measured.
+This module knows the protocol of ``_child.py``. It does not know what is measured.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PATIENCE = 1800.0
-"""Seconds without an answer after which a peer counts as hanging; a prompt or a conversion may take long."""
+ANSWER_TIMEOUT_SECONDS = 1800.0
+"""Time without an answer after which a peer counts as hanging; a prompt or a conversion may take minutes."""
 
-SPIN = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print(flush=True)\nwhile True: pass"
+BUSY_LOOP = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print(flush=True)\nwhile True: pass"
 
 
 class PeerFailed(Exception):
-    """A peer's process ended, hung, or could not do what it was asked; one line says which."""
+    """A peer's process ended, hung or reported an error; the message is one line."""
 
 
 class Process(AbstractContextManager["Process"]):
-    """One peer in an interpreter of its own.
+    """Process of one peer.
 
     Args:
-        peer: its file as a module; of it, only the path and ``environment`` are used here.
-        python: the interpreter.
-        threads: how many the peer may compute with.
-        log: the file that gets what the peer prints.
+        peer: the peer's module, of which only the path and ``environment`` are used.
+        python: Python interpreter of the process.
+        threads: number of threads that the peer may use.
+        log: file for the output of the peer.
 
     Raises:
-        PeerFailed: there is no such interpreter.
+        PeerFailed: the interpreter cannot be started.
     """
 
     def __init__(self, peer: ModuleType, python: Path, threads: int, log: Path) -> None:
@@ -60,59 +60,61 @@ class Process(AbstractContextManager["Process"]):
             except OSError as error:
                 raise PeerFailed(f"{python} cannot be started: {error.strerror}") from error
 
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Return what the peer answers.
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """Send a request and return the peer's answer.
 
         Raises:
-            PeerFailed: it complains, or is gone, or says nothing for ``PATIENCE`` seconds.
+            PeerFailed: the peer reports an error, has ended, or does not answer in ``ANSWER_TIMEOUT_SECONDS``.
         """
         assert self._child.stdin is not None
         try:
-            os.write(self._child.stdin.fileno(), json.dumps({"do": do} | arguments).encode() + b"\n")
+            os.write(self._child.stdin.fileno(), json.dumps({"do": command} | arguments).encode() + b"\n")
         except OSError as error:
-            raise self._ended(do) from error
-        answer: Mapping[str, Any] = json.loads(self._line(do))
+            raise self._ended(command) from error
+        answer: Mapping[str, Any] = json.loads(self._line(command))
         if "error" in answer:
-            raise PeerFailed(f"{do} failed: {answer['error']}")
+            raise PeerFailed(f"{command} failed: {answer['error']}")
         return answer["ok"]
 
     def __exit__(self, *exception: object) -> None:
-        """End the process, whatever it does."""
+        """Kill the process."""
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 pipe.close()
         self._child.kill()
         self._child.wait()
 
-    def _line(self, do: str) -> bytes:
+    def _line(self, command: str) -> bytes:
         assert self._child.stdout is not None
         pipe = self._child.stdout.fileno()
         while b"\n" not in self._rest:
-            if not select.select([pipe], [], [], PATIENCE)[0]:
-                raise PeerFailed(f"{do} gave no answer for {PATIENCE:.0f} s and was ended")
+            if not select.select([pipe], [], [], ANSWER_TIMEOUT_SECONDS)[0]:
+                raise PeerFailed(f"{command} gave no answer for {ANSWER_TIMEOUT_SECONDS:.0f} s and was ended")
             data = os.read(pipe, 1 << 16)
             if not data:
-                raise self._ended(do)
+                raise self._ended(command)
             self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")
         return line
 
-    def _ended(self, do: str) -> PeerFailed:
+    def _ended(self, command: str) -> PeerFailed:
         code = self._child.wait()
-        how = f"by signal {-code}" if code < 0 else f"with exit status {code}"
-        said = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        return PeerFailed(f"its process ended {how} during {do}" + (f"; it last said: {said[-1]}" if said else ""))
+        reason = f"by signal {-code}" if code < 0 else f"with exit status {code}"
+        output = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        return PeerFailed(
+            f"its process ended {reason} during {command}" + (f"; its last output: {output[-1]}" if output else "")
+        )
 
 
 @contextmanager
 def neighbour() -> Iterator[int]:
-    """Keep the last of this process's cores busy with work that is not ours; yields the id of the process."""
+    """Keep the last of this process's cores busy with another process; yield its process id."""
     core = max(os.sched_getaffinity(0))
-    spinning = subprocess.Popen([sys.executable, "-c", SPIN, str(core)], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", BUSY_LOOP, str(core)], stdout=subprocess.PIPE)
     try:
-        assert spinning.stdout is not None
-        spinning.stdout.readline()  # it spins from here on
-        yield spinning.pid
+        assert process.stdout is not None
+        process.stdout.readline()  # the loop has started
+        yield process.pid
     finally:
-        spinning.kill()
-        spinning.communicate()
+        process.kill()
+        process.communicate()

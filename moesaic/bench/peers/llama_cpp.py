@@ -1,8 +1,8 @@
-"""llama.cpp through llama-cpp-python, by its low-level functions: no sampling, no Python per token.
+"""llama.cpp through the low-level functions of llama-cpp-python: no sampling and no Python code per token.
 
-A format is what ``llama-quantize`` calls it. With ``-norepack`` the weights stay as they lie in the
-file; else llama.cpp may lay them out anew for the processor, as it does unless told otherwise. Files
-are made here: Mixtral is its architecture "llama" with experts, whose rotary rows are interleaved.
+Formats have the names of ``llama-quantize``. With ``-norepack`` the weights stay as they are in the file; otherwise
+llama.cpp may rearrange them for the processor, which is its default. The GGUF files are created here: Mixtral is the
+architecture "llama" with experts, whose rotary rows are interleaved.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MODULES, PACKAGES = ("llama_cpp", "gguf", "numpy"), ("llama-cpp-python", "gguf")
 INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python gguf'
 FORMATS = ("Q8_0", "Q8_0-norepack", "Q4_0", "Q4_0-norepack", "Q4_K_S", "Q4_K_S-norepack", "Q2_K", "Q2_K-norepack")
 
-PIECE = 2048
-"""Most tokens in a call, llama.cpp's default."""
+MAX_BATCH_TOKENS = 2048
+"""Maximum tokens in a call: llama.cpp's default."""
 
 
-def make(source: Path, folder: Path, format: str) -> Path:
-    """Return the GGUF file of ``format``, quantized from one in bfloat16 that is made first."""
-    kind = format.removesuffix("-norepack")
+def make(source: Path, folder: Path, weight_format: str) -> Path:
+    """Return the GGUF file of a format; it is quantized from a bfloat16 file, which is created first."""
+    kind = weight_format.removesuffix("-norepack")
     target, plain = folder / f"llama-{kind}.gguf", folder / "llama-BF16.gguf"
     if target.exists():
         return target
@@ -44,88 +44,89 @@ def make(source: Path, folder: Path, format: str) -> Path:
 
 
 class Peer:
-    """A context in which every sequence has a stream of its own."""
+    """A llama.cpp context in which every sequence has its own memory."""
 
-    def __init__(self, path: Path, format: str, threads: int, context: int, sequences: int) -> None:
+    def __init__(self, path: Path, weight_format: str, threads: int, context: int, sequences: int) -> None:
         import llama_cpp
 
-        self._lib, self._said = llama_cpp, list[str]()
-        self._listen = llama_cpp.llama_log_callback(self._hear)
-        llama_cpp.llama_log_set(self._listen, ctypes.c_void_p())
+        self._lib, self._log = llama_cpp, list[str]()
+        self._log_callback = llama_cpp.llama_log_callback(self._add_log)
+        llama_cpp.llama_log_set(self._log_callback, ctypes.c_void_p())
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
-        options.use_extra_bufts = not format.endswith("-norepack")
+        options.use_extra_bufts = not weight_format.endswith("-norepack")
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), options)
-        how = llama_cpp.llama_context_default_params()
-        how.n_ctx = sequences * (-(-context // 256) * 256)
-        how.n_batch, how.n_seq_max, how.kv_unified = PIECE, sequences, False
-        how.n_threads = how.n_threads_batch = threads
-        how.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self._context = llama_cpp.llama_init_from_model(self._model, how) if self._model else None
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = sequences * (-(-context // 256) * 256)
+        parameters.n_batch, parameters.n_seq_max, parameters.kv_unified = MAX_BATCH_TOKENS, sequences, False
+        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self._context = llama_cpp.llama_init_from_model(self._model, parameters) if self._model else None
         if not self._context:
-            raise RuntimeError("; ".join(self._said[-3:]) or "llama.cpp gave no reason")
+            raise RuntimeError("; ".join(self._log[-3:]) or "llama.cpp gave no reason")
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(max(PIECE, sequences), 0, 1)
+        self._batch = llama_cpp.llama_batch_init(max(MAX_BATCH_TOKENS, sequences), 0, 1)
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-        self._length = self._at = 0
+        self._length = self._position = 0
         self.about: dict[str, Any] = {
             "system_info": llama_cpp.llama_print_system_info().decode().strip(),
             "repack": bool(options.use_extra_bufts),
             "flash_attn": True,
-            "n_ubatch": how.n_ubatch,
-            "buffers": [line for line in self._said if "buffer size" in line],
+            "n_ubatch": parameters.n_ubatch,
+            "buffers": [line for line in self._log if "buffer size" in line],
         }
         self.weights = _weights(path)
 
     def prefill(self, ids: list[int]) -> None:
         self._lib.llama_memory_clear(self._memory, False)
-        for begin in range(0, len(ids), PIECE):
-            piece = ids[begin : begin + PIECE]
-            wanted = begin + len(piece) == len(ids)
-            self._decode([(id, begin + place, 0) for place, id in enumerate(piece)], len(piece) - 1 if wanted else None)
+        for start in range(0, len(ids), MAX_BATCH_TOKENS):
+            chunk = ids[start : start + MAX_BATCH_TOKENS]
+            is_last = start + len(chunk) == len(ids)
+            tokens = [(token_id, start + index, 0) for index, token_id in enumerate(chunk)]
+            self._decode(tokens, len(chunk) - 1 if is_last else None)
 
     def likeliest(self, ids: list[int], count: int) -> list[int]:
         self.prefill(ids)
-        found = self._lib.llama_get_logits_ith(self._context, -1)
-        return sorted(range(self._vocab), key=lambda id: -found[id])[:count]
+        logits = self._lib.llama_get_logits_ith(self._context, -1)
+        return sorted(range(self._vocab), key=lambda token_id: -logits[token_id])[:count]
 
     def fill(self, prompts: list[list[int]]) -> None:
-        # One is computed; copying it into another stream copies the memory too.
+        # Only one prompt is computed. A copy to another sequence copies the memory too.
         self.prefill(prompts[0])
-        for place in range(1, len(prompts)):
-            self._lib.llama_memory_seq_cp(self._memory, 0, place, -1, -1)
+        for sequence in range(1, len(prompts)):
+            self._lib.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
         self._length = len(prompts[0])
 
     def begin(self, batch: int, steps: int) -> None:
-        self._at = self._length
+        self._position = self._length
 
     def step(self, ids: list[int]) -> None:
-        self._decode([(id, self._at, place) for place, id in enumerate(ids)])
-        self._at += 1
+        self._decode([(token_id, self._position, sequence) for sequence, token_id in enumerate(ids)])
+        self._position += 1
 
     def end(self) -> None:
         self._lib.llama_memory_seq_rm(self._memory, -1, self._length, -1)
 
-    def _decode(self, tokens: list[tuple[int, int, int]], wanted: int | None = -1) -> None:
-        """Run tokens (id, place, sequence); the logits of row ``wanted`` are computed, all with -1, or none."""
+    def _decode(self, tokens: list[tuple[int, int, int]], logits_row: int | None = -1) -> None:
+        """Run tokens (id, position, sequence) and compute the logits of one row, of all rows (-1) or of none (None)."""
         batch = self._batch
         batch.n_tokens = len(tokens)
-        for row, (id, place, sequence) in enumerate(tokens):
-            batch.token[row], batch.pos[row] = id, place
+        for row, (token_id, position, sequence) in enumerate(tokens):
+            batch.token[row], batch.pos[row] = token_id, position
             batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence
-            batch.logits[row] = wanted in (-1, row)
+            batch.logits[row] = logits_row in (-1, row)
         if code := self._lib.llama_decode(self._context, batch):
-            raise RuntimeError(f"llama_decode returned {code}: {'; '.join(self._said[-2:])}")
+            raise RuntimeError(f"llama_decode returned {code}: {'; '.join(self._log[-2:])}")
         self._lib.llama_synchronize(self._context)
 
-    def _hear(self, level: int, text: bytes, data: Any) -> None:
-        self._said.append(text.decode(errors="replace").strip())
+    def _add_log(self, level: int, text: bytes, data: Any) -> None:
+        self._log.append(text.decode(errors="replace").strip())
 
 
 def _weights(path: Path) -> tuple[int, int]:
     import gguf
 
-    sizes = {each.name: int(each.n_bytes) for each in gguf.GGUFReader(path).tensors}
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
     experts = sum(size for name, size in sizes.items() if "_exps." in name)
     return experts, sum(sizes.values()) - experts - sizes["token_embd.weight"]
 
@@ -142,14 +143,14 @@ def _quantize(source: Path, target: Path, kind: str) -> None:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the GGUF file and what it is made of: one stored tensor, or one for each expert."""
+    """A tensor of the GGUF file, and its source: one tensor of the checkpoint, or one per expert."""
 
     name: str
     parts: list[str]
     rotary_heads: int = 0
-    """Heads whose rows go from halves to neighbours; 0: rows stay."""
+    """Number of heads whose rotary rows change from half-split to interleaved; 0: rows do not move."""
     plain: bool = False
-    """Kept in float32, as llama.cpp wants norms and router."""
+    """Whether the tensor is stored in float32, which llama.cpp requires for norms and router."""
 
 
 def _tensors(config: dict[str, Any]) -> Iterator[_Tensor]:
@@ -158,21 +159,23 @@ def _tensors(config: dict[str, Any]) -> Iterator[_Tensor]:
     yield _Tensor("output.weight", ["lm_head.weight"])
     rotary = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
     for layer in range(config["num_hidden_layers"]):
-        ours, theirs = f"blk.{layer}", f"model.layers.{layer}"
-        yield _Tensor(f"{ours}.attn_norm.weight", [f"{theirs}.input_layernorm.weight"], plain=True)
-        yield _Tensor(f"{ours}.ffn_norm.weight", [f"{theirs}.post_attention_layernorm.weight"], plain=True)
+        target, source = f"blk.{layer}", f"model.layers.{layer}"
+        yield _Tensor(f"{target}.attn_norm.weight", [f"{source}.input_layernorm.weight"], plain=True)
+        yield _Tensor(f"{target}.ffn_norm.weight", [f"{source}.post_attention_layernorm.weight"], plain=True)
         for kind in "qkv":
-            yield _Tensor(f"{ours}.attn_{kind}.weight", [f"{theirs}.self_attn.{kind}_proj.weight"], rotary.get(kind, 0))
-        yield _Tensor(f"{ours}.attn_output.weight", [f"{theirs}.self_attn.o_proj.weight"])
-        yield _Tensor(f"{ours}.ffn_gate_inp.weight", [f"{theirs}.block_sparse_moe.gate.weight"], plain=True)
+            yield _Tensor(
+                f"{target}.attn_{kind}.weight", [f"{source}.self_attn.{kind}_proj.weight"], rotary.get(kind, 0)
+            )
+        yield _Tensor(f"{target}.attn_output.weight", [f"{source}.self_attn.o_proj.weight"])
+        yield _Tensor(f"{target}.ffn_gate_inp.weight", [f"{source}.block_sparse_moe.gate.weight"], plain=True)
         for name, matrix in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
             experts = range(config["num_local_experts"])
-            parts = [f"{theirs}.block_sparse_moe.experts.{expert}.{matrix}.weight" for expert in experts]
-            yield _Tensor(f"{ours}.ffn_{name}_exps.weight", parts)
+            parts = [f"{source}.block_sparse_moe.experts.{expert}.{matrix}.weight" for expert in experts]
+            yield _Tensor(f"{target}.ffn_{name}_exps.weight", parts)
 
 
 class _Stored:
-    """A safetensors file of bfloat16, read as 16-bit words."""
+    """A safetensors file in bfloat16, read as 16-bit words."""
 
     def __init__(self, file: Path) -> None:
         with file.open("rb") as stream:
@@ -181,8 +184,8 @@ class _Stored:
         self._file, self._data = file, 8 + length
 
     def shape(self, tensor: _Tensor) -> tuple[int, ...]:
-        one = tuple(self._entries[tensor.parts[0]]["shape"])
-        return (len(tensor.parts), *one) if len(tensor.parts) > 1 else one
+        shape = tuple(self._entries[tensor.parts[0]]["shape"])
+        return (len(tensor.parts), *shape) if len(tensor.parts) > 1 else shape
 
     def read(self, tensor: _Tensor) -> Any:
         import numpy
@@ -200,12 +203,12 @@ class _Stored:
         import numpy
 
         entry = self._entries[name]
-        begin = self._data + entry["data_offsets"][0]
-        return numpy.fromfile(self._file, numpy.uint16, prod(entry["shape"]), offset=begin).reshape(entry["shape"])
+        offset = self._data + entry["data_offsets"][0]
+        return numpy.fromfile(self._file, numpy.uint16, prod(entry["shape"]), offset=offset).reshape(entry["shape"])
 
 
 def _write(source: Path, target: Path) -> None:
-    """Write the checkpoint ``source`` as a GGUF file in bfloat16, one tensor in memory at a time."""
+    """Write a checkpoint as a GGUF file in bfloat16, one tensor in memory at a time."""
     import gguf
     import numpy
 

@@ -1,7 +1,7 @@
-"""Our engine as a user gets it: ``LLM``, with its scheduler, sampler, stream and text.
+"""Our engine as users get it: ``LLM`` with its scheduler, sampler, streams and text.
 
-Prompts are kept by the prefix cache, each in blocks of its own; a decode submits them again, and only
-the last block of each is computed anew.
+The prefix cache keeps the prompts, each in blocks of its own. A decode submits them again and computes only the last
+block of each.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ MODULES, PACKAGES = ("moesaic", "torch"), ("torch",)
 INSTALL = "pip install moesaic"
 FORMATS = ("q8", "q4", "q2", "bfloat16")
 
-LATE = 4
-"""Steps by which one request may start after another."""
+MAX_DELAYED_STEPS = 4
+"""Maximum steps by which a request starts after the first one."""
 
 
 def environment(python: Path) -> dict[str, str]:
-    """Let our own interpreter find the very source that runs now; another one has its own."""
+    """Make our own interpreter import the source that runs now; another interpreter has its own installation."""
     return {"PYTHONPATH": str(Path(__file__).parents[3])} if python == Path(sys.executable) else {}
 
 
-def make(source: Path, folder: Path, format: str) -> Path:
-    """Return the packed folder; plain weights are loaded as they are."""
+def make(source: Path, folder: Path, weight_format: str) -> Path:
+    """Return the packed folder, or the checkpoint itself if the format is not quantized."""
     from moesaic.bench.peers import _ours
 
-    return _ours.packed_folder(source, folder, format)
+    return _ours.packed_folder(source, folder, weight_format)
 
 
 class Peer:
-    """An LLM and the requests that run in it."""
+    """An LLM and its running requests."""
 
-    def __init__(self, path: Path, format: str, threads: int, context: int, sequences: int) -> None:
+    def __init__(self, path: Path, weight_format: str, threads: int, context: int, sequences: int) -> None:
         from moesaic.bench.peers import _ours
         from moesaic.engine import Sampling
         from moesaic.llm import LLM
         from moesaic.loading import torch_threads
 
         self._sampling = Sampling
-        context += LATE
+        context += MAX_DELAYED_STEPS
         self._llm = LLM.load(path, context=context, cache_tokens=context * (sequences + 1))
         model: Any = self._llm.loaded.model
         _ours.use_threads(threads, torch_threads(model))
@@ -55,7 +55,7 @@ class Peer:
 
     def likeliest(self, ids: list[int], count: int) -> list[int]:
         [token] = self._submit(ids, 1, logprobs=count).answer.tokens
-        return [id for id, _ in token.top][:count]
+        return [token_id for token_id, _ in token.top][:count]
 
     def fill(self, prompts: list[list[int]]) -> None:
         self._prompts = prompts
@@ -63,7 +63,7 @@ class Peer:
             self.prefill(ids)
 
     def begin(self, batch: int, steps: int) -> None:
-        replies = [self._submit(ids, steps + LATE) for ids in self._prompts[:batch]]
+        replies = [self._submit(ids, steps + MAX_DELAYED_STEPS) for ids in self._prompts[:batch]]
         self._replies = [iter(reply) for reply in replies]
 
     def step(self, ids: list[int]) -> None:

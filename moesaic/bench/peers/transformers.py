@@ -1,6 +1,6 @@
 """Transformers on torch's CPU kernels, called step by step with its own cache.
 
-Variants of ``bfloat16`` name another way to run the experts; without one it is the library's choice.
+``bfloat16-NAME`` selects an implementation of the experts; plain ``bfloat16`` uses the library's default.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ INSTALL = "pip install transformers torch"
 FORMATS = ("bfloat16", "bfloat16-eager")
 
 
-def make(source: Path, folder: Path, format: str) -> Path:
+def make(source: Path, folder: Path, weight_format: str) -> Path:
     """Return the checkpoint itself."""
     return source
 
 
 class Peer:
-    """The model and a cache that holds one prompt; a batch gets copies of it."""
+    """The model and a cache of one prompt, which is copied for a batch."""
 
-    def __init__(self, path: Path, format: str, threads: int, context: int, sequences: int) -> None:
+    def __init__(self, path: Path, weight_format: str, threads: int, context: int, sequences: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
         self._torch = torch
-        dtype, _, experts = format.partition("-")
-        how = {"experts_implementation": experts} if experts else {}
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **how).eval()
+        dtype, _, experts = weight_format.partition("-")
+        options = {"experts_implementation": experts} if experts else {}
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options).eval()
         config = self._model.config
-        self._held: Any = None
+        self._prompt_cache: Any = None
         self._cache: Any = None
         self.about: dict[str, Any] = {
             "attention": config._attn_implementation,
@@ -51,14 +51,14 @@ class Peer:
         return self._run([ids], None).logits[0, -1].topk(count).indices.tolist()  # type: ignore[no-any-return]
 
     def fill(self, prompts: list[list[int]]) -> None:
-        self._held = self._run([prompts[0]], None).past_key_values
+        self._prompt_cache = self._run([prompts[0]], None).past_key_values
 
     def begin(self, batch: int, steps: int) -> None:
-        self._cache = copy.deepcopy(self._held)
+        self._cache = copy.deepcopy(self._prompt_cache)
         self._cache.batch_repeat_interleave(batch)
 
     def step(self, ids: list[int]) -> None:
-        self._run([[id] for id in ids], self._cache)
+        self._run([[token_id] for token_id in ids], self._cache)
 
     def end(self) -> None:
         self._cache = None

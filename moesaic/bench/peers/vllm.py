@@ -1,6 +1,6 @@
-"""vLLM's CPU build, its whole engine without a tokenizer, stepped in this process.
+"""vLLM's CPU build: its whole engine without a tokenizer, stepped in this process.
 
-Like our whole LLM it keeps prompts in its prefix cache, and a decode submits them again.
+Like our whole LLM, it keeps prompts in its prefix cache, and a decode submits them again.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ FORMATS = ("bfloat16",)
 
 
 def environment(python: Path) -> dict[str, str]:
-    """Return what its process is started with: the libraries that vLLM asks to have preloaded, where they are."""
-    beside = python.parent.parent / "lib" / "libiomp5.so"
+    """Return environment variables that preload the libraries that vLLM recommends, as far as they are installed."""
+    openmp = python.parent.parent / "lib" / "libiomp5.so"
     tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
-    found = [*([tcmalloc] if tcmalloc else []), *([str(beside)] if beside.exists() else [])]
-    return {"LD_PRELOAD": ":".join(found)} if found else {}
+    libraries = [*([tcmalloc] if tcmalloc else []), *([str(openmp)] if openmp.exists() else [])]
+    return {"LD_PRELOAD": ":".join(libraries)} if libraries else {}
 
 
-def make(source: Path, folder: Path, format: str) -> Path:
+def make(source: Path, folder: Path, weight_format: str) -> Path:
     """Return the checkpoint itself."""
     return source
 
 
 class Peer:
-    """An engine and the requests that run in it."""
+    """A vLLM engine and its running requests."""
 
-    def __init__(self, path: Path, format: str, threads: int, context: int, sequences: int) -> None:
+    def __init__(self, path: Path, weight_format: str, threads: int, context: int, sequences: int) -> None:
         config = json.loads((path / "config.json").read_text())
         os.environ.update(_environment(config, threads, context * (sequences + 1)))
         from vllm import LLM, SamplingParams
@@ -42,7 +42,7 @@ class Peer:
         self._params = SamplingParams
         llm = LLM(
             model=str(path),
-            dtype=format,
+            dtype=weight_format,
             max_model_len=context,
             max_num_seqs=sequences,
             skip_tokenizer_init=True,
@@ -51,7 +51,7 @@ class Peer:
         self._engine = llm.llm_engine
         self._prompts: list[list[int]] = []
         self._tokens: dict[str, int] = {}
-        self._wanted = self._submitted = 0
+        self._steps = self._submitted = 0
         self.about: dict[str, Any] = {"sampling": "greedy", "compiled": not llm.model_config.enforce_eager}
         self.weights = _weights(path / "model.safetensors")
 
@@ -62,8 +62,8 @@ class Peer:
     def likeliest(self, ids: list[int], count: int) -> list[int]:
         self._submit([ids], 1, logprobs=count)
         [output] = self._drain()
-        [found] = output.outputs[0].logprobs
-        return sorted(found, key=lambda id: -found[id].logprob)[:count]
+        [logprobs] = output.outputs[0].logprobs
+        return sorted(logprobs, key=lambda token_id: -logprobs[token_id].logprob)[:count]
 
     def fill(self, prompts: list[list[int]]) -> None:
         self._prompts = prompts
@@ -74,15 +74,15 @@ class Peer:
         self._submit(self._prompts[:batch], steps)
 
     def step(self, ids: list[int]) -> None:
-        self._wanted += 1
-        while min(self._tokens.values()) < self._wanted:
+        self._steps += 1
+        while min(self._tokens.values()) < self._steps:
             self._advance()
 
     def end(self) -> None:
         self._drain()
 
     def _submit(self, prompts: list[list[int]], tokens: int, **more: Any) -> None:
-        self._tokens, self._wanted = {}, 0
+        self._tokens, self._steps = {}, 0
         for ids in prompts:
             self._submitted += 1
             name = str(self._submitted)
@@ -103,15 +103,15 @@ class Peer:
         return outputs
 
 
-def _environment(config: dict[str, Any], threads: int, places: int) -> dict[str, str]:
-    """Return what vLLM reads from the environment when it is imported."""
+def _environment(config: dict[str, Any], threads: int, cache_tokens: int) -> dict[str, str]:
+    """Return the environment variables that vLLM reads when it is imported."""
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    each = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head
+    token_bytes = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head
     cores = sorted(os.sched_getaffinity(0))[:threads]
     return {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else two processes compete for the cores
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # otherwise two processes compete for the cores
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "VLLM_CPU_KVCACHE_SPACE": str(-(-each * places // 2**30)),  # in GiB
+        "VLLM_CPU_KVCACHE_SPACE": str(-(-token_bytes * cache_tokens // 2**30)),  # in GiB
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }

@@ -1,10 +1,10 @@
-"""Makes worker processes fast: it has imported what they need, and forks. Lines of standard input name them.
+"""Fork server for worker processes: it imports the worker's modules once, then forks a worker per line of its input.
 
-    python -m tests.support.worker_pool URL,URL SLOTS SECONDS LOG [STALL]
+    python -m benchmarks.worker_forkserver URL,URL SLOTS SECONDS LOG [STALL]
 
-A worker is forked for each name that is read, w and a number, and its process number printed; those of odd numbers do
-not stop when they are told to. One whose engine makes no step for STALL seconds ends. All end with this process.
-Their key is in ``MOESAIC_WORKER_KEY``.
+Each line of standard input is a worker's name: a letter and a number. The server prints the worker's process id. A
+worker whose number is odd ignores orders to stop a job. A worker ends if its engine makes no step for STALL seconds.
+All workers end with the fork server. ``MOESAIC_WORKER_KEY`` holds their key.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.fake_backend import Fake
 from moesaic.cluster.protocols import STALL_SECONDS
 from moesaic.cluster.worker.agent import Worker
 from moesaic.errors import MoesaicError
 from moesaic.serve import logs
-from tests.support.backend import Fake
 
-DEATH = 1  # PR_SET_PDEATHSIG
+PR_SET_PDEATHSIG = 1
 
 
 class Stubborn(Worker):
-    """Does not stop when it is told to: only the fence stands between its late results and the job."""
+    """Worker that ignores orders to stop a job, so that only the fence keeps its late results out."""
 
     def _cancel(self, job_id: str) -> None:
         pass
 
 
-class Nursery:
-    """Makes workers for a test, and ends with them."""
+class WorkerForkServer:
+    """Starts and signals worker processes; they end when it is closed."""
 
     def __init__(
         self,
@@ -48,43 +48,57 @@ class Nursery:
         stall: float = STALL_SECONDS,
         key: str | None = None,
     ) -> None:
+        """Start the fork server.
+
+        Args:
+            url: the gateways' addresses, separated by commas.
+            log: file to which all workers append their logs.
+            slots: jobs that a worker runs at the same time.
+            seconds: time that a worker's model takes for a token.
+            stall: seconds without a step after which a worker ends.
+            key: the workers' API key; None: that of this process's environment.
+        """
         self.log = log
         arguments = [url, str(slots), str(seconds), str(log), str(stall)]
-        command = [sys.executable, "-m", "tests.support.worker_pool", *arguments]
+        command = [sys.executable, "-m", "benchmarks.worker_forkserver", *arguments]
         environment = os.environ | ({"MOESAIC_WORKER_KEY": key} if key else {})
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.made: dict[str, int] = {}
+        self.pids: dict[str, int] = {}
 
     def spawn(self, name: str) -> int:
-        """Make a worker; return its process number."""
+        """Start a worker and return its process id."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(name + "\n")
         self._process.stdin.flush()
-        self.made[name] = int(self._process.stdout.readline())
-        return self.made[name]
+        self.pids[name] = int(self._process.stdout.readline())
+        return self.pids[name]
 
     def signal(self, name: str, which: signal.Signals) -> None:
+        """Send a signal to a worker, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.made[name], which)
+            os.kill(self.pids[name], which)
 
     def lives(self, name: str) -> bool:
+        """Return whether a worker's process exists."""
         try:
-            os.kill(self.made[name], 0)
+            os.kill(self.pids[name], 0)
         except ProcessLookupError:
             return False
         return True
 
     def close(self) -> None:
-        for name in self.made:
+        """Kill all workers and the fork server."""
+        for name in self.pids:
             self.signal(name, signal.SIGKILL)
         self._process.kill()
         self._process.communicate()
 
 
-def work(urls: list[str], name: str, slots: int, seconds: float, log: str, stall: float) -> None:
-    ctypes.CDLL(None).prctl(DEATH, signal.SIGKILL)
+def run_worker(urls: list[str], name: str, slots: int, seconds: float, log: str, stall: float) -> None:
+    """Run a worker in this process until it ends; its log is appended to the file ``log``."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     logs.set_up("debug", as_json=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
@@ -99,14 +113,14 @@ def work(urls: list[str], name: str, slots: int, seconds: float, log: str, stall
 def main() -> None:
     urls, slots, seconds, log = sys.argv[1].split(","), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
     stall = float(sys.argv[5]) if len(sys.argv) > 5 else STALL_SECONDS
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
+        pid = os.fork()
+        if not pid:
             os.close(0)
-            work(urls, line.strip(), slots, seconds, log, stall)
+            run_worker(urls, line.strip(), slots, seconds, log, stall)
             os._exit(0)
-        print(child, flush=True)
+        print(pid, flush=True)
 
 
 if __name__ == "__main__":

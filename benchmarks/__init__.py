@@ -1,0 +1,10 @@
+"""Benchmarks and stress tests of a checkout, one script each; run them as ``python -m benchmarks.NAME --help``.
+
+- ``http_share``: how much speed HTTP and a gateway cost an engine.
+- ``streams``: the delay that the HTTP layer adds to each token of many concurrent streams.
+- ``job_rate``: jobs per second of the job stores.
+- ``kill_workers``: correctness of the cluster while its processes are killed at random.
+- ``paced_server``: a server with a known pace, to measure the load generator of ``moesaic bench serving``.
+
+The scripts import ``moesaic`` and each other, never the tests.
+"""

@@ -1,0 +1,229 @@
+"""``moesaic perplexity`` and ``moesaic bench``: measurements of quality and speed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from moesaic.cli.bench_serving import add_serving
+from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
+from moesaic.errors import InvalidRequest
+
+GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
+
+# perplexity
+
+
+def add_perplexity(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "perplexity",
+        _perplexity,
+        "measure how well a model predicts a text",
+        "It prints the perplexity per token and the bits per byte. Each document is read in windows that do not "
+        "overlap. If --format is given more than once, it prints a table that compares each format with the first.",
+        "moesaic perplexity held-out.jsonl.xz ./model --format q4",
+        "moesaic perplexity held-out.jsonl.xz ./model --format bfloat16 --format int4 --format experts=int2,head=int8",
+    )
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help='a .txt, or a .jsonl or .jsonl.xz with a "text" on each line'
+    )
+    add_model(parser, formats=True)
+    parser.add_argument(
+        "--kv-cache-dtype", choices=CACHE_DTYPES, help="use a key/value cache of this data type; default: no cache"
+    )
+    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a window (default 512)")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object, or a list of them for several formats"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures and their origin to a JSON file")
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    from moesaic import models
+    from moesaic.bench import quality, report
+    from moesaic.console.progress import bar
+    from moesaic.llm import BUILT_IN
+    from moesaic.loading import cache_dtype, load_model
+    from moesaic.text.tokenizer import Tokenizer
+
+    for format_name in args.format or []:
+        models.choose(format_name, "float32")  # check all names before the first measurement
+    texts = quality.read_texts(args.file)
+    path = folder(args.model) or BUILT_IN
+    tokenizer, rows = Tokenizer.open(path), []
+    for format_name in args.format or [None]:
+        with bar("loading") as progress:
+            loaded = load_model(
+                path, dtype=args.dtype, weight_format=format_name, device=args.device, progress=progress
+            )
+        cache = cache_dtype(loaded.model, args.kv_cache_dtype) if args.kv_cache_dtype else None
+        with bar("documents", count=True) as progress:
+            measured = quality.perplexity(loaded, tokenizer, texts, args.length, progress, cache)
+        rows.append(quality.row(format_name, loaded, measured, args.length))
+        del loaded  # frees the memory before the next model is loaded
+    if args.out:
+        report.write(args.out, report.record(args.line, {"formats": rows}))
+    print(json.dumps(rows if len(rows) > 1 else rows[0]) if args.json else "\n".join(quality.lines(rows)))
+    return 0
+
+
+# bench
+
+
+def add_bench(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="benchmark the kernels, the engine or a server",
+        description="Benchmark the kernels, the engine or a server. Run benchmarks on an otherwise idle machine.",
+        epilog="examples:\n  moesaic bench kernels --format int4\n  moesaic bench offline ./mixtral --format q4\n"
+        "  moesaic bench serving http://localhost:8000 --concurrency 1,4,16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds: Commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
+    kernels = add_command(
+        kinds,
+        "kernels",
+        _bench_kernels,
+        "measure the CPU kernels, op by op",
+        "It measures the machine's memory bandwidth and its fastest multiplication first, then each op at the sizes of "
+        "Mixtral, and compares the two.",
+        "moesaic bench kernels",
+        "moesaic bench kernels --format int4,int2 --out kernels.json",
+    )
+    kernels.add_argument("--format", metavar="F,...", default="bfloat16,int8,int4,int3,int2", help="weight formats")
+    kernels.add_argument("--threads", type=int, metavar="N", help="number of threads; default: the number of cores")
+    kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="seconds per figure (default 1)")
+    kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
+    peers = add_command(
+        kinds,
+        "peers",
+        _bench_peers,
+        "compare this engine with llama.cpp, vLLM and transformers",
+        "All engines take turns with one model: random weights, Mixtral's dimensions, two layers. "
+        "docs/how-to/benchmark.md explains how to install the engines.",
+        "moesaic bench peers --only moesaic:q4,moesaic_llm:q4,transformers",
+        "moesaic bench peers --python llama_cpp=./llama/bin/python --plot peers.svg --out peers.json",
+    )
+    peers.add_argument("--only", metavar="P[:F],...", help="engines, or formats of engines, to measure; default: all")
+    peers.add_argument(
+        "--python",
+        metavar="P=FILE",
+        action="append",
+        default=[],
+        help="Python interpreter that has engine P installed; repeatable",
+    )
+    peers.add_argument(
+        "--work", type=Path, metavar="DIR", help="folder for the model's files, 30 GB; default: in the cache"
+    )
+    peers.add_argument("--rounds", type=int, default=3, metavar="N", help="number of interleaved rounds (default 3)")
+    peers.add_argument("--threads", type=int, metavar="N", help="number of threads; default: the number of cores")
+    peers.add_argument(
+        "--busy", action="store_true", help="also measure some cells while another process keeps a core busy"
+    )
+    peers.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
+    peers.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures to an .svg or .png file")
+    offline = add_command(
+        kinds,
+        "offline",
+        _bench_offline,
+        "measure the speed and memory of a model in the engine",
+        "The model is a folder, or with --geometry a model with the sizes of a published one and random weights, which "
+        "are made in memory in the packed format.",
+        "moesaic bench offline --geometry mixtral-8x7b --format q2",
+        "moesaic bench offline ./mixtral-q4 --batch 8 --out offline.json",
+    )
+    offline.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a folder, or org/name on the hub; default: the built-in model"
+    )
+    offline.add_argument("--geometry", metavar="NAME", help=f"sizes of the model: {', '.join(GEOMETRIES)}")
+    offline.add_argument("--layers", type=int, metavar="N", help="with --geometry: number of layers; default: all")
+    offline.add_argument(
+        "--packed", type=Path, metavar="DIR", help="with --geometry: create the weights in this folder and map them"
+    )
+    offline.add_argument(
+        "--format", metavar="F", help="quantize the weights: q8, q4, q3, q2, a format, or role=format,..."
+    )
+    offline.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of activations; default: as stored, or bfloat16"
+    )
+    offline.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="default: as activations")
+    offline.add_argument("--context", type=int, metavar="N", help="capacity of the cache in tokens (default 8192)")
+    offline.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
+    offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
+    offline.add_argument("--batch", type=int, default=1, metavar="N", help="concurrent answers (default 1)")
+    offline.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
+    add_serving(kinds)
+
+
+def _bench_kernels(args: argparse.Namespace) -> int:
+    from moesaic.bench import kernels, limits, report
+    from moesaic.formats import load
+    from moesaic.ops import native
+
+    names = args.format.split(",")
+    for name in names:
+        load(name)
+        if why := native.why_not("linear", "cpu", name):
+            raise InvalidRequest(f"format {name} cannot be measured: {why}")
+    if args.threads is not None:
+        native.set_threads(args.threads)
+    machine = limits.measure(report=lambda line: print(line, flush=True))
+    rows = []
+    with_weights = kernels.measure(machine, names, seconds=args.seconds)
+    for row in chain(with_weights, kernels.measure_others(machine, args.seconds)):
+        rows.append(row)
+        print(kernels.line(row), flush=True)
+    if args.out:
+        report.write(args.out, report.record(args.line, kernels.figures(machine, rows)))
+    return 0
+
+
+def _bench_peers(args: argparse.Namespace) -> int:
+    from moesaic import pull
+    from moesaic.bench import chart, compare, limits, plotting, report
+    from moesaic.ops import native
+
+    def show(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    pairs, pythons = compare.choose(args.only), compare.interpreters(args.python)
+    plan = compare.Plan(rounds=args.rounds, busy=args.busy)
+    if args.threads is not None:
+        plan = replace(plan, threads=args.threads)
+    if args.plot:
+        plotting.check(args.plot)
+    measure = partial(limits.measure, report=show) if native.why_not("linear", "cpu", "int4") is None else None
+    work = args.work or pull.cache_folder() / "bench"
+    comparison = compare.compare(pairs, work, plan=plan, pythons=pythons, limits=measure, report=show)
+    print("\n".join(chart.tables(comparison)))
+    record = report.record(args.line, comparison.figures())
+    if args.out:
+        report.write(args.out, record)
+    if args.plot:
+        chart.plot(comparison, args.plot, f"{record['machine']['cpu']}, {record['date']}, commit {record['commit']}")
+    return 2 if comparison.failed else 0
+
+
+def _bench_offline(args: argparse.Namespace) -> int:
+    from moesaic.bench import offline, report
+    from moesaic.console.progress import bar
+
+    work = offline.Work(args.prompt, args.tokens, args.batch)
+    options = offline.Options(
+        args.geometry, args.layers, args.format, args.dtype, args.context, args.packed, args.kv_cache_dtype
+    )
+    if args.geometry and args.model:
+        raise InvalidRequest("--geometry and MODEL exclude each other: a geometry has random weights")
+    path = None if args.geometry else folder(args.model)
+    with bar("loading") as progress:
+        figures = offline.run(path, options, work, lambda line: print(line, file=sys.stderr), progress)
+    print("\n".join(offline.lines(figures)))
+    if args.out:
+        report.write(args.out, report.record(args.line, figures))
+    return 0
