@@ -247,7 +247,7 @@ def test_contradicting_result_is_an_error(client, worker):
     [data] = worker.take()
     worker.tell(worker.update(data, "Hello", 1))
     worker.finish(data, "Somebody else's answer", 4)
-    assert "is not what it had said" in client.progress(job).json()["job_result"]["error"]
+    assert "contradicts its earlier updates" in client.progress(job).json()["job_result"]["error"]
 
 
 def test_openai_clients_get_deltas(open_office, worker):
