@@ -23,9 +23,9 @@ STATES = ("queued", "leased", "done", "failed", "cancelled", "dead")
 ACTIONS = {
     "status": "show a summary of the gateway",
     "drain": "stop accepting requests; with NAME: give worker NAME no further jobs",
-    "resume": "undo drain; with NAME: undo drain or dismiss of worker NAME",
+    "resume": "undo drain; with NAME: undo drain or ban of worker NAME",
     "workers": "list the workers and their jobs",
-    "dismiss": "disconnect worker NAME; other workers run its jobs",
+    "ban": "ban worker NAME; other workers run its jobs",
     "queues": "count waiting and running jobs by model",
     "jobs": f"list jobs in state NAME: {', '.join(STATES)}",
     "dead": "list dead letters: jobs that were tried until the crash limit",
@@ -35,7 +35,7 @@ ACTIONS = {
     "keys": "list the API keys and their limits",
     "reload": "reload the API keys",
 }
-NAMED_ACTIONS = ("dismiss", "jobs", "job", "revive", "cancel")
+NAMED_ACTIONS = ("ban", "jobs", "job", "revive", "cancel")
 STATUSES: Mapping[int, type[MoesaicError]] = {
     400: errors.InvalidRequest,
     401: errors.Unauthorized,
@@ -88,7 +88,7 @@ def _admin(args: argparse.Namespace) -> int:
 def _request(args: argparse.Namespace) -> tuple[str, str, Any]:
     """Return the HTTP method, the path below /admin/ and the body of a command."""
     what, name = args.what, args.name
-    if what in ("drain", "resume", "dismiss"):
+    if what in ("drain", "resume", "ban"):
         return ("POST", f"workers/{what}", {"name": name}) if name else ("POST", what, None)
     if what in ("jobs", "dead"):
         return "GET", f"jobs?state={quote(name or 'dead', safe='')}&most={args.most}", None
@@ -152,7 +152,7 @@ COLUMNS: Mapping[str, tuple[str, Mapping[str, Callable[[Row], Any]]]] = {
         "workers",
         {
             "name": lambda row: row["name"],
-            "state": lambda row: "drained" if row["drained"] else "quarantined" if row["apart"] else "working",
+            "state": lambda row: "drained" if row["drained"] else "quarantined" if row["quarantined"] else "working",
             "models": lambda row: ", ".join(row["models"]),
             "jobs": lambda row: f"{len(row['jobs'])}/{row['slots']}",
             "since": lambda row: time.strftime("%Y-%m-%d %H:%M", time.localtime(row["since"])),
@@ -216,8 +216,8 @@ def _lines(what: str, response: Mapping[str, Any]) -> list[str]:
     field, columns = table
     rows = [[one_line(str(cell(row))) for cell in columns.values()] for row in response[field]]
     lines = _table([[name.upper() for name in columns], *rows]) if rows else [f"no {field}"]
-    dismissed = response.get("dismissed")
-    return [*lines, f"dismissed: {one_line(', '.join(dismissed))}"] if dismissed else lines
+    banned = response.get("banned")
+    return [*lines, f"banned: {one_line(', '.join(banned))}"] if banned else lines
 
 
 def _text(value: Any) -> str:

@@ -97,7 +97,7 @@ def _gateway(args: argparse.Namespace) -> int:
     custom = [endpoint for path in args.aime_endpoints or () for endpoint in settings.read(path)]
     names = {endpoint.name for endpoint in custom}
     built_in = [endpoint for endpoint in settings.shipped() if endpoint.name not in names]
-    aime_endpoints = settings.together([*built_in, *custom])
+    aime_endpoints = settings.check_definitions([*built_in, *custom])
 
     def all_routes(gateway: Gateway) -> Iterable[Endpoint]:
         aime_workers = workers.endpoints(gateway.leases, gateway, aime_endpoints, args.lease)

@@ -1,7 +1,7 @@
-"""A gateway's routes for administrators: who works, what waits, what was set aside, and what to do about it.
+"""Admin routes of a gateway: workers, queues, jobs, dead letters and keys.
 
-docs/how-to/administer.md has them. Nothing here shows a prompt but ``show`` of a dead job whose body was asked for: it
-is needed to find out what kills workers. Knows HTTP and messages. Does not know how jobs are kept.
+docs/how-to/administer.md describes the routes. Only ``GET /admin/jobs/{id}?request=true`` shows a prompt, and only of a
+dead job: it helps to find out why workers crash. This module does not depend on how jobs are stored.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from moesaic.serve.keys import Key
 
 STATES: tuple[JobState, ...] = get_args(JobState)
 MAX_JOBS = 1000
-"""Jobs in one list."""
+"""Maximum number of jobs in one list."""
 
 
-class Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which worker is meant: by its name as ``workers`` shows it, which begins with its key's."""
+class WorkerName(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The name of a worker, as ``GET /admin/workers`` shows it. It begins with the name of the worker's key."""
 
     name: str
 
 
 class Overview(msgspec.Struct, frozen=True):
-    """A gateway at a glance. ``seconds`` is what a job takes, a running mean; the last three count since the start."""
+    """Summary of a gateway's state.
+
+    ``seconds`` is the running mean of a job's duration. ``lost``, ``fenced`` and ``dead`` count since the start.
+    """
 
     version: str
     state: str
@@ -50,7 +53,7 @@ class Overview(msgspec.Struct, frozen=True):
 
 
 class Worker(msgspec.Struct, frozen=True):
-    """A worker that is here. ``since`` is in seconds since the epoch, ``heard`` in seconds before now."""
+    """A connected worker. ``since`` is in seconds since the epoch, ``heard`` in seconds before now."""
 
     name: str
     key: str
@@ -62,19 +65,19 @@ class Worker(msgspec.Struct, frozen=True):
     since: float
     heard: float
     drained: bool
-    apart: bool
+    quarantined: bool
 
 
 class Workers(msgspec.Struct, frozen=True):
-    """All that are here, and the names of which something was said, whether they are here or not."""
+    """The connected workers, and the names of all drained and all banned workers, connected or not."""
 
     workers: list[Worker]
     drained: list[str]
-    dismissed: list[str]
+    banned: list[str]
 
 
 class Queue(msgspec.Struct, frozen=True):
-    """What waits and runs of one model; ``cost`` is about how many tokens what is queued may take."""
+    """Counts of one model's queued and running jobs. ``cost`` is the estimated number of tokens of the queued jobs."""
 
     model: str
     workers: int
@@ -86,13 +89,16 @@ class Queue(msgspec.Struct, frozen=True):
 
 
 class Queues(msgspec.Struct, frozen=True):
-    """Those of all models."""
+    """The queues of all models."""
 
     queues: list[Queue]
 
 
 class Job(msgspec.Struct, frozen=True):
-    """A job without what was asked and answered. ``attempts``: how often it was leased; ``crashes``: and lost."""
+    """A job without its request and its answer.
+
+    ``attempts`` is the number of leases, ``crashes`` the number of leases that expired together with their worker.
+    """
 
     id: str
     model: str
@@ -105,33 +111,33 @@ class Job(msgspec.Struct, frozen=True):
     attempts: int
     crashes: int
     events: int
-    ahead: int
+    queue_position: int
 
 
 class Jobs(msgspec.Struct, frozen=True):
-    """Jobs of one state, the newest first."""
+    """Jobs in one state, newest first."""
 
     state: JobState
     jobs: list[Job]
 
 
-class Shown(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One job, how it ended, and of a dead one its request, if that was asked for."""
+class JobDetails(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A job, its error, and the request of a dead job if the caller asked for it."""
 
     job: Job
     error: wire.ErrorInfo | None = None
     request: msgspec.Raw | None = None
 
 
-class Done(msgspec.Struct, frozen=True):
-    """What is so now."""
+class StateChange(msgspec.Struct, frozen=True):
+    """The new state of a worker, a job or, if ``name`` is empty, the gateway."""
 
     name: str
     state: str
 
 
-class KeyShown(msgspec.Struct, frozen=True):
-    """A key's name and limits. Neither the key nor its digest is ever shown."""
+class KeyInfo(msgspec.Struct, frozen=True):
+    """The name and limits of a key. Responses never contain the key or its digest."""
 
     name: str
     kind: str
@@ -143,53 +149,59 @@ class KeyShown(msgspec.Struct, frozen=True):
 
 
 class KeyList(msgspec.Struct, frozen=True):
-    """All keys that are let in."""
+    """All accepted keys."""
 
-    keys: list[KeyShown]
+    keys: list[KeyInfo]
 
 
 def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
-    """Return the routes of a gateway for those with an admin's key."""
+    """Return the admin routes of a gateway. They require an administrator's key."""
     workers, jobs = _WorkerRoutes(gateway), _JobRoutes(gateway)
 
-    def route(method: str, path: str, run: Any, summary: str, **more: Any) -> Endpoint:
+    def route(method: str, path: str, handler: Any, summary: str, **options: Any) -> Endpoint:
         return Endpoint(
-            f"/admin/{path}", run, openai_failure, method=method, admin=True, summary=f"Admins: {summary}", **more
+            f"/admin/{path}",
+            handler,
+            openai_failure,
+            method=method,
+            admin=True,
+            summary=f"Admins: {summary}",
+            **options,
         )
 
     listing = {"state": {"enum": list(STATES)}, "most": {"type": "integer", "minimum": 1, "maximum": MAX_JOBS}}
     return (
-        route("GET", "status", workers.status, "the gateway at a glance."),
-        route("POST", "drain", _drain, "take no new requests; what is queued is done."),
-        route("POST", "resume", _resume, "take requests again."),
-        route("GET", "workers", workers.listed, "who works."),
-        route("POST", "workers/drain", workers.drain, "give a worker nothing more.", body=Named),
-        route("POST", "workers/resume", workers.resume, "take that back.", body=Named),
-        route("POST", "workers/dismiss", workers.ban, "send a worker away.", body=Named),
-        route("GET", "queues", jobs.queues, "what waits and runs, by model."),
-        route("GET", "jobs", jobs.listed, "jobs of a state.", query=listing),
-        route("GET", "jobs/{id}", jobs.show, "one job.", query={"request": {"enum": ["true", "false"]}}),
-        route("DELETE", "jobs/{id}", jobs.cancel, "cancel a job, whosever it is."),
+        route("GET", "status", workers.status, "return the gateway's state and counters."),
+        route("POST", "drain", _drain, "accept no new requests, complete the queued ones."),
+        route("POST", "resume", _resume, "accept requests again."),
+        route("GET", "workers", workers.list_workers, "list the connected workers."),
+        route("POST", "workers/drain", workers.drain, "give a worker no more jobs.", body=WorkerName),
+        route("POST", "workers/resume", workers.resume, "reverse a worker's drain or ban.", body=WorkerName),
+        route("POST", "workers/ban", workers.ban, "ban a worker.", body=WorkerName),
+        route("GET", "queues", jobs.queues, "return the queue of each model."),
+        route("GET", "jobs", jobs.list_jobs, "list the jobs in one state.", query=listing),
+        route("GET", "jobs/{id}", jobs.show, "return a job.", query={"request": {"enum": ["true", "false"]}}),
+        route("DELETE", "jobs/{id}", jobs.cancel, "cancel a job of any client."),
         route("POST", "jobs/{id}/revive", jobs.revive, "queue a dead job again."),
-        route("GET", "keys", _keys, "names and limits."),
-        route("POST", "keys/reload", _reload, "read the keys again."),
+        route("GET", "keys", _keys, "list the names and limits of keys."),
+        route("POST", "keys/reload", _reload, "reload the keys."),
     )
 
 
 async def _drain(context: RequestContext) -> AnyResponse:
     context.services.state.draining = True
-    return Response(Done("", "draining"))
+    return Response(StateChange("", "draining"))
 
 
 async def _resume(context: RequestContext) -> AnyResponse:
     if context.services.state.stopping:
-        raise Conflict("the gateway is stopping: there is no taking that back")
+        raise Conflict("the gateway is stopping and cannot resume")
     context.services.state.draining = False
-    return Response(Done("", "serving"))
+    return Response(StateChange("", "serving"))
 
 
 async def _keys(context: RequestContext) -> AnyResponse:
-    return Response(KeyList([_key(each) for each in context.services.keys.accepted]))
+    return Response(KeyList([_key(key) for key in context.services.keys.accepted]))
 
 
 async def _reload(context: RequestContext) -> AnyResponse:
@@ -197,15 +209,13 @@ async def _reload(context: RequestContext) -> AnyResponse:
     return await _keys(context)
 
 
-def _key(key: Key) -> KeyShown:
+def _key(key: Key) -> KeyInfo:
     kind = "worker" if key.worker else "admin" if key.admin else "client"
     limits = (key.requests_per_minute, key.tokens_per_minute, key.concurrent)
-    return KeyShown(key.name, kind, *limits, key.priority, key.models)
+    return KeyInfo(key.name, kind, *limits, key.priority, key.models)
 
 
 class _WorkerRoutes:
-    """About workers."""
-
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
@@ -216,12 +226,12 @@ class _WorkerRoutes:
             Overview(
                 __version__,
                 "stopping" if state.stopping else "draining" if state.draining else "serving",
-                state.running - 1,  # without this one
+                state.running - 1,  # without this request
                 len(gateway.workers.sessions),
                 gateway.workers.slots(),
-                sum(each.queued for each in depths),
-                sum(each.leased for each in depths),
-                sum(each.suspects for each in depths),
+                sum(depth.queued for depth in depths),
+                sum(depth.leased for depth in depths),
+                sum(depth.suspects for depth in depths),
                 gateway.leases.mean_job_seconds,
                 gateway.leases.expired,
                 gateway.leases.fenced,
@@ -229,7 +239,7 @@ class _WorkerRoutes:
             )
         )
 
-    async def listed(self, _: RequestContext) -> AnyResponse:
+    async def list_workers(self, _: RequestContext) -> AnyResponse:
         registry = self._gateway.workers
         workers = [self._worker(session) for _, session in sorted(registry.sessions.items())]
         return Response(Workers(workers, sorted(registry.drained), sorted(registry.banned)))
@@ -252,20 +262,18 @@ class _WorkerRoutes:
 
     async def drain(self, context: RequestContext) -> AnyResponse:
         self._gateway.workers.drain(context.body.name)
-        return Response(Done(context.body.name, "drained"))
+        return Response(StateChange(context.body.name, "drained"))
 
     async def resume(self, context: RequestContext) -> AnyResponse:
         self._gateway.workers.resume(context.body.name)
-        return Response(Done(context.body.name, "working"))
+        return Response(StateChange(context.body.name, "working"))
 
     async def ban(self, context: RequestContext) -> AnyResponse:
         await self._gateway.leases.ban(context.body.name)
-        return Response(Done(context.body.name, "dismissed"))
+        return Response(StateChange(context.body.name, "banned"))
 
 
 class _JobRoutes:
-    """About jobs."""
-
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
@@ -280,54 +288,55 @@ class _JobRoutes:
         depth, slots = depth or QueueDepth(), self._gateway.workers.slots(model)
         return Queue(model, len(workers), slots, depth.queued, depth.leased, depth.suspects, depth.cost)
 
-    async def listed(self, context: RequestContext) -> AnyResponse:
-        given = context.query
-        state, most = given.get("state", "dead"), given.get("most", "100")
+    async def list_jobs(self, context: RequestContext) -> AnyResponse:
+        state, limit = context.query.get("state", "dead"), context.query.get("most", "100")
         if state not in STATES:
             raise InvalidParameter("state", f"is {state!r:.40}, expected one of {', '.join(STATES)}")
-        if not (most.isascii() and most.isdigit() and len(most) < 6 and 0 < int(most) <= MAX_JOBS):
-            raise InvalidParameter("most", f"is {most!r:.20}, expected 1 to {MAX_JOBS}")
-        return Response(Jobs(state, [_job(each) for each in await self._gateway.store.list_jobs(state, int(most))]))
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 0 < int(limit) <= MAX_JOBS):
+            raise InvalidParameter("most", f"is {limit!r:.20}, expected 1 to {MAX_JOBS}")
+        snapshots = await self._gateway.store.list_jobs(state, int(limit))
+        return Response(Jobs(state, [_job(snapshot) for snapshot in snapshots]))
 
     async def show(self, context: RequestContext) -> AnyResponse:
-        seen = await self._look(context)
-        asked = context.query.get("request") == "true"
-        if asked and seen.state != "dead":
-            raise Conflict("what was asked is shown of dead jobs alone")
-        result = msgspec.json.decode(seen.result, type=wire.JobResult) if seen.result else wire.JobResult()
-        return Response(Shown(_job(seen), result.error, msgspec.Raw(seen.job.body) if asked else None))
+        snapshot = await self._snapshot(context)
+        with_request = context.query.get("request") == "true"
+        if with_request and snapshot.state != "dead":
+            raise Conflict(f"the job is {snapshot.state}: the request is shown only of dead jobs")
+        result = msgspec.json.decode(snapshot.result, type=wire.JobResult) if snapshot.result else wire.JobResult()
+        request = msgspec.Raw(snapshot.job.body) if with_request else None
+        return Response(JobDetails(_job(snapshot), result.error, request))
 
     async def cancel(self, context: RequestContext) -> AnyResponse:
-        seen = await self._look(context)
-        return Response(Done(seen.job.id, await self._gateway.cancel(seen.job.id, seen.job.tenant)))
+        job = (await self._snapshot(context)).job
+        return Response(StateChange(job.id, await self._gateway.cancel(job.id, job.tenant)))
 
     async def revive(self, context: RequestContext) -> AnyResponse:
-        seen = await self._look(context)
-        if not await self._gateway.revive(seen.job.id, seen.job.model):
-            raise Conflict(f"the job is {seen.state}: only dead ones can be revived")
-        return Response(Done(seen.job.id, "queued"))
+        snapshot = await self._snapshot(context)
+        if not await self._gateway.revive(snapshot.job.id, snapshot.job.model):
+            raise Conflict(f"the job is {snapshot.state}: only dead jobs can be revived")
+        return Response(StateChange(snapshot.job.id, "queued"))
 
-    async def _look(self, context: RequestContext) -> JobSnapshot:
+    async def _snapshot(self, context: RequestContext) -> JobSnapshot:
         job_id = context.path_parameters["id"]
-        seen = await self._gateway.store.snapshot(job_id)
-        if seen is None:
+        snapshot = await self._gateway.store.snapshot(job_id)
+        if snapshot is None:
             raise NotFound(f"there is no job {job_id!r:.60}")
-        return seen
+        return snapshot
 
 
-def _job(seen: JobSnapshot) -> Job:
-    job = seen.job
+def _job(snapshot: JobSnapshot) -> Job:
+    job = snapshot.job
     return Job(
         job.id,
         job.model,
         job.kind,
         job.tenant,
-        seen.state,
+        snapshot.state,
         job.cost,
         job.priority,
-        seen.worker,
-        seen.attempts,
-        seen.crashes,
-        seen.logged,
-        seen.queue_position,
+        snapshot.worker,
+        snapshot.attempts,
+        snapshot.crashes,
+        snapshot.logged,
+        snapshot.queue_position,
     )

@@ -40,12 +40,12 @@ class ClusterCollector:
         yield from self._worker_metrics()
         yield from self._job_metrics()
         leases = self._gateway.leases
-        for name, about, count in (
+        for name, description, count in (
             ("leases_lost", "Leases that expired.", leases.expired),
             ("fenced", "Results and event batches refused because their lease was not valid.", leases.fenced),
-            ("dead", "Jobs that died with every worker that ran them.", leases.dead),
+            ("dead", "Jobs that crashed too often and became dead letters.", leases.dead),
         ):
-            yield CounterMetricFamily(f"moesaic_gateway_{name}", about, value=count)
+            yield CounterMetricFamily(f"moesaic_gateway_{name}", description, value=count)
         seconds = leases.mean_job_seconds
         yield GaugeMetricFamily("moesaic_gateway_job_seconds", "Running mean of a job's duration.", seconds)
         yield from self._waits.collect()

@@ -165,7 +165,7 @@ class WorkerRegistry:
             Forbidden: the worker is banned.
         """
         if info.name in self.banned:
-            raise Forbidden("this worker was dismissed: `moesaic admin resume` lets it register again")
+            raise Forbidden("this worker was banned: `moesaic admin resume` lets it register again")
         previous, now = self.sessions.get(info.name), self.clock()
         session = WorkerSession(info, tuple(model.name for model in info.models), last_seen=now, last_step=now)
         session.drained = info.name in self.drained

@@ -228,8 +228,8 @@ def test_others_reach_no_cluster_without_a_token(python: Path, tmp_path: Path) -
     with site(tmp_path) as here, cluster(python) as ray, launched(ray, here, tmp_path / "log", 1) as launcher:
         # Ray's nodes listen on the machine's own address, whatever they are told of 127.0.0.1.
         assert launcher.wait(PATIENCE) == 2
-        assert "can be reached from elsewhere" in (tmp_path / "log").read_text() and not here.gateway.workers.sessions
+        assert "can reach Ray at" in (tmp_path / "log").read_text() and not here.gateway.workers.sessions
     path = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
     assert "RAY_AUTH_MODE=token" in refused(python, "--address", "192.0.2.1:6379", **path)
     assert "host:port" in refused(python, "--address", "ray://127.0.0.1:10001", **path)
-    assert "no Ray cluster answers" in refused(python, "--address", "127.0.0.1:9", **path)
+    assert "no Ray cluster is reachable" in refused(python, "--address", "127.0.0.1:9", **path)

@@ -97,13 +97,13 @@ def test_drained_worker_finishes_its_jobs_and_gets_no_more(here: Site) -> None:
     assert here.call("POST", "/admin/workers/drain", {"name": "rack/none"}).status_code == 404
 
 
-def test_dismissed_worker_is_replaced_by_another(here: Site) -> None:
+def test_banned_worker_is_replaced_by_another(here: Site) -> None:
     here.spawn("w0")
     running = here.asking("first", 100)
     eventually(lambda: here.get("queues")["queues"][0]["leased"] == 1)
-    here.ok("POST", "workers/dismiss", {"name": "rack/w0"})
-    eventually(lambda: "was dismissed" in (here.file.parent / "log").read_text())  # it was told, and has ended
-    assert here.get("workers") == {"workers": [], "drained": [], "dismissed": ["rack/w0"]}
+    here.ok("POST", "workers/ban", {"name": "rack/w0"})
+    eventually(lambda: "was banned" in (here.file.parent / "log").read_text())  # it was told, and has ended
+    assert here.get("workers") == {"workers": [], "drained": [], "banned": ["rack/w0"]}
     here.spawn("w2")
     assert running().json()["choices"][0]["text"] == answer("first", 1, 100)
     assert here.get("status")["lost"] == 0  # blameless
@@ -190,10 +190,10 @@ def test_admin_command(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert admin(here, "drain", "rack/w2") == 0 and "drained" in capsys.readouterr().out
     assert here.gateway.workers.sessions["rack/w2"].drained
     assert admin(here, "revive", id) == 0 and admin(here, "cancel", id) == 0
-    assert admin(here, "dismiss", "rack/w2") == 0
+    assert admin(here, "ban", "rack/w2") == 0
     capsys.readouterr()
     assert admin(here, "workers") == 0
-    assert capsys.readouterr().out == "no workers\ndismissed: rack/w2\n"
+    assert capsys.readouterr().out == "no workers\nbanned: rack/w2\n"
     assert admin(here, "drain") == 0 and here.server.app.state.draining
     assert admin(here, "resume") == 0 and not here.server.app.state.draining
     assert admin(here, "keys") == 0 and admin(here, "reload") == 0

@@ -1,6 +1,7 @@
-"""One of AIME's workers as this gateway knows it, and the jobs that it has.
+"""State of one AIME worker that is connected to this gateway, and of its jobs.
 
-An update of such a worker has the whole text so far: here is what of it is new. Knows no leases of others, no HTTP.
+Each update from such a worker contains the job's whole text so far; ``AimeJob`` extracts the new part. This module does
+not depend on HTTP.
 """
 
 from __future__ import annotations
@@ -19,86 +20,91 @@ from moesaic.errors import MoesaicError, Unavailable
 
 @dataclass
 class AimeJob:
-    """A job that a worker has; times by the monotonic clock."""
+    """A job that runs on an AIME worker. Times are in seconds of the monotonic clock."""
 
     id: str
-    """As the worker knows it: a job that comes back to a worker is another one to it."""
+    """The job's id at the worker. A job that is leased to the same worker again gets a new id."""
     lease_token: LeaseToken
     data: Mapping[str, Any]
-    before: str
-    """What earlier leases have said."""
-    tokens_before: int
-    said: str
-    """All that was said, with what was before."""
+    previous_text: str
+    """Text that was generated under earlier leases."""
+    previous_tokens: int
+    """Number of tokens that were generated under earlier leases."""
+    text: str
+    """The whole text so far, including ``previous_text``."""
     logged: int
-    """Events that its log has."""
-    heard: float
+    """Number of events in the job's log."""
+    last_update: float
+    """Time of the worker's last update of this job."""
     prompt_tokens: int = 0
     pending: list[Event] = field(default_factory=list)
-    """Events that the log does not have yet: what is sent again after a failure must be the same."""
-    doubted: float | None = None
-    """Since when its worker seems not to have it."""
+    """Events that are not in the log yet. They stay the same when an append is repeated after a failure."""
+    missing_since: float | None = None
+    """Time since which the worker seems to have lost the job; None if it has the job."""
 
-    def more(self, text: str, *, final: bool = False) -> str | None:
-        """Return what a text has beyond what was said; None if it does not go on from there."""
-        whole = self.before + (text if final else text.rstrip("\ufffd"))  # half a character may yet become one
-        if whole.startswith(self.said):
-            return whole[len(self.said) :]
-        # What is stripped off a final text has been said, and does no harm.
-        return "" if final and self.said.strip().startswith(whole.strip()) and whole.strip() else None
+    def continuation(self, text: str, *, final: bool = False) -> str | None:
+        """Return the part of a worker's text that is new; None if the text contradicts the text so far."""
+        # An update can end within a character; the next one has the rest of it.
+        whole = self.previous_text + (text if final else text.rstrip("\ufffd"))
+        if whole.startswith(self.text):
+            return whole[len(self.text) :]
+        # AIME's workers strip white space and stop words from the final text, after updates have contained them.
+        return "" if final and self.text.strip().startswith(whole.strip()) and whole.strip() else None
 
-    def note(self, data: Mapping[str, Any], *, final: bool = False) -> None:
-        """Take down what an update tells that was not known; a text that does not go on from what was said is none."""
-        whole, generated = data.get("current_context_length"), data.get("num_generated_tokens")
-        if type(whole) is int and type(generated) is int and whole > generated:
-            self.prompt_tokens = self.prompt_tokens or whole - generated
+    def record_update(self, data: Mapping[str, Any], *, final: bool = False) -> None:
+        """Append the new events of a worker's update to ``pending``. Ignore a text that contradicts the text so far."""
+        context_tokens, generated = data.get("current_context_length"), data.get("num_generated_tokens")
+        if type(context_tokens) is int and type(generated) is int and context_tokens > generated:
+            self.prompt_tokens = self.prompt_tokens or context_tokens - generated
         text = data.get("text")
-        more = self.more(text, final=final) if isinstance(text, str) else None
-        if not self.logged and not self.pending and (more or final):
+        delta = self.continuation(text, final=final) if isinstance(text, str) else None
+        if not self.logged and not self.pending and (delta or final):
             self.pending.append(PromptDone(0, (), self.prompt_tokens))
-        if more:
-            self.said += more
-            self.pending.append(Delta(0, more))
+        if delta:
+            self.text += delta
+            self.pending.append(Delta(0, delta))
 
     def failure(self, data: Mapping[str, Any]) -> MoesaicError | None:
-        """Return what is wrong with a result."""
+        """Return the error of a worker's result, or None if the result is valid."""
         error, text = data.get("error"), data.get("text")
         if error:
             return MoesaicError(f"the worker failed: {str(error)[:500]}")
         if not isinstance(text, str):
             return MoesaicError("the worker's result has no text")
-        if self.more(text, final=True) is None:
-            return Unavailable("the worker's result is not what it had said before: ask again")
+        if self.continuation(text, final=True) is None:
+            return Unavailable("the worker's result contradicts its earlier updates: try again")
         return None
 
-    def end(self, data: Mapping[str, Any]) -> Finished:
-        """Return the end that a result tells."""
-        count, most = data.get("num_generated_tokens"), self.data.get("max_gen_tokens")
-        generated = count if type(count) is int and count >= 0 else len(self.said) // 4
+    def finished_event(self, data: Mapping[str, Any]) -> Finished:
+        """Return the last event of a job, from the worker's result."""
+        count, max_tokens = data.get("num_generated_tokens"), self.data.get("max_gen_tokens")
+        generated = count if type(count) is int and count >= 0 else len(self.text) // 4
         prompt = data.get("prompt_length")
         if type(prompt) is int and prompt > 0:
             self.prompt_tokens = prompt
-        reason = "length" if most is not None and generated >= most else "stop"
-        return Finished(0, reason, self.prompt_tokens, self.tokens_before + generated)  # type: ignore[arg-type]
+        reason = "length" if max_tokens is not None and generated >= max_tokens else "stop"
+        return Finished(0, reason, self.prompt_tokens, self.previous_tokens + generated)  # type: ignore[arg-type]
 
 
 @dataclass
 class AimeWorker:
-    """One of AIME's workers."""
+    """An AIME worker that is connected to this gateway. Times are in seconds of the monotonic clock."""
 
     name: str
     definitions: Sequence[Definition]
-    """Endpoints of its job type."""
+    """The endpoints of the worker's job type."""
     slots: int
     owner: str
+    """The name of the worker's key."""
     legacy: bool
-    """Whether it has begun without a login of its own."""
+    """Whether the worker requests jobs without a login, as AIME's older workers do."""
     about: Mapping[str, Any]
-    heard: float
+    last_seen: float
     jobs: dict[str, AimeJob] = field(default_factory=dict)
     steps: int = 0
-    asking: int = 0
-    """Requests for jobs that wait for an answer."""
+    """Counter that rises with each renewal, reported as progress."""
+    pending_requests: int = 0
+    """Number of job requests that wait for a response."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -106,19 +112,19 @@ class AimeWorker:
         return self.definitions[0]
 
     @property
-    def worker(self) -> str:
-        """Its name among all workers."""
+    def full_name(self) -> str:
+        """The worker's name in the registry of all workers."""
         return f"{self.owner}/aime:{self.definition.job_type}:{self.name}"
 
     @property
     def models(self) -> list[str]:
-        return list(dict.fromkeys(each.offered for each in self.definitions))
+        return list(dict.fromkeys(definition.offered for definition in self.definitions))
 
     @property
     def leases(self) -> list[LeaseToken]:
-        return [running.lease_token for running in self.jobs.values()]
+        return [job.lease_token for job in self.jobs.values()]
 
     def info(self) -> WorkerInfo:
-        """Return the worker as it offers itself."""
+        """Return the worker's registration."""
         models = tuple(ModelInfo(model, about={"worker": "aime"}) for model in self.models)
-        return WorkerInfo(self.worker, models, self.slots, self.about, self.owner)
+        return WorkerInfo(self.full_name, models, self.slots, self.about, self.owner)

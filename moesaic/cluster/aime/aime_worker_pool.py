@@ -1,8 +1,8 @@
-"""AIME's workers as this gateway knows them: what each has, what it has said, and whether it is still there.
+"""Pool of the AIME workers that are connected to this gateway.
 
-A worker of AIME's says nothing between two updates, and an update has the whole text so far. So the gateway renews
-its leases for it as long as it may be silent, and passes on what is new in each text. What is lost with a worker, or
-with this process, is done again by another, behind what was said. Knows no HTTP.
+An AIME worker sends nothing between two updates, and each update contains the whole text so far. The gateway therefore
+renews the worker's leases until the endpoint's inactivity timeout, and appends only the new part of each text. If the
+worker or the gateway dies, another worker continues the job after the text so far. This module does not depend on HTTP.
 """
 
 from __future__ import annotations
@@ -28,268 +28,270 @@ T = TypeVar("T")
 log = logging.getLogger("moesaic.cluster.aime")
 
 MAX_ENDED_JOBS = 10_000
-"""Jobs that have ended, whose results may come again."""
+"""Maximum number of ended jobs that are remembered, because their results can arrive again."""
 REFUSAL_PAUSE_SECONDS = 1.0
-"""Seconds in which somebody else may take a job that these workers cannot do."""
+"""Seconds in which another worker can lease a job that AIME's workers do not support."""
 
 
 class AimeWorkerPool:
-    """All of them. Lives on one event loop; a task of its own runs while there is anybody."""
+    """Registry of AIME's workers, with a background task that renews their leases. It belongs to one event loop."""
 
     def __init__(self, service: WorkerService, worker_count: Callable[[str], int], lease_seconds: float) -> None:
-        """Begin without anybody.
+        """Create an empty pool.
 
         Args:
             service: leases jobs to workers.
-            worker_count: returns the number of workers that offer a model, these included.
-            lease_seconds: a lease that is not renewed for so long is lost.
+            worker_count: returns the number of all workers that offer a model, AIME's included.
+            lease_seconds: a lease expires after this time without a renewal.
         """
         self._service, self._worker_count, self._clock = service, worker_count, time.monotonic
-        self._pace = lease_seconds * RENEW_FRACTION
-        self._members: dict[str, AimeWorker] = {}
+        self._renew_seconds = lease_seconds * RENEW_FRACTION
+        self._workers: dict[str, AimeWorker] = {}
         self._jobs: dict[str, tuple[AimeWorker, AimeJob]] = {}
-        self._ended: OrderedDict[str, bool] = OrderedDict()  # true: cancelled, and its worker is still to be told
-        self._keeper: asyncio.Task[None] | None = None
+        # By job id: whether the worker must still be notified that the job was cancelled.
+        self._ended: OrderedDict[str, bool] = OrderedDict()
+        self._renewals: asyncio.Task[None] | None = None
 
     def find(self, name: str, job_type: str = "") -> list[AimeWorker]:
-        """Return the workers of that name, and type, that are there."""
-        members = self._members.values()
-        return [each for each in members if each.name == name and job_type in ("", each.definition.job_type)]
+        """Return the connected workers with a name and, unless it is empty, a job type."""
+        workers = self._workers.values()
+        return [worker for worker in workers if worker.name == name and job_type in ("", worker.definition.job_type)]
 
-    def worker_of(self, job: str) -> AimeWorker | None:
-        """Return who has a job."""
-        found = self._jobs.get(job)
-        return found[0] if found else None
+    def worker_of(self, job_id: str) -> AimeWorker | None:
+        """Return the worker that holds a job."""
+        entry = self._jobs.get(job_id)
+        return entry[0] if entry else None
 
-    async def admit(self, member: AimeWorker) -> AimeWorker:
-        """Let a worker in; what one of that name had is lost."""
-        if old := self._members.get(member.worker):
+    async def register(self, worker: AimeWorker) -> AimeWorker:
+        """Register a worker. If one of that name is registered, its jobs are lost."""
+        if old := self._workers.get(worker.full_name):
             self._forget(old)
-        await self._service.register(member.info())
-        self._members[member.worker] = member
-        if self._keeper is None or self._keeper.done():
-            self._keeper = asyncio.create_task(self._keep(), name="aime-keeper")
-        return member
+        await self._service.register(worker.info())
+        self._workers[worker.full_name] = worker
+        if self._renewals is None or self._renewals.done():
+            self._renewals = asyncio.create_task(self._renew_until_empty(), name="aime-renewals")
+        return worker
 
-    def _forget(self, member: AimeWorker) -> None:
-        for running in list(member.jobs.values()):
-            self._drop(member, running)
+    def _forget(self, worker: AimeWorker) -> None:
+        for job in list(worker.jobs.values()):
+            self._drop(worker, job)
 
-    def _drop(self, member: AimeWorker, running: AimeJob, *, cancelled: bool = False) -> None:
-        member.jobs.pop(running.id, None)
-        self._jobs.pop(running.id, None)
-        self._ended[running.id] = cancelled
+    def _drop(self, worker: AimeWorker, job: AimeJob, *, cancelled: bool = False) -> None:
+        worker.jobs.pop(job.id, None)
+        self._jobs.pop(job.id, None)
+        self._ended[job.id] = cancelled
         if len(self._ended) > MAX_ENDED_JOBS:
             self._ended.popitem(last=False)
 
-    async def _known(self, member: AimeWorker, work: Callable[[], Awaitable[T]]) -> T:
-        """Do something in a worker's name; let it in again if it is not known any more."""
+    async def _registered(self, worker: AimeWorker, work: Callable[[], Awaitable[T]]) -> T:
+        """Run an operation of a worker; register the worker again and retry if the service does not know it."""
         try:
             return await work()
         except NotFound:
-            self._settle(member, await self._service.register(member.info(), member.leases))
+            self._drop_lost(worker, await self._service.register(worker.info(), worker.leases))
             return await work()
 
-    def _settle(self, member: AimeWorker, held: Mapping[str, object]) -> None:
-        for running in list(member.jobs.values()):
-            if held.get(running.lease_token.id) is None:
-                self._cancel(member, (running.lease_token.id,))
+    def _drop_lost(self, worker: AimeWorker, held: Mapping[str, object]) -> None:
+        for job in list(worker.jobs.values()):
+            if held.get(job.lease_token.id) is None:
+                self._cancel(worker, (job.lease_token.id,))
 
-    # Jobs out
+    # Leasing jobs
 
-    async def give(self, member: AimeWorker, free: int, wait: float) -> list[AimeJob]:
-        """Return jobs for a worker that can take ``free`` more; none after ``wait`` seconds without."""
-        member.heard, until = self._clock(), self._clock() + wait
-        if free >= member.slots:  # it says that it has none
-            for running in member.jobs.values():
-                running.doubted = running.doubted or self._clock()
-        if free > member.slots:
-            member.slots = free
-            self._settle(member, await self._service.register(member.info(), member.leases))
-        member.asking += 1
+    async def lease(self, worker: AimeWorker, free: int, wait: float) -> list[AimeJob]:
+        """Wait up to ``wait`` seconds for jobs, and lease at most ``free`` of them to a worker."""
+        worker.last_seen, until = self._clock(), self._clock() + wait
+        if free >= worker.slots:  # the worker reports no running jobs
+            for job in worker.jobs.values():
+                job.missing_since = job.missing_since or self._clock()
+        if free > worker.slots:
+            worker.slots = free
+            self._drop_lost(worker, await self._service.register(worker.info(), worker.leases))
+        worker.pending_requests += 1
         try:
             while True:
-                found = await self._leased(member, free, until - self._clock())
-                if found or self._clock() >= until:
-                    return found
+                jobs = await self._lease(worker, free, until - self._clock())
+                if jobs or self._clock() >= until:
+                    return jobs
         finally:
-            member.asking -= 1
-            member.heard = self._clock()
+            worker.pending_requests -= 1
+            worker.last_seen = self._clock()
 
-    async def _leased(self, member: AimeWorker, free: int, wait: float) -> list[AimeJob]:
-        assignment = await self._known(member, lambda: self._service.lease(member.worker, free, max(0.0, wait)))
-        self._cancel(member, assignment.cancel)
-        found, refused = [], False
+    async def _lease(self, worker: AimeWorker, free: int, wait: float) -> list[AimeJob]:
+        assignment = await self._registered(worker, lambda: self._service.lease(worker.full_name, free, max(0.0, wait)))
+        self._cancel(worker, assignment.cancel)
+        jobs, refused = [], False
         try:
             for lease in assignment.leases:
                 try:
-                    found.append(self._begun(member, lease))
+                    jobs.append(self._start_job(worker, lease))
                 except InvalidRequest as error:
                     refused = True
-                    await self._refuse(member, lease, error)
-            if refused and not found:
+                    await self._refuse(worker, lease, error)
+            if refused and not jobs:
                 await asyncio.sleep(REFUSAL_PAUSE_SECONDS)
-        except asyncio.CancelledError:  # the worker has left, and will never know of them
+        except asyncio.CancelledError:  # the worker has disconnected and never gets these jobs
             leases = [lease.token for lease in assignment.leases]
-            for running in found:
-                self._drop(member, running)
-            await asyncio.shield(self._service.release(member.worker, leases))
+            for job in jobs:
+                self._drop(worker, job)
+            await asyncio.shield(self._service.release(worker.full_name, leases))
             raise
-        return found
+        return jobs
 
-    def _begun(self, member: AimeWorker, lease: Lease) -> AimeJob:
+    def _start_job(self, worker: AimeWorker, lease: Lease) -> AimeJob:
         if lease.job.kind != "generate":
-            raise InvalidRequest(f"this model is served by AIME's workers, which cannot {lease.job.kind}")
+            raise InvalidRequest(f"this model is served by AIME's workers, which do not support {lease.job.kind}")
         request = wire.unpack_request(lease.job.body)
         events = [event for record in lease.log for event in wire.unpack_events(record.blob)]
-        pieces = [event for event in events if isinstance(event, Delta)]
-        before = "".join(piece.text for piece in pieces)
-        tokens = sum(len(piece.tokens) for piece in pieces) or len(before) // 4
-        definition = next((each for each in member.definitions if each.offered == lease.job.model), member.definition)
-        data = parameters_for(request, definition, before, tokens)
+        deltas = [event for event in events if isinstance(event, Delta)]
+        text = "".join(delta.text for delta in deltas)
+        tokens = sum(len(delta.tokens) for delta in deltas) or len(text) // 4
+        definition = next((item for item in worker.definitions if item.offered == lease.job.model), worker.definition)
+        data = parameters_for(request, definition, text, tokens)
         lease_token = lease.token
         prompt = next((event.prompt_tokens for event in events if isinstance(event, PromptDone)), 0)
-        running = AimeJob(
+        job = AimeJob(
             f"{lease_token.id}#{lease_token.fence}",
             lease_token,
             data,
-            before,
+            text,
             tokens,
-            before,
+            text,
             len(events),
             self._clock(),
             prompt,
         )
-        member.jobs[running.id] = running
-        self._jobs[running.id] = member, running
-        return running
+        worker.jobs[job.id] = job
+        self._jobs[job.id] = worker, job
+        return job
 
-    async def _refuse(self, member: AimeWorker, lease: Lease, error: InvalidRequest) -> None:
-        """Give a job back that such workers cannot do, or end it if there are no others."""
+    async def _refuse(self, worker: AimeWorker, lease: Lease, error: InvalidRequest) -> None:
+        """Release a job that AIME's workers do not support; fail it if no other workers offer its model."""
         lease_token = lease.token
-        own = sum(1 for each in self._members.values() if lease.job.model in each.models)
-        if self._worker_count(lease.job.model) > own:
-            await self._service.release(member.worker, [lease_token])
+        aime_workers = sum(1 for candidate in self._workers.values() if lease.job.model in candidate.models)
+        if self._worker_count(lease.job.model) > aime_workers:
+            await self._service.release(worker.full_name, [lease_token])
         else:
             start = sum(record.count for record in lease.log)
-            await self._service.finish(member.worker, lease_token, start, (), error=error)
+            await self._service.finish(worker.full_name, lease_token, start, (), error=error)
 
-    # Jobs in
+    # Progress and results
 
     async def progress(self, updates: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        """Take in how far jobs are, each with its job's id; return what each update is answered with."""
-        by_member: dict[int, tuple[AimeWorker, list[tuple[AimeJob, Mapping[str, Any]]]]] = {}
-        for job, data in updates:
-            if found := self._jobs.get(job):
-                by_member.setdefault(id(found[0]), (found[0], []))[1].append((found[1], data))
-        for member, theirs in by_member.values():
-            await self._take(member, theirs)
-        return [self._answer(job) for job, _ in updates]
+        """Append the updates of jobs, given as pairs of job id and data; return the response to each update."""
+        by_worker: dict[int, tuple[AimeWorker, list[tuple[AimeJob, Mapping[str, Any]]]]] = {}
+        for job_id, data in updates:
+            if entry := self._jobs.get(job_id):
+                worker, job = entry
+                by_worker.setdefault(id(worker), (worker, []))[1].append((job, data))
+        for worker, worker_updates in by_worker.values():
+            await self._append(worker, worker_updates)
+        return [self._reply(job_id) for job_id, _ in updates]
 
-    def _answer(self, job: str) -> dict[str, Any]:
-        # An id is echoed with ``canceled`` alone, and once: their interface breaks on one that it does not expect.
-        if self._ended.get(job):
-            self._ended[job] = False
-            return {"success": True, "job_id": job, "canceled": True}
-        return {"success": job in self._jobs}
+    def _reply(self, job_id: str) -> dict[str, Any]:
+        # The id is echoed only together with ``canceled``, and once: AIME's workers fail on an id they do not expect.
+        if self._ended.get(job_id):
+            self._ended[job_id] = False
+            return {"success": True, "job_id": job_id, "canceled": True}
+        return {"success": job_id in self._jobs}
 
-    async def _take(self, member: AimeWorker, updates: Sequence[tuple[AimeJob, Mapping[str, Any]]]) -> None:
-        async with member.lock:
+    async def _append(self, worker: AimeWorker, updates: Sequence[tuple[AimeJob, Mapping[str, Any]]]) -> None:
+        async with worker.lock:
             parts: dict[LeaseToken, tuple[int, Sequence[Event]]] = {}
-            for running, data in updates:
-                running.heard = member.heard = self._clock()
-                running.doubted = None
-                if running.id in member.jobs:
-                    running.note(data)
-                    if running.pending:
-                        parts[running.lease_token] = running.logged, tuple(running.pending)
+            for job, data in updates:
+                job.last_update = worker.last_seen = self._clock()
+                job.missing_since = None
+                if job.id in worker.jobs:
+                    job.record_update(data)
+                    if job.pending:
+                        parts[job.lease_token] = job.logged, tuple(job.pending)
             if not parts:
                 return
-            held = await self._known(member, lambda: self._service.append_events(member.worker, parts))
-            for running in {running.id: running for running, _ in updates}.values():
-                if running.lease_token in parts:
-                    await self._taken(member, running, held.get(running.lease_token.id))
+            held = await self._registered(worker, lambda: self._service.append_events(worker.full_name, parts))
+            for job in {job.id: job for job, _ in updates}.values():
+                if job.lease_token in parts:
+                    await self._confirm_append(worker, job, held.get(job.lease_token.id))
 
-    async def _taken(self, member: AimeWorker, running: AimeJob, known: tuple[int, int] | None) -> None:
-        running.logged += len(running.pending)
-        running.pending.clear()
-        if known is None:
-            self._cancel(member, (running.lease_token.id,))
-        elif known[0] != running.logged:  # the log is not as it was left: whoever does it next goes on behind it
-            self._drop(member, running)
-            await self._service.release(member.worker, [running.lease_token])
+    async def _confirm_append(self, worker: AimeWorker, job: AimeJob, position: tuple[int, int] | None) -> None:
+        job.logged += len(job.pending)
+        job.pending.clear()
+        if position is None:
+            self._cancel(worker, (job.lease_token.id,))
+        elif position[0] != job.logged:  # another writer changed the log: the next worker continues from there
+            self._drop(worker, job)
+            await self._service.release(worker.full_name, [job.lease_token])
 
-    async def result(self, job: str, data: Mapping[str, Any]) -> bool:
-        """End a job with its worker's result; return whether there is such a job, or was."""
-        found = self._jobs.get(job)
-        if found is None:
-            return job in self._ended
-        member, running = found
-        async with member.lock:
-            member.heard = self._clock()
-            if running.id not in member.jobs:
+    async def result(self, job_id: str, data: Mapping[str, Any]) -> bool:
+        """Finish a job with its worker's result; return False if the job is unknown."""
+        entry = self._jobs.get(job_id)
+        if entry is None:
+            return job_id in self._ended
+        worker, job = entry
+        async with worker.lock:
+            worker.last_seen = self._clock()
+            if job.id not in worker.jobs:
                 return True
-            error, start = running.failure(data), running.logged
+            error, start = job.failure(data), job.logged
             if not error:
-                running.note(data, final=True)
-            events = [*running.pending, *([] if error else [running.end(data)])]
-            await self._known(
-                member, lambda: self._service.finish(member.worker, running.lease_token, start, events, error=error)
+                job.record_update(data, final=True)
+            events = [*job.pending, *([] if error else [job.finished_event(data)])]
+            await self._registered(
+                worker, lambda: self._service.finish(worker.full_name, job.lease_token, start, events, error=error)
             )
-            self._drop(member, running)
+            self._drop(worker, job)
         return True
 
-    # Leases
+    # Renewing leases
 
-    async def _keep(self) -> None:
-        """Renew what they have, and let go who is gone, until nobody is there."""
-        while self._members:
-            await asyncio.sleep(self._pace)
-            for member in list(self._members.values()):
+    async def _renew_until_empty(self) -> None:
+        """Renew all leases and remove silent workers, until the pool is empty."""
+        while self._workers:
+            await asyncio.sleep(self._renew_seconds)
+            for worker in list(self._workers.values()):
                 try:
-                    await self._look_after(member)
+                    await self._maintain(worker)
                 except MoesaicError as error:
-                    log.warning("a worker could not be looked after", extra={"worker": member.name, "why": str(error)})
+                    log.warning("lease renewal failed", extra={"worker": worker.name, "error": str(error)})
 
-    async def _look_after(self, member: AimeWorker) -> None:
-        now, own = self._clock(), member.definition
-        silent = 0.0 if member.asking else now - member.heard
-        if silent > (own.inactivity if member.jobs else 2 * own.request_timeout):
-            log.warning("a worker is gone", extra={"worker": member.name, "jobs": len(member.jobs)})
-            self._forget(member)
-            del self._members[member.worker]
+    async def _maintain(self, worker: AimeWorker) -> None:
+        now, definition = self._clock(), worker.definition
+        silent = 0.0 if worker.pending_requests else now - worker.last_seen
+        if silent > (definition.inactivity if worker.jobs else 2 * definition.request_timeout):
+            log.warning("worker timed out", extra={"worker": worker.name, "jobs": len(worker.jobs)})
+            self._forget(worker)
+            del self._workers[worker.full_name]
             with contextlib.suppress(NotFound):
-                await self._service.unregister(member.worker)
+                await self._service.unregister(worker.full_name)
             return
-        if any(each.doubted and now - each.doubted > STALL_SECONDS for each in member.jobs.values()):
-            await self._begin_again(member)
-        for running in [each for each in member.jobs.values() if now - each.heard > own.inactivity]:
-            error = TimedOut(f"the worker said nothing of this job for {own.inactivity:g} s")
-            self._drop(member, running)
-            await self._service.finish(member.worker, running.lease_token, running.logged, (), error=error)
-        await self._renew(member)
+        if any(job.missing_since and now - job.missing_since > STALL_SECONDS for job in worker.jobs.values()):
+            await self._reregister(worker)
+        for job in [job for job in worker.jobs.values() if now - job.last_update > definition.inactivity]:
+            error = TimedOut(f"the worker sent no update of this job for {definition.inactivity:g} s")
+            self._drop(worker, job)
+            await self._service.finish(worker.full_name, job.lease_token, job.logged, (), error=error)
+        await self._renew(worker)
 
-    async def _begin_again(self, member: AimeWorker) -> None:
-        """Let a worker in anew that has lost jobs, most likely with its process: these are lost, and counted so."""
-        for running in [each for each in member.jobs.values() if each.doubted]:
-            self._drop(member, running)
-        self._settle(member, await self._service.register(member.info(), member.leases))
+    async def _reregister(self, worker: AimeWorker) -> None:
+        """Register a worker again that has lost jobs, probably in a restart. The lost jobs count as crashes."""
+        for job in [job for job in worker.jobs.values() if job.missing_since]:
+            self._drop(worker, job)
+        self._drop_lost(worker, await self._service.register(worker.info(), worker.leases))
 
-    async def _renew(self, member: AimeWorker) -> None:
-        member.steps += 1  # within what it may be silent, it counts as making progress
-        model = member.models[0]
-        load = {
-            name: ModelStats(len(member.jobs) if name == model else 0, steps=member.steps) for name in member.models
+    async def _renew(self, worker: AimeWorker) -> None:
+        worker.steps += 1  # until its inactivity timeout, a silent worker counts as making progress
+        model = worker.models[0]
+        stats = {
+            name: ModelStats(len(worker.jobs) if name == model else 0, steps=worker.steps) for name in worker.models
         }
-        held = await self._known(member, lambda: self._service.renew(member.worker, member.leases, load))
-        for running in list(member.jobs.values()):
-            if held.get(running.lease_token.id) in ("cancelled", "fenced"):
-                self._cancel(member, (running.lease_token.id,))
+        held = await self._registered(worker, lambda: self._service.renew(worker.full_name, worker.leases, stats))
+        for job in list(worker.jobs.values()):
+            if held.get(job.lease_token.id) in ("cancelled", "fenced"):
+                self._cancel(worker, (job.lease_token.id,))
 
-    def _cancel(self, member: AimeWorker, ids: Sequence[str]) -> None:
-        """Forget jobs that are nobody's any more, or another's.
+    def _cancel(self, worker: AimeWorker, ids: Sequence[str]) -> None:
+        """Drop jobs whose leases the worker does not hold any more.
 
-        Only older workers are told: AIME's newer ones would end the work and never free its place.
+        Only legacy workers are notified: AIME's newer workers would stop the job but never free its slot.
         """
-        for running in [each for each in member.jobs.values() if each.lease_token.id in ids]:
-            self._drop(member, running, cancelled=member.legacy)
+        for job in [job for job in worker.jobs.values() if job.lease_token.id in ids]:
+            self._drop(worker, job, cancelled=worker.legacy)

@@ -1,7 +1,7 @@
-"""Between AIME's parameters and what is asked of a model: a chat as ``chat_context``, and how tokens are chosen.
+"""Conversion between AIME's parameters and generation requests: chats, texts and sampling.
 
-One reading for both sides: what clients send us, and what AIME's server hands to our workers. And the other way
-round: a request of ours as the parameters that AIME's workers take, if they can do it at all.
+``generation_request`` converts the parameters that AIME's clients send to the gateway and that AIME's server sends to
+Moesaic's workers. ``parameters_for`` converts a request of the gateway into parameters for AIME's workers.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from moesaic.backend import GenerationRequest
 from moesaic.cluster.aime.settings import Definition
 from moesaic.errors import InvalidMessages, InvalidParameter, InvalidRequest
 
-JOIN = "\n\n"
-"""Between turns of one role, which become one."""
-COLDEST = 0.01
-"""What stands for temperature 0 where AIME's workers are asked: 0 itself ends one that does several jobs at once."""
-CHOICES = ("temperature", "top_k", "top_p", "max_tokens")
+TURN_SEPARATOR = "\n\n"
+"""Text between consecutive turns of the same role, which are merged."""
+MIN_TEMPERATURE = 0.01
+"""Replaces temperature 0 in requests to AIME's workers: 0 crashes a worker that runs several jobs at once."""
+SUPPORTED_SAMPLING = ("temperature", "top_k", "top_p", "max_tokens")
 """Fields of ``moesaic.Sampling`` that AIME's workers know."""
 NEUTRAL: Mapping[str, Any] = {"n": 1, "repetition_penalty": 1, "typical_p": 1}
-"""Values of other fields that change nothing, where that is not nothing."""
+"""Values of other fields that have no effect."""
 IGNORED = ("seed",)
-"""Fields that they cannot heed, and need not: a gateway gives each job a seed."""
+"""Fields that AIME's workers do not support and that may be dropped: the gateway gives every job a seed."""
 
 
-def asked(values: Mapping[str, Any], model: str) -> GenerationRequest:
-    """Return what AIME's parameters ask for.
+def generation_request(values: Mapping[str, Any], model: str) -> GenerationRequest:
+    """Return the generation request for AIME's parameters.
 
-    A conversation whose last turn is the assistant's is continued there. ``top_p`` 0 and ``top_k`` 0 are off, as at
-    AIME's workers; temperature 0 takes the likeliest token.
+    If the last turn of a conversation is the assistant's, the model continues it. ``top_p`` 0 and ``top_k`` 0 disable
+    these filters, as in AIME's workers. Temperature 0 selects the most likely token.
 
     Raises:
-        InvalidRequest: there is nothing to answer, or the conversation is none.
+        InvalidRequest: the request has no content, or the conversation is invalid.
     """
     context, last = values.get("chat_context") or [], values.get("prompt_input") or ""
     text = values.get("text_context") or ""
@@ -45,7 +45,7 @@ def asked(values: Mapping[str, Any], model: str) -> GenerationRequest:
         return GenerationRequest(model=model, prompt=text, sampling=sampling)
     if not isinstance(context, list):
         raise InvalidParameter("chat_context", "must be a list of objects with role and content")
-    messages = turns([*context, *([{"role": "user", "content": last}] if last else [])])
+    messages = merge_turns([*context, *([{"role": "user", "content": last}] if last else [])])
     return GenerationRequest(
         model=model,
         messages=tuple(messages),
@@ -62,131 +62,134 @@ def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     out = {name: values[name] for name in ("temperature", "top_k") if values.get(name) is not None}
     if values.get("top_p"):
         out["top_p"] = values["top_p"]
-    most = values.get("max_gen_tokens")
-    if most is not None:
-        if most < 1:
-            raise InvalidParameter("max_gen_tokens", f"is {most}, expected at least 1")
-        out["max_tokens"] = most
+    max_tokens = values.get("max_gen_tokens")
+    if max_tokens is not None:
+        if max_tokens < 1:
+            raise InvalidParameter("max_gen_tokens", f"is {max_tokens}, expected at least 1")
+        out["max_tokens"] = max_tokens
     return out
 
 
-def turns(messages: Sequence[Any]) -> list[dict[str, str]]:
-    """Return a conversation with a system text first, if there is one, then user and assistant by turns.
+def merge_turns(messages: Sequence[Any]) -> list[dict[str, str]]:
+    """Return a conversation as an optional system message, followed by alternating user and assistant turns.
 
-    Turns of one role in a row become one, as everywhere here.
+    Consecutive turns of the same role are merged.
 
     Raises:
-        InvalidMessages: it is empty, has other roles or contents, or does not begin with the user.
+        InvalidMessages: the conversation is empty, has other roles or contents, or does not begin with the user.
     """
-    found: list[dict[str, str]] = []
-    for place, message in enumerate(messages):
-        turn = _turn(place, message)
-        if found and found[-1]["role"] == turn["role"]:
-            found[-1]["content"] += JOIN + turn["content"]
+    turns: list[dict[str, str]] = []
+    for index, message in enumerate(messages):
+        turn = _turn(index, message)
+        if turns and turns[-1]["role"] == turn["role"]:
+            turns[-1]["content"] += TURN_SEPARATOR + turn["content"]
         else:
-            found.append(turn)
-    spoken = found[1:] if found and found[0]["role"] == "system" else found
-    if not spoken:
+            turns.append(turn)
+    dialogue = turns[1:] if turns and turns[0]["role"] == "system" else turns
+    if not dialogue:
         raise InvalidMessages("there is nothing to answer: send prompt_input, or a chat_context with a user's turn")
-    if any(turn["role"] == "system" for turn in spoken):
-        raise InvalidMessages("chat_context has a system text that is not at its beginning")
-    if spoken[0]["role"] != "user":
-        raise InvalidMessages("chat_context must begin with the user, or with a system text and then the user")
-    return found
+    if any(turn["role"] == "system" for turn in dialogue):
+        raise InvalidMessages("chat_context has a system message that is not at its beginning: move it there")
+    if dialogue[0]["role"] != "user":
+        raise InvalidMessages("chat_context must begin with the user, or with a system message and then the user")
+    return turns
 
 
-def _turn(place: int, message: Any) -> dict[str, str]:
+def _turn(index: int, message: Any) -> dict[str, str]:
     if not isinstance(message, Mapping):
-        raise InvalidMessages(f"chat_context[{place}] must be an object with role and content")
+        raise InvalidMessages(f"chat_context[{index}] must be an object with role and content")
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "user", "assistant"):
-        raise InvalidMessages(f"chat_context[{place}] has the role {role!r:.80}; it can be system, user, assistant")
+        raise InvalidMessages(f"chat_context[{index}] has the role {role!r:.80}; expected system, user or assistant")
     if isinstance(content, list):
-        content = "".join(_part(place, part) for part in content)
+        content = "".join(_part(index, part) for part in content)
     if not isinstance(content, str) or message.get("tool_calls"):
-        raise InvalidMessages(f"chat_context[{place}] has no content that is text, or calls of tools")
+        raise InvalidMessages(f"chat_context[{index}] must have text content and no tool calls")
     return {"role": role, "content": content}
 
 
-def _part(place: int, part: Any) -> str:
+def _part(index: int, part: Any) -> str:
     text = part.get("text") if isinstance(part, Mapping) else None
     if not isinstance(text, str):
-        raise InvalidMessages(f"chat_context[{place}] has a part that is no text: models here read text only")
+        raise InvalidMessages(f"chat_context[{index}] has a part that is not text: send only text parts")
     return text
 
 
 def parameters_for(
-    request: GenerationRequest, definition: Definition, said: str = "", tokens: int = 0
+    request: GenerationRequest, definition: Definition, text: str = "", tokens: int = 0
 ) -> dict[str, Any]:
-    """Return the parameters by which one of AIME's workers does this.
+    """Return the parameters of a request for AIME's workers.
 
     Args:
-        ask: what is asked.
-        definition: the endpoint whose parameters they are; its defaults stand where nothing was asked for.
-        said: what there is of the answer already; the worker goes on behind it.
-        tokens: about how many tokens that has.
+        request: the generation request.
+        definition: the endpoint of the workers; its defaults replace missing sampling parameters.
+        text: the part of the answer that already exists; the worker continues it.
+        tokens: estimated number of tokens of ``text``.
 
     Raises:
-        InvalidRequest: such workers cannot do it; the message says what of it.
+        InvalidRequest: AIME's workers do not support the request; the message lists the unsupported features.
     """
-    _check_able(request)
+    _check_supported(request)
     sampling = request.sampling
-    out = {each.name: each.default for each in definition.inputs if each.default is not None}
+    out = {parameter.name: parameter.default for parameter in definition.inputs if parameter.default is not None}
     for name in ("top_k", "top_p"):
         if sampling.get(name) is not None:
             out[name] = sampling[name]
     temperature = sampling.get("temperature", out.get("temperature"))
     if temperature is not None:
-        out["temperature"] = max(COLDEST, temperature)
-        if temperature < COLDEST:
+        out["temperature"] = max(MIN_TEMPERATURE, temperature)
+        if temperature < MIN_TEMPERATURE:
             out["top_k"] = 1
-    most = sampling.get("max_tokens") or out.get("max_gen_tokens")
-    if most is not None:
-        out["max_gen_tokens"] = max(1, most - tokens)
-    return out | _content(request, definition, said)
+    max_tokens = sampling.get("max_tokens") or out.get("max_gen_tokens")
+    if max_tokens is not None:
+        out["max_gen_tokens"] = max(1, max_tokens - tokens)
+    return out | _content(request, definition, text)
 
 
-def _check_able(request: GenerationRequest) -> None:
-    """Raise unless AIME's workers can do it."""
-    others = {name: value for name, value in request.sampling.items() if name not in (*CHOICES, *IGNORED)}
-    strange = [name for name, value in others.items() if _changes(name, value)]
-    named = {
+def _check_supported(request: GenerationRequest) -> None:
+    """Raise InvalidRequest unless AIME's workers support all features of the request."""
+    others = {name: value for name, value in request.sampling.items() if name not in (*SUPPORTED_SAMPLING, *IGNORED)}
+    unsupported = [name for name, value in others.items() if _has_effect(name, value)]
+    features = {
         "tools": request.tools,
         "a grammar": request.grammar,
         "a prompt of tokens": request.prompt is not None and not isinstance(request.prompt, str),
         "truncation": request.truncate,
         "special tokens in a prompt": request.parse_special,
         "special tokens in the answer": not request.skip_special,
-        **dict.fromkeys(strange, True),
+        **dict.fromkeys(unsupported, True),
     }
-    if unable := [name for name, wanted in named.items() if wanted]:
-        raise InvalidRequest(f"this model is served by AIME's workers, which cannot do {', '.join(unable)}")
+    if used := [name for name, is_used in features.items() if is_used]:
+        raise InvalidRequest(f"this model is served by AIME's workers, which do not support {', '.join(used)}")
 
 
-def _changes(name: str, value: Any) -> bool:
-    if name in ("logprobs", "prompt_logprobs"):  # 0 is a wish, too
+def _has_effect(name: str, value: Any) -> bool:
+    if name in ("logprobs", "prompt_logprobs"):  # 0 requests them, too
         return value is not None
     return bool(value) and value != NEUTRAL.get(name)
 
 
-def _content(request: GenerationRequest, definition: Definition, said: str) -> dict[str, Any]:
-    """Return the conversation, or the text to be continued, as the endpoint's worker reads it."""
+def _content(request: GenerationRequest, definition: Definition, text: str) -> dict[str, Any]:
+    """Return the conversation, or the prompt text, in the form of the endpoint's workers."""
     if request.messages is None:
         if definition.parameter("text_context") is None:
-            raise InvalidRequest("this model is served by AIME's workers, which cannot go on from a text: send a chat")
-        return {"text_context": f"{request.prompt}{said}", "prompt_input": ""}
-    messages = turns(request.messages)
+            raise InvalidRequest(
+                "this model is served by AIME's workers, which do not support text prompts: send a chat"
+            )
+        return {"text_context": f"{request.prompt}{text}", "prompt_input": ""}
+    messages = merge_turns(request.messages)
     if request.continue_final != (messages[-1]["role"] == "assistant"):
         raise InvalidMessages("the last message is the assistant's: add a user message, or ask to continue it")
-    if said:
-        messages = turns([*messages[:-1], _continued(messages[-1], said)] if request.continue_final else messages)
-        messages += [] if request.continue_final else [{"role": "assistant", "content": said}]
+    if text and request.continue_final:
+        messages = merge_turns([*messages[:-1], _continued(messages[-1], text)])
+    elif text:
+        messages.append({"role": "assistant", "content": text})
     chat = definition.parameter("chat_context")
     last = ""
-    if chat is None or chat.kind == "json":  # the older kind of worker puts ``prompt_input`` behind the context
+    if chat is None or chat.kind == "json":  # older workers append ``prompt_input`` to the context
         last = messages.pop()["content"] if messages[-1]["role"] == "user" else ""
     return {"chat_context": messages, "prompt_input": last}
 
 
-def _continued(turn: Mapping[str, str], said: str) -> dict[str, str]:
-    return {"role": turn["role"], "content": turn["content"] + said}
+def _continued(turn: Mapping[str, str], text: str) -> dict[str, str]:
+    return {"role": turn["role"], "content": turn["content"] + text}

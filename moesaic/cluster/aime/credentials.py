@@ -1,8 +1,9 @@
-"""Who brings a job, or does one, by AIME's protocol: keys in bodies and queries, sessions, keys of endpoint files.
+"""Authentication by AIME's protocol: keys in bodies and queries, sessions, and keys of endpoint files.
 
-A session stands for the key that it was begun with, for a day, and ends with that key. Sessions are this process's
-own: behind several gateways, clients send their key each time, as all but the oldest do. Wrong keys count against
-their address as everywhere. Knows requests. Does not know what is asked.
+A session is equivalent to the key that it was created with. It lasts a day, or until that key is revoked. Sessions are
+local to this process: behind several gateways, clients must send their key with each request, as all but the oldest do.
+Failed attempts are limited by client address, as on all other routes. This module does not depend on the content of
+requests.
 """
 
 from __future__ import annotations
@@ -20,43 +21,50 @@ from moesaic.serve.context import RequestContext
 from moesaic.serve.guard import request_key
 from moesaic.serve.keys import ANONYMOUS, Key, Keys, digest
 
-SESSIONS = 10_000
+MAX_SESSIONS = 10_000
 SESSION_SECONDS = 86_400.0
 EMPTY_KEYS = ("", "null", "undefined", "None")
-"""What JavaScript and Python write where there is no key."""
+"""Texts that clients in JavaScript and Python send if they have no key."""
 
 
 class Credentials:
-    """Keys of the server, keys of endpoints, and sessions."""
+    """Checks client keys of the server, client keys of endpoints, and sessions."""
 
     def __init__(self, definitions: Sequence[Definition]) -> None:
-        self._keys = {each.name: Keys(each.client_keys) for each in definitions}
-        self._sessions: dict[str, tuple[str, float]] = {}  # a key's digest, and when it ends
+        self._keys = {definition.name: Keys(definition.client_keys) for definition in definitions}
+        self._sessions: dict[
+            str, tuple[str, float]
+        ] = {}  # by session: the digest of its key, and its end by the monotonic clock
 
-    def owner(self, context: RequestContext, given: Mapping[str, Any], definition: Definition | None = None) -> Key:
-        """Return whose request this is; without a definition, any endpoint's key does.
+    def owner(self, context: RequestContext, values: Mapping[str, Any], definition: Definition | None = None) -> Key:
+        """Return the key of a request.
+
+        Args:
+            context: the request.
+            values: the fields of the request's body and query.
+            definition: the endpoint that the key must be valid for; None accepts the key of any endpoint.
 
         Raises:
-            Unauthorized: there is no key, or none that is known.
-            Forbidden: the key is another endpoint's.
+            Unauthorized: the key is missing or unknown.
+            Forbidden: the key belongs to another endpoint or to a worker.
             KeyExhausted: too many wrong keys came from this address.
         """
-        if not self._wanted(context, definition):
+        if not self._required(context, definition):
             return ANONYMOUS
         with context.services.guard.limit_failures(context.http.client):
-            found = self._found(context, given)
-        if found.worker:
-            raise Forbidden("a worker's key is for its work alone")
-        if definition is not None and not self._allowed(context, found, definition):
+            owner = self._lookup(context, values)
+        if owner.worker:
+            raise Forbidden("a worker's key cannot submit jobs: use a client's key")
+        if definition is not None and not self._allowed(context, owner, definition):
             raise Forbidden(f"Client not authorized for endpoint {definition.name}!")
-        return found
+        return owner
 
-    def _wanted(self, context: RequestContext, definition: Definition | None) -> bool:
-        asked = self._keys.values() if definition is None else [self._keys[definition.name]]
-        return context.services.keys.wanted or any(keys.wanted for keys in asked)
+    def _required(self, context: RequestContext, definition: Definition | None) -> bool:
+        endpoint_keys = self._keys.values() if definition is None else [self._keys[definition.name]]
+        return context.services.keys.wanted or any(keys.wanted for keys in endpoint_keys)
 
-    def _found(self, context: RequestContext, given: Mapping[str, Any]) -> Key:
-        key, session = _clean_key(given.get("key")), _clean_key(given.get("client_session_auth_key"))
+    def _lookup(self, context: RequestContext, values: Mapping[str, Any]) -> Key:
+        key, session = _clean_key(values.get("key")), _clean_key(values.get("client_session_auth_key"))
         header = request_key(context.http.scope["headers"])
         sent = key.encode() if key else header
         sha256 = self._session(session) if session else ""
@@ -66,54 +74,57 @@ class Credentials:
                     return keys.owner(sent)
                 except Unauthorized:
                     pass
-            if keys.wanted and sha256 and (found := keys.current(sha256)):
-                return found
+            if keys.wanted and sha256 and (owner := keys.current(sha256)):
+                return owner
         if sent:
             raise Unauthorized("Key not valid")
         raise Unauthorized("API Key missing and client session authentication key not registered in API Server")
 
     def _allowed(self, context: RequestContext, key: Key, definition: Definition) -> bool:
-        servers = context.services.keys.wanted and context.services.keys.current(key.sha256) is not None
-        return servers or self._keys[definition.name].current(key.sha256) is not None
+        is_server_key = context.services.keys.wanted and context.services.keys.current(key.sha256) is not None
+        return is_server_key or self._keys[definition.name].current(key.sha256) is not None
 
     def begin_session(self, key: Key) -> str:
-        """Return a session for a key."""
+        """Create a session for a key and return the session's name."""
         name = secrets.token_urlsafe(24)
         if key.sha256:
-            if len(self._sessions) >= SESSIONS:
+            if len(self._sessions) >= MAX_SESSIONS:
                 self._sessions.pop(next(iter(self._sessions)))
             self._sessions[name] = key.sha256, time.monotonic() + SESSION_SECONDS
         return name
 
     def _session(self, name: str) -> str:
-        sha256, until = self._sessions.get(name, ("", 0.0))
-        return sha256 if time.monotonic() < until else ""
+        sha256, expires_at = self._sessions.get(name, ("", 0.0))
+        return sha256 if time.monotonic() < expires_at else ""
 
 
 def worker_key(context: RequestContext, auth_key: Any, definitions: Sequence[Definition]) -> Key:
-    """Return whose worker this is, which wants to do the jobs of these endpoints.
+    """Return the key of a worker that asks for the jobs of these endpoints.
 
-    It shows the key of the endpoint's file, or a worker's: whoever may do jobs reads what everybody asks.
+    The worker must send the key of an endpoint's file or a worker's key of the server. A client's key is not enough,
+    because workers read the requests of all clients.
 
     Raises:
-        Unauthorized: it shows another, or none. KeyExhausted: too many wrong ones came from this address.
+        Unauthorized: the key is missing or wrong.
+        KeyExhausted: too many wrong keys came from this address.
     """
-    job_type, offered = definitions[0].job_type, {each.offered for each in definitions}
-    own = [each.worker_key for each in definitions if each.worker_key]
-    if not own and not context.services.keys.wanted:
+    job_type, models = definitions[0].job_type, {definition.offered for definition in definitions}
+    endpoint_keys = [definition.worker_key for definition in definitions if definition.worker_key]
+    if not endpoint_keys and not context.services.keys.wanted:
         return ANONYMOUS
     with context.services.guard.limit_failures(context.http.client):
-        shown = _clean_key(auth_key)
-        same = [hmac.compare_digest(digest(shown), each) for each in own]  # all of them, whichever it is
-        if shown and any(same):
-            return Key(f"aime:{job_type}", digest(shown), worker=True)
-        found = ANONYMOUS
-        if shown and context.services.keys.wanted:
+        sent = _clean_key(auth_key)
+        # Compare with every key, so that the duration does not depend on which one matches.
+        matches = [hmac.compare_digest(digest(sent), sha256) for sha256 in endpoint_keys]
+        if sent and any(matches):
+            return Key(f"aime:{job_type}", digest(sent), worker=True)
+        owner = ANONYMOUS
+        if sent and context.services.keys.wanted:
             with contextlib.suppress(Unauthorized):
-                found = context.services.keys.owner(shown.encode())
-        if not found.worker or (found.models and not offered <= set(found.models)):
+                owner = context.services.keys.owner(sent.encode())
+        if not owner.worker or (owner.models and not models <= set(owner.models)):
             raise Unauthorized(f"Worker not authorized on job type {job_type}")
-        return found
+        return owner
 
 
 def _clean_key(key: Any) -> str:

@@ -1,7 +1,8 @@
-"""What a request for an endpoint carries: checked against its definition, with all that is wrong with it at once.
+"""Validation of a request's parameters against its endpoint's definition; all problems are reported at once.
 
-The texts are those that AIME's server answers with, for programs look for them; its faults are mended: ``min = 0``
-counts, ``str`` is passed on, a boolean is no number, and what is too long is cut rather than replaced by its length.
+The error messages are those of AIME's server, because client programs compare them. Four faults of AIME's server are
+corrected: ``min = 0`` is effective, the type ``str`` is supported, a boolean is not a number, and a text that is too
+long is truncated rather than replaced by its length.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moesaic.cluster.aime.settings import SERVED, Definition, Parameter
+from moesaic.cluster.aime.settings import SUPPORTED_KINDS, Definition, Parameter
 from moesaic.errors import InvalidRequest
 from moesaic.serve.json_body import decode_json
 
-IMPLIED = ("key", "client_session_auth_key", "wait_for_result")
-"""What every request may carry besides."""
+COMMON_FIELDS = ("key", "client_session_auth_key", "wait_for_result")
+"""Fields that every request may contain in addition to the endpoint's parameters."""
 TYPES: Mapping[str, tuple[type, tuple[type, ...]]] = {
     "string": (str, (str,)),
     "text_context": (str, (str,)),
@@ -25,21 +26,22 @@ TYPES: Mapping[str, tuple[type, tuple[type, ...]]] = {
     "json": (str, (str, list, dict)),
     "chat_context": (str, (str, list)),
 }
-"""Of each kind: the type that is demanded by name, and those that do."""
-SHOWN = 80
-"""Characters of a value that are shown to whoever sent it."""
+"""For each kind: the type that error messages name, and the accepted types."""
+MAX_SHOWN_CHARACTERS = 80
+"""Maximum number of characters of a value in an error message."""
 
 
-def checked(given: Mapping[str, Any], definition: Definition) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of all parameters, defaults among them, and what is wrong; with anything wrong, they are void.
+def check_parameters(fields: Mapping[str, Any], definition: Definition) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of all parameters, including defaults, and a list of problems.
 
-    A value of null stands for none.
+    The values must not be used if there are problems. A null value is the same as a missing one.
     """
-    known = {each.name for each in definition.inputs}
-    present = {name: value for name, value in given.items() if value is not None}
+    names = {parameter.name for parameter in definition.inputs}
+    present = {name: value for name, value in fields.items() if value is not None}
     problems = []
-    if strange := [name for name in given if name not in known and name not in IMPLIED]:
-        problems.append(f"Invalid input parameter(s): {', '.join(each[:SHOWN] for each in strange[:20])}")
+    if unknown := [name for name in fields if name not in names and name not in COMMON_FIELDS]:
+        shown = ", ".join(name[:MAX_SHOWN_CHARACTERS] for name in unknown[:20])
+        problems.append(f"Invalid input parameter(s): {shown}")
     if not isinstance(present.get("wait_for_result", True), bool):
         problems.append(_wrong_type("wait_for_result", present["wait_for_result"], bool))
     values = {}
@@ -57,37 +59,37 @@ def checked(given: Mapping[str, Any], definition: Definition) -> tuple[dict[str,
 
 
 def _value(parameter: Parameter, value: Any) -> Any:
-    if parameter.kind not in SERVED:
+    if parameter.kind not in SUPPORTED_KINDS:
         raise ValueError(f"Input parameter {parameter.name} of type {parameter.kind} is not served here")
-    demanded, able = TYPES.get(parameter.kind) or _of_selection(parameter)
-    if not isinstance(value, able) or (isinstance(value, bool) and demanded is not bool):
-        raise ValueError(_wrong_type(parameter.name, value, demanded))
-    return KINDS[parameter.kind](parameter, value)
+    expected, accepted = TYPES.get(parameter.kind) or _selection_types(parameter)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(_wrong_type(parameter.name, value, expected))
+    return CONVERTERS[parameter.kind](parameter, value)
 
 
-def _of_selection(parameter: Parameter) -> tuple[type, tuple[type, ...]]:
+def _selection_types(parameter: Parameter) -> tuple[type, tuple[type, ...]]:
     first = parameter.default if parameter.default is not None else next(iter(parameter.supported), "")
     return type(first), (type(first),)
 
 
-def _wrong_type(name: str, value: Any, demanded: type) -> str:
-    return f"Invalid argument type {name}={_shown(value)}. Expected: {demanded} but got {type(value)}!"
+def _wrong_type(name: str, value: Any, expected: type) -> str:
+    return f"Invalid argument type {name}={_shown(value)}. Expected: {expected} but got {type(value)}!"
 
 
 def _shown(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _text(parameter: Parameter, value: str) -> str:
-    most = parameter.max_length
-    if most is None or len(value) <= most:
+    limit = parameter.max_length
+    if limit is None or len(value) <= limit:
         return value
     if parameter.auto_convert:
-        return value[:most]
+        return value[:limit]
     raise ValueError(
         f"Length of parameter {parameter.name} is {len(value)}. "
-        f"Maximum supported length for {parameter.name} on this endpoint is {most}!"
+        f"Maximum supported length for {parameter.name} on this endpoint is {limit}!"
     )
 
 
@@ -131,29 +133,29 @@ def _selection(parameter: Parameter, value: Any) -> Any:
         return value
     if parameter.auto_convert and parameter.default is not None:
         return parameter.default
-    able = ", ".join(str(each) for each in parameter.supported)
-    raise ValueError(f"Parameter {parameter.name}={_shown(value)} is not supported. Supported values: {able}")
+    supported = ", ".join(str(option) for option in parameter.supported)
+    raise ValueError(f"Parameter {parameter.name}={_shown(value)} is not supported. Supported values: {supported}")
 
 
 def _json(parameter: Parameter, value: Any) -> Any:
-    """Return JSON in a string as what it says; an empty string says nothing. What is no string is taken as it is."""
+    """Decode a JSON string, with null as an empty string. Return an empty string and other values unchanged."""
     if not isinstance(value, str) or value == "":
         return value
     try:
-        found = decode_json(value.encode(), Any)
+        decoded = decode_json(value.encode(), Any)
     except InvalidRequest:
         raise ValueError(f"Input parameter {parameter.name}=[{_shown(value)}] has invalid json format!") from None
-    return "" if found is None else found
+    return "" if decoded is None else decoded
 
 
 def _chat(parameter: Parameter, value: Any) -> Any:
-    found = _json(parameter, value)
-    if found != "" and not isinstance(found, list):
+    messages = _json(parameter, value)
+    if messages != "" and not isinstance(messages, list):
         raise ValueError(_wrong_type(parameter.name, value, list))
-    return found
+    return messages
 
 
-KINDS: Mapping[str, Callable[[Parameter, Any], Any]] = {
+CONVERTERS: Mapping[str, Callable[[Parameter, Any], Any]] = {
     "string": _text,
     "text_context": _text,
     "integer": _integer,

@@ -1,8 +1,8 @@
-"""A model of ours as a worker of AIME's API server: it fetches jobs, tells how far they are, and brings results.
+"""Worker for AIME's API server: it fetches jobs, runs them on a backend, and reports progress and results.
 
-It asks for as many jobs as it has room for whenever it has room, so that one that is done makes place for the next at
-once. Whatever becomes of a job, and of the server meanwhile, it gets an answer. Follows the worker routes of AIME's
-API server 0.9.6, in the form that older ones take too. Knows AIME's protocol. Does not know who runs the model.
+The worker requests jobs whenever it has free slots, so a finished job is replaced at once. Every job gets a result,
+even if it fails or the server is unavailable for a time. The module follows the worker routes of AIME's API server
+0.9.6, in the form that older servers accept too. It does not depend on the kind of backend.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 
 from moesaic import __version__
 from moesaic.backend import Backend, Delta, Finished, ModelInfo, PromptDone, ResponseStream
-from moesaic.cluster.aime.conversation import asked
+from moesaic.cluster.aime.conversation import generation_request
 from moesaic.errors import InvalidParameter, MoesaicError, NotFound, NotInstalled, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("moesaic.cluster.aime")
 
-PACE = 0.2
-"""Seconds between updates."""
-HEARTBEAT = 20.0
-"""Seconds after which a job without news is told of all the same: the server gives up those it hears nothing of."""
-PATIENCE = 75.0
-"""Seconds for a request for jobs; the server answers after 60 at the latest."""
-AGAIN = 1.0
-"""Seconds before something is tried again."""
-LAST_WORDS = 5.0
-"""Seconds for the answers of jobs that are ended with this worker."""
-TRIES = 5
-"""How often a result is sent that the server says it cannot take."""
+UPDATE_SECONDS = 0.2
+"""Seconds between two progress updates."""
+HEARTBEAT_SECONDS = 20.0
+"""Seconds after which a job without new tokens is reported again, because the server drops silent jobs."""
+JOB_REQUEST_SECONDS = 75.0
+"""Timeout of a job request in seconds; the server responds within 60 seconds."""
+RETRY_SECONDS = 1.0
+"""Seconds between two attempts."""
+SHUTDOWN_SECONDS = 5.0
+"""Seconds for the results of jobs that are stopped together with the worker."""
+MAX_RESULT_ATTEMPTS = 5
+"""Maximum number of attempts to send a result that the server rejects."""
 
 
-class Failed(Exception):
-    """The server did not answer as it should; it may later."""
+class TemporaryFailure(Exception):
+    """The server is unreachable or cannot handle the request now; a retry can succeed."""
 
 
 @dataclass
 class Job:
-    """A job that runs; times in seconds since the epoch, as the server's are."""
+    """A running job. Times are in seconds since the epoch, as those of AIME's server."""
 
     data: Mapping[str, Any]
     outputs: Mapping[str, Any]
@@ -58,19 +58,19 @@ class Job:
     text: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
-    told: tuple[int, float] = (-1, 0.0)
-    """How many tokens the server knows of, and when it was told, by the monotonic clock."""
-    reading: asyncio.Task[None] | None = None
+    reported: tuple[int, float] = (-1, 0.0)
+    """Number of tokens in the last update, and the update's time by the monotonic clock."""
+    generation: asyncio.Task[None] | None = None
     cancelled: bool = False
-    error: str = "the worker was stopped before the answer was there: ask again"
-    """What becomes of it if nothing else does; "": it was answered."""
+    error: str = "the worker was stopped before the answer was complete: try again"
+    """The job's error; empty if the answer is complete."""
 
     @property
     def id(self) -> str:
         return str(self.data.get("job_id"))
 
     def progress(self) -> dict[str, Any]:
-        """Return how far it is."""
+        """Return the job's progress in the form of AIME's protocol."""
         return {
             "text": self.text,
             "num_generated_tokens": self.tokens,
@@ -78,15 +78,15 @@ class Job:
         }
 
     def times(self) -> dict[str, float]:
-        """Return when what happened, as their benchmark reads it."""
+        """Return the times and durations that AIME's benchmark reads."""
         began, now = self.begun or time.time(), time.time()
         start = self.data.get("start_time_compute") or self.data.get("start_time")
-        given = start if isinstance(start, int | float) else self.arrived
+        submitted = start if isinstance(start, int | float) else self.arrived
         return {
             "arrival_time": self.arrived,
             "finished_time": now,
             "preprocessing_duration": round(began - self.arrived, 6),
-            "pending_duration": round(max(0.0, self.arrived - given), 6),
+            "pending_duration": round(max(0.0, self.arrived - submitted), 6),
         }
 
 
@@ -102,42 +102,44 @@ async def work(
     stop: asyncio.Event | None = None,
     drain_seconds: float = 60.0,
 ) -> None:
-    """Work for an AIME API server until ``stop`` is set; then end what runs, and return.
+    """Run jobs of an AIME API server until ``stop`` is set; then finish the running jobs and return.
 
     Args:
-        door: what offers the model.
-        server: its address, ``http://…``.
-        job_type: which jobs to take.
-        auth_key: the key of that job type.
-        model: which of the door's models; "": the default.
-        slots: jobs at the same time.
-        name: how the server is to call this worker; "": machine and process.
-        stop: set from outside; None: never.
-        drain_seconds: what running jobs are given to end; they get an error after that.
+        backend: the backend that runs the model.
+        server: the server's URL, ``http://…``.
+        job_type: the type of jobs to run.
+        auth_key: the key of the job type.
+        model: the name of the backend's model; empty for the first chat model.
+        slots: maximum number of concurrent jobs.
+        name: the worker's name at the server; empty for host name and process id.
+        stop: event that stops the worker; None to run forever.
+        drain_seconds: time in seconds for running jobs to finish; after it they get an error.
 
     Raises:
         Unauthorized: the key is wrong, or the server has no such job type.
-        NotFound: the door has no such model. InvalidParameter: a value is not possible.
+        NotFound: the backend has no such model.
+        Unavailable: the backend has no chat model.
+        InvalidParameter: a parameter is out of range.
         NotInstalled: aiohttp is missing.
     """
     if slots < 1:
         raise InvalidParameter("slots", f"is {slots}, expected at least 1")
-    async with _session(auth_key, job_type, server.rstrip("/"), name) as line:
-        await Worker(backend, line, model, slots).run(stop or asyncio.Event(), drain_seconds)
+    async with _connect(auth_key, job_type, server.rstrip("/"), name) as connection:
+        await Worker(backend, connection, model, slots).run(stop or asyncio.Event(), drain_seconds)
 
 
 @contextlib.asynccontextmanager
-async def _session(auth_key: str, job_type: str, server: str, name: str) -> AsyncIterator[Line]:
+async def _connect(auth_key: str, job_type: str, server: str, name: str) -> AsyncIterator[Connection]:
     try:
         import aiohttp
     except ImportError:
-        raise NotInstalled("work for AIME's server needs aiohttp: pip install 'moesaic[worker]'") from None
+        raise NotInstalled("a worker for AIME's server needs aiohttp: pip install 'moesaic[worker]'") from None
     async with aiohttp.ClientSession(json_serialize=lambda value: msgspec.json.encode(value).decode()) as session:
-        yield Line(session, server, name or f"{socket.gethostname()}#{os.getpid()}", job_type, auth_key)
+        yield Connection(session, server, name or f"{socket.gethostname()}#{os.getpid()}", job_type, auth_key)
 
 
-class Line:
-    """The line to the server, with what each call carries."""
+class Connection:
+    """HTTP connection to AIME's server, with the fields that each request contains."""
 
     def __init__(self, session: aiohttp.ClientSession, server: str, name: str, job_type: str, auth_key: str) -> None:
         self._session, self._server = session, server
@@ -146,10 +148,10 @@ class Line:
         self.key = {"job_type": job_type, "auth_key": auth_key}
 
     async def post(self, path: str, body: Any, seconds: float = 30.0) -> tuple[int, Any]:
-        """Return status and answer; of one that is no JSON, None.
+        """Send a request; return the status and the decoded body, or None as the body if it is not JSON.
 
         Raises:
-            Failed: there was no answer, or 503: later there may be.
+            TemporaryFailure: there was no response, or its status is 502, 503 or 504.
         """
         import aiohttp
 
@@ -158,137 +160,136 @@ class Line:
             async with self._session.post(self._server + path, json=body, timeout=timeout) as reply:
                 content = await reply.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Failed(str(error) or type(error).__name__) from error
+            raise TemporaryFailure(str(error) or type(error).__name__) from error
         if reply.status in (502, 503, 504):
-            raise Failed(f"status {reply.status}")
+            raise TemporaryFailure(f"status {reply.status}")
         try:
             return reply.status, msgspec.json.decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return reply.status, None
 
     async def check(self) -> None:
-        """Find out why the server gives no jobs.
+        """Check whether the server accepts this worker's job type and key.
 
         Raises:
-            Unauthorized: it never will. Failed: it does not answer.
+            Unauthorized: the server rejects one of them.
+            TemporaryFailure: the server is unavailable.
         """
-        _, found = await self.post("/worker_check_server_status", self.key | self.name)
-        found = found if isinstance(found, dict) else {}
-        if found.get("job_type_present") is False:
+        _, reply = await self.post("/worker_check_server_status", self.key | self.name)
+        status = reply if isinstance(reply, dict) else {}
+        if status.get("job_type_present") is False:
             raise Unauthorized(
                 f"{self._server} has no job type {self.job_type!r}: see its endpoints' [WORKER] job_type"
             )
-        if found.get("key_valid") is False:
-            raise Unauthorized(f"{self._server} does not take this key for {self.job_type!r}: see [WORKER] auth_key")
+        if status.get("key_valid") is False:
+            raise Unauthorized(f"{self._server} rejects this key for {self.job_type!r}: see [WORKER] auth_key")
 
 
 class Worker:
-    """One worker: jobs in, answers out."""
+    """Worker that runs the jobs of AIME's server on a backend."""
 
-    def __init__(self, backend: Backend, line: Line, model: str, slots: int) -> None:
-        self._backend, self._line, self._slots = backend, line, slots
-        self._model = _card(backend, model).name
+    def __init__(self, backend: Backend, connection: Connection, model: str, slots: int) -> None:
+        self._backend, self._connection, self._slots = backend, connection, slots
+        self._model = _model_info(backend, model).name
         self._jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._room = asyncio.Event()
+        self._slot_freed = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, drain_seconds: float) -> None:
-        """Work until ``stop`` is set; see ``work``."""
+        """Run jobs until ``stop`` is set; then finish the running jobs within ``drain_seconds``."""
         stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
-        telling = asyncio.create_task(self._tell_all())
-        fetching = asyncio.create_task(self._fetch_all(stop))
+        reporting = asyncio.create_task(self._report_loop())
+        fetching = asyncio.create_task(self._fetch_loop(stop))
         try:
-            await asyncio.wait((stopping, fetching, telling), return_when=asyncio.FIRST_COMPLETED)
-            for task in (fetching, telling):  # neither ends but by an error
+            await asyncio.wait((stopping, fetching, reporting), return_when=asyncio.FIRST_COMPLETED)
+            for task in (fetching, reporting):  # these tasks end only with an error
                 if task.done() and not stop.is_set():
                     task.result()
-            # What a request for jobs that is under way may yet bring is done, or answered, too.
+            # A pending job request can still return jobs; they are finished too.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(drain_seconds):
                     while self._tasks:
                         await asyncio.wait(set(self._tasks))
         finally:
-            for task in (stopping, telling, fetching, *self._tasks):
+            for task in (stopping, reporting, fetching, *self._tasks):
                 task.cancel()
-            await asyncio.gather(stopping, telling, fetching, *self._tasks, return_exceptions=True)
+            await asyncio.gather(stopping, reporting, fetching, *self._tasks, return_exceptions=True)
 
-    # Jobs in
+    # Fetching jobs
 
-    async def _fetch_all(self, stop: asyncio.Event) -> None:
+    async def _fetch_loop(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            self._room.clear()
+            self._slot_freed.clear()
             if len(self._jobs) >= self._slots:
-                await self._room.wait()
+                await self._slot_freed.wait()
                 continue
             try:
                 await self._fetch(self._slots - len(self._jobs))
-            except Failed as error:
-                log.warning("the server gives no jobs", extra={"error": str(error)})
-                await asyncio.sleep(AGAIN)
+            except TemporaryFailure as error:
+                log.warning("job request failed", extra={"error": str(error)})
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _fetch(self, free: int) -> None:
-        card = _card(self._backend, self._model)
-        offered = {
+        info = _model_info(self._backend, self._model)
+        description = {
             "max_job_batch": free,
             "worker_version": 0,
             "request_timeout": 60,
-            "gpu_name": str(card.about.get("device", "cpu")),
+            "gpu_name": str(info.about.get("device", "cpu")),
             "num_gpus": 1,
             "framework": "moesaic",
             "framework_version": __version__,
             "pytorch_version": "",
-            "model_label": card.name,
-            "model_quantization": str(card.about.get("dtype", "")),
+            "model_label": info.name,
+            "model_quantization": str(info.about.get("dtype", "")),
             "model_size": "",
-            "model_family": str(card.about.get("architecture", "")),
+            "model_family": str(info.about.get("architecture", "")),
             "model_type": "LLM",
-            "model_repo_name": card.name,
+            "model_repo_name": info.name,
         }
-        status, found = await self._line.post(
-            "/worker_job_request", self._line.key | self._line.name | offered, PATIENCE
-        )
-        command = found.get("cmd") if isinstance(found, dict) else None
+        body = self._connection.key | self._connection.name | description
+        status, reply = await self._connection.post("/worker_job_request", body, JOB_REQUEST_SECONDS)
+        command = reply.get("cmd") if isinstance(reply, dict) else None
         if status == 200 and command == "job":
-            outputs = found.get("final_output_descriptions") or {}
-            data = found.get("job_data") or []
-            for each in data if isinstance(data, list) else [data]:
-                self._begin(Job(each, outputs))
+            outputs = reply.get("final_output_descriptions") or {}
+            data = reply.get("job_data") or []
+            for item in data if isinstance(data, list) else [data]:
+                self._start(Job(item, outputs))
         elif status != 200 or command != "no_job":
-            await self._line.check()
-            raise Failed(f"status {status}, {str(found)[:200]}")
+            await self._connection.check()
+            raise TemporaryFailure(f"status {status}, {str(reply)[:200]}")
 
-    def _begin(self, job: Job) -> None:
+    def _start(self, job: Job) -> None:
         self._jobs[job.id] = job
-        task = asyncio.create_task(self._do(job))
+        task = asyncio.create_task(self._run_job(job))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # Answers out
+    # Running jobs
 
-    async def _do(self, job: Job) -> None:
-        """Answer one job, whatever becomes of it."""
-        job.reading = asyncio.create_task(self._read(job))
+    async def _run_job(self, job: Job) -> None:
+        """Run a job and send its result, also if the job fails or the worker is stopped."""
+        job.generation = asyncio.create_task(self._generate(job))
         stopped = True
         try:
-            await asyncio.wait((job.reading,))
+            await asyncio.wait((job.generation,))
             stopped = False
         finally:
-            job.reading.cancel()
+            job.generation.cancel()
             try:
-                async with asyncio.timeout(LAST_WORDS if stopped else None):
-                    await self._finish(job, "the job was cancelled" if job.cancelled else job.error)
+                async with asyncio.timeout(SHUTDOWN_SECONDS if stopped else None):
+                    await self._send_result(job, "the job was cancelled" if job.cancelled else job.error)
             except TimeoutError:
-                log.warning("a job stays without an answer", extra={"job": job.id})
+                log.warning("job result not delivered before shutdown", extra={"job": job.id})
             finally:
                 self._jobs.pop(job.id, None)
-                self._room.set()
+                self._slot_freed.set()
 
-    async def _read(self, job: Job) -> None:
-        """Have the model answer."""
-        answers: ResponseStream | None = None
+    async def _generate(self, job: Job) -> None:
+        stream: ResponseStream | None = None
         try:
-            answers = await self._backend.generate(asked(_whole(job.data), self._model))
-            async for event in answers:
+            stream = await self._backend.generate(generation_request(_decode_context(job.data), self._model))
+            async for event in stream:
                 if isinstance(event, PromptDone):
                     job.begun, job.prompt_tokens = time.time(), event.prompt_tokens
                 elif isinstance(event, Delta):
@@ -300,94 +301,103 @@ class Worker:
         except MoesaicError as error:
             job.error = str(error)
         finally:
-            if answers is not None:
-                answers.cancel()
+            if stream is not None:
+                stream.cancel()
 
-    async def _finish(self, job: Job, error: str) -> None:
-        """Bring a result, again and again until the server has it."""
-        card = _card(self._backend, self._model)
+    # Reporting
+
+    async def _send_result(self, job: Job, error: str) -> None:
+        """Send a result; retry until the server has received it."""
+        info = _model_info(self._backend, self._model)
         result: dict[str, Any] = {
             **{name: job.data[name] for name in job.outputs if name in job.data},
             **job.progress(),
             "prompt_length": job.prompt_tokens,
-            "model_name": card.name,
-            "max_seq_len": card.context,
+            "model_name": info.name,
+            "max_seq_len": info.context,
             "metrics": {"in_num_tokens": job.prompt_tokens, "out_num_tokens": job.tokens},
             **job.times(),
             **{name: job.data.get(name) for name in ("job_id", "start_time", "start_time_compute")},
         }
-        body = result | ({"error": error} if error else {}) | self._line.name | self._line.key
-        tries = 0
-        while tries < TRIES:
+        body = result | ({"error": error} if error else {}) | self._connection.name | self._connection.key
+        attempts = 0
+        while attempts < MAX_RESULT_ATTEMPTS:
             try:
-                status, reply = await self._line.post("/worker_job_result", body)
-            except Failed:
-                await asyncio.sleep(AGAIN)  # for however long it is away: only this worker has the answer
+                status, reply = await self._connection.post("/worker_job_result", body)
+            except TemporaryFailure:
+                # Retry without a limit while the server is unavailable, because only this worker has the answer.
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
-            tries += 1
+            attempts += 1
             if status == 200:
                 if not (isinstance(reply, dict) and (reply.get("cmd") == "ok" or reply.get("success"))):
-                    log.warning("the server does not know a job any more", extra={"job": job.id})
+                    log.warning("job unknown to the server", extra={"job": job.id})
                 return
-            await asyncio.sleep(AGAIN)
-        log.warning("the server does not take a result", extra={"job": job.id, "status": status})
+            await asyncio.sleep(RETRY_SECONDS)
+        log.warning("result rejected by the server", extra={"job": job.id, "status": status})
 
-    async def _tell_all(self) -> None:
+    async def _report_loop(self) -> None:
         while True:
-            await asyncio.sleep(PACE)
-            if news := [job for job in self._jobs.values() if _has_news(job)]:
-                # Nobody waits for an update: the next one has all of the text.
-                with contextlib.suppress(Failed):
-                    await self._tell(news)
+            await asyncio.sleep(UPDATE_SECONDS)
+            if jobs := [job for job in self._jobs.values() if _needs_update(job)]:
+                # A lost update does no harm, because the next one contains the whole text.
+                with contextlib.suppress(TemporaryFailure):
+                    await self._report(jobs)
 
-    async def _tell(self, jobs: list[Job]) -> None:
+    async def _report(self, jobs: list[Job]) -> None:
         now = time.monotonic()
         body = [self._update(job) for job in jobs]
-        _, replies = await self._line.post("/worker_job_progress", body)
+        _, replies = await self._connection.post("/worker_job_progress", body)
         if not isinstance(replies, list) or len(replies) < len(jobs):
-            # AIME's server stops reading at the first job that it does not know, and the others would lapse.
-            replies = [(await self._line.post("/worker_job_progress", self._update(job)))[1] for job in jobs]
+            # AIME's server stops at the first unknown job; the jobs after it would time out.
+            replies = [(await self._connection.post("/worker_job_progress", self._update(job)))[1] for job in jobs]
         for job, reply in zip(jobs, replies, strict=False):
-            job.told = job.tokens, now
+            job.reported = job.tokens, now
             if isinstance(reply, dict) and reply.get("canceled") and not job.cancelled:
                 job.cancelled = True
-                if job.reading:
-                    job.reading.cancel()
+                if job.generation:
+                    job.generation.cancel()
 
     def _update(self, job: Job) -> dict[str, Any]:
         echoed = {name: job.data.get(name) for name in ("job_id", "start_time", "start_time_compute")}
-        data = job.progress() | self._line.name
-        return {**echoed, **self._line.key, **self._line.name, "progress": job.tokens, "progress_data": data}
+        data = job.progress() | self._connection.name
+        return {
+            **echoed,
+            **self._connection.key,
+            **self._connection.name,
+            "progress": job.tokens,
+            "progress_data": data,
+        }
 
 
-def _has_news(job: Job) -> bool:
-    tokens, at = job.told
-    return tokens != job.tokens or time.monotonic() - at >= HEARTBEAT
+def _needs_update(job: Job) -> bool:
+    tokens, reported_at = job.reported
+    return tokens != job.tokens or time.monotonic() - reported_at >= HEARTBEAT_SECONDS
 
 
-def _whole(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a job's parameters, the context as a list if it came as JSON in a string."""
+def _decode_context(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a job's parameters with ``chat_context`` decoded if it is a JSON string."""
     context = data.get("chat_context")
     if not isinstance(context, str) or not context:
         return data
     try:
         return {**data, "chat_context": msgspec.json.decode(context)}
     except msgspec.DecodeError:
-        raise InvalidParameter("chat_context", "is no JSON") from None
+        raise InvalidParameter("chat_context", "is not valid JSON") from None
 
 
-def _card(backend: Backend, name: str) -> ModelInfo:
-    """Return the model to work with.
+def _model_info(backend: Backend, name: str) -> ModelInfo:
+    """Return the description of a chat model, or of the first chat model if the name is empty.
 
     Raises:
-        NotFound: there is no such one. Unavailable: there is none.
+        NotFound: there is no chat model of that name.
+        Unavailable: there is no chat model at all.
     """
-    cards = [card for card in backend.models() if card.task == "chat"]
-    if not cards:
-        raise Unavailable("there is no chat model to work with")
-    found = next((card for card in cards if name in (card.name, *card.aliases)), None)
-    if found is None and name:
-        raise NotFound(
-            f"the model {name!r:.120} does not exist; there is {', '.join(card.name for card in cards[:20])}"
-        )
-    return found or cards[0]
+    models = [model for model in backend.models() if model.task == "chat"]
+    if not models:
+        raise Unavailable("the backend has no chat model")
+    match = next((model for model in models if name in (model.name, *model.aliases)), None)
+    if match is None and name:
+        available = ", ".join(model.name for model in models[:20])
+        raise NotFound(f"unknown model {name!r:.120}; available models: {available}")
+    return match or models[0]

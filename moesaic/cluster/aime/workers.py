@@ -1,7 +1,8 @@
-"""AIME's routes for its own workers: they come for jobs, tell how far they are, and bring results.
+"""Routes for AIME's workers: login, job requests, progress and results.
 
-What their interface cannot bear is never sent: no null, no 500, no status but 503 where it is to try again, and
-``cmd: error`` only where it is to end. Follows AIME's API server 0.9.6 and its worker interface 0.8 to 0.14.
+AIME's worker interface cannot handle some responses, and these routes never send them. A response has no null values.
+A temporary error is always status 503, never 500. ``cmd: error`` makes a worker exit, so only permanent errors use it.
+The routes follow AIME's API server 0.9.6 and its worker interface 0.8 to 0.14.
 """
 
 from __future__ import annotations
@@ -21,17 +22,25 @@ from moesaic.serve.context import RequestContext
 from moesaic.serve.endpoint import AnyResponse, Endpoint, Failure, Response
 
 WAIT_FRACTION = 0.75
-"""Of the time after which a worker gives up a request for jobs: then it is told that there is none."""
+"""Fraction of a worker's request timeout after which the gateway responds that there is no job."""
 SERVER_VERSION = "0.9.6"
-"""The version of AIME's server that workers are told."""
+"""The version of AIME's server that workers see."""
 MAX_SLOTS = 4096
-"""Jobs that one worker may have."""
+"""Maximum number of jobs of one worker."""
 OK = {"cmd": "ok", "success": True}
-PARAMETERS = ("gpu_name", "num_gpus", "framework", "framework_version", "pytorch_version", "version", "worker_version")
+WORKER_PARAMETERS = (
+    "gpu_name",
+    "num_gpus",
+    "framework",
+    "framework_version",
+    "pytorch_version",
+    "version",
+    "worker_version",
+)
 
 
 class WorkerRoutes:
-    """What all routes share."""
+    """Routes for AIME's workers, with their common state."""
 
     def __init__(
         self, service: WorkerService, jobs: JobService, definitions: Sequence[Definition], lease_seconds: float
@@ -42,35 +51,38 @@ class WorkerRoutes:
     def endpoints(self) -> list[Endpoint]:
         """Return all routes."""
         return [
-            _route("/worker_check_server_status", self.status, "Whether a worker is known (AIME)."),
-            _route("/worker_login", self.login, "Offer oneself as a worker (AIME)."),
+            _route("/worker_check_server_status", self.status, "Check whether a worker is logged in (AIME)."),
+            _route("/worker_login", self.login, "Log in as a worker (AIME)."),
             _route("/worker_job_request", self.jobs, "Wait for jobs (AIME)."),
-            _route("/worker_job_progress", self.progress, "Tell how far jobs are (AIME).", body=Any),
-            _route("/worker_job_result", self.result, "Bring a job's result (AIME)."),
+            _route("/worker_job_progress", self.progress, "Report the progress of jobs (AIME).", body=Any),
+            _route("/worker_job_result", self.result, "Report the result of a job (AIME)."),
         ]
 
     def _of_type(self, job_type: Any) -> list[Definition]:
-        return [each for each in self._definitions if each.job_type == job_type]
+        return [definition for definition in self._definitions if definition.job_type == job_type]
 
     async def status(self, context: RequestContext) -> AnyResponse:
-        """Tell a worker whether it is known, and its job type. One with a name is let in here."""
+        """Return whether a worker is logged in and its job type exists. Register a worker that sends a name."""
         body = context.body
         definitions = self._of_type(body.get("job_type"))
-        member, valid = None, False
+        worker, valid = None, False
         if definitions:
             try:
                 owner = worker_key(context, body.get("auth_key"), definitions).name
                 valid = True
-                if name := _name(body.get("auth")):  # it may have begun under an earlier process of this gateway
-                    known = [each for each in self._pool.find(name, definitions[0].job_type) if each.owner == owner]
-                    member = known[0] if known else await self._admit(definitions, name, owner, body, legacy=False)
+                # The worker may have logged in before this gateway was restarted.
+                if name := _name(body.get("auth")):
+                    matches = [item for item in self._pool.find(name, definitions[0].job_type) if item.owner == owner]
+                    worker = (
+                        matches[0] if matches else await self._register(definitions, name, owner, body, legacy=False)
+                    )
             except Unauthorized:
                 pass
-        shown = {"logged_in": member is not None, "job_type_present": bool(definitions), "key_valid": valid}
-        return Response(OK | shown)
+        status = {"logged_in": worker is not None, "job_type_present": bool(definitions), "key_valid": valid}
+        return Response(OK | status)
 
     async def login(self, context: RequestContext) -> AnyResponse:
-        """Let a worker in."""
+        """Register a worker."""
         body = _object(context.body.get("worker_parameters"))
         definitions = self._of_type(body.get("job_type"))
         name = _name(body.get("auth"))
@@ -81,11 +93,11 @@ class WorkerRoutes:
         except Unauthorized as error:
             return Response({"success": False, "error_msg": str(error)})
         about = {"model": _object(context.body.get("model_parameters"))}
-        await self._admit(definitions, name, owner, body, legacy=False, about=about)
-        told = {"request_timeout": definitions[0].request_timeout, "api_server_version": SERVER_VERSION}
-        return Response(OK | told)
+        await self._register(definitions, name, owner, body, legacy=False, about=about)
+        server = {"request_timeout": definitions[0].request_timeout, "api_server_version": SERVER_VERSION}
+        return Response(OK | server)
 
-    async def _admit(
+    async def _register(
         self,
         definitions: Sequence[Definition],
         name: str,
@@ -95,117 +107,120 @@ class WorkerRoutes:
         legacy: bool,
         about: Mapping[str, Any] | None = None,
     ) -> AimeWorker:
-        shown = {key: body[key] for key in PARAMETERS if key in body} | {"protocol": "aime"} | dict(about or {})
+        details = (
+            {key: body[key] for key in WORKER_PARAMETERS if key in body} | {"protocol": "aime"} | dict(about or {})
+        )
         slots = _count(body.get("max_batch_size", body.get("max_job_batch")))
-        return await self._pool.admit(AimeWorker(name, definitions, slots, owner, legacy, shown, time.monotonic()))
+        return await self._pool.register(AimeWorker(name, definitions, slots, owner, legacy, details, time.monotonic()))
 
     async def jobs(self, context: RequestContext) -> AnyResponse:
         """Wait for jobs."""
         if context.services.state.draining:
-            raise Unavailable("the server is about to stop: ask another, or try again later")
+            raise Unavailable("the server is stopping: use another one, or try again later")
         body = context.body
         try:
-            member = await self._member(context, body)
+            worker = await self._worker(context, body)
         except (Unauthorized, InvalidRequest) as error:
             return Response({"cmd": "error", "msg": str(error)})
-        timeout = min(member.definition.request_timeout, _seconds(body.get("request_timeout")))
-        found = await self._pool.give(member, _count(body.get("max_job_batch")), timeout * WAIT_FRACTION)
-        if not found:
+        timeout = min(worker.definition.request_timeout, _seconds(body.get("request_timeout")))
+        jobs = await self._pool.lease(worker, _count(body.get("max_job_batch")), timeout * WAIT_FRACTION)
+        if not jobs:
             return Response({"cmd": "no_job"})
-        own = member.definition
+        definition = worker.definition
         return Response(
             {
                 "cmd": "job",
-                "endpoint_name": own.name,
-                "input_descriptions": {each.name: dict(each.written) for each in own.inputs},
-                "progress_output_descriptions": own.progress,
-                "final_output_descriptions": own.outputs,
-                "job_data": [_data(running) for running in found],
+                "endpoint_name": definition.name,
+                "input_descriptions": {parameter.name: dict(parameter.written) for parameter in definition.inputs},
+                "progress_output_descriptions": definition.progress,
+                "final_output_descriptions": definition.outputs,
+                "job_data": [_job_data(job) for job in jobs],
             }
         )
 
-    async def _member(self, context: RequestContext, body: Mapping[str, Any]) -> AimeWorker:
-        """Return the worker that asks.
+    async def _worker(self, context: RequestContext, body: Mapping[str, Any]) -> AimeWorker:
+        """Return the worker that sent a request; register a legacy worker at its first request.
 
         Raises:
-            Unauthorized: its key is wrong. InvalidRequest: its job type is not known. Both are for good.
-            Unavailable: it is not known, and has to log in first.
+            Unauthorized: the worker's key is wrong.
+            InvalidRequest: the job type is unknown.
+            Unavailable: the worker must log in first.
         """
         name, job_type = _name(body.get("auth")), str(body.get("job_type") or "")
-        for member in self._pool.find(name, job_type):
-            if worker_key(context, body.get("auth_key"), member.definitions).name == member.owner:
-                return member
+        for worker in self._pool.find(name, job_type):
+            if worker_key(context, body.get("auth_key"), worker.definitions).name == worker.owner:
+                return worker
         definitions = self._of_type(job_type)
         if not job_type:
             raise Unavailable("not logged in: log in again")
         if not definitions or not name:
             raise InvalidRequest(_unfit(job_type, name))
         owner = worker_key(context, body.get("auth_key"), definitions).name
-        return await self._admit(definitions, name, owner, body, legacy=True)
+        return await self._register(definitions, name, owner, body, legacy=True)
 
     async def progress(self, context: RequestContext) -> AnyResponse:
-        """Take in how far jobs are: a list, or one."""
-        several = isinstance(context.body, list)
-        entries = [_object(each) for each in (context.body if several else [context.body])]
+        """Handle the progress of jobs: a list of updates, or one update."""
+        is_list = isinstance(context.body, list)
+        entries = [_object(entry) for entry in (context.body if is_list else [context.body])]
         for entry in entries:
             try:
                 self._check(context, entry)
             except Unauthorized as error:
                 return Response({"success": False, "error_msg": str(error)})
         updates = [(str(entry.get("job_id")), _object(entry.get("progress_data"))) for entry in entries]
-        answers = await self._pool.progress(updates)
-        return Response(answers if several else answers[0])
+        replies = await self._pool.progress(updates)
+        return Response(replies if is_list else replies[0])
 
     def _check(self, context: RequestContext, entry: Mapping[str, Any]) -> None:
-        """Raise Unauthorized unless whoever sends this has the job that it is about, or could have it."""
-        member = self._pool.worker_of(str(entry.get("job_id")))
-        if definitions := member.definitions if member else self._of_type(entry.get("job_type")):
+        """Raise Unauthorized unless the sender's key is the one of the worker that holds the job."""
+        worker = self._pool.worker_of(str(entry.get("job_id")))
+        if definitions := worker.definitions if worker else self._of_type(entry.get("job_type")):
             key = worker_key(context, entry.get("auth_key"), definitions)
-            if member and key.name != member.owner:
-                raise Unauthorized("this is the job of another key's worker")
+            if worker and key.name != worker.owner:
+                raise Unauthorized("the job belongs to a worker with another key")
 
     async def result(self, context: RequestContext) -> AnyResponse:
-        """Take a result in; the same one again is no fault."""
+        """Handle the result of a job. A repeated result is accepted."""
         body = context.body
         try:
             self._check(context, body)
         except Unauthorized as error:
             return Response({"success": False, "error_msg": str(error)})
-        job = str(body.get("job_id"))
-        if await self._pool.result(job, body):
+        job_id = str(body.get("job_id"))
+        if await self._pool.result(job_id, body):
             return Response(OK)
-        told = f"Job with job id {job[:80]} not found in worker {str(body.get('auth'))[:80]}!"
-        return Response({"cmd": "warning", "msg": told})
+        message = f"Job with job id {job_id[:80]} not found in worker {str(body.get('auth'))[:80]}!"
+        return Response({"cmd": "warning", "msg": message})
 
 
-def _data(running: AimeJob) -> dict[str, Any]:
+def _job_data(job: AimeJob) -> dict[str, Any]:
     now = time.time()
-    return {**running.data, "job_id": running.id, "start_time": now, "start_time_compute": now}
+    return {**job.data, "job_id": job.id, "start_time": now, "start_time_compute": now}
 
 
 def _unfit(job_type: str, name: str) -> str:
-    """Return why a worker cannot be let in."""
+    """Return why a worker cannot be registered."""
     return f"There is no job type {job_type[:80]}: see the endpoints" if name else "A worker needs a name (auth)"
 
 
-def _name(given: Any) -> str:
-    return given if isinstance(given, str) and len(given) <= 256 and given.isprintable() else ""
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) and len(value) <= 256 and value.isprintable() else ""
 
 
-def _object(given: Any) -> dict[str, Any]:
-    return given if isinstance(given, dict) else {}
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-def _count(given: Any) -> int:
-    return min(MAX_SLOTS, max(1, given)) if type(given) is int else 1
+def _count(value: Any) -> int:
+    return min(MAX_SLOTS, max(1, value)) if type(value) is int else 1
 
 
-def _seconds(given: Any) -> float:
-    return max(1.0, given) if type(given) in (int, float) else 60.0
+def _seconds(value: Any) -> float:
+    return max(1.0, value) if type(value) in (int, float) else 60.0
 
 
 def failure(reason: Failure) -> Any:
-    """Return an error as their interface bears it: 503 where it is to come again."""
+    """Return an error in AIME's form; its status is 503 if the worker should try again."""
     status = reason.status if reason.status in (400, 404, 405, 413, 415) else 503
     return Response({"cmd": "warning", "success": False, "error_msg": reason.message, "msg": reason.message}, status)
 
@@ -213,10 +228,12 @@ def failure(reason: Failure) -> Any:
 def endpoints(
     service: WorkerService, jobs: JobService, definitions: Sequence[Definition], lease_seconds: float = LEASE_SECONDS
 ) -> list[Endpoint]:
-    """Return AIME's routes for its workers; a lease that is not renewed for ``lease_seconds`` is lost."""
+    """Return the routes for AIME's workers. Leases expire after ``lease_seconds`` without a renewal."""
     return WorkerRoutes(service, jobs, definitions, lease_seconds).endpoints()
 
 
-def _route(path: str, run: Any, summary: str, *, body: Any = dict[str, Any]) -> Endpoint:
-    """Return a route that looks at keys itself, since they come in the body."""
-    return Endpoint(path, run, failure, body=body, public=True, worker=True, body_bytes=MESSAGE_BYTES, summary=summary)
+def _route(path: str, handler: Any, summary: str, *, body: Any = dict[str, Any]) -> Endpoint:
+    """Return a route that checks keys itself, because AIME's workers send them in the body."""
+    return Endpoint(
+        path, handler, failure, body=body, public=True, worker=True, body_bytes=MESSAGE_BYTES, summary=summary
+    )

@@ -1,12 +1,13 @@
-"""Ways to start workers on many machines: the folder is the registry, one file = one launcher.
+"""Launchers, which start workers on many machines. The folder is the registry: one file is one launcher.
 
 A launcher's file has
 
-* ``files(plan: Plan) -> Mapping[str, str]``: what it has written, by name; none if it starts the workers itself;
-* ``run(plan: Plan) -> int``: start the workers and look after them until told to stop; only if it writes nothing.
+* ``files(plan: Plan) -> Mapping[str, str]``: returns the contents of the files to write, by name; empty if the launcher
+  starts the workers itself;
+* ``run(plan: Plan) -> int``: starts and supervises the workers until it is stopped; required if ``files`` is empty.
 
-A launcher is not on the way of requests: workers dial their gateway, whoever has started them. Knows plans. Does not
-know what the flags of a worker mean, but those that it sets itself.
+Requests do not pass through a launcher: workers connect to their gateway. A launcher does not depend on the meaning of
+a worker's flags, except for those that it sets itself.
 """
 
 from __future__ import annotations
@@ -20,73 +21,73 @@ from moesaic.errors import InvalidRequest
 
 FOLDER = "cluster/launch"
 REFUSED = 2
-"""The exit code of a worker whose flags or key are wrong, or that was dismissed: starting it again changes nothing."""
+"""Exit code of a worker that must not be restarted: its flags or its key are wrong, or it was banned."""
 LOST_ENGINE = 70
-"""The exit code of a worker that cannot compute any more and wants to be started again (EX_SOFTWARE)."""
+"""Exit code of a worker whose engine has failed and that must be restarted (EX_SOFTWARE)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to run.
+    """Number, resources and flags of the workers to start.
 
     Raises:
-        InvalidRequest: it cannot be.
+        InvalidRequest: the plan is invalid.
     """
 
     worker: tuple[str, ...]
     """Flags of ``moesaic worker``."""
     replicas: int = 1
     cpus: float | None = None
-    """Of each replica; None: as the launcher sees fit."""
+    """Number of CPUs of each replica; None selects the launcher's default."""
     gpus: int = 0
-    """Of each replica."""
+    """Number of GPUs of each replica."""
     program: str = "moesaic"
-    """The command, where files name it."""
+    """Path or name of the command in written files."""
     address: str | None = None
-    """Of what is asked to run them, where that has one."""
+    """Address of the cluster manager, if the launcher needs one."""
     drain_seconds: float = 30.0
-    """What a worker is given to end its jobs."""
+    """Seconds in which a stopped worker can finish its jobs."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.gpus < 0 or (self.cpus is not None and not self.cpus > 0):
-            raise InvalidRequest("--replicas and --cpus must be more than 0, --gpus not less")
+            raise InvalidRequest("--replicas and --cpus must be greater than 0, and --gpus must not be negative")
         if value(self.worker, "--gateway") is None:
-            raise InvalidRequest("which gateway? `moesaic launch ... --worker --gateway URL`")
+            raise InvalidRequest("--gateway is missing: `moesaic launch ... --worker --gateway URL`")
         if value(self.worker, "--key") is not None:
-            raise InvalidRequest("a key would stand in the open: put it into a file and give --key-file")
+            raise InvalidRequest("--key would be publicly readable: write the key to a file and pass --key-file")
         if value(self.worker, "--name") is not None:
-            raise InvalidRequest("leave out --name: replicas have names of their own")
+            raise InvalidRequest("leave out --name: each replica gets its own name")
         if any(not word.isprintable() for word in self.worker):
-            raise InvalidRequest("flags of workers with line breaks or control characters cannot be written down")
+            raise InvalidRequest("a worker's flags must not contain line breaks or control characters")
 
 
 def names() -> list[str]:
-    """Return the launchers."""
+    """Return the names of all launchers."""
     return registry.names(FOLDER)
 
 
 def load(name: str) -> ModuleType:
-    """Return a launcher.
+    """Return the module of a launcher.
 
     Raises:
-        NotFound: there is none of that name.
+        NotFound: there is no launcher of that name.
     """
     return registry.load(FOLDER, name)
 
 
 def value(flags: Sequence[str], name: str) -> str | None:
-    """Return what a flag says the last time it is given, as ``--name VALUE`` or ``--name=VALUE``; None: it is not."""
-    found = None
-    for place, word in enumerate(flags):
+    """Return the last value of a flag, given as ``--name VALUE`` or ``--name=VALUE``; None if the flag is missing."""
+    last = None
+    for index, word in enumerate(flags):
         if word.startswith(f"{name}="):
-            found = word.partition("=")[2]
+            last = word.partition("=")[2]
         elif word == name:
-            found = flags[place + 1] if place + 1 < len(flags) else ""
-    return found
+            last = flags[index + 1] if index + 1 < len(flags) else ""
+    return last
 
 
 def without(flags: Sequence[str], name: str) -> list[str]:
-    """Return the flags but those of one name."""
+    """Return the flags without all occurrences of one flag."""
     out: list[str] = []
     skip = False
     for word in flags:

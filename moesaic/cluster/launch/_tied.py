@@ -1,6 +1,7 @@
-"""Runs a command that is told to stop when whoever started it dies: ``python -m moesaic.cluster.launch._tied COMMAND``.
+"""Run a command that gets SIGTERM when its parent process dies.
 
-The command is the child itself, not a child of it. Linux only; elsewhere it just runs.
+Usage: ``python -m moesaic.cluster.launch._tied PARENT_PID COMMAND...``. The command replaces this process. On systems
+other than Linux, the command runs without this protection.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # which execve keeps
-        if os.getppid() != int(sys.argv[1]):  # too late: it is dead already
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # execve keeps this setting
+        if os.getppid() != int(sys.argv[1]):  # the parent died before the call of prctl
             sys.exit(0)
     os.execvp(sys.argv[2], sys.argv[2:])
 

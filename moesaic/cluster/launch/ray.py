@@ -1,7 +1,8 @@
-"""Ray: replicas are actors, each with a worker process and a placement group of its own; lost ones are started again.
+"""Ray launcher: each replica is an actor with a placement group and a worker process; lost replicas are restarted.
 
-Nothing of a request goes through Ray: it starts processes and hands out CPUs and GPUs. Its nodes run whatever they are
-sent, so off loopback they must be told to want a token. Needs Ray 2.54 or later, and Moesaic on every node.
+Ray only starts processes and assigns CPUs and GPUs; requests do not pass through it. Anyone who can reach a Ray cluster
+can run code on it, so a cluster that is not limited to loopback must use token authentication. The launcher needs Ray
+2.54 or later, and Moesaic on every node.
 """
 
 from __future__ import annotations
@@ -26,40 +27,42 @@ from moesaic.errors import ConnectionFailed, InvalidRequest, NotInstalled
 
 log = logging.getLogger("moesaic.launch")
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 STEADY_SECONDS = 60.0
-"""A replica that has run for so long was well: the next pause is short again."""
-LONGEST_PAUSE = 30.0
-SPARE_SECONDS = 10.0
+"""A replica that has run for this time counts as healthy, and its restart delay is reset."""
+MAX_RESTART_DELAY_SECONDS = 30.0
+EXTRA_DRAIN_SECONDS = 10.0
+"""Seconds between the end of a worker's drain and the end of its actor."""
 CONNECT_SECONDS = 10.0
 
 
 def files(_: Plan) -> Mapping[str, str]:
-    """Return nothing: it starts the workers itself."""
+    """Return no files, because this launcher starts the workers itself."""
     return {}
 
 
 def run(plan: Plan) -> int:
-    """Run the replicas until SIGTERM or SIGINT; return 0, or 2 when the gateway wants none of them.
+    """Run the replicas until SIGTERM or SIGINT; return 0, or 2 if every replica was refused.
 
     Raises:
-        NotInstalled: there is no Ray. ConnectionFailed: no cluster answers.
-        InvalidRequest: others can reach the cluster, and it wants no token.
+        NotInstalled: Ray is not installed.
+        ConnectionFailed: the Ray cluster is unreachable.
+        InvalidRequest: the Ray cluster is reachable from other machines and does not use token authentication.
     """
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError as error:
         raise NotInstalled("Ray is not installed: pip install 'moesaic[ray]'") from error
-    with _connected(ray, plan.address), _stopped() as stopped:
-        crew = [_Replica(ray, plan, number) for number in range(plan.replicas)]
+    with _connected(ray, plan.address), _stop_event() as stop:
+        replicas = [_Replica(ray, plan, number) for number in range(plan.replicas)]
         try:
-            while not stopped.wait(LOOK_SECONDS):
-                for each in crew:
-                    each.look()
-                if all(each.refused for each in crew):
+            while not stop.wait(POLL_SECONDS):
+                for replica in replicas:
+                    replica.poll()
+                if all(replica.refused for replica in replicas):
                     return REFUSED
         finally:
-            _end(crew, plan.drain_seconds)
+            _stop_all(replicas, plan.drain_seconds)
     return 0
 
 
@@ -67,61 +70,61 @@ def run(plan: Plan) -> int:
 def _connected(ray: Any, address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     if address.startswith("ray://"):
-        raise InvalidRequest("--address: take that of the cluster itself, host:port, not a Ray client's")
-    if address not in ("auto", "local") and not _near(address.rpartition(":")[0]):
-        _want_token(address)
+        raise InvalidRequest("--address: use the cluster's address, host:port, not a Ray client address (ray://)")
+    if address not in ("auto", "local") and not _is_loopback(address.rpartition(":")[0]):
+        _require_token(address)
     if address not in ("auto", "local"):
-        _reach(address)  # Ray itself would try for minutes
+        _check_reachable(address)  # Ray itself retries for minutes
     try:
         ray.init(address, namespace="moesaic", logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConnectionFailed(f"no Ray cluster answers at {address:.100}: {error!s:.200}") from error
+        raise ConnectionFailed(f"no Ray cluster is reachable at {address:.100}: {error!s:.200}") from error
     try:
         for node in ray.nodes():
-            if node["Alive"] and not _near(node["NodeManagerAddress"]):
-                _want_token(node["NodeManagerAddress"])
+            if node["Alive"] and not _is_loopback(node["NodeManagerAddress"]):
+                _require_token(node["NodeManagerAddress"])
         yield
     finally:
         ray.shutdown()
 
 
-def _reach(address: str) -> None:
+def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise ConnectionFailed(f"no Ray cluster answers at {address:.100}: {error}") from error
+        raise ConnectionFailed(f"no Ray cluster is reachable at {address:.100}: {error}") from error
 
 
-def _near(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _want_token(where: str) -> None:
+def _require_token(address: str) -> None:
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise InvalidRequest(
-            f"{where:.100} can be reached from elsewhere, and whoever reaches Ray runs code on it: "
+            f"other machines can reach Ray at {address:.100} and run code on it: "
             "set RAY_AUTH_MODE=token here and on every node (docs/how-to/launch.md)"
         )
 
 
 @contextlib.contextmanager
-def _stopped() -> Iterator[threading.Event]:
+def _stop_event() -> Iterator[threading.Event]:
     """Yield an event that is set by SIGTERM and SIGINT."""
-    stopped = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop = threading.Event()
+    handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stopped
+        yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 class Process:
-    """The actor: one worker, which is told to stop when this is gone."""
+    """Actor that runs one worker process. The worker gets SIGTERM when the actor dies."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
@@ -130,12 +133,13 @@ class Process:
         """Run a worker and return its exit code."""
         python = sys.executable
         tied = (python, "-m", "moesaic.cluster.launch._tied", str(os.getpid()))
-        # Called on the actor's own loop, whose thread lives as long as the actor: the kernel watches the thread.
+        # The kernel watches the thread that starts the process. This method runs on the actor's event loop, whose
+        # thread lives as long as the actor.
         self._process = await asyncio.create_subprocess_exec(*tied, python, "-m", "moesaic.cli", "worker", *flags)
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """Have the worker end what it has."""
+        """Ask the worker to finish its jobs and exit."""
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
 
@@ -144,40 +148,40 @@ class Process:
 class _Running:
     actor: Any
     group: Any
-    ended: Any
-    """A reference to its exit code."""
-    since: float
+    exit_code: Any
+    """Ray reference to the worker's exit code."""
+    started_at: float
 
 
 class _Replica:
-    """A worker that is started again, wherever there is room."""
+    """A worker that is restarted after a failure, on any node with free resources."""
 
     def __init__(self, ray: Any, plan: Plan, number: int) -> None:
         self._ray, self._plan, self._number = ray, plan, number
         self.running: _Running | None = None
         self.refused = False
-        self._pauses = 0
+        self._restarts = 0
         self._not_before = 0.0
 
-    def look(self) -> None:
-        """Start it if it does not run, and see whether it still does."""
+    def poll(self) -> None:
+        """Start the replica if it does not run and its restart delay is over; detect its exit otherwise."""
         if self.running is None:
             if not self.refused and time.monotonic() >= self._not_before:
                 self._start()
             return
-        if self._ray.wait([self.running.ended], timeout=0)[0]:
-            self._ended(self.running)
+        if self._ray.wait([self.running.exit_code], timeout=0)[0]:
+            self._handle_exit(self.running)
 
     def _start(self) -> None:
         ray, plan = self._ray, self._plan
-        placing: Any = importlib.import_module("ray.util.placement_group")
+        placement: Any = importlib.import_module("ray.util.placement_group")
         strategies: Any = importlib.import_module("ray.util.scheduling_strategies")
-        wanted = {"CPU": plan.cpus or 1.0} | ({"GPU": float(plan.gpus)} if plan.gpus else {})
-        group = placing.placement_group([wanted], strategy="STRICT_PACK")
+        resources = {"CPU": plan.cpus or 1.0} | ({"GPU": float(plan.gpus)} if plan.gpus else {})
+        group = placement.placement_group([resources], strategy="STRICT_PACK")
         actor = (
             ray.remote(Process)
             .options(
-                num_cpus=wanted["CPU"],
+                num_cpus=resources["CPU"],
                 num_gpus=plan.gpus,
                 max_restarts=0,
                 scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(group),
@@ -185,55 +189,55 @@ class _Replica:
             .remote()
         )
         self.running = _Running(actor, group, actor.run.remote(plan.worker), time.monotonic())
-        log.info("a replica is started", extra={"replica": self._number})
+        log.info("replica started", extra={"replica": self._number})
 
-    def _ended(self, running: _Running) -> None:
+    def _handle_exit(self, running: _Running) -> None:
         code = self._code(running)
         self._drop(running)
         self.refused = code == REFUSED
-        if time.monotonic() - running.since > STEADY_SECONDS:
-            self._pauses = 0
-        pause = min(LONGEST_PAUSE, 0.5 * 2**self._pauses)
-        self._pauses += 1
-        self._not_before = time.monotonic() + pause
+        if time.monotonic() - running.started_at > STEADY_SECONDS:
+            self._restarts = 0
+        delay = min(MAX_RESTART_DELAY_SECONDS, 0.5 * 2**self._restarts)
+        self._restarts += 1
+        self._not_before = time.monotonic() + delay
         if self.refused:
-            log.error("a replica was refused: its log says why", extra={"replica": self._number})
+            log.error("replica refused: see the worker's log", extra={"replica": self._number})
         else:
             log.warning(
-                "a replica is lost and started again",
-                extra={"replica": self._number, "code": "none" if code is None else code, "pause": pause},
+                "replica lost, restart scheduled",
+                extra={"replica": self._number, "code": "none" if code is None else code, "delay": delay},
             )
 
     def _code(self, running: _Running) -> int | None:
-        """Return the worker's exit code; None: it was lost together with its actor."""
+        """Return the worker's exit code, or None if the worker died together with its actor."""
         try:
-            return int(self._ray.get(running.ended))
+            return int(self._ray.get(running.exit_code))
         except self._ray.exceptions.RayError:
             return None
 
     def _drop(self, running: _Running) -> None:
-        placing: Any = importlib.import_module("ray.util.placement_group")
+        placement: Any = importlib.import_module("ray.util.placement_group")
         self.running = None
         with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
             self._ray.kill(running.actor)
         with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
-            placing.remove_placement_group(running.group)
+            placement.remove_placement_group(running.group)
 
     def stop(self) -> None:
-        """Ask it to end what it has."""
+        """Ask the worker to finish its jobs and exit."""
         if self.running is not None:
             self.running.actor.stop.remote()
 
-    def drop(self, until: float) -> None:
-        """Wait until then for it to end, and take its place away."""
+    def drop(self, deadline: float) -> None:
+        """Wait until the deadline for the worker's exit, then release the actor and its resources."""
         if self.running is not None:
-            self._ray.wait([self.running.ended], timeout=max(0.0, until - time.monotonic()))
+            self._ray.wait([self.running.exit_code], timeout=max(0.0, deadline - time.monotonic()))
             self._drop(self.running)
 
 
-def _end(crew: list[_Replica], seconds: float) -> None:
-    until = time.monotonic() + seconds + SPARE_SECONDS
-    for each in crew:
-        each.stop()
-    for each in crew:
-        each.drop(until)
+def _stop_all(replicas: list[_Replica], seconds: float) -> None:
+    deadline = time.monotonic() + seconds + EXTRA_DRAIN_SECONDS
+    for replica in replicas:
+        replica.stop()
+    for replica in replicas:
+        replica.drop(deadline)

@@ -1,6 +1,6 @@
-"""SLURM: a batch script whose array's tasks are workers, each on a node, started again whenever it ends.
+"""SLURM launcher: a batch script whose array tasks are workers, one per node, restarted after failures.
 
-Follows sbatch(1). A worker of several ranks is not there yet: a replica is a process, with all its GPUs in it.
+The script follows sbatch(1). A worker cannot span several processes yet: each replica is one process with all its GPUs.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from moesaic.cluster.launch import Plan
 
 NAME = "moesaic-workers.sbatch"
-SPARE = 30
-"""Seconds between the end of a drain and the end of the job."""
+EXTRA_DRAIN_SECONDS = 30
+"""Seconds between the end of a worker's drain and the end of the SLURM job."""
 
 SCRIPT = """\
 #!/bin/bash
@@ -24,8 +24,8 @@ SCRIPT = """\
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 #SBATCH --signal=B:USR1@{notice}
-# Before the time is up this shell alone gets SIGUSR1, and the worker from it SIGTERM: it ends what it has, and gives
-# the rest back. scancel sends SIGTERM to both.
+# Before the time limit, SLURM sends SIGUSR1 to this shell only. The shell sends SIGTERM to the worker, which finishes
+# its jobs and releases the rest. scancel sends SIGTERM to both.
 worker=
 ending=
 trap 'ending=yes; [ -z "$worker" ] || kill -TERM "$worker"' USR1
@@ -41,22 +41,22 @@ while [ -z "$ending" ]; do
   done
   worker=
   case $code in
-    2) exit 2 ;; # refused: its flags, or its key, or it was dismissed
-    0) exit 0 ;; # told to stop
-    *) [ -n "$ending" ] || sleep 5 ;; # lost, with 70 its engine
+    2) exit 2 ;; # refused: wrong flags, wrong key, or banned
+    0) exit 0 ;; # stopped
+    *) [ -n "$ending" ] || sleep 5 ;; # failed; 70: the engine failed
   esac
 done
 """
 
 
 def files(plan: Plan) -> Mapping[str, str]:
-    """Return the script, for ``sbatch``."""
+    """Return the batch script for ``sbatch``."""
     resources = {"cpus-per-task": plan.cpus and max(1, round(plan.cpus)), "gpus-per-task": plan.gpus}
     return {
         NAME: SCRIPT.format(
             replicas=plan.replicas,
             resources="".join(f"#SBATCH --{name}={count}\n" for name, count in resources.items() if count),
-            notice=round(plan.drain_seconds) + SPARE,
+            notice=round(plan.drain_seconds) + EXTRA_DRAIN_SECONDS,
             command=shlex.join([plan.program, "worker", *plan.worker]),
         )
     }

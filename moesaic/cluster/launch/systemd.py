@@ -1,6 +1,6 @@
-"""systemd: a unit of which each instance is a worker, started again whenever it ends.
+"""systemd launcher: a template unit; each instance is a worker that is restarted after failures.
 
-Follows systemd.service(5), systemd.exec(5) and systemd.unit(5), version 252.
+The unit follows systemd.service(5), systemd.exec(5) and systemd.unit(5), version 252.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from moesaic.cluster.launch import LOST_ENGINE, REFUSED, Plan, value, without
 from moesaic.errors import InvalidRequest
 
 NAME = "moesaic-worker@.service"
-PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
+UNQUOTED = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 
 UNIT = """\
-# Instances are named by whole numbers{numbers}:
+# Instances are named by integers{numbers}:
 #   systemctl enable --now moesaic-worker@{range}
 [Unit]
 Description=Moesaic worker %i
@@ -34,7 +34,7 @@ TimeoutStopSec={stop}
 User=moesaic
 CacheDirectory=moesaic
 Environment=XDG_CACHE_HOME=%C/moesaic HF_HOME=%C/moesaic/huggingface
-{more}LimitCORE=0
+{settings}LimitCORE=0
 UMask=0077
 NoNewPrivileges=yes
 ProtectSystem=strict
@@ -60,14 +60,14 @@ WantedBy=multi-user.target
 
 
 def files(plan: Plan) -> Mapping[str, str]:
-    """Return the unit.
+    """Return the template unit.
 
     Raises:
-        InvalidRequest: more GPUs for a worker than one, or no absolute path to the program.
+        InvalidRequest: a worker needs more than one GPU, or the program is not an absolute path.
     """
     if plan.gpus > 1:
         raise InvalidRequest(
-            "--gpus: systemd hands out no GPUs: give 0 or 1, which is the one of the instance's number"
+            "--gpus: must be 0 or 1, because systemd assigns no GPUs; an instance uses the GPU of its number"
         )
     if not PurePosixPath(plan.program).is_absolute():
         raise InvalidRequest(f"--program: systemd needs an absolute path, not {plan.program!r:.100}")
@@ -77,19 +77,19 @@ def files(plan: Plan) -> Mapping[str, str]:
     flags = [_quoted(word) for word in (without(plan.worker, "--key-file") if key else plan.worker)]
     if key:
         flags += ["--key-file", "%d/worker.key"]
-    more = [f"LoadCredential=worker.key:{_quoted(key)}"] if key else []
-    more += ["Environment=CUDA_VISIBLE_DEVICES=%i"] if plan.gpus else []
-    more += [f"CPUQuota={round(100 * plan.cpus)}%"] if plan.cpus else []
+    settings = [f"LoadCredential=worker.key:{_quoted(key)}"] if key else []
+    settings += ["Environment=CUDA_VISIBLE_DEVICES=%i"] if plan.gpus else []
+    settings += [f"CPUQuota={round(100 * plan.cpus)}%"] if plan.cpus else []
     in_home = any(PurePosixPath(word).is_relative_to(home) for word in plan.worker for home in ("/home", "/root"))
     return {
         NAME: UNIT.format(
-            numbers=", which are those of GPUs" if plan.gpus else "",
+            numbers=", the numbers of their GPUs" if plan.gpus else "",
             range=f"{first}.service" if first == last else f"{{{first}..{last}}}.service",
             command=" ".join([_quoted(plan.program), "worker", *flags, "--name", "%H-%i"]),
             lost=LOST_ENGINE,
             refused=REFUSED,
             stop=round(plan.drain_seconds) + 15,
-            more="".join(f"{line}\n" for line in more),
+            settings="".join(f"{line}\n" for line in settings),
             home="read-only" if in_home else "yes",
             private="no" if plan.gpus or (value(plan.worker, "--device") or "cpu") != "cpu" else "yes",
         )
@@ -97,6 +97,6 @@ def files(plan: Plan) -> Mapping[str, str]:
 
 
 def _quoted(word: str) -> str:
-    """Return a word that systemd reads as it is: it knows quotes, backslashes, variables and specifiers."""
-    doubled = word.replace("%", "%%").replace("$", "$$")
-    return word if PLAIN.fullmatch(word) else '"' + doubled.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """Escape a word for systemd, which interprets quotes, backslashes, variables and specifiers."""
+    escaped = word.replace("%", "%%").replace("$", "$$")
+    return word if UNQUOTED.fullmatch(word) else '"' + escaped.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,6 +1,6 @@
-"""Where a file of jobs may lie: with nobody else on it, and on a disk of this machine.
+"""Checks of an SQLite file's location: one process has it open, and it is on a local disk.
 
-Knows files, locks and mounts. Does not know what is in the file.
+This module does not depend on the content of the file.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb smb2 smb3 smbfs ncpfs 9p afs ceph lustre glusterfs fuse.glusterfs fuse.sshfs fuse.s3fs "
     "fuse.gcsfuse fuse.rclone fuse.ceph fuse.juicefs fuse.davfs davfs beegfs gpfs orangefs pvfs2 coda".split()
 )
-"""File systems whose locks and flushes are not to be relied upon (https://sqlite.org/howtocorrupt.html, 2.1, 3.1)."""
+"""File systems whose locks and flushes are unreliable (https://sqlite.org/howtocorrupt.html, 2.1, 3.1)."""
 
 
 def file_system_type(device: int, mounts: str) -> str:
-    """Return the kind of file system that a device has, or "" if it cannot be told.
+    """Return the type of a device's file system, or an empty string if it is unknown.
 
     Args:
-        device: as ``os.stat`` says it.
+        device: the device number from ``os.stat``.
         mounts: text of /proc/self/mountinfo (proc_pid_mountinfo(5)).
     """
-    wanted = f"{os.major(device)}:{os.minor(device)}"
+    device_number = f"{os.major(device)}:{os.minor(device)}"
     for line in mounts.splitlines():
         fields = line.split()
-        if len(fields) > 6 and fields[2] == wanted and "-" in fields[6:]:
+        if len(fields) > 6 and fields[2] == device_number and "-" in fields[6:]:
             return fields[fields.index("-", 6) + 1]
     return ""
 
 
 def refuse_network_disk(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> None:
-    """Raise StoreError where ``path`` lies on a file system of the network, as far as this system tells."""
+    """Raise StoreError if ``path`` is on a network file system. Without ``mounts`` the check is skipped."""
     if mounts.exists():
-        found = file_system_type(path.stat().st_dev, mounts.read_text(errors="replace"))
-        if found in NETWORK_FILE_SYSTEMS:
-            raise StoreError(f"{path} lies on {found}, where jobs are not safe: put it on a disk of this machine")
+        kind = file_system_type(path.stat().st_dev, mounts.read_text(errors="replace"))
+        if kind in NETWORK_FILE_SYSTEMS:
+            raise StoreError(f"{path} is on the network file system {kind}, which can lose jobs: use a local disk")
 
 
 class FileLock:
-    """A lock file beside the file of jobs: its holder is the only one, and it is free once its holder is gone."""
+    """Exclusive lock on a lock file next to the store's file. The system releases it when its holder exits."""
 
     def __init__(self, path: Path) -> None:
-        """Take it.
+        """Acquire the lock.
 
         Raises:
-            Unavailable: somebody else has it.
+            Unavailable: another process holds the lock.
         """
         import fcntl
 
@@ -58,9 +58,9 @@ class FileLock:
         except OSError as error:
             os.close(self._file)
             raise Unavailable(
-                f"{path} is in use by another gateway: stop it, or let several share a PostgreSQL"
+                f"{path} is in use by another gateway: stop it, or use PostgreSQL for several gateways"
             ) from error
 
     def release(self) -> None:
-        """Give it back. The file stays: were it removed, two could lock two files of this name."""
+        """Release the lock. The lock file stays; otherwise two processes could lock two files of this name."""
         os.close(self._file)

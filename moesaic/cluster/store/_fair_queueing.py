@@ -1,18 +1,19 @@
-"""Who is next: start-time fair queueing (P. Goyal, H. Vin, H. Cheng, SIGCOMM 1996), and the counts that go with it.
+"""Start-time fair queueing of jobs (P. Goyal, H. Vin, H. Cheng, SIGCOMM 1996), and the counters of queues.
 
-Jobs of one model and one priority stand in one *line*; those of one tenant in a line are a *flow*. A job's ``turn``,
-its start tag, is given to it once: the line's ``clock`` (the turn of what was leased last) or the end of the flow's job
-before it, turn + cost, whichever is later. The least turn goes first. So whoever comes to a line starts even with those
-who are being served, however much they have queued, and nobody pays for times when there was no one to be fair to:
+The jobs of one model and one priority are in one *queue*. The jobs of one tenant in a queue are a *flow*. When a job is
+submitted, it gets a start tag, its ``turn``. The turn is the later of two values: the queue's ``clock``, which is the
+turn of the job that was leased last, and the end (turn + cost) of the flow's previous job. The job with the lowest turn
+is leased first. A tenant that joins a queue therefore starts level with the tenants that are being served. Tenants are
+not charged for service that they got while no other tenant was waiting:
 
-* a line in which nobody waits moves its clock to the end of all that it has served;
-* a flow in which nothing waits ends where what was leased of it ended, whatever was cancelled.
+* a queue without waiting jobs moves its clock to the end of all jobs that it has served;
+* a flow without waiting jobs ends at the end of its last leased job; its cancelled jobs do not count.
 
-Priorities and models have clocks of their own: jobs that wait long in one line would otherwise put off newcomers in
-another. Among lines of one priority, where a worker offers several models, the one that was given the least goes first,
-counted from when it last began to wait (as in Y. Sheng et al., "Fairness in serving large language models", OSDI 2024).
+Each priority and model has its own clock. Otherwise jobs that wait long in one queue would delay new tenants in another
+queue. A worker with several models serves, among queues of one priority, the queue with the least service since that
+queue last became active (Y. Sheng et al., "Fairness in serving large language models", OSDI 2024).
 
-Knows lines, flows and turns. Does not know leases, nor what a job is about.
+This module does not depend on leases or on the content of jobs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from moesaic.cluster.store._program import SKIP_LOCKED, ExecuteMany, SqlProgram,
 
 
 class Row(NamedTuple):
-    """A row of the table of jobs."""
+    """A row of the table ``jobs``."""
 
     seq: int
     id: str
@@ -50,15 +51,11 @@ class Row(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """What it counts for among tenants: a job that costs nothing still takes a place."""
+        """The job's cost for fair queueing, at least 1, because a job without cost occupies a slot too."""
         return max(self.cost, 1)
 
-    @property
-    def line(self) -> tuple[str, int]:
-        return self.model, self.priority
-
     def job(self, body: bytes = b"") -> Job:
-        """Return what was submitted."""
+        """Return the submitted job, with a body."""
         return Job(
             self.id,
             self.model,
@@ -109,59 +106,59 @@ class _FlowCounts:
 
 @dataclass
 class QueueDelta:
-    """What one operation changes in lines and flows: gathered first, then written at once.
+    """Changes of one operation to queues and flows, collected and then written together.
 
-    Counts are differences; clocks and ends are values, which never go back.
+    Counts are differences. Clocks and ends are absolute values that never decrease.
     """
 
-    _lines: dict[tuple[str, int], _QueueCounts] = field(default_factory=dict)
+    _queues: dict[tuple[str, int], _QueueCounts] = field(default_factory=dict)
     _flows: dict[tuple[str, str, int], _FlowCounts] = field(default_factory=dict)
 
     def _of(self, job: Job | Row) -> tuple[_QueueCounts, _FlowCounts]:
-        line = self._lines.setdefault((job.model, job.priority), _QueueCounts())
-        return line, self._flows.setdefault((job.tenant, job.model, job.priority), _FlowCounts())
+        queue = self._queues.setdefault((job.model, job.priority), _QueueCounts())
+        return queue, self._flows.setdefault((job.tenant, job.model, job.priority), _FlowCounts())
 
-    def wait(self, job: Job | Row, suspect: int = 0, by: int = 1) -> None:
-        """A job begins to wait, or with ``by`` -1 ends it. ``suspect``: the group that it is in."""
-        line, flow = self._of(job)
-        line.queued += by
-        line.suspects += by * (suspect > 0)
-        line.cost += by * job.cost
+    def add_queued(self, job: Job | Row, suspect: int = 0, by: int = 1) -> None:
+        """Count a job as queued, or remove it from the count with ``by`` -1. ``suspect`` is its group of suspects."""
+        queue, flow = self._of(job)
+        queue.queued += by
+        queue.suspects += by * (suspect > 0)
+        queue.cost += by * job.cost
         flow.queued += by
 
-    def run(self, job: Row, by: int = 1) -> None:
-        """A job begins to run, or ends it."""
+    def add_leased(self, job: Row, by: int = 1) -> None:
+        """Count a job as leased, or remove it from the count with ``by`` -1."""
         self._of(job)[0].leased += by
 
     def enter(self, job: Job | Row, entry: QueueEntry) -> None:
-        """A job takes its place."""
-        line, flow = self._of(job)
-        line.clock, line.share = max(line.clock, entry.clock), max(line.share, entry.share)
+        """Record the turn of a new job."""
+        queue, flow = self._of(job)
+        queue.clock, queue.share = max(queue.clock, entry.clock), max(queue.share, entry.share)
         flow.finish = entry.turn + max(job.cost, 1)
 
     def serve(self, job: Row, share: int) -> None:
-        """A job has had its turn, and its line that share with it."""
-        line, flow = self._of(job)
-        line.clock, line.share = max(line.clock, job.turn), max(line.share, share)
+        """Record that a job is leased, and its queue's total service after it."""
+        queue, flow = self._of(job)
+        queue.clock, queue.share = max(queue.clock, job.turn), max(queue.share, share)
         end = job.turn + job.weight
-        line.last, flow.served = max(line.last, end), max(flow.served, end)
+        queue.last, flow.served = max(queue.last, end), max(flow.served, end)
 
     def write(self) -> SqlProgram[None]:
-        """Write it all."""
-        yield ExecuteMany(_UPSERT_QUEUES, [(*key, *vars(line).values()) for key, line in self._lines.items()])
+        """Write all changes."""
+        yield ExecuteMany(_UPSERT_QUEUES, [(*key, *vars(queue).values()) for key, queue in self._queues.items()])
         flows = [(*key, *vars(flow).values()) for key, flow in self._flows.items() if any(vars(flow).values())]
         if flows:
             yield ExecuteMany(_UPSERT_FLOWS, flows)
 
 
 class QueueEntry(NamedTuple):
-    """Where a new job stands."""
+    """The turn of a new job, and the state of its queue."""
 
     turn: int
     clock: int
-    """Of its line."""
+    """The queue's clock: the turn of the job that was leased last."""
     share: int
-    """Of its line."""
+    """The queue's total service, for the choice among models."""
 
 
 ENTRY_COLUMNS = """(SELECT queued FROM queues WHERE model = ? AND priority = ?),
@@ -169,21 +166,21 @@ ENTRY_COLUMNS = """(SELECT queued FROM queues WHERE model = ? AND priority = ?),
     (SELECT last FROM queues WHERE model = ? AND priority = ?),
     (SELECT finish FROM flows WHERE tenant = ? AND model = ? AND priority = ?),
     (SELECT MIN(share) FROM queues WHERE priority = ? AND queued > 0)"""
-"""Columns of a query that ``place`` reads; their values are those of ``placing``."""
+"""Columns of a query for ``queue_entry``. ``entry_parameters`` returns their parameters."""
 
 
 def entry_parameters(job: Job | Row) -> tuple[str | int, ...]:
-    """Return what the columns ``PLACE`` are asked with."""
-    line = (job.model, job.priority)
-    return (*line, *line, *line, job.tenant, *line, job.priority)
+    """Return the parameters of ``ENTRY_COLUMNS`` for a job."""
+    queue = (job.model, job.priority)
+    return (*queue, *queue, *queue, job.tenant, *queue, job.priority)
 
 
 def queue_entry(columns: Sequence[int | None]) -> QueueEntry:
-    """Return where a job stands that comes now."""
-    queued, clock, last, finish, least = (number or 0 for number in columns)
+    """Return the queue entry of a new job from the values of ``ENTRY_COLUMNS``."""
+    queued, clock, last, finish, min_share = (number or 0 for number in columns)
     if not queued:
         clock = max(clock, last)
-    return QueueEntry(max(clock, finish), clock, 0 if queued else least)
+    return QueueEntry(max(clock, finish), clock, 0 if queued else min_share)
 
 
 _QUEUES_WITH_WORK = "SELECT model, priority, share FROM queues WHERE queued > suspects AND model IN ? ORDER BY priority"
@@ -191,30 +188,30 @@ _QUEUE_HEAD = f"""SELECT {COLUMNS} FROM jobs WHERE state = 'queued' AND suspect 
     ORDER BY turn, seq LIMIT ?{SKIP_LOCKED}"""
 
 
-def choose(models: Iterable[str], most: int, moves: QueueDelta) -> SqlProgram[list[Row]]:
-    """Return the jobs that are next, and move the clocks."""
-    found = yield Statement(_QUEUES_WITH_WORK, (list(models),))
+def choose(models: Iterable[str], limit: int, delta: QueueDelta) -> SqlProgram[list[Row]]:
+    """Return up to ``limit`` jobs that are leased next, and record the service in ``delta``."""
+    queues = yield Statement(_QUEUES_WITH_WORK, (list(models),))
     chosen: list[Row] = []
-    for priority in dict.fromkeys(row[1] for row in found):
-        room = most - len(chosen)
-        if room <= 0:
+    for priority in dict.fromkeys(queue[1] for queue in queues):
+        remaining = limit - len(chosen)
+        if remaining <= 0:
             break
-        shares = {row[0]: row[2] for row in found if row[1] == priority}
+        shares = {queue[0]: queue[2] for queue in queues if queue[1] == priority}
         heads: dict[str, deque[Row]] = {}
         for model in shares:
-            rows = yield Statement(_QUEUE_HEAD, (model, priority, room))
+            rows = yield Statement(_QUEUE_HEAD, (model, priority, remaining))
             heads[model] = deque(Row(*row) for row in rows)
-        chosen += _merge(heads, shares, room, moves)
+        chosen += _merge(heads, shares, remaining, delta)
     return chosen
 
 
-def _merge(heads: Mapping[str, deque[Row]], shares: dict[str, int], room: int, moves: QueueDelta) -> list[Row]:
-    """Take up to ``room`` jobs from the heads of lines, from the line with the least share each time."""
+def _merge(heads: Mapping[str, deque[Row]], shares: dict[str, int], limit: int, delta: QueueDelta) -> list[Row]:
+    """Take up to ``limit`` jobs from the heads of queues, each time from the queue with the lowest share."""
     chosen: list[Row] = []
-    while len(chosen) < room and any(heads.values()):
-        model = min((each for each in heads if heads[each]), key=lambda each: (shares[each], heads[each][0].seq))
+    while len(chosen) < limit and any(heads.values()):
+        model = min((name for name in heads if heads[name]), key=lambda name: (shares[name], heads[name][0].seq))
         job = heads[model].popleft()
         shares[model] += job.weight
-        moves.serve(job, shares[model])
+        delta.serve(job, shares[model])
         chosen.append(job)
     return chosen

@@ -1,10 +1,10 @@
-"""How an operation on the store is written down once and run on any database.
+"""SQL programs: operations on a store that are written once and run on any database.
 
-An operation is a generator: it yields statements, is sent their rows, and returns an outcome. It does no I/O of its
-own, and its refusals come before its first write. The SQL is what SQLite and PostgreSQL have in common; three marks
-stand for what they have not: ``?`` for a value, ``IN ?`` for a list of values, ``SKIP`` for rows locked by others.
+An operation is a generator: it yields statements, receives their rows, and returns an outcome. It does no I/O itself,
+and it raises errors only before its first write. The SQL is the common subset of SQLite and PostgreSQL, with three
+placeholders: ``?`` for a value, ``IN ?`` for a list of values, and ``SKIP_LOCKED`` for skipping locked rows.
 
-Knows statements. Does not know jobs, nor connections.
+This module does not depend on jobs or connections.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ T = TypeVar("T")
 Rows = Sequence[Sequence[Any]]
 
 SKIP_LOCKED = " FOR UPDATE SKIP LOCKED"
-"""At the end of a query: lock its rows, and pass over those that are locked."""
+"""Suffix of a query that locks its rows and skips rows that are locked by other connections."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """One statement and its values; a list among them fills an ``IN ?``."""
+    """An SQL statement and its values. A list among the values belongs to an ``IN ?``."""
 
     sql: str
     values: Sequence[Any] = ()
@@ -30,7 +30,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class ExecuteMany:
-    """One statement that returns nothing, for each of several rows of values."""
+    """An SQL statement without result rows, executed once for each row of values."""
 
     sql: str
     rows: Sequence[Sequence[Any]]
@@ -38,12 +38,13 @@ class ExecuteMany:
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What an operation returns, and whom to tell once it is committed (see ``jobs.News``)."""
+    """Return value of an operation, and the changes to notify after the commit (see ``jobs.ChangeListener``)."""
 
     value: T
-    news: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    """Ids of changed jobs; an empty string means that jobs can be leased."""
 
 
 SqlProgram = Generator[Statement | ExecuteMany, Rows, T]
 Operation = Callable[[], SqlProgram[Outcome[T]]]
-"""Begins an operation; called again where it has to be run again."""
+"""Function that creates an operation's program; it is called again for each retry."""

@@ -1,6 +1,6 @@
-"""What is read of jobs, and what is dropped in time, as generators of statements (see ``_steps``).
+"""Read operations, and the deletion of old jobs, as SQL programs (see ``_program``).
 
-Knows the tables. Does not know which database has them.
+This module does not depend on a particular database.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from moesaic.cluster.store._operations import storable
 from moesaic.cluster.store._program import ExecuteMany, Outcome, SqlProgram, Statement
 
 MAX_DROPPED = 500
-"""How many ended jobs one operation drops: others get their turn in between."""
+"""Maximum number of jobs that one operation deletes, so that other operations are not delayed."""
 
-_LOOK = f"""SELECT {COLUMNS}, (SELECT body FROM bodies WHERE bodies.seq = jobs.seq),
+_SNAPSHOT = f"""SELECT {COLUMNS}, (SELECT body FROM bodies WHERE bodies.seq = jobs.seq),
     (SELECT result FROM results WHERE results.seq = jobs.seq) FROM jobs WHERE id = ?"""
 _AHEAD = """SELECT COUNT(*) FROM jobs WHERE state = 'queued' AND suspect = 0 AND model = ?
     AND (priority, turn, seq) < (?, ?, ?)"""
@@ -27,29 +27,29 @@ _DEPTHS = """SELECT model, CAST(SUM(queued) AS BIGINT), CAST(SUM(leased) AS BIGI
     CAST(SUM(cost) AS BIGINT) FROM queues WHERE queued > 0 OR leased > 0 GROUP BY model"""
 _EXPIRED = "SELECT seq FROM jobs WHERE ended IS NOT NULL AND ended < ? ORDER BY ended, seq LIMIT ?"
 _OLDEST = "SELECT seq FROM jobs WHERE ended IS NOT NULL ORDER BY ended, seq LIMIT ?"
-_PAST = """DELETE FROM flows WHERE queued = 0 AND finish <= COALESCE((SELECT clock FROM queues
+_DELETE_OLD_FLOWS = """DELETE FROM flows WHERE queued = 0 AND finish <= COALESCE((SELECT clock FROM queues
     WHERE queues.model = flows.model AND queues.priority = flows.priority), finish)"""
 
 
 def snapshot(job_id: str) -> SqlProgram[Outcome[JobSnapshot | None]]:
-    """See ``Store.snapshot``."""
-    rows = (yield Statement(_LOOK, (job_id,))) if storable(job_id) else []
+    """Implement ``Store.snapshot``."""
+    rows = (yield Statement(_SNAPSHOT, (job_id,))) if storable(job_id) else []
     if not rows:
         return Outcome(None)
     *columns, body, result = rows[0]
     job = Row(*columns)
     queue_position = 0
     if job.state == "queued":
-        where = (job.priority, job.turn, job.seq)
+        position = (job.priority, job.turn, job.seq)
         if job.suspect:
-            rows = yield Statement(_SUSPECTS_AHEAD, (job.model, job.suspect, *where))
+            rows = yield Statement(_SUSPECTS_AHEAD, (job.model, job.suspect, *position))
         else:
-            rows = yield Statement(_AHEAD, (job.model, *where))
+            rows = yield Statement(_AHEAD, (job.model, *position))
         queue_position = rows[0][0]
-    return Outcome(_seen(job, bytes(body), bytes(result or b""), queue_position))
+    return Outcome(_job_snapshot(job, bytes(body), bytes(result or b""), queue_position))
 
 
-def _seen(job: Row, body: bytes = b"", result: bytes = b"", queue_position: int = 0) -> JobSnapshot:
+def _job_snapshot(job: Row, body: bytes = b"", result: bytes = b"", queue_position: int = 0) -> JobSnapshot:
     return JobSnapshot(
         job=job.job(body),
         state=job.state,
@@ -64,50 +64,52 @@ def _seen(job: Row, body: bytes = b"", result: bytes = b"", queue_position: int 
 
 
 def log(job_id: str, start: int) -> SqlProgram[Outcome[list[LogRecord]]]:
-    """See ``Store.log``."""
+    """Implement ``Store.log``."""
     rows = (yield Statement(_LOG, (job_id, start, job_id, start))) if storable(job_id) else []
     return Outcome([LogRecord(first, count, bytes(blob)) for first, count, blob in rows])
 
 
 def active_leases() -> SqlProgram[Outcome[list[LeaseStatus]]]:
-    """See ``Store.active_leases``."""
+    """Implement ``Store.active_leases``."""
     rows = yield Statement("SELECT id, fence, worker, heartbeat FROM jobs WHERE state = 'leased' ORDER BY seq")
-    return Outcome([LeaseStatus(LeaseToken(job_id, fence), worker, status) for job_id, fence, worker, status in rows])
+    return Outcome(
+        [LeaseStatus(LeaseToken(job_id, fence), worker, heartbeat) for job_id, fence, worker, heartbeat in rows]
+    )
 
 
 def depths() -> SqlProgram[Outcome[dict[str, QueueDepth]]]:
-    """See ``Store.depths``."""
+    """Implement ``Store.depths``."""
     rows = yield Statement(_DEPTHS)
-    return Outcome({model: QueueDepth(*figures) for model, *figures in rows})
+    return Outcome({model: QueueDepth(*counts) for model, *counts in rows})
 
 
-def list_jobs(state: JobState, most: int) -> SqlProgram[Outcome[list[JobSnapshot]]]:
-    """See ``Store.list_jobs``."""
-    rows = yield Statement(f"SELECT {COLUMNS} FROM jobs WHERE state = ? ORDER BY seq DESC LIMIT ?", (state, most))
-    return Outcome([_seen(Row(*row)) for row in rows])
+def list_jobs(state: JobState, limit: int) -> SqlProgram[Outcome[list[JobSnapshot]]]:
+    """Implement ``Store.list_jobs``."""
+    rows = yield Statement(f"SELECT {COLUMNS} FROM jobs WHERE state = ? ORDER BY seq DESC LIMIT ?", (state, limit))
+    return Outcome([_job_snapshot(Row(*row)) for row in rows])
 
 
-def tick(seen: int, bounds: StoreLimits) -> SqlProgram[Outcome[int]]:
-    """Advance the count of ticks, if nobody has since ``seen``; forget names and tenants that matter no more."""
+def tick(seen: int, limits: StoreLimits) -> SqlProgram[Outcome[int]]:
+    """Advance the tick counter if it is still ``seen``; delete old idempotency keys, empty queues and old flows."""
     rows = yield Statement("SELECT tick FROM store")
     [now] = rows[0]
     if now != seen:
         return Outcome(now)
     yield Statement("UPDATE store SET tick = tick + 1")
     yield Statement(
-        "DELETE FROM idempotency_keys WHERE ended IS NOT NULL AND ended < ?", (now + 1 - bounds.idempotency_ticks,)
+        "DELETE FROM idempotency_keys WHERE ended IS NOT NULL AND ended < ?", (now + 1 - limits.idempotency_ticks,)
     )
     yield Statement("DELETE FROM queues WHERE queued = 0 AND leased = 0")
-    yield Statement(_PAST)
+    yield Statement(_DELETE_OLD_FLOWS)
     return Outcome(now + 1)
 
 
-def drop(now: int, bounds: StoreLimits) -> SqlProgram[Outcome[bool]]:
-    """Drop some of what has been kept long enough at that tick; return whether there may be more."""
-    rows = yield Statement(_EXPIRED, (now - bounds.retention_ticks, MAX_DROPPED))
+def drop(now: int, limits: StoreLimits) -> SqlProgram[Outcome[bool]]:
+    """Delete up to ``MAX_DROPPED`` ended jobs beyond the retention limits; return whether to call it again."""
+    rows = yield Statement(_EXPIRED, (now - limits.retention_ticks, MAX_DROPPED))
     if not rows:
-        counted = yield Statement("SELECT COUNT(*) FROM jobs WHERE ended IS NOT NULL")
-        rows = yield Statement(_OLDEST, (min(max(counted[0][0] - bounds.max_ended, 0), MAX_DROPPED),))
+        counts = yield Statement("SELECT COUNT(*) FROM jobs WHERE ended IS NOT NULL")
+        rows = yield Statement(_OLDEST, (min(max(counts[0][0] - limits.max_ended, 0), MAX_DROPPED),))
     if not rows:
         return Outcome(False)
     for table in ("records", "bodies", "results", "jobs"):
@@ -130,23 +132,23 @@ _BODIES_NOW = "SELECT seq FROM bodies"
 _BODIES_TRUE = "SELECT seq FROM jobs"
 _ENDED_NOW = "SELECT seq FROM jobs WHERE ended IS NOT NULL"
 _ENDED_TRUE = "SELECT seq FROM jobs WHERE state NOT IN ('queued', 'leased')"
-_SAME = {
-    "counts of what waits and runs": (_QUEUES_NOW, _QUEUES_TRUE),
+_INVARIANTS = {
+    "counts of queued and leased jobs": (_QUEUES_NOW, _QUEUES_TRUE),
     "counts of tenants": (_FLOWS_NOW, _FLOWS_TRUE),
     "ends of logs": (_LOGS_NOW, _LOGS_TRUE),
     "lengths of logs": (_LOGS_NOW, _LOGS_SUM),
     "bodies": (_BODIES_NOW, _BODIES_TRUE),
     "ends of jobs": (_ENDED_NOW, _ENDED_TRUE),
 }
-"""What is written twice, or must fit, and how each of both is read."""
+"""Pairs of queries that must have the same result."""
 
 
 def check() -> SqlProgram[Outcome[str]]:
-    """Return "ok", or which of the things that are written twice differ."""
-    wrong = []
-    for what, (one, other) in _SAME.items():
-        rows = yield Statement(f"SELECT COUNT(*) FROM ({one} EXCEPT {other}) AS difference")
-        more = yield Statement(f"SELECT COUNT(*) FROM ({other} EXCEPT {one}) AS difference")
-        if rows[0][0] or more[0][0]:
-            wrong.append(what)
-    return Outcome(f"the store's {', '.join(wrong)} do not fit together" if wrong else "ok")
+    """Return "ok", or a text that names the violated invariants."""
+    violated = []
+    for name, (left, right) in _INVARIANTS.items():
+        missing = yield Statement(f"SELECT COUNT(*) FROM ({left} EXCEPT {right}) AS difference")
+        extra = yield Statement(f"SELECT COUNT(*) FROM ({right} EXCEPT {left}) AS difference")
+        if missing[0][0] or extra[0][0]:
+            violated.append(name)
+    return Outcome(f"the store's {', '.join(violated)} are inconsistent" if violated else "ok")

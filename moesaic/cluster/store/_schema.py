@@ -1,16 +1,19 @@
-"""The tables of a job store: one definition for both databases.
+"""Schema of the store's tables, shared by both databases.
 
-store             one row: the tick count and the last number of a group of suspects; writers lock it first
-jobs              one small row for each job; bodies, results and records refer to it by ``seq``
-idempotency_keys  the job of each idempotency key; a row outlives its job
-queues            for each model and priority: counts of queued and leased jobs, and the fair queueing clock
-flows             for each tenant in a queue: the number of queued jobs and the finish tag
+store             one row: tick counter and number of the newest suspect group; every writer locks it first
+jobs              one row per job, kept small because it changes often; ``seq`` is the key of the next three tables
+bodies            the request of each job
+results           the result of each ended job
+records           the log of each job
+idempotency_keys  the job of each idempotency key; kept longer than the job
+queues            per model and priority: counts of jobs, and the state of fair queueing
+flows             per tenant in a queue: count of queued jobs, and the start of the next turn
 """
 
 from __future__ import annotations
 
 VERSION = 2
-"""Version of the tables. A store of another version is refused."""
+"""Version of the schema. Stores of other versions are refused."""
 
 _TABLES = """
 CREATE TABLE store (
@@ -67,12 +70,12 @@ CREATE TABLE flows (
 
 
 def tables(*, serial: str, blob: str, busy: str) -> list[str]:
-    """Return the statements that make the tables.
+    """Return the statements that create the tables.
 
     Args:
-        serial: type of a key that counts upwards and never gives a number twice.
-        blob: type of bytes.
-        busy: what follows the definition of a table whose rows change often.
+        serial: SQL type of an ascending key whose values are never reused.
+        blob: SQL type of byte strings.
+        busy: suffix for the definitions of tables whose rows change often.
     """
     text = _TABLES.format(version=VERSION, serial=serial, blob=blob, busy=busy)
     return [statement.strip() for statement in text.split(";") if statement.strip()]

@@ -1,14 +1,13 @@
-"""Jobs in PostgreSQL: for several gateways, which share one database.
+"""Job store in PostgreSQL, for several gateways that share one database.
 
-Each store has one connection for its operations. A task owns it, takes all operations that wait, runs each in a
-savepoint inside one transaction, and commits: one flush of the disk for all of them. Whoever writes locks the one row
-of ``store`` first, so the writers of several gateways take turns, a transaction each, and no operation meets another
-halfway. A gateway that stands still in the middle is put out of the way by the server, which ends its connection
-(``idle_in_transaction_session_timeout``).
+Each store has one connection for its operations. A task owns it, takes all waiting operations, runs each in a savepoint
+of one transaction, and commits them together, so they share one flush of the disk. Every writer locks the single row of
+``store`` first, so the transactions of several gateways run one after another. If a gateway hangs in a transaction, the
+server closes its connection (``idle_in_transaction_session_timeout``).
 
-A second connection listens for what other gateways did. Both are made anew when they break.
+A second connection listens for changes by other gateways. Both connections are reopened after a failure.
 
-Knows PostgreSQL. Does not know what the operations are about.
+This module does not depend on the content of operations.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_BATCH = 64
-"""Operations in one transaction: beyond so many savepoints PostgreSQL keeps track of them on disk."""
+"""Maximum number of operations in one transaction; PostgreSQL tracks more savepoints on disk."""
 CHANNEL = "moesaic"
 MAX_NOTIFY_BYTES = 7900
-"""Of ids in one notification; PostgreSQL allows 8000."""
+"""Maximum size of one notification in bytes; PostgreSQL allows 8000."""
 CONNECT_SECONDS = 5.0
 PING_SECONDS = 10.0
-"""How often the listening connection is tried out."""
+"""Seconds between two checks of the listening connection."""
 BACKOFF_SECONDS = (0.1, 5.0)
-"""Before a new attempt to connect: a random part of the first number, doubled each time up to the second."""
+"""First and largest maximum of the random delay before a reconnect. The maximum doubles with each attempt."""
 _LOCK = 0x4D6F6573
 _SETTINGS = {
     "application_name": "moesaic",
@@ -52,13 +51,13 @@ _SETTINGS = {
     "statement_timeout": "10s",
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "5s",
-    "enable_seqscan": "off",  # every query has its index; the planner's picture of a queue is always old
+    "enable_seqscan": "off",  # every query has an index, and the planner's statistics of a queue are always outdated
     "jit": "off",
 }
 _COMMAND_SECONDS = 20.0
 _BUSY = """ WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 500,
     autovacuum_analyze_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0)"""
-"""Rows that change often: room for their next versions beside them, and the old ones cleared away soon."""
+"""Storage settings for rows that change often: free space for new row versions, and frequent vacuuming."""
 
 
 class _Waiting(NamedTuple):
@@ -68,12 +67,12 @@ class _Waiting(NamedTuple):
 
 
 async def open_store(address: str, limits: StoreLimits) -> Store:
-    """Open the jobs of a database, or make their tables in the schema ``moesaic``.
+    """Open the job store of a database, or create its tables in the schema ``moesaic``.
 
     Raises:
-        Unavailable: it cannot be reached.
-        StoreError: it is of another version, not in UTF-8, or nothing may be made in it.
-        NotInstalled: asyncpg is.
+        Unavailable: the database is unreachable.
+        StoreError: the store has another version, the database is not in UTF-8, or a permission is missing.
+        NotInstalled: asyncpg is missing.
     """
     try:
         connection = await _connect(address)
@@ -90,7 +89,7 @@ async def open_store(address: str, limits: StoreLimits) -> Store:
 
 
 class PostgresStore(BaseStore):
-    """See the module."""
+    """Job store in a PostgreSQL database."""
 
     shared = True
 
@@ -104,9 +103,9 @@ class PostgresStore(BaseStore):
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Begin to work, and to listen on a second connection."""
+        """Start the task that runs operations and the task that listens for changes."""
         listener = await self._listen()
-        self._tasks = [asyncio.create_task(self._own()), asyncio.create_task(self._hear(listener))]
+        self._tasks = [asyncio.create_task(self._run_operations()), asyncio.create_task(self._listen_forever(listener))]
 
     async def run(self, operation: Operation[T], *, reads: bool = False) -> T:
         if self._closing:
@@ -124,15 +123,15 @@ class PostgresStore(BaseStore):
         await asyncio.wait([owner, listener])
         self._connection.terminate()
 
-    async def _own(self) -> None:
-        """Run what waits, from beginning to end."""
+    async def _run_operations(self) -> None:
+        """Run waiting operations until the store is closed."""
         attempts = 0
         while group := await self._take():
             try:
                 if self._connection.is_closed():
                     self._connection = await _connect(self._address)
-                outcomes, news = await _commit(self._connection, group)
-            except Exception as error:  # whatever it is, this task goes on, and those who wait are told
+                outcomes, changes = await _commit(self._connection, group)
+            except Exception as error:  # every error is passed to the callers, and the task continues
                 group += self._waiting
                 self._waiting.clear()
                 _settle(group, [_explain(error) for _ in group])
@@ -142,10 +141,10 @@ class PostgresStore(BaseStore):
             else:
                 attempts = 0
                 _settle(group, outcomes)
-                self._notify(news)
+                self._notify(changes)
 
     async def _take(self) -> list[_Waiting]:
-        """Wait for operations; return those that are there, or none at the end."""
+        """Wait for operations and return up to ``MAX_BATCH`` of them; return an empty list at the end."""
         while not self._waiting and not self._closing:
             self._awake.clear()
             await self._awake.wait()
@@ -154,14 +153,14 @@ class PostgresStore(BaseStore):
     async def _listen(self) -> asyncpg.Connection:
         connection = await _connect(self._address)
         try:
-            await connection.add_listener(CHANNEL, self._heard)
+            await connection.add_listener(CHANNEL, self._handle_notification)
         except BaseException:
             connection.terminate()
             raise
         return connection
 
-    async def _hear(self, connection: asyncpg.Connection) -> None:
-        """Listen, also after the connection broke, until cancelled."""
+    async def _listen_forever(self, connection: asyncpg.Connection) -> None:
+        """Listen for changes until cancelled; reconnect after failures."""
         attempts = 0
         while True:
             try:
@@ -171,34 +170,34 @@ class PostgresStore(BaseStore):
             while connection.is_closed():
                 await asyncio.sleep(_backoff(attempts))
                 attempts += 1
-                with contextlib.suppress(Exception):  # whatever it is, the next attempt may do better
+                with contextlib.suppress(Exception):  # the next attempt can succeed after any error
                     connection = await self._listen()
             attempts = 0
-            self._notify([NEW_WORK])  # what was said meanwhile was not heard
+            self._notify([NEW_WORK])  # notifications during the interruption are lost
 
-    def _heard(self, _connection: object, pid: int, _channel: str, payload: object) -> None:
+    def _handle_notification(self, _connection: object, pid: int, _channel: str, payload: object) -> None:
         if self._connection.is_closed() or pid != self._connection.get_server_pid():
             self._notify(json.loads(str(payload)))
 
 
 def _backoff(attempts: int) -> float:
-    """Return how many seconds to wait before the next attempt ("full jitter")."""
-    first, most = BACKOFF_SECONDS
-    return random.uniform(0, min(most, first * 2 ** min(attempts, 16)))
+    """Return the delay in seconds before the next attempt: exponential backoff with full jitter."""
+    first, limit = BACKOFF_SECONDS
+    return random.uniform(0, min(limit, first * 2 ** min(attempts, 16)))
 
 
 def _settle(group: Sequence[_Waiting], outcomes: Sequence[Outcome[Any] | BaseException]) -> None:
-    for each, outcome in zip(group, outcomes, strict=True):
-        if each.answer.done():
+    for item, outcome in zip(group, outcomes, strict=True):
+        if item.answer.done():
             continue
         if isinstance(outcome, Outcome):
-            each.answer.set_result(outcome.value)
+            item.answer.set_result(outcome.value)
         else:
-            each.answer.set_exception(outcome)
+            item.answer.set_exception(outcome)
 
 
 async def _until_broken(connection: asyncpg.Connection) -> None:
-    """Return once a connection is of no use any more."""
+    """Wait until a connection is closed or fails a check."""
     broken = asyncio.Event()
     connection.add_termination_listener(lambda _connection: broken.set())
     while not connection.is_closed():
@@ -207,54 +206,55 @@ async def _until_broken(connection: asyncpg.Connection) -> None:
             return
         try:
             await connection.execute("SELECT 1")
-        except Exception:  # whatever it is, this connection is given up
+        except Exception:  # after any error, the connection is replaced
             return
 
 
 async def _commit(
     connection: asyncpg.Connection, group: Sequence[_Waiting]
 ) -> tuple[list[Outcome[Any] | BaseException], list[str]]:
-    """Run operations in one transaction; return what comes of each, and the news.
+    """Run operations in one transaction; return the outcome or error of each, and the changes to notify.
 
     Raises:
-        Exception: it could not be committed, as far as this side knows; then all of them have failed.
+        Exception: the commit failed or its result is unknown; all operations count as failed.
     """
-    if all(each.reads for each in group):
+    if all(item.reads for item in group):
         begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
     else:
         begin = "BEGIN; SELECT tick FROM store WHERE one = 1 FOR UPDATE"
     outcomes = []
-    for each in group:
+    for item in group:
         await connection.execute(f"{begin}; SAVEPOINT operation")
-        outcomes.append(await _outcome(connection, each.operation))
+        outcomes.append(await _outcome(connection, item.operation))
         begin = "RELEASE operation"
-    news = list(dict.fromkeys(job_id for each in outcomes if isinstance(each, Outcome) for job_id in each.news))
-    for payload in _payloads(news):
+    succeeded = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
+    changes = list(dict.fromkeys(change for outcome in succeeded for change in outcome.changes))
+    for payload in _payloads(changes):
         await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
     if await connection.execute("COMMIT") != "COMMIT":
         raise Unavailable("the database did not commit: try again")
-    return outcomes, news
+    return outcomes, changes
 
 
-def _payloads(ids: Sequence[str]) -> list[str]:
-    """Return ids as notifications, none too long."""
+def _payloads(job_ids: Sequence[str]) -> list[str]:
+    """Split ids into notification payloads of at most ``MAX_NOTIFY_BYTES``."""
     parts: list[list[str]] = []
-    room = 0
-    for job_id in ids:
+    free_bytes = 0
+    for job_id in job_ids:
         size = len(json.dumps(job_id)) + 2
-        if size > room:
+        if size > free_bytes:
             parts.append([])
-            room = MAX_NOTIFY_BYTES
+            free_bytes = MAX_NOTIFY_BYTES
         parts[-1].append(job_id)
-        room -= size
+        free_bytes -= size
     return [json.dumps(part) for part in parts]
 
 
 async def _outcome(connection: asyncpg.Connection, operation: Operation[Any]) -> Outcome[Any] | BaseException:
-    """Run one operation; return what comes of it, also if that is an error of its own: then nothing of it is left."""
+    """Run one operation; return its outcome, or its error after a rollback to the savepoint."""
     try:
         return await _run(connection, operation)
-    except Exception as error:  # whatever it is, whoever waits for this one gets it, and the others go on
+    except Exception as error:  # the error is passed to the caller of this operation only
         if connection.is_closed() or isinstance(error, OSError):
             raise
         await connection.execute("ROLLBACK TO operation")
@@ -282,41 +282,41 @@ async def _execute(connection: asyncpg.Connection, step: Statement | ExecuteMany
 
 @lru_cache(None)
 def _dialect(sql: str) -> str:
-    """Values are numbered, and a list is an array."""
+    """Translate a statement to PostgreSQL: parameters are numbered, and a list is passed as an array."""
     first, *others = sql.replace(" IN ?", " = ANY(?)").split("?")
     return first + "".join(f"${number}{text}" for number, text in enumerate(others, 1))
 
 
 def _explain(error: Exception) -> Exception:
-    """Return an error of the database, or of the way to it, as one of ours; anything else as it is."""
+    """Return an error of the database or its connection as a ``MoesaicError``, and other errors unchanged."""
     state = getattr(error, "sqlstate", None) or ""
     if isinstance(error, MoesaicError | ValueError | TypeError) and not state:
         return error
-    ours: MoesaicError = Unavailable(f"the database of jobs does not answer as it should ({error}): try again")
+    result: MoesaicError = Unavailable(f"the job database is not available ({error}): try again")
     if state == "53100":
-        ours = StorageFull("the disk of the database of jobs is full: make room there")
+        result = StorageFull("the disk of the job database is full: free some space")
     elif state in ("XX001", "XX002"):
-        ours = StoreError(f"the database of jobs is damaged ({error}): restore it from a copy")
+        result = StoreError(f"the job database is damaged ({error}): restore a backup")
     elif state in ("42501", "3F000"):
-        ours = StoreError(f"the database of jobs allows too little ({error}): let its user make the schema moesaic")
-    ours.__cause__ = error
-    return ours
+        result = StoreError(f"a permission is missing in the job database ({error}): allow creating schema moesaic")
+    result.__cause__ = error
+    return result
 
 
 async def _connect(address: str) -> asyncpg.Connection:
     try:
         import asyncpg
     except ImportError as error:
-        raise NotInstalled("jobs in PostgreSQL need asyncpg: pip install 'moesaic[postgres]'") from error
+        raise NotInstalled("a PostgreSQL store needs asyncpg: pip install 'moesaic[postgres]'") from error
     return await asyncpg.connect(
         address, timeout=CONNECT_SECONDS, command_timeout=_COMMAND_SECONDS, server_settings=_SETTINGS
     )
 
 
 async def _prepare(connection: asyncpg.Connection) -> None:
-    """Make the tables where there are none; refuse what is not ours to use."""
+    """Create the tables if they are missing; raise StoreError if the database cannot be used."""
     if await connection.fetchval("SHOW server_encoding") != "UTF8":
-        raise StoreError("the database of jobs is not in UTF8: make another with ENCODING 'UTF8'")
+        raise StoreError("the job database is not in UTF8: create another with ENCODING 'UTF8'")
     async with connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
         if await connection.fetchval("SELECT to_regclass('moesaic.store')") is None:
@@ -328,6 +328,6 @@ async def _prepare(connection: asyncpg.Connection) -> None:
         version = await connection.fetchval("SELECT version FROM store")
     if version != VERSION:
         raise StoreError(
-            f"the database of jobs is of version {version}, expected {VERSION}: "
-            "finish its jobs with the Moesaic that made it, or drop the schema moesaic"
+            f"the job database has version {version}, expected {VERSION}: "
+            "finish its jobs with the Moesaic version that created it, or drop the schema moesaic"
         )

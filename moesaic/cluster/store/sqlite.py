@@ -1,11 +1,11 @@
-"""Jobs in a file: one gateway, no other program, and as durable as the disk.
+"""Job store in an SQLite file, for a single gateway.
 
-One thread owns the one connection. It takes all operations that wait, runs each in a savepoint inside one transaction,
-and commits: one flush of the disk for all of them. With one connection nothing can come between two operations, and the
-fault of SQLite before 3.51.3 that two connections can damage a WAL (https://sqlite.org/wal.html, "The WAL-Reset Bug")
-cannot happen; ``locking_mode=EXCLUSIVE`` keeps other programs out.
+One thread owns the only connection. It takes all waiting operations, runs each in a savepoint of one transaction, and
+commits them together, so they share one flush of the disk. A single connection also avoids a bug of SQLite before
+3.51.3, in which two connections can damage a WAL (https://sqlite.org/wal.html, "The WAL-Reset Bug").
+``locking_mode=EXCLUSIVE`` keeps other programs out.
 
-Knows SQLite. Does not know what the operations are about.
+This module does not depend on the content of operations.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from moesaic.errors import MoesaicError, StorageFull, StoreError, Unavailable
 T = TypeVar("T")
 
 MAX_BATCH = 256
-"""Operations in one transaction: what waits behind them waits no longer than they take."""
+"""Maximum number of operations in one transaction. It limits the delay of later operations."""
 APPLICATION_ID = 0x4D6F6573
-"""Says in the file's head that it is one of jobs."""
+"""Marks the file as a job store in its header."""
 _PRAGMAS = (
     "journal_mode = WAL",
     "synchronous = FULL",
@@ -55,11 +55,11 @@ class _Done(NamedTuple):
 
 
 async def open_store(address: str, limits: StoreLimits) -> Store:
-    """Open a file of jobs, or make one.
+    """Open the job store in a file, or create it.
 
     Raises:
-        Unavailable: another gateway, or another program, has it.
-        StoreError: it lies on the network, is damaged, of another version, or something else.
+        Unavailable: another gateway or another program uses the file.
+        StoreError: the file is on a network disk, damaged, of another version, or not a job store.
     """
     store = SqliteStore(Path(address), limits)
     await store.opened
@@ -67,7 +67,7 @@ async def open_store(address: str, limits: StoreLimits) -> Store:
 
 
 class SqliteStore(BaseStore):
-    """See the module."""
+    """Job store in an SQLite file."""
 
     shared = False
 
@@ -78,7 +78,7 @@ class SqliteStore(BaseStore):
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._closing = False
         self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        threading.Thread(target=self._own, args=(path,), name="moesaic-jobs", daemon=True).start()
+        threading.Thread(target=self._run_thread, args=(path,), name="moesaic-jobs", daemon=True).start()
 
     async def run(self, operation: Operation[T], *, reads: bool = False) -> T:
         if self._closing:
@@ -94,49 +94,50 @@ class SqliteStore(BaseStore):
         await asyncio.shield(self._closed)
 
     async def check(self) -> str:
-        found = await self.run(lambda: _integrity(), reads=True)
-        return found if found != "ok" else await super().check()
+        integrity = await self.run(lambda: _integrity(), reads=True)
+        return integrity if integrity != "ok" else await super().check()
 
-    def _own(self, path: Path) -> None:
-        """The owner's thread, from beginning to end."""
+    def _run_thread(self, path: Path) -> None:
+        """Open the connection, run operations until the store is closed, and close the connection."""
         try:
             lock, connection = _open(path)
-        except Exception as error:  # whatever it is, whoever opens it gets it
+        except Exception as error:  # every error is passed to ``open_store``
             self._post(self._settle, [_Done(self.opened, _explain(error, path))], ())
             return
         self._post(self._settle, [_Done(self.opened, Outcome(None))], ())
         owner = _ConnectionOwner(path, connection)
         while group := self._take():
             done = owner.commit(group)
-            news = [job_id for each in done if isinstance(each.outcome, Outcome) for job_id in each.outcome.news]
-            if not self._post(self._settle, done, tuple(dict.fromkeys(news))):
+            outcomes = [item.outcome for item in done]
+            changes = [change for item in outcomes if isinstance(item, Outcome) for change in item.changes]
+            if not self._post(self._settle, done, tuple(dict.fromkeys(changes))):
                 break
         owner.close()
         lock.release()
         self._post(self._closed.set_result, None)
 
     def _take(self) -> list[_Waiting]:
-        """Wait for operations; return all that are there, or none at the end."""
+        """Wait for operations and return up to ``MAX_BATCH`` of them; return an empty list at the end."""
         group = []
-        each = self._waiting.get()
-        while each is not None:
-            group.append(each)
+        item = self._waiting.get()
+        while item is not None:
+            group.append(item)
             if len(group) == MAX_BATCH or self._waiting.empty():
                 return group
-            each = self._waiting.get()
+            item = self._waiting.get()
         if group:
             self._waiting.put(None)
         return group
 
-    def _post(self, what: Callable[..., None], *values: object) -> bool:
-        """Have something called on the loop; return whether there still is one."""
+    def _post(self, callback: Callable[..., None], *values: object) -> bool:
+        """Schedule a callback on the event loop; return False if the loop is closed."""
         try:
-            self._loop.call_soon_threadsafe(what, *values)
+            self._loop.call_soon_threadsafe(callback, *values)
         except RuntimeError:
             return False
         return True
 
-    def _settle(self, done: Sequence[_Done], news: Sequence[str]) -> None:
+    def _settle(self, done: Sequence[_Done], changes: Sequence[str]) -> None:
         for answer, outcome in done:
             if answer.done():
                 continue
@@ -144,26 +145,26 @@ class SqliteStore(BaseStore):
                 answer.set_result(outcome.value)
             else:
                 answer.set_exception(outcome)
-        self._notify(news)
+        self._notify(changes)
 
 
 class _ConnectionOwner:
-    """Runs operations on the connection, many in a transaction."""
+    """Runs groups of operations on the connection, each group in one transaction."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path = path
         self._connection: sqlite3.Connection | None = connection
 
     def commit(self, group: Sequence[_Waiting]) -> list[_Done]:
-        """Run operations in one transaction. Where that fails, all of them have failed and none has happened."""
+        """Run operations in one transaction. If the transaction fails, it is rolled back and all of them fail."""
         try:
             connection = self._connection = self._connection or _connect(self._path)
             connection.execute("BEGIN IMMEDIATE")
-            done = [_Done(each.answer, self._outcome(connection, each.operation)) for each in group]
+            done = [_Done(item.answer, self._outcome(connection, item.operation)) for item in group]
             connection.execute("COMMIT")
-        except Exception as error:  # whatever it is, this thread goes on, and those who wait are told
-            self._give_up()
-            return [_Done(each.answer, _explain(error, self._path)) for each in group]
+        except Exception as error:  # every error is passed to the callers, and the thread continues
+            self._roll_back()
+            return [_Done(item.answer, _explain(error, self._path)) for item in group]
         return done
 
     def close(self) -> None:
@@ -173,21 +174,21 @@ class _ConnectionOwner:
             self._connection = None
 
     def _outcome(self, connection: sqlite3.Connection, operation: Operation[Any]) -> Outcome[Any] | BaseException:
-        """Run one operation in a savepoint; return what comes of it, also if that is an error of its own."""
+        """Run one operation in a savepoint; return its outcome or its error."""
         connection.execute("SAVEPOINT operation")
         outcome: Outcome[Any] | BaseException
         try:
             outcome = _run(connection, operation)
-        except Exception as error:  # whatever it is, whoever waits for this one gets it, and the others go on
+        except Exception as error:  # the error is passed to the caller of this operation only
             if not connection.in_transaction:
-                raise  # SQLite has rolled back all of it already
+                raise  # SQLite has already rolled back the whole transaction
             outcome = _explain(error, self._path)
             connection.execute("ROLLBACK TO operation")
         connection.execute("RELEASE operation")
         return outcome
 
-    def _give_up(self) -> None:
-        """Roll back; where that fails too, the next group begins with a new connection."""
+    def _roll_back(self) -> None:
+        """Roll back the transaction; close the connection if that fails, so that the next group opens a new one."""
         try:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
@@ -221,23 +222,23 @@ def _execute(connection: sqlite3.Connection, step: Statement | ExecuteMany) -> S
 
 @lru_cache(None)
 def _dialect(sql: str) -> str:
-    """Nothing is ever locked by others here, and a list is a JSON array."""
+    """Translate a statement to SQLite: no row locks are needed, and a list is passed as a JSON array."""
     return sql.replace(SKIP_LOCKED, "").replace(" IN ?", " IN (SELECT value FROM json_each(?))")
 
 
 def _explain(error: BaseException, path: Path) -> BaseException:
-    """Return a database's error as one of ours, anything else as it is."""
+    """Return an error of SQLite or the system as a ``MoesaicError``, and other errors unchanged."""
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        ours: MoesaicError = Unavailable(f"{path} cannot be read or written ({error}): try again")
+        result: MoesaicError = Unavailable(f"{path} cannot be read or written ({error}): try again")
         if code == sqlite3.SQLITE_FULL:
-            ours = StorageFull(f"the disk that has {path} is full: make room there")
+            result = StorageFull(f"the disk of {path} is full: free some space")
         elif code == sqlite3.SQLITE_BUSY:
-            ours = Unavailable(f"{path} is in use by another program: end that first")
+            result = Unavailable(f"{path} is in use by another program: stop that program first")
         elif code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            ours = StoreError(f"{path} is damaged ({error}): put it aside, or a copy of it in its place")
-        ours.__cause__ = error
-        return ours
+            result = StoreError(f"{path} is damaged ({error}): move it away, or restore a backup")
+        result.__cause__ = error
+        return result
     if isinstance(error, OSError):
         unusable = StoreError(f"{path} cannot be used: {error.strerror}")
         unusable.__cause__ = error
@@ -246,11 +247,11 @@ def _explain(error: BaseException, path: Path) -> BaseException:
 
 
 def _open(path: Path) -> tuple[_disk.FileLock, sqlite3.Connection]:
-    """Lock, open and check a file of jobs."""
+    """Lock, open and check the store's file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _disk.FileLock(path)
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # it holds what people have asked
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # the file contains prompts
         _disk.refuse_network_disk(path)
         return lock, _connect(path)
     except BaseException:
@@ -259,15 +260,14 @@ def _open(path: Path) -> tuple[_disk.FileLock, sqlite3.Connection]:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Return a connection to a sound file of jobs of this version, made here if the file is empty."""
+    """Return a connection to a valid store of this version; create the tables if the file is empty."""
     connection = sqlite3.connect(path, timeout=1.0, isolation_level=None)
     try:
-        connection.execute(
-            "PRAGMA locking_mode = EXCLUSIVE"
-        )  # before the first look: from then on nobody else comes in
+        # This must precede the first read, which then takes the lock that keeps other programs out.
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         empty = not connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]
         if not empty and connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            raise StoreError(f"{path} holds something else: name another file")
+            raise StoreError(f"{path} is not a job store: choose another file")
         for pragma in _PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
         if empty:
@@ -276,21 +276,21 @@ def _connect(path: Path) -> sqlite3.Connection:
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute("COMMIT")
-        _sound(connection, path)
+        _check_file(connection, path)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _sound(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise StoreError unless a file of jobs is undamaged and of this version."""
+def _check_file(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise StoreError if the file is damaged or of another version."""
     version = connection.execute("SELECT version FROM store").fetchone()[0]
     if version != VERSION:
         raise StoreError(
-            f"{path} is of version {version}, expected {VERSION}: "
-            "finish its jobs with the Moesaic that made it, or name another file"
+            f"{path} has version {version}, expected {VERSION}: "
+            "finish its jobs with the Moesaic version that created it, or choose another file"
         )
-    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if found != "ok":
-        raise StoreError(f"{path} is damaged ({found}): put it aside, or a copy of it in its place")
+    problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if problem != "ok":
+        raise StoreError(f"{path} is damaged ({problem}): move it away, or restore a backup")

@@ -4,14 +4,14 @@ import { send } from "./api.js";
 
 /**
  * @typedef {{name: string, models: string[], slots: number, jobs: string[], about: Record<string, unknown>,
- *   since: number, heard: number, drained: boolean, apart: boolean}} Worker
+ *   since: number, heard: number, drained: boolean, quarantined: boolean}} Worker
  * @typedef {{model: string, workers: number, slots: number, queued: number, leased: number, suspects: number,
  *   cost: number}} Queue
  * @typedef {{id: string, model: string, kind: string, key: string, cost: number, worker: string, attempts: number,
  *   crashes: number, events: number}} Job
  * @typedef {{state: string, running: number, workers: number, slots: number, queued: number, leased: number,
  *   suspects: number, seconds: number, lost: number, fenced: number, dead: number}} Status
- * @typedef {{status: Status, workers: Worker[], drained: string[], dismissed: string[], queues: Queue[],
+ * @typedef {{status: Status, workers: Worker[], drained: string[], banned: string[], queues: Queue[],
  *   dead: Job[]}} Gateway
  */
 
@@ -25,8 +25,8 @@ export async function fetchGateway(key) {
   const [roster, { queues }, { jobs: dead }] = await Promise.all(
     ["admin/workers", "admin/queues", "admin/jobs?state=dead"].map((path) => send("GET", path, key)),
   );
-  const { workers, drained, dismissed } = roster;
-  return { status, workers, drained, dismissed, queues, dead };
+  const { workers, drained, banned } = roster;
+  return { status, workers, drained, banned, queues, dead };
 }
 
 /**
@@ -36,7 +36,7 @@ export async function fetchGateway(key) {
 export const controlGateway = (action, key) => send("POST", `admin/${action}`, key);
 
 /**
- * @param {"drain" | "resume" | "dismiss"} action
+ * @param {"drain" | "resume" | "ban"} action
  * @param {string} name the worker's
  * @param {string} key
  */

@@ -6,7 +6,7 @@ import { element, textButton } from "./dom.js";
 /** @typedef {Node | string} Cell */
 
 /**
- * @typedef {{controlWorker: (action: "drain" | "resume" | "dismiss", name: string) => void,
+ * @typedef {{controlWorker: (action: "drain" | "resume" | "ban", name: string) => void,
  *   reviveJob: (id: string) => void}} Actions actions of the buttons
  */
 
@@ -62,9 +62,9 @@ function button(label, target, action) {
 }
 
 /** @param {Gateway} gateway @param {Actions} actions */
-export function workersTable({ workers, drained, dismissed }, actions) {
+export function workersTable({ workers, drained, banned }, actions) {
   const rows = workers.map((worker) => {
-    const [text, bad] = worker.drained ? ["drained", true] : worker.apart ? ["quarantined", true] : ["working", false];
+    const [text, bad] = worker.drained ? ["drained", true] : worker.quarantined ? ["quarantined", true] : ["working", false];
     const about = Object.entries(worker.about).map(([name, value]) => `${name} ${value}`);
     return [
       fragment(document.createTextNode(worker.name), element("span", { class: "about" }, about.join(" · "))),
@@ -77,14 +77,14 @@ export function workersTable({ workers, drained, dismissed }, actions) {
         worker.drained
           ? button("Resume", worker.name, () => actions.controlWorker("resume", worker.name))
           : button("Drain", worker.name, () => actions.controlWorker("drain", worker.name)),
-        button("Dismiss", worker.name, () => actions.controlWorker("dismiss", worker.name)),
+        button("Ban", worker.name, () => actions.controlWorker("ban", worker.name)),
       ),
     ];
   });
   const names = new Set(workers.map(({ name }) => name));
-  const away = [...new Set([...drained, ...dismissed])].filter((name) => !names.has(name));
+  const away = [...new Set([...drained, ...banned])].filter((name) => !names.has(name));
   for (const name of away) {
-    const state = element("span", { class: "badge bad" }, dismissed.includes(name) ? "dismissed" : "drained, away");
+    const state = element("span", { class: "badge bad" }, banned.includes(name) ? "banned" : "drained, away");
     rows.push([name, state, "", "", "", "", button("Resume", name, () => actions.controlWorker("resume", name))]);
   }
   return table("Workers", ["Worker", "State", "Models", "#Jobs", "Since", "#Heard", ""], rows, "No workers are connected.");

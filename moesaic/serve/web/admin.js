@@ -135,8 +135,8 @@ function confirmAction(title, text, yes) {
 const actions = {
   async controlWorker(action, name) {
     const text = "Other workers take over its jobs, and it cannot connect again.";
-    if (action === "dismiss" && !(await confirmAction(`Dismiss ${name}?`, text, "Dismiss"))) return;
-    const done = { drain: "is drained", resume: "accepts jobs again", dismiss: "was dismissed" }[action];
+    if (action === "ban" && !(await confirmAction(`Ban ${name}?`, text, "Ban"))) return;
+    const done = { drain: "is drained", resume: "accepts jobs again", ban: "was banned" }[action];
     await act(() => controlWorker(action, name, readKey(ADMIN_KEY)), `${name} ${done}.`);
   },
   reviveJob: (id) => void act(() => reviveJob(id, readKey(ADMIN_KEY)), `${id} is queued again.`),

@@ -1,4 +1,4 @@
-"""AIME's routes for clients, field by field; and what must not come out of them."""
+"""AIME's routes for clients, field by field, and the responses that they must never send."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def client(open_office):
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_key_is_validated_from_the_query_alone(locked, method):
+def test_key_in_query_is_validated(locked, method):
     def ask(key: str) -> httpx.Response:
         body = {"content": b"false", "headers": {"content-type": "application/json; charset=UTF-8"}}
         more = body if method == "POST" else {}  # as the client in JavaScript sends it
@@ -53,7 +53,7 @@ def test_a_key_is_validated_from_the_query_alone(locked, method):
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_login_gives_a_session_that_stands_for_the_key(locked, method):
+def test_login_creates_a_session_for_the_key(locked, method):
     query = {"user": "anna", "key": ANNA, "version": "x"}
     answer = httpx.request(method, f"{locked.url}/mixtral_chat/login", params=query)
     found = answer.json()
@@ -71,12 +71,12 @@ def test_a_login_gives_a_session_that_stands_for_the_key(locked, method):
     assert shown.json()["job_state"] == "queued"
 
 
-def test_a_wrong_login_is_no_status(locked):
+def test_failed_login_has_status_200(locked):
     answer = httpx.get(f"{locked.url}/mixtral_chat/login", params={"key": "wrong"})
     assert (answer.status_code, answer.json()) == (200, {"success": False, "error": "Key not valid"})
 
 
-def test_a_session_ends_with_its_key(tmp_path):
+def test_session_ends_when_its_key_is_revoked(tmp_path):
     known = Keys((ANNAS, BERTS))
     with gateway(tmp_path / "jobs.sqlite", keys=known) as server:
         client = Client(server)
@@ -86,7 +86,7 @@ def test_a_session_ends_with_its_key(tmp_path):
         assert client.request().status_code == 401
 
 
-def test_a_request_without_a_key_or_with_a_wrong_one_is_refused(locked):
+def test_missing_or_wrong_key_is_refused(locked):
     answer = Client(locked).request()
     missing = "API Key missing and client session authentication key not registered in API Server"
     assert (answer.status_code, answer.json()) == (401, {"success": False, "error": [missing], "ep_version": 2})
@@ -97,12 +97,12 @@ def test_a_request_without_a_key_or_with_a_wrong_one_is_refused(locked):
     assert "null" not in Client(locked, key="null").request().text
 
 
-def test_a_workers_key_brings_no_jobs(locked):
+def test_worker_key_cannot_submit_jobs(locked):
     answer = Client(locked, key=CREW).request()
     assert (answer.status_code, answer.json()["success"]) == (402, False)
 
 
-def test_a_key_may_come_in_the_header_too(locked):
+def test_key_in_header_is_accepted(locked):
     answer = httpx.post(
         f"{locked.url}/mixtral_chat",
         json={"prompt_input": "Hi", "wait_for_result": False},
@@ -111,7 +111,7 @@ def test_a_key_may_come_in_the_header_too(locked):
     assert answer.status_code == 200
 
 
-def test_progress_needs_the_key_and_anothers_job_is_not_there(locked):
+def test_progress_needs_the_key_of_the_job(locked):
     anna, bert = Client(locked, key=ANNA), Client(locked, key=BERT)
     job = anna.job()
     assert anna.progress(job).status_code == 200
@@ -124,7 +124,7 @@ def test_progress_needs_the_key_and_anothers_job_is_not_there(locked):
     assert anna.progress(job).json()["job_state"] == "queued"
 
 
-def test_wrong_keys_are_counted_against_their_address(tmp_path):
+def test_wrong_keys_are_limited_by_address(tmp_path):
     bounds = Settings(failed_keys_per_minute=3)
     with gateway(tmp_path / "jobs.sqlite", keys=Keys((ANNAS,)), bounds=bounds) as server:
         client = Client(server, key="wrong")
@@ -133,7 +133,7 @@ def test_wrong_keys_are_counted_against_their_address(tmp_path):
         assert client.get("/api/validate_key", key=ANNA).status_code == 429
 
 
-def test_a_keys_share_counts_requests_and_not_questions_about_them(tmp_path):
+def test_polls_do_not_count_as_requests_of_a_key(tmp_path):
     _, few = keys.new("few", requests_per_minute=2)
     written, few = keys.new("few", requests_per_minute=2)
     with gateway(tmp_path / "jobs.sqlite", keys=Keys((few,))) as server:
@@ -146,7 +146,7 @@ def test_a_keys_share_counts_requests_and_not_questions_about_them(tmp_path):
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
 
 
-def test_tokens_of_jobs_count_once_however_often_they_are_looked_at(tmp_path):
+def test_tokens_are_charged_once_despite_polls(tmp_path):
     written, few = keys.new("few", tokens_per_minute=60)
     with gateway(tmp_path / "jobs.sqlite", patient(worker_key=keys.digest("k")), Keys((few,))) as server:
         client, worker = Client(server, key=written), AimeWorker(server)
@@ -161,7 +161,7 @@ def test_tokens_of_jobs_count_once_however_often_they_are_looked_at(tmp_path):
         assert client.request().status_code == 429
 
 
-def test_keys_of_an_endpoint_are_for_that_endpoint(tmp_path):
+def test_endpoint_key_is_valid_for_that_endpoint_only(tmp_path):
     [mixtral] = patient(client_keys=(keys.Key("aime:mixtral_chat:eva", keys.digest("evas-key")),))
     [llama] = patient(name="llama3_chat", job_type="llama3", version=3)
     with gateway(tmp_path / "jobs.sqlite", [mixtral, llama]) as server:
@@ -178,11 +178,11 @@ def test_keys_of_an_endpoint_are_for_that_endpoint(tmp_path):
         )
 
 
-# What there is
+# Endpoints
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_endpoints_are_listed_and_described_for_everybody(locked, method):
+def test_endpoints_are_listed_without_a_key(locked, method):
     answer = httpx.request(method, f"{locked.url}/api/endpoints")
     assert answer.json() == {"endpoints": ["mixtral_chat", "llama3_chat"]}
     wrong = httpx.request(method, f"{locked.url}/api/endpoints", params={"key": "wrong"})
@@ -202,15 +202,15 @@ def test_endpoints_are_listed_and_described_for_everybody(locked, method):
         assert described["progress"]["OUTPUTS"].keys() == {"text", "num_generated_tokens", "current_context_length"}
 
 
-def test_an_unknown_endpoint_is_not_found(open_office):
+def test_unknown_endpoint_is_not_found(open_office):
     for path in ("/api/endpoints/nobody", "/nobody/progress", "/mixtral_chat/nothing"):
         assert httpx.get(open_office.url + path).status_code == 404
 
 
-# A job's way
+# Jobs
 
 
-def test_a_job_from_the_queue_to_its_end_and_after_it(open_office, client):
+def test_job_is_polled_from_queue_to_result(open_office, client):
     worker = AimeWorker(open_office)
     answer = client.request(top_k=30)
     job = answer.json()["job_id"]
@@ -253,7 +253,7 @@ def test_a_job_from_the_queue_to_its_end_and_after_it(open_office, client):
         assert "auth" not in result and "worker_interface_version" not in result
 
 
-def test_a_job_can_be_waited_for(open_office, client):
+def test_request_can_wait_for_the_result(open_office, client):
     worker = AimeWorker(open_office)
     with meanwhile(lambda: client.request(wait=True)) as answer:
         [data] = worker.take()
@@ -263,14 +263,14 @@ def test_a_job_can_be_waited_for(open_office, client):
     assert found.json()["text"] == "Yes" and found.json()["success"] is True and found.json()["job_id"]
 
 
-def test_without_a_word_about_it_a_request_waits(open_office):
+def test_request_waits_by_default(open_office):
     worker = AimeWorker(open_office)
     with meanwhile(lambda: httpx.post(f"{open_office.url}/mixtral_chat", json={"prompt_input": "Hi"})) as answer:
         worker.finish(worker.take()[0], "Yes", 1)
         assert answer.result().json()["text"] == "Yes"
 
 
-def test_who_leaves_takes_the_job_back(open_office):
+def test_client_disconnect_cancels_the_job(open_office):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{open_office.url}/mixtral_chat", json={"prompt_input": "Hi"}, timeout=0.3)
 
@@ -283,7 +283,7 @@ def test_who_leaves_takes_the_job_back(open_office):
     eventually(lambda: not any(open_office.call_sync(lambda: [live.readers for live in lives.values()])))
 
 
-def test_a_failed_job_is_told_as_a_result(open_office, client):
+def test_failed_job_is_reported_as_result(open_office, client):
     worker = AimeWorker(open_office)
     job = client.job()
     worker.finish(worker.take()[0], error="out of memory")
@@ -296,7 +296,7 @@ def test_a_failed_job_is_told_as_a_result(open_office, client):
 
 
 @pytest.mark.parametrize("how", ["route", "progress"])
-def test_a_job_can_be_taken_back(open_office, client, how):
+def test_job_can_be_cancelled(open_office, client, how):
     job = client.job()
     if how == "route":
         answer = client.post("/mixtral_chat/cancel", {"job_id": job, "key": None})
@@ -308,7 +308,7 @@ def test_a_job_can_be_taken_back(open_office, client, how):
     assert AimeWorker(open_office).ask(request_timeout=1) == {"cmd": "no_job"}
 
 
-def test_a_job_that_waited_too_long_ends(tmp_path):
+def test_job_is_cancelled_after_max_time_in_queue(tmp_path):
     with gateway(tmp_path / "jobs.sqlite", patient(max_time_in_queue=0.05)) as server:
         client = Client(server)
         job = client.job()
@@ -317,7 +317,7 @@ def test_a_job_that_waited_too_long_ends(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/mixtral_chat/stream", "/stream_progress"])
-def test_a_stream_tells_the_same_as_asking(open_office, client, path):
+def test_stream_equals_polling(open_office, client, path):
     worker = AimeWorker(open_office)
     job = client.job()
     with client.http.stream("GET", f"{path}?job_id={quote(job)}&client_session_auth_key=null") as answer:
@@ -334,7 +334,7 @@ def test_a_stream_tells_the_same_as_asking(open_office, client, path):
         assert each["progress"] >= 0 and "One two three".startswith(each["progress_data"].get("text", ""))
 
 
-def test_progress_of_nothing(client):
+def test_progress_of_unknown_job(client):
     answer = client.get("/mixtral_chat/progress")
     assert (answer.status_code, answer.json()) == (
         402,
@@ -344,7 +344,7 @@ def test_progress_of_nothing(client):
     assert answer.json()["error"] == ["Client has no active request with this job id x#1"]
 
 
-def test_the_newer_clients_addresses_work_too(open_office, client):
+def test_paths_of_newer_clients(open_office, client):
     answer = client.post("/api/call/mixtral_chat", {"prompt_input": "Hi", "wait_for_result": False})
     job = answer.json()["job_id"]
     found = client.post("/api/progress/mixtral_chat", {"job_id": job, "key": "", "canceled": False}).json()
@@ -352,10 +352,10 @@ def test_the_newer_clients_addresses_work_too(open_office, client):
     client.post("/mixtral_chat/cancel", {"job_id": job})
 
 
-# What is asked
+# Parameters
 
 
-def test_all_that_is_wrong_is_told_at_once(client):
+def test_all_problems_are_reported_at_once(client):
     assert client.refused(foo=1, bar=2, top_k="40", temperature=1.5) == [
         "Invalid input parameter(s): foo, bar",
         "Invalid argument type top_k=40. Expected: <class 'int'> but got <class 'str'>!",
@@ -377,18 +377,18 @@ def test_all_that_is_wrong_is_told_at_once(client):
             {"chat_context": json.dumps([{"role": "assistant", "content": "Hi"}])},
             "chat_context must begin with the user",
         ),
-        ({"chat_context": json.dumps([*CHAT, *CHAT])}, "has a system text that is not at its beginning"),
+        ({"chat_context": json.dumps([*CHAT, *CHAT])}, "has a system message that is not at its beginning"),
         ({"chat_context": json.dumps([{"role": "robot", "content": "Hi"}])}, "chat_context[0] has the role 'robot'"),
-        ({"chat_context": json.dumps([{"role": "user", "content": 5}])}, "chat_context[0] has no content that is text"),
-        ({"chat_context": json.dumps([{"role": "user"}])}, "chat_context[0] has no content"),
+        ({"chat_context": json.dumps([{"role": "user", "content": 5}])}, "chat_context[0] must have text content"),
+        ({"chat_context": json.dumps([{"role": "user"}])}, "chat_context[0] must have text content"),
         ({"chat_context": json.dumps(["Hi"])}, "chat_context[0] must be an object"),
         ({"chat_context": json.dumps({"role": "user"})}, "chat_context: must be a list"),
-        ({"chat_context": json.dumps([{"role": "user", "content": [{"image": "x"}]}])}, "a part that is no text"),
+        ({"chat_context": json.dumps([{"role": "user", "content": [{"image": "x"}]}])}, "a part that is not text"),
         ({"chat_context": "[" * 2000}, "has invalid json format!"),
         ({"chat_context": '[{"role": "user", "content": "\\ud800"}]'}, "has invalid json format!"),
     ],
 )
-def test_what_ends_their_workers_is_refused_here(client, params, error):
+def test_parameters_that_crash_aime_workers_are_refused(client, params, error):
     if "wait_for_result" in params:
         answer = client.post("/mixtral_chat", {"prompt_input": "Hi", **params})
         assert answer.status_code == 400
@@ -398,7 +398,7 @@ def test_what_ends_their_workers_is_refused_here(client, params, error):
     assert error in found
 
 
-def test_a_body_that_is_none_is_refused_in_their_shape(open_office):
+def test_invalid_body_gets_an_aime_error(open_office):
     headers = {"content-type": "application/json"}
     for content in (b"", b"{", b"[]", b"null"):
         answer = httpx.post(f"{open_office.url}/mixtral_chat", content=content, headers=headers)
@@ -406,7 +406,7 @@ def test_a_body_that_is_none_is_refused_in_their_shape(open_office):
         assert answer.json()["success"] is False and len(answer.json()["error"]) == 1
 
 
-def test_a_full_queue_is_refused_at_once(tmp_path):
+def test_full_queue_refuses_requests(tmp_path):
     with gateway(tmp_path / "jobs.sqlite", patient(max_queue_length=2)) as server:
         client = Client(server)
         client.job()
@@ -419,14 +419,14 @@ def test_a_full_queue_is_refused_at_once(tmp_path):
         assert client.refused() == "Job queue reached max length 2!"
 
 
-def test_before_any_worker_came_a_model_that_was_not_named_is_not_there(tmp_path):
+def test_unnamed_model_is_missing_before_the_first_worker(tmp_path):
     with gateway(tmp_path / "jobs.sqlite", models=()) as server:
         answer = Client(server).request()
         assert answer.status_code == 503 and "retry-after" in answer.headers
         assert "no worker is connected" in answer.json()["error"][0]
 
 
-def test_chats_come_as_a_list_too(open_office, client):
+def test_chat_context_can_be_a_list(open_office, client):
     worker = AimeWorker(open_office)
     job = client.job(chat_context=CHAT, prompt_input="")
     [data] = worker.take()

@@ -1,4 +1,4 @@
-"""AIME's endpoint files: what of them is heeded, what is named in a warning, and what no file may do."""
+"""AIME's endpoint files: supported keys, warnings about others, and invalid files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from moesaic.backend import ModelInfo
 from moesaic.cluster.aime import settings
-from moesaic.cluster.aime.parameters import checked
+from moesaic.cluster.aime.parameters import check_parameters
 from moesaic.errors import InvalidRequest, NotFound
 from moesaic.serve.keys import digest
 
@@ -67,12 +67,12 @@ def llama(tmp_path):
     return path
 
 
-def test_a_file_is_read_and_what_is_not_heeded_is_named(llama, caplog):
+def test_file_is_read_and_unsupported_keys_are_logged(llama, caplog):
     with caplog.at_level(logging.WARNING):
         found = settings.read_file(llama)
     assert (found.name, found.version, found.job_type, found.category) == ("llama3_chat", 3, "llama3", "chat")
     assert (found.request_timeout, found.inactivity, found.max_queue_length) == (60, 360, 1000)
-    assert [key.name for key in found.client_keys] == ["aime:llama3_chat:anna"]  # the public one lets nobody in
+    assert [key.name for key in found.client_keys] == ["aime:llama3_chat:anna"]  # the published key is rejected
     assert found.client_keys[0].sha256 == digest("annas key") and found.worker_key == digest("a workers key")
     assert "annas key" not in repr(found) and "a workers key" not in repr(found)
     named = {getattr(record, "key", None) for record in caplog.records}
@@ -80,7 +80,7 @@ def test_a_file_is_read_and_what_is_not_heeded_is_named(llama, caplog):
     assert any("published" in record.message for record in caplog.records)
 
 
-def test_the_servers_file_gives_defaults(llama):
+def test_server_file_gives_defaults(llama):
     llama.write_text(llama.read_text().replace('auth_key = "a workers key"', ""))
     top = llama.parent.parent.parent
     (top / settings.SERVER_FILE).write_text(
@@ -89,30 +89,30 @@ def test_the_servers_file_gives_defaults(llama):
     )
     [found] = settings.read(top)
     assert (found.request_timeout, found.inactivity, found.max_queue_length) == (20, 30, 5)
-    assert found.worker_key == ""  # everybody knows that one
+    assert found.worker_key == ""  # the published key is rejected
 
 
 @pytest.mark.parametrize(
     "old, new, said",
     [
-        ("[ENDPOINT]", "[ENDPOINT", "is no TOML"),
-        ('name = "llama3_chat"', 'name = "v1"', "another route"),
-        ('name = "llama3_chat"', 'name = "generate"', "another route"),
-        ('name = "llama3_chat"', 'name = "api"', "another route"),
-        ('name = "llama3_chat"', 'name = "a/b"', "is no endpoint"),
-        ('job_type = "llama3"', "job_type = 5", "is no endpoint"),
+        ("[ENDPOINT]", "[ENDPOINT", "is not valid TOML"),
+        ('name = "llama3_chat"', 'name = "v1"', "has a route of that name"),
+        ('name = "llama3_chat"', 'name = "generate"', "has a route of that name"),
+        ('name = "llama3_chat"', 'name = "api"', "has a route of that name"),
+        ('name = "llama3_chat"', 'name = "a/b"', "is not a valid AIME endpoint"),
+        ('job_type = "llama3"', "job_type = 5", "is not a valid AIME endpoint"),
         ("version = 3", "version = 3\nmax_queue_length = 0", "max_queue_length is 0"),
     ],
 )
-def test_what_is_no_endpoint_is_refused(llama, old, new, said):
+def test_invalid_endpoint_is_refused(llama, old, new, said):
     content = llama.read_text()
     assert old in content
     llama.write_text(content.replace(old, new, 1))
     with pytest.raises(InvalidRequest, match=said):
-        settings.together(settings.read(llama.parent))
+        settings.check_definitions(settings.read(llama.parent))
 
 
-def test_two_endpoints_of_one_name_and_none_at_all(llama, tmp_path):
+def test_duplicate_and_missing_endpoints_are_refused(llama, tmp_path):
     with pytest.raises(NotFound, match="name the folder of AIME"):
         settings.read(tmp_path / "nowhere")
     other = llama.parent.parent / "other" / settings.ENDPOINT_FILE
@@ -122,7 +122,7 @@ def test_two_endpoints_of_one_name_and_none_at_all(llama, tmp_path):
         settings.read(tmp_path)
 
 
-def test_the_model_is_the_one_that_fits():
+def test_matching_model_is_selected():
     mixtral, llama = settings.shipped()
     cards = [
         ModelInfo("tales"),
@@ -135,18 +135,18 @@ def test_the_model_is_the_one_that_fits():
     assert settings.model_of(mixtral, cards[3:]) == "mixtral"  # which workers of that type will offer
 
 
-def test_values_by_all_kinds_of_rules(llama):
+def test_parameter_rules(llama):
     definition = settings.read_file(llama)
 
     def value(**given):
-        found, problems = checked({"must": True, **given}, definition)
+        found, problems = check_parameters({"must": True, **given}, definition)
         return problems or found
 
     assert value() == {"must": True, "top_k": 4, "temperature": 0.8, "style": "a"}
     assert value(top_k=0)["top_k"] == 0 and value(top_k=3.0)["top_k"] == 3
-    assert "too low" in value(top_k=-1)[0]  # min counts as minimum does
+    assert "too low" in value(top_k=-1)[0]  # "min" has the same effect as "minimum"
     assert value(temperature=7)["temperature"] == 1 and value(temperature=-1)["temperature"] == 0
-    assert value(name="abc")["name"] == "abc"  # ``str`` is passed on
+    assert value(name="abc")["name"] == "abc"  # "str" is an alias of "string"
     assert "Length of parameter name is 4" in value(name="abcd")[0]
     assert value(long="abcd")["long"] == "abc"
     assert value(size=21)["size"] == 16
@@ -154,6 +154,6 @@ def test_values_by_all_kinds_of_rules(llama):
     assert "is not served here" in value(face="data:")[0]
     assert value(more='{"a": 1}')["more"] == {"a": 1} and "more" not in value(more="")
     assert value(more="null") == value() and value(more=None, key=None, wait_for_result=None) == value()
-    assert checked({}, definition)[1] == ["Missing required argument: must"]
+    assert check_parameters({}, definition)[1] == ["Missing required argument: must"]
     assert "Expected: <class 'float'>" in value(temperature=10**400)[0]
     assert "Expected: <class 'bool'>" in value(must=1)[0]

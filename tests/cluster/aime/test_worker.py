@@ -1,4 +1,4 @@
-"""Our worker at AIME's server: a server with its behaviour and its faults, and at our own gateway."""
+"""A Moesaic worker at AIME's server, simulated with its faults, and at a Moesaic gateway."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.support.backend import Script, ScriptedBackend
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(worker, "AGAIN", 0.02)
-    monkeypatch.setattr(worker, "PACE", 0.02)
+    monkeypatch.setattr(worker, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(worker, "UPDATE_SECONDS", 0.02)
 
 
 async def until(true: Callable[[], object]) -> None:
@@ -50,7 +50,7 @@ def played(run: Callable[[], Any]) -> None:
     asyncio.run(run())
 
 
-def test_a_job_is_fetched_told_of_and_answered():
+def test_job_is_fetched_reported_and_answered():
     async def run() -> None:
         backend, server = ScriptedBackend(Script(("Once", " upon", " a", " time"), pause=0.05)), AimeServer()
         context = '[{"role": "system", "content": "Be brief."}]'
@@ -78,7 +78,7 @@ def test_a_job_is_fetched_told_of_and_answered():
     played(run)
 
 
-def test_places_are_kept_full():
+def test_free_slots_are_refilled():
     async def run() -> None:
         backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         for place in range(5):
@@ -95,7 +95,7 @@ def test_places_are_kept_full():
     played(run)
 
 
-def test_one_job_that_lapsed_does_not_silence_the_others():
+def test_expired_job_does_not_block_updates_of_others():
     async def run() -> None:
         backend, server = ScriptedBackend(Script(["word "] * 500, pause=0.02)), AimeServer()
         for id in ("first", "lapses", "last"):
@@ -111,7 +111,7 @@ def test_one_job_that_lapsed_does_not_silence_the_others():
     played(run)
 
 
-def test_a_server_that_goes_away_gets_its_answers_when_it_is_back():
+def test_results_are_sent_after_a_server_outage():
     async def run() -> None:
         backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         server.add("J1")
@@ -130,7 +130,7 @@ def test_a_server_that_goes_away_gets_its_answers_when_it_is_back():
     played(run)
 
 
-def test_a_result_whose_reply_was_lost_is_not_sent_for_ever():
+def test_result_attempts_are_limited():
     async def run() -> None:
         backend, server = ScriptedBackend(), AimeServer()
         server.lose_replies = True
@@ -140,13 +140,15 @@ def test_a_result_whose_reply_was_lost_is_not_sent_for_ever():
             server.lose_replies = False
             server.add("J2")
             await until(lambda: "J2" in server.results)  # so that the place was free again
-        assert server.deliveries <= 2 + worker.TRIES
+        assert server.deliveries <= 2 + worker.MAX_RESULT_ATTEMPTS
 
     played(run)
 
 
-@pytest.mark.parametrize("job_type, key, said", [(JOB_TYPE, "wrong", "does not take"), ("nobody", KEY, "no job type")])
-def test_what_can_never_be_ends_the_worker(job_type, key, said):
+@pytest.mark.parametrize(
+    "job_type, key, said", [(JOB_TYPE, "wrong", "rejects this key"), ("nobody", KEY, "no job type")]
+)
+def test_rejected_key_or_job_type_stops_the_worker(job_type, key, said):
     async def run() -> None:
         server = AimeServer()
         await server.start()
@@ -157,8 +159,8 @@ def test_what_can_never_be_ends_the_worker(job_type, key, said):
     played(run)
 
 
-def test_a_worker_without_a_model_does_not_begin():
-    with pytest.raises(NotFound, match="there is scripted, other"):
+def test_worker_needs_a_model_and_slots():
+    with pytest.raises(NotFound, match="available models: scripted, other"):
         asyncio.run(worker.work(ScriptedBackend(), "http://127.0.0.1:1", JOB_TYPE, KEY, model="nobody"))
     with pytest.raises(InvalidParameter, match="slots"):
         asyncio.run(worker.work(ScriptedBackend(), "http://127.0.0.1:1", JOB_TYPE, KEY, slots=0))
@@ -167,7 +169,7 @@ def test_a_worker_without_a_model_does_not_begin():
 @pytest.mark.parametrize(
     "params, said",
     [
-        ({"chat_context": "{"}, "chat_context: is no JSON"),
+        ({"chat_context": "{"}, "chat_context: is not valid JSON"),
         ({"chat_context": [{"role": "robot", "content": "Hi"}]}, "has the role 'robot'"),
         ({"prompt_input": ""}, "there is nothing to answer"),
         ({"max_gen_tokens": -5}, "expected at least 1"),
@@ -175,7 +177,7 @@ def test_a_worker_without_a_model_does_not_begin():
         ({"prompt_input": 5}, "must be strings"),
     ],
 )
-def test_what_cannot_be_answered_gets_an_error(params, said):
+def test_invalid_parameters_get_an_error(params, said):
     async def run() -> None:
         server = AimeServer()
         server.one_shape = True
@@ -188,7 +190,7 @@ def test_what_cannot_be_answered_gets_an_error(params, said):
 
 
 @pytest.mark.parametrize("script", [Script(refusal=Overloaded("full")), Script(error=Overloaded("full"))])
-def test_what_the_model_refuses_gets_its_error(script):
+def test_backend_error_is_reported(script):
     async def run() -> None:
         server = AimeServer()
         server.add("J1")
@@ -199,7 +201,7 @@ def test_what_the_model_refuses_gets_its_error(script):
     played(run)
 
 
-def test_a_job_that_is_cancelled_frees_its_place():
+def test_cancelled_job_frees_its_slot():
     async def run() -> None:
         backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         server.add("J1")
@@ -214,7 +216,7 @@ def test_a_job_that_is_cancelled_frees_its_place():
     played(run)
 
 
-def test_a_worker_that_stops_ends_what_runs():
+def test_stopped_worker_finishes_running_jobs():
     async def run() -> None:
         backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         server.add("J1")
@@ -228,7 +230,7 @@ def test_a_worker_that_stops_ends_what_runs():
     played(run)
 
 
-def test_a_worker_that_may_not_wait_leaves_no_job_unanswered():
+def test_stop_without_drain_reports_an_error_for_each_job():
     async def run() -> None:
         backend, server = ScriptedBackend(Script(held=True)), AimeServer()
         server.add("J1")
@@ -241,7 +243,7 @@ def test_a_worker_that_may_not_wait_leaves_no_job_unanswered():
     played(run)
 
 
-def test_it_works_for_our_gateway_as_well(office):
+def test_worker_runs_jobs_of_a_moesaic_gateway(office):
     async def run() -> None:
         stop = asyncio.Event()
         task = asyncio.create_task(worker.work(ScriptedBackend(), office.url, JOB_TYPE, "any", stop=stop))

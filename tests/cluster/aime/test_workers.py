@@ -1,4 +1,4 @@
-"""AIME's workers at our gateway: what they send, what they get, and what their interface could not bear."""
+"""AIME's workers at the gateway: requests, responses, and the responses that their interface cannot handle."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def worker(open_office):
     return AimeWorker(open_office)
 
 
-# Who may
+# Keys
 
 
-def test_only_a_workers_key_does_jobs(tmp_path):
+def test_only_a_worker_key_gets_jobs(tmp_path):
     known = Keys((ANNAS, CREWS, OTHERS))
     with gateway(tmp_path / "jobs.sqlite", keys=known, bounds=Settings(failed_keys_per_minute=10**6)) as server:
         Client(server, key=ANNA).job()
@@ -62,17 +62,17 @@ def test_only_a_workers_key_does_jobs(tmp_path):
         assert worker.finish(data, "Yours", 1)["cmd"] == "ok"
 
 
-def test_another_keys_worker_has_no_part_in_a_job(tmp_path):
+def test_worker_with_another_key_cannot_touch_a_job(tmp_path):
     more, mores = keys.new("more", worker=True)
     with gateway(tmp_path / "jobs.sqlite", keys=Keys((ANNAS, CREWS, mores))) as server:
         Client(server, key=ANNA).job()
         [data] = AimeWorker(server, key=CREW).take()
         other = AimeWorker(server, key=more)
-        assert other.finish(data, "Mine", 1)["error_msg"] == "this is the job of another key's worker"
+        assert other.finish(data, "Mine", 1)["error_msg"] == "the job belongs to a worker with another key"
         assert other.ask(request_timeout=1) == {"cmd": "no_job"}  # of the same name, and yet another
 
 
-def test_the_key_of_an_endpoints_file_is_good_for_its_job_type(tmp_path):
+def test_endpoint_file_key_is_valid_for_its_job_type(tmp_path):
     with gateway(tmp_path / "jobs.sqlite", patient(worker_key=keys.digest("right"))) as server:
         assert AimeWorker(server, key="wrong").ask()["cmd"] == "error"
         assert AimeWorker(server, key="right").ask(request_timeout=1) == {"cmd": "no_job"}
@@ -80,7 +80,7 @@ def test_the_key_of_an_endpoints_file_is_good_for_its_job_type(tmp_path):
         assert answer == {"cmd": "error", "msg": "There is no job type nobody: see the endpoints"}
 
 
-def test_wrong_keys_of_workers_are_counted_too(tmp_path):
+def test_wrong_worker_keys_are_limited(tmp_path):
     with gateway(tmp_path / "jobs.sqlite", keys=Keys((CREWS,)), bounds=Settings(failed_keys_per_minute=2)) as server:
         worker = AimeWorker(server, key="wrong")
         assert [worker.ask()["cmd"] for _ in range(2)] == ["error", "error"]
@@ -91,7 +91,7 @@ def test_wrong_keys_of_workers_are_counted_too(tmp_path):
 # Logging in
 
 
-def test_a_newer_worker_logs_in(open_office, client):
+def test_newer_worker_logs_in(open_office, client):
     worker = AimeWorker(open_office, "llama3", name="newer#0_1xGPU")
     worker_parameters = {
         "auth": worker.name,
@@ -133,7 +133,7 @@ def test_a_newer_worker_logs_in(open_office, client):
     assert worker.post("/worker_login", login)["success"] is False
 
 
-def test_a_newer_worker_outlives_the_gateway(tmp_path):
+def test_newer_worker_survives_a_gateway_restart(tmp_path):
     with gateway(tmp_path / "jobs.sqlite") as server:
         worker = AimeWorker(server, name="stays")
         status = {"auth_key": "k", "job_type": "mixtral", "auth": "stays"}
@@ -146,7 +146,7 @@ def test_a_newer_worker_outlives_the_gateway(tmp_path):
 # Jobs
 
 
-def test_a_job_has_all_that_a_worker_reads(client, worker):
+def test_job_has_all_fields_that_workers_read(client, worker):
     client.job(chat_context=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}], top_p=0.5)
     answer = worker.ask(4)
     assert answer.keys() == {
@@ -169,7 +169,7 @@ def test_a_job_has_all_that_a_worker_reads(client, worker):
     }
 
 
-def test_temperature_nought_is_never_told_to_a_worker(client, worker):
+def test_temperature_0_is_never_sent_to_a_worker(client, worker):
     job = client.job(temperature=0)
     [data] = worker.take()
     assert data["temperature"] > 0 and data["top_k"] == 1  # which comes to the same
@@ -177,7 +177,7 @@ def test_temperature_nought_is_never_told_to_a_worker(client, worker):
     assert client.progress(job).json()["job_result"]["text"] == "Yes"
 
 
-def test_several_jobs_at_once_and_more_while_they_run(client, worker):
+def test_concurrent_jobs_and_requests_for_more(client, worker):
     jobs = [client.job() for _ in range(3)]
     first = worker.take(2)
     assert len(first) == 2
@@ -194,11 +194,11 @@ def test_several_jobs_at_once_and_more_while_they_run(client, worker):
         worker.finish(data, "done", error="over")
 
 
-def test_without_jobs_a_worker_is_told_so_before_it_gives_up(worker):
+def test_no_job_is_sent_before_the_worker_times_out(worker):
     assert worker.ask(request_timeout=1) == {"cmd": "no_job"}
 
 
-def test_results_may_come_again(client, worker):
+def test_repeated_result_is_accepted(client, worker):
     client.job()
     [data] = worker.take()
     for _ in range(3):
@@ -207,7 +207,7 @@ def test_results_may_come_again(client, worker):
     assert told == {"cmd": "warning", "msg": f"Job with job id nobody not found in worker {worker.name}!"}
 
 
-def test_updates_without_data_and_after_the_end_do_no_harm(client, worker):
+def test_empty_and_late_updates_are_ignored(client, worker):
     job = client.job()
     [data] = worker.take()
     assert worker.tell(worker.update(data, None)) == [{"success": True}]
@@ -217,7 +217,7 @@ def test_updates_without_data_and_after_the_end_do_no_harm(client, worker):
 
 
 @pytest.mark.parametrize("body", [[], {}, "text", 5, [5], [{"job_id": 5}], {"job_id": None, "progress_data": []}])
-def test_odd_updates_are_no_fault_of_ours(worker, body):
+def test_malformed_updates_are_handled(worker, body):
     answer = worker.http.post("/worker_job_progress", json=body)
     assert answer.status_code == 200 and answer.json() is not None
 
@@ -233,7 +233,7 @@ def test_odd_updates_are_no_fault_of_ours(worker, body):
         ([], "", ""),
     ],
 )
-def test_texts_that_come_whole_each_time_go_on_piece_by_piece(client, worker, texts, final, shown):
+def test_whole_texts_become_deltas(client, worker, texts, final, shown):
     job = client.job()
     [data] = worker.take()
     for text in texts:
@@ -242,15 +242,15 @@ def test_texts_that_come_whole_each_time_go_on_piece_by_piece(client, worker, te
     assert client.progress(job).json()["job_result"]["text"] == shown
 
 
-def test_a_result_that_contradicts_what_was_said_is_an_error(client, worker):
+def test_contradicting_result_is_an_error(client, worker):
     job = client.job()
     [data] = worker.take()
     worker.tell(worker.update(data, "Hello", 1))
     worker.finish(data, "Somebody else's answer", 4)
-    assert "is not what it had said" in client.progress(job).json()["job_result"]["error"]
+    assert "contradicts its earlier updates" in client.progress(job).json()["job_result"]["error"]
 
 
-def test_openais_clients_get_the_pieces(open_office, worker):
+def test_openai_clients_get_deltas(open_office, worker):
     body = {"model": "mixtral", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stream": True}
     with meanwhile(lambda: httpx.post(f"{open_office.url}/v1/chat/completions", json=body, timeout=30)) as answer:
         [data] = worker.take()
@@ -276,26 +276,26 @@ def test_openais_clients_get_the_pieces(open_office, worker):
         ({"response_format": {"type": "json_object"}}, "a grammar"),
     ],
 )
-def test_what_their_workers_cannot_do_is_said_and_never_given_to_them(open_office, worker, more, what):
+def test_unsupported_features_are_refused(open_office, worker, more, what):
     body = {"model": "mixtral", "messages": [{"role": "user", "content": "Hi"}], **more}
     with meanwhile(lambda: httpx.post(f"{open_office.url}/v1/chat/completions", json=body, timeout=30)) as answer:
         assert worker.ask(request_timeout=1) == {"cmd": "no_job"}
         refused = answer.result()
     assert refused.status_code == 400
-    assert f"AIME's workers, which cannot do {what}" in refused.json()["error"]["message"]
+    assert f"AIME's workers, which do not support {what}" in refused.json()["error"]["message"]
 
 
-def test_work_that_is_no_answer_is_refused_too(open_office, worker):
+def test_other_operations_are_refused(open_office, worker):
     body = {"model": "mixtral", "prompt": "Hi"}
     with meanwhile(lambda: httpx.post(f"{open_office.url}/tokenize", json=body, timeout=30)) as answer:
         assert worker.ask(request_timeout=1) == {"cmd": "no_job"}
-        assert "cannot tokenize" in answer.result().text and 400 <= answer.result().status_code < 500
+        assert "do not support tokenize" in answer.result().text and 400 <= answer.result().status_code < 500
 
 
 # Leases
 
 
-def test_an_old_worker_is_told_once_that_a_job_was_taken_back(client, worker):
+def test_legacy_worker_is_notified_once_of_a_cancellation(client, worker):
     job = client.job()
     [data] = worker.take()
     worker.tell(worker.update(data, "One", 1))
@@ -312,7 +312,7 @@ def test_an_old_worker_is_told_once_that_a_job_was_taken_back(client, worker):
     assert worker.finish(data, "One", 1)["cmd"] == "ok"
 
 
-def test_leases_are_kept_for_a_silent_worker(tmp_path, monkeypatch):
+def test_leases_of_a_silent_worker_are_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "STALL_SECONDS", 1.0)
     with gateway(tmp_path / "jobs.sqlite", lease=0.5) as server:
         client, worker = Client(server), AimeWorker(server)
@@ -324,7 +324,7 @@ def test_leases_are_kept_for_a_silent_worker(tmp_path, monkeypatch):
         assert client.progress(job).json()["job_result"]["text"] == "Slow"
 
 
-def test_a_worker_that_says_nothing_for_too_long_is_gone_and_its_job_goes_on(tmp_path):
+def test_job_of_a_timed_out_worker_is_continued(tmp_path):
     with gateway(tmp_path / "jobs.sqlite", patient(inactivity=0.5), lease=1) as server:
         client, worker = Client(server), AimeWorker(server)
         job = client.job(max_gen_tokens=100)
@@ -345,7 +345,7 @@ def test_a_worker_that_says_nothing_for_too_long_is_gone_and_its_job_goes_on(tmp
         assert client.progress(job).json()["job_result"]["text"] == "Once upon a time"
 
 
-def test_a_worker_that_began_anew_has_lost_what_it_had(tmp_path, monkeypatch):
+def test_restarted_worker_loses_its_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(aime_worker_pool, "STALL_SECONDS", 0.2)
     with gateway(tmp_path / "jobs.sqlite", lease=1) as server:
         Client(server).job()
@@ -356,7 +356,7 @@ def test_a_worker_that_began_anew_has_lost_what_it_had(tmp_path, monkeypatch):
         assert again["job_id"] != data["job_id"]
 
 
-def test_a_job_that_its_worker_forgot_ends(tmp_path):
+def test_job_without_updates_times_out(tmp_path):
     with gateway(tmp_path / "jobs.sqlite", patient(inactivity=1.0), lease=1) as server:
         client, worker = Client(server), AimeWorker(server)
         jobs = [client.job(), client.job()]
@@ -367,12 +367,12 @@ def test_a_job_that_its_worker_forgot_ends(tmp_path):
             return bool(client.progress(jobs[0]).json()["job_state"] == "done")
 
         eventually(over)
-        assert "said nothing of this job" in client.progress(jobs[0]).json()["job_result"]["error"]
+        assert "sent no update of this job" in client.progress(jobs[0]).json()["job_result"]["error"]
         assert client.progress(jobs[1]).json()["job_state"] == "processing"
         assert worker.finish(forgotten, "Late", 1)["cmd"] == "ok"
 
 
-def test_a_gateway_that_stops_gives_no_more_but_takes_what_is_done(tmp_path):
+def test_draining_gateway_accepts_results_only(tmp_path):
     with gateway(tmp_path / "jobs.sqlite") as server:
         client, worker = Client(server), AimeWorker(server)
         job = client.job()

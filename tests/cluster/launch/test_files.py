@@ -1,4 +1,4 @@
-"""What is written for systemd and SLURM: it is what deploy/ shows, and the programs that read it understand it."""
+"""Files for systemd and SLURM: they equal the examples in deploy/, and systemd and bash accept them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ KEY = ("--key-file", "/etc/moesaic/worker.key")
 
 
 @pytest.mark.parametrize(("name", "more"), [("systemd", ()), ("slurm", ("--cpus", "16"))])
-def test_what_is_shown_is_what_is_written(name, more, tmp_path, capsys):
+def test_deploy_examples_are_current(name, more, tmp_path, capsys):
     line = ["launch", name, *SHOWN, *more, "--to", str(tmp_path), "--worker", *WORKER, *KEY]
     assert cli.main(line) == 0
     written = Path(capsys.readouterr().out.strip())
     assert written.read_text() == (DEPLOY / name / written.name).read_text()
 
 
-def test_every_launcher_keeps_the_contract():
+def test_launchers_have_the_required_functions():
     plan = Plan(WORKER, program="/bin/true")
     assert set(launch.names()) == {"ray", "slurm", "systemd"}
     for name in launch.names():
@@ -44,25 +44,25 @@ def test_every_launcher_keeps_the_contract():
 @pytest.mark.parametrize(
     ("worker", "why"),
     [
-        (("x",), "which gateway"),
-        ((*WORKER, "--key", "secret"), "in the open"),
-        ((*WORKER, "--key=secret"), "in the open"),
+        (("x",), "--gateway is missing"),
+        ((*WORKER, "--key", "secret"), "publicly readable"),
+        ((*WORKER, "--key=secret"), "publicly readable"),
         ((*WORKER, "--name", "x"), "leave out --name"),
         ((*WORKER, "a\nb"), "line breaks"),
     ],
 )
-def test_what_cannot_be_launched_is_refused(worker, why):
+def test_invalid_plan_is_refused(worker, why):
     with pytest.raises(InvalidRequest, match=why):
         Plan(worker)
 
 
-def test_wrong_flags_are_refused_here(capsys):
+def test_wrong_worker_flags_are_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["launch", "slurm", "--worker", "--gateway", "http://127.0.0.1:1", "--gatway", "x"])
     assert "--gatway" in capsys.readouterr().err
 
 
-def test_more_gpus_than_systemd_can_tell_apart():
+def test_systemd_refuses_several_gpus_and_relative_paths():
     with pytest.raises(InvalidRequest, match="--gpus"):
         systemd.files(Plan(WORKER, gpus=2, program="/bin/true"))
     with pytest.raises(InvalidRequest, match="absolute"):
@@ -79,7 +79,7 @@ def analyze():
 
 @pytest.mark.parametrize("worker", [(*WORKER, *KEY), NASTY, ("/home/me/model", "--gateway=https://h")])
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_systemd_understands_the_units(analyze, tmp_path, worker, gpus):
+def test_systemd_verifies_the_worker_unit(analyze, tmp_path, worker, gpus):
     plan = Plan(worker, gpus=gpus, cpus=2.5, program="/bin/true")
     unit = tmp_path / systemd.NAME.replace("@", "@1")
     unit.write_text(systemd.files(plan)[systemd.NAME])
@@ -87,7 +87,7 @@ def test_systemd_understands_the_units(analyze, tmp_path, worker, gpus):
     assert "--key " not in unit.read_text()
 
 
-def test_systemd_understands_the_gateways_unit(analyze, tmp_path):
+def test_systemd_verifies_the_gateway_unit(analyze, tmp_path):
     shown = DEPLOY / "systemd/moesaic-gateway.service"
     command = next(line for line in shown.read_text().splitlines() if line.startswith("ExecStart="))
     cli._parser().parse_args(shlex.split(command.partition(" ")[2]))
@@ -102,11 +102,11 @@ def verify(analyze: str, unit: Path) -> None:
 
 
 def words(quoted: str) -> list[str]:
-    """Read a command as systemd does: shlex knows the same quotes and backslashes."""
+    """Split a command as systemd does; shlex handles the same quotes and backslashes."""
     return [word.replace("$$", "$").replace("%%", "%") for word in shlex.split(quoted)]
 
 
-def test_words_arrive_as_they_were():
+def test_systemd_quoting_preserves_words():
     unit = systemd.files(Plan(NASTY, program="/bin/true"))[systemd.NAME]
     command = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
     assert words(command.removeprefix("ExecStart=")) == ["/bin/true", "worker", *NASTY, "--name", "%H-%i"]
@@ -134,7 +134,7 @@ sys.exit(int(code))
 
 @pytest.fixture
 def script(tmp_path):
-    """Start SLURM's script as SLURM would, over a worker that ends with the given codes one after the other."""
+    """Run SLURM's script with a fake worker that exits with the given codes in turn."""
     started: list[subprocess.Popen[str]] = []
 
     def start(codes: str) -> subprocess.Popen[str]:
@@ -164,17 +164,17 @@ def log(tmp_path: Path) -> list[str]:
     return (tmp_path / "log").read_text().splitlines()
 
 
-def test_slurms_script_starts_a_lost_worker_again(script, tmp_path):
+def test_slurm_script_restarts_a_failed_worker(script, tmp_path):
     assert script("70 1 0").wait(30) == 0
     assert log(tmp_path) == [shlex.join(["worker", *WORKER, "--name", "w-7-1"])] * 3
 
 
-def test_slurms_script_ends_when_the_worker_is_refused(script, tmp_path):
+def test_slurm_script_exits_when_the_worker_is_refused(script, tmp_path):
     assert script("2 0").wait(30) == 2
     assert len(log(tmp_path)) == 1
 
 
-def test_before_its_time_is_up_the_worker_ends_what_it_has(script, tmp_path):
+def test_slurm_script_drains_the_worker_before_the_time_limit(script, tmp_path):
     process = script("drain 0")
     assert process.stdout and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGUSR1)
@@ -182,7 +182,7 @@ def test_before_its_time_is_up_the_worker_ends_what_it_has(script, tmp_path):
     assert log(tmp_path)[1:] == ["drained"]
 
 
-def test_slurms_script_waits_for_a_worker_that_slurm_told_itself(script, tmp_path):
+def test_slurm_script_waits_for_a_terminated_worker(script, tmp_path):
     process = script("drain 0")
     assert process.stdout and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
@@ -194,7 +194,7 @@ def test_slurms_script_waits_for_a_worker_that_slurm_told_itself(script, tmp_pat
     assert log(tmp_path)[1:] == ["drained"]
 
 
-def test_ray_is_asked_for_by_name_where_it_is_missing():
+def test_missing_ray_names_the_extra():
     if importlib.util.find_spec("ray"):
         pytest.skip("Ray is installed here")
     with pytest.raises(NotInstalled, match=r"moesaic\[ray\]"):

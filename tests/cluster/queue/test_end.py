@@ -34,7 +34,7 @@ def test_records_come_in_order(store, held):
         LogRecord(2, -1, b""),
     ],
 )
-def test_a_record_that_does_not_begin_at_the_end_is_not_written(store, held, record):
+def test_record_with_a_gap_is_not_written(store, held, record):
     store.append({held: LogRecord(0, 2, b"ab")})
     assert store.append({held: record}) == {"a": 2}
     assert store.log("a") == [LogRecord(0, 2, b"ab")]
@@ -42,7 +42,7 @@ def test_a_record_that_does_not_begin_at_the_end_is_not_written(store, held, rec
     assert store.check() == "ok"
 
 
-def test_a_log_is_read_from_any_entry(store, held):
+def test_log_is_read_from_any_entry(store, held):
     for start in (0, 2, 4):
         store.append({held: LogRecord(start, 2, b"%d" % start)})
     starts = [[record.start for record in store.log("a", start)] for start in range(8)]
@@ -50,7 +50,7 @@ def test_a_log_is_read_from_any_entry(store, held):
     assert store.log("nobody's") == []
 
 
-def test_many_logs_at_once(store):
+def test_append_to_several_logs(store):
     for n in range(20):
         store.submit(job(f"j{n}"))
     holds = [hold(lease) for lease in store.lease("w", ["m"], 20)]
@@ -70,7 +70,7 @@ def test_the_next_lease_has_the_log(store, held):
 
 
 @pytest.mark.parametrize("state", ["done", "failed"])
-def test_an_end_is_one(store, held, state):
+def test_job_ends_once(store, held, state):
     store.append({held: LogRecord(0, 1, b"x")})
     assert store.finish(held, state, b"result", LogRecord(1, 2, b"yz")) is True
     seen = store.snapshot("a")
@@ -91,14 +91,14 @@ def test_an_end_is_one(store, held, state):
     ("last", "end"),
     [(LogRecord(0, 2, b"ab"), 2), (LogRecord(0, 1, b"a"), 2), (LogRecord(2, 0, b""), 2), (LogRecord(2, 1, b"c"), 3)],
 )
-def test_last_entries_meet_the_end_or_lie_within(store, held, last, end):
+def test_last_record_at_or_before_the_end_is_accepted(store, held, last, end):
     store.append({held: LogRecord(0, 2, b"ab")})
     assert store.finish(held, "done", b"", last)
     assert store.snapshot("a").logged == end
 
 
 @pytest.mark.parametrize("last", [LogRecord(3, 1, b"d"), LogRecord(1, 2, b"bc"), LogRecord(5, 0, b"")])
-def test_other_last_entries_end_nothing(store, held, last):
+def test_last_record_with_a_gap_is_refused(store, held, last):
     store.append({held: LogRecord(0, 2, b"ab")})
     with pytest.raises(ValueError, match="2 entries"):
         store.finish(held, "done", b"", last)
@@ -110,7 +110,7 @@ def test_other_last_entries_end_nothing(store, held, last):
     assert store.finish(held, "done", b"")
 
 
-def test_nobody_ends_what_is_not_theirs(store, held):
+def test_only_the_lease_holder_finishes_a_job(store, held):
     for wrong in (LeaseToken("a", held.fence + 1), LeaseToken("a", held.fence - 1), LeaseToken("nobody's", 1)):
         assert store.finish(wrong, "done", b"") is False
     assert store.snapshot("a").state == "leased"
@@ -130,7 +130,7 @@ def test_cancel(store, held):
     assert store.check() == "ok"
 
 
-def test_a_lease_that_was_taken_away_is_not_told_that_it_is_cancelled(store, held):
+def test_revoked_lease_is_fenced_not_cancelled(store, held):
     store.release([held])
     store.cancel("a")
     assert store.renew([held]) == {"a": "fenced"}

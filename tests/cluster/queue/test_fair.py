@@ -23,19 +23,19 @@ def fill(store: Sync, id: str, count: int, **changes) -> None:
         store.submit(job(f"{id}{n}", tenant=id, **changes))
 
 
-def test_in_order_within_a_tenant(store):
+def test_jobs_of_a_tenant_are_leased_in_order(store):
     fill(store, "a", 20, cost=3)
     assert store.take(20) == [f"a{n}" for n in range(20)]
 
 
-def test_priority_goes_before_all(store):
+def test_priority_precedes_fairness(store):
     fill(store, "a", 3, priority=1)
     fill(store, "b", 3, priority=-1, cost=1000)
     fill(store, "c", 3, model="n", priority=0)
     assert "".join(id[0] for id in store.take(9, models=["m", "n"])) == "bbbcccaaa"
 
 
-def test_who_asks_little_does_not_wait_behind_who_asks_much(store):
+def test_small_tenant_does_not_wait_behind_a_large_one(store):
     fill(store, "a", 100, cost=10)
     fill(store, "b", 3, cost=10)
     assert serve(store, 7).count("b") == 3
@@ -64,7 +64,7 @@ def test_equal_demands_get_equal_shares(place):
     assert sum(got.values()) ** 2 / (10 * sum(each**2 for each in got.values())) > 0.95
 
 
-def test_nobody_pays_for_times_when_they_were_alone(store):
+def test_service_without_competition_is_not_charged(store):
     fill(store, "a", 50, cost=1000)
     serve(store, 50)
     fill(store, "A", 0)
@@ -75,7 +75,7 @@ def test_nobody_pays_for_times_when_they_were_alone(store):
     assert served.count("a") == served.count("b") == 5
 
 
-def test_a_newcomer_does_not_overtake_for_times_when_it_was_away(store):
+def test_idle_tenant_earns_no_credit(store):
     """Having been away gives no credit: both get the same from now on."""
     fill(store, "a", 100, cost=10)
     serve(store, 50)
@@ -84,7 +84,7 @@ def test_a_newcomer_does_not_overtake_for_times_when_it_was_away(store):
     assert 19 <= served.count("b") <= 21
 
 
-def test_who_cancels_is_not_put_off(store):
+def test_cancelled_jobs_are_not_charged(store):
     fill(store, "a", 200, cost=1000)
     fill(store, "b", 40, cost=10)
     for n in range(200):
@@ -93,7 +93,7 @@ def test_who_cancels_is_not_put_off(store):
     assert "a" in serve(store, 3)
 
 
-def test_what_nobody_serves_puts_nobody_off(store):
+def test_unserved_backlog_is_not_charged_elsewhere(store):
     """A backlog of a model, or of a priority, that gets no turn does not count against a tenant elsewhere."""
     fill(store, "a", 100, cost=1000, model="away")
     fill(store, "A", 100, cost=1000, priority=9)
@@ -103,7 +103,7 @@ def test_what_nobody_serves_puts_nobody_off(store):
     assert {"a", "A"} <= set(serve(store, 4))
 
 
-def test_a_busy_model_does_not_put_off_newcomers_in_a_quiet_one(store):
+def test_busy_model_does_not_delay_tenants_of_another(store):
     fill(store, "a", 100, cost=1000, model="busy")
     fill(store, "b", 100, cost=10, model="quiet")
     serve(store, 90, models=("busy",))
@@ -111,7 +111,7 @@ def test_a_busy_model_does_not_put_off_newcomers_in_a_quiet_one(store):
     assert serve(store, 5, models=("quiet",)).count("c") == 2
 
 
-def test_a_worker_with_several_models_shares_itself_among_them(store):
+def test_models_of_a_worker_get_equal_shares(store):
     """Each gets half of the tokens, whatever its jobs cost and however many wait."""
     fill(store, "a", 300, cost=10)
     fill(store, "b", 40, cost=100, model="n")
@@ -122,14 +122,14 @@ def test_a_worker_with_several_models_shares_itself_among_them(store):
     assert served.count("c") in (2, 3)
 
 
-def test_a_batch_is_as_fair_as_one_by_one(store):
+def test_batch_is_as_fair_as_single_leases(store):
     fill(store, "a", 50, cost=10)
     fill(store, "b", 10, cost=50)
     ids = store.take(30)
     assert sum(id[0] == "a" for id in ids) in (24, 25, 26)
 
 
-def test_how_many_go_before(store):
+def test_queue_position(store):
     fill(store, "a", 5, cost=10)
     fill(store, "b", 2, cost=10)
     fill(store, "c", 1, priority=-1)

@@ -74,7 +74,7 @@ def run(store: Sync, sql: str) -> Any:
 
 
 @pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), MemoryError("no more")])
-def test_whichever_statement_fails_nothing_is_half_done(faulty, tmp_path, error):
+def test_failed_statement_leaves_no_partial_operation(faulty, tmp_path, error):
     """For every k, the k-th statement of a transaction fails: what was acknowledged has happened, what failed has not,
     and doing all of it again brings everything to where it should be."""
     faulty.error = error
@@ -120,7 +120,7 @@ def test_whichever_statement_fails_nothing_is_half_done(faulty, tmp_path, error)
     assert any(sum(each) == 1 for each in failures), "a statement that fails takes its operation with it"
 
 
-def test_a_full_disk_is_told_and_outlived(place, tmp_path):
+def test_full_disk_is_reported_and_survived(place, tmp_path):
     if place.name != "sqlite":
         pytest.skip("see test_postgres")
     store = place.open()
@@ -142,7 +142,7 @@ def test_a_full_disk_is_told_and_outlived(place, tmp_path):
     assert store.check() == "ok"
 
 
-def test_a_connection_that_cannot_roll_back_is_made_anew(faulty, file, monkeypatch):
+def test_connection_is_replaced_after_a_failed_rollback(faulty, file, monkeypatch):
     store = file.open()
     store.submit(job("a"))
     execute = faulty.execute
@@ -162,7 +162,7 @@ def test_a_connection_that_cannot_roll_back_is_made_anew(faulty, file, monkeypat
     assert len(broken) == 2
 
 
-def test_a_connection_that_cannot_be_made_is_tried_again(faulty, file, monkeypatch):
+def test_failed_connection_is_retried(faulty, file, monkeypatch):
     store = file.open()
     store.submit(job("a"))
 
@@ -178,7 +178,7 @@ def test_a_connection_that_cannot_be_made_is_tried_again(faulty, file, monkeypat
     assert store.snapshot("a") is not None
 
 
-def test_what_is_committed_is_flushed(file):
+def test_commits_are_flushed(file):
     """Whether it is, only a power cut would show; that it is asked for, the connection says."""
     store = file.open()
     names = ("synchronous", "journal_mode", "locking_mode", "wal_autocheckpoint", "journal_size_limit")
@@ -186,7 +186,7 @@ def test_what_is_committed_is_flushed(file):
     assert found == [2, "wal", "exclusive", 1000, 64 << 20]
 
 
-def test_a_file_has_one_store(file):
+def test_file_is_opened_by_one_store(file):
     first = file.open()
     with pytest.raises(Unavailable, match="in use by another gateway"):
         file.open()
@@ -199,7 +199,7 @@ def test_a_file_has_one_store(file):
     assert file.open().snapshot("a") is not None
 
 
-def test_a_file_that_another_program_has_is_refused(file):
+def test_file_used_by_another_program_is_refused(file):
     file.open().close()
     other = sqlite3.connect(file.where)
     other.execute("BEGIN EXCLUSIVE")
@@ -209,11 +209,11 @@ def test_a_file_that_another_program_has_is_refused(file):
     assert file.open().check() == "ok"
 
 
-def test_a_file_of_another_version_is_refused(file):
+def test_file_of_another_version_is_refused(file):
     store = file.open()
     run(store, "UPDATE store SET version = 99")
     store.close()
-    with pytest.raises(StoreError, match="is of version 99"):
+    with pytest.raises(StoreError, match="has version 99"):
         file.open()
 
 
@@ -227,12 +227,12 @@ def another_database(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (another_database, "holds something else"),
+        (another_database, "is not a job store"),
         (lambda path: path.write_text("a diary\n" * 999), "is damaged"),
         (lambda path: path.mkdir(), "cannot be used"),
     ],
 )
-def test_something_else_is_refused_and_left_alone(file, make, says):
+def test_other_files_are_refused_and_unchanged(file, make, says):
     path = Path(file.where)
     make(path)
     before = path.read_bytes() if path.is_file() else b""
@@ -242,7 +242,7 @@ def test_something_else_is_refused_and_left_alone(file, make, says):
     assert (path.read_bytes() if path.is_file() else b"") == before
 
 
-def test_a_damaged_file_is_refused(file):
+def test_damaged_file_is_refused(file):
     store = file.open()
     for n in range(200):
         store.submit(job(f"j{n}", body=bytes(500)))
@@ -254,7 +254,7 @@ def test_a_damaged_file_is_refused(file):
         file.open()
 
 
-def test_only_its_owner_may_read_it(file):
+def test_file_is_readable_by_its_owner_only(file):
     store = file.open()
     store.submit(job("a"))
     for path in Path(file.where).parent.iterdir():
@@ -267,24 +267,24 @@ MOUNTS = """22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 """
 
 
-def test_what_lies_on_the_network_is_refused(tmp_path):
+def test_network_file_system_is_refused(tmp_path):
     assert _disk.file_system_type(os.makedev(254, 0), MOUNTS) == "ext4"
     assert _disk.file_system_type(os.makedev(0, 26), MOUNTS) == "nfs4"
     assert _disk.file_system_type(os.makedev(0, 27), MOUNTS) == _disk.file_system_type(os.makedev(9, 9), MOUNTS) == ""
     device = tmp_path.stat().st_dev
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTS.replace("254:0", "9:9").replace("0:26", f"{os.major(device)}:{os.minor(device)}"))
-    with pytest.raises(StoreError, match="lies on nfs4"):
+    with pytest.raises(StoreError, match="network file system nfs4"):
         _disk.refuse_network_disk(tmp_path, mounts)
     _disk.refuse_network_disk(tmp_path, tmp_path / "nothing")
     _disk.refuse_network_disk(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["", "mysql://somewhere/jobs"])
-def test_other_addresses_are_refused(file, where):
+def test_invalid_addresses_are_refused(file, where):
     with pytest.raises(InvalidParameter):
         file.loop.run_until_complete(open_store(where, StoreLimits()))
 
 
-def test_refusals_are_of_one_tree():
+def test_errors_are_moesaic_errors():
     assert all(issubclass(each, MoesaicError) for each in (StoreError, StorageFull, Unavailable))

@@ -56,7 +56,7 @@ def test_killed_before_every_statement_and_after_every_commit(tmp_path):
         place.close()
 
 
-def test_killed_at_random_again_and_again(tmp_path):
+def test_repeated_random_kills_lose_nothing(tmp_path):
     """One file outlives many gateways; the jobs of each are taken up by the next."""
     draw = random.Random(7)
     where = str(tmp_path / "jobs.db")
@@ -86,7 +86,7 @@ def test_killed_at_random_again_and_again(tmp_path):
 
 
 @pytest.mark.parametrize("gateways", [2])
-def test_postgres_killed_under_several_gateways(server: Server, database, gateways):
+def test_postgres_crash_under_several_gateways(server: Server, database, gateways):
     """The server goes down at once, twice, and comes back; gateways are killed too. Nothing acknowledged is lost."""
     draw = random.Random(11)
     submitted: set[str] = set()
@@ -113,7 +113,7 @@ def test_postgres_killed_under_several_gateways(server: Server, database, gatewa
     all_there(database.open(), submitted, done)
 
 
-def test_a_file_has_one_gateway(tmp_path: Path):
+def test_file_is_opened_by_one_gateway(tmp_path: Path):
     """Also between processes; and it is free again once its gateway is dead."""
     where = str(tmp_path / "jobs.db")
     with start(where, "--jobs", "99999") as first:

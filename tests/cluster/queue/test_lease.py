@@ -9,7 +9,7 @@ from moesaic.errors import InvalidParameter
 from tests.support.stores import hold, job
 
 
-def test_a_lease_has_the_whole_job(store):
+def test_lease_contains_the_job(store):
     whole = job("a", tenant="t", cost=3, priority=2, idempotency_key="n", digest="d")
     store.submit(whole)
     [lease] = store.lease("w", ["m"], 5)
@@ -19,7 +19,7 @@ def test_a_lease_has_the_whole_job(store):
     assert store.depths() == {"m": QueueDepth(leased=1)}
 
 
-def test_only_what_a_worker_offers_and_can_take(store):
+def test_lease_respects_models_and_limit(store):
     for n in range(5):
         store.submit(job(f"a{n}"))
         store.submit(job(f"b{n}", model="n"))
@@ -33,7 +33,7 @@ def test_only_what_a_worker_offers_and_can_take(store):
         store.take(worker="\0")
 
 
-def test_nobody_leases_what_is_leased(store):
+def test_leased_job_is_not_leased_again(store):
     for n in range(50):
         store.submit(job(f"j{n}"))
     found = store.all(*(store.store.lease(f"w{n}", ["m"], 7) for n in range(10)))
@@ -52,7 +52,7 @@ def test_fences_grow(store):
     assert store.snapshot("a").attempts == 4
 
 
-def test_renew_says_what_holds(store):
+def test_renew_reports_the_state_of_each_lease(store):
     for id in "abcd":
         store.submit(job(id))
     a, b, c, d = (hold(lease) for lease in store.lease("w", ["m"], 4))
@@ -66,7 +66,7 @@ def test_renew_says_what_holds(store):
     assert store.renew([]) == {}
 
 
-def test_beats_rise_with_every_sign_of_life(store):
+def test_heartbeat_rises_with_each_call(store):
     store.submit(job("a"))
     [lease] = store.lease("w", ["m"], 1)
     found = [store.active_leases()]
@@ -87,7 +87,7 @@ def test_beats_rise_with_every_sign_of_life(store):
     assert store.active_leases()[0].heartbeat > numbers[-1]
 
 
-def test_only_live_leases_have_beats(store):
+def test_active_leases_lists_live_leases_only(store):
     for id in "abcd":
         store.submit(job(id))
     leases = [hold(lease) for lease in store.lease("w", ["m"], 3)]
@@ -96,7 +96,7 @@ def test_only_live_leases_have_beats(store):
     assert [beat.lease_token for beat in store.active_leases()] == [leases[2]]
 
 
-def test_what_is_released_goes_first_and_is_not_blamed(store):
+def test_released_job_goes_first_without_a_crash(store):
     for n in range(6):
         store.submit(job(f"j{n}"))
     leases = store.lease("w", ["m"], 3)
@@ -108,7 +108,7 @@ def test_what_is_released_goes_first_and_is_not_blamed(store):
     store.release([])
 
 
-def test_a_stale_hold_does_nothing(store):
+def test_stale_lease_writes_nothing(store):
     """The one guard that everything else rests on: after a lease was taken away, its holder writes nothing."""
     store.submit(job("a"))
     [first] = store.lease("one", ["m"], 1)
@@ -131,7 +131,7 @@ def test_a_stale_hold_does_nothing(store):
     assert (store.snapshot("a").result, store.log("a")[-1].blob) == (b"fresh", b"u")
 
 
-def test_two_stores_see_the_same(place):
+def test_two_stores_share_their_state(place):
     """Where the kind of store allows it."""
     if place.name == "sqlite":
         pytest.skip("one gateway only")

@@ -19,7 +19,7 @@ def fill(store: Sync, count: int, **changes) -> list[str]:
     return ids
 
 
-def test_what_is_lost_together_comes_back_in_halves(store):
+def test_jobs_that_expire_together_are_split_in_halves(store):
     ids = fill(store, 5)
     store.take(5)
     assert expire(store, *ids) == []
@@ -33,7 +33,7 @@ def test_what_is_lost_together_comes_back_in_halves(store):
     assert store.check() == "ok"
 
 
-def test_a_group_is_parted_if_it_is_too_large(store):
+def test_large_suspect_group_is_leased_in_parts(store):
     fill(store, 8)
     store.take(8)
     expire(store, *(f"j{n}" for n in range(8)))
@@ -42,7 +42,7 @@ def test_a_group_is_parted_if_it_is_too_large(store):
     assert store.take(3, suspects=True) == ["j4", "j5", "j6"]
 
 
-def test_suspects_are_for_workers_that_offer_their_model(store):
+def test_suspects_respect_models(store):
     fill(store, 2)
     store.submit(job("k", model="n"))
     store.take(9, models=["m", "n"])
@@ -51,7 +51,7 @@ def test_suspects_are_for_workers_that_offer_their_model(store):
     assert store.take(9, models=["m"], suspects=True) == ["j0", "j1"]
 
 
-def test_a_suspect_that_is_given_back_stays_one(store):
+def test_released_suspect_stays_a_suspect(store):
     fill(store, 2)
     store.take(2)
     expire(store, "j0", "j1")
@@ -62,7 +62,7 @@ def test_a_suspect_that_is_given_back_stays_one(store):
     assert store.snapshot("j0").crashes == 1
 
 
-def test_a_suspect_that_ends_well_is_done(store):
+def test_suspect_can_finish(store):
     fill(store, 1)
     store.take()
     expire(store, "j0")
@@ -71,7 +71,7 @@ def test_a_suspect_that_ends_well_is_done(store):
     assert (store.snapshot("j0").state, store.snapshot("j0").crashes) == ("done", 1)
 
 
-def test_who_has_shown_life_since_is_not_lost(store):
+def test_lease_with_a_newer_heartbeat_does_not_expire(store):
     ids = fill(store, 3)
     holds = [hold(lease) for lease in store.lease("w", ["m"], 3)]
     active_leases = store.active_leases()
@@ -84,7 +84,7 @@ def test_who_has_shown_life_since_is_not_lost(store):
     assert store.expire([]) == []
 
 
-def test_one_that_is_lost_alone_too_often_is_dead(place):
+def test_job_is_dead_at_the_crash_limit(place):
     store = place.open(StoreLimits(crashes=3))
     store.submit(job("a", idempotency_key="n"))
     for crashes in (1, 2):
@@ -101,7 +101,7 @@ def test_one_that_is_lost_alone_too_often_is_dead(place):
     assert store.check() == "ok"
 
 
-def test_what_was_lost_by_the_network_s_doing_is_absolved(store):
+def test_crash_by_the_network_is_forgiven(store):
     fill(store, 3)
     holds = [hold(lease) for lease in store.lease("w", ["m"], 3)]
     store.forgive_crash(holds)  # none is lost yet
@@ -122,7 +122,7 @@ def test_what_was_lost_by_the_network_s_doing_is_absolved(store):
 
 
 @pytest.mark.parametrize("poison", [0, 17, 63])
-def test_one_poison_among_64_is_found_in_seven_crashes(store, poison):
+def test_one_poison_job_of_64_is_found_in_7_crashes(store, poison):
     """And the 63 others are done."""
     fill(store, 64)
     dead, crashes = [], 0
@@ -137,7 +137,7 @@ def test_one_poison_among_64_is_found_in_seven_crashes(store, poison):
     assert len(store.list_jobs("done")) == 63
 
 
-def test_a_dead_job_can_be_queued_again(place):
+def test_dead_job_can_be_revived(place):
     store = place.open(StoreLimits(crashes=1))
     store.submit(job("a", idempotency_key="n"))
     for n in range(3):

@@ -295,10 +295,10 @@ def run(place: object, sequences: int) -> None:
 
 
 @pytest.mark.parametrize("sequences", sizes(50, SEQUENCES))
-def test_sqlite_does_as_the_model(files, sequences):
+def test_sqlite_matches_the_model(files, sequences):
     run(files, sequences)
 
 
 @pytest.mark.parametrize("sequences", sizes(5, max(SEQUENCES // 16, 1)))
-def test_postgres_does_as_the_model(database, sequences):
+def test_postgres_matches_the_model(database, sequences):
     run(Databases(database), sequences)

@@ -55,7 +55,7 @@ def test_gateways_never_share_a_job(database):
     assert store.check() == "ok"
 
 
-def test_names_and_bounds_hold_among_gateways(database):
+def test_keys_and_limits_hold_across_gateways(database):
     bounds = StoreLimits(queued_per_tenant=5)
     stores = [database.open(bounds).store for _ in range(3)]
     one = database.open(bounds)
@@ -66,7 +66,7 @@ def test_names_and_bounds_hold_among_gateways(database):
     assert one.check() == "ok"
 
 
-def test_gateways_hear_of_each_other(database):
+def test_gateways_notify_each_other(database):
     one, other = database.open(), database.open()
     told: list[str] = []
     own: list[str] = []
@@ -81,7 +81,7 @@ def test_gateways_hear_of_each_other(database):
     assert sorted(each for each in own if each) == sorted(ids), "what one did oneself is told once"
 
 
-def test_a_row_that_somebody_else_has_locked_is_passed_over(database):
+def test_locked_row_is_skipped(database):
     store = database.open()
     for n in range(3):
         store.submit(job(f"j{n}"))
@@ -99,7 +99,7 @@ def test_a_row_that_somebody_else_has_locked_is_passed_over(database):
     assert store.take(9) == ["j0"]
 
 
-def test_a_gateway_that_stands_still_does_not_stop_the_others(database, monkeypatch):
+def test_hanging_gateway_does_not_block_others(database, monkeypatch):
     monkeypatch.setitem(postgres._SETTINGS, "idle_in_transaction_session_timeout", "500ms")
     one, other = database.open(), database.open()
     one.submit(job("a"))
@@ -110,7 +110,7 @@ def test_a_gateway_that_stands_still_does_not_stop_the_others(database, monkeypa
     assert one.check() == "ok"
 
 
-def test_a_server_that_goes_away_and_comes_back(server, database):
+def test_server_restart_is_survived(server, database):
     one, other = database.open(), database.open()
     told: list[str] = []
     one.listen(told.extend)
@@ -142,7 +142,7 @@ def test_a_server_that_goes_away_and_comes_back(server, database):
     sooner_or_later(one, heard)
 
 
-def test_a_connection_that_ends_in_the_middle(database):
+def test_connection_lost_in_a_transaction(database):
     """Whatever was not acknowledged is safe to repeat."""
     store = database.open()
     end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'moesaic'"
@@ -177,7 +177,7 @@ AT_COMMIT = """CREATE CONSTRAINT TRIGGER no AFTER INSERT ON moesaic.jobs DEFERRA
 
 
 @pytest.mark.parametrize("when", [AT_ONCE, AT_COMMIT], ids=["statement", "commit"])
-def test_a_full_disk_is_told_and_outlived(server, database, when):
+def test_full_disk_is_reported_and_survived(server, database, when):
     """Where a statement fails, its operation fails; where the commit does, all of them do."""
     store = database.open()
     server.sql(RAISE, database.database)
@@ -194,7 +194,7 @@ def test_a_full_disk_is_told_and_outlived(server, database, when):
     assert store.check() == "ok"
 
 
-def test_what_is_committed_is_flushed(database):
+def test_commits_are_flushed(database):
     """Whether it is, only a power cut would show; that it is asked for, the connection says."""
     store = database.open()
     ask = store.store._connection.fetchval
@@ -203,27 +203,27 @@ def test_what_is_committed_is_flushed(database):
     assert found == ["on", "10s", "10s", "5s"]
 
 
-def test_a_database_of_another_version_is_refused(server, database):
+def test_database_of_another_version_is_refused(server, database):
     database.open().close()
     server.sql("UPDATE moesaic.store SET version = 99", database.database)
-    with pytest.raises(StoreError, match="is of version 99"):
+    with pytest.raises(StoreError, match="has version 99"):
         database.open()
 
 
-def test_a_database_in_another_encoding_is_refused(server, database):
+def test_database_in_another_encoding_is_refused(server, database):
     server.sql("CREATE DATABASE odd ENCODING 'SQL_ASCII' TEMPLATE template0")
     with pytest.raises(StoreError, match="not in UTF8"):
         database.loop.run_until_complete(open_store(server.address("odd"), StoreLimits()))
 
 
-def test_a_user_who_may_not_make_tables_is_told(server, database):
+def test_missing_permission_is_reported(server, database):
     server.sql("CREATE ROLE weak LOGIN")
     where = database.where.replace("tests@", "weak@")
-    with pytest.raises(StoreError, match="allows too little"):
+    with pytest.raises(StoreError, match="a permission is missing"):
         database.loop.run_until_complete(open_store(where, StoreLimits()))
 
 
-def test_a_schema_that_is_there_is_enough(server, database):
+def test_existing_schema_is_used(server, database):
     server.sql("CREATE ROLE modest LOGIN")
     server.sql("CREATE SCHEMA moesaic AUTHORIZATION modest", database.database)
     where = database.where.replace("tests@", "modest@")
@@ -232,7 +232,7 @@ def test_a_schema_that_is_there_is_enough(server, database):
     store.close()
 
 
-def test_gateways_that_start_together_make_one_store(database):
+def test_concurrent_starts_create_one_store(database):
     async def several() -> list[Any]:
         return await asyncio.gather(*(open_store(database.where, StoreLimits()) for _ in range(5)))
 
@@ -244,6 +244,6 @@ def test_gateways_that_start_together_make_one_store(database):
         store.close()
 
 
-def test_nobody_there(database):
+def test_unreachable_server(database):
     with pytest.raises(Unavailable):
         database.loop.run_until_complete(open_store("postgresql://tests@/x?host=/nowhere", StoreLimits()))

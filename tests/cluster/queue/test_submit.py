@@ -11,7 +11,7 @@ from tests.support.stores import hold, job
 WHOLE = Job("a", "m", "generate", b"\x00\xff body", "tenant", 7, -3, "name", "digest")
 
 
-def test_what_is_submitted_is_there(store):
+def test_submitted_job_is_stored(store):
     assert store.submit(WHOLE) == "a"
     seen = store.snapshot("a")
     assert (seen.job, seen.state) == (WHOLE, "queued")
@@ -19,14 +19,14 @@ def test_what_is_submitted_is_there(store):
     assert store.check() == "ok"
 
 
-def test_what_is_submitted_is_there_in_the_next_store(place):
+def test_submitted_job_survives_a_restart(place):
     first = place.open()
     first.submit(WHOLE)
     first.close()
     assert place.open().snapshot("a").job == WHOLE
 
 
-def test_the_same_id_again_is_the_same_job(store):
+def test_repeated_id_returns_the_same_job(store):
     """Whoever got no answer asks again."""
     assert [store.submit(WHOLE), store.submit(WHOLE)] == ["a", "a"]
     with pytest.raises(Conflict):
@@ -34,7 +34,7 @@ def test_the_same_id_again_is_the_same_job(store):
     assert store.depths() == {"m": QueueDepth(queued=1, cost=7)}
 
 
-def test_the_same_name_again_is_the_same_job(store):
+def test_repeated_idempotency_key_returns_the_same_job(store):
     assert store.submit(job("a", tenant="t", idempotency_key="n", digest="d")) == "a"
     assert store.submit(job("b", tenant="t", idempotency_key="n", digest="d")) == "a"
     assert store.snapshot("b") is None
@@ -42,27 +42,27 @@ def test_the_same_name_again_is_the_same_job(store):
         store.submit(job("c", tenant="t", idempotency_key="n", digest="e"))
 
 
-def test_names_belong_to_tenants(store):
+def test_idempotency_keys_are_per_tenant(store):
     assert store.submit(job("a", tenant="t", idempotency_key="n", digest="d")) == "a"
     assert store.submit(job("b", tenant="u", idempotency_key="n", digest="e")) == "b"
     assert store.submit(job("c", tenant="t", idempotency_key="", digest="e")) == "c"
     assert store.submit(job("d", tenant="t", idempotency_key="", digest="f")) == "d"
 
 
-def test_many_at_once_under_one_name_are_one_job(store):
+def test_concurrent_submits_with_one_key_are_one_job(store):
     ids = store.all(*(store.store.submit(job(f"j{n}", tenant="t", idempotency_key="n")) for n in range(1000)))
     assert len(set(ids)) == 1
     assert store.depths()["m"].queued == 1
 
 
-def test_a_name_that_ended_is_still_known(store):
+def test_idempotency_key_outlives_its_job(store):
     store.submit(job("a", idempotency_key="n"))
     [lease] = store.lease("w", ["m"], 1)
     store.finish(hold(lease), "done", b"")
     assert store.submit(job("b", idempotency_key="n")) == "a"
 
 
-def test_a_tenant_has_its_bound(place):
+def test_tenant_limit(place):
     store = place.open(StoreLimits(queued_per_tenant=2))
     store.submit(job("a", tenant="t"))
     store.submit(job("b", tenant="t", priority=5))
@@ -76,7 +76,7 @@ def test_a_tenant_has_its_bound(place):
 
 
 @pytest.mark.parametrize("bounds", [StoreLimits(queued=2), StoreLimits(queued_cost=20)])
-def test_all_together_have_a_bound(place, bounds):
+def test_global_limits(place, bounds):
     store = place.open(bounds)
     store.submit(job("a", tenant="t", cost=10))
     store.submit(job("b", tenant="u", cost=10, model="other"))
@@ -100,7 +100,7 @@ def test_all_together_have_a_bound(place, bounds):
         {"priority": -(2**63)},
     ],
 )
-def test_what_cannot_be_stored_is_refused(store, change):
+def test_unstorable_values_are_refused(store, change):
     with pytest.raises(InvalidParameter):
         store.submit(job(**{"id": "a", **change}))
     assert store.depths() == {}
@@ -116,7 +116,7 @@ def test_text_and_bytes_of_every_kind(store):
     assert store.snapshot("a").worker == text
 
 
-def test_ids_that_cannot_be_are_not_there(store):
+def test_unstorable_ids_are_unknown(store):
     for id in ("", "a\0", "\ud800"):
         assert store.snapshot(id) is None
         assert store.cancel(id) is None

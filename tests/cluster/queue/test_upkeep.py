@@ -22,7 +22,7 @@ def ticks(store: Sync, count: int) -> None:
         now = store.tick(now)
 
 
-def test_ticks_count_once_for_all(store):
+def test_tick_advances_once_for_all_gateways(store):
     now = store.tick(-1)
     assert store.tick(-1) == now
     assert store.tick(now) == now + 1
@@ -30,14 +30,14 @@ def test_ticks_count_once_for_all(store):
     assert store.tick(now + 1) == now + 2
 
 
-def test_ticks_go_on_in_the_next_store(place):
+def test_ticks_survive_a_restart(place):
     first = place.open()
     ticks(first, 5)
     first.close()
     assert place.open().tick(-1) == 5
 
 
-def test_what_ended_is_kept_so_many_ticks(place):
+def test_ended_job_is_kept_for_its_retention(place):
     store = place.open(StoreLimits(retention_ticks=3, idempotency_ticks=5))
     end(store, "a", idempotency_key="n", digest="d")
     store.submit(job("waits"))
@@ -55,7 +55,7 @@ def test_what_ended_is_kept_so_many_ticks(place):
     assert store.check() == "ok"
 
 
-def test_only_so_many_are_kept_and_the_oldest_go_first(place):
+def test_oldest_ended_jobs_are_dropped_first(place):
     store = place.open(StoreLimits(max_ended=700))
     ids = [f"j{n}" for n in range(1300)]
     store.all(*(store.store.submit(job(id)) for id in ids))
@@ -67,7 +67,7 @@ def test_only_so_many_are_kept_and_the_oldest_go_first(place):
     assert store.check() == "ok"
 
 
-def test_what_waits_and_runs_is_kept_whatever_time_passes(place):
+def test_active_jobs_are_never_dropped(place):
     store = place.open(StoreLimits(retention_ticks=1, idempotency_ticks=1, max_ended=0))
     store.submit(job("a", idempotency_key="n"))
     store.submit(job("b", idempotency_key="o"))
@@ -79,7 +79,7 @@ def test_what_waits_and_runs_is_kept_whatever_time_passes(place):
     assert store.take() == ["b"]
 
 
-def test_a_dead_job_that_is_revived_is_not_dropped(place):
+def test_revived_job_is_not_dropped(place):
     store = place.open(StoreLimits(crashes=1, retention_ticks=3, idempotency_ticks=3))
     store.submit(job("a", idempotency_key="n"))
     store.take()
@@ -91,7 +91,7 @@ def test_a_dead_job_that_is_revived_is_not_dropped(place):
     assert store.submit(job("b", idempotency_key="n")) == "a"
 
 
-def test_what_matters_no_more_leaves_nothing_behind(place):
+def test_idle_tenants_and_models_are_deleted(place):
     """Tenants and models that are gone do not fill the tables; those that count are not forgotten."""
     store = place.open()
     for n in range(20):
@@ -111,7 +111,7 @@ def test_depths_count_by_model(store):
     assert store.depths() == {"m": QueueDepth(queued=2, leased=3, cost=6), "n": QueueDepth(queued=5, cost=5)}
 
 
-def test_lists_are_newest_first_and_light(store):
+def test_lists_are_newest_first_without_bodies(store):
     for n in range(9):
         store.submit(job(f"j{n}", tenant="t", cost=4))
     store.take(4)
@@ -123,7 +123,7 @@ def test_lists_are_newest_first_and_light(store):
     assert store.list_jobs("dead") == []
 
 
-def test_news_tell_what_changed(place):
+def test_listeners_get_changes(place):
     store = place.open(StoreLimits(crashes=1))
     told: set[str] = set()
 
@@ -156,7 +156,7 @@ def test_news_tell_what_changed(place):
     assert news() == set()
 
 
-def test_a_closed_store_says_so(store):
+def test_closed_store_raises(store):
     waiting = [store.store.submit(job(f"j{n}")) for n in range(20)]
     found = store.all(*waiting, store.store.close())
     assert found == [f"j{n}" for n in range(20)] + [None]
@@ -165,7 +165,7 @@ def test_a_closed_store_says_so(store):
         store.submit(job("a"))
 
 
-def test_one_that_fails_does_not_take_the_others_with_it(store):
+def test_failed_operation_does_not_affect_others(store):
     """Operations share a transaction, and nothing else."""
     store.submit(job("a", idempotency_key="n", digest="d"))
     leases = store.lease("w", ["m"], 1)

@@ -75,7 +75,7 @@ def test_workers_and_queues_are_refreshed(open_page: Open, here: Site) -> None:
     row(page, "Workers", "rack/w0").get_by_text("0 of 2").wait_for()
 
 
-def test_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
+def test_worker_is_drained_and_banned(open_page: Open, here: Site) -> None:
     worker = here.spawn("w0")
     page = open_page()
     page.get_by_role("button", name="Drain rack/w0").click()
@@ -84,13 +84,13 @@ def test_worker_is_drained_and_dismissed(open_page: Open, here: Site) -> None:
     page.get_by_role("button", name="Resume rack/w0").press("Enter")  # by keyboard
     row(page, "Workers", "rack/w0").get_by_text("working").wait_for()
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Drain rack/w0"
-    page.get_by_role("button", name="Dismiss rack/w0").click()
+    page.get_by_role("button", name="Ban rack/w0").click()
     page.get_by_role("button", name="Cancel").click()
     assert here.gateway.workers.banned == set()
-    page.get_by_role("button", name="Dismiss rack/w0").click()
+    page.get_by_role("button", name="Ban rack/w0").click()
     page.locator("#sure-yes").click()
-    row(page, "Workers", "rack/w0").get_by_text("dismissed").wait_for()
-    # Otherwise the worker does not know that it was dismissed, and connects again.
+    row(page, "Workers", "rack/w0").get_by_text("banned").wait_for()
+    # Otherwise the worker does not know that it was banned, and connects again.
     eventually(lambda: not Path(f"/proc/{worker}").exists())
     page.get_by_role("button", name="Resume rack/w0").click()
     page.get_by_text("No workers are connected.").wait_for()
@@ -136,10 +136,10 @@ def test_admin_key_is_requested_and_separate_from_the_chat(open_page: Open, here
 def test_hostile_worker_loads_and_runs_nothing(open_page: Open, here: Site) -> None:
     evil = "<img src=//evil.example/x onerror=window.ran=1><script>window.ran=2</script>"
     cards = [{"name": evil}]
-    body = {"name": evil, "cards": cards, "about": {evil: evil}}
+    body = {"name": evil, "models": cards, "about": {evil: evil}}
     page = open_page()
     state(page, "accepting requests")
-    assert here.call("POST", "/worker/enlist", body, key="rack").status_code == 200
+    assert here.call("POST", "/worker/register", body, key="rack").status_code == 200
     row(page, "Workers", evil).first.wait_for()
     row(page, "Queues", evil).wait_for()
     assert page.locator("main img, main script").count() == 0 and page.evaluate("window.ran") is None
