@@ -74,7 +74,7 @@ class LLM(AbstractContextManager["LLM"]):
         model: str | Path | None = None,
         *,
         dtype: str = "auto",
-        format: str | None = None,
+        format: str | None = None,  # noqa: A002  # a public name
         device: str = "cpu",
         context: int | None = None,
         cache_tokens: int | None = None,

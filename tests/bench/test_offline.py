@@ -89,9 +89,9 @@ def test_suggested_options_fit() -> None:
         geometry.check("mixtral-8x7b", 25, "q4", "bfloat16", 8192, 22 * 10**9)
 
 
-@pytest.mark.parametrize("format", ["q2", "q4", "bfloat16"])
-def test_weights_are_random_and_distinct(format: str) -> None:
-    model = geometry.build(TINY | {"num_hidden_layers": 2}, "tiny", format, "bfloat16").model
+@pytest.mark.parametrize("weight_format", ["q2", "q4", "bfloat16"])
+def test_weights_are_random_and_distinct(weight_format: str) -> None:
+    model = geometry.build(TINY | {"num_hidden_layers": 2}, "tiny", weight_format, "bfloat16").model
     weights = [module for module in model.modules() if isinstance(module, Packed)]
     plain = [weight.dequantize() for weight in weights]
     for weight in plain[1:]:  # the first is the embedding
@@ -106,13 +106,13 @@ def test_weights_are_random_and_distinct(format: str) -> None:
     assert all(bool((norm == 1).all()) for norm in norms) and len(norms) == 5
 
 
-@pytest.mark.parametrize(("format", "batch"), [("q2", 1), ("bfloat16", 3)])
-def test_figures_of_a_random_model(tiny: str, format: str, batch: int) -> None:
+@pytest.mark.parametrize(("weight_format", "batch"), [("q2", 1), ("bfloat16", 3)])
+def test_figures_of_a_random_model(tiny: str, weight_format: str, batch: int) -> None:
     torch.manual_seed(0)
     work = Work(prompt=40, tokens=24, batch=batch)
     seen: list[tuple[int, int]] = []
     results = offline.run(
-        None, Options(tiny, format=format), work, progress=lambda *step: seen.append(step), buffer=0.01
+        None, Options(tiny, format=weight_format), work, progress=lambda *step: seen.append(step), buffer=0.01
     )
     json.dumps(results)
     assert seen[-1] == (results["model"]["weight_bytes"],) * 2
@@ -122,9 +122,9 @@ def test_figures_of_a_random_model(tiny: str, format: str, batch: int) -> None:
     assert 0 < results["speed"]["decode_tokens"] <= batch * (work.generated - 1)
     # In 24 layers of a random router, choices spread.
     assert 2 <= reads["experts_per_layer"] <= 2 * batch and reads["busiest_share"] < 0.5
-    per_expert = model_bytes(format)["experts"] / 24 / 8
+    per_expert = model_bytes(weight_format)["experts"] / 24 / 8
     assert reads["experts"] == pytest.approx(24 * reads["experts_per_layer"] * per_expert, abs=1)
-    assert reads["dense"] == model_bytes(format)["dense"]
+    assert reads["dense"] == model_bytes(weight_format)["dense"]
     assert reads["cache"] == batch * (40 + work.generated // 2) * 24 * 2 * 2 * 64 * 2
     text = "\n".join(offline.lines(results))
     assert "24 layers" in text and "tokens/s" in text and "experts" in text
@@ -136,9 +136,9 @@ def test_decode_speed_counts_only_while_all_answers_run() -> None:
     assert speed == offline.Speed(0.5, 2 * 40 / 1.0, 3 / 1.5, 3, (1.0 + 0.75) / 2, 7)
 
 
-def model_bytes(format: str) -> dict[str, int]:
+def model_bytes(weight_format: str) -> dict[str, int]:
     """Return the bytes of the experts, and of everything that every token needs."""
-    model = geometry.build(TINY, "tiny", format, "bfloat16").model
+    model = geometry.build(TINY, "tiny", weight_format, "bfloat16").model
     stacks = sum(part.nbytes for each in model.modules() if isinstance(each, Experts) for part in each.parameters())
     embedding = sum(part.nbytes for part in model.embed.parameters())
     return {"experts": stacks, "dense": sum(part.nbytes for part in model.parameters()) - stacks - embedding}

@@ -179,8 +179,8 @@ def test_our_step_equals_a_whole_prompt(work: Path) -> None:
     peer.fill([prompt, prompt, prompt])
     peer.begin(3, 2)
     stepped = peer._run([[5], [6], [7]], len(prompt))
-    for row, id in enumerate((5, 6, 7)):
-        torch.testing.assert_close(stepped[row], peer._prompt([*prompt, id]), rtol=0.02, atol=0.02)
+    for row, job_id in enumerate((5, 6, 7)):
+        torch.testing.assert_close(stepped[row], peer._prompt([*prompt, job_id]), rtol=0.02, atol=0.02)
 
 
 def test_gguf_rows_are_interleaved_and_experts_stacked(work: Path) -> None:

@@ -112,20 +112,20 @@ def test_banned_worker_is_replaced_by_another(here: Site) -> None:
 
 
 def test_dead_job_can_be_inspected_and_revived(here: Site) -> None:
-    id = dead(here, once="again")
-    shown = here.get(f"jobs/{id}")
+    job_id = dead(here, once="again")
+    shown = here.get(f"jobs/{job_id}")
     assert shown["job"]["state"] == "dead" and shown["job"]["crashes"] == 1 and "request" not in shown
-    assert here.get(f"jobs/{id}?request=true")["request"]["prompt"] == "EXIT"
+    assert here.get(f"jobs/{job_id}?request=true")["request"]["prompt"] == "EXIT"
     assert "every worker that ran" in here.ask("EXIT", once="again").text  # whoever asks again is told the same
-    here.ok("POST", f"jobs/{id}/revive")
-    eventually(lambda: here.get(f"jobs/{id}")["job"]["state"] == "queued")
-    assert here.call("POST", f"/admin/jobs/{id}/revive").status_code == 409
+    here.ok("POST", f"jobs/{job_id}/revive")
+    eventually(lambda: here.get(f"jobs/{job_id}")["job"]["state"] == "queued")
+    assert here.call("POST", f"/admin/jobs/{job_id}/revive").status_code == 409
     waiting = here.asking("EXIT", once="again")  # now it waits for another end
-    eventually(lambda: id in here.gateway.jobs.jobs and here.gateway.jobs.jobs[id].readers == 1)
-    assert here.ok("DELETE", f"jobs/{id}") == {"name": id, "state": "cancelled"}
+    eventually(lambda: job_id in here.gateway.jobs.jobs and here.gateway.jobs.jobs[job_id].readers == 1)
+    assert here.ok("DELETE", f"jobs/{job_id}") == {"name": job_id, "state": "cancelled"}
     assert waiting().status_code == 499
     assert here.call("POST", "/admin/jobs/none/revive").status_code == 404
-    assert here.call("GET", f"/admin/jobs/{id}?request=true").status_code == 409
+    assert here.call("GET", f"/admin/jobs/{job_id}?request=true").status_code == 409
 
 
 def test_admin_can_cancel_any_job(here: Site) -> None:
@@ -174,7 +174,7 @@ def test_invalid_job_queries_are_refused(here: Site, query: str) -> None:
 
 
 def test_admin_command(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    id = dead(here)
+    job_id = dead(here)
     here.spawn("w2")
     assert admin(here, "status") == 0
     assert re.search(r"^state +serving$", capsys.readouterr().out, re.M)
@@ -183,13 +183,13 @@ def test_admin_command(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert head.split() == ["NAME", "STATE", "MODELS", "JOBS", "SINCE", "HEARD", "ABOUT"]
     assert row.split()[:4] == ["rack/w2", "working", "fake", "0/2"]
     assert admin(here, "queues") == 0 and "fake" in capsys.readouterr().out
-    assert admin(here, "dead") == 0 and id in capsys.readouterr().out
+    assert admin(here, "dead") == 0 and job_id in capsys.readouterr().out
     assert admin(here, "jobs", "done", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"state": "done", "jobs": []}
-    assert admin(here, "job", id, "--request") == 0 and "EXIT" in capsys.readouterr().out
+    assert admin(here, "job", job_id, "--request") == 0 and "EXIT" in capsys.readouterr().out
     assert admin(here, "drain", "rack/w2") == 0 and "drained" in capsys.readouterr().out
     assert here.gateway.workers.sessions["rack/w2"].drained
-    assert admin(here, "revive", id) == 0 and admin(here, "cancel", id) == 0
+    assert admin(here, "revive", job_id) == 0 and admin(here, "cancel", job_id) == 0
     assert admin(here, "ban", "rack/w2") == 0
     capsys.readouterr()
     assert admin(here, "workers") == 0

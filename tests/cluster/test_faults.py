@@ -263,8 +263,8 @@ def test_small_tenant_does_not_wait_behind_large_backlog(tmp_path):
             waits.append(place - before)
             assert len(hand.backend.requests) < 300, "there was nobody to wait for any more"
         assert max(waits) <= 4 * slots, waits
-        for id in asked:
-            found.do(found.gateway.cancel(id, "anna"))
+        for job_id in asked:
+            found.do(found.gateway.cancel(job_id, "anna"))
 
 
 def _ask(prompt: str, tenant: str) -> Any:

@@ -189,10 +189,10 @@ def test_abandoned_job_is_cancelled_unless_shared(tmp_path, shared, monkeypatch)
             found.store.shared = shared
             following = await found.generate(replace(REQUEST, idempotency_key="k"))
             following.cancel()
-            [id] = found.jobs.jobs
+            [job_id] = found.jobs.jobs
             await found.jobs.sweep()
             await asyncio.sleep(0.1)
-            assert (await look(found, LeaseToken(id, 0))).state == ("queued" if shared else "cancelled")
+            assert (await look(found, LeaseToken(job_id, 0))).state == ("queued" if shared else "cancelled")
             assert not (shared and found.jobs.jobs)
 
     run(main)

@@ -32,8 +32,8 @@ TOLD = 3
 
 
 def piece(place: int) -> list[Any]:
-    id = token("Hi", SEED, 0, place)
-    return ["p", 0, text([id]), [[id, text([id])]]]
+    job_id = token("Hi", SEED, 0, place)
+    return ["p", 0, text([job_id]), [[job_id, text([job_id])]]]
 
 
 class Scene:
@@ -114,7 +114,7 @@ def wrong(draw: st.DrawFn) -> tuple[str, str, str, Any, Any, list[Any]]:
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_only_the_newest_fence_can_change_a_job(scene, said):
     key, what, flaw, fence, start, more = said
-    id = "x" * 24 if flaw == "id" else scene.id
+    job_id = "x" * 24 if flaw == "id" else scene.id
     if flaw != "fence":
         fence = scene.fence
     elif fence == scene.fence:
@@ -123,15 +123,15 @@ def test_only_the_newest_fence_can_change_a_job(scene, said):
         start = abs(start) + 2 + TOLD  # behind what is known
     before, beat = scene.state(), scene.beat()
     body = {
-        "events": {"name": "w", "batches": [[id, fence, start, more]]},
-        "finish": {"name": "w", "id": id, "fence": fence, "start": start, "events": more},
-        "renew": {"name": "w", "leases": [[id, fence]], "stats": {}},
-        "release": {"name": "w", "leases": [[id, fence]]},
+        "events": {"name": "w", "batches": [[job_id, fence, start, more]]},
+        "finish": {"name": "w", "id": job_id, "fence": fence, "start": start, "events": more},
+        "renew": {"name": "w", "leases": [[job_id, fence]], "stats": {}},
+        "release": {"name": "w", "leases": [[job_id, fence]]},
     }[what]
     reply = scene.post(key, what, body)
     assert reply.status_code in (200, 400, 409), reply.text
     if reply.status_code == 200 and what == "renew" and flaw != "start":
-        assert reply.json() == {"states": {id: "fenced"}}
+        assert reply.json() == {"states": {job_id: "fenced"}}
     if reply.status_code == 200 and what == "finish":
         assert reply.json() == {"accepted": False}
     assert scene.state() == before

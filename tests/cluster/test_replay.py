@@ -65,8 +65,8 @@ def read(events: Sequence[Event]) -> Any:
             found["text"] += event.text
             found["ids"] += [mark.id for mark in event.tokens]
             for call in event.calls:
-                id, name, arguments = found["calls"].get(call.index, ("", "", ""))
-                found["calls"][call.index] = (id + call.id, name + call.name, arguments + call.arguments)
+                job_id, name, arguments = found["calls"].get(call.index, ("", "", ""))
+                found["calls"][call.index] = (job_id + call.id, name + call.name, arguments + call.arguments)
         else:
             found["begun" if isinstance(event, PromptDone) else "ended"] += 1
     return out

@@ -96,9 +96,9 @@ class Site:
             eventually(lambda: worker.connected.is_set() or future.done())
         return hand
 
-    def seen(self, id: str) -> JobSnapshot:
+    def seen(self, job_id: str) -> JobSnapshot:
         """Return a job as the store has it."""
-        found: JobSnapshot = self.do(self.gateway.store.snapshot(id))
+        found: JobSnapshot = self.do(self.gateway.store.snapshot(job_id))
         return found
 
     def depths(self) -> tuple[int, int]:

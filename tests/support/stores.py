@@ -90,5 +90,5 @@ def hold(lease: Lease) -> LeaseToken:
     return LeaseToken(lease.job.id, lease.fence)
 
 
-def job(id: str, **changes: Any) -> Job:
-    return Job(**{"id": id, "model": "m", "body": f"body of {id}".encode(), **changes})
+def job(job_id: str, **changes: Any) -> Job:
+    return Job(**{"id": job_id, "model": "m", "body": f"body of {job_id}".encode(), **changes})

@@ -98,8 +98,8 @@ def test_free_slots_are_refilled():
 def test_expired_job_does_not_block_updates_of_others():
     async def run() -> None:
         backend, server = ScriptedBackend(Script(["word "] * 500, pause=0.02)), AimeServer()
-        for id in ("first", "lapses", "last"):
-            server.add(id)
+        for job_id in ("first", "lapses", "last"):
+            server.add(job_id)
         async with working(backend, server):
             await until(lambda: len({each["job_id"] for each in server.updates}) == 3)
             for lapsed in ("lapses", "first"):  # one in the middle, then the first too

@@ -52,9 +52,9 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
-async def one(store: Any, id: str) -> None:
+async def one(store: Any, job_id: str) -> None:
     """A job from its submission to its end."""
-    say("submitted", await store.submit(job(id, idempotency_key=id, body=b"x" * 3000)))
+    say("submitted", await store.submit(job(job_id, idempotency_key=job_id, body=b"x" * 3000)))
     for lease in await store.lease("w", ["m"], 1):
         hold = LeaseToken(lease.job.id, lease.fence)
         end = sum(record.count for record in lease.log)

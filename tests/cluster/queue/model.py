@@ -84,13 +84,13 @@ class Model:
 
     def may_be_next(self, ids: Sequence[str], models: Sequence[str], most: int) -> None:
         """Assert that these may be leased now, in this order."""
-        open = [each for each in self.queued() if not each.group and each.job.model in models]
-        assert len(ids) == len(set(ids)) == min(most, len(open))
-        chosen = [self.jobs[id] for id in ids]
-        assert all(each in open for each in chosen)
-        priorities = sorted(each.job.priority for each in open)
+        open_jobs = [each for each in self.queued() if not each.group and each.job.model in models]
+        assert len(ids) == len(set(ids)) == min(most, len(open_jobs))
+        chosen = [self.jobs[job_id] for job_id in ids]
+        assert all(each in open_jobs for each in chosen)
+        priorities = sorted(each.job.priority for each in open_jobs)
         assert [each.job.priority for each in chosen] == priorities[: len(ids)]
-        left = [each for each in open if each not in chosen]
+        left = [each for each in open_jobs if each not in chosen]
         for n, each in enumerate(chosen):
             flow = (each.job.tenant, each.job.model, each.job.priority)
             behind = [other for other in (*chosen[n + 1 :], *left) if other.place < each.place]
@@ -98,10 +98,10 @@ class Model:
 
     def may_be_next_suspects(self, ids: Sequence[str], models: Sequence[str], most: int) -> None:
         """The same of suspects."""
-        open = [each for each in self.queued() if each.group and each.job.model in models]
-        group = [each for each in open if each.group == min(each.group for each in open)]
+        open_jobs = [each for each in self.queued() if each.group and each.job.model in models]
+        group = [each for each in open_jobs if each.group == min(each.group for each in open_jobs)]
         assert len(ids) == len(set(ids)) == min(most, len(group))
-        assert all(self.jobs[id] in group for id in ids)
+        assert all(self.jobs[job_id] in group for job_id in ids)
 
     def lease(self, worker: str, leases: Sequence[Lease]) -> None:
         for lease in leases:
@@ -165,9 +165,11 @@ class Model:
     def expire(self, active_leases: Sequence[LeaseStatus]) -> list[str]:
         lost = [
             known
-            for id, known in self.jobs.items()
+            for job_id, known in self.jobs.items()
             if any(
-                each.lease_token.id == id and known.holds(each.lease_token.fence) and known.heartbeat == each.heartbeat
+                each.lease_token.id == job_id
+                and known.holds(each.lease_token.fence)
+                and known.heartbeat == each.heartbeat
                 for each in active_leases
             )
         ]
@@ -183,29 +185,29 @@ class Model:
         return []
 
     def forgive_crash(self, holds: Sequence[LeaseToken]) -> None:
-        for id, fence in {hold.id: hold.fence for hold in holds}.items():
-            known = self.jobs.get(id)
+        for job_id, fence in {hold.id: hold.fence for hold in holds}.items():
+            known = self.jobs.get(job_id)
             if known and known.state in ("queued", "leased") and known.crashes and known.fence > fence:
                 known.crashes -= 1
                 known.group = known.group if known.crashes else 0
 
-    def cancel(self, id: str) -> str | None:
-        known = self.jobs.get(id)
+    def cancel(self, job_id: str) -> str | None:
+        known = self.jobs.get(job_id)
         if known is None:
             return None
         if known.state in ("queued", "leased"):
             self._end(known, "cancelled")
         return known.state
 
-    def revive(self, id: str) -> bool:
-        known = self.jobs.get(id)
+    def revive(self, job_id: str) -> bool:
+        known = self.jobs.get(job_id)
         if known is None or known.state != "dead":
             return False
         self.places += 1
         known.state, known.crashes, known.group, known.place = "queued", 0, 0, self.places
         known.ended, known.ends = None, 0
         name = self.names.get((known.job.tenant, known.job.idempotency_key))
-        if name is not None and name.id == id:
+        if name is not None and name.id == job_id:
             name.ended = None
         return True
 
@@ -213,7 +215,9 @@ class Model:
         self.tick_count += 1
         old = self.tick_count - self.bounds.idempotency_ticks
         self.names = {key: name for key, name in self.names.items() if name.ended is None or name.ended >= old}
-        ended = sorted((known.ended, known.number, id) for id, known in self.jobs.items() if known.ended is not None)
+        ended = sorted(
+            (known.ended, known.number, job_id) for job_id, known in self.jobs.items() if known.ended is not None
+        )
         young = [each for each in ended if each[0] >= self.tick_count - self.bounds.retention_ticks]
         for each in set(ended) - set(young[max(len(young) - self.bounds.max_ended, 0) :]):
             del self.jobs[each[2]]

@@ -18,9 +18,9 @@ def serve(store: Sync, count: int, models: tuple[str, ...] = ("m",)) -> str:
     return served
 
 
-def fill(store: Sync, id: str, count: int, **changes) -> None:
+def fill(store: Sync, job_id: str, count: int, **changes) -> None:
     for n in range(count):
-        store.submit(job(f"{id}{n}", tenant=id, **changes))
+        store.submit(job(f"{job_id}{n}", tenant=job_id, **changes))
 
 
 def test_jobs_of_a_tenant_are_leased_in_order(store):
@@ -32,7 +32,7 @@ def test_priority_precedes_fairness(store):
     fill(store, "a", 3, priority=1)
     fill(store, "b", 3, priority=-1, cost=1000)
     fill(store, "c", 3, model="n", priority=0)
-    assert "".join(id[0] for id in store.take(9, models=["m", "n"])) == "bbbcccaaa"
+    assert "".join(job_id[0] for job_id in store.take(9, models=["m", "n"])) == "bbbcccaaa"
 
 
 def test_small_tenant_does_not_wait_behind_a_large_one(store):
@@ -126,7 +126,7 @@ def test_batch_is_as_fair_as_single_leases(store):
     fill(store, "a", 50, cost=10)
     fill(store, "b", 10, cost=50)
     ids = store.take(30)
-    assert sum(id[0] == "a" for id in ids) in (24, 25, 26)
+    assert sum(job_id[0] == "a" for job_id in ids) in (24, 25, 26)
 
 
 def test_queue_position(store):
@@ -137,7 +137,9 @@ def test_queue_position(store):
     order = store.take(3)
     assert order[0] == "c0"
     waiting = {
-        id: store.snapshot(id).queue_position for id in ("a0", "a1", "a2", "a3", "a4", "b0", "b1") if id not in order
+        job_id: store.snapshot(job_id).queue_position
+        for job_id in ("a0", "a1", "a2", "a3", "a4", "b0", "b1")
+        if job_id not in order
     }
     assert sorted(waiting.values()) == list(range(5))
     assert store.take(9) == sorted(waiting, key=waiting.__getitem__)

@@ -84,8 +84,8 @@ def test_failed_statement_leaves_no_partial_operation(faulty, tmp_path, error):
         (tmp_path / str(k)).mkdir()
         place = File(tmp_path / str(k))
         store = place.open()
-        for id in "xyz":
-            store.submit(job(id))
+        for job_id in "xyz":
+            store.submit(job(job_id))
         x, y = (hold(lease) for lease in store.lease("w", ["m"], 2))
 
         def arm(k: int = k) -> None:

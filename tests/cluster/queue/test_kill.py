@@ -29,12 +29,12 @@ def said(lines: Sequence[str], what: str) -> set[str]:
 
 def all_there(store: Sync, submitted: set[str], done: set[str]) -> None:
     assert store.check() == "ok"
-    for id in submitted:
-        assert store.snapshot(id) is not None, id
-    for id in done:
-        seen = store.snapshot(id)
-        assert (seen.state, seen.result) == ("done", id.encode())
-        log = store.log(id)
+    for job_id in submitted:
+        assert store.snapshot(job_id) is not None, job_id
+    for job_id in done:
+        seen = store.snapshot(job_id)
+        assert (seen.state, seen.result) == ("done", job_id.encode())
+        log = store.log(job_id)
         ends = [record.start + record.count for record in log]
         assert [record.start for record in log] == [0, *ends[:-1]]
         assert (ends[-1], log[-1].blob) == (seen.logged, b"c")

@@ -53,8 +53,8 @@ def test_fences_grow(store):
 
 
 def test_renew_reports_the_state_of_each_lease(store):
-    for id in "abcd":
-        store.submit(job(id))
+    for job_id in "abcd":
+        store.submit(job(job_id))
     a, b, c, d = (hold(lease) for lease in store.lease("w", ["m"], 4))
     store.cancel("b")
     store.release([c])
@@ -88,8 +88,8 @@ def test_heartbeat_rises_with_each_call(store):
 
 
 def test_active_leases_lists_live_leases_only(store):
-    for id in "abcd":
-        store.submit(job(id))
+    for job_id in "abcd":
+        store.submit(job(job_id))
     leases = [hold(lease) for lease in store.lease("w", ["m"], 3)]
     store.finish(leases[0], "failed", b"")
     store.cancel("b")
@@ -101,7 +101,12 @@ def test_released_job_goes_first_without_a_crash(store):
         store.submit(job(f"j{n}"))
     leases = store.lease("w", ["m"], 3)
     store.release([hold(lease) for lease in leases[1:]] + [LeaseToken("j5", 0), LeaseToken("nobody's", 1)])
-    assert [store.snapshot(id).state for id in ("j0", "j1", "j2", "j5")] == ["leased", "queued", "queued", "queued"]
+    assert [store.snapshot(job_id).state for job_id in ("j0", "j1", "j2", "j5")] == [
+        "leased",
+        "queued",
+        "queued",
+        "queued",
+    ]
     assert store.snapshot("j1").crashes == 0
     assert store.depths() == {"m": QueueDepth(queued=5, leased=1, cost=5)}
     assert store.take(9) == ["j1", "j2", "j3", "j4", "j5"]

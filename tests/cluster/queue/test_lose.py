@@ -14,8 +14,8 @@ def expire(store: Sync, *ids: str) -> list[str]:
 
 def fill(store: Sync, count: int, **changes) -> list[str]:
     ids = [f"j{n}" for n in range(count)]
-    for id in ids:
-        store.submit(job(id, **changes))
+    for job_id in ids:
+        store.submit(job(job_id, **changes))
     return ids
 
 
@@ -24,8 +24,8 @@ def test_jobs_that_expire_together_are_split_in_halves(store):
     store.take(5)
     assert expire(store, *ids) == []
     assert store.depths() == {"m": QueueDepth(queued=5, suspects=5, cost=5)}
-    assert [store.snapshot(id).crashes for id in ids] == [1] * 5
-    assert [store.snapshot(id).queue_position for id in ids] == [0, 1, 2, 3, 4]
+    assert [store.snapshot(job_id).crashes for job_id in ids] == [1] * 5
+    assert [store.snapshot(job_id).queue_position for job_id in ids] == [0, 1, 2, 3, 4]
     assert store.take(9) == []
     assert store.take(9, suspects=True) == ["j0", "j1", "j2"]
     assert store.take(9, suspects=True) == ["j3", "j4"]
@@ -78,7 +78,7 @@ def test_lease_with_a_newer_heartbeat_does_not_expire(store):
     store.renew([holds[0]])
     store.finish(holds[1], "done", b"")
     assert store.expire([*active_leases, LeaseStatus(LeaseToken("nobody's", 1), "w", 1)]) == []
-    assert [store.snapshot(id).state for id in ids] == ["leased", "done", "queued"]
+    assert [store.snapshot(job_id).state for job_id in ids] == ["leased", "done", "queued"]
     assert store.snapshot("j2").crashes == 1
     assert store.expire(active_leases) == []
     assert store.expire([]) == []

@@ -73,15 +73,15 @@ class Machine(RuleBasedStateMachine):
     def right(self, *ids: str) -> None:
         """Assert that these jobs, and what is counted of all, are as they should be."""
         assert self.store.depths() == self.model.depths()
-        for id in ids:
-            seen, known = self.store.snapshot(id), self.model.jobs.get(id)
+        for job_id in ids:
+            seen, known = self.store.snapshot(job_id), self.model.jobs.get(job_id)
             assert (seen is None) == (known is None)
             if seen is not None and known is not None:
                 assert seen.job == known.job
                 assert (seen.state, seen.fence, seen.worker) == (known.state, known.fence, known.worker)
                 assert (seen.attempts, seen.crashes) == (known.attempts, known.crashes)
                 assert (seen.logged, seen.result) == (known.logged, known.result)
-                assert self.store.log(id) == known.log
+                assert self.store.log(job_id) == known.log
 
     @rule(which=some)
     def submit(self, which: int) -> None:
@@ -184,10 +184,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(which=some)
     def revive(self, which: int) -> None:
-        dead = [id for id, known in self.model.jobs.items() if known.state == "dead"]
-        id = dead[which % len(dead)] if dead else self.id(which)
-        self.same("revive", id)
-        self.right(id)
+        dead = [job_id for job_id, known in self.model.jobs.items() if known.state == "dead"]
+        job_id = dead[which % len(dead)] if dead else self.id(which)
+        self.same("revive", job_id)
+        self.right(job_id)
 
     @rule(times=st.sampled_from([1, 1, 1, 3]))
     def tick(self, times: int) -> None:

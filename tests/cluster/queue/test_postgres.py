@@ -26,9 +26,9 @@ def sooner_or_later(store: Sync, done: Callable[[], bool]) -> None:
         store.loop.run_until_complete(asyncio.sleep(0.02))
 
 
-def submits(store: Sync, id: str) -> bool:
+def submits(store: Sync, job_id: str) -> bool:
     try:
-        return bool(store.submit(job(id)) == id)
+        return bool(store.submit(job(job_id)) == job_id)
     except Unavailable:
         return False
 
@@ -73,7 +73,7 @@ def test_gateways_notify_each_other(database):
     one.listen(told.extend)
     other.listen(own.extend)
     ids = [f"{n}-{'x' * 300}" for n in range(60)]  # more than one notification has room for
-    other.all(*(other.store.submit(job(id)) for id in ids))
+    other.all(*(other.store.submit(job(job_id)) for job_id in ids))
     sooner_or_later(one, lambda: "" in told)
     other.lease("w", ["m"], 60)
     sooner_or_later(one, lambda: set(told) == {"", *ids})
@@ -183,10 +183,10 @@ def test_full_disk_is_reported_and_survived(server, database, when):
     server.sql(RAISE, database.database)
     server.sql(when, database.database)
     ids = ["a", "bad", "b"]
-    found = store.all(*(store.store.submit(job(id)) for id in ids))
+    found = store.all(*(store.store.submit(job(job_id)) for job_id in ids))
     failed = [isinstance(each, StorageFull) for each in found]
     assert failed == ([False, True, False] if when == AT_ONCE else [True, True, True])
-    assert [store.snapshot(id) is None for id in ids] == failed
+    assert [store.snapshot(job_id) is None for job_id in ids] == failed
     assert store.submit(job("c")) == "c"
     server.sql("DROP TRIGGER no ON moesaic.jobs", database.database)
     sooner_or_later(store, lambda: submits(store, "bad"))

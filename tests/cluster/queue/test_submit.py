@@ -117,8 +117,8 @@ def test_text_and_bytes_of_every_kind(store):
 
 
 def test_unstorable_ids_are_unknown(store):
-    for id in ("", "a\0", "\ud800"):
-        assert store.snapshot(id) is None
-        assert store.cancel(id) is None
-        assert store.log(id) == []
-        assert store.revive(id) is False
+    for job_id in ("", "a\0", "\ud800"):
+        assert store.snapshot(job_id) is None
+        assert store.cancel(job_id) is None
+        assert store.log(job_id) == []
+        assert store.revive(job_id) is False

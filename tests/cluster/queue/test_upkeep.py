@@ -9,8 +9,8 @@ from moesaic.errors import Conflict, Unavailable
 from tests.support.stores import Sync, hold, job
 
 
-def end(store: Sync, id: str, **changes) -> None:
-    store.submit(job(id, **changes))
+def end(store: Sync, job_id: str, **changes) -> None:
+    store.submit(job(job_id, **changes))
     [lease] = store.lease("w", ["m"], 1)
     store.append({hold(lease): LogRecord(0, 1, b"x")})
     assert store.finish(hold(lease), "done", b"result")
@@ -58,8 +58,8 @@ def test_ended_job_is_kept_for_its_retention(place):
 def test_oldest_ended_jobs_are_dropped_first(place):
     store = place.open(StoreLimits(max_ended=700))
     ids = [f"j{n}" for n in range(1300)]
-    store.all(*(store.store.submit(job(id)) for id in ids))
-    store.all(*(store.store.cancel(id) for id in ids))
+    store.all(*(store.store.submit(job(job_id)) for job_id in ids))
+    store.all(*(store.store.cancel(job_id) for job_id in ids))
     end(store, "late")
     ticks(store, 1)
     assert len(store.list_jobs("cancelled", 9999)) == 699
@@ -179,5 +179,5 @@ def test_failed_operation_does_not_affect_others(store):
     )
     assert [done[0], done[5]] == ["b", "f"]
     assert all(isinstance(each, Exception) for each in done[1:5])
-    assert [store.snapshot(id) is not None for id in "bcdef"] == [True, False, False, False, True]
+    assert [store.snapshot(job_id) is not None for job_id in "bcdef"] == [True, False, False, False, True]
     assert store.check() == "ok"
