@@ -200,7 +200,7 @@ def test_an_upward_import_is_found_also_inside_a_function():
     assert offences("moesaic.text.chat", "import moesaic.llm\n")
     assert offences("moesaic.bench.endpoints.tgi", "from moesaic.bench.endpoints.openai import Dialect\n")
     assert offences("moesaic.cluster.store.postgres", "from moesaic.cluster.store import sqlite\n")
-    assert offences("moesaic.cluster.store._base", "import moesaic.cluster.gateway\n")
+    assert offences("moesaic.cluster.store._sql_store", "import moesaic.cluster.gateway\n")
     assert offences("moesaic.cluster.jobs", "from moesaic.serve import app\n")
     assert offences("moesaic.cluster.launch.ray", "from moesaic.backend import Load\n")
     assert offences("moesaic.cluster.launch.ray", "from moesaic.cluster.worker.agent import Worker\n")

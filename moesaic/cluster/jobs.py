@@ -161,8 +161,10 @@ class Store(Protocol):
     had either no effect or its whole effect, and it is safe to repeat it.
     """
 
-    shared: bool
-    """Whether several gateways may use this store at the same time."""
+    @property
+    def shared(self) -> bool:
+        """Return whether several gateways may use this store at the same time."""
+        ...
 
     def listen(self, listener: ChangeListener) -> None:
         """Call ``listener`` with changes, including those made by other gateways on the same store.

@@ -205,7 +205,7 @@ def test_job_end_is_found_by_polling(tmp_path, monkeypatch):
         async with gateway(tmp_path) as found:
             following, lease_token = await leased(found)
             reading = asyncio.ensure_future(read(following))
-            found.store._listeners.clear()
+            found.store.database.listeners.clear()
             await found.store.finish(lease_token, "done", b"", LogRecord(0, len(EVENTS), wire.pack_events(EVENTS)))
             found.jobs.jobs[lease_token.id].worker = ""
             await found.jobs.sweep()

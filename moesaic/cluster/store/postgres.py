@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from moesaic.cluster.jobs import Store, StoreLimits
-from moesaic.cluster.store._base import BaseStore
+from moesaic.cluster.jobs import ChangeListener, Store, StoreLimits
 from moesaic.cluster.store._operations import NEW_WORK
 from moesaic.cluster.store._program import ExecuteMany, Operation, Outcome, Statement
 from moesaic.cluster.store._schema import VERSION, tables
+from moesaic.cluster.store._sql_store import SqlStore, notify
 from moesaic.errors import MoesaicError, NotInstalled, StorageFull, StoreError, Unavailable
 
 if TYPE_CHECKING:
@@ -80,21 +80,21 @@ async def open_store(address: str, limits: StoreLimits) -> Store:
         raise _explain(error) from error
     try:
         await _prepare(connection)
-        store = PostgresStore(address, limits, connection)
-        await store.start()
+        database = PostgresDatabase(address, connection)
+        await database.start()
     except Exception as error:
         connection.terminate()
         raise _explain(error) from error
-    return store
+    return SqlStore(database, limits)
 
 
-class PostgresStore(BaseStore):
-    """Job store in a PostgreSQL database."""
+class PostgresDatabase:
+    """A PostgreSQL database with jobs. One connection runs all operations, another one listens for changes."""
 
     shared = True
 
-    def __init__(self, address: str, limits: StoreLimits, connection: asyncpg.Connection) -> None:
-        super().__init__(limits)
+    def __init__(self, address: str, connection: asyncpg.Connection) -> None:
+        self.listeners: list[ChangeListener] = []
         self._address = address
         self._connection = connection
         self._waiting: deque[_Waiting] = deque()
@@ -114,6 +114,9 @@ class PostgresStore(BaseStore):
         self._waiting.append(_Waiting(operation, answer, reads))
         self._awake.set()
         return await answer
+
+    async def integrity(self) -> str:
+        return "ok"  # PostgreSQL checks its pages itself
 
     async def close(self) -> None:
         self._closing = True
@@ -141,7 +144,7 @@ class PostgresStore(BaseStore):
             else:
                 attempts = 0
                 _settle(group, outcomes)
-                self._notify(changes)
+                notify(self.listeners, changes)
 
     async def _take(self) -> list[_Waiting]:
         """Wait for operations and return up to ``MAX_BATCH`` of them; return an empty list at the end."""
@@ -173,11 +176,11 @@ class PostgresStore(BaseStore):
                 with contextlib.suppress(Exception):  # the next attempt can succeed after any error
                     connection = await self._listen()
             attempts = 0
-            self._notify([NEW_WORK])  # notifications during the interruption are lost
+            notify(self.listeners, [NEW_WORK])  # notifications during the interruption are lost
 
     def _handle_notification(self, _connection: object, pid: int, _channel: str, payload: object) -> None:
         if self._connection.is_closed() or pid != self._connection.get_server_pid():
-            self._notify(json.loads(str(payload)))
+            notify(self.listeners, json.loads(str(payload)))
 
 
 def _backoff(attempts: int) -> float:

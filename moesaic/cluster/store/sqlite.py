@@ -22,11 +22,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from moesaic.cluster.jobs import Store, StoreLimits
+from moesaic.cluster.jobs import ChangeListener, Store, StoreLimits
 from moesaic.cluster.store import _disk
-from moesaic.cluster.store._base import BaseStore
 from moesaic.cluster.store._program import SKIP_LOCKED, ExecuteMany, Operation, Outcome, Statement
 from moesaic.cluster.store._schema import VERSION, tables
+from moesaic.cluster.store._sql_store import SqlStore, notify
 from moesaic.errors import MoesaicError, StorageFull, StoreError, Unavailable
 
 T = TypeVar("T")
@@ -61,18 +61,18 @@ async def open_store(address: str, limits: StoreLimits) -> Store:
         Unavailable: another gateway or another program uses the file.
         StoreError: the file is on a network disk, damaged, of another version, or not a job store.
     """
-    store = SqliteStore(Path(address), limits)
-    await store.opened
-    return store
+    database = SqliteDatabase(Path(address))
+    await database.opened
+    return SqlStore(database, limits)
 
 
-class SqliteStore(BaseStore):
-    """Job store in an SQLite file."""
+class SqliteDatabase:
+    """An SQLite file with jobs. One thread owns the connection and runs all operations."""
 
     shared = False
 
-    def __init__(self, path: Path, limits: StoreLimits) -> None:
-        super().__init__(limits)
+    def __init__(self, path: Path) -> None:
+        self.listeners: list[ChangeListener] = []
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[None] = self._loop.create_future()
         self._closed: asyncio.Future[None] = self._loop.create_future()
@@ -93,9 +93,8 @@ class SqliteStore(BaseStore):
             self._waiting.put(None)
         await asyncio.shield(self._closed)
 
-    async def check(self) -> str:
-        integrity = await self.run(lambda: _integrity(), reads=True)
-        return integrity if integrity != "ok" else await super().check()
+    async def integrity(self) -> str:
+        return str(await self.run(lambda: _integrity(), reads=True))
 
     def _run_thread(self, path: Path) -> None:
         """Open the connection, run operations until the store is closed, and close the connection."""
@@ -145,7 +144,7 @@ class SqliteStore(BaseStore):
                 answer.set_result(outcome.value)
             else:
                 answer.set_exception(outcome)
-        self._notify(changes)
+        notify(self.listeners, changes)
 
 
 class _ConnectionOwner:

@@ -103,7 +103,7 @@ def test_hanging_gateway_does_not_block_others(database, monkeypatch):
     monkeypatch.setitem(postgres._SETTINGS, "idle_in_transaction_session_timeout", "500ms")
     one, other = database.open(), database.open()
     one.submit(job("a"))
-    connection = one.store._connection
+    connection = one.store.database._connection
     one.loop.run_until_complete(connection.execute("BEGIN; SELECT FROM store FOR UPDATE"))
     assert other.submit(job("b")) == "b"
     sooner_or_later(one, lambda: submits(one, "c"))
@@ -197,7 +197,7 @@ def test_full_disk_is_reported_and_survived(server, database, when):
 def test_commits_are_flushed(database):
     """Whether it is, only a power cut would show; that it is asked for, the connection says."""
     store = database.open()
-    ask = store.store._connection.fetchval
+    ask = store.store.database._connection.fetchval
     names = ("synchronous_commit", "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
     found = [store.loop.run_until_complete(ask(f"SHOW {name}")) for name in names]
     assert found == ["on", "10s", "10s", "5s"]

@@ -102,7 +102,7 @@ def test_global_limits(place, bounds):
 )
 def test_unstorable_values_are_refused(store, change):
     with pytest.raises(InvalidParameter):
-        store.submit(job(**{"id": "a", **change}))
+        store.submit(job(**{"job_id": "a", **change}))
     assert store.depths() == {}
 
 

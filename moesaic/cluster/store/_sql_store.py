@@ -1,14 +1,13 @@
-"""Base class of all stores: each method of ``jobs.Store`` runs one operation on the store's database.
+"""The job store over a database: each method of ``jobs.Store`` runs one operation on it.
 
-The base class does not know how a database runs an operation.
+How a database runs an operation is the matter of its own file.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from moesaic.cluster.jobs import (
     ChangeListener,
@@ -29,29 +28,58 @@ from moesaic.cluster.store._program import Operation
 T = TypeVar("T")
 
 
-class BaseStore(ABC):
-    """Implementation of ``jobs.Store`` without ``run`` and ``close``."""
+class Database(Protocol):
+    """A database that runs the operations of a store."""
 
-    def __init__(self, limits: StoreLimits) -> None:
-        self._limits = limits
-        self._listeners: list[ChangeListener] = []
+    shared: bool
+    """Whether other gateways may use the database at the same time."""
+    listeners: list[ChangeListener]
+    """Called with the ids of changed jobs, after the commit."""
 
-    @abstractmethod
     async def run(self, operation: Operation[T], *, reads: bool = False) -> T:
-        """Run an operation, wait until it is committed, and notify the listeners of its changes.
+        """Run an operation, wait until it is committed, and call the listeners with its changes.
 
         Args:
             operation: creates the operation's program; it may be called again after a rollback.
             reads: whether the operation only reads.
-        """
 
-    def _notify(self, job_ids: Sequence[str]) -> None:
-        if job_ids:
-            for listener in self._listeners:
-                listener(job_ids)
+        Raises:
+            Unavailable: the database is closed or cannot be reached.
+        """
+        ...
+
+    async def integrity(self) -> str:
+        """Return "ok", or what the database says is wrong with its files."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what waits, and close the database."""
+        ...
+
+
+def notify(listeners: Sequence[ChangeListener], job_ids: Sequence[str]) -> None:
+    """Call listeners with the ids of changed jobs, if there are any."""
+    if job_ids:
+        for listener in listeners:
+            listener(job_ids)
+
+
+class SqlStore:
+    """The ``jobs.Store`` of a database."""
+
+    def __init__(self, database: Database, limits: StoreLimits) -> None:
+        self.database, self._limits = database, limits
+
+    @property
+    def shared(self) -> bool:
+        return self.database.shared
+
+    async def run(self, operation: Operation[T], *, reads: bool = False) -> T:
+        """Run an operation on the database; see ``Database.run``."""
+        return await self.database.run(operation, reads=reads)
 
     def listen(self, listener: ChangeListener) -> None:
-        self._listeners.append(listener)
+        self.database.listeners.append(listener)
 
     async def submit(self, job: Job) -> str:
         return await self.run(partial(_operations.submit, job, self._limits))
@@ -107,4 +135,8 @@ class BaseStore(ABC):
         return now
 
     async def check(self) -> str:
-        return await self.run(_queries.check, reads=True)
+        integrity = await self.database.integrity()
+        return integrity if integrity != "ok" else await self.run(_queries.check, reads=True)
+
+    async def close(self) -> None:
+        await self.database.close()
