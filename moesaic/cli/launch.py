@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from moesaic import registry
+from moesaic.cli.cluster import add_worker
 from moesaic.cli.flags import Commands, add_command
 from moesaic.errors import InvalidRequest
 
@@ -40,11 +41,10 @@ def add_launch(commands: Commands) -> None:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    from moesaic import cli
     from moesaic.cluster import launch
 
     # Errors in the worker's flags are reported here, not later on every machine.
-    worker = cli._parser().parse_args(["worker", *args.worker])
+    worker = _worker_parser().parse_args(["worker", *args.worker])
     program = args.program or str(Path(sys.executable).with_name("moesaic"))
     plan = launch.Plan(
         tuple(args.worker), args.replicas, args.cpus, args.gpus, program, args.address, worker.drain_timeout
@@ -62,6 +62,12 @@ def _launch(args: argparse.Namespace) -> int:
         else:
             _write(args.to / name, content)
     return 0
+
+
+def _worker_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moesaic")
+    add_worker(parser.add_subparsers(metavar="COMMAND", required=True))
+    return parser
 
 
 def _write(path: Path, content: str) -> None:

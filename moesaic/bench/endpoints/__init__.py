@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from moesaic import registry
+from moesaic.bench.endpoints._failure import RequestFailed as RequestFailed
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
@@ -56,22 +57,6 @@ class RequestOptions:
     """Further fields of the body, or of ``parameters`` for TGI."""
     poll: float = 0.3
     """Seconds between two progress requests, for dialects that poll."""
-
-
-class RequestFailed(Exception):
-    """One request failed.
-
-    Attributes:
-        kind: the kind of failure, by which failures are counted.
-        detail: message of the server or of the operating system.
-        retry_after: value of the Retry-After header, if there was one.
-    """
-
-    def __init__(self, kind: str, detail: str, retry_after: str | None = None) -> None:
-        super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
-        self.detail = detail
-        self.retry_after = retry_after
 
 
 class Endpoint(ABC):

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from moesaic.bench.endpoints import RequestFailed
+from moesaic.bench.endpoints._failure import RequestFailed
 from moesaic.client.events import EventParser
 from moesaic.errors import BadReply
 
