@@ -181,7 +181,9 @@ def test_unreachable_hub_is_reported(
     for arguments in (["pull", "org/missing"], ["chat", "org/missing", "-m", "Hello"]):
         done = run(*arguments)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == "moesaic: error: org/missing: the hub cannot be reached, and it is not in the cache\n"
+        assert (
+            done.stderr == "moesaic: error: org/missing: the hub cannot be reached, and the model is not in the cache\n"
+        )
 
 
 def test_closed_output_is_exit_code_141(talker: Path) -> None:

@@ -86,6 +86,11 @@ def add_bench(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds: Commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
+    for add in (_add_kernels, _add_peers, _add_offline, add_serving):
+        add(kinds)
+
+
+def _add_kernels(kinds: Commands) -> None:
     kernels = add_command(
         kinds,
         "kernels",
@@ -100,6 +105,9 @@ def add_bench(commands: Commands) -> None:
     kernels.add_argument("--threads", type=int, metavar="N", help="number of threads; default: the number of cores")
     kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="seconds per figure (default 1)")
     kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
+
+
+def _add_peers(kinds: Commands) -> None:
     peers = add_command(
         kinds,
         "peers",
@@ -128,6 +136,9 @@ def add_bench(commands: Commands) -> None:
     )
     peers.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
     peers.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures to an .svg or .png file")
+
+
+def _add_offline(kinds: Commands) -> None:
     offline = add_command(
         kinds,
         "offline",
@@ -158,7 +169,6 @@ def add_bench(commands: Commands) -> None:
     offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
     offline.add_argument("--batch", type=int, default=1, metavar="N", help="concurrent answers (default 1)")
     offline.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
-    add_serving(kinds)
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:

@@ -132,7 +132,7 @@ def test_tools(scripted, client):
 
 
 def test_server_errors_are_raised(scripted, client):
-    with pytest.raises(errors.NotFound, match="does not exist") as caught:
+    with pytest.raises(errors.NotFound, match="unknown model") as caught:
         client.chat("Hi", model="gpt-4")
     assert caught.value.status == 404 and caught.value.request_id
     with pytest.raises(InvalidParameter) as caught:

@@ -186,7 +186,7 @@ def test_abandoned_job_is_cancelled_unless_shared(tmp_path, shared, monkeypatch)
 
     async def main() -> None:
         async with gateway(tmp_path) as found:
-            found.store.shared = shared
+            found.store.database.shared = shared
             following = await found.generate(replace(REQUEST, idempotency_key="k"))
             following.cancel()
             [job_id] = found.jobs.jobs
@@ -412,7 +412,7 @@ def test_a_query_without_a_worker(tmp_path, shared, monkeypatch):
 
     async def main() -> None:
         made = Gateway(await open_store(str(tmp_path / "jobs.sqlite"), StoreLimits()), ["fake"], 600.0)
-        made.store.shared = shared
+        made.store.database.shared = shared
         asking = asyncio.ensure_future(made.detokenize("fake", [72]))
         await asyncio.sleep(0.3)
         if shared:
