@@ -12,7 +12,9 @@ from pathlib import Path
 
 # The child makes the terminal its controlling terminal, so that Ctrl-C sends a signal, and then runs the program.
 ADOPT_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); "  # a shell ignores it for commands in the background
+    "os.execv(sys.argv[1], sys.argv[1:])"
 )
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>()][0-9AB]?|\x1b\][^\x07]*\x07")
 
