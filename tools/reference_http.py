@@ -116,6 +116,8 @@ def is_shown(name: str, schema: dict[str, Any]) -> bool:
 def body_rows(schema: dict[str, Any], shown: Container[str]) -> Iterator[tuple[str, str, str]]:
     for name, kind in schema["properties"].items():
         default = json.dumps(kind["default"]) if "default" in kind else ""
+        if not default and name not in schema.get("required", ()) and kind.get("type") == "object":
+            default = "{}"  # msgspec 0.22 leaves this default out, 0.23 does not
         yield f"`{name}`", kind_of(kind, shown), f"`{default}`" if default else ""
 
 
