@@ -27,19 +27,18 @@ CALLS = (
     ToolCall(1, "call_b", "time", "{}"),
 )
 BUILT = """
-import sys, time
+import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "httpx", "numpy", "transformers"):
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
-start = time.process_time()
 import moesaic.client
-took = time.process_time() - start
+parts = {name.split(".")[1] for name in sys.modules if name.startswith("moesaic.")}
 try:
     moesaic.client.Client()
 except moesaic.errors.NotInstalled as error:
-    print(took < 0.3, error)
+    print(sorted(parts), error)
 """
 
 
@@ -51,7 +50,7 @@ def client(scripted):
 
 def test_import_needs_neither_torch_nor_httpx():
     done = subprocess.run([sys.executable, "-c", BUILT], capture_output=True, text=True, check=True)
-    assert done.stdout == "True moesaic.client needs httpx: pip install 'moesaic[client]'\n"
+    assert done.stdout == "['client', 'engine', 'errors'] moesaic.client needs httpx: pip install 'moesaic[client]'\n"
 
 
 # Our server with the built-in model
