@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.support.browser import ARGUMENTS
 from tests.support.require import package_folder, require
@@ -18,6 +19,10 @@ from tests.support.server import Server, running
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+# How fast a machine makes examples says nothing about the code.
+settings.register_profile("moesaic", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("moesaic")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores, so more threads only add waiting
     torch.set_num_threads(1)
