@@ -71,7 +71,7 @@ class ActiveJobs:
             if snapshot is None or snapshot.job.tenant != tenant:
                 raise NotFound(f"there is no job {job_id!r:.60}")
             job = self.adopt(job_id, snapshot.job.model, snapshot.job.tenant)
-            job.resumable, job.unread_since = True, float("inf")
+            job.resumable = True
             await self.refresh(job)
         if job.tenant != tenant:
             raise NotFound(f"there is no job {job_id!r:.60}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from moesaic.backend import Backend
 from moesaic.serve.endpoint import Endpoint
@@ -44,9 +45,9 @@ class Services:
     tracer: Tracer | None = None
     endpoints: tuple[Endpoint, ...] = ()
     """All routes of this server."""
-    description: Description = field(init=False, repr=False)
-    """The OpenAPI description of the endpoints."""
     state: ServerState = field(default_factory=ServerState)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "description", Description(self.endpoints))
+    @cached_property
+    def description(self) -> Description:
+        """Return the OpenAPI description of the endpoints."""
+        return Description(self.endpoints)
