@@ -84,6 +84,8 @@ class GenerationRequest:
     add_bos: bool = True
     """Add the beginning-of-text token to a text prompt, unless it has one."""
     skip_special: bool = True
+    include_stop: bool = False
+    """Whether the text of an answer includes the stop string that ended it."""
     resume: tuple[tuple[int, ...], ...] = ()
     """For each of the n answers, the ids of the tokens that a lost worker has generated. Set by a gateway only.
 
@@ -98,15 +100,32 @@ class GenerationRequest:
     """A tenant that sends this key again gets the same answers, if the backend keeps jobs; "" means no key."""
 
 
+class TopToken(msgspec.Struct, frozen=True, array_like=True):
+    """One of the most likely tokens at a place."""
+
+    id: int
+    text: str
+    logprob: float
+    data: bytes = b""
+    """The bytes that the token would have added to the text."""
+
+
 class TokenInfo(msgspec.Struct, frozen=True, array_like=True):
     """A token and its text."""
 
     id: int
     text: str
+    """The text of the token alone, for display. Bytes that are no complete character are U+FFFD."""
     special: bool = False
     logprob: float | None = None
-    top: tuple[tuple[int, str, float], ...] = ()
-    """Id, text and log-probability of the most likely tokens."""
+    top: tuple[TopToken, ...] = ()
+    data: bytes = b""
+    """The bytes that the token adds to the text of the answer or the prompt; only with a log-probability.
+
+    Joined, they are the text in UTF-8, and the tokens of a stop string after it. A special token that is left out of
+    the text adds none. In a prompt, a special token has its name."""
+    offset: int = 0
+    """Number of characters of the answer that are complete before the token; only with a log-probability."""
 
 
 class PromptDone(msgspec.Struct, frozen=True, array_like=True, tag="b"):

@@ -251,6 +251,7 @@ class LLM(AbstractContextManager["LLM"]):
         priority: int = 0,
         salt: str = "",
         skip_special: bool = True,
+        include_stop: bool = False,
         begins: bool | None = None,
         grammar: Grammar | None = None,
         tools: Tools | None = None,
@@ -264,6 +265,7 @@ class LLM(AbstractContextManager["LLM"]):
             chat: the prompt is a conversation in the chat format; stop tokens and stop strings of the format apply.
             priority, salt: the fields of ``Request``.
             skip_special: omit the names of special tokens from the text.
+            include_stop: the text includes the stop string, or the text of the stop token, that ended it.
             begins: the answer begins a text, so that a leading space is dropped; None: the value of ``chat``.
             grammar: the grammar of the answer; an answer that ends early is a prefix of a valid text.
             tools: the tools that the answer may or must call, the same as for ``encode_chat``.
@@ -274,17 +276,23 @@ class LLM(AbstractContextManager["LLM"]):
             InvalidParameter, Overloaded, NotInstalled: the grammar cannot be compiled, as for ``Compiler.compile``.
         """
         eos = self.loaded.eos_ids | self.tokenizer.eos_ids
+        if self.format is not None:  # also without a conversation: such a token ends a turn in any prompt
+            eos |= self.format.stop_ids(self.tokenizer)
         begins = chat if begins is None else begins
         strip = False
         grammar = self._effective_grammar(tools, grammar)
-        if chat and self.format is not None:
-            eos |= self.format.stop_ids(self.tokenizer)
-            if grammar is None:  # a grammar defines itself where the text begins and ends
-                sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
-                strip = bool(self.format.stop_strings)
+        included = frozenset((*sampling.stop, *sampling.stop_token_ids) if include_stop else ())
+        if chat and self.format is not None and grammar is None:  # a grammar defines where the text begins and ends
+            sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
+            strip = bool(self.format.stop_strings)
         constraint = None if grammar is None else partial(self._grammars.compile(grammar), begins=begins)
         request = Request(tuple(ids), sampling, tuple(sorted(eos)), priority, salt, constraint, resume)
-        options: dict[str, Any] = {"strip": strip and begins, "skip_special": skip_special, "begins": begins}
+        options: dict[str, Any] = {
+            "strip": strip and begins,
+            "skip_special": skip_special,
+            "begins": begins,
+            "included": included,
+        }
 
         def new_decoder() -> AnswerDecoder:
             calls = self.format.tool_call_parser(self.tokenizer, tools) if self.format and tools else None

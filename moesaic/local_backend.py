@@ -8,34 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from moesaic.backend import (
-    Delta,
-    Event,
-    Finished,
-    GenerationRequest,
-    ModelInfo,
-    ModelStats,
-    PromptDone,
-    TokenInfo,
-    ToolCall,
-)
+from moesaic.backend import GenerationRequest, ModelInfo, ModelStats, TokenInfo
 from moesaic.classifier import Classifier
-from moesaic.engine import Stream, Token
-from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, Overloaded
+from moesaic.engine import Stream
+from moesaic.errors import InvalidParameter, InvalidRequest, Overloaded
 from moesaic.llm import LLM
-from moesaic.reply import Reply, Text
+from moesaic.local_stream import LocalResponseStream, TokenInfoCache
+from moesaic.reply import Reply
 from moesaic.text.grammar import Grammar
-from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tools import Tools
 
 T = TypeVar("T")
 
-MAX_UNREAD_EVENTS = 1024
-"""Events that may wait for a reader of a stream; beyond that the request is cancelled."""
 MAX_TOKENIZING = 256
 """Requests that may wait to be tokenized; more are refused."""
 
@@ -74,122 +62,6 @@ async def in_pool(pool: ThreadPoolExecutor, call: Callable[[], T], undo: Callabl
 def _cancel_all(replies: Sequence[Reply]) -> None:
     for reply in replies:
         reply.cancel()
-
-
-class TokenInfoCache:
-    """Makes ``TokenInfo`` values. Those without log-probabilities, which are most, are made once for each token id."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._plain: dict[int, TokenInfo] = {}
-
-    def of(self, token: Token) -> TokenInfo:
-        """Return the ``TokenInfo`` of a token."""
-        tokenizer, plain = self._tokenizer, token.logprob is None and not token.top
-        if plain and (cached := self._plain.get(token.id)):
-            return cached
-        top = tuple((token_id, tokenizer.piece(token_id), value) for token_id, value in token.top)
-        info = TokenInfo(token.id, tokenizer.piece(token.id), tokenizer.is_special(token.id), token.logprob, top)
-        if plain:
-            self._plain[token.id] = info
-        return info
-
-
-class LocalResponseStream:
-    """The ``ResponseStream`` of a request to a local model. It is used on the event loop's thread only."""
-
-    job = None
-
-    def __init__(self, replies: Sequence[Reply], tokens: TokenInfoCache) -> None:
-        self._replies, self._token_info = replies, tokens.of
-        resumed = sum(len(reply.request.resumed_tokens(reply.stream.index)) for reply in replies)
-        self._behind = MAX_UNREAD_EVENTS + resumed  # the resumed tokens come at once
-        self._begun: set[int] = set()
-        self._events: deque[Event] = deque()
-        self._held: dict[int, list[Event]] = {}  # last deltas, which are sent with the end that follows
-        self._failed: MoesaicError | None = None
-        self._open = len(replies)
-        self._called: dict[int, int] = {}  # index -> calls so far
-        self._waiter: asyncio.Future[None] | None = None
-
-    def pump(self, reply: Reply) -> bool:
-        """Collect the new events of one answer; return whether it has ended."""
-        if self._failed:
-            return True
-        try:
-            pieces = reply.poll()
-        except MoesaicError as error:
-            self._fail(error)
-            return True
-        index = reply.stream.index
-        if index not in self._begun and (pieces or reply.ended):
-            self._begun.add(index)
-            prompt = tuple(self._token_info(token) for token in reply.prompt_logprobs)
-            self._events.append(PromptDone(index, prompt, len(reply.request.ids)))
-        wanted = [piece for piece in pieces if piece.text or piece.tokens or piece.calls]
-        shown: list[Event] = [self._piece(index, piece) for piece in wanted]
-        if reply.stopped and not reply.ended:
-            self._held.setdefault(index, []).extend(shown)
-            return False
-        self._events.extend([*self._held.pop(index, ()), *shown])
-        if reply.ended:
-            self._open -= 1
-            self._events.append(_ended(index, reply))
-        elif len(self._events) > self._behind:
-            self._fail(Overloaded("the client read the answer more slowly than it was generated"))
-        self._wake()
-        return reply.ended
-
-    def _piece(self, index: int, piece: Text) -> Delta:
-        tokens = tuple(self._token_info(token) for token in piece.tokens)
-        first = self._called.get(index, 0)
-        self._called[index] = first + len(piece.calls)
-        calls = (ToolCall(number, call.id, call.name, call.arguments) for number, call in enumerate(piece.calls, first))
-        return Delta(index, piece.text, tokens, tuple(calls))
-
-    def _fail(self, error: MoesaicError) -> None:
-        self._failed = error
-        self.cancel()
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def cancel(self) -> None:
-        for reply in self._replies:
-            if not reply.ended:
-                reply.cancel()
-
-    def ready(self) -> list[Event]:
-        events = list(self._events)
-        self._events.clear()
-        return events
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        while True:
-            while self._events:
-                yield self._events.popleft()
-            if self._failed:
-                raise self._failed
-            if not self._open:
-                return
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-
-
-def _ended(index: int, reply: Reply) -> Finished:
-    answer = reply.answer
-    return Finished(
-        index,
-        answer.reason,
-        answer.prompt_tokens,
-        len(answer.tokens),
-        answer.cached_tokens,
-        answer.stop,
-        answer.stop_id,
-        has_tool_calls=bool(answer.calls),
-    )
 
 
 def _tools(request: GenerationRequest) -> Tools | None:
@@ -317,6 +189,7 @@ class LocalBackend:
             priority=request.priority,
             salt=request.tenant,
             skip_special=request.skip_special,
+            include_stop=request.include_stop,
             begins=request.messages is not None and not request.continue_final,
             grammar=None if request.grammar is None else Grammar(*request.grammar),  # type: ignore[arg-type]
             tools=tools,

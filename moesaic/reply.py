@@ -6,8 +6,8 @@ made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.engine import Done, Event, PromptLogprobs, Request, Stream, Token
@@ -25,6 +25,20 @@ class Text:
     text: str
     tokens: tuple[Token, ...] = ()
     calls: tuple[ToolCall, ...] = ()
+    places: tuple[TokenPlace | None, ...] = ()
+    """One for each token; None for a token without log-probabilities."""
+
+
+@dataclass(frozen=True)
+class TokenPlace:
+    """What a token, and each of its alternatives, contributes to the text of an answer at its place."""
+
+    offset: int
+    """Number of characters of the answer that were complete before the token."""
+    data: bytes
+    """UTF-8 bytes that the token adds to the text; none for a special token that is left out."""
+    top: tuple[bytes, ...] = ()
+    """The same for each token in ``Token.top``."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +81,29 @@ class AnswerDecoder:
         strip: bool = False,
         skip_special: bool = True,
         begins: bool = True,
+        included: Collection[str | int] = (),
         calls: ToolCallParser | None = None,
     ) -> None:
+        """Create a decoder.
+
+        Args:
+            tokenizer: the tokenizer of the model.
+            request: the request; its stop strings and stop ids end the text.
+            strip: drop white space before the answer.
+            skip_special, begins: as for ``TextStream``.
+            included: the stop strings and stop ids that are part of the text.
+            calls: finds the tool calls of the answer; None if it has none.
+        """
         self._calls = calls
         marks = calls.control_tokens if calls else ()
         self._marks = {tokenizer.control[name]: name for name in marks if name in tokenizer.control}
         self._stop_ids = request.stop_ids
         self._satisfied = False  # all allowed tools were called
         self._strip = strip  # white space before the answer is part of the chat format
-        self._text = TextStream(tokenizer, request.sampling.stop, skip_special=skip_special, begins=begins)
+        self._included = included
+        self._text = TextStream(
+            tokenizer, request.sampling.stop, skip_special=skip_special, begins=begins, included=included
+        )
 
     @property
     def stopped(self) -> str | None:
@@ -89,15 +117,24 @@ class AnswerDecoder:
 
     def add(self, token: Token) -> Text:
         """Decode the next token of the answer; it must not be called after the end."""
-        if token.id in self._stop_ids:  # the stop token is not part of the text
-            return Text("", (token,))
+        place = self._place(token)
+        if token.id in self._stop_ids and token.id not in self._included:
+            return Text("", (token,), places=(place and replace(place, data=b""),))
         if self._calls and token.id in self._marks:
             before = self._split(self._text.finish())  # a control token ends the text before it
-            return self._show([*before, *self._calls.add_control_token(self._marks[token.id])], token)
-        text, _ = self._text.add(token.id)
-        piece = self._show(self._split(text), token)
+            parts = [*before, *self._calls.add_control_token(self._marks[token.id])]
+        else:
+            parts = self._split(self._text.add(token.id)[0])
         self._satisfied = self._calls is not None and self._calls.satisfied
-        return piece
+        return replace(self._show(parts), tokens=(token,), places=(place,))
+
+    def _place(self, token: Token) -> TokenPlace | None:
+        if token.logprob is None:
+            return None
+        data = [self._text.bytes(token_id) for token_id in (token.id, *(token_id for token_id, _ in token.top))]
+        if self._strip:
+            data = [_without_leading_space(each) for each in data]
+        return TokenPlace(self._text.decoded, data[0], tuple(data[1:]))
 
     def finish(self) -> Text:
         """Return the text that was held back, after the last token."""
@@ -107,12 +144,17 @@ class AnswerDecoder:
     def _split(self, text: str) -> list[Part]:
         return self._calls.add_text(text) if self._calls else [text]
 
-    def _show(self, parts: list[Part], *tokens: Token) -> Text:
+    def _show(self, parts: list[Part]) -> Text:
         text = "".join(part for part in parts if isinstance(part, str))
         if self._strip:
             text = text.lstrip()
             self._strip = not text
-        return Text(text, tokens, tuple(part for part in parts if isinstance(part, ToolCall)))
+        return Text(text, calls=tuple(part for part in parts if isinstance(part, ToolCall)))
+
+
+def _without_leading_space(data: bytes) -> bytes:
+    """Return the bytes of a token without white space at the beginning, as far as it is complete characters."""
+    return data.decode(errors="surrogateescape").lstrip().encode(errors="surrogateescape")
 
 
 def finished_answers(request: Request, new_decoder: Callable[[], AnswerDecoder]) -> frozenset[int]:

@@ -11,7 +11,8 @@ import pytest
 
 from moesaic import LLM, errors
 from moesaic.backend import Delta, Finished, GenerationRequest, PromptDone, TokenLimits
-from moesaic.local_backend import MAX_UNREAD_EVENTS, LocalBackend
+from moesaic.local_backend import LocalBackend
+from moesaic.local_stream import MAX_UNREAD_EVENTS
 from tests.support.event_loop import async_test
 
 TALK = ({"role": "user", "content": "Tell me of a fox."},)

@@ -1,16 +1,18 @@
 """Incremental detokenization and stop strings.
 
-Only complete characters are returned, and no text from a stop string on. The cost per token does not depend on the
+Only complete characters are returned, and no text after a stop string. The cost per token does not depend on the
 length of the text. This module does not depend on requests or the engine.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from moesaic.errors import InvalidParameter
 from moesaic.text.tokenizer import Tokenizer
+
+FIRST_SURROGATE, SURROGATES = 0xD800, 0x800
 
 
 class Detokenizer:
@@ -33,6 +35,13 @@ class Detokenizer:
         self._skip_special = skip_special
         self._at_start = begins
         self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.byte_errors)
+
+    def bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token adds to the text if it is the next one; none for a special token left out."""
+        special = self._tokenizer.is_special(token_id)
+        return (
+            b"" if special and self._skip_special else self._tokenizer.bytes(token_id, self._at_start and not special)
+        )
 
     def add(self, token_id: int) -> str:
         """Return the characters that a token completes."""
@@ -75,13 +84,11 @@ class StopStrings:
         if not self._held and self._first_chars.isdisjoint(text):  # the usual case
             return text, False
         text = self._held + text
-        matches = [(start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        match = self._first_match(text)
         # A longer stop string that begins earlier may be incomplete; it has priority over a match that begins later.
         end = self._partial_match(text)
-        if matches and min(matches)[0] <= end:
-            start, self.stopped = min(matches)
-            self._held = ""
-            return text[:start], True
+        if match and match[0] <= end:
+            return self._stop(text, *match), True
         self._held = text[end:]
         return text[:end], False
 
@@ -91,10 +98,15 @@ class StopStrings:
         The held text can contain a complete stop string, if a longer one begins earlier and is incomplete.
         """
         text, self._held = self._held, ""
-        matches = [(start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if not matches:
-            return text
-        start, self.stopped = min(matches)
+        match = self._first_match(text)
+        return self._stop(text, *match) if match else text
+
+    def _first_match(self, text: str) -> tuple[int, str] | None:
+        """Return the start of the first complete stop string in ``text`` and that string; None if there is none."""
+        return min(((start, stop) for stop in self._stops if (start := text.find(stop)) >= 0), default=None)
+
+    def _stop(self, text: str, start: int, stop: str) -> str:
+        self._held, self.stopped = "", stop
         return text[:start]
 
     def _partial_match(self, text: str) -> int:
@@ -107,25 +119,95 @@ class StopStrings:
         return len(text)
 
 
+class _HiddenNames:
+    """Lets stop strings match the names of special tokens that are left out of the text.
+
+    Each special token that a stop string names is one unpaired surrogate in the text that is searched; such a character
+    cannot occur in decoded text. A stop string with a name has a second form, with surrogates in place of names: the
+    model may generate the token or spell its name.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]) -> None:
+        """``tokenizer`` is None if no special token is left out of the text."""
+        control = tokenizer.control if tokenizer else {}
+        names = sorted({match[0] for stop in stops for match in tokenizer.find_special(stop)}) if tokenizer else []
+        marks = {name: chr(FIRST_SURROGATE + index) for index, name in enumerate(names[:SURROGATES])}
+        self.marks = {control[name]: mark for name, mark in marks.items()}
+        self._remove = {ord(mark): None for mark in marks.values()}
+        self._names = {ord(mark): name for name, mark in marks.items()}
+        marked = (_replace_all(stop, marks) for stop in stops)
+        self.stops = (*stops, *(stop for stop in marked if stop not in stops))
+
+    def hide(self, text: str) -> str:
+        """Return a searched text as it is shown."""
+        return text.translate(self._remove) if self._remove else text
+
+    def name(self, stop: str) -> str:
+        """Return a stop string as the request states it."""
+        return stop.translate(self._names)
+
+
+def _replace_all(text: str, replacements: dict[str, str]) -> str:
+    for name in sorted(replacements, key=len, reverse=True):
+        text = text.replace(name, replacements[name])
+    return text
+
+
 class TextStream:
     """Detokenizer and stop strings of one sequence: turns token ids into text that can be shown."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, skip_special: bool = True, begins: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        skip_special: bool = True,
+        begins: bool = True,
+        included: Collection[str | int] = (),
     ) -> None:
+        """Create a stream.
+
+        Args:
+            tokenizer, skip_special, begins: as for ``Detokenizer``.
+            stops: strings that end the text. One that names a special token matches that token, also if it is left out
+                of the text.
+            included: stop strings that are part of the text if they end it.
+        """
         self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special, begins=begins)
-        self._stops = StopStrings(stops)
+        self._hidden = _HiddenNames(tokenizer if skip_special else None, stops)
+        self._stops = StopStrings(self._hidden.stops)
+        self._included = included
+        self.decoded = 0
+        """Number of characters that were decoded, including those that are held back."""
 
     @property
     def stopped(self) -> str | None:
         """Stop string that ended the text; None if none did."""
-        return self._stops.stopped
+        stop = self._stops.stopped
+        return None if stop is None else self._hidden.name(stop)
+
+    def bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token adds to the text if it is the next one."""
+        return self._detokenizer.bytes(token_id)
 
     def add(self, token_id: int) -> tuple[str, bool]:
         """Return (text to show, whether a stop string was met)."""
-        return self._stops.add(self._detokenizer.add(token_id))
+        text = self._detokenizer.add(token_id)
+        self.decoded += len(text)
+        return self._search(text + self._hidden.marks.get(token_id, "")), self._ended
 
     def finish(self) -> str:
         """Return the rest of the text; call it once, after the last token. It is empty after a stop string."""
-        text, _ = self._stops.add(self._detokenizer.finish())
-        return text + self._stops.finish()
+        return self._search(self._detokenizer.finish(), last=True)
+
+    @property
+    def _ended(self) -> bool:
+        return self._stops.stopped is not None
+
+    def _search(self, text: str, *, last: bool = False) -> str:
+        """Return the text to show, after ``text`` was added to the searched text."""
+        ended = self._ended
+        shown, _ = self._stops.add(text)
+        shown = self._hidden.hide(shown + self._stops.finish() if last else shown)
+        new_stop = None if ended else self.stopped
+        return shown + new_stop if new_stop in self._included and new_stop is not None else shown

@@ -21,6 +21,7 @@ from moesaic.backend import (
     TokenInfo,
     TokenLimits,
     ToolCall,
+    TopToken,
 )
 from moesaic.cluster import wire
 from moesaic.engine import Sampling
@@ -28,6 +29,7 @@ from moesaic.errors import InvalidRequest, MoesaicError
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 ids = st.integers(0, 2**31)
+places = st.integers(0, 7)
 scores = st.none() | st.floats(-100, 0)
 marks = st.builds(
     TokenInfo,
@@ -35,10 +37,11 @@ marks = st.builds(
     texts,
     st.booleans(),
     scores,
-    st.lists(st.tuples(ids, texts, st.floats(-9, 0)), max_size=2).map(tuple),
+    st.lists(st.builds(TopToken, ids, texts, st.floats(-9, 0), st.binary(max_size=4)), max_size=2).map(tuple),
+    st.binary(max_size=4),
+    places,
 )
 several = st.lists(marks, max_size=3).map(tuple)
-places = st.integers(0, 7)
 calls = st.lists(st.builds(ToolCall, places, texts, texts, texts), max_size=2).map(tuple)
 events = st.one_of(
     st.builds(PromptDone, places, several, ids),
@@ -74,6 +77,7 @@ FULL: dict[str, Any] = {
     "parse_special": True,
     "add_bos": False,
     "skip_special": False,
+    "include_stop": True,
     "resume": ((1, 2), ()),
     "priority": 3,
     "tenant": "t",

@@ -177,7 +177,7 @@ def test_prompt_logprobs_for_lm_eval(server):
     [choice] = post(server, "/v1/completions", body).json()["choices"]
     assert choice["text"] == "1 5Hello"
     assert choice["logprobs"] == {
-        "text_offset": [0, 3, 5],
+        "text_offset": [0, 0, 3],
         "token_logprobs": [None, -0.5, -0.25],
         "tokens": ["<s>", "Hi", "Hello"],
         "top_logprobs": [None, {"Hi": -0.5}, {"Hello": -0.25}],

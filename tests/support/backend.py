@@ -27,6 +27,7 @@ from moesaic.backend import (
     PromptDone,
     TokenInfo,
     ToolCall,
+    TopToken,
 )
 
 
@@ -69,11 +70,22 @@ class ScriptedStream(SteppedStream):
         script, sampling = self._script, self._request.sampling
         count = sampling.get("n", 1)
         scored = sampling.get("prompt_logprobs") is not None
-        prompt = (TokenInfo(1, "<s>", True), TokenInfo(5, "Hi", False, -0.5, ((5, "Hi", -0.5),))) if scored else ()
+        prompt = (
+            (TokenInfo(1, "<s>", True), TokenInfo(5, "Hi", False, -0.5, (TopToken(5, "Hi", -0.5, b"Hi"),)))
+            if scored
+            else ()
+        )
         yield [PromptDone(index, prompt, 2) for index in range(count)]
         pieces = script.pieces[: sampling.get("max_tokens") or len(script.pieces)]
         for position, piece in enumerate(pieces):
-            info = TokenInfo(10 + position, piece, False, -0.25, ((10 + position, piece, -0.25),))
+            info = TokenInfo(
+                10 + position,
+                piece,
+                False,
+                -0.25,
+                (TopToken(10 + position, piece, -0.25, piece.encode()),),
+                piece.encode(),
+            )
             events: list[Event] = [Delta(index, piece, (info,)) for index in range(count)]
             if position == len(pieces) - 1 and not script.error:
                 events += [Delta(index, calls=(part,)) for part in script.calls for index in range(count)]

@@ -1,5 +1,6 @@
 """Incremental detokenization and stop strings, for any ids and any cut of the text."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from moesaic.errors import InvalidParameter
 from moesaic.text.stream import Detokenizer, StopStrings, TextStream
 from moesaic.text.tokenizer import Tokenizer
+from tests.support.require import package_folder
 
 NAMES = ("v1", "v2", "v3", "v7", "tekken", "llama3")
 Opened = Callable[[str], Tokenizer]
@@ -127,6 +129,40 @@ def test_text_stream_decodes_and_stops(opened: Opened) -> None:
     assert "🙂" not in "".join(parts)  # it may be the first half of the stop string
     assert "".join(parts) + stream.finish() == tokenizer.decode(ids)
     assert stream.stopped is None
+
+
+NAMED_STOPS = ("<|eot_id|>", "b<|eot_id|>", "<|eot_id|>a", "a<|eot_id|><|eom_id|>b", "ab", "eot_id")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "b", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>"]), max_size=9),
+    st.lists(st.sampled_from(NAMED_STOPS), max_size=3, unique=True),
+    st.booleans(),
+)
+@example(["a", "<|eot_id|>", "<|eom_id|>", "b"], ["a<|eot_id|><|eom_id|>b"], True)
+def test_stop_strings_match_special_tokens_that_are_left_out(parts, stops, include) -> None:  # type: ignore[no-untyped-def]
+    tokenizer = _llama3()
+    whole, removed = (
+        "".join(parts),
+        [name for name in ("<|eot_id|>", "<|eom_id|>") if not any(name in s for s in stops)],
+    )
+    searched = whole.replace("<|python_tag|>", "")
+    for name in removed:
+        searched = searched.replace(name, "")
+    starts = [(searched.find(stop), stop) for stop in stops if stop in searched and stop != "eot_id"]
+    stream, shown = TextStream(tokenizer, stops, included=stops if include else ()), ""
+    for part in parts:
+        shown += stream.add(tokenizer.control.get(part) or tokenizer.encode(part)[0])[0]
+    shown += stream.finish()
+    start, stop = min(starts, default=(len(searched), None))
+    expected = searched[:start].replace("<|eot_id|>", "").replace("<|eom_id|>", "")
+    assert (shown, stream.stopped) == (expected + (stop if include and stop else ""), stop)
+
+
+@functools.cache
+def _llama3() -> Tokenizer:
+    return Tokenizer.open(package_folder("llama_models") / "llama3" / "tokenizer.model")
 
 
 def test_an_empty_stop_string_is_rejected() -> None:

@@ -155,8 +155,8 @@ def _check_supported(request: GenerationRequest) -> None:
         "a grammar": request.grammar,
         "a prompt of tokens": request.prompt is not None and not isinstance(request.prompt, str),
         "truncation": request.truncate,
-        "special tokens in a prompt": request.parse_special,
         "special tokens in the answer": not request.skip_special,
+        "a stop string in the answer": request.include_stop,
         **dict.fromkeys(unsupported, True),
     }
     if used := [name for name, is_used in features.items() if is_used]:

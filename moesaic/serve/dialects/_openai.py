@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from moesaic import __version__
-from moesaic.backend import Backend, Finished, ModelInfo, TokenInfo
+from moesaic.backend import Backend, Finished, ModelInfo, TokenInfo, TopToken
 from moesaic.errors import InvalidParameter, NotFound, Unavailable
 from moesaic.serve.context import RequestContext
 
@@ -75,6 +75,8 @@ class SamplingFields(Struct, kw_only=True):
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     priority: Annotated[int, Meta(ge=-(2**30), le=2**30)] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    include_stop_str_in_output: bool | None = None
     guided_json: Any = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -224,10 +226,33 @@ def stop_reason(finished: Finished) -> str | int | None:
     return finished.stop if finished.stop is not None else finished.stop_id
 
 
-def token_logprob(token: TokenInfo, top: int) -> dict[str, Any]:
-    """Return one entry of a chat answer's ``logprobs``."""
+def token_text(token: TokenInfo | TopToken, *, as_id: bool = False) -> str:
+    """Return the text that stands for a token: ``bytes:...`` for a part of a character, as OpenAI shows it.
 
-    def one(text: str, value: float | None) -> dict[str, Any]:
-        return {"token": text, "logprob": -9999.0 if value is None else value, "bytes": list(text.encode())}
+    Args:
+        token: the token.
+        as_id: return ``token_id:...`` in any case, as vLLM's ``return_tokens_as_token_ids`` asks for.
+    """
+    if as_id:
+        return f"token_id:{token.id}"
+    if "\ufffd" in token.text and token.data and token.data != token.text.encode():
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
+    return token.text
 
-    return one(token.text, token.logprob) | {"top_logprobs": [one(text, value) for _, text, value in token.top[:top]]}
+
+def top_tokens(token: TokenInfo, top: int) -> list[TokenInfo | TopToken]:
+    """Return the ``top`` most likely tokens, and the token itself if it is none of them; nothing for 0."""
+    shown: list[TokenInfo | TopToken] = list(token.top[:top])
+    if shown and token.id not in [item.id for item in shown]:
+        shown.append(token)
+    return shown
+
+
+def token_logprob(token: TokenInfo, top: int, *, as_ids: bool = False) -> dict[str, Any]:
+    """Return one entry of a chat answer's ``logprobs``. The bytes of all entries, joined, are the answer's text."""
+
+    def one(item: TokenInfo | TopToken) -> dict[str, Any]:
+        value = -9999.0 if item.logprob is None else item.logprob
+        return {"token": token_text(item, as_id=as_ids), "logprob": value, "bytes": list(item.data)}
+
+    return one(token) | {"top_logprobs": [one(item) for item in top_tokens(token, top)]}

@@ -22,10 +22,15 @@ OutputEvent = tuple[str, dict[str, Any]]
 class OutputItems:
     """The output items of an answer so far. ``add`` and ``close`` yield the events of a stream."""
 
-    def __init__(self, top: int | None) -> None:
-        """Start without items. ``top``: alternatives shown for each token; None: no log-probabilities."""
+    def __init__(self, top: int | None, *, as_ids: bool = False) -> None:
+        """Start without items.
+
+        Args:
+            top: alternatives shown for each token; None: no log-probabilities.
+            as_ids: show tokens as ``token_id:...``.
+        """
         self.items: list[dict[str, Any]] = []
-        self._top = top
+        self._top, self._as_ids = top, as_ids
         self._call_items: dict[int, int] = {}  # index of a tool call -> index of its item
         self._open = False  # whether the last item is open
         self._pending_logprobs: list[dict[str, Any]] = []  # of tokens whose text was not sent yet
@@ -44,7 +49,9 @@ class OutputItems:
             yield from self._add_call(call)
 
     def _logprobs(self, tokens: tuple[TokenInfo, ...]) -> list[dict[str, Any]]:
-        return [] if self._top is None else [openai.token_logprob(token, self._top) for token in tokens]
+        if self._top is None:
+            return []
+        return [openai.token_logprob(token, self._top, as_ids=self._as_ids) for token in tokens]
 
     def _at(self, index: int = -1) -> dict[str, Any]:
         index %= len(self.items)
@@ -99,16 +106,24 @@ class OutputItems:
 class Writer:
     """Turns the events of one request into a response object."""
 
-    def __init__(self, head: Mapping[str, Any], top: int | None, keep: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        head: Mapping[str, Any],
+        top: int | None,
+        keep: Callable[[dict[str, Any]], None],
+        *,
+        as_ids: bool = False,
+    ) -> None:
         """Start a response.
 
         Args:
             head: fields that are known before the generation.
             top: alternatives shown for each token; None: no log-probabilities.
             keep: called with the complete response before the client gets it.
+            as_ids: show tokens as ``token_id:...``.
         """
         self._head, self._keep = head, keep
-        self._output = OutputItems(top)
+        self._output = OutputItems(top, as_ids=as_ids)
         self._count = 0
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:

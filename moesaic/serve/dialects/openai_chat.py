@@ -70,6 +70,7 @@ def to_request(body: ChatBody, model: str) -> GenerationRequest:
         grammar=openai.response_grammar(body.response_format) or openai.grammar(body),
         truncate=body.truncate_prompt_tokens,
         skip_special=body.skip_special_tokens is not False,
+        include_stop=bool(body.include_stop_str_in_output),
         priority=body.priority or 0,
     )
 
@@ -167,7 +168,8 @@ class Writer:
     def _logprobs(self, tokens: Any) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return {"content": [openai.token_logprob(token, self._top) for token in tokens]}
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return {"content": [openai.token_logprob(token, self._top, as_ids=as_ids) for token in tokens]}
 
     async def frames(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
         """Yield the events of the stream."""

@@ -34,6 +34,8 @@ class CompletionBody(openai.SamplingFields, kw_only=True):
     suffix: str | None = None
     response_format: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
+    parse_special: bool | None = None
+    """Whether names of special tokens in a text prompt are these tokens; the default is true, as on TGI's routes."""
 
 
 def parse_prompts(body: CompletionBody, limit: int) -> list[str | tuple[int, ...]]:
@@ -85,7 +87,9 @@ def to_request(body: CompletionBody, model: str) -> GenerationRequest:
         grammar=openai.response_grammar(body.response_format) or openai.grammar(body),
         truncate=body.truncate_prompt_tokens,
         add_bos=body.add_special_tokens is not False,
+        parse_special=body.parse_special is not False,
         skip_special=body.skip_special_tokens is not False,
+        include_stop=bool(body.include_stop_str_in_output),
         priority=body.priority or 0,
     )
 
@@ -174,8 +178,9 @@ class Writer:
         assert one.ended is not None
         logprobs = None
         if self._body.logprobs is not None:
-            tokens = [*prompt, *one.tokens] if self._body.echo else one.tokens
-            logprobs = self._logprobs(tokens, 0)
+            shown_prompt = prompt if self._body.echo else ()
+            offsets = [*prompt_offsets(shown_prompt, echoed), *answer_offsets(one.tokens, echoed)]
+            logprobs = self._logprobs([*shown_prompt, *one.tokens], offsets)
         choice = {
             "index": index,
             "text": echoed + one.text,
@@ -185,20 +190,13 @@ class Writer:
         }
         return choice | ({"token_ids": [token.id for token in one.tokens]} if self._body.return_token_ids else {})
 
-    def _logprobs(self, tokens: Sequence[TokenInfo], offset: int) -> dict[str, Any]:
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
-        top = [
-            {text: value for _, text, value in token.top} if token.logprob is not None and token.top else None
-            for token in tokens
-        ]
+    def _logprobs(self, tokens: Sequence[TokenInfo], offsets: Sequence[int]) -> dict[str, Any]:
+        as_ids = bool(self._body.return_tokens_as_token_ids)
         return {
             "text_offset": offsets,
             "token_logprobs": [token.logprob for token in tokens],
-            "tokens": [token.text for token in tokens],
-            "top_logprobs": top,
+            "tokens": [openai.token_text(token, as_id=as_ids) for token in tokens],
+            "top_logprobs": [top_logprobs(token, as_ids=as_ids) for token in tokens],
         }
 
     def _usage(self, finished: Sequence[Finished]) -> dict[str, Any]:
@@ -210,35 +208,69 @@ class Writer:
     async def frames(self, running: Sequence[AsyncIterator[Event]]) -> AsyncIterator[bytes]:
         """Yield the events of the stream."""
         finished: list[Finished] = []
-        offsets: dict[int, int] = {}
         async for number, event in _merged(running):
-            index = number * self._n + event.index
+            index, echoed = number * self._n + event.index, self._echoed[number]
             if isinstance(event, PromptDone):
                 if self._body.echo:
-                    yield self._frame(index, self._echoed[number], event.prompt, None, offsets)
+                    yield self._frame(index, echoed, event.prompt, prompt_offsets(event.prompt, echoed))
             elif isinstance(event, Finished):
                 finished.append(event)
-                yield self._frame(index, "", (), event, offsets)
+                yield self._frame(index, "", (), (), event)
             elif not self._hidden and (event.text or self._body.logprobs is not None):
-                yield self._frame(index, event.text, event.tokens, None, offsets)
+                yield self._frame(index, event.text, event.tokens, answer_offsets(event.tokens, echoed))
         options = self._body.stream_options
         if options and options.include_usage:
             yield sse.frame(self._head | {"choices": [], "usage": self._usage(finished)})
         yield sse.DONE
 
     def _frame(
-        self, index: int, text: str, tokens: Sequence[TokenInfo], finished: Finished | None, offsets: dict[int, int]
+        self,
+        index: int,
+        text: str,
+        tokens: Sequence[TokenInfo],
+        offsets: Sequence[int],
+        finished: Finished | None = None,
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
         if self._body.logprobs is not None and tokens:
-            choice["logprobs"] = self._logprobs(tokens, offsets.get(index, 0))
-            offsets[index] = offsets.get(index, 0) + sum(len(token.text) for token in tokens)
+            choice["logprobs"] = self._logprobs(tokens, offsets)
         choice["finish_reason"] = openai.finish_reason(finished) if finished else None
         if finished:
             choice["stop_reason"] = openai.stop_reason(finished)
         if self._body.return_token_ids:
             choice["token_ids"] = [token.id for token in tokens]
         return sse.frame(self._head | {"choices": [choice]})
+
+
+def prompt_offsets(tokens: Sequence[TokenInfo], text: str) -> list[int]:
+    """Return the index in a prompt's text at which each token begins.
+
+    A special token takes place only if the text has its name, and SentencePiece's leading space only if the text has
+    that space. A part of a character has the index of the character.
+    """
+    data, position, offsets = text.encode(), 0, []
+    for token in tokens:
+        offsets.append(len(data[:position].decode(errors="ignore")))
+        parts = [token.data] if token.special else [token.data, token.data.removeprefix(b" ")]
+        position += next((len(part) for part in parts if data.startswith(part, position)), 0)
+    return offsets
+
+
+def answer_offsets(tokens: Sequence[TokenInfo], echoed: str) -> list[int]:
+    """Return the index at which each token of an answer begins in the text that follows the echoed prompt."""
+    return [len(echoed) + token.offset for token in tokens]
+
+
+def top_logprobs(token: TokenInfo, *, as_ids: bool) -> dict[str, float | None] | None:
+    """Return the log-probability of each likely token by its text; by ``token_id:...`` if another one has its text."""
+    if token.logprob is None or not token.top:
+        return None
+    shown: dict[str, float | None] = {openai.token_text(token, as_id=as_ids): token.logprob}
+    for item in token.top:
+        if item.id != token.id:
+            text = openai.token_text(item, as_id=as_ids)
+            shown[f"token_id:{item.id}" if text in shown else text] = item.logprob
+    return dict(sorted(shown.items(), key=lambda pair: -(pair[1] or 0.0)))
 
 
 async def _merged(running: Sequence[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:

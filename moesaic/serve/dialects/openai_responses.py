@@ -98,6 +98,7 @@ def to_request(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, An
         grammar=items.grammar(body.form) or openai.grammar(body),
         truncate=body.truncate_prompt_tokens,
         skip_special=body.skip_special_tokens is not False,
+        include_stop=bool(body.include_stop_str_in_output),
         priority=body.priority or 0,
     )
 
@@ -118,7 +119,7 @@ async def create(context: RequestContext) -> AnyResponse:
             asked = (request.messages or ())[bool(body.instructions) :]  # instructions apply to one response only
             kept.put(owner, done["id"], StoredResponse(done, items.listed(body.input), (*asked, *said)))
 
-    writer = response.Writer(head, body.top, keep)
+    writer = response.Writer(head, body.top, keep, as_ids=bool(body.return_tokens_as_token_ids))
     events = await context.generate(request)
     if body.stream:
         return EventStream(writer.frames(events), broken=writer.failed)

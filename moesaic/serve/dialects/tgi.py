@@ -157,7 +157,7 @@ class TokenWriter:
         if self._top:
             top = token.top[: self._top]
             out["top_tokens"] = [
-                _token(token_id, piece, value, token.special and token_id == token.id) for token_id, piece, value in top
+                _token(item.id, item.text, item.logprob, token.special and item.id == token.id) for item in top
             ]
         return out
 

@@ -34,6 +34,8 @@ class TokenizeBody(Struct):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)] | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
+    parse_special: bool | None = None
+    """Whether names of special tokens in a text are these tokens; the default is true."""
 
 
 class ChatTokenizeBody(Struct):
@@ -84,16 +86,15 @@ async def tokenize(context: RequestContext) -> AnyResponse:
     """Return the tokens of a text, in TGI's or vLLM's form."""
     body: TokenizeBody = context.body
     name = openai.model_name(context, body.model)
-    bos = body.add_special_tokens is not False
+    bos, parse = body.add_special_tokens is not False, body.parse_special is not False
     if body.inputs is not None:
-        tokens = await context.backend.tokenize(
-            GenerationRequest(name, prompt=body.inputs, parse_special=True, add_bos=bos)
-        )
-        return Response(token_spans(tokens, body.inputs))
+        request = GenerationRequest(name, prompt=body.inputs, parse_special=parse, add_bos=bos)
+        return Response(token_spans(await context.backend.tokenize(request), body.inputs))
     if body.messages is not None:
         tokens = await context.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
     elif body.prompt is not None:
-        tokens = await context.backend.tokenize(GenerationRequest(name, prompt=body.prompt, add_bos=bos))
+        request = GenerationRequest(name, prompt=body.prompt, parse_special=parse, add_bos=bos)
+        tokens = await context.backend.tokenize(request)
     else:
         raise InvalidRequest("expected inputs, prompt or messages")
     return Response(

@@ -1,0 +1,157 @@
+"""The events of a request to a model in this process: pieces of text become deltas, tokens get their texts.
+
+This module does not depend on the engine's threads or on how requests are made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from moesaic.backend import Delta, Event, Finished, PromptDone, TokenInfo, ToolCall, TopToken
+from moesaic.engine import Token
+from moesaic.errors import MoesaicError, Overloaded
+from moesaic.reply import Reply, Text, TokenPlace
+from moesaic.text.stream import TextStream
+from moesaic.text.tokenizer import Tokenizer
+
+MAX_UNREAD_EVENTS = 1024
+"""Events that may wait for a reader of a stream; beyond that the request is cancelled."""
+
+
+class TokenInfoCache:
+    """Makes ``TokenInfo`` values. Those without log-probabilities, which are most, are made once for each token id."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._plain: dict[int, TokenInfo] = {}
+
+    def of(self, token: Token, place: TokenPlace | None = None) -> TokenInfo:
+        """Return the ``TokenInfo`` of a token. ``place`` is None for a token without log-probabilities."""
+        if place is None:
+            if token.id not in self._plain:
+                self._plain[token.id] = self._info(token.id)
+            return self._plain[token.id]
+        piece = self._tokenizer.piece
+        top = (
+            TopToken(token_id, piece(token_id), value, data)
+            for (token_id, value), data in zip(token.top, place.top, strict=True)
+        )
+        return self._info(token.id, token.logprob, tuple(top), place.data, place.offset)
+
+    def of_prompt(self, tokens: Sequence[Token]) -> tuple[TokenInfo, ...]:
+        """Return the ``TokenInfo`` of each token of a prompt."""
+        stream = TextStream(self._tokenizer)
+        infos = []
+        for token in tokens:
+            top = tuple(self._data(stream, token_id) for token_id, _ in token.top)
+            infos.append(self.of(token, TokenPlace(stream.decoded, self._data(stream, token.id), top)))
+            stream.add(token.id)
+        return tuple(infos)
+
+    def _data(self, stream: TextStream, token_id: int) -> bytes:
+        special = self._tokenizer.is_special(token_id)
+        return self._tokenizer.bytes(token_id) if special else stream.bytes(token_id)
+
+    def _info(self, token_id: int, *more: Any) -> TokenInfo:
+        return TokenInfo(token_id, self._tokenizer.piece(token_id), self._tokenizer.is_special(token_id), *more)
+
+
+class LocalResponseStream:
+    """The ``ResponseStream`` of a request to a local model. It is used on the event loop's thread only."""
+
+    job = None
+
+    def __init__(self, replies: Sequence[Reply], tokens: TokenInfoCache) -> None:
+        self._replies, self._token_infos = replies, tokens
+        resumed = sum(len(reply.request.resumed_tokens(reply.stream.index)) for reply in replies)
+        self._behind = MAX_UNREAD_EVENTS + resumed  # the resumed tokens come at once
+        self._begun: set[int] = set()
+        self._events: deque[Event] = deque()
+        self._held: dict[int, list[Event]] = {}  # last deltas, which are sent with the end that follows
+        self._failed: MoesaicError | None = None
+        self._open = len(replies)
+        self._called: dict[int, int] = {}  # index -> calls so far
+        self._waiter: asyncio.Future[None] | None = None
+
+    def pump(self, reply: Reply) -> bool:
+        """Collect the new events of one answer; return whether it has ended."""
+        if self._failed:
+            return True
+        try:
+            pieces = reply.poll()
+        except MoesaicError as error:
+            self._fail(error)
+            return True
+        index = reply.stream.index
+        if index not in self._begun and (pieces or reply.ended):
+            self._begun.add(index)
+            prompt = self._token_infos.of_prompt(reply.prompt_logprobs)
+            self._events.append(PromptDone(index, prompt, len(reply.request.ids)))
+        wanted = [piece for piece in pieces if piece.text or piece.tokens or piece.calls]
+        shown: list[Event] = [self._piece(index, piece) for piece in wanted]
+        if reply.stopped and not reply.ended:
+            self._held.setdefault(index, []).extend(shown)
+            return False
+        self._events.extend([*self._held.pop(index, ()), *shown])
+        if reply.ended:
+            self._open -= 1
+            self._events.append(_ended(index, reply))
+        elif len(self._events) > self._behind:
+            self._fail(Overloaded("the client read the answer more slowly than it was generated"))
+        self._wake()
+        return reply.ended
+
+    def _piece(self, index: int, piece: Text) -> Delta:
+        infos = self._token_infos.of
+        tokens = tuple(infos(token, place) for token, place in zip(piece.tokens, piece.places, strict=True))
+        first = self._called.get(index, 0)
+        self._called[index] = first + len(piece.calls)
+        calls = (ToolCall(number, call.id, call.name, call.arguments) for number, call in enumerate(piece.calls, first))
+        return Delta(index, piece.text, tokens, tuple(calls))
+
+    def _fail(self, error: MoesaicError) -> None:
+        self._failed = error
+        self.cancel()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def cancel(self) -> None:
+        for reply in self._replies:
+            if not reply.ended:
+                reply.cancel()
+
+    def ready(self) -> list[Event]:
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            while self._events:
+                yield self._events.popleft()
+            if self._failed:
+                raise self._failed
+            if not self._open:
+                return
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+
+def _ended(index: int, reply: Reply) -> Finished:
+    answer = reply.answer
+    return Finished(
+        index,
+        answer.reason,
+        answer.prompt_tokens,
+        len(answer.tokens),
+        answer.cached_tokens,
+        answer.stop,
+        answer.stop_id,
+        has_tool_calls=bool(answer.calls),
+    )
