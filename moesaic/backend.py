@@ -139,7 +139,7 @@ class PromptDone(msgspec.Struct, frozen=True, array_like=True, tag="b"):
 
 
 class ToolCall(msgspec.Struct, frozen=True, array_like=True):
-    """A tool call, or a further part of its arguments."""
+    """The beginning of a tool call, with its id and its name, or a further part of its arguments."""
 
     index: int
     """Index of the call among the answer's calls."""
@@ -149,7 +149,10 @@ class ToolCall(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="p"):
-    """Event: a part of an answer. It has text that can be shown, tokens, and tool calls; each may be empty."""
+    """Event: a part of an answer. It has text that can be shown, tokens, and parts of tool calls; each may be empty.
+
+    Parts that continue an earlier call come before the text; parts of new calls come after it.
+    """
 
     index: AnswerIndex
     text: str = ""
@@ -170,7 +173,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     stop_id: int | None = None
     """The token that ended the answer."""
     has_tool_calls: bool = False
-    """Whether the answer has tool calls."""
+    """Whether the answer has tool calls, all of them whole: with arguments that are a JSON object."""
 
 
 Event = PromptDone | Delta | Finished

@@ -73,7 +73,6 @@ class LocalResponseStream:
         self._held: dict[int, list[Event]] = {}  # last deltas, which are sent with the end that follows
         self._failed: MoesaicError | None = None
         self._open = len(replies)
-        self._called: dict[int, int] = {}  # index -> calls so far
         self._waiter: asyncio.Future[None] | None = None
 
     def pump(self, reply: Reply) -> bool:
@@ -107,9 +106,7 @@ class LocalResponseStream:
     def _piece(self, index: int, piece: Text) -> Delta:
         infos = self._token_infos.of
         tokens = tuple(infos(token, place) for token, place in zip(piece.tokens, piece.places, strict=True))
-        first = self._called.get(index, 0)
-        self._called[index] = first + len(piece.calls)
-        calls = (ToolCall(number, call.id, call.name, call.arguments) for number, call in enumerate(piece.calls, first))
+        calls = (ToolCall(part.index, part.id, part.name, part.arguments) for part in piece.calls)
         return Delta(index, piece.text, tokens, tuple(calls))
 
     def _fail(self, error: MoesaicError) -> None:
@@ -153,5 +150,5 @@ def _ended(index: int, reply: Reply) -> Finished:
         answer.cached_tokens,
         answer.stop,
         answer.stop_id,
-        has_tool_calls=bool(answer.calls),
+        has_tool_calls=bool(answer.calls) and all(call.whole for call in answer.calls),
     )

@@ -15,16 +15,19 @@ from moesaic.errors import InvalidParameter
 from moesaic.text.stream import TextStream
 from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tool_parser import Part, ToolCallParser
-from moesaic.text.tools import ToolCall
+from moesaic.text.tools import CallPart, ToolCall, join_calls
 
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of an answer: new text, new tokens and new tool calls, each of which may be empty."""
+    """A piece of an answer: new text, new tokens and new parts of tool calls, each of which may be empty.
+
+    Parts that continue a call come before the text; parts of new calls come after it.
+    """
 
     text: str
     tokens: tuple[Token, ...] = ()
-    calls: tuple[ToolCall, ...] = ()
+    calls: tuple[CallPart, ...] = ()
     places: tuple[TokenPlace | None, ...] = ()
     """One for each token; None for a token without log-probabilities."""
 
@@ -61,7 +64,7 @@ class Answer:
     """The id of the token that ended the answer, if any."""
     prompt_logprobs: tuple[Token, ...] = ()
     calls: tuple[ToolCall, ...] = ()
-    """The tool calls in order; ``text`` is the rest of the answer."""
+    """The tool calls in order; ``text`` is the rest of the answer. In an answer that was cut, the last may be too."""
     alternatives: tuple[Answer, ...] = ()
     """The other n - 1 answers of a request with ``n`` > 1."""
 
@@ -136,10 +139,10 @@ class AnswerDecoder:
             data = [_without_leading_space(each) for each in data]
         return TokenPlace(self._text.decoded, data[0], tuple(data[1:]))
 
-    def finish(self) -> Text:
-        """Return the text that was held back, after the last token."""
+    def finish(self, *, cut: bool = False) -> Text:
+        """Return what was held back, after the last token; ``cut``: the answer did not end by itself."""
         rest = self._split(self._text.finish())
-        return self._show([*rest, *(self._calls.finish() if self._calls else ())])
+        return self._show([*rest, *(self._calls.finish(cut=cut) if self._calls else ())])
 
     def _split(self, text: str) -> list[Part]:
         return self._calls.add_text(text) if self._calls else [text]
@@ -149,7 +152,7 @@ class AnswerDecoder:
         if self._strip:
             text = text.lstrip()
             self._strip = not text
-        return Text(text, calls=tuple(part for part in parts if isinstance(part, ToolCall)))
+        return Text(text, calls=tuple(part for part in parts if isinstance(part, CallPart)))
 
 
 def _without_leading_space(data: bytes) -> bytes:
@@ -203,7 +206,8 @@ class Reply:
     def _read(self, event: Event) -> Iterator[Text]:
         if isinstance(event, Done):
             self._done = event
-            yield self._show(self._decoder.finish())
+            cut = event.reason != "stop" and not self._decoder.ended
+            yield self._show(self._decoder.finish(cut=cut))
         elif isinstance(event, PromptLogprobs):
             self._prompt_logprobs = event.tokens
         elif not self._decoder.ended:
@@ -250,5 +254,5 @@ class Reply:
             stop=self._decoder.stopped,
             stop_id=self._done.stop_id if self._decoder.stopped is None else None,
             prompt_logprobs=self._prompt_logprobs,
-            calls=tuple(call for piece in self._shown for call in piece.calls),
+            calls=join_calls(part for piece in self._shown for part in piece.calls),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,11 +24,47 @@ Choice = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """Tool call: ``arguments`` is the text of a JSON object; the result of the call refers to ``id``."""
+    """Tool call: ``arguments`` is the text of a JSON object; the result of the call refers to ``id``.
+
+    The arguments may be incomplete, or invalid JSON, in a call whose answer was cut or whose model wrote it so.
+    """
 
     id: str
     name: str
     arguments: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether ``arguments`` is the text of a JSON object, and not only its beginning."""
+        try:
+            return isinstance(json.loads(self.arguments, parse_constant=_reject_constant), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+@dataclass(frozen=True)
+class CallPart:
+    """The beginning of a tool call, which has its id and its name, or a further part of its arguments."""
+
+    index: int
+    """Index of the call among the answer's calls."""
+    arguments: str = ""
+    id: str = ""
+    name: str = ""
+
+
+def join_calls(parts: Iterable[CallPart]) -> tuple[ToolCall, ...]:
+    """Return the tool calls that consist of these parts."""
+    heads: dict[int, CallPart] = {}
+    arguments: dict[int, list[str]] = {}
+    for part in parts:
+        heads.setdefault(part.index, part)
+        arguments.setdefault(part.index, []).append(part.arguments)
+    return tuple(ToolCall(head.id, head.name, "".join(arguments[index])) for index, head in sorted(heads.items()))
+
+
+def _reject_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 @dataclass(frozen=True)

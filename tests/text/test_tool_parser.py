@@ -18,58 +18,16 @@ from moesaic.text import syntax
 from moesaic.text.chat import FORMATS
 from moesaic.text.compiler import Compiler
 from moesaic.text.stream import Detokenizer
-from moesaic.text.syntax import Syntax
 from moesaic.text.tokenizer import Tokenizer
-from moesaic.text.tool_parser import Part, ToolCallParser
-from moesaic.text.tools import ToolCall, Tools
+from moesaic.text.tool_parser import ToolCallParser
+from moesaic.text.tools import CallPart, ToolCall, Tools, join_calls
+from tests.support.tool_calls import OFFERED, SYNTAXES, Script, parse, script, without_ids
 
-OFFERED = Tools.from_request([{"type": "function", "function": {"name": name}} for name in ("f", "get_weather")])
-assert OFFERED is not None
 ONE = Tools.from_request([{"type": "function", "function": {"name": "f"}}], "auto", False)
 assert ONE is not None
-SYNTAXES = {
-    "plain": syntax.PLAIN,
-    "llama": syntax.LLAMA,
-    "mistral": syntax.MISTRAL,
-    "mistral-11": syntax.MISTRAL_11,
-    "mistral-13": syntax.MISTRAL_13,
-}
-Script = list[tuple[str, bool]]  # (text, whether it is a control token)
-
-
-def script(text: str, form: Syntax) -> Script:
-    """Split a text at the names of the control tokens of a syntax."""
-    parts: Script = [(text, False)]
-    for token in form.control_tokens:
-        split: Script = []
-        for part, special in parts:
-            pieces = [part] if special else part.split(token)
-            for index, piece in enumerate(pieces):
-                split += [(token, True)] if index else []
-                split.append((piece, special))
-        parts = split
-    return [part for part in parts if part[0]]
-
-
-def parse(form: Syntax, parts: Script, offered: Tools = OFFERED) -> list[Part]:
-    """Return the parsed parts with adjacent texts joined."""
-    parser, out = ToolCallParser(form, offered), list[Part]()
-    pieces = [parser.add_control_token(text) if special else parser.add_text(text) for text, special in parts]
-    for part in (part for piece in [*pieces, parser.finish()] for part in piece):
-        if isinstance(part, str) and out and isinstance(out[-1], str):
-            out[-1] += part
-        else:
-            out.append(part)
-    return out
-
-
-def without_ids(parts: list[Part]) -> list[Any]:
-    """Return the parts without the call ids, which may be random."""
-    return [part if isinstance(part, str) else (part.name, json.loads(part.arguments)) for part in parts]
-
-
 F = ("f", {"a": 1})
 W = ("get_weather", {"city": 'Łódź {]"\\'})
+IT_S = ("f", {"a": "it's", "b": [True, None]})
 W_JSON = json.dumps(W[1], ensure_ascii=False)
 
 # "@W" stands for the arguments of W.
@@ -91,9 +49,30 @@ WITH_CALLS: list[tuple[str, str, list[Any]]] = [
     ("plain", '[{"name": "f", "arguments": {"a": 1}}, {"name": "get_weather", "arguments": @W}]', [F, W]),
     ("plain", 'I shall.\n\n  {"name": "f", "arguments": {"a": 1}}\nDone.', ["I shall.\n\n  ", F, "\nDone."]),
     ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"nam', [F, ', {"nam']),
-    ("mistral-13", '[TOOL_CALLS]f[ARGS]{"a": [TOOL_CALLS]f[ARGS]{"a": 1}', ['[TOOL_CALLS]f[ARGS]{"a": ', F]),
+    ("mistral-13", '[TOOL_CALLS]f[ARGS]{"a": [TOOL_CALLS]f[ARGS]{"a": 1}', [("f", '{"a": '), F]),
     ("plain", '{"name": "f", "arguments": {"a": 1}} is what I would call', [F, " is what I would call"]),
     ("plain", "", []),
+    # what is no strict JSON
+    ("mistral", "[TOOL_CALLS] [{'name': 'f', 'arguments': {'a': 1}}]", [F]),
+    ("mistral", """[TOOL_CALLS][{'name': 'f', 'arguments': {'a': "it's", 'b': [True, None]}}]""", [IT_S]),
+    ("mistral", """[TOOL_CALLS][{"name": "f", "arguments": {"a": 'it\\'s', "b": [True, None]}}]""", [IT_S]),
+    ("mistral-13", "[TOOL_CALLS]f[ARGS]{'a': 1}", [F]),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": "x\n\ty\x01"}}]', [("f", {"a": "x\n\ty\x01"})]),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": "{\'a\': 1}"}]', [F]),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": ""}]', [("f", {})]),
+    # what has begun as a call remains one
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": NaN}}]', [("f", '{"a": NaN}')]),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1e999}}]', [("f", {"a": float("inf")})]),
+    (
+        "mistral",
+        '[TOOL_CALLS][{"name": "f", "arguments": {"a": [1 2], "b": ""}}, {"name": "f"}]',
+        [("f", '{"a": [1 2], "b": ""}'), ("f", {})],
+    ),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1', [("f", '{"a": 1')]),
+    ("plain", '{"name": "f", "arguments": {"a": 1}', [F]),
+    ("plain", '{"name": "f", "arguments": {"a": 1}\nDone.', [F, "Done."]),
+    ("plain", '{"name": "f", "arguments": {"a": 1}; {"name": "f", "arguments": {"a": 1}}', [F, F]),
+    ("plain", '{"name": "f", "arguments": {"a": 1}, "description": "x"}', [F]),
 ]
 
 WITHOUT_CALLS = [  # the text must be returned unchanged
@@ -103,9 +82,12 @@ WITHOUT_CALLS = [  # the text must be returned unchanged
     ("mistral", "[TOOL_CALLS] []"),
     ("mistral", '[TOOL_CALLS] [{"name": "unknown", "arguments": {}}]'),
     ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": [1]}]'),
-    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": NaN}}]'),
-    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1e999}}]'),
-    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1'),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": "{]"}]'),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": "{} {}"}]'),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": null}]'),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arg'),
+    ("mistral", '[TOOL_CALLS][{"arguments": {"a": NaN}, "name": "f"}]'),
+    ("mistral", '[TOOL_CALLS][{"arguments": {"a": 1}}]'),
     ("mistral", '[TOOL_CALLS][{"name": ["f"]}]'),
     ("mistral-11", "[TOOL_CALLS]f[CALL_ID]abc"),
     ("mistral-11", "[TOOL_CALLS]not a name[ARGS]{}"),
@@ -117,7 +99,6 @@ WITHOUT_CALLS = [  # the text must be returned unchanged
     ("plain", "  Once {upon} a time"),
     ("plain", "{"),
     ("plain", '[1, 2]\n{"x": 1}'),
-    ("plain", '{"name": "f", "arguments": {"a": 1}'),
 ]
 
 
@@ -177,7 +158,7 @@ def test_any_text_is_parsed_without_loss_or_error(name: str) -> None:
         for part in parsed:
             if isinstance(part, ToolCall):
                 assert part.name in ("f", "get_weather")
-                assert isinstance(json.loads(part.arguments), dict)
+                assert part.arguments.startswith("{")
 
     check()
 
@@ -195,19 +176,32 @@ def test_text_that_cannot_start_a_call_is_returned_at_once() -> None:
     assert parser.add_text('{"name": ') == ['{"name": ']
 
 
-def test_a_call_is_returned_as_soon_as_it_is_complete() -> None:
+def test_a_call_is_returned_as_it_comes() -> None:
     parser = ToolCallParser(syntax.MISTRAL, OFFERED)
     parser.add_control_token("[TOOL_CALLS]")
-    assert parser.add_text('[{"name": "f", "arguments": {}') == []
-    [first] = parser.add_text("}, ")
-    assert isinstance(first, ToolCall)
+    assert parser.add_text('[{"name": "f", "id": "abcABC123", "arguments": ') == []
+    assert parser.add_text('{"a": "x') == [CallPart(0, '{"a": "x', "abcABC123", "f")]
+    assert parser.add_text("y\\u00") == [CallPart(0, "y")]
+    assert parser.add_text("e9") == [CallPart(0, "\\u00e9")]
+    assert parser.add_text('"}') == [CallPart(0, '"}')]
+    assert parser.add_text(', "x": {"y": 1}}, {"arguments": {}, "name": "') == []
+    [second] = parser.add_text('f"')
+    assert isinstance(second, CallPart)
+    assert (second.index, second.name, second.arguments) == (1, "f", "{}")
     assert not parser.satisfied
 
 
 def test_without_parallel_calls_one_call_satisfies() -> None:
     parser = ToolCallParser(syntax.PLAIN, ONE)
     assert not parser.satisfied
-    parser.add_text('{"name": "f", "arguments": {}}')
+    assert len(parser.add_text('{"name": "f", "arguments": {}}\n{"name": "f", "argum')) == 1
+    assert parser.satisfied
+    assert parser.finish() == []
+    parser = ToolCallParser(syntax.MISTRAL_13, ONE)
+    for token, text in (("[TOOL_CALLS]", "f"), ("[ARGS]", '{"a"'), ("[TOOL_CALLS]", "f"), ("[ARGS]", "{}")):
+        parser.add_control_token(token)
+        assert not parser.satisfied or token == "[TOOL_CALLS]" or text == "{}"
+        parser.add_text(text)
     assert parser.satisfied
 
 
@@ -255,7 +249,7 @@ def test_forced_calls_are_parsed_back(name: str) -> None:
     names = {token_id: name for name, token_id in control.items()}
     for seed in range(6):
         draw, matcher, parser = random.Random(seed), compiled(), form.tool_call_parser(tokenizer, tools)
-        detokenizer, parts = Detokenizer(tokenizer), list[Part]()
+        detokenizer, parts = Detokenizer(tokenizer), list[str | CallPart]()
         while not matcher.done and not (matcher.may_end and draw.random() < 0.5):
             bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
             token_id = int(draw.choice(np.nonzero(bits)[0].tolist()))
@@ -265,9 +259,10 @@ def test_forced_calls_are_parsed_back(name: str) -> None:
             else:
                 parts += parser.add_text(detokenizer.add(token_id))
         parts += parser.finish()
-        assert parts
-        for call in parts:
-            assert isinstance(call, ToolCall)
+        calls = join_calls(part for part in parts if isinstance(part, CallPart))
+        assert calls
+        assert not "".join(part for part in parts if isinstance(part, str)).strip()
+        for call in calls:
             schema = {"get_weather": SCHEMA, "clock": {"maxProperties": 0}}[call.name]
             jsonschema.validate(json.loads(call.arguments), schema)
 

@@ -215,10 +215,10 @@ def usage(finished: Iterable[Finished], *, shared_prompt: bool = True) -> dict[s
 
 
 def finish_reason(finished: Finished) -> str:
-    """Return OpenAI's ``finish_reason`` of an answer."""
-    if finished.has_tool_calls:
-        return "tool_calls"
-    return "length" if finished.reason == "length" else "stop"
+    """Return OpenAI's ``finish_reason`` of an answer. An answer that was cut says so, also if it has tool calls."""
+    if finished.reason == "length":
+        return "length"
+    return "tool_calls" if finished.has_tool_calls else "stop"
 
 
 def stop_reason(finished: Finished) -> str | int | None:

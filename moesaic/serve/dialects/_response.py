@@ -13,6 +13,7 @@ import msgspec
 
 from moesaic.backend import Delta, Event, Finished, PromptDone, TokenInfo, ToolCall
 from moesaic.serve.dialects import _openai as openai
+from moesaic.serve.dialects._arguments import parse
 from moesaic.serve.endpoint import Failure
 
 OutputEvent = tuple[str, dict[str, Any]]
@@ -37,6 +38,10 @@ class OutputItems:
 
     def add(self, piece: Delta) -> Iterator[OutputEvent]:
         self._pending_logprobs += self._logprobs(piece.tokens)
+        known = len(self._call_items)
+        for call in piece.calls:
+            if call.index < known:  # the text after it closes its item
+                yield from self._add_call(call)
         if piece.text:
             if not self._open or self.items[-1]["type"] != "message":
                 yield from self._begin_message()
@@ -46,7 +51,8 @@ class OutputItems:
             logprobs, self._pending_logprobs = self._pending_logprobs, []
             yield "output_text.delta", self._at() | {"content_index": 0, "delta": piece.text, "logprobs": logprobs}
         for call in piece.calls:
-            yield from self._add_call(call)
+            if call.index >= known:
+                yield from self._add_call(call)
 
     def _logprobs(self, tokens: tuple[TokenInfo, ...]) -> list[dict[str, Any]]:
         if self._top is None:
@@ -82,7 +88,7 @@ class OutputItems:
             yield "function_call_arguments.delta", self._at(index) | {"delta": call.arguments}
 
     def close(self, status: str) -> Iterator[OutputEvent]:
-        """Close the open item, if there is one."""
+        """Close the open item, if there is one. A call is complete if its arguments are, whatever ``status`` is."""
         if not self._open:
             return
         self._open = False
@@ -91,6 +97,7 @@ class OutputItems:
         if item["type"] == "message":
             yield from self._close_message(item["content"][0])
         else:
+            item["status"] = "incomplete" if parse(item["arguments"]) is None else "completed"
             fields = {"name": item["name"], "arguments": item["arguments"]}
             yield "function_call_arguments.done", self._at() | fields
         yield "output_item.done", {"output_index": len(self.items) - 1, "item": item}

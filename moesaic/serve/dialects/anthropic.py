@@ -17,6 +17,7 @@ from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDon
 from moesaic.errors import InvalidMessages, InvalidParameter
 from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
+from moesaic.serve.dialects._arguments import parse_partial
 from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Failure, Response
 
 ERROR_TYPES = {
@@ -255,13 +256,18 @@ class ContentBlocks:
         self._open = False  # whether the last block is open
 
     def add(self, piece: Delta) -> Iterator[bytes]:
+        known = len(self._calls)
+        for part in piece.calls:
+            if part.index < known:  # the text after it closes its block
+                yield from self._part(part)
         if piece.text:
             if not self._open or self.blocks[-1]["type"] != "text":
                 yield from self._begin({"type": "text", "text": ""})
             self.blocks[-1]["text"] += piece.text
             yield self._delta(len(self.blocks) - 1, {"type": "text_delta", "text": piece.text})
         for part in piece.calls:
-            yield from self._part(part)
+            if part.index >= known:
+                yield from self._part(part)
 
     def _part(self, part: ToolCall) -> Iterator[bytes]:
         if part.index not in self._calls:
@@ -291,16 +297,9 @@ class ContentBlocks:
 
     def whole(self) -> list[dict[str, Any]]:
         """Return the blocks as a complete response shows them."""
-        return [block | {"input": _object(block["input"])} if "input" in block else block for block in self.blocks]
-
-
-def _object(arguments: str) -> dict[str, Any]:
-    """Return the arguments of a tool call; an empty object if ``max_tokens`` cut them off."""
-    try:
-        value = msgspec.json.decode(arguments or "{}")
-    except msgspec.DecodeError:
-        value = None
-    return value if isinstance(value, dict) else {}
+        return [
+            block | {"input": parse_partial(block["input"])} if "input" in block else block for block in self.blocks
+        ]
 
 
 class Writer:
@@ -340,8 +339,10 @@ class Writer:
 
 def stop_fields(finished: Finished) -> dict[str, Any]:
     """Return Anthropic's ``stop_reason`` and ``stop_sequence`` of an answer."""
-    reason = "max_tokens" if finished.reason == "length" else "end_turn"
-    if finished.has_tool_calls:
+    reason = "end_turn"
+    if finished.reason == "length":
+        reason = "max_tokens"
+    elif finished.has_tool_calls:
         reason = "tool_use"
     elif finished.stop is not None:
         reason = "stop_sequence"

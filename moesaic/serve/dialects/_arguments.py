@@ -1,0 +1,46 @@
+"""Arguments of tool calls as objects, also if ``max_tokens`` cut them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """Return the arguments of a tool call; None if they are not a JSON object."""
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        value = msgspec.json.decode(text)
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def parse_partial(text: str) -> dict[str, Any]:
+    """Return the members that are complete in the beginning of a JSON object.
+
+    An incomplete string, number or literal at the end is left out, as it is by the client library of Anthropic.
+    """
+    return next((value for closed in (text, *_closed(text)) if (value := parse(closed)) is not None), {})
+
+
+def _closed(text: str) -> Iterator[str]:
+    """Yield the beginning of an object with its brackets closed: with its last value, then without it."""
+    end, brackets = 0, ""  # after the last value that is certainly complete
+    open_brackets, quoted, escaped = "", False, False
+    for index, char in enumerate(text):
+        if quoted:
+            quoted = escaped or char != '"'
+            escaped = char == "\\" and not escaped
+        elif char == '"':
+            quoted = True
+        elif char in "{[":
+            open_brackets = ("}" if char == "{" else "]") + open_brackets
+            end, brackets = index + 1, open_brackets
+        elif char in "}]":
+            open_brackets = open_brackets[1:]
+        elif char == ",":
+            end, brackets = index, open_brackets
+    yield text + open_brackets
+    yield text[:end] + brackets
