@@ -59,6 +59,11 @@ def read(reply):
     return pieces, answer.reason, answer.stop, answer.stop_id, answer.prompt_tokens
 
 
+def names(pieces):
+    """Return the number of calls that begin in these pieces."""
+    return sum(name != "" for *_, calls in pieces for name, _ in calls)
+
+
 def tokens(answer):
     return [token_id for ids, _, _ in answer[0] for token_id in ids]
 
@@ -180,7 +185,19 @@ def test_required_calls_resume_from_every_position(which, request):
     tools = Tools.from_request([WEATHER, CLOCK], "required", False)
     sampling = llm.sampling(temperature=1.5, seed=4, max_tokens=200)
     first = cut_anywhere(llm, llm.encode_chat(HELLO, tools=tools), sampling, chat=True, tools=tools)
-    assert all(reason == "stop" and sum(len(calls) for *_, calls in pieces) == 1 for pieces, reason, *_ in first)
+    assert all(reason == "stop" and names(pieces) == 1 for pieces, reason, *_ in first)
+
+
+@pytest.mark.parametrize("which", ["llm", "caller"])
+def test_truncated_calls_resume_from_every_position(which, request):
+    llm = request.getfixturevalue(which)
+    tools = Tools.from_request([WEATHER], "required", True)
+    ids = llm.encode_chat(HELLO, tools=tools)
+    for max_tokens in (14, 20):
+        sampling = llm.sampling(temperature=1.5, seed=4, max_tokens=max_tokens)
+        [(pieces, reason, *_)] = cut_anywhere(llm, ids, sampling, chat=True, tools=tools)
+        assert (reason, "".join(text for _, text, _ in pieces)) == ("length", "")
+        assert names(pieces) > 0
 
 
 def written(llm):
@@ -200,7 +217,7 @@ def test_voluntary_calls_resume_from_every_position(which, parallel, request):
     sampling = llm.sampling(temperature=0, max_tokens=99)
     [(pieces, reason, *_)] = cut_anywhere(llm, ids, sampling, chat=True, tools=tools, grammar=written(llm))
     assert "".join(text for _, text, _ in pieces) == "Well.\n"
-    assert (sum(len(calls) for *_, calls in pieces), reason) == (2 if parallel else 1, "stop")
+    assert (names(pieces), reason) == (2 if parallel else 1, "stop")
 
 
 # What has ended
