@@ -12,7 +12,7 @@ from typing import Self
 import torch
 
 from moesaic.errors import InvalidRequest, PromptTooLong
-from moesaic.loading import Loaded, Progress, load_model
+from moesaic.loading import Loaded, Progress, limited_torch_threads, load_model
 from moesaic.ops import Batch
 from moesaic.text.tokenizer import Tokenizer
 
@@ -54,7 +54,8 @@ class Classifier:
                 raise PromptTooLong(len(ids), self.loaded.model.max_length)
             if not ids:
                 raise InvalidRequest("the text to classify is empty")
-        return [self._scores(ids) for ids in prompts]
+        with limited_torch_threads(self.loaded.model):
+            return [self._scores(ids) for ids in prompts]
 
     def _scores(self, ids: list[int]) -> dict[str, float]:
         model = self.loaded.model

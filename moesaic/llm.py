@@ -21,7 +21,7 @@ import torch
 
 from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
-from moesaic.loading import Loaded, Progress, cache_dtype, load_model, plan_cache, torch_threads
+from moesaic.loading import Loaded, Progress, cache_dtype, limited_torch_threads, load_model, plan_cache, torch_threads
 from moesaic.ops import Batch
 from moesaic.reply import Answer, AnswerDecoder, Reply, Text, finished_answers
 from moesaic.text import chat, template
@@ -232,8 +232,8 @@ class LLM(AbstractContextManager["LLM"]):
                 raise InvalidParameter("input", f"token id {max(ids)} is not in the vocabulary of {model.vocab_size}")
             if len(ids) > model.max_length:
                 raise PromptTooLong(len(ids), model.max_length)
-        device = next(model.parameters()).device
-        vectors = [model(Batch.whole([ids], device)).float().mean(0) for ids in prompts]
+        with limited_torch_threads(model):
+            vectors = [model(Batch.whole([ids], next(model.parameters()).device)).float().mean(0) for ids in prompts]
         return [(vector / vector.norm()).tolist() for vector in vectors], sum(map(len, prompts))
 
     def _check_length(self, characters: int) -> None:

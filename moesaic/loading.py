@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from moesaic import checkpoints, memory, models, ops, packed
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Packed
+from moesaic.formats import Packed, _threads
 from moesaic.models import Decoder
 from moesaic.ops import native
 
@@ -198,6 +199,11 @@ def torch_threads(model: Decoder) -> int | None:
     device = next(model.parameters()).device.type
     names = {weight.name for weight in model.blocks.modules() if isinstance(weight, Packed)}
     return 1 if all(ops.chosen("linear", device, name) != "reference" for name in names) else None
+
+
+def limited_torch_threads(model: Decoder) -> AbstractContextManager[None]:
+    """Return a context in which torch uses ``torch_threads`` of a model in the calling thread."""
+    return _threads.torch_threads(torch_threads(model))
 
 
 def cache_dtype(model: Decoder, name: str) -> torch.dtype:

@@ -31,9 +31,13 @@ COLUMNS = (
     ("TPOT p50", "median_tpot_ms"),
     ("p99", "p99_tpot_ms"),
     ("ITL p99", "p99_itl_ms"),
+    ("tok/chunk", "tokens_per_chunk"),
     ("E2E p50", "median_e2el_ms"),
 )
 """Columns of the table of several loads: title, and name of the figure."""
+
+SINGLE_TOKENS = 1.1
+"""Tokens per chunk up to which ITL is about the time of a token."""
 
 
 def lines(results: Sequence[Figures]) -> Iterator[str]:
@@ -45,6 +49,9 @@ def lines(results: Sequence[Figures]) -> Iterator[str]:
             yield f"interrupted{where}: only requests completed by then are counted"
         if figures["failures"]:
             yield f"failed{where}: {', '.join(f'{count} x {kind}' for kind, count in figures['failures'].items())}"
+        if figures["tokens_per_chunk"] is not None and figures["tokens_per_chunk"] > SINGLE_TOKENS:
+            count = tokens_per_chunk(figures)
+            yield f"note{where}: a chunk has {count} tokens on average, so ITL is no time per token; compare TPOT"
         if figures["warning"]:
             yield f"warning{where}: {figures['warning']}"
 
@@ -74,7 +81,8 @@ def _single(figures: Figures) -> Iterator[str]:
     yield "".join([f"{'ms':<8}", *(f"{statistic:>10}" for statistic in STATISTICS)])
     for name in METRICS:
         values = (_number(figures[f"{statistic}_{name}_ms"]) for statistic in STATISTICS)
-        yield "".join([f"{TITLES[name]:<8}", *(f"{value:>10}" for value in values)])
+        beside = f"  {tokens_per_chunk(figures)} tokens per chunk" if name == "itl" else ""
+        yield "".join([f"{TITLES[name]:<8}", *(f"{value:>10}" for value in values), beside])
     sent = (
         "" if figures["client_send_late_p99_ms"] is None else f"; sent {figures['client_send_late_p99_ms']:.1f} ms late"
     )
@@ -92,12 +100,21 @@ def _lengths(figures: Figures, kind: str) -> str:
 def _table(results: Sequence[Figures]) -> Iterator[str]:
     columns = [column for column in COLUMNS if any(figures[column[1]] is not None for figures in results)]
     grid = [["", *(title for title, _ in columns)]]
-    grid += [[load_name(figures), *(_number(figures[key]) for _, key in columns)] for figures in results]
+    grid += [[load_name(figures), *(_cell(figures, key) for _, key in columns)] for figures in results]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     yield "throughput in tokens/s; times in ms; stream: tokens/s of a single answer"
     for name, *others in grid:
         line = "  ".join(f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
         yield f"{name:<{widths[0]}}  {line}".rstrip()
+
+
+def _cell(figures: Figures, key: str) -> str:
+    return tokens_per_chunk(figures) if key == "tokens_per_chunk" else _number(figures[key])
+
+
+def tokens_per_chunk(figures: Figures) -> str:
+    """Return the mean number of tokens between which ITL is measured; "?" if the server does not count tokens."""
+    return "?" if figures["tokens_counted_by"] == "chunks" else _number(figures["tokens_per_chunk"])
 
 
 def _number(value: float | None) -> str:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from moesaic import models
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, NumericalError
-from moesaic.loading import Loaded
+from moesaic.loading import Loaded, limited_torch_threads
 from moesaic.ops import Batch, Cache
 from moesaic.text.tokenizer import Tokenizer
 
@@ -87,7 +87,8 @@ def perplexity(
     for done, text in enumerate(texts):
         size += len(text.encode("utf-8", "replace"))
         for steps in _steps(_windows(_document(tokenizer, text), length)):
-            nats += _nats(loaded, steps, cache)
+            with limited_torch_threads(loaded.model):
+                nats += _nats(loaded, steps, cache)
             tokens += sum(len(targets) for _, targets in steps)
         if progress is not None:
             progress(done + 1, len(texts))
@@ -191,11 +192,11 @@ def read_texts(path: Path) -> list[str]:
         raise NotFound(f"{path}: no such file")
     try:
         if path.name.endswith(".txt"):
-            return [path.read_text("utf-8")]
+            return [path.read_text("utf-8-sig")]
         if path.name.endswith(".jsonl"):
-            return _lines(path, path.read_text("utf-8"))
+            return _lines(path, path.read_text("utf-8-sig"))
         if path.name.endswith(".jsonl.xz"):
-            with lzma.open(path, "rt", encoding="utf-8") as file:
+            with lzma.open(path, "rt", encoding="utf-8-sig") as file:
                 return _lines(path, file.read())
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path} is not UTF-8") from error

@@ -174,7 +174,7 @@ def read_dataset(path: Path, answer_tokens: int, *, supports_messages: bool) -> 
         InvalidRequest: the file cannot be read or a line is not valid; the message has the line's number.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"--dataset: {path} cannot be read: {error}") from error
     requests = [

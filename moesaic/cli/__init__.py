@@ -21,7 +21,7 @@ from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
 from moesaic.cli.bench import add_bench, add_perplexity
 from moesaic.cli.cluster import add_gateway, add_worker
-from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.flags import CACHE_DTYPES, DTYPES, MODEL_HELP, Commands, add_command, add_model, folder
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
 from moesaic.cli.serving import add_serve
@@ -261,7 +261,7 @@ def _add_pack(commands: Commands) -> None:
         "moesaic pack ./mixtral ./mixtral-q4 --format q4",
         "moesaic pack ./mixtral ./mixtral-small --format experts=int2,attention=int8",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, or org/name on the Hugging Face hub")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
     parser.add_argument(
         "--format",

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from moesaic.cli.bench_serving import add_serving
-from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.flags import CACHE_DTYPES, DTYPES, MODEL_HELP, Commands, add_command, add_model, folder
 from moesaic.errors import InvalidRequest
 
 GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
@@ -149,9 +149,7 @@ def _add_offline(kinds: Commands) -> None:
         "moesaic bench offline --geometry mixtral-8x7b --format q2",
         "moesaic bench offline ./mixtral-q4 --batch 8 --out offline.json",
     )
-    offline.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a folder, or org/name on the hub; default: the built-in model"
-    )
+    offline.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP} (default)")
     offline.add_argument("--geometry", metavar="NAME", help=f"sizes of the model: {', '.join(GEOMETRIES)}")
     offline.add_argument("--layers", type=int, metavar="N", help="with --geometry: number of layers; default: all")
     offline.add_argument(

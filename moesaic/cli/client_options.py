@@ -61,9 +61,11 @@ def key(args: argparse.Namespace, variable: str) -> str | None:
     if args.key_file is None:
         return args.key or os.environ.get(variable)
     try:
-        return str(args.key_file.read_text().strip())
+        return str(args.key_file.read_text("utf-8-sig").strip())
     except OSError as error:
         raise InvalidRequest(f"{args.key_file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{args.key_file}: is not UTF-8") from error
 
 
 def trusted(ca: Path | None) -> ssl.SSLContext:

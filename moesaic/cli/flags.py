@@ -13,6 +13,9 @@ from typing import Any
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "int8")
 HELP_WIDTH = 79
+BUILT_IN_NAME = "tales"
+"""Name of the built-in model on the command line."""
+MODEL_HELP = "a folder, org/name on the Hugging Face hub, or tales, the built-in model"
 
 Commands = Any
 """What ``ArgumentParser.add_subparsers`` returns; argparse gives its type no public name."""
@@ -54,7 +57,7 @@ def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None
         "model",
         metavar="MODEL",
         nargs="?",
-        help="a folder, or org/name on the Hugging Face hub; default: the built-in model",
+        help=f"{MODEL_HELP} (default)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="data type of activations; default: as the checkpoint is stored"
@@ -68,12 +71,19 @@ def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None
 
 
 def folder(model: str | None) -> Path | None:
-    """Return the folder of MODEL, after a download if it is a name on the hub; None for the built-in model."""
+    """Return the folder of MODEL, after a download if it is a name on the hub; None: no model is named.
+
+    A path that exists comes before the name of the built-in model, and before one on the hub.
+    """
     from moesaic import pull
     from moesaic.console.progress import bar
 
     if model is None:
         return None
+    if model == BUILT_IN_NAME and not Path(model).exists():
+        from moesaic.llm import BUILT_IN
+
+        return BUILT_IN
     if Path(model).exists() or not pull.HUB_ID.fullmatch(model) or model.startswith(("./", "../")):
         return Path(model)
     with bar(f"fetching {model}") as progress:

@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--cors-origin",
         action="append",
         metavar="URL",
-        help="allow web pages of this origin to call the API; repeatable",
+        help="allow web pages of this origin to call the API; repeatable; *: any origin",
     )
     network.add_argument(
         "--trusted-proxy",
@@ -72,6 +72,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     limits.add_argument(
         "--drain-timeout", type=float, metavar="S", help="seconds to finish running requests after SIGTERM (default 30)"
+    )
+    limits.add_argument(
+        "--keep-alive-timeout",
+        "--timeout-keep-alive",
+        type=float,
+        metavar="S",
+        help="seconds until a connection without a request is closed (default 75); more than that of the load balancer",
     )
     limits.add_argument("--max-body", type=int, metavar="BYTES", help="maximum size of a request (default 2 MiB)")
     add_log_flags(parser).add_argument(
@@ -112,6 +119,7 @@ def settings(args: argparse.Namespace, **more: Any) -> Settings:
         "request_seconds": args.request_timeout,
         "queue_seconds": args.queue_timeout,
         "drain_seconds": args.drain_timeout,
+        "idle_seconds": args.keep_alive_timeout,
         "body_bytes": args.max_body,
         "trusted_proxies": tuple(args.trusted_proxy or ()),
         **more,

@@ -27,7 +27,7 @@ def add_serve(commands: Commands) -> None:
         _serve,
         "serve models over HTTP: the APIs of OpenAI, TGI and Anthropic, and a web chat",
         "The first MODEL is the default and is loaded at the start; the others are loaded when they are requested. "
-        "Write NAME=MODEL to give a model a name. Without --host, only this machine can connect.",
+        "Write NAME=MODEL to give a model a name, such as story=tales. Without --host, only this machine can connect.",
         "moesaic serve",
         "moesaic serve ./mixtral-q4 --port 8080",
         "moesaic serve chat=./mixtral small=./mistral-7b --memory 20 --host 0.0.0.0 --keys keys.json",
@@ -49,7 +49,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        help="folders, or org/name on the Hugging Face hub; default: the built-in model",
+        help="folders, names on the Hugging Face hub (org/name), or tales, the built-in model (default)",
     )
     model = parser.add_argument_group("models")
     model.add_argument(

@@ -26,7 +26,7 @@ def read_input() -> str:
     if len(data) > MAX_INPUT_BYTES:
         raise InvalidRequest(f"standard input is too long: the limit is {MAX_INPUT_BYTES >> 20} MiB")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"standard input is not UTF-8 (invalid byte at offset {error.start})") from error
     if not text.strip():

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from moesaic.formats import Layout, Packed, Shape
+from moesaic.formats._threads import for_each
 
 ROWS = 32
 SUPER = 256
@@ -38,7 +39,7 @@ LARGEST_SCALE = 15
 HEADROOM = 120
 """Upper bound of |w / step|, so that rounding outwards stays within the range of v."""
 SLICE = 1 << 22
-"""Weights that are quantized at a time; bounds the temporary memory."""
+"""Weights that a thread quantizes at a time; bounds the temporary memory."""
 
 
 class Tiled(Packed):
@@ -82,11 +83,15 @@ class Tiled(Packed):
         [(shape, dtype)] = cls.layout(tuple(weight.shape)).values()
         tiles = torch.empty(shape, dtype=dtype, device=weight.device).reshape(-1, *shape[-2:])
         rows = max(1, SLICE // weight.shape[-1] // ROWS) * ROWS
-        for matrix, target in zip(weight.reshape(-1, *weight.shape[-2:]), tiles, strict=True):
-            for begin in range(0, len(matrix), rows):
-                block = begin // ROWS
-                part = _padded_to_blocks(matrix[begin : begin + rows].float())
-                target[block : block + len(part) // ROWS] = cls._tile(part)
+
+        def tile(place: tuple[Tensor, Tensor, int]) -> None:
+            matrix, target, begin = place
+            part = _padded_to_blocks(matrix[begin : begin + rows].float())
+            target[begin // ROWS : (begin + len(part)) // ROWS] = cls._tile(part)
+
+        matrices = zip(weight.reshape(-1, *weight.shape[-2:]), tiles, strict=True)
+        places = [(matrix, target, begin) for matrix, target in matrices for begin in range(0, len(matrix), rows)]
+        for_each(tile, places, weight.device)
         return {"tiles": tiles.reshape(shape)}
 
     @classmethod

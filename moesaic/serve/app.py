@@ -27,6 +27,7 @@ from moesaic.errors import Forbidden, MoesaicError, NotFound, Unavailable, Wrong
 from moesaic.serve import logs
 from moesaic.serve.concurrency import cancel_on_disconnect
 from moesaic.serve.context import RequestContext
+from moesaic.serve.cors import is_preflight
 from moesaic.serve.deadline import Deadline
 from moesaic.serve.endpoint import Endpoint, EventStream, Response, failure_of, openai_failure, plain_failure
 from moesaic.serve.guard import Guard
@@ -135,7 +136,7 @@ class App:
         try:
             self.services.guard.check_host(scope)
             self.services.guard.check_origin(scope)
-            if scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method"):
+            if is_preflight(scope):
                 await exchange.sender.whole(Response(b"", 204, ""))
             elif self._is_page(scope):
                 await self._page(exchange, receive, send)

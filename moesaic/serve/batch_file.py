@@ -12,6 +12,7 @@ next run skips requests that have a result. This module does not know models.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import secrets
 from collections.abc import Callable, Iterator
@@ -145,16 +146,20 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 def _count_lines(requests: BinaryIO) -> int:
-    count = sum(1 for line in requests if line.strip())
+    count = sum(1 for line in requests if not _is_blank(line))
     requests.seek(0)
     return count
+
+
+def _is_blank(line: bytes) -> bool:
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def _pending(requests: BinaryIO, output: BatchOutput) -> Iterator[BatchLine]:
     """Yield the requests without a result. A line that is not a request gets an error as its result."""
     first: dict[str, int] = {}
     for number, line in enumerate(requests, 1):
-        if not line.strip() or number in output.lines:
+        if _is_blank(line) or number in output.lines:
             continue
         try:
             entry: BatchLine = decode_json(line, BatchLine)

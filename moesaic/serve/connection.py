@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from moesaic.serve.settings import Settings
 
@@ -36,6 +36,27 @@ REFUSAL = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r
 def bounded(settings: Settings) -> type[HttpToolsProtocol]:
     """Return uvicorn's protocol class with the limits of these settings."""
     return type("Bounded", (Connection,), {"bounds": settings, "addresses": Counter()})
+
+
+def without_chunks(cycle: RequestResponseCycle) -> None:
+    """Send a response of unknown length to a client of HTTP/1.0, which knows neither chunks nor 100 Continue.
+
+    The end of the connection ends the response: RFC 9112, section 6.3. uvicorn keeps no connection of HTTP/1.0 open.
+    """
+    send, has_length = cycle.send, False
+
+    async def send_plain(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not has_length:
+                cycle.chunked_encoding = False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))  # uvicorn compares it with what it sends
+        await send(message)
+
+    cycle.waiting_for_100_continue = False
+    cycle.send = send_plain  # type: ignore[method-assign]
 
 
 class GuardedTransport:
@@ -178,6 +199,8 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         self._disarm()
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            without_chunks(self.cycle)
         # A response that is sent before the request is read must be the last one on this connection.
         self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive and not self.parser.should_upgrade(), False
 

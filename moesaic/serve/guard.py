@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from moesaic.errors import Forbidden, InvalidRequest, KeyExhausted, NotFound, Unauthorized
+from moesaic.serve.cors import CorsPolicy
 from moesaic.serve.keys import Key, Keys
 from moesaic.serve.settings import Settings
 from moesaic.serve.types import HttpRequest, Scope
@@ -21,8 +22,6 @@ HOST_HEADER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 ADMIN_ADDRESS = "127.0.0.1"
 """Address of the administrators' own port."""
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
-CORS_REQUEST_HEADERS = b"authorization, content-type, x-api-key, anthropic-version, idempotency-key"
-"""Headers that a page of an allowed origin may send; those of our own client and of Anthropic's are among them."""
 MAX_TRACKED_ADDRESSES = 10_000
 """Addresses whose failed keys are counted at the same time."""
 FAILURE_WINDOW_SECONDS = 60.0
@@ -33,6 +32,7 @@ class Guard:
 
     def __init__(self, settings: Settings, keys: Keys, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._keys, self._clock = settings, keys, clock
+        self._cors = CorsPolicy(settings.cors_origins)
         self._hosts = {name.lower() for name in (*LOOPBACK_NAMES, settings.host, *settings.allowed_hosts)}
         self._failures: dict[str, list[float]] = {}  # address -> times of its failed keys
 
@@ -84,22 +84,12 @@ class Guard:
             return
         host = next((value for name, value in scope["headers"] if name == b"host"), b"")
         own = origin.lower() in (b"http://" + host.lower(), b"https://" + host.lower())
-        if not own and not self.cors(scope):
+        if not own and not self._cors.allows(origin.decode("latin-1")):
             raise Forbidden("this origin is not allowed: start the server with --cors-origin URL to allow it")
 
     def cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """Return the headers that let a page of an allowed origin read the response; none for other origins."""
-        origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
-        allowed = self._settings.cors_origins
-        if origin is None or not ("*" in allowed or origin.decode("latin-1") in allowed):
-            return []
-        return [
-            (b"access-control-allow-origin", b"*" if "*" in allowed else origin),
-            (b"access-control-allow-headers", CORS_REQUEST_HEADERS),
-            (b"access-control-expose-headers", b"retry-after, x-request-id, idempotency-replayed"),
-            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
-            (b"vary", b"origin"),
-        ]
+        """Return the headers that let a page of an allowed origin read the response; for others none, or Vary."""
+        return self._cors.headers(scope)
 
     def authenticate(self, http: HttpRequest) -> Key:
         """Return the key that a request carries.

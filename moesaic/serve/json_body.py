@@ -76,7 +76,7 @@ def decode_json(body: bytes, kind: Any) -> Any:
         InvalidParameter: one parameter, which is named, is at fault.
     """
     try:
-        text = body.decode()
+        text = body.decode("utf-8-sig")  # RFC 8259, section 8.1: a byte order mark may be ignored
         value = json.loads(
             text, object_pairs_hook=_unique_keys, parse_float=_parse_float, parse_constant=_refuse_constant
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moesaic.errors import InvalidParameter
+from moesaic.serve.cors import CorsPolicy
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Settings:
     """Addresses and limits of a server. Times are in seconds, sizes in bytes.
 
     Raises:
-        InvalidParameter: a limit is not positive.
+        InvalidParameter: a limit is not positive, or an origin is none.
     """
 
     host: str = "127.0.0.1"
@@ -61,8 +62,8 @@ class Settings:
     """Largest request head."""
     header_seconds: float = 10.0
     """Time limit for receiving a request's head, and for the TLS handshake."""
-    idle_seconds: float = 60.0
-    """A connection without a request is closed after this time."""
+    idle_seconds: float = 75.0
+    """A connection without a request is closed after this time, longer than the usual 60 s of load balancers."""
     connections: int = 2000
     """Open connections."""
     connections_per_address: int = 1200
@@ -96,6 +97,7 @@ class Settings:
     tgi: TgiBounds = TgiBounds()
 
     def __post_init__(self) -> None:
+        CorsPolicy(self.cors_origins)
         for name, value in vars(self).items():
             low = 0 if name in ("port", "admin_port", "request_seconds", "queue_seconds") else 1e-9
             if isinstance(value, int | float) and not isinstance(value, bool) and not value >= low:

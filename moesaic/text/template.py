@@ -44,7 +44,7 @@ def load(folder: Path) -> str:
     template: Any = None
     try:
         if own_file.is_file():
-            template = read_bounded(own_file).decode()
+            template = read_bounded(own_file).decode("utf-8-sig")
         elif config.is_file():
             template = json.loads(read_bounded(config)).get("chat_template")
     except (ValueError, AttributeError, RecursionError) as error:

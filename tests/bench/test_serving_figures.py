@@ -131,3 +131,25 @@ def test_text_of_one_and_several_loads() -> None:
     assert load_report.load_name(result | {"max_concurrency": None, "request_rate": 2.5, "burstiness": 0.5}) == (
         "2.5 requests/s, burstiness 0.5"
     )
+
+
+def test_tokens_per_chunk_are_shown_beside_itl() -> None:
+    """A server that sends several tokens at a time has a longer ITL without being slower."""
+    chunks = latency.summarize(run(record(0.0, 1.0, 2.0, tokens=8)), {})
+    single = latency.summarize(run(record(0.0, 1.0, 2.0, tokens=2)), {})
+    uncounted = latency.summarize(run(record(0.0, 1.0, 2.0)), {})
+
+    def shown(figures: dict[str, Any]) -> tuple[str, bool]:
+        lines = list(load_report.lines([figures]))
+        [row] = [line for line in lines if line.startswith("ITL")]
+        return row.partition(" tokens per chunk")[0].split()[-1], any("compare TPOT" in line for line in lines)
+
+    assert [shown(figures) for figures in (chunks, single, uncounted)] == [
+        ("4.00", True),
+        ("1.00", False),
+        ("?", False),
+    ]
+    table = list(load_report.lines([chunks, uncounted]))
+    assert "tok/chunk" in table[1]
+    assert ["4.00" in line for line in table[2:4]] == [True, False]
+    assert "note with concurrency 2: a chunk has 4.00 tokens" in table[-1]

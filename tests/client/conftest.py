@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
-import threading
 from collections.abc import Iterator
 
 import httpx
@@ -13,6 +10,7 @@ import pytest
 from tests.support import breaking_server as breaks
 from tests.support.breaking_server import Breaking
 from tests.support.client import JS_SOURCE
+from tests.support.pages import serving_files
 from tests.support.server import Server, running, serving
 
 
@@ -35,30 +33,11 @@ def scripted() -> Iterator[Server]:
         yield found
 
 
-class Files(http.server.SimpleHTTPRequestHandler):
-    """The source of the JavaScript client, and an empty page."""
-
-    def do_GET(self) -> None:
-        if self.path == "/":
-            self.send_response(200)
-            self.send_header("content-type", "text/html")
-            self.end_headers()
-            self.wfile.write(b"<!doctype html><title>a page</title>")
-        else:
-            super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="session")
 def page_port() -> Iterator[int]:
     """Port of a web server that serves the JavaScript client."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=JS_SOURCE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
+    with serving_files(JS_SOURCE) as port:
+        yield port
 
 
 @pytest.fixture(scope="session")

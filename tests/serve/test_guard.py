@@ -214,7 +214,7 @@ def test_allowed_origins_get_no_credentials():
     scope = {"method": "DELETE", "headers": [(b"host", b"localhost"), (b"origin", b"https://b.example")]}
     with pytest.raises(Forbidden):
         guard.check_origin(scope)
-    assert guard.cors(scope) == []
+    assert guard.cors(scope) == [(b"vary", b"origin")]
 
 
 # Proxies

@@ -6,6 +6,8 @@ from dataclasses import fields
 
 import pytest
 
+from moesaic import cli
+from moesaic.cli import server_options
 from moesaic.errors import InvalidParameter
 from moesaic.serve.settings import Settings
 
@@ -32,3 +34,13 @@ def test_loopback_hosts(host, loopback):
     assert Settings(host=host).loopback is loopback
     for public_host in ("0.0.0.0", "::", "192.168.1.1", "example.org", "127.example.org", "", "1270.0.0.1"):
         assert not Settings(host=public_host).loopback, public_host
+
+
+@pytest.mark.parametrize("command", ["serve", "gateway"])
+@pytest.mark.parametrize("flag", ["--keep-alive-timeout", "--timeout-keep-alive"])
+def test_idle_connections_are_kept_longer_than_by_load_balancers(command, flag):
+    """Where a balancer keeps connections for 60 s, the server must not be the first to close one."""
+    assert server_options.settings(cli._parser().parse_args([command])).idle_seconds > 60
+    assert server_options.settings(cli._parser().parse_args([command, flag, "620"])).idle_seconds == 620
+    with pytest.raises(InvalidParameter):
+        server_options.settings(cli._parser().parse_args([command, flag, "0"]))

@@ -1,8 +1,8 @@
 """Clients under test: the Python and JavaScript clients of Moesaic, and real clients in environments of their own.
 
-Environments are created once, under ``MOESAIC_CLIENTS`` or ``~/.cache/moesaic-clients``, and are named after their
-packages. A client is a script in ``tests/clients/scripts``. It takes the server's address and prints one JSON value as
-its last line.
+Environments, of Python or of Node, are created once, under ``MOESAIC_CLIENTS`` or ``~/.cache/moesaic-clients``, and
+are named after their packages. A client is a script in ``tests/clients/scripts``. It takes the server's address and
+prints one JSON value as its last line.
 """
 
 from __future__ import annotations
@@ -25,18 +25,34 @@ AT_ONCE = Retries(first=0.0)
 SCRIPTS = Path(__file__).parents[1] / "clients/scripts"
 
 
+def _root() -> Path:
+    return Path(os.environ.get("MOESAIC_CLIENTS") or Path.home() / ".cache/moesaic-clients")
+
+
 def environment(name: str, *packages: str) -> Path:
     """Return the Python of a virtual environment with these pinned packages; create it on the first call."""
-    root = Path(os.environ.get("MOESAIC_CLIENTS") or Path.home() / ".cache/moesaic-clients")
-    folder = root / "-".join((name, *(package.rpartition("==")[2] for package in packages)))
+    folder = _root() / "-".join((name, *(package.rpartition("==")[2] for package in packages)))
     python, ready = folder / "bin/python", folder / "ready"
     if not ready.exists():
-        root.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *packages]
         subprocess.run(install, check=True)
         ready.touch()
     return python
+
+
+def node_modules(name: str, *packages: str) -> Path:
+    """Return a folder in which npm installed these pinned packages; create it on the first call."""
+    folder = _root() / "-".join((name, *(package.rpartition("@")[2] for package in packages)))
+    ready = folder / "ready"
+    if not ready.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "package.json").write_text('{"private": true, "type": "module"}')
+        install = [require_program("npm"), "install", "--no-audit", "--no-fund", "--save-exact", *packages]
+        subprocess.run(install, cwd=folder, check=True, capture_output=True, text=True)
+        ready.touch()
+    return folder
 
 
 def run(python: Path, script: str, *arguments: str, **environment: str) -> Any:
