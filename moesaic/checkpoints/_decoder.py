@@ -14,15 +14,9 @@ from typing import Any
 
 import torch
 
+from moesaic import config_keys
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._views import TensorInfo
-
-# Keys of config.json about training or bookkeeping, which do not change the output of a model.
-IGNORED_KEYS = frozenset(
-    {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache"}
-    | {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout"}
-    | {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "pretraining_tp", "tie_word_embeddings"}
-)
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
 
@@ -104,7 +98,7 @@ def parse_config(config: Mapping[str, Any], path: Path) -> DecoderConfig:
         raise fields.error(f"model_type {model_type!r} exists only in the hf layout; other layouts have {supported}")
     if model_type == "mistral" and "sliding_window" not in config:
         raise fields.error("has no 'sliding_window'; write null for a model without a window")
-    fields.allow("hidden_act", "silu")
+    fields.allow("hidden_act", "silu", "swish")
     theta, scaling = _rope(fields, None if model_type == "mixtral" else 10_000.0)
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     decoder = DecoderConfig(
@@ -125,7 +119,12 @@ def parse_config(config: Mapping[str, Any], path: Path) -> DecoderConfig:
         experts=fields.integer("num_local_experts") if model_type == "mixtral" else None,
         experts_per_token=fields.integer("num_experts_per_tok") if model_type == "mixtral" else None,
     )
-    fields.finish(IGNORED_KEYS)
+    problem = config_keys.layer_types_problem(
+        fields.take("layer_types", None), decoder.layers, decoder.window, decoder.max_length
+    )
+    fields.take("tie_word_embeddings", None)  # layouts that cannot tie store the head as a tensor of its own
+    if problem := problem or config_keys.problem(fields.left):
+        raise fields.error(problem)
     return decoder
 
 
@@ -152,7 +151,10 @@ def _rope(fields: Fields, default: float | None) -> tuple[float, RopeScaling | N
             rope.number("high_freq_factor"),
             rope.integer("original_max_position_embeddings"),
         )
-    elif rope_type != "default":
+    elif rope_type == "default" or (rope_type == "linear" and rope.number("factor") == 1.0):
+        rope.allow("factor", 1.0)
+        rope.take("original_max_position_embeddings", None)  # a record: this kind does not use it
+    else:
         raise fields.error(f"rope scaling of type {rope_type!r} can be written only in the hf layout; use hf")
     rope.finish()
     return theta, scaling

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moesaic.config_keys import whole
 from moesaic.errors import ConfigError
 
 REQUIRED = object()
@@ -35,8 +36,8 @@ class Fields:
         return value
 
     def integer(self, name: str, default: Any = REQUIRED) -> Any:
-        """Take a positive integer, which may be written as a string, or the default."""
-        value = self.take(name, default)
+        """Take a positive integer, which may be written as a string or as 1024.0, or the default."""
+        value = whole(self.take(name, default))
         if value is default:
             return value
         if isinstance(value, str) and value.isascii() and value.isdigit():
@@ -72,6 +73,11 @@ class Fields:
     def has(self, name: str) -> bool:
         """Return whether ``name`` is present and was not taken."""
         return name in self._left
+
+    @property
+    def left(self) -> Mapping[str, Any]:
+        """The keys that were not taken, and their values."""
+        return self._left
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Raise ConfigError if a key is left that is not ``ignored``; false and empty values are accepted."""

@@ -1,8 +1,8 @@
 """Strict reader of a checkpoint's configuration: every key must be read or be known as harmless.
 
 This module reads typed values from a ``config.json`` dictionary. It does not depend on their meaning. A key that was
-not read and is not null, false or empty may change the computation, so it is an error: if it were ignored, the model
-would run and give wrong answers.
+not read and may change the computation is an error: if it were ignored, the model would run and give wrong answers.
+``moesaic.config_keys`` lists the keys that change nothing.
 """
 
 from __future__ import annotations
@@ -12,40 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moesaic import config_keys
 from moesaic.errors import ConfigError
 
 _REQUIRED = object()
-
-# Keys that describe training or bookkeeping, or that the engine and text layers read themselves.
-HARMLESS = frozenset(
-    {
-        "architectures",
-        "model_type",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "_name_or_path",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "initializer_range",
-        "attention_dropout",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "pretraining_tp",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "num_labels",
-        "classifier_dropout",
-        "return_dict",
-        "use_return_dict",
-        "max_length",
-        "unsloth_version",
-    }
-)
 
 
 class Keys:
@@ -71,8 +41,8 @@ class Keys:
         return default if value is None else value
 
     def integer(self, name: str, default: Any = _REQUIRED, least: int = 1) -> int:
-        """Read an integer of at least ``least``; return ``default`` if it is absent."""
-        value = self.get(name, default)
+        """Read an integer of at least ``least``, which may be written as 1024.0; return ``default`` if it is absent."""
+        value = config_keys.whole(self.get(name, default))
         if value is _REQUIRED:
             raise self.fail(f"the key {name!r} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -105,7 +75,6 @@ class Keys:
 
     def finish(self) -> None:
         """Raise ConfigError if an unread key may change the computation."""
-        left = self._raw.keys() - self._taken - HARMLESS
-        unknown = sorted(name for name in left if self._raw[name] not in (None, False, "", [], {}))
-        if unknown:
-            raise self.fail(f"the key {unknown[0]!r} is not known and may change the computation")
+        problem = config_keys.problem({name: self._raw[name] for name in self._raw.keys() - self._taken})
+        if problem:
+            raise self.fail(problem)

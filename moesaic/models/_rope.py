@@ -69,7 +69,10 @@ def read(keys: Keys, theta: float) -> Rope:
 
 def _kinds(keys: Keys, kind: Any) -> Rope:
     theta = keys.number("rope_theta")
+    if kind in ("default", "linear"):
+        keys.get("original_max_position_embeddings")  # a record: these kinds do not use it
     if kind == "default":
+        keys.only("factor", 1.0)
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, "linear", factor=keys.number("factor"))

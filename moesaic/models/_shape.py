@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moesaic import config_keys
 from moesaic.models import _rope
 from moesaic.models._config import Keys
 from moesaic.models._layers import Shape
@@ -29,7 +30,7 @@ class Defaults:
 def read(keys: Keys, families: Mapping[str, Defaults]) -> Shape:
     """Read the sizes of a decoder; the model_type of ``keys`` must be one of ``families``."""
     defaults = families[keys.get("model_type")]
-    keys.only("hidden_act", "silu")
+    keys.only("hidden_act", "silu", "swish")  # two names of one function
     keys.only("attention_bias", False)
     heads = keys.integer("num_attention_heads")
     kv_heads = keys.integer("num_key_value_heads", defaults.kv_heads or heads)
@@ -39,18 +40,22 @@ def read(keys: Keys, families: Mapping[str, Defaults]) -> Shape:
     head_dim = keys.integer("head_dim", size // heads)
     if head_dim % 2:
         raise keys.fail(f"head_dim is {head_dim}, but rotary positions need an even number")
+    layers, max_length = keys.integer("num_hidden_layers"), keys.integer("max_position_embeddings", 2048)
+    window = _window(keys, defaults.window)
+    if problem := config_keys.layer_types_problem(keys.get("layer_types"), layers, window, max_length):
+        raise keys.fail(problem)
     return Shape(
         vocab_size=keys.integer("vocab_size"),
         hidden_size=size,
         intermediate_size=keys.integer("intermediate_size"),
-        num_layers=keys.integer("num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_length=keys.integer("max_position_embeddings", 2048),
+        max_length=max_length,
         norm_eps=keys.number("rms_norm_eps", defaults.norm_eps),
         rope=_rope.read(keys, defaults.rope_theta),
-        window=_window(keys, defaults.window),
+        window=window,
         tied=keys.flag("tie_word_embeddings", False),
         labels=_labels(keys),
     )
@@ -66,7 +71,7 @@ def _window(keys: Keys, default: int | None) -> int | None:
 def _labels(keys: Keys) -> tuple[str, ...]:
     """Return the class names if the architecture is a classifier, in the order of the head's rows."""
     architectures = keys.get("architectures") or [CAUSAL]
-    name = str(architectures[0])
+    name = architectures if isinstance(architectures, str) else str(architectures[0])
     if name.endswith(CAUSAL):
         return ()
     if not name.endswith(CLASSIFIER):

@@ -41,7 +41,6 @@ def build(**changes: object) -> models.Decoder:
         ({"rope_scaling": {"type": "linear", "factor": 8.0, "beta": 2}}, "'beta' is not known"),
         ({"rope_scaling": [1]}, "rope_scaling is [1]"),
         ({"quantization_config": {"bits": 4}}, "'quantization_config' is not known"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "'auto_map' is not known"),
         ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is not known"),
         ({"architectures": ["MixtralForTokenClassification"]}, "MixtralForTokenClassification"),
         ({"architectures": ["MixtralForSequenceClassification"], "id2label": {"a": 1}}, "id2label"),
