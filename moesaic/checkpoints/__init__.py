@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from moesaic import registry
+from moesaic.checkpoints._foreign import refuse_adapter, refuse_adapter_config, refuse_names
 from moesaic.checkpoints._views import Index, TensorInfo, View
 from moesaic.errors import CheckpointError, NotFound
 from moesaic.formats import Slot
@@ -99,16 +100,18 @@ def detect_layout(path: Path) -> ModuleType:
 
     Raises:
         NotFound: the folder does not exist.
-        CheckpointError: the folder holds no known layout; the message names the files of all layouts.
+        CheckpointError: the folder holds an adapter, or no known layout; the message names the files of all layouts.
     """
     if not path.exists():
         raise NotFound(f"{path}: no such folder")
     if not path.is_dir():
         raise CheckpointError(path, "is a file; give the folder that holds it instead")
+    refuse_adapter(path)
     layouts = [registry.load("checkpoints", name) for name in registry.names("checkpoints")]
     for layout in layouts:
         if layout.detect(path):
             return layout
+    refuse_adapter_config(path)
     expected = "; ".join(f"{layout.__name__.rpartition('.')[2]}: {layout.LOOKS_FOR}" for layout in layouts)
     raise CheckpointError(path, f"holds no checkpoint. Looked for {expected}")
 
@@ -144,9 +147,7 @@ def load_weights(
         CheckpointError: a tensor is missing, unexpected, of the wrong shape or not a plain float; this is checked
             before any tensor is stored. Or a tensor holds NaN or infinity; this is checked when it is read.
     """
-    wanted: dict[str, list[Slot]] = {}
-    for slot in slots:
-        wanted.setdefault(slot.name, []).append(slot)
+    wanted = _by_name(slots)
     _check_tensors(wanted, checkpoint)
     parts = [(name, slot) for name in checkpoint.tensors for slot in wanted.get(name, ())]
     total, done = sum(_nbytes(slot, checkpoint) for _, slot in parts), 0
@@ -159,15 +160,29 @@ def load_weights(
             progress(done, total)
 
 
+def check_complete(slots: Iterable[Slot], checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless ``checkpoint`` has the tensor of every slot, in its shape, and no second head.
+
+    Other tensors and all dtypes are accepted: this is the check of a copy, which keeps them.
+    """
+    wanted = _by_name(slots)
+    _check_missing(wanted, checkpoint)
+    _check_shapes(wanted, checkpoint)
+    check_head(checkpoint)
+
+
+def _by_name(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
+    wanted: dict[str, list[Slot]] = {}
+    for slot in slots:
+        wanted.setdefault(slot.name, []).append(slot)
+    return wanted
+
+
 def _check_tensors(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless names, shapes and dtypes of the tensors are those that the slots expect."""
     tensors = checkpoint.tensors
-    missing = sorted(wanted.keys() - tensors.keys())
-    if missing:
-        expected = list(wanted[missing[0]][0].shape)
-        raise CheckpointError(
-            checkpoint.path, f"{missing[0]} is missing{_more(missing)}: expected shape {expected}, found no such tensor"
-        )
+    _check_missing(wanted, checkpoint)
+    check_head(checkpoint)
     unexpected = [name for name in tensors if name not in wanted and not _is_ignored(name, checkpoint)]
     if unexpected:
         info = tensors[unexpected[0]]
@@ -176,16 +191,53 @@ def _check_tensors(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> 
             f"{unexpected[0]} is unexpected{_more(unexpected)}: this architecture has no such tensor, "
             f"found shape {list(info.shape)}",
         )
-    for name, slots in wanted.items():
-        info, expected = tensors[name], list(slots[0].shape)
-        if list(info.shape) != expected:
-            raise CheckpointError(
-                info.file, f"{name} has the wrong shape: expected {expected}, found {list(info.shape)}"
-            )
+    _check_shapes(wanted, checkpoint)
+    for name in wanted:
+        info = tensors[name]
         if info.dtype not in PLAIN_DTYPES:
             names = ", ".join(_dtype_name(dtype) for dtype in PLAIN_DTYPES)
             problem = f"{name} has the wrong dtype: expected {names}, found {_dtype_name(info.dtype)}"
             raise CheckpointError(info.file, problem)
+
+
+def _check_missing(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a tensor that the slots expect is missing."""
+    refuse_names(checkpoint.tensors, checkpoint.path)
+    missing = sorted(wanted.keys() - checkpoint.tensors.keys())
+    if missing:
+        expected = list(wanted[missing[0]][0].shape)
+        raise CheckpointError(
+            checkpoint.path, f"{missing[0]} is missing{_more(missing)}: expected shape {expected}, found no such tensor"
+        )
+
+
+def _check_shapes(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a tensor does not have the shape that the slots expect."""
+    for name, slots in wanted.items():
+        info, expected = checkpoint.tensors[name], list(slots[0].shape)
+        if list(info.shape) != expected:
+            raise CheckpointError(
+                info.file, f"{name} has the wrong shape: expected {expected}, found {list(info.shape)}"
+            )
+
+
+def check_head(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the head is tied to the embedding, but the checkpoint has another head of its own.
+
+    Which of the two was meant is not known, so neither is passed over. Data is read only if there are both.
+    """
+    if not _tied_with_head(checkpoint):
+        return
+    if not _equal(checkpoint, HEAD, EMBEDDING):
+        raise CheckpointError(
+            checkpoint.tensors[HEAD].file,
+            f"{HEAD} is unexpected: {TIED} is true, but it differs from {EMBEDDING}; set {TIED} to false in "
+            "config.json if the model has this head, or delete the tensor",
+        )
+
+
+def _tied_with_head(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.get(TIED) is True and {HEAD, EMBEDDING} <= checkpoint.tensors.keys()
 
 
 def _more(names: list[str]) -> str:
@@ -197,10 +249,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _is_ignored(name: str, checkpoint: Checkpoint) -> bool:
-    """Return whether a tensor that no slot takes may be ignored; reads data only to compare a tied head."""
-    if name == HEAD and checkpoint.config.get(TIED) is True and EMBEDDING in checkpoint.tensors:
-        return _equal(checkpoint, HEAD, EMBEDDING)
-    return ignored_reason(name) is not None
+    """Return whether a tensor that no slot takes may be ignored; a tied head was compared by ``check_head``."""
+    return (name == HEAD and _tied_with_head(checkpoint)) or ignored_reason(name) is not None
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> bool:

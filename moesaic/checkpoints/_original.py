@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from moesaic.checkpoints._decoder import DecoderConfig
+from moesaic.checkpoints._foreign import refuse_wrapped
 from moesaic.checkpoints._views import Rotary, View
 from moesaic.errors import CheckpointError
 
@@ -64,6 +65,7 @@ def to_classic(views: Mapping[str, View], decoder: DecoderConfig, path: Path) ->
     table = dict(tensor_names(decoder))
     missing = [name for name in table if name not in views]
     if missing:
+        refuse_wrapped(views, path)
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(path, f"{missing[0]} is missing{more}: params.json requires it")
     return {table.get(name, name): _reordered(name, view, decoder, half_split=True) for name, view in views.items()}

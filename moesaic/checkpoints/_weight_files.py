@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from moesaic.checkpoints._foreign import refuse_pointer
 from moesaic.checkpoints._safetensors import SafetensorsFiles
 from moesaic.checkpoints._torchfile import TorchFiles
 from moesaic.checkpoints._views import Stored, View
@@ -18,8 +19,10 @@ def open_weight_files(files: Sequence[Path]) -> tuple[dict[str, View], Callable[
     """Return all tensors of ``files`` in the order on disk, and a function that closes the files.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or two files hold a tensor of the same name.
+        CheckpointError: a file is missing, damaged or only a pointer, or two files hold a tensor of the same name.
     """
+    for path in files:
+        refuse_pointer(path)
     if files[0].suffix == ".safetensors":
         safetensors = SafetensorsFiles(files)
         return {name: Stored(safetensors, name) for name in safetensors.tensors}, safetensors.close

@@ -11,19 +11,17 @@ Legend: E experts, f intermediate size, d hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moesaic.checkpoints import Checkpoint
+from moesaic.checkpoints._hf_files import INDEX, NAMES, SINGLE, find_files
 from moesaic.checkpoints._json import read_json, read_json_if_there
 from moesaic.checkpoints._views import Part, View
 from moesaic.checkpoints._weight_files import open_weight_files
 from moesaic.checkpoints._write import OnWrite, new_folder, views, write_json, write_shards
 from moesaic.errors import CheckpointError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NAMES = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-"""File names of weights, for a single file and for an index; safetensors files are preferred."""
 LOOKS_FOR = " or ".join(name for names in NAMES for name in names)
 
 _EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -33,8 +31,21 @@ _NUMBERS = {"gate": "w1", "down": "w2", "up": "w3"}
 
 
 def detect(path: Path) -> bool:
-    """Return whether the folder holds weight files with Hugging Face's names."""
-    return any((path / name).is_file() for names in NAMES for name in names)
+    """Return whether the folder holds weight files with Hugging Face's names.
+
+    Mistral's releases hold their weights in two layouts. If this one is incomplete, the other is read.
+    """
+    try:
+        found = find_files(path)
+    except CheckpointError:
+        return not _has_other_layout(path)  # open_checkpoint reports the problem
+    if _has_other_layout(path):
+        return found.complete and (path / "config.json").is_file()
+    return bool(found.files)
+
+
+def _has_other_layout(path: Path) -> bool:
+    return (path / "params.json").is_file() and any(path.glob("consolidated*"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -82,41 +93,14 @@ def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | N
 
 def _open_files(path: Path) -> tuple[dict[str, View], Callable[[], None]]:
     """Return the tensors by their names on disk, and a function that closes the files; an index is checked."""
-    for single, index in NAMES:
-        if (path / index).is_file():
-            file_names = _read_index(path / index, Path(single).suffix)
-            tensors, close = open_weight_files([path / name for name in dict.fromkeys(file_names.values())])
-            try:
-                _check_index(tensors, file_names, path / index)
-            except CheckpointError:
-                close()
-                raise
-            return tensors, close
-        if (path / single).is_file():
-            return open_weight_files([path / single])
-    raise CheckpointError(path, f"holds no weights; looked for {LOOKS_FOR}")
-
-
-def _check_index(tensors: Mapping[str, View], file_names: Mapping[str, str], index: Path) -> None:
-    """Raise CheckpointError unless the files hold exactly the tensors that the index lists for them."""
-    for name, file in file_names.items():
-        if name not in tensors or tensors[name].info.file.name != file:
-            raise CheckpointError(index.with_name(file), f"{name} is missing: {index.name} lists it in this file")
-    for name, view in tensors.items():
-        if name not in file_names:
-            raise CheckpointError(view.info.file, f"{name} is unexpected: {index.name} does not list it")
-
-
-def _read_index(index: Path, suffix: str) -> dict[str, str]:
-    """Return {tensor: file name} of an index, sorted by file name; file names with a path are refused."""
-    file_names = read_json(index).get("weight_map")
-    if not isinstance(file_names, dict) or not file_names:
-        raise CheckpointError(index, "has no weight_map")
-    for name, file in file_names.items():
-        # With a path separator in a name, an index could read files outside its folder.
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(suffix):
-            raise CheckpointError(index, f"{name} is listed in {file!r}, which is not a plain {suffix} file name")
-    return dict(sorted(file_names.items(), key=lambda item: item[1]))
+    found = find_files(path)
+    tensors, close = open_weight_files(found.files)
+    try:
+        found.check(tensors)
+    except CheckpointError:
+        close()
+        raise
+    return tensors, close
 
 
 def _classic(name: str, tensor: View) -> Iterator[tuple[str, View]]:
