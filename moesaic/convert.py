@@ -1,7 +1,9 @@
 """Conversion of checkpoints to another layout or another number of files.
 
 The conversion connects a reader and a writer of ``checkpoints``. Values and dtypes stay the same; tensor names, row
-order and configuration keys are translated. This module does not depend on any layout.
+order and configuration keys are translated. Nothing is lost: a checkpoint is refused before anything is written if a
+tensor of its configuration is missing, or if a tensor has no place in the new layout. This module does not depend on
+any layout.
 """
 
 from __future__ import annotations
@@ -9,8 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moesaic import checkpoints, registry
-from moesaic.errors import InvalidParameter
+import torch
+
+from moesaic import checkpoints, formats, models, registry
+from moesaic.checkpoints import Checkpoint
+from moesaic.errors import ConfigError, InvalidParameter
+
+_SIZES = (
+    "model_type architectures id2label num_labels tie_word_embeddings vocab_size hidden_size intermediate_size "
+    "num_hidden_layers num_attention_heads num_key_value_heads head_dim num_local_experts num_experts_per_tok"
+).split()
+"""Keys of config.json that define the names and shapes of tensors."""
+_QUANTIZATION = ("quantization_config", "compression_config", "quantization")
+"""Keys of config.json that replace the tensors of the architecture with others."""
 
 
 def convert(
@@ -35,13 +48,15 @@ def convert(
         NotFound: the folder or the layout does not exist.
         InvalidParameter: ``dst`` is not empty, or the weights cannot be split into ``shards`` files.
         ConfigError: the layout cannot express a setting that changes the computation.
-        CheckpointError: ``src`` is damaged, or ``dst`` cannot be written.
+        CheckpointError: ``src`` is damaged, has a missing tensor or one that would be lost, or ``dst`` cannot be
+            written.
     """
     source, target = Path(src), Path(dst)
     layout = registry.load("checkpoints", to)
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise InvalidParameter("dst", f"{target} is inside the source folder; choose another folder")
     with checkpoints.open_checkpoint(source) as checkpoint:
+        _check_tensors(checkpoint)
         total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
 
         def report(count: int) -> None:
@@ -51,3 +66,19 @@ def convert(
                 progress(done, max(total, done))
 
         layout.write(checkpoint, target, shards, report)
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a tensor that the configuration requires is missing or has the wrong shape.
+
+    What an architecture that this build does not have requires is not known; its tensors are copied unchanged.
+    """
+    config = checkpoint.config
+    if config.get("model_type") not in models.types() or any(config.get(key) for key in _QUANTIZATION):
+        return
+    sizes = {key: config[key] for key in _SIZES if key in config}
+    try:
+        model = models.build(sizes, checkpoint.path, formats.load("float32"), dtype=torch.float32, device="meta")
+    except ConfigError:
+        return  # another head, or sizes that loading refuses
+    checkpoints.check_complete(model.slots(), checkpoint)

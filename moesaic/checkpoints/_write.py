@@ -10,12 +10,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoints import EMBEDDING, HEAD, TIED, Checkpoint, ignored_reason
+from moesaic.checkpoints import EMBEDDING, HEAD, TIED, Checkpoint, check_head, ignored_reason
 from moesaic.checkpoints._safetensors import write_file
 from moesaic.checkpoints._views import Stored, View
 from moesaic.errors import CheckpointError, InvalidParameter
@@ -24,19 +24,17 @@ OnWrite = Callable[[int], None]
 """Called with the bytes of each tensor written."""
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    "tokenizer*.json",
     "tokenizer.model",
-    "tokenizer.model.v1",
-    "tokenizer.model.v2",
-    "tokenizer.model.v3",
-    "tokenizer.model.v7",
-    "tokenizer_config.json",
+    "*.model.v*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "tekken.json",
-    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tekken*.json",
+    "chat_template*",
 )
-"""Files of a tokenizer, which every layout holds beside the weights."""
+"""Names of a tokenizer's files, which every layout holds beside the weights."""
 
 
 @contextmanager
@@ -50,6 +48,7 @@ def new_folder(path: Path, source: Checkpoint) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InvalidParameter("dst", f"{path} exists already; name a new folder")
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    created = [parent for parent in path.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -62,6 +61,8 @@ def new_folder(path: Path, source: Checkpoint) -> Iterator[Path]:
         raise CheckpointError(path, f"could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists():
+            _remove_empty(created)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -78,8 +79,12 @@ def views_with_head(source: Checkpoint) -> dict[str, View]:
     """Return ``views``, plus a head with the embedding's weights if the two are tied.
 
     It is for layouts that cannot express tied embeddings.
+
+    Raises:
+        CheckpointError: the two are tied, but the checkpoint has another head of its own.
     """
     tensors = views(source)
+    check_head(source)
     if source.config.get(TIED) is True and EMBEDDING in tensors:
         tensors[HEAD] = tensors[EMBEDDING]
     return tensors
@@ -116,10 +121,18 @@ def write_shards(
     return {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
 
 
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of the folders that are empty, the innermost first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source.path / name).is_file():
-            shutil.copyfile(source.path / name, folder / name)
+    for pattern in TOKENIZER_FILES:
+        for file in source.path.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def _sync(path: Path) -> None:

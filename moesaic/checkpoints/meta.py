@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from moesaic.checkpoints import Checkpoint
+from moesaic.checkpoints import PLAIN_DTYPES, Checkpoint
 from moesaic.checkpoints._decoder import DecoderConfig, RopeScaling, common_dtype, parse_config
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._json import read_json, read_json_if_there
@@ -107,6 +107,10 @@ def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | N
             "shards", f"is {shards}, but heads, feed-forward size and vocabulary divide by {divisors}"
         )
     views = to_original(views_with_head(source), decoder, source.path)
+    for name, view in views.items():
+        if view.info.dtype not in PLAIN_DTYPES:  # the reader of these files refuses other types
+            problem = f"{name} is stored as {view.info.dtype}, which cannot be written in the meta layout; use hf"
+            raise CheckpointError(view.info.file, problem)
     with new_folder(path, source) as folder:
         for rank in range(shards):
             state = {}
@@ -117,10 +121,18 @@ def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | N
                 )
                 if on_write is not None and (rank == 0 or _axis(name, decoder, shards) is not None):
                     on_write(state[name].nbytes)
-            torch.save(state, folder / f"consolidated.{rank:02d}.pth")
+            _save(state, folder / f"consolidated.{rank:02d}.pth")
         if generation := generation_config(source):
             write_json(folder / "generation_config.json", generation)
         write_json(folder / "params.json", params)
+
+
+def _save(state: dict[str, torch.Tensor], file: Path) -> None:
+    """Write the tensors of one rank to ``file``; torch reports a full disk as a RuntimeError."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise CheckpointError(file, f"could not be written: {str(error).splitlines()[0]}") from error
 
 
 def _files(path: Path) -> list[Path]:
