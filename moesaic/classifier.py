@@ -15,6 +15,7 @@ from moesaic.errors import InvalidRequest, PromptTooLong
 from moesaic.loading import Loaded, Progress, limited_torch_threads, load_model
 from moesaic.ops import Batch
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.token_rows import check_ids, check_tokenizer
 
 
 class Classifier:
@@ -38,7 +39,9 @@ class Classifier:
         loaded = load_model(Path(model), dtype=dtype, device=device, progress=progress)
         if not loaded.model.shape.labels:
             raise InvalidRequest(f"{model} has no classification head: use LLM.load")
-        return cls(loaded, Tokenizer.open(Path(model)))
+        tokenizer = Tokenizer.open(Path(model))
+        check_tokenizer(tokenizer, loaded.model.vocab_size, loaded.path)
+        return cls(loaded, tokenizer)
 
     @torch.inference_mode()
     def classify(self, texts: Sequence[str]) -> list[dict[str, float]]:
@@ -46,7 +49,7 @@ class Classifier:
 
         Raises:
             PromptTooLong: a text has more tokens than the model supports.
-            InvalidRequest: a text is empty.
+            InvalidRequest: a text is empty, or has a token that the model lacks.
         """
         prompts = [self.tokenizer.encode(text, bos=True) for text in texts]
         for ids in prompts:
@@ -54,6 +57,7 @@ class Classifier:
                 raise PromptTooLong(len(ids), self.loaded.model.max_length)
             if not ids:
                 raise InvalidRequest("the text to classify is empty")
+            check_ids("input", ids, self.tokenizer, self.loaded.model.vocab_size)
         with limited_torch_threads(self.loaded.model):
             return [self._scores(ids) for ids in prompts]
 

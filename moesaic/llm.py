@@ -19,17 +19,20 @@ from typing import Any, Literal, Self, overload
 
 import torch
 
+from moesaic import loading
 from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
 from moesaic.loading import Loaded, Progress, cache_dtype, limited_torch_threads, load_model, plan_cache, torch_threads
 from moesaic.ops import Batch
 from moesaic.reply import Answer, AnswerDecoder, Reply, Text, finished_answers
+from moesaic.sampling_defaults import sampling_defaults
 from moesaic.text import chat, template
 from moesaic.text.chat import ChatFormat
 from moesaic.text.compiler import Compiler
 from moesaic.text.grammar import Grammar
 from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tools import Tools
+from moesaic.token_rows import check_ids, check_tokenizer
 
 BUILT_IN = Path(__file__).parent / "builtin" / "tales"
 """Folder of the built-in model: a small Mixtral, trained on stories."""
@@ -64,7 +67,7 @@ class LLM(AbstractContextManager["LLM"]):
         self.loaded, self.tokenizer, self.engine = loaded, tokenizer, engine
         self.format, self.name = chat_format, name
         self.context = engine.capacity
-        self.defaults = _recommended(loaded.generation)
+        self.defaults = sampling_defaults(loaded.generation, loaded.generation_file)
         self._grammars = Compiler(tokenizer, loaded.model.vocab_size)
         self._template = template.load(loaded.path) if chat_format is None else None
 
@@ -112,6 +115,7 @@ class LLM(AbstractContextManager["LLM"]):
         path = BUILT_IN if model is None else Path(model)
         if not path.is_dir():
             raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
+        loading.check_layout(path)
         tokenizer = Tokenizer.open(path)
         loaded = load_model(path, dtype=dtype, weight_format=format, device=device, progress=progress)
         return cls.from_loaded(
@@ -143,9 +147,8 @@ class LLM(AbstractContextManager["LLM"]):
         """Start an engine for a model that is loaded already; arguments and errors are as for ``LLM.load``."""
         if loaded.model.shape.labels:
             raise InvalidRequest(f"{loaded.path} holds a classifier, which cannot chat: use Classifier.load")
-        if tokenizer.vocab_size > loaded.model.vocab_size:
-            sizes = f"{tokenizer.vocab_size} tokens, but the model only {loaded.model.vocab_size}"
-            raise InvalidRequest(f"{loaded.path}: the tokenizer has {sizes}")
+        check_tokenizer(tokenizer, loaded.model.vocab_size, loaded.path)
+        sampling_defaults(loaded.generation, loaded.generation_file)  # refused before the engine starts
         dtype = cache_dtype(loaded.model, kv_cache_dtype)
         context, cache_tokens = plan_cache(loaded.model, context, cache_tokens, block_size, dtype)
         selected_format = _chat_format(chat_format, tokenizer, loaded)
@@ -228,8 +231,7 @@ class LLM(AbstractContextManager["LLM"]):
         for ids in prompts:
             if not ids:
                 raise InvalidRequest("the text to embed is empty")
-            if max(ids) >= model.vocab_size:
-                raise InvalidParameter("input", f"token id {max(ids)} is not in the vocabulary of {model.vocab_size}")
+            check_ids("input", ids, self.tokenizer, model.vocab_size)
             if len(ids) > model.max_length:
                 raise PromptTooLong(len(ids), model.max_length)
         with limited_torch_threads(model):
@@ -275,24 +277,21 @@ class LLM(AbstractContextManager["LLM"]):
             PromptTooLong, InvalidParameter, GrammarError, Overloaded, EngineStopped: as for ``Engine.submit``.
             InvalidParameter, Overloaded, NotInstalled: the grammar cannot be compiled, as for ``Compiler.compile``.
         """
+        check_ids("prompt", ids, self.tokenizer, rows := self.loaded.model.vocab_size)
         eos = self.loaded.eos_ids | self.tokenizer.eos_ids
         if self.format is not None:  # also without a conversation: such a token ends a turn in any prompt
             eos |= self.format.stop_ids(self.tokenizer)
-        begins = chat if begins is None else begins
-        strip = False
+        begins, strip = chat if begins is None else begins, False
         grammar = self._effective_grammar(tools, grammar)
         included = frozenset((*sampling.stop, *sampling.stop_token_ids) if include_stop else ())
         if chat and self.format is not None and grammar is None:  # a grammar defines where the text begins and ends
             sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
             strip = bool(self.format.stop_strings)
         constraint = None if grammar is None else partial(self._grammars.compile(grammar), begins=begins)
-        request = Request(tuple(ids), sampling, tuple(sorted(eos)), priority, salt, constraint, resume)
-        options: dict[str, Any] = {
-            "strip": strip and begins,
-            "skip_special": skip_special,
-            "begins": begins,
-            "included": included,
-        }
+        ends = sorted(token_id for token_id in eos if token_id < rows)
+        request = Request(tuple(ids), sampling, tuple(ends), priority, salt, constraint, resume)
+        options: dict[str, Any] = {"skip_special": skip_special, "begins": begins, "included": included}
+        options["strip"] = strip and begins
 
         def new_decoder() -> AnswerDecoder:
             calls = self.format.tool_call_parser(self.tokenizer, tools) if self.format and tools else None
@@ -407,13 +406,6 @@ class LLM(AbstractContextManager["LLM"]):
 def _joined(replies: list[Reply]) -> Answer:
     first, *others = [reply.answer for reply in replies]
     return replace(first, alternatives=tuple(others))
-
-
-def _recommended(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampling parameters in generation_config.json; ``do_sample: false`` means temperature 0."""
-    fields = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-    values = {name: generation[name] for name in fields if generation.get(name) is not None}
-    return values | ({"temperature": 0.0} if generation.get("do_sample") is False else {})
 
 
 def _chat_format(name: str | None, tokenizer: Tokenizer, loaded: Loaded) -> ChatFormat | None:

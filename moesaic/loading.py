@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moesaic import checkpoints, memory, models, ops, packed
+from moesaic import checkpoints, config_keys, memory, models, ops, packed
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed, _threads
 from moesaic.models import Decoder
@@ -50,11 +50,33 @@ class Loaded:
     generation: Mapping[str, Any]
 
     @property
+    def generation_file(self) -> Path:
+        """The file that ``generation`` was read from."""
+        return self.path / (packed.MANIFEST if self.layout == "packed" else "generation_config.json")
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """All end-of-sequence token ids in the configurations; Llama 3 has more than one."""
         values = [self.generation.get("eos_token_id"), self.config.get("eos_token_id")]
-        token_ids = [item for value in values for item in (value if isinstance(value, list) else [value])]
-        return frozenset(item for item in token_ids if isinstance(item, int) and 0 <= item < self.model.vocab_size)
+        token_ids = [_token_id(item) for value in values for item in (value if isinstance(value, list) else [value])]
+        return frozenset(item for item in token_ids if item is not None and 0 <= item < self.model.vocab_size)
+
+
+def _token_id(value: Any) -> int | None:
+    """Return a token id that may be written as text or as 2.0; None for anything else."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    value = config_keys.whole(value)
+    return value if isinstance(value, int) else None
+
+
+def check_layout(path: Path) -> None:
+    """Raise the error of ``load_model`` if the folder ``path`` holds no model at all, such as an adapter only.
+
+    It reads no weights, so it can precede errors about other files of the folder.
+    """
+    if not packed.is_packed(path):
+        checkpoints.detect_layout(path)
 
 
 def load_model(
@@ -182,7 +204,8 @@ def is_classifier(path: Path) -> bool:
             config = json.loads((path / packed.MANIFEST).read_bytes())["config"]
         else:
             config = json.loads((path / "config.json").read_bytes())
-        architectures = list(config["architectures"])
+        named = config["architectures"]
+        architectures = [named] if isinstance(named, str) else list(named)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # loading the checkpoint reports the problem
     return any(str(name).endswith("ForSequenceClassification") for name in architectures)

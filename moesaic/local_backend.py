@@ -212,7 +212,7 @@ class LocalBackend:
         return [TokenInfo(token_id, tokenizer.piece(token_id), tokenizer.is_special(token_id)) for token_id in ids]
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
-        limit = self._llm.loaded.model.vocab_size
+        limit = max(self._llm.loaded.model.vocab_size, self._llm.tokenizer.vocab_size)
         if max(ids, default=0) >= limit:
             raise InvalidParameter("tokens", f"token id {max(ids)} is not in the vocabulary of {limit}")
         return await in_pool(self._pool, lambda: self._llm.tokenizer.decode(ids, skip_special=False))

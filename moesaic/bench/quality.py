@@ -26,6 +26,7 @@ from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Numerical
 from moesaic.loading import Loaded, limited_torch_threads
 from moesaic.ops import Batch, Cache
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.token_rows import check_ids, check_tokenizer
 
 STEP_TOKENS = 2048
 """Maximum tokens computed at once, but at least one window; limits the memory of activations."""
@@ -77,16 +78,21 @@ def perplexity(
 
     Raises:
         InvalidParameter: ``length`` is larger than the model's maximum, or less than 1.
-        InvalidRequest: the texts are empty.
+        InvalidRequest: the texts are empty, have a token that the model lacks, or the tokenizer belongs to another
+            model.
         NumericalError: the model computed NaN or infinity.
     """
     longest = loaded.model.max_length
     if not 1 <= length <= longest:
         raise InvalidParameter("length", f"is {length}, but the model was made for 1 to {longest} tokens")
+    rows = loaded.model.vocab_size
+    check_tokenizer(tokenizer, rows, loaded.path)
     tokens, size, nats = 0, 0, 0.0
     for done, text in enumerate(texts):
         size += len(text.encode("utf-8", "replace"))
-        for steps in _steps(_windows(_document(tokenizer, text), length)):
+        ids = _document(tokenizer, text, rows)
+        check_ids("file", ids, tokenizer, rows)
+        for steps in _steps(_windows(ids, length)):
             with limited_torch_threads(loaded.model):
                 nats += _nats(loaded, steps, cache)
             tokens += sum(len(targets) for _, targets in steps)
@@ -99,8 +105,9 @@ def perplexity(
     return Quality(len(texts), tokens, size, nats)
 
 
-def _document(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [*tokenizer.encode(text, bos=True), *sorted(tokenizer.eos_ids)[:1]]
+def _document(tokenizer: Tokenizer, text: str, rows: int) -> list[int]:
+    ends = sorted(token_id for token_id in tokenizer.eos_ids if token_id < rows)
+    return [*tokenizer.encode(text, bos=True), *ends[:1]]
 
 
 Window = tuple[list[int], list[int]]

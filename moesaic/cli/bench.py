@@ -49,13 +49,14 @@ def _perplexity(args: argparse.Namespace) -> int:
     from moesaic.bench import quality, report
     from moesaic.console.progress import bar
     from moesaic.llm import BUILT_IN
-    from moesaic.loading import cache_dtype, load_model
+    from moesaic.loading import cache_dtype, check_layout, load_model
     from moesaic.text.tokenizer import Tokenizer
 
     for format_name in args.format or []:
         models.choose(format_name, "float32")  # check all names before the first measurement
     texts = quality.read_texts(args.file)
     path = folder(args.model) or BUILT_IN
+    check_layout(path)
     tokenizer, rows = Tokenizer.open(path), []
     for format_name in args.format or [None]:
         with bar("loading") as progress:

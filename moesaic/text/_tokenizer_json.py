@@ -90,6 +90,7 @@ def _vocabulary(path: Path, tree: Node) -> Vocabulary:
         eos_ids=frozenset() if eos is None else frozenset({eos}),
         core_without_prefix=None if prefixless == tree else _core(path, prefixless),
         prefix_only_first=any(node.get("prepend_scheme") == "first" for node in _walk(tree.get("pre_tokenizer"))),
+        added_ids=frozenset(ids[text] for text in added),
         strip_prefix=any(_strips_space(node) for node in decoders),
         byte_errors="moesaic.replace_each_byte" if fallback else "replace",
     )

@@ -57,6 +57,8 @@ class Vocabulary:
     """Ids whose leading space is never removed."""
     user_defined: Mapping[str, int] = field(default_factory=dict)
     """Pieces that are matched in the text before any merge."""
+    added_ids: frozenset[int] = frozenset()
+    """Ids of tokens that were added to the vocabulary later, besides the control tokens."""
     byte_errors: str = "replace"
     """Name of the codec error handler for bytes that are not valid UTF-8."""
     version: str | None = None

@@ -214,10 +214,23 @@ class _Vocabulary:
         self.special_token_ids = [index for index in range(size) if special[index] and self.tokens[index]] + [size]
         self.tokens.append(b"<end>")
         self.eos_token_id, self.bos_token_id = size, tokenizer.bos_id
-        self._tokenizer, self._first = tokenizer, first
+        self._tokenizer, self._first, self._size = tokenizer, first, size
+        self._bytes = {
+            token: index for index, token in enumerate(self.tokens[:size]) if len(token) == 1 and not special[index]
+        }
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, prefix=self._first)
+        ids = self._tokenizer.encode(text, prefix=self._first)
+        if max(ids, default=0) < self._size:
+            return ids
+        return [part for token_id in ids for part in self._spelled(token_id)]
+
+    def _spelled(self, token_id: int) -> list[int]:
+        """Return tokens of single bytes for an added token that the model lacks, or else the token itself."""
+        if token_id < self._size:
+            return [token_id]
+        data = self._tokenizer.bytes(token_id)
+        return [self._bytes[data[i : i + 1]] for i in range(len(data)) if data[i : i + 1] in self._bytes]
 
 
 class _Tables:

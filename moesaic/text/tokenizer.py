@@ -24,13 +24,17 @@ FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tekken*.json", "*.
 class Tokenizer:
     """Tokenizer that encodes and decodes exactly like the one that the checkpoint was trained with.
 
-    ``vocab_size`` is the highest id plus one. ``control`` maps the names of special tokens to their ids. ``eos_ids``
-    are the end-of-text tokens that the tokenizer's files name; a generation config may name more. ``version`` is
-    Mistral's tokenizer version if the file states one. Instances are thread-safe.
+    ``vocab_size`` is the highest id plus one, and ``base_size`` the same without added tokens. ``control`` maps the
+    names of special tokens to their ids. ``eos_ids`` are the end-of-text tokens that the tokenizer's files name; a
+    generation config may name more. ``version`` is Mistral's tokenizer version if the file states one. Instances are
+    thread-safe.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocab_size = len(vocabulary.pieces)
+        added = vocabulary.added_ids.union(vocabulary.control.values(), vocabulary.user_defined.values())
+        base = (token_id for token_id in range(self.vocab_size - 1, -1, -1) if token_id not in added)
+        self.base_size = next((token_id + 1 for token_id in base if vocabulary.pieces[token_id] is not None), 0)
         self.control: Mapping[str, int] = vocabulary.control
         self.bos_id = vocabulary.bos_id
         self.eos_ids = vocabulary.eos_ids
