@@ -74,7 +74,7 @@ def pack(
         name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
         roles = models.choose(weight_format, name)
         with _write.new_folder(Path(dst), checkpoint) as folder:
-            names = {role: chosen.name for role, chosen in roles.items()}
+            names = {role: str(chosen) for role, chosen in roles.items()}
             manifest = PackedManifest(name, names, dict(checkpoint.config), _write.generation_config(checkpoint))
 
             def store_weights(model: Decoder) -> None:

@@ -18,7 +18,7 @@ from moesaic.bench import endpoints
 from moesaic.bench.endpoints import Answer, Endpoint, Request, RequestFailed, RequestOptions, _http
 from moesaic.cluster import launch
 from moesaic.errors import CheckpointError, InvalidRequest, NotFound
-from moesaic.formats import Packed
+from moesaic.formats import WeightFormat
 from moesaic.serve.endpoint import Endpoint as HttpEndpoint
 from moesaic.serve.endpoint import Failure
 from tests.support.models import ours, theirs
@@ -26,7 +26,7 @@ from tests.support.scripted_server import CONTEXT, TEMPLATE, Script, serving
 
 
 @pytest.fixture(params=registry.names("formats"))
-def weight_format(request) -> type[Packed]:
+def weight_format(request) -> WeightFormat:
     return formats.load(request.param)
 
 
@@ -65,7 +65,14 @@ class TestFormats:
         assert all(part.is_meta for part in packed.parts().values())
 
     def test_the_name_is_the_file_name(self, weight_format):
-        assert weight_format.__module__ == f"moesaic.formats.{weight_format.name}"
+        assert type(weight_format).__module__ == f"moesaic.formats.{weight_format.name}"
+
+    def test_its_text_names_it(self, weight_format):
+        assert formats.load(str(weight_format)) == weight_format == weight_format.pack(torch.randn(4, 64)).format
+
+    def test_rows_are_those_of_the_plain_weight(self, weight_format):
+        packed, ids = weight_format.pack(torch.randn(70, 96)), torch.tensor([3, 69, 32, 3, 0])
+        assert torch.equal(packed.rows(ids, torch.float32), packed.dequantize()[ids])
 
 
 @pytest.mark.parametrize("name", registry.names("ops"))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moesaic import models, packed
 from moesaic.errors import CheckpointError, InvalidParameter
-from moesaic.formats import Packed
+from moesaic.formats import Packed, WeightFormat
 from moesaic.llm import BUILT_IN
 from moesaic.loading import Loaded, cache_bytes_per_token, cache_dtype
 from moesaic.models import Decoder
@@ -187,7 +187,7 @@ def pack(
             raise InvalidParameter("packed", f"takes {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left")
         for source in BUILT_IN.glob("tokenizer*"):
             shutil.copyfile(source, folder / source.name)
-        kinds = {role: packed_type.name for role, packed_type in models.choose(format_name, dtype).items()}
+        kinds = {role: str(chosen) for role, chosen in models.choose(format_name, dtype).items()}
         packed.create(folder, packed.PackedManifest(dtype, kinds, config, {}), lambda model: randomize(model, progress))
         with (folder / packed.WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())  # a measurement after this must not wait for the disk
@@ -204,7 +204,7 @@ def randomize(model: Decoder, progress: Progress | None = None) -> None:
         if isinstance(module, Packed):
             kind = (module.name, module.shape[-1], 1.0 if module is model.embed.weight else WEIGHT_STD)
             if kind not in samples:
-                samples[kind] = sample(type(module), *kind[1:])
+                samples[kind] = sample(module.format, *kind[1:])
             fill(module, samples[kind])
         else:
             for part in parts:  # weights of a norm (ones change nothing) or of a router
@@ -214,12 +214,12 @@ def randomize(model: Decoder, progress: Progress | None = None) -> None:
             progress(done, total)
 
 
-def sample(packed_type: type[Packed], columns: int, std: float = WEIGHT_STD) -> Mapping[str, Tensor]:
+def sample(weight_format: WeightFormat, columns: int, std: float = WEIGHT_STD) -> Mapping[str, Tensor]:
     """Return the parts of ``SAMPLE_ROWS`` random rows in a format."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # many small steps: on a busy core, several threads would take minutes
     try:
-        return packed_type.quantize(torch.randn(SAMPLE_ROWS, columns) * std)
+        return weight_format.quantize(torch.randn(SAMPLE_ROWS, columns) * std)
     finally:
         torch.set_num_threads(threads)
 

@@ -16,7 +16,7 @@ import torch
 from moesaic import formats, ops
 from moesaic.bench import geometry
 from moesaic.bench.limits import Limits, median_of
-from moesaic.formats import Packed
+from moesaic.formats import Packed, WeightFormat
 from moesaic.ops import native
 
 TOKEN_COUNTS = (1, 2, 4, 8, 16, 64, 512)
@@ -56,19 +56,19 @@ def measure(
 ) -> Iterator[Row]:
     """Yield a row for each op with weights, each format and each number of tokens."""
     for name in names:
-        packed_type = formats.load(name)
-        square = [_random(packed_type, (HIDDEN, HIDDEN)) for _ in range(16)]
+        weight_format = formats.load(name)
+        square = [_random(weight_format, (HIDDEN, HIDDEN)) for _ in range(16)]
         stacks = [
-            _random(packed_type, (EXPERTS, *shape)) for shape in ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+            _random(weight_format, (EXPERTS, *shape)) for shape in ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
         ]
         for count in tokens:
             x = torch.randn(count, HIDDEN, dtype=torch.bfloat16)
-            size = packed_type.nbytes((HIDDEN, HIDDEN))
+            size = weight_format.nbytes((HIDDEN, HIDDEN))
             operations = 2 * count * HIDDEN * HIDDEN
             yield _row("linear", name, count, 0, size, operations, limits, _linears(x, square), seconds)
             ids = torch.stack([torch.randperm(EXPERTS)[:EXPERTS_PER_TOKEN] for _ in range(count)])
             used = len(ids.unique())
-            size = used * 3 * packed_type.nbytes((INNER, HIDDEN))
+            size = used * 3 * weight_format.nbytes((INNER, HIDDEN))
             operations = 2 * count * EXPERTS_PER_TOKEN * 3 * INNER * HIDDEN
             yield _row("experts", name, count, 0, size, operations, limits, _experts(x, stacks, ids), seconds)
 
@@ -145,9 +145,9 @@ def _attention(lengths: list[int], last: int, dtype: torch.dtype) -> Callable[[]
     return call
 
 
-def _random(packed_type: type[Packed], shape: tuple[int, ...]) -> Packed:
-    weight = packed_type.empty(shape)
-    geometry.fill(weight, geometry.sample(packed_type, shape[-1]))
+def _random(weight_format: WeightFormat, shape: tuple[int, ...]) -> Packed:
+    weight = weight_format.empty(shape)
+    geometry.fill(weight, geometry.sample(weight_format, shape[-1]))
     return weight
 
 

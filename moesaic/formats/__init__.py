@@ -1,19 +1,21 @@
 """Weight formats: each file is one way to store a weight.
 
-A file ``formats/<name>.py`` defines ``class Format(Packed)``:
+A file ``formats/<name>.py`` defines a frozen dataclass ``class Format(WeightFormat)``, whose fields are the parameters
+of the format, all with defaults:
 
     layout(shape)                 {part: (shape, dtype)} of a weight of this logical shape
     quantize(weight)              {part: tensor} of a plain weight
     unpack(parts, shape, dtype)   the plain weight, within the format's error
 
-The reference backend needs nothing else. A fast backend adds its own reader under the same name. This module does
-not know what a weight is used for.
+A part is one of the tensors that make up a weight. The reference backend needs nothing else. A fast backend adds its
+own reader under the same name. This module does not know what a weight is used for.
 
 Legend: a logical shape is [out, in], or [experts, out, in] for a stack.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,26 +23,18 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moesaic import registry
-from moesaic.errors import InvalidParameter
+from moesaic.errors import InvalidParameter, NotFound
 
 Shape = tuple[int, ...]
 Layout = Mapping[str, tuple[Shape, torch.dtype]]
 
 
-class Packed(nn.Module):
-    """A weight in some format: its named parts and its logical shape [..., out, in].
-
-    It is an ``nn.Module`` so that device moves, the meta device and optimizers see the parts. It is never called.
-    Parts are parameters without gradient; training code switches the gradient on.
-
-    Kernels read the parts' memory. A part is therefore compared with ``layout`` whenever it is set or moved, and not
-    in every call of an op.
-
-    Raises:
-        InvalidParameter: a part is unknown or not contiguous, or its shape or dtype is not that of ``layout``.
-    """
+@dataclass(frozen=True)
+class WeightFormat:
+    """A way to store a weight: a name and parameters. Formats with equal names and parameters are equal."""
 
     name: ClassVar[str]
     """Name of the format and stem of its file."""
@@ -48,20 +42,75 @@ class Packed(nn.Module):
     error: ClassVar[float]
     """Upper bound of the relative error |w' - w| / |w| of quantizing a normally distributed weight."""
 
+    def __str__(self) -> str:
+        """Return the name and the parameters that differ from their defaults, as ``load`` reads them."""
+        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return ":".join((self.name, *(f"{field.name}={value}" for field, value in fields if value != field.default)))
+
+    def layout(self, shape: Shape) -> Layout:
+        """Return the shape and dtype of each part of a weight with this logical ``shape``."""
+        raise NotImplementedError
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return the parts of ``weight`` [..., out, in]; entries along the leading axes are packed independently."""
+        raise NotImplementedError
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the plain weight of logical ``shape`` in ``dtype``. Unquantized formats are differentiable."""
+        raise NotImplementedError
+
+    def rows(self, parts: Mapping[str, Tensor], shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return rows ``ids`` [T] of the plain weight [out, in] in ``dtype``: [T, in]."""
+        return F.embedding(ids, self.unpack(parts, shape, dtype))
+
+    def empty(self, shape: Shape, device: torch.device | str | None = None) -> Packed:
+        """Return a weight of logical ``shape`` with uninitialized memory on any device, including ``meta``."""
+        layout = self.layout(shape)
+        return Packed(self, shape, {part: torch.empty(s, dtype=t, device=device) for part, (s, t) in layout.items()})
+
+    def pack(self, weight: Tensor) -> Packed:
+        """Return ``weight`` quantized to this format."""
+        return Packed(self, tuple(weight.shape), self.quantize(weight))
+
+    def nbytes(self, shape: Shape) -> int:
+        """Return the size in bytes of a weight with this logical ``shape``, without allocating it."""
+        return sum(math.prod(s) * t.itemsize for s, t in self.layout(shape).values())
+
+
+class Packed(nn.Module):
+    """A weight in some format: its parts by name, and its logical shape [..., out, in].
+
+    It is an ``nn.Module`` so that device moves, the meta device and optimizers see the parts. It is never called.
+    Parts are parameters without gradient; training code switches the gradient on.
+
+    Kernels read the memory of the parts. A part is therefore compared with the format's ``layout`` whenever it is set
+    or moved, and not in every call of an op.
+
+    Raises:
+        InvalidParameter: a part is unknown or not contiguous, or its shape or dtype is not that of ``layout``.
+    """
+
+    format: WeightFormat
+    """Format of the weight."""
+
+    name: str
+    """Name and parameters of the format; ops choose a backend by it."""
+
     shape: Shape
     """Logical shape: [out, in], or [experts, out, in] for a stack."""
 
     device: torch.device
     """Device of the parts."""
 
-    def __init__(self, shape: Shape, parts: Mapping[str, Tensor]) -> None:
+    def __init__(self, weight_format: WeightFormat, shape: Shape, parts: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self.format, self.name = weight_format, str(weight_format)
         self.shape = tuple(shape)
         for part, tensor in parts.items():
             self.register_parameter(part, nn.Parameter(tensor.contiguous(), requires_grad=False))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Set a part; assignment to an attribute of the part's name comes here too."""
+        """Set one of the tensors that make up the weight; ``module.<name> = parameter`` also calls this method."""
         if param is not None:
             self._check(name, param)
             self.device = param.device
@@ -76,44 +125,13 @@ class Packed(nn.Module):
         return self
 
     def _check(self, part: str, tensor: Tensor) -> None:
-        layout = self.layout(self.shape)
+        layout = self.format.layout(self.shape)
         if part not in layout:
             raise InvalidParameter("weight", f"{self.name} has no part {part!r}; its parts: {', '.join(layout)}")
         shape, dtype = layout[part]
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or not tensor.is_contiguous():
             actual = f"{tuple(tensor.shape)} {tensor.dtype}" + ("" if tensor.is_contiguous() else ", not contiguous")
             raise InvalidParameter("weight", f"{self.name} part {part!r} is {actual}; expected {tuple(shape)} {dtype}")
-
-    @classmethod
-    def layout(cls, shape: Shape) -> Layout:
-        """Return the shape and dtype of each part of a weight with this logical ``shape``."""
-        raise NotImplementedError
-
-    @classmethod
-    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
-        """Return the parts of ``weight`` [..., out, in]; entries along the leading axes are packed independently."""
-        raise NotImplementedError
-
-    @classmethod
-    def unpack(cls, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the plain weight of logical ``shape`` in ``dtype``. Unquantized formats are differentiable."""
-        raise NotImplementedError
-
-    @classmethod
-    def empty(cls, shape: Shape, device: torch.device | str | None = None) -> Self:
-        """Return a weight of logical ``shape`` with uninitialized memory on any device, including ``meta``."""
-        layout = cls.layout(shape)
-        return cls(shape, {part: torch.empty(s, dtype=t, device=device) for part, (s, t) in layout.items()})
-
-    @classmethod
-    def pack(cls, weight: Tensor) -> Self:
-        """Return ``weight`` quantized to this format."""
-        return cls(tuple(weight.shape), cls.quantize(weight))
-
-    @classmethod
-    def nbytes(cls, shape: Shape) -> int:
-        """Return the size in bytes of a weight with this logical ``shape``, without allocating it."""
-        return sum(math.prod(s) * t.itemsize for s, t in cls.layout(shape).values())
 
     def parts(self) -> dict[str, Tensor]:
         """Return the parts by name."""
@@ -125,12 +143,16 @@ class Packed(nn.Module):
         parts, shape = self.parts(), self.shape
         if index is not None:
             parts, shape = {part: tensor[index] for part, tensor in parts.items()}, shape[1:]
-        return self.unpack(parts, shape, dtype)
+        return self.format.unpack(parts, shape, dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return rows ``ids`` [T] of a weight [out, in] in ``dtype``: [T, in]."""
+        return self.format.rows(self.parts(), self.shape, ids, dtype)
 
     @torch.no_grad()
     def store(self, weight: Tensor, index: int | None = None) -> None:
         """Quantize ``weight`` into this memory, or into entry ``index`` of a stack."""
-        for part, tensor in self.quantize(weight).items():
+        for part, tensor in self.format.quantize(weight).items():
             target = self.parts()[part]
             (target if index is None else target[index]).copy_(tensor)
 
@@ -152,11 +174,23 @@ class Slot:
     """Stores the slice in the model."""
 
 
-def load(name: str) -> type[Packed]:
-    """Return the format called ``name``.
+def load(text: str) -> WeightFormat:
+    """Return the format that ``text`` names: a name, or a name with parameters such as ``grouped:bits=4:group=128``.
 
     Raises:
         NotFound: there is no such format; the message lists the available ones.
+        InvalidParameter: a parameter is unknown or has no valid value.
     """
-    packed: type[Packed] = registry.load("formats", name).Format
-    return packed
+    name, *parameters = text.split(":")
+    if name not in registry.names("formats"):
+        raise NotFound(f"formats has no entry {name!r}; available: {', '.join(registry.names('formats'))}")
+    kind: type[WeightFormat] = registry.load("formats", name).Format
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    values = {}
+    for parameter in parameters:
+        key, _, value = parameter.partition("=")
+        if key not in defaults:
+            known = ", ".join(defaults) or "none"
+            raise InvalidParameter("format", f"{name} has no parameter {key!r}; its parameters: {known}")
+        values[key] = int(value) if value.isdigit() and isinstance(defaults[key], int) else value
+    return kind(**values)

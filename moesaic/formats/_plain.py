@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from moesaic.formats import Layout, Packed, Shape
+from moesaic.formats import Layout, Shape, WeightFormat
 
 
-class Plain(Packed):
+@dataclass(frozen=True)
+class Plain(WeightFormat):
     """A weight rounded to ``dtype``."""
 
     dtype: ClassVar[torch.dtype]
 
-    @classmethod
-    def layout(cls, shape: Shape) -> Layout:
-        return {"weight": (shape, cls.dtype)}
+    def layout(self, shape: Shape) -> Layout:
+        return {"weight": (shape, self.dtype)}
 
-    @classmethod
-    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
-        return {"weight": weight.to(cls.dtype)}
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight.to(self.dtype)}
 
-    @classmethod
-    def unpack(cls, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+    def unpack(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
         return parts["weight"].to(dtype)

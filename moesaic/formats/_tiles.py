@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from moesaic.formats import Layout, Packed, Shape
+from moesaic.formats import Layout, Shape, WeightFormat
 from moesaic.formats._threads import for_each
 
 ROWS = 32
@@ -42,7 +43,8 @@ SLICE = 1 << 22
 """Weights that a thread quantizes at a time; bounds the temporary memory."""
 
 
-class Tiled(Packed):
+@dataclass(frozen=True)
+class Tiled(WeightFormat):
     """A weight in tiles; a format only sets the numbers below."""
 
     bits: ClassVar[int]
@@ -52,108 +54,104 @@ class Tiled(Packed):
     factor: ClassVar[int] = 1
     """Constant factor of the scales."""
 
-    @classmethod
-    def layout(cls, shape: Shape) -> Layout:
+    def layout(self, shape: Shape) -> Layout:
         *stack, out, columns = shape
-        return {"tiles": ((*stack, -(-out // ROWS), cls.block_bytes(columns)), torch.uint8)}
+        return {"tiles": ((*stack, -(-out // ROWS), self.block_bytes(columns)), torch.uint8)}
 
-    @classmethod
-    def block_bytes(cls, columns: int) -> int:
+    def block_bytes(self, columns: int) -> int:
         """Return the bytes of one block of 32 rows."""
-        return sum(end - begin for begin, end, _ in cls._superblocks(columns))
+        return sum(end - begin for begin, end, _ in self._superblocks(columns))
 
-    @classmethod
-    def _superblocks(cls, columns: int) -> Iterator[tuple[int, int, int]]:
+    def _superblocks(self, columns: int) -> Iterator[tuple[int, int, int]]:
         """Yield the byte range in a block and the number of columns of each superblock."""
         at, left = 0, -(-columns // PAD) * PAD
         while left:
             width = min(SUPER, left)
-            end = at + sum(cls._sections(width))
+            end = at + sum(self._sections(width))
             yield at, end, width
             at, left = end, left - width
 
-    @classmethod
-    def _sections(cls, width: int) -> tuple[int, int, int, int]:
+    def _sections(self, width: int) -> tuple[int, int, int, int]:
         """Return the sizes in bytes of the steps, scales, offsets and codes of a superblock."""
-        groups = width // cls.group if cls.group else 0
-        return 2 * ROWS, _padded(groups * 16), _padded(groups * ROWS), ROWS * width * cls.bits // 8
+        groups = width // self.group if self.group else 0
+        return 2 * ROWS, _padded(groups * 16), _padded(groups * ROWS), ROWS * width * self.bits // 8
 
-    @classmethod
-    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
-        [(shape, dtype)] = cls.layout(tuple(weight.shape)).values()
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        [(shape, dtype)] = self.layout(tuple(weight.shape)).values()
         tiles = torch.empty(shape, dtype=dtype, device=weight.device).reshape(-1, *shape[-2:])
         rows = max(1, SLICE // weight.shape[-1] // ROWS) * ROWS
 
         def tile(place: tuple[Tensor, Tensor, int]) -> None:
             matrix, target, begin = place
             part = _padded_to_blocks(matrix[begin : begin + rows].float())
-            target[begin // ROWS : (begin + len(part)) // ROWS] = cls._tile(part)
+            target[begin // ROWS : (begin + len(part)) // ROWS] = self._tile(part)
 
         matrices = zip(weight.reshape(-1, *weight.shape[-2:]), tiles, strict=True)
         places = [(matrix, target, begin) for matrix, target in matrices for begin in range(0, len(matrix), rows)]
         for_each(tile, places, weight.device)
         return {"tiles": tiles.reshape(shape)}
 
-    @classmethod
-    def unpack(cls, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+    def unpack(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
         tiles, (*stack, out, columns) = parts["tiles"], shape
         pieces = []
-        for begin, end, width in cls._superblocks(columns):
-            pieces.append(cls._untile(tiles[..., begin:end].reshape(-1, end - begin), width))
+        for begin, end, width in self._superblocks(columns):
+            pieces.append(self._untile(tiles[..., begin:end].reshape(-1, end - begin), width))
         plain = torch.cat(pieces, dim=-1).reshape(*stack, tiles.shape[-2] * ROWS, -1)
         return plain[..., :out, :columns].to(dtype)
 
-    @classmethod
-    def _tile(cls, plain: Tensor) -> Tensor:
+    def rows(self, parts: Mapping[str, Tensor], shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        blocks, places = (ids // ROWS).unique(return_inverse=True)
+        plain = self.unpack({"tiles": parts["tiles"][blocks]}, (len(blocks) * ROWS, shape[1]), dtype)
+        return plain[places * ROWS + ids % ROWS]
+
+    def _tile(self, plain: Tensor) -> Tensor:
         """Return the tiles [blocks, bytes] of padded plain weights [32 blocks, columns]."""
         pieces = []
         for part in plain.split(SUPER, dim=1):
-            step, scale, offset, codes = cls._round(part)
+            step, scale, offset, codes = self._round(part)
             steps = step.to(torch.bfloat16).reshape(-1, ROWS).view(torch.uint8)
-            pieces += [steps, _pack_scales(scale), _pack_offsets(offset), cls._pack_codes(codes)]
+            pieces += [steps, _pack_scales(scale), _pack_offsets(offset), self._pack_codes(codes)]
         return torch.cat(pieces, dim=1)
 
-    @classmethod
-    def _untile(cls, tile: Tensor, width: int) -> Tensor:
+    def _untile(self, tile: Tensor, width: int) -> Tensor:
         """Return plain float32 weights [blocks, 32, width] of one superblock's bytes [blocks, bytes]."""
-        steps, scales, offsets, codes = tile.split(cls._sections(width), dim=1)
+        steps, scales, offsets, codes = tile.split(self._sections(width), dim=1)
         step = steps.contiguous().view(torch.bfloat16).float()[:, :, None]
-        q = cls._unpack_codes(codes, width)
-        if not cls.group:
+        q = self._unpack_codes(codes, width)
+        if not self.group:
             plain: Tensor = step * (q - 128)
             return plain
-        groups = width // cls.group
-        scale = _unpack_scales(scales, groups)[..., None] * cls.factor
+        groups = width // self.group
+        scale = _unpack_scales(scales, groups)[..., None] * self.factor
         offset = _unpack_offsets(offsets, groups)[..., None]
-        v = q.reshape(*q.shape[:2], groups, cls.group) * scale - offset
+        v = q.reshape(*q.shape[:2], groups, self.group) * scale - offset
         plain = step * v.flatten(2)
         return plain
 
-    @classmethod
-    def _round(cls, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _round(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return step [R], scale and offset [R, groups], and codes [R, width] of one superblock.
 
         Several scales are tried, and the one with the least squared error is taken. A narrower grid clips the
         extremes of the group and is finer for the other weights.
         """
-        if not cls.group:
+        if not self.group:
             step = _upwards(part.abs().amax(1) / 127)
             codes = (part / _nonzero(step)[:, None]).round().clamp(-127, 127) + 128
             return step, part.new_zeros(len(part), 0), part.new_zeros(len(part), 0), codes
-        levels = (1 << cls.bits) - 1
-        w = part.reshape(len(part), -1, cls.group)
+        levels = (1 << self.bits) - 1
+        w = part.reshape(len(part), -1, self.group)
         low, high = w.amin(2), w.amax(2)
         reach = torch.maximum(
-            (high - low).amax(1) / (LARGEST_SCALE * levels * cls.factor), part.abs().amax(1) / HEADROOM
+            (high - low).amax(1) / (LARGEST_SCALE * levels * self.factor), part.abs().amax(1) / HEADROOM
         )
         step = _upwards(reach)
         w = w / _nonzero(step)[:, None, None]
         low, high = w.amin(2), w.amax(2)
-        widest = ((high - low) / (levels * cls.factor)).ceil().clamp(1, LARGEST_SCALE)
+        widest = ((high - low) / (levels * self.factor)).ceil().clamp(1, LARGEST_SCALE)
         best: tuple[Tensor, ...] | None = None
-        for share in NARROWER[cls.bits]:
+        for share in NARROWER[self.bits]:
             scale = (widest * share).round().clamp(1, LARGEST_SCALE)
-            grid = scale * cls.factor
+            grid = scale * self.factor
             offset = ((grid * levels - low - high) / 2).round().clamp(-127, 127)
             most = ((127 + offset) / grid).floor().clamp(0, levels)
             codes = ((w + offset[..., None]) / grid[..., None]).round().clamp_min(0).minimum(most[..., None])
@@ -170,24 +168,22 @@ class Tiled(Packed):
         assert best is not None
         return step, best[1], best[2], best[3].flatten(1)
 
-    @classmethod
-    def _pack_codes(cls, codes: Tensor) -> Tensor:
+    def _pack_codes(self, codes: Tensor) -> Tensor:
         """Return the bytes [blocks, n] of codes [32 blocks, width]."""
         q = codes.to(torch.uint8).reshape(-1, 2, 16, codes.shape[1])  # [blocks, halves, rows, width]
-        planes = [_pack_plane((q >> low) & ((1 << bits) - 1), bits) for low, bits in PLANES[cls.bits]]
+        planes = [_pack_plane((q >> low) & ((1 << bits) - 1), bits) for low, bits in PLANES[self.bits]]
         # The planes are interleaved by runs of columns.
-        runs = codes.shape[1] // RUN[cls.bits]
+        runs = codes.shape[1] // RUN[self.bits]
         return torch.cat([plane.reshape(len(q), runs, -1) for plane in planes], dim=2).flatten(1)
 
-    @classmethod
-    def _unpack_codes(cls, data: Tensor, width: int) -> Tensor:
+    def _unpack_codes(self, data: Tensor, width: int) -> Tensor:
         """Return the codes [blocks, 32, width] in bytes [blocks, n], as float32."""
-        runs = width // RUN[cls.bits]
+        runs = width // RUN[self.bits]
         planes = data.reshape(len(data), runs, -1).split(
-            [ROWS * RUN[cls.bits] * bits // 8 for _, bits in PLANES[cls.bits]], dim=2
+            [ROWS * RUN[self.bits] * bits // 8 for _, bits in PLANES[self.bits]], dim=2
         )
         q = data.new_zeros(len(data), ROWS, width)
-        for (low, bits), plane in zip(PLANES[cls.bits], planes, strict=True):
+        for (low, bits), plane in zip(PLANES[self.bits], planes, strict=True):
             q += _unpack_plane(plane.reshape(len(data), -1), bits, width) << low
         return q.float()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from moesaic.formats._plain import Plain
 
 
+@dataclass(frozen=True)
 class Format(Plain):
     """A weight in bfloat16."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from moesaic.formats._tiles import Tiled
 
 
+@dataclass(frozen=True)
 class Format(Tiled):
     """A weight of integer multiples of a step, 8 bits per weight."""
 

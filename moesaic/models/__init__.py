@@ -21,9 +21,9 @@ from torch import nn
 
 from moesaic import formats, registry
 from moesaic.errors import ConfigError, InvalidParameter
-from moesaic.formats import Packed
+from moesaic.formats import Packed, WeightFormat
 from moesaic.models._config import Keys
-from moesaic.models._layers import Decoder, Experts
+from moesaic.models._layers import Decoder, Experts, Formats
 from moesaic.ops import Group
 
 __all__ = ["Decoder", "Experts", "build", "choose", "parameters", "types"]
@@ -41,7 +41,7 @@ PRESETS = {
 """Named combinations of formats: small weights that every token reads keep more bits than large ones."""
 
 
-def choose(text: str, plain: str) -> dict[str, type[Packed]]:
+def choose(text: str, plain: str) -> dict[str, WeightFormat]:
     """Return the format of each role as ``text`` specifies it; later parts override earlier ones.
 
     Args:
@@ -74,7 +74,7 @@ def types() -> dict[str, str]:
 def build(
     raw: Mapping[str, Any],
     path: Path,
-    weight_format: type[Packed] | Mapping[str, type[Packed]],
+    weight_format: WeightFormat | Mapping[str, WeightFormat] | Formats,
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -85,7 +85,8 @@ def build(
     Args:
         raw: the configuration, with the keys of config.json.
         path: its source, for error messages.
-        weight_format: format of the weights, for all or by role; router and norms are always float32.
+        weight_format: format of all weights, or of the weights of each role, or a function that returns the format of
+            each weight; router and norms are always float32.
         dtype: dtype of the activations.
         device: device of the weights; ``meta`` takes no memory.
         group: the ranks that share the model.
@@ -102,9 +103,16 @@ def build(
     config = module.configure(keys)
     keys.finish()
     with torch.device(device):
-        roles = weight_format if isinstance(weight_format, Mapping) else dict.fromkeys(ROLES, weight_format)
-        model: Decoder = module.build(config, roles, group or Group(), dtype)
+        model: Decoder = module.build(config, _by_weight(weight_format), group or Group(), dtype)
     return model.eval()
+
+
+def _by_weight(chosen: WeightFormat | Mapping[str, WeightFormat] | Formats) -> Formats:
+    if isinstance(chosen, WeightFormat):
+        return lambda _role, _name: chosen
+    if isinstance(chosen, Mapping):
+        return lambda role, _name: chosen[role]
+    return chosen
 
 
 def parameters(model: nn.Module) -> int:

@@ -1,7 +1,8 @@
 """The layers of the models. Their arguments are numbers, never the name of a model.
 
-Every layer takes a ``Group`` and holds its own shard (Megatron-LM, arXiv:1909.08053 §3). Its ``slots`` name the tensors
-of a checkpoint that fill it, and the part of each tensor that it holds.
+Every layer takes a ``Group`` and holds its own shard (Megatron-LM, arXiv:1909.08053 §3). It also takes its name in
+Hugging Face's classic scheme: ``slots`` name the tensors of a checkpoint that fill it, and the part of each tensor that
+it holds.
 
 Legend: T tokens, d hidden size, f intermediate size, V vocabulary, H query heads, G key/value
 heads, D head size, E experts, k experts per token; sizes inside a layer are those of its shard.
@@ -9,7 +10,7 @@ heads, D head size, E experts, k experts per token; sizes inside a layer are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic import ops
-from moesaic.formats import Packed, Slot
+from moesaic.formats import Packed, Slot, WeightFormat
 from moesaic.models import _rope
 from moesaic.ops import Batch, Group
 
-Formats = Mapping[str, type[Packed]]
-"""Format of the weights of each role: embedding, attention, mlp, experts, head."""
+Formats = Callable[[str, str], WeightFormat]
+"""Returns the format of a weight, given its role (embedding, attention, mlp, experts or head) and its tensor's name.
+
+For a stack of experts, the name is that of the first expert's tensor."""
 
 ALL = slice(None)
 
@@ -32,9 +35,16 @@ class Linear(nn.Module):
     """y = x W^T without bias. Split by "out", a rank holds rows of W; by "in", columns, and y is summed over ranks."""
 
     def __init__(
-        self, out: int, inp: int, weight_format: type[Packed], group: Group, split: Literal["out", "in"] | None = None
+        self,
+        name: str,
+        out: int,
+        inp: int,
+        weight_format: WeightFormat,
+        group: Group,
+        split: Literal["out", "in"] | None = None,
     ) -> None:
         super().__init__()
+        self.name = name
         rows = group.share(out, "output features") if split == "out" else slice(0, out)
         columns = group.share(inp, "input features") if split == "in" else slice(0, inp)
         self.full, self.index = (out, inp), (rows, columns)
@@ -45,44 +55,48 @@ class Linear(nn.Module):
         y = ops.linear(x, self.weight)
         return self.group.sum(y) if self.summed else y
 
-    def slots(self, name: str) -> Iterator[Slot]:
-        yield Slot(f"{name}.weight", self.full, self.index, self.weight.store)
+    def slots(self) -> Iterator[Slot]:
+        yield Slot(f"{self.name}.weight", self.full, self.index, self.weight.store)
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (arXiv:1910.07467); the weight stays float32."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, name: str, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32), requires_grad=False)
-        self.eps = eps
+        self.name, self.eps = name, eps
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def slots(self, name: str) -> Iterator[Slot]:
-        yield Slot(f"{name}.weight", tuple(self.weight.shape), (ALL,), _copy(self.weight))
+    def slots(self) -> Iterator[Slot]:
+        yield Slot(f"{self.name}.weight", tuple(self.weight.shape), (ALL,), _copy(self.weight))
 
 
 class Router(nn.Module):
     """Router logits [T, E] of each token for each expert, in float32 and never quantized."""
 
-    def __init__(self, experts: int, size: int) -> None:
+    def __init__(self, name: str, experts: int, size: int) -> None:
         super().__init__()
+        self.name = name
         self.weight = nn.Parameter(torch.empty(experts, size, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.weight)
 
-    def slots(self, name: str) -> Iterator[Slot]:
-        yield Slot(f"{name}.weight", tuple(self.weight.shape), (ALL, ALL), _copy(self.weight))
+    def slots(self) -> Iterator[Slot]:
+        yield Slot(f"{self.name}.weight", tuple(self.weight.shape), (ALL, ALL), _copy(self.weight))
 
 
 class Embedding(nn.Module):
     """Token ids [T] to vectors [T, d]; a rank holds a shard of the vocabulary."""
 
-    def __init__(self, vocab: int, size: int, weight_format: type[Packed], group: Group, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, vocab: int, size: int, weight_format: WeightFormat, group: Group, dtype: torch.dtype
+    ) -> None:
         super().__init__()
+        self.name = name
         self.share = group.share(vocab, "vocabulary entries")
         self.full = (vocab, size)
         self.weight = weight_format.empty((self.share.stop - self.share.start, size))
@@ -90,13 +104,13 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
-            return F.embedding(ids, self.weight.dequantize(self.dtype))
+            return self.weight.rows(ids, self.dtype)
         local = (ids >= self.share.start) & (ids < self.share.stop)
-        x = F.embedding(torch.where(local, ids - self.share.start, 0), self.weight.dequantize(self.dtype))
+        x = self.weight.rows(torch.where(local, ids - self.share.start, 0), self.dtype)
         return self.group.sum(x * local[:, None])
 
-    def slots(self, name: str) -> Iterator[Slot]:
-        yield Slot(f"{name}.weight", self.full, (self.share, ALL), self.weight.store)
+    def slots(self) -> Iterator[Slot]:
+        yield Slot(f"{self.name}.weight", self.full, (self.share, ALL), self.weight.store)
 
 
 class Attention(nn.Module):
@@ -107,24 +121,30 @@ class Attention(nn.Module):
 
     def __init__(
         self,
+        name: str,
         layer: int,
         size: int,
         heads: int,
         kv_heads: int,
         head_dim: int,
         window: int | None,
-        weight_format: type[Packed],
+        formats: Formats,
         group: Group,
     ) -> None:
         super().__init__()
+
+        def linear(part: str, out: int, inp: int, split: Literal["out", "in"]) -> Linear:
+            weight_format = formats("attention", f"{name}.{part}.weight")
+            return Linear(f"{name}.{part}", out, inp, weight_format, group, split)
+
         group.share(heads, "query heads")
         share = group.share(kv_heads, "key/value heads")
         self.kv_heads, self.head_dim = share.stop - share.start, head_dim
         self.layer, self.window = layer, window
-        self.wq = Linear(heads * head_dim, size, weight_format, group, "out")
-        self.wk = Linear(kv_heads * head_dim, size, weight_format, group, "out")
-        self.wv = Linear(kv_heads * head_dim, size, weight_format, group, "out")
-        self.wo = Linear(size, heads * head_dim, weight_format, group, "in")
+        self.wq = linear("q_proj", heads * head_dim, size, "out")
+        self.wk = linear("k_proj", kv_heads * head_dim, size, "out")
+        self.wv = linear("v_proj", kv_heads * head_dim, size, "out")
+        self.wo = linear("o_proj", size, heads * head_dim, "in")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         q = ops.rope(self._split(self.wq(x)), cos, sin)  # [T, H, D]
@@ -136,27 +156,32 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1, self.head_dim)
 
-    def slots(self, name: str) -> Iterator[Slot]:
-        for part, linear in (("q_proj", self.wq), ("k_proj", self.wk), ("v_proj", self.wv), ("o_proj", self.wo)):
-            yield from linear.slots(f"{name}.{part}")
+    def slots(self) -> Iterator[Slot]:
+        for linear in (self.wq, self.wk, self.wv, self.wo):
+            yield from linear.slots()
 
 
 class Experts(nn.Module):
     """E SwiGLU networks as three stacked weights; a rank holds a shard of the intermediate size of every expert."""
 
-    def __init__(self, experts: int, size: int, inner: int, weight_format: type[Packed], group: Group) -> None:
+    def __init__(self, name: str, experts: int, size: int, inner: int, formats: Formats, group: Group) -> None:
         super().__init__()
+
+        def stack(part: str, *shape: int) -> Packed:
+            return formats("experts", f"{name}.0.{part}.weight").empty((experts, *shape))
+
         self.share = group.share(inner, "intermediate features")
         local = self.share.stop - self.share.start
-        self.experts, self.size, self.inner, self.group = experts, size, inner, group
-        self.gate = weight_format.empty((experts, local, size))  # [E, f, d]
-        self.up = weight_format.empty((experts, local, size))  # [E, f, d]
-        self.down = weight_format.empty((experts, size, local))  # [E, d, f]
+        self.name, self.experts, self.size, self.inner, self.group = name, experts, size, inner, group
+        self.gate = stack("w1", local, size)  # [E, f, d]
+        self.up = stack("w3", local, size)  # [E, f, d]
+        self.down = stack("w2", size, local)  # [E, d, f]
 
     def forward(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         return self.group.sum(ops.experts(x, self.gate, self.up, self.down, ids, scores))
 
-    def slots(self, name: str) -> Iterator[Slot]:
+    def slots(self) -> Iterator[Slot]:
+        name = self.name
         wide, tall = (self.inner, self.size), (self.size, self.inner)
         for e in range(self.experts):
             yield Slot(f"{name}.{e}.w1.weight", wide, (self.share, ALL), _entry(self.gate, e))
@@ -167,20 +192,19 @@ class Experts(nn.Module):
 class Block(nn.Module):
     """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, attention: Attention, mlp: nn.Module, size: int, eps: float) -> None:
+    def __init__(self, name: str, attention: Attention, mlp: nn.Module, size: int, eps: float) -> None:
         super().__init__()
         self.attention, self.mlp = attention, mlp
-        self.attention_norm, self.mlp_norm = RMSNorm(size, eps), RMSNorm(size, eps)
+        self.attention_norm = RMSNorm(f"{name}.input_layernorm", size, eps)
+        self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", size, eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, batch)
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
-    def slots(self, name: str) -> Iterator[Slot]:
-        yield from self.attention_norm.slots(f"{name}.input_layernorm")
-        yield from self.attention.slots(f"{name}.self_attn")
-        yield from self.mlp_norm.slots(f"{name}.post_attention_layernorm")
-        yield from self.mlp.slots(name)  # type: ignore[operator]
+    def slots(self) -> Iterator[Slot]:
+        for module in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
+            yield from module.slots()  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -213,32 +237,42 @@ class Decoder(nn.Module):
     def __init__(
         self,
         shape: Shape,
-        mlp: Callable[[], nn.Module],
+        mlp: Callable[[str], nn.Module],
         formats: Formats,
         group: Group,
         dtype: torch.dtype,
     ) -> None:
+        """Create a decoder with uninitialized weights.
+
+        Args:
+            shape: the sizes of the whole model.
+            mlp: returns the feed-forward network of a layer, given the layer's name.
+            formats: returns the format of each weight.
+            group: the ranks that share the model.
+            dtype: dtype of the activations.
+        """
         super().__init__()
         self.shape, self.group, self.dtype = shape, group, dtype
-        self.embed = Embedding(shape.vocab_size, shape.hidden_size, formats["embedding"], group, dtype)
-        self.blocks = nn.ModuleList(
-            Block(self._attention(layer, formats["attention"]), mlp(), shape.hidden_size, shape.norm_eps)
-            for layer in range(shape.num_layers)
-        )
-        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        name = "model.embed_tokens"
+        weight_format = formats("embedding", f"{name}.weight")
+        self.embed = Embedding(name, shape.vocab_size, shape.hidden_size, weight_format, group, dtype)
+        self.blocks = nn.ModuleList(self._block(layer, mlp, formats) for layer in range(shape.num_layers))
+        self.norm = RMSNorm("model.norm", shape.hidden_size, shape.norm_eps)
         self.head = self._head(formats)
         self.frequencies: Tensor | None = None
 
-    def _attention(self, layer: int, weight_format: type[Packed]) -> Attention:
-        s = self.shape
-        return Attention(
-            layer, s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim, s.window, weight_format, self.group
-        )
+    def _block(self, layer: int, mlp: Callable[[str], nn.Module], formats: Formats) -> Block:
+        s, name = self.shape, f"model.layers.{layer}"
+        sizes = (s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim, s.window)
+        attention = Attention(f"{name}.self_attn", layer, *sizes, formats, self.group)
+        return Block(name, attention, mlp(name), s.hidden_size, s.norm_eps)
 
     def _head(self, formats: Formats) -> Linear:
+        name = "score" if self.shape.labels else "lm_head"
+        weight_format = formats("head", f"{name}.weight")
         if self.shape.labels:  # too few rows to split over ranks
-            return Linear(len(self.shape.labels), self.shape.hidden_size, formats["head"], Group())
-        head = Linear(self.shape.vocab_size, self.shape.hidden_size, formats["head"], self.group, "out")
+            return Linear(name, len(self.shape.labels), self.shape.hidden_size, weight_format, Group())
+        head = Linear(name, self.shape.vocab_size, self.shape.hidden_size, weight_format, self.group, "out")
         if self.shape.tied:
             head.weight = self.embed.weight
         return head
@@ -278,14 +312,12 @@ class Decoder(nn.Module):
 
     def slots(self) -> Iterator[Slot]:
         """Yield a slot for every tensor that a checkpoint must have, in the order of use."""
-        yield from self.embed.slots("model.embed_tokens")
-        for layer, block in enumerate(self.blocks):
-            yield from block.slots(f"model.layers.{layer}")  # type: ignore[operator]
-        yield from self.norm.slots("model.norm")
-        if self.shape.labels:
-            yield from self.head.slots("score")
-        elif not self.shape.tied:
-            yield from self.head.slots("lm_head")
+        yield from self.embed.slots()
+        for block in self.blocks:
+            yield from block.slots()  # type: ignore[operator]
+        yield from self.norm.slots()
+        if self.shape.labels or not self.shape.tied:
+            yield from self.head.slots()
 
 
 def _copy(target: Tensor) -> Callable[[Tensor], None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +36,22 @@ class Config:
 class SwiGLU(nn.Module):
     """A SwiGLU network: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, size: int, inner: int, formats: Formats, group: Group) -> None:
+    def __init__(self, name: str, size: int, inner: int, formats: Formats, group: Group) -> None:
         super().__init__()
-        self.gate = Linear(inner, size, formats["mlp"], group, "out")
-        self.up = Linear(inner, size, formats["mlp"], group, "out")
-        self.down = Linear(size, inner, formats["mlp"], group, "in")
+
+        def linear(part: str, out: int, inp: int, split: Literal["out", "in"]) -> Linear:
+            return Linear(f"{name}.{part}", out, inp, formats("mlp", f"{name}.{part}.weight"), group, split)
+
+        self.gate = linear("gate_proj", inner, size, "out")
+        self.up = linear("up_proj", inner, size, "out")
+        self.down = linear("down_proj", size, inner, "in")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
-    def slots(self, name: str) -> Iterator[Slot]:
-        yield from self.gate.slots(f"{name}.mlp.gate_proj")
-        yield from self.up.slots(f"{name}.mlp.up_proj")
-        yield from self.down.slots(f"{name}.mlp.down_proj")
+    def slots(self) -> Iterator[Slot]:
+        for linear in (self.gate, self.up, self.down):
+            yield from linear.slots()
 
 
 def configure(keys: Keys) -> Config:
@@ -59,4 +63,8 @@ def configure(keys: Keys) -> Config:
 def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
     """Return the model with uninitialized weights on the current default device."""
     size, inner = config.shape.hidden_size, config.shape.intermediate_size
-    return Decoder(config.shape, lambda: SwiGLU(size, inner, formats, group), formats, group, dtype)
+
+    def mlp(layer: str) -> SwiGLU:
+        return SwiGLU(f"{layer}.mlp", size, inner, formats, group)
+
+    return Decoder(config.shape, mlp, formats, group, dtype)

@@ -32,20 +32,20 @@ class Config:
 class MixtureOfExperts(nn.Module):
     """Each token goes to its k best experts, weighted by the softmax over those k (§2.1, eq. 1-2)."""
 
-    def __init__(self, config: Config, formats: Formats, group: Group) -> None:
+    def __init__(self, name: str, config: Config, formats: Formats, group: Group) -> None:
         super().__init__()
         size, inner = config.shape.hidden_size, config.shape.intermediate_size
         self.k = config.experts_per_token
-        self.gate = Router(config.num_experts, size)
-        self.experts = Experts(config.num_experts, size, inner, formats["experts"], group)
+        self.gate = Router(f"{name}.gate", config.num_experts, size)
+        self.experts = Experts(f"{name}.experts", config.num_experts, size, inner, formats, group)
 
     def forward(self, x: Tensor) -> Tensor:
         best, ids = self.gate(x).topk(self.k, dim=-1)  # [T, k]
         return self.experts(x, ids, best.softmax(dim=-1))  # type: ignore[no-any-return]
 
-    def slots(self, name: str) -> Iterator[Slot]:
-        yield from self.gate.slots(f"{name}.block_sparse_moe.gate")
-        yield from self.experts.slots(f"{name}.block_sparse_moe.experts")
+    def slots(self) -> Iterator[Slot]:
+        yield from self.gate.slots()
+        yield from self.experts.slots()
 
 
 def configure(keys: Keys) -> Config:
@@ -60,4 +60,8 @@ def configure(keys: Keys) -> Config:
 
 def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
     """Return the model with uninitialized weights on the current default device."""
-    return Decoder(config.shape, lambda: MixtureOfExperts(config, formats, group), formats, group, dtype)
+
+    def mlp(layer: str) -> MixtureOfExperts:
+        return MixtureOfExperts(f"{layer}.block_sparse_moe", config, formats, group)
+
+    return Decoder(config.shape, mlp, formats, group, dtype)

@@ -31,8 +31,8 @@ from moesaic import registry
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed, Shape
 
-WeightFormat = str | tuple[str, str, str] | None
-"""The format of an op's weight, as ``why_not`` gets it."""
+FormatName = str | tuple[str, str, str] | None
+"""Name of the format of an op's weight, as ``why_not`` gets it."""
 
 OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw")
 
@@ -297,12 +297,12 @@ def backends() -> tuple[str, ...]:
     return tuple(sorted(registry.names("ops"), key=lambda name: (name == "reference", name)))
 
 
-def explain(op: str, device: str, weight_format: WeightFormat) -> dict[str, str | None]:
+def explain(op: str, device: str, weight_format: FormatName) -> dict[str, str | None]:
     """Return, for each backend in order, the reason why it cannot run the op, or None if it can."""
     return {name: registry.load("ops", name).why_not(op, device, weight_format) for name in backends()}
 
 
-def chosen(op: str, device: str, weight_format: WeightFormat) -> str:
+def chosen(op: str, device: str, weight_format: FormatName) -> str:
     """Return the name of the backend that runs the op if no gradient is needed."""
     return next(name for name, why in explain(op, device, weight_format).items() if why is None)
 
@@ -320,7 +320,7 @@ def _needs_gradient(*inputs: Tensor | Packed) -> bool:
 
 
 @functools.cache
-def _pick(op: str, device: torch.device, weight_format: WeightFormat, trained: bool) -> Callable[..., Any]:
+def _pick(op: str, device: torch.device, weight_format: FormatName, trained: bool) -> Callable[..., Any]:
     """Return the function of the first backend that can run the op."""
     name = "reference" if trained else chosen(op, device.type, weight_format)  # only the reference is differentiable
     return cast(Callable[..., Any], getattr(registry.load("ops", name), op))
@@ -353,7 +353,7 @@ def _pick_checked(
 
 @functools.cache
 def _pick_experts(
-    weight_format: WeightFormat,
+    weight_format: FormatName,
     trained: bool,
     device: torch.device,
     dtype: torch.dtype,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
-from moesaic.ops import OPS, Batch, WeightFormat
+from moesaic.ops import OPS, Batch, FormatName
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -164,7 +164,7 @@ def _built() -> ctypes.CDLL:
     return library
 
 
-def why_not(op: str, device: str, weight_format: WeightFormat) -> str | None:
+def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
     """Return the reason why this backend cannot run the op; None if it can."""
     if _library() is None:
         return "it was not compiled when moesaic was installed"

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
-from moesaic.ops import Batch, Cache, WeightFormat
+from moesaic.ops import Batch, Cache, FormatName
 
 REMOVED = float("-inf")
 
 
-def why_not(op: str, device: str, weight_format: WeightFormat) -> str | None:
+def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
     """Return None: this backend runs every op."""
     return None
 

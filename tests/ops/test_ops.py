@@ -10,6 +10,7 @@ import torch
 
 from moesaic import formats, ops, registry
 from moesaic.errors import InvalidParameter
+from moesaic.formats import Packed
 from moesaic.ops import Batch, Cache, Group, reference
 
 BACKENDS = registry.names("ops")
@@ -352,7 +353,7 @@ def test_a_weight_refuses_parts_of_another_layout():
     tiles = int4.tiles.data
     for parts in ({"weight": tiles}, {"tiles": tiles[:1]}, {"tiles": tiles.to(torch.int16)}):
         with pytest.raises(InvalidParameter, match="weight: int4"):
-            formats.load("int4")((40, 300), parts)
+            Packed(formats.load("int4"), (40, 300), parts)
     with pytest.raises(InvalidParameter, match="weight: int4 part 'tiles'"):
         int4.tiles = torch.nn.Parameter(tiles[:, :-1], requires_grad=False)
     with pytest.raises(InvalidParameter, match="weight: bfloat16 part 'weight'"):
