@@ -24,8 +24,23 @@ from moesaic.serve.endpoint import Failure
 from tests.support.models import ours, theirs
 from tests.support.scripted_server import CONTEXT, TEMPLATE, Script, serving
 
+GROUPED = (
+    *("grouped:offset=value", "grouped:bits=8", "grouped:bits=5", "grouped:bits=5:offset=value"),
+    *(
+        "grouped:scale=super:offset=value",
+        "grouped:bits=6:group=16:scale=super",
+        "grouped:bits=3:group=128:offset=zero",
+    ),
+    *(
+        "grouped:scale=super:levels=iq4_nl",
+        "grouped:scale=bfloat16:levels=mxfp4",
+        "grouped:group=64:scale=float32:levels=nf4",
+    ),
+)
+"""Formats of files: with parameters."""
 
-@pytest.fixture(params=registry.names("formats"))
+
+@pytest.fixture(params=[*registry.names("formats"), *GROUPED])
 def weight_format(request) -> WeightFormat:
     return formats.load(request.param)
 

@@ -14,7 +14,7 @@ Missing rows and columns are zero. A superblock consists of:
     steps     [32] bfloat16
     scales    [groups][16] uint8: the low four bits belong to row i, the high four to row 16 + i
     offsets   [pairs of groups][2 halves][16 rows][2] int8; halves: rows 0 .. 15 and 16 .. 31
-    codes     planes as ``_pack_plane`` describes; a 32-bit word belongs to one row, and 16 rows fill 64 bytes
+    codes     planes as ``_planes`` describes; a 32-bit word belongs to one row, and 16 rows fill 64 bytes
 
 Scales are padded to 64 bytes, offsets to a whole pair; int8 has neither.
 """
@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moesaic.formats import Layout, Shape, WeightFormat
+from moesaic.formats import Layout, Shape, WeightFormat, _planes
 from moesaic.formats._threads import for_each
 
 ROWS = 32
@@ -110,14 +110,14 @@ class Tiled(WeightFormat):
         for part in plain.split(SUPER, dim=1):
             step, scale, offset, codes = self._round(part)
             steps = step.to(torch.bfloat16).reshape(-1, ROWS).view(torch.uint8)
-            pieces += [steps, _pack_scales(scale), _pack_offsets(offset), self._pack_codes(codes)]
+            pieces += [steps, _pack_scales(scale), _pack_offsets(offset), _planes.pack(codes, self.bits)]
         return torch.cat(pieces, dim=1)
 
     def _untile(self, tile: Tensor, width: int) -> Tensor:
         """Return plain float32 weights [blocks, 32, width] of one superblock's bytes [blocks, bytes]."""
         steps, scales, offsets, codes = tile.split(self._sections(width), dim=1)
         step = steps.contiguous().view(torch.bfloat16).float()[:, :, None]
-        q = self._unpack_codes(codes, width)
+        q = _planes.unpack(codes, self.bits, width).float()
         if not self.group:
             plain: Tensor = step * (q - 128)
             return plain
@@ -168,57 +168,9 @@ class Tiled(WeightFormat):
         assert best is not None
         return step, best[1], best[2], best[3].flatten(1)
 
-    def _pack_codes(self, codes: Tensor) -> Tensor:
-        """Return the bytes [blocks, n] of codes [32 blocks, width]."""
-        q = codes.to(torch.uint8).reshape(-1, 2, 16, codes.shape[1])  # [blocks, halves, rows, width]
-        planes = [_pack_plane((q >> low) & ((1 << bits) - 1), bits) for low, bits in PLANES[self.bits]]
-        # The planes are interleaved by runs of columns.
-        runs = codes.shape[1] // RUN[self.bits]
-        return torch.cat([plane.reshape(len(q), runs, -1) for plane in planes], dim=2).flatten(1)
-
-    def _unpack_codes(self, data: Tensor, width: int) -> Tensor:
-        """Return the codes [blocks, 32, width] in bytes [blocks, n], as float32."""
-        runs = width // RUN[self.bits]
-        planes = data.reshape(len(data), runs, -1).split(
-            [ROWS * RUN[self.bits] * bits // 8 for _, bits in PLANES[self.bits]], dim=2
-        )
-        q = data.new_zeros(len(data), ROWS, width)
-        for (low, bits), plane in zip(PLANES[self.bits], planes, strict=True):
-            q += _unpack_plane(plane.reshape(len(data), -1), bits, width) << low
-        return q.float()
-
 
 NARROWER = {2: (1.0, 0.9, 0.8, 0.7, 0.6), 3: (1.0, 0.9, 0.8), 4: (1.0, 0.93)}
 """Scales to try, as fractions of the scale that covers the extremes of a group."""
-
-PLANES = {8: ((0, 8),), 4: ((0, 4),), 3: ((0, 2), (2, 1)), 2: ((0, 2),)}
-"""(lowest bit, bits) of each plane in which a code is stored; the bits of a plane divide a byte."""
-
-RUN = {8: PAD, 4: PAD, 3: 32, 2: PAD}
-"""Columns of a run; each run stores all its planes before the next run begins."""
-
-
-def _pack_plane(q: Tensor, bits: int) -> Tensor:
-    """Return bytes [blocks, n] of fields [blocks, 2, 16, width].
-
-    With p = 8 / bits fields in a byte, 4 p columns of a row make one 32-bit word: field j of byte b is column 4 j + b.
-    The order is: columns within a word, rows of a half, halves, next columns.
-    """
-    fields = 8 // bits
-    blocks, _, _, width = q.shape
-    q = q.reshape(blocks, 2, 16, width // (4 * fields), fields, 4)
-    shifts = bits * torch.arange(fields, device=q.device, dtype=torch.uint8)
-    packed = (q << shifts[:, None]).sum(4, dtype=torch.uint8)  # [blocks, halves, rows, chunks, 4]
-    return packed.permute(0, 3, 1, 2, 4).reshape(blocks, -1)
-
-
-def _unpack_plane(data: Tensor, bits: int, width: int) -> Tensor:
-    """Return the fields [blocks, 32, width] in bytes [blocks, n]."""
-    fields = 8 // bits
-    packed = data.reshape(len(data), -1, 2, 16, 1, 4)  # [blocks, chunks, halves, rows, 1, 4]
-    shifts = bits * torch.arange(fields, device=data.device, dtype=torch.uint8)
-    q = (packed >> shifts[:, None]) & ((1 << bits) - 1)
-    return q.permute(0, 2, 3, 1, 4, 5).reshape(len(data), ROWS, width)
 
 
 def _pack_scales(scale: Tensor) -> Tensor:

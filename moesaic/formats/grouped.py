@@ -1,0 +1,285 @@
+"""Codes with a floating-point scale for each group of columns: what GGUF, GPTQ, AWQ and bitsandbytes files hold.
+
+A weight is ``scale * level - offset`` with a level that follows from the code. The parameters say how scale and offset
+are stored, so the numbers of a file are kept as they are:
+
+    bits      2, 3, 4, 5, 6 or 8 bits per code
+    group     columns that share a scale: 16, 32, 64 or 128
+    scale     float16, bfloat16 or float32: one number for each group
+              super: an int8 for each group, times a float16 for 256 columns
+              super4: the same with four bits for each group; the offset has the other four bits of the byte
+    offset    none: the level is ``code - 2^(bits - 1)``, or comes from a table
+              value: a number like the scale, or for a super scale, its own uint8 times its own float16
+              zero: the code that means 0, a uint8 for each group
+    levels    linear, or the name of a table in ``TABLES``
+
+The memory holds blocks of 32 rows, each of superblocks of 256 columns; the last superblock may be narrower. Missing
+rows and columns have the scale 0. A superblock consists of these sections:
+
+    super     [32] float16, and [32] float16 of the offsets; only if the scale is super
+    scales    [groups][32]
+    offsets   [groups][32]; none for super4
+    codes     planes, as in ``_tiles``
+
+Files: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, ``ggml-common.h`` for the blocks of each type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import InvalidParameter
+from moesaic.formats import Layout, Shape, WeightFormat, _planes
+
+ROWS, SUPER = 32, 256
+Scale = Literal["float16", "bfloat16", "float32", "super", "super4"]
+Offset = Literal["none", "value", "zero"]
+
+TABLES: Mapping[str, tuple[float, ...]] = {
+    # QLoRA, arXiv:2305.14314, appendix E: quantiles of the normal distribution.
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    # OCP Microscaling Formats 1.0, E2M1 times 2, so that all levels are integers.
+    "mxfp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+    # bitsandbytes' FP4: sign, and a table of the other three bits.
+    "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized matrix [rows, columns], or a stack of them, as a file has it.
+
+    Attributes:
+        codes: [..., rows, columns] uint8.
+        scale: [..., rows, groups], in the scale's dtype; int8 for a super scale.
+        offset: [..., rows, groups], in the scale's dtype or uint8; None if there is none.
+        super_scale, super_offset: [..., rows, supers] float16; None unless the scale is super.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None = None
+    super_scale: Tensor | None = None
+    super_offset: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Format(WeightFormat):
+    """Codes with a scale for each group of columns."""
+
+    name = "grouped"
+    error = 0.12
+
+    bits: int = 4
+    group: int = 32
+    scale: str = "float16"
+    offset: str = "none"
+    levels: str = "linear"
+
+    def __post_init__(self) -> None:
+        allowed: dict[str, tuple[object, ...]] = {
+            "bits": tuple(_planes.PLANES),
+            "group": (16, 32, 64, 128),
+            "scale": ("float16", "bfloat16", "float32", "super", "super4"),
+            "offset": ("none", "value", "zero"),
+            "levels": ("linear", *TABLES),
+        }
+        for field, values in allowed.items():
+            if getattr(self, field) not in values:
+                expected = ", ".join(map(str, values))
+                raise InvalidParameter("format", f"{field} is {getattr(self, field)}, expected one of {expected}")
+        if self.levels != "linear" and (self.bits != 4 or self.offset != "none"):
+            raise InvalidParameter("format", f"levels {self.levels} need 4 bits and no offset")
+        if self.scale == "super4" and (self.offset != "value" or self.bits > 4):
+            raise InvalidParameter("format", "scale super4 needs at most 4 bits and an offset of its own")
+
+    @property
+    def is_super(self) -> bool:
+        """Whether scales are integers times a number for 256 columns."""
+        return self.scale.startswith("super")
+
+    @property
+    def padding(self) -> int:
+        """Columns are padded to a multiple of this."""
+        return max(64, self.group)
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.int8 if self.is_super else getattr(torch, self.scale)
+
+    @property
+    def _offset_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.is_super or self.offset == "zero" else self._scale_dtype
+
+    def layout(self, shape: Shape) -> Layout:
+        *stack, out, columns = shape
+        block = sum(sum(self._sections(width)) for width in self._widths(columns))
+        return {"tiles": ((*stack, -(-out // ROWS), block), torch.uint8)}
+
+    def _widths(self, columns: int) -> Iterator[int]:
+        """Yield the number of columns of each superblock."""
+        left = -(-columns // self.padding) * self.padding
+        while left > 0:
+            yield min(SUPER, left)
+            left -= SUPER
+
+    def _sections(self, width: int) -> tuple[int, int, int, int]:
+        """Return the bytes of the sections of a superblock: super, scales, offsets and codes."""
+        groups = width // self.group
+        supers = (2 if self.offset == "value" else 1) * 2 * ROWS if self.is_super else 0
+        scales = groups * ROWS * self._scale_dtype.itemsize
+        has_offsets = self.offset != "none" and self.scale != "super4"
+        return supers, scales, groups * ROWS * self._offset_dtype.itemsize * has_offsets, ROWS * width * self.bits // 8
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        return self.adopt(self._round(weight.float()))
+
+    def _round(self, weight: Tensor) -> Codes:
+        """Return the nearest codes of ``weight`` [..., rows, columns], with scales from the extremes of each group."""
+        padded = torch.nn.functional.pad(weight, (0, -weight.shape[-1] % self.group))
+        groups = padded.unflatten(-1, (-1, self.group))  # [..., rows, groups, group]
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        if self.offset == "none":
+            reach = torch.maximum(high, -low)
+            levels = self._level(torch.arange(1 << self.bits, device=weight.device))
+            scale, offset = reach / levels.abs().amax(), torch.zeros_like(reach)
+        else:
+            scale, offset = (high - low) / ((1 << self.bits) - 1), -low
+        supers: dict[str, Tensor] = {}
+        steps = torch.ones(()), torch.ones(())
+        if self.is_super:
+            most = 15 if self.scale == "super4" else 127
+            scale, supers["super_scale"], scale_step = _two_levels(scale, SUPER // self.group, most)
+            offset, supers["super_offset"], offset_step = _two_levels(offset, SUPER // self.group, most)
+            steps = scale_step, offset_step
+        else:
+            scale = scale.to(self._scale_dtype)
+        if self.offset == "zero":
+            offset = (offset / _nonzero(scale.float())).round().clamp(0, 255).to(torch.uint8)
+        elif not self.is_super:
+            offset = offset.to(self._scale_dtype)
+        real_scale, real_offset = scale.float() * steps[0], offset.float() * steps[1]
+        if self.offset == "zero":
+            real_offset = real_offset * real_scale
+        target = (groups + real_offset[..., None]) / _nonzero(real_scale)[..., None]
+        codes = self._nearest(target).flatten(-2)[..., : weight.shape[-1]]
+        if self.offset != "value":
+            supers.pop("super_offset", None)
+        return Codes(codes, scale, None if self.offset == "none" else offset, **supers)
+
+    def _nearest(self, target: Tensor) -> Tensor:
+        """Return the uint8 codes whose levels are nearest to ``target``."""
+        if self.levels == "linear":
+            bias = 1 << (self.bits - 1) if self.offset == "none" else 0
+            return (target + bias).round().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
+        levels, order = torch.tensor(TABLES[self.levels], device=target.device).sort()
+        return order[torch.bucketize(target, (levels[1:] + levels[:-1]) / 2)].to(torch.uint8)
+
+    def adopt(self, codes: Codes) -> dict[str, Tensor]:
+        """Return the parts of a weight that a file holds in this format; no number is rounded."""
+        *stack, rows, columns = codes.codes.shape
+        values = {name: tensor for name, tensor in vars(codes).items() if tensor is not None}
+        flat = {name: tensor.reshape(-1, *tensor.shape[-2:]) for name, tensor in values.items()}
+        blocks = -(-rows // ROWS)
+        tiles = torch.cat(
+            [
+                torch.cat([self._superblock(index, flat, begin, width) for begin, width in self._spans(columns)], dim=1)
+                for index in range(len(flat["codes"]))
+            ]
+        )
+        return {"tiles": tiles.reshape(*stack, blocks, -1)}
+
+    def _spans(self, columns: int) -> Iterator[tuple[int, int]]:
+        begin = 0
+        for width in self._widths(columns):
+            yield begin, width
+            begin += width
+
+    def _superblock(self, index: int, values: Mapping[str, Tensor], begin: int, width: int) -> Tensor:
+        """Return the bytes [blocks, n] of one superblock of matrix ``index``."""
+        groups, first = width // self.group, begin // self.group
+
+        def cut(name: str, start: int, count: int) -> Tensor:
+            part = values[name][index, :, start : start + count]
+            return torch.nn.functional.pad(part, (0, count - part.shape[1], 0, -part.shape[0] % ROWS))
+
+        def by_group(name: str) -> Tensor:  # [blocks, groups, 32]
+            return cut(name, first, groups).reshape(-1, ROWS, groups).transpose(1, 2)
+
+        pieces = []
+        if self.is_super:
+            names = ("super_scale", "super_offset") if self.offset == "value" else ("super_scale",)
+            pieces += [_bytes(cut(name, begin // SUPER, 1).reshape(-1, ROWS)) for name in names]
+        if self.scale == "super4":
+            pieces.append(_bytes(by_group("scale").to(torch.uint8) | by_group("offset").to(torch.uint8) << 4))
+        else:
+            pieces.append(_bytes(by_group("scale").to(self._scale_dtype)))
+            if self.offset != "none":
+                pieces.append(_bytes(by_group("offset").to(self._offset_dtype)))
+        return torch.cat([*pieces, _planes.pack(cut("codes", begin, width), self.bits)], dim=1)
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+        tiles, (*stack, out, columns) = parts["tiles"], shape
+        pieces, begin = [], 0
+        for width in self._widths(columns):
+            end = begin + sum(self._sections(width))
+            pieces.append(self._plain(tiles[..., begin:end].reshape(-1, end - begin), width))
+            begin = end
+        plain = torch.cat(pieces, dim=-1).reshape(*stack, tiles.shape[-2] * ROWS, -1)
+        return plain[..., :out, :columns].to(dtype)
+
+    def _plain(self, tile: Tensor, width: int) -> Tensor:
+        """Return float32 weights [blocks, 32, width] of the bytes [blocks, n] of a superblock."""
+        groups = width // self.group
+        supers, scales, offsets, codes = tile.split(self._sections(width), dim=1)
+
+        def by_row(data: Tensor, dtype: torch.dtype) -> Tensor:  # [blocks, 32, groups, 1]
+            return data.contiguous().view(dtype).reshape(len(data), groups, ROWS).transpose(1, 2)[..., None].float()
+
+        if self.scale == "super4":
+            scale, offset = by_row(scales & 15, torch.uint8), by_row(scales >> 4, torch.uint8)
+        else:
+            scale = by_row(scales, self._scale_dtype)
+            offset = by_row(offsets, self._offset_dtype) if self.offset != "none" else scale.new_zeros(())
+        if self.is_super:
+            factors = supers.contiguous().view(torch.float16).reshape(len(tile), -1, ROWS).float()
+            scale = scale * factors[:, 0, :, None, None]
+            offset = offset * factors[:, 1, :, None, None] if self.offset == "value" else offset
+        level = self._level(_planes.unpack(codes, self.bits, width)).reshape(len(tile), ROWS, groups, self.group)
+        if self.offset == "zero":
+            plain: Tensor = scale * (level - offset)
+        else:
+            plain = scale * level - offset
+        return plain.flatten(2)
+
+    def _level(self, codes: Tensor) -> Tensor:
+        if self.levels != "linear":
+            return torch.tensor(TABLES[self.levels], device=codes.device)[codes.long()]
+        return codes.float() - (1 << (self.bits - 1) if self.offset == "none" else 0)
+
+
+def _bytes(part: Tensor) -> Tensor:
+    """Return the bytes [blocks, n] of a tensor [blocks, ...]."""
+    return part.contiguous().view(torch.uint8).flatten(1)
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x != 0, x, 1.0)
+
+
+def _two_levels(values: Tensor, count: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values [..., groups] >= 0 as integers 0 .. most and float16 steps [..., supers], and the step of each."""
+    supers = torch.nn.functional.pad(values, (0, -values.shape[-1] % count)).unflatten(-1, (-1, count)).amax(-1) / most
+    steps = supers.to(torch.float16)
+    step = steps.float().repeat_interleave(count, -1)[..., : values.shape[-1]]
+    return (values / _nonzero(step)).round().clamp(0, most).to(torch.int8), steps, step
