@@ -40,7 +40,11 @@ class WeightFormat:
     """Name of the format and stem of its file."""
 
     error: ClassVar[float]
-    """Upper bound of the relative error |w' - w| / |w| of quantizing a normally distributed weight."""
+    """What ``largest_error`` returns, unless the parameters change it."""
+
+    def largest_error(self) -> float:
+        """Return an upper bound of the relative error |w' - w| / |w| of quantizing a normally distributed weight."""
+        return self.error
 
     def __str__(self) -> str:
         """Return the name and the parameters that differ from their defaults, as ``load`` reads them."""

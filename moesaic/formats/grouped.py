@@ -78,7 +78,7 @@ class Format(WeightFormat):
     """Codes with a scale for each group of columns."""
 
     name = "grouped"
-    error = 0.12
+    error = 0.13
 
     bits: int = 4
     group: int = 32
@@ -102,6 +102,9 @@ class Format(WeightFormat):
             raise InvalidParameter("format", f"levels {self.levels} need 4 bits and no offset")
         if self.scale == "super4" and (self.offset != "value" or self.bits > 4):
             raise InvalidParameter("format", "scale super4 needs at most 4 bits and an offset of its own")
+
+    def largest_error(self) -> float:
+        return {2: 0.4, 3: 0.25, 4: 0.13, 5: 0.06, 6: 0.03, 8: 0.008}[self.bits]
 
     @property
     def is_super(self) -> bool:
