@@ -149,7 +149,9 @@ class FakeBackend:
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
+    async def embed(
+        self, model: str, texts: Sequence[str | Sequence[int]], truncate: int | None = None
+    ) -> tuple[list[list[float]], int]:
         return [[1.0, 0.0] for _ in texts], len(texts)
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:

@@ -75,8 +75,11 @@ class GenerationRequest:
     parallel_tool_calls: bool = True
     grammar: tuple[str, Any] | None = None
     """Kind and value of a grammar, as ``moesaic.text.grammar`` defines them."""
+    grammar_param: str = "grammar"
+    """Name of the client's field that sets the grammar; errors name it."""
     truncate: int | None = None
-    """Keep only this number of tokens of the prompt, the last ones."""
+    """Keep only this number of tokens of the prompt: the last ones, and the beginning-of-text token in front if there
+    is one. -1: as many as leave room for the answer."""
     limits: TokenLimits | None = None
     """Limits that are checked when the prompt is tokenized; None means the model's context."""
     parse_special: bool = False
@@ -257,8 +260,13 @@ class Backend(Protocol):
         """Return the text of token ids."""
         ...
 
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        """Return an embedding of each text, and the total number of tokens."""
+    async def embed(
+        self, model: str, texts: Sequence[str | Sequence[int]], truncate: int | None = None
+    ) -> tuple[list[list[float]], int]:
+        """Return an embedding of each text, and the total number of tokens.
+
+        With ``truncate``, only that number of the last tokens of each text is read; -1: as many as the model supports.
+        """
         ...
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:

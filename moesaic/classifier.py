@@ -54,7 +54,7 @@ class Classifier:
         prompts = [self.tokenizer.encode(text, bos=True) for text in texts]
         for ids in prompts:
             if len(ids) > self.loaded.model.max_length:
-                raise PromptTooLong(len(ids), self.loaded.model.max_length)
+                raise PromptTooLong(len(ids), self.loaded.model.max_length, answer=0)
             if not ids:
                 raise InvalidRequest("the text to classify is empty")
             check_ids("input", ids, self.tokenizer, self.loaded.model.vocab_size)

@@ -74,10 +74,26 @@ class InvalidMessages(InvalidRequest):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt has ``tokens`` tokens, more than the ``limit`` of the context length or the cache."""
+    """The prompt has ``tokens`` tokens, more than the ``limit`` of the context length or the cache.
 
-    def __init__(self, tokens: int, limit: int, limited_by: str = "the context length") -> None:
-        super().__init__(f"the prompt has {tokens} tokens, but {limited_by} allows {limit}: shorten it")
+    Clients of other servers look for "maximum context length is" and "requested N tokens" in the message.
+    """
+
+    def __init__(self, tokens: int, limit: int, *, answer: int = 1, characters: int | None = None) -> None:
+        """Describe the prompt.
+
+        Args:
+            tokens: its number of tokens.
+            limit: the most tokens that it may have.
+            answer: the tokens of the context length that an answer needs.
+            characters: its number of characters if ``tokens`` is only an estimate from it.
+        """
+        estimate = "" if characters is None else f", estimated from {characters} characters"
+        parts = f"{tokens} in the prompt{estimate}" + (f", {answer} for an answer" if answer else "")
+        super().__init__(
+            f"This model's maximum context length is {limit + answer} tokens, but you requested {tokens + answer} "
+            f"tokens ({parts}): shorten the prompt"
+        )
         self.tokens = tokens
         self.limit = limit
 

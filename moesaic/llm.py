@@ -17,16 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
-import torch
-
-from moesaic import loading
+from moesaic import embedding, loading
 from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
 from moesaic.loading import Loaded, Progress, cache_dtype, limited_torch_threads, load_model, plan_cache, torch_threads
-from moesaic.ops import Batch
 from moesaic.reply import Answer, AnswerDecoder, Reply, Text, finished_answers
 from moesaic.sampling_defaults import sampling_defaults
-from moesaic.text import chat, template
+from moesaic.text import chat, length, template
+from moesaic.text.bad_words import BadWords
 from moesaic.text.chat import ChatFormat
 from moesaic.text.compiler import Compiler
 from moesaic.text.grammar import Grammar
@@ -39,9 +37,6 @@ BUILT_IN = Path(__file__).parent / "builtin" / "tales"
 
 OWN_TEMPLATE = "template"
 """Name of the chat format that runs the checkpoint's own template, in a child process with limits."""
-
-MAX_CHARACTERS_PER_TOKEN = 16
-"""Upper bound for any text. A prompt that cannot fit is refused by its length, before it is tokenized."""
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -170,22 +165,23 @@ class LLM(AbstractContextManager["LLM"]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def encode_chat(self, messages: Messages, *, continue_final: bool = False, tools: Tools | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Messages, *, continue_final: bool = False, tools: Tools | None = None, limited: bool = True
+    ) -> list[int]:
         """Return the prompt's token ids for a conversation, up to the beginning of an answer that may call ``tools``.
 
-        With ``continue_final``, the answer continues the last message, which is the assistant's.
+        With ``continue_final``, the answer continues the last message, which is the assistant's. ``limited`` is as for
+        ``encode``.
 
         Raises:
             InvalidMessages: the chat format cannot express the conversation.
-            InvalidRequest: the conversation is too long, or the checkpoint's own template does not support a parameter.
+            PromptTooLong: the conversation is too long to fit.
+            InvalidRequest: the checkpoint's own template does not support a parameter.
         """
-        parts = (
-            message.get(key)
-            for message in messages
-            if isinstance(message, Mapping)
-            for key in ("content", "tool_calls")
-        )
-        self._check_length(sum(len(str(part)) for part in parts if part is not None))
+        turns = [message for message in messages if isinstance(message, Mapping)]
+        parts = [turn.get(key) for turn in turns for key in ("content", "tool_calls")]
+        if limited:
+            length.check_characters(sum(len(str(part)) for part in parts if part is not None), self.context - 1)
         if self.format is not None:
             return self.format.encode(messages, self.tokenizer, continue_final=continue_final, tools=tools)
         assert self._template is not None
@@ -195,7 +191,7 @@ class LLM(AbstractContextManager["LLM"]):
             raise InvalidRequest("a checkpoint's own template cannot continue an answer: choose a chat format")
         return template.encode(self._template, messages, self.tokenizer)
 
-    def encode(self, text: str, *, bos: bool = True, marked: bool = False) -> list[int]:
+    def encode(self, text: str, *, bos: bool = True, marked: bool = False, limited: bool = True) -> list[int]:
         """Return the token ids of a text.
 
         Args:
@@ -203,11 +199,13 @@ class LLM(AbstractContextManager["LLM"]):
             bos: put the beginning-of-sequence token in front, unless the text begins with it.
             marked: read the names of all special tokens as these tokens. It is for chat formats that a program
                 wrote, and must not be used with text of users.
+            limited: refuse a text that is too long to fit before it is tokenized.
 
         Raises:
-            InvalidRequest: the text is too long to fit; this is checked before it is tokenized.
+            PromptTooLong: the text is too long to fit.
         """
-        self._check_length(len(text))
+        if limited:
+            length.check_characters(len(text), self.context - 1)
         bos_id = self.tokenizer.bos_id
         if marked:
             ids = self.tokenizer.encode_with_special(text)
@@ -216,33 +214,28 @@ class LLM(AbstractContextManager["LLM"]):
         has_bos = bool(name) and text.startswith(name)
         return self.tokenizer.encode(text[len(name) :] if has_bos else text, bos=bos or has_bos)
 
-    @torch.inference_mode()
-    def embed(self, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
+    def encode_inputs(self, texts: Sequence[str | Sequence[int]], truncate: int | None = None) -> list[list[int]]:
+        """Return the token ids of texts to embed; the arguments and errors are those of ``embed``."""
+        model, encode = self.loaded.model, partial(self.encode, limited=False)
+        prompts = embedding.token_ids(model, encode, texts, truncate, self.tokenizer.bos_id)
+        for ids in prompts:
+            check_ids("input", ids, self.tokenizer, model.vocab_size)
+        return prompts
+
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], *, truncate: int | None = None
+    ) -> tuple[list[list[float]], int]:
         """Return an embedding for each text, and the number of tokens in all texts.
 
-        An embedding is the mean of the last hidden states, scaled to length 1. Chat models are not trained for it.
+        With ``truncate``, only that number of the last tokens of each text is read; -1: as many as the model supports.
 
         Raises:
             InvalidRequest: a text is empty, or has a token id that is not in the vocabulary.
             PromptTooLong: a text has more tokens than the model supports.
         """
-        prompts = [self.encode(text) if isinstance(text, str) else list(text) for text in texts]
-        model = self.loaded.model
-        for ids in prompts:
-            if not ids:
-                raise InvalidRequest("the text to embed is empty")
-            check_ids("input", ids, self.tokenizer, model.vocab_size)
-            if len(ids) > model.max_length:
-                raise PromptTooLong(len(ids), model.max_length)
-        with limited_torch_threads(model):
-            vectors = [model(Batch.whole([ids], next(model.parameters()).device)).float().mean(0) for ids in prompts]
-        return [(vector / vector.norm()).tolist() for vector in vectors], sum(map(len, prompts))
-
-    def _check_length(self, characters: int) -> None:
-        limit = MAX_CHARACTERS_PER_TOKEN * self.context
-        if characters > limit:
-            problem = f"the prompt has {characters} characters, but {self.context} tokens hold at most {limit}"
-            raise InvalidRequest(problem)
+        prompts = self.encode_inputs(texts, truncate)
+        with limited_torch_threads(self.loaded.model):
+            return embedding.vectors(self.loaded.model, prompts), sum(map(len, prompts))
 
     def submit(
         self,
@@ -288,8 +281,9 @@ class LLM(AbstractContextManager["LLM"]):
             sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
             strip = bool(self.format.stop_strings)
         constraint = None if grammar is None else partial(self._grammars.compile(grammar), begins=begins)
-        ends = sorted(token_id for token_id in eos if token_id < rows)
-        request = Request(tuple(ids), sampling, tuple(ends), priority, salt, constraint, resume)
+        ends = tuple(sorted(token_id for token_id in eos if token_id < rows))
+        forbidden = BadWords(self.tokenizer, sampling.bad_words, rows) if sampling.bad_words else None
+        request = Request(tuple(ids), sampling, ends, priority, salt, constraint, resume, forbidden=forbidden)
         options: dict[str, Any] = {"skip_special": skip_special, "begins": begins, "included": included}
         options["strip"] = strip and begins
 

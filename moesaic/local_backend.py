@@ -1,4 +1,4 @@
-"""Backends of one model in this process: an ``LLM`` or a ``Classifier`` behind an event loop.
+"""A backend of one model in this process: an ``LLM`` behind an event loop.
 
 The engine has its own thread. After each step it wakes the event loop, which turns the new tokens of all requests into
 text. Prompts are tokenized in other threads, so that a long one delays no stream. This module does not know HTTP.
@@ -10,15 +10,16 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from moesaic.backend import GenerationRequest, ModelInfo, ModelStats, TokenInfo
-from moesaic.classifier import Classifier
 from moesaic.engine import Stream
 from moesaic.errors import InvalidParameter, InvalidRequest, Overloaded
 from moesaic.llm import LLM
 from moesaic.local_stream import LocalResponseStream, TokenInfoCache
 from moesaic.reply import Reply
+from moesaic.text import length
 from moesaic.text.grammar import Grammar
 from moesaic.text.tools import Tools
 
@@ -38,6 +39,8 @@ MAX_POLL_FACTOR = 3
 TOKENIZER_THREADS = 2
 GRAMMAR_THREADS = 2
 """Threads for requests with grammars: compiling a hostile one takes seconds and must not delay other requests."""
+EMBEDDED_AT_ONCE = 8
+"""Texts that are embedded in one go."""
 
 
 async def in_pool(pool: ThreadPoolExecutor, call: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
@@ -66,6 +69,13 @@ def _cancel_all(replies: Sequence[Reply]) -> None:
 
 def _tools(request: GenerationRequest) -> Tools | None:
     return Tools.from_request(request.tools, request.tool_choice, request.parallel_tool_calls)
+
+
+def _grammar(request: GenerationRequest) -> Grammar | None:
+    if request.grammar is None:
+        return None
+    kind, value = request.grammar
+    return Grammar(kind, value, request.grammar_param)  # type: ignore[arg-type]
 
 
 def _about(llm: LLM) -> Mapping[str, Any]:
@@ -191,20 +201,30 @@ class LocalBackend:
             skip_special=request.skip_special,
             include_stop=request.include_stop,
             begins=request.messages is not None and not request.continue_final,
-            grammar=None if request.grammar is None else Grammar(*request.grammar),  # type: ignore[arg-type]
+            grammar=_grammar(request),
             tools=tools,
             resume=request.resume,
         )
 
     def _ids(self, request: GenerationRequest) -> list[int]:
-        llm = self._llm
+        llm, kept = self._llm, self._kept(request)
+        limited = kept is None  # truncation is for prompts of any length
         if request.messages is not None:
-            ids = llm.encode_chat(request.messages, continue_final=request.continue_final, tools=_tools(request))
+            ids = llm.encode_chat(
+                request.messages, continue_final=request.continue_final, tools=_tools(request), limited=limited
+            )
         elif isinstance(request.prompt, str):
-            ids = llm.encode(request.prompt, bos=request.add_bos, marked=request.parse_special)
+            ids = llm.encode(request.prompt, bos=request.add_bos, marked=request.parse_special, limited=limited)
         else:
             ids = list(request.prompt or ())
-        return ids[-request.truncate :] if request.truncate else ids
+        return ids if kept is None else length.truncate(ids, kept, llm.tokenizer.bos_id)
+
+    def _kept(self, request: GenerationRequest) -> int | None:
+        """Return the number of tokens that a prompt is truncated to; None: it is not truncated."""
+        if request.truncate != length.MODEL_LIMIT:
+            return request.truncate or None
+        context = self._llm.context
+        return context - min(request.sampling.get("max_tokens") or 1, context // 2)
 
     async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
         tokenizer = self._llm.tokenizer
@@ -217,8 +237,15 @@ class LocalBackend:
             raise InvalidParameter("tokens", f"token id {max(ids)} is not in the vocabulary of {limit}")
         return await in_pool(self._pool, lambda: self._llm.tokenizer.decode(ids, skip_special=False))
 
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        return await in_pool(self._vectors, lambda: self._llm.embed(texts))
+    async def embed(
+        self, model: str, texts: Sequence[str | Sequence[int]], truncate: int | None = None
+    ) -> tuple[list[list[float]], int]:
+        prompts = await in_pool(self._pool, lambda: self._llm.encode_inputs(texts, truncate))
+        vectors: list[list[float]] = []
+        for begin in range(0, len(prompts), EMBEDDED_AT_ONCE):  # others take turns, and a cancelled request ends
+            part = prompts[begin : begin + EMBEDDED_AT_ONCE]
+            vectors += (await in_pool(self._vectors, partial(self._llm.embed, part)))[0]
+        return vectors, sum(map(len, prompts))
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
         raise InvalidRequest(f"{self._llm.name} is a chat model, not a classifier")
@@ -227,42 +254,3 @@ class LocalBackend:
         await self._loop.run_in_executor(None, self._llm.close)
         for pool in (self._pool, self._grammars, self._vectors):
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-class LocalClassifierBackend:
-    """A ``Backend`` for one classifier in this process."""
-
-    def __init__(self, classifier: Classifier, name: str, aliases: Sequence[str] = ()) -> None:
-        self._classifier, self._name, self._aliases = classifier, name, tuple(aliases)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="moesaic-classify")
-
-    def models(self) -> Sequence[ModelInfo]:
-        shape = self._classifier.loaded.model.shape
-        return [ModelInfo(self._name, self._aliases, "classify", context=shape.max_length, labels=shape.labels)]
-
-    def stats(self) -> Mapping[str, ModelStats]:
-        return {self._name: ModelStats()}
-
-    async def generate(self, request: GenerationRequest) -> LocalResponseStream:
-        raise InvalidRequest(f"{self._name} is a classifier and cannot generate text; use /v1/classify")
-
-    async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
-        tokenizer = self._classifier.tokenizer
-        ids = (
-            tokenizer.encode(request.prompt, bos=request.add_bos)
-            if isinstance(request.prompt, str)
-            else list(request.prompt or ())
-        )
-        return [TokenInfo(token_id, tokenizer.piece(token_id), tokenizer.is_special(token_id)) for token_id in ids]
-
-    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
-        return self._classifier.tokenizer.decode(ids, skip_special=False)
-
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        raise InvalidRequest(f"{self._name} is a classifier; use a chat model for embeddings")
-
-    async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
-        return list(await in_pool(self._pool, lambda: self._classifier.classify(texts)))
-
-    async def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -19,6 +19,8 @@ from moesaic.text.tokenizer import Tokenizer
 
 MAX_UNREAD_EVENTS = 1024
 """Events that may wait for a reader of a stream; beyond that the request is cancelled."""
+UNREAD_EVENTS_PER_ANSWER = 64
+"""The same for each of many answers to one request."""
 
 
 class TokenInfoCache:
@@ -67,7 +69,8 @@ class LocalResponseStream:
     def __init__(self, replies: Sequence[Reply], tokens: TokenInfoCache) -> None:
         self._replies, self._token_infos = replies, tokens
         resumed = sum(len(reply.request.resumed_tokens(reply.stream.index)) for reply in replies)
-        self._behind = MAX_UNREAD_EVENTS + resumed  # the resumed tokens come at once
+        # Each poll brings events of all answers, and the resumed tokens come at once.
+        self._behind = max(MAX_UNREAD_EVENTS, UNREAD_EVENTS_PER_ANSWER * len(replies)) + resumed
         self._begun: set[int] = set()
         self._events: deque[Event] = deque()
         self._held: dict[int, list[Event]] = {}  # last deltas, which are sent with the end that follows

@@ -81,6 +81,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="seconds until a connection without a request is closed (default 75); more than that of the load balancer",
     )
     limits.add_argument("--max-body", type=int, metavar="BYTES", help="maximum size of a request (default 2 MiB)")
+    limits.add_argument(
+        "--strict-fields",
+        action="store_true",
+        help="refuse requests with unknown fields; by default they are ignored and named in a response header",
+    )
     add_log_flags(parser).add_argument(
         "--otel", action="store_true", help="send OpenTelemetry traces to $OTEL_EXPORTER_OTLP_ENDPOINT"
     )
@@ -122,6 +127,7 @@ def settings(args: argparse.Namespace, **more: Any) -> Settings:
         "idle_seconds": args.keep_alive_timeout,
         "body_bytes": args.max_body,
         "trusted_proxies": tuple(args.trusted_proxy or ()),
+        "strict_fields": args.strict_fields,
         **more,
     }
     changed = {name: value for name, value in values.items() if value is not None}

@@ -170,10 +170,11 @@ async def open_model(
     import asyncio
 
     from moesaic.classifier import Classifier
+    from moesaic.classifier_backend import LocalClassifierBackend
     from moesaic.engine import Limits
     from moesaic.llm import LLM
     from moesaic.loading import is_classifier
-    from moesaic.local_backend import MANY_STREAMS, LocalBackend, LocalClassifierBackend
+    from moesaic.local_backend import MANY_STREAMS, LocalBackend
 
     limits = Limits()
     if args.sequences is not None:

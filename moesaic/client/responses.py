@@ -88,6 +88,8 @@ def event_error(content: Mapping[str, Any]) -> MoesaicError:
     """Return the error that an event in a stream describes."""
     details = content["error"]
     code = details.get("code") if isinstance(details, dict) else None
+    if code == "context_length_exceeded":
+        code = 400
     return _error(code if isinstance(code, int) and 400 <= code < 600 else 500, content)
 
 

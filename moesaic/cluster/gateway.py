@@ -32,6 +32,8 @@ from moesaic.errors import NotFound, Overloaded, Unavailable
 
 DEFAULT_COST_TOKENS = 512
 """Assumed cost of an answer without a token limit."""
+EMBEDDED_TEXTS = 128
+"""Texts that one job embeds: its outcome must fit into a message."""
 
 Pack = Callable[[GenerationRequest], bytes]
 """Function that encodes the body of a job or query."""
@@ -128,9 +130,18 @@ class Gateway:
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return str(await self._query("detokenize", GenerationRequest(model), _constant(list(ids))))
 
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        outcome = await self._run("embed", GenerationRequest(model), _constant(list(texts)))
-        return msgspec.convert(outcome, tuple[list[list[float]], int])
+    async def embed(
+        self, model: str, texts: Sequence[str | Sequence[int]], truncate: int | None = None
+    ) -> tuple[list[list[float]], int]:
+        vectors: list[list[float]] = []
+        total = 0
+        for begin in range(0, len(texts), EMBEDDED_TEXTS):
+            body = wire.EmbedBody(texts[begin : begin + EMBEDDED_TEXTS], truncate)
+            outcome = await self._run("embed", GenerationRequest(model), _constant(body))
+            part, tokens = msgspec.convert(outcome, tuple[list[list[float]], int])
+            vectors += part
+            total += tokens
+        return vectors, total
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
         outcome = await self._run("classify", GenerationRequest(model), _constant(list(texts)))

@@ -60,6 +60,26 @@ def unpack_request(body: bytes) -> GenerationRequest:
     return replace(request, sampling=sampling)
 
 
+class EmbedBody(msgspec.Struct, frozen=True):
+    """The body of a job that embeds texts. ``texts`` are texts or token ids; ``truncate`` is as for ``Backend``."""
+
+    texts: Sequence[str | Sequence[int]]
+    truncate: int | None = None
+
+
+_EMBED = msgspec.json.Decoder(EmbedBody | list[str | list[int]])
+
+
+def unpack_embed(body: bytes) -> EmbedBody:
+    """Return the texts in a job's body; a gateway of an earlier version sends them as a list.
+
+    Raises:
+        InvalidRequest: the bytes are no texts.
+    """
+    found: EmbedBody | list[str | list[int]] = decode(_EMBED, body)
+    return found if isinstance(found, EmbedBody) else EmbedBody(found)
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error of ``moesaic.errors``."""
 
@@ -67,6 +87,14 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str
     param: str | None = None
     retry_after: float | None = None
+    tokens: int | None = None
+    """Of ``PromptTooLong``: the number of tokens of the prompt."""
+    limit: int | None = None
+    """Of ``PromptTooLong``: the most tokens that it may have."""
+
+
+ERROR_ATTRIBUTES = ("param", "retry_after", "tokens", "limit")
+"""Attributes of errors that are on the wire under the same names."""
 
 
 class JobResult(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -80,9 +108,7 @@ def error_info(error: BaseException) -> ErrorInfo:
     """Return an error for the wire. An error outside ``moesaic.errors`` is replaced: it may contain secrets."""
     if not isinstance(error, MoesaicError):
         return ErrorInfo("MoesaicError", "internal error of the worker: see its log")
-    return ErrorInfo(
-        type(error).__name__, str(error), getattr(error, "param", None), getattr(error, "retry_after", None)
-    )
+    return ErrorInfo(type(error).__name__, str(error), *(getattr(error, name, None) for name in ERROR_ATTRIBUTES))
 
 
 def to_error(info: ErrorInfo) -> MoesaicError:
@@ -92,7 +118,7 @@ def to_error(info: ErrorInfo) -> MoesaicError:
         kind = MoesaicError
     error = kind.__new__(kind)  # the constructors of some errors would format the message again
     Exception.__init__(error, info.message)
-    for name in ("param", "retry_after"):
+    for name in ERROR_ATTRIBUTES:
         if (value := getattr(info, name)) is not None:
             setattr(error, name, value)
     return error

@@ -16,9 +16,10 @@ from typing import Any, Self
 from moesaic.console import conversation_file
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, PromptTooLong
-from moesaic.llm import LLM, MAX_CHARACTERS_PER_TOKEN, Reply
+from moesaic.llm import LLM, Reply
 from moesaic.text import chat
 from moesaic.text.chat import Message
+from moesaic.text.length import MAX_CHARACTERS_PER_TOKEN
 
 RESERVED_TOKENS = 512
 """Tokens reserved for an answer without max_tokens; at most half of the context is reserved."""

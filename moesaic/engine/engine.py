@@ -224,6 +224,7 @@ class Engine(AbstractContextManager["Engine"]):
             "prompt": request.ids,
             "eos_ids": request.eos_ids,
             "stop_token_ids": sampling.stop_token_ids,
+            "allowed_token_ids": sampling.allowed_token_ids or (),
             "logit_bias": sampling.logit_bias,
             "resume": [token_id for ids in request.resume for token_id in ids],
         }

@@ -7,21 +7,23 @@ This module validates every sampling parameter. It does not depend on text, torc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moesaic.errors import InvalidParameter
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-MAX_N = 8
+MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_BIAS_ENTRIES = 300
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
+MAX_BAD_WORDS = 256
 MAX_TEMPERATURE = 100.0
 GREEDY_BELOW = 1e-4
 """Below this temperature the largest logit has all the probability mass, so sampling is greedy."""
@@ -57,6 +59,11 @@ class Sampling:
     """Added to the logits of these token ids; -100 .. 100, at most 300 entries."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer; at most 16 of 1 .. 256 bytes. The engine ignores them; ``Reply`` applies them."""
+    bad_words: tuple[str, ...] = ()
+    """Words that the answer must not have as whole tokens, with or without a space in front; at most 256 of 1 .. 256
+    bytes. The engine ignores them; ``LLM.submit`` makes ``Request.forbidden`` of them."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only token ids that may be generated, stop ids included; None: all."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer, in addition to the request's ``eos_ids``."""
     max_tokens: int | None = None
@@ -64,7 +71,7 @@ class Sampling:
     min_tokens: int = 0
     """Minimum number of tokens before EOS or a stop id, unless a grammar allows nothing else."""
     n: int = 1
-    """Number of answers; 1 .. 8."""
+    """Number of answers; 1 .. 128."""
     seed: int | None = None
     """Seed; a draw depends only on the seed, the index of the answer and the position in it. None: random."""
     logprobs: int | None = None
@@ -84,7 +91,8 @@ class Sampling:
         for name in ("frequency_penalty", "presence_penalty"):
             _number(name, getattr(self, name), -2.0, 2.0)
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
-        _stops(self.stop)
+        _strings("stop", self.stop, MAX_STOPS)
+        _strings("bad_words", self.bad_words, MAX_BAD_WORDS)
         object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         _integer("min_tokens", self.min_tokens, 0)
         _integer("n", self.n, 1, MAX_N)
@@ -100,6 +108,10 @@ class Sampling:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise InvalidParameter("allowed_token_ids", "is empty; at least one token is needed")
         if not isinstance(self.ignore_eos, bool):
             raise InvalidParameter("ignore_eos", f"is {self.ignore_eos!r}, expected true or false")
 
@@ -138,12 +150,12 @@ def _bias(bias: Any) -> dict[int, float]:
     return dict(bias)
 
 
-def _stops(stops: Any) -> None:
-    if not isinstance(stops, tuple) or len(stops) > MAX_STOPS:
-        raise InvalidParameter("stop", f"expected a tuple of at most {MAX_STOPS} strings")
-    for stop in stops:
-        if not isinstance(stop, str) or not 1 <= len(stop.encode("utf-8", "surrogatepass")) <= MAX_STOP_BYTES:
-            raise InvalidParameter("stop", f"expected strings of 1 to {MAX_STOP_BYTES} bytes")
+def _strings(name: str, strings: Any, most: int) -> None:
+    if not isinstance(strings, tuple) or len(strings) > most:
+        raise InvalidParameter(name, f"expected a tuple of at most {most} strings")
+    for text in strings:
+        if not isinstance(text, str) or not 1 <= len(text.encode("utf-8", "surrogatepass")) <= MAX_STOP_BYTES:
+            raise InvalidParameter(name, f"expected strings of 1 to {MAX_STOP_BYTES} bytes")
 
 
 def _ids(name: str, ids: Any) -> tuple[int, ...]:
@@ -218,6 +230,9 @@ class Request:
     finished: frozenset[int] = frozenset()
     """Indexes of answers that ended after these tokens for a reason outside the engine, such as a stop string. Each
     ends with the reason "cancelled"."""
+    forbidden: Callable[[Listing[int]], Collection[int]] | None = None
+    """Returns the token ids that must not follow the generated tokens of an answer; it depends on nothing else. None:
+    none is forbidden."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", _ids("prompt", self.ids))
@@ -230,6 +245,17 @@ class Request:
     def resumed_tokens(self, index: int) -> tuple[int, ...]:
         """Return the tokens that answer ``index`` already has."""
         return self.resume[index] if index < len(self.resume) else ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens may be out of the question for an answer, so that ``grammar_masks`` makes its mask."""
+        return not (self.constraint is None and self.forbidden is None and self.sampling.allowed_token_ids is None)
+
+    @cached_property
+    def allowed_ids(self) -> NDArray[np.int64] | None:
+        """``Sampling.allowed_token_ids`` as an array."""
+        ids = self.sampling.allowed_token_ids
+        return None if ids is None else np.array(ids, dtype=np.int64)
 
     @property
     def stop_ids(self) -> frozenset[int]:

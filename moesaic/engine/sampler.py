@@ -35,7 +35,7 @@ def sample(
 ) -> dict[Sequence, list[Token]]:
     """Return the next token of each sequence from its row of ``logits`` [R, V], which must be finite.
 
-    ``allowed`` has the mask [V] of each sequence with a grammar; a mask allows at least one token.
+    ``allowed`` has the mask [V] of each sequence that has one; a mask allows at least one token.
     """
     adjusted = _adjust(logits, sequences)
     if allowed:
@@ -99,8 +99,8 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
     s = sequence.request.sampling
     if s.logit_bias:
         row[_ids(s.logit_bias, row)] += torch.tensor(list(s.logit_bias.values()), device=row.device)
-    # With a grammar, the mask decides whether a stop id is allowed.
-    if sequence.generated < s.min_tokens and sequence.request.stop_ids and sequence.constraint is None:
+    # With a mask, it decides whether a stop id is allowed.
+    if sequence.generated < s.min_tokens and sequence.request.stop_ids and not sequence.request.masked:
         row[_ids(sequence.request.stop_ids, row)] = REMOVED
     if s.repetition_penalty != 1:
         seen = _ids(set(sequence.ids), row)
@@ -115,7 +115,7 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
 def _forbid(
     logits: Tensor, sequences: Listing[Sequence], allowed: Mapping[Sequence, NDArray[np.bool_]], *, fresh: bool
 ) -> Tensor:
-    """Return logits [R, V] with -inf where a sequence's grammar does not allow the token."""
+    """Return logits [R, V] with -inf where a sequence's mask does not allow the token."""
     rows = [row for row, sequence in enumerate(sequences) if sequence in allowed]
     if rows:
         kept = torch.from_numpy(np.stack([allowed[sequences[row]] for row in rows])).to(logits.device)

@@ -125,7 +125,7 @@ class Scheduler:
         """
         prompt, sampling = len(request.ids), request.sampling
         if prompt + 1 > self.capacity:
-            raise PromptTooLong(prompt, self.capacity - 1, "the context length, or the cache,")
+            raise PromptTooLong(prompt, self.capacity - 1)
         limit = self.capacity if sampling.max_tokens is None else min(self.capacity, prompt + sampling.max_tokens)
         digests: list[bytes] = []
         prefix.extend(digests, request.salt, request.ids, self.blocks.size)

@@ -24,14 +24,14 @@ from starlette.staticfiles import StaticFiles
 from moesaic import registry
 from moesaic.backend import Backend
 from moesaic.errors import Forbidden, MoesaicError, NotFound, Unavailable, WrongMethod
-from moesaic.serve import logs
+from moesaic.serve import logs, unknown_fields
 from moesaic.serve.concurrency import cancel_on_disconnect
 from moesaic.serve.context import RequestContext
 from moesaic.serve.cors import is_preflight
 from moesaic.serve.deadline import Deadline
 from moesaic.serve.endpoint import Endpoint, EventStream, Response, failure_of, openai_failure, plain_failure
 from moesaic.serve.guard import Guard
-from moesaic.serve.json_body import LARGE_BODY_BYTES, decode_json, read_body
+from moesaic.serve.json_body import LARGE_BODY_BYTES, read_body
 from moesaic.serve.keys import ANONYMOUS, Key, Keys
 from moesaic.serve.metrics import Metrics
 from moesaic.serve.readiness import Readiness
@@ -100,6 +100,7 @@ class App:
             settings=settings,
             keys=keys,
             guard=Guard(settings, keys),
+            fields=unknown_fields.FieldCheck(strict=settings.strict_fields),
             metrics=Metrics(backend.stats, more_metrics),
             readiness=Readiness(backend, settings.stall_seconds),
             responses=ResponseStore(settings.kept_responses, settings.kept_bytes),
@@ -230,7 +231,7 @@ class App:
         error: BaseException | None = None
         try:
             if endpoint.body is not None:
-                context.body = await self._body(endpoint, http.scope, receive)
+                context.body = await self._body(endpoint, http, receive)
                 if not endpoint.worker:
                     context.count_request()
             await cancel_on_disconnect(self._respond(endpoint, context, exchange.sender), receive)
@@ -261,12 +262,14 @@ class App:
             raise Unavailable("the server is draining and accepts no new requests; try another, or try again later")
         return key
 
-    async def _body(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> Any:
-        body = await read_body(scope, receive, self.services.settings, endpoint.body_bytes)
-        decode = endpoint.decode or decode_json
-        if len(body) > LARGE_BODY_BYTES:
-            return await asyncio.to_thread(decode, body, endpoint.body)
-        return decode(body, endpoint.body)
+    async def _body(self, endpoint: Endpoint, http: HttpRequest, receive: Receive) -> Any:
+        body = await read_body(http.scope, receive, self.services.settings, endpoint.body_bytes)
+        if endpoint.decode is not None:
+            return await _decoded(endpoint.decode, body, endpoint.body)
+        value, unknown = await _decoded(unknown_fields.decode, body, endpoint.body)
+        if not endpoint.worker:
+            self.services.fields.report(http, endpoint.path, unknown)
+        return value
 
     async def _respond(self, endpoint: Endpoint, context: RequestContext, sender: ResponseSender) -> None:
         try:
@@ -325,6 +328,12 @@ class App:
                 "client": http.client,
             },
         )
+
+
+async def _decoded(decode: Callable[[bytes, Any], Any], body: bytes, kind: Any) -> Any:
+    if len(body) > LARGE_BODY_BYTES:
+        return await asyncio.to_thread(decode, body, kind)
+    return decode(body, kind)
 
 
 async def _unused(_: Any) -> None:

@@ -14,14 +14,18 @@ from moesaic.backend import Backend, Event, GenerationRequest
 from moesaic.errors import InvalidParameter, Overloaded
 from moesaic.serve.deadline import Deadline
 from moesaic.serve.generation import Generation
+from moesaic.serve.json_body import fit
 from moesaic.serve.keys import Key
 from moesaic.serve.metrics import RequestMetrics
 from moesaic.serve.services import Services
 from moesaic.serve.settings import Settings
 from moesaic.serve.tracing import Span
 from moesaic.serve.types import Disconnected, HttpRequest
+from moesaic.serve.unknown_fields import unknown_fields
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255
+ANSWERS_PER_REQUEST = 8
+"""Answers to one prompt that count as one request against the limits of a key."""
 
 
 class Cancellable(Protocol):
@@ -47,6 +51,8 @@ class RequestContext:
     spent: int = 0
     """Tokens charged to the key besides those of ``generate``."""
     _generations: list[RequestMetrics] = field(default_factory=list)
+    _needed: int = 0
+    """How often it is to be counted for the generations so far."""
     _counted: int = 0
     """How often the request was counted against the key's rate."""
 
@@ -69,6 +75,16 @@ class RequestContext:
     def query(self) -> dict[str, str]:
         """Return the query parameters; of a repeated name the last value."""
         return self.http.query
+
+    def fit(self, value: Any, kind: Any) -> Any:
+        """Convert decoded JSON into the type of a body. Its unknown fields are reported as for every body.
+
+        Raises:
+            InvalidRequest: it is not of that type, or has unknown fields and the server refuses them.
+        """
+        body = fit(value, kind)
+        self.services.fields.report(self.http, self.http.path, unknown_fields(value, kind))
+        return body
 
     def header(self, name: bytes) -> str | None:
         """Return the first header of a lower-case name, or None."""
@@ -98,8 +114,7 @@ class RequestContext:
         limit = self.settings.concurrent_requests
         if limit is not None and state.generating >= limit:
             raise Overloaded(f"the limit of {limit} concurrent requests is reached; try again later")
-        if len(self._generations) >= self._counted:  # the first one is the request itself, which was counted
-            self.count_request()
+        self._count_answers(request)
         metrics = RequestMetrics(services.metrics, request, self._span(request), self._close_if_done)
         self._generations.append(metrics)
         state.generating += 1
@@ -109,6 +124,24 @@ class RequestContext:
         if generation.job is not None:
             self._add_job_headers(*generation.job, has_key=bool(request.idempotency_key))
         return generation
+
+    def _count_answers(self, request: GenerationRequest) -> None:
+        """Count the answers of a generation against the key's limits: a few of them count as one request.
+
+        Raises:
+            InvalidParameter: there are more answers than the key may ever have at a time.
+            KeyExhausted: the key has used up its limit.
+        """
+        parts = -(-(request.sampling.get("n") or 1) // ANSWERS_PER_REQUEST)
+        for limit, when in ((self.key.concurrent, "at a time"), (self.key.requests_per_minute, "per minute")):
+            if limit is not None and parts > max(1, limit):
+                problem = (
+                    f"is {request.sampling['n']}, but this key allows {limit * ANSWERS_PER_REQUEST} answers {when}"
+                )
+                raise InvalidParameter("n", problem)
+        self._needed += parts
+        while self._counted < self._needed:  # the first one is the request itself, which was counted
+            self.count_request()
 
     def _span(self, request: GenerationRequest) -> Span | None:
         tracer = self.services.tracer
@@ -156,7 +189,7 @@ class RequestContext:
             self.services.keys.end(self.key, 0 if index else self.spent)
         self.running.clear()
         self._generations.clear()
-        self._counted = self.spent = 0
+        self._counted = self._needed = self.spent = 0
 
     def _close_if_done(self) -> None:
         """Close as soon as all answers have ended: the client may send its next request at once."""

@@ -13,7 +13,7 @@ from moesaic.serve.types import Scope, header
 
 REQUEST_HEADERS = ("authorization", "content-type", "x-api-key", "anthropic-version", "idempotency-key")
 """Headers that a page may send, whether its preflight asks for them or not. Those that it asks for are added."""
-EXPOSED_HEADERS = b"retry-after, x-request-id, request-id, idempotency-replayed, *"
+EXPOSED_HEADERS = b"retry-after, x-request-id, request-id, idempotency-replayed, x-moesaic-ignored-fields, *"
 """Response headers that a page may read: all of them. The first are for browsers that do not know "*"."""
 METHODS = b"GET, POST, DELETE, OPTIONS"
 PREFLIGHT_SECONDS = b"600"

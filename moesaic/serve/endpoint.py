@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from moesaic.errors import MoesaicError
+from moesaic.errors import MoesaicError, PromptTooLong
 
 OPENAI_ERROR_TYPES = {
     401: "authentication_error",
@@ -25,6 +25,8 @@ OPENAI_ERROR_CODES = {
     413: "request_too_large",
     429: "rate_limit_exceeded",
 }
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""OpenAI's code of a prompt that is too long. Clients shorten the conversation when they read it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Failure:
     """The parameter at fault, if there is one."""
     retry_after: float | None = None
     """Seconds after which the client may try again."""
+    tokens: int | None = None
+    """Of a prompt that is too long: its number of tokens."""
+    limit: int | None = None
+    """Of a prompt that is too long: the most tokens that it may have."""
+
+    @property
+    def too_long(self) -> bool:
+        """Return whether the prompt is too long."""
+        return self.kind == PromptTooLong.__name__
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,8 @@ def failure_of(error: BaseException) -> Failure:
     wait = getattr(error, "retry_after", None)
     if wait is None and error.status in (429, 503):
         wait = 1.0
-    return Failure(error.status, type(error).__name__, str(error), getattr(error, "param", None), wait)
+    more = {name: getattr(error, name, None) for name in ("param", "tokens", "limit")}
+    return Failure(error.status, type(error).__name__, str(error), retry_after=wait, **more)
 
 
 def openai_failure(failure: Failure) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def openai_failure(failure: Failure) -> dict[str, Any]:
             "message": failure.message,
             "type": OPENAI_ERROR_TYPES.get(failure.status, default),
             "param": failure.param,
-            "code": OPENAI_ERROR_CODES.get(failure.status),
+            "code": CONTEXT_LENGTH_EXCEEDED if failure.too_long else OPENAI_ERROR_CODES.get(failure.status),
         }
     }
 

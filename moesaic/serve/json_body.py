@@ -75,6 +75,15 @@ def decode_json(body: bytes, kind: Any) -> Any:
         InvalidRequest: the body is not JSON, or not of that type.
         InvalidParameter: one parameter, which is named, is at fault.
     """
+    return fit(parse_json(body), kind)
+
+
+def parse_json(body: bytes) -> Any:
+    """Decode strict JSON into dictionaries and lists, as ``decode_json`` does.
+
+    Raises:
+        InvalidRequest: the body is not JSON.
+    """
     try:
         text = body.decode("utf-8-sig")  # RFC 8259, section 8.1: a byte order mark may be ignored
         value = json.loads(
@@ -83,7 +92,7 @@ def decode_json(body: bytes, kind: Any) -> Any:
         _check_depth(value)
         if SURROGATE.search(text):  # lone surrogates cannot be encoded as text
             json.dumps(value, ensure_ascii=False).encode()
-        return fit(value, kind)
+        return value
     except RecursionError:
         raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels") from None
     except UnicodeError:

@@ -134,8 +134,10 @@ class ModelManager:
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return await (await self.get(model)).detokenize(model, ids)
 
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
-        return await (await self.get(model)).embed(model, texts)
+    async def embed(
+        self, model: str, texts: Sequence[str | Sequence[int]], truncate: int | None = None
+    ) -> tuple[list[list[float]], int]:
+        return await (await self.get(model)).embed(model, texts, truncate)
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
         return await (await self.get(model)).classify(model, texts)

@@ -15,6 +15,7 @@ from moesaic.serve.readiness import Readiness
 from moesaic.serve.response_store import ResponseStore
 from moesaic.serve.settings import Settings
 from moesaic.serve.tracing import Tracer
+from moesaic.serve.unknown_fields import FieldCheck
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Services:
     settings: Settings
     keys: Keys
     guard: Guard
+    fields: FieldCheck
     metrics: Metrics
     readiness: Readiness
     responses: ResponseStore

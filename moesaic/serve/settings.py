@@ -85,13 +85,17 @@ class Settings:
     failed_keys_per_minute: int = 20
     """Wrong keys per minute after which requests from an address are refused."""
     prompts: int = 128
-    """Largest number of prompts, or texts to embed, in one request."""
+    """Largest number of prompts in one request."""
+    embedding_inputs: int = 2048
+    """Largest number of texts to embed in one request."""
     kept_responses: int = 1000
     """Responses of ``/v1/responses`` that are kept for each key."""
     kept_bytes: int = 16 << 20
     """Size of the responses that are kept for each key; the oldest are evicted."""
     strict_model_name: bool = False
     """Whether ``tgi``, ``dummy`` and similar names of the default model are refused."""
+    strict_fields: bool = False
+    """Whether a body with a field that the endpoint does not know is refused."""
     concurrent_requests: int | None = None
     """Generations that run or wait at the same time; None: as many as the engine's queue holds."""
     tgi: TgiBounds = TgiBounds()

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from moesaic.serve.endpoint import Failure, openai_failure
+from moesaic.serve.endpoint import CONTEXT_LENGTH_EXCEEDED, Failure, openai_failure
 
 MEDIA_TYPE = "text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
@@ -25,4 +25,5 @@ def frame(content: Any) -> bytes:
 
 def openai_broken(failure: Failure) -> bytes:
     """Return an error as an event of a stream in OpenAI's form; no ``[DONE]`` follows it."""
-    return frame({"error": {**openai_failure(failure)["error"], "code": failure.status}})
+    code = CONTEXT_LENGTH_EXCEEDED if failure.too_long else failure.status
+    return frame({"error": {**openai_failure(failure)["error"], "code": code}})

@@ -64,6 +64,25 @@ def test_every_api_answers_like_a_single_server(plain, direct, name, monkeypatch
     assert ours.headers["content-type"] == theirs.headers["content-type"]
 
 
+def test_a_prompt_that_is_too_long_is_told_as_by_a_single_server(plain, direct):
+    plain.hire()
+    for path, asked in (
+        ("/v1/completions", {"prompt": "x" * 100_000}),
+        ("/v1/completions", {"prompt": "x" * 100_000, "stream": True}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x" * 100_000}], "max_tokens": 3}),
+        ("/generate", {"inputs": "x" * 100_000}),
+    ):
+        ours, theirs = (client.post(path, json=asked) for client in (plain.client, direct))
+        assert (ours.status_code, ours.json()) == (theirs.status_code, theirs.json())
+        assert ours.status_code in (400, 422) and "100000" in ours.text
+
+
+def test_many_texts_are_embedded_by_several_jobs(plain):
+    plain.hire()
+    reply = plain.client.post("/v1/embeddings", json={"model": "fake", "input": ["Hi"] * 300}).json()
+    assert [len(reply["data"]), reply["usage"]["prompt_tokens"]] == [300, 300]
+
+
 def words(stream: str) -> str:
     """Return what a stream of any API says; which words come together in one event is a matter of time."""
     return "".join(re.findall(r'"(?:text|content|delta)":"([^"]*)"', stream))

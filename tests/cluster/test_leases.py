@@ -294,7 +294,7 @@ def test_long_messages_are_split(tmp_path, monkeypatch):
     monkeypatch.setattr(agent, "MESSAGE_BYTES", 300)
 
     class Large(FakeBackend):
-        async def embed(self, model: str, texts: Any) -> tuple[list[list[float]], int]:
+        async def embed(self, model: str, texts: Any, truncate: int | None = None) -> tuple[list[list[float]], int]:
             return [[0.5] * 200], 1
 
     with site(tmp_path / "jobs.sqlite") as found:

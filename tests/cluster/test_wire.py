@@ -66,13 +66,14 @@ FULL: dict[str, Any] = {
         "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.1,
         "frequency_penalty": 0.5, "presence_penalty": -0.5, "logit_bias": {7: 1.5, 8: -100.0}, "stop": ("a", "b"),
         "stop_token_ids": (1, 2), "max_tokens": 9, "min_tokens": 1, "n": 2, "seed": 2**62, "logprobs": 3,
-        "prompt_logprobs": 1, "ignore_eos": True,
+        "prompt_logprobs": 1, "ignore_eos": True, "bad_words": ("x", "y"), "allowed_token_ids": (4, 2),
     },
     "continue_final": True,
     "tools": ({"type": "function", "function": {"name": "f", "parameters": {}}},),
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "parallel_tool_calls": False,
     "grammar": ("json_schema", {"type": "object"}),
+    "grammar_param": "response_format",
     "truncate": 5,
     "parse_special": True,
     "add_bos": False,
@@ -117,6 +118,18 @@ def test_errors_round_trip(kind):
     assert type(read) is kind and str(read) == "what is wrong"
     assert (read.status, read.retry_after) == (error.status, 2.5)
     assert getattr(read, "param", None) == getattr(error, "param", None)
+
+
+def test_a_prompt_that_is_too_long_keeps_its_numbers():
+    written = msgspec.json.encode(wire.error_info(errors.PromptTooLong(9, 3)))
+    read = wire.to_error(msgspec.json.decode(written, type=wire.ErrorInfo))
+    assert isinstance(read, errors.PromptTooLong) and (read.tokens, read.limit) == (9, 3)
+
+
+def test_texts_to_embed_round_trip():
+    body = wire.EmbedBody(["a", [1, 2]], 5)
+    assert wire.unpack_embed(msgspec.json.encode(body)) == body
+    assert wire.unpack_embed(b'["a"]') == wire.EmbedBody(["a"])
 
 
 def test_foreign_errors_are_not_disclosed():

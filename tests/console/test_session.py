@@ -111,7 +111,7 @@ def test_the_user_is_told_about_dropped_messages(talker: Path, tmp_path: Path) -
             terminal.expect("20 tokens")
         assert re.search(r"longer than the context: the oldest \d messages were left out", terminal.screen)
         terminal.answer("word " * 100 + "\r")
-        terminal.expect(r"the prompt has \d+ tokens, but the context length allows 63: shorten it")
+        terminal.expect(r"maximum context length is 64 tokens, but you requested \d+ tokens")
         terminal.answer("\x04")
         assert terminal.end() == 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -196,3 +198,49 @@ def test_reported_logprobs_ignore_the_grammar(engine, model):
         row = model.logits(model(Batch.whole([[1, 2, 3]]))[-1:])[0].log_softmax(-1)
     assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-5)
     assert [token_id for token_id, _ in token.top] == row.topk(2).indices.tolist()
+
+
+# Allowed ids and forbidden continuations
+
+
+def test_only_allowed_ids_are_generated(engine):
+    allowed = (7, 9, 30)
+    for seed in range(3):
+        [(ids, done)] = answers(engine, ask((1, 2), temperature=20.0, seed=seed, allowed_token_ids=allowed))
+        assert set(ids) <= set(allowed) and done.reason == "length"
+    [(ids, _)] = answers(engine, ask((1, 2), allowed_token_ids=(EOS, 7), logit_bias={EOS: 100}, min_tokens=3))
+    assert ids == [7, 7, 7, EOS]
+    [(ids, _)] = answers(engine, ask((1, 2), allowed_token_ids=(EOS,), min_tokens=3))
+    assert ids == [EOS]
+    [(ids, _)] = answers(engine, ask((1, 2), Made([(7, 9)] * 2, whole=(2,)), allowed_token_ids=(9, 10)))
+    assert ids == [9, 9]
+
+
+def never_twice(generated):
+    return generated[-1:]
+
+
+def test_forbidden_tokens_do_not_follow(model, prompts):
+    def forbidding(prompt, resume=(), **sampling):
+        sampling = Sampling(**{"temperature": 0, "max_tokens": 12, "logit_bias": {7: 100, 9: 99}} | sampling)
+        return Request(tuple(prompt), sampling, (EOS,), forbidden=never_twice, resume=resume)
+
+    for prompt in prompts:
+        engine = Engine(model, thread=False, poison=True)
+        [(whole, _)] = answers(engine, forbidding(prompt))
+        assert whole == [7, 9] * 6
+        [(resumed, _)] = answers(engine, forbidding(prompt, resume=(tuple(whole[:5]),)))
+        assert resumed == whole
+    # Preempted sequences go on as if nothing had happened.
+    small = Engine(model, cache_tokens=96, block_size=4, thread=False, limits=Limits(batch_tokens=16, sequences=4))
+    drawn = [forbidding(prompt, temperature=5.0, seed=3, logit_bias={}) for prompt in prompts]
+    alone = [answers(Engine(model, thread=False), request)[0][0] for request in drawn]
+    assert [ids for ids, _ in answers(small, *drawn)] == alone
+    assert all(one != other for ids in alone for one, other in pairwise(ids))
+
+
+def test_an_answer_that_no_token_may_continue_fails(engine):
+    request = Request((1, 2), Sampling(allowed_token_ids=(7,), max_tokens=4), (EOS,), forbidden=never_twice)
+    [stream] = engine.submit(request)
+    with pytest.raises(GrammarError, match="no token is left"):
+        list(stream)

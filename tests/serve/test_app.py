@@ -277,7 +277,7 @@ def test_a_request_timeout_cancels_all_choices(path):
 
 def test_a_request_timeout_applies_to_embeddings():
     class SlowBackend(ScriptedBackend):
-        async def embed(self, model, texts):
+        async def embed(self, model, texts, truncate=None):
             await asyncio.Event().wait()
 
     with running(SlowBackend, Settings(request_seconds=0.2)) as server:

@@ -111,7 +111,8 @@ def test_an_unknown_model_is_not_found(server):
     [
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 1e9}, "temperature"),
-        ({"n": 100}, "n"),
+        ({"n": 129}, "n"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"messages": []}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),

@@ -316,7 +316,12 @@ def test_unknown_routes_below_v1_have_openais_errors(server):
     [
         (Overloaded("full"), 429, "Model is overloaded", "overloaded"),
         (KeyExhausted("used up", 3), 429, "used up", "overloaded"),
-        (PromptTooLong(9, 3), 422, "Input validation error: the prompt has 9 tokens", "validation"),
+        (
+            PromptTooLong(9, 3),
+            422,
+            "Input validation error: `inputs` must have less than 3 tokens. Given: 9",
+            "validation",
+        ),
         (NumericalError("NaN"), 424, "Request failed during generation: NaN", "generation"),
         (EngineStopped("gone"), 503, "gone", "unhealthy"),
         (TimedOut("late"), 504, "late", "incomplete_generation"),

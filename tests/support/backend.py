@@ -153,7 +153,9 @@ class ScriptedBackend:
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
 
-    async def embed(self, model: str, texts: Sequence[Any]) -> tuple[list[list[float]], int]:
+    async def embed(
+        self, model: str, texts: Sequence[Any], truncate: int | None = None
+    ) -> tuple[list[list[float]], int]:
         return [[1.0, 0.0, 0.0] for _ in texts], len(texts)
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:

@@ -322,11 +322,12 @@ class Worker:
         """Run an operation that has an outcome but no events."""
         if kind == "tokenize":
             return await self._backend.tokenize(wire.unpack_request(body))
+        if kind == "embed":
+            inputs = wire.unpack_embed(body)
+            return await self._backend.embed(model, inputs.texts, inputs.truncate)
         arguments = msgspec.json.decode(body)
         if kind == "detokenize":
             return await self._backend.detokenize(model, arguments)
-        if kind == "embed":
-            return await self._backend.embed(model, arguments)
         if kind == "classify":
             return await self._backend.classify(model, arguments)
         raise InvalidRequest(f"this worker does not support the operation {kind:.20}")

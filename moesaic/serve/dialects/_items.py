@@ -24,7 +24,7 @@ def turns(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """
     pending: dict[str, Any] | None = None  # an assistant's turn that may still get function calls
     for index, item in enumerate(items):
-        kind, where = item.get("type", "message"), f"input[{index}]"
+        kind, where = item.get("type") or "message", f"input[{index}]"
         if kind == "reasoning":
             continue
         if kind == "function_call":
@@ -99,8 +99,8 @@ def as_items(values: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str,
 
 
 def _listed(item: Mapping[str, Any]) -> dict[str, Any]:
-    kind = item.get("type", "message")
-    out = {"status": "completed", **item, "type": kind}
+    kind = item.get("type") or "message"
+    out = {**item, "type": kind, "status": item.get("status") or "completed"}
     if not isinstance(item.get("id"), str):
         out["id"] = openai.new_id("msg" if kind == "message" else "fc", "_")
     if kind == "message" and isinstance(item.get("content"), str):

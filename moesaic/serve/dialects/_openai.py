@@ -1,7 +1,7 @@
 """Shared by OpenAI's routes: sampling fields with vLLM's extensions, model names, ids and usage.
 
-Unknown fields, and fields without a meaning here, are accepted and ignored: OpenAI's clients expect that of other
-servers. Follows https://platform.openai.com/docs/api-reference.
+Unknown fields are accepted and named in a header of the response: OpenAI's clients expect that of other servers. With
+``Settings.strict_fields`` they are refused. Follows https://platform.openai.com/docs/api-reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from moesaic import __version__
-from moesaic.backend import Backend, Finished, ModelInfo, TokenInfo, TopToken
+from moesaic.backend import Backend, Delta, Event, Finished, ModelInfo, TokenInfo, TopToken
 from moesaic.errors import InvalidParameter, NotFound, Unavailable
 from moesaic.serve.context import RequestContext
 
@@ -28,13 +28,19 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0, le=2**31)]
 PositiveInt = Annotated[int, Meta(ge=1, le=2**31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+AnswerCount = Annotated[int, Meta(ge=1, le=128)]
+TruncationLength = Annotated[int, Meta(ge=-1, le=2**31)]
 StopStrings = str | Annotated[list[str], Meta(max_length=16)]
 
 
 class StreamOptions(Struct):
     """Options of a stream."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """vLLM's: with ``include_usage``, each chunk has the usage so far."""
+    include_obfuscation: Any = None
+    """Accepted: this server never adds random characters to hide the length of a chunk."""
 
 
 class StructuredOutputs(Struct):
@@ -51,7 +57,7 @@ class SamplingFields(Struct, kw_only=True):
     """Sampling parameters: OpenAI's fields and vLLM's extensions. None and a missing field mean the same."""
 
     model: Annotated[str, Meta(max_length=256)] | None = None
-    n: Annotated[int, Meta(ge=1, le=8)] | None = None
+    n: AnswerCount | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopStrings | None = None
     stream: bool | None = None
@@ -61,7 +67,14 @@ class SamplingFields(Struct, kw_only=True):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    # Accepted without an effect: they concern the storage, the price or the statistics of OpenAI's service.
     user: str | None = None
+    safety_identifier: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
     # vLLM's
     top_k: Annotated[int, Meta(ge=-1, le=2**31)] | None = None
     min_p: Probability | None = None
@@ -71,7 +84,9 @@ class SamplingFields(Struct, kw_only=True):
     min_tokens: NonNegativeInt | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    truncate_prompt_tokens: PositiveInt | None = None
+    truncate_prompt_tokens: TruncationLength | None = None
+    bad_words: Annotated[list[str], Meta(max_length=256)] | None = None
+    allowed_token_ids: list[NonNegativeInt] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     priority: Annotated[int, Meta(ge=-(2**30), le=2**30)] | None = None
     return_token_ids: bool | None = None
@@ -107,6 +122,10 @@ def sampling(body: SamplingFields) -> dict[str, Any]:
         out["stop"] = tuple(item for item in ([body.stop] if isinstance(body.stop, str) else body.stop) if item)
     if body.stop_token_ids:
         out["stop_token_ids"] = tuple(body.stop_token_ids)
+    if bad_words := tuple(word for word in body.bad_words or () if word):
+        out["bad_words"] = bad_words
+    if body.allowed_token_ids is not None:
+        out["allowed_token_ids"] = tuple(body.allowed_token_ids)
     if body.logit_bias:
         out["logit_bias"] = {_id(key): value for key, value in body.logit_bias.items()}
     return out
@@ -118,24 +137,49 @@ def _id(key: str) -> int:
     return int(key)
 
 
-def grammar(body: SamplingFields) -> tuple[str, Any] | None:
-    """Return the grammar that a body sets by one of vLLM's fields.
+def truncation(count: int | None) -> int | None:
+    """Return the value of ``GenerationRequest.truncate`` for vLLM's ``truncate_prompt_tokens``.
 
     Raises:
-        InvalidParameter: several fields set one.
+        InvalidParameter: it is 0, which would leave no prompt.
     """
+    if count == 0:
+        raise InvalidParameter("truncate_prompt_tokens", "is 0; expected at least 1, or -1 for the model's limit")
+    return count
+
+
+def grammar_fields(body: SamplingFields, param: str, wanted: tuple[str, Any] | None) -> dict[str, Any]:
+    """Return the fields of ``GenerationRequest`` for a grammar, with the name of the field that sets it.
+
+    Args:
+        body: has vLLM's fields for a grammar.
+        param: the name of the API's own field.
+        wanted: the grammar that this field sets, which has precedence.
+
+    Raises:
+        InvalidParameter: several of vLLM's fields set one.
+    """
+    if wanted is not None:
+        return {"grammar": wanted, "grammar_param": param}
     structured = body.structured_outputs or StructuredOutputs()
-    named: tuple[tuple[str, Any], ...] = (
-        ("json_schema", body.guided_json if structured.json is None else structured.json),
-        ("regex", body.guided_regex or structured.regex),
-        ("choice", body.guided_choice or structured.choice),
-        ("lark", body.guided_grammar or structured.grammar),
-        ("json_object", {} if structured.json_object else None),
+    named: tuple[tuple[str, str, Any], ...] = (
+        ("structured_outputs", "json_schema", structured.json),
+        ("guided_json", "json_schema", body.guided_json),
+        ("guided_regex", "regex", body.guided_regex or None),
+        ("guided_choice", "choice", body.guided_choice or None),
+        ("guided_grammar", "lark", body.guided_grammar or None),
+        ("structured_outputs", "regex", structured.regex),
+        ("structured_outputs", "choice", structured.choice),
+        ("structured_outputs", "lark", structured.grammar),
+        ("structured_outputs", "json_object", {} if structured.json_object else None),
     )
-    grammars = [(kind, value) for kind, value in named if value is not None]
+    grammars = {kind: (name, value) for name, kind, value in reversed(named) if value is not None}
     if len(grammars) > 1:
         raise InvalidParameter("structured_outputs", "more than one grammar is set")
-    return grammars[0] if grammars else None
+    if not grammars:
+        return {}
+    [(kind, (name, value))] = grammars.items()
+    return {"grammar": (kind, value), "grammar_param": name}
 
 
 def response_grammar(wanted: Mapping[str, Any] | None) -> tuple[str, Any] | None:
@@ -212,6 +256,35 @@ def usage(finished: Iterable[Finished], *, shared_prompt: bool = True) -> dict[s
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(item.cached_tokens for item in of_prompt)},
     }
+
+
+class RunningUsage:
+    """The token usage of a stream so far, over all its answers."""
+
+    def __init__(self, options: StreamOptions | None) -> None:
+        self.included = bool(options and options.include_usage)
+        """Whether the stream ends with its usage."""
+        self.continuous = self.included and bool(options and options.continuous_usage_stats)
+        """Whether each chunk has the usage so far."""
+        self._prompts: dict[int, int] = {}
+        self._generated: dict[tuple[int, int], int] = {}
+
+    def add(self, event: Event, prompt: int = 0) -> None:
+        """Count an event of the answers to the prompt with this index."""
+        answer = prompt, event.index
+        if isinstance(event, Delta):
+            self._generated[answer] = self._generated.get(answer, 0) + len(event.tokens)
+        elif isinstance(event, Finished):
+            self._generated[answer] = event.generated_tokens
+        else:
+            self._prompts[prompt] = event.prompt_tokens
+
+    def shown(self) -> dict[str, int] | None:
+        """Return the usage that a chunk shows; None if only the last one shows it."""
+        if not self.continuous:
+            return None
+        prompt, generated = sum(self._prompts.values()), sum(self._generated.values())
+        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
 def finish_reason(finished: Finished) -> str:

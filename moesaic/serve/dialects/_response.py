@@ -14,7 +14,7 @@ import msgspec
 from moesaic.backend import Delta, Event, Finished, PromptDone, TokenInfo, ToolCall
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects._arguments import parse
-from moesaic.serve.endpoint import Failure
+from moesaic.serve.endpoint import CONTEXT_LENGTH_EXCEEDED, Failure
 
 OutputEvent = tuple[str, dict[str, Any]]
 """Type of an event without its prefix ``response.``, and its fields."""
@@ -181,7 +181,8 @@ class Writer:
         head = b"" if self._count else self._created()
         for _ in self._output.close("incomplete"):
             pass
-        error = {"code": "rate_limit_exceeded" if failure.status == 429 else "server_error", "message": failure.message}
+        code = "rate_limit_exceeded" if failure.status == 429 else _code(failure)
+        error = {"code": code, "message": failure.message}
         response = self._response("failed", output=self._output.items, error=error)
         return head + self._frame("failed", {"response": response})
 
@@ -189,6 +190,10 @@ class Writer:
         content = {"type": f"response.{kind}", "sequence_number": self._count, **fields}
         self._count += 1
         return b"event: response.%b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(content))
+
+
+def _code(failure: Failure) -> str:
+    return CONTEXT_LENGTH_EXCEEDED if failure.too_long else "server_error"
 
 
 def status(finished: Finished) -> str:
@@ -209,5 +214,5 @@ def usage(finished: Finished) -> dict[str, Any]:
 
 def stream_error(failure: Failure) -> bytes:
     """Return an error as an event of a stream without a response object."""
-    content = {"type": "error", "code": "server_error", "message": failure.message, "param": failure.param}
+    content = {"type": "error", "code": _code(failure), "message": failure.message, "param": failure.param}
     return b"event: error\ndata: " + msgspec.json.encode(content | {"sequence_number": 0}) + b"\n\n"

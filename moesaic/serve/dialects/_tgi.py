@@ -232,7 +232,7 @@ def input_tokens(bounds: TgiBounds, context: int | None) -> int | None:
 
 def failure(reason: Failure) -> Response:
     """Return an error as TGI's clients read it: ``error_type`` selects their exception class."""
-    text, status = reason.message, reason.status
+    text, status = _message(reason), reason.status
     if status in (401, 404, 405, 413, 415):
         return Response({"error": text}, status)  # without a type, clients raise their exception for the status
     if status == 400:
@@ -246,6 +246,13 @@ def failure(reason: Failure) -> Response:
         return Response({"error": text, "error_type": "incomplete_generation"}, status)
     shown = {"error": f"Request failed during generation: {text}", "error_type": "generation"}
     return Response(shown, 424 if reason.kind == "NumericalError" else status)
+
+
+def _message(reason: Failure) -> str:
+    """Return the message of an error; TGI's own about a prompt that is too long."""
+    if reason.tokens is None or reason.limit is None:
+        return reason.message
+    return f"`inputs` must have less than {reason.limit} tokens. Given: {reason.tokens}"
 
 
 def broken(reason: Failure) -> bytes:

@@ -1,8 +1,8 @@
 """Anthropic's ``/v1/messages``, whole and streamed, and ``/v1/messages/count_tokens``.
 
 Follows https://platform.claude.com/docs/en/api/messages. Text and tools are supported. Images, documents and
-Anthropic's own tools are refused by name. Thinking blocks in earlier turns are ignored, as are fields without a meaning
-here (``thinking``, ``metadata``, ``cache_control``, ``service_tier``, ...).
+Anthropic's own tools are refused by name. Thinking blocks in earlier turns are ignored, as are ``metadata``,
+``service_tier`` and ``cache_control``. Unknown fields, such as ``thinking``, are named in a header of the response.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Tool(Struct):
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     type: str | None = None
+    cache_control: Any = None
+    """Accepted: prefixes are cached anyway."""
 
 
 class ToolChoice(Struct):
@@ -54,7 +56,7 @@ class ToolChoice(Struct):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: bool | None = None
 
 
 class OutputConfig(Struct):
@@ -72,6 +74,8 @@ class CountBody(Struct, kw_only=True):
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
+    cache_control: Any = None
+    """Accepted: prefixes are cached anyway."""
 
 
 class MessagesBody(CountBody, kw_only=True):
@@ -83,6 +87,9 @@ class MessagesBody(CountBody, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_k: openai.NonNegativeInt | None = None
     top_p: openai.Probability | None = None
+    # Accepted without an effect: they concern the statistics and the price of Anthropic's service.
+    metadata: Any = None
+    service_tier: Any = None
 
 
 # Requests
@@ -108,6 +115,7 @@ def to_request(body: CountBody, model: str) -> GenerationRequest:
         tool_choice=_choice(body),
         parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
         grammar=_grammar(body.output_config),
+        grammar_param="output_config",
     )
 
 
@@ -371,7 +379,14 @@ def frame(kind: str, **fields: Any) -> bytes:
 def failure(failure: Failure) -> Any:
     """Return an error as Anthropic's clients read it."""
     kind = ERROR_TYPES.get(failure.status, "api_error" if failure.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": failure.message}}
+    return {"type": "error", "error": {"type": kind, "message": _message_of(failure)}}
+
+
+def _message_of(failure: Failure) -> str:
+    """Return the message of an error. Clients look for Anthropic's own words about a prompt that is too long."""
+    if failure.tokens is None or failure.limit is None:
+        return failure.message
+    return f"prompt is too long: {failure.tokens} tokens > {failure.limit} maximum. {failure.message}"
 
 
 def broken(reason: Failure) -> bytes:

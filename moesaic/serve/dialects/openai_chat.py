@@ -5,36 +5,27 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from moesaic.backend import Delta, Event, Finished, GenerationRequest, PromptDone, ToolCall
-from moesaic.errors import InvalidMessages, InvalidParameter
+from moesaic.errors import InvalidParameter
 from moesaic.serve import sse
 from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
+from moesaic.serve.dialects._messages import Messages, ToolDefinitions, conversation
 from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response, openai_failure
-
-
-class Message(Struct):
-    """One message. ``content`` may be a list of parts; only text parts are supported."""
-
-    role: Annotated[str, Meta(max_length=32)]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
 
 
 class ChatBody(openai.SamplingFields, kw_only=True):
     """The body of a chat completion."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
+    messages: Messages
     max_tokens: openai.PositiveInt | None = None
     max_completion_tokens: openai.PositiveInt | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tools: ToolDefinitions | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None
@@ -55,43 +46,16 @@ def to_request(body: ChatBody, model: str) -> GenerationRequest:
         sampling["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
         raise InvalidParameter("top_logprobs", "requires logprobs to be true")
-    messages = tuple(_message(index, message) for index, message in enumerate(body.messages))
-    continue_final = body.continue_final_message
-    if continue_final is None:  # as TGI does, and vLLM without a generation prompt
-        continue_final = body.add_generation_prompt is False and messages[-1]["role"] == "assistant"
     return GenerationRequest(
         model=model,
-        messages=messages,
         sampling=sampling,
-        continue_final=continue_final,
-        tools=tuple(body.tools or ()),
-        tool_choice=body.tool_choice or ("auto" if body.tools else "none"),
-        parallel_tool_calls=body.parallel_tool_calls is not False,
-        grammar=openai.response_grammar(body.response_format) or openai.grammar(body),
-        truncate=body.truncate_prompt_tokens,
+        truncate=openai.truncation(body.truncate_prompt_tokens),
         skip_special=body.skip_special_tokens is not False,
         include_stop=bool(body.include_stop_str_in_output),
         priority=body.priority or 0,
+        **conversation(body.messages, body),
+        **openai.grammar_fields(body, "response_format", openai.response_grammar(body.response_format)),
     )
-
-
-def _message(index: int, message: Message) -> Mapping[str, Any]:
-    content = message.content
-    if isinstance(content, list):
-        parts = []
-        for part in content:
-            if part.get("type") not in ("text", "input_text") or not isinstance(part.get("text"), str):
-                raise InvalidMessages(f"messages[{index}] has a part that is not text; this model supports text only")
-            parts.append(part["text"])
-        content = "".join(parts)
-    out: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    if message.tool_calls:
-        out |= {"tool_calls": message.tool_calls, "content": content or ""}
-    if message.tool_call_id is not None:
-        out["tool_call_id"] = message.tool_call_id
-    if message.name is not None and message.role == "tool":
-        out["name"] = message.name
-    return out
 
 
 async def chat(context: RequestContext) -> AnyResponse:
@@ -116,8 +80,8 @@ class Writer:
             "model": model,
             "system_fingerprint": openai.FINGERPRINT,
         }
-        options = body.stream_options
-        self._usage = bool(options and options.include_usage)
+        self._running_usage = openai.RunningUsage(body.stream_options)
+        self._usage = self._running_usage.included
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
         """Return the complete response."""
@@ -175,6 +139,7 @@ class Writer:
         """Yield the events of the stream."""
         finished: list[Finished] = []
         async for event in events:
+            self._running_usage.add(event)
             if isinstance(event, PromptDone):
                 yield self._frame(event.index, {"role": "assistant", "content": ""}, None)
             elif isinstance(event, Finished):
@@ -200,7 +165,7 @@ class Writer:
 
     def _chunk(self, choices: list[Any]) -> dict[str, Any]:
         chunk = self._head | {"object": "chat.completion.chunk", "choices": choices}
-        return chunk | {"usage": None} if self._usage else chunk
+        return chunk | {"usage": self._running_usage.shown()} if self._usage else chunk
 
 
 def _add_call(calls: dict[int, dict[str, str]], part: ToolCall) -> None:

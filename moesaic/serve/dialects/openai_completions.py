@@ -28,14 +28,20 @@ class CompletionBody(openai.SamplingFields, kw_only=True):
     prompt: str | list[Any]
     """A text, token ids, or a list of either; ``parse_prompts`` distinguishes them."""
     max_tokens: openai.NonNegativeInt | None = None
+    max_completion_tokens: openai.NonNegativeInt | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Meta(ge=1, le=8)] | None = None
+    best_of: openai.AnswerCount | None = None
     suffix: str | None = None
     response_format: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
     """Whether names of special tokens in a text prompt are these tokens; the default is true, as on TGI's routes."""
+
+    @property
+    def limit(self) -> int | None:
+        """Return the most tokens of an answer; None: the default."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 def parse_prompts(body: CompletionBody, limit: int) -> list[str | tuple[int, ...]]:
@@ -71,7 +77,8 @@ def to_request(body: CompletionBody, model: str) -> GenerationRequest:
     """
     if body.suffix:
         raise InvalidParameter("suffix", "is not supported: this model was not trained to fill in the middle")
-    sampling = openai.sampling(body) | {"max_tokens": body.max_tokens or (DEFAULT_MAX_TOKENS, 1)[body.max_tokens == 0]}
+    limit = DEFAULT_MAX_TOKENS if body.limit is None else body.limit
+    sampling = openai.sampling(body) | {"max_tokens": limit or 1}
     if body.logprobs is not None:
         sampling["logprobs"] = body.logprobs
     if body.echo and body.logprobs is not None:
@@ -84,13 +91,13 @@ def to_request(body: CompletionBody, model: str) -> GenerationRequest:
     return GenerationRequest(
         model=model,
         sampling=sampling,
-        grammar=openai.response_grammar(body.response_format) or openai.grammar(body),
-        truncate=body.truncate_prompt_tokens,
+        truncate=openai.truncation(body.truncate_prompt_tokens),
         add_bos=body.add_special_tokens is not False,
         parse_special=body.parse_special is not False,
         skip_special=body.skip_special_tokens is not False,
         include_stop=bool(body.include_stop_str_in_output),
         priority=body.priority or 0,
+        **openai.grammar_fields(body, "response_format", openai.response_grammar(body.response_format)),
     )
 
 
@@ -109,11 +116,17 @@ async def complete(context: RequestContext) -> AnyResponse:
 
 
 async def _prompt_text(context: RequestContext, request: GenerationRequest) -> str:
-    return (
-        request.prompt
-        if isinstance(request.prompt, str)
-        else await context.backend.detokenize(request.model, request.prompt or ())
-    )
+    """Return the text of a prompt as the model reads it: of a truncated prompt, what is left of it."""
+    prompt, backend = request.prompt or (), context.backend
+    if request.truncate is None:
+        return prompt if isinstance(prompt, str) else await backend.detokenize(request.model, prompt)
+    tokens = await backend.tokenize(request)
+    if isinstance(prompt, str):
+        if len(tokens) < request.truncate:  # nothing was cut off
+            return prompt
+        if request.add_bos and tokens and tokens[0].special and not prompt.startswith(tokens[0].text):
+            tokens = tokens[1:]  # the beginning-of-text token is not part of the text
+    return await backend.detokenize(request.model, [token.id for token in tokens])
 
 
 @dataclass
@@ -137,7 +150,8 @@ class Writer:
     def __init__(self, body: CompletionBody, request: GenerationRequest, echoed: Sequence[str]) -> None:
         self._body, self._echoed = body, echoed
         self._n, self._candidates = body.n or 1, request.sampling.get("n", 1)
-        self._hidden = body.max_tokens == 0  # the engine generates at least one token, which is not shown
+        self._running_usage = openai.RunningUsage(body.stream_options)
+        self._hidden = body.limit == 0  # the engine generates at least one token, which is not shown
         self._head = {
             "id": openai.new_id("cmpl"),
             "object": "text_completion",
@@ -209,6 +223,7 @@ class Writer:
         """Yield the events of the stream."""
         finished: list[Finished] = []
         async for number, event in _merged(running):
+            self._running_usage.add(event, number)
             index, echoed = number * self._n + event.index, self._echoed[number]
             if isinstance(event, PromptDone):
                 if self._body.echo:
@@ -218,8 +233,7 @@ class Writer:
                 yield self._frame(index, "", (), (), event)
             elif not self._hidden and (event.text or self._body.logprobs is not None):
                 yield self._frame(index, event.text, event.tokens, answer_offsets(event.tokens, echoed))
-        options = self._body.stream_options
-        if options and options.include_usage:
+        if self._running_usage.included:
             yield sse.frame(self._head | {"choices": [], "usage": self._usage(finished)})
         yield sse.DONE
 
@@ -239,7 +253,12 @@ class Writer:
             choice["stop_reason"] = openai.stop_reason(finished)
         if self._body.return_token_ids:
             choice["token_ids"] = [token.id for token in tokens]
-        return sse.frame(self._head | {"choices": [choice]})
+        more = {"usage": self._shown_usage()} if self._running_usage.continuous else {}
+        return sse.frame(self._head | {"choices": [choice]} | more)
+
+    def _shown_usage(self) -> dict[str, int] | None:
+        used = self._running_usage.shown()
+        return used | {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]} if used and self._hidden else used
 
 
 def prompt_offsets(tokens: Sequence[TokenInfo], text: str) -> list[int]:

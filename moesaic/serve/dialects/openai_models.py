@@ -24,8 +24,9 @@ class EmbeddingBody(Struct):
 
     input: str | list[Any]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: openai.PositiveInt | None = None
+    truncate_prompt_tokens: openai.TruncationLength | None = None
     user: str | None = None
 
 
@@ -80,8 +81,9 @@ async def embeddings(context: RequestContext) -> AnyResponse:
     """Return the embedding of each text."""
     body: EmbeddingBody = context.body
     name = openai.model_name(context, body.model)
-    texts = _texts(body.input, context.settings.prompts)
-    vectors, prompt_tokens = await context.backend.embed(name, texts)
+    texts = _texts(body.input, context.settings.embedding_inputs)
+    truncate = openai.truncation(body.truncate_prompt_tokens)
+    vectors, prompt_tokens = await context.backend.embed(name, texts, truncate)
     context.spent += prompt_tokens
     if body.dimensions is not None:
         if body.dimensions > len(vectors[0]):
@@ -91,7 +93,7 @@ async def embeddings(context: RequestContext) -> AnyResponse:
         {
             "object": "embedding",
             "index": index,
-            "embedding": vector if body.encoding_format == "float" else _base64(vector),
+            "embedding": _base64(vector) if body.encoding_format == "base64" else vector,
         }
         for index, vector in enumerate(vectors)
     ]

@@ -1,8 +1,8 @@
 """OpenAI's ``/v1/responses``: answers that are kept for a while, so that a conversation can continue from one.
 
 Responses are kept in memory, separately for each key (``serve.response_store``). Background responses, hosted tools and
-stored conversations are refused. Fields without a meaning here (``include`` of hosted tools, ``reasoning``,
-``service_tier``, ``prompt_cache_key``, ...) are ignored.
+stored conversations are refused. ``include`` of hosted tools, ``service_tier`` and ``prompt_cache_key`` are ignored.
+Unknown fields, such as ``reasoning``, are named in a header of the response.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from moesaic.backend import GenerationRequest
-from moesaic.errors import InvalidParameter, InvalidRequest, NotFound
+from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, PromptTooLong
 from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _items as items
 from moesaic.serve.dialects import _openai as openai
@@ -95,11 +95,11 @@ def to_request(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, An
         tools=tools,
         tool_choice=items.tool_choice(body.tool_choice, any_tools=bool(tools)),
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        grammar=items.grammar(body.form) or openai.grammar(body),
-        truncate=body.truncate_prompt_tokens,
+        truncate=openai.truncation(body.truncate_prompt_tokens),
         skip_special=body.skip_special_tokens is not False,
         include_stop=bool(body.include_stop_str_in_output),
         priority=body.priority or 0,
+        **openai.grammar_fields(body, "text.format", items.grammar(body.form)),
     )
 
 
@@ -154,7 +154,10 @@ async def fitted(context: RequestContext, request: GenerationRequest) -> Generat
 
     async def size(start: int) -> int:
         if start not in sizes:
-            sizes[start] = len(await context.backend.tokenize(without(start)))
+            try:
+                sizes[start] = len(await context.backend.tokenize(without(start)))
+            except PromptTooLong:  # too long to be tokenized at all
+                sizes[start] = window + 1
         return sizes[start]
 
     if await size(head) <= room:

@@ -22,7 +22,6 @@ from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _tgi as tgi
 from moesaic.serve.dialects._tgi import CheckedParameters, GenerateBody
 from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response
-from moesaic.serve.json_body import fit
 
 
 @dataclass
@@ -294,8 +293,8 @@ async def invocations(context: RequestContext) -> AnyResponse:
     for key, path in OTHER_ROUTES.items():
         if key in context.body:
             endpoint = next(item for item in context.services.endpoints if item.path == path)
-            return await endpoint.run(replace(context, body=fit(context.body, endpoint.body)))
-    return await compatible(context, fit(context.body, GenerateBody))
+            return await endpoint.run(replace(context, body=context.fit(context.body, endpoint.body)))
+    return await compatible(context, context.fit(context.body, GenerateBody))
 
 
 class VertexBody(Struct):

@@ -6,24 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from moesaic import __version__
 from moesaic.backend import GenerationRequest, TokenInfo
-from moesaic.errors import InvalidMessages, InvalidRequest
+from moesaic.errors import InvalidRequest
 from moesaic.serve.context import RequestContext
 from moesaic.serve.dialects import _openai as openai
 from moesaic.serve.dialects import _tgi as tgi
+from moesaic.serve.dialects._messages import Messages, ToolDefinitions, conversation
 from moesaic.serve.endpoint import AnyResponse, Endpoint, Response
-
-
-class Message(Struct):
-    """One message of a conversation."""
-
-    role: Annotated[str, Meta(max_length=32)]
-    content: str | list[dict[str, Any]] = ""
 
 
 class TokenizeBody(Struct):
@@ -31,17 +25,29 @@ class TokenizeBody(Struct):
 
     inputs: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
+    tools: ToolDefinitions | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
     """Whether names of special tokens in a text are these tokens; the default is true."""
+    return_token_strs: bool | None = None
+    """vLLM's; the texts of the tokens are returned unless it is false."""
 
 
 class ChatTokenizeBody(Struct):
     """The body of a chat tokenization request."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
+    messages: Messages
+    tools: ToolDefinitions | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     model: str | None = None
 
 
@@ -91,7 +97,7 @@ async def tokenize(context: RequestContext) -> AnyResponse:
         request = GenerationRequest(name, prompt=body.inputs, parse_special=parse, add_bos=bos)
         return Response(token_spans(await context.backend.tokenize(request), body.inputs))
     if body.messages is not None:
-        tokens = await context.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
+        tokens = await context.backend.tokenize(GenerationRequest(name, **conversation(body.messages, body)))
     elif body.prompt is not None:
         request = GenerationRequest(name, prompt=body.prompt, parse_special=parse, add_bos=bos)
         tokens = await context.backend.tokenize(request)
@@ -102,7 +108,7 @@ async def tokenize(context: RequestContext) -> AnyResponse:
             "count": len(tokens),
             "max_model_len": openai.find_model(context.backend, name).context,
             "tokens": [token.id for token in tokens],
-            "token_strs": [token.text for token in tokens],
+            "token_strs": None if body.return_token_strs is False else [token.text for token in tokens],
         }
     )
 
@@ -111,7 +117,7 @@ async def chat_tokenize(context: RequestContext) -> AnyResponse:
     """Return the templated text of a conversation and its tokens."""
     body: ChatTokenizeBody = context.body
     name = openai.model_name(context, body.model)
-    tokens = await context.backend.tokenize(GenerationRequest(name, messages=_messages(body.messages)))
+    tokens = await context.backend.tokenize(GenerationRequest(name, **conversation(body.messages, body)))
     text = await context.backend.detokenize(name, [token.id for token in tokens])
     return Response({"tokenize_response": token_spans(tokens, text), "templated_text": text})
 
@@ -129,19 +135,6 @@ async def tokenizer_info(context: RequestContext) -> AnyResponse:
             "model_max_length": model.context,
         }
     )
-
-
-def _messages(turns: Sequence[Message]) -> tuple[dict[str, Any], ...]:
-    out = []
-    for index, turn in enumerate(turns):
-        content = turn.content
-        if not isinstance(content, str):
-            parts = [part.get("text") for part in content]
-            if not all(isinstance(part, str) for part in parts):
-                raise InvalidMessages(f"messages[{index}] has a part that is not text; this model supports text only")
-            content = "".join(map(str, parts))
-        out.append({"role": turn.role, "content": content})
-    return tuple(out)
 
 
 def token_spans(tokens: Sequence[TokenInfo], text: str) -> list[dict[str, Any]]:

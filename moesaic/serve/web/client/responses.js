@@ -35,7 +35,7 @@ export function responseError(status, headers, body) {
 
 /** Returns the error that an event in a stream describes. @param {any} content */
 export function eventError(content) {
-  const code = content.error?.code;
+  const code = content.error?.code === "context_length_exceeded" ? 400 : content.error?.code;
   return errorOf(Number.isInteger(code) && code >= 400 && code < 600 ? code : 500, content);
 }
 
