@@ -53,6 +53,10 @@ class Options(TypedDict, total=False):
     n: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
+    bad_words: Sequence[str] | None
+    allowed_token_ids: Sequence[int] | None
+    truncate_prompt_tokens: int | None
+    """Keep only this number of the last tokens of the prompt; -1: as many as leave room for the answer."""
     min_tokens: int | None
     ignore_eos: bool | None
     logprobs: int | None

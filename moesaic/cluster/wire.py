@@ -67,17 +67,16 @@ class EmbedBody(msgspec.Struct, frozen=True):
     truncate: int | None = None
 
 
-_EMBED = msgspec.json.Decoder(EmbedBody | list[str | list[int]])
+_EMBED = msgspec.json.Decoder(EmbedBody)
 
 
 def unpack_embed(body: bytes) -> EmbedBody:
-    """Return the texts in a job's body; a gateway of an earlier version sends them as a list.
+    """Return the texts in a job's body.
 
     Raises:
         InvalidRequest: the bytes are no texts.
     """
-    found: EmbedBody | list[str | list[int]] = decode(_EMBED, body)
-    return found if isinstance(found, EmbedBody) else EmbedBody(found)
+    return decode(_EMBED, body)
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -118,6 +118,10 @@ export interface Options {
   n?: number;
   stop?: string | readonly string[];
   stop_token_ids?: readonly number[];
+  bad_words?: readonly string[];
+  allowed_token_ids?: readonly number[];
+  /** Keep only this number of the last tokens of the prompt; -1: as many as leave room for the answer. */
+  truncate_prompt_tokens?: number;
   min_tokens?: number;
   ignore_eos?: boolean;
   /** Returns log-probabilities, with this number of alternatives for each token; 0 returns no alternatives. */
