@@ -39,7 +39,7 @@ FLAGS = {
     "repetition-penalty seed stats system temperature top-k top-p",
     "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
     "insecure-no-auth keep-alive-timeout keys kv-cache-dtype log-format log-level max-body memory otel port queue "
-    "queue-timeout request-timeout sequences strict-model-name timeout-keep-alive tls-cert tls-key trusted-proxy "
+    "queue-timeout request-timeout sequences strict-fields strict-model-name timeout-keep-alive tls-cert tls-key trusted-proxy "
     # TGI's launcher: moesaic/cli/tgi_flags.py says what each means
     "api-key cors-allow-origin cuda-graphs cuda-memory-fraction disable-custom-kernels disable-grammar-support "
     "enable-prefill-logprobs env graceful-termination-timeout hostname huggingface-hub-cache json-output "
@@ -51,7 +51,7 @@ FLAGS = {
     "validation-workers waiting-served-ratio watermark-delta watermark-gamma weights-cache-override",
     "gateway": "admin-port aime-endpoints allowed-host cors-origin crashes drain-timeout host insecure-no-auth jobs "
     "keep-alive-timeout keys lease log-format log-level max-body model otel port queue queue-per-key queue-timeout "
-    "request-timeout timeout-keep-alive tls-cert tls-key trusted-proxy",
+    "request-timeout timeout-keep-alive strict-fields tls-cert tls-key trusted-proxy",
     "worker": "api-auth-key api-server ca cache-tokens chat-format context device drain-timeout dtype format gateway "
     "insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name queue sequences slots",
     "admin": "ca insecure-plaintext json key key-file most request url",
