@@ -39,7 +39,8 @@ FLAGS = {
     "repetition-penalty seed stats system temperature top-k top-p",
     "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
     "insecure-no-auth keep-alive-timeout keys kv-cache-dtype log-format log-level max-body memory otel port queue "
-    "queue-timeout request-timeout sequences strict-fields strict-model-name timeout-keep-alive tls-cert tls-key trusted-proxy "
+    "queue-timeout request-timeout sequences strict-fields strict-model-name timeout-keep-alive tls-cert tls-key "
+    "trusted-proxy "
     # TGI's launcher: moesaic/cli/tgi_flags.py says what each means
     "api-key cors-allow-origin cuda-graphs cuda-memory-fraction disable-custom-kernels disable-grammar-support "
     "enable-prefill-logprobs env graceful-termination-timeout hostname huggingface-hub-cache json-output "
