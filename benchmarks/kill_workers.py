@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -53,8 +54,10 @@ DEAD_JOB = "every worker that ran"
 class Cluster:
     """A gateway and worker processes, and the means to kill and stop them."""
 
-    def __init__(self, folder: Path, where: str, seed: int, gateway: str, kills: float) -> None:
-        self.folder, self.where, self.module, self.kills = folder, where, gateway, kills
+    def __init__(
+        self, folder: Path, where: str, seed: int, gateway: str, kills: float, workers: int, lease: float
+    ) -> None:
+        self.folder, self.where, self.module, self.kills, self.lease = folder, where, gateway, kills, lease
         self.random = random.Random(seed)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -64,12 +67,12 @@ class Cluster:
         self.paused: set[str] = set()
         self.gateway = self._start_gateway()
         self.workers = WorkerForkServer(self.url, folder / "log", slots=SLOTS, seconds=TOKEN_SECONDS)
-        for number in range(WORKERS):
+        for number in range(workers):
             self.workers.spawn(f"w{number}")
 
     def _start_gateway(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", self.module, "gateway", "--jobs", self.where, "--port", str(self.port)]
-        command += ["--lease", str(LEASE_SECONDS), "--crashes", str(CRASHES), "--model", "fake"]
+        command += ["--lease", str(self.lease), "--crashes", str(CRASHES), "--model", "fake"]
         with (self.folder / "gateway.log").open("ab") as log:
             return subprocess.Popen([*command, "--log-level", "warning"], stdout=log, stderr=log)
 
@@ -77,24 +80,42 @@ class Cluster:
         """Kill and stop workers until cancelled, and every few seconds kill the gateway."""
         next_gateway: float | None = None
         while True:
-            await asyncio.sleep(self.random.uniform(0.05, 0.15))
-            # A stopped worker is not killed, so that it continues and sends results that are too late.
-            name = self.random.choice(sorted(self.workers.pids.keys() - self.paused))
-            if self.random.random() < self.kills:
-                self.workers.signal(name, signal.SIGKILL)
-                self.workers.spawn(name)
-                self.counts["workers killed"] += 1
-            else:
-                asyncio.ensure_future(self.pause(name)).add_done_callback(lambda _: None)
-                self.counts["workers stopped"] += 1
+            await self._attack_worker()
             if next_gateway is None and self._gateway_listens():  # on a slow machine a gateway needs seconds to start
                 next_gateway = time.monotonic() + self.random.uniform(2, 4)
             if next_gateway is not None and time.monotonic() > next_gateway:
-                self.gateway.kill()
-                self.gateway.wait()
-                self.gateway = self._start_gateway()
-                self.counts["gateway killed"] += 1
+                self._kill_gateway()
                 next_gateway = None
+
+    async def attack(self, count: int) -> None:
+        """Kill and stop workers ``count`` times while the gateway listens, and kill the gateway once, halfway."""
+        for number in range(count):
+            while not self._gateway_listens():
+                await asyncio.sleep(0.02)
+            await self._attack_worker()
+            if number == count // 2:
+                self._kill_gateway()
+
+    async def _attack_worker(self) -> None:
+        await asyncio.sleep(self.random.uniform(0.05, 0.15))
+        # A stopped worker is not killed, so that it continues and sends results that are too late.
+        names = sorted(self.workers.pids.keys() - self.paused)
+        if not names:
+            return
+        name = self.random.choice(names)
+        if self.random.random() < self.kills:
+            self.workers.signal(name, signal.SIGKILL)
+            self.workers.spawn(name)
+            self.counts["workers killed"] += 1
+        else:
+            asyncio.ensure_future(self.pause(name)).add_done_callback(lambda _: None)
+            self.counts["workers stopped"] += 1
+
+    def _kill_gateway(self) -> None:
+        self.gateway.kill()
+        self.gateway.wait()
+        self.gateway = self._start_gateway()
+        self.counts["gateway killed"] += 1
 
     def _gateway_listens(self) -> bool:
         with socket.socket() as probe:
@@ -105,7 +126,7 @@ class Cluster:
         self.paused.add(name)
         self.workers.signal(name, signal.SIGSTOP)
         try:
-            await asyncio.sleep(LEASE_SECONDS * self.random.uniform(0.5, 2.5))
+            await asyncio.sleep(self.lease * self.random.uniform(0.5, 2.5))
         finally:
             self.workers.signal(name, signal.SIGCONT)
             self.paused.discard(name)
@@ -129,7 +150,7 @@ class Client:
         self.wrong: list[str] = []
         self.errors: collections.Counter[str] = collections.Counter()
         """Error messages, cut off after 60 characters, and how often each came."""
-        self.answered = self.repeated = 0
+        self.sent = self.answered = self.repeated = 0
         self.dead = 0
 
     async def run_job(self, number: int) -> None:
@@ -178,19 +199,25 @@ class Client:
         return Broken(message)
 
 
-async def _run_jobs(jobs: int, cluster: Cluster, clients: int, show_progress: bool, calm: bool) -> Client:
+async def _run_jobs(
+    jobs: int, cluster: Cluster, clients: int, show_progress: bool, calm: bool, attacks: int | None
+) -> Client:
     timeout = aiohttp.ClientTimeout(total=None, sock_read=60)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         client = Client(cluster.url, session)
-        numbers = iter(range(jobs))
+        work = asyncio.sleep(0) if calm else cluster.kill_at_random() if attacks is None else cluster.attack(attacks)
+        killer = asyncio.ensure_future(work)
+        numbers = itertools.takewhile(
+            lambda number: number < jobs or (attacks is not None and not killer.done()), itertools.count()
+        )
 
         async def run_some() -> None:
             for number in numbers:
+                client.sent += 1
                 await client.run_job(number)
                 if show_progress and number % 5000 == 0:
                     print(f"{client.answered} of {jobs}, {dict(cluster.counts)}", file=sys.stderr, flush=True)
 
-        killer = asyncio.ensure_future(asyncio.sleep(0) if calm else cluster.kill_at_random())
         await asyncio.gather(*(run_some() for _ in range(clients)))
         killer.cancel()
         return client
@@ -229,6 +256,9 @@ def kill_workers(
     gateway: str = "moesaic.cli",
     kills: float = 0.75,
     calm: bool = False,
+    workers: int = WORKERS,
+    lease: float = LEASE_SECONDS,
+    attacks: int | None = None,
 ) -> dict[str, Any]:
     """Run the jobs on a new cluster whose processes are killed, and return the figures.
 
@@ -241,14 +271,18 @@ def kill_workers(
         gateway: module that is run as the gateway.
         kills: fraction of the attacks on workers that kill; the others stop the worker for some time.
         calm: whether to kill and stop nothing.
+        workers: number of workers.
+        lease: duration of a lease, in seconds.
+        attacks: number of attacks on workers; jobs are sent until these are over, and the gateway is killed once.
+            None: workers and gateways are attacked until all jobs are answered.
     """
     folder = Path(tempfile.mkdtemp())
     where = where or str(folder / "jobs.sqlite")
-    cluster, start = Cluster(folder, where, seed, gateway, kills), time.monotonic()
+    cluster, start = Cluster(folder, where, seed, gateway, kills, workers, lease), time.monotonic()
     try:
-        client = asyncio.run(_run_jobs(jobs, cluster, clients, show_progress, calm))
+        client = asyncio.run(_run_jobs(jobs, cluster, clients, show_progress, calm, attacks))
         seconds = time.monotonic() - start
-        time.sleep(3 * LEASE_SECONDS)  # time for stopped workers to continue and send late results
+        time.sleep(3 * lease)  # time for stopped workers to continue and send late results
     finally:
         cluster.close()
     done, done_twice, late = count_results(folder / "log")
@@ -257,12 +291,12 @@ def kill_workers(
             print(line[:3000], file=sys.stderr)
     integrity, depths = asyncio.run(check_store(where))
     figures = {
-        "jobs": jobs,
+        "jobs": client.sent,
         "seconds": round(seconds, 1),
-        "jobs_per_second": round(jobs / seconds, 1),
+        "jobs_per_second": round(client.sent / seconds, 1),
         **{name.replace(" ", "_"): count for name, count in cluster.counts.items()},
         "answered": client.answered,
-        "lost": jobs - client.answered,
+        "lost": client.sent - client.answered,
         "wrong": len(client.wrong),
         "asked_again": client.repeated,
         "dead": client.dead,

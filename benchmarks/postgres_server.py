@@ -25,8 +25,11 @@ def binaries() -> Path | None:
 class PostgresServer:
     """A running PostgreSQL server. As root it runs as the user ``postgres``, because it refuses to run as root."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Path | None = None) -> None:
         """Create a database cluster and start the server.
+
+        Args:
+            parent: folder in which the server's folder is created; None means the usual temporary folder.
 
         Raises:
             FileNotFoundError: PostgreSQL is not installed.
@@ -35,7 +38,7 @@ class PostgresServer:
         if folder is None:
             raise FileNotFoundError("PostgreSQL is not installed: apt-get install postgresql")
         self._programs = folder
-        self.folder = Path(tempfile.mkdtemp(prefix="jobs-postgres-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="jobs-postgres-", dir=parent))
         self._data = self.folder / "data"
         if ROOT:
             user = pwd.getpwnam("postgres")

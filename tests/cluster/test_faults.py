@@ -27,6 +27,7 @@ from tests.support.backend import FakeBackend, answer
 from tests.support.cluster import SLOW, Site, site
 from tests.support.completions import Stream, ask, text, together
 from tests.support.proxy import Proxy
+from tests.support.sizes import sizes
 from tests.support.wait import eventually
 
 
@@ -46,19 +47,19 @@ def test_killed_workers_answer_continues_without_gap_or_repeat(tmp_path):
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found, nursed(found, tmp_path, seconds=SLOW) as nursery:
         nursery.spawn("w0")
         eventually(lambda: found.gateway.workers.sessions)
-        streams = [Stream(found.client, f"{n}", 40, n=1 + n) for n in range(3)]
+        streams = [Stream(found.client, f"{n}", 24, n=1 + n) for n in range(3)]
         eventually(lambda: all(len(stream.pieces) > 5 for stream in streams))
         nursery.signal("w0", signal.SIGKILL)
         eventually(lambda: found.gateway.leases.expired == 3)
         for n, stream in enumerate(streams):
-            assert answer(f"{n}", count=40).startswith(stream.text) or n
+            assert answer(f"{n}", count=24).startswith(stream.text) or n
         nursery.spawn("w2")
         for n, stream in enumerate(streams):
             assert sorted(stream.end().text.split()) == sorted(
-                "".join(answer(f"{n}", count=40, index=index) for index in range(1 + n)).split()
+                "".join(answer(f"{n}", count=24, index=index) for index in range(1 + n)).split()
             )
             assert stream.done
-        assert streams[0].text == answer("0", count=40)
+        assert streams[0].text == answer("0", count=24)
         seen = found.seen(streams[0].job)
         assert (seen.attempts, seen.crashes, seen.state) == (2, 1, "done")
 
@@ -68,7 +69,7 @@ def test_results_of_a_paused_worker_are_refused(tmp_path):
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found, nursed(found, tmp_path, seconds=SLOW) as nursery:
         nursery.spawn("w1")
         eventually(lambda: found.gateway.workers.sessions)
-        stream = Stream(found.client, count=60)
+        stream = Stream(found.client, count=40)
         eventually(lambda: len(stream.pieces) > 5)
         nursery.signal("w1", signal.SIGSTOP)
         nursery.spawn("w2")
@@ -76,7 +77,7 @@ def test_results_of_a_paused_worker_are_refused(tmp_path):
         heard = len(stream.pieces)
         eventually(lambda: len(stream.pieces) > heard)
         nursery.signal("w1", signal.SIGCONT)
-        assert stream.end().text == answer("Hi", count=60) and stream.done
+        assert stream.end().text == answer("Hi", count=40) and stream.done
         eventually(lambda: found.gateway.leases.fenced > 0)
         eventually(lambda: "result refused" in nursery.log.read_text())
         assert found.seen(stream.job).attempts == 2
@@ -109,9 +110,10 @@ def test_worker_with_a_stalled_engine_stops(tmp_path):
         stream.end()
 
 
-@pytest.mark.parametrize("how", ["EXIT", "SEGFAULT", "HANG"])
-def test_one_poisoned_job_among_64_costs_seven_workers(tmp_path, how):
-    """F10."""
+@pytest.mark.parametrize("how", ["EXIT", pytest.param("SEGFAULT", marks=pytest.mark.slow), "HANG"])
+@pytest.mark.parametrize(("count", "workers"), sizes((16, 5), (64, 7)))
+def test_one_poisoned_job_costs_few_workers(tmp_path, how, count, workers):
+    """F10. Suspects are leased in halves: one poisoned job among 16 costs five workers, and among 64 seven."""
     found_all = threading.Event()
     made = 1
 
@@ -124,12 +126,12 @@ def test_one_poisoned_job_among_64_costs_seven_workers(tmp_path, how):
 
     with (
         site(tmp_path / "jobs.sqlite", lease=1.0, models=["fake"]) as found,
-        nursed(found, tmp_path, slots=64, seconds=0.01, stall=1.0) as nursery,
+        nursed(found, tmp_path, slots=count, seconds=0.01, stall=1.0) as nursery,
     ):
-        poison = 37
-        prompts = [how if n == poison else f"job {n}" for n in range(64)]
+        poison = count // 2 + 5
+        prompts = [how if n == poison else f"job {n}" for n in range(count)]
         streams = [Stream(found.client, prompt, 8) for prompt in prompts]
-        eventually(lambda: found.depths() == (64, 0))
+        eventually(lambda: found.depths() == (count, 0))
         nursery.spawn("w2")
         supervisor = threading.Thread(target=supervise, args=(nursery,))
         supervisor.start()
@@ -145,7 +147,7 @@ def test_one_poisoned_job_among_64_costs_seven_workers(tmp_path, how):
         bad = streams[poison]
         assert bad.error is not None and "every worker that ran" in bad.error["message"] and not bad.done
         assert found.seen(bad.job).state == "dead"
-        assert made - 1 <= 7
+        assert made - 1 <= workers
         [dead] = found.do(found.gateway.store.list_jobs("dead"))
         again = found.client.get(f"/v1/jobs/{dead.job.id}").json()
         assert (again["state"], again["error"]["type"]) == ("dead", "PoisonedJob")
@@ -175,7 +177,7 @@ def pragma(found: Site, sql: str) -> Any:
 def test_full_disk_refuses_new_jobs_and_finishes_running_ones(tmp_path):
     with site(tmp_path / "jobs.sqlite", lease=2.0) as found:
         hand = found.hire(FakeBackend(seconds=SLOW))
-        stream = Stream(found.client, count=60)
+        stream = Stream(found.client, count=30)
         eventually(lambda: stream.pieces)
         pragma(found, f"max_page_count = {pragma(found, 'page_count')[0][0]}")
         refused = ask(found.client, "x" * 100_000)
@@ -186,7 +188,7 @@ def test_full_disk_refuses_new_jobs_and_finishes_running_ones(tmp_path):
         eventually(lambda: not hand.backend.running)
         assert not hand.future.done()
         pragma(found, "max_page_count = 1000000")
-        assert stream.end().text == answer("Hi", count=60) and stream.done
+        assert stream.end().text == answer("Hi", count=30) and stream.done
         assert len(hand.backend.requests) == 1 and found.gateway.leases.expired == 0
         assert ask(found.client).status_code == 200
         assert found.do(found.gateway.store.check()) == "ok"
@@ -196,10 +198,10 @@ def test_pause_of_the_gateway_expires_no_lease(tmp_path):
     """Nor does a gateway that stood still: no beat was seen, and none could be."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
         hand = found.hire(FakeBackend(seconds=SLOW))
-        stream = Stream(found.client, count=100)
+        stream = Stream(found.client, count=40)
         eventually(lambda: stream.pieces)
-        found.server.call(lambda: time.sleep(3.0))  # everything here: the gateway's loop itself
-        assert stream.end().text == answer("Hi", count=100) and stream.done
+        found.server.call(lambda: time.sleep(2.0))  # everything here: the gateway's loop itself
+        assert stream.end().text == answer("Hi", count=40) and stream.done
         assert found.gateway.leases.expired == 0 and len(hand.backend.requests) == 1
 
 
@@ -211,11 +213,11 @@ def test_wall_clock_jumps_have_no_effect(tmp_path, monkeypatch, days):
     """F13."""
     with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
         found.hire(FakeBackend(seconds=SLOW))
-        stream = Stream(found.client, count=50)
+        stream = Stream(found.client, count=25)
         eventually(lambda: stream.pieces)
         now, seconds = time.time, found.gateway.leases.mean_job_seconds
         monkeypatch.setattr(time, "time", lambda: now() + 86400 * days)
-        assert stream.end().text == answer("Hi", count=50) and stream.done
+        assert stream.end().text == answer("Hi", count=25) and stream.done
         assert text(ask(found.client, once="k")) == answer("Hi")
         assert found.gateway.leases.expired == found.gateway.leases.fenced == 0
         assert abs(found.gateway.leases.mean_job_seconds - seconds) < 10
@@ -226,13 +228,13 @@ def test_wall_clock_jumps_have_no_effect(tmp_path, monkeypatch, days):
 
 
 def test_overload_is_refused_at_once_and_accepted_jobs_finish(tmp_path):
-    """L6: five times what there is room for."""
-    bounds = StoreLimits(queued=30, queued_per_tenant=30)
+    """L6: five times as many requests as there is room for."""
+    bounds = StoreLimits(queued=15, queued_per_tenant=15)
     with site(tmp_path / "jobs.sqlite", bounds=bounds) as found:
         found.hire(FakeBackend(seconds=0.02), slots=4)
-        replies = together(170, lambda n: ask(found.client, f"{n}"))
+        replies = together(95, lambda n: ask(found.client, f"{n}"))
         refused = [each for each in replies if each.status_code != 200]
-        assert len(refused) >= 100
+        assert len(refused) >= 50
         for n, each in enumerate(replies):
             if each.status_code == 200:
                 assert text(each) == answer(f"{n}")
@@ -243,15 +245,15 @@ def test_overload_is_refused_at_once_and_accepted_jobs_finish(tmp_path):
 
 
 def test_small_tenant_does_not_wait_behind_large_backlog(tmp_path):
-    """L7: of 300 jobs that stand in line, a few go before each one of somebody else's."""
+    """L7: of 150 jobs that stand in line, a few go before each one of somebody else's."""
     who = ("anna", "bert", "worker")
     listed = tuple(keys.Key(name, keys.digest(name), worker=name == "worker") for name in who)
     slots = 4
     with site(tmp_path / "jobs.sqlite", keys=Keys(listed), key="anna", models=["fake"]) as found:
-        asked = [found.do(found.gateway.submit(_ask(f"a{n}", "anna"))) for n in range(300)]
+        asked = [found.do(found.gateway.submit(_ask(f"a{n}", "anna"))) for n in range(150)]
         hand = found.hire(FakeBackend(seconds=0.005), slots=slots, key="worker")
         waits = []
-        for n in range(10):
+        for n in range(6):
             before = len(hand.backend.requests)
             reply = found.client.post(
                 "/v1/completions",
@@ -261,7 +263,7 @@ def test_small_tenant_does_not_wait_behind_large_backlog(tmp_path):
             assert reply.status_code == 200
             [place] = [place for place, each in enumerate(hand.backend.requests) if each.prompt == f"b{n}"]
             waits.append(place - before)
-            assert len(hand.backend.requests) < 300, "there was nobody to wait for any more"
+            assert len(hand.backend.requests) < 150, "there was nobody to wait for any more"
         assert max(waits) <= 4 * slots, waits
         for job_id in asked:
             found.do(found.gateway.cancel(job_id, "anna"))
@@ -273,9 +275,10 @@ def _ask(prompt: str, tenant: str) -> Any:
     return GenerationRequest("fake", prompt=prompt, sampling={"max_tokens": 4, "seed": 1}, tenant=tenant)
 
 
-def test_two_hundred_workers_reconnect_without_a_storm(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("count", "jobs"), sizes((50, 10), (200, 40)))
+def test_many_workers_reconnect_without_a_storm(tmp_path, monkeypatch, count, jobs):
     """F15."""
-    count, begun = 200, list[tuple[str, int]]()
+    begun = list[tuple[str, int]]()
     tries = 0
     was, register = Worker._start, Worker._register
 
@@ -297,8 +300,8 @@ def test_two_hundred_workers_reconnect_without_a_storm(tmp_path, monkeypatch):
                 beside.hire(FakeBackend(seconds=SLOW), urls=[first.url], slots=1, wait=False) for _ in range(count)
             ]
             eventually(lambda: len(first.gateway.workers.sessions) == count)
-            streams = [Stream(first.client, f"{n}", 100, once=f"k{n}") for n in range(40)]
-            eventually(lambda: len(begun) == 40)
+            streams = [Stream(first.client, f"{n}", 60, once=f"k{n}") for n in range(jobs)]
+            eventually(lambda: len(begun) == jobs)
             tries, closed = 0, time.monotonic()
         for stream in streams:
             stream.end()
@@ -307,9 +310,9 @@ def test_two_hundred_workers_reconnect_without_a_storm(tmp_path, monkeypatch):
         assert tries <= attempts * count, "the workers reconnect without pauses"
         with site(where, port=first.port) as second:
             eventually(lambda: len(second.gateway.workers.sessions) == count, 40)
-            again = [Stream(second.client, f"{n}", 100, once=f"k{n}") for n in range(40)]
+            again = [Stream(second.client, f"{n}", 60, once=f"k{n}") for n in range(jobs)]
             for n, stream in enumerate(again):
-                assert stream.end().text == answer(f"{n}", count=100) and stream.done
+                assert stream.end().text == answer(f"{n}", count=60) and stream.done
             assert len(begun) == len(set(begun)), "two were given one lease"
             assert second.gateway.leases.expired == 0
             for hand in hands:
@@ -381,7 +384,10 @@ def test_worker_refuses_untrusted_gateways(name, tmp_path, caplog):
 
         worker._log_disconnect = counted  # type: ignore[method-assign]
         working = asyncio.ensure_future(worker.run())
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.4)
+        async with asyncio.timeout(20):
+            while not tries:
+                await asyncio.sleep(0.01)
         assert not working.done() and not worker.connected.is_set()
         worker.stopped.set()
         await working

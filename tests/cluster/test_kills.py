@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,58 +14,62 @@ from tests.support.postgres import Database, Server
 from tests.support.sizes import sizes
 
 JOBS = int(os.environ.get("MOESAIC_KILL_JOBS", "5000"))
+FULL: dict[str, Any] = {"jobs": JOBS, "kills": 0.75}
+SMALL: dict[str, Any] = {"jobs": 100, "kills": 0.3, "attacks": 24, "lease": 0.5, "workers": 12, "clients": 48}
+"""Options of the harness. A small run ends after a number of attacks, one of them on the gateway, on any machine."""
 
-
-SMALL = 600
-"""Jobs of the small runs: three seconds' worth, so that a gateway is killed once."""
+UNFENCED = "tests.support.unfenced_gateway"
 
 
 @pytest.fixture
 def databases() -> Iterator[Callable[[], str]]:
     """A factory of addresses of empty databases."""
-    server, made = Server(), []
+    server, databases = Server(), []
 
     def make() -> str:
-        made.append(Database(server))
-        return made[-1].where
+        databases.append(Database(server))
+        return databases[-1].where
 
     yield make
-    for database in made:
+    for database in databases:
         database.close()
     server.remove()
 
 
-def sound(found: dict[str, Any]) -> None:
-    assert (found["lost"], found["wrong"], found["done_under_two_fences"], found["dead"]) == (0, 0, 0, 0), found
-    assert (found["integrity"], found["left"]) == ("ok", {}), found
-    assert not any("mistake" in message for message in found["told"]), found
+def check(figures: dict[str, Any]) -> None:
+    """Assert that no job was lost, answered wrongly or done twice, and that the store is whole and empty."""
+    assert figures["jobs"] == figures["answered"], figures
+    assert (figures["wrong"], figures["done_under_two_fences"], figures["dead"]) == (0, 0, 0), figures
+    assert (figures["integrity"], figures["left"]) == ("ok", {}), figures
+    assert not any("mistake" in message for message in figures["told"]), figures
 
 
-def run_until_shown(jobs: int, place: Callable[[], str | None]) -> None:
+def run_until_shown(options: dict[str, Any], make_store: Callable[[], str]) -> None:
     """Run the harness until late results were refused and a gateway was killed; a full run shows both at once."""
-    for seed in range(1, 2 if jobs == JOBS else 9):
-        found = kill_workers(jobs, place(), seed=seed, kills=0.75 if jobs == JOBS else 0.3)
-        sound(found)
-        if found["late_results_refused"] and found["workers_killed"] and found["gateway_killed"]:
+    for seed in range(1, 2 if options is FULL else 9):
+        figures = kill_workers(where=make_store(), seed=seed, **options)
+        check(figures)
+        if figures["late_results_refused"] and figures["workers_killed"] and figures["gateway_killed"]:
             return
-    pytest.fail(f"nothing was shown: {found}")
+    pytest.fail(f"no run refused late results after kills: {figures}")
 
 
-@pytest.mark.parametrize("jobs", sizes(SMALL, JOBS))
-def test_with_a_file_nothing_is_lost_and_nothing_counts_twice(jobs):
-    run_until_shown(jobs, lambda: None)
+@pytest.mark.parametrize("options", sizes(SMALL, FULL))
+def test_with_a_file_nothing_is_lost_and_nothing_counts_twice(tmp_path, options):
+    names = itertools.count()
+    run_until_shown(options, lambda: str(tmp_path / f"{next(names)}.sqlite"))
 
 
-@pytest.mark.parametrize("jobs", sizes(SMALL, JOBS))
-def test_with_a_database_nothing_is_lost_and_nothing_counts_twice(databases, jobs):
-    run_until_shown(jobs, databases)
+@pytest.mark.parametrize("options", sizes(SMALL, FULL))
+def test_with_a_database_nothing_is_lost_and_nothing_counts_twice(databases, options):
+    run_until_shown(options, databases)
 
 
-@pytest.mark.parametrize("jobs", sizes(SMALL, max(JOBS // 4, 200)))
-def test_without_the_fence_it_is_found(jobs):
-    """The negative control: late results are taken, and jobs are done twice."""
-    seeds = iter(range(1, 9))
-    while True:
-        found = kill_workers(jobs, seed=next(seeds), gateway="tests.support.unfenced_gateway", kills=0.3)
-        if found["done_under_two_fences"] or found["wrong"]:
-            break
+@pytest.mark.parametrize("options", sizes(SMALL, {"jobs": max(JOBS // 4, 200), "kills": 0.3}))
+def test_without_the_fence_it_is_found(tmp_path, options):
+    """Negative control: a gateway that takes late results does jobs twice, and the figures show it."""
+    for seed in range(1, 9):
+        figures = kill_workers(where=str(tmp_path / f"{seed}.sqlite"), seed=seed, gateway=UNFENCED, **options)
+        if figures["done_under_two_fences"] or figures["wrong"]:
+            return
+    pytest.fail(f"the missing fence was not found: {figures}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -75,8 +76,8 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    where = tmp_path_factory.mktemp("jobs") / "jobs.sqlite"
+def scene(module_path: Path) -> Iterator[Scene]:
+    where = module_path / "jobs.sqlite"
     with site(where, lease=600.0, keys=Keys(KEYS), key=ANNA) as found:
         made = Scene(found)
         yield made

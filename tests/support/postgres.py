@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.postgres_server import PostgresServer, binaries
+from tests.support.folders import memory_parent
 from tests.support.require import require
 from tests.support.stores import Places
 
@@ -12,7 +13,7 @@ class Server(PostgresServer):
 
     def __init__(self) -> None:
         require(binaries(), "PostgreSQL is not installed (apt-get install postgresql)")
-        super().__init__()
+        super().__init__(memory_parent())
 
 
 class Database(Places):

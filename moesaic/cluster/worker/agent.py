@@ -360,9 +360,12 @@ class Worker:
             self._to_release.difference_update(claims)
 
     async def _watch(self) -> None:
-        """Check every second that the engine makes progress and that a gateway still renews the leases."""
+        """Check every second that the engine makes progress and that a gateway still renews the leases.
+
+        Checks are more frequent if an engine counts as stalled after less than a few seconds.
+        """
         while True:
-            await asyncio.sleep(1)
+            await asyncio.sleep(min(1.0, self._stall_seconds / 4))
             now, stats = time.monotonic(), self._backend.stats().values()
             if any(not each.alive for each in stats):
                 raise EngineStopped("the engine has died: start the worker again")

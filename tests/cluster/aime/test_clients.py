@@ -21,14 +21,14 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 
 @pytest.fixture(scope="module")
-def open_office(tmp_path_factory):
-    with gateway(tmp_path_factory.mktemp("open") / "jobs.sqlite") as server:
+def open_office(module_path):
+    with gateway(module_path / "open.sqlite") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def locked(tmp_path_factory):
-    path = tmp_path_factory.mktemp("locked") / "jobs.sqlite"
+def locked(module_path):
+    path = module_path / "locked.sqlite"
     with gateway(path, keys=Keys((ANNAS, BERTS, CREWS)), bounds=Settings(failed_keys_per_minute=10**6)) as server:
         yield server
 

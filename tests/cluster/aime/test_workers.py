@@ -19,8 +19,8 @@ OTHER, OTHERS = keys.new("others", worker=True, models=("llama3",))
 
 
 @pytest.fixture(scope="module")
-def open_office(tmp_path_factory):
-    with gateway(tmp_path_factory.mktemp("workers") / "jobs.sqlite") as server:
+def open_office(module_path):
+    with gateway(module_path / "jobs.sqlite") as server:
         yield server
 
 

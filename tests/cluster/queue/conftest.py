@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +28,9 @@ def database(server: Server) -> Iterator[Database]:
 
 
 @pytest.fixture
-def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[File]:
-    file = File(tmp_path_factory.mktemp("jobs"))
+def file(tmp_path: Path) -> Iterator[File]:
+    (tmp_path / "jobs").mkdir()
+    file = File(tmp_path / "jobs")
     yield file
     file.close()
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,15 @@ from tests.support.stores import File, Sync, job
 def start(where: str, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.cluster.queue.child", where, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def lines_until_done(child: subprocess.Popen[str]) -> list[str]:
+    """Read a child's output until its first job is done."""
+    lines = [child.stdout.readline()]
+    while not lines[-1].startswith("done "):
+        assert lines[-1], "the child has ended"
+        lines.append(child.stdout.readline())
+    return lines
 
 
 def said(lines: Sequence[str], what: str) -> set[str]:
@@ -99,8 +109,8 @@ def test_postgres_crash_under_several_gateways(server: Server, database, gateway
                 )
                 for n in range(gateways)
             ]
-            lines = [child.stdout.readline() for child in children]
-            threading.Event().wait(draw.uniform(0.3, 0.8))
+            lines = [line for child in children for line in lines_until_done(child)]
+            time.sleep(draw.uniform(0.05, 0.3))
             server.stop("immediate")
             for child in children:
                 child.kill()

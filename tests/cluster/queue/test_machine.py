@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from moesaic.cluster.jobs import Job, LeaseStatus, LeaseToken, LogRecord, StoreLimits
 from moesaic.errors import MoesaicError
 from tests.cluster.queue.model import Model
+from tests.support.folders import memory_parent
 from tests.support.postgres import Database
 from tests.support.sizes import sizes
 from tests.support.stores import File, Sync
@@ -224,8 +225,7 @@ class Files:
     """Files of jobs, each empty; a crash is a copy of what is on disk at that moment."""
 
     def __init__(self) -> None:
-        memory = Path("/dev/shm")  # where flushing takes no time, for it is not what is tested here
-        self._folder = Path(tempfile.mkdtemp(prefix="jobs-", dir=memory if memory.is_dir() else None))
+        self._folder = Path(tempfile.mkdtemp(prefix="jobs-", dir=memory_parent()))
         self._places: list[File] = []
 
     def empty(self) -> None:
