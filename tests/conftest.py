@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from httpx._transports import default
 from hypothesis import HealthCheck, settings
 
 from tests.support.browser import ARGUMENTS
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 # How fast a machine makes examples says nothing about the code.
 settings.register_profile("moesaic", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moesaic")
+
+# Each httpx client reads the certificates of all authorities, 30 ms long; tests start more than a thousand clients.
+default.create_ssl_context = functools.cache(default.create_ssl_context)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores, so more threads only add waiting
     torch.set_num_threads(1)

@@ -13,6 +13,7 @@ import pytest
 from tests.support.breaking_server import Plan, stream
 from tests.support.client import JS_PACKAGE, JS_SOURCE, ROOT, node
 from tests.support.require import require_program
+from tests.support.sizes import sizes
 
 TESTS = Path(__file__).parent / "js"
 WHOLE = stream(Plan(), 0)
@@ -22,7 +23,8 @@ def test_events_errors_and_retries():
     node("--test", TESTS / "events.test.js")
 
 
-def test_streams_that_break():
+@pytest.mark.parametrize("step", sizes(7, 1))
+def test_streams_that_break(step):
     with subprocess.Popen(
         [sys.executable, "-m", "tests.support.breaking_server"],
         stdin=subprocess.PIPE,
@@ -33,7 +35,7 @@ def test_streams_that_break():
         root = f"http://127.0.0.1:{int(server.stdout.readline())}"
         places = [len(WHOLE), WHOLE.index(b"dich") + 2, WHOLE.index(b'"usage"')]
         try:
-            node("--test", TESTS / "resume.test.js", BREAKING=json.dumps([root, *places]))
+            node("--test", TESTS / "resume.test.js", BREAKING=json.dumps([root, step, *places]))
         finally:
             server.stdin.write("\n")
             server.stdin.close()

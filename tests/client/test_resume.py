@@ -12,6 +12,7 @@ from moesaic.client import AsyncClient, Client, Piece, Timeouts
 from moesaic.errors import AnswerChanged, BadReply, ConnectionFailed, MoesaicError, StreamBroken
 from tests.support.breaking_server import ARGUMENTS, TEXT, Plan, stream
 from tests.support.client import AT_ONCE
+from tests.support.sizes import sizes
 
 SIZE = len(stream(Plan(), 0))
 MIDDLE = stream(Plan(), 0).index(b"dich") + 2
@@ -31,9 +32,14 @@ def asked(breaking, http_client, **plan):
     return Client(breaking.url(**plan), http=http_client, retries=AT_ONCE)
 
 
+EVERY = sizes(7, 1)
+"""Distances of the bytes at which streams are broken: some in the fast lane, and all of them in the slow lane."""
+
+
+@pytest.mark.parametrize("step", EVERY)
 @pytest.mark.parametrize("how", ["eof", "end"])
-def test_stream_that_breaks_anywhere_gives_one_answer(breaking, http_client, how):
-    for cut in range(SIZE + 1) if how == "eof" else range(0, SIZE, 11):
+def test_stream_that_breaks_anywhere_gives_one_answer(breaking, http_client, how, step):
+    for cut in range(0, SIZE + 1, step if how == "eof" else 11 * step):
         client = asked(breaking, http_client, cut=cut, how=how, keyed=1)
         with client.chat("Hi", stream=True) as stream:
             pieces = list(stream)
@@ -46,10 +52,11 @@ def test_stream_that_breaks_anywhere_gives_one_answer(breaking, http_client, how
         ]
 
 
-def test_stream_that_breaks_anywhere_with_asyncio(breaking):
+@pytest.mark.parametrize("step", EVERY)
+def test_stream_that_breaks_anywhere_with_asyncio(breaking, step):
     async def main() -> None:
         async with httpx.AsyncClient() as http:
-            for cut in range(SIZE + 1):
+            for cut in range(0, SIZE + 1, step):
                 client = AsyncClient(breaking.url(cut=cut, how="reset", keyed=1), http=http, retries=AT_ONCE)
                 async with client.chat("Hi", stream=True) as stream:
                     assert_one_answer([piece async for piece in stream])

@@ -112,7 +112,7 @@ def wrong(draw: st.DrawFn) -> tuple[str, str, str, Any, Any, list[Any]]:
 @example((THIEF, "finish", "owner", 1, 4, [["e", 0, "stop", 1, 1]]))
 @example((THIEF, "events", "owner", 1, 4, [piece(3)]))
 @example((GOOD, "finish", "start", 1, 9, [["e", 0, "stop", 1, 1]]))
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_only_the_newest_fence_can_change_a_job(scene, said):
     key, what, flaw, fence, start, more = said
     job_id = "x" * 24 if flaw == "id" else scene.id
@@ -159,7 +159,7 @@ bodies = (
 
 
 @given(st.sampled_from(["register", "lease", "renew", "events", "finish", "answer", "release"]), bodies)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 def test_invalid_messages_are_refused_without_effect(scene, what, body):
     before = scene.state()
     if what == "lease" and isinstance(body, dict):

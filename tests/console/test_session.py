@@ -92,11 +92,11 @@ def test_keys_edit_the_message(talker: Path, tmp_path: Path) -> None:
 
 def test_keys_during_an_answer_are_shown_at_the_prompt(talker: Path, tmp_path: Path) -> None:
     # With this seed the first line of the answer is long, so it is seen before the answer ends.
-    with Terminal("chat", talker, "--seed", "3", "--max-tokens", "1000", state=tmp_path) as terminal:
+    with Terminal("chat", talker, "--seed", "3", "--max-tokens", "400", state=tmp_path) as terminal:
         terminal.answer("Hello\r")
         terminal.expect("\n[^\n>]{20}")
         terminal.type("/system\r")
-        shown = terminal.expect("1000 tokens")
+        shown = terminal.expect("400 tokens")
         assert "/system" not in shown
         terminal.expect("there is no system prompt")
         terminal.answer("\x04")

@@ -201,7 +201,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def world(count=32, size=4, batch_tokens=16, sequences=4, context=200, window=None, **limits):

@@ -246,10 +246,10 @@ def test_a_generate_call_timeout_is_503():
 
 
 def test_the_queue_timeout_ends_when_the_prompt_is_read():
-    with running(lambda: ScriptedBackend(Script(pause=0.2)), Settings(queue_seconds=0.3)) as server:
+    with running(lambda: ScriptedBackend(Script(pause=0.1)), Settings(queue_seconds=0.2)) as server:
         assert post(server, PATH, CHAT).status_code == 200
     with running(
-        lambda: ScriptedBackend(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=1.5)
+        lambda: ScriptedBackend(Script(held=True)), Settings(queue_seconds=0.2, request_seconds=0.8)
     ) as server:
         response = post(server, PATH, CHAT)
         assert response.status_code == 504 and server.backend.cancelled == 1

@@ -25,7 +25,7 @@ def memory() -> int:
 
 def test_slow_readers_use_little_memory_and_are_dropped():
     endless = Script(pieces=("x" * 16_000,) * 2000)
-    with running(lambda: ScriptedBackend(endless), Settings(reader_seconds=3)) as server:
+    with running(lambda: ScriptedBackend(endless), Settings(reader_seconds=2)) as server:
         httpx.post(server.url + "/v1/chat/completions", json=CHAT | {"max_tokens": 3})
         before = memory()
         connections = open_unread(server, 200, CHAT | {"stream": True})

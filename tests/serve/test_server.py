@@ -350,6 +350,16 @@ def test_the_server_listens_on_one_socket(shared_server):
         assert server.url.startswith("http://127.0.0.1:")
 
 
+def test_accepted_connections_send_small_packets_at_once(shared_server):
+    """Otherwise the body of each response waits until the client acknowledges the head, up to 40 ms."""
+    with Raw(shared_server) as raw:
+        raw.get("/version").status()
+        sockets = [
+            connection._raw.get_extra_info("socket") for connection in shared_server.http.server_state.connections
+        ]
+        assert sockets and all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets)
+
+
 def test_a_port_in_use_is_an_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

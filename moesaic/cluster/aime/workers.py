@@ -23,6 +23,8 @@ from moesaic.serve.endpoint import AnyResponse, Endpoint, Failure, Response
 
 WAIT_FRACTION = 0.75
 """Fraction of a worker's request timeout after which the gateway responds that there is no job."""
+MIN_REQUEST_SECONDS = 1.0
+"""Shortest request timeout that a worker can ask for."""
 SERVER_VERSION = "0.9.6"
 """The version of AIME's server that workers see."""
 MAX_SLOTS = 4096
@@ -216,7 +218,7 @@ def _count(value: Any) -> int:
 
 
 def _seconds(value: Any) -> float:
-    return max(1.0, value) if type(value) in (int, float) else 60.0
+    return max(MIN_REQUEST_SECONDS, value) if type(value) in (int, float) else 60.0
 
 
 def failure(reason: Failure) -> Any:

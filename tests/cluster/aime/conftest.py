@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.cluster.aime import workers
 from tests.support.aime import OPEN, gateway
 from tests.support.server import Server
 
@@ -16,6 +17,12 @@ def office(tmp_path: Path) -> Iterator[Server]:
     """A gateway without keys."""
     with gateway(tmp_path / "jobs.sqlite") as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def _short_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a worker's request for jobs end after a tenth of a second."""
+    monkeypatch.setattr(workers, "MIN_REQUEST_SECONDS", 0.1)
 
 
 @pytest.fixture(autouse=True)

@@ -305,7 +305,7 @@ def test_job_can_be_cancelled(open_office, client, how):
         client.post("/api/progress/mixtral_chat", {"job_id": job, "canceled": True})
     done = client.progress(job).json()
     assert done["job_state"] == "done" and done["job_result"]["error"] == "the request was cancelled"
-    assert AimeWorker(open_office).ask(request_timeout=1) == {"cmd": "no_job"}
+    assert AimeWorker(open_office).ask(request_timeout=0.1) == {"cmd": "no_job"}
 
 
 def test_job_is_cancelled_after_max_time_in_queue(tmp_path):

@@ -69,13 +69,13 @@ def test_worker_with_another_key_cannot_touch_a_job(tmp_path):
         [data] = AimeWorker(server, key=CREW).take()
         other = AimeWorker(server, key=more)
         assert other.finish(data, "Mine", 1)["error_msg"] == "the job belongs to a worker with another key"
-        assert other.ask(request_timeout=1) == {"cmd": "no_job"}  # of the same name, and yet another
+        assert other.ask(request_timeout=0.1) == {"cmd": "no_job"}  # of the same name, and yet another
 
 
 def test_endpoint_file_key_is_valid_for_its_job_type(tmp_path):
     with gateway(tmp_path / "jobs.sqlite", patient(worker_key=keys.digest("right"))) as server:
         assert AimeWorker(server, key="wrong").ask()["cmd"] == "error"
-        assert AimeWorker(server, key="right").ask(request_timeout=1) == {"cmd": "no_job"}
+        assert AimeWorker(server, key="right").ask(request_timeout=0.1) == {"cmd": "no_job"}
         answer = AimeWorker(server, "nobody", key="right").ask()
         assert answer == {"cmd": "error", "msg": "There is no job type nobody: see the endpoints"}
 
@@ -195,7 +195,7 @@ def test_concurrent_jobs_and_requests_for_more(client, worker):
 
 
 def test_no_job_is_sent_before_the_worker_times_out(worker):
-    assert worker.ask(request_timeout=1) == {"cmd": "no_job"}
+    assert worker.ask(request_timeout=0.1) == {"cmd": "no_job"}
 
 
 def test_repeated_result_is_accepted(client, worker):
@@ -279,7 +279,7 @@ def test_openai_clients_get_deltas(open_office, worker):
 def test_unsupported_features_are_refused(open_office, worker, more, what):
     body = {"model": "mixtral", "messages": [{"role": "user", "content": "Hi"}], **more}
     with meanwhile(lambda: httpx.post(f"{open_office.url}/v1/chat/completions", json=body, timeout=30)) as answer:
-        assert worker.ask(request_timeout=1) == {"cmd": "no_job"}
+        assert worker.ask(request_timeout=0.1) == {"cmd": "no_job"}
         refused = answer.result()
     assert refused.status_code == 400
     assert f"AIME's workers, which do not support {what}" in refused.json()["error"]["message"]
@@ -288,7 +288,7 @@ def test_unsupported_features_are_refused(open_office, worker, more, what):
 def test_other_operations_are_refused(open_office, worker):
     body = {"model": "mixtral", "prompt": "Hi"}
     with meanwhile(lambda: httpx.post(f"{open_office.url}/tokenize", json=body, timeout=30)) as answer:
-        assert worker.ask(request_timeout=1) == {"cmd": "no_job"}
+        assert worker.ask(request_timeout=0.1) == {"cmd": "no_job"}
         assert "do not support tokenize" in answer.result().text and 400 <= answer.result().status_code < 500
 
 
@@ -313,13 +313,13 @@ def test_legacy_worker_is_notified_once_of_a_cancellation(client, worker):
 
 
 def test_leases_of_a_silent_worker_are_renewed(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(leases, "STALL_SECONDS", 0.6)
     with gateway(tmp_path / "jobs.sqlite", lease=0.5) as server:
         client, worker = Client(server), AimeWorker(server)
         job = client.job()
         [data] = worker.take()
         other = AimeWorker(server, name="other")
-        assert other.ask(request_timeout=3) == {"cmd": "no_job"}  # for more than two seconds nobody else gets it
+        assert other.ask(request_timeout=2) == {"cmd": "no_job"}  # for three leases nobody else gets it
         worker.finish(data, "Slow", 1)
         assert client.progress(job).json()["job_result"]["text"] == "Slow"
 

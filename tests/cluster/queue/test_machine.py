@@ -294,11 +294,11 @@ def run(place: object, sequences: int) -> None:
     )
 
 
-@pytest.mark.parametrize("sequences", sizes(50, SEQUENCES))
+@pytest.mark.parametrize("sequences", sizes(30, SEQUENCES))
 def test_sqlite_matches_the_model(files, sequences):
     run(files, sequences)
 
 
-@pytest.mark.parametrize("sequences", sizes(5, max(SEQUENCES // 16, 1)))
+@pytest.mark.parametrize("sequences", sizes(3, max(SEQUENCES // 16, 1)))
 def test_postgres_matches_the_model(database, sequences):
     run(Databases(database), sequences)

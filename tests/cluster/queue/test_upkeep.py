@@ -56,13 +56,13 @@ def test_ended_job_is_kept_for_its_retention(place):
 
 
 def test_oldest_ended_jobs_are_dropped_first(place):
-    store = place.open(StoreLimits(max_ended=700))
-    ids = [f"j{n}" for n in range(1300)]
+    store = place.open(StoreLimits(max_ended=100))
+    ids = [f"j{n}" for n in range(700)]
     store.all(*(store.store.submit(job(job_id)) for job_id in ids))
     store.all(*(store.store.cancel(job_id) for job_id in ids))
     end(store, "late")
     ticks(store, 1)
-    assert len(store.list_jobs("cancelled", 9999)) == 699
+    assert len(store.list_jobs("cancelled", 9999)) == 99
     assert store.snapshot("late") is not None
     assert store.check() == "ok"
 
