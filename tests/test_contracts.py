@@ -21,7 +21,7 @@ from moesaic.errors import CheckpointError, InvalidRequest, NotFound
 from moesaic.formats import WeightFormat
 from moesaic.serve.endpoint import Endpoint as HttpEndpoint
 from moesaic.serve.endpoint import Failure
-from tests.support.models import ours, theirs
+from tests.support.models import moesaic_model, transformers_model
 from tests.support.scripted_server import CONTEXT, TEMPLATE, Script, serving
 
 GROUPED = (
@@ -108,9 +108,9 @@ FAMILIES = {"mixtral": "Mixtral", "llama": "Llama"}
 @pytest.mark.parametrize("name", registry.names("models"))
 class TestModels:
     def test_logits_match_transformers(self, name, tmp_path):
-        model = theirs(FAMILIES[name], {})
+        model = transformers_model(FAMILIES[name], {})
         model.save_pretrained(tmp_path)
-        decoder = ours(tmp_path)
+        decoder = moesaic_model(tmp_path)
         ids = [1, 5, 9, 33, 2, 7]
         with torch.inference_mode():
             expected = model(torch.tensor([ids])).logits[0]
@@ -118,9 +118,9 @@ class TestModels:
         assert (logits - expected).abs().max() <= 1e-4
 
     def test_sizes_and_window_of_the_cache(self, name, tmp_path):
-        model = theirs(FAMILIES[name], {"sliding_window": 11} if name == "mixtral" else {})
+        model = transformers_model(FAMILIES[name], {"sliding_window": 11} if name == "mixtral" else {})
         model.save_pretrained(tmp_path)
-        decoder = ours(tmp_path)
+        decoder = moesaic_model(tmp_path)
         assert (decoder.vocab_size, decoder.max_length) == (97, 128)
         assert decoder.cache_shapes == [(2, 16), (2, 16)]
         assert decoder.window == (11 if name == "mixtral" else None)
@@ -135,7 +135,7 @@ class TestCheckpoints:
     @pytest.fixture
     def written(self, layout, tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
         """Folder of a tiny Mixtral in this layout, and its weights."""
-        theirs("Mixtral", {"num_local_experts": 4}).save_pretrained(tmp_path / "source")
+        transformers_model("Mixtral", {"num_local_experts": 4}).save_pretrained(tmp_path / "source")
         with checkpoints.open_checkpoint(tmp_path / "source") as source:
             registry.load("checkpoints", layout).write(source, tmp_path / "written", 1, lambda _count: None)
             weights = {name: source.read(name) for name in source.tensors}
@@ -235,7 +235,7 @@ class TestEndpoints:
         script, dialect = Script(), endpoints.load(name.replace("_", "-"))
         manner = {"temperature": 0.5, "extra": {"top_k": 7}, "ignore_eos": dialect.supports_ignore_eos}
         self.ask(name, script, self.answer, **manner)
-        [(path, headers, body)] = script.asked
+        [(path, headers, body)] = script.requests
         assert path == (dialect.path or "/tiny") and headers["x-who"] == "me"
         assert headers["authorization"] == "Bearer secret"
         body = body | body.get("parameters", {})
@@ -258,7 +258,7 @@ class TestEndpoints:
         )
         script = Script()
         self.ask(name, script, lambda endpoint: self.answer(endpoint, Request("", 9, messages)))
-        body = str(script.asked[0][2])
+        body = str(script.requests[0][2])
         if endpoints.load(name.replace("_", "-")).supports_messages:
             assert all(word in body for word in ("a b", "assistant", "d"))
         else:
@@ -272,7 +272,7 @@ class TestEndpoints:
                 return (await endpoints.open_endpoint(client, RequestOptions(), "auto", None)).name
 
         for speaks in ((name,), ("nothing",)):
-            with serving(Script(speaks=speaks)) as script:
+            with serving(Script(dialects=speaks)) as script:
                 if speaks == (name,):
                     assert (asyncio.run(detect(script)) == name.replace("_", "-")) == detectable
                 else:

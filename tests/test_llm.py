@@ -11,7 +11,7 @@ import torch
 
 from moesaic import LLM, Classifier, Sampling, errors
 from moesaic.engine import Done, Limits
-from tests.support.models import theirs
+from tests.support.models import transformers_model
 
 HELLO = [{"role": "user", "content": "Hello there."}]
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -184,7 +184,7 @@ def test_loading_refuses_invalid_options(talker, options, error, named):
 
 
 def test_tokenizer_larger_than_the_model_is_refused(copy):
-    theirs("Mixtral", {}).save_pretrained(copy)
+    transformers_model("Mixtral", {}).save_pretrained(copy)
     with pytest.raises(errors.InvalidRequest, match="32000 tokens, but the model only 97"):
         LLM.load(copy)
 
@@ -203,7 +203,7 @@ def test_closed_engine_raises(talker):
 
 def test_classifier(talker, tmp_path):
     names = {"id2label": {0: "sad", 1: "glad"}, "pad_token_id": 0, "vocab_size": 32000}
-    model = theirs("Mixtral", names, "ForSequenceClassification")
+    model = transformers_model("Mixtral", names, "ForSequenceClassification")
     model.save_pretrained(tmp_path)
     shutil.copy(talker / "tokenizer.model", tmp_path)
     with pytest.raises(errors.InvalidRequest, match="Classifier"):

@@ -14,7 +14,7 @@ import torch
 from moesaic import LLM, Classifier, convert, formats, memory, packed
 from moesaic.errors import CheckpointError, InvalidParameter, NotFound
 from moesaic.loading import cache_bytes_per_token, cache_dtype, memory_needed, plan_cache
-from tests.support.models import theirs
+from tests.support.models import transformers_model
 
 PER_TOKEN = 2 * 2 * (2 * 8 * 4)
 """Bytes of a token in the cache of the tiny model: 2 layers' float32 keys and values, 2 heads of 8."""
@@ -152,7 +152,7 @@ def test_packed_folder_counts_packed_weights(talker, tmp_path):
 
 def test_classifier_counts_without_a_cache(talker, tmp_path):
     names = {"id2label": {0: "sad", 1: "glad"}, "pad_token_id": 0, "vocab_size": 32000}
-    theirs("Mixtral", names, "ForSequenceClassification").save_pretrained(tmp_path)
+    transformers_model("Mixtral", names, "ForSequenceClassification").save_pretrained(tmp_path)
     shutil.copy(talker / "tokenizer.model", tmp_path)
     classifier = Classifier.load(tmp_path)
     weights = sum(parameter.nbytes for parameter in classifier.loaded.model.parameters())

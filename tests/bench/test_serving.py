@@ -139,10 +139,10 @@ def test_server_without_usage_counts_chunks_and_words() -> None:
 def test_aime_workloads() -> None:
     script = Script()
     short = measure(script, LoadProfile(concurrency=1, requests=2), source=WorkloadSource(preset="aime-short"))
-    assert {json.dumps(body["messages"]) for _, _, body in script.asked} == {
+    assert {json.dumps(body["messages"]) for _, _, body in script.requests} == {
         json.dumps([{"role": "user", "content": "Tell a long story: Once upon a time"}])
     }
-    assert all(body["max_tokens"] == 500 and body["ignore_eos"] for _, _, body in script.asked)
+    assert all(body["max_tokens"] == 500 and body["ignore_eos"] for _, _, body in script.requests)
     assert short.about["workload"]["kind"] == "aime-short"
     long = measure(Script(), LoadProfile(concurrency=1, requests=2), source=WorkloadSource(preset="aime-context"))
     assert 0.97 * CONTEXT < long.figures[0]["mean_prompt_tokens"] + 500 <= CONTEXT
@@ -169,7 +169,7 @@ def test_dataset_lines_are_sent_in_order(tmp_path: Path) -> None:
     result = measure(
         script, LoadProfile(concurrency=1, requests=3, warmup=0), source=WorkloadSource(WORDS, dataset=file)
     )
-    said = [(body["messages"][0]["content"], body["max_tokens"]) for _, _, body in script.asked]
+    said = [(body["messages"][0]["content"], body["max_tokens"]) for _, _, body in script.requests]
     assert said == [("one", 9), ("two", 3), ("one", 9)]
     assert result.figures[0]["mean_prompt_tokens_asked"] is None
     with pytest.raises(InvalidRequest, match=r"asked.jsonl:2: .*openai-chat"):
@@ -218,8 +218,8 @@ def test_closed_loop(dialect: str) -> None:
     assert (figures["completed"], figures["failed"], figures["failures"]) == (10, 0, {})
     assert figures["total_output_tokens"] == 50 and figures["tokens_counted_by"] == "usage"
     assert figures["tokens_per_chunk"] == 1
-    assert figures["max_concurrent_requests"] == 3 and script.most <= 3
-    assert len(script.asked) == 10 + 1 + len(serving.PROBE_WORDS)
+    assert figures["max_concurrent_requests"] == 3 and script.max_running <= 3
+    assert len(script.requests) == 10 + 1 + len(serving.PROBE_WORDS)
     assert result.about["backend"] == dialect and result.about["model_id"] == "tiny"
 
 
@@ -271,7 +271,7 @@ def test_each_load_has_its_own_requests() -> None:
     result = measure(script, *(LoadProfile(concurrency=users, requests=4, warmup=0) for users in (1, 2, 4)))
     assert [figures["max_concurrency"] for figures in result.figures] == [1, 2, 4]
     assert [figures["completed"] for figures in result.figures] == [4, 4, 4]
-    prompts = [body["messages"][0]["content"] for _, _, body in script.asked]
+    prompts = [body["messages"][0]["content"] for _, _, body in script.requests]
     assert len(set(prompts)) == len(prompts) == 12 + 2
 
 
@@ -279,7 +279,7 @@ def test_cancelled_sweep_returns_results_so_far() -> None:
     async def interrupt(script: Script) -> SweepResult:
         loads = [LoadProfile(concurrency=2, duration=3600.0), LoadProfile(concurrency=3, requests=1)]
         whole = asyncio.create_task(sweep(Target(script.url), WorkloadSource(WORDS), loads))
-        while len(script.asked) < 10:
+        while len(script.requests) < 10:
             await asyncio.sleep(0.01)
         whole.cancel()
         return await whole
@@ -319,10 +319,10 @@ def test_unusable_servers_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="cannot be used: status 401: invalid API key"):
         measure(Script(key="secret"), load, key="wrong")
     with pytest.raises(InvalidRequest, match="names no model"):
-        measure(Script(speaks=()), load, dialect="openai")
+        measure(Script(dialects=()), load, dialect="openai")
     with pytest.raises(InvalidRequest, match="names no endpoint"):
-        measure(Script(speaks=()), load, dialect="aime")
-    measure(Script(speaks=()), load, dialect="openai", model="tiny")  # asked for by name, it need not be listed
+        measure(Script(dialects=()), load, dialect="aime")
+    measure(Script(dialects=()), load, dialect="openai", model="tiny")  # asked for by name, it need not be listed
 
 
 # the command

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from tests.support.client import environment
-from tests.support.managed_cluster import Site, site
+from tests.support.managed_cluster import ManagedCluster, running_cluster
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.clients
@@ -81,7 +81,7 @@ class Ray:
 
 
 @contextlib.contextmanager
-def cluster(python: Path, **more: str) -> Iterator[Ray]:
+def ray_cluster(python: Path, **more: str) -> Iterator[Ray]:
     folder = Path(tempfile.mkdtemp(prefix="r"))  # a socket's path must be short
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -122,12 +122,12 @@ def workers(node: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def launched(ray: Ray, here: Site, log: Path, replicas: int) -> Iterator[subprocess.Popen[bytes]]:
+def launched(ray: Ray, cluster: ManagedCluster, log: Path, replicas: int) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``moesaic launch ray`` for workers of a gateway."""
-    key = here.file.with_name("worker.key")
-    key.write_text(here.written["rack"])
+    key = cluster.key_file.with_name("worker.key")
+    key.write_text(cluster.key_texts["rack"])
     command = [str(ray.python), "-m", "moesaic.cli", "launch", "ray", "--replicas", str(replicas), "--cpus", "1"]
-    command += ["--address", ray.address, "--worker", "--gateway", here.url, "--key-file", str(key), "--slots", "4"]
+    command += ["--address", ray.address, "--worker", "--gateway", cluster.url, "--key-file", str(key), "--slots", "4"]
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=ray.environment, stdout=out, stderr=out)
     try:
@@ -137,7 +137,7 @@ def launched(ray: Ray, here: Site, log: Path, replicas: int) -> Iterator[subproc
         process.wait(30)
 
 
-def ask(here: Site, number: int, model: str) -> int:
+def ask(cluster: ManagedCluster, number: int, model: str) -> int:
     """Ask and return how long the answer is."""
     body = {
         "model": model,
@@ -146,8 +146,8 @@ def ask(here: Site, number: int, model: str) -> int:
         "seed": number,
         "ignore_eos": True,
     }
-    headers = {"authorization": f"Bearer {here.written['anna']}"}
-    answer = httpx.post(here.url + "/v1/completions", json=body, headers=headers, timeout=PATIENCE)
+    headers = {"authorization": f"Bearer {cluster.key_texts['anna']}"}
+    answer = httpx.post(cluster.url + "/v1/completions", json=body, headers=headers, timeout=PATIENCE)
     assert answer.status_code == 200, answer.text
     return int(answer.json()["usage"]["completion_tokens"])
 
@@ -157,62 +157,62 @@ def test_lost_workers_and_lost_nodes_are_made_up_for(python: Path, tmp_path: Pat
 
     log = tmp_path / "launch.log"
     with (
-        site(tmp_path, lease=5.0, crashes=9) as here,
-        cluster(python, **TOKEN) as ray,
+        running_cluster(tmp_path, lease=5.0, crashes=9) as cluster,
+        ray_cluster(python, **TOKEN) as ray,
         ThreadPoolExecutor(JOBS) as pool,
     ):
         head = ray.nodes[0].pid
         second = ray.start("--address", ray.address)
-        with launched(ray, here, log, 3) as launcher:
-            eventually(lambda: len(here.gateway.workers.sessions) == 3 or launcher.poll() is not None, PATIENCE)
+        with launched(ray, cluster, log, 3) as launcher:
+            eventually(lambda: len(cluster.gateway.workers.sessions) == 3 or launcher.poll() is not None, PATIENCE)
             assert launcher.poll() is None, log.read_text()[-4000:]
             assert len(workers(head) + workers(second)) == 3 and len(workers(second)) in (1, 2)
 
-            [model] = {name for each in here.gateway.workers.sessions.values() for name in each.models}
-            first = pool.map(lambda number: ask(here, number, model), range(JOBS))
-            eventually(lambda: any(each.leases for each in here.gateway.workers.sessions.values()))
-            before = set(here.gateway.workers.sessions)
+            [model] = {name for each in cluster.gateway.workers.sessions.values() for name in each.models}
+            first = pool.map(lambda number: ask(cluster, number, model), range(JOBS))
+            eventually(lambda: any(each.leases for each in cluster.gateway.workers.sessions.values()))
+            before = set(cluster.gateway.workers.sessions)
             kill(workers(second)[0])  # one worker, at work
             assert list(first) == [TOKENS] * JOBS
             eventually(
-                lambda: len(here.gateway.workers.sessions) == 3 and set(here.gateway.workers.sessions) != before,
+                lambda: len(cluster.gateway.workers.sessions) == 3 and set(cluster.gateway.workers.sessions) != before,
                 PATIENCE,
             )
 
-            again = pool.map(lambda number: ask(here, number, model), range(JOBS))
-            eventually(lambda: sum(bool(each.leases) for each in here.gateway.workers.sessions.values()) == 3)
-            held = here.gateway.leases.expired
+            again = pool.map(lambda number: ask(cluster, number, model), range(JOBS))
+            eventually(lambda: sum(bool(each.leases) for each in cluster.gateway.workers.sessions.values()) == 3)
+            held = cluster.gateway.leases.expired
             lost = [second, *children(second)]
             for process in lost:
                 kill(process)
             assert list(again) == [TOKENS] * JOBS  # also those that were half done
-            assert here.gateway.leases.expired > held
+            assert cluster.gateway.leases.expired > held
             # Two replicas have room on what is left: the third waits for a node, which comes.
-            eventually(lambda: len(here.gateway.workers.sessions) == 2 and len(workers(head)) == 2, PATIENCE)
+            eventually(lambda: len(cluster.gateway.workers.sessions) == 2 and len(workers(head)) == 2, PATIENCE)
             third = ray.start("--address", ray.address)
-            eventually(lambda: len(here.gateway.workers.sessions) == 3 and len(workers(third)) == 1, PATIENCE)
+            eventually(lambda: len(cluster.gateway.workers.sessions) == 3 and len(workers(third)) == 1, PATIENCE)
 
             launcher.terminate()
             assert launcher.wait(60) == 0, log.read_text()[-4000:]
             eventually(lambda: not workers(head) and not workers(third))
-            assert here.gateway.workers.sessions == {} and here.gateway.leases.dead == 0
+            assert cluster.gateway.workers.sessions == {} and cluster.gateway.leases.dead == 0
 
 
 def test_workers_end_with_whoever_started_them(python: Path, tmp_path: Path) -> None:
-    with site(tmp_path, lease=5.0) as here, cluster(python, **TOKEN) as ray:
-        with launched(ray, here, tmp_path / "log", 1) as launcher:
-            eventually(lambda: here.gateway.workers.sessions or launcher.poll() is not None, PATIENCE)
+    with running_cluster(tmp_path, lease=5.0) as cluster, ray_cluster(python, **TOKEN) as ray:
+        with launched(ray, cluster, tmp_path / "log", 1) as launcher:
+            eventually(lambda: cluster.gateway.workers.sessions or launcher.poll() is not None, PATIENCE)
             assert launcher.poll() is None, (tmp_path / "log").read_text()[-4000:]
         eventually(
-            lambda: not here.gateway.workers.sessions and not workers(ray.nodes[0].pid), PATIENCE
+            lambda: not cluster.gateway.workers.sessions and not workers(ray.nodes[0].pid), PATIENCE
         )  # it was killed
 
 
 def test_a_refused_worker_is_not_tried_again(python: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with site(tmp_path, lease=5.0) as here, cluster(python, **TOKEN) as ray:
-        here.written["rack"] = "msc-wrong"
-        with launched(ray, here, log, 1) as launcher:
+    with running_cluster(tmp_path, lease=5.0) as cluster, ray_cluster(python, **TOKEN) as ray:
+        cluster.key_texts["rack"] = "msc-wrong"
+        with launched(ray, cluster, log, 1) as launcher:
             assert launcher.wait(PATIENCE) == 2
         assert "was refused" in log.read_text()
 
@@ -225,10 +225,14 @@ def refused(python: Path, *flags: str, **environment: Any) -> str:
 
 
 def test_others_reach_no_cluster_without_a_token(python: Path, tmp_path: Path) -> None:
-    with site(tmp_path) as here, cluster(python) as ray, launched(ray, here, tmp_path / "log", 1) as launcher:
+    with (
+        running_cluster(tmp_path) as cluster,
+        ray_cluster(python) as ray,
+        launched(ray, cluster, tmp_path / "log", 1) as launcher,
+    ):
         # Ray's nodes listen on the machine's own address, whatever they are told of 127.0.0.1.
         assert launcher.wait(PATIENCE) == 2
-        assert "can reach Ray at" in (tmp_path / "log").read_text() and not here.gateway.workers.sessions
+        assert "can reach Ray at" in (tmp_path / "log").read_text() and not cluster.gateway.workers.sessions
     path = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
     assert "RAY_AUTH_MODE=token" in refused(python, "--address", "192.0.2.1:6379", **path)
     assert "host:port" in refused(python, "--address", "ray://127.0.0.1:10001", **path)

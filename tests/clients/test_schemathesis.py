@@ -16,7 +16,7 @@ import pytest
 from moesaic.serve import keys
 from moesaic.serve.settings import Settings
 from tests.support.client import environment
-from tests.support.managed_cluster import site
+from tests.support.managed_cluster import running_cluster
 from tests.support.server import running, serving
 
 pytestmark = pytest.mark.clients
@@ -69,14 +69,14 @@ def test_keys_are_asked_for_wherever_they_are_said_to_be(tmp_path):
     ],
 )
 def test_a_gateway(key, paths, tmp_path, caplog):
-    with site(tmp_path, step=0.0, settings=GENEROUS) as here:
-        here.spawn("w0")
-        here.spawn("w1")
-        (tmp_path / "openapi.json").write_bytes(here.call("GET", "/openapi.json", key="anna").content)
-        flags = ("-H", f"Authorization: Bearer {here.written[key]}", "--include-path-regex", paths)
+    with running_cluster(tmp_path, step=0.0, settings=GENEROUS) as cluster:
+        cluster.spawn("w0")
+        cluster.spawn("w1")
+        (tmp_path / "openapi.json").write_bytes(cluster.call("GET", "/openapi.json", key="anna").content)
+        flags = ("-H", f"Authorization: Bearer {cluster.key_texts[key]}", "--include-path-regex", paths)
         if paths == "^/worker_":  # AIME's workers take 503 for "log in again"
             flags += ("--exclude-checks", "not_a_server_error,positive_data_acceptance")
-        check(here.url, tmp_path, *flags, described="openapi.json")
-        here.ok("POST", "resume")  # it was told to drain, likely
-        assert here.ask("still there?").status_code == 200
+        check(cluster.url, tmp_path, *flags, described="openapi.json")
+        cluster.ok("POST", "resume")  # it was told to drain, likely
+        assert cluster.ask("still there?").status_code == 200
     assert not [record for record in caplog.records if record.exc_info]

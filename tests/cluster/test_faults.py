@@ -24,89 +24,95 @@ from moesaic.errors import EngineStopped
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.support.backend import FakeBackend, answer
-from tests.support.cluster import SLOW, Site, site
-from tests.support.completions import Stream, ask, text, together
+from tests.support.cluster import SLOW, Cluster, running_cluster
+from tests.support.completions import Stream, ask, in_parallel, text
 from tests.support.proxy import Proxy
 from tests.support.sizes import sizes
 from tests.support.wait import eventually
 
 
 @contextlib.contextmanager
-def nursed(found: Site, folder: Path, **options: Any) -> Iterator[WorkerForkServer]:
-    nursery = WorkerForkServer(found.url, folder / "log", **options)
+def running_fork_server(cluster: Cluster, folder: Path, **options: Any) -> Iterator[WorkerForkServer]:
+    fork_server = WorkerForkServer(cluster.url, folder / "log", **options)
     try:
-        yield nursery
+        yield fork_server
     finally:
-        nursery.close()
+        fork_server.close()
 
 
 # Workers
 
 
 def test_killed_workers_answer_continues_without_gap_or_repeat(tmp_path):
-    with site(tmp_path / "jobs.sqlite", lease=1.0) as found, nursed(found, tmp_path, seconds=SLOW) as nursery:
-        nursery.spawn("w0")
-        eventually(lambda: found.gateway.workers.sessions)
-        streams = [Stream(found.client, f"{n}", 24, n=1 + n) for n in range(3)]
+    with (
+        running_cluster(tmp_path / "jobs.sqlite", lease=1.0) as cluster,
+        running_fork_server(cluster, tmp_path, seconds=SLOW) as fork_server,
+    ):
+        fork_server.spawn("w0")
+        eventually(lambda: cluster.gateway.workers.sessions)
+        streams = [Stream(cluster.client, f"{n}", 24, n=1 + n) for n in range(3)]
         eventually(lambda: all(len(stream.pieces) > 5 for stream in streams))
-        nursery.signal("w0", signal.SIGKILL)
-        eventually(lambda: found.gateway.leases.expired == 3)
+        fork_server.signal("w0", signal.SIGKILL)
+        eventually(lambda: cluster.gateway.leases.expired == 3)
         for n, stream in enumerate(streams):
             assert answer(f"{n}", count=24).startswith(stream.text) or n
-        nursery.spawn("w2")
+        fork_server.spawn("w2")
         for n, stream in enumerate(streams):
             assert sorted(stream.end().text.split()) == sorted(
                 "".join(answer(f"{n}", count=24, index=index) for index in range(1 + n)).split()
             )
             assert stream.done
         assert streams[0].text == answer("0", count=24)
-        seen = found.seen(streams[0].job)
+        seen = cluster.snapshot(streams[0].job)
         assert (seen.attempts, seen.crashes, seen.state) == (2, 1, "done")
 
 
 def test_results_of_a_paused_worker_are_refused(tmp_path):
     """w1 does not stop when it is told to: the fence alone stands between its tokens and the job."""
-    with site(tmp_path / "jobs.sqlite", lease=1.0) as found, nursed(found, tmp_path, seconds=SLOW) as nursery:
-        nursery.spawn("w1")
-        eventually(lambda: found.gateway.workers.sessions)
-        stream = Stream(found.client, count=40)
+    with (
+        running_cluster(tmp_path / "jobs.sqlite", lease=1.0) as cluster,
+        running_fork_server(cluster, tmp_path, seconds=SLOW) as fork_server,
+    ):
+        fork_server.spawn("w1")
+        eventually(lambda: cluster.gateway.workers.sessions)
+        stream = Stream(cluster.client, count=40)
         eventually(lambda: len(stream.pieces) > 5)
-        nursery.signal("w1", signal.SIGSTOP)
-        nursery.spawn("w2")
-        eventually(lambda: found.gateway.leases.expired == 1)
+        fork_server.signal("w1", signal.SIGSTOP)
+        fork_server.spawn("w2")
+        eventually(lambda: cluster.gateway.leases.expired == 1)
         heard = len(stream.pieces)
         eventually(lambda: len(stream.pieces) > heard)
-        nursery.signal("w1", signal.SIGCONT)
+        fork_server.signal("w1", signal.SIGCONT)
         assert stream.end().text == answer("Hi", count=40) and stream.done
-        eventually(lambda: found.gateway.leases.fenced > 0)
-        eventually(lambda: "result refused" in nursery.log.read_text())
-        assert found.seen(stream.job).attempts == 2
+        eventually(lambda: cluster.gateway.leases.fenced > 0)
+        eventually(lambda: "result refused" in fork_server.log.read_text())
+        assert cluster.snapshot(stream.job).attempts == 2
 
 
 def test_stalled_engine_loses_its_jobs_and_gets_no_more(tmp_path):
     bounds = StoreLimits(crashes=1)
-    with site(tmp_path / "jobs.sqlite", lease=1.0, stall=1.0, bounds=bounds) as found:
-        hand = found.hire()
-        hung = Stream(found.client, "HANG").end()
+    with running_cluster(tmp_path / "jobs.sqlite", lease=1.0, stall=1.0, limits=bounds) as cluster:
+        handle = cluster.start_worker()
+        hung = Stream(cluster.client, "HANG").end()
         assert hung.error is not None and "every worker that ran" in hung.error["message"] and not hung.done
-        assert found.gateway.workers.sessions["w0"].stalled
-        waiting = Stream(found.client, "Hi")
-        eventually(lambda: found.depths() == (1, 0))
+        assert cluster.gateway.workers.sessions["w0"].stalled
+        waiting = Stream(cluster.client, "Hi")
+        eventually(lambda: cluster.depths() == (1, 0))
         time.sleep(0.5)  # it is asked to, and does not get it
-        assert len(hand.backend.requests) == 1
-        found.hire()
+        assert len(handle.backend.requests) == 1
+        cluster.start_worker()
         assert waiting.end().text == answer("Hi")
 
 
 def test_worker_with_a_stalled_engine_stops(tmp_path):
-    with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
-        hand = found.hire(stall_seconds=1.0)
-        stream = Stream(found.client, "HANG", once="k")
+    with running_cluster(tmp_path / "jobs.sqlite", lease=1.0) as cluster:
+        handle = cluster.start_worker(stall_seconds=1.0)
+        stream = Stream(cluster.client, "HANG", idempotency_key="k")
         with pytest.raises(EngineStopped, match="no step"):
-            hand.future.result(30)
-        eventually(lambda: found.gateway.leases.expired == 1)
-        stream.leave()
-        found.client.delete(f"/v1/jobs/{found.do(found.gateway.store.list_jobs('queued'))[0].job.id}")
+            handle.future.result(30)
+        eventually(lambda: cluster.gateway.leases.expired == 1)
+        stream.disconnect()
+        cluster.client.delete(f"/v1/jobs/{cluster.run(cluster.gateway.store.list_jobs('queued'))[0].job.id}")
         stream.end()
 
 
@@ -117,23 +123,23 @@ def test_one_poisoned_job_costs_few_workers(tmp_path, how, count, workers):
     found_all = threading.Event()
     made = 1
 
-    def supervise(nursery: WorkerForkServer) -> None:
+    def supervise(fork_server: WorkerForkServer) -> None:
         nonlocal made
         while not found_all.wait(0.02):
-            if not nursery.lives(f"w{2 * made}"):
+            if not fork_server.lives(f"w{2 * made}"):
                 made += 1
-                nursery.spawn(f"w{2 * made}")
+                fork_server.spawn(f"w{2 * made}")
 
     with (
-        site(tmp_path / "jobs.sqlite", lease=1.0, models=["fake"]) as found,
-        nursed(found, tmp_path, slots=count, seconds=0.01, stall=1.0) as nursery,
+        running_cluster(tmp_path / "jobs.sqlite", lease=1.0, models=["fake"]) as cluster,
+        running_fork_server(cluster, tmp_path, slots=count, seconds=0.01, stall=1.0) as fork_server,
     ):
         poison = count // 2 + 5
         prompts = [how if n == poison else f"job {n}" for n in range(count)]
-        streams = [Stream(found.client, prompt, 8) for prompt in prompts]
-        eventually(lambda: found.depths() == (count, 0))
-        nursery.spawn("w2")
-        supervisor = threading.Thread(target=supervise, args=(nursery,))
+        streams = [Stream(cluster.client, prompt, 8) for prompt in prompts]
+        eventually(lambda: cluster.depths() == (count, 0))
+        fork_server.spawn("w2")
+        supervisor = threading.Thread(target=supervise, args=(fork_server,))
         supervisor.start()
         try:
             for stream in streams:
@@ -146,63 +152,63 @@ def test_one_poisoned_job_costs_few_workers(tmp_path, how, count, workers):
                 assert stream.text == answer(prompts[n], count=8) and stream.done
         bad = streams[poison]
         assert bad.error is not None and "every worker that ran" in bad.error["message"] and not bad.done
-        assert found.seen(bad.job).state == "dead"
+        assert cluster.snapshot(bad.job).state == "dead"
         assert made - 1 <= workers
-        [dead] = found.do(found.gateway.store.list_jobs("dead"))
-        again = found.client.get(f"/v1/jobs/{dead.job.id}").json()
+        [dead] = cluster.run(cluster.gateway.store.list_jobs("dead"))
+        again = cluster.client.get(f"/v1/jobs/{dead.job.id}").json()
         assert (again["state"], again["error"]["type"]) == ("dead", "PoisonedJob")
 
 
 def test_failing_job_does_not_affect_others(tmp_path):
-    with site(tmp_path / "jobs.sqlite") as found:
-        hand = found.hire(FakeBackend(seconds=0.01), slots=16)
+    with running_cluster(tmp_path / "jobs.sqlite") as cluster:
+        handle = cluster.start_worker(FakeBackend(seconds=0.01), slots=16)
         prompts = ["NAN" if n == 5 else f"{n}" for n in range(16)]
-        replies = together(16, lambda n: ask(found.client, prompts[n]))
+        replies = in_parallel(16, lambda n: ask(cluster.client, prompts[n]))
         assert [each.status_code for each in replies] == [500 if n == 5 else 200 for n in range(16)]
         assert [text(each) for n, each in enumerate(replies) if n != 5] == [answer(p) for p in prompts if p != "NAN"]
-        assert len(hand.backend.requests) == 16 and found.gateway.leases.expired == 0
+        assert len(handle.backend.requests) == 16 and cluster.gateway.leases.expired == 0
 
 
 # The store
 
 
-def pragma(found: Site, sql: str) -> Any:
+def pragma(cluster: Cluster, sql: str) -> Any:
     def operation() -> Any:
         rows = yield Statement(f"PRAGMA {sql}")
         return Outcome(rows)
 
-    return found.do(found.gateway.store.run(operation))
+    return cluster.run(cluster.gateway.store.run(operation))
 
 
 def test_full_disk_refuses_new_jobs_and_finishes_running_ones(tmp_path):
-    with site(tmp_path / "jobs.sqlite", lease=2.0) as found:
-        hand = found.hire(FakeBackend(seconds=SLOW))
-        stream = Stream(found.client, count=30)
+    with running_cluster(tmp_path / "jobs.sqlite", lease=2.0) as cluster:
+        handle = cluster.start_worker(FakeBackend(seconds=SLOW))
+        stream = Stream(cluster.client, count=30)
         eventually(lambda: stream.pieces)
-        pragma(found, f"max_page_count = {pragma(found, 'page_count')[0][0]}")
-        refused = ask(found.client, "x" * 100_000)
+        pragma(cluster, f"max_page_count = {pragma(cluster, 'page_count')[0][0]}")
+        refused = ask(cluster.client, "x" * 100_000)
         assert refused.status_code == 503 and "full" in refused.text
         assert int(refused.headers["retry-after"]) >= 1
         heard = len(stream.pieces)
         eventually(lambda: len(stream.pieces) > heard + 10)  # nothing of it can be written, and it is told
-        eventually(lambda: not hand.backend.running)
-        assert not hand.future.done()
-        pragma(found, "max_page_count = 1000000")
+        eventually(lambda: not handle.backend.running)
+        assert not handle.future.done()
+        pragma(cluster, "max_page_count = 1000000")
         assert stream.end().text == answer("Hi", count=30) and stream.done
-        assert len(hand.backend.requests) == 1 and found.gateway.leases.expired == 0
-        assert ask(found.client).status_code == 200
-        assert found.do(found.gateway.store.check()) == "ok"
+        assert len(handle.backend.requests) == 1 and cluster.gateway.leases.expired == 0
+        assert ask(cluster.client).status_code == 200
+        assert cluster.run(cluster.gateway.store.check()) == "ok"
 
 
 def test_pause_of_the_gateway_expires_no_lease(tmp_path):
     """Nor does a gateway that stood still: no beat was seen, and none could be."""
-    with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
-        hand = found.hire(FakeBackend(seconds=SLOW))
-        stream = Stream(found.client, count=40)
+    with running_cluster(tmp_path / "jobs.sqlite", lease=1.0) as cluster:
+        handle = cluster.start_worker(FakeBackend(seconds=SLOW))
+        stream = Stream(cluster.client, count=40)
         eventually(lambda: stream.pieces)
-        found.server.call(lambda: time.sleep(2.0))  # everything here: the gateway's loop itself
+        cluster.server.call(lambda: time.sleep(2.0))  # everything here: the gateway's loop itself
         assert stream.end().text == answer("Hi", count=40) and stream.done
-        assert found.gateway.leases.expired == 0 and len(hand.backend.requests) == 1
+        assert cluster.gateway.leases.expired == 0 and len(handle.backend.requests) == 1
 
 
 # The clock
@@ -211,17 +217,17 @@ def test_pause_of_the_gateway_expires_no_lease(tmp_path):
 @pytest.mark.parametrize("days", [1, -1])
 def test_wall_clock_jumps_have_no_effect(tmp_path, monkeypatch, days):
     """F13."""
-    with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
-        found.hire(FakeBackend(seconds=SLOW))
-        stream = Stream(found.client, count=25)
+    with running_cluster(tmp_path / "jobs.sqlite", lease=1.0) as cluster:
+        cluster.start_worker(FakeBackend(seconds=SLOW))
+        stream = Stream(cluster.client, count=25)
         eventually(lambda: stream.pieces)
-        now, seconds = time.time, found.gateway.leases.mean_job_seconds
+        now, seconds = time.time, cluster.gateway.leases.mean_job_seconds
         monkeypatch.setattr(time, "time", lambda: now() + 86400 * days)
         assert stream.end().text == answer("Hi", count=25) and stream.done
-        assert text(ask(found.client, once="k")) == answer("Hi")
-        assert found.gateway.leases.expired == found.gateway.leases.fenced == 0
-        assert abs(found.gateway.leases.mean_job_seconds - seconds) < 10
-        assert found.client.get(f"/v1/jobs/{stream.job}").json()["state"] == "done"
+        assert text(ask(cluster.client, idempotency_key="k")) == answer("Hi")
+        assert cluster.gateway.leases.expired == cluster.gateway.leases.fenced == 0
+        assert abs(cluster.gateway.leases.mean_job_seconds - seconds) < 10
+        assert cluster.client.get(f"/v1/jobs/{stream.job}").json()["state"] == "done"
 
 
 # Too much
@@ -230,9 +236,9 @@ def test_wall_clock_jumps_have_no_effect(tmp_path, monkeypatch, days):
 def test_overload_is_refused_at_once_and_accepted_jobs_finish(tmp_path):
     """L6: five times as many requests as there is room for."""
     bounds = StoreLimits(queued=15, queued_per_tenant=15)
-    with site(tmp_path / "jobs.sqlite", bounds=bounds) as found:
-        found.hire(FakeBackend(seconds=0.02), slots=4)
-        replies = together(95, lambda n: ask(found.client, f"{n}"))
+    with running_cluster(tmp_path / "jobs.sqlite", limits=bounds) as cluster:
+        cluster.start_worker(FakeBackend(seconds=0.02), slots=4)
+        replies = in_parallel(95, lambda n: ask(cluster.client, f"{n}"))
         refused = [each for each in replies if each.status_code != 200]
         assert len(refused) >= 50
         for n, each in enumerate(replies):
@@ -241,7 +247,7 @@ def test_overload_is_refused_at_once_and_accepted_jobs_finish(tmp_path):
             else:
                 assert each.status_code in (429, 503) and 1 <= int(each.headers["retry-after"]) <= 100
                 assert each.elapsed.total_seconds() < 10
-        assert found.depths() == (0, 0)
+        assert cluster.depths() == (0, 0)
 
 
 def test_small_tenant_does_not_wait_behind_large_backlog(tmp_path):
@@ -249,24 +255,24 @@ def test_small_tenant_does_not_wait_behind_large_backlog(tmp_path):
     who = ("anna", "bert", "worker")
     listed = tuple(keys.Key(name, keys.digest(name), worker=name == "worker") for name in who)
     slots = 4
-    with site(tmp_path / "jobs.sqlite", keys=Keys(listed), key="anna", models=["fake"]) as found:
-        asked = [found.do(found.gateway.submit(_ask(f"a{n}", "anna"))) for n in range(150)]
-        hand = found.hire(FakeBackend(seconds=0.005), slots=slots, key="worker")
+    with running_cluster(tmp_path / "jobs.sqlite", keys=Keys(listed), key="anna", models=["fake"]) as cluster:
+        asked = [cluster.run(cluster.gateway.submit(_ask(f"a{n}", "anna"))) for n in range(150)]
+        handle = cluster.start_worker(FakeBackend(seconds=0.005), slots=slots, key="worker")
         waits = []
         for n in range(6):
-            before = len(hand.backend.requests)
-            reply = found.client.post(
+            before = len(handle.backend.requests)
+            reply = cluster.client.post(
                 "/v1/completions",
                 json={"model": "fake", "prompt": f"b{n}", "max_tokens": 4},
                 headers={"authorization": "Bearer bert"},
             )
             assert reply.status_code == 200
-            [place] = [place for place, each in enumerate(hand.backend.requests) if each.prompt == f"b{n}"]
+            [place] = [place for place, each in enumerate(handle.backend.requests) if each.prompt == f"b{n}"]
             waits.append(place - before)
-            assert len(hand.backend.requests) < 150, "there was nobody to wait for any more"
+            assert len(handle.backend.requests) < 150, "there was nobody to wait for any more"
         assert max(waits) <= 4 * slots, waits
         for job_id in asked:
-            found.do(found.gateway.cancel(job_id, "anna"))
+            cluster.run(cluster.gateway.cancel(job_id, "anna"))
 
 
 def _ask(prompt: str, tenant: str) -> Any:
@@ -294,13 +300,14 @@ def test_many_workers_reconnect_without_a_storm(tmp_path, monkeypatch, count, jo
     monkeypatch.setattr(Worker, "_start", begin)
     monkeypatch.setattr(Worker, "_register", counted)
     where = tmp_path / "jobs.sqlite"
-    with site(tmp_path / "beside.sqlite") as beside:
-        with site(where) as first:
-            hands = [
-                beside.hire(FakeBackend(seconds=SLOW), urls=[first.url], slots=1, wait=False) for _ in range(count)
+    with running_cluster(tmp_path / "beside.sqlite") as other_cluster:
+        with running_cluster(where) as first:
+            handles = [
+                other_cluster.start_worker(FakeBackend(seconds=SLOW), urls=[first.url], slots=1, wait=False)
+                for _ in range(count)
             ]
             eventually(lambda: len(first.gateway.workers.sessions) == count)
-            streams = [Stream(first.client, f"{n}", 60, once=f"k{n}") for n in range(jobs)]
+            streams = [Stream(first.client, f"{n}", 60, idempotency_key=f"k{n}") for n in range(jobs)]
             eventually(lambda: len(begun) == jobs)
             tries, closed = 0, time.monotonic()
         for stream in streams:
@@ -308,15 +315,15 @@ def test_many_workers_reconnect_without_a_storm(tmp_path, monkeypatch, count, jo
         time.sleep(1.5)
         attempts = 8 + 2 * (time.monotonic() - closed)  # the pauses between attempts grow to about a second
         assert tries <= attempts * count, "the workers reconnect without pauses"
-        with site(where, port=first.port) as second:
+        with running_cluster(where, port=first.port) as second:
             eventually(lambda: len(second.gateway.workers.sessions) == count, 40)
-            again = [Stream(second.client, f"{n}", 60, once=f"k{n}") for n in range(jobs)]
+            again = [Stream(second.client, f"{n}", 60, idempotency_key=f"k{n}") for n in range(jobs)]
             for n, stream in enumerate(again):
                 assert stream.end().text == answer(f"{n}", count=60) and stream.done
             assert len(begun) == len(set(begun)), "two were given one lease"
             assert second.gateway.leases.expired == 0
-            for hand in hands:
-                beside.server.call(hand.worker.stopped.set)
+            for handle in handles:
+                other_cluster.server.call(handle.worker.stopped.set)
 
 
 # TLS
@@ -410,12 +417,12 @@ def test_worker_refuses_untrusted_gateways(name, tmp_path, caplog):
 @pytest.mark.parametrize("mode", ["delay", "drop", "split", "silent"])
 def test_bad_network_causes_no_gap_or_repeat(tmp_path, mode):
     """F3."""
-    with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
-        proxy = Proxy(found.server.url and found.port)
-        url = found.do(proxy.start())
-        hands = [found.hire(FakeBackend(seconds=0.01), urls=[url], slots=8) for _ in range(2)]
+    with running_cluster(tmp_path / "jobs.sqlite", lease=1.0) as cluster:
+        proxy = Proxy(cluster.server.url and cluster.port)
+        url = cluster.run(proxy.start())
+        handles = [cluster.start_worker(FakeBackend(seconds=0.01), urls=[url], slots=8) for _ in range(2)]
         proxy.mode = mode
-        streams = [Stream(found.client, f"{n}", 40) for n in range(16)]
+        streams = [Stream(cluster.client, f"{n}", 40) for n in range(16)]
         if mode == "silent":
             time.sleep(2.5)
             proxy.mode = "good"
@@ -423,8 +430,8 @@ def test_bad_network_causes_no_gap_or_repeat(tmp_path, mode):
             assert stream.end().text == answer(f"{n}", count=40) and stream.done, stream.error
         assert mode != "drop" or proxy.dropped > 3
         proxy.mode = "good"
-        for hand in hands:
-            assert not hand.future.done()
-            hand.stop()
-        found.do(proxy.stop())
-        assert found.do(found.gateway.store.check()) == "ok"
+        for handle in handles:
+            assert not handle.future.done()
+            handle.stop()
+        cluster.run(proxy.stop())
+        assert cluster.run(cluster.gateway.store.check()) == "ok"

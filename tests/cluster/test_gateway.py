@@ -19,7 +19,7 @@ from moesaic.cluster import wire
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.support.backend import SEED, FakeBackend, answer
-from tests.support.cluster import SLOW, Site, site
+from tests.support.cluster import SLOW, Cluster, running_cluster
 from tests.support.completions import Stream, ask, body, text
 from tests.support.server import running
 from tests.support.sizes import sizes
@@ -37,9 +37,9 @@ NEW = re.compile(r'"(id|created)":("[a-z]+[-_][0-9a-f]+"|\d{9,})')
 
 
 @pytest.fixture
-def plain(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path / "jobs.sqlite") as found:
-        yield found
+def plain(tmp_path: Path) -> Iterator[Cluster]:
+    with running_cluster(tmp_path / "jobs.sqlite") as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def said(response: httpx.Response) -> str:
 def test_every_api_answers_like_a_single_server(plain, direct, name, monkeypatch):
     monkeypatch.setattr(gateways.secrets, "randbits", lambda _: SEED)
     whole, streamed, asked = DIALECTS[name]
-    plain.hire()
+    plain.start_worker()
     assert said(plain.client.post(whole, json=asked)) == said(direct.post(whole, json=asked))
     stream = asked if whole != streamed else {**asked, "stream": True}
     ours, theirs = (client.post(streamed, json=stream) for client in (plain.client, direct))
@@ -90,7 +90,7 @@ def words(stream: str) -> str:
 
 
 def test_other_operations_run_on_workers(plain, direct):
-    plain.hire()
+    plain.start_worker()
     for path, asked in (
         ("/tokenize", {"inputs": "Hi"}),
         ("/detokenize", {"model": "fake", "tokens": [72, 105]}),
@@ -106,17 +106,17 @@ def test_other_operations_run_on_workers(plain, direct):
 
 
 def test_tgi_requests_are_one_durable_job_and_tokenizing_is_none(plain):
-    plain.hire()
+    plain.start_worker()
     body = {"inputs": "Hi", "parameters": {"max_new_tokens": 4, "truncate": 10}}
     assert plain.client.post("/generate", json=body).status_code == 200
     assert plain.client.post("/tokenize", json={"inputs": "Hi"}).status_code == 200
-    jobs = plain.do(plain.gateway.store.list_jobs("done"))
+    jobs = plain.run(plain.gateway.store.list_jobs("done"))
     assert [(snapshot.job.kind, snapshot.job.model) for snapshot in jobs] == [("generate", "fake")]
 
 
 @pytest.mark.parametrize(("prompt", "status"), [("x" * 5000, 400), ("NAN", 500)])
 def test_model_errors_keep_status_and_message(plain, direct, prompt, status):
-    plain.hire()
+    plain.start_worker()
     ours, theirs = ask(plain.client, prompt), ask(direct, prompt)
     assert ours.status_code == theirs.status_code == status
     assert ours.json() == theirs.json() != {}
@@ -128,33 +128,33 @@ def test_unknown_model_differs_from_no_worker(plain):
     nobody = ask(plain.client)
     assert nobody.status_code == 503 and int(nobody.headers["retry-after"]) >= 1
     assert "moesaic worker" in nobody.text
-    hand = plain.hire()
+    handle = plain.start_worker()
     other = plain.client.post("/v1/completions", json=body(model="other"))
     assert other.status_code == 404 and "'other'" in other.text
     assert text(plain.client.post("/v1/completions", json=body(model="fake-alias"))) == answer("Hi")
-    hand.drain()
+    handle.drain()
     eventually(lambda: not plain.gateway.workers.sessions)
     [card] = plain.gateway.models()
     assert (card.name, card.state) == ("fake", "unloaded")
     late = Stream(plain.client)
     eventually(lambda: plain.depths() == (1, 0))
-    plain.hire()
+    plain.start_worker()
     assert late.end().text == answer("Hi")  # a model that was there is waited for
     assert plain.gateway.models()[0].state == "loaded"
 
 
 def test_model_named_at_start_is_accepted_before_a_worker(tmp_path):
-    with site(tmp_path / "jobs.sqlite", models=["fake"]) as found:
-        stream = Stream(found.client)
-        eventually(lambda: found.depths() == (1, 0))
-        eventually(lambda: found.gateway.stats().get("fake", ModelStats()).waiting == 1)
-        assert 'moesaic_num_requests_waiting{model_name="fake"} 1.0' in found.client.get("/metrics").text
-        found.hire()
+    with running_cluster(tmp_path / "jobs.sqlite", models=["fake"]) as cluster:
+        stream = Stream(cluster.client)
+        eventually(lambda: cluster.depths() == (1, 0))
+        eventually(lambda: cluster.gateway.stats().get("fake", ModelStats()).waiting == 1)
+        assert 'moesaic_num_requests_waiting{model_name="fake"} 1.0' in cluster.client.get("/metrics").text
+        cluster.start_worker()
         assert stream.end().text == answer("Hi")
 
 
 def test_jobs_go_to_workers_that_offer_their_model(plain):
-    one, two, both = (plain.hire(FakeBackend(name), name=name) for name in ("one", "two", "one"))
+    one, two, both = (plain.start_worker(FakeBackend(name), name=name) for name in ("one", "two", "one"))
     for model in ("one", "two") * 3:
         said = plain.client.post("/v1/completions", json=body(f"of {model}", model=model))
         assert text(said) == answer(f"of {model}")
@@ -165,15 +165,15 @@ def test_jobs_go_to_workers_that_offer_their_model(plain):
 
 def test_stats_sum_workers_and_never_decrease(plain):
     plain.gateway.leases.lease_seconds = 2.0  # so that workers say often how busy they are
-    hands = [plain.hire(FakeBackend(seconds=SLOW)) for _ in range(2)]
+    handles = [plain.start_worker(FakeBackend(seconds=SLOW)) for _ in range(2)]
     streams = [Stream(plain.client, f"{n}", 40) for n in range(6)]
     eventually(lambda: plain.gateway.stats()["fake"].running == 6)
     for stream in streams:
         assert stream.end().done
     eventually(lambda: plain.gateway.stats()["fake"].running == 0)
-    steps = sum(hand.backend.steps for hand in hands)
+    steps = sum(handle.backend.steps for handle in handles)
     eventually(lambda: plain.gateway.stats()["fake"].steps == steps == 240)
-    hands[0].drain()
+    handles[0].drain()
     eventually(lambda: len(plain.gateway.workers.sessions) == 1)
     assert plain.gateway.stats()["fake"].steps == steps
     assert plain.gateway.leases.fenced == plain.gateway.leases.expired == 0
@@ -183,24 +183,24 @@ def test_stats_sum_workers_and_never_decrease(plain):
 
 
 def test_idempotency_key_gives_one_answer(plain):
-    hand = plain.hire()
-    first, again = ask(plain.client, once="k"), ask(plain.client, once="k")
+    handle = plain.start_worker()
+    first, again = ask(plain.client, idempotency_key="k"), ask(plain.client, idempotency_key="k")
     assert said(first) == said(again) and text(first) == answer("Hi")
     assert [each.headers["idempotency-replayed"] for each in (first, again)] == ["false", "true"]
     assert first.headers["x-moesaic-job"] == again.headers["x-moesaic-job"]
-    assert Stream(plain.client, once="k").end().text == answer("Hi")  # however it is asked for
-    assert len(hand.backend.requests) == 1
-    other = ask(plain.client, "something else", once="k")
+    assert Stream(plain.client, idempotency_key="k").end().text == answer("Hi")  # however it is asked for
+    assert len(handle.backend.requests) == 1
+    other = ask(plain.client, "something else", idempotency_key="k")
     assert other.status_code == 409 and other.json()["error"]["message"]
     assert "idempotency-replayed" not in ask(plain.client).headers
-    assert len(hand.backend.requests) == 2
+    assert len(handle.backend.requests) == 2
 
 
 def test_idempotency_key_replays_failures(plain):
-    hand = plain.hire()
-    first, again = ask(plain.client, "NAN", once="k"), ask(plain.client, "NAN", once="k")
+    handle = plain.start_worker()
+    first, again = ask(plain.client, "NAN", idempotency_key="k"), ask(plain.client, "NAN", idempotency_key="k")
     assert first.status_code == again.status_code == 500 and first.json() == again.json()
-    assert len(hand.backend.requests) == 1
+    assert len(handle.backend.requests) == 1
 
 
 @pytest.mark.filterwarnings(
@@ -209,7 +209,7 @@ def test_idempotency_key_replays_failures(plain):
 @pytest.mark.parametrize("count", sizes(200, 1000))
 def test_many_concurrent_requests_are_one_job(plain, count):
     """F19."""
-    hand = plain.hire(FakeBackend(seconds=0.02))
+    handle = plain.start_worker(FakeBackend(seconds=0.02))
 
     async def all_of_them() -> list[tuple[str, str, str]]:
         headers = {"idempotency-key": "k"}
@@ -226,7 +226,7 @@ def test_many_concurrent_requests_are_one_job(plain, count):
     assert {each[0] for each in found} == {answer("Hi")}
     assert len({each[1] for each in found}) == 1
     assert [each[2] for each in found].count("false") == 1
-    assert len(hand.backend.requests) == 1
+    assert len(handle.backend.requests) == 1
 
 
 # Coming back
@@ -244,7 +244,7 @@ def events(client: httpx.Client, job: str, after: int | None = None) -> list[tup
 
 
 def test_job_progress_and_events(plain):
-    plain.hire(FakeBackend(seconds=SLOW))
+    plain.start_worker(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: len(stream.pieces) > 2)
     shown = plain.client.get(f"/v1/jobs/{stream.job}").json()
@@ -267,13 +267,13 @@ def test_job_progress_and_events(plain):
 
 
 def test_cancelled_job_stops_at_its_worker(plain):
-    hand = plain.hire(FakeBackend(seconds=SLOW))
+    handle = plain.start_worker(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=2000)
     eventually(lambda: stream.pieces)
     assert plain.client.delete(f"/v1/jobs/{stream.job}").json()["state"] == "cancelled"
-    eventually(lambda: not hand.backend.running)
+    eventually(lambda: not handle.backend.running)
     assert stream.end().error["message"] == "the request was cancelled" and not stream.done
-    assert plain.seen(stream.job).state == "cancelled"
+    assert plain.snapshot(stream.job).state == "cancelled"
     assert plain.client.get(f"/v1/jobs/{stream.job}").json()["error"]["type"] == "Cancelled"
     assert ask(plain.client).status_code == 200
     assert plain.depths() == (0, 0) and not plain.gateway.workers.sessions["w0"].leases
@@ -282,26 +282,26 @@ def test_cancelled_job_stops_at_its_worker(plain):
 @pytest.mark.parametrize("slots", [1, 4])
 def test_disconnect_cancels_the_job(plain, slots):
     """Whether it runs or waits."""
-    hand = plain.hire(FakeBackend(seconds=SLOW), slots=slots)
+    handle = plain.start_worker(FakeBackend(seconds=SLOW), slots=slots)
     first = Stream(plain.client, "first", 2000)
     eventually(lambda: first.pieces)
     with pytest.raises(httpx.ReadTimeout):
         plain.client.post("/v1/completions", json=body("second", 2000), timeout=0.5)
-    first.leave()
-    eventually(lambda: plain.depths() == (0, 0) and not hand.backend.running)
-    assert plain.seen(first.job).state == "cancelled"
+    first.disconnect()
+    eventually(lambda: plain.depths() == (0, 0) and not handle.backend.running)
+    assert plain.snapshot(first.job).state == "cancelled"
     first.end()
-    assert [each.state for each in plain.do(plain.gateway.store.list_jobs("cancelled"))] == ["cancelled"] * 2
+    assert [each.state for each in plain.run(plain.gateway.store.list_jobs("cancelled"))] == ["cancelled"] * 2
 
 
 def test_disconnect_with_idempotency_key_keeps_the_job(plain):
-    hand = plain.hire(FakeBackend(seconds=SLOW))
-    stream = Stream(plain.client, "back", 10, once="k")
+    handle = plain.start_worker(FakeBackend(seconds=SLOW))
+    stream = Stream(plain.client, "back", 10, idempotency_key="k")
     eventually(lambda: stream.pieces)
-    stream.leave()
+    stream.disconnect()
     stream.end()
-    assert text(ask(plain.client, "back", 10, once="k")) == answer("back", count=10)
-    assert len(hand.backend.requests) == 1
+    assert text(ask(plain.client, "back", 10, idempotency_key="k")) == answer("back", count=10)
+    assert len(handle.backend.requests) == 1
 
 
 # Keys
@@ -317,9 +317,9 @@ KEYS = (
 
 
 @pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path / "jobs.sqlite", keys=Keys(KEYS), key=ANNA) as found:
-        yield found
+def guarded(tmp_path: Path) -> Iterator[Cluster]:
+    with running_cluster(tmp_path / "jobs.sqlite", keys=Keys(KEYS), key=ANNA) as cluster:
+        yield cluster
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -327,7 +327,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def test_jobs_are_private_to_their_key(guarded):
-    guarded.hire(FakeBackend(seconds=SLOW), key=WORKER)
+    guarded.start_worker(FakeBackend(seconds=SLOW), key=WORKER)
     stream = Stream(guarded.client, count=10)
     eventually(lambda: stream.pieces)
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
@@ -365,44 +365,44 @@ def test_refused_worker_stops_with_the_reason(guarded):
         (WORKER, FakeBackend("another"), "may not offer another"),
         (None, FakeBackend(), "valid API key"),
     ):
-        hand = guarded.hire(backend, key=key)
+        handle = guarded.start_worker(backend, key=key)
         with pytest.raises(Exception, match=why):
-            hand.future.result(20)
+            handle.future.result(20)
     assert not guarded.gateway.workers.sessions
-    assert guarded.hire(FakeBackend("another"), key=OTHER).worker.connected.is_set()
+    assert guarded.start_worker(FakeBackend("another"), key=OTHER).worker.connected.is_set()
 
 
 # Ends and beginnings
 
 
 def test_draining_worker_finishes_its_jobs_and_takes_no_more(plain):
-    hand = plain.hire(FakeBackend(seconds=SLOW), slots=2)
+    handle = plain.start_worker(FakeBackend(seconds=SLOW), slots=2)
     streams = [Stream(plain.client, f"{n}", 10) for n in range(4)]
-    eventually(lambda: len(hand.backend.running) == 2)
-    hand.drain()
+    eventually(lambda: len(handle.backend.running) == 2)
+    handle.drain()
     eventually(lambda: plain.depths() == (2, 0))
     assert sum(stream.done for stream in streams) == 2
-    assert {each.crashes for each in plain.do(plain.gateway.store.list_jobs("queued"))} == {0}
-    plain.hire()
+    assert {each.crashes for each in plain.run(plain.gateway.store.list_jobs("queued"))} == {0}
+    plain.start_worker()
     assert sorted(stream.end().text for stream in streams) == sorted(answer(f"{n}", count=10) for n in range(4))
-    assert len(hand.backend.requests) == 2 and plain.gateway.leases.expired == 0
+    assert len(handle.backend.requests) == 2 and plain.gateway.leases.expired == 0
 
 
 def test_drain_timeout_releases_jobs_without_a_crash(plain):
-    hand = plain.hire(FakeBackend(seconds=SLOW))
+    handle = plain.start_worker(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=30)
     eventually(lambda: len(stream.pieces) > 3)
-    hand.drain(0.0)
-    [seen] = plain.do(plain.gateway.store.list_jobs("queued"))
+    handle.drain(0.0)
+    [seen] = plain.run(plain.gateway.store.list_jobs("queued"))
     assert (seen.crashes, seen.attempts) == (0, 1) and seen.logged > 3
-    second = plain.hire()
+    second = plain.start_worker()
     assert stream.end().text == answer("Hi", count=30)
     assert second.backend.steps < 30, "it was not begun again"
     assert plain.gateway.leases.expired == 0
 
 
 def test_draining_gateway_finishes_running_jobs(plain):
-    plain.hire(FakeBackend(seconds=SLOW))
+    plain.start_worker(FakeBackend(seconds=SLOW))
     stream = Stream(plain.client, count=10)
     eventually(lambda: stream.pieces)
     plain.server.call_sync(lambda: setattr(plain.server.app.state, "draining", True))
@@ -415,43 +415,43 @@ def test_draining_gateway_finishes_running_jobs(plain):
 def test_workers_and_readers_survive_a_gateway_restart(tmp_path):
     """The worker lives on another loop than both gateways do."""
     backend, slots = FakeBackend(seconds=SLOW), 4
-    with site(tmp_path / "beside.sqlite") as beside:
-        with site(tmp_path / "jobs.sqlite") as first:
-            hand = beside.hire(backend, urls=[first.url], slots=slots)
-            streams = [Stream(first.client, f"{n}", 40, once=f"k{n}") for n in range(slots)]
+    with running_cluster(tmp_path / "beside.sqlite") as other_cluster:
+        with running_cluster(tmp_path / "jobs.sqlite") as first:
+            handle = other_cluster.start_worker(backend, urls=[first.url], slots=slots)
+            streams = [Stream(first.client, f"{n}", 40, idempotency_key=f"k{n}") for n in range(slots)]
             eventually(lambda: all(len(stream.pieces) > 3 for stream in streams))
         for stream in streams:
             assert not stream.end().done
-        assert not hand.future.done() and len(backend.running) == slots
+        assert not handle.future.done() and len(backend.running) == slots
         eventually(lambda: backend.steps > 15 * slots)  # nobody is there, and it goes on
-        with site(tmp_path / "jobs.sqlite", port=first.port) as second:
+        with running_cluster(tmp_path / "jobs.sqlite", port=first.port) as second:
             eventually(lambda: second.gateway.workers.models)  # before the worker is back
-            again = [Stream(second.client, f"{n}", 40, once=f"k{n}") for n in range(slots)]
+            again = [Stream(second.client, f"{n}", 40, idempotency_key=f"k{n}") for n in range(slots)]
             for n, stream in enumerate(again):
                 assert stream.end().text == answer(f"{n}", count=40) and stream.done
             assert len(backend.requests) == slots and backend.steps == 40 * slots, "nothing was computed twice"
             assert second.gateway.leases.expired == second.gateway.leases.fenced == 0
-            hand.stop()
+            handle.stop()
 
 
 def test_ended_answers_survive_a_restart(tmp_path):
     where = tmp_path / "jobs.sqlite"
-    with site(where) as first:
-        first.hire()
-        reply = ask(first.client, once="k")
-        dead = ask(first.client, "NAN", once="n")
-    with site(where) as second:
-        second.hire()
-        again = ask(second.client, once="k")
+    with running_cluster(where) as first:
+        first.start_worker()
+        reply = ask(first.client, idempotency_key="k")
+        dead = ask(first.client, "NAN", idempotency_key="n")
+    with running_cluster(where) as second:
+        second.start_worker()
+        again = ask(second.client, idempotency_key="k")
         assert said(again) == said(reply) and again.headers["idempotency-replayed"] == "true"
-        assert ask(second.client, "NAN", once="n").json() == dead.json()
+        assert ask(second.client, "NAN", idempotency_key="n").json() == dead.json()
         assert events(second.client, reply.headers["x-moesaic-job"])[-1][1] == "[DONE]"
 
 
 def test_ended_jobs_leave_nothing_in_memory(plain):
-    plain.hire()
+    plain.start_worker()
     for n in range(20):
         ask(plain.client, f"{n}")
     assert not plain.gateway.workers.sessions["w0"].leases
     eventually(lambda: not plain.gateway.jobs.jobs)
-    assert plain.do(plain.gateway.store.check()) == "ok"
+    assert plain.run(plain.gateway.store.check()) == "ok"

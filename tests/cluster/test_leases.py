@@ -25,7 +25,7 @@ from moesaic.cluster.store import open_store
 from moesaic.cluster.worker import agent, running_job
 from moesaic.errors import NotFound, Overloaded, Unavailable
 from tests.support.backend import FakeBackend, answer
-from tests.support.cluster import site
+from tests.support.cluster import running_cluster
 from tests.support.completions import Stream
 from tests.support.wait import eventually
 
@@ -297,25 +297,25 @@ def test_long_messages_are_split(tmp_path, monkeypatch):
         async def embed(self, model: str, texts: Any, truncate: int | None = None) -> tuple[list[list[float]], int]:
             return [[0.5] * 200], 1
 
-    with site(tmp_path / "jobs.sqlite") as found:
-        hand = found.hire(Large())
-        streams = [Stream(found.client, f"{n}", 50) for n in range(3)]
+    with running_cluster(tmp_path / "jobs.sqlite") as cluster:
+        handle = cluster.start_worker(Large())
+        streams = [Stream(cluster.client, f"{n}", 50) for n in range(3)]
         for n, stream in enumerate(streams):
             assert stream.end().text == answer(f"{n}", count=50) and stream.done
-        large = found.client.post("/v1/embeddings", json={"model": "fake", "input": "Hi"})
+        large = cluster.client.post("/v1/embeddings", json={"model": "fake", "input": "Hi"})
         assert large.status_code == 413 and "larger than a message" in large.text
         monkeypatch.setattr(agent, "MESSAGE_BYTES", 20)
-        assert found.client.post("/v1/completions", json={"model": "fake", "prompt": "Hi"}).status_code == 413
-        assert not hand.future.done() and not hand.backend.running
+        assert cluster.client.post("/v1/completions", json={"model": "fake", "prompt": "Hi"}).status_code == 413
+        assert not handle.future.done() and not handle.backend.running
 
 
 def test_unknown_operation_fails(tmp_path):
-    with site(tmp_path / "jobs.sqlite") as found:
-        hand = found.hire()
-        found.do(found.gateway.store.submit(Job("x", "fake", "dance", b"{}")))
-        eventually(lambda: found.seen("x").state == "failed")
-        assert b"operation dance" in found.seen("x").result and found.seen("x").attempts == 1
-        assert not hand.future.done()
+    with running_cluster(tmp_path / "jobs.sqlite") as cluster:
+        handle = cluster.start_worker()
+        cluster.run(cluster.gateway.store.submit(Job("x", "fake", "dance", b"{}")))
+        eventually(lambda: cluster.snapshot("x").state == "failed")
+        assert b"operation dance" in cluster.snapshot("x").result and cluster.snapshot("x").attempts == 1
+        assert not handle.future.done()
 
 
 def test_release_is_retried_until_acknowledged(tmp_path, monkeypatch):
@@ -326,8 +326,8 @@ def test_release_is_retried_until_acknowledged(tmp_path, monkeypatch):
                 raise Overloaded("not now")
             return await super().generate(request)
 
-    with site(tmp_path / "jobs.sqlite", lease=1.0) as found:
-        release, asked = found.gateway.leases.release, []
+    with running_cluster(tmp_path / "jobs.sqlite", lease=1.0) as cluster:
+        release, asked = cluster.gateway.leases.release, []
 
         async def deaf(*args: Any, **named: Any) -> None:
             asked.append(args)
@@ -335,11 +335,11 @@ def test_release_is_retried_until_acknowledged(tmp_path, monkeypatch):
                 raise Unavailable("the disk is full")
             await release(*args, **named)
 
-        monkeypatch.setattr(found.gateway.leases, "release", deaf)
-        found.hire(Full())
-        stream = Stream(found.client, "Hi", 3)
+        monkeypatch.setattr(cluster.gateway.leases, "release", deaf)
+        cluster.start_worker(Full())
+        stream = Stream(cluster.client, "Hi", 3)
         assert stream.end().text == answer("Hi", count=3)
-        assert asked[0] == asked[1] and found.seen(stream.job).crashes == 0
+        assert asked[0] == asked[1] and cluster.snapshot(stream.job).crashes == 0
 
 
 def test_finish_is_sent_by_the_next_connection():
@@ -396,13 +396,13 @@ def test_persisted_events_are_dropped_beyond_a_limit(monkeypatch):
 
 
 def test_a_query_is_answered_without_a_job(tmp_path):
-    with site(tmp_path / "jobs.sqlite", models=["fake"]) as found:
-        found.hire()
-        tokens = found.do(found.gateway.tokenize(GenerationRequest("fake", prompt="Hi")))
+    with running_cluster(tmp_path / "jobs.sqlite", models=["fake"]) as cluster:
+        cluster.start_worker()
+        tokens = cluster.run(cluster.gateway.tokenize(GenerationRequest("fake", prompt="Hi")))
         assert [token.id for token in tokens] == [72, 105]
-        assert found.do(found.gateway.detokenize("fake", [72, 105])) == "Hi"
-        assert found.depths() == (0, 0) and not found.gateway.jobs.jobs
-        assert found.do(found.gateway.store.list_jobs("done")) == []
+        assert cluster.run(cluster.gateway.detokenize("fake", [72, 105])) == "Hi"
+        assert cluster.depths() == (0, 0) and not cluster.gateway.jobs.jobs
+        assert cluster.run(cluster.gateway.store.list_jobs("done")) == []
 
 
 @pytest.mark.parametrize("shared", [False, True])

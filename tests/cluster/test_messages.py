@@ -17,7 +17,7 @@ from moesaic.cluster.protocols import WorkerInfo
 from moesaic.serve import keys
 from moesaic.serve.keys import Keys
 from tests.support.backend import SEED, answer, text, token
-from tests.support.cluster import Site, site
+from tests.support.cluster import Cluster, running_cluster
 from tests.support.completions import Stream
 from tests.support.wait import eventually
 
@@ -40,21 +40,21 @@ def piece(place: int) -> list[Any]:
 class Scene:
     """A job in the middle of its answer, leased by hand; and a worker that would like to have it."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
         for key, name in ((GOOD, "w"), (THIEF, "w")):
             self.send(key, "register", {"name": name, "models": [{"name": "fake"}], "slots": 1 if key == GOOD else 8})
-        self.stream = Stream(site.client, count=COUNT)
-        eventually(lambda: site.depths()[0])
+        self.stream = Stream(cluster.client, count=COUNT)
+        eventually(lambda: cluster.depths()[0])
         [lease] = self.send(GOOD, "lease", {"name": "w", "free_slots": 1, "wait_seconds": 5})["leases"]
         self.id, self.fence = lease["id"], lease["fence"]
         self.tell(0, [["b", 0, [], 2], *map(piece, range(TOLD))])
-        eventually(lambda: site.seen(self.id).logged == 1 + TOLD)
+        eventually(lambda: cluster.snapshot(self.id).logged == 1 + TOLD)
 
     def post(self, key: str, what: str, body: Any) -> Any:
         headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
         content = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        return self.site.client.post(f"/worker/{what}", content=content, headers=headers)
+        return self.cluster.client.post(f"/worker/{what}", content=content, headers=headers)
 
     def send(self, key: str, what: str, body: Any) -> Any:
         reply = self.post(key, what, body)
@@ -65,21 +65,21 @@ class Scene:
         return self.send(GOOD, "events", {"name": "w", "batches": [[self.id, self.fence, start, events]]})
 
     def state(self) -> Any:
-        seen = self.site.seen(self.id)
-        live = self.site.gateway.jobs.jobs[self.id]
-        told = self.site.do(self.site.gateway.store.log(self.id))
+        seen = self.cluster.snapshot(self.id)
+        live = self.cluster.gateway.jobs.jobs[self.id]
+        told = self.cluster.run(self.cluster.gateway.store.log(self.id))
         return seen, told, list(live.events), live.worker, live.ended
 
     def beat(self) -> LeaseStatus:
-        [found] = self.site.do(self.site.gateway.store.active_leases())
+        [found] = self.cluster.run(self.cluster.gateway.store.active_leases())
         return found
 
 
 @pytest.fixture(scope="module")
 def scene(module_path: Path) -> Iterator[Scene]:
     where = module_path / "jobs.sqlite"
-    with site(where, lease=600.0, keys=Keys(KEYS), key=ANNA) as found:
-        made = Scene(found)
+    with running_cluster(where, lease=600.0, keys=Keys(KEYS), key=ANNA) as cluster:
+        made = Scene(cluster)
         yield made
         made.tell(1 + TOLD, [piece(place) for place in range(TOLD, COUNT)])
         done = {"name": "w", "id": made.id, "fence": made.fence, "start": 1 + COUNT}
@@ -189,36 +189,36 @@ def test_invalid_events_are_refused(scene, body, why):
 
 
 def test_worker_names_are_separate_per_key(scene):
-    assert set(scene.site.gateway.workers.sessions) >= {"good/w", "thief/w"}
+    assert set(scene.cluster.gateway.workers.sessions) >= {"good/w", "thief/w"}
     assert scene.send(THIEF, "register", {"name": "good/w", "models": [{"name": "fake"}]})["acknowledged"] == {}
-    assert "thief/good/w" in scene.site.gateway.workers.sessions
+    assert "thief/good/w" in scene.cluster.gateway.workers.sessions
     assert scene.beat().worker == "good/w"
 
 
 def test_registering_again_gives_no_extra_slots(tmp_path):
     """As the same process, or another of that name: what it still has counts."""
-    with site(tmp_path / "jobs.sqlite", lease=600.0) as found:
-        gateway, card = found.gateway, ModelInfo("fake")
+    with running_cluster(tmp_path / "jobs.sqlite", lease=600.0) as cluster:
+        gateway, card = cluster.gateway, ModelInfo("fake")
         info = WorkerInfo("w", (card,), slots=2, instance="1")
-        found.do(gateway.leases.register(info))
-        streams = [Stream(found.client, f"{n}") for n in range(4)]
-        eventually(lambda: found.depths() == (4, 0))
-        leases = found.do(gateway.leases.lease("w", 2, 0)).leases
+        cluster.run(gateway.leases.register(info))
+        streams = [Stream(cluster.client, f"{n}") for n in range(4)]
+        eventually(lambda: cluster.depths() == (4, 0))
+        leases = cluster.run(gateway.leases.lease("w", 2, 0)).leases
         holds = [LeaseToken(lease.job.id, lease.fence) for lease in leases]
         assert len(holds) == 2
         for run in ("1", "2"):
-            known = found.do(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance=run), holds))
+            known = cluster.run(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance=run), holds))
             assert known == {lease_token.id: (0, 0) for lease_token in holds}
-            assert found.do(gateway.leases.lease("w", 2, 0)).leases == ()
-        assert found.depths() == (2, 2)
+            assert cluster.run(gateway.leases.lease("w", 2, 0)).leases == ()
+        assert cluster.depths() == (2, 2)
         # An answer that never reached the process: nobody is to blame, and another process's loss is one.
-        found.do(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance="2"), holds[:1]))
-        assert found.seen(holds[1].id).crashes == 0 and gateway.leases.expired == 0
-        found.do(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance="3")))
-        assert found.seen(holds[0].id).crashes == 1 and gateway.leases.expired == 1
+        cluster.run(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance="2"), holds[:1]))
+        assert cluster.snapshot(holds[1].id).crashes == 0 and gateway.leases.expired == 0
+        cluster.run(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance="3")))
+        assert cluster.snapshot(holds[0].id).crashes == 1 and gateway.leases.expired == 1
         for stream in streams:
-            found.client.delete(f"/v1/jobs/{stream.job}" if stream.headers else "/v1/jobs/x")
-        for seen in found.do(gateway.store.list_jobs("queued")):
-            found.do(gateway.cancel(seen.job.id, ""))
+            cluster.client.delete(f"/v1/jobs/{stream.job}" if stream.headers else "/v1/jobs/x")
+        for seen in cluster.run(gateway.store.list_jobs("queued")):
+            cluster.run(gateway.cancel(seen.job.id, ""))
         for stream in streams:
             stream.end()

@@ -1,4 +1,4 @@
-"""An answer that is gone on with: wherever its log was cut, the reader gets every word once."""
+"""Continued answers: wherever a job's log was cut, the reader gets every word once."""
 
 from __future__ import annotations
 
@@ -16,70 +16,70 @@ from moesaic.errors import InvalidRequest
 
 @st.composite
 def answers(draw: st.DrawFn, index: int) -> list[Event]:
-    """Draw one answer: tokens whose text is shown when it pleases the detokenizer, calls, an end."""
+    """Draw one answer: tokens whose text comes with them, before them or later, then tool calls and an end."""
     out: list[Event] = [PromptDone(index, (), 3)]
-    for place, said in enumerate(draw(st.lists(st.text("abé ", max_size=3), max_size=6))):
-        mark = TokenInfo(100 + place, said)
-        shown = draw(st.sampled_from(["with it", "before", "later"]))
-        if shown == "before":
-            out.append(Delta(index, said))
-        out.append(Delta(index, said if shown == "with it" else "", (mark,)))
-        if shown == "later":
-            out.append(Delta(index, said))
-    for place in range(draw(st.integers(0, 2))):
-        out.append(Delta(index, calls=(ToolCall(place, f"call-{index}-{place}", "f"),)))
+    for position, text in enumerate(draw(st.lists(st.text("abé ", max_size=3), max_size=6))):
+        token = TokenInfo(100 + position, text)
+        order = draw(st.sampled_from(["with it", "before", "later"]))
+        if order == "before":
+            out.append(Delta(index, text))
+        out.append(Delta(index, text if order == "with it" else "", (token,)))
+        if order == "later":
+            out.append(Delta(index, text))
+    for position in range(draw(st.integers(0, 2))):
+        out.append(Delta(index, calls=(ToolCall(position, f"call-{index}-{position}", "f"),)))
         for part in draw(st.lists(st.text("{}1", min_size=1, max_size=3), max_size=3)):
-            out.append(Delta(index, calls=(ToolCall(place, "", "", part),)))
+            out.append(Delta(index, calls=(ToolCall(position, "", "", part),)))
     return [*out, Finished(index, "stop", 3, 6)]
 
 
 @st.composite
 def runs(draw: st.DrawFn) -> list[Event]:
-    """Draw the events of a request, those of its answers mixed."""
-    rest = [draw(answers(index)) for index in range(draw(st.integers(1, 3)))]
+    """Draw the events of a request. The events of its answers are interleaved."""
+    answers_left = [draw(answers(index)) for index in range(draw(st.integers(1, 3)))]
     out = []
-    while any(rest):
-        out.append(draw(st.sampled_from([each for each in rest if each])).pop(0))
+    while any(answers_left):
+        out.append(draw(st.sampled_from([answer for answer in answers_left if answer])).pop(0))
     return out
 
 
-def again(events: Sequence[Event], resume: Sequence[Sequence[int]], draw: Any) -> list[Event]:
-    """Return what a door says that was given tokens: these come one by one, and the order of answers is its own."""
+def resumed_events(events: Sequence[Event], resume: Sequence[Sequence[int]], draw: Any) -> list[Event]:
+    """Return the events of a backend that resumes answers: each token in its own event, and answers in any order."""
     count = 1 + max(event.index for event in events)
     rest = [[event for event in events if event.index == index] for index in range(count)]
     for index, ids in enumerate(resume):
-        said = [mark.id for event in rest[index] if isinstance(event, Delta) for mark in event.tokens]
-        assert list(ids) == said[: len(ids)], "it is asked to go on behind what it never said"
+        generated = [token.id for event in rest[index] if isinstance(event, Delta) for token in event.tokens]
+        assert list(ids) == generated[: len(ids)], "the answer is resumed with tokens that it never had"
     out = []
     while any(rest):
-        out.append(draw(st.sampled_from([each for each in rest if each])).pop(0))
+        out.append(draw(st.sampled_from([answer for answer in rest if answer])).pop(0))
     return out
 
 
 def read(events: Sequence[Event]) -> Any:
-    """Return all that a reader has of each answer."""
+    """Return the text, tokens, calls and numbers of starts and ends that a reader gets, by answer."""
     out: dict[int, Any] = {}
     for event in events:
-        found = out.setdefault(event.index, {"text": "", "ids": [], "calls": {}, "begun": 0, "ended": 0})
+        answer = out.setdefault(event.index, {"text": "", "ids": [], "calls": {}, "begun": 0, "ended": 0})
         if isinstance(event, Delta):
-            found["text"] += event.text
-            found["ids"] += [mark.id for mark in event.tokens]
+            answer["text"] += event.text
+            answer["ids"] += [token.id for token in event.tokens]
             for call in event.calls:
-                job_id, name, arguments = found["calls"].get(call.index, ("", "", ""))
-                found["calls"][call.index] = (job_id + call.id, name + call.name, arguments + call.arguments)
+                job_id, name, arguments = answer["calls"].get(call.index, ("", "", ""))
+                answer["calls"][call.index] = (job_id + call.id, name + call.name, arguments + call.arguments)
         else:
-            found["begun" if isinstance(event, PromptDone) else "ended"] += 1
+            answer["begun" if isinstance(event, PromptDone) else "ended"] += 1
     return out
 
 
 @given(runs(), st.lists(st.integers(0, 40), min_size=1, max_size=3), st.data())
 def test_replay_has_no_gap_and_no_repeat(events, cuts, data):
-    """Also where the second worker dies, and the third."""
+    """Several workers die, one after another."""
     whole, log = read(events), []
     for cut in [*cuts, len(events)]:
-        told = ReplayFilter(log)
-        said = again(events, told.resume(), data.draw)
-        fresh = [new for event in said if (new := told.fresh(event)) is not None]
+        replay = ReplayFilter(log)
+        resumed = resumed_events(events, replay.resume(), data.draw)
+        fresh = [new for event in resumed if (new := replay.fresh(event)) is not None]
         log += fresh[:cut] if cut < len(events) else fresh
     assert read(log) == whole
     assert ReplayFilter(log).all_finished(len(whole)) and not ReplayFilter(log).all_finished(len(whole) + 1)
@@ -87,18 +87,22 @@ def test_replay_has_no_gap_and_no_repeat(events, cuts, data):
 
 @given(runs(), st.integers(0, 40), st.data())
 def test_replayed_text_may_be_split_differently(events, cut, data):
-    """A worker that shows its text in larger pieces, or in other ones, says the same."""
-    told = ReplayFilter(events[:cut])
+    """The second worker may split the text into other pieces than the first."""
+    replay = ReplayFilter(events[:cut])
     rest: list[Event] = []
     for index in range(1 + max(event.index for event in events)):
-        mine = [event for event in events if event.index == index]
-        text = "".join(event.text for event in mine if isinstance(event, Delta))
-        marks = [mark for event in mine if isinstance(event, Delta) for mark in event.tokens]
-        calls = [call for event in mine if isinstance(event, Delta) for call in event.calls]
-        at = data.draw(st.integers(0, len(text)))
-        rest += [PromptDone(index), Delta(index, text[:at], tuple(marks)), Delta(index, text[at:], (), tuple(calls))]
+        answer = [event for event in events if event.index == index]
+        text = "".join(event.text for event in answer if isinstance(event, Delta))
+        tokens = [token for event in answer if isinstance(event, Delta) for token in event.tokens]
+        calls = [call for event in answer if isinstance(event, Delta) for call in event.calls]
+        cut_at = data.draw(st.integers(0, len(text)))
+        rest += [
+            PromptDone(index),
+            Delta(index, text[:cut_at], tuple(tokens)),
+            Delta(index, text[cut_at:], (), tuple(calls)),
+        ]
         rest.append(Finished(index, "stop", 3, 6))
-    fresh = [new for event in rest if (new := told.fresh(event)) is not None]
+    fresh = [new for event in rest if (new := replay.fresh(event)) is not None]
     assert read([*events[:cut], *fresh]) == read(events)
 
 
@@ -109,19 +113,19 @@ def test_empty_log_resumes_nothing():
 
 
 def test_text_without_tokens_is_continued_as_text():
-    said = ({"role": "user", "content": "Hi"},)
+    messages = ({"role": "user", "content": "Hi"},)
     log = [PromptDone(0), Delta(0, "Once "), Delta(0, "upon")]
-    told = ReplayFilter(log)
-    assert told.continued(GenerationRequest(messages=said)) == GenerationRequest(
-        messages=(*said, {"role": "assistant", "content": "Once upon"}), continue_final=True
+    replay = ReplayFilter(log)
+    assert replay.continued(GenerationRequest(messages=messages)) == GenerationRequest(
+        messages=(*messages, {"role": "assistant", "content": "Once upon"}), continue_final=True
     )
-    assert told.fresh(PromptDone(0)) is None
-    assert told.fresh(Delta(0, " a time", (TokenInfo(1, " a time"),))) == Delta(
+    assert replay.fresh(PromptDone(0)) is None
+    assert replay.fresh(Delta(0, " a time", (TokenInfo(1, " a time"),))) == Delta(
         0, " a time", (TokenInfo(1, " a time"),)
     )
-    begun = (*said, {"role": "assistant", "content": "Well, "})
+    started = (*messages, {"role": "assistant", "content": "Well, "})
     assert (
-        ReplayFilter(log).continued(GenerationRequest(messages=begun, continue_final=True)).messages[-1]["content"]
+        ReplayFilter(log).continued(GenerationRequest(messages=started, continue_final=True)).messages[-1]["content"]
         == "Well, Once upon"
     )
     assert ReplayFilter(log).continued(GenerationRequest(prompt="Say: ")).prompt == "Say: Once upon"

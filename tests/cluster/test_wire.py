@@ -1,4 +1,4 @@
-"""What is written is what is read: events, requests, errors; and what nobody wrote is refused by type."""
+"""Events, requests and errors are read as they were written, and invalid bytes are refused with a typed error."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from moesaic.errors import InvalidRequest, MoesaicError
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 ids = st.integers(0, 2**31)
-places = st.integers(0, 7)
+indexes = st.integers(0, 7)
 scores = st.none() | st.floats(-100, 0)
-marks = st.builds(
+tokens = st.builds(
     TokenInfo,
     ids,
     texts,
@@ -39,23 +39,23 @@ marks = st.builds(
     scores,
     st.lists(st.builds(TopToken, ids, texts, st.floats(-9, 0), st.binary(max_size=4)), max_size=2).map(tuple),
     st.binary(max_size=4),
-    places,
+    indexes,
 )
-several = st.lists(marks, max_size=3).map(tuple)
-calls = st.lists(st.builds(ToolCall, places, texts, texts, texts), max_size=2).map(tuple)
+token_lists = st.lists(tokens, max_size=3).map(tuple)
+calls = st.lists(st.builds(ToolCall, indexes, texts, texts, texts), max_size=2).map(tuple)
 events = st.one_of(
-    st.builds(PromptDone, places, several, ids),
-    st.builds(Delta, places, texts, several, calls),
+    st.builds(PromptDone, indexes, token_lists, ids),
+    st.builds(Delta, indexes, texts, token_lists, calls),
     st.builds(
-        Finished, places, st.sampled_from(["stop", "length", "cancelled"]), ids, ids, ids, st.none() | texts,
+        Finished, indexes, st.sampled_from(["stop", "length", "cancelled"]), ids, ids, ids, st.none() | texts,
         st.none() | ids, st.booleans(),
     ),
 )  # fmt: skip
 
 
 @given(st.lists(events, max_size=6))
-def test_events_round_trip(said):
-    assert wire.unpack_events(wire.pack_events(said)) == said
+def test_events_round_trip(sent):
+    assert wire.unpack_events(wire.pack_events(sent)) == sent
 
 
 FULL: dict[str, Any] = {
@@ -103,10 +103,10 @@ def test_requests_round_trip():
 
 
 def tree(kind: type[MoesaicError] = MoesaicError) -> list[type[MoesaicError]]:
-    return [kind, *(each for below in kind.__subclasses__() for each in tree(below))]
+    return [kind, *(error for subclass in kind.__subclasses__() for error in tree(subclass))]
 
 
-@pytest.mark.parametrize("kind", [each for each in tree() if each.__module__ == errors.__name__])
+@pytest.mark.parametrize("kind", [error for error in tree() if error.__module__ == errors.__name__])
 def test_errors_round_trip(kind):
     error = kind.__new__(kind)
     Exception.__init__(error, "what is wrong")
@@ -134,7 +134,7 @@ def test_texts_to_embed_round_trip():
 def test_foreign_errors_are_not_disclosed():
     assert "secret" not in wire.error_info(ValueError("secret")).message
     for name in ("Path", "annotations", "__name__", "nothing", "Exception", ""):
-        assert type(wire.to_error(wire.ErrorInfo(name, "said"))) is MoesaicError
+        assert type(wire.to_error(wire.ErrorInfo(name, "a message"))) is MoesaicError
 
 
 def test_models_and_stats_round_trip():
@@ -151,11 +151,15 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=15,
 )
-near = st.lists(st.lists(st.sampled_from(["b", "p", "e", 0, -1, 300, "stop", [], None, 2**70]), max_size=7), max_size=3)
-asks = st.dictionaries(st.sampled_from([*FULL, "none"]), junk | st.just({"logit_bias": {"x": 1}}), max_size=4)
+almost_events = st.lists(
+    st.lists(st.sampled_from(["b", "p", "e", 0, -1, 300, "stop", [], None, 2**70]), max_size=7), max_size=3
+)
+almost_requests = st.dictionaries(
+    st.sampled_from([*FULL, "none"]), junk | st.just({"logit_bias": {"x": 1}}), max_size=4
+)
 
 
-@given(st.binary(max_size=30) | (junk | near | asks).map(msgspec.json.encode))
+@given(st.binary(max_size=30) | (junk | almost_events | almost_requests).map(msgspec.json.encode))
 @settings(max_examples=300)
 def test_invalid_bytes_are_refused(given):
     for read in (wire.unpack_events, wire.unpack_request):
@@ -175,6 +179,6 @@ def test_nesting_depth_is_limited():
 
 @pytest.mark.parametrize("index", [-1, 256, 10**9])
 def test_answer_index_is_bounded(index):
-    """What is counted by answer would grow at its will."""
+    """A worker must not choose how much memory the gateway keeps for each answer."""
     with pytest.raises(InvalidRequest):
         wire.unpack_events(msgspec.json.encode([["p", index, "x"]]))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.models import CASES, ours, theirs
+from tests.support.models import CASES, moesaic_model, transformers_model
 
 
 @pytest.fixture(scope="session", params=CASES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     """The model of transformers, ours, and the checkpoint of both."""
-    model = theirs(*CASES[request.param])
+    model = transformers_model(*CASES[request.param])
     folder = tmp_path_factory.mktemp("pair")
     model.save_pretrained(folder)
-    return model, ours(folder), folder
+    return model, moesaic_model(folder), folder

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moesaic.engine import Engine, Request, Sampling, Token
 from moesaic.ops import Batch
-from tests.support.models import CASES, ours, theirs
+from tests.support.models import CASES, moesaic_model, transformers_model
 
 PROMPT = [1, 17, 80, 3, 55, 21, 21, 96, 40, 8, 66, 12, 90, 5]
 
@@ -40,9 +40,9 @@ def test_greedy_ids(pair):
 @pytest.mark.parametrize("case", ["mixtral-top2-of-8", "llama-3.1-rope", "mistral-window"])
 def test_bfloat16_logprobs_are_close(case, tmp_path):
     """At the first difference, the token of each side is among the five likeliest of the other."""
-    model = theirs(*CASES[case]).bfloat16()
+    model = transformers_model(*CASES[case]).bfloat16()
     model.save_pretrained(tmp_path)
-    mine = ours(tmp_path, "bfloat16")
+    mine = moesaic_model(tmp_path, "bfloat16")
     answer = greedy(mine, 48)
     expected = model.generate(
         torch.tensor([PROMPT]), do_sample=False, max_new_tokens=48, eos_token_id=None, pad_token_id=0
@@ -61,9 +61,9 @@ def test_bfloat16_logprobs_are_close(case, tmp_path):
 @pytest.mark.parametrize("family", ["Mixtral", "Llama", "Mistral"])
 def test_classification_head(family, tmp_path):
     names = {"id2label": {0: "sad", 1: "glad", 2: "neither"}, "pad_token_id": 0}
-    model = theirs(family, names, "ForSequenceClassification")
+    model = transformers_model(family, names, "ForSequenceClassification")
     model.save_pretrained(tmp_path)
-    mine = ours(tmp_path)
+    mine = moesaic_model(tmp_path)
     assert mine.shape.labels == ("sad", "glad", "neither")
     with torch.inference_mode():
         expected = model(torch.tensor([PROMPT])).logits

@@ -10,7 +10,7 @@ import torch.multiprocessing
 
 from moesaic import checkpoints, formats, models
 from moesaic.ops import Batch, Group
-from tests.support.models import ours, theirs
+from tests.support.models import moesaic_model, transformers_model
 
 IDS = [[1, 5, 9, 33, 2, 7, 61], [4, 4, 8]]
 
@@ -49,14 +49,14 @@ def computed(tmp_path_factory):
     """Return a folder with a model of each family, and what two ranks computed with it."""
     folder = tmp_path_factory.mktemp("ranks")
     for family in FAMILIES:
-        theirs(family, {"vocab_size": 96}).save_pretrained(folder / family)
+        transformers_model(family, {"vocab_size": 96}).save_pretrained(folder / family)
     torch.multiprocessing.spawn(rank, (folder,), nprocs=2)
     return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_equal_one(family, computed):
-    whole = ours(computed / family)
+    whole = moesaic_model(computed / family)
     with torch.inference_mode():
         expected = whole.logits(whole(Batch.whole(IDS)))
     parts = [torch.load(computed / family / f"{number}.pt", weights_only=True) for number in range(2)]

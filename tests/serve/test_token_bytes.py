@@ -9,7 +9,7 @@ import pytest
 from moesaic.llm import LLM
 from moesaic.local_backend import LocalBackend
 from tests.support.byte_llama import write_byte_llama
-from tests.support.cluster import site
+from tests.support.cluster import running_cluster
 from tests.support.http import events, post
 from tests.support.server import running
 
@@ -35,8 +35,8 @@ def gateway(tmp_path_factory):
     async def backend():
         return LocalBackend(llm)
 
-    with site(tmp_path_factory.mktemp("gateway") / "jobs.sqlite") as one:
-        one.hire(one.do(backend()))
+    with running_cluster(tmp_path_factory.mktemp("gateway") / "jobs.sqlite") as one:
+        one.start_worker(one.run(backend()))
         yield one
 
 

@@ -1,4 +1,4 @@
-"""A gateway with AIME's routes behind a real socket, and what AIME's programs send to it, field by field."""
+"""A gateway with AIME's routes behind a real socket, and clients that send what AIME's programs send."""
 
 from __future__ import annotations
 
@@ -26,46 +26,49 @@ TIMES = {"start_time", "start_time_compute"}
 
 
 @contextlib.contextmanager
-def gateway(
+def running_gateway(
     path: Path,
     definitions: Sequence[Definition] | None = None,
     keys: Keys | None = None,
     models: Sequence[str] = MODELS,
-    bounds: Settings | None = None,
+    server_settings: Settings | None = None,
     lease: float = 10.0,
 ) -> Iterator[Server]:
     """Run a gateway that keeps its jobs at ``path``."""
-    shown = settings.shipped() if definitions is None else definitions
+    definitions_shown = settings.shipped() if definitions is None else definitions
 
     async def make() -> Gateway:
         return Gateway(await open_store(str(path), StoreLimits()), models, lease)
 
-    def routes(desk: Gateway) -> Any:
-        return [*clients.endpoints(desk, shown), *workers.endpoints(desk.leases, desk, shown, lease)]
+    def routes(gateway: Gateway) -> Any:
+        return [
+            *clients.endpoints(gateway, definitions_shown),
+            *workers.endpoints(gateway.leases, gateway, definitions_shown, lease),
+        ]
 
-    with running(make, bounds, keys, routes) as server:
+    with running(make, server_settings, keys, routes) as server:
         yield server
 
 
-def patient(**changes: Any) -> list[Definition]:
-    """Return mixtral_chat, changed."""
-    return [replace(each, **changes) for each in settings.shipped() if each.name == "mixtral_chat"]
+def mixtral_definitions(**changes: Any) -> list[Definition]:
+    """Return the definition of mixtral_chat with these changes, in a list."""
+    return [replace(definition, **changes) for definition in settings.shipped() if definition.name == "mixtral_chat"]
 
 
-OPEN: list[httpx.Client] = []
+OPEN_CLIENTS: list[httpx.Client] = []
 
 
-def opened(server: Server) -> httpx.Client:
+def open_client(server: Server) -> httpx.Client:
     """Return a connection that is closed at the end of the test."""
-    OPEN.append(httpx.Client(base_url=server.url, timeout=30))
-    return OPEN[-1]
+    OPEN_CLIENTS.append(httpx.Client(base_url=server.url, timeout=30))
+    return OPEN_CLIENTS[-1]
 
 
 class Client:
-    """What AIME's client in Python 0.8.9 sends."""
+    """Client that sends what AIME's Python client 0.8.9 sends."""
 
     def __init__(self, server: Server, endpoint: str = "mixtral_chat", key: str | None = None) -> None:
-        self.http = opened(server)
+        self.http = open_client(server)
         self.endpoint, self.key, self.session = endpoint, key, None
 
     def get(self, path: str, **query: Any) -> httpx.Response:
@@ -87,22 +90,22 @@ class Client:
     def progress(self, job: str) -> httpx.Response:
         return self.get(f"/{self.endpoint}/progress", key=self.key, job_id=job)
 
-    def refused(self, **params: Any) -> Any:
+    def error_of(self, **params: Any) -> Any:
         """Return the error of a request that is refused with status 400."""
         answer = self.request(**params)
         assert answer.status_code == 400, answer.text
-        found = answer.json()
-        assert found.keys() == {"success", "error", "ep_version"} and found["success"] is False
-        return found["error"]
+        content = answer.json()
+        assert content.keys() == {"success", "error", "ep_version"} and content["success"] is False
+        return content["error"]
 
 
 class AimeWorker:
-    """What AIME's worker interface 0.9.12 sends."""
+    """Worker that sends what AIME's worker interface 0.9.12 sends."""
 
     def __init__(self, server: Server, job_type: str = "mixtral", key: str = "k", name: str = "host#0_1xGPU") -> None:
-        self.http = opened(server)
+        self.http = open_client(server)
         self.job_type, self.key, self.name = job_type, key, name
-        self.said = {"version": "AIME-API-Worker-Interface 0.9.12", "auth": name}
+        self.identity = {"version": "AIME-API-Worker-Interface 0.9.12", "auth": name}
 
     def post(self, path: str, body: Any) -> Any:
         answer = self.http.post(path, json=body)
@@ -113,15 +116,15 @@ class AimeWorker:
     def check(self) -> Any:
         return self.post("/worker_check_server_status", {"auth_key": self.key, "job_type": self.job_type})
 
-    def ask(self, most: int = 1, **more: Any) -> Any:
+    def request_jobs(self, limit: int = 1, **more: Any) -> Any:
         body = {
             "auth": self.name,
             "job_type": self.job_type,
             "auth_key": self.key,
-            "version": self.said["version"],
+            "version": self.identity["version"],
             "worker_version": 0,
             "request_timeout": 60,
-            "max_job_batch": most,
+            "max_job_batch": limit,
             "gpu_name": None,
             "num_gpus": 1,
             "model_label": None,
@@ -136,38 +139,38 @@ class AimeWorker:
         }
         return self.post("/worker_job_request", body | more)
 
-    def take(self, most: int = 1, **more: Any) -> list[dict[str, Any]]:
-        """Return jobs; there must be some."""
-        answer = self.ask(most, **more)
+    def take_jobs(self, limit: int = 1, **more: Any) -> list[dict[str, Any]]:
+        """Request jobs, which must be there, and return them."""
+        answer = self.request_jobs(limit, **more)
         assert answer["cmd"] == "job", answer
         return list(answer["job_data"])
 
     def update(self, job: dict[str, Any], text: str | None, tokens: int = 0, context: int = 0) -> dict[str, Any]:
-        data = {"text": text, "num_generated_tokens": tokens, "current_context_length": context, **self.said}
-        known = {name: job[name] for name in ("job_id", *TIMES)}
+        data = {"text": text, "num_generated_tokens": tokens, "current_context_length": context, **self.identity}
+        job_fields = {name: job[name] for name in ("job_id", *TIMES)}
         return {
-            **known,
+            **job_fields,
             "job_type": self.job_type,
             "auth_key": self.key,
             "progress": tokens,
             "progress_data": data if text is not None else None,
         }
 
-    def tell(self, *updates: dict[str, Any]) -> Any:
+    def send_updates(self, *updates: dict[str, Any]) -> Any:
         return self.post("/worker_job_progress", list(updates))
 
     def finish(self, job: dict[str, Any], text: str | None = None, tokens: int = 0, **more: Any) -> Any:
-        known = {name: job[name] for name in ("job_id", *TIMES)}
-        body = {**known, **self.said, "job_type": self.job_type, "auth_key": self.key, **more}
+        job_fields = {name: job[name] for name in ("job_id", *TIMES)}
+        body = {**job_fields, **self.identity, "job_type": self.job_type, "auth_key": self.key, **more}
         if text is not None:
-            shown = {"text": text, "num_generated_tokens": tokens, "current_context_length": tokens + 7}
-            body |= shown | {"model_name": "Mixtral", "max_seq_len": 32000}
+            definitions_shown = {"text": text, "num_generated_tokens": tokens, "current_context_length": tokens + 7}
+            body |= definitions_shown | {"model_name": "Mixtral", "max_seq_len": 32000}
         return self.post("/worker_job_result", body)
 
 
 @contextlib.contextmanager
-def meanwhile(work: Callable[[], Any]) -> Iterator[Any]:
-    """Do something in another thread; ``result`` of what this gives waits for it."""
+def in_background(work: Callable[[], Any]) -> Iterator[Any]:
+    """Call a function in a thread, and yield its future."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(work)
 

@@ -1,4 +1,4 @@
-"""A gateway behind a real socket, and real workers that dial in to it; all on the gateway's loop, in a thread."""
+"""A gateway behind a real socket, and real workers that connect to it. All run on the gateway's loop, in a thread."""
 
 from __future__ import annotations
 
@@ -25,53 +25,53 @@ from tests.support.server import Server, running
 from tests.support.wait import eventually
 
 SLOW = 0.05
-"""Seconds for a token, where something is to happen in the middle of an answer."""
+"""Seconds for a token, for tests in which something happens in the middle of an answer."""
 
 
 @dataclass
-class Hand:
-    """A worker."""
+class WorkerHandle:
+    """A running worker, and the means to end it."""
 
-    site: Site
+    cluster: Cluster
     worker: Worker
     backend: Any
     future: Future[None]
 
     def stop(self) -> None:
-        """End it as if its process had been told to."""
-        self.site.server.call(self.worker.stopped.set)
+        """Stop the worker as a signal would stop its process."""
+        self.cluster.server.call(self.worker.stopped.set)
         with contextlib.suppress(MoesaicError):
             self.future.result(20)
 
-    def cut(self) -> None:
-        """End it in the middle of whatever it does."""
+    def abort(self) -> None:
+        """End the worker at once, whatever it does."""
         self.future.cancel()
 
     def drain(self, seconds: float = 20.0) -> None:
-        self.site.do(self.worker.drain(seconds))
+        self.cluster.run(self.worker.drain(seconds))
 
 
-class Site:
-    """A gateway, its workers, and a client."""
+class Cluster:
+    """A gateway, its workers and a client."""
 
     def __init__(self, server: Server, key: str | None = None) -> None:
         self.server, self.url = server, server.url
         self.port = int(server.url.rsplit(":", 1)[1])
-        self.hands: list[Hand] = []
+        self.handles: list[WorkerHandle] = []
         headers = {"authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.Client(base_url=server.url, headers=headers, timeout=60, limits=limits)
 
     @property
     def gateway(self) -> Gateway:
-        found: Gateway = self.server.backend
-        return found
+        gateway: Gateway = self.server.backend
+        return gateway
 
-    def do(self, work: Coroutine[Any, Any, Any], seconds: float = 60) -> Any:
-        """Await something on the gateway's loop."""
+    def run(self, work: Coroutine[Any, Any, Any], seconds: float = 60) -> Any:
+        """Run a coroutine on the gateway's loop and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.server.loop).result(seconds)
 
-    def hire(
+    def start_worker(
         self,
         backend: Any = None,
         *,
@@ -81,59 +81,59 @@ class Site:
         urls: Sequence[str] = (),
         wait: bool = True,
         **options: Any,
-    ) -> Hand:
-        """Have a worker come, and wait until it is there."""
-        backend, name = backend or FakeBackend(), name or f"w{len(self.hands)}"
+    ) -> WorkerHandle:
+        """Start a worker and wait until it is registered."""
+        backend, name = backend or FakeBackend(), name or f"w{len(self.handles)}"
 
         async def made() -> Worker:
             return Worker(backend, urls or [self.url], name=name, key=key, slots=slots, **options)
 
-        worker = self.do(made())
+        worker = self.run(made())
         future = asyncio.run_coroutine_threadsafe(worker.run(), self.server.loop)
-        hand = Hand(self, worker, backend, future)
-        self.hands.append(hand)
+        handle = WorkerHandle(self, worker, backend, future)
+        self.handles.append(handle)
         if wait:
             eventually(lambda: worker.connected.is_set() or future.done())
-        return hand
+        return handle
 
-    def seen(self, job_id: str) -> JobSnapshot:
-        """Return a job as the store has it."""
-        found: JobSnapshot = self.do(self.gateway.store.snapshot(job_id))
-        return found
+    def snapshot(self, job_id: str) -> JobSnapshot:
+        """Return the store's snapshot of a job."""
+        snapshot: JobSnapshot = self.run(self.gateway.store.snapshot(job_id))
+        return snapshot
 
     def depths(self) -> tuple[int, int]:
-        """Return how much waits and runs."""
-        depths = self.do(self.gateway.store.depths()).values()
-        return sum(each.queued for each in depths), sum(each.leased for each in depths)
+        """Return the numbers of queued and leased jobs."""
+        depths = self.run(self.gateway.store.depths()).values()
+        return sum(depth.queued for depth in depths), sum(depth.leased for depth in depths)
 
     def close(self) -> None:
         self.client.close()
-        for hand in self.hands:
-            hand.stop()
+        for handle in self.handles:
+            handle.stop()
 
 
 @contextlib.contextmanager
-def site(
+def running_cluster(
     where: Path | str,
     *,
     models: Sequence[str] = (),
     lease: float = 10.0,
     stall: float = 30.0,
-    bounds: StoreLimits | None = None,
+    limits: StoreLimits | None = None,
     settings: Settings | None = None,
     keys: Keys | None = None,
     key: str | None = None,
     port: int = 0,
-) -> Iterator[Site]:
-    """Run a gateway; its workers end before it does."""
+) -> Iterator[Cluster]:
+    """Run a gateway; its workers are stopped before it."""
 
     async def opened() -> Gateway:
-        return Gateway(await open_store(str(where), bounds or StoreLimits()), models, lease, stall)
+        return Gateway(await open_store(str(where), limits or StoreLimits()), models, lease, stall)
 
     make: Callable[[], Any] = opened
     with running(make, settings, keys, routes.endpoints, port) as server:
-        found = Site(server, key)
+        cluster = Cluster(server, key)
         try:
-            yield found
+            yield cluster
         finally:
-            found.close()
+            cluster.close()

@@ -17,8 +17,10 @@ def body(prompt: str = "Hi", count: int = 16, seed: int = SEED, **more: Any) -> 
     return {"model": "fake", "prompt": prompt, "max_tokens": count, "seed": seed, **more}
 
 
-def ask(client: httpx.Client, prompt: str = "Hi", count: int = 16, once: str = "", **more: Any) -> httpx.Response:
-    headers = {"idempotency-key": once} if once else {}
+def ask(
+    client: httpx.Client, prompt: str = "Hi", count: int = 16, idempotency_key: str = "", **more: Any
+) -> httpx.Response:
+    headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
     return client.post("/v1/completions", json=body(prompt, count, **more), headers=headers)
 
 
@@ -37,10 +39,12 @@ def frames(lines: Iterator[str]) -> Iterator[Any]:
 class Stream(threading.Thread):
     """Thread that reads a streamed reply."""
 
-    def __init__(self, client: httpx.Client, prompt: str = "Hi", count: int = 16, once: str = "", **more: Any) -> None:
+    def __init__(
+        self, client: httpx.Client, prompt: str = "Hi", count: int = 16, idempotency_key: str = "", **more: Any
+    ) -> None:
         super().__init__(daemon=True)
         self._client, self._body = client, body(prompt, count, stream=True, **more)
-        self._headers = {"idempotency-key": once} if once else {}
+        self._headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
         self.pieces: list[str] = []
         self.status = 0
         self.headers: httpx.Headers = httpx.Headers()
@@ -48,7 +52,7 @@ class Stream(threading.Thread):
         self.done = False
         """Whether the stream ended with ``[DONE]``."""
         self.broken: Exception | None = None
-        self._leave = False
+        self._disconnecting = False
         self.start()
 
     def run(self) -> None:
@@ -59,13 +63,13 @@ class Stream(threading.Thread):
                     self.error = json.loads(reply.read())["error"]
                     return
                 for frame in frames(reply.iter_lines()):
-                    if self._leave:
+                    if self._disconnecting:
                         return
-                    self._see(frame)
+                    self._read_frame(frame)
         except httpx.HTTPError as error:
             self.broken = error
 
-    def _see(self, frame: Any) -> None:
+    def _read_frame(self, frame: Any) -> None:
         if frame is None:
             self.done = True
         elif "error" in frame:
@@ -81,9 +85,9 @@ class Stream(threading.Thread):
     def text(self) -> str:
         return "".join(self.pieces)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Disconnect at the next piece."""
-        self._leave = True
+        self._disconnecting = True
 
     def end(self, seconds: float = 60) -> Stream:
         self.join(seconds)
@@ -91,7 +95,7 @@ class Stream(threading.Thread):
         return self
 
 
-def together(count: int, work: Callable[[int], Any]) -> list[Any]:
+def in_parallel(count: int, work: Callable[[int], Any]) -> list[Any]:
     """Call ``work`` with 0 to ``count`` - 1 in threads of their own; return the results or the exceptions."""
     results: list[Any] = [None] * count
 

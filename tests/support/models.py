@@ -60,7 +60,9 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 """Configurations that change the computation: a model family and its settings, by name."""
 
 
-def theirs(family: str, changes: dict[str, object], head: str = "ForCausalLM") -> transformers.PreTrainedModel:
+def transformers_model(
+    family: str, changes: dict[str, object], head: str = "ForCausalLM"
+) -> transformers.PreTrainedModel:
     """Return a tiny random transformers model in float32, with weights that are large enough to change its output."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES | changes)
@@ -74,7 +76,7 @@ def theirs(family: str, changes: dict[str, object], head: str = "ForCausalLM") -
     return model
 
 
-def ours(folder: Path, weight_format: str = "float32") -> models.Decoder:
+def moesaic_model(folder: Path, weight_format: str = "float32") -> models.Decoder:
     """Return Moesaic's model of the checkpoint in ``folder``."""
     with checkpoints.open_checkpoint(folder) as checkpoint:
         dtype = getattr(torch, weight_format)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.postgres_server import PostgresServer, binaries
 from tests.support.folders import memory_parent
 from tests.support.require import require
-from tests.support.stores import Places
+from tests.support.stores import BaseLocation
 
 
 class Server(PostgresServer):
@@ -16,7 +16,7 @@ class Server(PostgresServer):
         super().__init__(memory_parent())
 
 
-class Database(Places):
+class Database(BaseLocation):
     """A new, empty database of a server."""
 
     name = "postgres"

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 from tests.support.threads import in_thread
@@ -30,7 +31,7 @@ class Script:
     ends normally without text; page sends HTML.
     """
 
-    speaks: tuple[str, ...] = ("openai_chat", "openai", "tgi", "aime")
+    dialects: tuple[str, ...] = ("openai_chat", "openai", "tgi", "aime")
     pieces: int = 5
     counts: bool = True
     key: str | None = None
@@ -38,10 +39,10 @@ class Script:
     pause: float = 0.0
     """Seconds before each piece."""
     url: str = ""
-    asked: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
+    requests: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
     """Path, headers and body of each generation request."""
     running: int = 0
-    most: int = 0
+    max_running: int = 0
     """Largest number of requests that ran at the same time."""
     jobs: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -100,9 +101,9 @@ async def _respond(
         page = _pages(script).get(path)
         _reply(writer, 200 if page is not None else 404, {"error": "no such page"} if page is None else page)
     else:
-        script.asked.append((path, headers, body))
+        script.requests.append((path, headers, body))
         script.running += 1
-        script.most = max(script.most, script.running)
+        script.max_running = max(script.max_running, script.running)
         try:
             await _generate(script, path, body, writer)
         finally:
@@ -112,11 +113,11 @@ async def _respond(
 def _pages(script: Script) -> dict[str, Any]:
     """Return the replies to GET requests, by path."""
     pages: dict[str, Any] = {}
-    if {"openai", "openai_chat"} & set(script.speaks):
+    if {"openai", "openai_chat"} & set(script.dialects):
         pages["/v1/models"] = {"object": "list", "data": [{"id": "tiny", "max_model_len": CONTEXT}]}
-    if "tgi" in script.speaks:
+    if "tgi" in script.dialects:
         pages["/info"] = {"model_id": "tiny", "max_total_tokens": CONTEXT}
-    if "aime" in script.speaks:
+    if "aime" in script.dialects:
         pages["/api/endpoints"] = {"endpoints": ["tiny"]}
         pages["/api/endpoints/tiny"] = {"parameter_description": {"input": {"prompt_input": {}, "chat_context": {}}}}
         pages["/tiny/login"] = {"success": True, "client_session_auth_key": "session"}
@@ -225,7 +226,8 @@ def _reply(
     writer: asyncio.StreamWriter, status: int, body: Any, more: str = "", kind: str = "application/json"
 ) -> None:
     data = (body if isinstance(body, str) else json.dumps(body)).encode()
-    head = f"HTTP/1.1 {status} Said\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(data)}\r\n\r\n"
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {kind}\r\n"
+    head += f"{more}Content-Length: {len(data)}\r\n\r\n"
     with contextlib.suppress(ConnectionError):
         writer.write(head.encode() + data)
 

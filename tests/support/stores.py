@@ -1,4 +1,4 @@
-"""Where the tests keep jobs, and stores that are used without ``await``."""
+"""Locations of job stores, and stores whose methods are called without ``await``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from moesaic.cluster.jobs import Job, Lease, LeaseStatus, LeaseToken, Store, StoreLimits
 from moesaic.cluster.store import open_store
 
-USUAL = StoreLimits()
+DEFAULT_LIMITS = StoreLimits()
 
 
-class Sync:
-    """A store whose methods wait by themselves."""
+class SyncStore:
+    """A store whose methods block until they are done."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, store: Store) -> None:
         self.loop = loop
@@ -35,39 +35,39 @@ class Sync:
 
         return self.loop.run_until_complete(gather())
 
-    def take(
-        self, most: int = 1, worker: str = "w", models: Sequence[str] = ("m",), suspects: bool = False
+    def lease_ids(
+        self, limit: int = 1, worker: str = "w", models: Sequence[str] = ("m",), suspects: bool = False
     ) -> list[str]:
-        """Lease, and return the ids."""
-        return [each.job.id for each in self.lease(worker, models, most, suspects=suspects)]
+        """Lease jobs and return their ids."""
+        return [lease.job.id for lease in self.lease(worker, models, limit, suspects=suspects)]
 
-    def beats_of(self, *ids: str) -> list[LeaseStatus]:
-        return [beat for beat in self.active_leases() if beat.lease_token.id in ids]
+    def statuses_of(self, *ids: str) -> list[LeaseStatus]:
+        return [status for status in self.active_leases() if status.lease_token.id in ids]
 
 
-class Place(Protocol):
-    """Where a store is kept: it can be opened again and again."""
+class Location(Protocol):
+    """A location of a store, which can be opened several times."""
 
     name: str
 
-    def open(self, bounds: StoreLimits = ...) -> Sync: ...
+    def open(self, limits: StoreLimits = ...) -> SyncStore: ...
 
     def close(self) -> None:
-        """Close what was opened, and remove what is there."""
+        """Close all stores that were opened, and remove the location."""
 
 
-class Places:
-    """Opens stores at one address, and closes them in the end."""
+class BaseLocation:
+    """Opens stores at one address, and closes them at the end."""
 
     name = ""
 
     def __init__(self, where: str) -> None:
         self.where = where
         self.loop = asyncio.new_event_loop()
-        self._open: list[Sync] = []
+        self._open: list[SyncStore] = []
 
-    def open(self, bounds: StoreLimits = USUAL) -> Sync:
-        store = Sync(self.loop, self.loop.run_until_complete(open_store(self.where, bounds)))
+    def open(self, limits: StoreLimits = DEFAULT_LIMITS) -> SyncStore:
+        store = SyncStore(self.loop, self.loop.run_until_complete(open_store(self.where, limits)))
         self._open.append(store)
         return store
 
@@ -77,8 +77,8 @@ class Places:
         self.loop.close()
 
 
-class File(Places):
-    """A file of SQLite's."""
+class SQLiteFile(BaseLocation):
+    """A SQLite file."""
 
     name = "sqlite"
 
@@ -86,7 +86,7 @@ class File(Places):
         super().__init__(str(folder / "jobs.db"))
 
 
-def hold(lease: Lease) -> LeaseToken:
+def token_of(lease: Lease) -> LeaseToken:
     return LeaseToken(lease.job.id, lease.fence)
 
 

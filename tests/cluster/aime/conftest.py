@@ -1,4 +1,4 @@
-"""A gateway with AIME's routes, and the connections to it."""
+"""Fixtures: a gateway with AIME's routes, and connections that are closed after each test."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from moesaic.cluster.aime import workers
-from tests.support.aime import OPEN, gateway
+from tests.support.aime import OPEN_CLIENTS, running_gateway
 from tests.support.server import Server
 
 
 @pytest.fixture
-def office(tmp_path: Path) -> Iterator[Server]:
+def gateway_server(tmp_path: Path) -> Iterator[Server]:
     """A gateway without keys."""
-    with gateway(tmp_path / "jobs.sqlite") as server:
+    with running_gateway(tmp_path / "jobs.sqlite") as server:
         yield server
 
 
@@ -28,5 +28,5 @@ def _short_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
     yield
-    while OPEN:
-        OPEN.pop().close()
+    while OPEN_CLIENTS:
+        OPEN_CLIENTS.pop().close()

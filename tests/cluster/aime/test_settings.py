@@ -69,14 +69,19 @@ def llama(tmp_path):
 
 def test_file_is_read_and_unsupported_keys_are_logged(llama, caplog):
     with caplog.at_level(logging.WARNING):
-        found = settings.read_file(llama)
-    assert (found.name, found.version, found.job_type, found.category) == ("llama3_chat", 3, "llama3", "chat")
-    assert (found.request_timeout, found.inactivity, found.max_queue_length) == (60, 360, 1000)
-    assert [key.name for key in found.client_keys] == ["aime:llama3_chat:anna"]  # the published key is rejected
-    assert found.client_keys[0].sha256 == digest("annas key") and found.worker_key == digest("a workers key")
-    assert "annas key" not in repr(found) and "a workers key" not in repr(found)
-    named = {getattr(record, "key", None) for record in caplog.records}
-    assert {"[SESSION]", "[STATIC]", "[CLIENTS] result_lifetime", "[INPUTS] chat_context.colour"} <= named
+        definition = settings.read_file(llama)
+    assert (definition.name, definition.version, definition.job_type, definition.category) == (
+        "llama3_chat",
+        3,
+        "llama3",
+        "chat",
+    )
+    assert (definition.request_timeout, definition.inactivity, definition.max_queue_length) == (60, 360, 1000)
+    assert [key.name for key in definition.client_keys] == ["aime:llama3_chat:anna"]  # the published key is rejected
+    assert definition.client_keys[0].sha256 == digest("annas key") and definition.worker_key == digest("a workers key")
+    assert "annas key" not in repr(definition) and "a workers key" not in repr(definition)
+    logged_keys = {getattr(record, "key", None) for record in caplog.records}
+    assert {"[SESSION]", "[STATIC]", "[CLIENTS] result_lifetime", "[INPUTS] chat_context.colour"} <= logged_keys
     assert any("published" in record.message for record in caplog.records)
 
 
@@ -87,13 +92,13 @@ def test_server_file_gives_defaults(llama):
         f'[WORKERS]\ndefault_auth_key = "{PUBLIC_WORKER}"\ndefault_request_timeout = 20\n'
         "[ENDPOINTS]\ndefault_max_queue_length = 5\ndefault_job_inactivity_timeout = 30\n"
     )
-    [found] = settings.read(top)
-    assert (found.request_timeout, found.inactivity, found.max_queue_length) == (20, 30, 5)
-    assert found.worker_key == ""  # the published key is rejected
+    [definition] = settings.read(top)
+    assert (definition.request_timeout, definition.inactivity, definition.max_queue_length) == (20, 30, 5)
+    assert definition.worker_key == ""  # the published key is rejected
 
 
 @pytest.mark.parametrize(
-    "old, new, said",
+    "old, new, message",
     [
         ("[ENDPOINT]", "[ENDPOINT", "is not valid TOML"),
         ('name = "llama3_chat"', 'name = "v1"', "has a route of that name"),
@@ -104,11 +109,11 @@ def test_server_file_gives_defaults(llama):
         ("version = 3", "version = 3\nmax_queue_length = 0", "max_queue_length is 0"),
     ],
 )
-def test_invalid_endpoint_is_refused(llama, old, new, said):
+def test_invalid_endpoint_is_refused(llama, old, new, message):
     content = llama.read_text()
     assert old in content
     llama.write_text(content.replace(old, new, 1))
-    with pytest.raises(InvalidRequest, match=said):
+    with pytest.raises(InvalidRequest, match=message):
         settings.check_definitions(settings.read(llama.parent))
 
 
@@ -139,8 +144,8 @@ def test_parameter_rules(llama):
     definition = settings.read_file(llama)
 
     def value(**given):
-        found, problems = check_parameters({"must": True, **given}, definition)
-        return problems or found
+        parameters, problems = check_parameters({"must": True, **given}, definition)
+        return problems or parameters
 
     assert value() == {"must": True, "top_k": 4, "temperature": 0.8, "style": "a"}
     assert value(top_k=0)["top_k"] == 0 and value(top_k=3.0)["top_k"] == 3

@@ -32,10 +32,10 @@ async def until(true: Callable[[], object]) -> None:
 async def working(
     backend: ScriptedBackend, server: AimeServer, slots: int = 4, **more: Any
 ) -> AsyncIterator[tuple[asyncio.Task[None], asyncio.Event]]:
-    """Have a worker work for a server until the end of this."""
+    """Run a worker for a server inside the block."""
     stop = asyncio.Event()
     await server.start()
-    work = worker.work(backend, server.url, JOB_TYPE, KEY, slots=slots, name="ours", stop=stop, **more)
+    work = worker.work(backend, server.url, JOB_TYPE, KEY, slots=slots, name="worker", stop=stop, **more)
     task = asyncio.create_task(work)
     try:
         yield task, stop
@@ -46,7 +46,7 @@ async def working(
         await server.stop()
 
 
-def played(run: Callable[[], Any]) -> None:
+def run_async(run: Callable[[], Any]) -> None:
     asyncio.run(run())
 
 
@@ -60,7 +60,7 @@ def test_job_is_fetched_reported_and_answered():
         [ask] = backend.requests
         assert ask.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
         assert ask.sampling == {"temperature": 0, "top_k": 7, "max_tokens": 3} and not ask.continue_final
-        texts = [each["progress_data"]["text"] for each in server.updates]
+        texts = [request["progress_data"]["text"] for request in server.updates]
         assert texts == sorted(texts, key=len) and all("Once upon a".startswith(text) for text in texts)
         assert server.updates[0].keys() == {
             *("job_id", "start_time", "start_time_compute", "job_type", "auth_key", "auth", "version"),
@@ -73,9 +73,9 @@ def test_job_is_fetched_reported_and_answered():
         assert result["start_time"] and result["start_time_compute"] and result["prompt_input"] == "Hi"
         assert result["arrival_time"] <= result["finished_time"]
         first = server.job_requests[0]
-        assert (first["max_job_batch"], first["auth"], first["job_type"]) == (4, "ours", JOB_TYPE)
+        assert (first["max_job_batch"], first["auth"], first["job_type"]) == (4, "worker", JOB_TYPE)
 
-    played(run)
+    run_async(run)
 
 
 def test_free_slots_are_refilled():
@@ -90,9 +90,9 @@ def test_free_slots_are_refilled():
             await until(lambda: len(server.results) == 5)
             server.add("late")
             await until(lambda: "late" in server.results)
-        assert max(each["max_job_batch"] for each in server.job_requests) == 3
+        assert max(request["max_job_batch"] for request in server.job_requests) == 3
 
-    played(run)
+    run_async(run)
 
 
 def test_expired_job_does_not_block_updates_of_others():
@@ -101,14 +101,14 @@ def test_expired_job_does_not_block_updates_of_others():
         for job_id in ("first", "lapses", "last"):
             server.add(job_id)
         async with working(backend, server):
-            await until(lambda: len({each["job_id"] for each in server.updates}) == 3)
+            await until(lambda: len({request["job_id"] for request in server.updates}) == 3)
             for lapsed in ("lapses", "first"):  # one in the middle, then the first too
                 server.states[lapsed] = "lapsed"
                 for _ in range(3):
                     server.updates.clear()
-                    await until(lambda: any(each["job_id"] == "last" for each in server.updates))
+                    await until(lambda: any(request["job_id"] == "last" for request in server.updates))
 
-    played(run)
+    run_async(run)
 
 
 def test_results_are_sent_after_a_server_outage():
@@ -127,7 +127,7 @@ def test_results_are_sent_after_a_server_outage():
             await until(lambda: "J2" in server.results)
             assert not task.done()
 
-    played(run)
+    run_async(run)
 
 
 def test_result_attempts_are_limited():
@@ -139,24 +139,24 @@ def test_result_attempts_are_limited():
             await until(lambda: server.deliveries > 1)
             server.lose_replies = False
             server.add("J2")
-            await until(lambda: "J2" in server.results)  # so that the place was free again
+            await until(lambda: "J2" in server.results)  # the slot was free again
         assert server.deliveries <= 2 + worker.MAX_RESULT_ATTEMPTS
 
-    played(run)
+    run_async(run)
 
 
 @pytest.mark.parametrize(
-    "job_type, key, said", [(JOB_TYPE, "wrong", "rejects this key"), ("nobody", KEY, "no job type")]
+    "job_type, key, message", [(JOB_TYPE, "wrong", "rejects this key"), ("nobody", KEY, "no job type")]
 )
-def test_rejected_key_or_job_type_stops_the_worker(job_type, key, said):
+def test_rejected_key_or_job_type_stops_the_worker(job_type, key, message):
     async def run() -> None:
         server = AimeServer()
         await server.start()
-        with pytest.raises(Unauthorized, match=said):
+        with pytest.raises(Unauthorized, match=message):
             await worker.work(ScriptedBackend(), server.url, job_type, key)
         await server.stop()
 
-    played(run)
+    run_async(run)
 
 
 def test_worker_needs_a_model_and_slots():
@@ -167,7 +167,7 @@ def test_worker_needs_a_model_and_slots():
 
 
 @pytest.mark.parametrize(
-    "params, said",
+    "params, message",
     [
         ({"chat_context": "{"}, "chat_context: is not valid JSON"),
         ({"chat_context": [{"role": "robot", "content": "Hi"}]}, "has the role 'robot'"),
@@ -177,16 +177,16 @@ def test_worker_needs_a_model_and_slots():
         ({"prompt_input": 5}, "must be strings"),
     ],
 )
-def test_invalid_parameters_get_an_error(params, said):
+def test_invalid_parameters_get_an_error(params, message):
     async def run() -> None:
         server = AimeServer()
         server.one_shape = True
         server.add("J1", **params)
         async with working(ScriptedBackend(), server):
             await until(lambda: "J1" in server.results)
-        assert said in server.results["J1"]["error"]
+        assert message in server.results["J1"]["error"]
 
-    played(run)
+    run_async(run)
 
 
 @pytest.mark.parametrize("script", [Script(refusal=Overloaded("full")), Script(error=Overloaded("full"))])
@@ -198,7 +198,7 @@ def test_backend_error_is_reported(script):
             await until(lambda: "J1" in server.results)
         assert server.results["J1"]["error"] == "full"
 
-    played(run)
+    run_async(run)
 
 
 def test_cancelled_job_frees_its_slot():
@@ -213,7 +213,7 @@ def test_cancelled_job_frees_its_slot():
             server.add("J2")
             await until(lambda: "J2" in server.results)
 
-    played(run)
+    run_async(run)
 
 
 def test_stopped_worker_finishes_running_jobs():
@@ -227,7 +227,7 @@ def test_stopped_worker_finishes_running_jobs():
             await task
             assert server.results["J1"]["text"] == "Hello, world!"
 
-    played(run)
+    run_async(run)
 
 
 def test_stop_without_drain_reports_an_error_for_each_job():
@@ -240,17 +240,17 @@ def test_stop_without_drain_reports_an_error_for_each_job():
             await task
             assert "the worker was stopped" in server.results["J1"]["error"]
 
-    played(run)
+    run_async(run)
 
 
-def test_worker_runs_jobs_of_a_moesaic_gateway(office):
+def test_worker_runs_jobs_of_a_moesaic_gateway(gateway_server):
     async def run() -> None:
         stop = asyncio.Event()
-        task = asyncio.create_task(worker.work(ScriptedBackend(), office.url, JOB_TYPE, "any", stop=stop))
-        client = Client(office)
-        found = await asyncio.to_thread(lambda: client.request(wait=True).json())
-        assert found["text"] == "Hello, world!" and found["prompt_length"] == 2
+        task = asyncio.create_task(worker.work(ScriptedBackend(), gateway_server.url, JOB_TYPE, "any", stop=stop))
+        client = Client(gateway_server)
+        result = await asyncio.to_thread(lambda: client.request(wait=True).json())
+        assert result["text"] == "Hello, world!" and result["prompt_length"] == 2
         stop.set()
         await task
 
-    played(run)
+    run_async(run)

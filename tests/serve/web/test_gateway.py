@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.backend import FakeBackend, answer
 from tests.support.browser import Chat, Open
-from tests.support.cluster import SLOW, Hand, Site, site
+from tests.support.cluster import SLOW, Cluster, WorkerHandle, running_cluster
 from tests.support.wait import eventually
 
 
@@ -23,9 +23,11 @@ class Here:
         self.start()
 
     def start(self) -> None:
-        self.site: Site = self._stack.enter_context(site(self._where, models=["fake"], lease=1.0, port=self.port))
-        self.port, self.url = self.site.port, self.site.url
-        self.hand: Hand = self.site.hire(FakeBackend(seconds=SLOW / 5))
+        self.cluster: Cluster = self._stack.enter_context(
+            running_cluster(self._where, models=["fake"], lease=1.0, port=self.port)
+        )
+        self.port, self.url = self.cluster.port, self.cluster.url
+        self.handle: WorkerHandle = self.cluster.start_worker(FakeBackend(seconds=SLOW / 5))
 
     def stop(self) -> None:
         self._stack.close()
@@ -50,7 +52,7 @@ def test_answer_resumes_after_a_gateway_restart(open_chat: Open, server: Here) -
     server.stop()
     server.start()
     chat.finished()
-    (asked,) = server.hand.backend.requests
+    (asked,) = server.handle.backend.requests
     assert len(asked.resume[0]) > 0, "it was begun anew"
     whole = answer("Tell a long story.", asked.sampling["seed"], asked.sampling["max_tokens"])
     assert chat.said[1] == whole.strip()
@@ -62,4 +64,4 @@ def test_stop_cancels_the_job(open_chat: Open, server: Here) -> None:
     begun(chat, 9)
     chat.button("Stop").click()
     chat.wait_for("Stopped before the end.")
-    eventually(lambda: server.site.depths() == (0, 0))
+    eventually(lambda: server.cluster.depths() == (0, 0))

@@ -1,4 +1,4 @@
-"""A file's faults: disks that are full, statements that fail, files that are something else. Nothing is half done."""
+"""Faults of a file: full disks, failing statements, and files of another kind. No operation is half done."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from moesaic.cluster.jobs import LogRecord, StoreLimits
 from moesaic.cluster.store import _disk, open_store, sqlite
 from moesaic.cluster.store._program import Outcome, Statement
 from moesaic.errors import InvalidParameter, MoesaicError, StorageFull, StoreError, Unavailable
-from tests.support.stores import File, Sync, hold, job
+from tests.support.stores import SQLiteFile, SyncStore, job, token_of
 
 
-class Faulty(sqlite3.Connection):
-    """Fails at the k-th statement from when it was armed; after that all is well again."""
+class FailingConnection(sqlite3.Connection):
+    """Connection whose k-th statement after it was armed fails; later statements succeed."""
 
     left = 0
     error: Exception = sqlite3.OperationalError("disk I/O error")
 
     def _count(self) -> None:
-        Faulty.left -= 1
-        if Faulty.left == 0:
-            raise Faulty.error
+        FailingConnection.left -= 1
+        if FailingConnection.left == 0:
+            raise FailingConnection.error
 
     def execute(self, *values: Any) -> sqlite3.Cursor:
         self._count()
@@ -39,14 +39,16 @@ class Faulty(sqlite3.Connection):
 
 
 @pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
+def failing(monkeypatch: pytest.MonkeyPatch) -> type[FailingConnection]:
     connect = sqlite3.connect
-    monkeypatch.setattr(sqlite.sqlite3, "connect", lambda *values, **named: connect(*values, factory=Faulty, **named))
-    return Faulty
+    monkeypatch.setattr(
+        sqlite.sqlite3, "connect", lambda *values, **named: connect(*values, factory=FailingConnection, **named)
+    )
+    return FailingConnection
 
 
-def in_one_transaction(store: Sync, begin: Callable[[], None], *waiting: Awaitable[Any]) -> list[Any]:
-    """Have operations wait behind one that holds up the owner, so that they share a transaction."""
+def in_one_transaction(store: SyncStore, arm: Callable[[], None], *waiting: Awaitable[Any]) -> list[Any]:
+    """Queue operations behind one that blocks the database thread, so that they share a transaction."""
     entered, go_on = threading.Event(), threading.Event()
 
     def gate() -> Any:
@@ -57,14 +59,14 @@ def in_one_transaction(store: Sync, begin: Callable[[], None], *waiting: Awaitab
 
     async def enqueue() -> None:
         entered.wait()
-        store.loop.call_soon(begin)
+        store.loop.call_soon(arm)
         store.loop.call_soon(go_on.set)
 
     return store.all(store.store.run(gate), enqueue(), *waiting)[2:]
 
 
-def run(store: Sync, sql: str) -> Any:
-    """Run a statement as an operation of the store's."""
+def run(store: SyncStore, sql: str) -> Any:
+    """Run a statement as an operation of the store."""
 
     def steps() -> Any:
         rows = yield Statement(sql)
@@ -74,24 +76,26 @@ def run(store: Sync, sql: str) -> Any:
 
 
 @pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), MemoryError("no more")])
-def test_failed_statement_leaves_no_partial_operation(faulty, tmp_path, error):
-    """For every k, the k-th statement of a transaction fails: what was acknowledged has happened, what failed has not,
-    and doing all of it again brings everything to where it should be."""
-    faulty.error = error
-    k, found, failures = 0, [error], []
-    while any(isinstance(each, Exception) for each in found):
+def test_failed_statement_leaves_no_partial_operation(failing, tmp_path, error):
+    """For every k, the k-th statement of a transaction fails.
+
+    Acknowledged operations have happened, failed ones have not, and repeating all of them completes them.
+    """
+    failing.error = error
+    k, results, failures = 0, [error], []
+    while any(isinstance(result, Exception) for result in results):
         k += 1
         (tmp_path / str(k)).mkdir()
-        place = File(tmp_path / str(k))
-        store = place.open()
+        location = SQLiteFile(tmp_path / str(k))
+        store = location.open()
         for job_id in "xyz":
             store.submit(job(job_id))
-        x, y = (hold(lease) for lease in store.lease("w", ["m"], 2))
+        x, y = (token_of(lease) for lease in store.lease("w", ["m"], 2))
 
         def arm(k: int = k) -> None:
-            faulty.left = 2 + k  # the gate's own RELEASE and COMMIT go first
+            failing.left = 2 + k  # the gate's own RELEASE and COMMIT go first
 
-        def calls(store: Sync = store, x: Any = x, y: Any = y) -> list[Awaitable[Any]]:
+        def calls(store: SyncStore = store, x: Any = x, y: Any = y) -> list[Awaitable[Any]]:
             inner = store.store
             return [
                 inner.submit(job("b", idempotency_key="n")),
@@ -100,10 +104,10 @@ def test_failed_statement_leaves_no_partial_operation(faulty, tmp_path, error):
                 inner.cancel("z"),
             ]
 
-        found = in_one_transaction(store, arm, *calls())
-        faulty.left = 0
-        failures.append([isinstance(each, Exception) for each in found])
-        assert all(isinstance(each, Unavailable | MemoryError) for each in found if isinstance(each, Exception))
+        results = in_one_transaction(store, arm, *calls())
+        failing.left = 0
+        failures.append([isinstance(result, Exception) for result in results])
+        assert all(isinstance(result, Unavailable | MemoryError) for result in results if isinstance(result, Exception))
         assert store.check() == "ok"
         happened = [
             store.snapshot("b") is not None,
@@ -114,47 +118,47 @@ def test_failed_statement_leaves_no_partial_operation(faulty, tmp_path, error):
         assert happened == [not failed for failed in failures[-1]]
         assert store.all(*calls()) == ["b", {"x": 2}, True, "cancelled"]
         assert (store.snapshot("x").logged, store.snapshot("y").logged, store.check()) == (2, 1, "ok")
-        place.close()
+        location.close()
     assert k > 20
     assert [True] * 4 in failures, "a commit that fails takes all with it"
-    assert any(sum(each) == 1 for each in failures), "a statement that fails takes its operation with it"
+    assert any(sum(result) == 1 for result in failures), "a statement that fails takes its operation with it"
 
 
-def test_full_disk_is_reported_and_survived(place, tmp_path):
-    if place.name != "sqlite":
+def test_full_disk_is_reported_and_survived(location, tmp_path):
+    if location.name != "sqlite":
         pytest.skip("see test_postgres")
-    store = place.open()
+    store = location.open()
     store.submit(job("a"))
-    store.take()
-    [beat] = store.active_leases()
+    store.lease_ids()
+    [status] = store.active_leases()
     pages = run(store, "PRAGMA page_count")[0][0]
     run(store, f"PRAGMA max_page_count = {pages + 3}")
-    found = store.all(*(store.store.submit(job(f"j{n}", body=bytes(9000))) for n in range(8)))
-    assert any(isinstance(each, StorageFull) for each in found)
-    assert all(isinstance(each, str | StorageFull) for each in found)
+    results = store.all(*(store.store.submit(job(f"j{n}", body=bytes(9000))) for n in range(8)))
+    assert any(isinstance(result, StorageFull) for result in results)
+    assert all(isinstance(result, str | StorageFull) for result in results)
     assert store.check() == "ok"
-    for n, each in enumerate(found):
-        assert (store.snapshot(f"j{n}") is not None) == (each == f"j{n}")
-    assert store.finish(beat.lease_token, "done", b"small") is True  # what needs no room goes on
+    for n, result in enumerate(results):
+        assert (store.snapshot(f"j{n}") is not None) == (result == f"j{n}")
+    assert store.finish(status.lease_token, "done", b"small") is True  # what needs no room goes on
     run(store, "PRAGMA max_page_count = 1000000")
     again = store.all(*(store.store.submit(job(f"j{n}", body=bytes(9000))) for n in range(8)))
     assert again == [f"j{n}" for n in range(8)]
     assert store.check() == "ok"
 
 
-def test_connection_is_replaced_after_a_failed_rollback(faulty, file, monkeypatch):
+def test_connection_is_replaced_after_a_failed_rollback(failing, file, monkeypatch):
     store = file.open()
     store.submit(job("a"))
-    execute = faulty.execute
+    execute = failing.execute
     broken: set[sqlite3.Connection] = set()
 
-    def fails(self: Faulty, sql: str, *values: Any) -> sqlite3.Cursor:
+    def fails(self: FailingConnection, sql: str, *values: Any) -> sqlite3.Cursor:
         broken.add(self)
         if sql in ("COMMIT", "ROLLBACK") and len(broken) == 1:
             raise sqlite3.OperationalError("disk I/O error")
         return execute(self, sql, *values)
 
-    monkeypatch.setattr(faulty, "execute", fails)
+    monkeypatch.setattr(failing, "execute", fails)
     with pytest.raises(Unavailable):
         store.submit(job("b"))
     assert store.snapshot("b") is None
@@ -162,15 +166,15 @@ def test_connection_is_replaced_after_a_failed_rollback(faulty, file, monkeypatc
     assert len(broken) == 2
 
 
-def test_failed_connection_is_retried(faulty, file, monkeypatch):
+def test_failed_connection_is_retried(failing, file, monkeypatch):
     store = file.open()
     store.submit(job("a"))
 
-    def fails(self: Faulty, *_values: Any) -> sqlite3.Cursor:
+    def fails(self: FailingConnection, *_values: Any) -> sqlite3.Cursor:
         raise sqlite3.OperationalError("gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(faulty, "execute", fails)
+        patched.setattr(failing, "execute", fails)
         for _ in range(3):
             with pytest.raises(Unavailable):
                 store.submit(job("b"))
@@ -179,11 +183,11 @@ def test_failed_connection_is_retried(faulty, file, monkeypatch):
 
 
 def test_commits_are_flushed(file):
-    """Whether it is, only a power cut would show; that it is asked for, the connection says."""
+    """The connection's settings require flushing; only a power cut would show whether it happens."""
     store = file.open()
     names = ("synchronous", "journal_mode", "locking_mode", "wal_autocheckpoint", "journal_size_limit")
-    found = [run(store, f"PRAGMA {name}")[0][0] for name in names]
-    assert found == [2, "wal", "exclusive", 1000, 64 << 20]
+    values = [run(store, f"PRAGMA {name}")[0][0] for name in names]
+    assert values == [2, "wal", "exclusive", 1000, 64 << 20]
 
 
 def test_file_is_opened_by_one_store(file):
@@ -287,4 +291,4 @@ def test_invalid_addresses_are_refused(file, where):
 
 
 def test_errors_are_moesaic_errors():
-    assert all(issubclass(each, MoesaicError) for each in (StoreError, StorageFull, Unavailable))
+    assert all(issubclass(kind, MoesaicError) for kind in (StoreError, StorageFull, Unavailable))

@@ -1,4 +1,4 @@
-"""Jobs are taken in once, within bounds, and are there from then on."""
+"""Jobs are accepted once, within limits, and stored from then on."""
 
 from __future__ import annotations
 
@@ -6,28 +6,35 @@ import pytest
 
 from moesaic.cluster.jobs import Job, QueueDepth, StoreLimits
 from moesaic.errors import Conflict, InvalidParameter, Overloaded, Unavailable
-from tests.support.stores import hold, job
+from tests.support.stores import job, token_of
 
 WHOLE = Job("a", "m", "generate", b"\x00\xff body", "tenant", 7, -3, "name", "digest")
 
 
 def test_submitted_job_is_stored(store):
     assert store.submit(WHOLE) == "a"
-    seen = store.snapshot("a")
-    assert (seen.job, seen.state) == (WHOLE, "queued")
-    assert (seen.fence, seen.worker, seen.attempts, seen.crashes, seen.logged, seen.result) == (0, "", 0, 0, 0, b"")
+    snapshot = store.snapshot("a")
+    assert (snapshot.job, snapshot.state) == (WHOLE, "queued")
+    assert (snapshot.fence, snapshot.worker, snapshot.attempts, snapshot.crashes, snapshot.logged, snapshot.result) == (
+        0,
+        "",
+        0,
+        0,
+        0,
+        b"",
+    )
     assert store.check() == "ok"
 
 
-def test_submitted_job_survives_a_restart(place):
-    first = place.open()
+def test_submitted_job_survives_a_restart(location):
+    first = location.open()
     first.submit(WHOLE)
     first.close()
-    assert place.open().snapshot("a").job == WHOLE
+    assert location.open().snapshot("a").job == WHOLE
 
 
 def test_repeated_id_returns_the_same_job(store):
-    """Whoever got no answer asks again."""
+    """A client that got no response repeats its request."""
     assert [store.submit(WHOLE), store.submit(WHOLE)] == ["a", "a"]
     with pytest.raises(Conflict):
         store.submit(job("a", digest="another"))
@@ -58,26 +65,26 @@ def test_concurrent_submits_with_one_key_are_one_job(store):
 def test_idempotency_key_outlives_its_job(store):
     store.submit(job("a", idempotency_key="n"))
     [lease] = store.lease("w", ["m"], 1)
-    store.finish(hold(lease), "done", b"")
+    store.finish(token_of(lease), "done", b"")
     assert store.submit(job("b", idempotency_key="n")) == "a"
 
 
-def test_tenant_limit(place):
-    store = place.open(StoreLimits(queued_per_tenant=2))
+def test_tenant_limit(location):
+    store = location.open(StoreLimits(queued_per_tenant=2))
     store.submit(job("a", tenant="t"))
     store.submit(job("b", tenant="t", priority=5))
     with pytest.raises(Overloaded):
         store.submit(job("c", tenant="t", model="other"))
     assert store.snapshot("c") is None
     store.submit(job("d", tenant="u"))
-    store.take()
+    store.lease_ids()
     store.submit(job("c", tenant="t"))
-    assert store.submit(job("a", tenant="t")) == "a"  # also where no more would fit
+    assert store.submit(job("a", tenant="t")) == "a"  # repeating a job needs no room
 
 
-@pytest.mark.parametrize("bounds", [StoreLimits(queued=2), StoreLimits(queued_cost=20)])
-def test_global_limits(place, bounds):
-    store = place.open(bounds)
+@pytest.mark.parametrize("limits", [StoreLimits(queued=2), StoreLimits(queued_cost=20)])
+def test_global_limits(location, limits):
+    store = location.open(limits)
     store.submit(job("a", tenant="t", cost=10))
     store.submit(job("b", tenant="u", cost=10, model="other"))
     with pytest.raises(Unavailable):

@@ -1,4 +1,4 @@
-"""One set of tests, run over every store."""
+"""Fixtures of the store tests, which run on every kind of store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from moesaic import registry
 from moesaic.cluster import store
 from tests.support.postgres import Database, Server
-from tests.support.stores import File, Place, Sync
+from tests.support.stores import Location, SQLiteFile, SyncStore
 
 
 @pytest.fixture(scope="session")
@@ -28,20 +28,20 @@ def database(server: Server) -> Iterator[Database]:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[File]:
+def file(tmp_path: Path) -> Iterator[SQLiteFile]:
     (tmp_path / "jobs").mkdir()
-    file = File(tmp_path / "jobs")
+    file = SQLiteFile(tmp_path / "jobs")
     yield file
     file.close()
 
 
 @pytest.fixture(params=registry.names(store.FOLDER))
-def place(request: pytest.FixtureRequest) -> Place:
-    place: Place = request.getfixturevalue({"sqlite": "file", "postgres": "database"}[request.param])
-    return place
+def location(request: pytest.FixtureRequest) -> Location:
+    location: Location = request.getfixturevalue({"sqlite": "file", "postgres": "database"}[request.param])
+    return location
 
 
 @pytest.fixture
-def store(place: Place) -> Sync:
-    """An empty store with the usual bounds."""
-    return place.open()
+def store(location: Location) -> SyncStore:
+    """An empty store with the default limits."""
+    return location.open()

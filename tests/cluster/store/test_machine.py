@@ -1,7 +1,7 @@
-"""Random sequences of everything a store does, beside a model of it that is too plain to be wrong.
+"""Random sequences of store operations, compared with a simple model in memory.
 
-``MOESAIC_SEQUENCES`` says how many are run over SQLite; over PostgreSQL a sixteenth of them is, for each operation is a
-dozen ways to the server and back.
+``MOESAIC_SEQUENCES`` is the number of sequences on SQLite. PostgreSQL gets a sixteenth of them, because each operation
+needs about a dozen messages to the server.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from moesaic.cluster.jobs import Job, LeaseStatus, LeaseToken, LogRecord, StoreLimits
 from moesaic.errors import MoesaicError
-from tests.cluster.queue.model import Model
+from tests.cluster.store.model import Model
 from tests.support.folders import memory_parent
 from tests.support.postgres import Database
 from tests.support.sizes import sizes
-from tests.support.stores import File, Sync
+from tests.support.stores import SQLiteFile, SyncStore
 
 SEQUENCES = int(os.environ.get("MOESAIC_SEQUENCES", "2000"))
 STEPS = 100
@@ -36,53 +36,57 @@ some = st.integers(0, 10**6)
 
 
 class Machine(RuleBasedStateMachine):
-    """One sequence. Numbers choose among what there is, so that nothing is drawn in vain."""
+    """One sequence. Drawn numbers choose among the jobs and leases that exist, so that every step has an effect."""
 
     place: Any
 
     def __init__(self) -> None:
         super().__init__()
         self.place.empty()
-        self.store: Sync = self.place.open(BOUNDS)
+        self.store: SyncStore = self.place.open(BOUNDS)
         self.model = Model(BOUNDS)
         self.submitted: list[Job] = []
-        self.holds: list[LeaseToken] = []
+        self.lease_tokens: list[LeaseToken] = []
         self.active_leases: list[LeaseStatus] = []
 
     def same(self, name: str, *values: Any) -> Any:
-        """Do the same to both; return what came of it, or None where both refused."""
+        """Run an operation on the store and on the model; return its result, or None if both refuse it."""
         try:
             expected = getattr(self.model, name)(*values)
         except (MoesaicError, ValueError) as refusal:
             with pytest.raises(type(refusal)):
                 getattr(self.store, name)(*values)
             return None
-        found = getattr(self.store, name)(*values)
-        assert found == expected, name
-        return found
+        actual = getattr(self.store, name)(*values)
+        assert actual == expected, name
+        return actual
 
     def lease_token(self, which: int) -> LeaseToken:
-        """Return a token that was given once: every other time one of the last ones."""
-        if not self.holds:
+        """Return a lease token of the past. Every other time it is one of the last four."""
+        if not self.lease_tokens:
             return LeaseToken("nobody's", 1)
-        last = self.holds[-4:] if which % 2 else self.holds
+        last = self.lease_tokens[-4:] if which % 2 else self.lease_tokens
         return last[which // 2 % len(last)]
 
     def id(self, which: int) -> str:
         return self.submitted[which % len(self.submitted)].id if self.submitted else "nobody's"
 
-    def right(self, *ids: str) -> None:
-        """Assert that these jobs, and what is counted of all, are as they should be."""
+    def check_jobs(self, *ids: str) -> None:
+        """Assert that these jobs and the depths of the queues equal the model's."""
         assert self.store.depths() == self.model.depths()
         for job_id in ids:
-            seen, known = self.store.snapshot(job_id), self.model.jobs.get(job_id)
-            assert (seen is None) == (known is None)
-            if seen is not None and known is not None:
-                assert seen.job == known.job
-                assert (seen.state, seen.fence, seen.worker) == (known.state, known.fence, known.worker)
-                assert (seen.attempts, seen.crashes) == (known.attempts, known.crashes)
-                assert (seen.logged, seen.result) == (known.logged, known.result)
-                assert self.store.log(job_id) == known.log
+            snapshot, expected = self.store.snapshot(job_id), self.model.jobs.get(job_id)
+            assert (snapshot is None) == (expected is None)
+            if snapshot is not None and expected is not None:
+                assert snapshot.job == expected.job
+                assert (snapshot.state, snapshot.fence, snapshot.worker) == (
+                    expected.state,
+                    expected.fence,
+                    expected.worker,
+                )
+                assert (snapshot.attempts, snapshot.crashes) == (expected.attempts, expected.crashes)
+                assert (snapshot.logged, snapshot.result) == (expected.logged, expected.result)
+                assert self.store.log(job_id) == expected.log
 
     @rule(which=some)
     def submit(self, which: int) -> None:
@@ -99,134 +103,135 @@ class Machine(RuleBasedStateMachine):
         )
         self.submitted.append(job)
         self.same("submit", job)
-        self.right(job.id)
+        self.check_jobs(job.id)
 
     @rule(which=some)
     def submit_again(self, which: int) -> None:
         if self.submitted:
             job = self.submitted[which % len(self.submitted)]
             self.same("submit", job)
-            self.right(job.id)
+            self.check_jobs(job.id)
 
-    @rule(most=st.integers(0, 5), models=st.sampled_from(["m", "n", "mn"]), suspects=st.booleans(), worker=some)
-    def lease(self, most: int, models: str, suspects: bool, worker: int) -> None:
+    @rule(limit=st.integers(0, 5), models=st.sampled_from(["m", "n", "mn"]), suspects=st.booleans(), worker=some)
+    def lease(self, limit: int, models: str, suspects: bool, worker: int) -> None:
         who = f"w{worker % 3}"
-        leases = self.store.lease(who, list(models), most, suspects=suspects)
+        leases = self.store.lease(who, list(models), limit, suspects=suspects)
         ids = [lease.job.id for lease in leases]
         if suspects:
-            self.model.may_be_next_suspects(ids, models, most)
+            self.model.may_be_next_suspects(ids, models, limit)
         else:
-            self.model.may_be_next(ids, models, most)
+            self.model.may_be_next(ids, models, limit)
         self.model.lease(who, leases)
-        self.holds += [LeaseToken(lease.job.id, lease.fence) for lease in leases]
-        self.right(*ids)
+        self.lease_tokens += [LeaseToken(lease.job.id, lease.fence) for lease in leases]
+        self.check_jobs(*ids)
 
     @rule(which=st.lists(some, max_size=4))
     def renew(self, which: list[int]) -> None:
-        holds = list({hold.id: hold for hold in map(self.lease_token, which)}.values())
-        self.same("renew", holds)
+        lease_tokens = list({lease_token.id: lease_token for lease_token in map(self.lease_token, which)}.values())
+        self.same("renew", lease_tokens)
 
     @rule(which=some, back=st.sampled_from([0, 0, 0, 1, 2, -1]), count=st.integers(1, 3))
     def append(self, which: int, back: int, count: int) -> None:
-        """In order, again, across the end, or with a gap."""
-        hold = self.lease_token(which)
-        known = self.model.jobs.get(hold.id)
-        record = LogRecord(max((known.logged if known else 0) - back, 0), count, b"%d" % which)
-        assert self.store.append({hold: record}) == {hold.id: self.model.append(hold, record)}
-        self.right(hold.id)
+        """Append a record in order, again, across the end of the log, or with a gap."""
+        lease_token = self.lease_token(which)
+        expected = self.model.jobs.get(lease_token.id)
+        record = LogRecord(max((expected.logged if expected else 0) - back, 0), count, b"%d" % which)
+        assert self.store.append({lease_token: record}) == {lease_token.id: self.model.append(lease_token, record)}
+        self.check_jobs(lease_token.id)
 
     @rule(
         which=some, state=st.sampled_from(["done", "failed"]), back=st.sampled_from([None, None, 0, 1, -1]), count=some
     )
     def finish(self, which: int, state: str, back: int | None, count: int) -> None:
-        hold = self.lease_token(which)
-        known = self.model.jobs.get(hold.id)
-        start = max((known.logged if known else 0) - (back or 0), 0)
+        lease_token = self.lease_token(which)
+        expected = self.model.jobs.get(lease_token.id)
+        start = max((expected.logged if expected else 0) - (back or 0), 0)
         last = None if back is None else LogRecord(start, 1 + count % 2, b"last")
-        self.same("finish", hold, state, b"%d" % which, last)
-        self.right(hold.id)
+        self.same("finish", lease_token, state, b"%d" % which, last)
+        self.check_jobs(lease_token.id)
 
     @rule(which=st.lists(some, max_size=4))
     def release(self, which: list[int]) -> None:
-        holds = list(map(self.lease_token, which))
-        self.same("release", holds)
-        self.right(*(hold.id for hold in holds))
+        lease_tokens = list(map(self.lease_token, which))
+        self.same("release", lease_tokens)
+        self.check_jobs(*(lease_token.id for lease_token in lease_tokens))
 
     @rule(which=st.lists(some, max_size=4))
     def forgive_crash(self, which: list[int]) -> None:
-        holds = list(map(self.lease_token, which))
-        self.same("forgive_crash", holds)
-        self.right(*(hold.id for hold in holds))
+        lease_tokens = list(map(self.lease_token, which))
+        self.same("forgive_crash", lease_tokens)
+        self.check_jobs(*(lease_token.id for lease_token in lease_tokens))
 
     @rule()
     def watch(self) -> None:
         self.active_leases = self.store.active_leases()
-        live = {(each.job.id, each.fence, each.worker, each.heartbeat) for each in self.leased()}
+        live = {(expected.job.id, expected.fence, expected.worker, expected.heartbeat) for expected in self.leased()}
         assert {
-            (beat.lease_token.id, beat.lease_token.fence, beat.worker, beat.heartbeat) for beat in self.active_leases
+            (status.lease_token.id, status.lease_token.fence, status.worker, status.heartbeat)
+            for status in self.active_leases
         } == live
 
     def leased(self) -> list[Any]:
-        return [known for known in self.model.jobs.values() if known.state == "leased"]
+        return [expected for expected in self.model.jobs.values() if expected.state == "leased"]
 
     @rule(worker=some, fresh=st.booleans())
     def expire(self, worker: int, fresh: bool) -> None:
-        """Lose a worker, by what was seen of it now or a while ago."""
+        """Expire a worker's leases by their status now or some time ago."""
         if fresh:
             self.watch()
-        active_leases = [beat for beat in self.active_leases if beat.worker == f"w{worker % 3}"]
+        active_leases = [status for status in self.active_leases if status.worker == f"w{worker % 3}"]
         self.same("expire", active_leases)
-        self.right(*(beat.lease_token.id for beat in active_leases))
+        self.check_jobs(*(status.lease_token.id for status in active_leases))
 
     @rule(which=some)
     def cancel(self, which: int) -> None:
         self.same("cancel", self.id(which))
-        self.right(self.id(which))
+        self.check_jobs(self.id(which))
 
     @rule(which=some)
     def revive(self, which: int) -> None:
-        dead = [job_id for job_id, known in self.model.jobs.items() if known.state == "dead"]
+        dead = [job_id for job_id, expected in self.model.jobs.items() if expected.state == "dead"]
         job_id = dead[which % len(dead)] if dead else self.id(which)
         self.same("revive", job_id)
-        self.right(job_id)
+        self.check_jobs(job_id)
 
     @rule(times=st.sampled_from([1, 1, 1, 3]))
     def tick(self, times: int) -> None:
         for _ in range(times):
             assert self.store.tick(self.model.tick_count) == self.model.tick()
         assert self.store.tick(-1) == self.model.tick_count
-        self.right()
+        self.check_jobs()
 
     @rule(which=st.integers(0, 5))
     def crash(self, which: int) -> None:
         if which == 0:
             old, self.store = self.store, self.place.crash(self.store, BOUNDS)
             old.close()
-            self.everything_is_right()
+            self.check_everything()
 
-    def everything_is_right(self) -> None:
+    def check_everything(self) -> None:
         assert self.store.check() == "ok"
-        self.right(*(job.id for job in self.submitted))
+        self.check_jobs(*(job.id for job in self.submitted))
 
     def teardown(self) -> None:
-        """All that was accepted ends."""
+        """Assert that every accepted job can end."""
         for suspects in (False, True) * 8:
             for lease in self.store.lease("w", ["m", "n"], 99, suspects=suspects):
                 self.model.lease("w", [lease])
                 self.same("finish", LeaseToken(lease.job.id, lease.fence), "done", b"", None)
-        for known in self.leased():
-            self.same("cancel", known.job.id)
-        assert all(known.ends == 1 for known in self.model.jobs.values())
-        self.everything_is_right()
+        for expected in self.leased():
+            self.same("cancel", expected.job.id)
+        assert all(expected.ends == 1 for expected in self.model.jobs.values())
+        self.check_everything()
         self.store.close()
 
 
 class Files:
-    """Files of jobs, each empty; a crash is a copy of what is on disk at that moment."""
+    """Empty files for jobs. A crash is simulated by a copy of what is on disk at that moment."""
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="jobs-", dir=memory_parent()))
-        self._places: list[File] = []
+        self._places: list[SQLiteFile] = []
 
     def empty(self) -> None:
         self.close()
@@ -235,18 +240,18 @@ class Files:
     def _new(self) -> Path:
         folder = self._folder / str(len(self._places))
         folder.mkdir()
-        self._places.append(File(folder))
+        self._places.append(SQLiteFile(folder))
         return folder
 
-    def open(self, bounds: StoreLimits) -> Sync:
-        return self._places[-1].open(bounds)
+    def open(self, limits: StoreLimits) -> SyncStore:
+        return self._places[-1].open(limits)
 
-    def crash(self, store: Sync, bounds: StoreLimits) -> Sync:
+    def crash(self, store: SyncStore, limits: StoreLimits) -> SyncStore:
         old = Path(self._places[-1].where)
         new = self._new()
         for name in (old.name, f"{old.name}-wal"):
             shutil.copy(old.with_name(name), new / name)
-        return self.open(bounds)
+        return self.open(limits)
 
     def close(self) -> None:
         for place in self._places:
@@ -257,7 +262,7 @@ class Files:
 
 
 class Databases:
-    """One database, emptied again and again; a crash is a connection that ends."""
+    """One database, which is emptied for each sequence. A crash is simulated by closing its connections."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -266,10 +271,10 @@ class Databases:
     def empty(self) -> None:
         self._database.server.sql("DROP SCHEMA IF EXISTS moesaic CASCADE", self._database.database)
 
-    def crash(self, store: Sync, bounds: StoreLimits) -> Sync:
+    def crash(self, store: SyncStore, limits: StoreLimits) -> SyncStore:
         end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'moesaic'"
         self._database.server.sql(end, self._database.database)
-        return self.open(bounds)
+        return self.open(limits)
 
 
 @pytest.fixture
@@ -280,8 +285,8 @@ def files() -> Iterator[Files]:
     files._folder.rmdir()
 
 
-def run(place: object, sequences: int) -> None:
-    machine: Callable[[], RuleBasedStateMachine] = type("Machine", (Machine,), {"place": place})
+def run(stores: object, sequences: int) -> None:
+    machine: Callable[[], RuleBasedStateMachine] = type("Machine", (Machine,), {"place": stores})
     run_state_machine_as_test(
         machine,
         settings=settings(

@@ -1,4 +1,4 @@
-"""PostgreSQL's faults, and several gateways on one database."""
+"""Faults of PostgreSQL, and several gateways on one database."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import pytest
 from moesaic.cluster.jobs import LeaseToken, StoreLimits
 from moesaic.cluster.store import open_store, postgres
 from moesaic.errors import StorageFull, StoreError, Unavailable
-from tests.support.stores import Sync, hold, job
+from tests.support.stores import SyncStore, job, token_of
 
 DEADLINE = 60.0
 
 
-def sooner_or_later(store: Sync, done: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+def wait_until(store: SyncStore, done: Callable[[], bool]) -> None:
+    """Wait until ``done`` returns True."""
     until = time.monotonic() + DEADLINE
     while not done():
         assert time.monotonic() < until
         store.loop.run_until_complete(asyncio.sleep(0.02))
 
 
-def submits(store: Sync, job_id: str) -> bool:
+def submits(store: SyncStore, job_id: str) -> bool:
     try:
         return bool(store.submit(job(job_id)) == job_id)
     except Unavailable:
@@ -34,7 +34,7 @@ def submits(store: Sync, job_id: str) -> bool:
 
 
 def test_gateways_never_share_a_job(database):
-    """Two lease at the same time, end some, give others back."""
+    """Two gateways lease at the same time, finish some jobs and release others."""
     stores = [database.open(), database.open()]
     for n in range(120):
         stores[n % 2].submit(job(f"j{n}", tenant=f"t{n % 3}"))
@@ -44,41 +44,41 @@ def test_gateways_never_share_a_job(database):
         while leases := await store.lease(worker, ["m"], 3):
             for n, lease in enumerate(leases):
                 if n == 2 and lease.fence < 4:
-                    await store.release([hold(lease)])
-                elif await store.finish(hold(lease), "done", worker.encode()):
+                    await store.release([token_of(lease)])
+                elif await store.finish(token_of(lease), "done", worker.encode()):
                     done.append(lease.job.id)
 
     store = stores[0]
-    store.all(*(work(each.store, f"w{n}{i}") for n, each in enumerate(stores) for i in range(3)))
-    sooner_or_later(store, lambda: not store.active_leases())
+    store.all(*(work(gateway_store.store, f"w{n}{i}") for n, gateway_store in enumerate(stores) for i in range(3)))
+    wait_until(store, lambda: not store.active_leases())
     assert sorted(done) == sorted(f"j{n}" for n in range(120))
     assert store.check() == "ok"
 
 
 def test_keys_and_limits_hold_across_gateways(database):
-    bounds = StoreLimits(queued_per_tenant=5)
-    stores = [database.open(bounds).store for _ in range(3)]
-    one = database.open(bounds)
+    limits = StoreLimits(queued_per_tenant=5)
+    stores = [database.open(limits).store for _ in range(3)]
+    one = database.open(limits)
     ids = one.all(*(stores[n % 3].submit(job(f"a{n}", tenant="t", idempotency_key="n")) for n in range(60)))
     assert len(set(ids)) == 1
-    found = one.all(*(stores[n % 3].submit(job(f"b{n}", tenant="u")) for n in range(60)))
-    assert sum(isinstance(each, str) for each in found) == 5
+    results = one.all(*(stores[n % 3].submit(job(f"b{n}", tenant="u")) for n in range(60)))
+    assert sum(isinstance(result, str) for result in results) == 5
     assert one.check() == "ok"
 
 
 def test_gateways_notify_each_other(database):
     one, other = database.open(), database.open()
-    told: list[str] = []
+    notified: list[str] = []
     own: list[str] = []
-    one.listen(told.extend)
+    one.listen(notified.extend)
     other.listen(own.extend)
     ids = [f"{n}-{'x' * 300}" for n in range(60)]  # more than one notification has room for
     other.all(*(other.store.submit(job(job_id)) for job_id in ids))
-    sooner_or_later(one, lambda: "" in told)
+    wait_until(one, lambda: "" in notified)
     other.lease("w", ["m"], 60)
-    sooner_or_later(one, lambda: set(told) == {"", *ids})
+    wait_until(one, lambda: set(notified) == {"", *ids})
     one.loop.run_until_complete(asyncio.sleep(0.2))
-    assert sorted(each for each in own if each) == sorted(ids), "what one did oneself is told once"
+    assert sorted(job_id for job_id in own if job_id) == sorted(ids), "a gateway is notified once of its own changes"
 
 
 def test_locked_row_is_skipped(database):
@@ -96,7 +96,7 @@ def test_locked_row_is_skipped(database):
             await connection.close()
 
     assert store.loop.run_until_complete(beside()) == ["j1", "j2"]
-    assert store.take(9) == ["j0"]
+    assert store.lease_ids(9) == ["j0"]
 
 
 def test_hanging_gateway_does_not_block_others(database, monkeypatch):
@@ -106,44 +106,44 @@ def test_hanging_gateway_does_not_block_others(database, monkeypatch):
     connection = one.store.database._connection
     one.loop.run_until_complete(connection.execute("BEGIN; SELECT FROM store FOR UPDATE"))
     assert other.submit(job("b")) == "b"
-    sooner_or_later(one, lambda: submits(one, "c"))
+    wait_until(one, lambda: submits(one, "c"))
     assert one.check() == "ok"
 
 
 def test_server_restart_is_survived(server, database):
     one, other = database.open(), database.open()
-    told: list[str] = []
-    one.listen(told.extend)
+    notified: list[str] = []
+    one.listen(notified.extend)
     for n in range(20):
         one.submit(job(f"j{n}"))
     leases = one.lease("w", ["m"], 5)
     server.stop("immediate")
     try:
         for _ in range(2):
-            found = one.all(*(one.store.submit(job(f"k{n}")) for n in range(100)))
-            assert {type(each) for each in found} == {Unavailable}
+            results = one.all(*(one.store.submit(job(f"k{n}")) for n in range(100)))
+            assert {type(result) for result in results} == {Unavailable}
         with pytest.raises(Unavailable):
             database.open()
     finally:
         server.start()
     for store in (one, other):
-        sooner_or_later(store, lambda store=store: submits(store, "back"))
-    assert one.renew([hold(lease) for lease in leases]) == {f"j{n}": "ok" for n in range(5)}
+        wait_until(store, lambda store=store: submits(store, "back"))
+    assert one.renew([token_of(lease) for lease in leases]) == {f"j{n}": "ok" for n in range(5)}
     assert one.check() == "ok"
     assert one.depths()["m"].queued == 16
 
-    def heard() -> bool:
-        """Whether one hears of what the other does now: its listener comes back in its own time."""
+    def is_notified() -> bool:
+        """Return whether the first gateway is notified of a change; its listener reconnects after a while."""
         other.submit(job("news"))
-        other.renew([hold(other.lease("w", ["m"], 99)[-1])])
-        other.release([beat.lease_token for beat in other.active_leases()])
-        return "news" in told
+        other.renew([token_of(other.lease("w", ["m"], 99)[-1])])
+        other.release([status.lease_token for status in other.active_leases()])
+        return "news" in notified
 
-    sooner_or_later(one, heard)
+    wait_until(one, is_notified)
 
 
 def test_connection_lost_in_a_transaction(database):
-    """Whatever was not acknowledged is safe to repeat."""
+    """Operations that were not acknowledged can be repeated safely."""
     store = database.open()
     end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'moesaic'"
 
@@ -178,29 +178,29 @@ AT_COMMIT = """CREATE CONSTRAINT TRIGGER no AFTER INSERT ON moesaic.jobs DEFERRA
 
 @pytest.mark.parametrize("when", [AT_ONCE, AT_COMMIT], ids=["statement", "commit"])
 def test_full_disk_is_reported_and_survived(server, database, when):
-    """Where a statement fails, its operation fails; where the commit does, all of them do."""
+    """If a statement fails, its operation fails; if the commit fails, all operations in it fail."""
     store = database.open()
     server.sql(RAISE, database.database)
     server.sql(when, database.database)
     ids = ["a", "bad", "b"]
-    found = store.all(*(store.store.submit(job(job_id)) for job_id in ids))
-    failed = [isinstance(each, StorageFull) for each in found]
+    results = store.all(*(store.store.submit(job(job_id)) for job_id in ids))
+    failed = [isinstance(result, StorageFull) for result in results]
     assert failed == ([False, True, False] if when == AT_ONCE else [True, True, True])
     assert [store.snapshot(job_id) is None for job_id in ids] == failed
     assert store.submit(job("c")) == "c"
     server.sql("DROP TRIGGER no ON moesaic.jobs", database.database)
-    sooner_or_later(store, lambda: submits(store, "bad"))
+    wait_until(store, lambda: submits(store, "bad"))
     assert store.submit(job("a")) == "a"
     assert store.check() == "ok"
 
 
 def test_commits_are_flushed(database):
-    """Whether it is, only a power cut would show; that it is asked for, the connection says."""
+    """The connection's settings require flushing; only a power cut would show whether it happens."""
     store = database.open()
     ask = store.store.database._connection.fetchval
     names = ("synchronous_commit", "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
-    found = [store.loop.run_until_complete(ask(f"SHOW {name}")) for name in names]
-    assert found == ["on", "10s", "10s", "5s"]
+    values = [store.loop.run_until_complete(ask(f"SHOW {name}")) for name in names]
+    assert values == ["on", "10s", "10s", "5s"]
 
 
 def test_database_of_another_version_is_refused(server, database):
@@ -227,7 +227,7 @@ def test_existing_schema_is_used(server, database):
     server.sql("CREATE ROLE modest LOGIN")
     server.sql("CREATE SCHEMA moesaic AUTHORIZATION modest", database.database)
     where = database.where.replace("tests@", "modest@")
-    store = Sync(database.loop, database.loop.run_until_complete(open_store(where, StoreLimits())))
+    store = SyncStore(database.loop, database.loop.run_until_complete(open_store(where, StoreLimits())))
     assert store.submit(job("a")) == "a"
     store.close()
 
@@ -236,9 +236,9 @@ def test_concurrent_starts_create_one_store(database):
     async def several() -> list[Any]:
         return await asyncio.gather(*(open_store(database.where, StoreLimits()) for _ in range(5)))
 
-    stores = [Sync(database.loop, each) for each in database.loop.run_until_complete(several())]
+    stores = [SyncStore(database.loop, store) for store in database.loop.run_until_complete(several())]
     stores[0].submit(job("a"))
-    assert stores[4].take() == ["a"]
+    assert stores[4].lease_ids() == ["a"]
     assert stores[1].renew([LeaseToken("a", 1)]) == {"a": "ok"}
     for store in stores:
         store.close()
