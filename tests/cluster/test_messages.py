@@ -67,12 +67,12 @@ class Scene:
     def state(self) -> Any:
         seen = self.cluster.snapshot(self.id)
         live = self.cluster.gateway.jobs.jobs[self.id]
-        told = self.cluster.run(self.cluster.gateway.store.log(self.id))
-        return seen, told, list(live.events), live.worker, live.ended
+        log = self.cluster.run(self.cluster.gateway.store.log(self.id))
+        return seen, log, list(live.events), live.worker, live.ended
 
     def beat(self) -> LeaseStatus:
-        [found] = self.cluster.run(self.cluster.gateway.store.active_leases())
-        return found
+        [status] = self.cluster.run(self.cluster.gateway.store.active_leases())
+        return status
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from moesaic.backend import Delta, Event, GenerationRequest
 from moesaic.llm import LLM
 from moesaic.local_backend import LocalBackend
-from tests.support.cluster import Hand, Site, site
+from tests.support.cluster import Cluster, WorkerHandle, running_cluster
 from tests.support.tool_answers import APIS, CUT, ask
 from tests.support.wait import eventually
 
@@ -52,9 +52,9 @@ class HeldBackend(LocalBackend):
 
 
 @pytest.fixture
-def plain(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path / "jobs.sqlite") as found:
-        yield found
+def plain(tmp_path: Path) -> Iterator[Cluster]:
+    with running_cluster(tmp_path / "jobs.sqlite") as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -63,48 +63,48 @@ def direct(tales) -> Iterator[httpx.Client]:
         yield client
 
 
-def hire(found: Site, kind: type[LocalBackend]) -> Hand:
+def start_worker(cluster: Cluster, kind: type[LocalBackend]) -> WorkerHandle:
     """Have a worker come with the built-in model."""
 
     async def made() -> LocalBackend:
         return kind(LLM.load())
 
-    return found.hire(found.do(made()))
+    return cluster.start_worker(cluster.run(made()))
 
 
-def close(found: Site, hand: Hand) -> None:
-    found.do(hand.backend.close())
+def close(cluster: Cluster, handle: WorkerHandle) -> None:
+    cluster.run(handle.backend.close())
 
 
 def test_cut_calls_are_as_from_a_single_server(plain, direct):
-    hand = hire(plain, LocalBackend)
+    handle = start_worker(plain, LocalBackend)
     for api in APIS:
         whole, streamed = ask(plain.client, api, 20), ask(plain.client, api, 20, stream=True)
         assert (whole.reason in CUT, whole.text) == (True, "")
         assert whole == ask(direct, api, 20)
         other = ask(direct, api, 20, stream=True)
         assert (streamed.reason, streamed.text, streamed.calls) == (other.reason, other.text, other.calls)
-    close(plain, hand)
+    close(plain, handle)
 
 
 @pytest.mark.parametrize(("tokens", "stream"), [(7, False), (17, True)])
 def test_another_worker_continues_a_call(plain, direct, tokens, stream):
-    first = hire(plain, HeldBackend)
+    first = start_worker(plain, HeldBackend)
     first.backend.tokens = tokens
     with ThreadPoolExecutor(len(APIS)) as pool:
         answers = {api: pool.submit(ask, plain.client, api, 40, stream=stream) for api in APIS}
         eventually(lambda: logged(plain) == [tokens + 1] * len(APIS))
         first.drain(0.0)
-        second = hire(plain, LocalBackend)
+        second = start_worker(plain, LocalBackend)
         for api, answer in answers.items():
             other = ask(direct, api, 40, stream=stream)
-            found = answer.result(60)
-            assert (found.reason, found.text, found.calls) == (other.reason, "", other.calls)
-            assert found.reason in CUT
-    for hand in (first, second):
-        close(plain, hand)
+            cluster = answer.result(60)
+            assert (cluster.reason, cluster.text, cluster.calls) == (other.reason, "", other.calls)
+            assert cluster.reason in CUT
+    for handle in (first, second):
+        close(plain, handle)
 
 
-def logged(found: Site) -> list[int]:
+def logged(cluster: Cluster) -> list[int]:
     """Return the number of events on disk of each running job: the beginning, and one for each token."""
-    return [seen.logged for seen in found.do(found.gateway.store.list_jobs("leased"))]
+    return [seen.logged for seen in cluster.run(cluster.gateway.store.list_jobs("leased"))]
