@@ -73,6 +73,11 @@ class GenerationRequest:
     tools: tuple[Mapping[str, Any], ...] = ()
     tool_choice: str | Mapping[str, Any] = "auto"
     parallel_tool_calls: bool = True
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat format or the chat template of the model."""
+    now: str | None = None
+    """Local time, as ISO 8601, that a prompt with a date states; None: the time at which it is tokenized. A gateway
+    sets it, so that the prompt stays the same if another worker continues the answer."""
     grammar: tuple[str, Any] | None = None
     """Kind and value of a grammar, as ``moesaic.text.grammar`` defines them."""
     grammar_param: str = "grammar"

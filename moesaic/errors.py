@@ -15,6 +15,8 @@
       Conflict                   409  the idempotency key belongs to another request
       CheckpointError            422  a checkpoint is damaged or inconsistent
         ConfigError              422  a configuration key is missing, invalid or not supported
+          TemplateError          422  a chat template is missing or malformed, or exceeds a limit
+            MalformedTemplate    422  a chat template is no valid Jinja
         TokenizerError           422  the tokenizer is missing or not supported
       DownloadError              502  a file could not be downloaded, or is damaged
       Overloaded                 429  the queue is full
@@ -163,6 +165,14 @@ class CheckpointError(MoesaicError):
 
 class ConfigError(CheckpointError):
     """A configuration key is missing, has an invalid value, or requires a computation that is not supported."""
+
+
+class TemplateError(ConfigError):
+    """A chat template is missing or malformed, fails for a conversation, or exceeds a limit."""
+
+
+class MalformedTemplate(TemplateError):
+    """A chat template is no valid Jinja, so that it fails for each conversation."""
 
 
 class TokenizerError(CheckpointError):

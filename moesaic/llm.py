@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -23,7 +24,7 @@ from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloade
 from moesaic.loading import Loaded, Progress, cache_dtype, limited_torch_threads, load_model, plan_cache, torch_threads
 from moesaic.reply import Answer, AnswerDecoder, Reply, Text, finished_answers
 from moesaic.sampling_defaults import sampling_defaults
-from moesaic.text import chat, length, template
+from moesaic.text import chat_choice, length
 from moesaic.text.bad_words import BadWords
 from moesaic.text.chat import ChatFormat
 from moesaic.text.compiler import Compiler
@@ -35,8 +36,6 @@ from moesaic.token_rows import check_ids, check_tokenizer
 BUILT_IN = Path(__file__).parent / "builtin" / "tales"
 """Folder of the built-in model: a small Mixtral, trained on stories."""
 
-OWN_TEMPLATE = "template"
-"""Name of the chat format that runs the checkpoint's own template, in a child process with limits."""
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -49,7 +48,7 @@ class LLM(AbstractContextManager["LLM"]):
     Attributes:
         loaded: the model and the configuration of its checkpoint.
         tokenizer: the tokenizer of the checkpoint.
-        format: the chat format; None: the checkpoint's own template.
+        format: the chat format.
         name: the name of the model.
         engine: the engine that runs the requests.
         context: the most tokens of prompt and answer together.
@@ -57,14 +56,13 @@ class LLM(AbstractContextManager["LLM"]):
     """
 
     def __init__(
-        self, loaded: Loaded, tokenizer: Tokenizer, engine: Engine, chat_format: ChatFormat | None, name: str
+        self, loaded: Loaded, tokenizer: Tokenizer, engine: Engine, chat_format: ChatFormat, name: str
     ) -> None:
         self.loaded, self.tokenizer, self.engine = loaded, tokenizer, engine
         self.format, self.name = chat_format, name
         self.context = engine.capacity
         self.defaults = sampling_defaults(loaded.generation, loaded.generation_file)
         self._grammars = Compiler(tokenizer, loaded.model.vocab_size)
-        self._template = template.load(loaded.path) if chat_format is None else None
 
     @classmethod
     def load(
@@ -96,8 +94,8 @@ class LLM(AbstractContextManager["LLM"]):
                 at most a quarter of the available memory.
             kv_cache_dtype: float32, bfloat16, float16, int8, or auto: the dtype of activations.
             block_size: tokens in a block of the cache.
-            chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, run
-                in a sandbox; None: recognized from the checkpoint.
+            chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, or
+                the path of a template file (.jinja), both run in a sandbox; None: recognized from the checkpoint.
             limits: limits for running and waiting requests.
             progress: called with the bytes read so far and in total.
 
@@ -146,7 +144,7 @@ class LLM(AbstractContextManager["LLM"]):
         sampling_defaults(loaded.generation, loaded.generation_file)  # refused before the engine starts
         dtype = cache_dtype(loaded.model, kv_cache_dtype)
         context, cache_tokens = plan_cache(loaded.model, context, cache_tokens, block_size, dtype)
-        selected_format = _chat_format(chat_format, tokenizer, loaded)
+        selected_format = chat_choice.select(chat_format, tokenizer, loaded.path, loaded.config.get("model_type"))
         engine = Engine(
             loaded.model,
             cache_tokens=cache_tokens,
@@ -166,30 +164,32 @@ class LLM(AbstractContextManager["LLM"]):
         self.close()
 
     def encode_chat(
-        self, messages: Messages, *, continue_final: bool = False, tools: Tools | None = None, limited: bool = True
+        self,
+        messages: Messages,
+        *,
+        continue_final: bool = False,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+        limited: bool = True,
     ) -> list[int]:
         """Return the prompt's token ids for a conversation, up to the beginning of an answer that may call ``tools``.
 
-        With ``continue_final``, the answer continues the last message, which is the assistant's. ``limited`` is as for
-        ``encode``.
+        With ``continue_final``, the answer continues the last message, which is the assistant's. A prompt that states
+        the date states that of ``now``, in local time; None: the current time. ``limited`` is as for ``encode``.
 
         Raises:
             InvalidMessages: the chat format cannot express the conversation.
+            InvalidParameter: ``chat_template_kwargs`` are invalid.
             PromptTooLong: the conversation is too long to fit.
-            InvalidRequest: the checkpoint's own template does not support a parameter.
+            TemplateError: the chat template fails, or exceeds a limit.
         """
         turns = [message for message in messages if isinstance(message, Mapping)]
         parts = [turn.get(key) for turn in turns for key in ("content", "tool_calls")]
         if limited:
             length.check_characters(sum(len(str(part)) for part in parts if part is not None), self.context - 1)
-        if self.format is not None:
-            return self.format.encode(messages, self.tokenizer, continue_final=continue_final, tools=tools)
-        assert self._template is not None
-        if tools is not None:
-            raise InvalidRequest("a checkpoint's own template does not support tools: choose a chat format")
-        if continue_final:
-            raise InvalidRequest("a checkpoint's own template cannot continue an answer: choose a chat format")
-        return template.encode(self._template, messages, self.tokenizer)
+        options: dict[str, Any] = {"kwargs": chat_template_kwargs, "now": now}
+        return self.format.encode(messages, self.tokenizer, continue_final=continue_final, tools=tools, **options)
 
     def encode(self, text: str, *, bos: bool = True, marked: bool = False, limited: bool = True) -> list[int]:
         """Return the token ids of a text.
@@ -272,14 +272,13 @@ class LLM(AbstractContextManager["LLM"]):
         """
         check_ids("prompt", ids, self.tokenizer, rows := self.loaded.model.vocab_size)
         eos = self.loaded.eos_ids | self.tokenizer.eos_ids
-        if self.format is not None:  # also without a conversation: such a token ends a turn in any prompt
-            eos |= self.format.stop_ids(self.tokenizer)
+        eos |= self.format.stop_ids(self.tokenizer)  # also without a conversation: they end a turn in any prompt
         begins, strip = chat if begins is None else begins, False
         grammar = self._effective_grammar(tools, grammar)
         included = frozenset((*sampling.stop, *sampling.stop_token_ids) if include_stop else ())
-        if chat and self.format is not None and grammar is None:  # a grammar defines where the text begins and ends
-            sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_strings))
-            strip = bool(self.format.stop_strings)
+        if chat and grammar is None:  # a grammar defines where the text begins and ends
+            sampling = replace(sampling, stop=(*sampling.stop, *self.format.stop_texts(self.tokenizer)))
+            strip = self.format.strip_answer
         constraint = None if grammar is None else partial(self._grammars.compile(grammar), begins=begins)
         ends = tuple(sorted(token_id for token_id in eos if token_id < rows))
         forbidden = BadWords(self.tokenizer, sampling.bad_words, rows) if sampling.bad_words else None
@@ -288,7 +287,7 @@ class LLM(AbstractContextManager["LLM"]):
         options["strip"] = strip and begins
 
         def new_decoder() -> AnswerDecoder:
-            calls = self.format.tool_call_parser(self.tokenizer, tools) if self.format and tools else None
+            calls = self.format.tool_call_parser(self.tokenizer, tools) if tools else None
             return AnswerDecoder(self.tokenizer, request, calls=calls, **options)
 
         if indexes := finished_answers(request, new_decoder):
@@ -297,7 +296,7 @@ class LLM(AbstractContextManager["LLM"]):
 
     def _effective_grammar(self, tools: Tools | None, grammar: Grammar | None) -> Grammar | None:
         """Return the grammar of the answer; if the answer must call a tool, it is the grammar of calls."""
-        if tools is None or not tools.call_required or self.format is None:
+        if tools is None or not tools.call_required:
             return grammar
         if grammar is not None:
             raise InvalidParameter("tool_choice", "cannot require a tool call together with a grammar")
@@ -319,6 +318,7 @@ class LLM(AbstractContextManager["LLM"]):
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Reply | Answer | list[Answer]:
         """Answer a conversation, or each of a list of conversations at once.
@@ -328,6 +328,7 @@ class LLM(AbstractContextManager["LLM"]):
             stream: return a ``Reply`` to iterate over, not a complete answer.
             grammar: the grammar of every answer.
             tools, tool_choice, parallel_tool_calls: the tools that the answer may or must call.
+            chat_template_kwargs: variables for the chat format, such as ``date_string`` of Llama 3.1.
             **sampling: fields of ``Sampling``; the checkpoint recommends the values of the others.
 
         Raises:
@@ -335,10 +336,11 @@ class LLM(AbstractContextManager["LLM"]):
         """
         options = self.sampling(**sampling)
         offered = Tools.from_request(tools, tool_choice, parallel_tool_calls)
+        encode = partial(self.encode_chat, tools=offered, chat_template_kwargs=chat_template_kwargs)
         if messages and not isinstance(messages[0], Mapping):
-            prompts = [self.encode_chat(conversation, tools=offered) for conversation in messages]  # type: ignore[arg-type]
+            prompts = [encode(conversation) for conversation in messages]  # type: ignore[arg-type]
             return self._all(prompts, options, chat=True, grammar=grammar, tools=offered)
-        ids = self.encode_chat(messages, tools=offered)  # type: ignore[arg-type]
+        ids = encode(messages)  # type: ignore[arg-type]
         return self._one(ids, options, chat=True, grammar=grammar, tools=offered, stream=stream)
 
     @overload
@@ -400,15 +402,3 @@ class LLM(AbstractContextManager["LLM"]):
 def _joined(replies: list[Reply]) -> Answer:
     first, *others = [reply.answer for reply in replies]
     return replace(first, alternatives=tuple(others))
-
-
-def _chat_format(name: str | None, tokenizer: Tokenizer, loaded: Loaded) -> ChatFormat | None:
-    if name == OWN_TEMPLATE:
-        return None
-    if name is not None:
-        return chat.get_format(name)
-    try:
-        own_template = template.load(loaded.path)
-    except template.TemplateError:
-        own_template = None
-    return chat.choose_format(tokenizer, architecture=loaded.config.get("model_type"), template=own_template)

@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
@@ -78,6 +79,13 @@ def _grammar(request: GenerationRequest) -> Grammar | None:
     return Grammar(kind, value, request.grammar_param)  # type: ignore[arg-type]
 
 
+def _now(request: GenerationRequest) -> datetime | None:
+    try:
+        return None if request.now is None else datetime.fromisoformat(request.now)
+    except ValueError:
+        raise InvalidParameter("now", f"is {request.now!r:.40}; expected a time as ISO 8601") from None
+
+
 def _about(llm: LLM) -> Mapping[str, Any]:
     weight = next(llm.loaded.model.parameters())
     tokenizer = llm.tokenizer
@@ -89,6 +97,8 @@ def _about(llm: LLM) -> Mapping[str, Any]:
         "device": weight.device.type,
         "bos_token": None if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
         "eos_token": tokenizer.piece(ends[0]) if ends else None,
+        "chat_format": llm.format.name,
+        "chat_format_note": llm.format.note,
     }
 
 
@@ -211,7 +221,12 @@ class LocalBackend:
         limited = kept is None  # truncation is for prompts of any length
         if request.messages is not None:
             ids = llm.encode_chat(
-                request.messages, continue_final=request.continue_final, tools=_tools(request), limited=limited
+                request.messages,
+                continue_final=request.continue_final,
+                tools=_tools(request),
+                chat_template_kwargs=request.chat_template_kwargs,
+                now=_now(request),
+                limited=limited,
             )
         elif isinstance(request.prompt, str):
             ids = llm.encode(request.prompt, bos=request.add_bos, marked=request.parse_special, limited=limited)

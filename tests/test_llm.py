@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -134,13 +135,29 @@ def test_plain_dialogue_ends_before_the_next_user_turn(copy):
         assert not reply.answer.text.startswith(" ")
 
 
-def test_own_template_runs_only_on_request(copy):
-    (copy / "chat_template.jinja").write_text("{% for m in messages %}<<{{ m.content }}>>{% endfor %}[INST]")
-    with LLM.load(copy) as llm:
-        assert llm.format.name == "mistral-v1"
-    with LLM.load(copy, chat_format="template") as llm:
+OWN = "{% for m in messages %}<<{{ m.content }}>>{% endfor %}[INST]"
+
+
+@pytest.mark.parametrize("chat_format", [None, "template", "file"])
+def test_template_that_contradicts_the_guess_is_used(copy, tmp_path, chat_format):
+    file = tmp_path / "own.jinja" if chat_format == "file" else copy / "chat_template.jinja"
+    file.write_text(OWN)
+    with LLM.load(copy, chat_format=str(file) if chat_format == "file" else chat_format) as llm:
         assert llm.tokenizer.decode(llm.encode_chat(HELLO)) == "<<Hello there.>>[INST]"
         assert llm.chat(HELLO, **GREEDY).text
+        assert ("no built-in format, not even mistral-v1" in llm.format.note) == (chat_format is None)
+
+
+def test_date_of_the_prompt_can_be_set(copy):
+    (copy / "chat_template.jinja").write_text("{{ date_string | default('someday') }}{{ strftime_now('%Y-%m-%d') }}")
+    with LLM.load(copy) as llm:
+
+        def prompt(**options):
+            return llm.tokenizer.decode(llm.encode_chat(HELLO, **options))
+
+        assert prompt(now=datetime(2027, 1, 2)) == "someday2027-01-02"
+        assert prompt(now=datetime(2027, 1, 2), chat_template_kwargs={"date_string": "x "}) == "x 2027-01-02"
+        assert llm.chat(HELLO, chat_template_kwargs={"date_string": "long ago"}, **GREEDY).prompt_tokens
 
 
 @pytest.mark.parametrize(

@@ -190,13 +190,45 @@ def test_invalid_requests_are_refused_before_running(llm, options, match):
     assert llm.engine.stats().prompt_tokens == before
 
 
-def test_own_template_does_not_support_tools(talker, tmp_path):
-    folder = shutil.copytree(talker, tmp_path / "model")
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    with LLM.load(folder, chat_format="template") as llm:
-        with pytest.raises(errors.InvalidRequest, match="choose a chat format"):
-            llm.chat(HELLO, tools=BOTH)
-        call = {"id": "x", "function": {"name": "clock", "arguments": "{}"}}
-        talk = [*HELLO, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        with pytest.raises(errors.InvalidMessages, match="choose a chat format"):
-            llm.chat([*talk, {"role": "tool", "tool_call_id": "x", "content": "y"}])
+# A template with tools in the form of Hermes, as text: the tokenizer has no control tokens for it.
+HERMES = (
+    "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def hermes(talker, tmp_path_factory):
+    folder = shutil.copytree(talker, tmp_path_factory.mktemp("hermes") / "model")
+    (folder / "chat_template.jinja").write_text(HERMES)
+    with LLM.load(folder) as llm:
+        assert llm.format.name == "template"
+        yield llm
+
+
+def test_own_template_takes_tools(hermes):
+    call = {"id": "x", "function": {"name": "clock", "arguments": '{"zone": "</s>"}'}}
+    talk = [*HELLO, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    talk.append({"role": "tool", "tool_call_id": "x", "content": "noon"})
+
+    def text(ids):  # SentencePiece begins with a blank behind a special token
+        return hermes.tokenizer.decode(ids, skip_special=False).replace("</s> ", "</s>")
+
+    prompt = text(hermes.encode_chat(talk, tools=Tools.from_request([CLOCK])))
+    assert f"{json.dumps(CLOCK)}\n<user>{HELLO[0]['content']}</s>" in prompt
+    assert '<tool_call>\n{"name": "clock", "arguments": {"zone": "</s>"}}\n</tool_call></s>' in prompt
+    assert prompt.endswith("<tool>noon</s><assistant>")
+    continued = hermes.encode_chat([*HELLO, {"role": "assistant", "content": "It is "}], continue_final=True)
+    assert text(continued).endswith("</s><assistant>It is ")
+
+
+def test_own_template_makes_the_calls_of_its_form(hermes):
+    answer = hermes.chat(HELLO, tools=BOTH, tool_choice="required", temperature=0, max_tokens=400)
+    valid(answer, ALL)
+    text = hermes.tokenizer.decode([token.id for token in answer.tokens])
+    assert text.startswith('<tool_call>\n{"name": "')
+    written = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    script = Grammar("lark", f"start: {json.dumps(written)}")
+    answer = hermes.chat(HELLO, tools=BOTH, grammar=script, temperature=0, max_tokens=400)
+    assert (answer.text, [call.name for call in answer.calls]) == ("", ["clock"])

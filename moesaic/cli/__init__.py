@@ -104,7 +104,9 @@ def _add_chat(commands: Commands) -> None:
     add_model(parser)
     chat = parser.add_argument_group("conversation")
     chat.add_argument("--system", metavar="TEXT", default="", help="system prompt")
-    chat.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; default: the model's own")
+    chat.add_argument(
+        "--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; or FILE.jinja; default: the model's own"
+    )
     chat.add_argument("--plain-text", action="store_true", help="use no chat format: the model continues your text")
     chat.add_argument("-m", "--message", metavar="TEXT", help="send this message, print the answer and exit")
     chat.add_argument("--json", action="store_true", help="print the answer as JSON; requires -m or piped input")
@@ -177,11 +179,11 @@ def _message(argument: str | None) -> str:
 
 def _load(args: argparse.Namespace) -> LLM:
     from moesaic.console.progress import bar
-    from moesaic.llm import LLM, OWN_TEMPLATE
-    from moesaic.text import chat
+    from moesaic.llm import LLM
+    from moesaic.text import chat_choice
 
-    if args.chat_format not in (None, OWN_TEMPLATE):
-        chat.get_format(args.chat_format)  # check the name before a model is fetched
+    if args.chat_format is not None:
+        chat_choice.check_name(args.chat_format)  # before a model is fetched
     path = folder(args.model)
     with bar("loading") as progress:
         return LLM.load(

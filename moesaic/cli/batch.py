@@ -37,7 +37,9 @@ def add_batch(commands: Commands) -> None:
     parser.add_argument(
         "--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8 takes half the memory of bfloat16"
     )
-    parser.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`")
+    parser.add_argument(
+        "--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; or FILE.jinja; default: the model's own"
+    )
     parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="concurrent requests (default 32)")
 
 

@@ -72,7 +72,9 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="int8 takes half the memory of bfloat16; TGI's fp8 values mean int8",
     )
-    model.add_argument("--chat-format", metavar="NAME", help="see `moesaic list chat-formats`")
+    model.add_argument(
+        "--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; or FILE.jinja; default: the model's own"
+    )
     model.add_argument("--memory", type=float, metavar="GB", help="maximum size of all loaded models together")
     model.add_argument("--sequences", type=int, metavar="N", help="maximum concurrent answers (default 64)")
     model.add_argument(

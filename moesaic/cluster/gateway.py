@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -179,6 +180,8 @@ class Gateway:
         digest = hashlib.sha256(kind.encode() + pack(stored)).hexdigest() if request.idempotency_key else ""
         if kind == "generate" and stored.sampling.get("seed") is None:  # so that another worker can continue the answer
             stored = replace(stored, sampling={**stored.sampling, "seed": secrets.randbits(63)})
+        if kind == "generate" and stored.messages is not None:  # the same date in the prompt on each worker
+            stored = replace(stored, now=datetime.now().isoformat(timespec="seconds"))
         job = Job(
             secrets.token_urlsafe(18),
             model,

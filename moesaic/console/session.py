@@ -28,7 +28,7 @@ def banner(llm: LLM, name: str, *, plain: bool) -> str:
     """Return the first line of a session, which describes the model."""
     model = llm.loaded.model
     count = sum(math.prod(slot.shape) for slot in model.slots())
-    form = "plain text" if plain else f"format {llm.format.name if llm.format else 'template'}"
+    form = "plain text" if plain else f"format {llm.format.name}"
     return (
         f"Moesaic {__version__} · {name} · {_short(count)} parameters · {str(model.dtype).removeprefix('torch.')}"
         f" · context {llm.context:,} · {form} · /help for commands"

@@ -1,18 +1,21 @@
 """Chat formats of Llama 3, and of Llama 3.1 to 3.3, which support tools.
 
 The formats follow Meta's model cards and the chat templates in the checkpoints. The date in the system header is
-the default date of these templates. The module ``chat`` decides which format a checkpoint uses.
+``date_string`` of the request, or the date of the request. The module ``chat_choice`` decides which format a checkpoint
+uses.
 """
 
 from __future__ import annotations
 
 import json
 
+from moesaic.errors import InvalidParameter
+from moesaic.text._turns import Variables, bos
 from moesaic.text.messages import Message
 from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tools import ToolCall, Tools
 
-DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: {date_string}\n\n"
 TOOL_PROMPT = (
     "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
     'best answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of '
@@ -20,15 +23,22 @@ TOOL_PROMPT = (
 )
 
 
-def encode_llama3(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None = None) -> list[int]:
+def encode_llama3(
+    messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None, _variables: Variables
+) -> list[int]:
     """Return the token ids of a Llama 3 conversation; the assistant's last turn is left open."""
     return _encode_turns([_role_and_text(message) for message in messages], tokenizer)
 
 
-def encode_llama31(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None = None) -> list[int]:
+def encode_llama31(
+    messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, variables: Variables
+) -> list[int]:
     """Return the token ids of a Llama 3.1 conversation; the assistant's last turn is left open.
 
     The system turn begins with the header that Llama 3.1 expects. The tools are listed in the first user turn.
+
+    Raises:
+        InvalidParameter: ``date_string`` is not a text.
     """
     turns = [_role_and_text(message) for message in messages]
     system = turns.pop(0)[1] if messages[0]["role"] == "system" else ""
@@ -38,13 +48,18 @@ def encode_llama31(messages: list[Message], tokenizer: Tokenizer, tools: Tools |
         )
         question = turns.pop(0)[1] if turns and turns[0][0] == "user" else ""
         turns.insert(0, ("user", TOOL_PROMPT + tool_list + question))
-    header = ("" if tools is None else "Environment: ipython\n") + DATES
+    date_string = variables.kwargs.get("date_string")
+    if date_string is None:
+        date_string = variables.now.strftime("%d %b %Y")
+    if not isinstance(date_string, str):
+        raise InvalidParameter("chat_template_kwargs", 'date_string must be a text such as "26 Jul 2024"')
+    header = ("" if tools is None else "Environment: ipython\n") + DATES.format(date_string=date_string)
     return _encode_turns([("system", header + system), *turns], tokenizer)
 
 
 def _encode_turns(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> list[int]:
     control = tokenizer.control
-    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = bos(tokenizer)
     for role, text in turns if turns[-1][0] == "assistant" else [*turns, ("assistant", "")]:
         ids += [control["<|start_header_id|>"], *tokenizer.encode(role), control["<|end_header_id|>"]]
         ids += [*tokenizer.encode("\n\n"), *tokenizer.encode(text), control["<|eot_id|>"]]

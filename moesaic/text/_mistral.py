@@ -1,7 +1,7 @@
-"""Mistral's chat formats with control tokens for instructions (version 2 and later).
+"""Mistral's chat formats.
 
 The formats follow mistral-common for each version: which texts form one block, the order of the keys in a tool
-call, and where the tools are listed. The module ``chat`` decides which version a checkpoint uses.
+call, and where the tools are listed. The module ``chat_choice`` decides which version a checkpoint uses.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
+from moesaic.text._turns import Variables, bos, eos, prepend_system, without_system
 from moesaic.text.messages import Message
 from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tools import ToolCall, Tools
@@ -18,13 +20,42 @@ from moesaic.text.tools import ToolCall, Tools
 DELIMITERS = {"user": ("[INST]", "[/INST]"), "system": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")}
 
 
-def encode(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, version: int) -> list[int]:
+def encode_v1(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None, _variables: Variables) -> list[int]:
+    """Return ids with ``[INST]`` as plain text and the system text in the first user turn."""
+    system, turns = without_system(messages)
+    ids = bos(tokenizer)
+    for index, turn in enumerate(prepend_system(turns, 0, system)):
+        if turn["role"] == "user":
+            ids += tokenizer.encode(f"[INST] {turn['content']} [/INST]")
+        else:
+            ids += tokenizer.encode(turn["content"])
+            ids += eos(tokenizer) if index < len(turns) - 1 else []
+    return ids
+
+
+def encoder(version: int) -> Callable[[list[Message], Tokenizer, Tools | None, Variables], list[int]]:
+    """Return the encoder of one of the versions with control tokens, 2 and later.
+
+    Up to version 3 the system text is in the last user turn.
+    """
+
+    def build(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, _variables: Variables) -> list[int]:
+        if version < 7:
+            system, turns = without_system(messages)
+            last = max(index for index, turn in enumerate(turns) if turn["role"] == "user")
+            messages = prepend_system(turns, last, system)
+        return _encode(messages, tokenizer, tools, version)
+
+    return build
+
+
+def _encode(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, version: int) -> list[int]:
     """Return the token ids of a conversation; if the last turn is the assistant's, it is left open."""
     writer = _Writer(tokenizer, version)
     users = [index for index, turn in enumerate(messages) if turn["role"] == "user"]
     last = users[-1] if users else -1
     tools_index = (users[0] if version >= 13 else last) if users else -1
-    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = bos(tokenizer)
     for index, turn in enumerate(_sort_results(messages) if version >= 11 else messages):
         if version == 2 and index < last and (turn["role"] == "tool" or turn.get("tool_calls")):
             continue  # version 2 drops the tool calls of earlier questions
@@ -71,7 +102,7 @@ class _Writer:
     def answer(self, turn: Message, *, closed: bool) -> list[int]:
         ids = self._tokenizer.encode(turn["content"].rstrip(" "))
         ids += self._calls(turn.get("tool_calls", []))
-        return ids + (sorted(self._tokenizer.eos_ids)[:1] if closed else [])
+        return ids + (eos(self._tokenizer) if closed else [])
 
     def _calls(self, calls: list[ToolCall]) -> list[int]:
         if not calls:

@@ -1,7 +1,8 @@
-"""Child process that renders one chat template; ``template`` starts it.
+"""Child process that renders one chat template for one or several conversations; ``template`` starts it.
 
 The program sets Jinja's sandbox, the names that Hugging Face's templates expect, and its own resource limits. It
-imports nothing from Moesaic. It reads one JSON object from standard input and writes one to standard output.
+imports nothing from Moesaic. It reads one JSON object from standard input and writes a list, with one object for each
+conversation, to standard output.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import datetime
 import json
 import resource
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 MEMORY_BYTES = 512 << 20
@@ -29,43 +32,54 @@ def main() -> None:
     job = json.load(sys.stdin)
     import jinja2  # imported before the limits are set, because the import needs more than rendering does
 
-    environment = _environment()
+    environment = _environment(datetime.datetime.fromisoformat(job["now"]))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    compiled: list[Any] = []
+    failure = _attempt(jinja2, lambda: compiled.append(environment.from_string(job["template"])))
+    renders = [partial(_render, compiled, values, int(job["limit"])) for values in job["values"]]
+    outcomes = [failure if "error" in failure else _attempt(jinja2, render) for render in renders]
+    sys.stdout.write(json.dumps(outcomes))
+
+
+def _attempt(jinja2: Any, call: Callable[[], str | None]) -> dict[str, Any]:
+    """Return the text of a call, or the kind and the message of its error."""
     try:
-        outcome = {"text": _render(environment, job)}
+        return {"text": call()}
     except Refused as error:
-        outcome = {"kind": "refused", "error": _first_line(error)}
+        return {"kind": "refused", "error": _first_line(error)}
     except jinja2.TemplateSyntaxError as error:
-        outcome = {"kind": "template", "error": f"line {error.lineno} is malformed: {_first_line(error)}"}
+        return {"kind": "malformed", "error": f"line {error.lineno} is malformed: {_first_line(error)}"}
     except jinja2.exceptions.SecurityError as error:
-        outcome = {"kind": "template", "error": f"uses something that the sandbox forbids: {_first_line(error)}"}
+        return {"kind": "template", "error": f"uses something that the sandbox forbids: {_first_line(error)}"}
     except MemoryError:
-        outcome = {"kind": "template", "error": f"needs more than {MEMORY_BYTES >> 20} MiB of memory"}
+        return {"kind": "template", "error": f"needs more than {MEMORY_BYTES >> 20} MiB of memory"}
     except RecursionError:
-        outcome = {"kind": "template", "error": "has too many nested levels"}
+        return {"kind": "template", "error": "has too many nested levels"}
     except TooLong as error:
-        outcome = {"kind": "template", "error": _first_line(error)}
+        return {"kind": "template", "error": _first_line(error)}
     except Exception as error:  # any exception that a template causes is reported as an error of the template
-        outcome = {"kind": "template", "error": f"{type(error).__name__}: {_first_line(error)}"}
-    sys.stdout.write(json.dumps(outcome))
+        return {"kind": "template", "error": f"{type(error).__name__}: {_first_line(error)}"}
 
 
-def _render(environment: Any, job: dict[str, Any]) -> str:
+def _render(compiled: list[Any], values: dict[str, Any], limit: int) -> str:
     parts: list[str] = []
-    remaining = int(job["limit"])
-    for part in environment.from_string(job["template"]).generate(**job["values"]):
+    remaining = limit
+    for part in compiled[0].generate(values):
         remaining -= len(part)
         if remaining < 0:
-            raise TooLong(f"writes more than {job['limit']} characters")
+            raise TooLong(f"writes more than {limit} characters")
         parts.append(part)
     return "".join(parts)
 
 
-def _environment() -> Any:
-    """Return Jinja's immutable sandbox with the filters and functions that Hugging Face's templates use."""
+def _environment(now: datetime.datetime) -> Any:
+    """Return Jinja's immutable sandbox with the filters and functions that Hugging Face's templates use.
+
+    ``now`` is the time that a template may state.
+    """
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -85,7 +99,7 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
+    environment.globals["strftime_now"] = now.strftime
     return environment
 
 
@@ -97,10 +111,6 @@ def _tojson(
 
 def _refuse(message: str) -> NoReturn:
     raise Refused(message)
-
-
-def _now(date_format: str) -> str:
-    return datetime.datetime.now().strftime(date_format)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,41 +1,38 @@
 """Built-in chat formats: conversations as token ids.
 
-This module selects the format that a checkpoint was trained with, and truncates conversations to a token budget. It
-never runs a checkpoint's own template; ``template`` does that on request. The text of a message never becomes a
-control token: control tokens are inserted as ids, and the text between them is encoded separately.
+This module defines what a chat format is, lists the built-in ones, and truncates conversations to a token budget. The
+text of a message never becomes a control token: control tokens are inserted as ids, and the text between them is
+encoded separately. The module ``chat_choice`` decides which format a checkpoint uses.
 
 Mistral's formats follow mistral-common for each version (``_mistral``). ``llama3`` and ``llama3.1`` follow Meta's
 model cards (``_llama3``). ``aime`` follows the worker interface of AIME's API server, which uses the form of Llama 2.
-For formats without tool support, the system prompt describes the tools and asks the model to write calls as JSON.
+ChatML, Zephyr, Vicuna, Alpaca and OpenChat are texts around the turns (``_markup``). For formats without tool support,
+the system prompt describes the tools and asks the model to write calls as JSON.
 """
 
 from __future__ import annotations
 
 import bisect
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from moesaic.errors import InvalidMessages, InvalidRequest, NotFound, PromptTooLong
-from moesaic.text import _llama3, _mistral, syntax
+from moesaic.text import _dialogue, _llama3, _mistral, syntax, template_kwargs
+from moesaic.text._markup import MARKUPS
+from moesaic.text._turns import Variables, as_plain_text
 from moesaic.text.grammar import Grammar
-from moesaic.text.messages import JOIN, Message, validate
+from moesaic.text.messages import Message, validate
 from moesaic.text.syntax import Syntax
+from moesaic.text.tagged_calls import TaggedCallParser
 from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tool_parser import ToolCallParser
 from moesaic.text.tools import Tools
 
-__all__ = ["FORMATS", "ChatFormat", "Message", "choose_format", "get_format", "truncate", "validate"]
+__all__ = ["FORMATS", "ChatFormat", "Message", "get_format", "truncate", "validate"]
 
-Encoder = Callable[[list[Message], Tokenizer, Tools | None], list[int]]
-
-TOOL_PROMPT = (
-    "You can call these functions:\n{tool_list}\n\nTo call one, answer with nothing but a line of JSON of this form: "
-    '{{"name": "the function\'s name", "arguments": {{"an argument": "its value"}}}}. To call several, write such a '
-    "line for each. Where no function helps, answer in plain words."
-)
+Encoder = Callable[[list[Message], Tokenizer, Tools | None, Variables], list[int]]
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,19 @@ class ChatFormat:
     end_tokens: tuple[str, ...] = ()
     """Control tokens that end an answer, in addition to the tokenizer's end-of-text tokens."""
     stop_strings: tuple[str, ...] = ()
-    """Texts that end an answer, for formats without an end token."""
+    """Texts that end an answer, for tokenizers without the end token. A name of a control token here is no text."""
+    strip_answer: bool = False
+    """Whether white space in front of an answer belongs to the format."""
     syntax: Syntax = syntax.PLAIN
     """Form of the tool calls."""
+    native_tools: bool = False
+    """Whether ``build`` writes tools and calls even where ``syntax`` is plain JSON; otherwise they become words."""
+    kwargs: frozenset[str] = frozenset()
+    """Names in ``chat_template_kwargs`` that this format reads."""
+    loose: bool = False
+    """Whether the templates of the checkpoints differ in spaces, and in the place of the system prompt."""
+    note: str = ""
+    """What a user should know about the choice of this format for a checkpoint, in one line; empty: nothing."""
 
     def supports(self, tokenizer: Tokenizer) -> bool:
         """Return whether the tokenizer has the control tokens that this format requires."""
@@ -68,7 +75,8 @@ class ChatFormat:
 
     def tool_call_parser(self, tokenizer: Tokenizer, tools: Tools) -> ToolCallParser:
         """Return a parser that finds the tool calls in one answer."""
-        return ToolCallParser(self.tool_syntax(tokenizer), tools)
+        chosen = self.tool_syntax(tokenizer)
+        return TaggedCallParser(chosen, tools) if chosen.opening else ToolCallParser(chosen, tools)
 
     def forced_call_grammar(self, tokenizer: Tokenizer, tools: Tools) -> Grammar:
         """Return the grammar of an answer that must be a tool call.
@@ -85,6 +93,8 @@ class ChatFormat:
         *,
         continue_final: bool = False,
         tools: Tools | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
     ) -> list[int]:
         """Return the token ids of the prompt, from the beginning-of-text token to the start of the answer.
 
@@ -93,11 +103,15 @@ class ChatFormat:
             tokenizer: the tokenizer of the model.
             continue_final: whether to continue the last message, which must be the assistant's.
             tools: the tools that the answer may call.
+            kwargs: the request's ``chat_template_kwargs``; names that the format does not read are told in the log.
+            now: the local time that the prompt may state; None: the current time.
 
         Raises:
             InvalidMessages: the messages are invalid (``validate``), or the last role contradicts ``continue_final``.
+            InvalidParameter: ``kwargs`` are invalid (``template_kwargs.check``).
             InvalidRequest: the tokenizer lacks control tokens that this format requires.
         """
+        variables = Variables(template_kwargs.check(kwargs, self.name, self.kwargs), now or datetime.now())
         turns = validate(messages)
         if not self.supports(tokenizer):
             usable = ", ".join(name for name, other in FORMATS.items() if other.supports(tokenizer))
@@ -110,13 +124,17 @@ class ChatFormat:
             raise InvalidMessages("the last message is the assistant's: add a user message, or ask to continue it")
         if continue_final and not ends_with_answer:
             raise InvalidMessages("nothing to continue: the last message is not the assistant's")
-        if self.tool_syntax(tokenizer) is syntax.PLAIN:
-            turns, tools = _as_plain_text(turns, tools), None
-        return self.build(turns, tokenizer, tools)
+        if self.tool_syntax(tokenizer) is syntax.PLAIN and not self.native_tools:
+            turns, tools = as_plain_text(turns, tools), None
+        return self.build(turns, tokenizer, tools, variables)
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Return the ids of the tokens that end an answer; a generation config may name more."""
         return tokenizer.eos_ids | {tokenizer.control[token] for token in self.end_tokens if token in tokenizer.control}
+
+    def stop_texts(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        """Return the texts that end an answer."""
+        return tuple(text for text in self.stop_strings if text not in tokenizer.control)
 
 
 def truncate(
@@ -165,167 +183,55 @@ def get_format(name: str) -> ChatFormat:
     return FORMATS[name]
 
 
-def choose_format(tokenizer: Tokenizer, *, architecture: str | None = None, template: str | None = None) -> ChatFormat:
-    """Return the format that a checkpoint was trained with.
-
-    The control tokens of the tokenizer decide. If it has none, the text of the chat template decides; the template is
-    not run. If there is no template, ``architecture`` ("MixtralForCausalLM" or "mixtral") decides: Mistral's oldest
-    format for Mistral's models, and plain dialogue for all others.
-
-    Raises:
-        NotFound: the chat template has a format that is not built in.
-    """
-    if get_format("llama3").supports(tokenizer):
-        return get_format("llama3.1" if "ipython" in (template or "") else "llama3")
-    if get_format("mistral-v3").supports(tokenizer):
-        return get_format(_mistral_version(tokenizer, template))
-    if template is not None and template.strip():
-        for marker, name in (("<<SYS>>", "aime"), ("[INST]", "mistral-v1"), ("Assistant:", "plain")):
-            if marker in template:
-                return get_format(name)
-        raise NotFound(f"this checkpoint's chat format is not built in: select one of {', '.join(FORMATS)}")
-    family = (architecture or "").lower()
-    return get_format("mistral-v1" if "mixtral" in family or "mistral" in family else "plain")
-
-
-def _mistral_version(tokenizer: Tokenizer, template: str | None) -> str:
-    stated = re.match(r"v(\d+)", tokenizer.version or "")
-    # Every tekken file has the later control tokens, so for tekken only the stated version counts.
-    if stated:
-        for version in (13, 11, 7):
-            if int(stated[1]) >= version and get_format(f"mistral-v{version}").supports(tokenizer):
-                return f"mistral-v{version}"
-    system = "[SYSTEM_PROMPT]" in (template or "") if tokenizer.byte_level else True
-    if not stated and system and get_format("mistral-v7").supports(tokenizer):
-        return "mistral-v7"
-    if tokenizer.byte_level:
-        return "mistral-tekken"
-    return "mistral-v3" if "[PREFIX]" in tokenizer.control else "mistral-v2"
-
-
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
-
-def _eos(tokenizer: Tokenizer) -> list[int]:
-    return sorted(tokenizer.eos_ids)[:1]
-
-
-def _without_system(messages: list[Message]) -> tuple[str, list[Message]]:
-    """Return the joined system texts, and turns that begin with the user's; for formats without a system role."""
-    system = JOIN.join(turn["content"] for turn in messages if turn["role"] == "system")
-    turns = [turn for turn in messages if turn["role"] != "system"]
-    if not turns or turns[0]["role"] != "user":
-        turns = [{"role": "user", "content": ""}, *turns]
-    return system, validate(turns)
-
-
-def _prepend_system(turns: Sequence[Message], index: int, system: str) -> list[Message]:
-    """Return the turns with the system text in front of the turn at ``index``."""
-    if not system:
-        return list(turns)
-    turn = turns[index]
-    return [*turns[:index], {"role": turn["role"], "content": system + JOIN + turn["content"]}, *turns[index + 1 :]]
-
-
-def _as_plain_text(turns: list[Message], tools: Tools | None) -> list[Message]:
-    """Return the conversation with calls and results as text, and the tools in the system prompt."""
-    out: list[Message] = []
-    for turn in turns:
-        if turn["role"] == "tool":
-            out.append({"role": "user", "content": f"Result of {turn['name']}: {turn['content']}"})
-            continue
-        calls = [f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in turn.get("tool_calls", ())]
-        out.append({"role": turn["role"], "content": "\n".join((*filter(None, (turn["content"],)), *calls))})
-    if tools is not None:
-        tool_list = "\n".join(json.dumps(tool.to_openai()["function"], ensure_ascii=False) for tool in tools.offered)
-        out.insert(turns[0]["role"] == "system", {"role": "system", "content": TOOL_PROMPT.format(tool_list=tool_list)})
-    return validate(out)
-
-
-def _mistral_v1(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None) -> list[int]:
-    """Return ids with ``[INST]`` as plain text and the system text in the first user turn."""
-    system, turns = _without_system(messages)
-    ids = _bos(tokenizer)
-    for index, turn in enumerate(_prepend_system(turns, 0, system)):
-        if turn["role"] == "user":
-            ids += tokenizer.encode(f"[INST] {turn['content']} [/INST]")
-        else:
-            ids += tokenizer.encode(turn["content"])
-            ids += _eos(tokenizer) if index < len(turns) - 1 else []
-    return ids
-
-
-def _mistral_from(version: int) -> Encoder:
-    """Return the encoder of one of Mistral's later versions; up to v3 the system text is in the last user turn."""
-
-    def build(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None) -> list[int]:
-        if version < 7:
-            system, turns = _without_system(messages)
-            last = max(index for index, turn in enumerate(turns) if turn["role"] == "user")
-            messages = _prepend_system(turns, last, system)
-        return _mistral.encode(messages, tokenizer, tools, version)
-
-    return build
-
-
-AIME_MARKERS = re.compile(r"<<SYS>>|<</SYS>>|\[INST\]|\[/INST\]|<s>|</s>")
-
-
-def _remove_markers(text: str) -> str:
-    # Repeated, because removing one marker can form another.
-    while AIME_MARKERS.search(text):
-        text = AIME_MARKERS.sub("", text)
-    return text
-
-
-def _aime(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None) -> list[int]:
-    """Return the ids with a beginning-of-text token before each exchange; markers in the messages are removed."""
-    system, turns = _without_system(messages)
-    texts = [_remove_markers(turn["content"]) for turn in turns]
-    if system:
-        texts[0] = f"<<SYS>>\n{_remove_markers(system)}\n<</SYS>>\n\n{texts[0]}"
-    ids: list[int] = []
-    for index in range(0, len(texts), 2):
-        answer = f" {texts[index + 1]} " if index + 1 < len(texts) else ""
-        ids += _bos(tokenizer) + tokenizer.encode(f"[INST] {texts[index]} [/INST]{answer}")
-        ids += _eos(tokenizer) if index + 2 < len(texts) else []
-    return ids
-
-
-def _plain(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None) -> list[int]:
-    """Return the ids of a dialogue in plain text, for models that were not trained on a chat format."""
-    names = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
-    text = ""
-    for turn in messages:
-        text += names[turn["role"]] + turn["content"] + ("\n\n" if turn["role"] == "system" else "\n")
-    text = text[:-1] if messages[-1]["role"] == "assistant" else text + "Assistant:"
-    return tokenizer.encode(text, bos=True)
-
-
 INST = ("[INST]", "[/INST]")
 SYSTEM = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+
+
+def _mistral_format(
+    version: int, name: str = "", more: tuple[str, ...] = (), form: Syntax = syntax.MISTRAL
+) -> ChatFormat:
+    build = _mistral.encoder(version)
+    return ChatFormat(name or f"mistral-v{version}", build, required_tokens=(*INST, *more), syntax=form, loose=True)
+
+
 FORMATS: Mapping[str, ChatFormat] = {
     form.name: form
     for form in (
-        ChatFormat("mistral-v1", _mistral_v1),
-        ChatFormat("mistral-v2", _mistral_from(2), required_tokens=INST, syntax=syntax.MISTRAL),
-        ChatFormat("mistral-v3", _mistral_from(3), required_tokens=INST, syntax=syntax.MISTRAL),
-        ChatFormat("mistral-tekken", _mistral_from(3), required_tokens=INST, syntax=syntax.MISTRAL),
-        ChatFormat("mistral-v7", _mistral_from(7), required_tokens=(*INST, *SYSTEM), syntax=syntax.MISTRAL),
-        ChatFormat(
-            "mistral-v11", _mistral_from(11), required_tokens=(*INST, *SYSTEM, "[ARGS]"), syntax=syntax.MISTRAL_11
-        ),
-        ChatFormat(
-            "mistral-v13", _mistral_from(13), required_tokens=(*INST, *SYSTEM, "[ARGS]"), syntax=syntax.MISTRAL_13
-        ),
-        ChatFormat("aime", _aime),
+        ChatFormat("mistral-v1", _mistral.encode_v1, loose=True),
+        _mistral_format(2),
+        _mistral_format(3),
+        _mistral_format(3, "mistral-tekken"),
+        _mistral_format(7, more=SYSTEM),
+        _mistral_format(11, more=(*SYSTEM, "[ARGS]"), form=syntax.MISTRAL_11),
+        _mistral_format(13, more=(*SYSTEM, "[ARGS]"), form=syntax.MISTRAL_13),
+        ChatFormat("aime", _dialogue.encode_aime, loose=True),
         ChatFormat("llama3", _llama3.encode_llama3, required_tokens=HEADERS, end_tokens=TURN_ENDS),
         ChatFormat(
-            "llama3.1", _llama3.encode_llama31, required_tokens=HEADERS, end_tokens=TURN_ENDS, syntax=syntax.LLAMA
+            "llama3.1",
+            _llama3.encode_llama31,
+            required_tokens=HEADERS,
+            end_tokens=TURN_ENDS,
+            syntax=syntax.LLAMA,
+            kwargs=frozenset({"date_string"}),
         ),
-        ChatFormat("plain", _plain, stop_strings=("\nUser:",)),
+        ChatFormat(
+            "chatml",
+            MARKUPS["chatml"].encode,
+            end_tokens=("<|im_end|>", "<|endoftext|>"),
+            stop_strings=("<|im_end|>",),
+        ),
+        ChatFormat("zephyr", MARKUPS["zephyr"].encode),
+        ChatFormat("vicuna", MARKUPS["vicuna"].encode, strip_answer=True),
+        ChatFormat("alpaca", MARKUPS["alpaca"].encode, stop_strings=("\n### Instruction:",)),
+        ChatFormat(
+            "openchat",
+            MARKUPS["openchat"].encode,
+            end_tokens=("<|end_of_turn|>",),
+            stop_strings=("<|end_of_turn|>",),
+            strip_answer=True,
+        ),
+        ChatFormat("plain", _dialogue.encode_plain, stop_strings=("\nUser:",), strip_answer=True),
     )
 }

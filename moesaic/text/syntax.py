@@ -41,6 +41,10 @@ class Syntax:
     """Text between two objects; None if an answer has only one call."""
     short_ids: bool = False
     """Whether call ids have exactly nine letters and digits."""
+    opening: str = ""
+    """Text in front of each object, such as a tag; it may be a control token, which is then not shown."""
+    closing: str = ""
+    """Text behind each object."""
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -56,6 +60,7 @@ class Syntax:
 
 
 PLAIN = Syntax("objects")
+HERMES = Syntax("objects", opening="<tool_call>\n", closing="\n</tool_call>")
 LLAMA = Syntax("objects", start_token="<|python_tag|>", arguments_key="parameters", separator=None)
 MISTRAL = Syntax("list", start_token="[TOOL_CALLS]", short_ids=True)
 MISTRAL_11 = Syntax("each", start_token="[TOOL_CALLS]", id_token="[CALL_ID]", arguments_token="[ARGS]", short_ids=True)
@@ -95,10 +100,24 @@ def _call_rule(syntax: Syntax, tool: Tool, arguments: str, control: Mapping[str,
     """Return the Lark rule for a call of one tool in the form that the model was trained on."""
     if syntax.form != "each":
         head = f'{{"name": "{tool.name}", "{syntax.arguments_key}": '
-        return f"{_quoted(head)} {arguments} {_quoted('}')}"
+        opening, closing = _tagged(syntax.opening, control), _tagged(syntax.closing, control)
+        return f"{opening}{_quoted(head)} {arguments} {_quoted('}')}{closing}"
     start, arguments_start = f"<[{control[str(syntax.start_token)]}]>", f"<[{control[str(syntax.arguments_token)]}]>"
     call_id = f"<[{control[syntax.id_token]}]> /[a-zA-Z0-9]{{9}}/" if syntax.id_token else ""
     return f"{start} {_quoted(tool.name)} {call_id} {arguments_start} {arguments}"
+
+
+def _tagged(text: str, control: Mapping[str, int]) -> str:
+    """Return the Lark terms of a text around an object; a tag in it may be a control token."""
+    if not text:
+        return ""
+    tag = text.strip()
+    terms = [
+        f"<[{control[tag]}]>" if part == tag and tag in control else _quoted(part)
+        for part in text.partition(tag)
+        if part
+    ]
+    return " " + " ".join(terms) + " "
 
 
 def _json_rule(tool: Tool) -> str:

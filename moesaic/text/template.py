@@ -1,11 +1,9 @@
-"""Rendering of a checkpoint's own Jinja chat template, in a sandboxed child process.
+"""Rendering of Jinja chat templates, a checkpoint's own or a file, in a sandboxed child process.
 
-A template is rendered only if the user asks for it; otherwise a built-in format is used (``chat``). The child limits
-memory, processor time and output. Jinja's sandbox gives a template no access to files or the network.
+A template is rendered only if no built-in format equals it (``chat_choice``), or if the user asks for it. The child
+limits memory, processor time and output. Jinja's sandbox gives a template no access to files or the network.
 
-The text of a message never becomes a control token. Before rendering, a random guard string is inserted into each
-name of a special token that a message contains. After rendering, names without the guard become control tokens, and
-the guard is removed.
+The text of a message never becomes a control token, and neither do tools and variables of a request (``_guard``).
 """
 
 from __future__ import annotations
@@ -15,22 +13,24 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import ConfigError, InvalidMessages, InvalidRequest
+from moesaic.errors import InvalidMessages, InvalidRequest, MalformedTemplate, NotFound, TemplateError
 from moesaic.text import _render
+from moesaic.text._guard import Guard
+from moesaic.text._turns import Variables
 from moesaic.text._vocabulary import read_bounded
 from moesaic.text.messages import Message, validate
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tools import ToolCall, Tools
 
 MAX_TEMPLATE_CHARS = 256 << 10
 OUTPUT_SPARE = 64 << 10  # maximum output is four times the input plus this number of characters
 WALL_SECONDS = 10.0  # the limit on processor time applies first, unless the machine is overloaded
-
-
-class TemplateError(ConfigError):
-    """Error in a checkpoint's chat template: it is missing, malformed, or exceeds a limit."""
+FILE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+"""How the names of template files end."""
 
 
 def load(folder: Path) -> str:
@@ -38,6 +38,19 @@ def load(folder: Path) -> str:
 
     Raises:
         TemplateError: the checkpoint has no chat template, or its file is damaged.
+        TokenizerError: a file cannot be read.
+    """
+    template = find(folder)
+    if template is None:
+        raise TemplateError(folder, "has no chat template: use one of the built-in chat formats")
+    return template
+
+
+def find(folder: Path) -> str | None:
+    """Return the chat template of a checkpoint directory; None if it has none.
+
+    Raises:
+        TemplateError: the file of the template is damaged.
         TokenizerError: a file cannot be read.
     """
     own_file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
@@ -53,42 +66,108 @@ def load(folder: Path) -> str:
         ) from error
     if isinstance(template, list):  # several templates with names
         named = [entry for entry in template if isinstance(entry, dict)]
-        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), "")
-    if not isinstance(template, str) or not template:
-        raise TemplateError(folder, "has no chat template: use one of the built-in chat formats")
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    return template if isinstance(template, str) and template.strip() else None
+
+
+def load_file(path: Path) -> str:
+    """Return the chat template in a file.
+
+    Raises:
+        NotFound: there is no such file.
+        TemplateError: the file is no text, or empty.
+        TokenizerError: the file cannot be read.
+    """
+    if not path.is_file():
+        raise NotFound(f"{path}: no such chat template; name an existing file or a chat format")
+    try:
+        template = read_bounded(path).decode()
+    except ValueError as error:
+        raise TemplateError(path, "is not UTF-8 text") from error
+    if not template.strip():
+        raise TemplateError(path, "is empty")
     return template
+
+
+def values(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    bos: str = "",
+    eos: str = "",
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the variables of a template, as transformers sets them; ``bos`` and ``eos`` are names of tokens."""
+    return {
+        **(kwargs or {}),
+        "messages": list(messages),
+        "tools": None if tools is None else list(tools),
+        "documents": (kwargs or {}).get("documents"),
+        "bos_token": bos,
+        "eos_token": eos,
+        "add_generation_prompt": add_generation_prompt,
+    }
+
+
+def special_names(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the names of the tokens that begin and end a text, as ``values`` takes them."""
+    names = {token_id: name for name, token_id in tokenizer.control.items()}
+    return {
+        "bos": "" if tokenizer.bos_id is None else names.get(tokenizer.bos_id, ""),
+        "eos": names.get(min(tokenizer.eos_ids), "") if tokenizer.eos_ids else "",
+    }
 
 
 def render(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
-    bos: str = "",
-    eos: str = "",
-    add_generation_prompt: bool = True,
+    now: datetime | None = None,
+    **options: Any,
 ) -> str:
-    """Return the text that ``template`` renders for a conversation; ``bos`` and ``eos`` are names of tokens.
+    """Return the text that ``template`` renders for a conversation.
+
+    Args:
+        template: the source of the template.
+        messages: the conversation, in the form that templates read (``template_messages``).
+        now: the local time that the template may state; None: the current time.
+        **options: the other arguments of ``values``.
 
     Raises:
-        InvalidMessages: the messages are invalid (``messages.validate``), or the template rejects them.
+        InvalidMessages: the template rejects the messages.
         TemplateError: the template is malformed, uses something that the sandbox forbids, or exceeds a limit.
+    """
+    [outcome] = render_all(template, [values(messages, **options)], now)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def render_all(
+    template: str, renderings: Sequence[Mapping[str, Any]], now: datetime | None = None
+) -> list[str | InvalidMessages | TemplateError]:
+    """Return the text, or the error, of a template for each of several sets of variables, in one child process.
+
+    Raises:
+        InvalidRequest: the child process cannot be started.
+        TemplateError: the template is too long, or takes too much time.
     """
     if len(template) > MAX_TEMPLATE_CHARS:
         raise TemplateError("chat template", f"longer than {MAX_TEMPLATE_CHARS} characters")
-    turns = _turns(messages)
-    limit = 4 * (len(template) + sum(len(turn["content"]) for turn in turns)) + OUTPUT_SPARE
-    values = {
-        "messages": turns,
-        "bos_token": bos,
-        "eos_token": eos,
-        "add_generation_prompt": add_generation_prompt,
-    }
-    outcome = _in_child({"template": template, "values": values, "limit": limit})
+    limit = 4 * (len(template) + max(len(json.dumps(each, ensure_ascii=False)) for each in renderings)) + OUTPUT_SPARE
+    stated = (now or datetime.now()).isoformat()
+    outcomes = _in_child({"template": template, "values": list(renderings), "limit": limit, "now": stated})
+    return [_text_or_error(outcome) for outcome in outcomes]
+
+
+def _text_or_error(outcome: Mapping[str, Any]) -> str | InvalidMessages | TemplateError:
     if "text" in outcome:
         return str(outcome["text"])
     if outcome["kind"] == "refused":
-        raise InvalidMessages(f"the chat template rejects this conversation: {outcome['error']}")
-    raise TemplateError("chat template", outcome["error"])
+        return InvalidMessages(f"the chat template rejects this conversation: {outcome['error']}")
+    kind = MalformedTemplate if outcome["kind"] == "malformed" else TemplateError
+    return kind("chat template", str(outcome["error"]))
 
 
 def encode(
@@ -96,47 +175,72 @@ def encode(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     *,
-    add_generation_prompt: bool = True,
+    continue_final: bool = False,
+    tools: Tools | None = None,
+    variables: Variables | None = None,
 ) -> list[int]:
     """Return the token ids of a rendered conversation.
 
-    Names of special tokens in the template become special tokens; in the messages they stay text.
+    Names of special tokens in the template become special tokens; elsewhere they stay text. With ``continue_final``
+    the prompt ends with the text of the last message, as with ``continue_final_message`` of transformers.
 
     Raises:
-        InvalidMessages: the messages are invalid (``messages.validate``), or the template rejects them.
+        InvalidMessages: the messages are invalid (``messages.validate``), the template rejects them, or it does not
+            show the message that is to be continued.
         TemplateError: the template is malformed, uses something that the sandbox forbids, or exceeds a limit.
     """
-    names = {token_id: name for name, token_id in tokenizer.control.items()}
-    bos = "" if tokenizer.bos_id is None else names.get(tokenizer.bos_id, "")
-    eos = names.get(min(tokenizer.eos_ids), "") if tokenizer.eos_ids else ""
-    guard = f"\ue000{secrets.token_hex(16)}\ue001"
-    guarded: list[Message] = [
-        {"role": turn["role"], "content": _insert_guard(turn["content"], tokenizer, guard)} for turn in _turns(messages)
-    ]
-    text = render(template, guarded, bos=bos, eos=eos, add_generation_prompt=add_generation_prompt)
-    return tokenizer.encode_with_special(text, guard)
+    variables, guard = variables or Variables(), Guard(tokenizer)
+    shown = guard.protect_all(template_messages(messages))
+    mark = secrets.token_hex(16) + " "
+    if continue_final:
+        shown[-1]["content"] += mark
+    text = render(
+        template,
+        shown,
+        now=variables.now,
+        add_generation_prompt=not continue_final,
+        tools=None if tools is None else guard.protect_all([tool.to_openai() for tool in tools.offered]),
+        kwargs=guard.protect_all(variables.kwargs),
+        **special_names(tokenizer),
+    )
+    return guard.encode(_before_mark(text, mark) if continue_final else text)
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    turns = validate(messages)
-    if any(turn["role"] == "tool" for turn in turns):
-        raise InvalidMessages("the checkpoint's own chat template does not support tool results: choose a chat format")
-    return turns
+def _before_mark(text: str, mark: str) -> str:
+    """Return the text up to the mark; without its last spaces if the template removes spaces around a message."""
+    end = text.rfind(mark.strip())
+    if end < 0:
+        raise InvalidMessages("the chat template does not show the last message, so it cannot be continued")
+    return text[:end] if text.startswith(mark, end) else text[:end].rstrip()
 
 
-def _insert_guard(text: str, tokenizer: Tokenizer, guard: str) -> str:
-    """Return ``text`` with the guard after the first character of each name of a special token."""
-    starts = [match.start() for match in tokenizer.find_special(text)]
-    while starts:
-        for start in reversed(starts):
-            text = text[: start + 1] + guard + text[start + 1 :]
-        # Names can overlap: the rest of a guarded name may be part of another name.
-        starts = [match.start() for match in tokenizer.find_special(text)]
-    return text
+def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a conversation in the form that templates read: calls in OpenAI's form, their arguments as objects.
+
+    Raises:
+        InvalidMessages: the messages are invalid (``messages.validate``).
+    """
+    return [_template_message(turn) for turn in validate(messages)]
 
 
-def _in_child(job: dict[str, Any]) -> dict[str, Any]:
-    """Run ``_render`` for one job in a child process and return its report."""
+def _template_message(turn: Message) -> dict[str, Any]:
+    out: dict[str, Any] = dict(turn)
+    if "tool_calls" in turn:
+        out["tool_calls"] = [_template_call(call) for call in turn["tool_calls"]]
+    return out
+
+
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        arguments = None
+    function = {"name": call.name, "arguments": arguments if isinstance(arguments, dict) else call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _in_child(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run ``_render`` for one job in a child process and return its reports."""
     # Isolated mode (-I) ignores environment variables, the user's packages and the current directory. The file is
     # started by its path, so the child imports nothing from Moesaic.
     command = [sys.executable, "-I", str(Path(_render.__file__))]
@@ -151,10 +255,10 @@ def _in_child(job: dict[str, Any]) -> dict[str, Any]:
     if child.returncode < 0:
         raise TemplateError("chat template", f"used more than {_render.CPU_SECONDS} s of processor time")
     try:
-        outcome = json.loads(child.stdout)
+        outcomes = json.loads(child.stdout)
     except ValueError as error:
         raise TemplateError(
             "chat template", f"crashed the process that renders it (exit status {child.returncode})"
         ) from error
-    assert isinstance(outcome, dict)
-    return outcome
+    assert isinstance(outcomes, list)
+    return outcomes

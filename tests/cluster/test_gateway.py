@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,25 @@ def test_idempotency_key_gives_one_answer(plain):
     assert other.status_code == 409 and other.json()["error"]["message"]
     assert "idempotency-replayed" not in ask(plain.client).headers
     assert len(handle.backend.requests) == 2
+
+
+def test_the_date_of_a_prompt_is_decided_once(plain, monkeypatch):
+    """Another worker, or the same request again after midnight, has the prompt with the first date."""
+    times = iter((datetime(2026, 12, 3, 23, 59, 59), datetime(2026, 12, 4), datetime(2026, 12, 4, 0, 0, 1)))
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return next(times)
+
+    monkeypatch.setattr(gateways, "datetime", Clock)
+    hand = plain.hire()
+    body, once = {**CHAT, "chat_template_kwargs": {"a": 1}}, {"Idempotency-Key": "k"}
+    for headers, replayed in ((once, "false"), (once, "true"), ({}, None)):
+        found = plain.client.post("/v1/chat/completions", json=body, headers=headers)
+        assert (found.status_code, found.headers.get("idempotency-replayed")) == (200, replayed)
+    assert [each.now for each in hand.backend.requests] == ["2026-12-03T23:59:59", "2026-12-04T00:00:01"]
+    assert hand.backend.requests[0].chat_template_kwargs == {"a": 1}
 
 
 def test_idempotency_key_replays_failures(plain):

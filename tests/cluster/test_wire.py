@@ -72,6 +72,8 @@ FULL: dict[str, Any] = {
     "tools": ({"type": "function", "function": {"name": "f", "parameters": {}}},),
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "parallel_tool_calls": False,
+    "chat_template_kwargs": {"date_string": "26 Jul 2024", "builtin_tools": ["search"]},
+    "now": "2026-12-03T23:59:59",
     "grammar": ("json_schema", {"type": "object"}),
     "grammar_param": "response_format",
     "truncate": 5,

@@ -252,3 +252,18 @@ def test_openapi_declares_where_keys_are_required(server):
     assert {entry["name"] for entry in described["paths"]["/v1/responses/{id}/input_items"]["get"]["parameters"]} == {
         *("id", "limit", "order", "after")
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/v1/responses", {"input": "Hi"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}),
+    ],
+)
+def test_variables_of_the_chat_template_reach_the_model(server, path, more):
+    for kwargs in ({"date_string": "03 Dec 2026", "enable_thinking": False}, None):
+        assert post(server, path, {"model": "scripted", **more, "chat_template_kwargs": kwargs}).status_code == 200
+        assert server.backend.requests[-1].chat_template_kwargs == (kwargs or {})
+    assert post(server, path, {"model": "scripted", **more, "chat_template_kwargs": [1]}).status_code in (400, 422)

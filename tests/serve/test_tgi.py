@@ -523,6 +523,15 @@ def test_special_tokens_in_the_text_are_parsed(tales):
     assert reply["details"]["prefill"][0]["logprob"] is None and reply["details"]["prefill"][1]["logprob"] < 0
 
 
+def test_tokenize_passes_the_variables_of_the_chat_format_on(tales):
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert post(tales, "/tokenize", {**body, "chat_template_kwargs": None}).status_code == 200
+    for path in ("/tokenize", "/chat_tokenize"):
+        refused = post(tales, path, {**body, "chat_template_kwargs": {"messages": []}})
+        assert refused.status_code in (400, 422)
+        assert "chat_template_kwargs: must not set messages" in refused.text
+
+
 def test_chat_tokenize(tales):
     body = {"messages": [{"role": "user", "content": "Tell a story about Zoë."}]}
     reply = post(tales, "/chat_tokenize", body).json()

@@ -18,7 +18,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from moesaic.errors import InvalidMessages, InvalidRequest, NotFound, PromptTooLong
-from moesaic.text import chat
+from moesaic.text import chat, chat_choice
 from moesaic.text.chat import FORMATS, Message
 from moesaic.text.tokenizer import Tokenizer
 
@@ -107,7 +107,8 @@ def test_mistral_v7_with_tekken_matches_mistral_common(tekken_v7: Path) -> None:
     tokenizer = Tokenizer.open(tekken_v7)
     original = MistralTokenizer.from_file(str(tekken_v7), mode=ValidationMode.serving)
     messages = _conversation("be brief", ["a", "b ", "c"])
-    form = chat.choose_format(tokenizer)
+    form = chat_choice.guess(tokenizer)
+    assert form is not None
     assert form.name == "mistral-v7"
     assert form.encode(messages, tokenizer) == _expected(original, messages)
 
@@ -223,15 +224,18 @@ def test_validate_joins_turns_in_a_copy() -> None:
 
 
 def test_unsupported_and_unknown_formats_are_rejected(opened: Opened) -> None:
-    with pytest.raises(InvalidRequest, match=r"'llama3' needs .*start_header_id.* use mistral-v1, aime, plain"):
+    with pytest.raises(
+        InvalidRequest, match=r"'llama3' needs .*start_header_id.* use mistral-v1, aime, chatml, zephyr, .*plain"
+    ):
         FORMATS["llama3"].encode(_conversation(None, ["a"]), opened("v1"))
     with pytest.raises(NotFound, match="mistral-v1"):
-        chat.get_format("chatml")
+        chat.get_format("telegram")
 
 
-def test_choose_format(opened: Opened) -> None:
-    def chosen(name: str, **kwargs: str) -> str:
-        return chat.choose_format(opened(name), **kwargs).name
+def test_guessed_format(opened: Opened) -> None:
+    def chosen(name: str, **kwargs: str) -> str | None:
+        form = chat_choice.guess(opened(name), **kwargs)
+        return None if form is None else form.name
 
     assert chosen("v1", architecture="MixtralForCausalLM") == "mistral-v1"
     assert chosen("v1", architecture="mistral") == "mistral-v1"
@@ -242,8 +246,8 @@ def test_choose_format(opened: Opened) -> None:
     assert [chosen(name) for name in ("v2", "v3", "v7")] == ["mistral-v2", "mistral-v3", "mistral-v7"]
     assert chosen("tekken") == "mistral-tekken"
     assert chosen("llama3", architecture="LlamaForCausalLM") == "llama3"
-    with pytest.raises(NotFound, match="not built in"):
-        chosen("v1", template="<|im_start|>")
+    assert chosen("v1", template="<|im_start|>") == "chatml"
+    assert chosen("v1", template="Q: A:") is None
 
 
 LONG = _conversation("sys", ["u0", "a0", "u1", "a1", "u2", "a2", "u3"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from moesaic.errors import InvalidMessages, InvalidParameter
-from moesaic.text import chat, tools
+from moesaic.text import chat, chat_choice, tools
 from moesaic.text.chat import FORMATS
 from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tools import Tools
@@ -114,7 +115,9 @@ MISTRAL = ("mistral-v2", "mistral-v3", "mistral-tekken", "mistral-v7", "mistral-
 @pytest.mark.parametrize("name", MISTRAL)
 def test_mistral_formats_match_mistral_common(name: str, pair: Callable[[str], tuple[Tokenizer, Any]]) -> None:
     tokenizer, original = pair(name)
-    assert chat.choose_format(tokenizer).name == name
+    guessed = chat_choice.guess(tokenizer)
+    assert guessed is not None
+    assert guessed.name == name
     talk = ONE_EACH if name == "mistral-v2" else TALK
     conversations = [talk, talk[:2], talk[:4], talk[:5], talk[:6], talk[1:4]]
     for messages in conversations:
@@ -180,7 +183,7 @@ def test_llama31_matches_its_template(offered: bool, opened: Opened) -> None:
     from moesaic.text._render import _environment
 
     tokenizer = opened("llama3")
-    rendered = _environment().from_string(LLAMA31)
+    rendered = _environment(datetime.now()).from_string(LLAMA31)
     for messages in (ONE_EACH, ONE_EACH[1:], ONE_EACH[:2], ONE_EACH[1:4], [user(" hi \n")], [ONE_EACH[0], user("")]):
         theirs = json.loads(json.dumps(messages))
         for message in theirs:
@@ -188,15 +191,18 @@ def test_llama31_matches_its_template(offered: bool, opened: Opened) -> None:
                 entry["function"]["arguments"] = json.loads(entry["function"]["arguments"])
         definitions = [WEATHER, CLOCK] if offered else None
         text = rendered.render(messages=theirs, tools=definitions, bos_token="<|begin_of_text|>")
-        ids = FORMATS["llama3.1"].encode(messages, tokenizer, tools=OFFERED if offered else None)
+        offered_tools, date = OFFERED if offered else None, {"date_string": "26 Jul 2024"}
+        ids = FORMATS["llama3.1"].encode(messages, tokenizer, tools=offered_tools, kwargs=date)
         assert tokenizer.decode(ids, skip_special=False) == text
         assert ids == tokenizer.encode_with_special(text)
 
 
 def test_llama31_is_chosen_by_its_template(opened: Opened) -> None:
     tokenizer = opened("llama3")
-    assert chat.choose_format(tokenizer, template=LLAMA31).name == "llama3.1"
-    assert chat.choose_format(tokenizer, template="{{ '<|start_header_id|>' }}").name == "llama3"
+    for source, name in ((LLAMA31, "llama3.1"), ("{{ '<|start_header_id|>' }}", "llama3")):
+        guessed = chat_choice.guess(tokenizer, template=source)
+        assert guessed is not None
+        assert guessed.name == name
     text = tokenizer.decode(FORMATS["llama3.1"].encode(TALK, tokenizer), skip_special=False)
     assert (
         '\n\n{"name": "get_weather", "parameters": {"city": "Łódź"}}\n{"name": "clock", "parameters": {}}<|eot' in text

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.errors import InvalidMessages
+from moesaic.errors import InvalidMessages, TemplateError
 from moesaic.text import template
 from moesaic.text.chat import FORMATS, Message
-from moesaic.text.template import TemplateError
 from moesaic.text.tokenizer import Tokenizer
 
 Opened = Callable[[str], Tokenizer]

@@ -152,6 +152,7 @@ def _check_supported(request: GenerationRequest) -> None:
     unsupported = [name for name, value in others.items() if _has_effect(name, value)]
     features = {
         "tools": request.tools,
+        "chat_template_kwargs": request.chat_template_kwargs,
         "a grammar": request.grammar,
         "a prompt of tokens": request.prompt is not None and not isinstance(request.prompt, str),
         "truncation": request.truncate,

@@ -36,6 +36,7 @@ class ConversationFields(Protocol):
     parallel_tool_calls: bool | None
     continue_final_message: bool | None
     add_generation_prompt: bool | None
+    chat_template_kwargs: dict[str, Any] | None
 
 
 def conversation(messages: Sequence[Message], body: ConversationFields) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def conversation(messages: Sequence[Message], body: ConversationFields) -> dict[
         "tools": tuple(body.tools or ()),
         "tool_choice": body.tool_choice or ("auto" if body.tools else "none"),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "chat_template_kwargs": body.chat_template_kwargs or {},
     }
 
 

@@ -76,6 +76,7 @@ class CountBody(Struct, kw_only=True):
     output_config: OutputConfig | None = None
     cache_control: Any = None
     """Accepted: prefixes are cached anyway."""
+    chat_template_kwargs: dict[str, Any] | None = None  # as vLLM's route takes it
 
 
 class MessagesBody(CountBody, kw_only=True):
@@ -114,6 +115,7 @@ def to_request(body: CountBody, model: str) -> GenerationRequest:
         tools=tuple(_tool(index, tool) for index, tool in enumerate(body.tools or ())),
         tool_choice=_choice(body),
         parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
+        chat_template_kwargs=body.chat_template_kwargs or {},
         grammar=_grammar(body.output_config),
         grammar_param="output_config",
     )

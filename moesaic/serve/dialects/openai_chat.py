@@ -30,6 +30,7 @@ class ChatBody(openai.SamplingFields, kw_only=True):
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def to_request(body: ChatBody, model: str) -> GenerationRequest:

@@ -62,6 +62,8 @@ def model_entry(model: ModelInfo) -> dict[str, Any]:
         "max_input_tokens": model.context,
         "state": model.state,
         "task": model.task,
+        "chat_format": model.about.get("chat_format"),
+        "chat_format_note": model.about.get("chat_format_note") or None,
     }
 
 

@@ -53,6 +53,7 @@ class ResponseBody(openai.SamplingFields, kw_only=True):
     background: bool | None = None
     conversation: Any = None
     prompt: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def form(self) -> dict[str, Any] | None:
@@ -95,6 +96,7 @@ def to_request(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, An
         tools=tools,
         tool_choice=items.tool_choice(body.tool_choice, any_tools=bool(tools)),
         parallel_tool_calls=body.parallel_tool_calls is not False,
+        chat_template_kwargs=body.chat_template_kwargs or {},
         truncate=openai.truncation(body.truncate_prompt_tokens),
         skip_special=body.skip_special_tokens is not False,
         include_stop=bool(body.include_stop_str_in_output),

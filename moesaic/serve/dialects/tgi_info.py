@@ -37,6 +37,7 @@ class TokenizeBody(Struct):
     """Whether names of special tokens in a text are these tokens; the default is true."""
     return_token_strs: bool | None = None
     """vLLM's; the texts of the tokens are returned unless it is false."""
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class ChatTokenizeBody(Struct):
@@ -49,6 +50,7 @@ class ChatTokenizeBody(Struct):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     model: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 async def health(context: RequestContext) -> AnyResponse:

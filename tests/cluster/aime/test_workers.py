@@ -287,6 +287,7 @@ def test_openai_clients_get_deltas(open_gateway, worker):
         ({"n": 2, "stop": ["x"]}, "n, stop"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "a grammar"),
+        ({"chat_template_kwargs": {"date_string": "x"}}, "chat_template_kwargs"),
     ],
 )
 def test_unsupported_features_are_refused(open_gateway, worker, more, what):

@@ -1,0 +1,71 @@
+"""Helpers that chat formats share: turns without a system role, tools in words, and the tokens around a text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from moesaic.text.messages import JOIN, Message, validate
+from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tools import Tools
+
+TOOL_PROMPT = (
+    "You can call these functions:\n{tool_list}\n\nTo call one, answer with nothing but a line of JSON of this form: "
+    '{{"name": "the function\'s name", "arguments": {{"an argument": "its value"}}}}. To call several, write such a '
+    "line for each. Where no function helps, answer in plain words."
+)
+
+
+@dataclass(frozen=True)
+class Variables:
+    """Values beside the conversation that a prompt may depend on."""
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """The request's ``chat_template_kwargs``."""
+    now: datetime = field(default_factory=datetime.now)
+    """The local time that a prompt may state."""
+
+
+def bos(tokenizer: Tokenizer) -> list[int]:
+    """Return the beginning-of-text token in a list, which is empty if there is none."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+def eos(tokenizer: Tokenizer) -> list[int]:
+    """Return the first end-of-text token in a list, which is empty if there is none."""
+    return sorted(tokenizer.eos_ids)[:1]
+
+
+def without_system(messages: list[Message]) -> tuple[str, list[Message]]:
+    """Return the joined system texts, and turns that begin with the user's; for formats without a system role."""
+    system = JOIN.join(turn["content"] for turn in messages if turn["role"] == "system")
+    turns = [turn for turn in messages if turn["role"] != "system"]
+    if not turns or turns[0]["role"] != "user":
+        turns = [{"role": "user", "content": ""}, *turns]
+    return system, validate(turns)
+
+
+def prepend_system(turns: Sequence[Message], index: int, system: str) -> list[Message]:
+    """Return the turns with the system text in front of the turn at ``index``."""
+    if not system:
+        return list(turns)
+    turn = turns[index]
+    return [*turns[:index], {"role": turn["role"], "content": system + JOIN + turn["content"]}, *turns[index + 1 :]]
+
+
+def as_plain_text(turns: list[Message], tools: Tools | None) -> list[Message]:
+    """Return the conversation with calls and results as text, and the tools in the system prompt."""
+    out: list[Message] = []
+    for turn in turns:
+        if turn["role"] == "tool":
+            out.append({"role": "user", "content": f"Result of {turn['name']}: {turn['content']}"})
+            continue
+        calls = [f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in turn.get("tool_calls", ())]
+        out.append({"role": turn["role"], "content": "\n".join((*filter(None, (turn["content"],)), *calls))})
+    if tools is not None:
+        tool_list = "\n".join(json.dumps(tool.to_openai()["function"], ensure_ascii=False) for tool in tools.offered)
+        out.insert(turns[0]["role"] == "system", {"role": "system", "content": TOOL_PROMPT.format(tool_list=tool_list)})
+    return validate(out)
