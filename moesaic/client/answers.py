@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Usage:
-    """Number of tokens that an answer used."""
+    """Numbers of tokens that a request used, in the prompt and in its answers."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -32,10 +32,10 @@ class ToolCall:
     id: str
     name: str
     arguments: str
-    """The text that the model wrote; normally JSON."""
+    """The arguments as the model wrote them; normally JSON."""
 
     def parsed(self) -> Any:
-        """Return the arguments as a Python value.
+        """Return the arguments, parsed as JSON.
 
         Raises:
             ValueError: the arguments are not valid JSON.
@@ -61,7 +61,7 @@ class TokenLogprob:
 
     token: str
     logprob: float | None
-    """None for the first token of a prompt, which has no context."""
+    """None for the first token of a prompt, because no token precedes it."""
     top: tuple[tuple[str, float], ...] = ()
     """The most likely tokens at this position with their log-probabilities."""
 
@@ -113,10 +113,10 @@ class Answer:
         return message
 
     def parsed(self) -> Any:
-        """Return the text as a Python value; use with ``response_format``.
+        """Return the text, parsed as JSON. Use it with ``response_format``.
 
         Raises:
-            ValueError: the text is not valid JSON, for example because it was cut (reason "length").
+            ValueError: the text is not valid JSON, for example because it was cut off (reason "length").
         """
         return json.loads(self.text)
 
@@ -147,7 +147,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Result of tokenizing a text or a conversation."""
+    """The tokens of a text or a conversation: their ids, and the text of each token alone."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]

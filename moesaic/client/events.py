@@ -11,12 +11,12 @@ import re
 from moesaic.errors import BadReply
 
 MAX_EVENT_BYTES = 16 << 20
-"""A longer event is an error: no API sends one."""
+"""Maximum size of one event. A longer event raises ``BadReply``, because no API sends one."""
 LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class EventParser:
-    """Parser for the bytes of one connection; it returns the data of each complete event."""
+    """Parser for the bytes of one connection. It splits them into events and returns the data of each event."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -24,7 +24,7 @@ class EventParser:
         self._size = 0
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the data of the events that this chunk completes.
+        """Parse the next bytes of the connection; return the data of each event that they complete.
 
         Raises:
             BadReply: an event is too long, or is not valid UTF-8.
@@ -39,7 +39,7 @@ class EventParser:
             *lines, rest = text.split(b"\n")  # faster than the regular expression
         self._rest = rest
         if len(rest) + self._size > MAX_EVENT_BYTES:
-            raise BadReply(f"the server sent an event of more than {MAX_EVENT_BYTES} bytes")
+            raise BadReply(f"the server sent an event of more than {MAX_EVENT_BYTES} bytes; check base_url")
         return [self._take_event() for line in lines if self._ends_event(line)]
 
     def _ends_event(self, line: bytes) -> bool:
@@ -57,4 +57,4 @@ class EventParser:
         try:
             return event.decode()
         except UnicodeDecodeError:
-            raise BadReply("the server sent an event that is not valid UTF-8") from None
+            raise BadReply("the server sent an event that is not valid UTF-8; check base_url") from None

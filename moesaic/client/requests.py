@@ -28,11 +28,11 @@ class Timeouts:
     """Timeouts in seconds; None waits forever."""
 
     connect: float | None = 10.0
-    """Until the connection is established."""
+    """Maximum time to establish the connection."""
     first_byte: float | None = 600.0
-    """Until the response begins. A response that is not streamed begins when it is complete."""
+    """Maximum time until the response begins. A response that is not streamed begins when the answer is complete."""
     silence: float | None = 60.0
-    """Between two reads of a response that has begun. The server sends keep-alive comments while it computes."""
+    """Maximum time without data once the response has begun. While it computes, the server sends keep-alives."""
 
 
 class Options(TypedDict, total=False):
@@ -60,7 +60,7 @@ class Options(TypedDict, total=False):
     min_tokens: int | None
     ignore_eos: bool | None
     logprobs: int | None
-    """Return log-probabilities, with this number of alternatives for each token; 0 returns no alternatives."""
+    """Request log-probabilities, and this number of alternatives for each token; 0 requests no alternatives."""
     response_format: Mapping[str, Any] | None
     structured_outputs: Mapping[str, Any] | None
     priority: int | None
@@ -85,20 +85,22 @@ class CompleteOptions(Options, total=False):
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where the server is, and what every request to it contains."""
+    """The server's URL, and what every request to it contains."""
 
     root: str
     """Base URL without ``/v1``."""
     headers: Mapping[str, str] = field(repr=False)
     """Headers of every request, including the API key."""
     model: str | None = None
-    """Model of requests that name none."""
+    """Model of requests that do not name one; None leaves the choice to the server."""
 
 
 def server_config(
     base_url: str | None, key: str | None, model: str | None, headers: Mapping[str, str] | None
 ) -> ServerConfig:
-    """Return the configuration from the arguments, else from the environment, else the default URL without a key.
+    """Return the configuration from the arguments, the environment, or the defaults, in this order.
+
+    The variables are MOESAIC_BASE_URL and MOESAIC_API_KEY. The default is http://127.0.0.1:8000 without a key.
 
     Raises:
         InvalidParameter: the URL is not an HTTP URL, or the key contains characters that a header cannot hold.
@@ -109,7 +111,7 @@ def server_config(
         raise InvalidParameter("base_url", f"expected http://HOST:PORT or https://HOST, not {root!r:.80}")
     key = key or os.environ.get(API_KEY_VARIABLE)
     if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise InvalidParameter("key", "contains invalid characters; check for a line break at the end")
+        raise InvalidParameter("key", "the API key contains invalid characters; check for a line break at the end")
     merged = {"user-agent": f"moesaic-client/{__version__}", "accept": "application/json"}
     if key:
         merged["authorization"] = f"Bearer {key}"
@@ -119,7 +121,7 @@ def server_config(
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request. It may be sent several times: its idempotency key identifies the repetitions."""
+    """One HTTP request. It may be sent several times; the server recognizes a repetition by the idempotency key."""
 
     method: str
     url: str
@@ -132,7 +134,7 @@ def get(server: ServerConfig, path: str) -> Request:
 
 
 def post(server: ServerConfig, path: str, fields: Mapping[str, Any], *, stream: bool = False) -> Request:
-    """Return a request with a JSON body; fields that are None are left out.
+    """Return a POST request; its JSON body has the ``fields`` that are not None. ``stream``: stream the answer.
 
     Raises:
         InvalidRequest: a field cannot be encoded as JSON.
@@ -153,7 +155,7 @@ def post(server: ServerConfig, path: str, fields: Mapping[str, Any], *, stream: 
 
 
 def chat_fields(messages: Messages, options: ChatOptions, extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the fields of a request to ``/v1/chat/completions``."""
+    """Return the JSON fields of a request to ``/v1/chat/completions``. A string is one user message."""
     fields = _checked(options, ChatOptions)
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     if (top := fields.pop("logprobs", None)) is not None:
@@ -164,22 +166,24 @@ def chat_fields(messages: Messages, options: ChatOptions, extra: Mapping[str, An
 def completion_fields(
     prompt: str | Sequence[int], options: CompleteOptions, extra: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the fields of a request to ``/v1/completions``."""
+    """Return the JSON fields of a request to ``/v1/completions``."""
     return {"prompt": prompt, **_checked(options, CompleteOptions), **(extra or {})}
 
 
 def embedding_fields(texts: str | Sequence[str], model: str | None, dimensions: int | None) -> dict[str, Any]:
-    """Return the fields of a request to ``/v1/embeddings``."""
+    """Return the JSON fields of a request to ``/v1/embeddings``."""
     return {"input": texts, "model": model, "dimensions": dimensions}
 
 
 def tokenize_fields(text: Messages, model: str | None) -> dict[str, Any]:
-    """Return the fields of a request to ``/tokenize``."""
+    """Return the JSON fields of a request to ``/tokenize``."""
     return {"prompt" if isinstance(text, str) else "messages": text, "model": model}
 
 
 def _checked(options: Any, kind: type) -> dict[str, Any]:
-    """Return the options that are not None. Misspelt names are refused here because servers ignore unknown fields.
+    """Return the options that are not None. ``kind``, such as ``ChatOptions``, lists the allowed names.
+
+    Misspelt names are refused here, because servers ignore unknown fields.
 
     Raises:
         InvalidParameter: an option is unknown.

@@ -47,7 +47,7 @@ ERROR_BY_NAME = {
     kind.__name__: kind
     for kind in (*ERROR_BY_STATUS.values(), errors.InvalidMessages, errors.GrammarError, errors.NumericalError)
 } | {"EngineStopped": errors.EngineStopped}
-"""Error classes that the server may name in the field ``type``."""
+"""Error classes by the name that the server sends in the field ``type`` of an error."""
 
 
 # Errors
@@ -66,7 +66,7 @@ def response_error(status: int, headers: Mapping[str, str], body: bytes) -> Moes
 
 
 def _error(status: int, content: Any) -> MoesaicError:
-    """Return the error for JSON in OpenAI's or TGI's format."""
+    """Return the error of a response. ``content`` is its JSON in the format of OpenAI or Hugging Face TGI, if valid."""
     details = content.get("error") if isinstance(content, dict) else None
     if isinstance(details, str):
         details = {"message": details, "type": content.get("error_type")}
@@ -85,7 +85,7 @@ def _error(status: int, content: Any) -> MoesaicError:
 
 
 def event_error(content: Mapping[str, Any]) -> MoesaicError:
-    """Return the error that an event in a stream describes."""
+    """Return the error of an event in a stream. ``content`` is the event's JSON, with the field ``error``."""
     details = content["error"]
     code = details.get("code") if isinstance(details, dict) else None
     if code == "context_length_exceeded":
@@ -111,7 +111,7 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 def parse(parser: Callable[[Any], T], content: Any) -> T:
-    """Return ``parser(content)``.
+    """Return ``parser(content)``, where ``content`` is the JSON of a response.
 
     Raises:
         BadReply: the JSON does not have the expected structure.
@@ -123,7 +123,7 @@ def parse(parser: Callable[[Any], T], content: Any) -> T:
 
 
 def parse_body(status: int, headers: Mapping[str, str], body: bytes) -> Any:
-    """Return the JSON of a successful response.
+    """Return the decoded JSON of a successful response.
 
     Raises:
         MoesaicError: the status is an error.
@@ -175,7 +175,7 @@ def _parse_choice(choice: Any, content: Any, usage: Usage | None) -> Answer:
 
 
 def parse_logprobs(content: Any) -> tuple[TokenLogprob, ...]:
-    """Return log-probabilities in the format of chat completions or of text completions."""
+    """Return the log-probabilities from JSON in the format of chat completions or of text completions."""
     if "content" in content:
         return tuple(
             TokenLogprob(
@@ -191,7 +191,7 @@ def parse_logprobs(content: Any) -> tuple[TokenLogprob, ...]:
 
 
 def parse_pieces(chunk: Any) -> list[Piece]:
-    """Return the pieces in one event of a chat or text completion."""
+    """Return the pieces in one event of a streamed chat or text completion: one for each answer in it."""
     return [_parse_piece(choice) for choice in chunk.get("choices") or ()]
 
 

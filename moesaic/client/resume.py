@@ -25,7 +25,7 @@ CHANGED = "the server sent a different answer when the stream was resumed; send 
 
 
 class ReplayedText:
-    """One text of an answer: the part already returned, and the position of a replay within it."""
+    """A text of an answer: the part that the caller has received, and how far a new connection has replayed it."""
 
     def __init__(self) -> None:
         self._parts: list[str] = []
@@ -38,19 +38,19 @@ class ReplayedText:
 
     @property
     def incomplete(self) -> bool:
-        """Whether the replay has not yet repeated all of the text that was returned."""
+        """Whether the new connection has not yet replayed all of the text that the caller has received."""
         return self._position < len(self._expected)
 
     def rewind(self) -> None:
-        """Expect a replay from the start."""
+        """Prepare for a new connection, which replays the text from its start."""
         self._expected, self._position = self.text, 0
         self._parts = [self._expected]
 
     def add(self, text: str) -> str:
-        """Return the new part of ``text``.
+        """Process the next ``text`` of the connection; return what the caller has not received yet.
 
         Raises:
-            AnswerChanged: the replay differs from the text that was returned.
+            AnswerChanged: the replay differs from the text that the caller has received.
         """
         expected = self._expected[self._position : self._position + len(text)]
         if not text.startswith(expected):
@@ -70,10 +70,10 @@ class ReplayedCall:
     name: str
     arguments: ReplayedText = field(default_factory=ReplayedText)
     replayed: bool = True
-    """Whether the current connection has sent this call."""
+    """Whether the current connection has sent (a part of) this call."""
 
     def add(self, part: CallPiece) -> CallPiece | None:
-        """Return the new part of ``part``; None if nothing is new.
+        """Process the next part of this call from the connection; return what is new to the caller, or None.
 
         Raises:
             AnswerChanged: the replay has a different call at this index.
@@ -94,16 +94,16 @@ class ReplayedChoice:
         self.logprobs: list[TokenLogprob] = []
         self.reason: str | None = None
         self._replayed_logprobs = 0
-        """Number of log-probabilities that the current connection has sent."""
+        """Number of tokens whose log-probabilities the current connection has sent."""
 
     @property
     def incomplete(self) -> bool:
-        """Whether the replay has not yet repeated everything that was returned."""
+        """Whether the new connection has not yet replayed everything that the caller has received."""
         calls = any(call.arguments.incomplete or not call.replayed for call in self.calls.values())
         return calls or self.text.incomplete or self._replayed_logprobs < len(self.logprobs)
 
     def rewind(self) -> None:
-        """Expect a replay from the start."""
+        """Prepare for a new connection, which replays the answer from its start."""
         self.text.rewind()
         for call in self.calls.values():
             call.arguments.rewind()
@@ -111,10 +111,10 @@ class ReplayedChoice:
         self._replayed_logprobs = 0
 
     def add(self, piece: Piece) -> Piece | None:
-        """Return the new part of ``piece``; None if nothing is new.
+        """Process the next piece of this answer from the connection; return what is new to the caller, or None.
 
         Raises:
-            AnswerChanged: the replay differs from what was returned.
+            AnswerChanged: the replay differs from what the caller has received.
         """
         text = self.text.add(piece.text)
         calls = tuple(new for part in piece.calls if (new := self._add_call(part)))
@@ -154,7 +154,7 @@ class ReplayedChoice:
 
 
 class ResumableStream:
-    """Parser of one streamed answer: takes the bytes of its connections, returns its pieces."""
+    """Parser of one streamed answer: it takes the bytes of one connection after another and returns pieces."""
 
     def __init__(self) -> None:
         self._choices: dict[int, ReplayedChoice] = {}
@@ -176,18 +176,18 @@ class ResumableStream:
         return self._choices[0].text.text if 0 in self._choices else ""
 
     def start_connection(self, headers: Mapping[str, str]) -> None:
-        """Start to parse the response of a new connection.
+        """Start to parse the response of a new connection, which has these ``headers``.
 
         Raises:
-            StreamBroken: a replay is needed, and the server does not support it.
+            StreamBroken: the answer has begun, and the server cannot replay it.
             BadReply: the response is not an event stream.
         """
         if not headers.get("content-type", "").lower().startswith("text/event-stream"):
-            raise BadReply("the request was for a stream, and the response is not an event stream")
+            raise BadReply("the request asked for a stream, but the response is not an event stream; check base_url")
         self._resumable = REPLAYED_HEADER in headers
         if self._begun:
             if not self._resumable:
-                raise StreamBroken("the answer broke off, and the server no longer has it")
+                raise StreamBroken("the answer broke off, and the server no longer has it; send a new request")
             self.resumed += 1
         self._request_id = headers.get("x-request-id")
         self._parser = EventParser()
@@ -195,7 +195,7 @@ class ResumableStream:
             choice.rewind()
 
     def feed(self, data: bytes) -> bool:
-        """Parse bytes and return whether they brought anything new. ``take`` then returns the new pieces."""
+        """Parse bytes of the connection; return whether they brought new pieces, the end or an error for ``take``."""
         self._begun = self._begun or bool(data)
         before = len(self._ready)
         try:
@@ -208,7 +208,7 @@ class ResumableStream:
         return self.done or self._error is not None or len(self._ready) > before
 
     def take(self) -> Piece | None:
-        """Return the next piece; None if more bytes are needed.
+        """Return the next piece of the answer; None if more bytes are needed.
 
         Raises:
             MoesaicError: the server sent an error, or the stream is invalid.
@@ -229,8 +229,9 @@ class ResumableStream:
         if not self._begun or not isinstance(cause, ConnectionFailed):
             return cause
         if not self._resumable:
-            raise StreamBroken(f"the answer broke off ({cause}), and this server cannot resume it") from cause
-        broken = StreamBroken(f"the answer broke off ({cause}), and it could not be resumed")
+            why = f"the answer broke off ({cause}), and this server cannot resume it; send a new request"
+            raise StreamBroken(why) from cause
+        broken = StreamBroken(f"the answer broke off ({cause}), and it could not be resumed; send a new request")
         broken.__cause__ = cause
         return broken
 
@@ -241,7 +242,7 @@ class ResumableStream:
             StreamBroken: the answer is not complete.
         """
         if not self.done:
-            raise StreamBroken("the stream ended early, so the answer is not complete")
+            raise StreamBroken("the stream ended early, so the answer is not complete; send a new request")
         first, *others = (self._choices[index].answer(self._raw, self._usage) for index in sorted(self._choices))
         return replace(first, request_id=self._request_id, alternatives=tuple(others))
 
@@ -251,7 +252,7 @@ class ResumableStream:
         try:
             chunk = json.loads(data)
         except ValueError:
-            raise BadReply("the server sent an event that is not valid JSON") from None
+            raise BadReply("the server sent an event that is not valid JSON; check base_url") from None
         if isinstance(chunk, dict) and chunk.get("error"):
             error = responses.event_error(chunk)
             error.request_id = self._request_id

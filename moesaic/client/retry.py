@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from moesaic.errors import BadReply, ConnectionFailed, MoesaicError
 
 TRANSIENT_STATUSES = frozenset({408, 409, 429, 502, 503})
-"""Statuses that are retried. Other statuses from 500 on are retried only if the server sends Retry-After."""
+"""HTTP statuses after which a request is retried. Others from 500 on are retried only with a Retry-After header."""
 
 
 @dataclass(frozen=True)
 class Retries:
     """How often to try, and how long to wait between tries.
 
-    The wait is exponential back-off with full jitter: a random time between 0 and ``first`` * 2**i seconds, at most
-    ``longest``. Retry-After is added to it.
+    The wait before retry i (from 0) is exponential back-off with full jitter: a random time between 0 and
+    ``first`` * 2**i seconds, at most ``longest``. The seconds of a Retry-After header are added to it.
     """
 
     tries: int = 4
@@ -31,13 +31,13 @@ class Retries:
     """Number of tries for a stream that breaks after it has begun, counted again after each new piece. It is higher
     than ``tries`` because a gateway needs some seconds to restart. It has no effect if ``tries`` is 1."""
     seconds: float = 120.0
-    """Maximum time from the first failure to the next try."""
+    """No try begins more than this number of seconds after the first failure."""
     first: float = 0.5
     longest: float = 8.0
 
 
 def is_transient(error: MoesaicError) -> bool:
-    """Return whether the same request may succeed later."""
+    """Return whether the same request may succeed if it is sent again later."""
     if isinstance(error, BadReply):
         return False
     if isinstance(error, ConnectionFailed) or error.status in TRANSIENT_STATUSES:
@@ -46,7 +46,7 @@ def is_transient(error: MoesaicError) -> bool:
 
 
 class Attempts:
-    """Counter of the tries of one request."""
+    """Counter of the tries of one request. ``clock`` returns seconds, and ``draw`` a random number from 0 to 1."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class Attempts:
         self._first_failure = 0.0
 
     def progress(self) -> None:
-        """Reset the count, because the last try brought new data."""
+        """Reset the count of failures, because the last try brought new data."""
         self._failures, self._begun = 0, True
 
     def wait_after(self, error: MoesaicError) -> float:
-        """Return the seconds to wait before the next try.
+        """Count a failed try; return the seconds to wait before the next one.
 
         Raises:
             MoesaicError: ``error`` itself, if it is permanent or a limit is reached.

@@ -32,7 +32,8 @@ class Client:
 
     ``base_url`` is the server's address, with or without ``/v1``; the default is MOESAIC_BASE_URL, else
     http://127.0.0.1:8000. ``key`` is the API key; the default is MOESAIC_API_KEY. ``model`` is the model of calls that
-    name none. ``http`` is an httpx client of your own, for example with a proxy; this class does not close it.
+    name none. ``headers`` are added to every request. ``http`` is an httpx client of your own, for example with a
+    proxy; this class does not close it.
 
     Every call may raise any error of ``moesaic.errors``: the server's errors, with ``status``, ``retry_after`` and
     ``request_id``; ``ConnectionFailed``; ``TimedOut``; and ``BadReply`` for an invalid response.
@@ -62,7 +63,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, but not those of an httpx client that was passed as ``http``."""
         if self._owns_http:
             self._sender.http.close()
 
@@ -94,9 +95,10 @@ class Client:
         extra: Mapping[str, Any] | None = None,
         **options: Unpack[ChatOptions],
     ) -> Answer | Stream:
-        """Return the answer to a conversation, or with ``stream`` its pieces as they arrive.
+        """Return the answer to a conversation. With ``stream``, return an iterator over its pieces as they arrive.
 
-        ``options`` are fields of the API; ``extra`` adds fields that ``ChatOptions`` does not list.
+        ``messages`` is a list of messages, or the text of one user message. ``options`` are fields of the API's
+        request; ``extra`` adds fields that ``ChatOptions`` does not list.
         """
         fields = requests.chat_fields(messages, options, extra)
         request = requests.post(self._server, "/v1/chat/completions", fields, stream=stream)
@@ -130,9 +132,9 @@ class Client:
         extra: Mapping[str, Any] | None = None,
         **options: Unpack[CompleteOptions],
     ) -> Answer | Stream:
-        """Return the continuation of a text or of token ids, or with ``stream`` its pieces as they arrive.
+        """Return the continuation of a text or of token ids. With ``stream``, return an iterator over its pieces.
 
-        ``options`` are fields of the API; ``extra`` adds fields that ``CompleteOptions`` does not list.
+        ``options`` are fields of the API's request; ``extra`` adds fields that ``CompleteOptions`` does not list.
         """
         fields = requests.completion_fields(prompt, options, extra)
         request = requests.post(self._server, "/v1/completions", fields, stream=stream)
@@ -145,37 +147,37 @@ class Client:
     def embed(
         self, texts: str | Sequence[str], *, model: str | None = None, dimensions: int | None = None
     ) -> Embeddings:
-        """Return one vector for each text."""
+        """Return one embedding vector for each text. ``dimensions`` requests their length; not every server can."""
         fields = requests.embedding_fields(texts, model, dimensions)
         request = requests.post(self._server, "/v1/embeddings", fields)
         return self._sender.value(request, responses.parse_embeddings)
 
     def tokenize(self, text: Messages, *, model: str | None = None) -> Tokens:
-        """Return the tokens of a text, or of a conversation after the chat template."""
+        """Return the tokens of a text, or of a conversation in the model's chat format."""
         request = requests.post(self._server, "/tokenize", requests.tokenize_fields(text, model))
         return self._sender.value(request, responses.parse_tokens)
 
 
 class Sender:
-    """Sends requests, and repeats them after transient errors."""
+    """Sends requests to the server, and repeats them after transient errors."""
 
     def __init__(self, http: httpx.Client, timeouts: Timeouts, retries: Retries) -> None:
         self.http, self.timeouts, self.retries = http, timeouts, retries
         self.transport_errors = transport.import_httpx().TransportError
 
     def answer(self, request: Request) -> Answer:
-        """Send a request and return its answer."""
+        """Send a request for a chat or text completion, and return the answer."""
         content, headers = self._exchange(request)
         answer = responses.parse(responses.parse_answer, content)
         return replace(answer, request_id=headers.get("x-request-id"))
 
     def value(self, request: Request, parser: Callable[[Any], T]) -> T:
-        """Send a request and return what ``parser`` makes of the JSON."""
+        """Send a request; return the result of ``parser``, called with the JSON of the response."""
         content, _ = self._exchange(request)
         return responses.parse(parser, content)
 
     def open_stream(self, request: Request) -> httpx.Response:
-        """Send a request and return the response before its body. This method does not retry.
+        """Send a request once; return the response when its headers have arrived, with the body unread.
 
         Raises:
             MoesaicError: the request failed, or the status is an error.

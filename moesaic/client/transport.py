@@ -1,4 +1,4 @@
-"""What both clients share of httpx: import, limits, timeouts, and the mapping of its errors to ours.
+"""What both clients need of httpx: its import, limits, timeouts, and errors of ``moesaic.errors`` for its errors.
 
 httpx is imported when a function is called, not with the module.
 """
@@ -31,7 +31,7 @@ def import_httpx() -> ModuleType:
 
 
 def connection_limits() -> httpx.Limits:
-    """Return the limits of the connection pool. Active connections are unlimited: the server refuses excess ones."""
+    """Return the limits of the connection pool. Active connections have no limit: the server refuses excess ones."""
     import httpx
 
     return httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS)
@@ -45,23 +45,25 @@ def first_byte_timeout(timeouts: Timeouts) -> httpx.Timeout:
 
 
 def use_silence_timeout(request: httpx.Request, timeouts: Timeouts) -> None:
-    """Apply the silence timeout to the body of a response that has begun.
+    """Apply the silence timeout to the body of the response to ``request``.
 
-    httpx reads this mapping again when it starts to read the body.
+    This works after the response has begun: httpx reads the timeouts of the request again when it reads the body.
     """
     request.extensions["timeout"]["read"] = timeouts.silence
 
 
 def connection_error(error: httpx.TransportError, request: Request, *, begun: bool) -> MoesaicError:
-    """Return our error for an httpx error. ``begun`` says whether the response headers had arrived."""
+    """Return an error of ``moesaic.errors`` for an httpx error. ``begun``: whether the response headers had arrived."""
     import httpx
 
     reason = str(error) or type(error).__name__
     result: MoesaicError
     if isinstance(error, httpx.ReadTimeout) and not begun:
-        result = TimedOut("the server did not respond in time; Timeouts(first_byte=…) sets the limit")
+        result = TimedOut("the server did not respond in time; Timeouts(first_byte=…) sets the limit in seconds")
     elif isinstance(error, httpx.ReadTimeout):
-        result = ConnectionFailed("the server stopped sending in the middle of its answer")
+        result = ConnectionFailed(
+            "the server stopped sending in mid-answer; Timeouts(silence=…) sets the limit in seconds"
+        )
     elif isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         result = ConnectionFailed(f"cannot connect to {request.url} ({reason:.200}); check that the server is running")
     else:
