@@ -23,23 +23,23 @@ AnswerIndex = Annotated[int, msgspec.Meta(ge=0, lt=256)]
 
 @dataclass(frozen=True)
 class TokenLimits:
-    """Limits on the tokens of a request, as TGI's routes set them.
+    """Limits on the tokens of a request, as the routes of Hugging Face TGI (Text Generation Inference) set them.
 
-    They travel with the request, so a gateway needs no tokenizer. The errors have TGI's wording.
+    The limits are part of the request, so a gateway needs no tokenizer. The errors have TGI's wording.
     """
 
     prompt: int | None = None
-    """Maximum number of prompt tokens; None leaves room for one token of an answer."""
+    """Maximum number of prompt tokens; None means one less than the total, so that one token of an answer fits."""
     total: int | None = None
-    """Maximum number of tokens of prompt and answer together; None means the model's context."""
+    """Maximum number of tokens of prompt and answer together; None means the model's context length."""
 
     def max_tokens(self, prompt_tokens: int, max_tokens: int | None, context: int | None) -> int | None:
-        """Return the maximum number of tokens of the answer.
+        """Return the maximum number of tokens of the answer; None if nothing limits it.
 
         Args:
             prompt_tokens: number of tokens of the prompt.
-            max_tokens: the client's limit; None means no limit.
-            context: the model's context; None if unknown.
+            max_tokens: the client's limit for the answer; None means no limit.
+            context: the model's context length in tokens; None if unknown.
 
         Raises:
             InvalidRequest: the prompt is too long, or leaves no room for the answer.
@@ -69,7 +69,7 @@ class GenerationRequest:
     prompt: str | tuple[int, ...] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     continue_final: bool = False
-    """Continue the last message, which must be the assistant's."""
+    """Whether the answer continues the last message, which must be the assistant's, instead of beginning a new one."""
     tools: tuple[Mapping[str, Any], ...] = ()
     tool_choice: str | Mapping[str, Any] = "auto"
     parallel_tool_calls: bool = True
@@ -79,61 +79,64 @@ class GenerationRequest:
     """Local time, as ISO 8601, that a prompt with a date states; None: the time at which it is tokenized. A gateway
     sets it, so that the prompt stays the same if another worker continues the answer."""
     grammar: tuple[str, Any] | None = None
-    """Kind and value of a grammar, as ``moesaic.text.grammar`` defines them."""
+    """Kind and value of the grammar that the answer must follow (see ``moesaic.text.grammar``); None: no grammar."""
     grammar_param: str = "grammar"
-    """Name of the client's field that sets the grammar; errors name it."""
+    """Name of the request field with which the client set the grammar, for error messages."""
     truncate: int | None = None
-    """Keep only this number of tokens of the prompt: the last ones, and the beginning-of-text token in front if there
-    is one. -1: as many as leave room for the answer."""
+    """Only this number of the prompt's last tokens is kept, and the beginning-of-text token if it begins with one.
+    -1: as many as leave room for the answer. None: all."""
     limits: TokenLimits | None = None
-    """Limits that are checked when the prompt is tokenized; None means the model's context."""
+    """Limits that are checked when the prompt is tokenized; None means that only the model's context length limits."""
     parse_special: bool = False
-    """Parse names of special tokens in a text prompt as these tokens."""
+    """Whether the name of a special token in a text prompt, such as ``</s>``, becomes that token."""
     add_bos: bool = True
-    """Add the beginning-of-text token to a text prompt, unless it has one."""
+    """Whether the beginning-of-text token is added to a text prompt that does not begin with it."""
     skip_special: bool = True
+    """Whether the text of an answer leaves out special tokens."""
     include_stop: bool = False
     """Whether the text of an answer includes the stop string that ended it."""
     resume: tuple[tuple[int, ...], ...] = ()
-    """For each of the n answers, the ids of the tokens that a lost worker has generated. Set by a gateway only.
+    """For each of the n answers, the ids of the tokens that a worker generated before it was lost.
 
-    The tokens count as generated. The stream repeats them as the answer's first deltas, one by one and without
-    log-probabilities, after its ``PromptDone`` without the prompt's tokens. The text up to a token depends only on the
-    tokens up to it, so a caller that has passed on k tokens drops the first k and their text, and continues. With a
-    seed the continuation is the one that the lost worker would have generated."""
+    Only a gateway sets this field. The answer continues behind these tokens, which count as generated. The stream first
+    sends ``PromptDone`` without the prompt's tokens. It then repeats the known tokens as deltas, one by one and without
+    log-probabilities. The text up to a token depends only on the tokens up to it. A caller that has already passed on k
+    tokens therefore drops the first k tokens and their text. With a seed, the continuation is the one that the lost
+    worker would have generated."""
     priority: int = 0
+    """Requests with a lower number run first."""
     tenant: str = ""
-    """The name of the client's key; tenants share no cached prefixes. Set by the server only."""
+    """The name of the client's API key. Different tenants share no cached prefixes. Only the server sets this field."""
     idempotency_key: str = ""
     """A tenant that sends this key again gets the same answers, if the backend keeps jobs; "" means no key."""
 
 
 class TopToken(msgspec.Struct, frozen=True, array_like=True):
-    """One of the most likely tokens at a place."""
+    """One of the most likely tokens at a position of the prompt or the answer."""
 
     id: int
     text: str
     logprob: float
     data: bytes = b""
-    """The bytes that the token would have added to the text."""
+    """The bytes that this token would have added to the text."""
 
 
 class TokenInfo(msgspec.Struct, frozen=True, array_like=True):
-    """A token and its text."""
+    """A token of the prompt or the answer, and its text."""
 
     id: int
     text: str
-    """The text of the token alone, for display. Bytes that are no complete character are U+FFFD."""
+    """The text of the token alone, for display. U+FFFD replaces bytes that are not a complete character."""
     special: bool = False
     logprob: float | None = None
     top: tuple[TopToken, ...] = ()
     data: bytes = b""
-    """The bytes that the token adds to the text of the answer or the prompt; only with a log-probability.
+    """The bytes that the token adds to the text of the answer or the prompt; set only if ``logprob`` is set.
 
-    Joined, they are the text in UTF-8, and the tokens of a stop string after it. A special token that is left out of
-    the text adds none. In a prompt, a special token has its name."""
+    The joined bytes of all tokens are the text in UTF-8, followed by the tokens of the stop string that ended the
+    answer, if any. A special token that the text leaves out adds no bytes. In a prompt, it adds its name."""
     offset: int = 0
-    """Number of characters of the answer that are complete before the token; only with a log-probability."""
+    """Number of complete characters of the answer's text before this token; set only if ``logprob`` is set."""
 
 
 class PromptDone(msgspec.Struct, frozen=True, array_like=True, tag="b"):
@@ -141,25 +144,26 @@ class PromptDone(msgspec.Struct, frozen=True, array_like=True, tag="b"):
 
     index: AnswerIndex
     prompt: tuple[TokenInfo, ...] = ()
-    """The prompt's tokens with their log-probabilities, if requested."""
+    """The prompt's tokens with their log-probabilities; empty unless the request asks for them."""
     prompt_tokens: int = 0
     """Number of tokens of the prompt."""
 
 
 class ToolCall(msgspec.Struct, frozen=True, array_like=True):
-    """The beginning of a tool call, with its id and its name, or a further part of its arguments."""
+    """A part of a tool call. The first part has the id and the name; later parts have only more of the arguments."""
 
     index: int
     """Index of the call among the answer's calls."""
     id: str = ""
     name: str = ""
     arguments: str = ""
+    """Text to append to the call's arguments, which are JSON."""
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="p"):
-    """Event: a part of an answer. It has text that can be shown, tokens, and parts of tool calls; each may be empty.
+    """Event: the next part of an answer: text that can be shown, tokens, and parts of tool calls. Each may be empty.
 
-    Parts that continue an earlier call come before the text; parts of new calls come after it.
+    In the model's output, parts that continue a call of an earlier event precede ``text``, and new calls follow it.
     """
 
     index: AnswerIndex
@@ -169,7 +173,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="p"):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="e"):
-    """Event: the end of an answer."""
+    """Event: the end of an answer, with its finish reason and its numbers of tokens."""
 
     index: AnswerIndex
     reason: FinishReason
@@ -177,11 +181,11 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     generated_tokens: int
     cached_tokens: int = 0
     stop: str | None = None
-    """The stop string that ended the answer."""
+    """The stop string that ended the answer; None if none did."""
     stop_id: int | None = None
-    """The token that ended the answer."""
+    """The id of the token that ended the answer; None if none did."""
     has_tool_calls: bool = False
-    """Whether the answer has tool calls, all of them whole: with arguments that are a JSON object."""
+    """Whether the answer has tool calls and all of them are complete: their arguments are JSON objects."""
 
 
 Event = PromptDone | Delta | Finished
@@ -189,23 +193,26 @@ Event = PromptDone | Delta | Finished
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model of a backend."""
+    """A model that a backend offers."""
 
     name: str
     aliases: tuple[str, ...] = ()
     task: Literal["chat", "classify"] = "chat"
     state: Literal["loaded", "loading", "unloaded", "failed"] = "loaded"
     context: int | None = None
-    """Maximum number of tokens of prompt and answer; None if unknown."""
+    """Context length: the maximum number of tokens of prompt and answer together; None if unknown."""
     labels: tuple[str, ...] = ()
-    """Labels of a classifier."""
+    """Labels of a classifier; empty for a chat model."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Architecture, dtype, formats and op backends, for display."""
+    """Architecture, dtype, weight formats and backends of the operations, for display."""
 
 
 @dataclass(frozen=True)
 class ModelStats:
-    """Utilisation of a model. Counters are cumulative since its start."""
+    """Current load of a model (``running``, ``waiting``, ``blocks``, ``free_blocks``), and counters since its start.
+
+    ``blocks`` are those of the KV cache. ``steps`` counts the engine's forward passes.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -222,11 +229,11 @@ class ModelStats:
 
 
 class ResponseStream(Protocol):
-    """The events of a running request, of all its ``n`` answers. Read by one task."""
+    """The events of a running request, for all its ``n`` answers. Only one task may read them."""
 
     @property
     def job(self) -> tuple[str, bool] | None:
-        """Job id, and whether the job existed before this request; None if the backend keeps no jobs."""
+        """The id of the request's job, and whether the job existed before; None if the backend keeps no jobs."""
         ...
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -234,7 +241,7 @@ class ResponseStream(Protocol):
         ...
 
     def ready(self) -> list[Event]:
-        """Return the events that are available now. ``Finished`` is available together with the last token."""
+        """Take the events that are available now, without waiting. ``Finished`` comes together with the last token."""
         ...
 
     def cancel(self) -> None:
@@ -243,10 +250,10 @@ class ResponseStream(Protocol):
 
 
 class Backend(Protocol):
-    """A provider of models. Every method raises errors of ``moesaic.errors`` before the request runs."""
+    """A provider of models. If a request is refused, the method itself raises an error of ``moesaic.errors``."""
 
     def models(self) -> Sequence[ModelInfo]:
-        """Return the models, the default one first."""
+        """Return the models that the backend offers, the default one first."""
         ...
 
     def stats(self) -> Mapping[str, ModelStats]:
@@ -254,11 +261,11 @@ class Backend(Protocol):
         ...
 
     async def generate(self, request: GenerationRequest) -> ResponseStream:
-        """Start a request."""
+        """Start to generate the answers to a request; return the stream of their events."""
         ...
 
     async def tokenize(self, request: GenerationRequest) -> list[TokenInfo]:
-        """Return the tokens of the request's prompt."""
+        """Return all tokens of the request's prompt, or of its messages in the chat format, with ids and texts."""
         ...
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
@@ -268,14 +275,14 @@ class Backend(Protocol):
     async def embed(
         self, model: str, texts: Sequence[str | Sequence[int]], truncate: int | None = None
     ) -> tuple[list[list[float]], int]:
-        """Return an embedding of each text, and the total number of tokens.
+        """Return one embedding vector for each text, and the total number of tokens of the texts.
 
         With ``truncate``, only that number of the last tokens of each text is read; -1: as many as the model supports.
         """
         ...
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
-        """Return the probability of each label for each text."""
+        """Return, for each text, the probability of each label by the label's name."""
         ...
 
     async def close(self) -> None:
@@ -284,7 +291,7 @@ class Backend(Protocol):
 
 
 def join(events: Sequence[Event]) -> list[Event]:
-    """Return events with adjacent deltas of one answer merged, except those with tool calls."""
+    """Return the events with adjacent deltas of one answer merged. Deltas with tool calls stay separate."""
     out: list[Event] = []
     run: list[Delta] = []
     for event in events:

@@ -5,7 +5,7 @@
         InvalidParameter         400  a parameter has an invalid value or type
         InvalidMessages          400  the chat format cannot represent the conversation
         PromptTooLong            400  the prompt exceeds the context length or the cache
-        GrammarError             400  the answer cannot continue under its grammar
+        GrammarError             400  the grammar allows no further token, or is too costly
         TooLarge                 413  the request body is too large
         WrongMedia               415  the request body is not JSON, or is compressed
       Unauthorized               401  the API key is missing or unknown
@@ -23,7 +23,7 @@
         KeyExhausted             429  the rate limit of the API key is reached
       Unavailable                503  the server is loading, draining, or did not start the request in time
         StorageFull              503  the job store has no free space
-      StoreError                 500  the job store is unsafe, damaged, or of another version
+      StoreError                 500  the job store could lose jobs, is damaged, or has another schema version
       PoisonedJob                500  every worker that ran the request died
       TimedOut                   504  the answer exceeded the server's time limit
       Cancelled                  499  the caller cancelled the request
@@ -47,7 +47,7 @@ class MoesaicError(Exception):
     """Root of all exceptions of Moesaic; catch it to catch every error of the library."""
 
     status: int = 500
-    """HTTP status that a server sends for this error and that a client received."""
+    """HTTP status of the error: a server sends it; in a client it is the status of the response."""
     retry_after: float | None = None
     """Seconds after which a retry makes sense; None if unknown."""
     request_id: str | None = None
@@ -72,11 +72,11 @@ class InvalidParameter(InvalidRequest):
 
 
 class InvalidMessages(InvalidRequest):
-    """The chat format cannot represent the conversation: a role is unknown, or the order or a content is invalid."""
+    """The chat format cannot represent the conversation: a role, the order of roles, or a content is invalid."""
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt has ``tokens`` tokens, more than the ``limit`` of the context length or the cache.
+    """The prompt has ``tokens`` tokens, but at most ``limit`` are allowed.
 
     Clients of other servers look for "maximum context length is" and "requested N tokens" in the message.
     """
@@ -85,10 +85,10 @@ class PromptTooLong(InvalidRequest):
         """Describe the prompt.
 
         Args:
-            tokens: its number of tokens.
-            limit: the most tokens that it may have.
-            answer: the tokens of the context length that an answer needs.
-            characters: its number of characters if ``tokens`` is only an estimate from it.
+            tokens: the prompt's number of tokens.
+            limit: the maximum number of tokens of a prompt.
+            answer: number of tokens of the context length that are reserved for the answer.
+            characters: the prompt's number of characters if ``tokens`` is only an estimate from it.
         """
         estimate = "" if characters is None else f", estimated from {characters} characters"
         parts = f"{tokens} in the prompt{estimate}" + (f", {answer} for an answer" if answer else "")
@@ -101,7 +101,7 @@ class PromptTooLong(InvalidRequest):
 
 
 class GrammarError(InvalidRequest):
-    """The answer cannot continue under its grammar: no token is allowed, or the grammar is too costly."""
+    """The answer cannot continue: its grammar allows no further token, or takes too much time or memory."""
 
 
 class TooLarge(InvalidRequest):
@@ -129,18 +129,18 @@ class Forbidden(MoesaicError):
 
 
 class NotFound(MoesaicError):
-    """The model, file, format or chat format does not exist; the message lists what is available."""
+    """The model, file, format, chat format or job does not exist; the message may list what is available."""
 
     status = 404
 
 
 class WrongMethod(MoesaicError):
-    """The route does not support the HTTP method; ``allowed`` are the methods that it supports."""
+    """The route does not support the HTTP method; ``allowed`` names the methods that it supports."""
 
     status = 405
 
     def __init__(self, method: str, allowed: str) -> None:
-        super().__init__(f"the method {method:.20} is not allowed here; use {allowed}")
+        super().__init__(f"the method {method:.20} is not allowed on this route; use {allowed}")
         self.allowed = allowed
 
 
@@ -212,7 +212,7 @@ class StorageFull(Unavailable):
 
 
 class StoreError(MoesaicError):
-    """The job store cannot keep jobs safely at its location, is damaged, or has another version."""
+    """The job store cannot be used: it could lose jobs at its location, is damaged, or has another schema version."""
 
 
 class PoisonedJob(MoesaicError):
@@ -236,7 +236,7 @@ class NumericalError(MoesaicError):
 
 
 class EngineStopped(MoesaicError):
-    """The engine was closed, or has failed; ``__cause__`` is the original error."""
+    """The engine was closed, or has failed; after a failure, ``__cause__`` is the original error."""
 
     status = 503
 
@@ -258,7 +258,7 @@ class StreamBroken(ConnectionFailed):
 
 
 class AnswerChanged(StreamBroken):
-    """A resumed answer differs from the text that was already received; that text is incomplete."""
+    """The server sent a different answer when a broken stream was resumed; the text received so far is incomplete."""
 
 
 class BadReply(MoesaicError):
