@@ -17,7 +17,7 @@ from moesaic.errors import InvalidRequest, NotFound
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a command: a text to show, an answer that was started, or the end of the chat."""
+    """Result of a command: a ``text`` to show, a ``turn`` whose answer was started, or ``leave`` to end the chat."""
 
     text: str = ""
     turn: Turn | None = None
@@ -26,7 +26,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Command:
-    """Slash command: its arguments and description for /help, and the function that runs it."""
+    """Slash command: its arguments and description for /help, and the function that runs it with its arguments."""
 
     arguments: str
     description: str
@@ -34,7 +34,7 @@ class Command:
 
 
 def run(conversation: Conversation, line: str) -> Outcome:
-    """Run the command in ``line``, which begins with a slash.
+    """Run the slash command in ``line`` on a conversation. ``line`` begins with the slash.
 
     Raises:
         NotFound: the command is unknown; the message names similar commands.
@@ -52,7 +52,7 @@ def run(conversation: Conversation, line: str) -> Outcome:
 
 
 def _hint(word: str, names: Iterable[str], prefix: str, default: str) -> str:
-    """Return a question that suggests the names similar to ``word``; ``default`` if there are none."""
+    """Return a question that suggests names similar to ``word``, each after ``prefix``; if none is, ``default``."""
     similar = difflib.get_close_matches(word, list(names), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(prefix + name for name in similar)}?" if similar else default
 
@@ -67,7 +67,7 @@ def _system(conversation: Conversation, text: str) -> Outcome:
     if not text:
         return Outcome(conversation.system or "there is no system prompt; /system TEXT sets one")
     if conversation.plain:
-        raise InvalidRequest("plain text has no system prompt: start the chat without --plain-text")
+        raise InvalidRequest("a plain-text chat has no system prompt: start the chat without --plain-text")
     if text == "clear":
         conversation.system = ""
         return Outcome("system prompt removed")
@@ -109,7 +109,7 @@ def _path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise InvalidRequest(f"{text}: unknown user; write the full path") from error
+        raise InvalidRequest(f"{text}: there is no user of this name; write the full path") from error
 
 
 def _count(number: int, noun: str) -> str:

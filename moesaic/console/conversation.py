@@ -22,7 +22,7 @@ from moesaic.text.chat import Message
 from moesaic.text.length import MAX_CHARACTERS_PER_TOKEN
 
 RESERVED_TOKENS = 512
-"""Tokens reserved for an answer without max_tokens; at most half of the context is reserved."""
+"""Number of tokens that are kept free for an answer without ``max_tokens``, but at most half of the context."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Statistics:
     """Reason for the end: stop, length, cancelled, or failed."""
     prompt_tokens: int
     tokens: int
-    """Number of generated tokens, including the token that ended the answer."""
+    """Number of tokens of the answer, including the token that ended it."""
     first_token_seconds: float | None
-    """Time from the question to the first token; None if there is none."""
+    """Time from the question to the first token; None if no token was generated."""
     seconds: float
     """Time from the question to the end of the answer."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Generation speed: tokens after the first one per second; for a single token, per total time."""
+        """Generation speed: tokens after the first one per second since it; for a single token, 1 / ``seconds``."""
         if self.first_token_seconds is None:
             return 0.0
         after = self.seconds - self.first_token_seconds
@@ -56,14 +56,14 @@ class Statistics:
 
 
 class Turn:
-    """A question and its running answer; a context manager that yields pieces of text.
+    """A question and its running answer. Use it as a context manager, and iterate over it for the pieces of text.
 
-    On exit, the received text is added to the conversation, even if the answer was stopped or failed. If there is no
-    text, the conversation does not change, and ``Conversation.retry`` asks the question again.
+    On exit, the question and the received text are added to the conversation, even if the answer was stopped or failed.
+    If there is no text, the conversation does not change, and ``Conversation.retry`` asks the question again.
 
     Attributes:
         dropped: number of the oldest messages that did not fit into the context and were not sent to the model.
-        reason: reason for the end of the answer; "cancelled" before the end.
+        reason: reason for the end of the answer; before the end, "cancelled" or "failed".
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """Text of the answer received so far."""
+        """The part of the answer's text that has been received."""
         return "".join(self._pieces)
 
     @property
@@ -112,7 +112,7 @@ class Turn:
         self.reason = self._reply.answer.reason
 
     def cancel(self) -> None:
-        """Stop the answer after the current step of the engine; safe to call from a signal handler."""
+        """Stop the answer after the engine's current step. A signal handler may call this method."""
         self._reply.cancel()
 
     def __exit__(
@@ -132,20 +132,22 @@ class Conversation:
         system: the system prompt; empty if there is none.
         messages: all messages except the system prompt, including those that no longer fit into the context.
         settings: the sampling parameters that were set; the others have the checkpoint's recommended values.
-        plain: whether to use no chat format; the model then continues the text, with each message on a new line.
+        plain: whether no chat format is used; the model then continues plain text, with each message on a new line.
     """
 
     def __init__(
         self, llm: LLM, *, system: str = "", settings: Mapping[str, Any] | None = None, plain: bool = False
     ) -> None:
-        """Start a conversation.
+        """Start an empty conversation with a model.
 
         Raises:
             InvalidParameter: a setting is invalid.
             InvalidRequest: ``system`` is set and ``plain`` is true.
         """
         if plain and system:
-            raise InvalidRequest("plain text has no system prompt: use only one of the two")
+            raise InvalidRequest(
+                "a plain-text chat has no system prompt: leave out either plain text or the system prompt"
+            )
         self.llm, self.plain, self.system = llm, plain, system
         self.messages: list[Message] = []
         self.settings = dict(settings or {})
@@ -164,7 +166,7 @@ class Conversation:
         return sampling
 
     def ask(self, text: str) -> Turn:
-        """Start the answer to ``text``; the conversation changes only when the turn is exited.
+        """Start the answer to ``text``. The conversation changes only when the ``with`` block of the turn ends.
 
         Raises:
             PromptTooLong: the text alone does not fit into the context.
@@ -174,7 +176,7 @@ class Conversation:
         return self._start([*self.messages, {"role": "user", "content": text}])
 
     def retry(self) -> Turn:
-        """Start another answer to the last question; it replaces the old answer when the turn is exited.
+        """Start another answer to the last question. It replaces the old one when the turn's ``with`` block ends.
 
         Raises:
             InvalidRequest: there is no question yet.
@@ -206,7 +208,7 @@ class Conversation:
         self._unanswered = None
 
     def set(self, name: str, text: str) -> None:
-        """Set a sampling parameter from text: JSON, a plain string, or ``default`` for the checkpoint's value.
+        """Set the sampling parameter ``name`` from text: JSON, a string, or ``default`` for the checkpoint's value.
 
         Raises:
             InvalidParameter: the parameter is unknown or the value is invalid; the settings are unchanged.
@@ -223,13 +225,13 @@ class Conversation:
         """Save the messages and the settings to ``path``.
 
         Raises:
-            InvalidRequest: the file cannot be written, or ``path`` is a file of another kind.
+            InvalidRequest: the file cannot be written, or exists and is not a saved conversation.
         """
         content = conversation_file.SavedConversation(self._with_system(self.messages), self.settings)
         conversation_file.write(path, content, self.llm.name)
 
     def load(self, path: Path) -> None:
-        """Replace this conversation by the one in ``path``; after an error it is unchanged.
+        """Replace this conversation by the one in the file ``path``. After an error, it is unchanged.
 
         Raises:
             NotFound: the file does not exist.
@@ -241,13 +243,15 @@ class Conversation:
         messages = content.messages
         system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
         if system and self.plain:
-            raise InvalidRequest(f"{path} has a system prompt, but plain text has none: start without --plain-text")
+            raise InvalidRequest(
+                f"{path} has a system prompt, but a plain-text chat has none: start without --plain-text"
+            )
         self.system, self.settings = system, dict(content.settings)
         self.messages = list(messages[1:] if system else messages)
         self._unanswered = None
 
     def tokens(self) -> int:
-        """Return the number of tokens of the whole conversation as a prompt."""
+        """Return the number of tokens of a prompt that contains the whole conversation."""
         if not self.messages and not self.system:
             return 0
         messages = self.messages
@@ -256,7 +260,7 @@ class Conversation:
         return len(self._encode(self._with_system(messages)))
 
     def record(self, messages: Sequence[Message], answer: str, *, complete: bool) -> None:
-        """Add an answer to the conversation; an incomplete answer is added only if it has text."""
+        """Make the conversation ``messages`` and the answer to their last one, unless it is incomplete and empty."""
         if complete or answer:
             self.messages = [*messages, {"role": "assistant", "content": answer}]
             self._unanswered = None
@@ -277,7 +281,7 @@ class Conversation:
         return Turn(self, messages, reply, len(ids), dropped)
 
     def _truncate(self, messages: list[Message]) -> tuple[list[Message], int]:
-        """Return (messages for the model, number of removed messages); the oldest make room for the answer."""
+        """Remove the oldest messages to make room for the answer; return the others, and the number of removed ones."""
         context = self.llm.context
         reserved = min(self.sampling.max_tokens or RESERVED_TOKENS, context // 2)
         try:
@@ -287,7 +291,7 @@ class Conversation:
             return chat.truncate(messages, self._count, context - 1)
 
     def _count(self, messages: list[Message]) -> int:
-        """Return the number of tokens of a prompt; for a far too long prompt, its number of characters."""
+        """Return the number of tokens of a prompt; if it is far too long, its number of characters instead."""
         characters = sum(len(message["content"]) for message in messages)
         too_long = characters > MAX_CHARACTERS_PER_TOKEN * self.llm.context
         return characters if too_long else len(self._encode(messages))

@@ -22,22 +22,22 @@ from moesaic.text.chat import Message
 
 VERSION = 1
 MAX_BYTES = 64 << 20
-"""Maximum size of a file that is read."""
+"""Maximum size of a saved conversation's file in bytes; a larger file is refused."""
 
 
 @dataclass(frozen=True)
 class SavedConversation:
-    """Contents of a file: the messages, beginning with the system prompt, and the sampling settings."""
+    """Contents of a saved conversation: messages, with the system prompt first if there is one, and settings."""
 
     messages: Sequence[Message]
     settings: Mapping[str, Any]
 
 
 def write(path: Path, content: SavedConversation, model: str) -> None:
-    """Write a conversation to a file that only its owner can read; an older conversation is replaced.
+    """Write a conversation with ``model`` to a file that only its owner can read. An older conversation is replaced.
 
     Raises:
-        InvalidRequest: the file cannot be written, or ``path`` is a file of another kind.
+        InvalidRequest: the file cannot be written, or exists and is not a saved conversation.
     """
     _check_target(path)
     body = {"moesaic": VERSION, "model": model, "messages": content.messages, "settings": content.settings}
@@ -73,7 +73,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> SavedConversation:
-    """Return the conversation in ``path``.
+    """Return the saved conversation in the file ``path``.
 
     Raises:
         NotFound: the file does not exist.
@@ -83,11 +83,12 @@ def read(path: Path) -> SavedConversation:
     """
     body = _json(path)
     if not isinstance(body, dict) or body.get("moesaic") != VERSION:
-        raise InvalidRequest(f"{path} is not a saved conversation")
+        raise InvalidRequest(f"{path} is not a saved conversation: name a file that /save has written")
     unknown = sorted(body.keys() - {"moesaic", "model", "messages", "settings"})
     messages, settings = body.get("messages"), body.get("settings", {})
     if unknown or not isinstance(messages, list) or not isinstance(settings, dict):
-        raise InvalidRequest(f"{path} is damaged: {unknown or 'messages or settings'} cannot be read")
+        what = f"the unknown keys {unknown}" if unknown else "its messages or settings"
+        raise InvalidRequest(f"{path} is damaged: {what} cannot be read")
     try:
         if messages:
             chat.validate(messages)
@@ -100,7 +101,7 @@ def read(path: Path) -> SavedConversation:
 def _json(path: Path) -> Any:
     try:
         if not path.is_file():
-            raise NotFound(f"{path}: no such file")
+            raise NotFound(f"{path}: no such file; /save FILE writes one")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
@@ -110,11 +111,13 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{path} is not a saved conversation, or is damaged") from error
+        raise InvalidRequest(
+            f"{path} is not a saved conversation, or is damaged: name a file that /save has written"
+        ) from error
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """Return the value of a setting from text: ``none`` is None, JSON is parsed, other text is a string."""
+    """Return the value of the sampling parameter ``name``: "none" is None, JSON is parsed, other text is a string."""
     try:
         value = None if text.lower() == "none" else json.loads(text)
     except (ValueError, RecursionError):
@@ -123,12 +126,14 @@ def parse_setting(name: str, text: str) -> Any:
 
 
 def _convert(name: str, value: Any) -> Any:
-    """Return a JSON value converted to the type of the sampling parameter ``name``."""
+    """Convert a JSON value to the Python type that the sampling parameter ``name`` has, and return it."""
     if name == "stop" and isinstance(value, str):
         return (value,)
     if name == "logit_bias" and isinstance(value, dict):
         try:
             return {int(token_id): bias for token_id, bias in value.items()}
         except ValueError as error:
-            raise InvalidParameter(name, "expected pairs of token id and number") from error
+            raise InvalidParameter(
+                name, "expected a JSON object with token ids as keys and numbers as values"
+            ) from error
     return tuple(value) if isinstance(value, list) else value

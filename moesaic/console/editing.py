@@ -17,11 +17,11 @@ from prompt_toolkit.output import create_output
 
 BLOCK = '"""'
 HISTORY_BYTES = 1 << 20
-"""Maximum size of the history file; a larger file is cut to its newer half when a session begins."""
+"""Maximum size of the history file in bytes. When a session begins, only the newer half of a larger file is kept."""
 
 
 def is_unfinished(text: str) -> bool:
-    """Return whether Enter starts a new line: after a backslash, and within triple quotes."""
+    """Return whether Enter starts a new line instead of sending the input: after a backslash, and in triple quotes."""
     if text.lstrip().startswith(BLOCK):
         inner = text.strip()
         return len(inner) < 2 * len(BLOCK) or not inner.endswith(BLOCK)
@@ -29,7 +29,7 @@ def is_unfinished(text: str) -> bool:
 
 
 def message_text(text: str) -> str:
-    """Return the input without line-ending backslashes and without enclosing triple quotes."""
+    """Return the message in an input: without backslashes at line ends, and without enclosing triple quotes."""
     inner = text.strip()
     if inner.startswith(BLOCK) and inner.endswith(BLOCK) and len(inner) >= 2 * len(BLOCK):
         return inner[len(BLOCK) : -len(BLOCK)].strip("\n")
@@ -37,12 +37,12 @@ def message_text(text: str) -> str:
 
 
 def history_path() -> Path:
-    """Return the path of the history file, by the XDG base directory specification."""
+    """Return the path of the file with the input history, as the XDG base directory specification defines it."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "moesaic" / "history"
 
 
 class _TolerantFileHistory(FileHistory):
-    """History file; if writing fails, the entry is kept in memory for this session."""
+    """Input history in a file. An entry that cannot be written is kept in memory for this session."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):
@@ -50,7 +50,7 @@ class _TolerantFileHistory(FileHistory):
 
 
 def open_history(path: Path) -> History:
-    """Return the history in ``path``, which only its owner can read; if that fails, a history in memory."""
+    """Return the input history in the file ``path``, made readable by its owner only; if that fails, one in memory."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
@@ -63,7 +63,7 @@ def open_history(path: Path) -> History:
 
 
 def _halve(path: Path) -> None:
-    """Keep the newer half of the file, from the beginning of an entry: a line with ``#`` after an empty line."""
+    """Keep only the newer half of a history file, from the start of an entry: a line with ``#`` after an empty line."""
     tail = path.read_bytes()[-HISTORY_BYTES // 2 :]
     start = tail.find(b"\n\n#")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -102,7 +102,7 @@ def _keys() -> KeyBindings:
 
 
 def line_editor() -> PromptSession[str]:
-    """Return the prompt with line editing and history; it is drawn on stderr if stdout is not a terminal."""
+    """Return the line editor of the chat, with history. It draws on standard error if stdout is not a terminal."""
     return PromptSession(
         FormattedText([("bold", "> ")]),
         multiline=True,

@@ -13,7 +13,7 @@ from moesaic.console.visible import visible
 from moesaic.errors import InvalidRequest
 
 MAX_INPUT_BYTES = 64 << 20
-"""Maximum size of the input; it is far more than any context."""
+"""Maximum size of the input in bytes, which is far more than any context length."""
 
 
 def read_input() -> str:
@@ -35,10 +35,10 @@ def read_input() -> str:
 
 
 def answer(conversation: Conversation, text: str, *, as_json: bool = False, stats: bool = False) -> None:
-    """Write the answer to ``text`` to standard output, as it comes or as one JSON object.
+    """Ask ``text``, and write the answer to standard output, piece by piece or as one JSON object.
 
     Args:
-        conversation: the conversation to ask in.
+        conversation: the conversation that the question and the answer are added to.
         text: the question.
         as_json: whether to write one object with text, reason, tokens, seconds, and more.
         stats: whether to write tokens, tokens/s and the time to the first token to standard error.

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 DELAY_SECONDS = 0.5
-"""Time before the bar is drawn; shorter operations show no bar."""
+"""A bar appears after this time, so shorter operations show none."""
 
 
 @contextmanager
 def bar(label: str, *, count: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """Draw a progress bar while the context is open.
+    """Draw a progress bar with a ``label`` until the ``with`` block ends.
 
     Yields:
-        A function to call with (done, total), in bytes or, with ``count``, in items; None without a terminal.
+        A function to call with (done, total), in bytes or, with ``count``, in items. None if stderr is not a terminal.
     """
     if not sys.stderr.isatty():
         yield None

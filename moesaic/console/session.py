@@ -25,7 +25,7 @@ DIM, RED, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[0m"
 
 
 def banner(llm: LLM, name: str, *, plain: bool) -> str:
-    """Return the first line of a session, which describes the model."""
+    """Return the first line of a session: the model's name, size, dtype, context length and chat format."""
     model = llm.loaded.model
     count = sum(math.prod(slot.shape) for slot in model.slots())
     form = "plain text" if plain else f"format {llm.format.name}"
@@ -43,7 +43,7 @@ def _short(count: int) -> str:
 
 
 class Session:
-    """Chat session in a terminal; it must run in the main thread, because it handles signals."""
+    """Chat session in a terminal with the model ``name``. It handles signals, so it needs the main thread."""
 
     def __init__(self, conversation: Conversation, name: str) -> None:
         self._conversation, self._name = conversation, name
@@ -54,7 +54,7 @@ class Session:
         self._engine_failed = False
 
     def run(self) -> int:
-        """Run until the user exits; return the exit status, which is 2 if the engine has failed."""
+        """Run the session until the user exits; return the exit status: 2 if the engine has failed, else 0."""
         self._notice(banner(self._conversation.llm, self._name, plain=self._conversation.plain))
         while True:
             try:
@@ -70,7 +70,7 @@ class Session:
         return 2 if self._engine_failed else 0
 
     def _handle(self, text: str) -> bool:
-        """Run a command or ask a question; return whether the session continues."""
+        """Run the command in ``text``, or ask ``text`` as a question; return whether the session continues."""
         try:
             if text.startswith("/") and not text.startswith("//"):
                 outcome = commands.run(self._conversation, text)
@@ -110,7 +110,7 @@ class Session:
                 )
 
     def _notice(self, text: str, color: str = DIM) -> None:
-        """Show a notice of the program, in a color that differs from answers."""
+        """Print a notice, which is no part of an answer. ``color`` is an ANSI escape sequence."""
         colored = self._notices.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         text = visible(text)
         print(f"{color}{text}{PLAIN}" if colored else text, file=self._notices, flush=True)
@@ -118,7 +118,7 @@ class Session:
 
 @contextmanager
 def _interruptible(turn: Turn) -> Iterator[None]:
-    """Let Ctrl-C stop the answer; a second Ctrl-C does not wait for the current step of the engine."""
+    """Let Ctrl-C stop the answer after the engine's current step. A second Ctrl-C raises KeyboardInterrupt at once."""
     interrupted = False
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -137,7 +137,7 @@ def _interruptible(turn: Turn) -> Iterator[None]:
 
 @contextmanager
 def _no_echo() -> Iterator[None]:
-    """Hide keys that are typed during an answer; the prompt shows them afterwards."""
+    """Do not echo keys that are typed during an answer; the next prompt shows them."""
     keyboard = sys.stdin.fileno()
     previous = termios.tcgetattr(keyboard)
     quiet = [*previous]

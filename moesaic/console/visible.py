@@ -20,5 +20,5 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` as one line, with control characters escaped."""
+    """Return ``text`` in one line: white space becomes single spaces, and control characters are escaped."""
     return visible(" ".join(text.split()))
