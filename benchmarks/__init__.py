@@ -3,8 +3,9 @@
 - ``http_share``: how much speed HTTP and a gateway cost an engine.
 - ``streams``: the delay that the HTTP layer adds to each token of many concurrent streams.
 - ``job_rate``: jobs per second of the job stores.
-- ``kill_workers``: correctness of the cluster while its processes are killed at random.
-- ``paced_server``: a server with a known pace, to measure the load generator of ``moesaic bench serving``.
+- ``kill_workers``: whether every job gets its correct answer while gateway and workers are killed at random.
+- ``paced_server``: a server that sends events at a fixed rate, to measure the load generator of
+  ``moesaic bench serving``.
 
 The scripts import ``moesaic`` and each other, never the tests.
 """

@@ -16,20 +16,20 @@ from moesaic.backend import Delta, Event, Finished, GenerationRequest, ModelInfo
 from moesaic.errors import InvalidRequest, NumericalError, PromptTooLong
 
 LONGEST = 4000
-"""Characters that a prompt can have; also the context length that the model announces."""
+"""Maximum number of characters of a prompt, and the context length that the model reports."""
 SEED = 7
-"""Seed of a request that names none."""
+"""Seed of a request without one."""
 
 
 def prompt_of(request: GenerationRequest) -> str:
-    """Return the prompt of a request, or the text of its last message."""
+    """Return the text of the request's last message or, if it has no messages, its prompt."""
     if request.messages is not None:
         return str(request.messages[-1]["content"])
     return str(request.prompt)
 
 
 def token(prompt: str, seed: int, index: int, position: int) -> int:
-    """Return the id of the token at position ``position`` of answer number ``index``."""
+    """Return the id (0 to 65,535) of the token at ``position`` of answer number ``index``."""
     key = f"{prompt}/{seed}/{index}/{position}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:2], "big")
 
@@ -40,12 +40,12 @@ def text(ids: Sequence[int]) -> str:
 
 
 def answer(prompt: str, seed: int = SEED, count: int = 16, index: int = 0) -> str:
-    """Return the text that the backend generates for a prompt: ``count`` tokens of answer number ``index``."""
+    """Return the text of the first ``count`` tokens that the backend generates as answer number ``index``."""
     return text([token(prompt, seed, index, position) for position in range(count)])
 
 
 class SteppedStream:
-    """Base class of event streams. Subclasses define ``_steps``, which yields lists of events, and ``cancel``."""
+    """Base class of event streams. A subclass defines ``cancel`` and ``_steps``."""
 
     job = None
 
@@ -64,7 +64,7 @@ class SteppedStream:
                 yield self._events.pop(0)
 
     def _steps(self) -> AsyncIterator[list[Event]]:
-        """Yield lists of events; each list is ready at once, and an answer ends in the list of its last token."""
+        """Yield the events of each step; they become available together. An answer ends in its last token's step."""
         raise NotImplementedError
 
 
@@ -81,7 +81,7 @@ class FakeStream(SteppedStream):
             self._backend.running.discard(self)
 
     async def _steps(self) -> AsyncIterator[list[Event]]:
-        """Yield the events of each step; the last tokens and the ends of the answers come in one step."""
+        """Yield the events of each step. The last step has the last token and the end of every answer."""
         backend, request = self._backend, self._request
         prompt, n, seed = prompt_of(request), request.sampling.get("n") or 1, request.sampling.get("seed", SEED)
         count = request.sampling.get("max_tokens") or 16
@@ -107,7 +107,7 @@ class FakeBackend:
     """Backend that offers one model and computes nothing; see ``moesaic.backend.Backend``."""
 
     def __init__(self, model: str = "fake", seconds: float = 0.0) -> None:
-        """Offer ``model``, which takes ``seconds`` for a token."""
+        """Create a backend that offers a model of this name. Each token takes ``seconds``."""
         self.model, self._seconds = model, seconds
         self.running: set[FakeStream] = set()
         self.requests: list[GenerationRequest] = []
@@ -115,7 +115,7 @@ class FakeBackend:
         self.stuck = False
 
     async def step(self, prompt: str, position: int) -> None:
-        """Wait as long as a step takes, and cause the fault that the prompt asks for."""
+        """Wait as long as a step takes. At the third token, cause the fault that the prompt asks for."""
         await asyncio.sleep(self._seconds)
         if position == 2:
             if "EXIT" in prompt:
@@ -155,7 +155,7 @@ class FakeBackend:
         return [[1.0, 0.0] for _ in texts], len(texts)
 
     async def classify(self, model: str, texts: Sequence[str]) -> list[Mapping[str, float]]:
-        raise InvalidRequest(f"{self.model} has no classes")
+        raise InvalidRequest(f"{self.model} is not a classifier")
 
     async def close(self) -> None:
         pass

@@ -1,8 +1,8 @@
 """Measure what HTTP costs an engine: the same chats run on the engine directly and through a streaming server.
 
-The variants take turns in every round, so that other load on the machine slows all of them. Server and client share
-the machine, and sampling is what the model recommends. With --gateway, a third variant goes through a gateway to a
-worker that has the model. Run it on an otherwise idle machine.
+Every round measures all variants one after another, so that other load on the machine slows all of them. Server and
+client run on the same machine. The sampling parameters are those that the model recommends. With --gateway, a third
+variant goes through a gateway to a worker that has the model. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ EXAMPLES = """examples:
 """
 
 Turn = Callable[[int], float]
-"""Runs the chats of one round, given the round's number, and returns tokens per second."""
+"""Function that runs the chats of the round with the given number and returns tokens per second."""
 
 
 def chat(number: int) -> list[dict[str, str]]:
-    """Return the messages of a chat."""
+    """Return the messages of chat ``number``."""
     return [{"role": "user", "content": f"Tell story number {number} about a fox."}]
 
 
 @contextlib.contextmanager
 def direct(chats: int, tokens: int) -> Iterator[Turn]:
-    """Run an engine in a child process; yield a turn that uses it."""
+    """Run an engine in a child process; yield a function that runs a round of chats on it."""
     code = f"from benchmarks.http_share import run_engine; run_engine({chats}, {tokens})"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as child:
@@ -59,7 +59,7 @@ def direct(chats: int, tokens: int) -> Iterator[Turn]:
 
 
 def run_engine(chats: int, tokens: int) -> None:
-    """Read numbers of rounds from standard input, run each round's chats, and print tokens per second."""
+    """Run the chats of every round whose number comes on standard input, and print the round's tokens per second."""
     with LLM.load() as llm:
         sampling = llm.sampling(max_tokens=tokens, min_tokens=tokens, ignore_eos=True)
         for line in sys.stdin:
@@ -72,7 +72,7 @@ def run_engine(chats: int, tokens: int) -> None:
 
 @contextlib.contextmanager
 def streamed(chats: int, tokens: int, *, gateway: bool) -> Iterator[Turn]:
-    """Run a server, or a gateway with a worker; yield a turn that uses it."""
+    """Run a server, or a gateway with a worker; yield a function that runs a round of chats through it."""
     with run_server(gateway=gateway) as url:
         yield lambda number: run_async(_streamed(url, number, chats, tokens))
 
@@ -128,7 +128,7 @@ async def _wait_until_ready(url: str) -> None:
 
 
 def measure(chats: int, tokens: int, rounds: int, *, gateway: bool) -> Mapping[str, Any]:
-    """Run the rounds after a warm-up round, and return the figures."""
+    """Run a warm-up round and ``rounds`` rounds; return tokens per second by variant, the medians, and their ratios."""
     speeds: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         turns = {"direct": stack.enter_context(direct(chats, tokens))}
@@ -150,7 +150,7 @@ def measure(chats: int, tokens: int, rounds: int, *, gateway: bool) -> Mapping[s
 
 
 def _median_ratio(speeds: Sequence[float], baselines: Sequence[float]) -> float:
-    """Return the median of the ratios of the rounds."""
+    """Return the median, over all rounds, of the ratio of a round's speed to its baseline."""
     return round(statistics.median(speed / baseline for speed, baseline in zip(speeds, baselines, strict=True)), 3)
 
 

@@ -1,7 +1,7 @@
 """Measure how many jobs per second the job stores accept, and how many they lease and finish.
 
 A job has a body of 2,000 bytes and a result of 1,000 bytes. The figures "1" are of one caller that waits for each
-answer before its next call; those of "64" are of 64 such callers at once. Each figure is over --jobs jobs, after a
+reply before its next call; those of "64" are of 64 such callers at once. Each figure is over --jobs jobs, after a
 warm-up with the same number. PostgreSQL must be installed; a temporary server is started from it.
 """
 
@@ -29,7 +29,7 @@ LIMITS = StoreLimits(queued=10**6, queued_per_tenant=10**6, queued_cost=10**12)
 
 
 async def measure(jobs: int, callers: int, call: Callable[[int], Awaitable[None]]) -> float:
-    """Return the rate, in calls per second, of ``jobs`` calls that are spread over concurrent callers."""
+    """Make ``jobs`` calls, spread over this number of concurrent callers; return the calls per second."""
 
     async def caller(first: int) -> None:
         for number in range(first, jobs, callers):
@@ -41,7 +41,7 @@ async def measure(jobs: int, callers: int, call: Callable[[int], Awaitable[None]
 
 
 async def rates(store: Store, jobs: int) -> dict[str, float]:
-    """Return a store's rates in jobs per second, by operation and number of callers."""
+    """Return the jobs per second of a store, by operation and number of concurrent callers."""
     numbers = iter(range(10**9))
 
     async def enqueue(n: int) -> None:
@@ -62,7 +62,7 @@ async def rates(store: Store, jobs: int) -> dict[str, float]:
 
 
 async def store_rates(where: str, jobs: int) -> dict[str, float]:
-    """Open the store at an address and return its rates."""
+    """Open the job store at the address ``where``; return its jobs per second (see ``rates``)."""
     store = await open_store(where, LIMITS)
     try:
         return await rates(store, jobs)

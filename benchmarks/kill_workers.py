@@ -2,8 +2,8 @@
 
 Clients send every job over HTTP, half of them streamed, and repeat it under the same idempotency key whenever a
 connection breaks. The run passes if every job is answered with the text that its prompt and seed determine, and no job
-counts as done under two fences. It must also have refused late results, or it has tested nothing: kills alone produce
-none, only workers that were stopped and continue do.
+counts as done under two fences (lease numbers). The gateway must also have refused late results, else the run has not
+tested fencing. Only workers that were stopped and continued send late results; killed workers send none.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SLOTS = 8
 TOKEN_SECONDS = 0.01
 CLIENTS = 96
 CRASHES = 50
-"""Crashes after which a job is dead: high, because here a crash says nothing about the job that was running."""
+"""Crashes after which a job is dead. The number is high, because here no crash is the fault of the job."""
 JOB_DONE = '"job finished"'
 RESULT_TOO_LATE = '"result refused: lease not valid"'
 """Messages in the workers' logs."""
@@ -52,7 +52,7 @@ DEAD_JOB = "every worker that ran"
 
 
 class Cluster:
-    """A gateway and worker processes, and the means to kill and stop them."""
+    """A gateway and its worker processes, with methods that kill or stop them."""
 
     def __init__(
         self, folder: Path, where: str, seed: int, gateway: str, kills: float, workers: int, lease: float
@@ -77,7 +77,7 @@ class Cluster:
             return subprocess.Popen([*command, "--log-level", "warning"], stdout=log, stderr=log)
 
     async def kill_at_random(self) -> None:
-        """Kill and stop workers until cancelled, and every few seconds kill the gateway."""
+        """Kill or stop random workers, and every few seconds kill the gateway, until this coroutine is cancelled."""
         next_gateway: float | None = None
         while True:
             await self._attack_worker()
@@ -122,7 +122,7 @@ class Cluster:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     async def pause(self, name: str) -> None:
-        """Stop a worker for half a lease to two and a half leases."""
+        """Stop a worker's process (SIGSTOP) for 0.5 to 2.5 times the duration of a lease, then continue it."""
         self.paused.add(name)
         self.workers.signal(name, signal.SIGSTOP)
         try:
@@ -224,7 +224,7 @@ async def _run_jobs(
 
 
 def count_results(log: Path) -> tuple[int, int, int]:
-    """Return three counts from the workers' log: jobs done, jobs done under two fences, and results that were late."""
+    """Return counts from the workers' log: jobs done, jobs done under several fences, and refused late results."""
     fences: dict[str, set[int]] = {}
     late = 0
     with log.open() as lines:
@@ -238,7 +238,7 @@ def count_results(log: Path) -> tuple[int, int, int]:
 
 
 async def check_store(where: str) -> tuple[str, dict[str, Any]]:
-    """Return the result of a store's integrity check, and the jobs that it still has: per model, queued and leased."""
+    """Return the result of a job store's integrity check, and each model's numbers of queued and leased jobs."""
     store = await open_store(where, StoreLimits())
     depths = {name: (depth.queued, depth.leased) for name, depth in (await store.depths()).items()}
     try:
@@ -265,11 +265,11 @@ def kill_workers(
     Args:
         jobs: number of jobs.
         where: address of the job store; None creates a SQLite file.
-        seed: seed of the random choices which process is killed or stopped, and when.
-        clients: jobs that are requested at the same time.
+        seed: seed of the random choice of the processes and times.
+        clients: number of jobs that are requested at the same time.
         show_progress: whether to print the progress on standard error.
-        gateway: module that is run as the gateway.
-        kills: fraction of the attacks on workers that kill; the others stop the worker for some time.
+        gateway: name of the Python module that is run as the gateway.
+        kills: probability that a chosen worker is killed; otherwise, it is stopped for some time.
         calm: whether to kill and stop nothing.
         workers: number of workers.
         lease: duration of a lease, in seconds.

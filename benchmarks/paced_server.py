@@ -1,6 +1,6 @@
-"""Serve streams at an even pace, without a model, to measure a load generator.
+"""Serve streams at a fixed rate, without a model, to measure a load generator.
 
-Every stream gets the same small event at the given rate, so the load generator's own delays show in its figures.
+Every stream gets the same small event at the given rate. Deviations in the load generator's figures are its own delays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EXAMPLE = """example:
   moesaic bench serving http://127.0.0.1:8100 --concurrency 500 --requests 1000 --answer-tokens 400
 """
 GROUPS = 10
-"""Groups that the streams are divided into; the groups send one after the other, not all at once."""
+"""Number of groups of streams. The groups get their events one after another, so that not all streams send at once."""
 MODELS = json.dumps({"data": [{"id": "paced"}]}).encode()
 MODELS_RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
     len(MODELS),
@@ -38,7 +38,7 @@ END = event(choices=[{"index": 0, "delta": {}, "finish_reason": "length"}])
 
 
 class Stream(asyncio.Protocol):
-    """A client's connection; its group sends it an event at a time."""
+    """A client's connection. It belongs to a group of streams, which all get their next event at the same time."""
 
     groups: ClassVar[list[set[Stream]]] = [set() for _ in range(GROUPS)]
     next_group: ClassVar[Iterator[int]] = cycle(range(GROUPS))
@@ -65,7 +65,7 @@ class Stream(asyncio.Protocol):
             self.group.add(self)
 
     def send_token(self) -> None:
-        """Send an event, and after the last one the end of the stream."""
+        """Send the next token of this stream; after the last token, send the end of the stream."""
         self.transport.write(TOKEN)
         self.remaining -= 1
         if not self.remaining:

@@ -1,4 +1,4 @@
-"""A temporary PostgreSQL server in a folder of its own, reached through a socket in that folder."""
+"""A temporary PostgreSQL server. Its data and its Unix socket are in a temporary folder."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ROOT = os.geteuid() == 0
 
 
 def binaries() -> Path | None:
-    """Return the folder with the programs of the newest installed PostgreSQL; None if there is none."""
+    """Return the folder with the programs of the newest PostgreSQL on this machine; None if none is installed."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
     return programs[-1].parent if programs else None
 
 
 class PostgresServer:
-    """A running PostgreSQL server. As root it runs as the user ``postgres``, because it refuses to run as root."""
+    """A running PostgreSQL server. If this process is root, the server runs as the user ``postgres``."""
 
     def __init__(self, parent: Path | None = None) -> None:
         """Create a database cluster and start the server.
@@ -63,7 +63,7 @@ class PostgresServer:
         self._run("pg_ctl", "start", "-w", "-D", str(self._data), "-l", str(self.folder / "log"))
 
     def stop(self, mode: str = "immediate") -> None:
-        """Stop the server; ``mode`` is pg_ctl's, and "immediate" has the effect of a kill."""
+        """Stop the server. ``mode`` is the shutdown mode of ``pg_ctl``; "immediate" has the effect of a kill."""
         self._run("pg_ctl", "stop", "-w", "-D", str(self._data), "-m", mode)
 
     def remove(self) -> None:
@@ -76,7 +76,7 @@ class PostgresServer:
         return f"postgresql://tests@/{database}?host={self.folder}&port={self.port}"
 
     def sql(self, statement: str, database: str = "postgres") -> list[asyncpg.Record]:
-        """Run a statement over a new connection and return its rows."""
+        """Run an SQL statement over a new connection; return its rows."""
 
         async def run() -> list[asyncpg.Record]:
             connection = await asyncpg.connect(self.address(database))

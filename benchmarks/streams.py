@@ -1,7 +1,8 @@
 """Measure the delay that the HTTP layer adds to a token, with many concurrent streams.
 
-The server is a child process: the real application over a backend that sends each stream the current time, --rate
-times per second. This process reads all streams and compares the times. Run it on an otherwise idle machine.
+The server is a child process. It runs the real HTTP application over a backend that sends each stream the current
+time, --rate times per second. This process reads all streams and compares the received times with its own clock. Run
+it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BODY = {"messages": [{"role": "user", "content": "What time is it?"}], "stream":
 
 
 class ClockBackend:
-    """Backend whose answers are the time in nanoseconds, at an even pace; it supports nothing but ``generate``."""
+    """Backend whose tokens are the current time in nanoseconds, at a fixed rate. Only ``generate`` works."""
 
     def __init__(self, rate: float, seconds: float) -> None:
         self._gap, self._count = 1 / rate, int(rate * seconds)
@@ -72,7 +73,7 @@ class ClockResponseStream:
 
 
 def serve(port: int, rate: float, seconds: float) -> None:
-    """Run the server in this process until it is terminated."""
+    """Run the server in this process. Each stream gets ``rate`` tokens per second for ``seconds``."""
     from moesaic.cli.event_loop import run_async
     from moesaic.serve import server
     from moesaic.serve.app import App
@@ -84,7 +85,7 @@ def serve(port: int, rate: float, seconds: float) -> None:
 
 
 async def read_stream(session: aiohttp.ClientSession, url: str, delays: list[float]) -> int:
-    """Read a stream to its end, add the delays of its tokens in milliseconds, and return the number of tokens."""
+    """Read a stream to its end; append each token's delay in ms to ``delays``; return the number of tokens."""
     count = 0
     async with session.post(url, json=BODY) as response:
         async for line in response.content:
@@ -96,7 +97,7 @@ async def read_stream(session: aiohttp.ClientSession, url: str, delays: list[flo
 
 
 async def measure(url: str, streams: int) -> tuple[list[float], int]:
-    """Read concurrent streams; return the delays of all tokens in milliseconds, and the number of tokens."""
+    """Read this number of concurrent streams; return the delays of all tokens in milliseconds, and their number."""
     delays: list[float] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -109,7 +110,7 @@ async def measure(url: str, streams: int) -> tuple[list[float], int]:
 
 
 def peak_memory(pid: int) -> float:
-    """Return the peak resident memory of a process, in 10^6 bytes."""
+    """Return the peak resident memory of the process ``pid``, in 10^6 bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.worker_forkserver URL,URL SLOTS SECONDS LOG [STALL]
 
-Each line of standard input is a worker's name: a letter and a number. The server prints the worker's process id. A
-worker whose number is odd ignores orders to stop a job. A worker ends if its engine makes no step for STALL seconds.
-All workers end with the fork server. ``MOESAIC_WORKER_KEY`` holds their key.
+Each line of standard input is the name of a worker to start: a letter and a number. The server prints the worker's
+process id. A worker whose number is odd ignores orders to stop a job. A worker ends if its engine makes no step for
+STALL seconds. All workers end with the fork server. ``MOESAIC_WORKER_KEY`` is the workers' API key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Stubborn(Worker):
-    """Worker that ignores orders to stop a job, so that only the fence keeps its late results out."""
+    """Worker that ignores orders to stop a job, so that only the check of the fence refuses its late results."""
 
     def _cancel(self, job_id: str) -> None:
         pass
@@ -53,10 +53,10 @@ class WorkerForkServer:
         Args:
             url: the gateways' addresses, separated by commas.
             log: file to which all workers append their logs.
-            slots: jobs that a worker runs at the same time.
-            seconds: time that a worker's model takes for a token.
-            stall: seconds without a step after which a worker ends.
-            key: the workers' API key; None: that of this process's environment.
+            slots: number of jobs that a worker runs at the same time.
+            seconds: seconds that a worker's model takes for a token.
+            stall: a worker ends if its engine makes no step for this number of seconds.
+            key: the workers' API key; None means MOESAIC_WORKER_KEY of this process's environment.
         """
         self.log = log
         arguments = [url, str(slots), str(seconds), str(log), str(stall)]
@@ -68,7 +68,7 @@ class WorkerForkServer:
         self.pids: dict[str, int] = {}
 
     def spawn(self, name: str) -> int:
-        """Start a worker and return its process id."""
+        """Start a worker with this name; return its process id."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(name + "\n")
         self._process.stdin.flush()
@@ -81,7 +81,7 @@ class WorkerForkServer:
             os.kill(self.pids[name], which)
 
     def lives(self, name: str) -> bool:
-        """Return whether a worker's process exists."""
+        """Return whether the process of a worker exists."""
         try:
             os.kill(self.pids[name], 0)
         except ProcessLookupError:
@@ -97,7 +97,7 @@ class WorkerForkServer:
 
 
 def run_worker(urls: list[str], name: str, slots: int, seconds: float, log: str, stall: float) -> None:
-    """Run a worker in this process until it ends; its log is appended to the file ``log``."""
+    """Run a worker of the gateways ``urls`` in this process until it ends. Its log is appended to the file ``log``."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     logs.set_up("debug", as_json=True)
