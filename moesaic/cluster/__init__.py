@@ -1,4 +1,4 @@
-"""Gateways, workers and job stores: one address for many machines.
+"""Gateways, workers and job stores: clients of one address are served by many machines.
 
-This package imports nothing itself, because a gateway needs no torch and a worker no job store.
+This file imports nothing, because a gateway must not need torch, and a worker must not need a job store.
 """

@@ -21,13 +21,13 @@ from moesaic.cluster.workers import WorkerRegistry
 from moesaic.errors import Cancelled, NotFound, PoisonedJob, Unavailable
 
 POLL_SECONDS = 2.0
-"""Maximum time between two reads of a followed job that no worker of this gateway runs."""
+"""A job that this gateway follows, but none of its workers runs, is read from the store again after this time."""
 RECONNECT_SECONDS = 60.0
-"""A job whose client disconnected but can come back is cancelled after this time."""
+"""A job whose client has disconnected, but can come back for the answer, is cancelled after this time."""
 
 
 class ActiveJobs:
-    """The jobs that a gateway follows, by id."""
+    """The jobs that a gateway follows: their events are in memory, for subscribers and workers of this gateway."""
 
     def __init__(
         self, store: Store, workers: WorkerRegistry, tasks: BackgroundTasks, clock: Callable[[], float]
@@ -42,17 +42,17 @@ class ActiveJobs:
         self._has_changed = asyncio.Event()
 
     def get(self, job_id: str) -> ActiveJob | None:
-        """Return a job if it is followed."""
+        """Return a job that this gateway follows; None if it does not follow the job."""
         return self.jobs.get(job_id)
 
     def add(self, job_id: str, model: str, tenant: str) -> ActiveJob:
-        """Follow a job that is being submitted."""
+        """Start to follow a job that a client is submitting; return it."""
         job = ActiveJob(job_id, model, tenant, unread_since=self._clock(), submitted_at=time.time())
         self.jobs[job_id] = job
         return job
 
     def adopt(self, job_id: str, model: str, tenant: str) -> ActiveJob:
-        """Follow a job that came from the store. It is not cancelled when it has no subscribers."""
+        """Follow a job from the store, and return it. It is not cancelled for having no subscribers."""
         return self.jobs.setdefault(job_id, ActiveJob(job_id, model, tenant, unread_since=float("inf")))
 
     def remove(self, job_id: str) -> None:
@@ -60,7 +60,7 @@ class ActiveJobs:
         self.jobs.pop(job_id, None)
 
     async def find(self, job_id: str, tenant: str) -> ActiveJob:
-        """Return a job, from the store if it is not followed yet.
+        """Return a job of this tenant. If it is not followed yet, read it from the store and follow it.
 
         Raises:
             NotFound: there is no such job, or it belongs to another tenant.
@@ -78,12 +78,12 @@ class ActiveJobs:
         return job
 
     def follow(self, job: ActiveJob, *, replayed: bool = False, cancel: bool = True) -> Subscription:
-        """Subscribe to a job.
+        """Subscribe to a job; return the stream of its events.
 
         Args:
-            job: the job.
+            job: the job to read.
             replayed: whether the job existed before this request.
-            cancel: whether the job is cancelled when its last subscriber cancels, unless the client can come back.
+            cancel: whether the job is cancelled when its last subscriber cancels and the client cannot come back.
         """
         return Subscription(job, (lambda: self._on_unsubscribed(job)) if cancel else _ignore, replayed=replayed)
 
@@ -103,19 +103,19 @@ class ActiveJobs:
         return state or "cancelled"
 
     def cancel_at_worker(self, job: ActiveJob) -> None:
-        """Tell the job's worker, if it is connected, to stop the job."""
+        """Tell the worker that runs the job to stop it, if that worker is connected to this gateway."""
         worker, job.worker = job.worker, ""
         self._workers.cancel(worker, job.id)
 
     # Reading the store
 
     def mark_changed(self, job_ids: Sequence[str]) -> None:
-        """Have the jobs read from the store soon, as far as they are followed."""
+        """Schedule a read from the store of those of the jobs that are followed."""
         self._changed |= self.jobs.keys() & set(job_ids)
         self._has_changed.set()
 
     def on_store_changed(self, job_ids: Sequence[str]) -> None:
-        """Handle a notification of the store; see ``Store.listen``."""
+        """Handle a notification of the store about changed jobs; see ``Store.listen``."""
         for job_id in job_ids:
             if not job_id:
                 self._workers.wake()
@@ -123,7 +123,7 @@ class ActiveJobs:
                 self.mark_changed([job_id])
 
     async def refresh_changed(self) -> None:
-        """Wait for jobs to be marked as changed, and read them from the store."""
+        """Wait until ``mark_changed`` marks jobs, and read these from the store."""
         await self._has_changed.wait()
         self._has_changed.clear()
         while self._changed:
@@ -133,11 +133,11 @@ class ActiveJobs:
                     await self.refresh(job)
 
     async def refresh(self, job: ActiveJob) -> None:
-        """Bring a job up to date with the store."""
+        """Read a job's new events and its end from the store."""
         job.refreshed_at = self._clock()
         snapshot = await self._store.snapshot(job.id)
         if snapshot is None:
-            job.finish(error=NotFound("the job was dropped"))
+            job.finish(error=NotFound("the job store has dropped this job: send the request again"))
             return
         ended = snapshot.state not in ("queued", "leased")
         if snapshot.logged > job.persisted and (ended or not job.worker):
@@ -148,7 +148,7 @@ class ActiveJobs:
             _finish_from_snapshot(job, snapshot)
 
     async def sweep(self) -> None:
-        """Drop jobs that are not needed, cancel abandoned ones, and poll jobs that other gateways may have changed."""
+        """Forget unneeded jobs, cancel abandoned ones, and poll those that other gateways may have changed."""
         now = self._clock()
         idle = [job for job in self.jobs.values() if not job.worker and now - job.refreshed_at > POLL_SECONDS]
         for job in idle:
@@ -166,20 +166,20 @@ class ActiveJobs:
     # Writing the store
 
     async def flush_due(self) -> None:
-        """Write the events that have waited long enough."""
+        """Write the events that are due to the store (see ``LogFlusher.due``)."""
         await self.flush(self._flusher.due(self.jobs.values()))
 
     async def flush(self, jobs: Sequence[ActiveJob]) -> None:
-        """Write the events of jobs; jobs with invalid leases are cancelled at their workers.
+        """Write the new events of jobs to the store. Workers are told to stop jobs whose leases are not valid.
 
         Raises:
-            Unavailable: as far as is known, nothing was written.
+            Unavailable: the store did not confirm the write, which may be repeated.
         """
         for job in await self._flusher.flush(jobs):
             self.cancel_at_worker(job)
 
     async def close(self) -> None:
-        """Write all events, if the store is reachable."""
+        """Write the new events of all jobs, if the store is reachable."""
         with contextlib.suppress(Unavailable):
             await self._flusher.flush(list(self.jobs.values()))
 

@@ -35,7 +35,9 @@ class WorkerName(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Overview(msgspec.Struct, frozen=True):
     """Summary of a gateway's state.
 
-    ``seconds`` is the running mean of a job's duration. ``lost``, ``fenced`` and ``dead`` count since the start.
+    ``suspects`` are queued jobs that crashed with a worker. ``seconds`` is the running mean of a job's duration. Three
+    numbers count since the gateway's start: ``lost`` expired leases, ``fenced`` results and event batches whose lease
+    was not valid, and ``dead`` jobs that became dead letters.
     """
 
     version: str
@@ -53,7 +55,11 @@ class Overview(msgspec.Struct, frozen=True):
 
 
 class Worker(msgspec.Struct, frozen=True):
-    """A connected worker. ``since`` is in seconds since the epoch, ``heard`` in seconds before now."""
+    """A connected worker.
+
+    It connected at ``since``, in seconds since the epoch, and sent its last request ``heard`` seconds ago. ``key`` is
+    the name of its API key. A quarantined worker runs only suspects: jobs that crashed with a worker.
+    """
 
     name: str
     key: str
@@ -77,7 +83,11 @@ class Workers(msgspec.Struct, frozen=True):
 
 
 class Queue(msgspec.Struct, frozen=True):
-    """Counts of one model's queued and running jobs. ``cost`` is the estimated number of tokens of the queued jobs."""
+    """Counts of one model's queued and leased jobs, and of the workers that offer it and their slots.
+
+    ``cost`` is the estimated number of tokens of the queued jobs. ``suspects`` are queued jobs that crashed with a
+    worker.
+    """
 
     model: str
     workers: int
@@ -97,7 +107,9 @@ class Queues(msgspec.Struct, frozen=True):
 class Job(msgspec.Struct, frozen=True):
     """A job without its request and its answer.
 
-    ``attempts`` is the number of leases, ``crashes`` the number of leases that expired together with their worker.
+    ``key`` is the name of the client's API key, and ``cost`` the estimated number of tokens. ``attempts`` is the number
+    of leases, ``crashes`` the number of those that expired because their worker was lost. ``events`` is the length of
+    the job's log.
     """
 
     id: str
@@ -115,14 +127,14 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Jobs(msgspec.Struct, frozen=True):
-    """Jobs in one state, newest first."""
+    """The jobs that are in the state ``state``, newest first."""
 
     state: JobState
     jobs: list[Job]
 
 
 class JobDetails(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A job, its error, and the request of a dead job if the caller asked for it."""
+    """A job, its error if it failed, and the request of a dead job if the administrator asked for it."""
 
     job: Job
     error: wire.ErrorInfo | None = None
@@ -130,14 +142,14 @@ class JobDetails(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StateChange(msgspec.Struct, frozen=True):
-    """The new state of a worker, a job or, if ``name`` is empty, the gateway."""
+    """The new state of the worker or job ``name``; if ``name`` is empty, of the gateway."""
 
     name: str
     state: str
 
 
 class KeyInfo(msgspec.Struct, frozen=True):
-    """The name and limits of a key. Responses never contain the key or its digest."""
+    """The name and limits of an API key. Responses never contain the key itself or its digest."""
 
     name: str
     kind: str
@@ -149,7 +161,7 @@ class KeyInfo(msgspec.Struct, frozen=True):
 
 
 class KeyList(msgspec.Struct, frozen=True):
-    """All accepted keys."""
+    """All API keys that the gateway accepts."""
 
     keys: list[KeyInfo]
 
@@ -301,7 +313,7 @@ class _JobRoutes:
         snapshot = await self._snapshot(context)
         with_request = context.query.get("request") == "true"
         if with_request and snapshot.state != "dead":
-            raise Conflict(f"the job is {snapshot.state}: the request is shown only of dead jobs")
+            raise Conflict(f"the job is {snapshot.state}: only the requests of dead jobs are shown")
         result = msgspec.json.decode(snapshot.result, type=wire.JobResult) if snapshot.result else wire.JobResult()
         request = msgspec.Raw(snapshot.job.body) if with_request else None
         return Response(JobDetails(_job(snapshot), result.error, request))

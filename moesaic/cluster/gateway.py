@@ -32,18 +32,18 @@ from moesaic.cluster.workers import WorkerRegistry
 from moesaic.errors import NotFound, Overloaded, Unavailable
 
 DEFAULT_COST_TOKENS = 512
-"""Assumed cost of an answer without a token limit."""
+"""Estimated number of tokens of an answer without a token limit."""
 EMBEDDED_TEXTS = 128
-"""Texts that one job embeds: its outcome must fit into a message."""
+"""Maximum number of texts that one job embeds, so that its outcome fits into a worker's message."""
 
 Pack = Callable[[GenerationRequest], bytes]
-"""Function that encodes the body of a job or query."""
+"""Function that returns the body of the job or query for a request."""
 
 
 class Gateway:
     """A backend whose models run in workers. Implements ``backend.Backend`` and ``protocols.JobService``.
 
-    It holds the parts of the gateway and starts their timers. Create it on the event loop that it runs on.
+    It creates the components of the gateway and starts their periodic tasks. Create it on its event loop.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Gateway:
             store: the store of jobs.
             models: names of models that are known before a worker offers them.
             lease_seconds: a lease expires when it has not been renewed for this time.
-            stall_seconds: the leases of a worker whose engine makes no step for this time expire.
+            stall_seconds: if a worker's engine makes no step for this time, the worker's leases expire.
             clock: monotonic clock, in seconds.
         """
         self.store = store
@@ -149,7 +149,9 @@ class Gateway:
         return msgspec.convert(outcome, list[Mapping[str, float]])
 
     async def _query(self, kind: str, request: GenerationRequest, pack: Pack) -> Any:
-        """Ask a connected worker. Without one, run a job where workers of another gateway or protocol may take it.
+        """Send a query to a connected worker; return its answer.
+
+        If no worker of this gateway answers queries, but workers of another gateway or protocol may, run a job instead.
 
         Raises:
             Unavailable: no worker offers the model, or the worker was lost.
@@ -163,7 +165,7 @@ class Gateway:
         raise Unavailable(f"no worker of model {model!r:.120} is connected: try again later")
 
     async def _run(self, kind: str, request: GenerationRequest, pack: Pack) -> Any:
-        """Run a job that has an outcome but no events; return the outcome."""
+        """Run a job that has no events, such as ``embed``; return its outcome."""
         job, _ = await self._submit(kind, request, pack)
         subscription = self.jobs.follow(job)
         try:
@@ -174,7 +176,7 @@ class Gateway:
         return job.outcome
 
     async def _submit(self, kind: str, request: GenerationRequest, pack: Pack) -> tuple[ActiveJob, bool]:
-        """Store a job; return it, and whether it existed already under the request's idempotency key."""
+        """Store a job for a request; return it, and whether it existed already under the request's idempotency key."""
         model = self.workers.find_model(request.model).name
         stored = replace(request, model=model, idempotency_key="", sampling=dict(request.sampling))
         digest = hashlib.sha256(kind.encode() + pack(stored)).hexdigest() if request.idempotency_key else ""
@@ -210,7 +212,7 @@ class Gateway:
         return await self.jobs.find(job_id, request.tenant), True
 
     def _retry_after(self) -> float:
-        """Return the seconds after which there may be room again, randomised so that clients do not return together."""
+        """Return the seconds until the queue may have room, randomised so that clients do not all return together."""
         queued = sum(depth.queued for depth in self.depths.values())
         seconds = 0.1 * queued * self.leases.mean_job_seconds / max(1, self.workers.slots())
         return max(1.0, min(60.0, seconds)) * random.uniform(0.8, 1.4)
@@ -266,7 +268,7 @@ class Gateway:
     # Administration
 
     async def revive(self, job_id: str, model: str) -> bool:
-        """Queue a dead job again; return whether there was one."""
+        """Queue the job again if it is dead; return whether it was dead."""
         revived = await self.store.revive(job_id)
         if revived:
             self.jobs.remove(job_id)  # later subscribers must wait for the new end
@@ -279,7 +281,7 @@ def _constant(value: Any) -> Pack:
 
 
 def _cost(request: GenerationRequest) -> int:
-    """Return an estimate of the number of tokens that a request takes."""
+    """Return an estimate of the number of tokens of a request: its prompt and all its answers."""
     if isinstance(request.prompt, str):
         prompt_tokens = len(request.prompt) // 4
     elif request.prompt is not None:

@@ -29,7 +29,7 @@ TICK_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job."""
+    """A job as a client submitted it: a request and what a queue must know about it."""
 
     id: str
     """Unguessable id, chosen by the gateway."""
@@ -38,16 +38,17 @@ class Job:
     kind: str = "generate"
     """The operation: "generate", "embed", "classify", "tokenize" or "detokenize"."""
     body: bytes = b""
+    """The encoded request; stores do not read it."""
     tenant: str = ""
-    """The name of the key that submitted the job."""
+    """The name of the API key that submitted the job."""
     cost: int = 1
-    """Estimated number of tokens; tenants share capacity by it."""
+    """Estimated number of tokens. Tenants share the workers by the sums of their jobs' costs."""
     priority: int = 0
-    """Jobs with a lower number are leased first, across tenants."""
+    """Jobs with a lower number are leased first, whichever tenant they belong to."""
     idempotency_key: str = ""
     """A tenant that submits this key again gets the existing job; "" means no key."""
     digest: str = ""
-    """Hash of the request; the same idempotency key with another digest is refused."""
+    """Hash of the request. A request with a used idempotency key and another digest is refused."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class StoreLimits:
     queued_cost: int = 100_000_000
     """Maximum total cost of queued jobs; more are refused with ``Unavailable``."""
     crashes: int = 3
-    """A job is dead when it is lost alone and this was at least its nth crash."""
+    """A job is dead when it has crashed this number of times or more, the last time as its worker's only lost job."""
     retention_ticks: int = 90
     """Number of ticks for which an ended job keeps its log and result (90 ticks are 15 minutes)."""
     max_ended: int = 100_000
@@ -72,7 +73,7 @@ class StoreLimits:
 
 @dataclass(frozen=True)
 class LogRecord:
-    """A part of a job's log: ``count`` entries from number ``start`` on, encoded by the writer."""
+    """A part of a job's log: ``count`` entries (events) from number ``start`` on, encoded in ``blob``."""
 
     start: int
     count: int
@@ -81,7 +82,7 @@ class LogRecord:
 
 @dataclass(frozen=True)
 class LeaseToken:
-    """A claim to a lease. It is valid while the job has the same fence in the store."""
+    """Identifies a lease of a job. The lease is valid while the job has the same fence in the store."""
 
     id: str
     """The job's id."""
@@ -95,11 +96,11 @@ class Lease:
     job: Job
     fence: int
     log: tuple[LogRecord, ...] = ()
-    """The job's log so far, without gaps; the worker continues behind it."""
+    """The job's log so far, without gaps. The worker continues the answer behind it."""
 
     @property
     def token(self) -> LeaseToken:
-        """The claim that the worker presents with every message about this job."""
+        """The token that the worker sends with every message about this job."""
         return LeaseToken(self.job.id, self.fence)
 
 
@@ -110,7 +111,7 @@ class LeaseStatus:
     lease_token: LeaseToken
     worker: str
     heartbeat: int
-    """Counter that rises with every ``renew``, ``append`` and ``lease``."""
+    """Counter that rises with every ``renew`` and ``append`` of this lease, and when the job is leased."""
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,20 @@ class JobSnapshot:
     state: JobState
     fence: int = 0
     worker: str = ""
-    """The worker that holds the job's newest lease, or held it last."""
+    """The worker that has the job's newest lease, or had it; "" if there was none."""
     attempts: int = 0
     """Number of leases so far."""
     crashes: int = 0
-    """Number of leases that expired together with their worker."""
+    """Number of leases that expired because their worker was lost."""
     logged: int = 0
-    """Number of entries in the log."""
+    """Number of entries in the job's log."""
     result: bytes = b""
-    """The result of an ended job."""
+    """The encoded result of an ended job; empty before the end."""
     queue_position: int = 0
-    """Of a queued job: the number of queued jobs of its model that go first."""
+    """Number of queued jobs of the same model that are leased before this one; 0 if this one is not queued."""
 
     def held_by(self, worker: str, lease_token: LeaseToken) -> bool:
-        """Return whether the job's newest lease is, or was, this worker's."""
+        """Return whether the job's newest lease has, or had, this token and belongs to this worker."""
         return (self.worker, self.fence) == (worker, lease_token.fence)
 
 
@@ -143,9 +144,10 @@ class QueueDepth:
     """Counts of the queued and leased jobs of one model."""
 
     queued: int = 0
+    """Number of queued jobs, including suspects."""
     leased: int = 0
     suspects: int = 0
-    """Queued jobs that crashed with a worker; they run in quarantine."""
+    """Number of queued jobs that crashed with a worker. They run in quarantine: their worker gets no other jobs."""
     cost: int = 0
     """Total cost of the queued jobs."""
 
@@ -163,11 +165,11 @@ class Store(Protocol):
 
     @property
     def shared(self) -> bool:
-        """Return whether several gateways may use this store at the same time."""
+        """Whether several gateways may use this store at the same time."""
         ...
 
     def listen(self, listener: ChangeListener) -> None:
-        """Call ``listener`` with changes, including those made by other gateways on the same store.
+        """Have ``listener`` called when jobs change, also when another gateway on the same store changes them.
 
         A notification may be late, repeated, or missing after a broken connection. A gateway must therefore also poll.
         """
@@ -176,13 +178,13 @@ class Store(Protocol):
     async def submit(self, job: Job) -> str:
         """Store a job; return its id, or the id of the existing job of the same tenant and idempotency key.
 
-        Submitting the same job id again returns that id. The job of an idempotency key may have been dropped already;
-        then ``snapshot`` returns None for the returned id.
+        Submitting the same job id again returns that id. The existing job may have been dropped already; ``snapshot``
+        then returns None for the returned id.
 
         Raises:
             Conflict: the existing job has another ``digest``.
             Overloaded: the tenant has too many queued jobs. Unavailable: there are too many queued jobs altogether.
-            InvalidParameter: text with a character 0 or a lone surrogate, a cost below 0, or a number beyond 2**40.
+            InvalidParameter: a text has a NUL or a lone surrogate, the cost is negative, or a number exceeds 2**40.
         """
         ...
 
@@ -198,24 +200,26 @@ class Store(Protocol):
         Args:
             worker: name of the worker.
             models: models that the worker offers.
-            limit: number of jobs that it can take.
-            suspects: lease suspects of the oldest group only. The caller gives this worker nothing else until it has
-                finished them. A group of more than ``limit`` jobs is split.
+            limit: maximum number of jobs to lease.
+            suspects: whether to lease only suspects (jobs that crashed with a worker), those of the oldest group. The
+                caller gives this worker nothing else until it has finished them. A group of more than ``limit`` jobs is
+                split.
         """
         ...
 
     async def renew(self, leases: Sequence[LeaseToken]) -> Mapping[str, RenewState]:
-        """Raise the heartbeats of leases; return for each job id whether its lease is valid.
+        """Raise the heartbeats of valid leases; return the state of each lease by job id.
 
-        "cancelled" means that the lease is the newest but the job was cancelled: the worker must stop.
+        "ok": the lease is valid. "cancelled": the job was cancelled under this lease, and the worker must stop it.
+        "fenced": the lease is not valid for another reason.
         """
         ...
 
     async def append(self, parts: Mapping[LeaseToken, LogRecord]) -> Mapping[str, int | None]:
-        """Append to logs; return for each job id the length of its log, or None if the lease is not valid.
+        """Append records to the logs of jobs; return each log's length by job id, or None if the lease is not valid.
 
-        A record is written only if it begins at the log's end; the returned length tells the caller where to begin. So
-        it is safe to send a record again.
+        A record is written only if it begins at the log's end. The returned length tells the caller where its next
+        record must begin. A record may therefore be sent again.
         """
         ...
 
@@ -237,16 +241,16 @@ class Store(Protocol):
         ...
 
     async def expire(self, statuses: Sequence[LeaseStatus]) -> list[str]:
-        """Expire the leases of one worker that was lost; return the ids of jobs that are now dead.
+        """Expire leases of one worker, which was lost; return the ids of the jobs that are dead because of it.
 
-        A lease expires only if its fence *and heartbeat* are still as given. The jobs are queued again as suspects, in
+        A lease expires only if it still has the given fence *and heartbeat*. The jobs are queued again as suspects, in
         two groups, each one half of what was lost together. A job that kills its workers is thus found in log2 steps.
         A job that was lost alone, for at least the ``StoreLimits.crashes``th time, is dead.
         """
         ...
 
     async def forgive_crash(self, leases: Sequence[LeaseToken]) -> None:
-        """Take back one crash of each job that had one of these leases and has lost it.
+        """Subtract one crash from each job that had one of these leases and lost it.
 
         Called when the worker turns out to be alive: the network was at fault. A job without crashes is not a suspect.
         """
@@ -255,7 +259,7 @@ class Store(Protocol):
     async def cancel(self, job_id: str) -> JobState | None:
         """Cancel a job unless it has ended; return its state afterwards, or None if there is no such job.
 
-        Its lease can no longer write; ``renew`` tells the worker.
+        The holder of its lease can no longer write, and gets "cancelled" from ``renew``.
         """
         ...
 
@@ -264,29 +268,30 @@ class Store(Protocol):
         ...
 
     async def log(self, job_id: str, start: int = 0) -> list[LogRecord]:
-        """Return the log's records from entry ``start`` on; the first record may begin before it."""
+        """Return the records of a job's log from entry ``start`` on. The first record may begin before ``start``."""
         ...
 
     async def active_leases(self) -> list[LeaseStatus]:
-        """Return all active leases."""
+        """Return the leases of all jobs that are leased now."""
         ...
 
     async def depths(self) -> Mapping[str, QueueDepth]:
-        """Return counts of queued and leased jobs by model."""
+        """Return the counts of queued and leased jobs, by model."""
         ...
 
     async def list_jobs(self, state: JobState, limit: int = 100) -> list[JobSnapshot]:
-        """Return jobs of a state, the newest first, without their bodies and results."""
+        """Return up to ``limit`` jobs in this state, the newest first, without bodies and results."""
         ...
 
     async def revive(self, job_id: str) -> bool:
-        """Queue a dead job again with no crashes; return whether there was one."""
+        """If the job is dead, queue it again with no crashes; return whether it was dead."""
         ...
 
     async def tick(self, seen: int) -> int:
         """Advance the store's tick count unless another gateway has advanced it since ``seen``; return the count.
 
-        Drops jobs and idempotency keys whose retention has ended. Pass -1 the first time: nothing is advanced.
+        ``seen`` is the count from the caller's last call; -1 the first time, when nothing is advanced. Each advance
+        drops jobs and idempotency keys whose retention has ended.
         """
         ...
 
@@ -295,5 +300,5 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None:
-        """Finish pending operations and close the store. May be called again."""
+        """Finish pending operations and close the store. A second call does nothing."""
         ...

@@ -1,6 +1,6 @@
-"""Timers of leases, by this process's own clock.
+"""Timers that find expired leases, by the monotonic clock of this process.
 
-If this process was paused, or the store was unreachable, all timers restart and nothing expires.
+If this process was paused, or the store was unreachable, all timers restart, so that no lease expires because of it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ class LeaseTimeouts:
     """Finds leases whose heartbeat counter has stopped."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        """Create timers; a lease times out when its heartbeat counter has not changed for more than ``seconds``."""
+        """Create timers. A lease times out when its heartbeat counter has not changed for more than ``seconds``."""
         self._seconds, self._clock = seconds, clock
         self._since: dict[LeaseToken, tuple[int, float]] = {}  # heartbeat, and the time at which it was first seen
         self._checked_at = clock()
 
     def timed_out(self, statuses: Sequence[LeaseStatus]) -> list[LeaseStatus]:
-        """Update the timers with all active leases; return those that have timed out."""
+        """Update the timers with ``statuses``, which are all active leases; return the leases that have timed out."""
         now = self._clock()
         if now - self._checked_at > self._seconds:
             self.restart()

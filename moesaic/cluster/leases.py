@@ -31,9 +31,9 @@ from moesaic.errors import Conflict, MoesaicError, Unavailable
 log = logging.getLogger("moesaic.cluster")
 
 RECONNECT_FRACTION = 0.2
-"""A worker whose connection closed is lost when it has not come back within this fraction of a lease."""
+"""A worker whose connection closed is lost if it has not come back within this fraction of a lease's duration."""
 SILENT_LEASES = 2.0
-"""A worker that has sent nothing for this number of leases is unregistered, even if its connection is open."""
+"""A worker that has sent nothing for this number of lease durations is unregistered, even if it is connected."""
 INVALID = ("fenced", "cancelled")
 
 WaitObserver = Callable[[str, float], None]
@@ -41,7 +41,7 @@ WaitObserver = Callable[[str, float], None]
 
 
 class LeaseManager:
-    """Leases jobs to workers. Implements ``protocols.WorkerService``."""
+    """Leases jobs to workers, and handles their reports. Implements ``protocols.WorkerService``."""
 
     def __init__(
         self,
@@ -57,22 +57,22 @@ class LeaseManager:
         self.tasks = tasks
         self.lease_seconds = lease_seconds
         self.suspect_models: set[str] = set()
-        """Models that have suspects in the queue."""
+        """Models whose queues have suspects: jobs that crashed with a worker."""
         self.fenced = 0
-        """Number of results and event batches that were refused because their lease was not valid."""
+        """Number of results and event batches refused because their lease was not valid, since the start."""
         self.expired = 0
-        """Number of leases that expired."""
+        """Number of leases that expired, since the start."""
         self.dead = 0
-        """Number of jobs that died."""
+        """Number of jobs that became dead letters, since the start."""
         self.mean_job_seconds = 1.0
-        """Running mean of the time from a job's lease to its end."""
+        """Running mean of the seconds from a job's lease to its end."""
         self._workers, self._store, self._jobs, self._clock = workers, store, jobs, clock
         self._stall_seconds = stall_seconds
         self._timeouts = LeaseTimeouts(lease_seconds, clock)
         self._wait_observers: list[WaitObserver] = []
 
     def add_wait_observer(self, observer: WaitObserver) -> None:
-        """Call ``observer`` when a job that was submitted here is leased for the first time."""
+        """Call ``observer`` whenever a job that was submitted to this gateway is leased for the first time."""
         self._wait_observers.append(observer)
 
     # Registration
@@ -99,7 +99,7 @@ class LeaseManager:
 
     @shielded
     async def ban(self, worker: str) -> None:
-        """Unregister a worker and refuse its registrations; its jobs are queued again without a crash.
+        """Unregister a worker and refuse its next registrations. Its jobs are queued again without counting a crash.
 
         Raises:
             NotFound: there is no such worker.
@@ -115,7 +115,7 @@ class LeaseManager:
         return [status for status in await self._store.active_leases() if status.worker == worker]
 
     def on_disconnect(self, worker: str) -> None:
-        """Handle a closed connection: unless the worker comes back soon, its leases expire."""
+        """Handle the closed connection of a worker: unless the worker comes back soon, its leases expire."""
         session = self._workers.sessions.get(worker)
         if session is not None:
             self.tasks.start(self._expire_unless_seen(session, session.last_seen))
@@ -174,7 +174,7 @@ class LeaseManager:
         await self._store.release([lease.token for lease in await leasing])
 
     def _takes_suspects(self, session: WorkerSession) -> bool:
-        """Return whether a worker must take suspects. At most half of the workers do."""
+        """Return whether a worker must take suspects (jobs that crashed with a worker). At most half of them do."""
         if not self.suspect_models & set(session.models):
             return False
         sessions = self._workers.sessions.values()
@@ -182,7 +182,7 @@ class LeaseManager:
         return quarantined < (len(sessions) + 1) // 2
 
     def _start(self, session: WorkerSession, lease: Lease) -> Lease:
-        """Record a new lease; return it with all events that subscribers have seen."""
+        """Record a new lease of a worker; return it with all events that subscribers have read as its log."""
         job = self._jobs.adopt(lease.job.id, lease.job.model, lease.job.tenant)
         catch_up(job, lease.log)
         first = job.submitted_at > 0 and not job.started_at
@@ -220,7 +220,7 @@ class LeaseManager:
         return states
 
     async def _is_of(self, worker: str, lease_token: LeaseToken) -> bool:
-        """Return whether a lease is, or was last, this worker's."""
+        """Return whether the job's newest lease has this token and belongs, or belonged, to this worker."""
         if self._is_local(worker, lease_token):
             return True
         snapshot = await self._store.snapshot(lease_token.id)
@@ -247,7 +247,7 @@ class LeaseManager:
         return positions
 
     async def _adopt(self, session: WorkerSession, lease_token: LeaseToken) -> ActiveJob | None:
-        """Return the job of a valid lease, including a lease that another gateway gave; else None."""
+        """Return the job of a worker's lease, which another gateway may have given; None if the lease is not valid."""
         job = self._jobs.get(lease_token.id)
         if job is None or not self._is_local(session.name, lease_token):
             job = await self._load(session.name, lease_token)
@@ -257,7 +257,7 @@ class LeaseManager:
         return job
 
     async def _load(self, worker: str, lease_token: LeaseToken) -> ActiveJob | None:
-        """Read the job of a valid lease from the store; None if the lease is not valid."""
+        """Read the job of a worker's lease from the store and return it; None if the lease is not valid."""
         if not await self._is_of(worker, lease_token):
             return None
         if (await self._store.renew([lease_token]))[lease_token.id] != "ok":
@@ -299,14 +299,16 @@ class LeaseManager:
         outcome: Any,
         error: MoesaicError | None,
     ) -> bool | None:
-        """Finish a job; return whether it was accepted, or None if the job has ended or was leased again."""
+        """End a job; return whether the store accepted it, or None if the job has ended before or was leased again."""
         state: Literal["done", "failed"] = "failed" if error else "done"
         result = msgspec.json.encode(wire.JobResult(outcome, wire.error_info(error) if error else None))
         async with job.write_lock:
             if job.ended or job.fence != lease_token.fence:
                 return None
             if start > len(job.events):
-                raise Conflict(f"only {len(job.events)} events of this job have arrived: send the others first")
+                raise Conflict(
+                    f"only the first {len(job.events)} events of this job have arrived: send the others first"
+                )
             complete = [*job.events, *events[len(job.events) - start :]]
             count = len(complete) - job.persisted
             last = LogRecord(job.persisted, count, wire.pack_events(complete[job.persisted :]))
@@ -343,7 +345,7 @@ class LeaseManager:
             self._remove_lease(session, lease_token)
 
     async def _requeue(self, leases: Sequence[LeaseToken]) -> None:
-        """Queue jobs again without counting a crash."""
+        """Queue the jobs of these leases again without counting a crash."""
         local = [job for token in leases if (job := self._jobs.get(token.id)) and job.fence == token.fence]
         await self._jobs.flush(local)
         await self._store.release(leases)
@@ -354,7 +356,7 @@ class LeaseManager:
         self._workers.wake()
 
     def _remove_lease(self, session: WorkerSession, lease_token: LeaseToken) -> None:
-        """Record that a worker does not have a lease any more."""
+        """Record in memory that a worker no longer has a lease."""
         job = self._jobs.get(lease_token.id)
         if job is not None and self._is_local(session.name, lease_token):
             job.worker = ""
@@ -377,7 +379,7 @@ class LeaseManager:
                 self._workers.unregister(session.name)
 
     async def expire(self, statuses: Sequence[LeaseStatus]) -> None:
-        """Expire leases of one worker that it lost at the same time. Their jobs become suspects, or die."""
+        """Expire leases that one worker lost at the same time. Their jobs become suspects, or dead letters."""
         if not statuses:
             return
         tokens = {status.lease_token for status in statuses}

@@ -10,15 +10,15 @@ from moesaic.cluster.active_job import ActiveJob
 from moesaic.cluster.jobs import LogRecord, Store
 
 FLUSH_SECONDS = 1.0
-"""Maximum time for which an event is not on disk."""
+"""An event is written to the store at most this number of seconds after it was received."""
 FLUSH_EVENTS = 256
-"""Maximum number of events of a job that are not on disk."""
+"""The events of a job are written at once when this number of them is not on disk."""
 SHARED_FLUSH_SECONDS = 0.05
-"""Maximum time for a job whose client may be connected to another gateway."""
+"""As FLUSH_SECONDS, for a job of a shared store whose client may be connected to another gateway."""
 
 
 class LogFlusher:
-    """Writes events to the store when they are due."""
+    """Writes the events of running jobs to the store when they are due."""
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store, self._clock = store, clock
@@ -26,7 +26,7 @@ class LogFlusher:
         """Seconds between two checks for due jobs."""
 
     def due(self, jobs: Iterable[ActiveJob]) -> list[ActiveJob]:
-        """Return the jobs whose events must be written now."""
+        """Return those of the jobs whose new events must be written now."""
         now = self._clock()
         return [job for job in jobs if job.worker and not job.ended and self._is_due(job, now)]
 
@@ -36,10 +36,10 @@ class LogFlusher:
         return unwritten >= FLUSH_EVENTS or (unwritten > 0 and now - job.flushed_at >= seconds)
 
     async def flush(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
-        """Write all events that are not on disk; return the jobs whose leases are not valid, which were not written.
+        """Write the jobs' events that are not on disk. Return jobs without a valid lease, which were not written.
 
         Raises:
-            Unavailable: as far as is known, nothing was written.
+            Unavailable: the store did not confirm the write, which may be repeated.
         """
         async with contextlib.AsyncExitStack() as locks:
             for job in sorted(set(jobs), key=lambda job: job.id):
@@ -69,7 +69,7 @@ def _unwritten(job: ActiveJob) -> LogRecord:
 
 
 def catch_up(job: ActiveJob, records: Sequence[LogRecord]) -> None:
-    """Bring a job's events up to date with records of its log."""
+    """Add the events in ``records``, which were read from the job's log in the store, to a followed job."""
     for record in records:
         job.reconcile(record.start, wire.unpack_events(record.blob))
         job.persisted = max(job.persisted, record.start + record.count)

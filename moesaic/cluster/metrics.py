@@ -16,11 +16,11 @@ WAIT_BUCKETS = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
     *(10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0),
 )
-"""Bucket bounds of the queueing time, in seconds."""
+"""Upper bounds of the histogram buckets of the queueing time, in seconds."""
 
 
 class ClusterCollector:
-    """Additional collector for ``serve.metrics.Metrics``, called for each scrape."""
+    """Collector of a gateway's metrics. ``serve.metrics.Metrics`` calls it for each scrape."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway

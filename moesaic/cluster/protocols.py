@@ -1,8 +1,8 @@
 """Interfaces of the gateway: ``JobService`` for clients that poll, ``WorkerService`` for workers.
 
 ``backend.Backend`` serves an API whose client waits for the answer. ``JobService`` serves an API whose client gets a
-job id and polls. ``WorkerService`` serves workers of every protocol: ours over ``/worker/...``, AIME's over
-``/worker_job_request``.
+job id and polls. ``WorkerService`` serves workers of every protocol: Moesaic's over ``/worker/...``, and that of the
+AIME API server over ``/worker_job_request``.
 """
 
 from __future__ import annotations
@@ -18,55 +18,55 @@ from moesaic.errors import MoesaicError
 LEASE_SECONDS = 10.0
 """A lease expires when it has not been renewed for this time."""
 RENEW_FRACTION = 0.2
-"""Workers renew their leases after this fraction of a lease."""
+"""A worker renews its leases at intervals of this fraction of the lease's duration."""
 STALL_SECONDS = 30.0
-"""A worker with work is stalled when its step counter has not changed for this time."""
+"""A worker with running jobs is stalled when its engine's step counter has not changed for this time."""
 
 LogPosition = tuple[int, int]
-"""Numbers of a job's events that a gateway has received, and that are on disk."""
+"""The number of a job's events that the gateway has received, and the number of those that are on disk."""
 
 
 @dataclass(frozen=True)
 class JobProgress:
-    """The progress of a job."""
+    """The progress of a job, as a poll returns it."""
 
     id: str
     model: str
     state: JobState
     queue_position: int = 0
-    """Of a queued job: the number of jobs that go first."""
+    """Number of queued jobs that are leased before this one; 0 if this one is not queued."""
     estimate: float | None = None
     """Estimated number of seconds until the job is done; None if unknown."""
     texts: tuple[str, ...] = ()
-    """The text so far of each answer."""
+    """The text so far of each of the request's answers."""
     tokens: tuple[int, ...] = ()
-    """The number of generated tokens of each answer."""
+    """The number of tokens generated so far for each of the request's answers."""
     prompt_tokens: int = 0
     finished: tuple[Finished, ...] = ()
     """The ``Finished`` events of the answers, once the job is done."""
     error: MoesaicError | None = None
     """The error of a job that failed, was cancelled or is dead."""
     submitted_at: float = 0.0
-    """Seconds since the epoch by this gateway's clock; 0 if unknown."""
+    """Time of the submission in seconds since the epoch, by this gateway's clock; 0 if unknown."""
     started_at: float = 0.0
-    """Seconds since the epoch; 0 if unknown."""
+    """Time of the newest lease in seconds since the epoch; 0 if unknown."""
     finished_at: float = 0.0
-    """Seconds since the epoch; 0 if unknown."""
+    """Time of the end in seconds since the epoch; 0 if unknown."""
 
 
 class JobService(Protocol):
-    """Submission and polling of jobs. A method raises NotFound for an unknown job and for another tenant's job."""
+    """The gateway's interface for clients that poll. It raises NotFound for an unknown job and another tenant's job."""
 
     async def submit(self, request: GenerationRequest) -> str:
         """Store a request durably; return its job id."""
         ...
 
     async def progress(self, job_id: str, tenant: str) -> JobProgress:
-        """Return the progress of a job. An ended job can be polled until the store drops it."""
+        """Return the progress of a job of this tenant. An ended job can be polled until the store drops it."""
         ...
 
     async def follow(self, job_id: str, tenant: str) -> ResponseStream:
-        """Return all events of a job, past and future. Cancelling the stream does not cancel the job."""
+        """Return a stream of all events of a job, past and future. Cancelling the stream does not cancel the job."""
         ...
 
     async def cancel(self, job_id: str, tenant: str) -> JobState:
@@ -80,28 +80,28 @@ class JobService(Protocol):
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """The registration of a worker."""
+    """What a worker tells a gateway about itself when it registers."""
 
     name: str
-    """Unique among connected workers. A worker with the same name replaces it, and leases that it does not list
-    expire."""
+    """Unique among connected workers. A new worker replaces an old one of the same name. The old one's leases expire if
+    the new worker does not list them."""
     models: tuple[ModelInfo, ...]
-    """The models that it offers."""
+    """The models that the worker offers."""
     slots: int = 1
     """Maximum number of concurrent jobs."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Machine, versions and backend, for administrators only."""
     owner: str = ""
-    """The name of the worker's key."""
+    """The name of the worker's API key."""
     instance: str = ""
-    """Random id of the worker's process: the same process that registers again has lost only its connection."""
+    """Random id of the worker's process. If it registers again with the same id, it has lost only its connection."""
     answers_queries: bool = False
-    """Whether it answers the queries in ``Assignment.queries``."""
+    """Whether the worker answers the queries in ``Assignment.queries``."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """A question to a worker that is not stored on disk, such as the tokens of a prompt."""
+    """A short operation for a worker, such as tokenizing a prompt. Unlike a job, it is not stored on disk."""
 
     id: str
     model: str
@@ -112,20 +112,22 @@ class Query:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The response to a worker's long poll."""
+    """The response to a worker's long poll for work."""
 
     leases: tuple[Lease, ...] = ()
     """New jobs to run."""
     cancel: tuple[str, ...] = ()
-    """Ids of its jobs that it must stop: they were cancelled, or leased to another worker."""
+    """Ids of jobs that the worker must stop: they were cancelled, or leased to another worker."""
     queries: tuple[Query, ...] = ()
 
 
 class WorkerService(Protocol):
-    """The worker side of the gateway. A method raises NotFound for an unregistered worker, which registers again."""
+    """The gateway's interface for workers. It raises NotFound for an unregistered worker, which must register again."""
 
     async def register(self, info: WorkerInfo, leases: Sequence[LeaseToken] = ()) -> Mapping[str, LogPosition | None]:
-        """Register a worker that still has ``leases``; return each job's log position, or None if it lost the lease.
+        """Register a worker that still has ``leases``; return the log position of each job, by id.
+
+        It is None if the worker has lost the lease of the job.
 
         Raises:
             Forbidden: an administrator has banned the worker.
@@ -135,24 +137,27 @@ class WorkerService(Protocol):
     async def lease(self, worker: str, free_slots: int, wait_seconds: float) -> Assignment:
         """Wait up to ``wait_seconds`` for jobs to run, jobs to cancel, or queries.
 
-        At most ``free_slots`` jobs are leased, and never more than the worker's unused slots. A draining worker passes
-        0.
+        At most ``free_slots`` jobs are leased, and never more than the worker's unused slots. A worker that drains
+        passes 0, and still gets cancellations and queries.
         """
         ...
 
     async def renew(
         self, worker: str, leases: Sequence[LeaseToken], stats: Mapping[str, ModelStats]
     ) -> Mapping[str, RenewState]:
-        """Renew leases and report the worker's engine statistics; their step counters show that it makes progress."""
+        """Renew leases; return their states by job id, as ``Store.renew`` does.
+
+        ``stats`` are the engine statistics by model. Their step counters show that the worker makes progress.
+        """
         ...
 
     async def append_events(
         self, worker: str, batches: Mapping[LeaseToken, tuple[int, Sequence[Event]]]
     ) -> Mapping[str, LogPosition | None]:
-        """Receive events of jobs, each batch with the number of its first event in the job's log.
+        """Receive new events of jobs; return the log position of each job, by id.
 
-        Return each job's log position: the worker continues behind the received events and may forget the persisted
-        ones. None means that the worker has lost the lease.
+        A batch is the number of its first event in the job's log, and the events. The worker next sends the events
+        after those received, and may forget those on disk. None means that the worker has lost the lease.
         """
         ...
 
@@ -165,17 +170,20 @@ class WorkerService(Protocol):
         outcome: Any = None,
         error: MoesaicError | None = None,
     ) -> bool:
-        """Finish a job with its last events, an outcome or an error; return whether the result was accepted."""
+        """End a job with its last events, and an outcome or an error; return whether the lease was valid.
+
+        ``start`` is the number of the first of ``events`` in the job's log.
+        """
         ...
 
     async def answer_query(
         self, worker: str, query_id: str, outcome: Any = None, error: MoesaicError | None = None
     ) -> None:
-        """Receive the answer to a query. The answer to an unknown query is ignored."""
+        """Receive the outcome or the error of a query. The answer to an unknown query is ignored."""
         ...
 
     async def release(self, worker: str, leases: Sequence[LeaseToken], *, leaving: bool = False) -> None:
-        """Give leases back without counting a crash; a ``leaving`` worker gets no further jobs."""
+        """Give a worker's leases back without counting a crash. A ``leaving`` worker gets no further jobs."""
         ...
 
     async def unregister(self, worker: str) -> None:

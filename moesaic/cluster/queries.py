@@ -15,9 +15,9 @@ from moesaic.cluster.workers import PendingQuery, WorkerRegistry, WorkerSession
 from moesaic.errors import Unavailable
 
 WORKER_SECONDS = 3.0
-"""Maximum time to wait for a worker that offers the model."""
+"""Maximum seconds to wait until a worker that offers the model registers."""
 ANSWER_SECONDS = 10.0
-"""Maximum time to wait for the answer."""
+"""Maximum seconds to wait for the answer to a query."""
 
 
 class WorkerQueries:
@@ -27,7 +27,7 @@ class WorkerQueries:
         self._workers = workers
 
     async def find_worker(self, model: str) -> WorkerSession | None:
-        """Return the worker with the fewest pending queries that can answer a query; None if there is none.
+        """Return the worker of a model that can answer a query, with the fewest pending ones; None if there is none.
 
         If no worker offers the model, wait up to ``WORKER_SECONDS`` for one to register.
         """
@@ -43,11 +43,11 @@ class WorkerQueries:
         return min(able, key=lambda session: len(session.queries), default=None)
 
     async def ask(self, session: WorkerSession, model: str, kind: str, body: bytes) -> Any:
-        """Send a query to a worker and return its answer.
+        """Send a query of this ``kind`` ("tokenize" or "detokenize") to a worker; return its answer.
 
         Raises:
             Unavailable: the worker was lost, or did not answer in time.
-            MoesaicError: any error of the worker.
+            MoesaicError: the worker answered with this error.
         """
         query = Query(secrets.token_urlsafe(9), model, kind, body)
         pending = PendingQuery(query, asyncio.get_running_loop().create_future())

@@ -25,14 +25,14 @@ from moesaic.serve.json_body import decode_json_fast
 from moesaic.serve.keys import ANONYMOUS
 
 MESSAGE_BYTES = 16 << 20
-"""Maximum size of a worker's message."""
+"""Maximum size of a worker's message in bytes."""
 MAX_WAIT_SECONDS = 25.0
-"""Maximum duration of a worker's long poll."""
+"""Maximum duration of a worker's long poll for work, in seconds."""
 MAX_NAME_CHARS = 128
 
 
 def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
-    """Return the routes of a gateway."""
+    """Return the routes of a gateway for workers and for its jobs."""
     workers, jobs = _WorkerRoutes(gateway.leases), _JobRoutes(gateway)
 
     def route(path: str, run: Any, body: Any, summary: str, decode: Any = None) -> Endpoint:
@@ -63,7 +63,7 @@ def endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
 
 
 def _worker_name(context: RequestContext, name: str) -> str:
-    """Return the full name of a worker. It begins with the key's name, so no key can use another key's workers."""
+    """Return a worker's full name. It begins with its API key's name, so no key can use another key's workers."""
     if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
         raise InvalidParameter("name", f"is {name!r:.40}, expected up to {MAX_NAME_CHARS} printable characters")
     return name if context.key is ANONYMOUS else f"{context.key.name}/{name}"
@@ -83,7 +83,7 @@ class _WorkerRoutes:
         message: wire.RegisterRequest = context.body
         refused = {model.name for model in message.models} - set(context.key.models) if context.key.models else set()
         if refused:
-            raise Forbidden(f"this key may not offer {', '.join(sorted(refused)):.100}")
+            raise Forbidden(f"this worker's API key may not offer {', '.join(sorted(refused)):.100}")
         if not message.models:
             raise InvalidParameter("models", "is empty, expected at least one model")
         if message.slots < 1:
@@ -163,7 +163,7 @@ class _WorkerRoutes:
 
 
 class _JobRoutes:
-    """Job routes for clients."""
+    """Routes with which clients follow and cancel their jobs."""
 
     def __init__(self, jobs: JobService) -> None:
         self._jobs = jobs
@@ -190,7 +190,7 @@ class _JobRoutes:
         return Response({"id": job_id, "object": "job", "state": state})
 
     async def events(self, context: RequestContext) -> AnyResponse:
-        """Stream the numbered events of a job in the worker protocol's format; ``Last-Event-ID`` resumes behind one."""
+        """Stream the numbered events of a job as JSON. ``Last-Event-ID`` resumes after the event with that number."""
         last = context.header(b"last-event-id") or ""
         after = int(last) if last.isascii() and last.isdigit() and len(last) < 10 else -1
         subscription = await self._jobs.follow(context.path_parameters["id"], context.key.name)

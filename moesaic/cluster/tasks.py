@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class BackgroundTasks:
-    """The background tasks of one gateway, which end together."""
+    """The background tasks of one gateway. ``close`` ends them all."""
 
     def __init__(self) -> None:
         self._closed = False
@@ -38,7 +38,7 @@ class BackgroundTasks:
         """Run a coroutine to its end, even if the caller is cancelled.
 
         Raises:
-            Unavailable: the tasks are closed; the coroutine was not started.
+            Unavailable: ``close`` was called; the coroutine was not started.
         """
         if self._closed:
             work.close()
@@ -66,7 +66,7 @@ class BackgroundTasks:
 
 
 class HasTasks(Protocol):
-    """An object whose shielded methods run as tasks of ``tasks``."""
+    """An object with methods that are decorated with ``shielded``; they run as tasks of ``tasks``."""
 
     @property
     def tasks(self) -> BackgroundTasks: ...
@@ -78,7 +78,10 @@ S = TypeVar("S", bound=HasTasks)
 def shielded(
     method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
-    """Run a method to its end even if its caller is cancelled: memory must follow what was written to the store."""
+    """Decorate a method so that it runs to its end even if its caller is cancelled.
+
+    Otherwise, a cancellation after a write to the store would leave this process's memory out of date.
+    """
 
     @wraps(method)
     async def run(self: S, /, *args: P.args, **named: P.kwargs) -> T:

@@ -23,12 +23,12 @@ _REQUEST = msgspec.json.Decoder(GenerationRequest)
 
 
 def pack_events(events: Sequence[Event]) -> bytes:
-    """Return the bytes of events in a job's log."""
+    """Encode events as JSON, for a job's log."""
     return msgspec.json.encode(events)
 
 
 def unpack_events(blob: bytes) -> list[Event]:
-    """Return the events in a part of a job's log.
+    """Decode the events of a record in a job's log.
 
     Raises:
         InvalidRequest: the bytes are not a list of events.
@@ -38,12 +38,12 @@ def unpack_events(blob: bytes) -> list[Event]:
 
 
 def pack_request(request: GenerationRequest) -> bytes:
-    """Return the bytes of a request in a job's body."""
+    """Encode a request as JSON, for a job's body."""
     return msgspec.json.encode(request)
 
 
 def unpack_request(body: bytes) -> GenerationRequest:
-    """Return the request in a job's body.
+    """Decode the request in a job's body.
 
     ``Sampling`` has tuples and integer keys, which JSON does not have; they are restored.
 
@@ -80,7 +80,7 @@ def unpack_embed(body: bytes) -> EmbedBody:
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error of ``moesaic.errors``."""
+    """An error of ``moesaic.errors`` as JSON: its class, message and attributes."""
 
     type: str
     message: str
@@ -97,21 +97,21 @@ ERROR_ATTRIBUTES = ("param", "retry_after", "tokens", "limit")
 
 
 class JobResult(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The outcome or the error of an ended job."""
+    """The outcome or the error of an ended job, as the job store keeps it."""
 
     outcome: Any = None
     error: ErrorInfo | None = None
 
 
 def error_info(error: BaseException) -> ErrorInfo:
-    """Return an error for the wire. An error outside ``moesaic.errors`` is replaced: it may contain secrets."""
+    """Return an error in the form for JSON. An error outside ``moesaic.errors`` is replaced: it may contain secrets."""
     if not isinstance(error, MoesaicError):
         return ErrorInfo("MoesaicError", "internal error of the worker: see its log")
     return ErrorInfo(type(error).__name__, str(error), *(getattr(error, name, None) for name in ERROR_ATTRIBUTES))
 
 
 def to_error(info: ErrorInfo) -> MoesaicError:
-    """Return the exception for an error; an unknown type becomes ``MoesaicError``."""
+    """Return the exception that ``info`` describes; an unknown type becomes ``MoesaicError``."""
     kind = getattr(errors, info.type, None)
     if not (isinstance(kind, type) and issubclass(kind, MoesaicError)):
         kind = MoesaicError
@@ -139,21 +139,21 @@ class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slots: Count = 1
     about: dict[str, Any] = {}
     leases: tuple[LeaseClaim, ...] = ()
-    """Leases that the worker still has."""
+    """Leases that the worker still has from an earlier connection."""
     instance: str = ""
     """Random id of the worker's process."""
     answers_queries: bool = False
-    """Whether the worker answers queries."""
+    """Whether the worker answers queries, such as tokenizing a prompt."""
 
 
 class RegisterResponse(msgspec.Struct, frozen=True):
     """Response to ``RegisterRequest``."""
 
     renew_seconds: float
-    """Interval in which the worker must renew its leases."""
+    """Seconds between two renewals of the worker's leases."""
     lease_seconds: float
     acknowledged: dict[str, tuple[int, int] | None] = {}
-    """For each job the numbers of events received and on disk; null: the worker has lost the lease."""
+    """By job id: the numbers of events that the gateway has received and has on disk; null if the lease is lost."""
 
 
 class LeaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,7 +165,7 @@ class LeaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LeasedJob(msgspec.Struct, frozen=True):
-    """A job to run. The worker continues behind the events of ``log``."""
+    """A job that the worker must run. If ``log`` has events, the worker continues the answer after them."""
 
     id: str
     fence: int
@@ -206,11 +206,11 @@ class RenewResponse(msgspec.Struct, frozen=True):
     """Response to ``RenewRequest``."""
 
     states: dict[str, str] = {}
-    """For each job "ok", "cancelled" or "fenced"; the worker must stop the latter two."""
+    """The state of each lease by job id: "ok", "cancelled" or "fenced". The worker must stop the latter two."""
 
 
 class EventBatch(msgspec.Struct, array_like=True, frozen=True):
-    """Events of one job, from number ``start`` of its log on."""
+    """New events of one job; the first one has number ``start`` in the job's log."""
 
     id: str
     fence: Number
@@ -229,11 +229,11 @@ class EventsResponse(msgspec.Struct, frozen=True):
     """Response to ``EventsRequest``."""
 
     acknowledged: dict[str, tuple[int, int] | None] = {}
-    """For each job the numbers of events received and on disk; null: the worker has lost the lease."""
+    """By job id: the numbers of events that the gateway has received and has on disk; null if the lease is lost."""
 
 
 class FinishRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /worker/finish``: the last events of a job, its outcome or its error. It may be sent again."""
+    """``POST /worker/finish``: the last events of a job, and its outcome or its error. A worker may send it again."""
 
     name: str
     id: str
@@ -252,7 +252,7 @@ class FinishResponse(msgspec.Struct, frozen=True):
 
 
 class AnswerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /worker/answer``: the outcome of a query, or an error."""
+    """``POST /worker/answer``: the outcome or the error of the query ``id``."""
 
     name: str
     id: str
@@ -261,7 +261,7 @@ class AnswerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /worker/release``: a worker gives leases back; with ``unregister`` it leaves."""
+    """``POST /worker/release``: a worker gives leases back. With ``unregister``, it also leaves the gateway."""
 
     name: str
     leases: tuple[LeaseClaim, ...] = ()
@@ -269,10 +269,10 @@ class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def decode(decoder: msgspec.json.Decoder[T], content: bytes) -> T:
-    """Decode a message.
+    """Decode the JSON of a message.
 
     Raises:
-        InvalidRequest: the message does not have the expected type.
+        InvalidRequest: the JSON is invalid or does not have the expected type.
     """
     try:
         return decoder.decode(content)

@@ -22,7 +22,7 @@ log = logging.getLogger("moesaic.cluster")
 
 @dataclass(eq=False)
 class PendingQuery:
-    """A query that a worker has not answered yet."""
+    """A query that a worker has not answered yet, and the future for its answer."""
 
     query: Query
     answer: asyncio.Future[Any]
@@ -31,33 +31,33 @@ class PendingQuery:
 
 @dataclass(eq=False)
 class WorkerSession:
-    """A connected worker."""
+    """The state of a connected worker."""
 
     info: WorkerInfo
     models: tuple[str, ...]
     leases: dict[str, int] = field(default_factory=dict)
-    """Fences of its leases, by job id."""
+    """The fences of the worker's leases, by job id."""
     cancelled: set[str] = field(default_factory=set)
-    """Ids of jobs that it must be told to stop."""
+    """Ids of jobs that the worker must be told to stop."""
     queries: dict[str, PendingQuery] = field(default_factory=dict)
-    """Unanswered queries, by id."""
+    """Queries to the worker that it has not answered, by id."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when its long poll may have something to return."""
+    """Set when the worker's long poll may have something to return."""
     stats: Mapping[str, ModelStats] = field(default_factory=dict)
     quarantined: bool = False
-    """Whether its leases are suspects, so that it gets no other jobs."""
+    """Whether the worker runs suspects (jobs that crashed with a worker); it then gets no other jobs."""
     connected_at: float = field(default_factory=time.time)
-    """Seconds since the epoch."""
+    """Time of the registration, in seconds since the epoch."""
     last_seen: float = 0.0
-    """Time of its last request, by the registry's clock."""
+    """Time of the worker's last request, by the registry's clock."""
     last_step: float = 0.0
-    """Time at which its engine last made a step or had no work, by the registry's clock."""
+    """Time at which the worker's engine last made a step or had no work, by the registry's clock."""
     stalled: bool = False
-    """Whether its engine makes no steps; it gets no jobs until it does."""
+    """Whether the worker's engine has work but makes no steps. It gets no jobs until it makes steps again."""
     leaving: bool = False
-    """Whether it is about to unregister; it gets no jobs."""
+    """Whether the worker is about to unregister; it gets no jobs."""
     drained: bool = False
-    """Whether an administrator has drained it; it gets no jobs."""
+    """Whether an administrator has drained the worker; it gets no jobs."""
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class WorkerSession:
         self.stats = stats
 
     def remove_lease(self, lease_token: LeaseToken) -> None:
-        """Forget a lease and wake the long poll, because a slot may be free."""
+        """Forget a lease that the worker no longer has, and wake its long poll, because a slot may be free."""
         if self.leases.get(lease_token.id) == lease_token.fence:
             del self.leases[lease_token.id]
         self.wake.set()
@@ -99,7 +99,7 @@ class WorkerSession:
         return tuple(item.query for item in pending)
 
     def answer_query(self, query_id: str, outcome: Any, error: MoesaicError | None) -> None:
-        """Pass the answer of a query on to its caller, if the caller still waits."""
+        """Pass the outcome or the error of a query on to its caller, if the caller still waits."""
         pending = self.queries.pop(query_id, None)
         if pending is None or pending.answer.done():
             return
@@ -109,13 +109,13 @@ class WorkerSession:
             pending.answer.set_result(outcome)
 
     def fail_queries(self) -> None:
-        """Fail all unanswered queries, because the worker has left."""
+        """Fail all unanswered queries with ``Unavailable``, because the worker has left."""
         for query_id in list(self.queries):
             self.answer_query(query_id, None, Unavailable("the worker was lost: try again"))
 
 
 class WorkerRegistry:
-    """Registry of connected workers."""
+    """Registry of the workers that are connected to a gateway."""
 
     def __init__(self, models: Sequence[str] = (), clock: Callable[[], float] = time.monotonic) -> None:
         """Create an empty registry.
@@ -128,23 +128,23 @@ class WorkerRegistry:
         self.sessions: dict[str, WorkerSession] = {}
         """The connected workers, by name."""
         self.models: dict[str, ModelInfo] = {}
-        """Every model that a worker has offered or that was named at the start."""
+        """Every model that a worker has offered, that a job names, or that was named at the start; by name."""
         self.drained: set[str] = set()
         """Names of drained workers. The state survives reconnects and ends with this process."""
         self.banned: set[str] = set()
         """Names of banned workers. The state survives reconnects and ends with this process."""
         self.registered = asyncio.Event()
-        """Pulsed when a worker registers."""
+        """Set and cleared at once when a worker registers, to wake those that wait for it."""
         self._past: dict[str, ModelStats] = {}  # counters of workers that have left
         self.add_models(models)
 
     def add_models(self, names: Iterable[str]) -> None:
-        """Add models that no worker offers yet."""
+        """Add models by name that no worker offers yet; known models stay as they are."""
         for name in names:
             self.models.setdefault(name, ModelInfo(name, state="unloaded"))
 
     def find_model(self, name: str) -> ModelInfo:
-        """Return the model of a name or alias; "" means the first one.
+        """Return the model with this name or alias; "" means the first model.
 
         Raises:
             Unavailable: no model is known yet. NotFound: there is no such model.
@@ -159,7 +159,7 @@ class WorkerRegistry:
         raise NotFound(f"unknown model {name!r:.120}; available models: {', '.join(list(self.models)[:20])}")
 
     def register(self, info: WorkerInfo) -> tuple[WorkerSession, WorkerSession | None]:
-        """Add a worker; return its session, and the session that it replaces.
+        """Add a worker; return its session, and the session of that name which it replaces, or None.
 
         Raises:
             Forbidden: the worker is banned.
@@ -203,14 +203,14 @@ class WorkerRegistry:
             self.models[name] = replace(self.models[name], state="unloaded")
 
     def session(self, name: str) -> WorkerSession:
-        """Return the session of a worker that has just sent a request.
+        """Return the session of a worker that has just sent a request, and record the time of the request.
 
         Raises:
             NotFound: the worker is not registered.
         """
         session = self.sessions.get(name)
         if session is None:
-            raise NotFound(f"unknown worker {name!r:.80}: register first")
+            raise NotFound(f"the worker {name!r:.80} is not registered: register first")
         session.last_seen = self.clock()
         return session
 
@@ -224,7 +224,7 @@ class WorkerRegistry:
             session.wake.set()
 
     def cancel(self, name: str, job_id: str) -> None:
-        """Tell a worker, if it is connected, to stop a job."""
+        """Tell a worker, if it is connected, to stop a job, and forget the job's lease."""
         session = self.sessions.get(name)
         if session is not None:
             session.leases.pop(job_id, None)
@@ -232,7 +232,7 @@ class WorkerRegistry:
             session.wake.set()
 
     def slots(self, model: str = "") -> int:
-        """Return the number of jobs that can run at the same time; "" means all models together."""
+        """Return the number of jobs of a model that workers can run at the same time; "" means of all models."""
         return sum(session.info.slots for session in self.offering(model))
 
     def stats(self) -> Mapping[str, ModelStats]:
@@ -259,7 +259,7 @@ class WorkerRegistry:
         """Lift the drain and the ban of a worker.
 
         Raises:
-            NotFound: there is no such worker, and none of that name was drained or banned.
+            NotFound: no worker of that name is connected, drained or banned.
         """
         self._check_known(name)
         self.drained.discard(name)
@@ -292,7 +292,7 @@ class WorkerRegistry:
 
 
 def is_same_instance(one: WorkerSession, other: WorkerSession) -> bool:
-    """Return whether two sessions belong to the same process of a worker."""
+    """Return whether two sessions belong to the same process, by its random id."""
     return one.info.instance == other.info.instance != ""
 
 

@@ -356,7 +356,7 @@ TLS = {
     "TLS 1.1": (lambda: context(CA.issue_cert("127.0.0.1"), ssl.TLSVersion.TLSv1_1), "https", "SSL"),
     "plaintext to TLS": (lambda: context(CA.issue_cert("127.0.0.1")), "http", "Disconnected|reset|HTTP"),
     "TLS to plaintext": (lambda: None, "https", "SSL|WRONG_VERSION"),
-    "sound": (lambda: context(CA.issue_cert("127.0.0.1")), "https", "the gateway answered 503"),
+    "sound": (lambda: context(CA.issue_cert("127.0.0.1")), "https", "the gateway responded with status 503"),
 }
 
 

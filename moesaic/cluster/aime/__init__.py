@@ -1,7 +1,10 @@
-"""AIME's API server protocol: AIME's clients and workers at this gateway, and Moesaic workers at AIME's server.
+"""Compatibility with the AIME API server, a job server for inference by the company AIME.
+
+A Moesaic gateway serves clients and workers that were written for that server ("AIME API clients" and "AIME API
+workers"). A Moesaic worker can also run jobs of that server.
 
 ``settings`` reads endpoint definitions. ``parameters`` checks request parameters and ``conversation`` converts them.
 ``credentials`` checks keys and sessions. ``clients`` and ``workers`` contain the gateway's routes. ``aime_worker`` and
-``aime_worker_pool`` keep the state of AIME's workers. ``worker`` connects a Moesaic model to AIME's server.
-docs/how-to/aime.md lists the differences from AIME's own server.
+``aime_worker_pool`` keep the state of AIME API workers. ``worker`` connects a Moesaic model to the AIME API server.
+docs/how-to/aime.md lists the differences from the AIME API server.
 """

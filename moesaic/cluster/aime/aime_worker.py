@@ -1,4 +1,4 @@
-"""State of one AIME worker that is connected to this gateway, and of its jobs.
+"""State of a worker that speaks the protocol of the AIME API server and is connected to this gateway, and of its jobs.
 
 Each update from such a worker contains the job's whole text so far; ``AimeJob`` extracts the new part. This module does
 not depend on HTTP.
@@ -20,20 +20,21 @@ from moesaic.errors import MoesaicError, Unavailable
 
 @dataclass
 class AimeJob:
-    """A job that runs on an AIME worker. Times are in seconds of the monotonic clock."""
+    """A job that runs on an AIME API worker. Times are in seconds of the monotonic clock."""
 
     id: str
     """The job's id at the worker. A job that is leased to the same worker again gets a new id."""
     lease_token: LeaseToken
     data: Mapping[str, Any]
+    """The parameters of the job, as they are sent to the worker."""
     previous_text: str
     """Text that was generated under earlier leases."""
     previous_tokens: int
     """Number of tokens that were generated under earlier leases."""
     text: str
-    """The whole text so far, including ``previous_text``."""
+    """The whole text of the answer so far, including ``previous_text``."""
     logged: int
-    """Number of events in the job's log."""
+    """Number of the job's events that the gateway has in the job's log."""
     last_update: float
     """Time of the worker's last update of this job."""
     prompt_tokens: int = 0
@@ -43,16 +44,16 @@ class AimeJob:
     """Time since which the worker seems to have lost the job; None if it has the job."""
 
     def continuation(self, text: str, *, final: bool = False) -> str | None:
-        """Return the part of a worker's text that is new; None if the text contradicts the text so far."""
+        """Return what is new in a worker's text (``final``: its result); None if the text contradicts ``self.text``."""
         # An update can end within a character; the next one has the rest of it.
         whole = self.previous_text + (text if final else text.rstrip("\ufffd"))
         if whole.startswith(self.text):
             return whole[len(self.text) :]
-        # AIME's workers strip white space and stop words from the final text, after updates have contained them.
+        # AIME API workers strip white space and stop words from the final text, after updates have contained them.
         return "" if final and self.text.strip().startswith(whole.strip()) and whole.strip() else None
 
     def record_update(self, data: Mapping[str, Any], *, final: bool = False) -> None:
-        """Append the new events of a worker's update to ``pending``. Ignore a text that contradicts the text so far."""
+        """Add the events of an update or, with ``final``, a result to ``pending``. A contradicting text is ignored."""
         context_tokens, generated = data.get("current_context_length"), data.get("num_generated_tokens")
         if type(context_tokens) is int and type(generated) is int and context_tokens > generated:
             self.prompt_tokens = self.prompt_tokens or context_tokens - generated
@@ -65,18 +66,18 @@ class AimeJob:
             self.pending.append(Delta(0, delta))
 
     def failure(self, data: Mapping[str, Any]) -> MoesaicError | None:
-        """Return the error of a worker's result, or None if the result is valid."""
+        """Return the error in a worker's result ``data``, or of an invalid result; None if the result is valid."""
         error, text = data.get("error"), data.get("text")
         if error:
             return MoesaicError(f"the worker failed: {str(error)[:500]}")
         if not isinstance(text, str):
-            return MoesaicError("the worker's result has no text")
+            return MoesaicError("the worker's result has no text: see the worker's log")
         if self.continuation(text, final=True) is None:
             return Unavailable("the worker's result contradicts its earlier updates: try again")
         return None
 
     def finished_event(self, data: Mapping[str, Any]) -> Finished:
-        """Return the last event of a job, from the worker's result."""
+        """Return the event that ends the answer, from the worker's result ``data``."""
         count, max_tokens = data.get("num_generated_tokens"), self.data.get("max_gen_tokens")
         generated = count if type(count) is int and count >= 0 else len(self.text) // 4
         prompt = data.get("prompt_length")
@@ -88,23 +89,23 @@ class AimeJob:
 
 @dataclass
 class AimeWorker:
-    """An AIME worker that is connected to this gateway. Times are in seconds of the monotonic clock."""
+    """An AIME API worker that is connected to this gateway. Times are in seconds of the monotonic clock."""
 
     name: str
     definitions: Sequence[Definition]
-    """The endpoints of the worker's job type."""
+    """The endpoints whose jobs the worker runs: those of its job type."""
     slots: int
     owner: str
     """The name of the worker's key."""
     legacy: bool
-    """Whether the worker requests jobs without a login, as AIME's older workers do."""
+    """Whether the worker requests jobs without a login, as older AIME API workers do."""
     about: Mapping[str, Any]
     last_seen: float
     jobs: dict[str, AimeJob] = field(default_factory=dict)
     steps: int = 0
-    """Counter that rises with each renewal, reported as progress."""
+    """Number of lease renewals. It stands in for the engine's step counter, which AIME API workers do not report."""
     pending_requests: int = 0
-    """Number of job requests that wait for a response."""
+    """Number of the worker's job requests (long polls) that wait for a response."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -113,7 +114,7 @@ class AimeWorker:
 
     @property
     def full_name(self) -> str:
-        """The worker's name in the registry of all workers."""
+        """The worker's name in the gateway's registry of the workers of all protocols."""
         return f"{self.owner}/aime:{self.definition.job_type}:{self.name}"
 
     @property
@@ -125,6 +126,6 @@ class AimeWorker:
         return [job.lease_token for job in self.jobs.values()]
 
     def info(self) -> WorkerInfo:
-        """Return the worker's registration."""
+        """Return the registration of this worker for ``WorkerService.register``."""
         models = tuple(ModelInfo(model, about={"worker": "aime"}) for model in self.models)
         return WorkerInfo(self.full_name, models, self.slots, self.about, self.owner)

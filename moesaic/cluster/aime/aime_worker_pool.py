@@ -1,6 +1,6 @@
-"""Pool of the AIME workers that are connected to this gateway.
+"""Pool of the AIME API workers (workers for the AIME API server) that are connected to this gateway.
 
-An AIME worker sends nothing between two updates, and each update contains the whole text so far. The gateway therefore
+Such a worker sends nothing between two updates, and each update contains the whole text so far. The gateway therefore
 renews the worker's leases until the endpoint's inactivity timeout, and appends only the new part of each text. If the
 worker or the gateway dies, another worker continues the job after the text so far. This module does not depend on HTTP.
 """
@@ -28,20 +28,20 @@ T = TypeVar("T")
 log = logging.getLogger("moesaic.cluster.aime")
 
 MAX_ENDED_JOBS = 10_000
-"""Maximum number of ended jobs that are remembered, because their results can arrive again."""
+"""Maximum number of ended jobs whose ids are remembered, because their results can arrive again."""
 REFUSAL_PAUSE_SECONDS = 1.0
-"""Seconds in which another worker can lease a job that AIME's workers do not support."""
+"""Pause of a worker that has only refused jobs, so that a worker of another protocol can lease them."""
 
 
 class AimeWorkerPool:
-    """Registry of AIME's workers, with a background task that renews their leases. It belongs to one event loop."""
+    """Registry of AIME API workers, with a background task that renews their leases. It belongs to one event loop."""
 
     def __init__(self, service: WorkerService, worker_count: Callable[[str], int], lease_seconds: float) -> None:
         """Create an empty pool.
 
         Args:
-            service: leases jobs to workers.
-            worker_count: returns the number of all workers that offer a model, AIME's included.
+            service: the gateway's interface for workers, which leases jobs to them.
+            worker_count: returns the number of all workers that offer a model, AIME API workers included.
             lease_seconds: a lease expires after this time without a renewal.
         """
         self._service, self._worker_count, self._clock = service, worker_count, time.monotonic
@@ -53,17 +53,17 @@ class AimeWorkerPool:
         self._renewals: asyncio.Task[None] | None = None
 
     def find(self, name: str, job_type: str = "") -> list[AimeWorker]:
-        """Return the connected workers with a name and, unless it is empty, a job type."""
+        """Return the connected workers of this name and job type; "" means any job type."""
         workers = self._workers.values()
         return [worker for worker in workers if worker.name == name and job_type in ("", worker.definition.job_type)]
 
     def worker_of(self, job_id: str) -> AimeWorker | None:
-        """Return the worker that holds a job."""
+        """Return the worker that runs a job; None if no AIME API worker runs it."""
         entry = self._jobs.get(job_id)
         return entry[0] if entry else None
 
     async def register(self, worker: AimeWorker) -> AimeWorker:
-        """Register a worker. If one of that name is registered, its jobs are lost."""
+        """Register a worker and return it. It replaces a worker of the same name, whose jobs are lost."""
         if old := self._workers.get(worker.full_name):
             self._forget(old)
         await self._service.register(worker.info())
@@ -84,7 +84,7 @@ class AimeWorkerPool:
             self._ended.popitem(last=False)
 
     async def _registered(self, worker: AimeWorker, work: Callable[[], Awaitable[T]]) -> T:
-        """Run an operation of a worker; register the worker again and retry if the service does not know it."""
+        """Return ``await work()``. If the gateway does not know the worker, register it again and retry once."""
         try:
             return await work()
         except NotFound:
@@ -99,7 +99,7 @@ class AimeWorkerPool:
     # Leasing jobs
 
     async def lease(self, worker: AimeWorker, free: int, wait: float) -> list[AimeJob]:
-        """Wait up to ``wait`` seconds for jobs, and lease at most ``free`` of them to a worker."""
+        """Wait up to ``wait`` seconds for jobs; lease at most ``free`` of them to the worker and return these."""
         worker.last_seen, until = self._clock(), self._clock() + wait
         if free >= worker.slots:  # the worker reports no running jobs
             for job in worker.jobs.values():
@@ -140,7 +140,7 @@ class AimeWorkerPool:
 
     def _start_job(self, worker: AimeWorker, lease: Lease) -> AimeJob:
         if lease.job.kind != "generate":
-            raise InvalidRequest(f"this model is served by AIME's workers, which do not support {lease.job.kind}")
+            raise InvalidRequest(f"this model is served by AIME API workers, which do not support {lease.job.kind}")
         request = wire.unpack_request(lease.job.body)
         events = [event for record in lease.log for event in wire.unpack_events(record.blob)]
         deltas = [event for event in events if isinstance(event, Delta)]
@@ -166,7 +166,7 @@ class AimeWorkerPool:
         return job
 
     async def _refuse(self, worker: AimeWorker, lease: Lease, error: InvalidRequest) -> None:
-        """Release a job that AIME's workers do not support; fail it if no other workers offer its model."""
+        """Release a job that AIME API workers do not support; end it with ``error`` if only they offer its model."""
         lease_token = lease.token
         aime_workers = sum(1 for candidate in self._workers.values() if lease.job.model in candidate.models)
         if self._worker_count(lease.job.model) > aime_workers:
@@ -178,7 +178,10 @@ class AimeWorkerPool:
     # Progress and results
 
     async def progress(self, updates: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        """Append the updates of jobs, given as pairs of job id and data; return the response to each update."""
+        """Append the new text of updates to the jobs' logs; return the response to each update.
+
+        An update is a pair of a job id and the worker's ``progress_data``.
+        """
         by_worker: dict[int, tuple[AimeWorker, list[tuple[AimeJob, Mapping[str, Any]]]]] = {}
         for job_id, data in updates:
             if entry := self._jobs.get(job_id):
@@ -189,7 +192,7 @@ class AimeWorkerPool:
         return [self._reply(job_id) for job_id, _ in updates]
 
     def _reply(self, job_id: str) -> dict[str, Any]:
-        # The id is echoed only together with ``canceled``, and once: AIME's workers fail on an id they do not expect.
+        # The id is echoed only together with ``canceled``, and once: AIME API workers fail on an id they do not expect.
         if self._ended.get(job_id):
             self._ended[job_id] = False
             return {"success": True, "job_id": job_id, "canceled": True}
@@ -222,7 +225,7 @@ class AimeWorkerPool:
             await self._service.release(worker.full_name, [job.lease_token])
 
     async def result(self, job_id: str, data: Mapping[str, Any]) -> bool:
-        """Finish a job with its worker's result; return False if the job is unknown."""
+        """End a job with the worker's result ``data``; return whether the job is known, running or ended."""
         entry = self._jobs.get(job_id)
         if entry is None:
             return job_id in self._ended
@@ -244,7 +247,7 @@ class AimeWorkerPool:
     # Renewing leases
 
     async def _renew_until_empty(self) -> None:
-        """Renew all leases and remove silent workers, until the pool is empty."""
+        """Renew the leases of all workers and remove silent workers, until the pool is empty."""
         while self._workers:
             await asyncio.sleep(self._renew_seconds)
             for worker in list(self._workers.values()):
@@ -272,7 +275,7 @@ class AimeWorkerPool:
         await self._renew(worker)
 
     async def _reregister(self, worker: AimeWorker) -> None:
-        """Register a worker again that has lost jobs, probably in a restart. The lost jobs count as crashes."""
+        """Register a worker again without the jobs that it has lost, probably in a restart. They count as crashes."""
         for job in [job for job in worker.jobs.values() if job.missing_since]:
             self._drop(worker, job)
         self._drop_lost(worker, await self._service.register(worker.info(), worker.leases))
@@ -289,9 +292,9 @@ class AimeWorkerPool:
                 self._cancel(worker, (job.lease_token.id,))
 
     def _cancel(self, worker: AimeWorker, ids: Sequence[str]) -> None:
-        """Drop jobs whose leases the worker does not hold any more.
+        """Drop the jobs with these ids, whose leases the worker no longer holds.
 
-        Only legacy workers are notified: AIME's newer workers would stop the job but never free its slot.
+        Only legacy workers are told to stop them: newer AIME API workers would stop the job but never free its slot.
         """
         for job in [job for job in worker.jobs.values() if job.lease_token.id in ids]:
             self._drop(worker, job, cancelled=worker.legacy)

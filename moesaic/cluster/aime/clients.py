@@ -1,8 +1,8 @@
-"""Routes for AIME's clients: they submit a job and poll its progress, which contains the whole text each time.
+"""Routes for clients of the AIME API server: they submit a job and poll its progress, which has the whole text so far.
 
 The result of an ended job is returned to every poll until the store drops the job. A failed job is reported as a result
-with an error, because AIME's clients take any other response for a broken connection. The routes follow AIME's API
-server 0.9.6 and its clients in Python and JavaScript. docs/how-to/aime.md lists the differences.
+with an error, because AIME API clients take any other response for a broken connection. The routes follow the AIME
+API server 0.9.6 and its clients in Python and JavaScript. docs/how-to/aime.md lists the differences.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from moesaic.serve.sse import frame
 ENDED_STATES = ("done", "failed", "cancelled", "dead")
 STATES = {"queued": "queued", "leased": "processing"}
 STREAM_SECONDS = 0.2
-"""Minimum seconds between two events of a stream; each contains the whole text so far."""
+"""Minimum seconds between two events of a progress stream. Each event contains the whole text so far."""
 MAX_CHARGED_JOBS = 10_000
-"""Maximum number of jobs whose charged tokens are remembered."""
+"""Maximum number of jobs for which it is remembered how many tokens their key was charged for."""
 QUERY = {name: {"type": "string"} for name in ("job_id", "key", "client_session_auth_key")}
 STATUSES = {402: "The key is not allowed to do this, or there is no such job."}
-"""Additional statuses in the API description. AIME's clients expect 402 instead of 403."""
+"""Additional HTTP statuses in the OpenAPI description. AIME API clients expect 402 instead of 403."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ModelStatus:
 
 
 class ClientRoutes:
-    """Routes that all endpoints share, and their common state."""
+    """Routes for AIME API clients that belong to no endpoint, and the state that the routes of all endpoints share."""
 
     def __init__(self, jobs: JobService, definitions: Sequence[Definition]) -> None:
         self.jobs, self.definitions = jobs, check_definitions(definitions)
@@ -61,7 +61,7 @@ class ClientRoutes:
         self._charged: OrderedDict[str, int] = OrderedDict()
 
     def endpoints(self) -> list[Endpoint]:
-        """Return the common routes and those of each endpoint."""
+        """Return all routes for AIME API clients: the common ones and those of each endpoint."""
         out = []
         for method in ("GET", "POST"):
             out += [
@@ -84,7 +84,7 @@ class ClientRoutes:
         return ModelStatus(name, info, context.backend.stats().get(name, ModelStats()), self.jobs.worker_count(name))
 
     async def validate_key(self, context: RequestContext) -> AnyResponse:
-        """Return whether a key is valid."""
+        """Handle ``/api/validate_key``: respond whether the request's key is valid."""
         try:
             self.credentials.owner(context, request_values(context))
         except Unauthorized:
@@ -92,7 +92,7 @@ class ClientRoutes:
         return Response({"success": True, "error": None})
 
     async def list_endpoints(self, context: RequestContext) -> AnyResponse:
-        """Return the endpoints' names, or status 401 if the request contains an invalid key."""
+        """Handle ``/api/endpoints``: respond with the endpoints' names, or with status 401 if the key is invalid."""
         values = request_values(context)
         if values.get("key"):
             try:
@@ -102,7 +102,7 @@ class ClientRoutes:
         return Response({"endpoints": [definition.name for definition in self.definitions]})
 
     async def stream(self, context: RequestContext) -> AnyResponse:
-        """Stream a job's progress at the path that AIME's JavaScript client uses."""
+        """Handle ``/stream_progress``, with which the AIME API's JavaScript client streams the progress of any job."""
         key = self.credentials.owner(context, request_values(context))
         progress = await self.jobs.progress(request_values(context).get("job_id", ""), key.name)
         models = context.backend.models()
@@ -110,7 +110,7 @@ class ClientRoutes:
         return await EndpointRoutes(self, (matches or self.definitions)[0]).stream(context)
 
     def charge(self, context: RequestContext, key: Key, job: JobProgress) -> None:
-        """Charge a key for the tokens that a job has used since its last charge."""
+        """Count the tokens that a job has used since the last call against the rate limit of its key."""
         cost = _generated(job) + job.prompt_tokens
         context.services.keys.charge(key, max(0, cost - self._charged.pop(job.id, 0)))
         self._charged[job.id] = cost
@@ -119,13 +119,13 @@ class ClientRoutes:
 
 
 class EndpointRoutes:
-    """The routes of one endpoint."""
+    """The routes of one endpoint for AIME API clients."""
 
     def __init__(self, clients: ClientRoutes, definition: Definition) -> None:
         self._clients, self._jobs, self._definition = clients, clients.jobs, definition
 
     def endpoints(self) -> list[Endpoint]:
-        """Return the endpoint's routes."""
+        """Return all routes of this endpoint."""
         name, version = self._definition.name, self._definition.version
         route = partial(_public_route, version=version)
         body = dict[str, Any]
@@ -145,7 +145,7 @@ class EndpointRoutes:
         return out
 
     async def login(self, context: RequestContext) -> AnyResponse:
-        """Create a session."""
+        """Handle a login: create a session for the request's key."""
         values = request_values(context)
         try:
             key = self._clients.credentials.owner(context, values, self._definition)
@@ -155,7 +155,7 @@ class EndpointRoutes:
         return Response({"success": True, "ep_version": self._definition.version, **session}, headers=NO_STORE)
 
     async def details(self, context: RequestContext) -> AnyResponse:
-        """Describe the endpoint's parameters and load. The list of workers stays empty, because it is not public."""
+        """Respond with the endpoint's parameters and load. The list of workers stays empty: it is not public."""
         definition, now = self._definition, self._clients.model_status(context, self._definition)
         inputs = {parameter.name: dict(parameter.written) for parameter in definition.inputs}
         return Response(
@@ -181,7 +181,7 @@ class EndpointRoutes:
         )
 
     async def request(self, context: RequestContext) -> AnyResponse:
-        """Submit a job. Return its result, or only its id if ``wait_for_result`` is false."""
+        """Submit a job. Respond with its result or, if ``wait_for_result`` is false, at once with its id."""
         definition, now = self._definition, self._clients.model_status(context, self._definition)
         key = self._clients.credentials.owner(context, context.body, definition)
         context.assign_key(key)
@@ -199,7 +199,7 @@ class EndpointRoutes:
         return Response(self._result(progress, now.info))
 
     async def _wait(self, job_id: str, key: Key) -> JobProgress:
-        """Wait until a job has ended. Cancel it if the client disconnects, because the client does not know its id."""
+        """Wait for a job's end; return its progress. Cancel the job if the client, which lacks its id, disconnects."""
         try:
             while True:
                 with contextlib.suppress(MoesaicError):  # the job's own error; its progress contains it
@@ -217,7 +217,7 @@ class EndpointRoutes:
 
     @contextlib.asynccontextmanager
     async def _follow(self, job_id: str, key: Key) -> AsyncIterator[ResponseStream]:
-        """Subscribe to a job's events. The end of the subscription does not cancel the job."""
+        """Yield a stream of a job's events. Leaving the context does not cancel the job."""
         events = await self._jobs.follow(job_id, key.name)
         try:
             yield events
@@ -225,7 +225,7 @@ class EndpointRoutes:
             events.cancel()
 
     async def progress(self, context: RequestContext) -> AnyResponse:
-        """Return a job's progress; cancel the job first if the request says so."""
+        """Respond with a job's progress. If the request has ``canceled`` or ``cancel``, cancel the job first."""
         values = request_values(context)
         key = self._clients.credentials.owner(context, values, self._definition)
         job_id = values.get("job_id")
@@ -240,7 +240,7 @@ class EndpointRoutes:
             return self._refused(402, [f"Client has no active request with this job id {job_id[:80]}"])
 
     async def _current_progress(self, job_id: str, key: Key) -> JobProgress:
-        """Return a job's progress; cancel the job if its time in the queue exceeds the endpoint's limit."""
+        """Return a job's progress. Cancel the job first if it has been queued longer than the endpoint allows."""
         progress = await self._jobs.progress(job_id, key.name)
         queue_seconds = time.time() - progress.submitted_at if progress.submitted_at else 0.0
         if progress.state == "queued" and queue_seconds > self._definition.max_time_in_queue:
@@ -249,7 +249,7 @@ class EndpointRoutes:
         return progress
 
     async def cancel(self, context: RequestContext) -> AnyResponse:
-        """Cancel a job."""
+        """Cancel a job unless it has ended; respond with its state."""
         key = self._clients.credentials.owner(context, context.body, self._definition)
         job_id = str(context.body.get("job_id") or "")
         try:
@@ -260,7 +260,7 @@ class EndpointRoutes:
         return Response(body | {"job_state": "canceled" if state == "cancelled" else "done"})
 
     async def stream(self, context: RequestContext) -> AnyResponse:
-        """Stream a job's progress; each event has the body of a progress response."""
+        """Stream a job's progress. Each event has the same fields as a response of ``progress``."""
         values = request_values(context)
         key = self._clients.credentials.owner(context, values, self._definition)
         job_id = str(values.get("job_id") or "")
@@ -310,7 +310,7 @@ class EndpointRoutes:
         return body | {"job_state": STATES[job.state], "progress": progress}
 
     def _result(self, job: JobProgress, info: ModelInfo | None) -> dict[str, Any]:
-        """Return the result of an ended job. Times are in seconds; unknown times are left out."""
+        """Return the body with the result of an ended job. Times are in seconds; unknown times are left out."""
         failed = job.state != "done"
         out: dict[str, Any] = {"success": not failed, "job_id": job.id, "ep_version": self._definition.version}
         outputs = _outputs(job, info)
@@ -336,7 +336,7 @@ NO_STORE = {"cache-control": "no-store"}
 
 
 def _generated(job: JobProgress) -> int:
-    """Return the number of generated tokens; estimate it from the text while an AIME worker runs the job."""
+    """Return the number of tokens of a job's answer; while an AIME API worker runs it, an estimate from the text."""
     if job.finished:
         return job.finished[0].generated_tokens
     return sum(job.tokens[:1]) or len("".join(job.texts[:1])) // 4
@@ -356,7 +356,7 @@ def _outputs(job: JobProgress, info: ModelInfo | None) -> dict[str, Any]:
 
 
 def request_values(context: RequestContext) -> Mapping[str, Any]:
-    """Return the fields of a request's body and query. The body has precedence; of repeated query fields, the first."""
+    """Return the fields of a request's query and body. The body takes precedence, then the first query field."""
     try:
         query = parse_qsl(
             context.http.scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=64
@@ -367,20 +367,20 @@ def request_values(context: RequestContext) -> Mapping[str, Any]:
 
 
 def failure(reason: Failure, version: int | None = None) -> Any:
-    """Return an error in the form of AIME's clients, which expect status 402 instead of 403."""
+    """Return the error response that AIME API clients expect, with status 402 instead of 403."""
     body = {"success": False, "error": [reason.message]} | ({} if version is None else {"ep_version": version})
     return Response(body, 402 if reason.status == 403 else reason.status)
 
 
 def broken(reason: Failure) -> bytes:
-    """Return an error as the last event of a stream."""
+    """Return the bytes of a stream's last event, which reports an error."""
     return frame({"success": False, "error": [reason.message]})
 
 
 def _public_route(
     path: str, handler: Any, method: str, summary: str, *, version: int | None = None, **options: Any
 ) -> Endpoint:
-    """Return a route that checks keys itself, because AIME's clients send them in bodies and queries."""
+    """Return a route that checks keys itself, because AIME API clients send them in bodies and queries."""
     on_error = partial(failure, version=version)
     return Endpoint(
         path, handler, on_error, broken, method=method, public=True, summary=summary, statuses=STATUSES, **options
@@ -388,7 +388,7 @@ def _public_route(
 
 
 def endpoints(jobs: JobService, definitions: Sequence[Definition]) -> list[Endpoint]:
-    """Return the routes for AIME's clients.
+    """Return the routes for AIME API clients.
 
     Raises:
         InvalidRequest: two endpoints have the same name, or an endpoint has the name of another route.

@@ -1,7 +1,7 @@
-"""Conversion between AIME's parameters and generation requests: chats, texts and sampling.
+"""Conversion between generation requests and the parameters of jobs in the protocol of the AIME API server.
 
-``generation_request`` converts the parameters that AIME's clients send to the gateway and that AIME's server sends to
-Moesaic's workers. ``parameters_for`` converts a request of the gateway into parameters for AIME's workers.
+``generation_request`` converts the parameters that AIME API clients send to the gateway, and that the AIME API server
+sends to Moesaic's workers. ``parameters_for`` converts a request of the gateway into parameters for AIME API workers.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from moesaic.cluster.aime.settings import Definition
 from moesaic.errors import InvalidMessages, InvalidParameter, InvalidRequest
 
 TURN_SEPARATOR = "\n\n"
-"""Text between consecutive turns of the same role, which are merged."""
+"""Text that joins consecutive turns of the same role when they are merged."""
 MIN_TEMPERATURE = 0.01
-"""Replaces temperature 0 in requests to AIME's workers: 0 crashes a worker that runs several jobs at once."""
+"""Replaces temperature 0 in requests to AIME API workers: 0 crashes a worker that runs several jobs at once."""
 SUPPORTED_SAMPLING = ("temperature", "top_k", "top_p", "max_tokens")
-"""Fields of ``moesaic.Sampling`` that AIME's workers know."""
+"""Fields of ``moesaic.Sampling`` that AIME API workers know."""
 NEUTRAL: Mapping[str, Any] = {"n": 1, "repetition_penalty": 1, "typical_p": 1}
-"""Values of other fields that have no effect."""
+"""Values of other sampling fields that have no effect, so that a request may contain them."""
 IGNORED = ("seed",)
-"""Fields that AIME's workers do not support and that may be dropped: the gateway gives every job a seed."""
+"""Fields that AIME API workers do not support and that may be dropped: the gateway gives every job a seed."""
 
 
 def generation_request(values: Mapping[str, Any], model: str) -> GenerationRequest:
-    """Return the generation request for AIME's parameters.
+    """Return the generation request for a job's parameters in the protocol of the AIME API server.
 
     If the last turn of a conversation is the assistant's, the model continues it. ``top_p`` 0 and ``top_k`` 0 disable
-    these filters, as in AIME's workers. Temperature 0 selects the most likely token.
+    these filters, as in AIME API workers. Temperature 0 selects the most likely token.
 
     Raises:
         InvalidRequest: the request has no content, or the conversation is invalid.
@@ -37,7 +37,7 @@ def generation_request(values: Mapping[str, Any], model: str) -> GenerationReque
     context, last = values.get("chat_context") or [], values.get("prompt_input") or ""
     text = values.get("text_context") or ""
     if not (isinstance(last, str) and isinstance(text, str)):
-        raise InvalidParameter("prompt_input", "and text_context must be strings")
+        raise InvalidParameter("prompt_input", "this field and text_context must be strings")
     sampling = _sampling(values)
     if text:
         if context or last:
@@ -71,7 +71,7 @@ def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge_turns(messages: Sequence[Any]) -> list[dict[str, str]]:
-    """Return a conversation as an optional system message, followed by alternating user and assistant turns.
+    """Return the conversation in ``messages`` as an optional system message and alternating user and assistant turns.
 
     Consecutive turns of the same role are merged.
 
@@ -118,16 +118,16 @@ def _part(index: int, part: Any) -> str:
 def parameters_for(
     request: GenerationRequest, definition: Definition, text: str = "", tokens: int = 0
 ) -> dict[str, Any]:
-    """Return the parameters of a request for AIME's workers.
+    """Return the parameters with which AIME API workers run a request.
 
     Args:
         request: the generation request.
-        definition: the endpoint of the workers; its defaults replace missing sampling parameters.
+        definition: the endpoint that the workers serve; its defaults replace missing sampling parameters.
         text: the part of the answer that already exists; the worker continues it.
         tokens: estimated number of tokens of ``text``.
 
     Raises:
-        InvalidRequest: AIME's workers do not support the request; the message lists the unsupported features.
+        InvalidRequest: AIME API workers do not support the request; the message lists the unsupported features.
     """
     _check_supported(request)
     sampling = request.sampling
@@ -147,7 +147,7 @@ def parameters_for(
 
 
 def _check_supported(request: GenerationRequest) -> None:
-    """Raise InvalidRequest unless AIME's workers support all features of the request."""
+    """Raise InvalidRequest unless AIME API workers support all features of the request."""
     others = {name: value for name, value in request.sampling.items() if name not in (*SUPPORTED_SAMPLING, *IGNORED)}
     unsupported = [name for name, value in others.items() if _has_effect(name, value)]
     features = {
@@ -161,7 +161,7 @@ def _check_supported(request: GenerationRequest) -> None:
         **dict.fromkeys(unsupported, True),
     }
     if used := [name for name, is_used in features.items() if is_used]:
-        raise InvalidRequest(f"this model is served by AIME's workers, which do not support {', '.join(used)}")
+        raise InvalidRequest(f"this model is served by AIME API workers, which do not support {', '.join(used)}")
 
 
 def _has_effect(name: str, value: Any) -> bool:
@@ -171,11 +171,11 @@ def _has_effect(name: str, value: Any) -> bool:
 
 
 def _content(request: GenerationRequest, definition: Definition, text: str) -> dict[str, Any]:
-    """Return the conversation, or the prompt text, in the form of the endpoint's workers."""
+    """Return the parameters for the messages or the prompt, continued by ``text``, as the workers expect them."""
     if request.messages is None:
         if definition.parameter("text_context") is None:
             raise InvalidRequest(
-                "this model is served by AIME's workers, which do not support text prompts: send a chat"
+                "this model is served by AIME API workers, which do not support text prompts: send a chat"
             )
         return {"text_context": f"{request.prompt}{text}", "prompt_input": ""}
     messages = merge_turns(request.messages)

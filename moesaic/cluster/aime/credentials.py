@@ -1,4 +1,4 @@
-"""Authentication by AIME's protocol: keys in bodies and queries, sessions, and keys of endpoint files.
+"""Authentication by the protocol of the AIME API server: keys in bodies and queries, sessions, keys of endpoint files.
 
 A session is equivalent to the key that it was created with. It lasts a day, or until that key is revoked. Sessions are
 local to this process: behind several gateways, clients must send their key with each request, as all but the oldest do.
@@ -24,11 +24,11 @@ from moesaic.serve.keys import ANONYMOUS, Key, Keys, digest
 MAX_SESSIONS = 10_000
 SESSION_SECONDS = 86_400.0
 EMPTY_KEYS = ("", "null", "undefined", "None")
-"""Texts that clients in JavaScript and Python send if they have no key."""
+"""Values of the key field that count as no key: clients in JavaScript and Python send them if they have none."""
 
 
 class Credentials:
-    """Checks client keys of the server, client keys of endpoints, and sessions."""
+    """Checks the keys of clients (those of the server and those in endpoint files) and their sessions."""
 
     def __init__(self, definitions: Sequence[Definition]) -> None:
         self._keys = {definition.name: Keys(definition.client_keys) for definition in definitions}
@@ -37,7 +37,7 @@ class Credentials:
         ] = {}  # by session: the digest of its key, and its end by the monotonic clock
 
     def owner(self, context: RequestContext, values: Mapping[str, Any], definition: Definition | None = None) -> Key:
-        """Return the key of a request.
+        """Return the client key that a request was sent with, or that its session was created with.
 
         Args:
             context: the request.
@@ -85,7 +85,7 @@ class Credentials:
         return is_server_key or self._keys[definition.name].current(key.sha256) is not None
 
     def begin_session(self, key: Key) -> str:
-        """Create a session for a key and return the session's name."""
+        """Create a session for a key; return the secret name that the client sends instead of the key."""
         name = secrets.token_urlsafe(24)
         if key.sha256:
             if len(self._sessions) >= MAX_SESSIONS:
@@ -99,7 +99,7 @@ class Credentials:
 
 
 def worker_key(context: RequestContext, auth_key: Any, definitions: Sequence[Definition]) -> Key:
-    """Return the key of a worker that asks for the jobs of these endpoints.
+    """Return the key of a worker that requests jobs of these endpoints. ``auth_key`` is what the worker sent.
 
     The worker must send the key of an endpoint's file or a worker's key of the server. A client's key is not enough,
     because workers read the requests of all clients.

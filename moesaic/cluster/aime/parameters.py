@@ -1,8 +1,8 @@
 """Validation of a request's parameters against its endpoint's definition; all problems are reported at once.
 
-The error messages are those of AIME's server, because client programs compare them. Four faults of AIME's server are
-corrected: ``min = 0`` is effective, the type ``str`` is supported, a boolean is not a number, and a text that is too
-long is truncated rather than replaced by its length.
+The error messages are those of the AIME API server, because client programs compare them. Four faults of that server
+are corrected: ``min = 0`` is effective, the type ``str`` is supported, a boolean is not a number, and a text that is
+too long is truncated rather than replaced by its length.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ TYPES: Mapping[str, tuple[type, tuple[type, ...]]] = {
     "json": (str, (str, list, dict)),
     "chat_context": (str, (str, list)),
 }
-"""For each kind: the type that error messages name, and the accepted types."""
+"""For each kind of parameter: the Python type that error messages name, and the accepted types."""
 MAX_SHOWN_CHARACTERS = 80
 """Maximum number of characters of a value in an error message."""
 
 
 def check_parameters(fields: Mapping[str, Any], definition: Definition) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of all parameters, including defaults, and a list of problems.
+    """Return the values of all parameters in a request's ``fields``, including defaults, and a list of error messages.
 
-    The values must not be used if there are problems. A null value is the same as a missing one.
+    The values must not be used if there are error messages. A null value is the same as a missing one.
     """
     names = {parameter.name for parameter in definition.inputs}
     present = {name: value for name, value in fields.items() if value is not None}
@@ -138,7 +138,7 @@ def _selection(parameter: Parameter, value: Any) -> Any:
 
 
 def _json(parameter: Parameter, value: Any) -> Any:
-    """Decode a JSON string, with null as an empty string. Return an empty string and other values unchanged."""
+    """Return the value of a JSON string, and "" for null. Return "" and values that are not strings unchanged."""
     if not isinstance(value, str) or value == "":
         return value
     try:

@@ -1,8 +1,9 @@
-"""Reader of AIME's endpoint files: TOML, ``aime_api_endpoint.cfg``, with defaults from ``aime_api_server.cfg``.
+"""Reader of the endpoint files of the AIME API server: TOML in ``aime_api_endpoint.cfg``.
 
-The keys that AIME's server supports are read; all others are logged. ``[MOESAIC] model`` is an extension that names the
-endpoint's model; without it, the endpoint uses the first model whose name matches the job type. Only the SHA-256 of API
-keys is stored. Two API keys are published in AIME's repository; these are never accepted.
+``aime_api_server.cfg`` has their defaults. The keys that the AIME API server supports are read; all others are logged.
+``[MOESAIC] model`` is an extension that names the endpoint's model; without it, the endpoint uses the first model whose
+name matches the job type. Only the SHA-256 of API keys is stored. Two API keys are published in AIME's GitHub
+repository; these are never accepted.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ PUBLISHED_KEYS = frozenset(
         "45ab63d0b5df7358ec2578dfb9045691f881c57998f0ee454afb5179b0eb6ad8",
     }
 )
-"""SHA-256 of the worker's key and the client's key that AIME's repository contains."""
+"""SHA-256 of the worker's key and the client's key that AIME has published in its GitHub repository."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 RESERVED_NAMES = {"api", "worker", "web", "stream_progress"}
-"""First path segments that are reserved in addition to those of the dialects."""
+"""Names that no endpoint may have, in addition to the first path segments of the other APIs' routes."""
 
 KIND_ALIASES = {"str": "string", "int": "integer", "boolean": "bool"}
 SUPPORTED_KINDS = ("string", "integer", "float", "bool", "selection", "json", "chat_context", "text_context")
@@ -54,12 +55,12 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "INPUTS": (),
     "OUTPUTS": (),
 }
-"""The supported keys of each section; an empty tuple allows all keys."""
+"""The supported keys of each section of an endpoint file; an empty tuple allows all keys."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """An input parameter of an endpoint. None means that the file does not specify a field."""
+    """An input parameter of an endpoint, from an endpoint file. A field is None if the file does not set it."""
 
     name: str
     kind: str
@@ -68,18 +69,18 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     align: float | None = None
-    """Numbers must be multiples of this."""
+    """The number must be a multiple of this."""
     max_length: int | None = None
     supported: tuple[Any, ...] = ()
     auto_convert: bool = False
-    """Whether a value out of range is replaced by the nearest valid value."""
+    """Whether an invalid value is replaced by the nearest valid one instead of being refused."""
     written: Mapping[str, Any] = field(default_factory=dict)
-    """The parameter as written in the file, for the endpoint's description."""
+    """The parameter's table as it is in the file, for the description of the endpoint."""
 
 
 @dataclass(frozen=True)
 class Definition:
-    """Definition of an endpoint. Times are in seconds."""
+    """Definition of an endpoint in the protocol of the AIME API server. Times are in seconds."""
 
     name: str
     job_type: str
@@ -97,18 +98,18 @@ class Definition:
     inactivity: float = 360
     """Seconds without an update after which a running job fails."""
     request_timeout: float = 60
-    """Seconds after which a worker's job request times out."""
+    """Seconds after which a worker gives up its request for jobs (a long poll)."""
     client_keys: tuple[Key, ...] = ()
     worker_key: str = ""
-    """SHA-256 of the key of AIME's workers; empty if there is none."""
+    """SHA-256 of the key of AIME API workers; empty if there is none."""
 
     @property
     def offered(self) -> str:
-        """The name of the model that AIME's workers of this job type offer."""
+        """The name of the model that AIME API workers of this job type offer."""
         return self.model or self.job_type
 
     def parameter(self, name: str) -> Parameter | None:
-        """Return the parameter with a name, or None."""
+        """Return the input parameter of this name; None if the endpoint has none."""
         return next((parameter for parameter in self.inputs if parameter.name == name), None)
 
 
@@ -118,7 +119,7 @@ def shipped() -> list[Definition]:
 
 
 def read(path: Path) -> list[Definition]:
-    """Read the endpoints of a file, or of all files ``aime_api_endpoint.cfg`` in a folder and its subfolders.
+    """Read the endpoint of a file, or those of all files ``aime_api_endpoint.cfg`` in a folder and its subfolders.
 
     ``aime_api_server.cfg`` in the folder contains their defaults.
 
@@ -131,12 +132,12 @@ def read(path: Path) -> list[Definition]:
     defaults = _toml(path / SERVER_FILE) if (path / SERVER_FILE).is_file() else {}
     definitions = [read_file(file, defaults) for file in sorted(path.rglob(ENDPOINT_FILE))]
     if not definitions:
-        raise NotFound(f"{path} contains no {ENDPOINT_FILE}: name the folder of AIME's endpoints, or one file")
+        raise NotFound(f"{path} contains no {ENDPOINT_FILE}: name the folder of AIME API endpoints, or one file")
     return check_definitions(definitions)
 
 
 def check_definitions(definitions: Sequence[Definition]) -> list[Definition]:
-    """Return the endpoints after a check that their names do not conflict.
+    """Check that the endpoints' names do not conflict; return the endpoints.
 
     Raises:
         InvalidRequest: two endpoints have the same name, or an endpoint has the name of another route.
@@ -162,14 +163,14 @@ def read_file(path: Path, defaults: Mapping[str, Any] | None = None) -> Definiti
     try:
         return _definition(content, defaults, path)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InvalidRequest(f"{path} is not a valid AIME endpoint: {error}") from error
+        raise InvalidRequest(f"{path} is not a valid AIME endpoint file: {error}") from error
 
 
 def model_of(definition: Definition, models: Sequence[ModelInfo]) -> str:
     """Return the name of an endpoint's model.
 
     It is the model that the definition names, else the first chat model whose name matches the job type, else the first
-    chat model. If there is no chat model yet, it is the name under which AIME's workers of this job type offer theirs.
+    chat model. If there is no chat model yet, it is the name under which AIME API workers of this job type offer one.
     """
     if definition.model:
         return definition.model
@@ -201,7 +202,7 @@ def _definition(content: Mapping[str, Any], defaults: Mapping[str, Any], path: P
     clients = content.get("CLIENTS", {})
     name, job_type = endpoint.get("name"), worker.get("job_type")
     if not (isinstance(name, str) and NAME.fullmatch(name) and isinstance(job_type, str) and job_type):
-        raise ValueError("it needs [ENDPOINT] name, of letters, digits, _ - and ., and [WORKER] job_type")
+        raise ValueError("it needs [ENDPOINT] name (of letters, digits, _, - and .) and [WORKER] job_type")
     endpoint_defaults, worker_defaults = defaults.get("ENDPOINTS", {}), defaults.get("WORKERS", {})
     keys = clients.get("authorization_keys", defaults.get("CLIENTS", {}).get("default_authorization_keys", {}))
 
@@ -271,7 +272,7 @@ def _client_keys(endpoint: str, keys: Mapping[str, str], path: Path) -> Iterator
 
 
 def _key_digest(key: str, path: Path) -> str:
-    """Return the SHA-256 of a key; an empty string for no key and for a published key."""
+    """Return the SHA-256 of an API key; "" if the key is empty or one that AIME has published."""
     sha256 = digest(key) if key else ""
     if sha256 in PUBLISHED_KEYS:
         log.warning("key published by AIME rejected", extra={"file": str(path)})

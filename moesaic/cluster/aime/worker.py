@@ -1,7 +1,7 @@
-"""Worker for AIME's API server: it fetches jobs, runs them on a backend, and reports progress and results.
+"""Worker for the AIME API server: it fetches jobs, runs them on a backend, and reports progress and results.
 
 The worker requests jobs whenever it has free slots, so a finished job is replaced at once. Every job gets a result,
-even if it fails or the server is unavailable for a time. The module follows the worker routes of AIME's API server
+even if it fails or the server is unavailable for a time. The module follows the worker routes of the AIME API server
 0.9.6, in the form that older servers accept too. It does not depend on the kind of backend.
 """
 
@@ -34,22 +34,22 @@ UPDATE_SECONDS = 0.2
 HEARTBEAT_SECONDS = 20.0
 """Seconds after which a job without new tokens is reported again, because the server drops silent jobs."""
 JOB_REQUEST_SECONDS = 75.0
-"""Timeout of a job request in seconds; the server responds within 60 seconds."""
+"""Timeout of a request for jobs (a long poll) in seconds; the server responds within 60 seconds."""
 RETRY_SECONDS = 1.0
-"""Seconds between two attempts."""
+"""Seconds between two attempts of a request."""
 SHUTDOWN_SECONDS = 5.0
-"""Seconds for the results of jobs that are stopped together with the worker."""
+"""Maximum seconds to send the results of jobs that are stopped together with the worker."""
 MAX_RESULT_ATTEMPTS = 5
 """Maximum number of attempts to send a result that the server rejects."""
 
 
 class TemporaryFailure(Exception):
-    """The server is unreachable or cannot handle the request now; a retry can succeed."""
+    """The AIME API server is unreachable or cannot handle the request now; a retry can succeed."""
 
 
 @dataclass
 class Job:
-    """A running job. Times are in seconds since the epoch, as those of AIME's server."""
+    """A running job of the AIME API server. Times are in seconds since the epoch, as the server's."""
 
     data: Mapping[str, Any]
     outputs: Mapping[str, Any]
@@ -70,7 +70,7 @@ class Job:
         return str(self.data.get("job_id"))
 
     def progress(self) -> dict[str, Any]:
-        """Return the job's progress in the form of AIME's protocol."""
+        """Return the job's progress: the fields of an update in the protocol of the AIME API server."""
         return {
             "text": self.text,
             "num_generated_tokens": self.tokens,
@@ -78,7 +78,7 @@ class Job:
         }
 
     def times(self) -> dict[str, float]:
-        """Return the times and durations that AIME's benchmark reads."""
+        """Return the times and durations, in seconds, that the benchmark of the AIME API server reads."""
         began, now = self.begun or time.time(), time.time()
         start = self.data.get("start_time_compute") or self.data.get("start_time")
         submitted = start if isinstance(start, int | float) else self.arrived
@@ -107,7 +107,7 @@ async def work(
     Args:
         backend: the backend that runs the model.
         server: the server's URL, ``http://…``.
-        job_type: the type of jobs to run.
+        job_type: the type of the jobs to run; an endpoint of the server has one.
         auth_key: the key of the job type.
         model: the name of the backend's model; empty for the first chat model.
         slots: maximum number of concurrent jobs.
@@ -133,13 +133,13 @@ async def _connect(auth_key: str, job_type: str, server: str, name: str) -> Asyn
     try:
         import aiohttp
     except ImportError:
-        raise NotInstalled("a worker for AIME's server needs aiohttp: pip install 'moesaic[worker]'") from None
+        raise NotInstalled("a worker for the AIME API server needs aiohttp: pip install 'moesaic[worker]'") from None
     async with aiohttp.ClientSession(json_serialize=lambda value: msgspec.json.encode(value).decode()) as session:
         yield Connection(session, server, name or f"{socket.gethostname()}#{os.getpid()}", job_type, auth_key)
 
 
 class Connection:
-    """HTTP connection to AIME's server, with the fields that each request contains."""
+    """HTTP connection to the AIME API server, with the fields that each request contains."""
 
     def __init__(self, session: aiohttp.ClientSession, server: str, name: str, job_type: str, auth_key: str) -> None:
         self._session, self._server = session, server
@@ -179,14 +179,16 @@ class Connection:
         status = reply if isinstance(reply, dict) else {}
         if status.get("job_type_present") is False:
             raise Unauthorized(
-                f"{self._server} has no job type {self.job_type!r}: see its endpoints' [WORKER] job_type"
+                f"{self._server} has no job type {self.job_type!r}: see [WORKER] job_type in its endpoint files"
             )
         if status.get("key_valid") is False:
-            raise Unauthorized(f"{self._server} rejects this key for {self.job_type!r}: see [WORKER] auth_key")
+            raise Unauthorized(
+                f"{self._server} rejects this key for {self.job_type!r}: see [WORKER] auth_key in its endpoint file"
+            )
 
 
 class Worker:
-    """Worker that runs the jobs of AIME's server on a backend."""
+    """Worker that runs the jobs of an AIME API server on a backend, at most ``slots`` at a time."""
 
     def __init__(self, backend: Backend, connection: Connection, model: str, slots: int) -> None:
         self._backend, self._connection, self._slots = backend, connection, slots
@@ -196,7 +198,7 @@ class Worker:
         self._slot_freed = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, drain_seconds: float) -> None:
-        """Run jobs until ``stop`` is set; then finish the running jobs within ``drain_seconds``."""
+        """Run jobs until ``stop`` is set; then finish the running jobs, or stop them after ``drain_seconds``."""
         stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
         reporting = asyncio.create_task(self._report_loop())
         fetching = asyncio.create_task(self._fetch_loop(stop))
@@ -268,7 +270,7 @@ class Worker:
     # Running jobs
 
     async def _run_job(self, job: Job) -> None:
-        """Run a job and send its result, also if the job fails or the worker is stopped."""
+        """Run a job and send its result, even if the job fails or the worker is stopped."""
         job.generation = asyncio.create_task(self._generate(job))
         stopped = True
         try:
@@ -307,7 +309,7 @@ class Worker:
     # Reporting
 
     async def _send_result(self, job: Job, error: str) -> None:
-        """Send a result; retry until the server has received it."""
+        """Send a job's result; ``error`` is "" after success. Retry until the server has received or rejected it."""
         info = _model_info(self._backend, self._model)
         result: dict[str, Any] = {
             **{name: job.data[name] for name in job.outputs if name in job.data},
@@ -349,7 +351,7 @@ class Worker:
         body = [self._update(job) for job in jobs]
         _, replies = await self._connection.post("/worker_job_progress", body)
         if not isinstance(replies, list) or len(replies) < len(jobs):
-            # AIME's server stops at the first unknown job; the jobs after it would time out.
+            # The AIME API server stops at the first unknown job; the jobs after it would time out.
             replies = [(await self._connection.post("/worker_job_progress", self._update(job)))[1] for job in jobs]
         for job, reply in zip(jobs, replies, strict=False):
             job.reported = job.tokens, now
@@ -395,7 +397,7 @@ def _model_info(backend: Backend, name: str) -> ModelInfo:
     """
     models = [model for model in backend.models() if model.task == "chat"]
     if not models:
-        raise Unavailable("the backend has no chat model")
+        raise Unavailable("the backend has no chat model: load one, or wait until it is loaded")
     match = next((model for model in models if name in (model.name, *model.aliases)), None)
     if match is None and name:
         available = ", ".join(model.name for model in models[:20])

@@ -1,8 +1,8 @@
-"""Routes for AIME's workers: login, job requests, progress and results.
+"""Routes for workers of the AIME API server: login, job requests, progress and results.
 
-AIME's worker interface cannot handle some responses, and these routes never send them. A response has no null values.
-A temporary error is always status 503, never 500. ``cmd: error`` makes a worker exit, so only permanent errors use it.
-The routes follow AIME's API server 0.9.6 and its worker interface 0.8 to 0.14.
+AIME's worker interface cannot handle some responses, and these routes never send them. No response has null values. A
+temporary error is always status 503, never 500. ``cmd: error`` makes a worker exit, so only permanent errors use it.
+The routes follow the AIME API server 0.9.6 and its worker interface 0.8 to 0.14.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ WAIT_FRACTION = 0.75
 MIN_REQUEST_SECONDS = 1.0
 """Shortest request timeout that a worker can ask for."""
 SERVER_VERSION = "0.9.6"
-"""The version of AIME's server that workers see."""
+"""The version of the AIME API server that workers are told they are connected to."""
 MAX_SLOTS = 4096
-"""Maximum number of jobs of one worker."""
+"""Maximum number of jobs that one worker runs at a time."""
 OK = {"cmd": "ok", "success": True}
 WORKER_PARAMETERS = (
     "gpu_name",
@@ -42,7 +42,7 @@ WORKER_PARAMETERS = (
 
 
 class WorkerRoutes:
-    """Routes for AIME's workers, with their common state."""
+    """Routes for AIME API workers, with their common state."""
 
     def __init__(
         self, service: WorkerService, jobs: JobService, definitions: Sequence[Definition], lease_seconds: float
@@ -64,7 +64,7 @@ class WorkerRoutes:
         return [definition for definition in self._definitions if definition.job_type == job_type]
 
     async def status(self, context: RequestContext) -> AnyResponse:
-        """Return whether a worker is logged in and its job type exists. Register a worker that sends a name."""
+        """Respond whether the worker is logged in with a valid job type and key. Register it if it sends a name."""
         body = context.body
         definitions = self._of_type(body.get("job_type"))
         worker, valid = None, False
@@ -84,7 +84,7 @@ class WorkerRoutes:
         return Response(OK | status)
 
     async def login(self, context: RequestContext) -> AnyResponse:
-        """Register a worker."""
+        """Handle a worker's login: register the worker."""
         body = _object(context.body.get("worker_parameters"))
         definitions = self._of_type(body.get("job_type"))
         name = _name(body.get("auth"))
@@ -116,7 +116,7 @@ class WorkerRoutes:
         return await self._pool.register(AimeWorker(name, definitions, slots, owner, legacy, details, time.monotonic()))
 
     async def jobs(self, context: RequestContext) -> AnyResponse:
-        """Wait for jobs."""
+        """Handle a long poll: wait for jobs, and respond with them."""
         if context.services.state.draining:
             raise Unavailable("the server is stopping: use another one, or try again later")
         body = context.body
@@ -161,7 +161,7 @@ class WorkerRoutes:
         return await self._register(definitions, name, owner, body, legacy=True)
 
     async def progress(self, context: RequestContext) -> AnyResponse:
-        """Handle the progress of jobs: a list of updates, or one update."""
+        """Handle the progress of jobs. The body is one update, or a list of updates; so is the response."""
         is_list = isinstance(context.body, list)
         entries = [_object(entry) for entry in (context.body if is_list else [context.body])]
         for entry in entries:
@@ -201,7 +201,7 @@ def _job_data(job: AimeJob) -> dict[str, Any]:
 
 
 def _unfit(job_type: str, name: str) -> str:
-    """Return why a worker cannot be registered."""
+    """Return the message why a worker with this job type and name cannot be registered."""
     return f"There is no job type {job_type[:80]}: see the endpoints" if name else "A worker needs a name (auth)"
 
 
@@ -222,7 +222,7 @@ def _seconds(value: Any) -> float:
 
 
 def failure(reason: Failure) -> Any:
-    """Return an error in AIME's form; its status is 503 if the worker should try again."""
+    """Return the error response that AIME API workers expect; status 503 makes the worker try again."""
     status = reason.status if reason.status in (400, 404, 405, 413, 415) else 503
     return Response({"cmd": "warning", "success": False, "error_msg": reason.message, "msg": reason.message}, status)
 
@@ -230,12 +230,12 @@ def failure(reason: Failure) -> Any:
 def endpoints(
     service: WorkerService, jobs: JobService, definitions: Sequence[Definition], lease_seconds: float = LEASE_SECONDS
 ) -> list[Endpoint]:
-    """Return the routes for AIME's workers. Leases expire after ``lease_seconds`` without a renewal."""
+    """Return the routes for AIME API workers. Leases expire after ``lease_seconds`` without a renewal."""
     return WorkerRoutes(service, jobs, definitions, lease_seconds).endpoints()
 
 
 def _route(path: str, handler: Any, summary: str, *, body: Any = dict[str, Any]) -> Endpoint:
-    """Return a route that checks keys itself, because AIME's workers send them in the body."""
+    """Return a route that checks keys itself, because AIME API workers send them in the body."""
     return Endpoint(
         path, handler, failure, body=body, public=True, worker=True, body_bytes=MESSAGE_BYTES, summary=summary
     )

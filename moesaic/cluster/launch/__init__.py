@@ -1,10 +1,11 @@
-"""Launchers, which start workers on many machines. The folder is the registry: one file is one launcher.
+"""Launchers, which start workers on many machines. Each file in this folder is one launcher.
 
-A launcher's file has
+A launcher's file defines
 
 * ``files(plan: Plan) -> Mapping[str, str]``: returns the contents of the files to write, by name; empty if the launcher
   starts the workers itself;
-* ``run(plan: Plan) -> int``: starts and supervises the workers until it is stopped; required if ``files`` is empty.
+* ``run(plan: Plan) -> int``: starts and supervises the workers until it is stopped, and returns the exit code of the
+  command; required if ``files`` returns nothing.
 
 Requests do not pass through a launcher: workers connect to their gateway. A launcher does not depend on the meaning of
 a worker's flags, except for those that it sets itself.
@@ -28,23 +29,24 @@ LOST_ENGINE = 70
 
 @dataclass(frozen=True)
 class Plan:
-    """Number, resources and flags of the workers to start.
+    """What a launcher must start: the workers' number, resources and flags.
 
     Raises:
         InvalidRequest: the plan is invalid.
     """
 
     worker: tuple[str, ...]
-    """Flags of ``moesaic worker``."""
+    """The flags of ``moesaic worker`` for each worker."""
     replicas: int = 1
+    """Number of workers."""
     cpus: float | None = None
     """Number of CPUs of each replica; None selects the launcher's default."""
     gpus: int = 0
     """Number of GPUs of each replica."""
     program: str = "moesaic"
-    """Path or name of the command in written files."""
+    """Path or name of the ``moesaic`` command, for the files that the launcher writes."""
     address: str | None = None
-    """Address of the cluster manager, if the launcher needs one."""
+    """Address of the cluster manager, such as Ray, if the launcher needs one."""
     drain_seconds: float = 30.0
     """Seconds in which a stopped worker can finish its jobs."""
 
@@ -67,7 +69,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """Return the module of a launcher.
+    """Return the module of the launcher with this name.
 
     Raises:
         NotFound: there is no launcher of that name.
@@ -76,7 +78,7 @@ def load(name: str) -> ModuleType:
 
 
 def value(flags: Sequence[str], name: str) -> str | None:
-    """Return the last value of a flag, given as ``--name VALUE`` or ``--name=VALUE``; None if the flag is missing."""
+    """Return the last value of the flag ``name``, as ``NAME VALUE`` or ``NAME=VALUE``; None if the flag is missing."""
     last = None
     for index, word in enumerate(flags):
         if word.startswith(f"{name}="):
@@ -87,7 +89,7 @@ def value(flags: Sequence[str], name: str) -> str | None:
 
 
 def without(flags: Sequence[str], name: str) -> list[str]:
-    """Return the flags without all occurrences of one flag."""
+    """Return the flags without the flag ``name`` and its values."""
     out: list[str] = []
     skip = False
     for word in flags:

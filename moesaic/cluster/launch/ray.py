@@ -29,10 +29,10 @@ log = logging.getLogger("moesaic.launch")
 
 POLL_SECONDS = 0.5
 STEADY_SECONDS = 60.0
-"""A replica that has run for this time counts as healthy, and its restart delay is reset."""
+"""The restart delay of a replica is reset after it has run for this number of seconds."""
 MAX_RESTART_DELAY_SECONDS = 30.0
 EXTRA_DRAIN_SECONDS = 10.0
-"""Seconds between the end of a worker's drain and the end of its actor."""
+"""An actor is killed this number of seconds after its worker's drain time."""
 CONNECT_SECONDS = 10.0
 
 
@@ -42,7 +42,7 @@ def files(_: Plan) -> Mapping[str, str]:
 
 
 def run(plan: Plan) -> int:
-    """Run the replicas until SIGTERM or SIGINT; return 0, or 2 if every replica was refused.
+    """Run the replicas until SIGTERM or SIGINT; return 0, or 2 if the gateway or the flags refused every replica.
 
     Raises:
         NotInstalled: Ray is not installed.
@@ -113,7 +113,7 @@ def _require_token(address: str) -> None:
 
 @contextlib.contextmanager
 def _stop_event() -> Iterator[threading.Event]:
-    """Yield an event that is set by SIGTERM and SIGINT."""
+    """Yield an event that SIGTERM and SIGINT set."""
     stop = threading.Event()
     handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -124,13 +124,13 @@ def _stop_event() -> Iterator[threading.Event]:
 
 
 class Process:
-    """Actor that runs one worker process. The worker gets SIGTERM when the actor dies."""
+    """Ray actor that runs one worker process. The worker gets SIGTERM when the actor dies."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self, flags: tuple[str, ...]) -> int:
-        """Run a worker and return its exit code."""
+        """Run a worker with these flags of ``moesaic worker``; return its exit code."""
         python = sys.executable
         tied = (python, "-m", "moesaic.cluster.launch._tied", str(os.getpid()))
         # The kernel watches the thread that starts the process. This method runs on the actor's event loop, whose
@@ -149,7 +149,7 @@ class _Running:
     actor: Any
     group: Any
     exit_code: Any
-    """Ray reference to the worker's exit code."""
+    """Ray object reference to the worker's exit code."""
     started_at: float
 
 
@@ -164,7 +164,7 @@ class _Replica:
         self._not_before = 0.0
 
     def poll(self) -> None:
-        """Start the replica if it does not run and its restart delay is over; detect its exit otherwise."""
+        """Start the replica if it does not run and its restart delay is over; else check whether it has ended."""
         if self.running is None:
             if not self.refused and time.monotonic() >= self._not_before:
                 self._start()
@@ -229,7 +229,7 @@ class _Replica:
             self.running.actor.stop.remote()
 
     def drop(self, deadline: float) -> None:
-        """Wait until the deadline for the worker's exit, then release the actor and its resources."""
+        """Wait for the worker's exit until ``deadline`` (monotonic time); then kill the actor, free its resources."""
         if self.running is not None:
             self._ray.wait([self.running.exit_code], timeout=max(0.0, deadline - time.monotonic()))
             self._drop(self.running)

@@ -12,7 +12,7 @@ from moesaic.cluster.launch import Plan
 
 NAME = "moesaic-workers.sbatch"
 EXTRA_DRAIN_SECONDS = 30
-"""Seconds between the end of a worker's drain and the end of the SLURM job."""
+"""Seconds between the end of a worker's drain time and the time limit of the SLURM job."""
 
 SCRIPT = """\
 #!/bin/bash
@@ -50,7 +50,7 @@ done
 
 
 def files(plan: Plan) -> Mapping[str, str]:
-    """Return the batch script for ``sbatch``."""
+    """Return the batch script for ``sbatch``, by its file name."""
     resources = {"cpus-per-task": plan.cpus and max(1, round(plan.cpus)), "gpus-per-task": plan.gpus}
     return {
         NAME: SCRIPT.format(

@@ -60,7 +60,7 @@ WantedBy=multi-user.target
 
 
 def files(plan: Plan) -> Mapping[str, str]:
-    """Return the template unit.
+    """Return the template unit, by its file name.
 
     Raises:
         InvalidRequest: a worker needs more than one GPU, or the program is not an absolute path.
@@ -97,6 +97,6 @@ def files(plan: Plan) -> Mapping[str, str]:
 
 
 def _quoted(word: str) -> str:
-    """Escape a word for systemd, which interprets quotes, backslashes, variables and specifiers."""
+    """Return a word escaped for a unit: systemd interprets quotes, backslashes, variables and specifiers."""
     escaped = word.replace("%", "%%").replace("$", "$$")
     return word if UNQUOTED.fullmatch(word) else '"' + escaped.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,13 +1,13 @@
-"""Job stores: the folder is the registry, one file is one store.
+"""Job stores. Each file in this folder without a leading ``_`` is one kind of store.
 
-A store's file has ``async def open_store(address: str, limits: StoreLimits) -> Store``. The store implements
-``jobs.Store``. ``open_store`` raises:
+Such a file defines ``async def open_store(address: str, limits: StoreLimits) -> Store``; it returns a ``jobs.Store``.
+It raises:
 
-* StoreError: the place is not safe for jobs, or the store is damaged or of another version;
+* StoreError: the location could lose jobs, or the store is damaged or has another schema version;
 * Unavailable: another process uses the store, or it is unreachable;
 * NotInstalled: a package is missing.
 
-``_operations`` and ``_queries`` contain the operations once; a store's file only runs them on its database.
+``_operations`` and ``_queries`` contain the operations of all stores; a store's file only runs them on its database.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moesaic.errors import InvalidParameter
 
 FOLDER = "cluster/store"
 SCHEMES = {"": "sqlite", "postgres": "postgres", "postgresql": "postgres"}
-"""Store by URL scheme; an address without a scheme is a path."""
+"""The name of the store's file by URL scheme. An address without a scheme is the path of an SQLite file."""
 
 
 async def open_store(address: str, limits: StoreLimits) -> Store:
@@ -28,12 +28,12 @@ async def open_store(address: str, limits: StoreLimits) -> Store:
 
     Raises:
         InvalidParameter: the address is neither.
-        StoreError: the place is not safe for jobs, or the store is damaged or of another version.
+        StoreError: the location could lose jobs, or the store is damaged or has another schema version.
         Unavailable: another process uses the store, or it is unreachable.
         NotInstalled: a package is missing.
     """
     scheme, separator, _ = address.partition("://")
     name = SCHEMES.get(scheme if separator else "")
     if name is None or not address:
-        raise InvalidParameter("store", "is neither a path nor a postgresql:// address")
+        raise InvalidParameter("store", "the address is neither a path nor a postgresql:// URL")
     return cast(Store, await registry.load(FOLDER, name).open_store(address, limits))

@@ -1,4 +1,4 @@
-"""Checks of an SQLite file's location: one process has it open, and it is on a local disk.
+"""Checks of an SQLite file's location: only one process uses the file, and it is on a local disk.
 
 This module does not depend on the content of the file.
 """
@@ -18,7 +18,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
 
 
 def file_system_type(device: int, mounts: str) -> str:
-    """Return the type of a device's file system, or an empty string if it is unknown.
+    """Return the type of the file system on a device, such as "ext4"; "" if it is unknown.
 
     Args:
         device: the device number from ``os.stat``.
@@ -33,7 +33,7 @@ def file_system_type(device: int, mounts: str) -> str:
 
 
 def refuse_network_disk(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> None:
-    """Raise StoreError if ``path`` is on a network file system. Without ``mounts`` the check is skipped."""
+    """Raise StoreError if ``path`` is on a network file system. If the file ``mounts`` is missing, check nothing."""
     if mounts.exists():
         kind = file_system_type(path.stat().st_dev, mounts.read_text(errors="replace"))
         if kind in NETWORK_FILE_SYSTEMS:
@@ -41,10 +41,10 @@ def refuse_network_disk(path: Path, mounts: Path = Path("/proc/self/mountinfo"))
 
 
 class FileLock:
-    """Exclusive lock on a lock file next to the store's file. The system releases it when its holder exits."""
+    """Exclusive lock on a file next to the store's file. The operating system releases it when the process exits."""
 
     def __init__(self, path: Path) -> None:
-        """Acquire the lock.
+        """Acquire the lock of the store's file ``path``.
 
         Raises:
             Unavailable: another process holds the lock.

@@ -28,7 +28,7 @@ from moesaic.cluster.store._program import SKIP_LOCKED, ExecuteMany, SqlProgram,
 
 
 class Row(NamedTuple):
-    """A row of the table ``jobs``."""
+    """A row of the table ``jobs``; ``_schema`` explains the tables."""
 
     seq: int
     id: str
@@ -51,11 +51,11 @@ class Row(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """The job's cost for fair queueing, at least 1, because a job without cost occupies a slot too."""
+        """The job's cost for fair queueing. It is at least 1, because even a job of cost 0 occupies a slot."""
         return max(self.cost, 1)
 
     def job(self, body: bytes = b"") -> Job:
-        """Return the submitted job, with a body."""
+        """Return the submitted job of this row, with this body."""
         return Job(
             self.id,
             self.model,
@@ -106,7 +106,7 @@ class _FlowCounts:
 
 @dataclass
 class QueueDelta:
-    """Changes of one operation to queues and flows, collected and then written together.
+    """Changes of one operation to the tables ``queues`` and ``flows``. They are collected and then written together.
 
     Counts are differences. Clocks and ends are absolute values that never decrease.
     """
@@ -119,7 +119,7 @@ class QueueDelta:
         return queue, self._flows.setdefault((job.tenant, job.model, job.priority), _FlowCounts())
 
     def add_queued(self, job: Job | Row, suspect: int = 0, by: int = 1) -> None:
-        """Count a job as queued, or remove it from the count with ``by`` -1. ``suspect`` is its group of suspects."""
+        """Count a job as queued; with ``by`` -1, as no longer queued. ``suspect`` is its group of suspects, or 0."""
         queue, flow = self._of(job)
         queue.queued += by
         queue.suspects += by * (suspect > 0)
@@ -127,24 +127,24 @@ class QueueDelta:
         flow.queued += by
 
     def add_leased(self, job: Row, by: int = 1) -> None:
-        """Count a job as leased, or remove it from the count with ``by`` -1."""
+        """Count a job as leased; with ``by`` -1, as no longer leased."""
         self._of(job)[0].leased += by
 
     def enter(self, job: Job | Row, entry: QueueEntry) -> None:
-        """Record the turn of a new job."""
+        """Record that a new job enters its queue with the turn in ``entry``."""
         queue, flow = self._of(job)
         queue.clock, queue.share = max(queue.clock, entry.clock), max(queue.share, entry.share)
         flow.finish = entry.turn + max(job.cost, 1)
 
     def serve(self, job: Row, share: int) -> None:
-        """Record that a job is leased, and its queue's total service after it."""
+        """Record that a job is leased. ``share`` is the total service (cost) of its queue after it."""
         queue, flow = self._of(job)
         queue.clock, queue.share = max(queue.clock, job.turn), max(queue.share, share)
         end = job.turn + job.weight
         queue.last, flow.served = max(queue.last, end), max(flow.served, end)
 
     def write(self) -> SqlProgram[None]:
-        """Write all changes."""
+        """Write all collected changes to the database."""
         yield ExecuteMany(_UPSERT_QUEUES, [(*key, *vars(queue).values()) for key, queue in self._queues.items()])
         flows = [(*key, *vars(flow).values()) for key, flow in self._flows.items() if any(vars(flow).values())]
         if flows:
@@ -152,13 +152,13 @@ class QueueDelta:
 
 
 class QueueEntry(NamedTuple):
-    """The turn of a new job, and the state of its queue."""
+    """The turn (start tag) of a new job, and the state of its queue."""
 
     turn: int
     clock: int
     """The queue's clock: the turn of the job that was leased last."""
     share: int
-    """The queue's total service, for the choice among models."""
+    """The queue's total service (cost of its leased jobs), for the choice among models."""
 
 
 ENTRY_COLUMNS = """(SELECT queued FROM queues WHERE model = ? AND priority = ?),
@@ -166,17 +166,17 @@ ENTRY_COLUMNS = """(SELECT queued FROM queues WHERE model = ? AND priority = ?),
     (SELECT last FROM queues WHERE model = ? AND priority = ?),
     (SELECT finish FROM flows WHERE tenant = ? AND model = ? AND priority = ?),
     (SELECT MIN(share) FROM queues WHERE priority = ? AND queued > 0)"""
-"""Columns of a query for ``queue_entry``. ``entry_parameters`` returns their parameters."""
+"""SQL columns that ``queue_entry`` needs. ``entry_parameters`` returns the values of their placeholders."""
 
 
 def entry_parameters(job: Job | Row) -> tuple[str | int, ...]:
-    """Return the parameters of ``ENTRY_COLUMNS`` for a job."""
+    """Return the values of the placeholders in ``ENTRY_COLUMNS`` for a job."""
     queue = (job.model, job.priority)
     return (*queue, *queue, *queue, job.tenant, *queue, job.priority)
 
 
 def queue_entry(columns: Sequence[int | None]) -> QueueEntry:
-    """Return the queue entry of a new job from the values of ``ENTRY_COLUMNS``."""
+    """Return the queue entry of a new job. ``columns`` is a result row of ``ENTRY_COLUMNS``."""
     queued, clock, last, finish, min_share = (number or 0 for number in columns)
     if not queued:
         clock = max(clock, last)
@@ -189,7 +189,7 @@ _QUEUE_HEAD = f"""SELECT {COLUMNS} FROM jobs WHERE state = 'queued' AND suspect 
 
 
 def choose(models: Iterable[str], limit: int, delta: QueueDelta) -> SqlProgram[list[Row]]:
-    """Return up to ``limit`` jobs that are leased next, and record the service in ``delta``."""
+    """Return up to ``limit`` jobs of these models that are leased next, and record them in ``delta``."""
     queues = yield Statement(_QUEUES_WITH_WORK, (list(models),))
     chosen: list[Row] = []
     for priority in dict.fromkeys(queue[1] for queue in queues):
@@ -206,7 +206,10 @@ def choose(models: Iterable[str], limit: int, delta: QueueDelta) -> SqlProgram[l
 
 
 def _merge(heads: Mapping[str, deque[Row]], shares: dict[str, int], limit: int, delta: QueueDelta) -> list[Row]:
-    """Take up to ``limit`` jobs from the heads of queues, each time from the queue with the lowest share."""
+    """Take up to ``limit`` jobs, each from the queue with the lowest share; record and return them.
+
+    ``heads`` are the first jobs of each queue and ``shares`` the queues' total service, both by model.
+    """
     chosen: list[Row] = []
     while len(chosen) < limit and any(heads.values()):
         model = min((name for name in heads if heads[name]), key=lambda name: (shares[name], heads[name][0].seq))

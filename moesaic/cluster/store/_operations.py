@@ -27,7 +27,7 @@ from moesaic.cluster.store._program import SKIP_LOCKED, ExecuteMany, Outcome, Sq
 from moesaic.errors import Conflict, InvalidParameter, Overloaded, Unavailable
 
 NEW_WORK = ""
-"""Notification that there are jobs to lease."""
+"""Value in a list of changed job ids: there are new jobs to lease."""
 
 _BY_ID = f"SELECT {COLUMNS} FROM jobs WHERE id IN ?"
 _ENDED = "(SELECT tick FROM store)"
@@ -58,7 +58,7 @@ def storable(text: str) -> bool:
 
 
 def _rows(ids: Iterable[str]) -> SqlProgram[dict[str, Row]]:
-    """Return the existing jobs among the ids, by id."""
+    """Return the rows of the jobs with these ids, by id; ids without a job are left out."""
     valid_ids = [job_id for job_id in dict.fromkeys(ids) if storable(job_id)]
     if not valid_ids:
         return {}
@@ -74,7 +74,9 @@ def _check_storable(job: Job) -> None:
     if not job.id:
         raise InvalidParameter("id", "is empty: choose an id")
     if not 0 <= job.cost <= _MAX_NUMBER or abs(job.priority) > _MAX_NUMBER:
-        raise InvalidParameter("cost", f"and priority must be at most {_MAX_NUMBER}, and a cost must not be negative")
+        raise InvalidParameter(
+            "cost", f"cost and priority must be at most {_MAX_NUMBER}, and a cost must not be negative"
+        )
 
 
 def submit(job: Job, limits: StoreLimits) -> SqlProgram[Outcome[str]]:
@@ -90,9 +92,9 @@ def submit(job: Job, limits: StoreLimits) -> SqlProgram[Outcome[str]]:
             raise Conflict("the idempotency key belongs to another request: use a new key for a new request")
         return Outcome(str(existing_id))
     if tenant_queued >= limits.queued_per_tenant:
-        raise Overloaded(f"you have {tenant_queued} queued requests already: try again when some are answered")
+        raise Overloaded(f"this API key has {tenant_queued} queued requests already: try again when some are answered")
     if queued >= limits.queued or cost + job.cost > limits.queued_cost:
-        raise Unavailable(f"the queue is full with {queued} requests: try again later")
+        raise Unavailable(f"the queue is full with {queued} requests of all clients: try again later")
     entry = queue_entry(columns)
     yield from _insert(job, entry)
     delta = QueueDelta()
@@ -150,7 +152,7 @@ def _oldest_group(models: list[str], limit: int) -> SqlProgram[list[Row]]:
 
 
 def _leases(jobs: Sequence[Row]) -> SqlProgram[list[Lease]]:
-    """Return the leases of jobs, with bodies and logs. The rows are those from before the lease."""
+    """Return the new leases of jobs, with bodies and logs. ``jobs`` are the rows from before the lease."""
     rows = yield Statement("SELECT seq, body FROM bodies WHERE seq IN ?", ([job.seq for job in jobs],))
     bodies = {seq: bytes(body) for seq, body in rows}
     logs: dict[int, list[LogRecord]] = {job.seq: [] for job in jobs}
@@ -229,7 +231,7 @@ def finish(
 
 
 def _end(job: Row, state: JobState) -> SqlProgram[None]:
-    """End a queued or leased job. All operations that end a job use this function."""
+    """End a queued or leased job in this state. All operations that end a job use this function."""
     yield ExecuteMany(f"UPDATE jobs SET state = ?, ended = {_ENDED} WHERE seq = ?", [(state, job.seq)])
     if job.idempotency_key:
         name = (job.tenant, job.idempotency_key, job.id)
@@ -245,7 +247,10 @@ def _end(job: Row, state: JobState) -> SqlProgram[None]:
 
 
 def _requeue(jobs: Sequence[Row], groups: Sequence[int], crashes: int) -> SqlProgram[None]:
-    """Put leased jobs back in the queue, each in a group of suspects; group 0 means that it is not a suspect."""
+    """Queue leased jobs again. ``groups`` has the group of suspects of each job; 0: the job is not a suspect.
+
+    ``crashes`` is added to the crash count of each job.
+    """
     delta = QueueDelta()
     for job, group in zip(jobs, groups, strict=True):
         delta.add_leased(job, by=-1)

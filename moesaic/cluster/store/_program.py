@@ -1,8 +1,8 @@
-"""SQL programs: operations on a store that are written once and run on any database.
+"""SQL programs: operations on a job store that are written once and run on SQLite and PostgreSQL.
 
-An operation is a generator: it yields statements, receives their rows, and returns an outcome. It does no I/O itself,
-and it raises errors only before its first write. The SQL is the common subset of SQLite and PostgreSQL, with three
-placeholders: ``?`` for a value, ``IN ?`` for a list of values, and ``SKIP_LOCKED`` for skipping locked rows.
+An operation is a generator: it yields SQL statements, receives their rows, and returns an outcome. It does no I/O
+itself, and it raises errors only before its first write. The SQL is the common subset of SQLite and PostgreSQL, with
+three placeholders: ``?`` for a value, ``IN ?`` for a list of values, and ``SKIP_LOCKED`` for skipping locked rows.
 
 This module does not depend on jobs or connections.
 """
@@ -22,7 +22,7 @@ SKIP_LOCKED = " FOR UPDATE SKIP LOCKED"
 
 @dataclass(frozen=True)
 class Statement:
-    """An SQL statement and its values. A list among the values belongs to an ``IN ?``."""
+    """An SQL statement and the values of its placeholders. A list is the value of an ``IN ?``."""
 
     sql: str
     values: Sequence[Any] = ()
@@ -38,13 +38,13 @@ class ExecuteMany:
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """Return value of an operation, and the changes to notify after the commit (see ``jobs.ChangeListener``)."""
+    """Return value of an operation, and the changes that listeners are notified of after the commit."""
 
     value: T
     changes: tuple[str, ...] = ()
-    """Ids of changed jobs; an empty string means that jobs can be leased."""
+    """Ids of changed jobs; "" means that there are jobs to lease (see ``jobs.ChangeListener``)."""
 
 
 SqlProgram = Generator[Statement | ExecuteMany, Rows, T]
 Operation = Callable[[], SqlProgram[Outcome[T]]]
-"""Function that creates an operation's program; it is called again for each retry."""
+"""Function that creates the SQL program of an operation. It is called again for each retry."""

@@ -90,7 +90,10 @@ def list_jobs(state: JobState, limit: int) -> SqlProgram[Outcome[list[JobSnapsho
 
 
 def tick(seen: int, limits: StoreLimits) -> SqlProgram[Outcome[int]]:
-    """Advance the tick counter if it is still ``seen``; delete old idempotency keys, empty queues and old flows."""
+    """Implement ``Store.tick`` except for dropping jobs: advance the tick count if it is still ``seen``; return it.
+
+    An advance deletes old idempotency keys, empty queues and old flows.
+    """
     rows = yield Statement("SELECT tick FROM store")
     [now] = rows[0]
     if now != seen:
@@ -105,7 +108,7 @@ def tick(seen: int, limits: StoreLimits) -> SqlProgram[Outcome[int]]:
 
 
 def drop(now: int, limits: StoreLimits) -> SqlProgram[Outcome[bool]]:
-    """Delete up to ``MAX_DROPPED`` ended jobs beyond the retention limits; return whether to call it again."""
+    """Delete up to ``MAX_DROPPED`` ended jobs beyond the retention limits; return whether any were deleted."""
     rows = yield Statement(_EXPIRED, (now - limits.retention_ticks, MAX_DROPPED))
     if not rows:
         counts = yield Statement("SELECT COUNT(*) FROM jobs WHERE ended IS NOT NULL")
@@ -140,11 +143,11 @@ _INVARIANTS = {
     "bodies": (_BODIES_NOW, _BODIES_TRUE),
     "ends of jobs": (_ENDED_NOW, _ENDED_TRUE),
 }
-"""Pairs of queries that must have the same result."""
+"""Invariants of the tables: for each name, two queries that must have the same result."""
 
 
 def check() -> SqlProgram[Outcome[str]]:
-    """Return "ok", or a text that names the violated invariants."""
+    """Check the tables; return "ok", or a text that names the violated invariants."""
     violated = []
     for name, (left, right) in _INVARIANTS.items():
         missing = yield Statement(f"SELECT COUNT(*) FROM ({left} EXCEPT {right}) AS difference")

@@ -13,7 +13,7 @@ flows             per tenant in a queue: count of queued jobs, and the start of 
 from __future__ import annotations
 
 VERSION = 2
-"""Version of the schema. Stores of other versions are refused."""
+"""Version of the schema. Stores with another version are refused."""
 
 _TABLES = """
 CREATE TABLE store (
@@ -70,7 +70,7 @@ CREATE TABLE flows (
 
 
 def tables(*, serial: str, blob: str, busy: str) -> list[str]:
-    """Return the statements that create the tables.
+    """Return the SQL statements that create the tables in a database.
 
     Args:
         serial: SQL type of an ascending key whose values are never reused.

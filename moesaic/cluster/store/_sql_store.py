@@ -1,6 +1,6 @@
-"""The job store over a database: each method of ``jobs.Store`` runs one operation on it.
+"""The job store in a database: each method of ``jobs.Store`` runs one operation on the database.
 
-How a database runs an operation is the matter of its own file.
+``sqlite`` and ``postgres`` define how their database runs an operation.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ T = TypeVar("T")
 
 
 class Database(Protocol):
-    """A database that runs the operations of a store."""
+    """A database that runs the operations of a job store."""
 
     shared: bool
-    """Whether other gateways may use the database at the same time."""
+    """Whether several gateways may use the database at the same time."""
     listeners: list[ChangeListener]
-    """Called with the ids of changed jobs, after the commit."""
+    """Functions that are called with the ids of changed jobs, after the commit."""
 
     async def run(self, operation: Operation[T], *, reads: bool = False) -> T:
-        """Run an operation, wait until it is committed, and call the listeners with its changes.
+        """Run an operation, wait for its commit, call the listeners with its changes, and return its value.
 
         Args:
-            operation: creates the operation's program; it may be called again after a rollback.
+            operation: function that creates the SQL program; it may be called again after a rollback.
             reads: whether the operation only reads.
 
         Raises:
@@ -49,23 +49,23 @@ class Database(Protocol):
         ...
 
     async def integrity(self) -> str:
-        """Return "ok", or what the database says is wrong with its files."""
+        """Return "ok", or the database's description of the damage in its files."""
         ...
 
     async def close(self) -> None:
-        """Finish what waits, and close the database."""
+        """Finish the waiting operations, and close the database."""
         ...
 
 
 def notify(listeners: Sequence[ChangeListener], job_ids: Sequence[str]) -> None:
-    """Call listeners with the ids of changed jobs, if there are any."""
+    """Call each listener with the ids of changed jobs, if there are any."""
     if job_ids:
         for listener in listeners:
             listener(job_ids)
 
 
 class SqlStore:
-    """The ``jobs.Store`` of a database."""
+    """The ``jobs.Store`` whose jobs are in a database."""
 
     def __init__(self, database: Database, limits: StoreLimits) -> None:
         self.database, self._limits = database, limits

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_BATCH = 64
-"""Maximum number of operations in one transaction; PostgreSQL tracks more savepoints on disk."""
+"""Maximum number of operations (savepoints) in one transaction. PostgreSQL would keep track of more on disk."""
 CHANNEL = "moesaic"
 MAX_NOTIFY_BYTES = 7900
 """Maximum size of one notification in bytes; PostgreSQL allows 8000."""
@@ -42,7 +42,7 @@ CONNECT_SECONDS = 5.0
 PING_SECONDS = 10.0
 """Seconds between two checks of the listening connection."""
 BACKOFF_SECONDS = (0.1, 5.0)
-"""First and largest maximum of the random delay before a reconnect. The maximum doubles with each attempt."""
+"""The random delay before a reconnect is below a bound: the first value, doubled each time up to the second one."""
 _LOCK = 0x4D6F6573
 _SETTINGS = {
     "application_name": "moesaic",
@@ -67,11 +67,11 @@ class _Waiting(NamedTuple):
 
 
 async def open_store(address: str, limits: StoreLimits) -> Store:
-    """Open the job store of a database, or create its tables in the schema ``moesaic``.
+    """Open the job store in the database at ``address``; create its tables, in schema ``moesaic``, if needed.
 
     Raises:
         Unavailable: the database is unreachable.
-        StoreError: the store has another version, the database is not in UTF-8, or a permission is missing.
+        StoreError: the store has another schema version, the database is not in UTF-8, or a permission is missing.
         NotInstalled: asyncpg is missing.
     """
     try:
@@ -127,7 +127,7 @@ class PostgresDatabase:
         self._connection.terminate()
 
     async def _run_operations(self) -> None:
-        """Run waiting operations until the store is closed."""
+        """Run the waiting operations, group by group, until the store is closed."""
         attempts = 0
         while group := await self._take():
             try:
@@ -147,7 +147,7 @@ class PostgresDatabase:
                 notify(self.listeners, changes)
 
     async def _take(self) -> list[_Waiting]:
-        """Wait for operations and return up to ``MAX_BATCH`` of them; return an empty list at the end."""
+        """Wait for operations; return up to ``MAX_BATCH`` of them, or an empty list when the store is closed."""
         while not self._waiting and not self._closing:
             self._awake.clear()
             await self._awake.wait()
@@ -184,7 +184,7 @@ class PostgresDatabase:
 
 
 def _backoff(attempts: int) -> float:
-    """Return the delay in seconds before the next attempt: exponential backoff with full jitter."""
+    """Return the delay in seconds after this number of failed attempts: exponential backoff with full jitter."""
     first, limit = BACKOFF_SECONDS
     return random.uniform(0, min(limit, first * 2 ** min(attempts, 16)))
 
@@ -235,12 +235,12 @@ async def _commit(
     for payload in _payloads(changes):
         await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
     if await connection.execute("COMMIT") != "COMMIT":
-        raise Unavailable("the database did not commit: try again")
+        raise Unavailable("the job database did not commit: try again")
     return outcomes, changes
 
 
 def _payloads(job_ids: Sequence[str]) -> list[str]:
-    """Split ids into notification payloads of at most ``MAX_NOTIFY_BYTES``."""
+    """Return JSON payloads for notifications with these ids, each of at most ``MAX_NOTIFY_BYTES``."""
     parts: list[list[str]] = []
     free_bytes = 0
     for job_id in job_ids:
@@ -285,13 +285,13 @@ async def _execute(connection: asyncpg.Connection, step: Statement | ExecuteMany
 
 @lru_cache(None)
 def _dialect(sql: str) -> str:
-    """Translate a statement to PostgreSQL: parameters are numbered, and a list is passed as an array."""
+    """Translate SQL of ``_program`` to PostgreSQL: placeholders are numbered, and a list is passed as an array."""
     first, *others = sql.replace(" IN ?", " = ANY(?)").split("?")
     return first + "".join(f"${number}{text}" for number, text in enumerate(others, 1))
 
 
 def _explain(error: Exception) -> Exception:
-    """Return an error of the database or its connection as a ``MoesaicError``, and other errors unchanged."""
+    """Convert an error of the database or its connection to a ``MoesaicError``. Return other errors unchanged."""
     state = getattr(error, "sqlstate", None) or ""
     if isinstance(error, MoesaicError | ValueError | TypeError) and not state:
         return error
@@ -317,7 +317,7 @@ async def _connect(address: str) -> asyncpg.Connection:
 
 
 async def _prepare(connection: asyncpg.Connection) -> None:
-    """Create the tables if they are missing; raise StoreError if the database cannot be used."""
+    """Create the store's tables if they are missing. Raise StoreError if the database cannot hold a store."""
     if await connection.fetchval("SHOW server_encoding") != "UTF8":
         raise StoreError("the job database is not in UTF8: create another with ENCODING 'UTF8'")
     async with connection.transaction():
@@ -331,6 +331,6 @@ async def _prepare(connection: asyncpg.Connection) -> None:
         version = await connection.fetchval("SELECT version FROM store")
     if version != VERSION:
         raise StoreError(
-            f"the job database has version {version}, expected {VERSION}: "
+            f"the job database has version {version} of the schema, expected {VERSION}: "
             "finish its jobs with the Moesaic version that created it, or drop the schema moesaic"
         )

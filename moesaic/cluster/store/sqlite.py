@@ -32,9 +32,9 @@ from moesaic.errors import MoesaicError, StorageFull, StoreError, Unavailable
 T = TypeVar("T")
 
 MAX_BATCH = 256
-"""Maximum number of operations in one transaction. It limits the delay of later operations."""
+"""Maximum number of operations in one transaction, so that later operations do not wait for too long."""
 APPLICATION_ID = 0x4D6F6573
-"""Marks the file as a job store in its header."""
+"""Number in the header of an SQLite file that marks it as a job store."""
 _PRAGMAS = (
     "journal_mode = WAL",
     "synchronous = FULL",
@@ -55,11 +55,11 @@ class _Done(NamedTuple):
 
 
 async def open_store(address: str, limits: StoreLimits) -> Store:
-    """Open the job store in a file, or create it.
+    """Open the job store in the SQLite file at ``address``. Create the file if it is missing.
 
     Raises:
         Unavailable: another gateway or another program uses the file.
-        StoreError: the file is on a network disk, damaged, of another version, or not a job store.
+        StoreError: the file is on a network disk, is damaged, has another schema version, or is not a job store.
     """
     database = SqliteDatabase(Path(address))
     await database.opened
@@ -116,7 +116,7 @@ class SqliteDatabase:
         self._post(self._closed.set_result, None)
 
     def _take(self) -> list[_Waiting]:
-        """Wait for operations and return up to ``MAX_BATCH`` of them; return an empty list at the end."""
+        """Wait for operations; return up to ``MAX_BATCH`` of them, or an empty list when the store is closed."""
         group = []
         item = self._waiting.get()
         while item is not None:
@@ -148,14 +148,14 @@ class SqliteDatabase:
 
 
 class _ConnectionOwner:
-    """Runs groups of operations on the connection, each group in one transaction."""
+    """Owns the connection and runs groups of operations on it, each group in one transaction."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path = path
         self._connection: sqlite3.Connection | None = connection
 
     def commit(self, group: Sequence[_Waiting]) -> list[_Done]:
-        """Run operations in one transaction. If the transaction fails, it is rolled back and all of them fail."""
+        """Run operations in one transaction; return their outcomes. If the transaction fails, all of them fail."""
         try:
             connection = self._connection = self._connection or _connect(self._path)
             connection.execute("BEGIN IMMEDIATE")
@@ -221,12 +221,12 @@ def _execute(connection: sqlite3.Connection, step: Statement | ExecuteMany) -> S
 
 @lru_cache(None)
 def _dialect(sql: str) -> str:
-    """Translate a statement to SQLite: no row locks are needed, and a list is passed as a JSON array."""
+    """Translate SQL of ``_program`` to SQLite: row locks are left out, and a list is passed as a JSON array."""
     return sql.replace(SKIP_LOCKED, "").replace(" IN ?", " IN (SELECT value FROM json_each(?))")
 
 
 def _explain(error: BaseException, path: Path) -> BaseException:
-    """Return an error of SQLite or the system as a ``MoesaicError``, and other errors unchanged."""
+    """Convert an error of SQLite or the system to a ``MoesaicError``. Return other errors unchanged."""
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         result: MoesaicError = Unavailable(f"{path} cannot be read or written ({error}): try again")
@@ -246,7 +246,7 @@ def _explain(error: BaseException, path: Path) -> BaseException:
 
 
 def _open(path: Path) -> tuple[_disk.FileLock, sqlite3.Connection]:
-    """Lock, open and check the store's file."""
+    """Lock, open and check the store's file; return the lock and the connection."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _disk.FileLock(path)
     try:
@@ -283,11 +283,11 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _check_file(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise StoreError if the file is damaged or of another version."""
+    """Raise StoreError if the file is damaged or has another schema version."""
     version = connection.execute("SELECT version FROM store").fetchone()[0]
     if version != VERSION:
         raise StoreError(
-            f"{path} has version {version}, expected {VERSION}: "
+            f"{path} has version {version} of the schema, expected {VERSION}: "
             "finish its jobs with the Moesaic version that created it, or choose another file"
         )
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]

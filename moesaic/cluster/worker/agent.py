@@ -28,19 +28,21 @@ from moesaic.errors import EngineStopped, InvalidRequest, MoesaicError, Overload
 log = logging.getLogger("moesaic.worker")
 
 SEND_SECONDS = 0.02
-"""Minimum time between two messages with events."""
+"""Minimum seconds between two messages with events."""
 LEASE_WAIT_SECONDS = 20.0
-"""Duration of a long poll."""
+"""Duration of a long poll for jobs, in seconds."""
 ABANDON_LEASES = 6
-"""Jobs are cancelled when no gateway has renewed them for this number of leases: other workers have them."""
+"""The worker cancels its jobs when no gateway has renewed its leases for this number of lease durations.
+
+Other workers run them by then."""
 MESSAGE_BYTES = 8 << 20
-"""Approximate maximum size of a message; a gateway accepts twice as much."""
+"""Approximate maximum size of a message in bytes; a gateway accepts twice as much."""
 WORKER_ERRORS = (Overloaded, Unavailable)
-"""Errors of this worker rather than of the job: the job is released."""
+"""Errors that are not the job's fault: the worker releases the job, so that another worker can run it."""
 
 
 class Worker:
-    """Runs jobs of a gateway until it is stopped."""
+    """A worker: runs the jobs of a gateway on a backend until it is stopped."""
 
     def __init__(
         self,
@@ -57,13 +59,13 @@ class Worker:
         """Prepare a worker.
 
         Args:
-            backend: the models that run the jobs.
-            gateways: URLs; when one does not answer, the next is tried.
-            name: unique among a gateway's workers with the same key.
+            backend: the backend whose models run the jobs.
+            gateways: URLs of gateways; when one does not answer, the next is tried.
+            name: the worker's name, unique among a gateway's workers with the same key.
             key: the worker's API key.
             slots: maximum number of concurrent jobs.
-            about: properties shown to administrators.
-            ssl: how aiohttp checks certificates.
+            about: properties of the worker that are shown to administrators.
+            ssl: how the gateway's TLS certificate is checked: the parameter ``ssl`` of aiohttp.
             stall_seconds: an engine with work that makes no step for this time is considered stalled.
         """
         self._backend, self._gateways, self._name, self._slots = backend, list(gateways), name, slots
@@ -79,12 +81,12 @@ class Worker:
         self._renewed_at = time.monotonic()  # when a gateway last renewed the leases
         self._last_step = (time.monotonic(), -1)
         self.stopped = asyncio.Event()
-        """Set to stop at once."""
+        """Set this event to stop the worker at once."""
         self.connected = asyncio.Event()
-        """Set while the worker is registered."""
+        """An event that is set while the worker is registered at a gateway."""
 
     async def run(self) -> None:
-        """Run jobs until stopped.
+        """Run jobs until the event ``stopped`` is set.
 
         Raises:
             Unauthorized, Forbidden: the gateway refuses this worker.
@@ -140,14 +142,14 @@ class Worker:
             await asyncio.sleep(random.uniform(0.05, min(10.0, 0.1 * 2**tries)))  # full jitter
 
     def _log_disconnect(self, error: BaseException) -> None:
-        """Log why there is no connection, as a warning only if the reason is new."""
+        """Log why there is no connection to a gateway: as a warning if the reason is new, else for debugging."""
         why = f"{type(error).__name__}: {error}"[:300]
         level = logging.DEBUG if why == self._last_failure else logging.WARNING
         log.log(level, "no gateway: retrying", extra={"url": self._connection.url, "why": why})
         self._last_failure = why
 
     async def _run_together(self, *works: Coroutine[Any, Any, None]) -> None:
-        """Run coroutines until the first error, which ends them all."""
+        """Run coroutines until one of them raises an error, which ends them all and is raised here."""
         try:
             async with asyncio.TaskGroup() as group:
                 for work in works:
@@ -177,7 +179,7 @@ class Worker:
         log.info("registered", extra={"url": self._connection.url, "models": [model.name for model in models]})
 
     async def _fetch(self) -> None:
-        """Long-poll for jobs, cancellations and queries."""
+        """Long-poll the gateway for jobs, cancellations and queries, and handle them."""
         async with asyncio.TaskGroup() as answers:
             while True:
                 free_slots = 0 if self._draining else self._slots
@@ -208,7 +210,7 @@ class Worker:
             await asyncio.sleep(self._renew_seconds)
 
     async def _send(self) -> None:
-        """Send events as they come, those of all jobs in one message, and each job's end in its own message."""
+        """Send new events of all jobs in common messages as they come, and each job's end in its own message."""
         async with asyncio.TaskGroup() as ends:
             sent_at = -SEND_SECONDS
             while True:
@@ -228,14 +230,16 @@ class Worker:
                     self._acknowledge(jobs, response.acknowledged)
 
     def _batches(self) -> list[wire.EventBatch]:
-        """Return the next events of all jobs to send, as many as fit into a message."""
+        """Return the unsent events of all jobs, as many as fit into one message."""
         batches, room = [], MESSAGE_BYTES
         for job in self._jobs.values():
             if job.finishing or not job.unsent():
                 continue
             batch, size = job.batch(room)
             if not batch.events and room == MESSAGE_BYTES:
-                job.fail(TooLarge("a part of the answer is larger than a message: ask for fewer log-probabilities"))
+                job.fail(
+                    TooLarge("a part of the answer is larger than a message may be: request fewer log-probabilities")
+                )
             if batch.events:
                 batches.append(batch)
                 room -= size
@@ -246,7 +250,7 @@ class Worker:
     async def _finish(self, job: RunningJob) -> None:
         message = wire.FinishRequest(self._name, *job.claim, job.received, job.unsent(), job.outcome, job.error)
         if len(msgspec.json.encode(message)) >= 2 * MESSAGE_BYTES:
-            job.fail(TooLarge("the result is larger than a message: ask for less at a time"))
+            job.fail(TooLarge("the result is larger than a message may be: send fewer texts per request"))
             message = wire.FinishRequest(self._name, *job.claim, job.received, [], None, job.error)
         response = await self._post("finish", message, wire.FinishResponse)
         self._remove(job)
@@ -254,7 +258,7 @@ class Worker:
         log.debug(event, extra={"job": job.lease.id, "fence": job.lease.fence})
 
     def _acknowledge(self, jobs: Sequence[RunningJob], positions: Mapping[str, LogPosition | None]) -> None:
-        """Process log positions of jobs, unless a job has been leased again since the request."""
+        """Process the gateway's log positions of jobs, except of jobs that were leased again since the request."""
         for job in jobs:
             if self._jobs.get(job.lease.id) is job:
                 position = positions.get(job.lease.id)
@@ -319,7 +323,7 @@ class Worker:
             self._has_news.set()
 
     async def _call(self, kind: str, model: str, body: bytes) -> Any:
-        """Run an operation that has an outcome but no events."""
+        """Run an operation that has no events, such as "embed"; return its outcome."""
         if kind == "tokenize":
             return await self._backend.tokenize(wire.unpack_request(body))
         if kind == "embed":
@@ -342,7 +346,7 @@ class Worker:
             error = wire.error_info(failure)
         message = wire.AnswerRequest(self._name, query.id, outcome, error)
         if len(msgspec.json.encode(message)) >= 2 * MESSAGE_BYTES:
-            too_large = TooLarge("the result is larger than a message: ask for less at a time")
+            too_large = TooLarge("the result is larger than a message may be: send a shorter text")
             message = wire.AnswerRequest(self._name, query.id, None, wire.error_info(too_large))
         await self._post("answer", message, dict)
 
@@ -360,9 +364,12 @@ class Worker:
             self._to_release.difference_update(claims)
 
     async def _watch(self) -> None:
-        """Check every second that the engine makes progress and that a gateway still renews the leases.
+        """Check once a second that the engine makes progress and that a gateway still renews the leases.
 
-        Checks are more frequent if an engine counts as stalled after less than a few seconds.
+        If ``stall_seconds`` is less than 4, the checks are more frequent.
+
+        Raises:
+            EngineStopped: the engine has died or stalled.
         """
         while True:
             await asyncio.sleep(min(1.0, self._stall_seconds / 4))
@@ -383,6 +390,6 @@ class Worker:
 
 
 def _first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first error in nested groups."""
+    """Return the first error in an exception group, which may contain groups."""
     error = errors.exceptions[0]
     return _first_error(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,6 +1,6 @@
 """A worker's HTTP connection to a gateway.
 
-This module knows the worker protocol's routes and refusals. It does not know what the messages are about.
+This module sends messages of the worker protocol and converts refusals to errors. It does not read the messages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 TRANSPORT_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
 RETRYABLE_ERRORS = (NotFound, Unavailable, Conflict, Overloaded, *TRANSPORT_ERRORS)
-"""Errors that end a connection; the worker then connects again."""
+"""Errors after which the worker connects to a gateway again."""
 REFUSALS: dict[int, type[MoesaicError]] = {
     401: Unauthorized,
     403: Forbidden,
@@ -38,14 +38,14 @@ REFUSALS: dict[int, type[MoesaicError]] = {
 
 
 class GatewayConnection:
-    """Posts messages to one gateway at a time."""
+    """Sends messages of the worker protocol to the gateway at ``url``, which may change."""
 
     def __init__(self, key: str | None = None, ssl: Any = True) -> None:
         """Prepare a connection; use it as an asynchronous context manager.
 
         Args:
             key: the worker's API key.
-            ssl: how aiohttp checks certificates.
+            ssl: how the gateway's TLS certificate is checked: the parameter ``ssl`` of aiohttp.
         """
         self.url = ""
         """Base URL of the gateway."""
@@ -64,11 +64,11 @@ class GatewayConnection:
         await self._session.close()
 
     async def post(self, route: str, message: Any, kind: type[T], seconds: float) -> T:
-        """Post a message to ``/worker/<route>``; return the response decoded as ``kind``.
+        """Post a message to ``/worker/<route>``; return the response, decoded as the type ``kind``.
 
         Raises:
             Unauthorized, Forbidden, NotFound, Conflict, Overloaded: the gateway refused the message.
-            Unavailable: the gateway failed, or the response is not one of a gateway.
+            Unavailable: the gateway failed, or the server is not a gateway.
             TRANSPORT_ERRORS: there was no response within ``seconds``.
         """
         assert self._session is not None
@@ -86,9 +86,9 @@ class GatewayConnection:
 
 
 def _refusal(status: int, content: bytes) -> MoesaicError:
-    """Return the error for a response with a status other than 200."""
+    """Return the error that a response with a status other than 200 reports."""
     try:
         message = str(msgspec.json.decode(content)["error"]["message"])[:300]
     except (msgspec.DecodeError, KeyError, TypeError):
-        message = f"the gateway answered {status}"
+        message = f"the gateway responded with status {status} and without a reason"
     return REFUSALS.get(status, Unavailable if status >= 500 else MoesaicError)(message)

@@ -1,7 +1,7 @@
-"""Continuation of an answer that another worker began: drops the part of the new answer that readers already have.
+"""Continuation of an answer that a lost worker began. The part of it that readers already have is not sent again.
 
 The model continues behind the known tokens (``GenerationRequest.resume``) and repeats the whole answer. The text up to
-a token is a function of the tokens up to it, so counting tokens and characters is enough. AIME's workers report text
+a token is a function of the tokens up to it, so counting tokens and characters is enough. AIME API workers report text
 without tokens; such an answer is continued from its text.
 """
 
@@ -18,7 +18,7 @@ from moesaic.errors import InvalidRequest
 
 @dataclass
 class _AnswerReplay:
-    """The known part of one answer, and how much of the repetition is still to be dropped."""
+    """The part of one answer that readers have, and how much of the model's repetition of it is still to be dropped."""
 
     prompt_done: bool = False
     ids: list[int] = field(default_factory=list)
@@ -33,10 +33,10 @@ class _AnswerReplay:
 
 
 class ReplayFilter:
-    """Filters the events of a continued request."""
+    """Drops the events of a continued request that repeat what readers already have."""
 
     def __init__(self, log: Iterable[Event]) -> None:
-        """Create a filter that drops what the events of ``log`` have said."""
+        """Create a filter. ``log`` are the events that readers already have."""
         self._answers: dict[int, _AnswerReplay] = {}
         for event in log:
             answer = self._answer(event)
@@ -56,14 +56,14 @@ class ReplayFilter:
         return self._answers.setdefault(event.index, _AnswerReplay())
 
     def all_finished(self, count: int) -> bool:
-        """Return whether all ``count`` answers have finished."""
+        """Return whether all ``count`` answers of the request have finished in the log."""
         return sum(answer.finished for answer in self._answers.values()) >= count
 
     def continued(self, request: GenerationRequest) -> GenerationRequest:
-        """Return the request that continues the answers.
+        """Return ``request``, changed so that its answers continue after the log.
 
         Raises:
-            InvalidRequest: the known text has no tokens, and the request cannot be continued from text.
+            InvalidRequest: the log has text without tokens, and the request cannot be continued from text.
         """
         first = self._answers.get(0, _AnswerReplay())
         if not first.text or first.ids:
@@ -72,7 +72,9 @@ class ReplayFilter:
         if isinstance(request.prompt, str):
             return replace(request, prompt=request.prompt + first.text)
         if request.messages is None or len(self._answers) > 1:
-            raise InvalidRequest("the worker of this answer was lost, and the answer cannot be continued: ask again")
+            raise InvalidRequest(
+                "the worker of this answer was lost, and the answer cannot be continued: send the request again"
+            )
         last = request.messages[-1]
         if request.continue_final:
             joined = {**last, "content": f"{last.get('content', '')}{first.text}"}
@@ -82,14 +84,14 @@ class ReplayFilter:
         )
 
     def resume(self) -> tuple[tuple[int, ...], ...]:
-        """Return the known token ids of each answer, for ``GenerationRequest.resume``."""
+        """Return the token ids in the log for each answer, for ``GenerationRequest.resume``."""
         if not any(answer.ids for answer in self._answers.values()):
             return ()
         empty = _AnswerReplay()
         return tuple(tuple(self._answers.get(index, empty).ids) for index in range(1 + max(self._answers)))
 
     def fresh(self, event: Event) -> Event | None:
-        """Return the new part of an event, or None if readers have all of it."""
+        """Return the part of an event that readers do not have yet; None if they have all of it."""
         answer = self._answer(event)
         if answer.finished:
             return None

@@ -297,7 +297,7 @@ def test_unsupported_features_are_refused(open_gateway, worker, more, what):
             assert worker.request_jobs(request_timeout=0.1) == {"cmd": "no_job"}
         refused = answer.result()
     assert refused.status_code == 400
-    assert f"AIME's workers, which do not support {what}" in refused.json()["error"]["message"]
+    assert f"AIME API workers, which do not support {what}" in refused.json()["error"]["message"]
 
 
 def test_other_operations_are_refused(open_gateway, worker):
