@@ -74,10 +74,10 @@ class GenerationRequest:
     tool_choice: str | Mapping[str, Any] = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Variables for the chat format or the chat template of the model."""
+    """Extra variables for the model's chat format or Jinja chat template."""
     now: str | None = None
-    """Local time, as ISO 8601, that a prompt with a date states; None: the time at which it is tokenized. A gateway
-    sets it, so that the prompt stays the same if another worker continues the answer."""
+    """Local time in ISO 8601, for chat formats that put the date into the prompt; None: the time of tokenization. A
+    gateway sets it, so that the prompt stays the same if another worker continues the answer."""
     grammar: tuple[str, Any] | None = None
     """Kind and value of the grammar that the answer must follow (see ``moesaic.text.grammar``); None: no grammar."""
     grammar_param: str = "grammar"

@@ -172,7 +172,7 @@ class TemplateError(ConfigError):
 
 
 class MalformedTemplate(TemplateError):
-    """A chat template is no valid Jinja, so that it fails for each conversation."""
+    """A chat template is not valid Jinja, so it fails for every conversation."""
 
 
 class TokenizerError(CheckpointError):

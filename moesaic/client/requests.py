@@ -56,7 +56,7 @@ class Options(TypedDict, total=False):
     bad_words: Sequence[str] | None
     allowed_token_ids: Sequence[int] | None
     truncate_prompt_tokens: int | None
-    """Keep only this number of the last tokens of the prompt; -1: as many as leave room for the answer."""
+    """Only this number of the prompt's last tokens is kept; -1: as many as leave room for the answer; None: all."""
     min_tokens: int | None
     ignore_eos: bool | None
     logprobs: int | None

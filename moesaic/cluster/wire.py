@@ -61,7 +61,7 @@ def unpack_request(body: bytes) -> GenerationRequest:
 
 
 class EmbedBody(msgspec.Struct, frozen=True):
-    """The body of a job that embeds texts. ``texts`` are texts or token ids; ``truncate`` is as for ``Backend``."""
+    """The body of a job that embeds texts or lists of token ids; ``truncate`` is that of ``Backend.embed``."""
 
     texts: Sequence[str | Sequence[int]]
     truncate: int | None = None
@@ -71,10 +71,10 @@ _EMBED = msgspec.json.Decoder(EmbedBody)
 
 
 def unpack_embed(body: bytes) -> EmbedBody:
-    """Return the texts in a job's body.
+    """Decode the texts in the body of a job that embeds them.
 
     Raises:
-        InvalidRequest: the bytes are no texts.
+        InvalidRequest: the bytes are not an ``EmbedBody``.
     """
     return decode(_EMBED, body)
 
@@ -87,13 +87,13 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     param: str | None = None
     retry_after: float | None = None
     tokens: int | None = None
-    """Of ``PromptTooLong``: the number of tokens of the prompt."""
+    """The prompt's number of tokens, in a ``PromptTooLong`` error."""
     limit: int | None = None
-    """Of ``PromptTooLong``: the most tokens that it may have."""
+    """The maximum number of tokens of a prompt, in a ``PromptTooLong`` error."""
 
 
 ERROR_ATTRIBUTES = ("param", "retry_after", "tokens", "limit")
-"""Attributes of errors that are on the wire under the same names."""
+"""Attributes of exceptions that ``ErrorInfo`` has under the same names."""
 
 
 class JobResult(msgspec.Struct, frozen=True, omit_defaults=True):

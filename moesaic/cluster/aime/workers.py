@@ -24,7 +24,7 @@ from moesaic.serve.endpoint import AnyResponse, Endpoint, Failure, Response
 WAIT_FRACTION = 0.75
 """Fraction of a worker's request timeout after which the gateway responds that there is no job."""
 MIN_REQUEST_SECONDS = 1.0
-"""Shortest request timeout that a worker can ask for."""
+"""Minimum of the timeout that a worker can choose for its request for jobs, in seconds."""
 SERVER_VERSION = "0.9.6"
 """The version of the AIME API server that workers are told they are connected to."""
 MAX_SLOTS = 4096
