@@ -67,7 +67,7 @@ def _system(conversation: Conversation, text: str) -> Outcome:
     if not text:
         return Outcome(conversation.system or "there is no system prompt; /system TEXT sets one")
     if conversation.plain:
-        raise InvalidRequest("a plain-text chat has no system prompt: start the chat without --plain-text")
+        raise InvalidRequest("a chat in plain text has no system prompt: start the chat without --plain-text")
     if text == "clear":
         conversation.system = ""
         return Outcome("system prompt removed")

@@ -146,7 +146,7 @@ class Conversation:
         """
         if plain and system:
             raise InvalidRequest(
-                "a plain-text chat has no system prompt: leave out either plain text or the system prompt"
+                "a chat in plain text has no system prompt: leave out either plain text or the system prompt"
             )
         self.llm, self.plain, self.system = llm, plain, system
         self.messages: list[Message] = []
@@ -244,7 +244,7 @@ class Conversation:
         system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
         if system and self.plain:
             raise InvalidRequest(
-                f"{path} has a system prompt, but a plain-text chat has none: start without --plain-text"
+                f"{path} has a system prompt, but a chat in plain text has none: start without --plain-text"
             )
         self.system, self.settings = system, dict(content.settings)
         self.messages = list(messages[1:] if system else messages)
