@@ -21,7 +21,11 @@ Mask = NDArray[np.bool_]
 
 
 def allowed(sequences: Iterable[Sequence], vocab: int) -> tuple[dict[Sequence, Mask], dict[Sequence, GrammarError]]:
-    """Return the mask [V] of each sequence that needs one, and the errors of sequences that no token can follow."""
+    """Return the mask [V] of allowed next tokens for each sequence that needs one, and the errors.
+
+    The second mapping has an error for each sequence that no token can follow; it has no mask then. A sequence that
+    every token can follow is in neither mapping. ``vocab`` is V.
+    """
     # One thread: two threads were slower for sixteen rows of JSON (13 us per row of 32,000 tokens).
     masks: dict[Sequence, Mask] = {}
     refused: dict[Sequence, GrammarError] = {}
@@ -35,10 +39,10 @@ def allowed(sequences: Iterable[Sequence], vocab: int) -> tuple[dict[Sequence, M
 
 
 def _mask(sequence: Sequence, vocab: int) -> Mask:
-    """Return the tokens that may come next: text that the grammar allows, and stop ids if the answer may end.
+    """Return the mask [V] of the tokens that may come next.
 
-    Of these, only allowed ids that are not forbidden here stay. Before ``min_tokens``, stop ids are forbidden unless
-    nothing else is left.
+    They are the text that the grammar allows, and the stop ids if the answer may end. Of these, only allowed ids that
+    are not forbidden here stay. Before ``min_tokens``, stop ids are forbidden unless nothing else is left.
 
     Raises:
         GrammarError: no token is allowed.

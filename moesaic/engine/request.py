@@ -44,13 +44,16 @@ class Sampling:
     top_k: int = 0
     """Keep only the k likeliest tokens; 0 is off."""
     top_p: float = 1.0
-    """Keep only the smallest set of tokens with this mass (nucleus sampling, arXiv:1904.09751); 0 < p <= 1."""
+    """Keep only the fewest likeliest tokens that reach probability p (nucleus sampling, arXiv:1904.09751); 0 < p <=
+    1."""
     min_p: float = 0.0
     """Keep only tokens at least p times as likely as the likeliest (arXiv:2407.01082); 0 <= p <= 1."""
     typical_p: float = 1.0
-    """Keep only the tokens of mass p nearest to the expected surprise (arXiv:2202.00666); 0 < p <= 1."""
+    """Keep only the tokens whose -log probability is nearest to the entropy, with total probability p (typical
+    sampling, arXiv:2202.00666); 0 < p <= 1."""
     repetition_penalty: float = 1.0
-    """Divides (if positive, else multiplies) the logits of tokens in prompt or answer (arXiv:1909.05858); > 0."""
+    """Divides positive logits, and multiplies others, of the tokens in prompt or answer (arXiv:1909.05858);
+    more than 0, at most 100; 1 is off."""
     frequency_penalty: float = 0.0
     """Subtracted from a logit for each occurrence of its token in the answer; -2 .. 2."""
     presence_penalty: float = 0.0
@@ -73,9 +76,10 @@ class Sampling:
     n: int = 1
     """Number of answers; 1 .. 128."""
     seed: int | None = None
-    """Seed; a draw depends only on the seed, the index of the answer and the position in it. None: random."""
+    """Seed of the random draws. A draw depends only on the seed, the index of the answer and the position in the
+    answer. None: a random seed."""
     logprobs: int | None = None
-    """Report the log-probability of each token and this number of likeliest tokens; 0 .. 20; None: off."""
+    """Report the log-probability of each token and this number of likeliest tokens beside it; 0 .. 20; None: off."""
     prompt_logprobs: int | None = None
     """Like ``logprobs``, for the tokens of the prompt; such a request does not read the prefix cache."""
     ignore_eos: bool = False
@@ -141,7 +145,7 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
 
 
 def _bias(bias: Any) -> dict[int, float]:
-    """Return a checked copy, which the caller cannot change."""
+    """Return a checked copy of ``Sampling.logit_bias``, which the caller of ``Sampling`` cannot change later."""
     if not isinstance(bias, Mapping) or len(bias) > MAX_BIAS_ENTRIES:
         raise InvalidParameter("logit_bias", f"expected at most {MAX_BIAS_ENTRIES} pairs of token id and number")
     for token_id, value in bias.items():
@@ -159,9 +163,12 @@ def _strings(name: str, strings: Any, most: int) -> None:
 
 
 def _ids(name: str, ids: Any) -> tuple[int, ...]:
-    """Return token ids as a tuple. ``Engine.submit`` checks that the model has them."""
+    """Return ``ids`` as a tuple; raise InvalidParameter for the argument ``name`` if they are not token ids.
+
+    ``Engine.submit`` checks that the model's vocabulary has them.
+    """
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
-        raise InvalidParameter(name, f"is {ids!r}, expected token ids")
+        raise InvalidParameter(name, f"is {ids!r}, expected a list of token ids")
     out = tuple(ids)
     for token_id in out:
         _integer(name, token_id, 0)
@@ -169,7 +176,7 @@ def _ids(name: str, ids: Any) -> tuple[int, ...]:
 
 
 def _answers(value: Any, n: int) -> tuple[tuple[int, ...], ...]:
-    """Return the token ids of at most ``n`` answers as tuples."""
+    """Return the value of ``Request.resume`` as tuples; raise InvalidParameter if it has more than ``n`` answers."""
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise InvalidParameter("resume", f"is {value!r}, expected the token ids of each answer")
     out = tuple(_ids("resume", ids) for ids in value)
@@ -194,15 +201,18 @@ class Constraint(Protocol):
         """
 
     def accept(self, token_id: int) -> None:
-        """Advance by the next token of the answer; called for every token but a stop id. Must not raise."""
+        """Advance the grammar by ``token_id``, the next token of the answer.
+
+        The engine calls it for every token except a stop id. It must not raise.
+        """
 
     @property
     def may_end(self) -> bool:
-        """Whether the present answer is complete."""
+        """Whether the answer so far is complete, so that a stop id may follow."""
 
     @property
     def done(self) -> bool:
-        """Whether the present answer is complete and no token can follow."""
+        """Whether the answer so far is complete, and the grammar allows no further token."""
 
 
 @dataclass(frozen=True)
@@ -217,22 +227,23 @@ class Request:
     """Token ids of the prompt; at least one."""
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
-    """Ids that end an answer; all EOS ids of generation_config.json."""
+    """Token ids that end an answer: all EOS ids of generation_config.json."""
     priority: int = 0
     """Lower numbers run first; requests of equal priority run in the order of arrival."""
     salt: str = ""
-    """Requests share cached prefixes only within a salt. The server sets one per tenant; a client cannot."""
+    """Requests share cached prefixes only if their salts are equal. The server sets one per tenant; a client cannot."""
     constraint: Callable[[], Constraint] | None = None
     """Creates the constraint of each of the n answers; None: no grammar."""
     resume: tuple[tuple[int, ...], ...] = ()
     """Tokens that each of the n answers already has, for example from another process. They count as generated and
-    are sent first. With the same seed and model, the continuation is the same as in one uninterrupted run."""
+    are the first tokens of the answer's stream. With the same seed and model, the continuation is the same as in one
+    uninterrupted run."""
     finished: frozenset[int] = frozenset()
-    """Indexes of answers that ended after these tokens for a reason outside the engine, such as a stop string. Each
-    ends with the reason "cancelled"."""
+    """Indexes of answers that ended after their tokens in ``resume`` for a reason outside the engine, such as a stop
+    string. Each ends with the reason "cancelled"."""
     forbidden: Callable[[Listing[int]], Collection[int]] | None = None
-    """Returns the token ids that must not follow the generated tokens of an answer; it depends on nothing else. None:
-    none is forbidden."""
+    """Function that returns the token ids that must not follow the generated tokens that it gets. It depends on nothing
+    else. None: none is forbidden."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", _ids("prompt", self.ids))
@@ -268,7 +279,8 @@ class Request:
 class Token:
     """One token of an answer.
 
-    ``logprob`` and ``top`` describe the distribution of the model before bias, penalties, grammar, temperature and
+    ``logprob`` is its log-probability, and ``top`` has (token id, log-probability) of the likeliest tokens at its
+    position. Both describe the distribution of the model before bias, penalties, grammar, temperature and
     truncation, so ``top`` may contain tokens that a grammar forbids. They are None and empty unless requested, and for
     tokens that came with the request. ``top`` is sorted by descending probability, then by id.
     """
@@ -305,8 +317,8 @@ Event = Token | PromptLogprobs | Done
 class Sequence:
     """The state of one unfinished answer. Only ``scheduler`` and ``finish`` change it.
 
-    The next draw depends only on ``seed``, ``index`` and ``ids``, so neither the other sequences of a batch nor a
-    preemption can change it.
+    The next random draw depends only on ``seed``, ``index`` and ``ids``, so neither the other sequences of a batch nor
+    a preemption can change it.
     """
 
     request: Request
@@ -348,9 +360,10 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether this answer reports log-probabilities of the prompt: the first of n does, unless it is resumed.
+        """Whether this answer reports log-probabilities of the prompt.
 
-        The client of a resumed answer already has them.
+        The first of the n answers of a request does, unless it is resumed. The client of a resumed answer already has
+        them.
         """
         wanted = self.request.sampling.prompt_logprobs is not None
         return wanted and self.index == 0 and not self.request.resumed_tokens(0)
