@@ -233,7 +233,7 @@ class Engine(AbstractContextManager["Engine"]):
         }
         for name, ids in arguments.items():
             if max(ids, default=0) >= self._vocab:
-                raise InvalidParameter(name, f"token id {max(ids)} is not in the vocabulary of {self._vocab}")
+                raise InvalidParameter(name, f"token id {max(ids)} is not in the vocabulary of {self._vocab} tokens")
 
     def step(self) -> bool:
         """Run one step of an engine that has no thread; return whether there was anything to do.
