@@ -55,7 +55,7 @@ class SwiGLU(nn.Module):
 
 
 def configure(keys: Keys) -> Config:
-    """Return the configuration that ``keys`` describe."""
+    """Return the sizes of the model, read from its configuration ``keys``."""
     keys.only("mlp_bias", False)
     return Config(_shape.read(keys, MODEL_TYPES))
 
