@@ -14,7 +14,7 @@ Row = dict[str, str | list[str] | dict[str, str]]
 
 
 def rows(kind: str) -> list[Row]:
-    """Return one row per entry; ``kind`` is models, formats, ops, checkpoints or chat-formats."""
+    """Return one row per entry of a kind; ``kind`` is models, formats, ops, checkpoints or chat-formats."""
     if kind == "ops":
         return list(_ops())
     if kind == "chat-formats":
