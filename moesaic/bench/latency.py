@@ -20,7 +20,7 @@ from moesaic.errors import InvalidParameter
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 SLO_METRICS = ("ttft", "tpot", "e2el")
-"""Metrics that goodput can limit."""
+"""Metrics that a limit of ``parse_goodput`` can be on."""
 TIMER_RESOLUTION_SECONDS = 0.002
 """Delay that a timer has even on an idle system; it causes no warning."""
 MAX_DELAY_SHARE = 0.2
@@ -30,7 +30,7 @@ MAX_CPU_SHARE = 0.9
 
 
 def tokens(record: RequestRecord) -> int:
-    """Return the number of tokens of an answer, or of its pieces if the server does not count tokens."""
+    """Return the number of tokens of an answer, or of its chunks of text if the server does not count tokens."""
     counted = record.answer.tokens
     return len(record.answer.arrivals) if counted is None else counted
 
@@ -144,7 +144,7 @@ def peak_concurrency(records: Sequence[RequestRecord]) -> int:
 
 
 def tokens_per_second(run: Run) -> list[float]:
-    """Return the output tokens of each second of a run; the pieces of an answer share its tokens evenly."""
+    """Return the number of output tokens in each second of a run; the chunks of an answer share its tokens evenly."""
     totals = [0.0] * max(1, math.ceil(run.end - run.start))
     for record in run.records:
         if record.failure is None:
@@ -206,7 +206,7 @@ def _statistics(name: str, values: Sequence[float]) -> dict[str, float | None]:
 
 
 def _client(run: Run, samples: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the delay and CPU use of the client, and a warning if they affect the figures."""
+    """Return the delay and CPU use of the load generator itself, and a warning if they affect the figures."""
     delay = _percentile(run.timer_delays, 99) or 0.0
     send_delay = _percentile([record.start - record.due for record in run.records if record.due is not None], 99)
     cpu_share = run.cpu_seconds / (run.end - run.start)

@@ -39,7 +39,7 @@ class OpenAI(Endpoint):
         return cls(client, options, model or match["id"], count(match.get("max_model_len")))
 
     def body(self, request: Request) -> dict[str, Any]:
-        """Return the body of a request without its prompt or messages."""
+        """Return the fields of a request's body, without its prompt or messages."""
         body = {
             "model": self.model,
             "max_tokens": request.max_tokens,
@@ -64,11 +64,11 @@ class OpenAI(Endpoint):
                 elif DECODED.search(data):
                     finished |= _record(decode(data), answer)
         if not finished:
-            raise RequestFailed("cut stream", "it ended without a finish_reason")
+            raise RequestFailed("cut stream", "the stream ended without a finish_reason")
 
 
 def _record(event: dict[str, Any], answer: Answer) -> bool:
-    """Record the token counts of an event, and return whether it ends the answer.
+    """Record the token counts of an event in ``answer``, and return whether the event ends it.
 
     Raises:
         RequestFailed: the event is an error.
