@@ -171,7 +171,7 @@ def memory_needed(
 
 
 def _check(dtype: str, weight_format: str | None, device: str) -> torch.device:
-    """Return the device called ``device``, or raise InvalidParameter if it, the dtype or the format is unknown."""
+    """Return the device called ``device``; raise InvalidParameter if device, dtype or format is unknown."""
     if dtype not in ("auto", *DTYPES):
         raise InvalidParameter("dtype", f"is {dtype!r}, expected auto, {', '.join(DTYPES)}")
     if weight_format is not None:

@@ -107,9 +107,7 @@ def _download_from_hub(name: str, revision: str | None, dest: Path | None, progr
         bar = None if progress is None else _progress_bar(progress)
         return Path(snapshot_download(name, revision=revision, local_dir=dest, allow_patterns=files, tqdm_class=bar))
     except errors.GatedRepoError as error:
-        raise DownloadError(
-            f"{name}: access is restricted: accept its terms on the hub, then log in (hf auth login)"
-        ) from error
+        raise DownloadError(f"{name}: accept the model's terms on the hub, then log in (hf auth login)") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise NotFound(
             f"the hub has no {name}{f'@{revision}' if revision else ''}, or you have no access to it"
@@ -119,11 +117,7 @@ def _download_from_hub(name: str, revision: str | None, dest: Path | None, progr
 
 
 def _cached(name: str, revision: str | None, dest: Path | None) -> Path:
-    """Return the folder of an earlier download of a hub repository that has all files of one kind of weights.
-
-    Raises:
-        DownloadError: there is no such folder in ``dest``, or in the hub's cache if ``dest`` is None.
-    """
+    """Return the folder of an earlier download that has all files of one kind of weights, or raise DownloadError."""
     from huggingface_hub import errors, snapshot_download
 
     for weights in WEIGHTS:
@@ -211,7 +205,7 @@ def _download_archive(address: str, dest: Path | None, sha256: str | None, progr
 
 
 def _split_digest(address: str, sha256: str | None) -> tuple[str, str | None]:
-    """Return the URL without its fragment, and the digest that the fragment or ``sha256`` states."""
+    """Return the URL in ``address`` without its fragment, and the digest in the fragment or in ``sha256``, if any."""
     url, fragment = urllib.parse.urldefrag(address)
     digests = {value.lower() for value in (sha256, fragment.removeprefix("sha256=")) if value}
     if len(digests) > 1 or not all(SHA256.fullmatch(value) for value in digests):
@@ -367,10 +361,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _verify(url: str, part: Path, digest: str | None) -> None:
-    """Raise DownloadError if the SHA-256 digest of ``part`` is not ``digest``; None: do not check.
-
-    A damaged file is deleted, because resuming would not repair it.
-    """
+    """Raise DownloadError if ``part`` has another SHA-256 digest; delete it then: resuming would not repair it."""
     if digest is None:
         return
     with part.open("rb") as file:

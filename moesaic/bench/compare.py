@@ -68,7 +68,7 @@ class Plan:
     contexts: tuple[int, ...] = (16, 2048)
     batches: tuple[int, ...] = (1, 4, 8, 16)
     steps: int = 24
-    """Number of steps whose mean is the time of a decode."""
+    """Number of decoding steps over which the time of a step is averaged."""
     rounds: int = 3
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     busy: bool = False
@@ -116,9 +116,9 @@ class Row:
     peak_bytes: int | None = None
     """Peak memory of the process, including the resident part of mapped files."""
     likeliest: list[int] = field(default_factory=list)
-    """Most likely next tokens after a fixed prompt."""
+    """Ids of the most likely next tokens after a prompt that is the same for all engines."""
     agrees: int | None = None
-    """Number of most likely next tokens that are among the reference's; None without a reference."""
+    """How many of ``likeliest`` are also those of the reference engine; None without a reference."""
     samples: dict[str, list[float]] = field(default_factory=dict)
     """Tokens per second in each round, by cell."""
     limits: dict[str, float] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of a comparison."""
+    """Result of a comparison of engines."""
 
     shape: Shape
     plan: Plan
@@ -169,7 +169,9 @@ class Comparison:
 
 
 def choose(only: str | None) -> list[tuple[str, str]]:
-    """Parse a list of "peer" or "peer:format", separated by commas, into (peer, format) pairs; None: all pairs.
+    """Parse the engines to compare, such as "moesaic:q4,vllm", into (peer, format) pairs; None: all pairs.
+
+    A peer is an engine, by the name of its file in ``bench/peers``. Without ":format", all its formats are taken.
 
     Raises:
         NotFound: there is no such peer.
@@ -256,7 +258,7 @@ def compare(
 
 
 class _Session:
-    """State of a running comparison."""
+    """State of a running comparison of engines."""
 
     def __init__(self, folder: Path, shape: Shape, plan: Plan, pythons: Mapping[str, Path], report: Report) -> None:
         self.folder, self.shape, self.plan, self.pythons, self.report = folder, shape, plan, pythons, report

@@ -46,9 +46,9 @@ class Row:
     """Bytes of weights, cache or activations that are read, each counted once, per nanosecond."""
     gop_s: float
     read_share: float
-    """Fraction of the measured memory bandwidth."""
+    """``gb_s`` as a fraction of the measured memory bandwidth."""
     peak_share: float
-    """Fraction of the fastest measured multiplication, of bytes or of bfloat16."""
+    """``gop_s`` as a fraction of the fastest measured multiplication, of bytes or of bfloat16."""
 
 
 def measure(

@@ -36,12 +36,12 @@ def tokens(record: RequestRecord) -> int:
 
 
 def ttft(record: RequestRecord) -> float:
-    """Return the seconds from sending a request to the first text."""
+    """Return the seconds from sending a request to the first text of its answer."""
     return record.answer.arrivals[0] - record.start
 
 
 def e2el(record: RequestRecord) -> float:
-    """Return the seconds from sending a request to the last text."""
+    """Return the seconds from sending a request to the last text of its answer."""
     return record.answer.arrivals[-1] - record.start
 
 
@@ -52,7 +52,7 @@ def tpot(record: RequestRecord) -> float | None:
 
 
 def itl(record: RequestRecord) -> list[float]:
-    """Return the seconds from each text to the next."""
+    """Return the seconds from each text of an answer to the next."""
     return [after - before for before, after in pairwise(record.answer.arrivals)]
 
 
@@ -128,7 +128,7 @@ def summarize(run: Run, slos: dict[str, float]) -> dict[str, Any]:
 
 
 def meets_slos(record: RequestRecord, slos: dict[str, float]) -> bool:
-    """Return whether an answer keeps all limits; a single token keeps every limit on TPOT."""
+    """Return whether an answer keeps all limits of ``parse_goodput``; a single token keeps every limit on TPOT."""
     measures: dict[str, Callable[[RequestRecord], float | None]] = {"ttft": ttft, "tpot": tpot, "e2el": e2el}
     return all((measures[name](record) or 0.0) * 1000 <= limit for name, limit in slos.items())
 

@@ -26,7 +26,7 @@ class Target:
     url: str
     dialect: str = AUTO
     model: str | None = None
-    """None: the model that the server lists first."""
+    """Name of the model; None: the model that the server lists first."""
     key: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     options: RequestOptions = field(default_factory=RequestOptions)
@@ -60,7 +60,7 @@ class WorkloadSource:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Runs and figures of a sweep, one of each per load profile."""
+    """Result of a sweep: a run and its figures for each load profile."""
 
     about: dict[str, Any]
     """Description of the server and the workload."""

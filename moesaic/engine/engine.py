@@ -107,7 +107,7 @@ class Stats:
     """Prompt tokens of accepted requests, counted once per answer."""
     generated_tokens: int
     cached_tokens: int
-    """Prompt tokens found in the prefix cache."""
+    """Prompt tokens of accepted requests that were found in the prefix cache."""
     preemptions: int
     numerical_errors: int
 
@@ -286,7 +286,7 @@ class Engine(AbstractContextManager["Engine"]):
             self._stop(None)
 
     def _await_work(self) -> bool:
-        """Wait until there is something to do; return False if the engine must stop."""
+        """Wait until a sequence waits, runs or is cancelled; return False if the engine must stop."""
         scheduler = self._scheduler
         with self._lock:
             self._lock.wait_for(lambda: self._stopped or self._cancelled or scheduler.running or scheduler.waiting)
@@ -316,7 +316,7 @@ class Engine(AbstractContextManager["Engine"]):
         return deliveries
 
     def _update(self, step: Step, outcome: Outcome) -> Deliveries:
-        """Apply the outcome of a step; return the events of each stream."""
+        """Apply ``outcome``, the results of ``step``, to its sequences; return the new events of each stream."""
         deliveries: Deliveries = []
         for sequence in outcome.failed:
             self._runner.wipe(self._scheduler.fail(sequence))

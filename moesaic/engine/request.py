@@ -59,9 +59,10 @@ class Sampling:
     presence_penalty: float = 0.0
     """Subtracted once from the logit of each token in the answer; -2 .. 2."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids; -100 .. 100, at most 300 entries."""
+    """Number to add to the logit of each of these token ids; -100 .. 100, at most 300 entries."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer; at most 16 of 1 .. 256 bytes. The engine ignores them; ``Reply`` applies them."""
+    """Strings that end the answer; at most 16 of 1 .. 256 bytes. The engine ignores them; ``Reply`` finds them in the
+    text."""
     bad_words: tuple[str, ...] = ()
     """Words that the answer must not have as whole tokens, with or without a space in front; at most 256 of 1 .. 256
     bytes. The engine ignores them; ``LLM.submit`` makes ``Request.forbidden`` of them."""
@@ -194,7 +195,9 @@ class Constraint(Protocol):
     """
 
     def mask(self) -> NDArray[np.int32]:
-        """Return the allowed next tokens as bits [V / 32, rounded up]: token t is bit t % 32 of word t // 32.
+        """Return the allowed next tokens as a bit mask: token t is bit t % 32 of word t // 32.
+
+        The mask has a word of 32 bits for each 32 tokens of the vocabulary, rounded up.
 
         Raises:
             GrammarError: the mask cannot be computed; the answer ends with this error.
@@ -233,7 +236,7 @@ class Request:
     salt: str = ""
     """Requests share cached prefixes only if their salts are equal. The server sets one per tenant; a client cannot."""
     constraint: Callable[[], Constraint] | None = None
-    """Creates the constraint of each of the n answers; None: no grammar."""
+    """Function that creates the constraint (grammar) of each of the n answers; None: no grammar."""
     resume: tuple[tuple[int, ...], ...] = ()
     """Tokens that each of the n answers already has, for example from another process. They count as generated and
     are the first tokens of the answer's stream. With the same seed and model, the continuation is the same as in one
@@ -254,7 +257,7 @@ class Request:
         object.__setattr__(self, "resume", _answers(self.resume, self.sampling.n))
 
     def resumed_tokens(self, index: int) -> tuple[int, ...]:
-        """Return the tokens that answer ``index`` already has."""
+        """Return the token ids that ``resume`` has for answer ``index``; empty if it has none."""
         return self.resume[index] if index < len(self.resume) else ()
 
     @property
@@ -345,12 +348,12 @@ class Sequence:
 
     @property
     def prompt(self) -> int:
-        """Number of prompt tokens."""
+        """Number of tokens of the prompt."""
         return len(self.request.ids)
 
     @property
     def generated(self) -> int:
-        """Number of generated tokens."""
+        """Number of tokens of the answer so far, including those that came with the request."""
         return len(self.ids) - len(self.request.ids)
 
     @property

@@ -20,7 +20,7 @@ from moesaic.engine.scheduler import Outcome, Run, Step
 from moesaic.ops import Batch, Cache
 
 SCORED_ROWS = 64
-"""Prompt rows whose logits are in memory at a time; those of a whole long prompt would take gigabytes."""
+"""Rows of a prompt whose logits are in memory at a time; those of a whole long prompt would take gigabytes."""
 
 UNWRITTEN = -128
 """Value of unwritten entries in an int8 cache that ``poison`` filled; keys and values are never rounded to it."""
@@ -34,7 +34,7 @@ class Model(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Maximum number of positions."""
+        """Maximum number of tokens in a sequence, prompt and answer together."""
 
     @property
     def window(self) -> int | None:
@@ -120,7 +120,7 @@ class Runner:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Return which rows [R] of x [R, n] contain only finite values."""
+    """Return, as bool [R], whether each row of x [R, n] contains only finite values."""
     # If a value is not finite, the sum is not finite. A finite row may also overflow, so then check every value.
     finite = torch.isfinite(x.sum(-1))
     return finite if bool(finite.all()) else torch.isfinite(x).all(-1)

@@ -79,9 +79,9 @@ class Outcome:
     """What the model and the sampler computed in a step."""
 
     tokens: Mapping[Sequence, Listing[Token]]
-    """New tokens of each sequence, in order."""
+    """New tokens of each sequence, in the order of the answer."""
     scores: Mapping[Sequence, Listing[Token]] = field(default_factory=dict)
-    """Log-probabilities of prompt tokens cached + 1 .. cached + count, if requested."""
+    """Prompt tokens cached + 1 .. cached + count of each sequence that requests their log-probabilities, with these."""
     failed: frozenset[Sequence] = frozenset()
     """Sequences for which the model computed NaN or infinity."""
     refused: Mapping[Sequence, MoesaicError] = field(default_factory=dict)

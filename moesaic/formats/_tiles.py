@@ -38,7 +38,7 @@ PAD = 64
 """The columns of a weight are padded to a multiple of this number."""
 LARGEST_SCALE = 15
 HEADROOM = 120
-"""Upper bound of |w / step|, so that rounding outwards stays within the range of v."""
+"""Upper bound of |weight / step|, so that rounding away from 0 stays within -128 .. 127."""
 SLICE = 1 << 22
 """Weights that a thread quantizes at a time; bounds the temporary memory."""
 
@@ -48,9 +48,9 @@ class Tiled(WeightFormat):
     """Base of a format that stores a weight in tiles of 32 rows; a subclass only sets the numbers below."""
 
     bits: ClassVar[int]
-    """Bits of a code."""
+    """Bits of the code that stores a weight."""
     group: ClassVar[int] = 0
-    """Columns that share a scale and an offset; 0: there are no scales, and v itself is stored."""
+    """Columns of a row that share a scale and an offset; 0: there are no scales, and codes are the integers v."""
     factor: ClassVar[int] = 1
     """Constant by which every scale is multiplied."""
 

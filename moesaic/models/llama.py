@@ -34,7 +34,7 @@ class Config:
 
 
 class SwiGLU(nn.Module):
-    """A SwiGLU network: down(silu(gate(x)) * up(x))."""
+    """A SwiGLU feed-forward network (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
     def __init__(self, name: str, size: int, inner: int, formats: Formats, group: Group) -> None:
         super().__init__()
@@ -61,7 +61,10 @@ def configure(keys: Keys) -> Config:
 
 
 def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
-    """Return the model with uninitialized weights on the current default device."""
+    """Return the model of ``config``, with uninitialized weights on torch's default device.
+
+    ``dtype`` is that of the activations; the other arguments are as for ``Decoder``.
+    """
     size, inner = config.shape.hidden_size, config.shape.intermediate_size
 
     def mlp(layer: str) -> SwiGLU:

@@ -62,7 +62,10 @@ def configure(keys: Keys) -> Config:
 
 
 def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
-    """Return the model with uninitialized weights on the current default device."""
+    """Return the model of ``config``, with uninitialized weights on torch's default device.
+
+    ``dtype`` is that of the activations; the other arguments are as for ``Decoder``.
+    """
 
     def mlp(layer: str) -> MixtureOfExperts:
         return MixtureOfExperts(f"{layer}.block_sparse_moe", config, formats, group)

@@ -32,7 +32,9 @@ from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed, Shape
 
 FormatName = str | tuple[str, str, str] | None
-"""Name of the format of an op's weight, as ``why_not`` gets it."""
+"""Name of the format of an op's weight, or None for an op without one.
+
+For ``experts`` with different formats, it has the names of those of gate, up and down."""
 
 OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw")
 

@@ -31,7 +31,7 @@ OUT_OF_MEMORY, ID_OUT_OF_RANGE = 1, 2  # csrc/api.cpp, Status
 
 
 class _Arguments(ctypes.Structure):
-    """An argument struct of csrc/kernels.h, with the same fields in the same order."""
+    """Base of the structs that hold an op's arguments; their fields have the order of those in csrc/kernels.h."""
 
     op: ClassVar[str]
 

@@ -74,7 +74,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
 def _sequence(
     batch: Batch, layer: int, s: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
 ) -> Tensor:
-    """Return the attention of sequence ``s`` from q, k, v of its new tokens and its part of the cache."""
+    """Return the attention of the new tokens of sequence ``s`` (q, k, v) over its cached and its new tokens."""
     length = batch.lengths[s]
     if length == len(q) and (window is None or length <= window):
         return _attend(q, k, v, None)  # the whole sequence is in this step: plain causal attention

@@ -51,7 +51,7 @@ class RequestOptions:
     """Options that every request of a benchmark has."""
 
     temperature: float | None = None
-    """None: the server's default."""
+    """Sampling temperature; None: the server's default."""
     ignore_eos: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of the body, or of ``parameters`` for TGI."""

@@ -16,7 +16,8 @@ from moesaic.bench.endpoints._http import Client, count, decode, error_message, 
 from moesaic.errors import InvalidRequest
 
 TEXT = re.compile(r'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"[^"]')
-"""Matches a text that is not empty. It cannot match inside a text, where every quote has a backslash before it."""
+"""Matches an event with a text that is not empty. It cannot match inside a text, where every quote has a backslash
+before it."""
 DECODED = re.compile(r'"(?:error|usage|finish_reason)"\s*:\s*["{\[]|"object"\s*:\s*"error"')
 """Matches events to decode: those with an error, a usage or a finish reason that is not null."""
 
