@@ -38,7 +38,7 @@ def _chat_formats() -> Iterator[Row]:
             "about": f"requires the control tokens {tokens}" if tokens else "plain text, any tokenizer",
         }
     yield {"name": "template", "about": "the checkpoint's own template, rendered in a child process with limits"}
-    yield {"name": "FILE.jinja", "about": "the template in this file, rendered in the same way"}
+    yield {"name": "FILE.jinja", "about": "the Jinja template in this file, rendered in a child process with limits"}
 
 
 def _ops() -> Iterator[Row]:

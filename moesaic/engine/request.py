@@ -65,7 +65,7 @@ class Sampling:
     text."""
     bad_words: tuple[str, ...] = ()
     """Words that the answer must not have as whole tokens, with or without a space in front; at most 256 of 1 .. 256
-    bytes. The engine ignores them; ``LLM.submit`` makes ``Request.forbidden`` of them."""
+    bytes. The engine ignores them; ``LLM.submit`` turns them into ``Request.forbidden``."""
     allowed_token_ids: tuple[int, ...] | None = None
     """The only token ids that may be generated, stop ids included; None: all."""
     stop_token_ids: tuple[int, ...] = ()
@@ -262,12 +262,12 @@ class Request:
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens may be out of the question for an answer, so that ``grammar_masks`` makes its mask."""
+        """Whether answers have forbidden tokens, so that ``grammar_masks`` computes a mask for each next token."""
         return not (self.constraint is None and self.forbidden is None and self.sampling.allowed_token_ids is None)
 
     @cached_property
     def allowed_ids(self) -> NDArray[np.int64] | None:
-        """``Sampling.allowed_token_ids`` as an array."""
+        """``Sampling.allowed_token_ids`` as an array; None if all are allowed."""
         ids = self.sampling.allowed_token_ids
         return None if ids is None else np.array(ids, dtype=np.int64)
 
