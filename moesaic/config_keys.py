@@ -19,9 +19,10 @@ _RECORDS = (
     "pretrained_model_name_or_path problem_type task_specific_params transformers.js_config transformers_version "
     "trust_remote_code unsloth_fixed unsloth_version"
 )
-"""Where a model comes from. Code that ``auto_map`` names is never run: the architecture is the one of model_type."""
+"""Keys that record where a model comes from. Code that ``auto_map`` names is never run: the architecture is the one of
+model_type."""
 _LABELS = "classifier_bias classifier_dropout id2label label2id num_labels"
-"""Classes of a classifier. A model with a classification head reads its names itself."""
+"""Keys of the classes of a classifier. A model with a classification head reads its names itself."""
 _TRAINING = (
     "attention_dropout attention_probs_dropout_prob attn_pdrop aux_loss_alpha aux_loss_coef dropout embd_dropout "
     "embd_pdrop gradient_checkpointing hidden_dropout hidden_dropout_prob ignore_index initializer_factor "
@@ -29,7 +30,7 @@ _TRAINING = (
     "output_router_logits pretraining_tp resid_dropout resid_pdrop router_aux_loss_coef router_jitter_noise "
     "router_z_loss_coef seq_aux use_gradient_checkpointing z_loss_coef"
 )
-"""Settings that have an effect in training only. ``pretraining_tp`` splits products, and the sums stay the same."""
+"""Keys that have an effect in training only. ``pretraining_tp`` splits products, and the sums stay the same."""
 _EXECUTION = (
     "_attn_implementation _attn_implementation_autoset _attn_implementation_internal _experts_implementation "
     "_experts_implementation_internal _flash_attn_2_enabled attn_implementation cache_config cache_implementation "
@@ -39,7 +40,8 @@ _EXECUTION = (
     "tie_last_hidden_states torch_dtype torchscript use_bfloat16 use_cache use_flash_attention "
     "use_flash_attention_2 use_kernels use_return_dict use_sliding_window xla_device"
 )
-"""How another program runs the model, and which results it returns. ``sliding_window`` alone defines the window."""
+"""Keys that say how another program runs the model, and which results it returns. ``sliding_window`` alone defines the
+window."""
 _TOKENS = (
     "add_bos_token add_eos_token begin_suppress_tokens bos_token bos_token_id chat_template cls_token_id "
     "decoder_start_token_id eos_token eos_token_id forced_bos_token_id forced_eos_token_id mask_token_id "
@@ -47,7 +49,8 @@ _TOKENS = (
     "sep_token_id seq_length suppress_tokens tokenizer_class tokenizer_file tokenizer_model_max_length "
     "tokenizer_name tokenizer_padding_side truncation_side unk_token unk_token_id"
 )
-"""Tokens, and lengths for which a tokenizer was configured. Other modules read the ids that begin and end a text."""
+"""Keys of special tokens, and of lengths for which a tokenizer was configured. Other modules read the ids that begin
+and end a text."""
 _SAMPLING = (
     "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind "
     "bad_words_ids constraints diversity_penalty do_sample dola_layers early_stopping encoder_no_repeat_ngram_size "
@@ -59,7 +62,7 @@ _SAMPLING = (
     "renormalize_logits repetition_penalty sequence_bias speculation_type stop_strings target_lookbehind "
     "temperature token_healing top_h top_k top_p typical_p use_mtp watermarking_config"
 )
-"""Defaults for sampling that older programs keep in config.json; generation_config.json holds those that count."""
+"""Keys of sampling defaults that older programs write to config.json; only generation_config.json is read for them."""
 
 HARMLESS = frozenset(" ".join((_RECORDS, _LABELS, _TRAINING, _EXECUTION, _TOKENS, _SAMPLING)).split())
 """Keys that do not change the computation, whatever their value."""
@@ -96,7 +99,7 @@ def problem(keys: Mapping[str, Any]) -> str | None:
                 supported = " or ".join(map(repr, NEUTRAL[name]))
                 return f"the key {name!r} is {value!r}, which changes the computation; only {supported} is supported"
         elif value not in (None, False, "", [], {}):
-            return f"the key {name!r} is not known and may change the computation"
+            return f"the key {name!r} is not known and may change the computation; delete it if it does not"
     return None
 
 
@@ -110,7 +113,7 @@ def layer_types_problem(layer_types: Any, layers: int, window: int | None, max_l
         layer_types: the value of the key; None if it is absent.
         layers: the number of layers.
         window: the sliding window of all layers in tokens; None if there is none.
-        max_length: the most tokens of a text.
+        max_length: the maximum tokens of a text.
     """
     if layer_types is None:
         return None

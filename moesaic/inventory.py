@@ -14,7 +14,7 @@ Row = dict[str, str | list[str] | dict[str, str]]
 
 
 def rows(kind: str) -> list[Row]:
-    """Return one row per entry; ``kind`` is models, formats, ops, checkpoints or chat-formats."""
+    """Return one row per entry of a kind; ``kind`` is models, formats, ops, checkpoints or chat-formats."""
     if kind == "ops":
         return list(_ops())
     if kind == "chat-formats":
@@ -38,7 +38,7 @@ def _chat_formats() -> Iterator[Row]:
             "about": f"requires the control tokens {tokens}" if tokens else "plain text, any tokenizer",
         }
     yield {"name": "template", "about": "the checkpoint's own template, rendered in a child process with limits"}
-    yield {"name": "FILE.jinja", "about": "the template in this file, rendered in the same way"}
+    yield {"name": "FILE.jinja", "about": "the Jinja template in this file, rendered in a child process with limits"}
 
 
 def _ops() -> Iterator[Row]:

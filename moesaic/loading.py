@@ -21,14 +21,14 @@ from moesaic.models import Decoder
 from moesaic.ops import native
 
 SMALL_MODEL = 100_000_000
-"""Parameters; for smaller models, starting torch's threads costs more time than they save."""
+"""Number of parameters below which starting torch's threads costs more time than they save."""
 
 DTYPES = checkpoints.FLOAT_DTYPES
 CACHE_DTYPES = ("auto", *DTYPES, "int8")
 Progress = Callable[[int, int], None]
 
 CACHED_CONTEXTS = 16
-"""Requests of full length that the cache holds if memory allows; with a smaller cache they preempt each other."""
+"""Requests of maximum length that the cache holds if memory allows; in a smaller cache they preempt each other."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Loaded:
         path: folder of the checkpoint.
         layout: name of the checkpoint layout, or "packed".
         model: the model.
-        config: content of config.json, in its vocabulary whatever the layout.
+        config: the model's configuration with the keys of config.json, whatever the layout.
         generation: content of generation_config.json; empty if there is none.
     """
 
@@ -63,7 +63,7 @@ class Loaded:
 
 
 def _token_id(value: Any) -> int | None:
-    """Return a token id that may be written as text or as 2.0; None for anything else."""
+    """Return ``value`` as a token id, also if it is written as text or as 2.0; return None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdigit():
         return int(value)
     value = config_keys.whole(value)
@@ -73,7 +73,7 @@ def _token_id(value: Any) -> int | None:
 def check_layout(path: Path) -> None:
     """Raise the error of ``load_model`` if the folder ``path`` holds no model at all, such as an adapter only.
 
-    It reads no weights, so it can precede errors about other files of the folder.
+    It reads no weights. Call it first, so that this error comes before errors about other files of the folder.
     """
     if not packed.is_packed(path):
         checkpoints.detect_layout(path)
@@ -90,7 +90,7 @@ def load_model(
     """Load the model in folder ``path``.
 
     Args:
-        path: a folder in any layout, or a packed folder.
+        path: folder of a checkpoint in any layout, or a packed folder.
         dtype: float32, bfloat16 or float16, for activations and plain weights; auto: the dtype that the checkpoint
             is stored in.
         weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: weights stay
@@ -136,14 +136,14 @@ def memory_needed(
     of the cache depends on the available memory, the result holds for the memory that is available now.
 
     Args:
-        path: a folder in any layout, or a packed folder.
+        path: folder of a checkpoint in any layout, or a packed folder.
         dtype: dtype of activations and plain weights, as for ``load_model``.
         weight_format: formats that weights are quantized to, as for ``load_model``; ignored for a classifier.
         device: the device that the model is loaded to.
-        context: the most tokens of a request; None: as many as the model and the cache allow.
-        cache_tokens: places in the cache; None: enough for CACHED_CONTEXTS requests, if memory allows.
+        context: maximum tokens of a request; None: as many as the model and the cache allow.
+        cache_tokens: tokens that the cache holds; None: enough for CACHED_CONTEXTS requests, if memory allows.
         kv_cache_dtype: dtype of the cache, one of CACHE_DTYPES. A classifier has no cache.
-        block_size: places in a block of the cache.
+        block_size: tokens in a block of the cache.
 
     Raises:
         NotFound: the folder does not exist.
@@ -171,7 +171,7 @@ def memory_needed(
 
 
 def _check(dtype: str, weight_format: str | None, device: str) -> torch.device:
-    """Return the device called ``device``, or raise InvalidParameter if it, the dtype or the format is unknown."""
+    """Return the device called ``device``; raise InvalidParameter if device, dtype or format is unknown."""
     if dtype not in ("auto", *DTYPES):
         raise InvalidParameter("dtype", f"is {dtype!r}, expected auto, {', '.join(DTYPES)}")
     if weight_format is not None:
@@ -190,10 +190,15 @@ def _build(checkpoint: checkpoints.Checkpoint, dtype: str, weight_format: str | 
 
 
 def _read_manifest(path: Path, dtype: str, weight_format: str | None) -> packed.PackedManifest:
-    """Return the manifest of a packed folder; raise InvalidParameter if a format or dtype is asked for."""
+    """Return the manifest of the packed folder ``path``; raise InvalidParameter if a format or a dtype is given.
+
+    Packed weights cannot be converted.
+    """
     if weight_format is not None or dtype != "auto":
         parameter = "format" if weight_format is not None else "dtype"
-        raise InvalidParameter(parameter, f"cannot be changed: the weights in {path} are packed already")
+        raise InvalidParameter(
+            parameter, f"cannot be changed: the weights in {path} are packed already; leave it out, or pack again"
+        )
     return packed.read_manifest(path)
 
 
@@ -255,9 +260,9 @@ def plan_cache(
 
     Args:
         model: the model that the cache is for; on the meta device, ``device_memory`` must be given.
-        context: the most tokens of a request; None: as many as the model and the cache allow.
-        cache_tokens: places in the cache; None: enough for CACHED_CONTEXTS requests, if memory allows.
-        block_size: places in a block; the cache is rounded up to whole blocks.
+        context: maximum tokens of a request; None: as many as the model and the cache allow.
+        cache_tokens: tokens that the cache holds; None: enough for CACHED_CONTEXTS requests, if memory allows.
+        block_size: tokens in a block; the cache is rounded up to whole blocks.
         dtype: dtype of the cache.
         device_memory: available and total bytes of memory; None: those of the model's device.
 
@@ -281,5 +286,5 @@ def plan_cache(
 
 
 def cache_bytes_per_token(model: Decoder, dtype: torch.dtype) -> int:
-    """Return the bytes that the keys and values of one token take in a cache of ``dtype``."""
+    """Return the bytes that the keys and values of one token take, in all layers, in a cache of ``dtype``."""
     return ops.Cache.bytes_per_token(model.cache_shapes, dtype)

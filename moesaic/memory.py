@@ -25,7 +25,7 @@ PREFETCH_BYTES = 128 << 10
 """Bytes in one prefetch call. Of a larger range, Linux reads no more than the read-ahead of the disk."""
 
 PREFETCH_REQUESTS = 256
-"""Requests that a ``Prefetcher`` still makes after the last time this process read from disk."""
+"""Calls of ``Prefetcher.prefetch`` that still read ahead after this process last read from disk."""
 
 POPULATE_BYTES = 64 << 20
 """Bytes of a mapped file loaded in one call. During the call, no other thread of this process can map memory."""
@@ -86,7 +86,7 @@ def _cgroup_usage(folder: Path) -> int:
 
 
 def kilobytes(path: Path) -> Mapping[str, int]:
-    """Return the "name: number kB" lines of a file in /proc, in bytes; empty if the file cannot be read."""
+    """Return the values in the lines "name: number kB" of a file in /proc, in bytes by name; empty if unreadable."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -129,7 +129,7 @@ def load_in_background(mapped: Tensor) -> threading.Thread:
 
 
 def evict(path: Path) -> None:
-    """Write a file to disk and drop it from the page cache, where it may lie in pages of 4 KiB."""
+    """Write a file to disk and drop it from the page cache, so that a later read can use pages of 2 MiB."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
@@ -137,7 +137,9 @@ def evict(path: Path) -> None:
 
 
 def lock(parts: Iterable[Tensor], max_bytes: int) -> int:
-    """Lock tensors in memory once they are read, up to ``max_bytes`` and as far as the system permits.
+    """Lock the memory of tensors, up to ``max_bytes`` in all and as far as the system permits.
+
+    A page is locked when it is first read, so this call reads nothing.
 
     Returns:
         The number of bytes locked.
@@ -191,6 +193,9 @@ def _function(name: str) -> Any:
 
 
 def _call(name: str, address: int, size: int, advice: int) -> bool:
-    """Call a C function on a range of memory; return whether it exists and succeeded."""
+    """Call a function of the C library, such as madvise, on a range of memory; return whether it succeeded.
+
+    Return False if this system lacks the function.
+    """
     function = _function(name)
     return function is not None and function(ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0

@@ -30,7 +30,7 @@ from moesaic.models import Decoder, Experts
 MANIFEST, WEIGHTS = "moesaic.json", "weights.safetensors"
 VERSION = 1
 ALIGNMENT = 64
-"""Bytes; each parameter begins at a multiple of it."""
+"""Each parameter begins at a multiple of this number of bytes in the file."""
 
 Progress = Callable[[int, int], None]
 
@@ -55,10 +55,10 @@ def pack(
 ) -> None:
     """Quantize the checkpoint in ``src`` into the new folder ``dst``.
 
-    The folder appears complete or not at all. Memory: one tensor, and the part of the new file that the kernel caches.
+    The folder appears complete or not at all. Packing takes the memory of one tensor, and page cache for the new file.
 
     Args:
-        src: a folder in any layout.
+        src: folder of a checkpoint in any layout.
         dst: a folder that does not exist yet, or is empty.
         weight_format: formats that weights are quantized to, as ``models.choose`` reads them.
         dtype: dtype of activations and plain weights; auto: the dtype that the checkpoint is stored in.
@@ -84,12 +84,12 @@ def pack(
 
 
 def create(folder: Path, manifest: PackedManifest, store_weights: Callable[[Decoder], object]) -> None:
-    """Write a packed folder.
+    """Write the weights and the manifest of a packed folder.
 
     Args:
         folder: an existing folder.
         manifest: description of the model.
-        store_weights: called with the model, the weights of which lie in the new file; sets them.
+        store_weights: function that fills the weights of the model that it gets; they are mapped from the new file.
 
     Raises:
         ConfigError: the configuration is not understood.
@@ -136,7 +136,7 @@ def build(path: Path, manifest: PackedManifest) -> Decoder:
 
 
 def load(path: Path, manifest: PackedManifest | None = None) -> Decoder:
-    """Return the model in the packed folder ``path`` with its weights mapped.
+    """Return the model in the packed folder ``path``, with its weights mapped from the file.
 
     Args:
         path: the folder.
@@ -155,7 +155,10 @@ def _is_expert(name: str) -> bool:
 
 
 def _offsets(model: Decoder) -> dict[str, tuple[int, Tensor]]:
-    """Return the offset of each parameter in the data; experts come last, after the weights of every token."""
+    """Return, by name, each parameter of ``model`` with its offset in bytes in the data of the weight file.
+
+    Experts come last, after the weights that every token reads.
+    """
     offsets: dict[str, tuple[int, Tensor]] = {}
     end = 0
     for name, parameter in sorted(model.named_parameters(), key=lambda item: _is_expert(item[0])):
@@ -215,7 +218,10 @@ def _map_file(file: Path, shared: bool) -> Tensor:
 
 
 def _prefetch_experts(model: Decoder) -> None:
-    """Read experts from disk together, as soon as they are chosen, and not when a kernel accesses each of them."""
+    """Make ``model`` read experts from disk as soon as the router has chosen them.
+
+    All chosen experts of a layer are then read together, and not one after another when a kernel accesses them.
+    """
     prefetcher = memory.Prefetcher()
 
     def prefetch(layer: Experts, inputs: tuple[Tensor, ...]) -> None:

@@ -107,7 +107,7 @@ def _download_from_hub(name: str, revision: str | None, dest: Path | None, progr
         bar = None if progress is None else _progress_bar(progress)
         return Path(snapshot_download(name, revision=revision, local_dir=dest, allow_patterns=files, tqdm_class=bar))
     except errors.GatedRepoError as error:
-        raise DownloadError(f"{name}: accept its terms on the hub, then log in (hf auth login)") from error
+        raise DownloadError(f"{name}: accept the model's terms on the hub, then log in (hf auth login)") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise NotFound(
             f"the hub has no {name}{f'@{revision}' if revision else ''}, or you have no access to it"
@@ -117,7 +117,7 @@ def _download_from_hub(name: str, revision: str | None, dest: Path | None, progr
 
 
 def _cached(name: str, revision: str | None, dest: Path | None) -> Path:
-    """Return the folder of an earlier download that is complete for one kind of weights."""
+    """Return the folder of an earlier download that has all files of one kind of weights, or raise DownloadError."""
     from huggingface_hub import errors, snapshot_download
 
     for weights in WEIGHTS:
@@ -134,7 +134,7 @@ def _cached(name: str, revision: str | None, dest: Path | None) -> Path:
 
 
 def choose_files(offered: Sequence[str]) -> list[str]:
-    """Return the files to download: configuration, tokenizer, and the safest available kind of weights."""
+    """Return which of the files ``offered`` to download: configuration, tokenizer, and the safest kind of weights."""
     top = [file for file in offered if "/" not in file]
     for weights in WEIGHTS:
         if any(fnmatchcase(file, pattern) for file in top for pattern in weights):
@@ -205,7 +205,7 @@ def _download_archive(address: str, dest: Path | None, sha256: str | None, progr
 
 
 def _split_digest(address: str, sha256: str | None) -> tuple[str, str | None]:
-    """Return the URL without its fragment, and the digest that the fragment or ``sha256`` states."""
+    """Return the URL in ``address`` without its fragment, and the digest in the fragment or in ``sha256``, if any."""
     url, fragment = urllib.parse.urldefrag(address)
     digests = {value.lower() for value in (sha256, fragment.removeprefix("sha256=")) if value}
     if len(digests) > 1 or not all(SHA256.fullmatch(value) for value in digests):
@@ -222,7 +222,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def _open_exclusively(part: Path) -> Iterator[IO[bytes]]:
-    """Open ``part`` for appending, and hold an exclusive lock on it."""
+    """Open the partial download ``part`` for appending, and hold an exclusive lock on it."""
     with part.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,7 +233,7 @@ def _open_exclusively(part: Path) -> Iterator[IO[bytes]]:
 
 @dataclass(frozen=True)
 class _ResponseInfo:
-    """Facts from the headers of a response."""
+    """What the headers of a download's response say."""
 
     start: int
     """Offset of the first byte that the server sends."""
@@ -250,7 +250,7 @@ def _state_file(part: Path) -> Path:
 
 
 def _fetch(url: str, part: Path, file: IO[bytes], progress: Progress | None) -> str | None:
-    """Download the rest of the file to ``part``, and return the digest that the server states."""
+    """Append the missing bytes of ``url`` to the partial download ``part``; return the server's digest, if any."""
     size = file.seek(0, os.SEEK_END)
     validator = _validator(url, part) if size else ""
     headers = {"Accept-Encoding": "identity", "User-Agent": "moesaic"}
@@ -282,7 +282,7 @@ def _fetch(url: str, part: Path, file: IO[bytes], progress: Progress | None) -> 
 
 
 def _validator(url: str, part: Path) -> str:
-    """Return the validator of the bytes in ``part``; empty if their version is unknown."""
+    """Return the ETag or date of the file version that ``part`` is the beginning of; empty if it is unknown."""
     try:
         state = json.loads(_state_file(part).read_text())
         return str(state["validator"]) if state["url"] == url else ""
@@ -291,14 +291,14 @@ def _validator(url: str, part: Path) -> str:
 
 
 def _response_info(url: str, response: http.client.HTTPResponse, size: int) -> _ResponseInfo:
-    """Return the facts in the headers; raise DownloadError if they contradict the request."""
+    """Return what the headers say; raise DownloadError if they contradict a request for the bytes from ``size`` on."""
     headers = response.headers
     etag = headers.get("ETag", "")
     validator = headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
     if response.status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
         if not match or int(match[1]) != size:
-            raise DownloadError(f"{url}: the server sent another range than requested")
+            raise DownloadError(f"{url}: the server sent other bytes of the file than requested: use another URL")
         return _ResponseInfo(size, int(match[2]) if match[2] != "*" else 0, validator, _digest(headers))
     length = headers.get("Content-Length", "")
     return _ResponseInfo(0, int(length) if length.isdecimal() else 0, validator, _digest(headers))
@@ -321,7 +321,7 @@ def _digest(headers: Message) -> str | None:
 def _receive(
     response: http.client.HTTPResponse, file: IO[bytes], info: _ResponseInfo, progress: Progress | None
 ) -> None:
-    """Append the body to ``file``; the received bytes are written even if the connection breaks."""
+    """Append the body of ``response`` to ``file``; received bytes are written even if the connection breaks."""
     done = info.start
     try:
         while data := response.read1(CHUNK_BYTES):
@@ -361,7 +361,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _verify(url: str, part: Path, digest: str | None) -> None:
-    """Raise DownloadError if ``part`` has another digest; delete it then, because resuming would not repair it."""
+    """Raise DownloadError if ``part`` has another SHA-256 digest; delete it then: resuming would not repair it."""
     if digest is None:
         return
     with part.open("rb") as file:
@@ -372,7 +372,10 @@ def _verify(url: str, part: Path, digest: str | None) -> None:
 
 
 def _unpack(url: str, part: Path, target: Path) -> None:
-    """Unpack next to ``target`` and rename; if the archive has a single top folder, it becomes ``target``."""
+    """Unpack the archive ``part`` beside ``target``, then rename the result to ``target``.
+
+    If the archive has a single top folder, that folder becomes ``target``.
+    """
     staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
     try:
         staging.mkdir()
@@ -392,15 +395,15 @@ def _unpack(url: str, part: Path, target: Path) -> None:
 
 
 def _extract(url: str, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """Write one member below ``folder``; only its name and bytes are used, not its mode, owner or time."""
+    """Write one member of the archive below ``folder``, without its mode, owner and time."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
-        raise DownloadError(f"{url}: refused: {member.name!r} is outside of the folder")
+        raise DownloadError(f"{url}: refused: the archive would write {member.name!r}, which is outside of the folder")
     if member.isdir():
         (folder / path).mkdir(parents=True, exist_ok=True)
         return
     if not member.isreg():
-        raise DownloadError(f"{url}: refused: {member.name!r} is a link or a device, not a file")
+        raise DownloadError(f"{url}: refused: {member.name!r} in the archive is a link or a device, not a file")
     if member.size > shutil.disk_usage(folder).free:
         raise DownloadError(f"{url}: {member.name} requires {member.size} bytes, more than the free disk space")
     (folder / path).parent.mkdir(parents=True, exist_ok=True)

@@ -22,9 +22,10 @@ OFF: Mapping[str, float | int] = {
     "typical_p": 1.0,
     "repetition_penalty": 1.0,
 }
-"""The parameters, and the value of each that changes nothing."""
+"""The sampling parameters that are read, and the value of each that changes nothing."""
 OFF_IF_ZERO = ("top_k", "top_p", "typical_p", "repetition_penalty")
-"""Parameters that are off at 0 in other programs; only 0 could also be meant by it, and 0 would allow no token."""
+"""Parameters that other programs switch off with 0. It can mean nothing else: a real limit of 0 would allow no
+token."""
 FLAGS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -34,8 +35,8 @@ def sampling_defaults(generation: Mapping[str, Any], file: Path) -> dict[str, An
     ``do_sample: false`` means temperature 0.
 
     Args:
-        generation: the content.
-        file: its source, for error messages.
+        generation: the content of the file.
+        file: the generation_config.json, for error messages.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range; the message names the file and the key.
@@ -56,7 +57,10 @@ def sampling_defaults(generation: Mapping[str, Any], file: Path) -> dict[str, An
 
 
 def _number(name: str, value: Any, file: Path) -> float | int:
-    """Return a number that may be written as text, as an integer if it has no fraction."""
+    """Return the value of the parameter ``name`` as a number; it may be written as text.
+
+    The value of an integer parameter may be written as 40.0.
+    """
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
     except (ValueError, OverflowError):
@@ -67,8 +71,10 @@ def _number(name: str, value: Any, file: Path) -> float | int:
 
 
 def _flag(name: str, value: Any, file: Path) -> bool:
-    """Return a flag that may be written as text or as a number; an absent flag is true."""
+    """Return ``value`` as true or false; it may be written as text or as a number, and None is true."""
     flag = True if value is None else FLAGS.get(str(value).strip().lower())
     if flag is None:
-        raise ConfigError(file, f"{name} is {value!r}, expected true or false; correct it in this file")
+        raise ConfigError(
+            file, f"{name} is {value!r}, expected true or false; correct it in this file, or delete it there"
+        )
     return flag

@@ -15,7 +15,7 @@ from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.text.tokenizer import Tokenizer
 
 MAX_NAMED = 5
-"""Tokens without a row that the log names."""
+"""Maximum number of tokens without a row that the log names."""
 
 log = logging.getLogger("moesaic.llm")
 
@@ -49,4 +49,4 @@ def check_ids(param: str, ids: Sequence[int], tokenizer: Tokenizer, rows: int) -
     if tokenizer.bytes(largest):
         name = tokenizer.piece(largest)
         raise InvalidParameter(param, f"has the token {name!r} ({largest}), which this model of {rows} tokens lacks")
-    raise InvalidParameter(param, f"token id {largest} is not in the vocabulary of {rows}")
+    raise InvalidParameter(param, f"token id {largest} is not in the vocabulary of {rows} tokens")

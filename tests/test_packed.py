@@ -67,7 +67,7 @@ def test_packed_weights_are_not_quantized_again(folder):
 def test_used_folder_and_unknown_format_are_refused(talker, folder, tmp_path):
     with pytest.raises(InvalidParameter, match="exists already"):
         packed.pack(talker, folder, "q4")
-    with pytest.raises(InvalidParameter, match="'q5' is unknown: there are q8, q4, q3, q2"):
+    with pytest.raises(InvalidParameter, match="'q5' is unknown; available: q8, q4, q3, q2"):
         packed.pack(talker, tmp_path / "new", "q5")
     assert not any(tmp_path.iterdir())
 

@@ -37,14 +37,14 @@ SETTINGS = {
     "The job store": ("moesaic.cluster.jobs", "StoreLimits"),
     "Sampling": ("moesaic.engine", "Sampling"),
 }
-"""Heading → module and dataclass."""
+"""The headings of the page of settings, each with the module and name of the dataclass that it shows."""
 
 READ_HERE = {
     "MOESAIC_ADMIN_KEY": "The administrator's key for `moesaic admin`.",
     "MOESAIC_API_KEY": "The key that the Python client and `moesaic bench serving` send.",
     "MOESAIC_API_KEYS": "Client keys for a server or a gateway, separated by commas, instead of a file.",
     "MOESAIC_BASE_URL": "The address of the server that the Python client asks.",
-    "MOESAIC_WORKER_KEY": "The key that `moesaic worker` sends to its gateway, or to AIME's server.",
+    "MOESAIC_WORKER_KEY": "The key that `moesaic worker` sends to its gateway, or to the AIME API server.",
     "NO_COLOR": "If set, `moesaic chat` prints no colours.",
     "RAY_ADDRESS": "The Ray cluster for `moesaic launch ray`, unless `--address` is given.",
     "RAY_AUTH_MODE": "`moesaic launch ray` needs `token` here unless Ray is on loopback.",
@@ -53,7 +53,7 @@ READ_HERE = {
     "XDG_STATE_HOME": "Chat history and the gateway's default job file are in `moesaic/` below it. "
     "Default: `~/.local/state`.",
 }
-"""Variables that the code looks up. ``environment`` fails if the code looks up others."""
+"""Environment variables that the code looks up, and their meanings. ``environment`` fails if it looks up others."""
 READ_BY_LIBRARIES = {
     "CUDA_VISIBLE_DEVICES": "PyTorch: the GPUs that a process sees.",
     "HF_HUB_CACHE": "huggingface_hub: its own cache folder.",
@@ -147,7 +147,7 @@ def default_of(field: Field[Any]) -> str:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """Return the strings that stand under a dataclass's fields."""
+    """Return the docstring under each field of a dataclass, by the name of the field."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
@@ -164,7 +164,9 @@ def field_docs(kind: type) -> dict[str, str]:
 def environment() -> str:
     used = {name for path in (ROOT / "moesaic").rglob("*.py") for name in variables(path.read_text())} - INTERNAL
     if used != set(READ_HERE):
-        raise SystemExit(f"READ_HERE is not what the code looks up; difference: {sorted(used ^ set(READ_HERE))}")
+        raise SystemExit(
+            f"READ_HERE must name the variables that the code looks up; difference: {sorted(used ^ set(READ_HERE))}"
+        )
     rows = {head: sorted(names.items()) for head, names in (("here", READ_HERE), ("libraries", READ_BY_LIBRARIES))}
     return page(
         "Environment variables",
@@ -249,7 +251,7 @@ def supported() -> str:
 
 
 def modules() -> str:
-    """Return the first line of each module's docstring, read from the sources without importing them."""
+    """Return the page with the first line of each module's docstring, read from the sources without importing them."""
     folders: dict[str, list[tuple[str, str]]] = {}
     for path in sorted((ROOT / "moesaic").rglob("*.py")):
         about = prose((ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0])

@@ -22,7 +22,7 @@ PASSAGES = {
     "import asyncio\nimport contextlib\n": "import contextlib\nimport time\n",
     "import AsyncIterator, Callable, Coroutine, Mapping": "import Callable, Iterator, Mapping",
 }
-"""Text that differs in more than names. Each passage must occur exactly once in the source."""
+"""Text of the asynchronous client to replace, and its replacement; each must occur exactly once in the source."""
 RESULT_TYPE = re.compile(r"\bCoroutine\[Any, Any, (\w+)\]")
 DROPPED = {"async", "await"}
 NAMES = {

@@ -1,4 +1,4 @@
-"""Pieces of Markdown pages that are written from code."""
+"""Functions that format parts of a Markdown page, for the pages that are generated from the code."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def prose(docstring: str) -> str:
 
 
 def slug(heading: str) -> str:
-    """Return the anchor of a heading, as GitHub and the site make it."""
+    """Return the anchor of a heading, as GitHub and the documentation site make it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 60
 
 
 def surface() -> tuple[dict[str, Any], str]:
-    """Return the OpenAPI description and the metrics of a gateway that is started for this and stopped again."""
+    """Return the OpenAPI description and the metrics of a gateway, which runs only for this call."""
     with tempfile.TemporaryDirectory() as folder:
         keys = str(Path(folder, "keys.json"))
         with contextlib.redirect_stdout(io.StringIO()) as shown:
@@ -99,7 +99,7 @@ def key_of(path: str, group: str, operation: dict[str, Any]) -> str:
 
 
 def short(name: str) -> str:
-    """Name a schema as a reader would: types of one name in two modules have the module in front."""
+    """Return the name of a schema for readers, without the package; equal names keep their module in front."""
     return name.removeprefix("moesaic.serve.dialects.")
 
 

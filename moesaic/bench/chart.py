@@ -15,13 +15,13 @@ from moesaic.bench.plotting import COLOURS
 FACTS = ("bits", "GiB", "same", "spread")
 """Columns before the speeds of a row; docs/how-to/benchmark.md explains them."""
 MODEL_STEP, WHOLE_LLM = "moesaic", "moesaic_llm"
-"""Our two peers: the model alone, and the LLM with scheduler and sampler."""
+"""Names of the two peers that run Moesaic: the model alone, and the LLM with scheduler and sampler."""
 
 Value = Callable[[Row, Cell], str]
 
 
 def tables(comparison: Comparison) -> Iterator[str]:
-    """Yield the lines of all tables."""
+    """Yield the lines of text of all tables of a comparison."""
     cells = [cell for cell in comparison.plan.cells() if not cell.busy]
     yield f"tokens per second: median of {comparison.plan.rounds} rounds, {comparison.plan.threads} threads"
     yield from _table(comparison.rows, cells, lambda row, cell: _number(row.speed(cell)), facts=True)
@@ -48,7 +48,7 @@ def _busy_share(row: Row, cell: Cell) -> str:
 
 
 def _table(rows: Sequence[Row], cells: Sequence[Cell], value: Value, *, facts: bool = False) -> Iterator[str]:
-    """Yield two heading lines, then a line for each row."""
+    """Yield two heading lines, then a line for each row with ``value`` of each cell; with ``facts``, FACTS before."""
     groups = [f"after {cell.tokens}" if cell.batch else "prefill" for cell in cells]
     first = [group if index == 0 or group != groups[index - 1] else "" for index, group in enumerate(groups)]
     second = [f"batch {cell.batch}" if cell.batch else str(cell.tokens) for cell in cells]
@@ -72,7 +72,7 @@ def _number(value: float) -> str:
 
 
 def plot(comparison: Comparison, path: Path, caption: str) -> None:
-    """Draw a panel for each cell and one for memory, with a bar for each row and a line at its limit.
+    """Draw a panel for each cell and one for memory, with a bar for each row and a line at the row's limit.
 
     Args:
         comparison: the result to draw.

@@ -29,7 +29,7 @@ WARM_UP_STEPS = 2  # the same as in peers/_child.py
 COMPARED_TOKENS = 20
 """Number of most likely tokens that are compared between two engines."""
 REFERENCES = ("transformers", "vllm", "moesaic")
-"""Engines whose most likely tokens are the reference: the first one that was measured in bfloat16."""
+"""Engines whose most likely tokens can be the reference; the first that was measured in bfloat16 is taken."""
 
 Report = Callable[[str], object]
 
@@ -51,7 +51,7 @@ class Cell:
 
     @property
     def counted(self) -> int:
-        """Tokens that one execution of the cell processes."""
+        """Number of tokens that one execution of the cell computes."""
         return self.batch or self.tokens
 
 
@@ -68,7 +68,7 @@ class Plan:
     contexts: tuple[int, ...] = (16, 2048)
     batches: tuple[int, ...] = (1, 4, 8, 16)
     steps: int = 24
-    """Number of steps whose mean is the time of a decode."""
+    """Number of decoding steps over which the time of a step is averaged."""
     rounds: int = 3
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     busy: bool = False
@@ -82,11 +82,11 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Maximum tokens of a sequence."""
+        """Maximum tokens that a sequence of these measurements reaches."""
         return max(*self.prompts, *self.contexts) + WARM_UP_STEPS + self.steps + 1
 
     def cells(self) -> list[Cell]:
-        """Return the cells in the order of the table."""
+        """Return all cells to measure, in the order of the table."""
         prompts = [Cell(tokens) for tokens in self.prompts]
         decodes = [Cell(context, batch) for context in self.contexts for batch in self.batches]
         busy = [Cell(cell.tokens, cell.batch, busy=True) for cell in (*prompts, *decodes) if self.repeats_busy(cell)]
@@ -111,14 +111,14 @@ class Row:
     about: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     bits: float = 0.0
-    """Average bits of a weight, of those that steps read."""
+    """Average bits per weight, over the weights that steps read."""
     load_seconds: float = 0.0
     peak_bytes: int | None = None
     """Peak memory of the process, including the resident part of mapped files."""
     likeliest: list[int] = field(default_factory=list)
-    """Most likely next tokens after a fixed prompt."""
+    """Ids of the most likely next tokens after a prompt that is the same for all engines."""
     agrees: int | None = None
-    """Number of most likely next tokens that are among the reference's; None without a reference."""
+    """How many of ``likeliest`` are also those of the reference engine; None without a reference."""
     samples: dict[str, list[float]] = field(default_factory=dict)
     """Tokens per second in each round, by cell."""
     limits: dict[str, float] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of a comparison."""
+    """Result of a comparison of engines."""
 
     shape: Shape
     plan: Plan
@@ -152,7 +152,7 @@ class Comparison:
     """Rows that could not be measured, with the reason."""
 
     def figures(self) -> dict[str, Any]:
-        """Return all figures for a results file."""
+        """Return all results as a dictionary for a results file."""
         cells = {cell.name: cell for cell in self.plan.cells()}
         rows = []
         for row in self.rows:
@@ -169,7 +169,9 @@ class Comparison:
 
 
 def choose(only: str | None) -> list[tuple[str, str]]:
-    """Parse a list of "peer" or "peer:format", separated by commas, into (peer, format) pairs; None: all pairs.
+    """Parse the engines to compare, such as "moesaic:q4,vllm", into (peer, format) pairs; None: all pairs.
+
+    A peer is an engine, by the name of its file in ``bench/peers``. Without ":format", all its formats are taken.
 
     Raises:
         NotFound: there is no such peer.
@@ -256,7 +258,7 @@ def compare(
 
 
 class _Session:
-    """State of a running comparison."""
+    """State of a running comparison of engines."""
 
     def __init__(self, folder: Path, shape: Shape, plan: Plan, pythons: Mapping[str, Path], report: Report) -> None:
         self.folder, self.shape, self.plan, self.pythons, self.report = folder, shape, plan, pythons, report
@@ -296,7 +298,11 @@ class _Session:
         return rows
 
     def files(self, rows: Sequence[Row], source: Path) -> dict[str, str]:
-        """Return the path that each row loads; files that do not exist are created."""
+        """Return, by name of the row, the model file or folder that its engine loads.
+
+        Files that do not exist are created from the Hugging Face checkpoint ``source``. A row whose engine fails is
+        added to ``failed``.
+        """
         paths = {}
         for row in rows:
             try:
@@ -309,7 +315,7 @@ class _Session:
         return paths
 
     def round(self, row: Row, path: str) -> None:
-        """Measure all cells of a row once."""
+        """Measure all cells of a row once; ``path`` is the model that its engine loads."""
         try:
             with self.process(row.peer, row.format) as process:
                 for cell, seconds in self.cells(process, row, path):
@@ -318,7 +324,7 @@ class _Session:
             self.fail(row, error)
 
     def cells(self, process: Process, row: Row, path: str) -> Iterator[tuple[Cell, float]]:
-        """Load the model, yield each cell with its duration in seconds, then record the peak memory."""
+        """Load the model in ``process``, yield each cell with its duration in seconds, then record the peak memory."""
         plan, sequences = self.plan, max(self.plan.batches)
         loaded = process.ask(
             "load",
@@ -353,7 +359,7 @@ class _Session:
 
 
 def _finish(row: Row, rows: Sequence[Row], shape: Shape, plan: Plan, limits: Limits | None) -> None:
-    """Set the fields of a row that follow from its measurements."""
+    """Set the fields of ``row`` that follow from its measurements: bits, agrees and limits."""
     expert_bytes, other_bytes = row.about["expert_bytes"], row.about["other_bytes"]
     row.bits = 8 * (expert_bytes + other_bytes) / (shape.expert_parameters + shape.other_parameters)
     references = {other.peer: other for other in rows if other.format == "bfloat16"}

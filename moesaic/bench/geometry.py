@@ -80,7 +80,7 @@ class MemoryEstimate:
 
 
 def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
-    """Return a published configuration, with ``layers`` layers if it is not None.
+    """Return the configuration of a published model with the keys of config.json; ``layers`` None: all its layers.
 
     Raises:
         InvalidParameter: there is no such geometry, or it has fewer layers.
@@ -90,7 +90,9 @@ def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
     config = dict(GEOMETRIES[name])
     if layers is not None:
         if not 1 <= layers <= config["num_hidden_layers"]:
-            raise InvalidParameter("layers", f"is {layers}, but {name} has 1 to {config['num_hidden_layers']}")
+            raise InvalidParameter(
+                "layers", f"is {layers}, expected 1 to {config['num_hidden_layers']}, the layers of {name}"
+            )
         config["num_hidden_layers"] = layers
     return config
 
@@ -98,7 +100,15 @@ def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
 def estimate(
     config: Mapping[str, Any], format_name: str, dtype: str, cache_tokens: int, cache: str = "auto"
 ) -> MemoryEstimate:
-    """Return the memory of a model and of its cache with data type ``cache``, without allocating either."""
+    """Return the memory that a model and its key/value cache take, without allocating either.
+
+    Args:
+        config: result of ``configuration``.
+        format_name: weight format, as for ``models.choose``.
+        dtype: data type of activations and of weights that are not quantized.
+        cache_tokens: tokens that the cache holds.
+        cache: data type of the cache; auto: that of activations.
+    """
     model = _outline(config, format_name, dtype)
     cache_size = cache_tokens * cache_bytes_per_token(model, cache_dtype(model, cache))
     return MemoryEstimate(models.parameters(model), sum(part.nbytes for part in model.parameters()), cache_size)
@@ -115,7 +125,9 @@ def check(
     cache: str = "auto",
     mapped: bool = False,
 ) -> None:
-    """Check that a geometry fits in ``free`` bytes of memory; mapped weights need no memory.
+    """Check that a model with the sizes of ``name`` fits in ``free`` bytes of memory.
+
+    With ``mapped``, its weights are mapped from a file and need no memory. The other arguments are as for ``estimate``.
 
     Raises:
         InvalidParameter: the geometry does not fit; the message suggests options that fit.
@@ -150,9 +162,9 @@ def check(
 def build(
     config: Mapping[str, Any], name: str, format_name: str, dtype: str, progress: Progress | None = None
 ) -> Loaded:
-    """Return a model with random weights, made in place so that no part exists twice.
+    """Return a model with random weights, which are made in place so that none exists twice.
 
-    Every part has its own memory, which is written, in huge pages if the system provides them.
+    All memory of the weights is written, in huge pages if the system provides them.
 
     Args:
         config: result of ``configuration``.
@@ -196,7 +208,7 @@ def pack(
 
 
 def randomize(model: Decoder, progress: Progress | None = None) -> None:
-    """Fill all weights of a model; ``progress`` is called with the bytes written so far and the total."""
+    """Fill all weights with random numbers; ``progress`` is called with the bytes written so far and the total."""
     samples: dict[tuple[str, int, float], Mapping[str, Tensor]] = {}
     total, done = sum(part.nbytes for part in model.parameters()), 0
     for module in model.modules():
@@ -215,7 +227,10 @@ def randomize(model: Decoder, progress: Progress | None = None) -> None:
 
 
 def sample(weight_format: WeightFormat, columns: int, std: float = WEIGHT_STD) -> Mapping[str, Tensor]:
-    """Return the parts of ``SAMPLE_ROWS`` random rows in a format."""
+    """Return ``SAMPLE_ROWS`` random rows of ``columns`` columns in a format, as its parts by name.
+
+    ``std`` is the standard deviation of the numbers.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # many small steps: on a busy core, several threads would take minutes
     try:
@@ -225,7 +240,7 @@ def sample(weight_format: WeightFormat, columns: int, std: float = WEIGHT_STD) -
 
 
 def fill(weight: Packed, rows: Mapping[str, Tensor]) -> None:
-    """Fill a new weight with copies of randomly chosen rows of a ``sample``."""
+    """Fill a new weight with copies of randomly chosen rows of ``rows``, a result of ``sample``."""
     for name, part in weight.parts().items():
         native.huge_pages(part)  # before the memory is first written
         target, pool = part.flatten(0, -2), rows[name].flatten(0, -2)
@@ -233,6 +248,6 @@ def fill(weight: Packed, rows: Mapping[str, Tensor]) -> None:
 
 
 def _outline(config: Mapping[str, Any], format_name: str, dtype: str) -> Decoder:
-    """Return the model on the meta device, where it needs no memory."""
+    """Return the model of ``config`` on the meta device, where it needs no memory."""
     roles = models.choose(format_name, dtype)
     return models.build(config, Path(str(config["model_type"])), roles, dtype=getattr(torch, dtype), device="meta")

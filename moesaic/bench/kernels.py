@@ -28,7 +28,7 @@ PROMPT_LENGTHS = (512, 2048)
 BLOCK_SIZE = 16
 VOCABULARY = 32000
 CACHE_BYTES = 256 << 20
-"""Bytes of keys and values that successive calls rotate through."""
+"""Bytes of the caches that successive calls of attention use in turn; more than the CPU's caches hold."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,22 @@ class Row:
     """Bytes of weights, cache or activations that are read, each counted once, per nanosecond."""
     gop_s: float
     read_share: float
-    """Fraction of the measured memory bandwidth."""
+    """``gb_s`` as a fraction of the measured memory bandwidth."""
     peak_share: float
-    """Fraction of the fastest measured multiplication, of bytes or of bfloat16."""
+    """``gop_s`` as a fraction of the fastest measured multiplication, of bytes or of bfloat16."""
 
 
 def measure(
     limits: Limits, names: list[str], tokens: tuple[int, ...] = TOKEN_COUNTS, seconds: float = 1.0
 ) -> Iterator[Row]:
-    """Yield a row for each op with weights, each format and each number of tokens."""
+    """Yield a row for each op with weights, each format and each number of tokens.
+
+    Args:
+        limits: limits of the machine, to compare with.
+        names: weight formats.
+        tokens: numbers of tokens.
+        seconds: duration of the measurement of a row.
+    """
     for name in names:
         weight_format = formats.load(name)
         square = [_random(weight_format, (HIDDEN, HIDDEN)) for _ in range(16)]
@@ -74,7 +81,7 @@ def measure(
 
 
 def measure_others(limits: Limits, seconds: float = 1.0) -> Iterator[Row]:
-    """Yield a row for each op without weights, at several sizes and cache data types."""
+    """Yield a row for each op without weights, at several sizes and cache data types; arguments as for ``measure``."""
     for count in (1, 16, 512):
         x, size = torch.randn(count, HIDDEN, dtype=torch.bfloat16), 2 * count * HIDDEN
         norm = functools.partial(native.rms_norm, x, torch.ones(HIDDEN), 1e-5)
@@ -107,7 +114,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _attention(lengths: list[int], last: int, dtype: torch.dtype) -> Callable[[], object]:
-    """Return a call of attention for the ``last`` tokens of sequences, whose cache blocks are scattered."""
+    """Return a function that computes attention for the ``last`` tokens of each sequence of these ``lengths``.
+
+    The blocks of a sequence are scattered over the cache. Each call uses another layer's cache.
+    """
     needed = [-(-length // BLOCK_SIZE) for length in lengths]
     shape = (KV_HEADS, HEAD_SIZE)
     layers = max(2, CACHE_BYTES // (sum(lengths) * ops.Cache.bytes_per_token([shape], dtype)))
@@ -200,5 +210,5 @@ def line(row: Row) -> str:
 
 
 def figures(limits: Limits, rows: list[Row]) -> dict[str, object]:
-    """Return all figures for a results file."""
+    """Return the limits and all rows as a dictionary for a results file."""
     return {"limits": asdict(limits), "isa": native.instruction_set(), "rows": [asdict(row) for row in rows]}

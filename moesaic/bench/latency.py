@@ -20,7 +20,7 @@ from moesaic.errors import InvalidParameter
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 SLO_METRICS = ("ttft", "tpot", "e2el")
-"""Metrics that goodput can limit."""
+"""Metrics that a limit of ``parse_goodput`` can be on."""
 TIMER_RESOLUTION_SECONDS = 0.002
 """Delay that a timer has even on an idle system; it causes no warning."""
 MAX_DELAY_SHARE = 0.2
@@ -30,18 +30,18 @@ MAX_CPU_SHARE = 0.9
 
 
 def tokens(record: RequestRecord) -> int:
-    """Return the number of tokens of an answer, or of its pieces if the server does not count tokens."""
+    """Return the number of tokens of an answer, or of its chunks of text if the server does not count tokens."""
     counted = record.answer.tokens
     return len(record.answer.arrivals) if counted is None else counted
 
 
 def ttft(record: RequestRecord) -> float:
-    """Return the seconds from sending a request to the first text."""
+    """Return the seconds from sending a request to the first text of its answer."""
     return record.answer.arrivals[0] - record.start
 
 
 def e2el(record: RequestRecord) -> float:
-    """Return the seconds from sending a request to the last text."""
+    """Return the seconds from sending a request to the last text of its answer."""
     return record.answer.arrivals[-1] - record.start
 
 
@@ -52,7 +52,7 @@ def tpot(record: RequestRecord) -> float | None:
 
 
 def itl(record: RequestRecord) -> list[float]:
-    """Return the seconds from each text to the next."""
+    """Return the seconds from each text of an answer to the next."""
     return [after - before for before, after in pairwise(record.answer.arrivals)]
 
 
@@ -128,7 +128,7 @@ def summarize(run: Run, slos: dict[str, float]) -> dict[str, Any]:
 
 
 def meets_slos(record: RequestRecord, slos: dict[str, float]) -> bool:
-    """Return whether an answer keeps all limits; a single token keeps every limit on TPOT."""
+    """Return whether an answer keeps all limits of ``parse_goodput``; a single token keeps every limit on TPOT."""
     measures: dict[str, Callable[[RequestRecord], float | None]] = {"ttft": ttft, "tpot": tpot, "e2el": e2el}
     return all((measures[name](record) or 0.0) * 1000 <= limit for name, limit in slos.items())
 
@@ -144,7 +144,7 @@ def peak_concurrency(records: Sequence[RequestRecord]) -> int:
 
 
 def tokens_per_second(run: Run) -> list[float]:
-    """Return the output tokens of each second of a run; the pieces of an answer share its tokens evenly."""
+    """Return the number of output tokens in each second of a run; the chunks of an answer share its tokens evenly."""
     totals = [0.0] * max(1, math.ceil(run.end - run.start))
     for record in run.records:
         if record.failure is None:
@@ -206,7 +206,7 @@ def _statistics(name: str, values: Sequence[float]) -> dict[str, float | None]:
 
 
 def _client(run: Run, samples: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the delay and CPU use of the client, and a warning if they affect the figures."""
+    """Return the delay and CPU use of the load generator itself, and a warning if they affect the figures."""
     delay = _percentile(run.timer_delays, 99) or 0.0
     send_delay = _percentile([record.start - record.due for record in run.records if record.due is not None], 99)
     cpu_share = run.cpu_seconds / (run.end - run.start)

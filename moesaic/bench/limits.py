@@ -29,19 +29,26 @@ class Limits:
     ahead: int
     """Prefetch distance of the fastest read pattern, in bytes."""
     int8_gop_s: float
-    """Operations on bytes with the best instruction set of the machine: with AMX, in tile registers."""
+    """10^9 operations per second on bytes with the machine's best instruction set: with AMX, in tile registers."""
     bf16_gop_s: float
-    """Operations on bfloat16 with the best instruction set of the machine."""
+    """10^9 operations per second on bfloat16 numbers with the machine's best instruction set."""
     vnni_gop_s: float
-    """Operations on bytes in vector registers, the limit of an engine without AMX; 0 without AVX-512."""
+    """10^9 operations per second on bytes in vector registers: the limit of an engine without AMX. 0 without
+    AVX-512."""
 
     def gop_s(self, weight_format: str) -> float:
-        """Return the maximum of 10^9 operations per second with weights of a format."""
+        """Return the measured maximum speed with weights of a format, in 10^9 operations per second."""
         return self.bf16_gop_s if weight_format == "bfloat16" else self.int8_gop_s
 
 
 def measure(gigabytes: float = 1.0, runs: int = 3, report: Callable[[str], object] = str) -> Limits:
-    """Return the limits of this machine: the best of ``runs`` for each, with a buffer larger than the CPU's caches."""
+    """Measure the limits of this machine.
+
+    Args:
+        gigabytes: size of the memory that is read; it must be larger than the CPU's caches.
+        runs: number of measurements of each figure, the best of which counts.
+        report: called with a line for each figure.
+    """
     memory = torch.empty(int(gigabytes * 1e9) // (4 << 20) * (4 << 20), dtype=torch.uint8)
     native.huge_pages(memory)  # before the memory is first written
     memory.fill_(1)
@@ -62,7 +69,10 @@ def measure(gigabytes: float = 1.0, runs: int = 3, report: Callable[[str], objec
 
 
 def _peak(multiply: Callable[[int], int], runs: int, seconds: float = 0.1) -> float:
-    """Return the operations per nanosecond, in as many rounds as take about ``seconds``."""
+    """Return the operations per nanosecond of ``multiply``, the best of ``runs`` measurements.
+
+    ``multiply`` runs a number of rounds and returns its number of operations. A measurement takes about ``seconds``.
+    """
     rounds = 1000
     rounds = max(1, int(rounds * seconds / timed(lambda: multiply(rounds))))
     operations = multiply(rounds)
@@ -77,7 +87,10 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def median_of(call: Callable[[], object], seconds: float = 1.0, min_calls: int = 5) -> float:
-    """Return the median duration of a call in seconds, from calls for about ``seconds`` after a warm-up call."""
+    """Return the median duration of ``call`` in seconds.
+
+    After a warm-up call, it is called for about ``seconds``, and at least ``min_calls`` times.
+    """
     call()
     times: list[float] = []
     while sum(times) < seconds or len(times) < min_calls:

@@ -1,6 +1,6 @@
 """Text and plots of a load test's figures.
 
-This module formats figures and does not compute them. Plots need matplotlib, statistic is imported when one is drawn.
+This module formats figures and does not compute them. Plots need matplotlib, which is imported when one is drawn.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def lines(results: Sequence[Figures]) -> Iterator[str]:
 
 
 def load_name(figures: Figures) -> str:
-    """Return a short name of the load that the figures belong to."""
+    """Return a short name of the load that ``figures`` were measured with."""
     if figures["max_concurrency"] is not None:
         return f"concurrency {figures['max_concurrency']}"
     even = "" if figures["burstiness"] == 1 else f", burstiness {figures['burstiness']}"
@@ -113,7 +113,10 @@ def _cell(figures: Figures, key: str) -> str:
 
 
 def tokens_per_chunk(figures: Figures) -> str:
-    """Return the mean number of tokens between which ITL is measured; "?" if the server does not count tokens."""
+    """Return the mean number of tokens of a chunk, as text; "?" if the server does not count tokens.
+
+    ITL is the time between two chunks.
+    """
     return "?" if figures["tokens_counted_by"] == "chunks" else _number(figures["tokens_per_chunk"])
 
 

@@ -193,7 +193,7 @@ Loader = Callable[[], tuple[Loaded, Tokenizer, str]]
 
 
 def _random(options: Options, work: Work, progress: Progress | None) -> Loader:
-    """Check the options, and return a function that makes the model with random weights."""
+    """Check the options of a geometry, and return a function that makes its model with random weights."""
     assert options.geometry is not None
     name, dtype = options.geometry, "bfloat16" if options.dtype == "auto" else options.dtype
     config, format_name = geometry.configuration(name, options.layers), options.format or dtype
@@ -255,7 +255,7 @@ def measure(llm: LLM, work: Work, seed: int = 0) -> tuple[Speed, Reads]:
 
 
 def _arrivals(reply: Reply) -> list[float]:
-    """Return the arrival time of each token of an answer."""
+    """Read an answer to its end; return the arrival time of each token, in seconds."""
     return [time.perf_counter() for piece in reply for _ in piece.tokens]
 
 
@@ -287,7 +287,7 @@ Choices = list[tuple[Experts, list[Tensor]]]
 
 @contextmanager
 def _record_choices(model: nn.Module) -> Iterator[Choices]:
-    """Yield a list to which every step adds the experts that it chooses."""
+    """Return a context with a list to which every step of ``model`` adds the experts that it chooses."""
     choices: Choices = [(module, []) for module in model.modules() if isinstance(module, Experts)]
 
     def recorder(steps: list[Tensor]) -> Any:
@@ -328,7 +328,7 @@ def _busiest(steps: list[Tensor]) -> float:
 
 
 def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, reads: Reads) -> dict[str, Any]:
-    """Return all figures for a results file; ``machine`` is None if it could not be measured."""
+    """Return all figures as a dictionary for a results file; ``machine`` is None if it could not be measured."""
     model = llm.loaded.model
     weights = Counter(module.name for module in model.modules() if isinstance(module, Packed))
     steps_s = speed.decode_tokens_s / work.batch
@@ -353,7 +353,7 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:
-    """Yield the figures as lines of text."""
+    """Yield ``results``, a result of ``figures``, as lines of text."""
     model, memory_use, speed, reads = results["model"], results["memory"], results["speed"], results["reads"]
     kinds = ", ".join(f"{count} {name}" for name, count in model["weights"].items())
     yield f"{model['name']}: {model['layers']} layers, {model['parameters'] / 1e9:.2f} billion parameters ({kinds})"

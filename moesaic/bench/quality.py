@@ -157,7 +157,10 @@ def _cached(batch: Batch, shapes: Sequence[tuple[int, int]], dtype: torch.dtype)
 
 
 def row(format_name: str | None, loaded: Loaded, measured: Quality, length: int) -> dict[str, Any]:
-    """Return the quality and the size of a model in a format; None means the format of the checkpoint."""
+    """Return the quality and the size of a model in a format, as a dictionary for a results file.
+
+    ``format_name`` None means the format of the checkpoint; ``length`` is the tokens of a window.
+    """
     size = sum(part.nbytes for part in loaded.model.parameters())
     return {
         "format": format_name or "as stored",
@@ -173,7 +176,7 @@ def row(format_name: str | None, loaded: Loaded, measured: Quality, length: int)
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield lines of text: one row as a sentence, several rows as a table that compares them with the first."""
+    """Yield lines of text: one result of ``row`` as a sentence, several as a table of differences from the first."""
     first = rows[0]
     if len(rows) == 1:
         yield f"perplexity {first['perplexity']:.4f} per token, {first['bits_per_byte']:.4f} bits per byte"

@@ -22,7 +22,7 @@ PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
 
 def record(command: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record of ``figures`` with the command, date, commit, machine and versions that they come from."""
+    """Return a record of a measurement: ``figures``, with the command, date, commit, machine and versions."""
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
@@ -64,7 +64,7 @@ def resident() -> dict[str, int]:
 
 
 def forget_peak() -> None:
-    """Reset the peak of memory, if the system supports it."""
+    """Reset the peak memory of this process that ``resident`` returns, if the system supports it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -84,7 +84,7 @@ def _processor() -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of the source, with "-changed" if files differ from it; None outside a checkout."""
+    """Return the Git commit of the running source, with "-changed" if files differ from it; None without a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

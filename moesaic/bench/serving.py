@@ -23,11 +23,11 @@ from moesaic.bench.workload import RandomWords, TokenScale
 from moesaic.errors import InvalidParameter, InvalidRequest
 
 TIMER_SECONDS = 0.01
-"""Length of the timer whose delay is measured again and again."""
+"""Seconds of the timer whose delay, measured again and again, shows how late the client itself is."""
 FAILURE_PAUSE_SECONDS = 0.1
 """Pause of a simulated user after a failure, so that a server that refuses at once is not flooded."""
 PROBE_WORDS = (40, 240)
-"""Lengths, in words, of the two prompts that measure the tokens per word."""
+"""Lengths, in words, of the two prompts with which ``calibrate`` measures the tokens per word."""
 OTHER_FILES = 64
 """Open files that the process needs besides its connections."""
 
@@ -155,9 +155,11 @@ ProgressCallback = Callable[[Progress], object]
 async def measure(
     endpoint: Endpoint, requests: Iterator[Request], load: LoadProfile, on_progress: ProgressCallback | None = None
 ) -> Run:
-    """Send a load to a server, after ``load.warmup`` requests that are not recorded.
+    """Send the requests of a load profile to a server, and return the measurement.
 
-    If the task is cancelled, the requests completed so far are returned.
+    Before, ``load.warmup`` requests are sent that are not recorded.
+
+    If the task is cancelled, the measurement of the requests completed so far is returned.
 
     Args:
         endpoint: the server.
@@ -307,7 +309,7 @@ def _failure(record: RequestRecord) -> str:
 
 
 def _raise_file_limit(connections: int, *, all_at_once: bool) -> None:
-    """Raise the limit on open files for this many connections, or as far as the system allows.
+    """Raise this process's limit on open files for this many connections, or as far as the system allows.
 
     Raises:
         InvalidRequest: the system allows too few, and all connections are needed at once.

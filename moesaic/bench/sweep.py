@@ -26,7 +26,7 @@ class Target:
     url: str
     dialect: str = AUTO
     model: str | None = None
-    """None: the model that the server lists first."""
+    """Name of the model; None: the model that the server lists first."""
     key: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     options: RequestOptions = field(default_factory=RequestOptions)
@@ -34,7 +34,7 @@ class Target:
 
 @dataclass(frozen=True)
 class WorkloadSource:
-    """Where the requests come from: random words, one of AIME's workloads, or a file.
+    """Where the requests come from: random words, a workload for which the company AIME publishes results, or a file.
 
     Raises:
         InvalidParameter: there is no such preset.
@@ -44,7 +44,7 @@ class WorkloadSource:
     words: RandomWords = field(default_factory=RandomWords)
     """Parameters of random words; ``answer_tokens`` also applies to lines of a file without "max_tokens"."""
     preset: str | None = None
-    """Name of one of AIME's workloads."""
+    """Name of a workload for which the company AIME publishes results, one of ``workload.PRESETS``."""
     dataset: Path | None = None
     context: int | None = None
     """Context length for the preset aime-context; None: the length that the server announces."""
@@ -60,7 +60,7 @@ class WorkloadSource:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Runs and figures of a sweep, one of each per load profile."""
+    """Result of a sweep: a run and its figures for each load profile."""
 
     about: dict[str, Any]
     """Description of the server and the workload."""
@@ -69,7 +69,7 @@ class SweepResult:
 
     @property
     def failed(self) -> int:
-        """Number of failed requests in all runs."""
+        """Number of failed requests in all runs together."""
         return sum(figures["failed"] for figures in self.figures)
 
     @property

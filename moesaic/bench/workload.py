@@ -1,4 +1,4 @@
-"""Requests of a load test: random words, the lines of a file, and AIME's two workloads.
+"""Requests of a load test: random words, the lines of a file, and two workloads of the company AIME.
 
 The same seed gives the same requests. A generated prompt has about the requested number of tokens; only the server
 can count them exactly. This module does not know how requests are sent.
@@ -34,7 +34,7 @@ let life line list listen live lose love man mean meet mind miss move music name
 """Common English words; most are a single token in most vocabularies."""
 AIME_SHORT_PROMPT = "Tell a long story: Once upon a time"
 AIME_TOKENS = 500
-"""Tokens of an answer in both of AIME's workloads."""
+"""Tokens of an answer in both workloads for which the company AIME publishes results."""
 PRESETS = ("aime-short", "aime-context")
 FREE_SHARE = 0.01
 """Fraction of the context that aime-context leaves free, because words differ in their number of tokens."""
@@ -61,7 +61,7 @@ class TokenScale:
 
 
 class Workload(Protocol):
-    """Source of requests."""
+    """Source of the requests of a load test."""
 
     def requests(self, part: str, /) -> Iterator[Request]:
         """Yield requests without end.
@@ -71,7 +71,7 @@ class Workload(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return a description for the results."""
+        """Return a description of the workload for the results file."""
         ...
 
 
@@ -126,7 +126,7 @@ class RandomWords:
 
 @dataclass(frozen=True)
 class AimeShortPrompt:
-    """AIME's short workload: every request has the same short prompt."""
+    """The short workload for which the company AIME publishes results: all requests have the same short prompt."""
 
     def requests(self, _part: str, /) -> Iterator[Request]:
         while True:
@@ -151,7 +151,9 @@ class Dataset:
 
 
 def aime_context(context: int, seed: int, scale: TokenScale) -> RandomWords:
-    """Return AIME's long workload: a prompt and an answer of 500 tokens almost fill the context.
+    """Return the long workload for which the company AIME publishes results.
+
+    A prompt and an answer of 500 tokens almost fill the context. ``seed`` is that of the words.
 
     Raises:
         InvalidParameter: the context is too small for an answer of 500 tokens.

@@ -86,7 +86,7 @@ def _admin(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> tuple[str, str, Any]:
-    """Return the HTTP method, the path below /admin/ and the body of a command."""
+    """Return the HTTP method, the path below /admin/ and the body of the request for an action."""
     what, name = args.what, args.name
     if what in ("drain", "resume", "ban"):
         return ("POST", f"workers/{what}", {"name": name}) if name else ("POST", what, None)
@@ -127,7 +127,7 @@ def _send(args: argparse.Namespace, method: str, path: str, body: Any) -> Any:
             response = connection.getresponse()
             content = response.read()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ConnectionFailed(f"{args.url:.100}: no answer: {error}") from error
+        raise ConnectionFailed(f"{args.url:.100}: the gateway does not answer: {error}") from error
     if response.status != 200:
         raise _error(response.status, content)
     try:
@@ -200,11 +200,11 @@ COLUMNS: Mapping[str, tuple[str, Mapping[str, Callable[[Row], Any]]]] = {
     ),
 }
 ALIASES = {"dead": "jobs", "reload": "keys"}
-"""Actions whose response looks like another action's."""
+"""Actions whose response is printed like that of another action."""
 
 
 def _lines(what: str, response: Mapping[str, Any]) -> list[str]:
-    """Return a response as lines of text, with control characters escaped."""
+    """Return the gateway's response to the action ``what`` as lines of text, with control characters escaped."""
     from moesaic.console.visible import one_line
 
     table = COLUMNS.get(ALIASES.get(what, what))

@@ -179,7 +179,7 @@ def _bench_kernels(args: argparse.Namespace) -> int:
     for name in names:
         load(name)
         if why := native.why_not("linear", "cpu", name):
-            raise InvalidRequest(f"format {name} cannot be measured: {why}")
+            raise InvalidRequest(f"format {name} cannot be measured with the compiled kernels: {why}")
     if args.threads is not None:
         native.set_threads(args.threads)
     machine = limits.measure(report=lambda line: print(line, flush=True))

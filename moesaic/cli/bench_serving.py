@@ -47,7 +47,9 @@ def add_serving(kinds: Commands) -> None:
         help="API of the server; default: detect it",
     )
     parser.add_argument(
-        "--model", metavar="NAME", help="name of the model, or of AIME's endpoint; default: the server's first model"
+        "--model",
+        metavar="NAME",
+        help="name of the model, or of an AIME API server's endpoint; default: the first model",
     )
     parser.add_argument("--api-key", metavar="KEY", help="API key; default: $MOESAIC_API_KEY")
     parser.add_argument(
@@ -114,7 +116,9 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         "--dataset", type=Path, metavar="FILE", help='JSONL file with {"prompt" or "messages", "max_tokens"?} lines'
     )
     workload.add_argument(
-        "--workload", choices=WORKLOADS, help="AIME's workloads: a short prompt or a full context, and 500 tokens"
+        "--workload",
+        choices=WORKLOADS,
+        help="a workload of the company AIME: a short prompt or a full context, and 500 tokens",
     )
     workload.add_argument(
         "--context", type=int, metavar="N", help="context length for aime-context; default: what the server announces"
@@ -128,7 +132,11 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     )
     workload.add_argument("--extra-body", metavar="JSON", help='further fields of every request, such as {"top_k": 40}')
     workload.add_argument(
-        "--poll", type=float, default=0.3, metavar="S", help="seconds between AIME's progress requests (default 0.3)"
+        "--poll",
+        type=float,
+        default=0.3,
+        metavar="S",
+        help="seconds between progress requests to an AIME API server (default 0.3)",
     )
 
 

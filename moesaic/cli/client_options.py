@@ -32,7 +32,7 @@ def add_flags(group: argparse._ArgumentGroup, variable: str, kind: str) -> None:
 
 
 def check(flag: str, url: str, *, plain: bool) -> None:
-    """Check that an address is http or https, and that it is encrypted unless it is on this machine.
+    """Check that an address is http:// or https://, and that it is encrypted unless it is on this machine.
 
     Args:
         flag: flag that gave the address, for the message.

@@ -78,7 +78,7 @@ def add_gateway(commands: Commands) -> None:
         action="append",
         type=Path,
         metavar="PATH",
-        help="endpoint file of AIME's API server, or a folder of such files; repeatable",
+        help="endpoint file of an AIME API server, or a folder of such files; repeatable",
     )
     server_options.add_flags(parser)
     about = "serve the admin routes only on this port of 127.0.0.1, not on --port (0: any free port)"
@@ -155,12 +155,12 @@ def add_worker(commands: Commands) -> None:
         metavar="S",
         help="seconds to finish running jobs after SIGTERM (default 30)",
     )
-    aime = parser.add_argument_group("AIME's API server, instead of a gateway")
-    aime.add_argument("--api-server", metavar="URL", help="address of AIME's API server")
+    aime = parser.add_argument_group("AIME API server, instead of a gateway")
+    aime.add_argument("--api-server", metavar="URL", help="address of an AIME API server")
     aime.add_argument(
         "--api-auth-key", metavar="KEY", help=f"authorization key of the job type; default: ${KEY_VARIABLE}"
     )
-    aime.add_argument("--job-type", metavar="NAME", help="job type on AIME's API server: mixtral, llama3, ...")
+    aime.add_argument("--job-type", metavar="NAME", help="job type on the AIME API server: mixtral, llama3, ...")
     server_options.add_log_flags(parser)
 
 

@@ -71,7 +71,9 @@ def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None
 
 
 def folder(model: str | None) -> Path | None:
-    """Return the folder of MODEL, after a download if it is a name on the hub; None: no model is named.
+    """Return the folder of the model that the argument MODEL names, after a download if it is a name on the hub.
+
+    Without an argument, return None.
 
     A path that exists comes before the name of the built-in model, and before one on the hub.
     """

@@ -115,7 +115,7 @@ def require_packages() -> None:
 
 
 def settings(args: argparse.Namespace, **more: Any) -> Settings:
-    """Return the server settings from the flags and from ``more``; None means the default."""
+    """Return the server settings from the flags and from the fields in ``more``; a value of None means the default."""
     from moesaic.serve.settings import Settings
 
     values = {

@@ -44,7 +44,7 @@ def add_serve(commands: Commands) -> None:
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that ``model_entries`` reads: which models there are and how to load them."""
+    """Add the argument MODEL and the flags that ``model_entries`` reads: which models to load, and how."""
     parser.add_argument(
         "models",
         metavar="MODEL",
@@ -168,7 +168,7 @@ def _memory_needed(args: argparse.Namespace, path: Path | None) -> int:
 async def open_model(
     args: argparse.Namespace, path: Path | None, name: str, many_streams: int | None = None
 ) -> Backend:
-    """Load a model as the flags say, and return its backend."""
+    """Load the model in ``path`` (None: the built-in model) as the flags say, and return its backend."""
     import asyncio
 
     from moesaic.classifier import Classifier

@@ -1,4 +1,4 @@
-"""Translate the flags and environment variables of TGI's launcher into arguments of ``moesaic serve``.
+"""Translate the flags and variables of TGI's ``text-generation-launcher`` into arguments of ``moesaic serve``.
 
 The translation is printed at the start of the server. TGI's environment variables (a flag's name in capitals) count
 only if a flag of TGI is given, or if MODEL_ID is set and there is no MODEL argument. So a PORT that is set for another
@@ -29,7 +29,7 @@ FP8 = ("fp8_e4m3fn", "fp8_e5m2")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add all flags of TGI's launcher; --help shows those that have a help text."""
+    """Add all flags of TGI's launcher to ``parser``; --help shows those that have a help text."""
     group = parser.add_argument_group(
         "TGI's launcher",
         "Flags of text-generation-launcher, with the same meaning as far as it applies here.\n"
@@ -56,7 +56,7 @@ class Launch:
 
     @property
     def bounds(self) -> dict[str, Any]:
-        """Fields for ``TgiBounds``."""
+        """Values of the fields of ``serve.settings.TgiBounds``."""
         limits = {name: value for name in BOUNDS if (value := getattr(self.args, name)) is not None}
         return limits | {
             "max_total_tokens": self.args.context,
@@ -119,7 +119,7 @@ def _with(args: argparse.Namespace, changes: Changes) -> argparse.Namespace:
 def _environment(
     args: argparse.Namespace, values: Mapping[Flag, Any], environ: Mapping[str, str], notes: list[str]
 ) -> dict[Flag, Value]:
-    """Return the flags that the environment sets and the command line does not."""
+    """Return the flags of TGI that only the environment sets, and their values; explain ignored ones in ``notes``."""
     result: dict[Flag, Value] = {}
     for flag in TABLE:
         text = environ.get(flag.variable, "") if flag.env and flag not in values else ""
@@ -142,7 +142,7 @@ def _parse(variable: str, text: str, kind: type) -> Any:
 
 
 def _shared(args: argparse.Namespace, environ: Mapping[str, str], notes: list[str]) -> Changes:
-    """Return the new values of the flags that have the same name in TGI and here."""
+    """Return the new values of the flags that have the same name in TGI and here; explain them in ``notes``."""
     changes: Changes = {}
     for name, kind in SHARED_FLAGS.items():
         text = environ.get(name.upper(), "")
@@ -191,7 +191,7 @@ def _check_sizes(changes: Changes) -> None:
 
 
 def _adapt(args: argparse.Namespace, changes: Changes) -> None:
-    """Turn TGI's model id, host and sizes into values that ``moesaic serve`` accepts; ``changes`` is updated."""
+    """Turn TGI's model id, host and sizes in ``changes`` into values that ``moesaic serve`` accepts, in place."""
     if changes.get("revision") and not changes.get("models"):
         raise InvalidRequest("--revision goes with --model-id; without --model-id, write MODEL@REVISION")
     if changes.get("models"):

@@ -1,6 +1,7 @@
 """Converts a Step of the scheduler to the tensors of a Batch.
 
-This module computes cache slots from the block tables of sequences. It does not depend on models or sampling.
+This module computes cache slots from the block tables of sequences. A cache slot is the index of a token's key and
+value in the cache. The module does not depend on models or sampling.
 
 Legend: T tokens of the step, S sequences, B block size.
 """
@@ -14,7 +15,10 @@ from moesaic.ops import Batch, Cache
 
 
 def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
-    """Return the Batch that runs ``step`` on ``cache``; its outputs are the rows that are sampled."""
+    """Return the input of the model for ``step`` on ``cache``, with its tensors on ``device``.
+
+    ``outputs`` of the result has the row of the last token of each run that samples a token.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -47,6 +51,6 @@ def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
 
 
 def _slots(run: Run, positions: range, size: int) -> list[int]:
-    """Return the cache slot of each position: the first slot of its block plus the offset in the block."""
+    """Return the cache slot of each of ``positions`` of the run's sequence; a block has ``size`` slots."""
     table = run.sequence.table
     return [table[position // size] * size + position % size for position in positions]

@@ -3,10 +3,10 @@
 A block is free, idle (no references, but its contents are known and can be reused) or held by one or more sequences.
 This module handles block numbers and digests of their contents. It does not depend on sequences, tensors or devices.
 
-The prefix cache uses a chain of SHA-256 digests over tagged fields: the digest of a block covers the salt, all
-earlier tokens and its own. Only full blocks have a digest, so a block that is still being written is never shared.
-With a short or unkeyed hash, one tenant could find or forge the prefix of another. This hash costs about a
-microsecond per block.
+The prefix cache uses a chain of SHA-256 digests over tagged fields: the digest of a block covers the salt (one
+per tenant), all earlier tokens of the sequence and the block's own tokens. Only full blocks have a digest, so a block
+that is still being written is never shared. With a short or unkeyed hash, one tenant could find or forge the prefix of
+another. This hash costs about a microsecond per block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ _BLOCK = b"moesaic/prefix/1/block\0"
 
 
 def extend(digests: list[bytes], salt: str, ids: Sequence[int], size: int) -> None:
-    """Append the missing digests of the full blocks of ``ids``, after those already in ``digests``."""
+    """Append to ``digests`` the digests that it lacks for the full blocks of ``ids``.
+
+    Args:
+        digests: the digests of the first blocks of the sequence; the list is extended in place.
+        salt: the salt of the request; requests with different salts share no blocks.
+        ids: the tokens of the sequence from its start.
+        size: number of tokens in a block.
+    """
     for begin in range(len(digests) * size, len(ids) - size + 1, size):
         parent = digests[-1] if digests else _root(salt)
         packed = struct.pack(f"<{size}q", *ids[begin : begin + size])
@@ -33,7 +40,10 @@ def _root(salt: str) -> bytes:
 
 
 class Blocks:
-    """``count`` blocks of ``size`` tokens each. Every operation on one block takes constant time."""
+    """Allocator of the ``count`` blocks of the cache, each of ``size`` tokens.
+
+    Every operation on one block takes constant time.
+    """
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
@@ -45,15 +55,15 @@ class Blocks:
 
     @property
     def available(self) -> int:
-        """Number of blocks that can be taken now."""
+        """Number of blocks that ``take`` can allocate now: those that are free or idle."""
         return len(self._free) + len(self._idle)
 
     def is_idle(self, block: int) -> bool:
-        """Return whether ``block`` has no references but known contents."""
+        """Return whether no sequence references ``block``, but the prefix cache still has its contents."""
         return block in self._idle
 
     def take(self) -> int:
-        """Allocate a free block or, if there is none, the least recently used idle block."""
+        """Allocate a free block or, if there is none, the least recently used idle block; return its number."""
         assert self.available, "take() called without checking available"
         if self._free:
             block = self._free.pop()
@@ -64,7 +74,7 @@ class Blocks:
         return block
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
-        """Return the blocks of the longest cached prefix of ``digests``, without adding references."""
+        """Return the cached blocks that match the longest prefix of ``digests``, without adding references."""
         blocks = []
         for digest in digests:
             block = self._block_of.get(digest)
@@ -74,12 +84,12 @@ class Blocks:
         return blocks
 
     def share(self, block: int) -> None:
-        """Add a reference to a block that ``find`` returned."""
+        """Add the reference of one more sequence to a block that ``find`` returned."""
         self._idle.pop(block, None)
         self._refs[block] += 1
 
     def drop(self, block: int) -> bool:
-        """Remove a reference from a block; return whether it was the last one."""
+        """Remove one reference from ``block``; return whether it was the last one, so that the block can be reused."""
         assert self._refs[block] > 0, f"block {block} is dropped but has no references"
         self._refs[block] -= 1
         if self._refs[block]:
@@ -91,14 +101,17 @@ class Blocks:
         return True
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Register the contents of a full, held block. ``find`` returns the first block published with a digest."""
+        """Add a full block that a sequence holds to the prefix cache, so that ``find`` returns it for ``digest``.
+
+        If another block already has this digest, that block stays in the prefix cache and this one is not added.
+        """
         assert self._refs[block] > 0, f"block {block} is published but has no references"
         if digest not in self._block_of and self._digest[block] is None:
             self._block_of[digest] = block
             self._digest[block] = digest
 
     def forget(self, block: int) -> None:
-        """Remove this block from the prefix cache."""
+        """Remove ``block`` from the prefix cache, so that ``find`` no longer returns it."""
         if self._digest[block] is not None:
             self._remove_digest(block)
             if block in self._idle:
@@ -112,7 +125,10 @@ class Blocks:
         self._digest[block] = None
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:
-        """Assert that the reference counts equal those of these tables (-1: no block), and that no block leaked."""
+        """Assert that the reference counts match ``tables``, and that no block leaked.
+
+        ``tables`` has the block table of every sequence; -1 is no block.
+        """
         held = Counter(block for table in tables for block in table if block >= 0)
         assert [held[block] for block in range(self.count)] == self._refs, "reference counts differ from the tables"
         kinds = [*self._free, *self._idle, *held]

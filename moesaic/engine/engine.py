@@ -40,7 +40,7 @@ class Stream:
 
     def __init__(self, engine: Engine, sequence: Sequence) -> None:
         self.index = sequence.index
-        """Index among the ``n`` answers of the request."""
+        """Index of this answer among the ``n`` answers of the request."""
         self._engine, self._sequence = engine, sequence
         self._batches: EventQueue = queue.SimpleQueue()
         self._ready: deque[Event | MoesaicError] = deque()
@@ -66,7 +66,10 @@ class Stream:
         return self._take()
 
     def poll(self) -> list[Event]:
-        """Return the available events without waiting. Raise errors as iteration does, after all events."""
+        """Return the events that were not read yet, without waiting; empty if there are none.
+
+        An error is raised as in ``__next__``, by the call after the one that returned the events before it.
+        """
         while not self._batches.empty():
             self._ready.extend(self._batches.get())
         out: list[Event] = []
@@ -91,26 +94,26 @@ class Stream:
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot of the engine's statistics; counters are cumulative since its start."""
+    """A snapshot of the engine's statistics; counters are cumulative since the engine started."""
 
     running: int
     waiting: int
     blocks: int
     free_blocks: int
-    """Blocks without references, including those with a cached prefix."""
+    """Blocks of the cache that no sequence uses, including those that hold a cached prefix."""
     steps: int
-    """Steps so far; increases while the engine makes progress."""
+    """Number of steps since the start; it increases while the engine makes progress."""
     prompt_tokens: int
     """Prompt tokens of accepted requests, counted once per answer."""
     generated_tokens: int
     cached_tokens: int
-    """Prompt tokens found in the prefix cache."""
+    """Prompt tokens of accepted requests that were found in the prefix cache."""
     preemptions: int
     numerical_errors: int
 
 
 class Engine(AbstractContextManager["Engine"]):
-    """A model that runs many requests at the same time."""
+    """Runs many requests on one model at the same time, with continuous batching."""
 
     def __init__(
         self,
@@ -125,16 +128,16 @@ class Engine(AbstractContextManager["Engine"]):
         torch_threads: int | None = None,
         poison: bool = False,
     ) -> None:
-        """Allocate the cache and start the loop.
+        """Allocate the key/value cache and start the loop that runs step after step.
 
         Args:
             model: a model of ``moesaic.models``, or any object with the interface ``runner.Model``.
             cache_tokens: tokens that the key/value cache holds, rounded down to whole blocks. No request can be
-                longer, unless the model has a window that fits.
+                longer, unless the model has an attention window that fits in the cache.
             block_size: tokens in a block.
             context: maximum tokens of a request, prompt and answer together; None: the model's maximum.
             limits: limits on running and waiting requests.
-            dtype: dtype of the cache: a floating-point dtype, or int8 as in ``ops.Cache``.
+            dtype: dtype of the cache: a floating-point dtype, or int8 with scales, as ``ops.Cache`` describes.
             thread: run the loop in its own thread. Otherwise reading a stream runs the loop, and so does ``step``.
             torch_threads: number of torch threads in the loop's thread; None: torch's default.
             poison: fill the cache with NaN first, so that tests detect reads of unwritten memory.
@@ -146,9 +149,9 @@ class Engine(AbstractContextManager["Engine"]):
         if block_size < 1:
             raise InvalidParameter("block_size", f"is {block_size}, expected at least 1")
         if cache_tokens < block_size:
-            raise InvalidParameter("cache_tokens", f"{cache_tokens} do not fill one block of {block_size}")
+            raise InvalidParameter("cache_tokens", f"is {cache_tokens}, expected at least {block_size}, one block")
         if context is not None and not 2 <= context <= model.max_length:
-            raise InvalidParameter("context", f"is {context}, expected 2 to the model's {model.max_length}")
+            raise InvalidParameter("context", f"is {context}, but the model supports 2 to {model.max_length} tokens")
         device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
         blocks = Blocks(cache_tokens // block_size, block_size)
         self._runner = Runner(model, blocks.count, block_size, dtype, device, poison=poison)
@@ -190,8 +193,8 @@ class Engine(AbstractContextManager["Engine"]):
     def submit(self, request: Request) -> list[Stream]:
         """Accept a request and return its streams, one for each of its ``n`` answers.
 
-        The prompt is computed once for all answers. Each stream is cancelled separately. Tokens that the request brings
-        along are in the streams immediately, and the listener is not called for them.
+        The prompt is computed once for all answers. Each stream is cancelled separately. Tokens of
+        ``request.resume`` are in the streams immediately, and the listener is not called for them.
 
         Raises:
             InvalidParameter: a token id is not in the model's vocabulary, or the tokens of a resumed answer are
@@ -230,10 +233,10 @@ class Engine(AbstractContextManager["Engine"]):
         }
         for name, ids in arguments.items():
             if max(ids, default=0) >= self._vocab:
-                raise InvalidParameter(name, f"token id {max(ids)} is not in the vocabulary of {self._vocab}")
+                raise InvalidParameter(name, f"token id {max(ids)} is not in the vocabulary of {self._vocab} tokens")
 
     def step(self) -> bool:
-        """Run one step; return whether there was anything to do. Only for engines without a thread.
+        """Run one step of an engine that has no thread; return whether there was anything to do.
 
         A failure does not raise here: it stops the engine, and every stream raises it.
         """
@@ -261,7 +264,7 @@ class Engine(AbstractContextManager["Engine"]):
             )
 
     def close(self) -> None:
-        """Stop after the running step. Unfinished streams raise EngineStopped. Closing twice is allowed."""
+        """Stop the engine after the running step. Unfinished streams raise EngineStopped. Closing twice is allowed."""
         with self._lock:
             self._stopped = True
             self._lock.notify()
@@ -283,7 +286,7 @@ class Engine(AbstractContextManager["Engine"]):
             self._stop(None)
 
     def _await_work(self) -> bool:
-        """Wait until there is something to do; return False if the engine must stop."""
+        """Wait until a sequence waits, runs or is cancelled; return False if the engine must stop."""
         scheduler = self._scheduler
         with self._lock:
             self._lock.wait_for(lambda: self._stopped or self._cancelled or scheduler.running or scheduler.waiting)
@@ -313,7 +316,7 @@ class Engine(AbstractContextManager["Engine"]):
         return deliveries
 
     def _update(self, step: Step, outcome: Outcome) -> Deliveries:
-        """Apply the outcome of a step; return the events of each stream."""
+        """Apply ``outcome``, the results of ``step``, to its sequences; return the new events of each stream."""
         deliveries: Deliveries = []
         for sequence in outcome.failed:
             self._runner.wipe(self._scheduler.fail(sequence))
@@ -341,12 +344,15 @@ class Engine(AbstractContextManager["Engine"]):
                 self._lock.notify()
 
     def _run_until_event(self, batches: EventQueue) -> None:
-        """If there is no thread, run steps until an event is available."""
+        """If the engine has no thread, run steps until ``batches``, the queue of a stream, has an event."""
         while self._thread is None and batches.empty():
             assert self.step() or not batches.empty(), "this stream will never get another event"
 
     def _stop(self, cause: Exception | None) -> None:
-        """Reject new requests and end every stream. Only the first cause is kept."""
+        """Reject new requests from now on, and end every stream with EngineStopped.
+
+        ``cause`` is the error that stopped the engine; None if it was closed. Only the first one is kept.
+        """
         with self._lock:
             self._stopped = True
             self._cause = self._cause or cause

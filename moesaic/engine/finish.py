@@ -11,7 +11,7 @@ from moesaic.errors import InvalidParameter
 
 
 def append_token(sequence: Sequence, token_id: int) -> Done | None:
-    """Append the next token of the answer; return ``Done`` if it is the last one."""
+    """Append ``token_id`` to the answer of ``sequence``; return its ``Done`` event if this token ends the answer."""
     sequence.ids.append(token_id)
     if token_id in sequence.request.stop_ids:  # the sampler never chooses one before min_tokens
         return done_event(sequence, "stop", token_id)
@@ -21,9 +21,9 @@ def append_token(sequence: Sequence, token_id: int) -> Done | None:
 
 
 def resume(sequence: Sequence) -> None:
-    """Append the tokens that the request brings along for this answer, as if they had just been sampled.
+    """Append the tokens that ``Request.resume`` has for the answer of ``sequence``, as if they had just been sampled.
 
-    Afterwards the sequence has ended, or its state is that of a sequence preempted after these tokens.
+    Afterwards ``sequence`` has ended, or has the state of a sequence that was preempted after these tokens.
 
     Raises:
         InvalidParameter: there are too many tokens, the grammar forbids one, or one follows the end of the answer.
@@ -33,7 +33,7 @@ def resume(sequence: Sequence) -> None:
     tokens = request.resumed_tokens(index)
     room = sequence.limit - sequence.prompt
     if len(tokens) > room:
-        raise InvalidParameter("resume", f"brings {len(tokens)} tokens for answer {index}, which has room for {room}")
+        raise InvalidParameter("resume", f"has {len(tokens)} tokens for answer {index}, which has room for {room}")
     end: Done | None = None
     for position, token_id in enumerate(tokens):
         if end is not None:
@@ -50,13 +50,19 @@ def resume(sequence: Sequence) -> None:
 
 
 def done_event(sequence: Sequence, reason: Reason, stop_id: int | None = None) -> Done:
-    """Return the event that ends the answer after its present tokens."""
+    """Return the event that ends the answer of ``sequence`` after the tokens that it has now.
+
+    ``stop_id`` is the stop id that ended the answer, if one did.
+    """
     cached = sequence.cached_prompt_tokens or 0
     return Done(reason, stop_id, sequence.prompt, sequence.generated, cached, sequence.preemptions)
 
 
 def _completes(sequence: Sequence, token_id: int) -> bool:
-    """Advance the grammar of the sequence, if there is one, by a token; return whether no token can follow."""
+    """Advance the grammar of ``sequence`` by ``token_id``; return whether it allows no further token.
+
+    Without a grammar, return False.
+    """
     if sequence.constraint is None:
         return False
     sequence.constraint.accept(token_id)
@@ -64,7 +70,7 @@ def _completes(sequence: Sequence, token_id: int) -> bool:
 
 
 def _allowed(sequence: Sequence, token_id: int) -> bool:
-    """Return whether the grammar, if there is one, allows ``token_id`` as the next token."""
+    """Return whether ``token_id`` may be the next token of ``sequence``; without a grammar, every token may."""
     constraint = sequence.constraint
     if constraint is None or (constraint.may_end and token_id in sequence.request.stop_ids):
         return True

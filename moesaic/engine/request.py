@@ -44,24 +44,28 @@ class Sampling:
     top_k: int = 0
     """Keep only the k likeliest tokens; 0 is off."""
     top_p: float = 1.0
-    """Keep only the smallest set of tokens with this mass (nucleus sampling, arXiv:1904.09751); 0 < p <= 1."""
+    """Keep only the fewest likeliest tokens that reach probability p (nucleus sampling, arXiv:1904.09751); 0 < p <=
+    1."""
     min_p: float = 0.0
     """Keep only tokens at least p times as likely as the likeliest (arXiv:2407.01082); 0 <= p <= 1."""
     typical_p: float = 1.0
-    """Keep only the tokens of mass p nearest to the expected surprise (arXiv:2202.00666); 0 < p <= 1."""
+    """Keep only the tokens whose -log probability is nearest to the entropy, with total probability p (typical
+    sampling, arXiv:2202.00666); 0 < p <= 1."""
     repetition_penalty: float = 1.0
-    """Divides (if positive, else multiplies) the logits of tokens in prompt or answer (arXiv:1909.05858); > 0."""
+    """Divides positive logits, and multiplies others, of the tokens in prompt or answer (arXiv:1909.05858);
+    more than 0, at most 100; 1 is off."""
     frequency_penalty: float = 0.0
     """Subtracted from a logit for each occurrence of its token in the answer; -2 .. 2."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of each token in the answer; -2 .. 2."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids; -100 .. 100, at most 300 entries."""
+    """Number to add to the logit of each of these token ids; -100 .. 100, at most 300 entries."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer; at most 16 of 1 .. 256 bytes. The engine ignores them; ``Reply`` applies them."""
+    """Strings that end the answer; at most 16 of 1 .. 256 bytes. The engine ignores them; ``Reply`` finds them in the
+    text."""
     bad_words: tuple[str, ...] = ()
     """Words that the answer must not have as whole tokens, with or without a space in front; at most 256 of 1 .. 256
-    bytes. The engine ignores them; ``LLM.submit`` makes ``Request.forbidden`` of them."""
+    bytes. The engine ignores them; ``LLM.submit`` turns them into ``Request.forbidden``."""
     allowed_token_ids: tuple[int, ...] | None = None
     """The only token ids that may be generated, stop ids included; None: all."""
     stop_token_ids: tuple[int, ...] = ()
@@ -73,9 +77,10 @@ class Sampling:
     n: int = 1
     """Number of answers; 1 .. 128."""
     seed: int | None = None
-    """Seed; a draw depends only on the seed, the index of the answer and the position in it. None: random."""
+    """Seed of the random draws. A draw depends only on the seed, the index of the answer and the position in the
+    answer. None: a random seed."""
     logprobs: int | None = None
-    """Report the log-probability of each token and this number of likeliest tokens; 0 .. 20; None: off."""
+    """Report the log-probability of each token and this number of likeliest tokens beside it; 0 .. 20; None: off."""
     prompt_logprobs: int | None = None
     """Like ``logprobs``, for the tokens of the prompt; such a request does not read the prefix cache."""
     ignore_eos: bool = False
@@ -141,7 +146,7 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
 
 
 def _bias(bias: Any) -> dict[int, float]:
-    """Return a checked copy, which the caller cannot change."""
+    """Return a checked copy of ``Sampling.logit_bias``, which the caller of ``Sampling`` cannot change later."""
     if not isinstance(bias, Mapping) or len(bias) > MAX_BIAS_ENTRIES:
         raise InvalidParameter("logit_bias", f"expected at most {MAX_BIAS_ENTRIES} pairs of token id and number")
     for token_id, value in bias.items():
@@ -159,9 +164,12 @@ def _strings(name: str, strings: Any, most: int) -> None:
 
 
 def _ids(name: str, ids: Any) -> tuple[int, ...]:
-    """Return token ids as a tuple. ``Engine.submit`` checks that the model has them."""
+    """Return ``ids`` as a tuple; raise InvalidParameter for the argument ``name`` if they are not token ids.
+
+    ``Engine.submit`` checks that the model's vocabulary has them.
+    """
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
-        raise InvalidParameter(name, f"is {ids!r}, expected token ids")
+        raise InvalidParameter(name, f"is {ids!r}, expected a list of token ids")
     out = tuple(ids)
     for token_id in out:
         _integer(name, token_id, 0)
@@ -169,7 +177,7 @@ def _ids(name: str, ids: Any) -> tuple[int, ...]:
 
 
 def _answers(value: Any, n: int) -> tuple[tuple[int, ...], ...]:
-    """Return the token ids of at most ``n`` answers as tuples."""
+    """Return the value of ``Request.resume`` as tuples; raise InvalidParameter if it has more than ``n`` answers."""
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise InvalidParameter("resume", f"is {value!r}, expected the token ids of each answer")
     out = tuple(_ids("resume", ids) for ids in value)
@@ -187,22 +195,27 @@ class Constraint(Protocol):
     """
 
     def mask(self) -> NDArray[np.int32]:
-        """Return the allowed next tokens as bits [V / 32, rounded up]: token t is bit t % 32 of word t // 32.
+        """Return the allowed next tokens as a bit mask: token t is bit t % 32 of word t // 32.
+
+        The mask has a word of 32 bits for each 32 tokens of the vocabulary, rounded up.
 
         Raises:
             GrammarError: the mask cannot be computed; the answer ends with this error.
         """
 
     def accept(self, token_id: int) -> None:
-        """Advance by the next token of the answer; called for every token but a stop id. Must not raise."""
+        """Advance the grammar by ``token_id``, the next token of the answer.
+
+        The engine calls it for every token except a stop id. It must not raise.
+        """
 
     @property
     def may_end(self) -> bool:
-        """Whether the present answer is complete."""
+        """Whether the answer so far is complete, so that a stop id may follow."""
 
     @property
     def done(self) -> bool:
-        """Whether the present answer is complete and no token can follow."""
+        """Whether the answer so far is complete, and the grammar allows no further token."""
 
 
 @dataclass(frozen=True)
@@ -217,22 +230,23 @@ class Request:
     """Token ids of the prompt; at least one."""
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
-    """Ids that end an answer; all EOS ids of generation_config.json."""
+    """Token ids that end an answer: all EOS ids of generation_config.json."""
     priority: int = 0
     """Lower numbers run first; requests of equal priority run in the order of arrival."""
     salt: str = ""
-    """Requests share cached prefixes only within a salt. The server sets one per tenant; a client cannot."""
+    """Requests share cached prefixes only if their salts are equal. The server sets one per tenant; a client cannot."""
     constraint: Callable[[], Constraint] | None = None
-    """Creates the constraint of each of the n answers; None: no grammar."""
+    """Function that creates the constraint (grammar) of each of the n answers; None: no grammar."""
     resume: tuple[tuple[int, ...], ...] = ()
     """Tokens that each of the n answers already has, for example from another process. They count as generated and
-    are sent first. With the same seed and model, the continuation is the same as in one uninterrupted run."""
+    are the first tokens of the answer's stream. With the same seed and model, the continuation is the same as in one
+    uninterrupted run."""
     finished: frozenset[int] = frozenset()
-    """Indexes of answers that ended after these tokens for a reason outside the engine, such as a stop string. Each
-    ends with the reason "cancelled"."""
+    """Indexes of answers that ended after their tokens in ``resume`` for a reason outside the engine, such as a stop
+    string. Each ends with the reason "cancelled"."""
     forbidden: Callable[[Listing[int]], Collection[int]] | None = None
-    """Returns the token ids that must not follow the generated tokens of an answer; it depends on nothing else. None:
-    none is forbidden."""
+    """Function that returns the token ids that must not follow the generated tokens that it gets. It depends on nothing
+    else. None: none is forbidden."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", _ids("prompt", self.ids))
@@ -243,17 +257,17 @@ class Request:
         object.__setattr__(self, "resume", _answers(self.resume, self.sampling.n))
 
     def resumed_tokens(self, index: int) -> tuple[int, ...]:
-        """Return the tokens that answer ``index`` already has."""
+        """Return the token ids that ``resume`` has for answer ``index``; empty if it has none."""
         return self.resume[index] if index < len(self.resume) else ()
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens may be out of the question for an answer, so that ``grammar_masks`` makes its mask."""
+        """Whether answers have forbidden tokens, so that ``grammar_masks`` computes a mask for each next token."""
         return not (self.constraint is None and self.forbidden is None and self.sampling.allowed_token_ids is None)
 
     @cached_property
     def allowed_ids(self) -> NDArray[np.int64] | None:
-        """``Sampling.allowed_token_ids`` as an array."""
+        """``Sampling.allowed_token_ids`` as an array; None if all are allowed."""
         ids = self.sampling.allowed_token_ids
         return None if ids is None else np.array(ids, dtype=np.int64)
 
@@ -268,7 +282,8 @@ class Request:
 class Token:
     """One token of an answer.
 
-    ``logprob`` and ``top`` describe the distribution of the model before bias, penalties, grammar, temperature and
+    ``logprob`` is its log-probability, and ``top`` has (token id, log-probability) of the likeliest tokens at its
+    position. Both describe the distribution of the model before bias, penalties, grammar, temperature and
     truncation, so ``top`` may contain tokens that a grammar forbids. They are None and empty unless requested, and for
     tokens that came with the request. ``top`` is sorted by descending probability, then by id.
     """
@@ -305,8 +320,8 @@ Event = Token | PromptLogprobs | Done
 class Sequence:
     """The state of one unfinished answer. Only ``scheduler`` and ``finish`` change it.
 
-    The next draw depends only on ``seed``, ``index`` and ``ids``, so neither the other sequences of a batch nor a
-    preemption can change it.
+    The next random draw depends only on ``seed``, ``index`` and ``ids``, so neither the other sequences of a batch nor
+    a preemption can change it.
     """
 
     request: Request
@@ -333,12 +348,12 @@ class Sequence:
 
     @property
     def prompt(self) -> int:
-        """Number of prompt tokens."""
+        """Number of tokens of the prompt."""
         return len(self.request.ids)
 
     @property
     def generated(self) -> int:
-        """Number of generated tokens."""
+        """Number of tokens of the answer so far, including those that came with the request."""
         return len(self.ids) - len(self.request.ids)
 
     @property
@@ -348,9 +363,10 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether this answer reports log-probabilities of the prompt: the first of n does, unless it is resumed.
+        """Whether this answer reports log-probabilities of the prompt.
 
-        The client of a resumed answer already has them.
+        The first of the n answers of a request does, unless it is resumed. The client of a resumed answer already has
+        them.
         """
         wanted = self.request.sampling.prompt_logprobs is not None
         return wanted and self.index == 0 and not self.request.resumed_tokens(0)

@@ -20,10 +20,10 @@ from moesaic.engine.scheduler import Outcome, Run, Step
 from moesaic.ops import Batch, Cache
 
 SCORED_ROWS = 64
-"""Prompt rows whose logits are in memory at a time; those of a whole long prompt would take gigabytes."""
+"""Rows of a prompt whose logits are in memory at a time; those of a whole long prompt would take gigabytes."""
 
 UNWRITTEN = -128
-"""Value of unwritten entries in a poisoned int8 cache; keys and values are never rounded to it."""
+"""Value of unwritten entries in an int8 cache that ``poison`` filled; keys and values are never rounded to it."""
 
 
 class Model(Protocol):
@@ -34,7 +34,7 @@ class Model(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Maximum number of positions."""
+        """Maximum number of tokens in a sequence, prompt and answer together."""
 
     @property
     def window(self) -> int | None:
@@ -42,17 +42,21 @@ class Model(Protocol):
 
     @property
     def cache_shapes(self) -> list[tuple[int, int]]:
-        """(G, D) of each layer."""
+        """(G, D) of each layer: its number of key/value heads and their size."""
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return hidden states [T, d]."""
+        """Return the hidden states [T, d] of the tokens of ``batch``; store their keys and values in its cache."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [R, V] of hidden states [R, d]."""
 
 
 class Runner:
-    """A model and its cache of ``blocks`` blocks with ``block_size`` tokens each."""
+    """Runs the scheduler's steps on a model, and owns its key/value cache of ``blocks`` blocks.
+
+    A block holds ``block_size`` tokens; ``dtype`` is that of the cache. With ``poison``, the cache is filled with NaN
+    first, so that tests detect reads of unwritten memory.
+    """
 
     def __init__(
         self,
@@ -72,7 +76,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Outcome:
-        """Run the model on ``step`` and sample the next tokens."""
+        """Run the model on ``step`` and sample the next tokens; return tokens, log-probabilities and failures."""
         batch = assemble(step, self.cache, self.device)
         hidden = self.model(batch)
         rows = [run.sequence for run in step.runs if run.samples]
@@ -96,7 +100,10 @@ class Runner:
         return Outcome(tokens, scores, frozenset(failed), refused)
 
     def _scores(self, hidden: Tensor, run: Run) -> list[Token]:
-        """Return the log-probabilities of the prompt tokens that follow the tokens of this run."""
+        """Return each prompt token that follows a token of ``run``, with its log-probability.
+
+        ``hidden`` begins with the rows of the run.
+        """
         sequence, out = run.sequence, list[Token]()
         top = sequence.request.sampling.prompt_logprobs or 0
         stop = min(sequence.cached + run.count, sequence.prompt - 1)
@@ -107,13 +114,13 @@ class Runner:
         return out
 
     def wipe(self, blocks: list[int]) -> None:
-        """Overwrite blocks with zeros, so that no other sequence reads NaN or infinity from them."""
+        """Overwrite these blocks of the cache with zeros, so that no other sequence reads NaN or infinity from them."""
         for part in self.cache.tensors():
             part[blocks] = 0
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Return which rows [R] of x [R, n] contain only finite values."""
+    """Return, as bool [R], whether each row of x [R, n] contains only finite values."""
     # If a value is not finite, the sum is not finite. A finite row may also overflow, so then check every value.
     finite = torch.isfinite(x.sum(-1))
     return finite if bool(finite.all()) else torch.isfinite(x).all(-1)

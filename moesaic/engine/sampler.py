@@ -33,9 +33,10 @@ REMOVED = float("-inf")
 def sample(
     logits: Tensor, sequences: Listing[Sequence], allowed: Mapping[Sequence, NDArray[np.bool_]] | None = None
 ) -> dict[Sequence, list[Token]]:
-    """Return the next token of each sequence from its row of ``logits`` [R, V], which must be finite.
+    """Return the next token of each sequence, in a list of one, from its row of ``logits`` [R, V].
 
-    ``allowed`` has the mask [V] of each sequence that has one; a mask allows at least one token.
+    The logits must be finite. ``allowed`` has the mask [V] of each sequence that has one; a mask allows at least one
+    token.
     """
     adjusted = _adjust(logits, sequences)
     if allowed:
@@ -57,7 +58,10 @@ def sample(
 
 
 def report(logits: Tensor, ids: Listing[int], top: int) -> list[Token]:
-    """Return ``ids`` [R] with their log-probabilities under ``logits`` [R, V] and the ``top`` likeliest tokens."""
+    """Return a Token for each of ``ids`` [R], with log-probabilities from its row of ``logits`` [R, V].
+
+    ``top`` is the number of likeliest tokens of the row that each Token also reports.
+    """
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
     likeliest = [_likeliest(row, top) for row in logprobs]
@@ -65,7 +69,7 @@ def report(logits: Tensor, ids: Listing[int], top: int) -> list[Token]:
 
 
 def _likeliest(row: Tensor, top: int) -> tuple[tuple[int, float], ...]:
-    """Return the ids and values of the ``top`` largest of row [V], sorted by value and then by id."""
+    """Return (index, value) of the ``top`` largest values of ``row`` [V], by descending value, then by index."""
     top = min(top, len(row))
     if not top:
         return ()
@@ -79,7 +83,10 @@ def _likeliest(row: Tensor, top: int) -> tuple[tuple[int, float], ...]:
 
 
 def _adjust(logits: Tensor, sequences: Listing[Sequence]) -> Tensor:
-    """Return logits [R, V] after bias and penalties; the same tensor if no row has any."""
+    """Return ``logits`` [R, V] after the bias, minimum length and penalties of each row's sequence.
+
+    If no sequence has any, the result is the same tensor, otherwise a copy.
+    """
     rows = [row for row, sequence in enumerate(sequences) if _has_adjustments(sequence)]
     if rows:
         logits = logits.clone()
@@ -95,7 +102,10 @@ def _has_adjustments(sequence: Sequence) -> bool:
 
 
 def adjust(row: Tensor, sequence: Sequence) -> Tensor:
-    """Return row [V] after bias, minimum length and penalties. May change ``row`` in place."""
+    """Return the logits ``row`` [V] of ``sequence`` after its bias, minimum length and penalties.
+
+    ``row`` may be changed in place.
+    """
     s = sequence.request.sampling
     if s.logit_bias:
         row[_ids(s.logit_bias, row)] += torch.tensor(list(s.logit_bias.values()), device=row.device)
@@ -115,7 +125,11 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
 def _forbid(
     logits: Tensor, sequences: Listing[Sequence], allowed: Mapping[Sequence, NDArray[np.bool_]], *, fresh: bool
 ) -> Tensor:
-    """Return logits [R, V] with -inf where a sequence's mask does not allow the token."""
+    """Return logits [R, V] with -inf for each token that the sequence's mask forbids.
+
+    ``allowed`` has the mask [V] of each sequence that has one. With ``fresh``, ``logits`` may be overwritten, otherwise
+    they are copied.
+    """
     rows = [row for row, sequence in enumerate(sequences) if sequence in allowed]
     if rows:
         kept = torch.from_numpy(np.stack([allowed[sequences[row]] for row in rows])).to(logits.device)
@@ -138,14 +152,14 @@ SETTINGS: tuple[Callable[[Sampling], float], ...] = (
     lambda s: s.min_p,
     lambda s: s.typical_p,
 )
-"""The columns of the settings of ``ops.truncate``."""
+"""Functions that return the columns of the argument ``settings`` of ``ops.truncate``, in order."""
 
 SETTINGS_OFF = [1.0, 0, 1.0, 0.0, 1.0]
-"""Settings that do not change a row."""
+"""Columns of ``settings`` with which ``ops.truncate`` does not change the probabilities of a row."""
 
 
 def _draw(logits: Tensor, sequences: Listing[Sequence]) -> list[int]:
-    """Return one id for each row of adjusted logits [R, V]."""
+    """Draw one token id for each row of ``logits`` [R, V], after temperature and truncations."""
     settings = [[setting(sequence.request.sampling) for setting in SETTINGS] for sequence in sequences]
     if any(row != SETTINGS_OFF for row in settings):
         logits = ops.truncate(logits, torch.tensor(settings, dtype=torch.float32, device=logits.device))
@@ -154,9 +168,9 @@ def _draw(logits: Tensor, sequences: Listing[Sequence]) -> list[int]:
 
 
 def uniform(sequence: Sequence) -> float:
-    """Return the number in [0, 1) at which the next token is drawn.
+    """Return the pseudo-random number in [0, 1) that decides the next draw of ``sequence``.
 
-    It has 52 bits, so that its product with a mass of about 1 stays below that mass in float64.
+    It has 52 bits, so that its product with a total probability of about 1 stays below that total in float64.
     """
     key = f"{sequence.seed}/{sequence.index}/{sequence.generated}"
     return float(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 12) / 2**52

@@ -56,7 +56,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Tokens [cached : cached + count] of one sequence."""
+    """The tokens of one sequence that a step computes: [cached : cached + count]; those before are in the cache."""
 
     sequence: Sequence
     count: int
@@ -69,27 +69,31 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The runs of one forward pass."""
+    """One forward pass of the model: a run of tokens for each sequence in it."""
 
     runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The results of a step."""
+    """What the model and the sampler computed in a step."""
 
     tokens: Mapping[Sequence, Listing[Token]]
-    """New tokens of each sequence, in order."""
+    """New tokens of each sequence, in the order of the answer."""
     scores: Mapping[Sequence, Listing[Token]] = field(default_factory=dict)
-    """Log-probabilities of prompt tokens cached + 1 .. cached + count, if requested."""
+    """Prompt tokens cached + 1 .. cached + count of each sequence that requests their log-probabilities, with these."""
     failed: frozenset[Sequence] = frozenset()
     """Sequences for which the model computed NaN or infinity."""
     refused: Mapping[Sequence, MoesaicError] = field(default_factory=dict)
-    """Sequences whose grammar allows no next token, and the error."""
+    """Sequences whose grammar allows no next token, and the error of each."""
 
 
 class Scheduler:
-    """Owner of all unfinished sequences. In a loop, call ``schedule``, run the step, and call ``update``."""
+    """Owner of all unfinished sequences. In a loop, call ``schedule``, run the step, and call ``update``.
+
+    ``context`` is the maximum number of tokens of a sequence. ``window`` is the model's attention window in tokens, or
+    None.
+    """
 
     def __init__(self, blocks: Blocks, limits: Limits, context: int, window: int | None = None) -> None:
         self.blocks, self.limits, self.window = blocks, limits, window
@@ -117,7 +121,8 @@ class Scheduler:
     def prepare(self, request: Request, seed: int) -> list[Sequence]:
         """Return the sequences of a request, one per answer, without queueing them. Needs no lock.
 
-        A sequence includes the tokens that the request brings along, and may have ended with them.
+        ``seed`` is the seed of their random draws. A sequence includes its tokens of ``request.resume``, and may have
+        ended with them.
 
         Raises:
             PromptTooLong: the prompt and one more token exceed the context, or the whole cache.
@@ -147,17 +152,21 @@ class Scheduler:
         """
         sequences = [sequence for sequence in sequences if not sequence.ended]
         if len(self._waiting) + len(sequences) > self.limits.queue:
-            raise Overloaded(f"{len(self._waiting)} requests are waiting already: try again later")
+            raise Overloaded(
+                f"{len(self._waiting)} requests are waiting already (limit {self.limits.queue}): try again later"
+            )
         tokens = sum(sequence.prompt for sequence in (*self._waiting, *sequences))
         if self._waiting and tokens > self.limits.queue_tokens:
-            raise Overloaded(f"prompts of {tokens} tokens would be waiting: try again later")
+            raise Overloaded(
+                f"the waiting prompts would have {tokens} tokens, limit {self.limits.queue_tokens}: try again later"
+            )
         for sequence in sequences:
             sequence.arrival = self._arrivals
             self._arrivals += 1
             self._wait(sequence)
 
     def schedule(self) -> Step | None:
-        """Return the next step; None if there is nothing to do."""
+        """Choose the tokens of the next step, allocate their blocks, and return the step; None if nothing is to do."""
         self.steps += 1
         for sequence in self._waiting:
             sequence.aged |= self.steps - sequence.waiting_since >= self.limits.aging_steps
@@ -192,7 +201,7 @@ class Scheduler:
         return out
 
     def cancel(self, sequence: Sequence) -> Done | None:
-        """End a sequence at once, even while its step runs; return None if it has ended already."""
+        """End a sequence at once, even while its step runs; return its last event, or None if it had ended already."""
         if sequence.ended:
             return None
         self._end(sequence)
@@ -201,8 +210,8 @@ class Scheduler:
     def fail(self, sequence: Sequence) -> list[int]:
         """End a sequence for which the model computed NaN or infinity.
 
-        Its blocks are removed from the prefix cache. Return the blocks without references; the caller must wipe them
-        before the next step.
+        Its blocks are removed from the prefix cache. Return those that no other sequence references; the caller must
+        wipe them before the next step.
         """
         if sequence.ended:
             return []
@@ -226,12 +235,15 @@ class Scheduler:
         return min(ready, key=_rank, default=None)
 
     def _budget_for(self, sequence: Sequence) -> bool:
-        """Return whether higher-ranked sequences leave tokens in a step; otherwise it would only occupy blocks."""
+        """Return whether the running sequences that rank before ``sequence`` leave it tokens in a step.
+
+        If they do not, it would occupy blocks without running.
+        """
         before = sum(other.pending for other in self._running if _rank(other) < _rank(sequence))
         return before < self.limits.batch_tokens
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Return whether the sequence fits, after preempting sequences of worse priority as needed."""
+        """Preempt running sequences of lower priority until ``sequence`` can run; return whether it can."""
         while not self._fits(sequence):
             victim = max(self._running, key=_rank)
             if victim.aged or victim.request.priority <= sequence.request.priority:
@@ -240,9 +252,9 @@ class Scheduler:
         return True
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Return whether there are blocks for the sequence and for the growth of the running ones.
+        """Return whether ``sequence`` can run, with blocks for it and for the growth of the running sequences.
 
-        Without that margin, a new sequence would take the last blocks and would be preempted first.
+        Without blocks for that growth, a new sequence would take the last blocks and would be preempted first.
         """
         if not self._running:
             return True
@@ -255,7 +267,10 @@ class Scheduler:
         return self.blocks.available - reused >= fresh + promised + len(self._running)
 
     def _missing_blocks(self, sequence: Sequence, blocks: int, freed_blocks: int) -> int:
-        """Return the number of blocks that its ids need beyond its ``blocks``, of which ``freed_blocks`` are freed."""
+        """Return the number of blocks that ``sequence`` still needs for its ids.
+
+        It has ``blocks`` blocks already, of which the first ``freed_blocks`` have left the window and were freed.
+        """
         missing = -(-len(sequence.ids) // self.blocks.size) - blocks
         if self._window_blocks is not None:
             step = -(-self.limits.batch_tokens // self.blocks.size)
@@ -263,7 +278,10 @@ class Scheduler:
         return max(0, missing)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Return the cached blocks of its prefix, without the last token: it must run to give logits."""
+        """Return the blocks of the prefix cache that ``sequence`` can use.
+
+        They never include its last token, which must run to give logits.
+        """
         if sequence.scores_prompt and not sequence.generated:
             return []
         return self.blocks.find(sequence.digests[: (len(sequence.ids) - 1) // self.blocks.size])
@@ -281,10 +299,10 @@ class Scheduler:
     # Blocks
 
     def _allocate(self, sequence: Sequence, count: int) -> int:
-        """Allocate blocks for the next ``count`` tokens, or for fewer if memory is short; return that number.
+        """Allocate blocks for the next ``count`` tokens of ``sequence``, or for fewer if memory is short.
 
-        Other sequences are preempted, the last in order first, only if there is no room for a single token. If this
-        sequence is the last one, it skips the step and keeps its blocks.
+        Return the number of tokens that have blocks. Other sequences are preempted, the last in order first, only if
+        there is no room for a single token. If ``sequence`` is the last one, it skips the step and keeps its blocks.
         """
         self._free_outside_window(sequence)
         while (room := self._capacity_for(sequence)) == 0:
@@ -301,7 +319,10 @@ class Scheduler:
         return (len(sequence.table) + self.blocks.available) * self.blocks.size - sequence.cached
 
     def _free_outside_window(self, sequence: Sequence) -> None:
-        """Drop leading blocks outside the window: the next token, at ``cached``, sees cached - window + 1 and later."""
+        """Drop the leading blocks of ``sequence`` that lie outside the attention window.
+
+        The next token, at position ``cached``, sees positions cached - window + 1 and later.
+        """
         if self.window is None:
             return
         while (sequence.freed_blocks + 1) * self.blocks.size <= sequence.cached - self.window + 1:
@@ -310,7 +331,7 @@ class Scheduler:
             sequence.freed_blocks += 1
 
     def _publish(self, sequence: Sequence) -> None:
-        """Publish newly full blocks in the prefix cache."""
+        """Add the blocks of ``sequence`` that have become full to the prefix cache."""
         full = sequence.cached // self.blocks.size
         if len(sequence.digests) < full:
             prefix.extend(sequence.digests, sequence.request.salt, sequence.ids[: sequence.cached], self.blocks.size)
@@ -326,7 +347,10 @@ class Scheduler:
         self._wait(sequence)
 
     def _release(self, sequence: Sequence) -> list[int]:
-        """Drop all blocks and return those without references. The last come first: prefixes are reused more often."""
+        """Drop all blocks of ``sequence`` and return those without references.
+
+        The last blocks are dropped first, and so are reused for other contents first: prefixes are found more often.
+        """
         released = [block for block in reversed(_held_blocks(sequence)) if self.blocks.drop(block)]
         sequence.table = []
         sequence.cached = sequence.freed_blocks = sequence.published = 0
@@ -339,7 +363,7 @@ class Scheduler:
         self._waiting[sequence] = None
 
     def _append_scores(self, sequence: Sequence, scores: Listing[Token]) -> None:
-        """Append log-probabilities of the prompt; skip those computed again after a preemption."""
+        """Append ``scores`` to the prompt's log-probabilities; skip those that a preemption repeats."""
         known = len(sequence.prompt_logprobs) - sequence.cached
         sequence.prompt_logprobs.extend(scores[max(0, known) :])
 

@@ -40,35 +40,44 @@ class WeightFormat:
     """Name of the format and stem of its file."""
 
     error: ClassVar[float]
-    """What ``largest_error`` returns, unless the parameters change it."""
+    """Upper bound of the relative error of quantization, unless the format's parameters change it."""
 
     def largest_error(self) -> float:
         """Return an upper bound of the relative error |w' - w| / |w| of quantizing a normally distributed weight."""
         return self.error
 
     def __str__(self) -> str:
-        """Return the name and the parameters that differ from their defaults, as ``load`` reads them."""
+        """Return the format as text that ``load`` reads: its name, and the parameters that are not the defaults."""
         fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         return ":".join((self.name, *(f"{field.name}={value}" for field, value in fields if value != field.default)))
 
     def layout(self, shape: Shape) -> Layout:
-        """Return the shape and dtype of each part of a weight with this logical ``shape``."""
+        """Return the shape and dtype of each part (tensor) that stores a weight of logical ``shape``, by its name."""
         raise NotImplementedError
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return the parts of ``weight`` [..., out, in]; entries along the leading axes are packed independently."""
+        """Return the parts (tensors) that store ``weight`` [..., out, in] in this format, by name.
+
+        Each matrix [out, in] along the leading axes is quantized independently.
+        """
         raise NotImplementedError
 
     def unpack(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the plain weight of logical ``shape`` in ``dtype``. Unquantized formats are differentiable."""
+        """Return the plain weight of logical ``shape`` in ``dtype`` that ``parts`` store.
+
+        With an unquantized format, gradients flow from the result to ``parts``.
+        """
         raise NotImplementedError
 
     def rows(self, parts: Mapping[str, Tensor], shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return rows ``ids`` [T] of the plain weight [out, in] in ``dtype``: [T, in]."""
+        """Return rows ``ids`` [T] of the plain weight [out, in] that ``parts`` store, in ``dtype``: [T, in]."""
         return F.embedding(ids, self.unpack(parts, shape, dtype))
 
     def empty(self, shape: Shape, device: torch.device | str | None = None) -> Packed:
-        """Return a weight of logical ``shape`` with uninitialized memory on any device, including ``meta``."""
+        """Return a weight of logical ``shape`` in this format, with uninitialized memory on ``device``.
+
+        ``device`` may be ``meta``; None is torch's default device.
+        """
         layout = self.layout(shape)
         return Packed(self, shape, {part: torch.empty(s, dtype=t, device=device) for part, (s, t) in layout.items()})
 
@@ -77,7 +86,7 @@ class WeightFormat:
         return Packed(self, tuple(weight.shape), self.quantize(weight))
 
     def nbytes(self, shape: Shape) -> int:
-        """Return the size in bytes of a weight with this logical ``shape``, without allocating it."""
+        """Return the bytes that a weight of logical ``shape`` takes in this format, without allocating it."""
         return sum(math.prod(s) * t.itemsize for s, t in self.layout(shape).values())
 
 
@@ -138,24 +147,24 @@ class Packed(nn.Module):
             raise InvalidParameter("weight", f"{self.name} part {part!r} is {actual}; expected {tuple(shape)} {dtype}")
 
     def parts(self) -> dict[str, Tensor]:
-        """Return the parts by name."""
+        """Return the tensors that make up the weight, by name."""
         # named_parameters() is too slow here: this runs for every weight in every step.
         return {part: tensor for part, tensor in self._parameters.items() if tensor is not None}
 
     def dequantize(self, dtype: torch.dtype = torch.float32, index: int | None = None) -> Tensor:
-        """Return the plain weight [..., out, in] in ``dtype``, or entry ``index`` of a stack."""
+        """Return the plain weight [..., out, in] in ``dtype``; with ``index``, only that entry of a stack."""
         parts, shape = self.parts(), self.shape
         if index is not None:
             parts, shape = {part: tensor[index] for part, tensor in parts.items()}, shape[1:]
         return self.format.unpack(parts, shape, dtype)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return rows ``ids`` [T] of a weight [out, in] in ``dtype``: [T, in]."""
+        """Return rows ``ids`` [T] of this weight [out, in], dequantized to ``dtype``: [T, in]."""
         return self.format.rows(self.parts(), self.shape, ids, dtype)
 
     @torch.no_grad()
     def store(self, weight: Tensor, index: int | None = None) -> None:
-        """Quantize ``weight`` into this memory, or into entry ``index`` of a stack."""
+        """Overwrite this weight, or entry ``index`` of a stack, with ``weight`` quantized to its format."""
         for part, tensor in self.format.quantize(weight).items():
             target = self.parts()[part]
             (target if index is None else target[index]).copy_(tensor)
@@ -175,7 +184,7 @@ class Slot:
     index: tuple[slice, ...]
     """Slice of the tensor that this rank holds."""
     store: Callable[[Tensor], None]
-    """Stores the slice in the model."""
+    """Function that stores the slice in the model, quantized to the format of the model's weight."""
 
 
 def load(text: str) -> WeightFormat:

@@ -14,7 +14,7 @@ from moesaic.formats import Layout, Shape, WeightFormat
 
 @dataclass(frozen=True)
 class Plain(WeightFormat):
-    """A weight rounded to ``dtype``."""
+    """Format that stores a weight unquantized, rounded to ``dtype``."""
 
     dtype: ClassVar[torch.dtype]
 

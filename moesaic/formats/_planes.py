@@ -19,14 +19,15 @@ PLANES = {
     3: ((0, 2), (2, 1)),
     2: ((0, 2),),
 }
-"""(lowest bit, bits) of each plane in which a code is stored; the bits of a plane divide a byte."""
+"""(lowest bit, number of bits) of each plane that stores a code, by bits of the code; 8 is a multiple of each
+number."""
 
 RUN = {8: 64, 6: 32, 5: 32, 4: 64, 3: 32, 2: 64}
-"""Columns of a run; each run stores all its planes before the next run begins."""
+"""Columns of a run, by bits of the code; each run stores all its planes before the next run begins."""
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Return the bytes [blocks, n] of codes [32 blocks, width]."""
+    """Return the bytes [blocks, n] of the planes of codes [32 * blocks, width], each of ``bits`` bits."""
     q = codes.to(torch.uint8).reshape(-1, 2, 16, codes.shape[1])  # [blocks, halves, rows, width]
     planes = [_pack_plane((q >> low) & ((1 << width) - 1), width) for low, width in PLANES[bits]]
     runs = codes.shape[1] // RUN[bits]
@@ -34,7 +35,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(data: Tensor, bits: int, width: int) -> Tensor:
-    """Return the codes [blocks, 32, width] in bytes [blocks, n], as uint8."""
+    """Return the codes [blocks, 32, width] of ``bits`` bits, as uint8, from the bytes [blocks, n] of their planes."""
     runs = width // RUN[bits]
     sizes = [ROWS * RUN[bits] * plane // 8 for _, plane in PLANES[bits]]
     q = data.new_zeros(len(data), ROWS, width)
@@ -44,7 +45,7 @@ def unpack(data: Tensor, bits: int, width: int) -> Tensor:
 
 
 def _pack_plane(q: Tensor, bits: int) -> Tensor:
-    """Return bytes [blocks, n] of fields [blocks, 2, 16, width].
+    """Return the bytes [blocks, n] of a plane of fields [blocks, 2, 16, width], each of ``bits`` bits.
 
     With p = 8 / bits fields in a byte, 4 p columns of a row make one 32-bit word: field j of byte b is column 4 j + b.
     The order is: columns within a word, rows of a half, halves, next columns.
@@ -58,7 +59,7 @@ def _pack_plane(q: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_plane(data: Tensor, bits: int, width: int) -> Tensor:
-    """Return the fields [blocks, 32, width] in bytes [blocks, n]."""
+    """Return the fields [blocks, 32, width] of ``bits`` bits from the bytes [blocks, n] of a plane."""
     fields = 8 // bits
     packed = data.reshape(len(data), -1, 2, 16, 1, 4)  # [blocks, chunks, halves, rows, 1, 4]
     shifts = bits * torch.arange(fields, device=data.device, dtype=torch.uint8)

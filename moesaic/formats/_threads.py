@@ -15,12 +15,12 @@ import torch
 
 T = TypeVar("T")
 MAX_THREADS = 16
-"""More threads would wait for Python's lock."""
+"""Maximum threads of ``for_each``; more would wait for Python's global interpreter lock."""
 
 
 @contextlib.contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Let torch use ``count`` threads in the calling thread, then as many as before; None changes nothing."""
+    """Return a context in which torch uses ``count`` threads for the calling thread; None: as many as before."""
     before = torch.get_num_threads()
     if count is None or count == before:
         yield
@@ -35,7 +35,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 def for_each(function: Callable[[T], object], items: Sequence[T], device: torch.device) -> None:
     """Call a function of tensors on ``device`` for every item, in as many threads as torch would use.
 
-    The calls compute without gradients. The first error is raised after the calls that run have ended.
+    The calls compute without gradients. The first error is raised after all running calls have ended.
     """
     threads = min(torch.get_num_threads(), len(items), MAX_THREADS) if device.type == "cpu" else 1
     inference = torch.is_inference_mode_enabled()  # a thread of its own does not inherit it

@@ -35,35 +35,35 @@ from moesaic.formats._threads import for_each
 ROWS = 32
 SUPER = 256
 PAD = 64
-"""Columns are padded to a multiple of this."""
+"""The columns of a weight are padded to a multiple of this number."""
 LARGEST_SCALE = 15
 HEADROOM = 120
-"""Upper bound of |w / step|, so that rounding outwards stays within the range of v."""
+"""Upper bound of |weight / step|, so that rounding away from 0 stays within -128 .. 127."""
 SLICE = 1 << 22
 """Weights that a thread quantizes at a time; bounds the temporary memory."""
 
 
 @dataclass(frozen=True)
 class Tiled(WeightFormat):
-    """A weight in tiles; a format only sets the numbers below."""
+    """Base of a format that stores a weight in tiles of 32 rows; a subclass only sets the numbers below."""
 
     bits: ClassVar[int]
-    """Bits of a code."""
+    """Bits of the code that stores a weight."""
     group: ClassVar[int] = 0
-    """Columns that share a scale and an offset; 0: there are no scales, and v itself is stored."""
+    """Columns of a row that share a scale and an offset; 0: there are no scales, and codes are the integers v."""
     factor: ClassVar[int] = 1
-    """Constant factor of the scales."""
+    """Constant by which every scale is multiplied."""
 
     def layout(self, shape: Shape) -> Layout:
         *stack, out, columns = shape
         return {"tiles": ((*stack, -(-out // ROWS), self.block_bytes(columns)), torch.uint8)}
 
     def block_bytes(self, columns: int) -> int:
-        """Return the bytes of one block of 32 rows."""
+        """Return the bytes of one block of 32 rows with this number of columns."""
         return sum(end - begin for begin, end, _ in self._superblocks(columns))
 
     def _superblocks(self, columns: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the byte range in a block and the number of columns of each superblock."""
+        """Yield (first byte, end, number of columns) of each superblock in a block with this number of columns."""
         at, left = 0, -(-columns // PAD) * PAD
         while left:
             width = min(SUPER, left)
@@ -72,7 +72,7 @@ class Tiled(WeightFormat):
             at, left = end, left - width
 
     def _sections(self, width: int) -> tuple[int, int, int, int]:
-        """Return the sizes in bytes of the steps, scales, offsets and codes of a superblock."""
+        """Return the bytes of the steps, scales, offsets and codes of a superblock of ``width`` columns."""
         groups = width // self.group if self.group else 0
         return 2 * ROWS, _padded(groups * 16), _padded(groups * ROWS), ROWS * width * self.bits // 8
 
@@ -105,7 +105,7 @@ class Tiled(WeightFormat):
         return plain[places * ROWS + ids % ROWS]
 
     def _tile(self, plain: Tensor) -> Tensor:
-        """Return the tiles [blocks, bytes] of padded plain weights [32 blocks, columns]."""
+        """Return the bytes [blocks, bytes] that store the padded plain weights [32 * blocks, columns]."""
         pieces = []
         for part in plain.split(SUPER, dim=1):
             step, scale, offset, codes = self._round(part)
@@ -114,7 +114,7 @@ class Tiled(WeightFormat):
         return torch.cat(pieces, dim=1)
 
     def _untile(self, tile: Tensor, width: int) -> Tensor:
-        """Return plain float32 weights [blocks, 32, width] of one superblock's bytes [blocks, bytes]."""
+        """Return the plain float32 weights [blocks, 32, width] that one superblock's bytes [blocks, bytes] store."""
         steps, scales, offsets, codes = tile.split(self._sections(width), dim=1)
         step = steps.contiguous().view(torch.bfloat16).float()[:, :, None]
         q = _planes.unpack(codes, self.bits, width).float()
@@ -129,7 +129,9 @@ class Tiled(WeightFormat):
         return plain
 
     def _round(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return step [R], scale and offset [R, groups], and codes [R, width] of one superblock.
+        """Quantize plain weights [R, width] of one superblock; return step, scale, offset and codes.
+
+        Their shapes are [R], [R, groups], [R, groups] and [R, width].
 
         Several scales are tried, and the one with the least squared error is taken. A narrower grid clips the
         extremes of the group and is finer for the other weights.
@@ -170,11 +172,11 @@ class Tiled(WeightFormat):
 
 
 NARROWER = {2: (1.0, 0.9, 0.8, 0.7, 0.6), 3: (1.0, 0.9, 0.8), 4: (1.0, 0.93)}
-"""Scales to try, as fractions of the scale that covers the extremes of a group."""
+"""Scales to try, by bits of a code, as fractions of the scale that covers the extremes of a group."""
 
 
 def _pack_scales(scale: Tensor) -> Tensor:
-    """Return the padded bytes [blocks, n] of scales [32 blocks, groups]."""
+    """Return the padded bytes [blocks, n] that store scales [32 * blocks, groups]."""
     halves = scale.to(torch.uint8).reshape(len(scale) // ROWS, 2, 16, scale.shape[1])
     packed = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).flatten(1)
     return torch.nn.functional.pad(packed, (0, _padded(packed.shape[1]) - packed.shape[1]))
@@ -186,7 +188,7 @@ def _unpack_scales(data: Tensor, groups: int) -> Tensor:
 
 
 def _pack_offsets(offset: Tensor) -> Tensor:
-    """Return the bytes [blocks, 32 groups] of offsets [32 blocks, groups]."""
+    """Return the bytes [blocks, n] that store offsets [32 * blocks, groups], padded to a whole pair of groups."""
     even = torch.nn.functional.pad(offset, (0, offset.shape[1] % 2)).to(torch.int8)
     pairs = even.reshape(len(even) // ROWS, 2, 16, even.shape[1] // 2, 2)
     return pairs.permute(0, 3, 1, 2, 4).flatten(1).view(torch.uint8)

@@ -11,7 +11,7 @@ from moesaic.formats._plain import Plain
 
 @dataclass(frozen=True)
 class Format(Plain):
-    """A weight in bfloat16."""
+    """Format that stores a weight in bfloat16."""
 
     name = "bfloat16"
     dtype = torch.bfloat16

@@ -11,7 +11,7 @@ from moesaic.formats._plain import Plain
 
 @dataclass(frozen=True)
 class Format(Plain):
-    """A weight in float16."""
+    """Format that stores a weight in float16."""
 
     name = "float16"
     dtype = torch.float16

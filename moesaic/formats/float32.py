@@ -11,7 +11,7 @@ from moesaic.formats._plain import Plain
 
 @dataclass(frozen=True)
 class Format(Plain):
-    """A weight in float32."""
+    """Format that stores a weight in float32."""
 
     name = "float32"
     dtype = torch.float32

@@ -9,7 +9,7 @@ from moesaic.formats._tiles import Tiled
 
 @dataclass(frozen=True)
 class Format(Tiled):
-    """A weight of integer multiples of a step, 2 bits per weight."""
+    """Format with codes of 2 bits; 32 columns of a row share a scale and an offset."""
 
     name = "int2"
     bits = 2

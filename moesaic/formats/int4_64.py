@@ -9,7 +9,7 @@ from moesaic.formats._tiles import Tiled
 
 @dataclass(frozen=True)
 class Format(Tiled):
-    """A weight of integer multiples of a step, 4 bits per weight."""
+    """Format with codes of 4 bits; 64 columns of a row share a scale and an offset."""
 
     name = "int4_64"
     bits = 4

@@ -9,7 +9,7 @@ from moesaic.formats._tiles import Tiled
 
 @dataclass(frozen=True)
 class Format(Tiled):
-    """A weight of integer multiples of a step, 8 bits per weight."""
+    """Format with integers of 8 bits; 256 columns of a row share a step, and there are no scales."""
 
     name = "int8"
     bits = 8

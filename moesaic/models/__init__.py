@@ -42,32 +42,33 @@ PRESETS = {
 
 
 def choose(text: str, plain: str) -> dict[str, WeightFormat]:
-    """Return the format of each role as ``text`` specifies it; later parts override earlier ones.
+    """Return the format of each role of weights (embedding, attention, mlp, experts, head) that ``text`` specifies.
 
     Args:
-        text: parts separated by commas: a preset, a format for all roles, or role=format.
-        plain: the format of all other roles.
+        text: items separated by commas: a preset, a format for all roles, or role=format. Later items override
+            earlier ones.
+        plain: name of the format of the roles that ``text`` does not mention.
 
     Raises:
-        InvalidParameter: a part is none of these.
+        InvalidParameter: an item is none of these.
     """
     chosen, available = dict.fromkeys(ROLES, plain), registry.names("formats")
     for part in text.split(","):
         role, _, name = part.strip().rpartition("=")
         if role and role not in QUANTIZED:
-            raise InvalidParameter("format", f"has no part {role!r}: there are {', '.join(QUANTIZED)}")
+            raise InvalidParameter("format", f"has no role {role!r}; roles of weights: {', '.join(QUANTIZED)}")
         if name in PRESETS and not role:
             chosen |= PRESETS[name]
         elif name in available:
             chosen |= dict.fromkeys([role] if role else QUANTIZED, name)
         else:
             choices = ", ".join((*(() if role else PRESETS), *available))
-            raise InvalidParameter("format", f"{name!r} is unknown: there are {choices}")
+            raise InvalidParameter("format", f"{name!r} is unknown; available: {choices}")
     return {role: formats.load(name) for role, name in chosen.items()}
 
 
 def types() -> dict[str, str]:
-    """Return every supported ``model_type`` and the name of its file."""
+    """Return, for each supported ``model_type`` of config.json, the name of its file in ``moesaic/models``."""
     return {kind: name for name in registry.names("models") for kind in registry.load("models", name).MODEL_TYPES}
 
 
@@ -84,7 +85,7 @@ def build(
 
     Args:
         raw: the configuration, with the keys of config.json.
-        path: its source, for error messages.
+        path: where the configuration comes from, for error messages.
         weight_format: format of all weights, or of the weights of each role, or a function that returns the format of
             each weight; router and norms are always float32.
         dtype: dtype of the activations.
@@ -97,7 +98,7 @@ def build(
     files = types()
     kind = raw.get("model_type")
     if kind not in files:
-        raise ConfigError(path, f"model_type {kind!r} is not known; this build has {', '.join(sorted(files))}")
+        raise ConfigError(path, f"model_type {kind!r} is not supported; supported: {', '.join(sorted(files))}")
     module = registry.load("models", files[kind])
     keys = Keys(raw, path)
     config = module.configure(keys)
@@ -116,7 +117,7 @@ def _by_weight(chosen: WeightFormat | Mapping[str, WeightFormat] | Formats) -> F
 
 
 def parameters(model: nn.Module) -> int:
-    """Return the number of parameters of ``model``, independent of their formats."""
+    """Return the number of parameters of ``model``, counted as before quantization."""
     packed = [module for module in model.modules() if isinstance(module, Packed)]
     inside = {id(part) for weight in packed for part in weight.parts().values()}
     others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)

@@ -19,7 +19,7 @@ _REQUIRED = object()
 
 
 class Keys:
-    """The keys of one configuration. A method that reads a key marks it as read."""
+    """The keys of one config.json. A method that reads a key marks it as read; ``finish`` checks the unread keys."""
 
     def __init__(self, raw: Mapping[str, Any], path: Path) -> None:
         self._raw = dict(raw)
@@ -27,7 +27,7 @@ class Keys:
         self.path = path
 
     def fail(self, message: str) -> ConfigError:
-        """Return the error to raise about this configuration."""
+        """Return the error with ``message`` to raise about this configuration; it names the file."""
         return ConfigError(self.path, message)
 
     def has(self, name: str) -> bool:
@@ -35,13 +35,19 @@ class Keys:
         return name in self._raw
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Read ``name`` without conversion; null counts as absent."""
+        """Return the value of the key ``name`` unchanged; return ``default`` if the key is absent or null."""
         self._taken.add(name)
         value = self._raw.get(name)
         return default if value is None else value
 
     def integer(self, name: str, default: Any = _REQUIRED, least: int = 1) -> int:
-        """Read an integer of at least ``least``, which may be written as 1024.0; return ``default`` if it is absent."""
+        """Return the integer at the key ``name``, or ``default`` if the key is absent.
+
+        The file may write it as 1024.0.
+
+        Raises:
+            ConfigError: the value is no integer or less than ``least``, or an absent key has no default.
+        """
         value = config_keys.whole(self.get(name, default))
         if value is _REQUIRED:
             raise self.fail(f"the key {name!r} is missing")
@@ -50,7 +56,11 @@ class Keys:
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """Read a finite positive number; return ``default`` if it is absent."""
+        """Return the finite positive number at the key ``name``, or ``default`` if the key is absent.
+
+        Raises:
+            ConfigError: the value is no such number, or an absent key has no default.
+        """
         value = self.get(name, default)
         if value is _REQUIRED:
             raise self.fail(f"the key {name!r} is missing")
@@ -59,14 +69,18 @@ class Keys:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """Read true or false; return ``default`` if it is absent."""
+        """Return the value of the key ``name``, which must be true or false, or ``default`` if the key is absent."""
         value = self.get(name, default)
         if not isinstance(value, bool):
             raise self.fail(f"{name} is {value!r}, expected true or false")
         return value
 
     def only(self, name: str, *supported: Any) -> Any:
-        """Read a value that must be one of ``supported``; return the first of them if it is absent."""
+        """Return the value of the key ``name``, or the first of ``supported`` if the key is absent.
+
+        Raises:
+            ConfigError: the value is not one of ``supported``.
+        """
         value = self.get(name, supported[0])
         if value not in supported:
             names = ", ".join(repr(choice) for choice in supported)
@@ -74,7 +88,7 @@ class Keys:
         return value
 
     def finish(self) -> None:
-        """Raise ConfigError if an unread key may change the computation."""
+        """Raise ConfigError if a key that no method has read may change the computation."""
         problem = config_keys.problem({name: self._raw[name] for name in self._raw.keys() - self._taken})
         if problem:
             raise self.fail(problem)

@@ -1,8 +1,8 @@
 """The layers of the models. Their arguments are numbers, never the name of a model.
 
 Every layer takes a ``Group`` and holds its own shard (Megatron-LM, arXiv:1909.08053 §3). It also takes its name in
-Hugging Face's classic scheme: ``slots`` name the tensors of a checkpoint that fill it, and the part of each tensor that
-it holds.
+Hugging Face's classic scheme. Its method ``slots`` yields a ``Slot`` for each tensor of a checkpoint that fills it: the
+tensor's name, and the part that the layer holds.
 
 Legend: T tokens, d hidden size, f intermediate size, V vocabulary, H query heads, G key/value
 heads, D head size, E experts, k experts per token; sizes inside a layer are those of its shard.
@@ -32,7 +32,11 @@ ALL = slice(None)
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias. Split by "out", a rank holds rows of W; by "in", columns, and y is summed over ranks."""
+    """Linear layer y = x W^T without bias.
+
+    With ``split`` "out", each rank of the group holds some rows of W. With "in", each rank holds some columns, and y is
+    summed over the ranks. With None, each rank holds all of W.
+    """
 
     def __init__(
         self,
@@ -60,7 +64,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv:1910.07467); the weight stays float32."""
+    """RMS normalization x / rms(x) * weight (arXiv:1910.07467); the weight stays float32."""
 
     def __init__(self, name: str, size: int, eps: float) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class RMSNorm(nn.Module):
 
 
 class Router(nn.Module):
-    """Router logits [T, E] of each token for each expert, in float32 and never quantized."""
+    """Linear layer that returns the router logits [T, E]; its weight is float32 and never quantized."""
 
     def __init__(self, name: str, experts: int, size: int) -> None:
         super().__init__()
@@ -90,7 +94,7 @@ class Router(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids [T] to vectors [T, d]; a rank holds a shard of the vocabulary."""
+    """Lookup of the vectors [T, d] of token ids [T]; each rank holds a shard of the vocabulary."""
 
     def __init__(
         self, name: str, vocab: int, size: int, weight_format: WeightFormat, group: Group, dtype: torch.dtype
@@ -162,7 +166,10 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks as three stacked weights; a rank holds a shard of the intermediate size of every expert."""
+    """E SwiGLU expert networks as three stacks of weights.
+
+    Each rank holds a shard of the intermediate size of every expert.
+    """
 
     def __init__(self, name: str, experts: int, size: int, inner: int, formats: Formats, group: Group) -> None:
         super().__init__()
@@ -190,7 +197,7 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A transformer layer with normalization first: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, name: str, attention: Attention, mlp: nn.Module, size: int, eps: float) -> None:
         super().__init__()
@@ -287,7 +294,7 @@ class Decoder(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 scores [R, V], or [R, labels], of hidden states [R, d]."""
+        """Return float32 scores of hidden states [R, d]: logits [R, V] of tokens, or scores [R, labels] of classes."""
         scores: Tensor = self.head(hidden)
         return (scores if self.shape.labels else self.group.gather(scores)).float()
 
@@ -297,7 +304,7 @@ class Decoder(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """Maximum number of positions."""
+        """Maximum number of tokens in a sequence, prompt and answer together."""
         return self.shape.max_length
 
     @property
@@ -307,11 +314,11 @@ class Decoder(nn.Module):
 
     @property
     def cache_shapes(self) -> list[tuple[int, int]]:
-        """Return (key/value heads, head size) of each layer's cache, of this rank's shard."""
+        """(key/value heads, head size) of each layer's cache, for the shard that this rank holds."""
         return [(block.attention.kv_heads, block.attention.head_dim) for block in self.blocks]  # type: ignore[union-attr, misc]
 
     def slots(self) -> Iterator[Slot]:
-        """Yield a slot for every tensor that a checkpoint must have, in the order of use."""
+        """Yield a slot for every tensor that a checkpoint of this model must have, in the order of the layers."""
         yield from self.embed.slots()
         for block in self.blocks:
             yield from block.slots()  # type: ignore[operator]

@@ -20,7 +20,10 @@ from moesaic.models._config import Keys
 
 @dataclass(frozen=True)
 class Rope:
-    """RoPE parameters: base ``theta`` and ``kind``: ``default``, ``linear`` or ``llama3``; the others depend on it."""
+    """Parameters of rotary position embedding with the base ``theta``.
+
+    ``kind`` is ``default``, ``linear`` or ``llama3``. The other fields apply to some kinds only.
+    """
 
     theta: float
     kind: str = "default"
@@ -30,7 +33,7 @@ class Rope:
     original_length: int = 8192
 
     def frequencies(self, head_dim: int) -> Tensor:
-        """Return the angle per position of each pair: [D/2] float32."""
+        """Return the rotation angle per position, in radians, of each pair of values of a head: [D/2] float32."""
         inverse = self.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         if self.kind == "linear":
             return inverse / self.factor
@@ -46,13 +49,19 @@ class Rope:
 
 
 def tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [T, D/2] float32 of the angles at ``positions`` [T]."""
+    """Return the cosines and sines, each [T, D/2] float32, of the rotation angles at ``positions`` [T].
+
+    ``frequencies`` [D/2] is the result of ``Rope.frequencies``.
+    """
     angles = positions[:, None].float() * frequencies[None, :]
     return angles.cos(), angles.sin()
 
 
 def read(keys: Keys, theta: float) -> Rope:
-    """Read the keys of RoPE in the old or new style of config.json; ``theta`` is the family's default base."""
+    """Return the RoPE parameters of a configuration, in the old style (rope_scaling) or the new one (rope_parameters).
+
+    ``theta`` is the base if the configuration has none.
+    """
     new = keys.get("rope_parameters")
     scaling: Mapping[str, Any] = new or keys.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):

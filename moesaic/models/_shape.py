@@ -19,7 +19,10 @@ CLASSIFIER = "ForSequenceClassification"
 
 @dataclass(frozen=True)
 class Defaults:
-    """Defaults of a family for absent keys. ``kv_heads`` None: the number of query heads."""
+    """Values that a family of models has for absent keys of config.json.
+
+    ``kv_heads`` None: the number of query heads.
+    """
 
     rope_theta: float
     kv_heads: int | None
@@ -28,7 +31,7 @@ class Defaults:
 
 
 def read(keys: Keys, families: Mapping[str, Defaults]) -> Shape:
-    """Read the sizes of a decoder; the model_type of ``keys`` must be one of ``families``."""
+    """Return the sizes of the decoder that ``keys`` describe; ``families`` has the defaults of each model_type."""
     defaults = families[keys.get("model_type")]
     keys.only("hidden_act", "silu", "swish")  # two names of one function
     keys.only("attention_bias", False)
@@ -62,14 +65,14 @@ def read(keys: Keys, families: Mapping[str, Defaults]) -> Shape:
 
 
 def _window(keys: Keys, default: int | None) -> int | None:
-    """Read the sliding window; null disables it even if the family has a default window."""
+    """Return the sliding window in tokens, or ``default`` if the key is absent; null means no window."""
     if not keys.has("sliding_window"):
         return default
     return None if keys.get("sliding_window") is None else keys.integer("sliding_window")
 
 
 def _labels(keys: Keys) -> tuple[str, ...]:
-    """Return the class names if the architecture is a classifier, in the order of the head's rows."""
+    """Return a classifier's class names, in the order of the rows of its head; empty for a language model."""
     architectures = keys.get("architectures") or [CAUSAL]
     name = architectures if isinstance(architectures, str) else str(architectures[0])
     if name.endswith(CAUSAL):

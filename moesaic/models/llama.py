@@ -34,7 +34,7 @@ class Config:
 
 
 class SwiGLU(nn.Module):
-    """A SwiGLU network: down(silu(gate(x)) * up(x))."""
+    """A SwiGLU feed-forward network (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
     def __init__(self, name: str, size: int, inner: int, formats: Formats, group: Group) -> None:
         super().__init__()
@@ -55,13 +55,16 @@ class SwiGLU(nn.Module):
 
 
 def configure(keys: Keys) -> Config:
-    """Return the configuration that ``keys`` describe."""
+    """Return the sizes of the model, read from its configuration ``keys``."""
     keys.only("mlp_bias", False)
     return Config(_shape.read(keys, MODEL_TYPES))
 
 
 def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
-    """Return the model with uninitialized weights on the current default device."""
+    """Return the model of ``config``, with uninitialized weights on torch's default device.
+
+    ``dtype`` is that of the activations; the other arguments are as for ``Decoder``.
+    """
     size, inner = config.shape.hidden_size, config.shape.intermediate_size
 
     def mlp(layer: str) -> SwiGLU:

@@ -22,7 +22,7 @@ MODEL_TYPES = {"mixtral": _shape.Defaults(rope_theta=1e6, kv_heads=8, norm_eps=1
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a Mixtral."""
+    """The sizes of a Mixtral model."""
 
     shape: Shape
     num_experts: int
@@ -30,7 +30,10 @@ class Config:
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to its k best experts, weighted by the softmax over those k (§2.1, eq. 1-2)."""
+    """Sparse feed-forward network: each token goes to the k experts with its highest router logits.
+
+    The experts' outputs are weighted by the softmax over those k logits (arXiv:2401.04088 §2.1, eq. 1-2).
+    """
 
     def __init__(self, name: str, config: Config, formats: Formats, group: Group) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def configure(keys: Keys) -> Config:
-    """Return the configuration that ``keys`` describe."""
+    """Return the sizes of the model, read from its configuration ``keys``."""
     shape = _shape.read(keys, MODEL_TYPES)
     experts = keys.integer("num_local_experts", 8)
     chosen = keys.integer("num_experts_per_tok", 2)
@@ -59,7 +62,10 @@ def configure(keys: Keys) -> Config:
 
 
 def build(config: Config, formats: Formats, group: Group, dtype: torch.dtype) -> Decoder:
-    """Return the model with uninitialized weights on the current default device."""
+    """Return the model of ``config``, with uninitialized weights on torch's default device.
+
+    ``dtype`` is that of the activations; the other arguments are as for ``Decoder``.
+    """
 
     def mlp(layer: str) -> MixtureOfExperts:
         return MixtureOfExperts(f"{layer}.block_sparse_moe", config, formats, group)

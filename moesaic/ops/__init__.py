@@ -32,7 +32,9 @@ from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed, Shape
 
 FormatName = str | tuple[str, str, str] | None
-"""Name of the format of an op's weight, as ``why_not`` gets it."""
+"""Name of the format of an op's weight, or None for an op without one.
+
+For ``experts`` with different formats, it has the names of those of gate, up and down."""
 
 OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw")
 
@@ -63,7 +65,7 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> Cache:
-        """Return a cache of zeros for layers with these (G, D); ``dtype`` is a floating-point dtype or int8."""
+        """Return a cache of zeros. ``shapes`` has (G, D) of each layer; ``dtype`` is a floating-point dtype or int8."""
 
         def memory(*sizes: tuple[int, ...], dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
             return tuple(torch.zeros((blocks, block_size, *size), dtype=dtype, device=device) for size in sizes)
@@ -76,7 +78,10 @@ class Cache:
 
     @staticmethod
     def bytes_per_token(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
-        """Return the bytes that the keys and values of one token take in all layers."""
+        """Return the bytes that the keys and values of one token take in all layers.
+
+        ``shapes`` has (G, D) of each layer; ``dtype`` is that of the cache.
+        """
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return sum(2 * heads * (size * dtype.itemsize + scale) for heads, size in shapes)
 
@@ -154,7 +159,7 @@ class Group:
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sum of ``x`` over all ranks."""
+        """Return the sum of ``x`` over all ranks; ``x`` itself is overwritten with it."""
         if self.size > 1:
             torch.distributed.all_reduce(x, group=self.handle)
         return x
@@ -265,9 +270,9 @@ def truncate(logits: Tensor, settings: Tensor) -> Tensor:
 
     x = (logits - max) / temperature. The truncations follow in this order; each uses the softmax of the tokens that
     the previous one kept. Top-k keeps the k largest. Nucleus sampling (arXiv:1904.09751) keeps the smallest set of
-    likeliest tokens whose mass reaches p. Both keep tokens that equal the last kept one. Min-p (arXiv:2407.01082)
-    keeps tokens at least min-p times as likely as the likeliest. Typical sampling (arXiv:2202.00666) keeps the tokens
-    whose surprise is nearest to the expected surprise, up to mass typical-p.
+    likeliest tokens whose total probability reaches p. Both keep tokens that equal the last kept one. Min-p
+    (arXiv:2407.01082) keeps tokens at least min-p times as likely as the likeliest. Typical sampling (arXiv:2202.00666)
+    keeps the tokens whose -log probability is nearest to the entropy, up to a total probability of typical-p.
 
     Args:
         logits: [R, V] float32; -inf for forbidden tokens. At least one value of each row is finite.
@@ -298,12 +303,15 @@ def backends() -> tuple[str, ...]:
 
 
 def explain(op: str, device: str, weight_format: FormatName) -> dict[str, str | None]:
-    """Return, for each backend in order, the reason why it cannot run the op, or None if it can."""
+    """Return, for each backend in the order of ``backends``, why it cannot run ``op``; None if it can.
+
+    ``device`` is a device type such as "cpu"; ``weight_format`` is as for ``why_not``.
+    """
     return {name: registry.load("ops", name).why_not(op, device, weight_format) for name in backends()}
 
 
 def chosen(op: str, device: str, weight_format: FormatName) -> str:
-    """Return the name of the backend that runs the op if no gradient is needed."""
+    """Return the name of the backend that runs ``op`` if no gradient is needed; arguments as for ``explain``."""
     return next(name for name, why in explain(op, device, weight_format).items() if why is None)
 
 
@@ -321,7 +329,7 @@ def _needs_gradient(*inputs: Tensor | Packed) -> bool:
 
 @functools.cache
 def _pick(op: str, device: torch.device, weight_format: FormatName, trained: bool) -> Callable[..., Any]:
-    """Return the function of the first backend that can run the op."""
+    """Return the function of the first backend that can run ``op``; with ``trained``, a gradient is needed."""
     name = "reference" if trained else chosen(op, device.type, weight_format)  # only the reference is differentiable
     return cast(Callable[..., Any], getattr(registry.load("ops", name), op))
 
@@ -341,7 +349,10 @@ ARGUMENTS = {
 def _pick_checked(
     op: str, weight_format: str | None, trained: bool, dtype: torch.dtype, device: torch.device, *others: torch.device
 ) -> Callable[..., Any]:
-    """Return the backend's function after checking the dtype of the first argument and the devices of all."""
+    """Return the function that runs ``op``, after checking the first argument's dtype and the devices of all.
+
+    ``dtype`` and ``device`` are those of the first argument, ``others`` the devices of the others in ``ARGUMENTS``.
+    """
     first, *names = ARGUMENTS[op]
     if not dtype.is_floating_point:
         raise InvalidParameter(first, f"is {dtype}, expected a floating-point dtype")
@@ -361,7 +372,7 @@ def _pick_experts(
     ids: torch.dtype,
     *devices: torch.device,
 ) -> Callable[..., Any]:
-    """Return the backend's function for ``experts`` after checking devices and dtypes."""
+    """Return the function that runs ``experts``, after checking the devices and dtypes of its arguments."""
     if not dtype.is_floating_point:
         raise InvalidParameter("x", f"is {dtype}, expected a floating-point dtype")
     if not scores.is_floating_point:

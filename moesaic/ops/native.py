@@ -31,7 +31,7 @@ OUT_OF_MEMORY, ID_OUT_OF_RANGE = 1, 2  # csrc/api.cpp, Status
 
 
 class _Arguments(ctypes.Structure):
-    """An argument struct of csrc/kernels.h, with the same fields in the same order."""
+    """Base of the structs that hold an op's arguments; their fields have the order of those in csrc/kernels.h."""
 
     op: ClassVar[str]
 
@@ -112,39 +112,54 @@ def _library() -> ctypes.CDLL | None:
 
 @functools.cache
 def formats() -> dict[str, int]:
-    """Return the weight formats that the library reads, and their numbers; empty if it was not built."""
+    """Return the library's number of each weight format that it reads; empty if it was not built."""
     library = _library()
     names = library.moesaic_formats().decode().split() if library else []
     return {name: number for number, name in enumerate(names)}
 
 
 def set_threads(count: int, library: ctypes.CDLL | None = None) -> None:
-    """Set the number of threads, including the caller's; the default is the number of available cores."""
+    """Set the number of threads that the kernels use, the calling thread included.
+
+    Without this call, it is the number of available cores. ``library`` None: the loaded library.
+    """
     (library or _built()).moesaic_set_threads(max(1, min(count, 1024)))
 
 
 def instruction_set() -> str:
-    """Return the name of the instruction set in use."""
+    """Return the name of the instruction set that the kernels use now, one of ``INSTRUCTION_SETS``."""
     return str(_built().moesaic_isa().decode())
 
 
 def use_instruction_set(name: str) -> bool:
-    """Use one of ``INSTRUCTION_SETS``; return False if this processor lacks it. For tests and benchmarks."""
+    """Make the kernels use one of ``INSTRUCTION_SETS``, for tests and benchmarks.
+
+    Return False, and change nothing, if this processor lacks it.
+    """
     return bool(_built().moesaic_set_isa(name.encode()))
 
 
 def read_memory(memory: Tensor, streams: int, ahead: int) -> None:
-    """Read all of ``memory`` once with all threads, to measure bandwidth; csrc/measure.h has the arguments."""
+    """Read all of ``memory`` once with all threads, to measure bandwidth.
+
+    A thread reads ``streams`` ranges in parallel, each with a prefetch distance of ``ahead`` bytes.
+    """
     _built().moesaic_read(c_void_p(_address(memory)), c_int64(memory.nbytes), streams, ahead)
 
 
 def multiply(rounds: int) -> int:
-    """Multiply and add bytes in registers with all threads; return the number of operations."""
+    """Multiply and add bytes in registers ``rounds`` times with all threads, to measure speed.
+
+    Return the number of operations.
+    """
     return int(_built().moesaic_multiply(c_int64(rounds)))
 
 
 def multiply_bf16(rounds: int) -> int:
-    """Multiply and add bfloat16 numbers in registers with all threads; return the number of operations."""
+    """Multiply and add bfloat16 numbers in registers ``rounds`` times with all threads, to measure speed.
+
+    Return the number of operations.
+    """
     return int(_built().moesaic_multiply_bf16(c_int64(rounds)))
 
 
@@ -165,7 +180,7 @@ def _built() -> ctypes.CDLL:
 
 
 def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
-    """Return the reason why this backend cannot run the op; None if it can."""
+    """Return the reason why this backend cannot run ``op`` with these arguments; None if it can."""
     if _library() is None:
         return "it was not compiled when moesaic was installed"
     if device != "cpu":
@@ -288,7 +303,10 @@ def _function(op: str) -> Any:
 
 
 def _run(arguments: _Arguments) -> None:
-    """Call the library; ctypes releases the GIL during the call."""
+    """Call the library's function for the op of ``arguments``, and raise its errors.
+
+    ctypes releases the GIL during the call.
+    """
     status = _function(arguments.op)(byref(arguments))
     if status == OUT_OF_MEMORY:
         raise MemoryError(f"out of memory in {arguments.op}")

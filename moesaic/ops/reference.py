@@ -44,7 +44,7 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
 
 
 def _counts(ids: Tensor, experts: int) -> list[int]:
-    """Return how many of ``ids`` are 0, 1, ..., experts - 1."""
+    """Return how often each expert 0, 1, ..., experts - 1 occurs in ``ids``."""
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= experts):
         raise InvalidParameter("ids", f"an expert id is out of range: there are {experts} experts")
     counts: list[int] = torch.bincount(ids, minlength=experts).tolist()
@@ -52,7 +52,7 @@ def _counts(ids: Tensor, experts: int) -> list[int]:
 
 
 def _entries(stack: Packed, chosen: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """Return the plain weights of the chosen entries.
+    """Return the dequantized weights of the entries ``chosen`` of a stack of experts, in ``dtype``.
 
     If a gradient is needed, the whole stack is dequantized once. The gradient of indexing one entry is a full stack
     of zeros; the gradient of ``unbind`` is a single stack for all entries.
@@ -74,7 +74,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
 def _sequence(
     batch: Batch, layer: int, s: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
 ) -> Tensor:
-    """Return the attention of sequence ``s`` from q, k, v of its new tokens and its part of the cache."""
+    """Return the attention of the new tokens of sequence ``s`` (q, k, v) over its cached and its new tokens."""
     length = batch.lengths[s]
     if length == len(q) and (window is None or length <= window):
         return _attend(q, k, v, None)  # the whole sequence is in this step: plain causal attention
@@ -86,7 +86,7 @@ def _sequence(
 
 
 def _write(cache: Cache, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Store k and v in the cache; return them rounded as a later read returns them."""
+    """Store k and v in the cache of ``layer``; return both as a later read returns them, rounded to its dtype."""
     stored = []
     for x, memory, scales in ((k, cache.keys, cache.key_scales), (v, cache.values, cache.value_scales)):
         if scales:
@@ -116,9 +116,9 @@ def _scaled(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def _read(cache: Cache, layer: int, table: Tensor, length: int) -> tuple[Tensor, Tensor, int]:
-    """Return keys and values [n, G, D] of a sequence, and the position of the first.
+    """Return the cached keys and values [n, G, D] of a sequence, and the position of the first of them.
 
-    Leading blocks (-1) that left the window were freed.
+    ``table`` has the sequence's cache blocks. Leading blocks (-1) that left the attention window were freed.
     """
     table = table[: -(-length // cache.block_size)]
     freed = int((table < 0).sum())
@@ -135,7 +135,7 @@ def _read(cache: Cache, layer: int, table: Tensor, length: int) -> tuple[Tensor,
 
 
 def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Return the attention mask [queries, keys] for the positions of queries and keys."""
+    """Return the attention mask [queries, keys] from their positions: True where the query sees the key."""
     visible = keys[None, :] <= queries[:, None]
     if window is not None:
         visible &= keys[None, :] > queries[:, None] - window
@@ -176,14 +176,17 @@ def temper(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def top_k(logits: Tensor, k: Tensor) -> Tensor:
-    """Keep the k largest logits, and those that equal the smallest kept one."""
+    """Return logits with -inf for all but the k largest and those that equal the smallest of these."""
     k = k.long().clamp(max=logits.shape[-1])
     least = logits.sort(descending=True).values.gather(-1, k - 1)
     return logits.masked_fill(logits < least, REMOVED)
 
 
 def top_p(logits: Tensor, p: Tensor) -> Tensor:
-    """Keep the smallest set of likeliest tokens whose mass reaches p, and tokens that equal the last kept one."""
+    """Return logits with -inf outside the smallest set of likeliest tokens whose total probability reaches p.
+
+    Tokens as likely as the last one of the set are kept too.
+    """
     probabilities = logits.softmax(-1)
     ordered = probabilities.sort(descending=True).values
     index = (ordered.cumsum(-1, dtype=torch.float64) < p).sum(-1, keepdim=True)
@@ -192,13 +195,16 @@ def top_p(logits: Tensor, p: Tensor) -> Tensor:
 
 
 def min_p(logits: Tensor, p: Tensor) -> Tensor:
-    """Keep tokens at least p times as likely as the likeliest."""
+    """Return logits with -inf for tokens less than p times as likely as the likeliest."""
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), REMOVED)
 
 
 def typical_p(logits: Tensor, p: Tensor) -> Tensor:
-    """Keep the tokens whose surprise is nearest to the expected surprise, up to mass p."""
+    """Return logits with -inf for all but the tokens whose -log probability is nearest to the entropy.
+
+    Tokens are kept, the nearest first, until their total probability reaches p.
+    """
     logprobs = logits.log_softmax(-1)
     probabilities = logprobs.exp()
     expected = -(probabilities * logprobs).nansum(-1, keepdim=True)
@@ -209,7 +215,7 @@ def typical_p(logits: Tensor, p: Tensor) -> Tensor:
 
 
 TRUNCATIONS = ((temper, float("nan")), (top_k, 0.0), (top_p, 1.0), (min_p, 0.0), (typical_p, 1.0))
-"""The functions in order, each with the setting that switches it off; temperature is always applied."""
+"""The steps of ``truncate`` in order, each with the setting that switches it off; temperature is always applied."""
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:

@@ -287,7 +287,7 @@ class Costly(Passing):
         (ask([1]), ((1, V),), InvalidParameter, "61 is not in the vocabulary"),
         (ask([1]), ((-1,),), InvalidParameter, "-1, expected at least 0"),
         (ask([1]), ((1.5,),), InvalidParameter, "whole number"),
-        (ask([1]), (1,), InvalidParameter, "expected token ids"),
+        (ask([1]), (1,), InvalidParameter, "expected a list of token ids"),
         (ask([1]), "12", InvalidParameter, "expected the token ids"),
         (ask([1]), 3, InvalidParameter, "expected the token ids"),
         (ask([1], max_tokens=3), ((1, 2, 3, 4),), InvalidParameter, "has room for 3"),

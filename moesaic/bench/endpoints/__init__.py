@@ -51,7 +51,7 @@ class RequestOptions:
     """Options that every request of a benchmark has."""
 
     temperature: float | None = None
-    """None: the server's default."""
+    """Sampling temperature; None: the server's default."""
     ignore_eos: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of the body, or of ``parameters`` for TGI."""
@@ -60,7 +60,7 @@ class RequestOptions:
 
 
 class Endpoint(ABC):
-    """A server that is addressed in one dialect."""
+    """A server, and the dialect (API) in which it is addressed."""
 
     name: ClassVar[str]
     """Name of the dialect; the file has the same name."""
@@ -149,7 +149,7 @@ def from_url(url: str) -> tuple[str, str | None]:
 
 
 async def open_endpoint(client: Client, options: RequestOptions, dialect: str, model: str | None) -> Endpoint:
-    """Return a server as an endpoint, ready for requests.
+    """Return the endpoint of the server that ``client`` is connected to, ready for requests.
 
     Args:
         client: connections to the server.

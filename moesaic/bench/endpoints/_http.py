@@ -23,7 +23,7 @@ request on a connection that is being closed would fail through no fault of the 
 MAX_MESSAGE_CHARACTERS = 300
 """Length to which messages of a server are cut."""
 UNKNOWN_ROUTE = ("status 404", "status 405", "status 501", "bad reply")
-"""Kinds of failures that mean that a server does not have a route."""
+"""Kinds of ``RequestFailed`` that mean that a server does not have the requested route."""
 
 clock = time.perf_counter
 
@@ -69,7 +69,9 @@ class Client:
             async with self._session.post(self.root + path, json=body) as response:
                 await _check(response)
                 if response.content_type != "text/event-stream":
-                    message = f"{response.content_type} instead of events: {await _message(response)}"
+                    message = (
+                        f"the response is {response.content_type}, not server-sent events: {await _message(response)}"
+                    )
                     raise RequestFailed("bad reply", message)
                 parser = EventParser()
                 while chunk := await response.content.readany():
@@ -82,7 +84,10 @@ class Client:
 
 @asynccontextmanager
 async def connect(root: str, key: str | None = None, headers: Mapping[str, str] | None = None) -> AsyncIterator[Client]:
-    """Open a client without a limit on connections, so that no request waits for another."""
+    """Return a context with a client that has no limit on connections, so that no request waits for another.
+
+    ``root`` is the server's address without a route.
+    """
     common = {"Accept-Encoding": "identity"}  # compression would delay the events of a stream
     if key:
         common["Authorization"] = f"Bearer {key}"
@@ -119,7 +124,7 @@ def decode(data: str) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise RequestFailed("bad reply", f"an event that is not a JSON object: {_short(data)}")
+        raise RequestFailed("bad reply", f"the stream has an event that is not a JSON object: {_short(data)}")
     return content
 
 
@@ -138,7 +143,7 @@ def error_message(error: Any) -> str:
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Raise aiohttp's errors as RequestFailed."""
+    """Return a context in which aiohttp's errors are raised as RequestFailed."""
     try:
         yield
     except aiohttp.ClientConnectorError as error:

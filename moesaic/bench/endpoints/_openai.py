@@ -16,7 +16,8 @@ from moesaic.bench.endpoints._http import Client, count, decode, error_message, 
 from moesaic.errors import InvalidRequest
 
 TEXT = re.compile(r'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"[^"]')
-"""Matches a text that is not empty. It cannot match inside a text, where every quote has a backslash before it."""
+"""Matches an event with a text that is not empty. It cannot match inside a text, where every quote has a backslash
+before it."""
 DECODED = re.compile(r'"(?:error|usage|finish_reason)"\s*:\s*["{\[]|"object"\s*:\s*"error"')
 """Matches events to decode: those with an error, a usage or a finish reason that is not null."""
 
@@ -39,7 +40,7 @@ class OpenAI(Endpoint):
         return cls(client, options, model or match["id"], count(match.get("max_model_len")))
 
     def body(self, request: Request) -> dict[str, Any]:
-        """Return the body of a request without its prompt or messages."""
+        """Return the fields of a request's body, without its prompt or messages."""
         body = {
             "model": self.model,
             "max_tokens": request.max_tokens,
@@ -64,11 +65,11 @@ class OpenAI(Endpoint):
                 elif DECODED.search(data):
                     finished |= _record(decode(data), answer)
         if not finished:
-            raise RequestFailed("cut stream", "it ended without a finish_reason")
+            raise RequestFailed("cut stream", "the stream ended without a finish_reason")
 
 
 def _record(event: dict[str, Any], answer: Answer) -> bool:
-    """Record the token counts of an event, and return whether it ends the answer.
+    """Record the token counts of an event in ``answer``, and return whether the event ends it.
 
     Raises:
         RequestFailed: the event is an error.

@@ -2,7 +2,7 @@
 
 Each progress reply has the whole text so far. A piece of text is therefore the difference of two replies and usually
 has many tokens. The figures are what such a client sees, including the pauses between its progress requests
-(``--poll``; 0.3 seconds, as in AIME's own clients).
+(``--poll``; 0.3 seconds, as in the clients that AIME publishes).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moesaic.errors import InvalidRequest
 
 
 class Dialect(Endpoint):
-    """AIME's API; the name of the model is the name of its endpoint, for example mixtral_chat."""
+    """The API of the AIME API server; the model's name is the name of its endpoint, for example mixtral_chat."""
 
     name = "aime"
     path = ""
@@ -51,7 +51,7 @@ class Dialect(Endpoint):
         reply = _object(await self.client.post(f"/{self.model}", self._body(request)))
         job_id = reply.get("job_id")
         if not reply.get("success") or not isinstance(job_id, str):
-            raise RequestFailed("error event", error_message(reply.get("error") or "no job_id"))
+            raise RequestFailed("error event", error_message(reply.get("error") or "the response has no job_id"))
         query, length, state = {"job_id": job_id} | self._keys, 0, ""
         while state != "done":
             await asyncio.sleep(self.options.poll)
@@ -64,7 +64,7 @@ class Dialect(Endpoint):
     def _body(self, request: Request) -> dict[str, Any]:
         """Return the body of a request: the last message as the prompt, and the earlier messages as context.
 
-        AIME's newer endpoints have no prompt; they take only a conversation.
+        Newer endpoints of the AIME API server have no prompt; they take only a conversation.
         """
         messages = list(request.messages) or [{"role": "user", "content": request.prompt}]
         body: dict[str, Any] = {"max_gen_tokens": request.max_tokens, "wait_for_result": False}

@@ -43,7 +43,7 @@ class Dialect(Endpoint):
                 if DECODED.search(data):
                     finished |= _record(decode(data), answer)
         if not finished:
-            raise RequestFailed("cut stream", "it ended without a generated_text")
+            raise RequestFailed("cut stream", "the stream ended without a generated_text")
 
     def _parameters(self, request: Request) -> dict[str, Any]:
         parameters: dict[str, Any] = {"max_new_tokens": request.max_tokens, "details": True}
@@ -53,7 +53,7 @@ class Dialect(Endpoint):
 
 
 def _record(event: dict[str, Any], answer: Answer) -> bool:
-    """Record the token counts of an event, and return whether it is the last event.
+    """Record the token counts of an event in ``answer``, and return whether it is the last event.
 
     Raises:
         RequestFailed: the event is an error.

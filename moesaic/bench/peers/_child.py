@@ -29,7 +29,7 @@ PROMPTS_PER_FILL = 1_000_000
 
 
 class Server:
-    """Runs requests: the name of a method, and its arguments."""
+    """Runs the requests of the parent process: each is the name of a method of this class, and its arguments."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -38,17 +38,17 @@ class Server:
         self._prompts = 0
 
     def hello(self) -> dict[str, Any]:
-        """Return the modules that are missing, and the versions of the packages if none is."""
+        """Return the peer's modules that are not installed, and the versions of its packages if all are."""
         missing = [name for name in self._module.MODULES if importlib.util.find_spec(name) is None]
         versions = {} if missing else {name: importlib.metadata.version(name) for name in self._module.PACKAGES}
         return {"missing": missing, "versions": {"python": platform.python_version()} | versions}
 
     def make(self, source: str, folder: str, weight_format: str) -> str:
-        """Create the file or folder that ``load`` loads, and return its path."""
+        """Return the path that ``load`` loads for a weight format; create its files from ``source`` if needed."""
         return str(self._module.make(Path(source), Path(folder), weight_format))
 
     def load(self, vocab: int, path: str, **setup: Any) -> dict[str, Any]:
-        """Load the model, and return the duration and the engine's description."""
+        """Load the model; return the duration, the engine's description, and the bytes of experts and other weights."""
         start = time.perf_counter()
         self._peer, self._vocab = self._module.Peer(Path(path), **setup), vocab
         expert_bytes, other_bytes = self._peer.weights
@@ -56,11 +56,17 @@ class Server:
         return {"seconds": seconds, "about": self._peer.about, "expert_bytes": expert_bytes, "other_bytes": other_bytes}
 
     def likeliest(self, tokens: int, count: int) -> list[int]:
-        """Return the most likely next tokens after a prompt that is the same for every peer."""
+        """Return the ids of the ``count`` most likely next tokens after a prompt of ``tokens`` tokens.
+
+        The prompt is the same for every peer.
+        """
         return [int(token_id) for token_id in self._peer.likeliest(self._ids(tokens, 0), count)]
 
     def prefill(self, tokens: int) -> float:
-        """Return the duration of one prompt in seconds; no prompt is used twice, because engines cache prefixes."""
+        """Compute a prompt of ``tokens`` tokens; return the duration in seconds.
+
+        No prompt is used twice, because engines cache prefixes.
+        """
         self._prompts += 1
         ids = self._ids(tokens, self._prompts)
         start = time.perf_counter()
@@ -73,7 +79,7 @@ class Server:
         self._peer.fill([self._ids(context, PROMPTS_PER_FILL * self._prompts + index) for index in range(sequences)])
 
     def decode(self, batch: int, steps: int) -> float:
-        """Return the mean duration of a decoding step in seconds, over ``steps`` steps."""
+        """Decode ``batch`` sequences for ``steps`` steps; return the mean duration of a step in seconds."""
         tokens = self._steps(batch)
         self._peer.begin(batch, WARM_UP_STEPS + steps)
         for _ in range(WARM_UP_STEPS):
@@ -94,7 +100,7 @@ class Server:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
     def _ids(self, count: int, salt: int) -> list[int]:
-        """Return random tokens that depend only on ``salt``; the first three ids are special tokens and left out."""
+        """Return ``count`` random token ids that depend only on ``salt``, without the special tokens 0, 1 and 2."""
         return random.Random(salt).choices(range(3, self._vocab), k=count)
 
     def _steps(self, batch: int) -> Iterator[list[int]]:

@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Unique name of the shape, for a folder."""
+        """Name of the shape with all its sizes, for a folder."""
         return "mixtral-" + "-".join(str(value) for value in vars(self).values())
 
     @property

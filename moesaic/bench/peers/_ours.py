@@ -15,7 +15,10 @@ from moesaic.registry import names
 
 
 def packed_folder(source: Path, folder: Path, weight_format: str) -> Path:
-    """Return the packed folder of a format inside ``folder``; ``source`` itself if the format is not quantized."""
+    """Return the packed folder of ``source`` in a format, inside ``folder``; create it if it does not exist.
+
+    Return ``source`` itself if the format is not quantized.
+    """
     if weight_format in names("formats") and weight_format in ("float32", "bfloat16", "float16"):
         return source
     target = folder / f"moesaic-{weight_format}"
@@ -40,7 +43,7 @@ def about(model: Decoder) -> dict[str, Any]:
 
 
 def weights(model: Decoder) -> tuple[int, int]:
-    """Return the bytes of the experts, and of all other weights that every step reads."""
+    """Return the bytes of all experts, and of all other weights that every step reads."""
     sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     embedding = sum(size for name, size in sizes.items() if name.startswith("embed."))

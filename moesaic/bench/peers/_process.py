@@ -89,7 +89,9 @@ class Process(AbstractContextManager["Process"]):
         pipe = self._child.stdout.fileno()
         while b"\n" not in self._rest:
             if not select.select([pipe], [], [], ANSWER_TIMEOUT_SECONDS)[0]:
-                raise PeerFailed(f"{command} gave no answer for {ANSWER_TIMEOUT_SECONDS:.0f} s and was ended")
+                raise PeerFailed(
+                    f"{command} gave no answer for {ANSWER_TIMEOUT_SECONDS:.0f} s, so its process was ended"
+                )
             data = os.read(pipe, 1 << 16)
             if not data:
                 raise self._ended(command)
@@ -108,7 +110,10 @@ class Process(AbstractContextManager["Process"]):
 
 @contextmanager
 def neighbour() -> Iterator[int]:
-    """Keep the last of this process's cores busy with another process; yield its process id."""
+    """Return a context in which another process keeps the last of this process's cores busy.
+
+    Its value is the id of the other process.
+    """
     core = max(os.sched_getaffinity(0))
     process = subprocess.Popen([sys.executable, "-c", BUSY_LOOP, str(core)], stdout=subprocess.PIPE)
     try:

@@ -175,7 +175,7 @@ def _tensors(config: dict[str, Any]) -> Iterator[_Tensor]:
 
 
 class _Stored:
-    """A safetensors file in bfloat16, read as 16-bit words."""
+    """Reader of a safetensors file in bfloat16, which returns its tensors as 16-bit words."""
 
     def __init__(self, file: Path) -> None:
         with file.open("rb") as stream:

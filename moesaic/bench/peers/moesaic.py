@@ -18,12 +18,15 @@ BLOCK_SIZE = 16
 
 
 def environment(python: Path) -> dict[str, str]:
-    """Make our own interpreter import the source that runs now; another interpreter has its own installation."""
+    """Return environment variables with which the interpreter that runs now imports the source that runs now.
+
+    Another interpreter has its own installation of Moesaic, so the result is empty for it.
+    """
     return {"PYTHONPATH": str(Path(__file__).parents[3])} if python == Path(sys.executable) else {}
 
 
 def make(source: Path, folder: Path, weight_format: str) -> Path:
-    """Return the packed folder, or the checkpoint itself if the format is not quantized."""
+    """Return the folder to load: ``source`` packed in the format, or ``source`` if the format is not quantized."""
     from moesaic.bench.peers import _ours
 
     return _ours.packed_folder(source, folder, weight_format)
@@ -79,7 +82,7 @@ class Peer:
         return logits[0]
 
     def _run(self, chunks: list[list[int]], start: int) -> Any:
-        """Run a chunk of each sequence from position ``start``; return the logits of the last tokens."""
+        """Run a chunk of each sequence from position ``start``; return the logits of the last token of each chunk."""
         from moesaic.ops import Batch
 
         torch, count = self._torch, len(chunks[0])

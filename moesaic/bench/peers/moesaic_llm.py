@@ -16,16 +16,19 @@ INSTALL = "pip install moesaic"
 FORMATS = ("q8", "q4", "q2", "bfloat16")
 
 MAX_DELAYED_STEPS = 4
-"""Maximum steps by which a request starts after the first one."""
+"""Maximum number of steps by which a request of a batch starts later than the first one."""
 
 
 def environment(python: Path) -> dict[str, str]:
-    """Make our own interpreter import the source that runs now; another interpreter has its own installation."""
+    """Return environment variables with which the interpreter that runs now imports the source that runs now.
+
+    Another interpreter has its own installation of Moesaic, so the result is empty for it.
+    """
     return {"PYTHONPATH": str(Path(__file__).parents[3])} if python == Path(sys.executable) else {}
 
 
 def make(source: Path, folder: Path, weight_format: str) -> Path:
-    """Return the packed folder, or the checkpoint itself if the format is not quantized."""
+    """Return the folder to load: ``source`` packed in the format, or ``source`` if the format is not quantized."""
     from moesaic.bench.peers import _ours
 
     return _ours.packed_folder(source, folder, weight_format)

@@ -16,12 +16,12 @@ FORMATS = ("bfloat16", "bfloat16-eager")
 
 
 def make(source: Path, folder: Path, weight_format: str) -> Path:
-    """Return the checkpoint itself."""
+    """Return ``source``: this engine loads the Hugging Face checkpoint as it is."""
     return source
 
 
 class Peer:
-    """The model and a cache of one prompt, which is copied for a batch."""
+    """The model, and the key/value cache of one prompt, which is copied for each sequence of a batch."""
 
     def __init__(self, path: Path, weight_format: str, threads: int, context: int, sequences: int) -> None:
         import torch

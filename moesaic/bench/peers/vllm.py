@@ -27,7 +27,7 @@ def environment(python: Path) -> dict[str, str]:
 
 
 def make(source: Path, folder: Path, weight_format: str) -> Path:
-    """Return the checkpoint itself."""
+    """Return ``source``: this engine loads the Hugging Face checkpoint as it is."""
     return source
 
 
@@ -104,7 +104,7 @@ class Peer:
 
 
 def _environment(config: dict[str, Any], threads: int, cache_tokens: int) -> dict[str, str]:
-    """Return the environment variables that vLLM reads when it is imported."""
+    """Return the environment variables for vLLM, which reads them when it is imported."""
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     token_bytes = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head
     cores = sorted(os.sched_getaffinity(0))[:threads]
