@@ -67,7 +67,7 @@ def test_every_api_answers_like_a_single_server(plain, direct, name, monkeypatch
 
 
 def test_a_prompt_that_is_too_long_is_told_as_by_a_single_server(plain, direct):
-    plain.hire()
+    plain.start_worker()
     for path, asked in (
         ("/v1/completions", {"prompt": "x" * 100_000}),
         ("/v1/completions", {"prompt": "x" * 100_000, "stream": True}),
@@ -80,7 +80,7 @@ def test_a_prompt_that_is_too_long_is_told_as_by_a_single_server(plain, direct):
 
 
 def test_many_texts_are_embedded_by_several_jobs(plain):
-    plain.hire()
+    plain.start_worker()
     reply = plain.client.post("/v1/embeddings", json={"model": "fake", "input": ["Hi"] * 300}).json()
     assert [len(reply["data"]), reply["usage"]["prompt_tokens"]] == [300, 300]
 
@@ -207,13 +207,13 @@ def test_the_date_of_a_prompt_is_decided_once(plain, monkeypatch):
             return next(times)
 
     monkeypatch.setattr(gateways, "datetime", Clock)
-    hand = plain.hire()
+    handle = plain.start_worker()
     body, once = {**CHAT, "chat_template_kwargs": {"a": 1}}, {"Idempotency-Key": "k"}
     for headers, replayed in ((once, "false"), (once, "true"), ({}, None)):
         found = plain.client.post("/v1/chat/completions", json=body, headers=headers)
         assert (found.status_code, found.headers.get("idempotency-replayed")) == (200, replayed)
-    assert [each.now for each in hand.backend.requests] == ["2026-12-03T23:59:59", "2026-12-04T00:00:01"]
-    assert hand.backend.requests[0].chat_template_kwargs == {"a": 1}
+    assert [each.now for each in handle.backend.requests] == ["2026-12-03T23:59:59", "2026-12-04T00:00:01"]
+    assert handle.backend.requests[0].chat_template_kwargs == {"a": 1}
 
 
 def test_idempotency_key_replays_failures(plain):
