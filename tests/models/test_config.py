@@ -22,7 +22,7 @@ def build(**changes: object) -> models.Decoder:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "qwen2"}, "model_type 'qwen2' is not known"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported"),
         ({"model_type": ...}, "model_type None"),
         ({"hidden_size": ...}, "'hidden_size' is missing"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
