@@ -136,7 +136,7 @@ def test_chat_errors_are_one_line(talker: Path, tmp_path: Path, capsys: pytest.C
     assert "unknown chat format 'x'" in refused(capsys, "chat", tmp_path / "none", *ask, "--chat-format", "x")
     assert "the message is empty" in refused(capsys, "chat", talker, "-m", " ")
     assert "--plain-text excludes --system" in refused(capsys, "chat", talker, *ask, "--plain-text", "--system", "x")
-    assert "the prompt has" in refused(capsys, "chat", talker, "-m", "word " * 100, "--context", "64")
+    assert "maximum context length" in refused(capsys, "chat", talker, "-m", "word " * 100, "--context", "64")
     assert "context: is 1" in refused(capsys, "chat", talker, *ask, "--context", "1")
     assert "device" in refused(capsys, "chat", talker, *ask, "--device", "abacus")
 

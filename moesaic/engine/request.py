@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from moesaic.errors import InvalidParameter
+
+if TYPE_CHECKING:  # importing numpy takes longer than a command needs to print its help
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -264,12 +264,6 @@ class Request:
     def masked(self) -> bool:
         """Whether answers have forbidden tokens, so that ``grammar_masks`` computes a mask for each next token."""
         return not (self.constraint is None and self.forbidden is None and self.sampling.allowed_token_ids is None)
-
-    @cached_property
-    def allowed_ids(self) -> NDArray[np.int64] | None:
-        """``Sampling.allowed_token_ids`` as an array; None if all are allowed."""
-        ids = self.sampling.allowed_token_ids
-        return None if ids is None else np.array(ids, dtype=np.int64)
 
     @property
     def stop_ids(self) -> frozenset[int]:
