@@ -106,8 +106,8 @@ class LLM(AbstractContextManager["LLM"]):
             InvalidRequest: the model is a classifier, or does not match its tokenizer.
         """
         path = BUILT_IN if model is None else Path(model)
-        if not path.is_dir():
-            raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
+        if not path.exists():
+            raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
         loading.check_layout(path)
         tokenizer = Tokenizer.open(path)
         loaded = load_model(path, dtype=dtype, weight_format=format, device=device, progress=progress)

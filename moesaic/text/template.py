@@ -17,8 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from moesaic import gguf
 from moesaic.errors import InvalidMessages, InvalidRequest, MalformedTemplate, NotFound, TemplateError
-from moesaic.text import _render
+from moesaic.text import _gguf_vocabulary, _render
 from moesaic.text._guard import Guard
 from moesaic.text._turns import Variables
 from moesaic.text._vocabulary import read_bounded
@@ -34,7 +35,7 @@ FILE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
 def load(folder: Path) -> str:
-    """Return the chat template of a checkpoint directory.
+    """Return the chat template of a checkpoint: a directory, or a GGUF file.
 
     Raises:
         TemplateError: the checkpoint has no chat template, or its file is damaged.
@@ -60,6 +61,8 @@ def find(folder: Path) -> str | None:
             template = read_bounded(own_file).decode("utf-8-sig")
         elif config.is_file():
             template = json.loads(read_bounded(config)).get("chat_template")
+        else:
+            template = _in_gguf(folder)
     except (ValueError, AttributeError, RecursionError) as error:
         raise TemplateError(
             own_file if own_file.is_file() else config, "is damaged: it cannot be decoded; download it again"
@@ -87,6 +90,12 @@ def load_file(path: Path) -> str:
     if not template.strip():
         raise TemplateError(path, "is empty")
     return template
+
+
+def _in_gguf(path: Path) -> str | None:
+    """Return the chat template in the GGUF file at ``path``, or None if there is no such file or template."""
+    file = gguf.vocabulary(path)
+    return None if file is None else _gguf_vocabulary.chat_template(file)
 
 
 def values(

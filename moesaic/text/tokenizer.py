@@ -1,8 +1,8 @@
 """Tokenizer: text to token ids and back, with one interface for all vocabularies.
 
 This module selects the tokenizer file of a directory and turns ids into bytes. The readers of the file formats are
-``_sentencepiece``, ``_tiktoken`` and ``_tokenizer_json``. The names of special tokens in a text are encoded as
-ordinary text.
+``_sentencepiece``, ``_tiktoken``, ``_tokenizer_json`` and ``_gguf_vocabulary``. The names of special tokens in a text
+are encoded as ordinary text.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from moesaic import gguf
 from moesaic.errors import InvalidRequest, TokenizerError
-from moesaic.text import _sentencepiece, _tiktoken, _tokenizer_json
+from moesaic.text import _gguf_vocabulary, _sentencepiece, _tiktoken, _tokenizer_json
 from moesaic.text._vocabulary import SPACE, Vocabulary, first_line, read_bounded
 
 # In order of preference: a pattern is used only if no file matches an earlier one.
@@ -57,6 +58,8 @@ class Tokenizer:
         file = _find(path) if path.is_dir() else path
         if not file.is_file():
             raise TokenizerError(file, "no such file")
+        if gguf.is_gguf(file):
+            return cls(_gguf_vocabulary.read(file))
         return cls(_read(file, read_bounded(file)))
 
     def encode(self, text: str, *, bos: bool = False, prefix: bool = True) -> list[int]:
@@ -182,7 +185,10 @@ def _find(folder: Path) -> Path:
             raise TokenizerError(folder, f"has more than one tokenizer: name one of {names}")
         if matches:
             return matches[0]
-    raise TokenizerError(folder, f"has no tokenizer: add one of {', '.join(FILES)}")
+    own = gguf.vocabulary(folder)
+    if own is not None:
+        return own
+    raise TokenizerError(folder, f"has no tokenizer: add one of {', '.join((*FILES, gguf.VOCABULARY))}")
 
 
 def _read(path: Path, data: bytes) -> Vocabulary:
