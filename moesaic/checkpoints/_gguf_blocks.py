@@ -25,8 +25,9 @@ from moesaic.gguf import TYPES, BlockType
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice the values of the four-bit floats; the scale is halved instead."""
-CHUNK = 1 << 18
-"""Weights that are decoded at a time: temporary tensors then stay in the processor's cache."""
+CHUNK = 1 << 15
+"""Weights that are decoded at a time. Temporary tensors stay in the processor's cache, and torch uses one thread for
+each operation: on a busy machine, its threads would wait for each other at the end of each of them."""
 
 
 class Codes(NamedTuple):
@@ -70,8 +71,11 @@ def _half(blocks: Tensor, begin: int) -> Tensor:
 
 def _nibbles(packed: Tensor, run: int) -> Tensor:
     """Return the halves of bytes [n, b] as [n, 2 b]: of each ``run`` bytes first the low halves, then the high ones."""
-    runs = packed.reshape(len(packed), -1, 1, run)
-    return torch.cat((runs & 15, runs >> 4), 2).reshape(len(packed), -1)
+    runs = packed.reshape(len(packed), -1, run)
+    out = runs.new_empty(len(packed), runs.shape[1], 2, run)
+    torch.bitwise_and(runs, 15, out=out[:, :, 0])
+    torch.bitwise_right_shift(runs, 4, out=out[:, :, 1])
+    return out.reshape(len(packed), -1)
 
 
 def _bits(packed: Tensor, width: int, count: int) -> Tensor:
@@ -81,12 +85,13 @@ def _bits(packed: Tensor, width: int, count: int) -> Tensor:
 
 
 def _signed(codes: Tensor, offset: int = 0) -> Tensor:
-    """Return unsigned codes as int8, reduced by ``offset``."""
-    return codes.to(torch.int8).sub_(offset)
+    """Return unsigned codes below 128 as int8, reduced by ``offset``; changes ``codes``."""
+    signed = codes.view(torch.int8)
+    return signed.sub_(offset) if offset else signed
 
 
 def _lookup(codes: Tensor, values: tuple[int, ...]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int8)[codes.int()]
+    return torch.tensor(values, dtype=torch.int8).index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:
