@@ -20,7 +20,7 @@ from typing import Any, Literal, Self, overload
 
 from moesaic import embedding, loading
 from moesaic.engine import Engine, Limits, Request, Sampling
-from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
+from moesaic.errors import InvalidParameter, InvalidRequest, Overloaded, PromptTooLong
 from moesaic.loading import Loaded, Progress, cache_dtype, limited_torch_threads, load_model, plan_cache, torch_threads
 from moesaic.reply import Answer, AnswerDecoder, Reply, Text, finished_answers
 from moesaic.sampling_defaults import sampling_defaults
@@ -83,7 +83,7 @@ class LLM(AbstractContextManager["LLM"]):
         """Load a model and start its engine.
 
         Args:
-            model: a folder in any layout, or None for the built-in model.
+            model: a folder in any layout, a GGUF file, or None for the built-in model.
             dtype: float32, bfloat16, float16, or auto: the dtype that the checkpoint is stored in.
             format: formats that weights are quantized to while they are read: q8, q4, q3, q2, the name of a format,
                 or role=format, ...; None: weights are not quantized.

@@ -174,13 +174,13 @@ def _split(file: GgufFile, pieces: Sequence[Piece]) -> Split:
 
 def _bytes(pieces: Sequence[Piece]) -> list[bytes]:
     """Return the bytes of each piece; a piece that is special or added is its own text."""
-    alphabet = {ord(char): byte for byte, char in enumerate(byte_alphabet())}
+    alphabet = byte_alphabet()
+    table, characters = {ord(char): byte for byte, char in enumerate(alphabet)}, set(alphabet)
     out = []
     for text, _, kind in pieces:
-        encoded = text.translate(alphabet) if kind in (NORMAL, BYTE) else text
         # A normal piece may also have been added as text: then it has characters that stand for no byte.
-        mapped = kind in (NORMAL, BYTE) and all(ord(char) in alphabet for char in text)
-        out.append(encoded.encode("latin-1") if mapped else text.encode())
+        mapped = kind in (NORMAL, BYTE) and characters.issuperset(text)
+        out.append(text.translate(table).encode("latin-1") if mapped else text.encode())
     return out
 
 
