@@ -20,7 +20,7 @@ from typing import Any, Literal, Self, overload
 
 from moesaic import embedding, loading
 from moesaic.engine import Engine, Limits, Request, Sampling
-from moesaic.errors import InvalidParameter, InvalidRequest, Overloaded, PromptTooLong
+from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
 from moesaic.loading import Loaded, Progress, cache_dtype, limited_torch_threads, load_model, plan_cache, torch_threads
 from moesaic.reply import Answer, AnswerDecoder, Reply, Text, finished_answers
 from moesaic.sampling_defaults import sampling_defaults

@@ -137,8 +137,8 @@ def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
     if source.layout == "gguf" and not (folder / gguf.VOCABULARY).exists():
-        with GgufFile(gguf.files(source.path)[0]) as file:
-            (folder / gguf.VOCABULARY).write_bytes(file.header_without_tensors())
+        with GgufFile(gguf.files(source.path)[0]) as header:
+            (folder / gguf.VOCABULARY).write_bytes(header.header_without_tensors())
 
 
 def _sync(path: Path) -> None:
