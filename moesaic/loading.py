@@ -52,6 +52,8 @@ class Loaded:
     @property
     def generation_file(self) -> Path:
         """The file that ``generation`` was read from."""
+        if self.layout == "gguf":
+            return self.path
         return self.path / (packed.MANIFEST if self.layout == "packed" else "generation_config.json")
 
     @property

@@ -33,6 +33,8 @@ SAMPLING = {
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
 """Names of control tokens that end an answer although the file does not list them; llama.cpp knows them as well."""
 CONTROL = 3
+MAX_NAME = 200
+"""Characters of a text that are read; none that is known is longer."""
 MAX_IDS, MAX_LAYERS = 1 << 21, 1 << 12
 """Limits for the lengths of arrays with a value for each token, or for each layer."""
 LLAMA3_BAND = 1.0, 4.0
@@ -57,7 +59,7 @@ def read_config(file: GgufFile, vocab: int, *, tied: bool, dtype: str, factors: 
     if architecture != ARCHITECTURE:
         raise ConfigError(
             file.path,
-            f"has the architecture {architecture!r}; only {ARCHITECTURE!r} (Llama, Mistral, Mixtral) is supported",
+            f"has the architecture {architecture!r:.80}; only {ARCHITECTURE!r} (Llama, Mistral, Mixtral) is supported",
         )
     decoder, linear = _decoder(Fields(_values(file, f"{ARCHITECTURE}."), file.path), vocab)
     if factors is not None:
@@ -102,7 +104,7 @@ def _values(file: GgufFile, prefix: str) -> dict[str, Any]:
                 if len(numbers) != 1:
                     raise ConfigError(file.path, f"{key} differs between layers, which is not supported")
                 (value,) = numbers
-            values[name] = file.text(key) if isinstance(value, Text) else value
+            values[name] = (file.text(key) or "")[:MAX_NAME] if isinstance(value, Text) else value
     return values
 
 

@@ -7,6 +7,7 @@ refused, because its ids would be wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from moesaic.text._tokenizer_json import GPT2_PATTERN
 from moesaic.text._vocabulary import MAX_IDS, Vocabulary, byte_alphabet, tokenizer_errors
 
 UNUSED = 5
+MAX_SQUARES = 1 << 28
+"""Limit for the sum of the squared lengths of all pieces, which finding the merges takes; Llama 3 has 2^23."""
 KINDS = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
 LLAMA, GPT2 = "llama", "gpt2"
 
@@ -69,7 +72,9 @@ def read(path: Path) -> Vocabulary:
         pieces = _pieces(file)
         kind = file.text("tokenizer.ggml.model")
         if kind not in (LLAMA, GPT2):
-            raise TokenizerError(path, f"has a vocabulary of kind {kind!r}; only {LLAMA!r} and {GPT2!r} are supported")
+            raise TokenizerError(
+                path, f"has a vocabulary of kind {kind!r:.80}; only {LLAMA!r} and {GPT2!r} are supported"
+            )
         if kind == LLAMA:
             return _sentencepiece_vocabulary(file, pieces)
         return _byte_level_vocabulary(file, pieces)
@@ -97,9 +102,14 @@ def _pieces(file: GgufFile) -> list[Piece]:
     if not set(kinds) <= set(KINDS):
         raise TokenizerError(file.path, f"has tokens of the unknown types {sorted(set(kinds) - set(KINDS))}")
     try:
-        return [Piece(text.decode(), *rest) for text, *rest in zip(texts, scores, kinds, strict=True)]
+        pieces = [Piece(text.decode(), *rest) for text, *rest in zip(texts, scores, kinds, strict=True)]
     except UnicodeDecodeError as error:
         raise TokenizerError(file.path, "has a token that is not UTF-8: the file is damaged") from error
+    if sum(len(piece.text) ** 2 for piece in pieces) > MAX_SQUARES:
+        raise TokenizerError(file.path, "has tokens that are too long for a vocabulary: the file is damaged")
+    if any(math.isnan(piece.score) for piece in pieces):
+        raise TokenizerError(file.path, "has a score that is not a number: the file is damaged")
+    return pieces
 
 
 def _special(file: GgufFile, pieces: Sequence[Piece], name: str) -> str | None:
@@ -168,7 +178,7 @@ def _split(file: GgufFile, pieces: Sequence[Piece]) -> Split:
     if name is None:
         name = "llama-bpe" if any(piece.text.encode() == LLAMA3_MARK for piece in pieces) else "default"
     if name not in SPLITS:
-        raise TokenizerError(file.path, f"splits text as {name!r}, which is not known; known: {', '.join(SPLITS)}")
+        raise TokenizerError(file.path, f"splits text as {name!r:.80}, which is not known; known: {', '.join(SPLITS)}")
     return SPLITS[name]
 
 

@@ -59,7 +59,7 @@ class Tokenizer:
         if not file.is_file():
             raise TokenizerError(file, "no such file")
         if gguf.is_gguf(file):
-            return cls(_gguf_vocabulary.read(file))
+            return cls(_gguf_vocabulary.read(gguf.files(file)[0]))
         return cls(_read(file, read_bounded(file)))
 
     def encode(self, text: str, *, bos: bool = False, prefix: bool = True) -> list[int]:

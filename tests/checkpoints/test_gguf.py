@@ -16,6 +16,8 @@ from moesaic.checkpoints._gguf_blocks import DECODERS
 from moesaic.errors import CheckpointError, ConfigError, NotFound
 from moesaic.gguf import TYPES
 from moesaic.loading import load_model
+from moesaic.text import template
+from moesaic.text.tokenizer import Tokenizer
 from tests.support import gguf_files
 from tests.support.gguf_files import KINDS, TinyFile, reference
 from tests.support.models import LLAMA31
@@ -115,6 +117,20 @@ def test_a_split_model_opens_by_any_part_and_by_its_folder(tmp_path):
     for path in (parts[2], tmp_path):
         with pytest.raises(CheckpointError, match=r"tiny-00002-of-00003\.gguf: is missing: the model has 3 parts"):
             checkpoints.open_checkpoint(path)
+
+
+def test_the_vocabulary_of_a_split_model_is_in_its_first_part(tmp_path):
+    tiny = TinyFile("F16")
+    tiny.metadata |= {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab"],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.chat_template": "{{ x }}",
+    }
+    for path in (*tiny.write_split(tmp_path, 2), tmp_path):
+        assert Tokenizer.open(path).encode("aba") == [2, 0]
+        assert template.load(path) == "{{ x }}"
 
 
 def test_parts_of_different_models_are_refused(tmp_path):

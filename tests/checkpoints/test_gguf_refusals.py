@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic import checkpoints, packed
+from moesaic import checkpoints, cli, packed
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError, ConfigError, InvalidParameter
+from moesaic.llm import LLM
 from moesaic.loading import load_model
 from moesaic.text import template
 from moesaic.text.tokenizer import Tokenizer
@@ -128,6 +129,32 @@ def test_a_converted_file_keeps_weights_vocabulary_and_template(with_vocabulary,
         assert template.load(source) == "{{ messages[0].content }}"
     convert(tmp_path / "hf", tmp_path / "mistral", "mistral")
     assert Tokenizer.open(tmp_path / "mistral").encode("ab") == [263]
+
+
+def test_a_file_talks(tmp_path, capsys):
+    tiny = TinyFile("Q4_K", experts=2)
+    pieces = ["<end>", "<turn>", *(chr(code) for code in range(33, 126)), "\u0120"]
+    assert len(pieces) == 96
+    tiny.metadata |= {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": [3, 3, *[1] * 94],
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.chat_template": "<turn>{{ messages[0].content }}<turn>",
+        "general.sampling.temp": 0.2,
+        "general.sampling.top_k": 7,
+    }
+    path = tiny.write(tmp_path / "tiny.gguf")
+    with LLM.load(path, chat_format="template") as llm:
+        assert llm.name == "tiny.gguf" and llm.defaults == {"temperature": 0.2, "top_k": 7}
+        ids = llm.encode_chat([{"role": "user", "content": "Hi 12"}])
+        assert [pieces[token_id] for token_id in ids] == ["<turn>", "H", "i", "\u0120", "1", "2", "<turn>"]
+        answer = llm.chat([{"role": "user", "content": "Hi"}], max_tokens=3)
+        assert answer.reason in ("length", "stop")
+    assert cli.main(["chat", str(path), "-m", "Hi", "--chat-format", "template", "--max-tokens", "2"]) == 0
+    assert cli.main(["chat", str(tmp_path / "none.gguf"), "-m", "Hi"]) != 0
+    assert "no such folder or file" in capsys.readouterr().err
 
 
 def test_a_packed_file_keeps_its_vocabulary(with_vocabulary, tmp_path):
