@@ -201,7 +201,7 @@ def mutated(content: bytes, head: int, chance: random.Random) -> bytes:
     """Return ``content`` with a few changes in its first ``head`` bytes, or cut off."""
     out = bytearray(content)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        place = chance.randrange(head)
+        place = chance.randrange(min(head, len(out)))
         match chance.randrange(6):
             case 0:
                 out[place] = chance.randrange(256)

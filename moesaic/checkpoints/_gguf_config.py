@@ -22,7 +22,8 @@ from moesaic.gguf import Array, GgufFile, Text
 ARCHITECTURE = "llama"
 FIRST_MIXTRAL = 8, 1e6
 """Number of experts, and the rotary base, of the first files of Mixtral, which do not contain the base."""
-IGNORED_KEYS = (*("rope.scaling.finetuned", "tensor_data_layout", "attention.causal"),)
+IGNORED_KEYS = ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")
+"""Keys that do not change the computation; the embedding has as many rows as there are tokens."""
 SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -31,8 +32,9 @@ SAMPLING = {
     "penalty_repeat": "repetition_penalty",
 }
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
-"""Names of control tokens that end an answer although the file does not list them; llama.cpp knows them as well."""
-CONTROL = 3
+"""Names of tokens that end an answer although the file does not list them; llama.cpp knows them as well."""
+SPECIAL = (3, 4)
+"""Types of control tokens and of added texts, as which many files list control tokens."""
 MAX_NAME = 200
 """Characters of a text that are read; none that is known is longer."""
 MAX_IDS, MAX_LAYERS = 1 << 21, 1 << 12
@@ -66,7 +68,7 @@ def read_config(file: GgufFile, vocab: int, *, tied: bool, dtype: str, factors: 
         decoder = replace(decoder, scaling=_scaling(factors, decoder, file))
         if linear:
             raise ConfigError(file.path, "has both rope_freqs.weight and a rope scaling; only one is supported")
-    config = decoder.to_config("mixtral" if decoder.experts else "mistral" if decoder.window else "llama", dtype)
+    config = decoder.to_config(_model_type(file, decoder), dtype)
     if linear:
         config["rope_scaling"] = {"rope_type": "linear", "factor": linear}
     return config | {"tie_word_embeddings": tied}
@@ -78,7 +80,7 @@ def read_generation(file: GgufFile) -> dict[str, Any]:
     names = {name.encode() for name in END_OF_TURN}
     kinds = file.numbers("tokenizer.ggml.token_type", MAX_IDS)
     for token_id, piece in enumerate(file.texts("tokenizer.ggml.tokens", MAX_IDS)):
-        if piece in names and token_id < len(kinds) and kinds[token_id] == CONTROL:
+        if piece in names and token_id < len(kinds) and kinds[token_id] in SPECIAL:
             ends.append(token_id)
     generation: dict[str, Any] = {
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
@@ -90,6 +92,17 @@ def read_generation(file: GgufFile) -> dict[str, Any]:
             # A float32 of the file is 0.2 only after rounding.
             generation[name] = value if isinstance(value, int) else float(f"{value:.7g}")
     return {name: value for name, value in generation.items() if value is not None}
+
+
+def _model_type(file: GgufFile, decoder: DecoderConfig) -> str:
+    """Return the family of the model; without a window, only the name tells Mistral's from Llama's, and computes alike.
+
+    The family chooses the chat format of a model that has no template and no control tokens.
+    """
+    if decoder.experts:
+        return "mixtral"
+    named = "mistral" in (file.text("general.name") or "").lower()
+    return "mistral" if decoder.window or named else "llama"
 
 
 def _values(file: GgufFile, prefix: str) -> dict[str, Any]:
@@ -115,7 +128,7 @@ def _decoder(fields: Fields, vocab: int) -> tuple[DecoderConfig, float | None]:
     head_dim = fields.integer("attention.key_length", hidden // heads)
     fields.allow("attention.value_length", head_dim)
     fields.allow("rope.dimension_count", head_dim)
-    fields.allow("vocab_size", vocab)
+    fields.allow("attention.causal", True)
     first_mixtral, its_theta = FIRST_MIXTRAL
     intermediate = fields.integer("feed_forward_length")
     if experts:

@@ -8,6 +8,7 @@ refused, because its ids would be wrong.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from moesaic.text._tokenizer_json import GPT2_PATTERN
 from moesaic.text._vocabulary import MAX_IDS, Vocabulary, byte_alphabet, tokenizer_errors
 
 UNUSED = 5
+_CONTROL_NAME = re.compile(r"<\|[^|<>]{1,80}\|>")
 MAX_SQUARES = 1 << 28
 """Limit for the sum of the squared lengths of all pieces, which finding the merges takes; Llama 3 has 2^23."""
 KINDS = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
@@ -102,14 +104,23 @@ def _pieces(file: GgufFile) -> list[Piece]:
     if not set(kinds) <= set(KINDS):
         raise TokenizerError(file.path, f"has tokens of the unknown types {sorted(set(kinds) - set(KINDS))}")
     try:
-        pieces = [Piece(text.decode(), *rest) for text, *rest in zip(texts, scores, kinds, strict=True)]
+        decoded = [text.decode() for text in texts]
     except UnicodeDecodeError as error:
         raise TokenizerError(file.path, "has a token that is not UTF-8: the file is damaged") from error
+    pieces = [Piece(text, score, _kind(text, kind)) for text, score, kind in zip(decoded, scores, kinds, strict=True)]
     if sum(len(piece.text) ** 2 for piece in pieces) > MAX_SQUARES:
         raise TokenizerError(file.path, "has tokens that are too long for a vocabulary: the file is damaged")
     if any(math.isnan(piece.score) for piece in pieces):
         raise TokenizerError(file.path, "has a score that is not a number: the file is damaged")
     return pieces
+
+
+def _kind(text: str, kind: int) -> int:
+    """Return the kind of a piece; many files list control tokens such as <|im_end|> among the added texts.
+
+    As an added text, a control token in a user's message would end the turn.
+    """
+    return CONTROL if kind == USER_DEFINED and _CONTROL_NAME.fullmatch(text) else kind
 
 
 def _special(file: GgufFile, pieces: Sequence[Piece], name: str) -> str | None:

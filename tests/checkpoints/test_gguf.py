@@ -191,6 +191,15 @@ def test_a_window_makes_it_a_mistral(tmp_path):
     assert close(path, tiny.apply(reference("mistral", sliding_window=3)))
 
 
+@pytest.mark.parametrize(("name", "expected"), [("Mistral 7B Instruct", "mistral"), ("Llama 3", "llama")])
+def test_the_name_tells_mistrals_models(name, expected, tmp_path):
+    tiny = TinyFile("F16")
+    tiny.metadata |= {"general.name": name, "llama.vocab_size": 90}  # the embedding's rows count, not this key
+    with checkpoints.open_checkpoint(tiny.write(tmp_path / "tiny.gguf")) as checkpoint:
+        assert checkpoint.config["model_type"] == expected and checkpoint.config["vocab_size"] == 96
+        assert checkpoint.config.get("sliding_window") is None
+
+
 def test_linear_rope_scaling(tmp_path):
     tiny = TinyFile("F32")
     tiny.metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}

@@ -44,7 +44,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
         ({"llama.expert_used_count": 0}, "must contain both expert_count and expert_used_count"),
         ({"llama.expert_count": -1.0}, "expert_count is -1.0"),
         ({"llama.expert_gating_func": 2}, "expert_gating_func is 2"),
-        ({"llama.vocab_size": 97}, "vocab_size is 97"),
+        ({"llama.attention.causal": False}, "attention.causal is False"),
     ],
 )
 def test_metadata_that_changes_the_computation_or_contradicts_the_tensors(change, message, tmp_path):
@@ -133,13 +133,13 @@ def test_a_converted_file_keeps_weights_vocabulary_and_template(with_vocabulary,
 
 def test_a_file_talks(tmp_path, capsys):
     tiny = TinyFile("Q4_K", experts=2)
-    pieces = ["<end>", "<turn>", *(chr(code) for code in range(33, 126)), "\u0120"]
+    pieces = ["<end>", "<turn>", *(chr(code) for code in range(33, 125)), "<|im_end|>", "\u0120"]
     assert len(pieces) == 96
     tiny.metadata |= {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": pieces,
-        "tokenizer.ggml.token_type": [3, 3, *[1] * 94],
+        "tokenizer.ggml.token_type": [3, 3, *[1] * 92, 4, 1],
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.chat_template": "<turn>{{ messages[0].content }}<turn>",
         "general.sampling.temp": 0.2,
@@ -147,6 +147,7 @@ def test_a_file_talks(tmp_path, capsys):
     }
     path = tiny.write(tmp_path / "tiny.gguf")
     with LLM.load(path, chat_format="template") as llm:
+        assert llm.loaded.eos_ids == {0, 94}
         assert llm.name == "tiny.gguf" and llm.defaults == {"temperature": 0.2, "top_k": 7}
         ids = llm.encode_chat([{"role": "user", "content": "Hi 12"}])
         assert [pieces[token_id] for token_id in ids] == ["<turn>", "H", "i", "\u0120", "1", "2", "<turn>"]

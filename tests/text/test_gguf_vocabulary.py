@@ -13,6 +13,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import pre_tokenizers
 
 from moesaic.errors import CheckpointError, TokenizerError
+from moesaic.gguf import GgufFile
 from moesaic.text import template
 from moesaic.text._vocabulary import byte_alphabet, merges
 from moesaic.text.tokenizer import Tokenizer
@@ -136,6 +137,19 @@ def test_added_text_is_found_before_merges_and_unused_ids_are_no_tokens(kind, wr
     control = "<turn>" if kind == "gpt2" else "<s>"
     assert len(tokenizer.encode(control)) > 1
     assert tokenizer.encode_with_special(control) == [tokenizer.control[control]]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_added_texts_with_names_of_control_tokens_are_control_tokens(kind, write):
+    tokens = Tokenizer.open(write(kind))._vocabulary.pieces
+    size = len(tokens)
+    path = write(kind)
+    with GgufFile(path) as file:
+        pieces = [piece.decode() for piece in file.texts("tokenizer.ggml.tokens", size)]
+    pieces[size - 2] = "<|im_end|>"  # in the place of <tool>
+    tokenizer = Tokenizer.open(write(kind, tokens=pieces))
+    assert tokenizer.control["<|im_end|>"] == size - 2
+    assert len(tokenizer.encode("<|im_end|>")) > 1 and tokenizer.encode_with_special("<|im_end|>") == [size - 2]
 
 
 def test_the_flags_of_the_file_count(write):
