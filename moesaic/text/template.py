@@ -17,14 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moesaic import gguf
 from moesaic.errors import InvalidMessages, InvalidRequest, MalformedTemplate, NotFound, TemplateError
 from moesaic.text import _gguf_vocabulary, _render
 from moesaic.text._guard import Guard
 from moesaic.text._turns import Variables
 from moesaic.text._vocabulary import read_bounded
 from moesaic.text.messages import Message, validate
-from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tokenizer import Tokenizer, gguf_file
 from moesaic.text.tools import ToolCall, Tools
 
 MAX_TEMPLATE_CHARS = 256 << 10
@@ -48,7 +47,7 @@ def load(folder: Path) -> str:
 
 
 def find(folder: Path) -> str | None:
-    """Return the chat template of a checkpoint directory; None if it has none.
+    """Return the chat template of a checkpoint, a directory or a GGUF file; None if it has none.
 
     Raises:
         TemplateError: the file of the template is damaged.
@@ -61,12 +60,12 @@ def find(folder: Path) -> str | None:
             template = read_bounded(own_file).decode("utf-8-sig")
         elif config.is_file():
             template = json.loads(read_bounded(config)).get("chat_template")
-        else:
-            template = _in_gguf(folder)
     except (ValueError, AttributeError, RecursionError) as error:
         raise TemplateError(
             own_file if own_file.is_file() else config, "is damaged: it cannot be decoded; download it again"
         ) from error
+    if template is None and (file := gguf_file(folder)) is not None:
+        template = _gguf_vocabulary.chat_template(file)
     if isinstance(template, list):  # several templates with names
         named = [entry for entry in template if isinstance(entry, dict)]
         template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
@@ -90,12 +89,6 @@ def load_file(path: Path) -> str:
     if not template.strip():
         raise TemplateError(path, "is empty")
     return template
-
-
-def _in_gguf(path: Path) -> str | None:
-    """Return the chat template in the GGUF file at ``path``, or None if there is no such file or template."""
-    file = gguf.vocabulary(path)
-    return None if file is None else _gguf_vocabulary.chat_template(file)
 
 
 def values(

@@ -153,6 +153,17 @@ class Tokenizer:
         return ids
 
 
+def gguf_file(path: Path) -> Path | None:
+    """Return the GGUF file that the vocabulary of the checkpoint at ``path`` is in; None if another file has it.
+
+    Raises:
+        CheckpointError: a folder without another vocabulary holds several GGUF models, or a part is missing.
+    """
+    if path.is_dir() and any(any(path.glob(pattern)) for pattern in FILES):
+        return None
+    return gguf.vocabulary(path)
+
+
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
     """Return a pattern that matches and captures any of the names, the longest first; None if there are none."""
     longest_first = sorted(names, key=len, reverse=True)
@@ -185,9 +196,8 @@ def _find(folder: Path) -> Path:
             raise TokenizerError(folder, f"has more than one tokenizer: name one of {names}")
         if matches:
             return matches[0]
-    own = gguf.vocabulary(folder)
-    if own is not None:
-        return own
+    if (file := gguf_file(folder)) is not None:
+        return file
     raise TokenizerError(folder, f"has no tokenizer: add one of {', '.join((*FILES, gguf.VOCABULARY))}")
 
 

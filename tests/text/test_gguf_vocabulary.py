@@ -231,6 +231,14 @@ def test_the_chat_template_of_a_file_or_its_folder(write, tmp_path):
     assert template.load(tmp_path) == "{{ own }}"
 
 
+def test_gguf_files_beside_another_vocabulary_do_not_count(write, tmp_path, files):
+    (tmp_path / "other.gguf").write_bytes(write(chat_template=None).read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes(files["v1"].read_bytes())
+    assert Tokenizer.open(tmp_path).vocab_size == 32_000
+    with pytest.raises(template.TemplateError, match="has no chat template"):
+        template.load(tmp_path)
+
+
 def test_a_folder_with_several_files_has_no_vocabulary_of_its_own(write, tmp_path):
     (tmp_path / "other.gguf").write_bytes(write().read_bytes())
     with pytest.raises(CheckpointError, match=r"several GGUF models: give the path of one of other\.gguf, vocabulary"):
