@@ -42,7 +42,7 @@ def reader(path: Path) -> gguf.GGUFReader:
 
 @pytest.fixture(scope="module")
 def llm(path: Path) -> Iterator[LLM]:
-    with LLM.load(path, chat_format="template", context=512) as loaded:
+    with LLM.load(path, context=512) as loaded:
         yield loaded
 
 
@@ -51,11 +51,18 @@ def test_it_knows_the_capital_of_france(llm):
     assert answer.text == "The capital of France is Paris." and answer.reason == "stop"
 
 
+def test_the_built_in_format_gives_the_ids_of_its_template(llm, path):
+    assert llm.format is not None and llm.format.name == "chatml"
+    system = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
+    own = template.encode(template.load(path), FRANCE, llm.tokenizer)
+    assert llm.encode_chat([system, *FRANCE]) == own
+
+
 def test_its_template_has_a_default_system_prompt(llm, path):
     tokenizer = Tokenizer.open(path)
     assert "<|im_start|>" in template.load(path)
     begin, end = tokenizer.control["<|im_start|>"], tokenizer.control["<|im_end|>"]
-    ids = llm.encode_chat(FRANCE)
+    ids = template.encode(template.load(path), FRANCE, tokenizer)
     assert ids[0] == begin and ids.count(begin) == 3 and ids.count(end) == 2
     assert "You are a helpful AI assistant named SmolLM" in tokenizer.decode(ids)
     assert end in llm.loaded.eos_ids and tokenizer.bos_id is None
