@@ -38,7 +38,7 @@ def convert(
     The folder appears only when it is complete. At most one shard is in memory.
 
     Args:
-        src: the folder of a checkpoint in any layout.
+        src: the folder or file of a checkpoint in any layout.
         dst: a folder that does not exist or is empty.
         to: the name of the layout: ``hf``, ``mistral`` or ``meta``.
         shards: number of files; for ``meta`` the number of model-parallel ranks, which must divide the heads.
@@ -53,6 +53,8 @@ def convert(
     """
     source, target = Path(src), Path(dst)
     layout = registry.load("checkpoints", to)
+    if not hasattr(layout, "write"):
+        raise InvalidParameter("to", f"is {to}, a layout that is only read; choose another one")
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise InvalidParameter("dst", f"{target} is inside the source folder; choose another folder")
     with checkpoints.open_checkpoint(source) as checkpoint:

@@ -83,7 +83,7 @@ class LLM(AbstractContextManager["LLM"]):
         """Load a model and start its engine.
 
         Args:
-            model: a folder in any layout, or None for the built-in model.
+            model: a folder in any layout, a GGUF file, or None for the built-in model.
             dtype: float32, bfloat16, float16, or auto: the dtype that the checkpoint is stored in.
             format: formats that weights are quantized to while they are read: q8, q4, q3, q2, the name of a format,
                 or role=format, ...; None: weights are not quantized.
@@ -106,8 +106,8 @@ class LLM(AbstractContextManager["LLM"]):
             InvalidRequest: the model is a classifier, or does not match its tokenizer.
         """
         path = BUILT_IN if model is None else Path(model)
-        if not path.is_dir():
-            raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
+        if not path.exists():
+            raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
         loading.check_layout(path)
         tokenizer = Tokenizer.open(path)
         loaded = load_model(path, dtype=dtype, weight_format=format, device=device, progress=progress)

@@ -52,6 +52,8 @@ class Loaded:
     @property
     def generation_file(self) -> Path:
         """The file that ``generation`` was read from."""
+        if self.layout == "gguf":
+            return self.path
         return self.path / (packed.MANIFEST if self.layout == "packed" else "generation_config.json")
 
     @property
@@ -71,7 +73,7 @@ def _token_id(value: Any) -> int | None:
 
 
 def check_layout(path: Path) -> None:
-    """Raise the error of ``load_model`` if the folder ``path`` holds no model at all, such as an adapter only.
+    """Raise the error of ``load_model`` if there is no model at all at ``path``, but an adapter or another file.
 
     It reads no weights. Call it first, so that this error comes before errors about other files of the folder.
     """
@@ -87,10 +89,10 @@ def load_model(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Loaded:
-    """Load the model in folder ``path``.
+    """Load the model at ``path``.
 
     Args:
-        path: folder of a checkpoint in any layout, or a packed folder.
+        path: folder or GGUF file of a checkpoint in any layout, or a packed folder.
         dtype: float32, bfloat16 or float16, for activations and plain weights; auto: the dtype that the checkpoint
             is stored in.
         weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: weights stay
@@ -136,7 +138,7 @@ def memory_needed(
     of the cache depends on the available memory, the result holds for the memory that is available now.
 
     Args:
-        path: folder of a checkpoint in any layout, or a packed folder.
+        path: folder or GGUF file of a checkpoint in any layout, or a packed folder.
         dtype: dtype of activations and plain weights, as for ``load_model``.
         weight_format: formats that weights are quantized to, as for ``load_model``; ignored for a classifier.
         device: the device that the model is loaded to.

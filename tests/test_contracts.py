@@ -130,7 +130,23 @@ class TestModels:
             assert models.types()[model_type] == name
 
 
-@pytest.mark.parametrize("layout", registry.names("checkpoints"))
+LAYOUTS = registry.names("checkpoints")
+WRITTEN = [name for name in LAYOUTS if hasattr(registry.load("checkpoints", name), "write")]
+
+
+def test_layouts_are_tried_in_one_order():
+    priorities = {name: registry.load("checkpoints", name).PRIORITY for name in LAYOUTS}
+    assert len(set(priorities.values())) == len(LAYOUTS)
+    assert sorted(LAYOUTS, key=priorities.__getitem__) == ["hf", "meta", "mistral", "gguf"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_empty_folder_is_not_detected(layout, tmp_path):
+    assert registry.load("checkpoints", layout).LOOKS_FOR
+    assert registry.load("checkpoints", layout).detect(tmp_path) is False
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
 class TestCheckpoints:
     @pytest.fixture
     def written(self, layout, tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -165,10 +181,6 @@ class TestCheckpoints:
         tensor = "model.norm.weight" if change == "unexpected" else "model.extra.weight"
         assert tensor in str(caught.value)
         assert "\n" not in str(caught.value)
-
-    def test_an_empty_folder_is_not_detected(self, layout, tmp_path):
-        assert registry.load("checkpoints", layout).LOOKS_FOR
-        assert registry.load("checkpoints", layout).detect(tmp_path) is False
 
 
 @pytest.mark.parametrize("name", registry.names(endpoints.FOLDER))

@@ -3,9 +3,10 @@
 A module ``checkpoints/<name>.py`` defines
 
     LOOKS_FOR                                   description of the files that ``detect`` looks for
-    detect(path) -> bool                        whether a folder is in this layout; never raises
+    PRIORITY                                    layouts with a lower number are tried first
+    detect(path) -> bool                        whether a folder or a file is in this layout; never raises
     open_checkpoint(path) -> Checkpoint         the checkpoint, with its tensors described but not read
-    write(source, path, shards, on_write)       writes a checkpoint in this layout, completely or not at all
+    write(source, path, shards, on_write)       optional: writes a checkpoint completely or not at all
 
 All layouts present the same view of a checkpoint: Hugging Face's classic tensor names, query and key rows in
 half-split rotary order, and a configuration in the vocabulary of config.json. This package does not depend on
@@ -51,10 +52,12 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
 
     Attributes:
         layout: name of the layout.
-        path: folder of the checkpoint.
+        path: folder or file of the checkpoint.
         config: configuration in the vocabulary of config.json, with unchanged values.
         generation: content of generation_config.json; empty if there is none.
         tensors: shape, dtype and file of every tensor by its classic name, in the order on disk.
+        preferred_dtype: name of the dtype to load weights in if the user does not choose one; None: the dtype in
+            which most bytes are stored.
     """
 
     def __init__(
@@ -65,12 +68,14 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         generation: Mapping[str, Any],
         views: Mapping[str, View],
         close: Callable[[], None],
+        preferred_dtype: str | None = None,
     ) -> None:
         self.layout = layout
         self.path = path
         self.config = MappingProxyType(dict(config))
         self.generation = MappingProxyType(dict(generation))
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in views.items()}
+        self.preferred_dtype = preferred_dtype
         self._views = views
         self._close = close
 
@@ -93,35 +98,36 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
 
 
 def detect_layout(path: Path) -> ModuleType:
-    """Return the module of the layout that the folder ``path`` is in.
+    """Return the module of the layout that the folder or file ``path`` is in.
 
-    A folder can hold the same weights in two layouts, as Mistral's releases do. The layout that comes first in
-    alphabetical order is then chosen: hf before meta before mistral.
+    A folder can hold the same weights in two layouts, as Mistral's releases do. The ``PRIORITY`` of the layouts then
+    decides: hf before meta before mistral before gguf.
 
     Raises:
-        NotFound: the folder does not exist.
-        CheckpointError: the folder holds an adapter, or no known layout; the message names the files of all layouts.
+        NotFound: the folder or file does not exist.
+        CheckpointError: the path holds an adapter, or no known layout; the message names the files of all layouts.
     """
     if not path.exists():
-        raise NotFound(f"{path}: no such folder")
-    if not path.is_dir():
-        raise CheckpointError(path, "is a file; give the folder that holds it instead")
+        raise NotFound(f"{path}: no such folder or file")
     refuse_adapter(path)
     layouts = [registry.load("checkpoints", name) for name in registry.names("checkpoints")]
+    layouts.sort(key=lambda layout: layout.PRIORITY)
     for layout in layouts:
         if layout.detect(path):
             return layout
+    if not path.is_dir():
+        raise CheckpointError(path, "is a file, but not a GGUF file; give the folder that holds it instead")
     refuse_adapter_config(path)
     expected = "; ".join(f"{layout.__name__.rpartition('.')[2]}: {layout.LOOKS_FOR}" for layout in layouts)
     raise CheckpointError(path, f"holds no checkpoint. Looked for {expected}")
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open the checkpoint in the folder ``path``, in whatever layout it is.
+    """Open the checkpoint in the folder or file ``path``, in whatever layout it is.
 
     Raises:
-        NotFound: the folder does not exist.
-        CheckpointError: the folder holds no checkpoint, or a damaged one.
+        NotFound: the folder or file does not exist.
+        CheckpointError: the path holds no checkpoint, or a damaged one.
     """
     folder = Path(path)
     checkpoint: Checkpoint = detect_layout(folder).open_checkpoint(folder)
@@ -276,7 +282,9 @@ def _check_finite(tensor: Tensor, file: Path, name: str) -> None:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Return the name of the dtype in which most bytes of the checkpoint are stored; float64 counts as float32."""
+    """Return the dtype to load weights in: the preferred one, or the one of most bytes; float64 counts as float32."""
+    if checkpoint.preferred_dtype is not None:
+        return checkpoint.preferred_dtype
     sizes: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         name = _dtype_name(info.dtype)

@@ -1,7 +1,7 @@
 """Writes the folder of a checkpoint, completely or not at all.
 
 The folder is written under a temporary name and renamed when all files are on disk. Tokenizer files are copied
-unchanged. This module does not depend on layouts.
+unchanged; the vocabulary in a GGUF file becomes a GGUF file without tensors. This module does not depend on layouts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from moesaic import gguf
 from moesaic.checkpoints import EMBEDDING, HEAD, TIED, Checkpoint, check_head, ignored_reason
 from moesaic.checkpoints._safetensors import write_file
 from moesaic.checkpoints._views import Stored, View
 from moesaic.errors import CheckpointError, InvalidParameter
+from moesaic.gguf import GgufFile
 
 OnWrite = Callable[[int], None]
 """Called with the bytes of each tensor written."""
@@ -33,6 +35,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tekken*.json",
     "chat_template*",
+    gguf.VOCABULARY,
 )
 """Names of a tokenizer's files, which every layout holds beside the weights."""
 
@@ -133,6 +136,9 @@ def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
         for file in source.path.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
+    if source.layout == "gguf" and not (folder / gguf.VOCABULARY).exists():
+        with GgufFile(gguf.files(source.path)[0]) as header:
+            (folder / gguf.VOCABULARY).write_bytes(header.header_without_tensors())
 
 
 def _sync(path: Path) -> None:

@@ -23,6 +23,7 @@ from moesaic.checkpoints._write import OnWrite, new_folder, views, write_json, w
 from moesaic.errors import CheckpointError
 
 LOOKS_FOR = " or ".join(name for names in NAMES for name in names)
+PRIORITY = 1
 
 _EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _STACK = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")

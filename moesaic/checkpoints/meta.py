@@ -37,6 +37,7 @@ from moesaic.checkpoints._write import OnWrite, generation_config, new_folder, v
 from moesaic.errors import CheckpointError, ConfigError, InvalidParameter
 
 LOOKS_FOR = "params.json without 'hidden_dim', and consolidated.NN.pth or merged.{N}GPUs.NN.pth"
+PRIORITY = 2
 
 EMBEDDING = "tok_embeddings.weight"
 UNKNOWN_VOCAB = -1

@@ -29,6 +29,7 @@ from moesaic.checkpoints._write import OnWrite, generation_config, new_folder, v
 from moesaic.errors import CheckpointError, ConfigError
 
 LOOKS_FOR = "params.json with 'hidden_dim', and consolidated*.safetensors, consolidated.NN.pth or consolidated.NN.pt"
+PRIORITY = 3
 
 DEFAULT_MAX_LENGTH = 32_768
 """Context length of Mistral's models, used if params.json does not contain it."""

@@ -237,7 +237,7 @@ def _add_convert(commands: Commands) -> None:
         "Values and data types do not change. The new folder appears only when it is complete.",
         "moesaic convert ./mixtral ./mixtral-hf --to hf --shards 8",
     )
-    parser.add_argument("src", metavar="SRC", type=Path, help="folder of a checkpoint in any layout")
+    parser.add_argument("src", metavar="SRC", type=Path, help="folder or GGUF file of a checkpoint in any layout")
     parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
     parser.add_argument("--to", choices=registry.names("checkpoints"), required=True, help="the new layout")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of weight files (default 1)")

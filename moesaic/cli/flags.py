@@ -15,7 +15,7 @@ CACHE_DTYPES = (*DTYPES, "int8")
 HELP_WIDTH = 79
 BUILT_IN_NAME = "tales"
 """Name of the built-in model on the command line."""
-MODEL_HELP = "a folder, org/name on the Hugging Face hub, or tales, the built-in model"
+MODEL_HELP = "a folder, a GGUF file, org/name on the Hugging Face hub, or tales, the built-in model"
 
 Commands = Any
 """What ``ArgumentParser.add_subparsers`` returns; argparse gives its type no public name."""

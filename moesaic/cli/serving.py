@@ -136,8 +136,8 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
         # A path that contains "=" needs a name in front of it.
         name, _, model = argument.partition("=") if argument and "=" in argument else ("", "", argument)
         path = folder(model)
-        if path is not None and not path.is_dir():
-            raise NotFound(f"{path}: no such folder; `moesaic pull {path}` fetches a model from the hub")
+        if path is not None and not path.exists():
+            raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
         source = model if model is None or Path(model).exists() else model.partition("@")[0]
         shown = name or (source.rstrip("/").split("/")[-1] if source else "built-in")
         aliases = tuple({source} - {shown, None}) if source and "/" in source and not Path(source).exists() else ()

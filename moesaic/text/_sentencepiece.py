@@ -8,7 +8,7 @@ and whitespace as a suffix. It does not depend on chat formats.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from moesaic.text._vocabulary import BYTE_PIECES, MAX_IDS, SPACE, Vocabulary, me
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 BPE = 2
+UNKNOWN_SURFACE = " \u2047 "
+"""The text of the unknown piece where a file names no other."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 Field = int | bytes
@@ -42,35 +44,71 @@ def read(path: Path, data: bytes) -> Vocabulary:
         raise TokenizerError(
             path, f"not a SentencePiece model, or the file is damaged ({error}); download it again"
         ) from error
-    _check(path, pieces, trainer, normalizer)
-    return _vocabulary(pieces, trainer, add_prefix=bool(normalizer.get(3, 1)))
+    fallback = bool(trainer.get(35, 0))
+    _check(path, pieces, trainer, normalizer, fallback)
+    return vocabulary(
+        pieces,
+        bos=_text(trainer, 46, "<s>"),
+        eos=_text(trainer, 47, "</s>"),
+        fallback=fallback,
+        add_prefix=bool(normalizer.get(3, 1)),
+        unknown_surface=_text(trainer, 44, UNKNOWN_SURFACE),
+    )
 
 
-def _check(path: Path, pieces: list[Piece], trainer: dict[int, Field], normalizer: dict[int, Field]) -> None:
+def problem_of(pieces: Sequence[Piece], fallback: bool) -> str | None:
+    """Return why pieces cannot be encoded exactly, or None; ``fallback``: unknown characters become bytes."""
     texts = {piece.text for piece in pieces}
     problems = {
         "has no pieces": not pieces,
         f"has more than {MAX_IDS} pieces": len(pieces) > MAX_IDS,
         "has duplicate pieces": len(texts) != len(pieces),
         "has an empty piece": "" in texts,
-        "is not a BPE model": trainer.get(3, 1) != BPE,
         "has no unknown piece": not any(piece.kind == UNKNOWN for piece in pieces),
         "has pieces of an unknown kind": any(
             piece.kind not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE) for piece in pieces
         ),
-        "lacks some of the 256 byte pieces": bool(trainer.get(35, 0)) and not texts.issuperset(BYTE_PIECES),
+        "lacks some of the 256 byte pieces": fallback and not texts.issuperset(BYTE_PIECES),
         "has a byte piece that names no byte": any(p.kind == BYTE and p.text not in BYTE_PIECES for p in pieces),
+    }
+    return next((problem for problem, present in problems.items() if present), None)
+
+
+def _check(
+    path: Path, pieces: list[Piece], trainer: dict[int, Field], normalizer: dict[int, Field], fallback: bool
+) -> None:
+    problems = {
+        problem_of(pieces, fallback): True,
+        "is not a BPE model": trainer.get(3, 1) != BPE,
         "puts whitespace at the end of words": bool(trainer.get(24, 0)),
         "rewrites characters (a precompiled character map)": bool(normalizer.get(2, b"")),
         "removes extra whitespace": bool(normalizer.get(4, 1)),
         "does not escape whitespace": not normalizer.get(5, 1),
     }
     for problem, present in problems.items():
-        if present:
+        if problem and present:
             raise TokenizerError(path, f"this SentencePiece model {problem}, which is not supported")
 
 
-def _vocabulary(pieces: list[Piece], trainer: dict[int, Field], add_prefix: bool) -> Vocabulary:
+def vocabulary(
+    pieces: Sequence[Piece],
+    *,
+    bos: str | None,
+    eos: str | None,
+    fallback: bool,
+    add_prefix: bool,
+    unknown_surface: str = UNKNOWN_SURFACE,
+) -> Vocabulary:
+    """Return the vocabulary of checked pieces.
+
+    Args:
+        pieces: the pieces by id; those of another kind than the ones in this module are never used.
+        bos: the control piece that begins a text, if there is one.
+        eos: the control piece that ends a text, if there is one.
+        fallback: whether characters without a piece become bytes.
+        add_prefix: whether a space is added in front of a text.
+        unknown_surface: the text of the unknown piece.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import BPE as BPEModel
 
@@ -78,7 +116,6 @@ def _vocabulary(pieces: list[Piece], trainer: dict[int, Field], add_prefix: bool
     by_kind = {kind: {p.text: ids[p.text] for p in pieces if p.kind == kind} for kind in range(7)}
     normal = sorted((p for p in pieces if p.kind == NORMAL), key=lambda piece: -piece.score)
     unknown = next(iter(by_kind[UNKNOWN]))
-    fallback = bool(trainer.get(35, 0))
     model = BPEModel(
         vocab=by_kind[NORMAL] | by_kind[BYTE] | by_kind[UNKNOWN],
         merges=merges((piece.text for piece in normal), by_kind[NORMAL]),
@@ -86,14 +123,14 @@ def _vocabulary(pieces: list[Piece], trainer: dict[int, Field], add_prefix: bool
         byte_fallback=fallback,
         fuse_unk=True,
     )
-    bos, eos = (by_kind[CONTROL].get(_text(trainer, key, default)) for key, default in ((46, "<s>"), (47, "</s>")))
-    surface = _text(trainer, 44, " \u2047 ").encode()
+    bos_id, eos_id = (None if name is None else by_kind[CONTROL].get(name) for name in (bos, eos))
+    surface = unknown_surface.encode()
     return Vocabulary(
         core=Tokenizer(model),
         pieces=[_bytes(piece, surface) for piece in pieces],
         control=by_kind[CONTROL],
-        bos_id=bos,
-        eos_ids=frozenset() if eos is None else frozenset({eos}),
+        bos_id=bos_id,
+        eos_ids=frozenset() if eos_id is None else frozenset({eos_id}),
         escape_spaces=True,
         add_prefix=add_prefix,
         strip_prefix=add_prefix,

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import InvalidMessages, InvalidRequest, MalformedTemplate, NotFound, TemplateError
-from moesaic.text import _render
+from moesaic.text import _gguf_vocabulary, _render
 from moesaic.text._guard import Guard
 from moesaic.text._turns import Variables
 from moesaic.text._vocabulary import read_bounded
 from moesaic.text.messages import Message, validate
-from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tokenizer import Tokenizer, gguf_file
 from moesaic.text.tools import ToolCall, Tools
 
 MAX_TEMPLATE_CHARS = 256 << 10
@@ -34,7 +34,7 @@ FILE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
 def load(folder: Path) -> str:
-    """Return the chat template of a checkpoint directory.
+    """Return the chat template of a checkpoint: a directory, or a GGUF file.
 
     Raises:
         TemplateError: the checkpoint has no chat template, or its file is damaged.
@@ -47,7 +47,7 @@ def load(folder: Path) -> str:
 
 
 def find(folder: Path) -> str | None:
-    """Return the chat template of a checkpoint directory; None if it has none.
+    """Return the chat template of a checkpoint, a directory or a GGUF file; None if it has none.
 
     Raises:
         TemplateError: the file of the template is damaged.
@@ -64,6 +64,8 @@ def find(folder: Path) -> str | None:
         raise TemplateError(
             own_file if own_file.is_file() else config, "is damaged: it cannot be decoded; download it again"
         ) from error
+    if template is None and (file := gguf_file(folder)) is not None:
+        template = _gguf_vocabulary.chat_template(file)
     if isinstance(template, list):  # several templates with names
         named = [entry for entry in template if isinstance(entry, dict)]
         template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)

@@ -1,8 +1,8 @@
 """Tokenizer: text to token ids and back, with one interface for all vocabularies.
 
 This module selects the tokenizer file of a directory and turns ids into bytes. The readers of the file formats are
-``_sentencepiece``, ``_tiktoken`` and ``_tokenizer_json``. The names of special tokens in a text are encoded as
-ordinary text.
+``_sentencepiece``, ``_tiktoken``, ``_tokenizer_json`` and ``_gguf_vocabulary``. The names of special tokens in a text
+are encoded as ordinary text.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from moesaic import gguf
 from moesaic.errors import InvalidRequest, TokenizerError
-from moesaic.text import _sentencepiece, _tiktoken, _tokenizer_json
+from moesaic.text import _gguf_vocabulary, _sentencepiece, _tiktoken, _tokenizer_json
 from moesaic.text._vocabulary import SPACE, Vocabulary, first_line, read_bounded
 
 # In order of preference: a pattern is used only if no file matches an earlier one.
@@ -57,6 +58,8 @@ class Tokenizer:
         file = _find(path) if path.is_dir() else path
         if not file.is_file():
             raise TokenizerError(file, "no such file")
+        if gguf.is_gguf(file):
+            return cls(_gguf_vocabulary.read(gguf.files(file)[0]))
         return cls(_read(file, read_bounded(file)))
 
     def encode(self, text: str, *, bos: bool = False, prefix: bool = True) -> list[int]:
@@ -150,6 +153,17 @@ class Tokenizer:
         return ids
 
 
+def gguf_file(path: Path) -> Path | None:
+    """Return the GGUF file that the vocabulary of the checkpoint at ``path`` is in; None if another file has it.
+
+    Raises:
+        CheckpointError: a folder without another vocabulary holds several GGUF models, or a part is missing.
+    """
+    if path.is_dir() and any(any(path.glob(pattern)) for pattern in FILES):
+        return None
+    return gguf.vocabulary(path)
+
+
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
     """Return a pattern that matches and captures any of the names, the longest first; None if there are none."""
     longest_first = sorted(names, key=len, reverse=True)
@@ -182,7 +196,9 @@ def _find(folder: Path) -> Path:
             raise TokenizerError(folder, f"has more than one tokenizer: name one of {names}")
         if matches:
             return matches[0]
-    raise TokenizerError(folder, f"has no tokenizer: add one of {', '.join(FILES)}")
+    if (file := gguf_file(folder)) is not None:
+        return file
+    raise TokenizerError(folder, f"has no tokenizer: add one of {', '.join((*FILES, gguf.VOCABULARY))}")
 
 
 def _read(path: Path, data: bytes) -> Vocabulary:

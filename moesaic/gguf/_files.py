@@ -1,0 +1,70 @@
+"""Finds the GGUF files of a model: one file, the parts of a split one, or the one model in a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from moesaic.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VOCABULARY = "tokenizer.gguf"
+"""Name of a GGUF file that holds a vocabulary and no weights; Moesaic writes it beside converted weights."""
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether ``path`` is a GGUF file, by its suffix or its first bytes; files of Ollama have no suffix."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Return the GGUF files in ``folder`` that may hold weights, sorted by name."""
+    return sorted(file for file in folder.glob("*.gguf") if file.name != VOCABULARY and file.is_file())
+
+
+def files(path: Path) -> list[Path]:
+    """Return the files of the model at ``path``, in the order of its parts; an empty list if there are none.
+
+    Args:
+        path: a file, any part of a split model, or a folder that holds one model.
+
+    Raises:
+        CheckpointError: the folder holds several models, or a part is missing.
+    """
+    if path.is_file():
+        return _parts(path) if is_gguf(path) else []
+    found = candidates(path)
+    if not found:
+        return []
+    first = _parts(found[0])
+    others = [file.name for file in found if file not in first]
+    if others:
+        names = ", ".join([first[0].name, *others][:8])
+        raise CheckpointError(path, f"holds several GGUF models: give the path of one of {names}")
+    return first
+
+
+def vocabulary(path: Path) -> Path | None:
+    """Return the GGUF file with the vocabulary and the chat template of the model at ``path``, or None."""
+    own = path / VOCABULARY
+    return own if own.is_file() else next(iter(files(path)), None)
+
+
+def _parts(file: Path) -> list[Path]:
+    """Return all parts of the model that ``file`` is a part of."""
+    match = _PART.fullmatch(file.name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return [file]
+    parts = []
+    for number in range(1, int(match[3]) + 1):
+        parts.append(file.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf"))
+        if not parts[-1].is_file():
+            raise CheckpointError(parts[-1], f"is missing: the model has {int(match[3])} parts")
+    return parts

