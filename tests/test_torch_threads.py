@@ -10,9 +10,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from moesaic import formats
 from moesaic.bench import quality
 from moesaic.classifier import Classifier
-from moesaic.formats import _tiles, int2, int4, int8
+from moesaic.formats import _tiles
 from moesaic.llm import LLM
 from moesaic.loading import load_model, torch_threads
 
@@ -73,33 +74,34 @@ def test_classifier(judge: Path) -> None:
     assert seen(classifier.loaded.model, lambda: classifier.classify(["a king"])) == {1}
 
 
-@pytest.mark.parametrize("weight_format", [int8.Format, int4.Format, int2.Format])
+@pytest.mark.parametrize("name", ["int8", "int4", "int2"])
 @pytest.mark.parametrize("inference", [False, True])
-def test_quantized_weights(weight_format: type[_tiles.Tiled], inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_weights(name: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The threads do not change the result, and none of them uses several threads of torch."""
     found: set[int] = set()
-    tile = weight_format._tile
+    weight_format = formats.load(name)
+    tile = _tiles.Tiled._tile
 
-    def noted(plain: Tensor) -> Tensor:
+    def noted(self: _tiles.Tiled, plain: Tensor) -> Tensor:
         found.add(torch.get_num_threads())
-        return tile(plain)
+        return tile(self, plain)
 
     weight = torch.randn(2, 300, 520, generator=torch.Generator().manual_seed(1)).requires_grad_()
     with torch.inference_mode(inference), torch.no_grad():
         expected = weight_format.quantize(weight)["tiles"]
         monkeypatch.setattr(_tiles, "SLICE", 64 * 520)
-        monkeypatch.setattr(weight_format, "_tile", noted)
+        monkeypatch.setattr(_tiles.Tiled, "_tile", noted)
         tiles = weight_format.quantize(weight)["tiles"]
     assert torch.equal(tiles, expected) and not tiles.requires_grad
     assert found == {1} and torch.get_num_threads() == THREADS
 
 
 def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(plain: Tensor) -> Tensor:
+    def broken(*_: object) -> Tensor:
         raise MemoryError
 
     monkeypatch.setattr(_tiles, "SLICE", 64 * 520)
-    monkeypatch.setattr(int4.Format, "_tile", broken)
+    monkeypatch.setattr(_tiles.Tiled, "_tile", broken)
     with pytest.raises(MemoryError):
-        int4.Format.quantize(torch.randn(300, 520))
+        formats.load("int4").quantize(torch.randn(300, 520))
     assert torch.get_num_threads() == THREADS

@@ -30,6 +30,8 @@ MAX_LOGGED = 1000
 """Fields that are logged, each once, since the server started: clients choose the names."""
 UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 """Characters that a header or a log line should not have in a name."""
+FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]]{0,47}")
+"""A name that a program gives to a field. Others are not logged: they may be text of a user."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that ask for nothing, so that an unknown field with one is no loss."""
 
@@ -124,4 +126,5 @@ class FieldCheck:
         for name in names:
             if (route, name) not in self._logged and len(self._logged) < MAX_LOGGED:
                 self._logged.add((route, name))
-                log.warning("unknown field ignored", extra={"id": http.id, "route": route, "field": name})
+                shown = name if FIELD_NAME.fullmatch(name) else "(no plain name)"
+                log.warning("unknown field ignored", extra={"id": http.id, "route": route, "field": shown})

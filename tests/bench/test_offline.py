@@ -184,7 +184,7 @@ def test_invalid_options_are_refused(tiny: str, capsys: pytest.CaptureFixture[st
             Work(**numbers)
     for options, words in (
         (Options("gpt"), "'gpt' is unknown; available geometries: mixtral-8x7b"),
-        (Options(tiny, layers=25), "tiny has 1 to 24"),
+        (Options(tiny, layers=25), "expected 1 to 24, the layers of tiny"),
         (Options(layers=2), "layers: requires a geometry"),
         (Options(packed=Path("new")), "packed: requires a geometry"),
         (Options(tiny, context=5000), "made for 4096 tokens"),

@@ -211,7 +211,7 @@ def test_admin_command_errors(cluster: ManagedCluster, capsys: pytest.CaptureFix
         (("workers", "x"), "takes no name"),
         (("jobs", "gone"), "expected one of"),
         (("status", "--url", "http://example.org"), "unencrypted"),
-        (("status", "--url", "http://127.0.0.1:1"), "no answer"),
+        (("status", "--url", "http://127.0.0.1:1"), "does not answer"),
         (("status", "--url", cluster.url + "/v1"), "no GET '/v1/admin/status'"),
     ):
         given = ("--url", cluster.url) if "--url" not in line else ()

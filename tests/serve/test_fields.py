@@ -135,7 +135,7 @@ def test_unknown_fields_are_named_in_a_header_and_once_in_the_log(server, caplog
             assert response.status_code == 200
             assert response.headers["x-moesaic-ignored-fields"] == "max_tokns, stream_options.a, x??y???"
     told = [record.field for record in caplog.records if hasattr(record, "field")]
-    assert told == ["max_tokns", "stream_options.a", "x??y???"]
+    assert told == ["max_tokns", "stream_options.a", "(no plain name)"]
     turns = [TURN | {"mood": "glad"}, TURN | {"mood": "sad"}]
     streamed = post(server, "/v1/chat/completions", {"messages": turns, "stream": True})
     assert streamed.headers["x-moesaic-ignored-fields"] == "messages[].mood"
