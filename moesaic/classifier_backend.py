@@ -1,4 +1,4 @@
-"""A backend of one classifier in this process: a ``Classifier`` behind an event loop."""
+"""A backend of one classifier in this process: a ``Classifier`` that runs in a thread beside an event loop."""
 
 from __future__ import annotations
 

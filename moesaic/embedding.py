@@ -22,14 +22,14 @@ def token_ids(
     truncate: int | None,
     bos_id: int | None,
 ) -> list[list[int]]:
-    """Return the token ids of texts to embed.
+    """Return the token ids of each text to embed, after truncation.
 
     Args:
         model: the model that embeds them.
-        encode: returns the token ids of a text.
-        texts: texts or token ids.
-        truncate: the number of tokens of each text that are kept, the last ones; -1: as many as the model supports.
-        bos_id: the beginning-of-text token, which stays in front.
+        encode: function that returns the token ids of a text.
+        texts: the texts, each as a text or as token ids.
+        truncate: number of the last tokens of each text that are kept; -1: as many as the model supports; None: all.
+        bos_id: id of the beginning-of-text token, which truncation keeps in front; None: there is none.
 
     Raises:
         InvalidRequest: a text is empty.
@@ -52,7 +52,7 @@ def token_ids(
 
 @torch.inference_mode()
 def vectors(model: Decoder, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Return a vector of length 1 for each prompt: the mean of its last hidden states."""
+    """Return an embedding for each prompt, given as token ids: its mean last hidden state, scaled to length 1."""
     device = next(model.parameters()).device
     means = [model(Batch.whole([ids], device)).float().mean(0) for ids in prompts]
     return [(mean / mean.norm()).tolist() for mean in means]

@@ -51,8 +51,8 @@ class LLM(AbstractContextManager["LLM"]):
         format: the chat format.
         name: the name of the model.
         engine: the engine that runs the requests.
-        context: the most tokens of prompt and answer together.
-        defaults: sampling parameters that the checkpoint recommends.
+        context: the largest number of tokens of prompt and answer together.
+        defaults: the values that the checkpoint recommends for sampling parameters, by name.
     """
 
     def __init__(
@@ -88,16 +88,17 @@ class LLM(AbstractContextManager["LLM"]):
             format: formats that weights are quantized to while they are read: q8, q4, q3, q2, the name of a format,
                 or role=format, ...; None: weights are not quantized.
             device: the device that the model runs on.
-            context: the most tokens of prompt and answer together; None: as many as the model supports, if a quarter
-                of the available memory holds their key/value cache.
+            context: the largest number of tokens of prompt and answer together; None: as many as the model supports, if
+                a quarter of the available memory holds their key/value cache.
             cache_tokens: tokens in the key/value cache, which all running requests share; None: sixteen contexts, but
                 at most a quarter of the available memory.
-            kv_cache_dtype: float32, bfloat16, float16, int8, or auto: the dtype of activations.
-            block_size: tokens in a block of the cache.
+            kv_cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, int8, or auto, the dtype of
+                activations.
+            block_size: number of tokens in a block of the key/value cache.
             chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, or
                 the path of a template file (.jinja), both run in a sandbox; None: recognized from the checkpoint.
-            limits: limits for running and waiting requests.
-            progress: called with the bytes read so far and in total.
+            limits: limits for running and waiting requests; None: the defaults.
+            progress: called with the numbers of bytes read so far and in total.
 
         Raises:
             NotFound: the model or chat format does not exist.
@@ -137,7 +138,7 @@ class LLM(AbstractContextManager["LLM"]):
         chat_format: str | None = None,
         limits: Limits | None = None,
     ) -> Self:
-        """Start an engine for a model that is loaded already; arguments and errors are as for ``LLM.load``."""
+        """Start an engine for a model that is loaded already. ``name`` names it; the rest is as for ``LLM.load``."""
         if loaded.model.shape.labels:
             raise InvalidRequest(f"{loaded.path} holds a classifier, which cannot chat: use Classifier.load")
         check_tokenizer(tokenizer, loaded.model.vocab_size, loaded.path)
@@ -157,7 +158,7 @@ class LLM(AbstractContextManager["LLM"]):
         return cls(loaded, tokenizer, engine, selected_format, name)
 
     def close(self) -> None:
-        """Stop the engine; replies that are still running raise EngineStopped."""
+        """Stop the engine. Reading a reply that is still running then raises EngineStopped."""
         self.engine.close()
 
     def __exit__(self, *exception: object) -> None:
@@ -176,7 +177,8 @@ class LLM(AbstractContextManager["LLM"]):
         """Return the prompt's token ids for a conversation, up to the beginning of an answer that may call ``tools``.
 
         With ``continue_final``, the answer continues the last message, which is the assistant's. A prompt that states
-        the date states that of ``now``, in local time; None: the current time. ``limited`` is as for ``encode``.
+        the date states that of ``now``, in local time; None: the current time. With
+        ``limited``, a conversation that is certainly too long for the context is refused before it is tokenized.
 
         Raises:
             InvalidMessages: the chat format cannot express the conversation.
@@ -197,9 +199,9 @@ class LLM(AbstractContextManager["LLM"]):
         Args:
             text: the text. A beginning-of-sequence token's name at its beginning is read as that token.
             bos: put the beginning-of-sequence token in front, unless the text begins with it.
-            marked: read the names of all special tokens as these tokens. It is for chat formats that a program
-                wrote, and must not be used with text of users.
-            limited: refuse a text that is too long to fit before it is tokenized.
+            marked: read the names of all special tokens as these tokens. It is for prompts in a chat format that a
+                program wrote, and must not be used with text of users.
+            limited: refuse a text that is certainly too long for the context before it is tokenized.
 
         Raises:
             PromptTooLong: the text is too long to fit.
@@ -215,7 +217,7 @@ class LLM(AbstractContextManager["LLM"]):
         return self.tokenizer.encode(text[len(name) :] if has_bos else text, bos=bos or has_bos)
 
     def encode_inputs(self, texts: Sequence[str | Sequence[int]], truncate: int | None = None) -> list[list[int]]:
-        """Return the token ids of texts to embed; the arguments and errors are those of ``embed``."""
+        """Return the token ids of each text, as ``embed`` reads it. Arguments and errors are those of ``embed``."""
         model, encode = self.loaded.model, partial(self.encode, limited=False)
         prompts = embedding.token_ids(model, encode, texts, truncate, self.tokenizer.bos_id)
         for ids in prompts:
@@ -227,7 +229,8 @@ class LLM(AbstractContextManager["LLM"]):
     ) -> tuple[list[list[float]], int]:
         """Return an embedding for each text, and the number of tokens in all texts.
 
-        With ``truncate``, only that number of the last tokens of each text is read; -1: as many as the model supports.
+        With ``truncate``, only that number of the last tokens of each text is read; -1: as many as the model supports;
+        None: no truncation.
 
         Raises:
             InvalidRequest: a text is empty, or has a token id that is not in the vocabulary.
@@ -252,19 +255,20 @@ class LLM(AbstractContextManager["LLM"]):
         tools: Tools | None = None,
         resume: tuple[tuple[int, ...], ...] = (),
     ) -> list[Reply]:
-        """Start a request and return its ``n`` replies.
+        """Start a request; return a running ``Reply`` for each of its ``n`` answers.
 
         Args:
             ids: the token ids of the prompt.
             sampling: the sampling parameters.
             chat: the prompt is a conversation in the chat format; stop tokens and stop strings of the format apply.
-            priority, salt: the fields of ``Request``.
+            priority: requests with a lower number run first.
+            salt: requests share cached prefixes only if their salts are equal.
             skip_special: omit the names of special tokens from the text.
             include_stop: the text includes the stop string, or the text of the stop token, that ended it.
             begins: the answer begins a text, so that a leading space is dropped; None: the value of ``chat``.
             grammar: the grammar of the answer; an answer that ends early is a prefix of a valid text.
             tools: the tools that the answer may or must call, the same as for ``encode_chat``.
-            resume: the first tokens of each answer, after which it continues.
+            resume: token ids that each answer has already, one tuple per answer; it continues after them.
 
         Raises:
             PromptTooLong, InvalidParameter, GrammarError, Overloaded, EngineStopped: as for ``Engine.submit``.
@@ -295,7 +299,11 @@ class LLM(AbstractContextManager["LLM"]):
         return [Reply(stream, request, new_decoder()) for stream in self.engine.submit(request)]
 
     def _effective_grammar(self, tools: Tools | None, grammar: Grammar | None) -> Grammar | None:
-        """Return the grammar of the answer; if the answer must call a tool, it is the grammar of calls."""
+        """Return the grammar that the answer must follow: that of tool calls if it must call one, else ``grammar``.
+
+        Raises:
+            InvalidParameter: the answer must call a tool, and ``grammar`` is set too.
+        """
         if tools is None or not tools.call_required:
             return grammar
         if grammar is not None:
@@ -322,6 +330,8 @@ class LLM(AbstractContextManager["LLM"]):
         **sampling: Any,
     ) -> Reply | Answer | list[Answer]:
         """Answer a conversation, or each of a list of conversations at once.
+
+        The result is an ``Answer``; for a list, a list of them in the same order; with ``stream``, a ``Reply``.
 
         Args:
             messages: [{"role": "system" | "user" | "assistant" | "tool", "content": text}, ...].
@@ -381,7 +391,7 @@ class LLM(AbstractContextManager["LLM"]):
         return replies[0] if stream else _joined(replies)
 
     def _all(self, prompts: list[list[int]], sampling: Sampling, **options: Any) -> list[Answer]:
-        """Answer all prompts; the queue of the engine is kept full."""
+        """Return the answers to all prompts, in order. Prompts wait here while the engine's queue is full."""
         for ids in prompts:  # all prompts are checked before any of them runs
             if len(ids) >= self.context:
                 raise PromptTooLong(len(ids), self.context - 1)

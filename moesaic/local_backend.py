@@ -1,7 +1,7 @@
 """A backend of one model in this process: an ``LLM`` behind an event loop.
 
 The engine has its own thread. After each step it wakes the event loop, which turns the new tokens of all requests into
-text. Prompts are tokenized in other threads, so that a long one delays no stream. This module does not know HTTP.
+text. Prompts are tokenized in other threads, so that a long one delays no stream. This module does not depend on HTTP.
 """
 
 from __future__ import annotations
@@ -27,28 +27,30 @@ from moesaic.text.tools import Tools
 T = TypeVar("T")
 
 MAX_TOKENIZING = 256
-"""Requests that may wait to be tokenized; more are refused."""
+"""Largest number of requests that may wait to be tokenized in one thread pool; further requests are refused."""
 
 POLL_SECONDS = 0.015
-"""Shortest time between two polls of the engine. A model that steps faster delivers a few tokens at a time: each poll
-takes time from the engine's cores, and readers do not notice the difference."""
+"""Shortest time in seconds between two polls of the engine for new tokens. A model that steps faster delivers
+a few tokens at a time: each poll takes time from the engine's cores, and readers do not notice the difference."""
 MANY_STREAMS = 8
-"""With more running answers than this, the engine is polled less often, since each poll takes longer."""
+"""If more answers than this are running, the engine is polled less often, since each poll takes longer."""
 MAX_POLL_FACTOR = 3
-"""Largest factor by which the time between polls grows."""
+"""Largest factor by which many running answers lengthen the time between polls."""
 
 TOKENIZER_THREADS = 2
 GRAMMAR_THREADS = 2
-"""Threads for requests with grammars: compiling a hostile one takes seconds and must not delay other requests."""
+"""Threads that read requests with grammars. A hostile grammar takes seconds and must not delay other requests."""
 EMBEDDED_AT_ONCE = 8
-"""Texts that are embedded in one go."""
+"""Number of texts that are embedded at once; then texts of other requests get their turn."""
 
 
 async def in_pool(pool: ThreadPoolExecutor, call: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
-    """Run ``call`` in a thread and return its result. If the caller is cancelled first, ``undo`` gets the result.
+    """Run ``call`` in a thread of ``pool`` and return its result.
+
+    If the caller is cancelled, a ``call`` that has begun runs to its end, and ``undo`` gets its result.
 
     Raises:
-        InvalidRequest: the call raised a BaseException, such as a panic in the Rust code of the tokenizers.
+        InvalidRequest: ``call`` raised a BaseException, such as a panic in the Rust code of the tokenizers.
     """
     work = pool.submit(call)
     try:
@@ -106,13 +108,13 @@ class LocalBackend:
     """A ``Backend`` for one model in this process. Create it on the event loop that uses it."""
 
     def __init__(self, llm: LLM, aliases: Sequence[str] = (), many_streams: int = MANY_STREAMS) -> None:
-        """Serve a model.
+        """Connect to the engine of a model.
 
         Args:
-            llm: the model.
-            aliases: its other names.
-            many_streams: with more running answers than this, the engine is polled less often; lower it where
-                passing events on is expensive.
+            llm: the model with its engine.
+            aliases: other names of the model.
+            many_streams: if more answers than this are running, the engine is polled less often. A lower value saves
+                time where passing events on is expensive.
         """
         self._llm, self._aliases, self._many_streams = llm, tuple(aliases), many_streams
         self._loop = asyncio.get_running_loop()
@@ -235,7 +237,7 @@ class LocalBackend:
         return ids if kept is None else length.truncate(ids, kept, llm.tokenizer.bos_id)
 
     def _kept(self, request: GenerationRequest) -> int | None:
-        """Return the number of tokens that a prompt is truncated to; None: it is not truncated."""
+        """Return the number of tokens to which a request's prompt is truncated; None: it is not truncated."""
         if request.truncate != length.MODEL_LIMIT:
             return request.truncate or None
         context = self._llm.context

@@ -1,4 +1,4 @@
-"""The events of a request to a model in this process: pieces of text become deltas, tokens get their texts.
+"""The response stream of a request to a model in this process: decoded text and tokens become events.
 
 This module does not depend on the engine's threads or on how requests are made.
 """
@@ -18,20 +18,26 @@ from moesaic.text.stream import TextStream
 from moesaic.text.tokenizer import Tokenizer
 
 MAX_UNREAD_EVENTS = 1024
-"""Events that may wait for a reader of a stream; beyond that the request is cancelled."""
+"""Largest number of events that may wait for a stream's reader; if there are more, the request is cancelled."""
 UNREAD_EVENTS_PER_ANSWER = 64
-"""The same for each of many answers to one request."""
+"""Events that may wait for each answer of a request, if their sum is larger than ``MAX_UNREAD_EVENTS``."""
 
 
 class TokenInfoCache:
-    """Makes ``TokenInfo`` values. Those without log-probabilities, which are most, are made once for each token id."""
+    """Makes ``TokenInfo`` values from tokens of the engine.
+
+    Most tokens have no log-probabilities. For these, one value is made for each token id and used again.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._plain: dict[int, TokenInfo] = {}
 
     def of(self, token: Token, place: TokenPlace | None = None) -> TokenInfo:
-        """Return the ``TokenInfo`` of a token. ``place`` is None for a token without log-probabilities."""
+        """Return the ``TokenInfo`` of a token of an answer.
+
+        ``place`` is what the token adds to the text; None: the token has no log-probabilities.
+        """
         if place is None:
             if token.id not in self._plain:
                 self._plain[token.id] = self._info(token.id)
@@ -44,7 +50,7 @@ class TokenInfoCache:
         return self._info(token.id, token.logprob, tuple(top), place.data, place.offset)
 
     def of_prompt(self, tokens: Sequence[Token]) -> tuple[TokenInfo, ...]:
-        """Return the ``TokenInfo`` of each token of a prompt."""
+        """Return the ``TokenInfo`` of each token of a prompt, for tokens with log-probabilities."""
         stream = TextStream(self._tokenizer)
         infos = []
         for token in tokens:
@@ -79,7 +85,7 @@ class LocalResponseStream:
         self._waiter: asyncio.Future[None] | None = None
 
     def pump(self, reply: Reply) -> bool:
-        """Collect the new events of one answer; return whether it has ended."""
+        """Collect the new events of ``reply``, one answer; return whether it has ended, normally or by an error."""
         if self._failed:
             return True
         try:

@@ -20,28 +20,28 @@ from moesaic.text.tools import CallPart, ToolCall, join_calls
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of an answer: new text, new tokens and new parts of tool calls, each of which may be empty.
+    """A piece of a running answer: the text, tokens and parts of tool calls that are new. Each may be empty.
 
-    Parts that continue a call come before the text; parts of new calls come after it.
+    In the model's output, parts that continue a call of an earlier piece precede the text, and new calls follow it.
     """
 
     text: str
     tokens: tuple[Token, ...] = ()
     calls: tuple[CallPart, ...] = ()
     places: tuple[TokenPlace | None, ...] = ()
-    """One for each token; None for a token without log-probabilities."""
+    """For each token, what it adds to the text of the answer; None for a token without log-probabilities."""
 
 
 @dataclass(frozen=True)
 class TokenPlace:
-    """What a token, and each of its alternatives, contributes to the text of an answer at its place."""
+    """What a token of an answer, and each of its likely alternatives, adds to the answer's text at its place."""
 
     offset: int
-    """Number of characters of the answer that were complete before the token."""
+    """Number of characters of the answer that were complete before this token."""
     data: bytes
-    """UTF-8 bytes that the token adds to the text; none for a special token that is left out."""
+    """UTF-8 bytes that the token adds to the text; b"" for a special token whose name the text omits."""
     top: tuple[bytes, ...] = ()
-    """The same for each token in ``Token.top``."""
+    """The UTF-8 bytes that each alternative in ``Token.top`` would add instead."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Answer:
     cached_tokens: int
     """Prompt tokens whose keys and values were in the cache already."""
     stop: str | None = None
-    """The stop string that ended the answer, if any."""
+    """The stop string that ended the answer; None: no stop string ended it."""
     stop_id: int | None = None
-    """The id of the token that ended the answer, if any."""
+    """The id of the token that ended the answer, such as an end-of-text token; None: no token ended it."""
     prompt_logprobs: tuple[Token, ...] = ()
     calls: tuple[ToolCall, ...] = ()
-    """The tool calls in order; ``text`` is the rest of the answer. In an answer that was cut, the last may be too."""
+    """The tool calls in order; ``text`` is the answer without them. If the answer was cut off, the last may be too."""
     alternatives: tuple[Answer, ...] = ()
     """The other n - 1 answers of a request with ``n`` > 1."""
 
@@ -73,7 +73,7 @@ class AnswerDecoder:
     """Incremental decoder from the tokens of an answer to text and tool calls.
 
     The result depends on the tokens only, so an answer that continues on another worker decodes to the same text
-    there. Only generated ids differ, for calls to which the model gave no id.
+    there. Only ids that the decoder makes, for tool calls to which the model gave no id, differ.
     """
 
     def __init__(
@@ -92,10 +92,11 @@ class AnswerDecoder:
         Args:
             tokenizer: the tokenizer of the model.
             request: the request; its stop strings and stop ids end the text.
-            strip: drop white space before the answer.
-            skip_special, begins: as for ``TextStream``.
-            included: the stop strings and stop ids that are part of the text.
-            calls: finds the tool calls of the answer; None if it has none.
+            strip: drop white space at the beginning of the answer.
+            skip_special: omit the names of special tokens from the text.
+            begins: the answer begins a text, so that a leading space of the tokenizer is dropped.
+            included: the stop strings and stop ids that stay in the text.
+            calls: the parser that finds the tool calls of the answer; None: the request has no tools.
         """
         self._calls = calls
         marks = calls.control_tokens if calls else ()
@@ -110,16 +111,19 @@ class AnswerDecoder:
 
     @property
     def stopped(self) -> str | None:
-        """The stop string that ended the answer, or None."""
+        """The stop string that ended the answer; None: no stop string has ended it."""
         return self._text.stopped
 
     @property
     def ended(self) -> bool:
-        """Whether a stop string, or the last allowed tool call, has ended the answer."""
+        """Whether a stop string, or the last tool call that the request allows, has ended the answer."""
         return self._satisfied or self.stopped is not None
 
     def add(self, token: Token) -> Text:
-        """Decode the next token of the answer; it must not be called after the end."""
+        """Decode the next token of the answer; return the new piece of the answer that can be shown.
+
+        It must not be called once ``ended`` is true.
+        """
         place = self._place(token)
         if token.id in self._stop_ids and token.id not in self._included:
             return Text("", (token,), places=(place and replace(place, data=b""),))
@@ -140,7 +144,10 @@ class AnswerDecoder:
         return TokenPlace(self._text.decoded, data[0], tuple(data[1:]))
 
     def finish(self, *, cut: bool = False) -> Text:
-        """Return what was held back, after the last token; ``cut``: the answer did not end by itself."""
+        """Return the last piece of the answer: text and calls that were held back until the last token was known.
+
+        ``cut``: the answer was cut off by a limit or cancelled, so its last tool call may be incomplete.
+        """
         rest = self._split(self._text.finish())
         return self._show([*rest, *(self._calls.finish(cut=cut) if self._calls else ())])
 
@@ -156,15 +163,17 @@ class AnswerDecoder:
 
 
 def _without_leading_space(data: bytes) -> bytes:
-    """Return the bytes of a token without white space at the beginning, as far as it is complete characters."""
+    """Return the bytes of a token without leading white space. Bytes of an incomplete character are kept."""
     return data.decode(errors="surrogateescape").lstrip().encode(errors="surrogateescape")
 
 
 def finished_answers(request: Request, new_decoder: Callable[[], AnswerDecoder]) -> frozenset[int]:
-    """Return the indexes of answers that the tokens in ``request.resume`` complete, by a stop string or a tool call.
+    """Return the indexes of answers that are complete already, with the tokens in ``request.resume``.
+
+    A stop string or the last allowed tool call ends them. ``new_decoder`` makes a decoder for one answer.
 
     Raises:
-        InvalidParameter: an answer ends before the last of its tokens.
+        InvalidParameter: an answer ends before the last of its tokens in ``request.resume``.
     """
     indexes = set()
     for index, token_ids in enumerate(request.resume):
@@ -180,7 +189,10 @@ def finished_answers(request: Request, new_decoder: Callable[[], AnswerDecoder])
 
 
 class Reply:
-    """A running answer: iterating yields its pieces, and ``answer`` is the complete answer. It is for one thread."""
+    """A running answer. Iteration yields its pieces; ``answer`` waits for the complete answer.
+
+    Only one thread at a time may use it.
+    """
 
     def __init__(self, stream: Stream, request: Request, decoder: AnswerDecoder) -> None:
         self.stream, self.request = stream, request
@@ -200,7 +212,7 @@ class Reply:
             yield from self._read(event)
 
     def poll(self) -> list[Text]:
-        """Return the pieces generated since the last call, without waiting; errors are those of iteration."""
+        """Return the pieces generated since the last call, or [], without waiting. Errors are as for iteration."""
         return [piece for event in self.stream.poll() for piece in self._read(event)]
 
     def _read(self, event: Event) -> Iterator[Text]:
@@ -221,27 +233,27 @@ class Reply:
         return piece
 
     def cancel(self) -> None:
-        """Cancel the request; iteration then ends after the pieces that were generated."""
+        """Cancel the generation of this answer. Iteration ends after the pieces that were generated before."""
         self.stream.cancel()
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has ended the answer; the engine ends it with its next step."""
+        """Whether a stop string was found: no more text comes, and ``ended`` follows with the engine's next step."""
         return self._decoder.stopped is not None
 
     @property
     def ended(self) -> bool:
-        """Whether the end of the answer was read."""
+        """Whether the last event of the answer was read, so that no more pieces come."""
         return self._done is not None
 
     @property
     def prompt_logprobs(self) -> tuple[Token, ...]:
-        """Log probabilities of the prompt's tokens, if requested; available before the first piece."""
+        """The prompt's tokens with log-probabilities, known before the first piece; () if not requested."""
         return self._prompt_logprobs
 
     @property
     def answer(self) -> Answer:
-        """The complete answer; waits for its end."""
+        """The complete answer. Reading it waits until the answer has ended; errors are those of iteration."""
         for _ in self:
             pass
         assert self._done is not None, "a stream ended with neither Done nor an error"

@@ -1,4 +1,4 @@
-"""Models behind HTTP: several APIs over one backend.
+"""HTTP server for models: several APIs (OpenAI, Anthropic, TGI) over one ``Backend``.
 
     dialects/*  ->  RequestContext.generate  ->  Backend.generate  ->  events  ->  frames
 
@@ -6,6 +6,6 @@ Modules, from the bottom up: ``types`` (ASGI), ``endpoint`` (routes and response
 response is sent), ``settings``, ``keys``, ``guard`` (checks before a route), ``json_body``, ``deadline``, ``metrics``,
 ``generation`` (one running generation), ``services`` (what endpoints share), ``context`` (one request), ``app``
 (routes and the order of checks), ``connection`` and ``server`` (sockets, signals, shutdown), ``model_manager`` (several
-models). One file in ``dialects`` is one API. Engines are unknown here: a gateway is the same application over another
-backend.
+models). One file in ``dialects`` is one API. The package does not depend on an engine: a
+gateway runs the same application over another ``Backend``.
 """

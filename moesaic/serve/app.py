@@ -1,6 +1,6 @@
-"""The ASGI application: the routes of every dialect over one backend, and the order of checks in front of them.
+"""The ASGI application: the routes of all APIs over one backend, and the checks that run before an endpoint.
 
-This module does not know what an API looks like inside.
+This module does not depend on the format of any API; the modules in ``dialects`` implement one API each.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ SECURITY_HEADERS = [
 ]
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CLIENT_CLOSED_REQUEST = 499
-"""Logged where the client disconnected before a status was sent, as nginx does."""
+"""Status in the log for a request whose client disconnected before a status was sent, as nginx logs it."""
 
 
 @dataclass
 class Exchange:
-    """One HTTP request and its response, as the application handles it."""
+    """One HTTP request that the application handles, the sender of its response, and values for log and metrics."""
 
     http: HttpRequest
     sender: ResponseSender
     started: float
-    """On the monotonic clock, in seconds."""
+    """When the request arrived, on the monotonic clock, in seconds."""
     route: str = "other"
-    """The path of the route that matched, for metrics."""
+    """Path of the matching route, such as ``/v1/jobs/{id}``, as a label in the metrics; "other" if none matched."""
 
 
 class App:
-    """The ASGI application."""
+    """The server's ASGI application: checks each request, runs its endpoint and sends the response."""
 
     def __init__(
         self,
@@ -84,15 +84,15 @@ class App:
         more_endpoints: Iterable[Endpoint] = (),
         more_metrics: Callable[[], Iterable[Metric]] = tuple,
     ) -> None:
-        """Offer every dialect over a backend.
+        """Serve the routes of all APIs over one backend.
 
         Args:
-            backend: answers the requests.
-            settings: bounds and names.
-            keys: who may use the server; None: everyone.
-            tracer: exports a span for each generation.
-            more_endpoints: routes beside those of the dialects.
-            more_metrics: called for every scrape of ``/metrics``.
+            backend: generates the answers.
+            settings: addresses and limits of the server; None: the defaults.
+            keys: the API keys that are accepted; None: no key is required.
+            tracer: exports a trace span for each generation; None: no traces.
+            more_endpoints: further routes, in addition to those of the APIs.
+            more_metrics: returns further metrics; called each time ``/metrics`` is read.
         """
         settings, keys = settings or Settings(), keys or Keys()
         self.services = Services(
@@ -115,7 +115,7 @@ class App:
         self._files = StaticFiles(directory=WEB_DIRECTORY, check_dir=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one ASGI connection."""
+        """Handle one ASGI scope: the server's lifespan, an HTTP request, or a websocket, which is refused."""
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
@@ -165,7 +165,7 @@ class App:
         return wants_page or scope["path"].startswith("/web/")
 
     async def _page(self, exchange: Exchange, receive: Receive, send: Send) -> None:
-        """Serve a file of the web chat. The files are public; the API calls that the page makes are not."""
+        """Send a file of the web chat page. The file needs no key; the API calls that the page makes do."""
         http = exchange.http
         extra = [
             *http.response_headers,
@@ -190,7 +190,8 @@ class App:
         """Run the endpoint of the first route that matches the path.
 
         Raises:
-            NotFound, WrongMethod: no route has this path, or this method.
+            NotFound: no route has this path.
+            WrongMethod: a route has this path, but not this method.
         """
         http, allowed = exchange.http, None
         for route in self._routes:
@@ -207,7 +208,7 @@ class App:
         raise NotFound(f"there is no {http.method} {http.path[:100]!r} here")
 
     async def _run(self, endpoint: Endpoint, exchange: Exchange, receive: Receive) -> None:
-        """Run one endpoint. Every error becomes a response in the form of its API, unless one has begun."""
+        """Run one endpoint. An error becomes an error response of the endpoint's API, unless a response has begun."""
         try:
             await self._answer(endpoint, exchange, receive)
         except Disconnected:
@@ -243,10 +244,13 @@ class App:
             context.close(error)
 
     def _authorize(self, endpoint: Endpoint, http: HttpRequest) -> Key:
-        """Return the key of a request that may use an endpoint now.
+        """Check that a request may use an endpoint now; return the API key that it carries.
 
         Raises:
-            Unauthorized, Forbidden, KeyExhausted, NotFound, Unavailable: it may not.
+            Unauthorized, KeyExhausted: the key is missing or wrong, or too many wrong keys came from this address.
+            Forbidden: the endpoint requires another kind of key.
+            NotFound: the endpoint is not served on the port by which the request came.
+            Unavailable: the server is draining, that is, it accepts no new requests.
         """
         guard, keys = self.services.guard, self.services.keys
         if not endpoint.public:
@@ -302,9 +306,10 @@ class App:
             await exchange.sender.whole(replace(response, headers={**response.headers, **headers}))
 
     def _failure_shape(self, path: str) -> Callable[..., Any]:
-        """Return how an error is shown where no route matched the path or the method.
+        """Return the function that formats an error for a path or method without a route.
 
-        The route at or above the path decides; else OpenAI's form under ``/v1``, and TGI's elsewhere.
+        It is ``failure`` of the first endpoint whose path is ``path`` or a parent of it. If there is none, it is
+        OpenAI's under ``/v1``, and TGI's elsewhere.
         """
         for endpoint in self.services.endpoints:
             if endpoint.path not in ("/", "/v1") and f"{path}/".startswith(f"{endpoint.path}/"):
@@ -337,10 +342,10 @@ async def _decoded(decode: Callable[[bytes, Any], Any], body: bytes, kind: Any) 
 
 
 async def _unused(_: Any) -> None:
-    """Stand in for the endpoint that starlette's ``Route`` demands; routes are only matched here."""
+    """Do nothing. starlette's ``Route`` requires a handler, but the routes are used only to match paths."""
 
 
 def dialect_endpoints() -> Iterable[Endpoint]:
-    """Yield the routes of every dialect."""
+    """Yield the endpoints of every module in ``serve/dialects``."""
     for name in registry.names("serve/dialects"):
         yield from registry.load("serve/dialects", name).ENDPOINTS

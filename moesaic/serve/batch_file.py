@@ -1,12 +1,12 @@
 """Runs a file of requests through the application, without a socket, and writes a file of results.
 
-Both are in OpenAI's batch format, one JSON object per line:
+Both files are in OpenAI's batch format, one JSON object per line:
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
     {"id": "...", "custom_id": "a", "response": {"status_code": 200, "request_id": "...", "body": {...}}, "error": null}
 
-Each result is appended with one write as soon as it is there. A killed process loses only running requests, and the
-next run skips requests that have a result. This module does not know models.
+Each result is appended with one write as soon as it is complete. A killed process loses only running requests, and the
+next run skips requests that have a result. This module does not depend on models.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from moesaic.serve.json_body import decode_json
 from moesaic.serve.types import Message
 
 MAX_ATTEMPTS = 20
-"""Attempts at a request that the server refuses for want of capacity."""
+"""Largest number of attempts at a request while the server answers with status 429 or 503."""
 
 ProgressCallback = Callable[[int, int], None]
 
 
 class BatchLine(Struct):
-    """One request of the input file."""
+    """One line of the input file: a request."""
 
     custom_id: Annotated[str, Meta(min_length=1, max_length=512)]
     url: Annotated[str, Meta(pattern="^/")]
@@ -44,15 +44,15 @@ class BatchLine(Struct):
 
 @dataclass
 class BatchCounts:
-    """Counts of requests by their result."""
+    """Numbers of requests with a result. ``failed`` counts errors and responses with a status of 400 or more."""
 
     answered: int = 0
     failed: int = 0
     skipped: int = 0
-    """Requests, answered or failed, that had a result before this run."""
+    """Requests that had a result before this run. They are included in ``answered`` and ``failed``."""
 
     def add(self, result: dict[str, Any]) -> None:
-        """Count one result."""
+        """Count one result, a decoded line of the output file, as answered or as failed."""
         response = result["response"]
         if response is not None and response["status_code"] < 400:
             self.answered += 1
@@ -62,19 +62,22 @@ class BatchCounts:
 
 @dataclass
 class BatchOutput:
-    """The file of results, open for appending, and what it contains."""
+    """The file of results, open for appending, and the requests that it has results for, as ``custom_id`` values."""
 
     file: BinaryIO
     ids: set[str] = field(default_factory=set)
     lines: set[int] = field(default_factory=set)
-    """Numbers of input lines that were not valid requests."""
+    """Numbers of the input lines that are not valid requests; the file has an error as the result of each."""
     count: BatchCounts = field(default_factory=BatchCounts)
 
     def read(self, path: Path) -> None:
-        """Read the existing results, and cut off an incomplete last line.
+        """Read the results that the file has already, and cut off an incomplete last line.
+
+        Args:
+            path: path of the file, for error messages.
 
         Raises:
-            InvalidRequest: the file is not a file of results. It is left unchanged.
+            InvalidRequest: a line is not a result. The file is left unchanged.
         """
         end = 0
         for number, line in enumerate(self.file, 1):
@@ -97,7 +100,13 @@ class BatchOutput:
         self.count.add(result)
 
     def write(self, custom_id: str | None, response: Any, error: Any) -> None:
-        """Append a result to the file."""
+        """Append one result to the file and count it.
+
+        Args:
+            custom_id: id of the request; None for an input line that is not a valid request.
+            response: the response to the request; None if there is an error instead.
+            error: why the line is not a valid request; None if there is a response.
+        """
         result = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response}
         self.file.write(json.dumps(result | {"error": error}).encode() + b"\n")  # unbuffered: one write
         self._add(result | {"error": error})
@@ -106,17 +115,20 @@ class BatchOutput:
 async def run(
     app: App, source: Path, target: Path, concurrency: int = 16, progress: ProgressCallback | None = None
 ) -> BatchCounts:
-    """Run the requests in ``source`` and append the results to ``target``.
+    """Run the requests in ``source`` that have no result yet, and append their results to ``target``.
+
+    The counts of all results in ``target``, including those of earlier runs, are returned.
 
     Args:
-        app: the application.
+        app: the application that answers the requests.
         source: file of requests.
-        target: file of results.
-        concurrency: requests at the same time.
-        progress: called with the number of results and of requests.
+        target: file of results; it is created if it does not exist.
+        concurrency: number of requests that run at the same time.
+        progress: called with the number of results so far and the number of requests.
 
     Raises:
-        InvalidRequest: a file cannot be used.
+        InvalidRequest: a file cannot be read or written, another process writes to ``target``, or ``target`` has lines
+            that are not results.
     """
     try:
         if target.exists() and target.samefile(source):
@@ -134,7 +146,11 @@ async def run(
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Lock the file for this process."""
+    """Lock the file, so that no other process writes results to it. On Windows, do nothing.
+
+    Raises:
+        InvalidRequest: another process has locked the file.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -156,7 +172,7 @@ def _is_blank(line: bytes) -> bool:
 
 
 def _pending(requests: BinaryIO, output: BatchOutput) -> Iterator[BatchLine]:
-    """Yield the requests without a result. A line that is not a request gets an error as its result."""
+    """Yield the requests that have no result in ``output``. For an invalid line, write an error as its result."""
     first: dict[str, int] = {}
     for number, line in enumerate(requests, 1):
         if _is_blank(line) or number in output.lines:
@@ -179,7 +195,7 @@ def _pending(requests: BinaryIO, output: BatchOutput) -> Iterator[BatchLine]:
 
 
 class _BatchRun:
-    """One run through a file of requests."""
+    """One run over a file of requests: several workers send the requests to the application."""
 
     def __init__(self, app: App, output: BatchOutput, progress: ProgressCallback | None, total: int) -> None:
         self._app, self._output, self._progress, self._total = app, output, progress, total
@@ -219,7 +235,10 @@ def _json(content: bytes) -> Any:
 
 
 async def post(app: App, path: str, body: bytes, request_id: str) -> tuple[int, dict[bytes, bytes], bytes]:
-    """Send a request to the application as if it came from this machine; return its status, headers and body."""
+    """Send a POST request with a JSON body to the application, without a socket; return the response.
+
+    The response is returned as its status, its headers and its body.
+    """
     fields = {b"host": b"localhost", b"content-type": b"application/json", b"x-request-id": request_id.encode()}
     scope = {
         "type": "http",

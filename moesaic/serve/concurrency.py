@@ -1,4 +1,4 @@
-"""Two ways to wait: for several awaitables at once, and for one until the client disconnects."""
+"""Two helpers: run several awaitables at once, and cancel an awaitable when the client disconnects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def gather_all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
-    """Await several things at once and return their results; the first error cancels the others and is raised."""
+    """Run awaitables at once and return their results in order. The first error cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_await(awaitable)) for awaitable in awaitables]
@@ -27,10 +27,10 @@ async def _await(awaitable: Awaitable[T]) -> T:
 
 
 async def cancel_on_disconnect(work: Awaitable[Any], receive: Receive) -> None:
-    """Run ``work``, and cancel it when the client disconnects.
+    """Run ``work`` to its end, but cancel it if ``receive`` (ASGI) reports that the client disconnected.
 
     Raises:
-        Disconnected: the client disconnected first.
+        Disconnected: the client disconnected before ``work`` ended.
     """
     task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(_disconnect(receive))

@@ -1,8 +1,8 @@
-"""One client's connection: limits that uvicorn does not have.
+"""The protocol of a client's connection: uvicorn's, with limits that uvicorn does not have.
 
-The head of a request is limited in bytes, fields and seconds. After a refusal the server reads on for a moment, since
-closing a socket with unread data would destroy the response on its way. A client that reads nothing is disconnected.
-This module knows sockets and uvicorn's protocol class, not what is in a request.
+The head of a request is limited in bytes, fields and seconds. After it refuses a request, the server reads on for a
+moment: closing a socket with unread data would destroy the response. A client that reads nothing is disconnected.
+This module depends on sockets and uvicorn's protocol class, not on the content of a request.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from moesaic.serve.settings import Settings
 
 MAX_HEADER_FIELDS = 100
 LINGER_SECONDS = 2.0
-"""How long the server reads on, and discards the data, after a refusal."""
+"""Seconds for which the server reads on, and discards the data, after it refused a request."""
 MAX_DISCARDED_BYTES = 8 << 20
-"""Data that is discarded after a refusal before the connection is reset."""
+"""Most bytes that are discarded after a request was refused; if more come, the connection is reset."""
 MIN_READ_BYTES = 16 << 10
-"""A client that reads less than this in ``reader_seconds`` is disconnected."""
+"""A client that reads fewer bytes of a response than this in ``Settings.reader_seconds`` is disconnected."""
 LINGER_OFF = struct.pack("ii", 1, 0)
 """The value of SO_LINGER with which closing a socket discards unsent data and resets the connection."""
 TOO_LARGE = b"431 Request Header Fields Too Large"
@@ -34,14 +34,15 @@ REFUSAL = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r
 
 
 def bounded(settings: Settings) -> type[HttpToolsProtocol]:
-    """Return uvicorn's protocol class with the limits of these settings."""
+    """Return a subclass of ``Connection``, for uvicorn to use, that applies the limits in ``settings``."""
     return type("Bounded", (Connection,), {"bounds": settings, "addresses": Counter()})
 
 
 def without_chunks(cycle: RequestResponseCycle) -> None:
-    """Send a response of unknown length to a client of HTTP/1.0, which knows neither chunks nor 100 Continue.
+    """Make uvicorn send the response to this request of an HTTP/1.0 client without chunks and without 100 Continue.
 
-    The end of the connection ends the response: RFC 9112, section 6.3. uvicorn keeps no connection of HTTP/1.0 open.
+    HTTP/1.0 has neither. A response of unknown length ends with the connection (RFC 9112, section 6.3), which uvicorn
+    closes after each HTTP/1.0 request. ``cycle`` is uvicorn's object for the request.
     """
     send, has_length = cycle.send, False
 
@@ -60,7 +61,7 @@ def without_chunks(cycle: RequestResponseCycle) -> None:
 
 
 class GuardedTransport:
-    """A transport whose ``close`` and ``is_closing`` are the connection's own."""
+    """An asyncio transport whose methods ``close`` and ``is_closing`` are replaced by the given functions."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None], is_closing: Callable[[], bool]) -> None:
         self._transport = transport
@@ -71,11 +72,11 @@ class GuardedTransport:
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with limits. ``bounded`` makes the class that uvicorn uses."""
+    """uvicorn's HTTP protocol with limits, one object per connection. ``bounded`` returns the subclass to use."""
 
     bounds: Settings
     addresses: Counter[str]
-    """Open connections by client address."""
+    """Number of open connections by client address."""
 
     _address: str | None = None
     _timer: asyncio.TimerHandle | None = None  # until the head must be complete, a refusal read, or the socket closed
@@ -124,7 +125,11 @@ class Connection(HttpToolsProtocol):
         return self._discarding or self._raw.is_closing()
 
     def _end(self) -> None:
-        """Close when uvicorn asks: at once if a response breaks off, later if its request is not read yet."""
+        """Close the connection because uvicorn asks for it.
+
+        A connection with an incomplete response is reset. If the request was not read to its end, the server reads on
+        for a moment before it closes.
+        """
         if self._lost or self._ending():
             return
         cycle = self.cycle
@@ -136,12 +141,12 @@ class Connection(HttpToolsProtocol):
             self._linger()
 
     def _close(self) -> None:
-        """Close. A client that does not read what was sent before is disconnected after ``reader_seconds``."""
+        """Close the connection once all written data is sent; reset it if that takes longer than ``reader_seconds``."""
         self._raw.close()
         self._arm(self.bounds.reader_seconds, self._break)
 
     def _break(self) -> None:
-        """Reset the connection, so that the client cannot take a partial response for a complete one."""
+        """Reset the connection at once, so that the client cannot take a partial response for a complete one."""
         with contextlib.suppress(OSError):
             self._raw.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_OFF)
         self._raw.abort()
@@ -211,7 +216,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = self._keep_alive
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Ignore the request for another protocol. HTTP/1.1 is used for this request, then the connection is closed."""
+        """Do not warn about a request to switch protocols. After a response in HTTP/1.1, the connection is closed."""
 
     def _head_late(self) -> None:
         self._timer = None
@@ -224,7 +229,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(self._refusal or b"400 Bad Request")
 
     def _refuse(self, status: bytes) -> None:
-        """Send a refusal unless a response has begun, and close."""
+        """Send an error response with this status line, and close; reset the connection if a response has begun."""
         if self._lost or self._ending():
             return
         # A request with a broken body has no response yet; one before a broken head has one, or is getting it.
@@ -270,7 +275,7 @@ class Connection(HttpToolsProtocol):
             self._stall_timer = None
 
     def _start_stall_timer(self) -> None:
-        """Check after ``reader_seconds`` how much the client has read."""
+        """Start a timer that checks after ``reader_seconds`` how much of the written data the client has read."""
         self._unread_bytes = self._raw.get_write_buffer_size()
         self._stall_timer = self.loop.call_later(self.bounds.reader_seconds, self._check_stall)
 

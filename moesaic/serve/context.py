@@ -1,6 +1,6 @@
-"""The context of one request that passed the guard: its key, its body, and what it has running.
+"""The context in which an endpoint answers one request: the request's API key, its body and its generations.
 
-This module does not know the application, nor how a response is sent.
+This module does not depend on the application or on how a response is sent.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from moesaic.serve.unknown_fields import unknown_fields
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 ANSWERS_PER_REQUEST = 8
-"""Answers to one prompt that count as one request against the limits of a key."""
+"""Number of answers to one prompt (``n``) that count as one request against the limits of an API key."""
 
 
 class Cancellable(Protocol):
-    """Something that runs for a request and ends with it."""
+    """Work that runs for a request and is cancelled when the request ends."""
 
     def cancel(self) -> None:
-        """Stop it."""
+        """Stop the work."""
         ...
 
 
 @dataclass
 class RequestContext:
-    """One request that is being answered."""
+    """One request that is being answered, with what its endpoint needs: services, API key, body and time limits."""
 
     services: Services
     http: HttpRequest
     key: Key
     deadline: Deadline
     body: Any = None
-    """The decoded body, of the endpoint's type."""
+    """The decoded body, of the type ``Endpoint.body``; None if the endpoint reads no body."""
     running: list[Cancellable] = field(default_factory=list)
-    """What is cancelled when the request ends."""
+    """Work, such as generations, that is cancelled when the request ends."""
     spent: int = 0
-    """Tokens charged to the key besides those of ``generate``."""
+    """Number of tokens to charge to the key in addition to those of ``generate``, such as those of embeddings."""
     _generations: list[RequestMetrics] = field(default_factory=list)
     _needed: int = 0
-    """How often it is to be counted for the generations so far."""
+    """Number of times that the request must be counted against the key's limits, for its generations so far."""
     _counted: int = 0
-    """How often the request was counted against the key's rate."""
+    """Number of times that the request has been counted against the key's limits."""
 
     @property
     def backend(self) -> Backend:
-        """Return the backend that answers."""
+        """Return the backend that generates the answers."""
         return self.services.backend
 
     @property
@@ -68,37 +68,38 @@ class RequestContext:
 
     @property
     def path_parameters(self) -> Mapping[str, str]:
-        """Return the variable parts of the path."""
+        """Return the values of the path's parameters by name, such as ``id`` for the route ``/v1/jobs/{id}``."""
         return self.http.path_parameters
 
     @property
     def query(self) -> dict[str, str]:
-        """Return the query parameters; of a repeated name the last value."""
+        """Return the query parameters by name. If a name is repeated, its last value is returned."""
         return self.http.query
 
     def fit(self, value: Any, kind: Any) -> Any:
-        """Convert decoded JSON into the type of a body. Its unknown fields are reported as for every body.
+        """Convert decoded JSON into the body type ``kind`` and return it. Unknown fields are reported to the client.
 
         Raises:
-            InvalidRequest: it is not of that type, or has unknown fields and the server refuses them.
+            InvalidRequest: ``value`` is not of that type, or has unknown fields and the server refuses them.
         """
         body = fit(value, kind)
         self.services.fields.report(self.http, self.http.path, unknown_fields(value, kind))
         return body
 
     def header(self, name: bytes) -> str | None:
-        """Return the first header of a lower-case name, or None."""
+        """Return the request's first header with this name, given in lower case; None if it has none."""
         return self.http.header(name)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        """Start a generation for this client; return its events, which are counted and timed as they pass.
+        """Start a generation for this client; return its events. Reading them records them in the metrics.
 
-        The request is accepted when this returns, and cancelled if the context is closed before it ends.
+        The backend has accepted the generation when this returns. It is cancelled if the context is closed before its
+        end.
         """
         return (await self._start(request)).events()
 
     async def generate_in_batches(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        """Start a generation; return its events in lists of all that are available at once."""
+        """Start a generation as ``generate`` does; return lists, each of all events that are available at a time."""
         return (await self._start(request)).batches()
 
     async def _start(self, request: GenerationRequest) -> Generation:
@@ -126,11 +127,11 @@ class RequestContext:
         return generation
 
     def _count_answers(self, request: GenerationRequest) -> None:
-        """Count the answers of a generation against the key's limits: a few of them count as one request.
+        """Count a generation against the key's limits: up to ``ANSWERS_PER_REQUEST`` answers count as one request.
 
         Raises:
-            InvalidParameter: there are more answers than the key may ever have at a time.
-            KeyExhausted: the key has used up its limit.
+            InvalidParameter: ``n`` is larger than the key's limits can ever allow.
+            KeyExhausted: the key has used up one of its limits.
         """
         parts = -(-(request.sampling.get("n") or 1) // ANSWERS_PER_REQUEST)
         for limit, when in ((self.key.concurrent, "at a time"), (self.key.requests_per_minute, "per minute")):
@@ -154,19 +155,21 @@ class RequestContext:
             headers.append((b"idempotency-replayed", b"true" if existed else b"false"))
 
     def count_request(self) -> None:
-        """Count one request against the key's limits.
+        """Count one request against the limits of this request's key.
 
         Raises:
-            KeyExhausted: the key has used up its limit.
+            KeyExhausted: the key has used up one of its limits.
         """
         self.services.keys.begin(self.key)
         self._counted += 1
 
     def assign_key(self, key: Key) -> None:
-        """Count the request as another key's, where only the body told which key it came with.
+        """Make ``key`` the key of this request, and move what was counted against the previous key to ``key``.
+
+        It is for routes on which the key is a part of the body.
 
         Raises:
-            KeyExhausted: that key has used up its limit.
+            KeyExhausted: ``key`` has used up one of its limits.
         """
         counted, self._counted = self._counted, 0
         for _ in range(counted):
@@ -176,7 +179,10 @@ class RequestContext:
             self.count_request()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Cancel what still runs and charge the key. ``error``: what ended the request, if anything did."""
+        """End the request: cancel what still runs, end its metrics, and charge its tokens to the key.
+
+        ``error`` is the error that ended the request, for the metrics; None: no error did.
+        """
         for running in self.running:
             running.cancel()
         if isinstance(error, Disconnected | asyncio.CancelledError):
@@ -192,6 +198,6 @@ class RequestContext:
         self._counted = self._needed = self.spent = 0
 
     def _close_if_done(self) -> None:
-        """Close as soon as all answers have ended: the client may send its next request at once."""
+        """Close the context if all generations have ended, so that the client may send its next request at once."""
         if all(generation.ended for generation in self._generations):
             self.close()

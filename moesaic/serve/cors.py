@@ -1,6 +1,6 @@
-"""Cross-origin resource sharing: what lets a web page of another origin call this server and read its responses.
+"""Cross-origin resource sharing (CORS): lets web pages of other origins call this server and read its responses.
 
-Protocol: https://fetch.spec.whatwg.org/#http-cors-protocol. This module does not know routes or keys.
+Protocol: https://fetch.spec.whatwg.org/#http-cors-protocol. This module does not depend on routes or keys.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from moesaic.errors import InvalidParameter
 from moesaic.serve.types import Scope, header
 
 REQUEST_HEADERS = ("authorization", "content-type", "x-api-key", "anthropic-version", "idempotency-key")
-"""Headers that a page may send, whether its preflight asks for them or not. Those that it asks for are added."""
+"""Request headers that every page may send. Further headers are allowed if the page's preflight asks for them."""
 EXPOSED_HEADERS = b"retry-after, x-request-id, request-id, idempotency-replayed, x-moesaic-ignored-fields, *"
-"""Response headers that a page may read: all of them. The first are for browsers that do not know "*"."""
+"""Response headers that a page may read: "*" allows all. The names are for browsers that do not know "*"."""
 METHODS = b"GET, POST, DELETE, OPTIONS"
 PREFLIGHT_SECONDS = b"600"
 """Seconds for which a browser may remember the answer to a preflight."""
@@ -27,14 +27,14 @@ class CorsPolicy:
     """The origins whose pages may call this server, and the headers that tell browsers so.
 
     Credentials are never allowed, so a browser adds no cookie or password of its own to a request of a page. A page can
-    send only the keys that it has. That is why it may send any header, whatever its origin.
+    send only API keys that it has. Therefore it may send any header.
     """
 
     def __init__(self, origins: Iterable[str]) -> None:
-        """Allow some origins; "*" stands for any.
+        """Allow pages of these origins, such as ``https://page.example.org``; "*" allows every origin.
 
         Raises:
-            InvalidParameter: a value is not an origin.
+            InvalidParameter: one of ``origins`` is not an origin.
         """
         self._origins = frozenset(map(parse_origin, origins))
 
@@ -43,7 +43,11 @@ class CorsPolicy:
         return "*" in self._origins or origin.lower() in self._origins
 
     def headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """Return the headers for the response to a request, whatever its status is."""
+        """Return the CORS headers for the response to a request, for every status.
+
+        For a request without an origin, or with one that is not allowed, only ``Vary`` is returned. If the server
+        allows no origins, the list is empty.
+        """
         if not self._origins:
             return []
         origin = header(scope, b"origin")
@@ -61,12 +65,12 @@ class CorsPolicy:
 
 
 def is_preflight(scope: Scope) -> bool:
-    """Return whether a browser asks if a page may send a request."""
+    """Return whether a request is a CORS preflight, with which a browser asks whether a page may send a request."""
     return scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method") is not None
 
 
 def parse_origin(text: str) -> str:
-    """Return an origin as browsers send it: in lower case, without a default port or a slash at the end.
+    """Return an origin (or "*") as browsers send it: in lower case, without a default port or a slash at the end.
 
     Raises:
         InvalidParameter: ``text`` is neither an origin nor "*".
@@ -82,7 +86,7 @@ def parse_origin(text: str) -> str:
 
 
 def _requested_headers(scope: Scope) -> Iterator[str]:
-    """Yield the names of the headers that a preflight asks for. What is not a name is left out."""
+    """Yield the header names, in lower case, that a preflight asks to send. Invalid names are left out."""
     for name in (header(scope, b"access-control-request-headers") or "").lower().split(","):
         if HEADER_NAME.fullmatch(name.strip()):
             yield name.strip()

@@ -1,4 +1,4 @@
-"""The time limits of one request: how long it may wait for its turn, and how long its answer may take."""
+"""The time limits of one request: how long it may wait until the model reads its prompt, and how long it may take."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ T = TypeVar("T")
 
 
 class Deadline:
-    """Time limits of one request, for any number of waits in turn.
+    """Time limits of one request. Every ``wait`` of the request is ended when a limit passes.
 
-    One timer serves all waits: ``asyncio.timeout`` makes one for each, which costs more than sending a token.
+    One timer serves all calls of ``wait``. ``asyncio.timeout`` would create a timer for each call, which costs more
+    than sending a token.
     """
 
     def __init__(self, request_seconds: float = 0.0, queue_seconds: float = 0.0, started: float | None = None) -> None:
-        """Start the clock.
+        """Start the time limits of a request.
 
         Args:
-            request_seconds: limit of the whole request; 0: none.
-            queue_seconds: limit until ``prompt_read`` is called; 0: none.
-            started: when ``request_seconds`` begins, on the event loop's clock; None: now.
+            request_seconds: limit of the whole request, in seconds; 0: no limit.
+            queue_seconds: limit from now until ``prompt_read`` is called, in seconds; 0: no limit.
+            started: when the request began, on the event loop's clock; None: now.
         """
         now = asyncio.get_running_loop().time()
         self._started = now if started is None else started
@@ -36,19 +37,21 @@ class Deadline:
         self._expired = False
 
     def with_queue_limit(self, queue_seconds: float) -> Deadline:
-        """Return a deadline with the same end of the request, and a queue limit that begins now."""
+        """Return a new deadline with the same limit of the whole request, and a queue limit that begins now."""
         return Deadline(self._request_seconds, queue_seconds, self._started)
 
     def prompt_read(self) -> None:
-        """Lift the queue limit: the request has got its turn."""
+        """Remove the queue limit, because the model has read the prompt."""
         self._queue_end = None
 
     async def wait(self, awaitable: Awaitable[T]) -> T:
-        """Await something within the limits. A result that is there already is returned at any time.
+        """Await ``awaitable`` within the limits and return its result.
+
+        A result that is already available is returned even if a limit has passed.
 
         Raises:
-            Unavailable: the request waited too long for its turn.
-            TimedOut: the answer took too long.
+            Unavailable: the queue limit passed before the model read the prompt.
+            TimedOut: the limit of the whole request passed.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -66,7 +69,7 @@ class Deadline:
                 task.uncancel()
 
     def close(self) -> None:
-        """Cancel the timer."""
+        """Cancel the timer, so that it does not outlive the request."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

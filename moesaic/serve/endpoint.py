@@ -1,4 +1,4 @@
-"""An endpoint of an API, the responses it can return, and how errors are shown.
+"""An endpoint of an API, the responses that it can return, and the forms in which clients get errors.
 
 This module does not depend on the application or on the context in which an endpoint runs.
 """
@@ -26,35 +26,35 @@ OPENAI_ERROR_CODES = {
     429: "rate_limit_exceeded",
 }
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
-"""OpenAI's code of a prompt that is too long. Clients shorten the conversation when they read it."""
+"""OpenAI's error code for a prompt that is too long. Clients that get this code shorten the conversation."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error in the form that every API can show."""
+    """An error as data, from which each API makes an error response in its own form."""
 
     status: int
     kind: str
-    """Name of the error class."""
+    """Name of the error class, such as ``PromptTooLong``."""
     message: str
     param: str | None = None
-    """The parameter at fault, if there is one."""
+    """Name of the request parameter that is wrong; None if the error is not about one parameter."""
     retry_after: float | None = None
-    """Seconds after which the client may try again."""
+    """Seconds after which the client may try again; None if there is no such time."""
     tokens: int | None = None
-    """Of a prompt that is too long: its number of tokens."""
+    """Number of tokens of a prompt that is too long; None for other errors."""
     limit: int | None = None
-    """Of a prompt that is too long: the most tokens that it may have."""
+    """Largest number of tokens that a prompt may have, if this one is too long; None for other errors."""
 
     @property
     def too_long(self) -> bool:
-        """Return whether the prompt is too long."""
+        """Return whether the error is that the prompt is too long (``PromptTooLong``)."""
         return self.kind == PromptTooLong.__name__
 
 
 @dataclass(frozen=True)
 class Response:
-    """A complete response. ``content`` is bytes, or a value that is encoded as JSON."""
+    """A complete HTTP response. ``content`` is the body as bytes, or a value that is encoded as JSON."""
 
     content: Any
     status: int = 200
@@ -62,18 +62,18 @@ class Response:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self) -> bytes:
-        """Return the body as bytes."""
+        """Return the response's body as bytes."""
         return self.content if isinstance(self.content, bytes) else msgspec.json.encode(self.content)
 
 
 @dataclass(frozen=True)
 class EventStream:
-    """A response that is streamed as server-sent events."""
+    """A response that is streamed as server-sent events. ``frames`` yields the encoded events."""
 
     frames: AsyncIterator[bytes]
     headers: Mapping[str, str] = field(default_factory=dict)
     broken: Callable[[Failure], bytes] | None = None
-    """Encodes an error as an event of this stream; None: the endpoint's ``broken`` does."""
+    """Encodes an error as the last event of this stream; None: ``Endpoint.broken`` is used."""
 
 
 AnyResponse = Response | EventStream
@@ -81,38 +81,38 @@ AnyResponse = Response | EventStream
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One route of an API."""
+    """One route of an API: its path and method, its handler, the type of its body, and the form of its errors."""
 
     path: str
-    """The path, with parameters as starlette writes them: ``/v1/jobs/{id}``."""
+    """Path of the route. Parameters are in braces, as starlette writes them: ``/v1/jobs/{id}``."""
     run: Callable[[Any], Awaitable[AnyResponse]]
-    """The handler. Its argument is a ``context.RequestContext``."""
+    """The handler: gets the request's ``context.RequestContext`` and returns the response."""
     failure: Callable[[Failure], Any]
-    """Returns an error as this API shows it: content, or a ``Response`` if the status differs from the error's."""
+    """Formats an error for this API: returns the body's content, or a ``Response`` to use another status as well."""
     broken: Callable[[Failure], bytes] | None = None
-    """Encodes an error as an event in a stream that has begun. Required for endpoints that stream."""
+    """Encodes an error as the last event of a stream that has begun. Required if the handler returns streams."""
     method: str = "POST"
     body: Any = None
-    """Type of the JSON body; None: the endpoint reads no body."""
+    """Type into which the JSON body is decoded; None: the endpoint reads no body."""
     public: bool = False
-    """Whether the endpoint is open without a key."""
+    """Whether the endpoint can be used without an API key."""
     admin: bool = False
     """Whether the endpoint requires an administrator's key."""
     worker: bool = False
-    """Whether the endpoint requires a worker's key. Clients' rate limits and bounds do not apply to it."""
+    """Whether the endpoint requires the key of a gateway's worker. Limits for clients do not apply to it."""
     body_bytes: int | None = None
-    """Largest body in bytes; None: ``Settings.body_bytes``."""
+    """Largest request body in bytes; None: ``Settings.body_bytes`` is the limit."""
     decode: Callable[[bytes, Any], Any] | None = None
-    """Decodes the body into its type; None: ``json_body.decode_json``, the strict decoder."""
+    """Decodes the bytes of a body into the type ``body``; None: ``json_body.decode_json``, the strict decoder."""
     summary: str = ""
     query: Mapping[str, Any] = field(default_factory=dict)
     """JSON schemas of the query parameters, by name."""
     statuses: Mapping[int, str] = field(default_factory=dict)
-    """Statuses that other routes do not return, and their meaning, for the OpenAPI description."""
+    """Meanings of HTTP statuses on this route, where they differ from other routes, for the OpenAPI description."""
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return how an error is shown. Errors outside our tree are shown as a bare internal error."""
+    """Return an error as data for clients. An error that is not a ``MoesaicError`` gets status 500 and no details."""
     if not isinstance(error, MoesaicError):
         return Failure(500, "InternalError", "internal server error; the server's log has the details")
     wait = getattr(error, "retry_after", None)
@@ -123,7 +123,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def openai_failure(failure: Failure) -> dict[str, Any]:
-    """Return an error as OpenAI's clients read it."""
+    """Return the body of an error response in OpenAI's form."""
     default = "server_error" if failure.status >= 500 else "invalid_request_error"
     return {
         "error": {
@@ -136,5 +136,5 @@ def openai_failure(failure: Failure) -> dict[str, Any]:
 
 
 def plain_failure(failure: Failure) -> dict[str, Any]:
-    """Return an error as TGI's routes show it, without a prefix or a status of its own."""
+    """Return the body of an error response in TGI's form: the unchanged message and the name of the error class."""
     return {"error": failure.message, "error_type": failure.kind}

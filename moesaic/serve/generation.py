@@ -1,4 +1,4 @@
-"""One running generation: its events, within the time limits, recorded in the metrics as they pass."""
+"""One running generation. Its events are read within the time limits and recorded in the metrics."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ class Generation:
     async def start(
         cls, admission: Awaitable[ResponseStream], deadline: Deadline, metrics: RequestMetrics
     ) -> Generation:
-        """Wait until the backend has accepted the request.
+        """Wait until the backend has accepted the request; return the running generation.
+
+        Args:
+            admission: the running call of ``Backend.generate``.
+            deadline: time limits of the request.
+            metrics: records the events.
 
         Raises:
-            Unavailable, TimedOut: that took longer than the deadline allows.
+            Unavailable, TimedOut: the backend did not accept the request within the time limits.
         """
         try:
             stream = await deadline.wait(admission)
@@ -34,21 +39,21 @@ class Generation:
 
     @property
     def job(self) -> tuple[str, bool] | None:
-        """Return the durable job's id and whether it existed before; None: the request is not durable."""
+        """Return the id of the request's job, and whether the job existed before; None: the backend keeps no jobs."""
         return self._stream.job
 
     def cancel(self) -> None:
-        """Cancel the request; nothing more comes."""
+        """Cancel the generation; no more events come."""
         self._stream.cancel()
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield the events. Neighbouring deltas of one answer that came together are joined.
+        """Yield the events of the generation. Consecutive ``Delta`` events that came together are joined per answer.
 
         The time that a slow client takes to read does not count against the deadline.
 
         Raises:
-            Unavailable: the request waited too long for its turn.
-            TimedOut: its answer took too long.
+            Unavailable: the queue limit passed before the model read the prompt.
+            TimedOut: the limit of the whole request passed.
         """
         async with contextlib.aclosing(self._batches(joined=True)) as batches:
             async for batch in batches:
@@ -56,9 +61,9 @@ class Generation:
                     yield event
 
     def batches(self) -> AsyncGenerator[list[Event]]:
-        """Yield lists of all events that are available at once, deltas not joined; errors as for ``events``.
+        """Yield lists, each of all events that are available at a time. Errors are those of ``events``.
 
-        An answer's end comes in the same list as its last token.
+        ``Delta`` events are not joined. The end of an answer is in the same list as its last token.
         """
         return self._batches(joined=False)
 

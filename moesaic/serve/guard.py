@@ -1,7 +1,7 @@
-"""Checks in front of every route: host, origin, listener and key.
+"""Checks that a request must pass before its endpoint runs: host, origin, port and API key.
 
-Decisions depend on the request's path, its matched route and the socket it came in by, never on an address that is
-put together from headers. This module does not know what a route does.
+The decisions depend on the request's path, its matching route and the socket that accepted it, never on an address
+built from headers. This module does not depend on what a route does.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from moesaic.serve.types import HttpRequest, Scope
 
 HOST_HEADER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 ADMIN_ADDRESS = "127.0.0.1"
-"""Address of the administrators' own port."""
+"""Address at which the separate port for administrators listens (``Settings.admin_port``)."""
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 MAX_TRACKED_ADDRESSES = 10_000
-"""Addresses whose failed keys are counted at the same time."""
+"""Largest number of client addresses whose wrong keys are counted; with more, the oldest entry is dropped."""
 FAILURE_WINDOW_SECONDS = 60.0
 
 
 class Guard:
-    """The checks of one server."""
+    """The request checks of one server, with its count of wrong keys by client address."""
 
     def __init__(self, settings: Settings, keys: Keys, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._keys, self._clock = settings, keys, clock
@@ -37,7 +37,7 @@ class Guard:
         self._failures: dict[str, list[float]] = {}  # address -> times of its failed keys
 
     def check_host(self, scope: Scope) -> None:
-        """Reject a Host header with a name that is not this server's: a DNS rebinding attack has one.
+        """Check that the Host header names this server. In a DNS rebinding attack, it names another host.
 
         Raises:
             InvalidRequest: the header is missing, malformed, repeated, or names another host.
@@ -52,10 +52,12 @@ class Guard:
             raise InvalidRequest("unknown Host header: start the server with --allowed-host NAME to accept it")
 
     def check_listener(self, scope: Scope, *, admin: bool) -> None:
-        """Reject administrators' routes on the clients' port, and clients' routes on the administrators' port.
+        """Check that a request came by the port of its route, if there is a separate port for administrators.
+
+        ``admin`` is whether the route is for administrators.
 
         Raises:
-            NotFound: administrators have a port of their own, and the request came in by the other one.
+            NotFound: the request came by the other port.
         """
         port = self._settings.admin_port
         # The socket that accepted the connection decides, since a header could lie.
@@ -63,7 +65,10 @@ class Guard:
             raise NotFound(f"there is no {scope['method']} {scope['path'][:100]!r} on this port")
 
     def client_address(self, scope: Scope) -> str:
-        """Return the client's address: the nearest one that is not a trusted proxy."""
+        """Return the client's IP address.
+
+        If a trusted proxy sent the request, it is the last address in X-Forwarded-For that is not a trusted proxy.
+        """
         address = str((scope.get("client") or ("",))[0])
         trusted = self._settings.trusted_proxies
         if address in trusted:
@@ -74,7 +79,9 @@ class Guard:
         return address
 
     def check_origin(self, scope: Scope) -> None:
-        """Reject cross-origin writes. Browsers send CORS "simple" requests without asking the server first.
+        """Reject writes (not GET, HEAD or OPTIONS) from web pages whose origin is not allowed.
+
+        The check is necessary because browsers send CORS "simple" requests without asking the server first.
 
         Raises:
             Forbidden: the page's origin is neither this server's own nor an allowed one.
@@ -88,11 +95,11 @@ class Guard:
             raise Forbidden("this origin is not allowed: start the server with --cors-origin URL to allow it")
 
     def cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """Return the headers that let a page of an allowed origin read the response; for others none, or Vary."""
+        """Return the CORS headers of the response to a request, as ``CorsPolicy.headers`` does."""
         return self._cors.headers(scope)
 
     def authenticate(self, http: HttpRequest) -> Key:
-        """Return the key that a request carries.
+        """Return the accepted key that a request carries; ``ANONYMOUS`` on a server that requires no key.
 
         Raises:
             Unauthorized: the key is missing, wrong, or sent twice.
@@ -105,10 +112,10 @@ class Guard:
 
     @contextlib.contextmanager
     def limit_failures(self, address: str) -> Iterator[None]:
-        """Count a key that is found wrong (``Unauthorized``) against the client's address.
+        """Context manager: an ``Unauthorized`` that its block raises counts as a wrong key of this client address.
 
         Raises:
-            KeyExhausted: too many wrong keys came from this address.
+            KeyExhausted: too many wrong keys came from this address before.
         """
         self._check_failures(address)  # before the key is looked at, so that the answer says nothing about it
         try:
@@ -139,7 +146,10 @@ def _ip_address(text: str) -> str | None:
 
 
 def request_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    """Return the key in a request's headers, as OpenAI's or Anthropic's clients send it; None: none, or several."""
+    """Return the secret in ``Authorization: Bearer`` (OpenAI) or ``x-api-key`` (Anthropic).
+
+    None: the request has no such header, or more than one.
+    """
     values = [value for name, value in headers if name in (b"authorization", b"x-api-key")]
     if len(values) != 1:
         return None

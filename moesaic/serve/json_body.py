@@ -1,6 +1,6 @@
-"""Reads a request's body: limited in size and time, strict JSON, and of the endpoint's type.
+"""Reads the body of a request within limits of size and time, decodes it as strict JSON, and converts it to a type.
 
-This module knows ASGI and JSON, not what is in a body.
+This module depends on ASGI and JSON, not on the content of a body.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from moesaic.serve.settings import Settings
 from moesaic.serve.types import Disconnected, Receive, Scope, header
 
 MAX_EXACT_FLOAT = 2**53
-"""Below this, every integer has an exact float."""
+"""Integers below this are represented exactly as floats."""
 MAX_DEPTH = 32
-"""Nesting depth of a JSON body."""
+"""Largest nesting depth of a JSON body."""
 LARGE_BODY_BYTES = 64 << 10
 """A larger body is decoded in a thread, since decoding it would delay running streams."""
 JSON_MEDIA_TYPE = re.compile(r"application/([\w.-]+\+)?json", re.I)
@@ -29,17 +29,19 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 async def read_body(scope: Scope, receive: Receive, settings: Settings, max_bytes: int | None = None) -> bytes:
-    """Return the body of a request.
+    """Return the body of a request as bytes; it is not decoded.
 
     Args:
         scope: the request's ASGI scope.
-        receive: its ASGI callable.
-        settings: limits of size and time.
-        max_bytes: limit of size; None: the one in the settings.
+        receive: the request's ASGI callable, which returns the next message from the client.
+        settings: has the limits of size and time.
+        max_bytes: largest size in bytes; None: ``settings.body_bytes``.
 
     Raises:
-        TooLarge, WrongMedia, InvalidRequest: the body is too large, is not JSON, or did not arrive in time.
-        Disconnected: the client disconnected first.
+        TooLarge: the body is too large.
+        WrongMedia: the headers say that the body is not JSON, or that it is compressed.
+        InvalidRequest: the body did not arrive in time.
+        Disconnected: the client disconnected before the end of the body.
     """
     max_bytes = max_bytes or settings.body_bytes
     length = header(scope, b"content-length")
@@ -67,19 +69,19 @@ async def read_body(scope: Scope, receive: Receive, settings: Settings, max_byte
 
 
 def decode_json(body: bytes, kind: Any) -> Any:
-    """Decode strict JSON into a type. NaN, infinity, duplicate keys and deep nesting are refused.
+    """Decode strict JSON into the type ``kind``. NaN, infinity, duplicate keys and deep nesting are refused.
 
     A float without a fraction, such as ``3.0``, is accepted for an integer: JSON makes no difference.
 
     Raises:
-        InvalidRequest: the body is not JSON, or not of that type.
-        InvalidParameter: one parameter, which is named, is at fault.
+        InvalidRequest: the body is not JSON, or is not of the type ``kind``.
+        InvalidParameter: one parameter is wrong; the error names it.
     """
     return fit(parse_json(body), kind)
 
 
 def parse_json(body: bytes) -> Any:
-    """Decode strict JSON into dictionaries and lists, as ``decode_json`` does.
+    """Decode strict JSON into dictionaries, lists and plain values, with the checks of ``decode_json``.
 
     Raises:
         InvalidRequest: the body is not JSON.
@@ -102,14 +104,14 @@ def parse_json(body: bytes) -> Any:
 
 
 def decode_json_fast(body: bytes, kind: Any) -> Any:
-    """Decode JSON into a type at a tenth of the cost of ``decode_json``, for messages from our own programs.
+    """Decode JSON into the type ``kind`` at a tenth of the cost of ``decode_json``, for messages of our own programs.
 
-    The type must not contain ``Any``, so that it limits the depth itself. Duplicate keys are accepted, and a float
-    is not accepted for an integer.
+    The type must not contain ``Any``, so that the type itself limits the nesting depth. Duplicate keys are
+    accepted, and a float is not accepted for an integer.
 
     Raises:
-        InvalidRequest: the body is not JSON, or not of that type.
-        InvalidParameter: one parameter, which is named, is at fault.
+        InvalidRequest: the body is not JSON, or is not of the type ``kind``.
+        InvalidParameter: one parameter is wrong; the error names it.
     """
     try:
         return _decoder(kind).decode(body)
@@ -127,11 +129,11 @@ def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """Convert decoded JSON into a type.
+    """Convert decoded JSON into the type ``kind`` and return it.
 
     Raises:
-        InvalidRequest: it is not of that type.
-        InvalidParameter: one parameter, which is named, is at fault.
+        InvalidRequest: ``value`` is not of the type ``kind``.
+        InvalidParameter: one parameter is wrong; the error names it.
     """
     try:
         return msgspec.convert(value, kind)

@@ -5,7 +5,7 @@ Keys are stored only as SHA-256 digests, in the file and in memory. The file is 
     {"keys": [{"name": "anna", "sha256": "…", "requests_per_minute": 60, "tokens_per_minute": 20000,
                "concurrent": 4, "priority": 0, "admin": false}, …]}
 
-Only ``name`` and ``sha256`` are required. This module does not know HTTP.
+Only ``name`` and ``sha256`` are required. This module does not depend on HTTP.
 """
 
 from __future__ import annotations
@@ -24,54 +24,57 @@ from typing import Any
 from moesaic.errors import InvalidRequest, KeyExhausted, Unauthorized
 
 MAX_KEY_BYTES = 256
-"""Longer keys are refused without hashing them."""
+"""A secret with more bytes than this is refused without being hashed."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key: its owner and limits. None means no limit."""
+    """An API key: its name, the digest of its secret, and its limits. A limit of None means no limit."""
 
     name: str
     sha256: str
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
-    """Tokens of prompts and answers together."""
+    """Largest number of tokens per minute, of prompts and answers together."""
     concurrent: int | None = None
-    """Requests in progress at the same time."""
+    """Largest number of requests in progress at the same time."""
     priority: int = 0
-    """Added to the priority of each request; requests with a lower number are scheduled first."""
+    """Number added to the priority of each request of this key. Requests with a lower priority run first."""
     admin: bool = False
     worker: bool = False
-    """Whether the key is a worker's: it opens a gateway's routes for workers and no others."""
+    """Whether the key is for a gateway's worker. Such a key is accepted on the routes for workers only."""
     models: tuple[str, ...] = ()
-    """Models that the holder of a worker's key may offer; empty: any."""
+    """Names of the models that a worker with this key may offer to the gateway; empty: any model."""
 
 
 ENVIRONMENT = "environment-"
-"""Prefix of the names of keys from the environment."""
+"""Prefix of the names of keys whose secrets come from an environment variable."""
 ANONYMOUS = Key("", "")
 """The key of every request on a server without keys."""
 
 
 class Bucket:
-    """A token bucket: it refills at ``per_minute`` and holds at most one minute's worth."""
+    """A rate limiter (token bucket): it gains ``per_minute`` units per minute and holds at most that many."""
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.rate, self.capacity, self.left, self.at = per_minute / 60, float(per_minute), float(per_minute), now
 
     def wait(self, now: float) -> float:
-        """Return the seconds until at least one token is there; 0: now."""
+        """Refill the bucket up to the time ``now``; return the seconds until it holds one unit, 0 if it does."""
         self.left = min(self.capacity, self.left + (now - self.at) * self.rate)
         self.at = now
         return 0.0 if self.left >= 1 else (1 - self.left) / self.rate
 
     def take(self, count: float) -> None:
-        """Take tokens, even more than there are: the cost of a request is known only at its end."""
+        """Take ``count`` units, even more than the bucket holds: the cost of a request is known only at its end."""
         self.left -= count
 
 
 class Keys:
-    """The accepted keys and their use. A server that starts without keys is open and stays open."""
+    """The accepted keys, and how much each has used of its limits.
+
+    If no key is required at the start, none is required later.
+    """
 
     def __init__(
         self,
@@ -85,9 +88,9 @@ class Keys:
 
         Args:
             keys: the accepted keys.
-            clock: monotonic time in seconds.
-            wanted: require a key even if there is none yet.
-            source: reads the keys again on ``reload``; None: they do not change.
+            clock: returns the monotonic time in seconds.
+            wanted: whether a key is required even if ``keys`` is empty.
+            source: returns the current keys, for ``reload``; None: ``reload`` changes nothing.
         """
         self._source = source
         self.wanted = wanted or bool(keys)
@@ -100,7 +103,7 @@ class Keys:
         self.replace(keys)
 
     def replace(self, keys: tuple[Key, ...]) -> None:
-        """Accept these keys from now on. Running requests continue, and used limits stay used."""
+        """Accept only these keys from now on. Running requests continue, and what a key has used stays counted."""
         self._by_digest = {bytes.fromhex(key.sha256): key for key in keys}
         self._requests = self._buckets(self._requests, {key.name: key.requests_per_minute for key in keys})
         self._tokens = self._buckets(self._tokens, {key.name: key.tokens_per_minute for key in keys})
@@ -111,10 +114,10 @@ class Keys:
         return tuple(self._by_digest.values())
 
     def reload(self) -> None:
-        """Read the keys again from their source.
+        """Read the keys again from ``source``, which the constructor got, and accept only these.
 
         Raises:
-            InvalidRequest: they cannot be read; the accepted keys stay as they were.
+            InvalidRequest: the keys cannot be read; the accepted keys stay as they were.
         """
         if self._source is not None:
             self.replace(self._source())
@@ -128,10 +131,10 @@ class Keys:
         return buckets
 
     def owner(self, secret: bytes | None) -> Key:
-        """Return the accepted key with this secret.
+        """Return the accepted key with this secret; ``ANONYMOUS`` if no key is required.
 
         Raises:
-            Unauthorized: no accepted key has it.
+            Unauthorized: no accepted key has this secret.
         """
         if not self.wanted:
             return ANONYMOUS
@@ -146,14 +149,14 @@ class Keys:
         raise Unauthorized("a valid API key is required: send it as `Authorization: Bearer KEY`")
 
     def current(self, sha256: str) -> Key | None:
-        """Return the accepted key with this digest, with its current limits; None if it is not accepted any more."""
+        """Return the accepted key with this digest, with its current limits; None: no accepted key has it."""
         return self._by_digest.get(bytes.fromhex(sha256))
 
     def begin(self, key: Key) -> None:
-        """Count a request as started.
+        """Count a request of this key as started.
 
         Raises:
-            KeyExhausted: a limit of the key is used up.
+            KeyExhausted: a limit of the key is used up; the request is not counted.
         """
         now = self._clock()
         if key.concurrent is not None and self._running.get(key.name, 0) >= key.concurrent:
@@ -167,32 +170,32 @@ class Keys:
         self._running[key.name] = self._running.get(key.name, 0) + 1
 
     def end(self, key: Key, tokens: int) -> None:
-        """Count a request as ended, and charge its tokens."""
+        """Count a request of this key as ended, and charge ``tokens`` to the key's limit of tokens per minute."""
         left = self._running.pop(key.name, 0) - 1
         if left > 0:
             self._running[key.name] = left
         self.charge(key, tokens)
 
     def charge(self, key: Key, tokens: int) -> None:
-        """Charge tokens to a key's limit."""
+        """Charge ``tokens`` to the key's limit of tokens per minute, if it has one."""
         if bucket := self._tokens.get(key.name):
             bucket.wait(self._clock())
             bucket.take(tokens)
 
 
 def new(name: str, **limits: Any) -> tuple[str, Key]:
-    """Return a new secret, which is shown once, and the key that is stored for it."""
+    """Return a new random secret, to be shown to its user once, and the ``Key`` with its digest, to be stored."""
     secret = f"msc-{secrets.token_urlsafe(32)}"
     return secret, Key(name, digest(secret), **limits)
 
 
 def digest(key: str) -> str:
-    """Return the SHA-256 digest of a secret, in hexadecimal."""
+    """Return the SHA-256 digest, in hexadecimal, of the secret ``key``."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def read(path: Path) -> tuple[Key, ...]:
-    """Return the keys in a file.
+    """Return the keys in a key file.
 
     Raises:
         InvalidRequest: the file cannot be read or is malformed. The message never quotes its content.
@@ -248,6 +251,6 @@ def write(path: Path, keys: tuple[Key, ...]) -> None:
 
 
 def from_environment(value: str) -> tuple[Key, ...]:
-    """Return the keys in an environment variable, where they are separated by commas."""
+    """Return the keys for the secrets in ``value``, separated by commas: the value of MOESAIC_API_KEYS."""
     secrets_given = [text.strip() for text in value.split(",") if text.strip()]
     return tuple(Key(f"{ENVIRONMENT}{number}", digest(secret)) for number, secret in enumerate(secrets_given, 1))

@@ -12,7 +12,7 @@ import time
 import traceback
 
 MAX_TRACE_FRAMES = 30
-"""Innermost frames of a trace that are logged."""
+"""Largest number of stack frames that are logged for an error: the innermost ones."""
 STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -39,7 +39,7 @@ class TextFormatter(logging.Formatter):
 
 
 def trace(error: BaseException) -> dict[str, object]:
-    """Return an error's type and stack for a log record. Its message is left out: it may quote a prompt."""
+    """Return fields for a log record: an error's class name and stack, not its message, which may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)[-MAX_TRACE_FRAMES:]
     return {
         "error": type(error).__name__,
@@ -48,7 +48,7 @@ def trace(error: BaseException) -> dict[str, object]:
 
 
 def set_up(level: str = "info", *, as_json: bool = True) -> None:
-    """Log our own records, and uvicorn's warnings, to standard error."""
+    """Configure logging to standard error: our own records from ``level`` on, and uvicorn's from WARNING on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if as_json else TextFormatter())
     for name, minimum in (("moesaic", level.upper()), ("uvicorn.error", "WARNING")):

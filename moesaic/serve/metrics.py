@@ -1,7 +1,7 @@
-"""Prometheus metrics: ``Metrics`` of the server, and ``RequestMetrics`` of each generation.
+"""Prometheus metrics: ``Metrics`` for the server, and ``RequestMetrics`` for each generation request.
 
-Metrics have our own names (``moesaic_``), and those that dashboards for vLLM (``vllm:``) and TGI (``tgi_``) expect.
-This module does not know HTTP and never sees text.
+Metrics have names of our own (``moesaic_``); many also have the names that dashboards for vLLM (``vllm:``) and TGI
+(``tgi_``) expect. This module does not depend on HTTP and never sees the text of prompts or answers.
 """
 
 from __future__ import annotations
@@ -72,29 +72,29 @@ TOKEN_COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 100
 TGI_BUCKETS = tuple(0.0001 * 1.5**n for n in range(1, 36))
 
 TGI_FAILURE_LABELS = {429: "overloaded", 503: "overloaded", 500: "generation", 504: "incomplete", 499: "dropped"}
-"""TGI's label of a failed request, by status; the default is ``validation``."""
+"""Label ``err`` of a failed request in TGI's metrics, by HTTP status; for other statuses it is ``validation``."""
 
 
 class LatencyHistogram:
-    """Histogram of the seconds between tokens. It adds many equal values at once, since every token has one."""
+    """Histogram of the seconds between tokens. Equal values of many tokens are added in one call, to save time."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        """Sum of all values."""
+        """Sum of all values, in seconds."""
         self._counts = [0] * (len(TOKEN_GAP_BUCKETS) + 1)
 
     def add(self, seconds: float, count: int) -> None:
-        """Add ``count`` values of this length."""
+        """Add the value ``seconds``, ``count`` times."""
         self._counts[bisect_left(TOKEN_GAP_BUCKETS, seconds)] += count
         self.seconds += seconds * count
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Return the upper bounds, and the number of values up to each."""
+        """Return, for each bucket, its upper bound as text and the number of values up to this bound."""
         return list(zip(map(floatToGoString, (*TOKEN_GAP_BUCKETS, math.inf)), accumulate(self._counts), strict=True))
 
 
 class Metrics:
-    """The metrics of a server, as a Prometheus collector."""
+    """The metrics of a server, as a collector of the Prometheus client library."""
 
     def __init__(
         self, stats: Callable[[], Mapping[str, ModelStats]], more: Callable[[], Iterable[Metric]] = tuple
@@ -102,8 +102,8 @@ class Metrics:
         """Start with all metrics at zero.
 
         Args:
-            stats: returns the models' statistics; called for every scrape.
-            more: returns further metrics; called for every scrape.
+            stats: returns the statistics of each model by its name; called each time the metrics are read.
+            more: returns further metrics; called each time the metrics are read.
         """
         self.registry = CollectorRegistry()
         self._stats, self._more = stats, more
@@ -182,12 +182,15 @@ class Metrics:
         return ours + self._histograms(f"vllm:{name}", "Same metric under vLLM's name.", buckets, labels)
 
     def observe(self, histograms: list[Histogram], model: str, value: float) -> None:
-        """Observe a value in all histograms of one metric."""
+        """Add a value to ``histograms``, the histograms of one metric under its several names, for a model."""
         for histogram in self._children(id(histograms), model, histograms):
             histogram.observe(value)
 
     def _children(self, key: int, model: str, histograms: list[Histogram]) -> list[Histogram]:
-        """Return the histograms with a model's label. They are looked up once, since this happens for every token."""
+        """Return the histograms with the model as their label.
+
+        They are cached under ``key`` and the model, because they are needed for every token.
+        """
         found = self._labelled.get((key, model))
         if found is None:
             found = [each.labels(model) if each._labelnames else each for each in histograms]
@@ -195,11 +198,14 @@ class Metrics:
         return found
 
     def count_tgi(self, name: str, label: str = "") -> None:
-        """Count under one of TGI's names, which lack the ``_total`` that the Prometheus library appends."""
+        """Add 1 to the counter with TGI's name ``name``. ``label`` is its label ``err``; "" means none.
+
+        These counters are kept here, because the Prometheus library would append ``_total`` to their names.
+        """
         self._tgi[name, label] = self._tgi.get((name, label), 0) + 1
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the metrics that are computed for each scrape."""
+        """Yield the metrics that are computed each time the metrics are read, such as current values of the engines."""
         gauges = {
             "num_requests_running": lambda entry: entry.running,
             "num_requests_waiting": lambda entry: entry.waiting,
@@ -267,7 +273,10 @@ class AnswerTiming:
 
 
 class RequestMetrics:
-    """Records one generation request: counters, latencies, and its trace span. It ends exactly once."""
+    """Records one generation request in counters, latency histograms and its trace span.
+
+    The end of the request is recorded exactly once.
+    """
 
     def __init__(
         self,
@@ -276,13 +285,13 @@ class RequestMetrics:
         span: Span | None = None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Count a request that begins now.
+        """Record that a generation request begins now.
 
         Args:
             metrics: the server's metrics.
-            request: what is generated.
-            span: the trace span that ends with the request.
-            on_end: called when the last answer has ended well.
+            request: the generation request.
+            span: the trace span of the request, which is ended with it; None: no traces.
+            on_end: called when the last answer has ended without an error.
         """
         self._metrics, self._model, self._span = metrics, request.model, span
         self._clock = asyncio.get_running_loop().time
@@ -302,7 +311,7 @@ class RequestMetrics:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens used so far, of the prompt and of all answers."""
+        """Return the number of tokens used so far, of the prompt and of all answers."""
         return self._prompt_tokens + sum(answer.tokens for answer in self._answers.values())
 
     def admitted(self) -> None:
@@ -310,7 +319,7 @@ class RequestMetrics:
         self._metrics.observe(self._metrics.validation, self._model, self._clock() - self._started)
 
     def record(self, event: Event) -> None:
-        """Record an event of the response."""
+        """Record the next event of the response stream."""
         now, metrics = self._clock(), self._metrics
         if isinstance(event, PromptDone):
             self._prompt_tokens = event.prompt_tokens or self._prompt_tokens
@@ -325,7 +334,10 @@ class RequestMetrics:
             self._record_tokens(answer, len(event.tokens), now)
 
     def _record_tokens(self, answer: AnswerTiming, count: int, now: float) -> None:
-        """Record tokens that came together: each gets an equal share of the time since the one before."""
+        """Record ``count`` tokens of an answer that came together at the time ``now``.
+
+        Each gets an equal share of the time since the token before them.
+        """
         metrics, gap = self._metrics, (now - answer.last) / count
         answer.tokens += count
         if answer.first is None:
@@ -335,7 +347,7 @@ class RequestMetrics:
         answer.last = now
 
     def _end_answer(self, answer: AnswerTiming, event: Finished, now: float) -> None:
-        """Record the end of one answer; the end of the last one is the end of the request."""
+        """Record the end of one answer. When the last answer of the request ends, record the end of the request."""
         metrics, model = self._metrics, self._model
         answer.tokens = event.generated_tokens
         self._prompt_tokens, self._cached_tokens = event.prompt_tokens, event.cached_tokens
@@ -356,7 +368,10 @@ class RequestMetrics:
             self._on_end()
 
     def close(self, error: BaseException | None) -> None:
-        """Record that nothing more comes: because of ``error``, or, if None, because the client disconnected."""
+        """Record the end of a request that has not ended by itself.
+
+        ``error`` is the error that ended the request; None: the client disconnected.
+        """
         if self.ended:
             return
         error = error or Cancelled("the client disconnected")

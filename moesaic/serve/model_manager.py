@@ -1,6 +1,6 @@
-"""Several models behind one backend: loaded on demand, unloaded when memory is needed.
+"""One ``Backend`` for several models: each is loaded on demand, and unloaded when another model needs its memory.
 
-This module knows names, sizes and the order of use. How a model is loaded is passed in.
+This module knows the names, sizes and order of use of the models. Functions that load them are passed in.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ log = logging.getLogger("moesaic.serve")
 
 @dataclass
 class ModelEntry:
-    """A model that can be loaded, and its backend while it is."""
+    """A model that can be loaded with ``load``; while it is loaded, ``backend`` is its backend."""
 
     info: ModelInfo
     load: Callable[[], Awaitable[Backend]]
     bytes: int = 0
-    """Memory that the loaded model takes: weights in their format, and the key/value cache."""
+    """Memory in bytes that the loaded model takes: weights in their format, and the key/value cache."""
     backend: Backend | None = None
     loading: asyncio.Task[Backend] | None = field(default=None, repr=False)
     holds_memory: bool = False
-    """Whether its memory is in use or reserved: from before it is loaded until it is closed."""
+    """Whether memory is in use or reserved for the model: from before it is loaded until its backend is closed."""
     last_used: int = 0
 
 
 class ModelManager:
-    """A ``Backend`` over several models. The first entry is the default model."""
+    """A ``Backend`` for several models, which are loaded on demand. The first entry is the default model."""
 
     def __init__(self, entries: Sequence[ModelEntry], budget: int | None = None) -> None:
-        """Offer these models.
+        """Manage these models.
 
         Args:
-            entries: the models.
+            entries: the models; the first is the default.
             budget: memory in bytes that loaded models may take together; None: no limit. A model that is larger
-                than the budget is loaded alone.
+                than the budget is loaded when no other model is.
         """
         self._entries = {entry.info.name: entry for entry in entries}
         self._budget, self._uses = budget, 0
@@ -70,11 +70,12 @@ class ModelManager:
         raise NotFound(f"unknown model {name!r:.120}; available models: {', '.join(self._entries)}")
 
     async def get(self, name: str) -> Backend:
-        """Return the backend of a model, loaded.
+        """Return the backend of a model. Load the model first if necessary.
 
         Raises:
-            NotFound: there is no such model.
-            MoesaicError: it cannot be loaded, or all memory is taken by models that are busy.
+            NotFound: no model has this name or alias.
+            Unavailable: models that are busy take the memory that this model needs.
+            MoesaicError: the model cannot be loaded.
         """
         entry = self._entry(name)
         self._uses += 1
@@ -100,12 +101,12 @@ class ModelManager:
             entry.holds_memory = entry.backend is not None
 
     async def _reserve(self, wanted: ModelEntry) -> None:
-        """Reserve memory for a model, unloading idle models until there is enough, the least recently used first.
+        """Reserve memory for the model ``wanted``. Unload idle models until there is enough, least recently used first.
 
-        Models that are being loaded or unloaded count as well. Reservations are made one after another.
+        Memory of models that are being loaded or unloaded counts as taken. Only one reservation is made at a time.
 
         Raises:
-            Unavailable: the models that take the memory are busy or being loaded.
+            Unavailable: the models that take the memory are busy, or are being loaded.
         """
         async with self._reserving:
             while self._budget is not None:

@@ -1,4 +1,4 @@
-"""The OpenAPI description of the routes, made from the types that decode the bodies."""
+"""The OpenAPI description of a server's routes, generated from the endpoints and the types of their bodies."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ STATUS_DESCRIPTIONS = {
 
 
 class Description:
-    """The OpenAPI description of a server's routes, encoded once."""
+    """The OpenAPI description of a server's routes. Its JSON is made once and cached."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self._endpoints = endpoints
         self._encoded: dict[bool, bytes] = {}
 
     def as_json(self, *, keys: bool) -> bytes:
-        """Return the description as JSON. ``keys``: whether the server requires one."""
+        """Return the OpenAPI description as JSON. ``keys`` is whether the server requires API keys."""
         if keys not in self._encoded:
             self._encoded[keys] = msgspec.json.encode(describe(self._endpoints, keys=keys))
         return self._encoded[keys]
 
 
 def describe(endpoints: Sequence[Endpoint], *, keys: bool) -> dict[str, Any]:
-    """Return the description of all routes. ``keys``: whether the server requires one."""
+    """Return the OpenAPI description of the endpoints. ``keys`` is whether the server requires API keys."""
     bodies = [each.body for each in endpoints if each.body is not None]
     _, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
     paths: dict[str, Any] = {}

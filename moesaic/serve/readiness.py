@@ -1,4 +1,4 @@
-"""Whether the server can answer now. An engine is healthy if it makes progress, not if its process exists."""
+"""Whether the server can answer requests now. An engine must make progress; that its process exists is not enough."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from moesaic.backend import Backend
 
 
 class Readiness:
-    """Remembers when each engine last made a step. It looks only when it is asked."""
+    """Tells whether the server is ready, from the time at which each engine last made a step.
+
+    The engines are checked only when ``why_not`` is called.
+    """
 
     def __init__(self, backend: Backend, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Watch a backend; an engine with work and no step for ``stall_seconds`` is stalled."""
+        """Watch the engines of a backend.
+
+        An engine that has work but makes no step for ``stall_seconds`` is stalled. ``clock`` returns the time in
+        seconds.
+        """
         self._backend, self._stall_seconds, self._clock = backend, stall_seconds, clock
         self._progress: dict[str, tuple[int, float]] = {}  # model -> its step count, and when that was reached
 
     def why_not(self) -> str | None:
-        """Return why the server is not ready; None if it is."""
+        """Return why the server is not ready, such as ``stalled: MODEL``; None: it is ready."""
         now, reasons = self._clock(), []
         for name, stats in self._backend.stats().items():
             steps, since = self._progress.get(name, (-1, now))

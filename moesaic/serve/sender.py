@@ -1,7 +1,7 @@
-"""Sends one response over ASGI, whole or as server-sent events.
+"""Sends one response over ASGI, complete or as a stream of server-sent events.
 
-Before the first byte, an error is raised and becomes a status. After it, an error becomes an event, and the stream
-ends without the mark of success: a failure never looks like success.
+An error before the first byte is raised, so that the caller can send an error status. A later error is also sent as
+the last event of the stream, without the mark of success (such as ``[DONE]``): a failure never looks like success.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from moesaic.serve.endpoint import EventStream, Failure, Response, failure_of
 from moesaic.serve.types import Disconnected, Send
 
 LAST_EVENT_SECONDS = 1.0
-"""Seconds that a stream has to send its last event when the server stops."""
+"""Seconds that a stream has to send its last event, an error, when the server stops."""
 MIN_SLEEP_SECONDS = 0.01
 
 
 class ResponseSender:
-    """Sends one response. ``started`` tells whether the status line was sent."""
+    """Sends the response to one request. ``started`` is whether the status line was sent."""
 
     def __init__(self, send: Send, keep_alive_seconds: float, headers: list[tuple[bytes, bytes]]) -> None:
-        """Prepare to send.
+        """Prepare to send the response to one request.
 
         Args:
-            send: the ASGI callable.
-            keep_alive_seconds: a silent stream sends a comment this often.
-            headers: sent with every response; read when the response starts.
+            send: the ASGI callable that sends a message to the client.
+            keep_alive_seconds: a stream without events sends a comment this often.
+            headers: added to the response; headers appended to this list before the response starts are sent too.
         """
         self._send, self._keep_alive_seconds, self._headers = send, keep_alive_seconds, headers
         self.started = False
         self.status = 0
-        """The status that was sent; 0 before."""
+        """The HTTP status that was sent; 0 before one was sent."""
         self._frames_in_flight = 0
         self._last_sent_at = 0.0
 
@@ -45,7 +45,10 @@ class ResponseSender:
         await self._send({"type": "http.response.body", "body": body})
 
     async def stream(self, response: EventStream, broken: Callable[[Failure], bytes]) -> None:
-        """Send frames as they come. An error before the first is raised; a later one is sent as an event, too."""
+        """Send the frames (encoded events) of a response as they come.
+
+        An error is always raised. After the first frame, it is also sent as an event, which ``broken`` encodes.
+        """
         try:
             async with contextlib.aclosing(response.frames) as frames:  # type: ignore[type-var]
                 await self._frames(frames, response.headers)
@@ -73,9 +76,9 @@ class ResponseSender:
             keep_alive.cancel()
 
     async def _keep_alive(self, headers: Mapping[str, str]) -> None:
-        """Send comments while nothing else is sent.
+        """Send a keep-alive comment whenever nothing else was sent for ``keep_alive_seconds``, until cancelled.
 
-        One task serves the whole stream: a timer for each frame would cost more than the frame.
+        One task serves the whole stream: a timer for each frame (event) would cost more than the frame.
         """
         clock, interval = asyncio.get_running_loop().time, self._keep_alive_seconds
         self._last_sent_at = clock()

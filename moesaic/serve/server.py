@@ -1,7 +1,7 @@
-"""The process under the application: sockets, signals and shutdown.
+"""The server process that runs the application: sockets, signals and shutdown.
 
 The first SIGTERM or SIGINT drains: running requests get ``drain_seconds``, new ones are refused with 503. A second
-signal stops at once. SIGHUP reads the keys again. ``connection`` has the limits of a single connection.
+signal stops at once. SIGHUP reads the keys again. The module ``connection`` has the limits of a single connection.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ log = logging.getLogger("moesaic.serve")
 
 BACKLOG = 1024
 SEND_BUFFER_BYTES = 256 << 10
-"""Send buffer of a connection in the kernel. Linux would let it grow to 4 MiB for each slow client."""
+"""Size of a connection's send buffer in the kernel. Linux would let it grow to 4 MiB for each slow client."""
 OTHER_FILES = 256
-"""Open files besides connections."""
+"""Number of open files that the process needs in addition to its connections."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which drains before it stops."""
+    """uvicorn's server, extended to drain: running requests may end before the server stops."""
 
     def __init__(self, config: uvicorn.Config, app: App) -> None:
         super().__init__(config)
@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain on the first signal, stop on the second."""
+        """On the first signal, drain: refuse new requests and let running ones end. On the second, stop at once."""
         if self._state.stopping or self._loop is None:
             self.force_exit = self._state.stopping
             super().handle_exit(sig, frame)
@@ -61,7 +61,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen as uvicorn does, with a time limit for the TLS handshake."""
+        """Listen on ``sockets`` as uvicorn does, with a time limit for the TLS handshake.
+
+        The administrators' port has no TLS.
+        """
         self._loop = asyncio.get_running_loop()
         await self.lifespan.startup()
         config, settings = self.config, self._settings
@@ -88,7 +91,10 @@ class Server(uvicorn.Server):
 
 
 def prepare_process(connections: int) -> None:
-    """Raise the limit of open files to what ``connections`` need, and disable core dumps, which would hold prompts."""
+    """Raise the limit of open files to what this number of connections needs, and disable core dumps.
+
+    A core dump would contain prompts. On Windows, nothing is changed.
+    """
     try:
         import resource
     except ImportError:  # Windows
@@ -104,10 +110,10 @@ def prepare_process(connections: int) -> None:
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Return a listening socket.
+    """Return a socket that listens on ``settings.host`` and ``settings.port``.
 
     Raises:
-        InvalidRequest: the address cannot be used.
+        InvalidRequest: the server cannot listen on this address.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # asyncio sets TCP_NODELAY on accepted connections only if the listening socket names its protocol. Without it, the
@@ -132,17 +138,17 @@ async def serve(
     private_key: str | None = None,
     reload_keys: Callable[[], None] | None = None,
 ) -> None:
-    """Serve until a signal says to stop. The administrators' own port, if there is one, has no TLS.
+    """Serve the application until a signal stops it.
 
     Args:
         app: the application.
-        listeners: listening sockets.
+        listeners: sockets that already listen. The one for administrators' own port, if there is one, has no TLS.
         certificate: path of the TLS certificate; None: no TLS.
-        private_key: path of its key.
-        reload_keys: called on SIGHUP.
+        private_key: path of the certificate's private key.
+        reload_keys: called on SIGHUP to read the API keys again; None: SIGHUP is not handled.
 
     Raises:
-        InvalidRequest: the certificate or its key cannot be used.
+        InvalidRequest: the certificate or its private key cannot be used.
     """
     config = uvicorn_config(app, certificate, private_key)
     if reload_keys and hasattr(signal, "SIGHUP"):
@@ -154,8 +160,10 @@ async def serve(
 def uvicorn_config(app: App, certificate: str | None = None, private_key: str | None = None) -> uvicorn.Config:
     """Return uvicorn's configuration for an application.
 
+    ``certificate`` and ``private_key`` are paths of the files for TLS; None: no TLS.
+
     Raises:
-        InvalidRequest: the certificate or its key cannot be used.
+        InvalidRequest: the certificate or its private key cannot be used.
     """
     settings = app.services.settings
     options: dict[str, Any] = {

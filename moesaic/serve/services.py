@@ -1,4 +1,4 @@
-"""What the server's endpoints share: the backend, the settings, the keys, and the state of the server."""
+"""The objects that a server's endpoints share: the backend, the settings, the API keys and the server's state."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from moesaic.serve.unknown_fields import FieldCheck
 
 @dataclass
 class ServerState:
-    """What changes while the server runs."""
+    """The state of a server that changes while it runs."""
 
     draining: bool = False
-    """The server accepts no new requests."""
+    """Whether the server refuses new requests of clients."""
     stopping: bool = False
-    """The server is about to exit."""
+    """Whether the server is about to exit, after a signal."""
     running: int = 0
-    """Requests in progress, without those of workers."""
+    """Number of requests in progress, without those of workers."""
     generating: int = 0
-    """Generations in progress; one request may have several."""
+    """Number of generations in progress; one request may have several."""
 
 
 @dataclass(frozen=True)
 class Services:
-    """What an endpoint may use."""
+    """The objects that all endpoints of a server share."""
 
     backend: Backend
     settings: Settings
@@ -51,5 +51,5 @@ class Services:
 
     @cached_property
     def description(self) -> Description:
-        """Return the OpenAPI description of the endpoints."""
+        """Return the OpenAPI description of all routes; it is made once."""
         return Description(self.endpoints)

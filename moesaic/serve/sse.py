@@ -1,4 +1,4 @@
-"""Server-sent events: frames, and the errors of streams in OpenAI's form.
+"""Server-sent events: how events are encoded, and how an error ends a stream in OpenAI's form.
 
 Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
@@ -19,11 +19,11 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def frame(content: Any) -> bytes:
-    """Return an event whose data is ``content`` as JSON."""
+    """Return an encoded server-sent event whose data is ``content`` as JSON."""
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 def openai_broken(failure: Failure) -> bytes:
-    """Return an error as an event of a stream in OpenAI's form; no ``[DONE]`` follows it."""
+    """Return an error, encoded as the last event of a stream in OpenAI's form. ``[DONE]`` must not follow it."""
     code = CONTEXT_LENGTH_EXCEEDED if failure.too_long else failure.status
     return frame({"error": {**openai_failure(failure)["error"], "code": code}})

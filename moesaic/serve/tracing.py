@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: one span for each generation, with the attribute names for generative AI.
+"""OpenTelemetry traces: one span for each generation, with OpenTelemetry's attribute names for generative AI.
 
 Optional: ``pip install 'moesaic[otel]'``; OTEL_EXPORTER_OTLP_ENDPOINT names the collector. Prompts and answers are
 never part of a trace. Follows https://opentelemetry.io/docs/specs/semconv/gen-ai/ (status: development).
@@ -14,11 +14,11 @@ from moesaic.errors import InvalidRequest
 SAMPLING_ATTRIBUTES = ("temperature", "top_p", "top_k", "max_tokens", "seed", "frequency_penalty", "presence_penalty")
 
 SUCCESS_REASONS = ("stop", "length", "cancelled")
-"""Reasons with which a generation ends without an error."""
+"""Values of ``reason`` with which a generation ends without an error."""
 
 
 class Span:
-    """The span of one generation."""
+    """The OpenTelemetry span of one generation request."""
 
     def __init__(self, span: Any) -> None:
         self._span = span
@@ -27,11 +27,11 @@ class Span:
         """End the span.
 
         Args:
-            reason: finish reason, or the name of the error class.
-            prompt: tokens of the prompt.
-            cached: tokens of the prompt that were in the cache.
-            generated: tokens of the answers.
-            first: seconds until the first token; None: none came.
+            reason: the finish reason, or the name of the error class.
+            prompt: number of tokens of the prompt.
+            cached: number of tokens of the prompt that were in the cache.
+            generated: number of tokens of all answers.
+            first: seconds until the first token; None: no token was generated.
         """
         usage = {"input_tokens": prompt, "cache_read.input_tokens": cached, "output_tokens": generated}
         self._span.set_attributes({f"gen_ai.usage.{name}": value for name, value in usage.items()})
@@ -48,10 +48,10 @@ class Span:
 
 
 class Tracer:
-    """Starts spans and exports them."""
+    """Starts spans and exports ended spans to the collector of traces."""
 
     def __init__(self, service: str = "moesaic") -> None:
-        """Set up the exporter.
+        """Set up the exporter. ``service`` is the name of this service in the traces.
 
         Raises:
             InvalidRequest: OpenTelemetry is not installed.
@@ -70,7 +70,11 @@ class Tracer:
         self._tracer = self._provider.get_tracer("moesaic")
 
     def begin(self, request: GenerationRequest, traceparent: str | None = None, tracestate: str | None = None) -> Span:
-        """Start the span of a generation, as part of the client's trace if it sent one (W3C Trace Context)."""
+        """Start the span of a generation request and return it.
+
+        ``traceparent`` and ``tracestate`` are the client's headers (W3C Trace Context). If the client sent them, the
+        span is a part of its trace.
+        """
         from opentelemetry.trace import SpanKind
 
         operation = "chat" if request.messages is not None else "text_completion"
@@ -91,5 +95,5 @@ class Tracer:
         return Span(self._tracer.start_span(name, parent, SpanKind.SERVER, attributes=attributes))
 
     def close(self) -> None:
-        """Export the remaining spans and shut down."""
+        """Export the remaining spans and shut down the exporter."""
         self._provider.shutdown()

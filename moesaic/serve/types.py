@@ -1,6 +1,6 @@
 """The ASGI types, and one HTTP request as the application passes it on.
 
-This module is at the bottom of ``serve``: it imports nothing of it.
+This module imports no other module of ``serve``.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ class Disconnected(Exception):
 
 @dataclass
 class HttpRequest:
-    """One HTTP request: its ASGI scope, and what the application found out about it."""
+    """One HTTP request: its ASGI scope, and values from it, such as the client's address."""
 
     scope: Scope
     id: str
     """The request id: the client's ``X-Request-Id`` if it is well formed, else a random one."""
     client: str
-    """IP address of the client, behind trusted proxies the one they forwarded."""
+    """IP address of the client. If a trusted proxy sent the request, it is the address that the proxy forwarded."""
     response_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-    """Headers that every response to this request gets. Filled until the response starts."""
+    """Headers that the response gets, whatever it is. Headers may be appended until the response starts."""
     path_parameters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
-        """Return the HTTP method in capitals."""
+        """Return the HTTP method in upper case, such as ``POST``."""
         return str(self.scope["method"])
 
     @property
     def path(self) -> str:
-        """Return the decoded path."""
+        """Return the path of the request's URL, with percent-encoding decoded."""
         return str(self.scope["path"])
 
     @property
     def query(self) -> dict[str, str]:
-        """Return the query parameters; of a repeated name the last value."""
+        """Return the query parameters by name. If a name is repeated, its last value is returned."""
         parameters = parse_qs(self.scope["query_string"].decode("latin-1"), keep_blank_values=True)
         return {name: values[-1] for name, values in parameters.items()}
 
     def header(self, name: bytes) -> str | None:
-        """Return the first header of a lower-case name, or None."""
+        """Return the request's first header with this name, given in lower case; None if it has none."""
         return header(self.scope, name)
 
 
 def header(scope: Scope, name: bytes) -> str | None:
-    """Return the first header of a lower-case name, or None."""
+    """Return the request's first header with this name, given in lower case; None if it has none."""
     for key, value in scope["headers"]:
         if key == name:
             return str(value.decode("latin-1"))

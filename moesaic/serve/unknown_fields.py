@@ -1,7 +1,7 @@
-"""Fields of a body that the endpoint does not know: found, and told to the client or refused.
+"""Finds fields of a body that the endpoint does not know. The client is told their names, or the request is refused.
 
-A misspelt or unsupported field would otherwise be passed over in silence. Fields of dictionaries without a type, such
-as a JSON schema, are not checked. This module knows the types of bodies, not what is in them.
+A misspelt or unsupported field would otherwise be ignored without a word. Fields of dictionaries without a type, such
+as a JSON schema, are not checked. This module depends on the types of bodies only.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ log = logging.getLogger("moesaic.serve")
 
 HEADER = b"x-moesaic-ignored-fields"
 MAX_NAMED = 16
-"""Fields that are named for one request."""
+"""Largest number of unknown fields that are named to the client for one request."""
 MAX_NAME_CHARS = 64
 MAX_LOGGED = 1000
-"""Fields that are logged, each once, since the server started: clients choose the names."""
+"""Largest number of unknown fields that a server logs, each once. It is limited since clients choose the names."""
 UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
-"""Characters that a header or a log line should not have in a name."""
+"""Characters that are replaced in the name of a field before a header or the log shows it."""
 FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]]{0,47}")
-"""A name that a program gives to a field. Others are not logged: they may be text of a user."""
+"""Form of names that programs give to fields. Other names are not logged: they may be text of a user."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-"""Values that ask for nothing, so that an unknown field with one is no loss."""
+"""Values that request nothing. An unknown field with one of them is not reported."""
 
 
 @dataclass(frozen=True)
 class _Object:
-    """The known fields of an object, each with what is known about its value."""
+    """The fields that a JSON object may have, by name, each with the known fields of its value."""
 
     fields: Mapping[str, _Known]
 
 
 @dataclass(frozen=True)
 class _Items:
-    """What is known about each item of a list."""
+    """A JSON list, with the known fields of each of its items."""
 
     item: _Known
 
@@ -59,7 +59,7 @@ def _known(kind: Any) -> _Known:
 
 
 def _from_type(kind: inspect.Type) -> _Known:
-    """Return the known fields of a type; None if it has no objects with named fields."""
+    """Return the known fields of values of a type; None if such values contain no object with named fields."""
     if isinstance(kind, inspect.Metadata):
         return _from_type(kind.type)
     if isinstance(kind, inspect.UnionType):
@@ -73,9 +73,10 @@ def _from_type(kind: inspect.Type) -> _Known:
 
 
 def unknown_fields(value: Any, kind: Any) -> list[str]:
-    """Return the names of fields of decoded JSON that a type does not have, such as ``messages[].mood``.
+    """Return the names of fields in decoded JSON that the type ``kind`` does not have, such as ``messages[].mood``.
 
-    Empty values are passed over. At most ``MAX_NAMED`` names are returned, each once and with safe characters only.
+    Fields with an empty value are left out. At most ``MAX_NAMED`` names are returned, each once and with safe
+    characters only.
     """
     found: dict[str, None] = {}
     _find(value, _known(kind), "", found)
@@ -97,7 +98,10 @@ def _find(value: Any, known: _Known, path: str, found: dict[str, None]) -> None:
 
 
 def decode(body: bytes, kind: Any) -> tuple[Any, list[str]]:
-    """Return a body as a value of a type, and the names of its unknown fields; errors are those of ``decode_json``."""
+    """Return a JSON body as a value of the type ``kind``, and the names of its unknown fields.
+
+    Errors are those of ``decode_json``.
+    """
     if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
         return decode_json(body, kind), []
     value = parse_json(body)
@@ -105,18 +109,18 @@ def decode(body: bytes, kind: Any) -> tuple[Any, list[str]]:
 
 
 class FieldCheck:
-    """What a server does about unknown fields."""
+    """Handles unknown fields for a server: refuses the request, or tells the client their names."""
 
     def __init__(self, *, strict: bool = False) -> None:
-        """``strict``: whether they are refused."""
+        """Create the check. ``strict``: whether a request with unknown fields is refused."""
         self._strict = strict
         self._logged: set[tuple[str, str]] = set()
 
     def report(self, http: HttpRequest, route: str, names: list[str]) -> None:
-        """Name the unknown fields of a request in a header of its response, and in the log if they are new.
+        """Put the names of a request's unknown fields into a response header, and into the log if they are new.
 
         Raises:
-            InvalidParameter: the server refuses unknown fields.
+            InvalidParameter: there are unknown fields, and the server refuses them.
         """
         if not names:
             return

@@ -1,4 +1,4 @@
-"""Arguments of tool calls as objects, also if ``max_tokens`` cut them."""
+"""Parses the JSON arguments of tool calls into objects, also if ``max_tokens`` cut them off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """Return the arguments of a tool call; None if they are not a JSON object."""
+    """Return the JSON object in ``text`` as a dictionary; None if ``text`` is not a complete JSON object."""
     with contextlib.suppress(msgspec.DecodeError, RecursionError):
         value = msgspec.json.decode(text)
         return value if isinstance(value, dict) else None
@@ -18,7 +18,7 @@ def parse(text: str) -> dict[str, Any] | None:
 
 
 def parse_partial(text: str) -> dict[str, Any]:
-    """Return the members that are complete in the beginning of a JSON object.
+    """Return the complete members of a JSON object that may be cut off; {} if there are none.
 
     An incomplete string, number or literal at the end is left out, as it is by the client library of Anthropic.
     """
@@ -26,7 +26,7 @@ def parse_partial(text: str) -> dict[str, Any]:
 
 
 def _closed(text: str) -> Iterator[str]:
-    """Yield the beginning of an object with its brackets closed: with its last value, then without it."""
+    """Yield a cut-off JSON object with its brackets closed: first with its last value, then without this value."""
     end, brackets = 0, ""  # after the last value that is certainly complete
     open_brackets, quoted, escaped = "", False, False
     for index, char in enumerate(text):

@@ -1,7 +1,7 @@
-"""Input items of OpenAI's Responses API, and how they become the turns of a conversation.
+"""Input items of OpenAI's Responses API, and their conversion to the form of chat completions.
 
 Follows https://platform.openai.com/docs/api-reference/responses. Text messages, function calls and their outputs are
-supported. Reasoning items are ignored; all others (images, files, hosted tools, references) are refused by name.
+supported. Reasoning items are ignored. All others (images, files, hosted tools, references) are refused.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ ROLES = ("user", "assistant", "system", "developer")
 
 
 def turns(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the turns of a list of items. Function calls are added to the assistant's turn before them.
+    """Yield the messages, as chat completions have them, for a list of input items.
+
+    Function calls are added to the assistant's message before them.
 
     Raises:
-        InvalidMessages: an item has an unsupported type, or not the fields of its type.
+        InvalidMessages: an item has an unsupported type, or lacks a field of its type.
     """
     pending: dict[str, Any] | None = None  # an assistant's turn that may still get function calls
     for index, item in enumerate(items):
@@ -72,7 +74,7 @@ def _string(item: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _text(item: Mapping[str, Any], name: str, where: str) -> str:
-    """Return the text of a field that is a string or a list of text parts."""
+    """Return the text in the field ``name`` of an item: a string, or a list of text parts, which are joined."""
     content = item.get(name)
     if isinstance(content, str):
         return content
@@ -89,12 +91,12 @@ def _text(item: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def listed(source: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the input as items with ids, as the input item list shows them."""
+    """Return a request's ``input`` as items with ids, as ``/v1/responses/{id}/input_items`` lists them."""
     return [_listed(item) for item in as_items(source)]
 
 
 def as_items(values: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return the input as items; a text becomes a user's message."""
+    """Return a request's ``input`` as a list of items. A string becomes one message of the user."""
     return [{"role": "user", "content": values}] if isinstance(values, str) else values
 
 
@@ -110,10 +112,10 @@ def _listed(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tools(definitions: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Return tools as chat completions have them.
+    """Convert tool definitions of the Responses API to the form of chat completions.
 
     Raises:
-        InvalidParameter: one is no function.
+        InvalidParameter: a tool is not a function with a name.
     """
     out = []
     for index, tool in enumerate(definitions):
@@ -126,10 +128,12 @@ def tools(definitions: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...
 
 
 def tool_choice(choice: str | Mapping[str, Any] | None, *, any_tools: bool) -> str | dict[str, Any]:
-    """Return a choice as chat completions have it.
+    """Convert ``tool_choice`` of the Responses API to the form of chat completions.
+
+    None becomes "auto" if the request has any tools, else "none".
 
     Raises:
-        InvalidParameter: it is of no known form.
+        InvalidParameter: the choice has an unknown form.
     """
     if choice is None:
         return "auto" if any_tools else "none"
@@ -141,10 +145,10 @@ def tool_choice(choice: str | Mapping[str, Any] | None, *, any_tools: bool) -> s
 
 
 def grammar(form: Mapping[str, Any] | None) -> tuple[str, Any] | None:
-    """Return the grammar of ``text.format``.
+    """Return the grammar that ``text.format`` sets, as its kind and its value; None: it sets none.
 
     Raises:
-        InvalidParameter: it is of no known form.
+        InvalidParameter: the format has an unknown form.
     """
     if form is None or form.get("type") == "text":
         return None

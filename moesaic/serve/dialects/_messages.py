@@ -1,6 +1,6 @@
 """Messages of OpenAI's chat completions, and the fields of a body that decide its prompt.
 
-Chat completions and the routes that count their tokens share them, so that they count alike.
+The routes that tokenize conversations use this module too, so that they get the same tokens as chat completions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ToolDefinitions = Annotated[list[dict[str, Any]], Meta(max_length=128)]
 
 
 class Message(Struct):
-    """One message. ``content`` may be a list of parts; only text parts are supported."""
+    """One message of a conversation. ``content`` is a text or a list of parts; only text parts are supported."""
 
     role: Annotated[str, Meta(max_length=32)]
     content: str | list[dict[str, Any]] | None = None
@@ -29,7 +29,7 @@ Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
 
 
 class ConversationFields(Protocol):
-    """The fields of a body that decide its prompt."""
+    """The fields of a body that, together with its messages, decide the prompt."""
 
     tools: list[dict[str, Any]] | None
     tool_choice: str | dict[str, Any] | None
@@ -40,7 +40,7 @@ class ConversationFields(Protocol):
 
 
 def conversation(messages: Sequence[Message], body: ConversationFields) -> dict[str, Any]:
-    """Return the fields of ``GenerationRequest`` that decide the prompt of a conversation.
+    """Return the fields of ``GenerationRequest``, by name, that decide the prompt of a conversation.
 
     Raises:
         InvalidMessages: a message has a part that is not text.

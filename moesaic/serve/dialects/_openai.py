@@ -1,7 +1,7 @@
 """Shared by OpenAI's routes: sampling fields with vLLM's extensions, model names, ids and usage.
 
-Unknown fields are accepted and named in a header of the response: OpenAI's clients expect that of other servers. With
-``Settings.strict_fields`` they are refused. Follows https://platform.openai.com/docs/api-reference.
+Unknown fields are accepted and named in a header of the response, since OpenAI's clients expect that servers accept
+them. With ``Settings.strict_fields`` they are refused. Follows https://platform.openai.com/docs/api-reference.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from moesaic.errors import InvalidParameter, NotFound, Unavailable
 from moesaic.serve.context import RequestContext
 
 DEFAULT_MODEL_NAMES = ("", "tgi", "dummy", "default")
-"""Model names that clients send for "the default model"."""
+"""Model names that stand for the default model, since some clients always send one of them."""
 
 FINGERPRINT = f"moesaic-{__version__}"
-"""Value of ``system_fingerprint``. TGI's older client requires it."""
+"""Value of the field ``system_fingerprint`` of responses. TGI's older client requires this field."""
 
 Probability = Annotated[float, Meta(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0, le=2**31)]
@@ -34,17 +34,17 @@ StopStrings = str | Annotated[list[str], Meta(max_length=16)]
 
 
 class StreamOptions(Struct):
-    """Options of a stream."""
+    """Options of a streamed response."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    """vLLM's: with ``include_usage``, each chunk has the usage so far."""
+    """vLLM's option: with ``include_usage``, each chunk has the token usage so far."""
     include_obfuscation: Any = None
-    """Accepted: this server never adds random characters to hide the length of a chunk."""
+    """Accepted without an effect: this server never adds random characters to hide the length of a chunk."""
 
 
 class StructuredOutputs(Struct):
-    """vLLM's field for a grammar; exactly one of its fields is set."""
+    """vLLM's ``structured_outputs``, which sets a grammar for the answer. Exactly one field is set."""
 
     json: Any = None
     regex: str | None = None
@@ -107,7 +107,7 @@ PASSED_THROUGH = (
 
 
 def sampling(body: SamplingFields) -> dict[str, Any]:
-    """Return the fields of ``moesaic.Sampling`` that a body sets.
+    """Return the values that a body sets for fields of ``moesaic.Sampling``, by the name of the field.
 
     Raises:
         InvalidParameter: a key of ``logit_bias`` is not a token id.
@@ -138,10 +138,10 @@ def _id(key: str) -> int:
 
 
 def truncation(count: int | None) -> int | None:
-    """Return the value of ``GenerationRequest.truncate`` for vLLM's ``truncate_prompt_tokens``.
+    """Return ``count``, vLLM's ``truncate_prompt_tokens``, as the value of ``GenerationRequest.truncate``.
 
     Raises:
-        InvalidParameter: it is 0, which would leave no prompt.
+        InvalidParameter: ``count`` is 0, which would leave no prompt.
     """
     if count == 0:
         raise InvalidParameter("truncate_prompt_tokens", "is 0; expected at least 1, or -1 for the model's limit")
@@ -149,15 +149,15 @@ def truncation(count: int | None) -> int | None:
 
 
 def grammar_fields(body: SamplingFields, param: str, wanted: tuple[str, Any] | None) -> dict[str, Any]:
-    """Return the fields of ``GenerationRequest`` for a grammar, with the name of the field that sets it.
+    """Return the fields ``grammar`` and ``grammar_param`` of ``GenerationRequest``; empty if no grammar is set.
 
     Args:
-        body: has vLLM's fields for a grammar.
-        param: the name of the API's own field.
-        wanted: the grammar that this field sets, which has precedence.
+        body: may set a grammar in one of vLLM's fields.
+        param: the name of the API's own field for a grammar, such as ``response_format``.
+        wanted: the grammar that the API's own field sets, which has precedence over vLLM's; None: it sets none.
 
     Raises:
-        InvalidParameter: several of vLLM's fields set one.
+        InvalidParameter: vLLM's fields set more than one grammar.
     """
     if wanted is not None:
         return {"grammar": wanted, "grammar_param": param}
@@ -183,10 +183,12 @@ def grammar_fields(body: SamplingFields, param: str, wanted: tuple[str, Any] | N
 
 
 def response_grammar(wanted: Mapping[str, Any] | None) -> tuple[str, Any] | None:
-    """Return the grammar of a ``response_format``, in OpenAI's form or in TGI's (``{"type", "value"}``).
+    """Return the grammar that a ``response_format`` sets, as its kind and its value; None: it sets none.
+
+    The format is in OpenAI's form, or in TGI's (``{"type": ..., "value": ...}``).
 
     Raises:
-        InvalidParameter: its form is unknown.
+        InvalidParameter: the format has an unknown form.
     """
     if wanted is None:
         return None
@@ -206,15 +208,15 @@ def response_grammar(wanted: Mapping[str, Any] | None) -> tuple[str, Any] | None
 
 
 def find_model(backend: Backend, name: str | None, *, strict: bool = False) -> ModelInfo:
-    """Return the model with a name or alias; for None the default model.
+    """Return the model with a name or alias.
 
     Args:
-        backend: offers the models.
-        name: as the client sent it.
-        strict: do not accept the names in ``DEFAULT_MODEL_NAMES`` for the default model.
+        backend: has the models.
+        name: the name or alias that the client sent; None: the default model.
+        strict: whether the names in ``DEFAULT_MODEL_NAMES``, such as "tgi", are refused, not read as the default model.
 
     Raises:
-        NotFound: no model has that name.
+        NotFound: no model has this name or alias.
         Unavailable: there are no models yet, as in a gateway that has just been started.
     """
     models = backend.models()
@@ -230,22 +232,28 @@ def find_model(backend: Backend, name: str | None, *, strict: bool = False) -> M
 
 
 def model_name(context: RequestContext, name: str | None) -> str:
-    """Return the full name of the model that a client named."""
+    """Return the name of the model that a client asks for by a name or an alias; None: the default model.
+
+    Errors are those of ``find_model``.
+    """
     return find_model(context.backend, name, strict=context.settings.strict_model_name).name
 
 
 def new_id(prefix: str, separator: str = "-") -> str:
-    """Return a random id with a prefix."""
+    """Return a new random id: the prefix, the separator and 24 hexadecimal digits."""
     return f"{prefix}{separator}{secrets.token_hex(12)}"
 
 
 def now() -> int:
-    """Return the time in whole seconds since the epoch."""
+    """Return the current time in whole seconds since the Unix epoch."""
     return int(time.time())
 
 
 def usage(finished: Iterable[Finished], *, shared_prompt: bool = True) -> dict[str, Any]:
-    """Return the token usage of answers. The prompt of ``n`` answers to one request counts once."""
+    """Return OpenAI's ``usage`` object, summed over answers that have ended.
+
+    With ``shared_prompt``, the tokens of a prompt with several answers (``n``) count once; otherwise per answer.
+    """
     listed = list(finished)
     of_prompt = [item for item in listed if item.index == 0] if shared_prompt else listed
     prompt = sum(item.prompt_tokens for item in of_prompt)
@@ -263,14 +271,14 @@ class RunningUsage:
 
     def __init__(self, options: StreamOptions | None) -> None:
         self.included = bool(options and options.include_usage)
-        """Whether the stream ends with its usage."""
+        """Whether the stream ends with a chunk that has its token usage."""
         self.continuous = self.included and bool(options and options.continuous_usage_stats)
-        """Whether each chunk has the usage so far."""
+        """Whether each chunk of the stream has the token usage so far."""
         self._prompts: dict[int, int] = {}
         self._generated: dict[tuple[int, int], int] = {}
 
     def add(self, event: Event, prompt: int = 0) -> None:
-        """Count an event of the answers to the prompt with this index."""
+        """Count the tokens of an event. ``prompt`` is the index of the prompt that the event's answer belongs to."""
         answer = prompt, event.index
         if isinstance(event, Delta):
             self._generated[answer] = self._generated.get(answer, 0) + len(event.tokens)
@@ -280,7 +288,7 @@ class RunningUsage:
             self._prompts[prompt] = event.prompt_tokens
 
     def shown(self) -> dict[str, int] | None:
-        """Return the usage that a chunk shows; None if only the last one shows it."""
+        """Return the usage so far, for the next chunk; None if the client did not ask for usage in each chunk."""
         if not self.continuous:
             return None
         prompt, generated = sum(self._prompts.values()), sum(self._generated.values())
@@ -288,23 +296,25 @@ class RunningUsage:
 
 
 def finish_reason(finished: Finished) -> str:
-    """Return OpenAI's ``finish_reason`` of an answer. An answer that was cut says so, also if it has tool calls."""
+    """Return OpenAI's ``finish_reason`` of an answer: "length" if it was cut off, even if it has tool calls."""
     if finished.reason == "length":
         return "length"
     return "tool_calls" if finished.has_tool_calls else "stop"
 
 
 def stop_reason(finished: Finished) -> str | int | None:
-    """Return vLLM's ``stop_reason``: the stop string or the token id that ended the answer."""
+    """Return vLLM's ``stop_reason``: the stop string or token id that ended the answer; None if none did."""
     return finished.stop if finished.stop is not None else finished.stop_id
 
 
 def token_text(token: TokenInfo | TopToken, *, as_id: bool = False) -> str:
-    """Return the text that stands for a token: ``bytes:...`` for a part of a character, as OpenAI shows it.
+    """Return the text that represents a token in a response.
+
+    A token that is only a part of a character becomes ``bytes:...``, as in OpenAI's responses.
 
     Args:
         token: the token.
-        as_id: return ``token_id:...`` in any case, as vLLM's ``return_tokens_as_token_ids`` asks for.
+        as_id: return ``token_id:...`` instead of any text (vLLM's ``return_tokens_as_token_ids``).
     """
     if as_id:
         return f"token_id:{token.id}"
@@ -314,7 +324,10 @@ def token_text(token: TokenInfo | TopToken, *, as_id: bool = False) -> str:
 
 
 def top_tokens(token: TokenInfo, top: int) -> list[TokenInfo | TopToken]:
-    """Return the ``top`` most likely tokens, and the token itself if it is none of them; nothing for 0."""
+    """Return the ``top`` most likely tokens at the place of ``token``, and ``token`` itself if it is not among them.
+
+    If ``top`` is 0, the list is empty.
+    """
     shown: list[TokenInfo | TopToken] = list(token.top[:top])
     if shown and token.id not in [item.id for item in shown]:
         shown.append(token)
@@ -322,7 +335,10 @@ def top_tokens(token: TokenInfo, top: int) -> list[TokenInfo | TopToken]:
 
 
 def token_logprob(token: TokenInfo, top: int, *, as_ids: bool = False) -> dict[str, Any]:
-    """Return one entry of a chat answer's ``logprobs``. The bytes of all entries, joined, are the answer's text."""
+    """Return the entry of a token in a chat answer's ``logprobs``, with ``top`` alternatives.
+
+    With ``as_ids``, tokens are named ``token_id:...``. The bytes of all entries, joined, are the answer's text.
+    """
 
     def one(item: TokenInfo | TopToken) -> dict[str, Any]:
         value = -9999.0 if item.logprob is None else item.logprob

@@ -17,18 +17,21 @@ from moesaic.serve.dialects._arguments import parse
 from moesaic.serve.endpoint import CONTEXT_LENGTH_EXCEEDED, Failure
 
 OutputEvent = tuple[str, dict[str, Any]]
-"""Type of an event without its prefix ``response.``, and its fields."""
+"""A stream event: its type without the prefix ``response.``, and its fields."""
 
 
 class OutputItems:
-    """The output items of an answer so far. ``add`` and ``close`` yield the events of a stream."""
+    """The output items (messages and function calls) of an answer so far.
+
+    ``add`` and ``close`` change the items and yield the stream events for the change.
+    """
 
     def __init__(self, top: int | None, *, as_ids: bool = False) -> None:
         """Start without items.
 
         Args:
-            top: alternatives shown for each token; None: no log-probabilities.
-            as_ids: show tokens as ``token_id:...``.
+            top: number of alternatives shown for each token; None: no log-probabilities are shown.
+            as_ids: whether log-probabilities name tokens ``token_id:...``.
         """
         self.items: list[dict[str, Any]] = []
         self._top, self._as_ids = top, as_ids
@@ -88,7 +91,10 @@ class OutputItems:
             yield "function_call_arguments.delta", self._at(index) | {"delta": call.arguments}
 
     def close(self, status: str) -> Iterator[OutputEvent]:
-        """Close the open item, if there is one. A call is complete if its arguments are, whatever ``status`` is."""
+        """Close the item that is still open, if any, and yield the events for that.
+
+        A message gets ``status``. A function call is "completed" if its arguments are complete JSON, else "incomplete".
+        """
         if not self._open:
             return
         self._open = False
@@ -111,7 +117,7 @@ class OutputItems:
 
 
 class Writer:
-    """Turns the events of one request into a response object."""
+    """Turns the events of one generation into a response object (``whole``) or into a stream (``frames``)."""
 
     def __init__(
         self,
@@ -124,10 +130,10 @@ class Writer:
         """Start a response.
 
         Args:
-            head: fields that are known before the generation.
-            top: alternatives shown for each token; None: no log-probabilities.
-            keep: called with the complete response before the client gets it.
-            as_ids: show tokens as ``token_id:...``.
+            head: fields of the response object that are known before the generation.
+            top: number of alternatives shown for each token; None: no log-probabilities are shown.
+            keep: called with the complete response object, to store it, before the client gets it.
+            as_ids: whether log-probabilities name tokens ``token_id:...``.
         """
         self._head, self._keep = head, keep
         self._output = OutputItems(top, as_ids=as_ids)
@@ -177,7 +183,7 @@ class Writer:
         return self._frame("created", running) + self._frame("in_progress", running)
 
     def failed(self, failure: Failure) -> bytes:
-        """Return the event of a failed response."""
+        """Return the encoded event ``response.failed``, preceded by the opening events if none was sent yet."""
         head = b"" if self._count else self._created()
         for _ in self._output.close("incomplete"):
             pass
@@ -197,12 +203,12 @@ def _code(failure: Failure) -> str:
 
 
 def status(finished: Finished) -> str:
-    """Return OpenAI's ``status`` of a response that has ended."""
+    """Return the ``status`` of a response object: "incomplete" if the answer was cut off, else "completed"."""
     return "incomplete" if finished.reason == "length" else "completed"
 
 
 def usage(finished: Finished) -> dict[str, Any]:
-    """Return the token usage of an answer."""
+    """Return the ``usage`` object of the Responses API for an answer that has ended."""
     return {
         "input_tokens": finished.prompt_tokens,
         "input_tokens_details": {"cached_tokens": finished.cached_tokens, "cache_write_tokens": 0},
@@ -213,6 +219,6 @@ def usage(finished: Finished) -> dict[str, Any]:
 
 
 def stream_error(failure: Failure) -> bytes:
-    """Return an error as an event of a stream without a response object."""
+    """Return an error, encoded as the event ``error`` of a stream that has no response object yet."""
     content = {"type": "error", "code": _code(failure), "message": failure.message, "param": failure.param}
     return b"event: error\ndata: " + msgspec.json.encode(content | {"sequence_number": 0}) + b"\n\n"

@@ -18,7 +18,7 @@ from moesaic.serve.endpoint import Failure, Response
 from moesaic.serve.settings import TgiBounds
 
 SEED_BITS = 53
-"""Bits of a random seed: JavaScript reads integers of this size exactly."""
+"""Number of bits of a seed that the server draws. JavaScript represents integers of this size exactly."""
 
 VALIDATION_PREFIX = "Input validation error: "
 
@@ -48,7 +48,7 @@ class Parameters(Struct):
 
 
 class GenerateBody(Struct):
-    """The body of a generation request. ``stream`` has a meaning on ``/`` only."""
+    """The body of a generation request. ``stream`` is used only by ``/`` and routes that act like it."""
 
     inputs: str
     parameters: Parameters | None = None
@@ -57,12 +57,12 @@ class GenerateBody(Struct):
 
 @dataclass(frozen=True)
 class CheckedParameters:
-    """Parameters after the check."""
+    """The generation parameters of a request after their ranges were checked."""
 
     sampling: dict[str, Any]
-    """Fields of ``moesaic.Sampling`` without the seed, including all that a checkpoint may recommend."""
+    """Values for fields of ``moesaic.Sampling``, without the seed. All that a checkpoint may recommend are included."""
     seeds: tuple[int, ...]
-    """One for each candidate answer."""
+    """One seed for each candidate answer (``best_of``)."""
     greedy: bool
     details: bool
     prefill: bool
@@ -73,13 +73,13 @@ class CheckedParameters:
 def check_parameters(
     parameters: Parameters | None, bounds: TgiBounds, *, stream: bool, full_text: bool = False
 ) -> CheckedParameters:
-    """Check the parameters of a request.
+    """Check the generation parameters of a request and return them for use.
 
     Args:
-        parameters: None if the body has none, which TGI distinguishes from an empty object.
-        bounds: limits of the server.
+        parameters: None if the body has none; TGI then samples, while it is greedy for an empty object.
+        bounds: limits of the server for TGI's routes.
         stream: whether the response is a stream.
-        full_text: default of ``return_full_text``.
+        full_text: whether the answer includes the prompt if the body does not set ``return_full_text``.
 
     Raises:
         InvalidRequest: a value is out of range; the message is TGI's.
@@ -149,12 +149,15 @@ def _at_most_zero(value: float | None) -> bool:
 
 
 def _no_mass(value: float | None) -> bool:
-    """Return whether a probability mass is out of range. Unlike TGI, 1 is accepted and means \"off\"."""
+    """Return whether ``value``, such as ``top_p``, is set but not in (0, 1]. Unlike in TGI, 1 is allowed: no limit."""
     return value is not None and not 0 < value <= 1
 
 
 def _warped(values: Parameters) -> bool:
-    """Return whether a parameter changes the distribution; TGI then samples (``NextTokenChooser``)."""
+    """Return whether a parameter changes the distribution of tokens.
+
+    TGI then samples even without ``do_sample`` (see its class ``NextTokenChooser``).
+    """
     shares = (values.top_p, values.typical_p)
     return bool(values.temperature not in (None, 1.0) or values.top_k or any(p is not None and p < 1 for p in shares))
 
@@ -179,7 +182,10 @@ def _sampling(values: Parameters, greedy: bool) -> dict[str, Any]:
 
 
 def _grammar(values: dict[str, Any] | None, bounds: TgiBounds) -> tuple[str, Any] | None:
-    """Return the grammar of a request: ``json`` (or ``json_object``), ``json_schema`` or ``regex``."""
+    """Return the grammar that the field ``grammar`` sets, as its kind and its value; None: it sets none.
+
+    The field's type is ``json``, ``json_object``, ``json_schema`` or ``regex``.
+    """
     if values is None:
         return None
     kind, value = values.get("type"), values.get("value")
@@ -204,10 +210,12 @@ def _grammar(values: dict[str, Any] | None, bounds: TgiBounds) -> tuple[str, Any
 
 
 def check_truncate(bounds: TgiBounds, context: int | None, truncate: int | None) -> None:
-    """Refuse to truncate a prompt to nothing, or to more than the limit.
+    """Check ``truncate``, the number of tokens to keep of a prompt: at least 1, at most the limit of prompts.
+
+    None, no truncation, is accepted. ``context`` is the model's context length, as for ``total_tokens``.
 
     Raises:
-        InvalidRequest: the message is TGI's.
+        InvalidRequest: ``truncate`` is out of range; the message is TGI's.
     """
     longest = input_tokens(bounds, context)
     if truncate is not None and (truncate <= 0 or (longest is not None and truncate > longest)):
@@ -215,13 +223,16 @@ def check_truncate(bounds: TgiBounds, context: int | None, truncate: int | None)
 
 
 def total_tokens(bounds: TgiBounds, context: int | None) -> int | None:
-    """Return the largest number of tokens of prompt and answer; None if unknown."""
+    """Return the largest number of tokens of prompt and answer together; None if it is unknown.
+
+    ``context`` is the model's context length in tokens; None: unknown.
+    """
     limits = [item for item in (bounds.max_total_tokens, context) if item is not None]
     return min(limits) if limits else None
 
 
 def input_tokens(bounds: TgiBounds, context: int | None) -> int | None:
-    """Return the largest number of tokens of a prompt; None if unknown."""
+    """Return the largest number of tokens of a prompt; None if it is unknown. Arguments are as for ``total_tokens``."""
     total = total_tokens(bounds, context)
     limits = [item for item in (bounds.max_input_tokens, None if total is None else total - 1) if item is not None]
     return min(limits) if limits else None
@@ -231,7 +242,7 @@ def input_tokens(bounds: TgiBounds, context: int | None) -> int | None:
 
 
 def failure(reason: Failure) -> Response:
-    """Return an error as TGI's clients read it: ``error_type`` selects their exception class."""
+    """Return an error response in TGI's form. Clients choose their exception class by its ``error_type``."""
     text, status = _message(reason), reason.status
     if status in (401, 404, 405, 413, 415):
         return Response({"error": text}, status)  # without a type, clients raise their exception for the status
@@ -249,14 +260,14 @@ def failure(reason: Failure) -> Response:
 
 
 def _message(reason: Failure) -> str:
-    """Return the message of an error; TGI's own about a prompt that is too long."""
+    """Return the message of an error. If the prompt is too long, it is TGI's own message."""
     if reason.tokens is None or reason.limit is None:
         return reason.message
     return f"`inputs` must have less than {reason.limit} tokens. Given: {reason.tokens}"
 
 
 def broken(reason: Failure) -> bytes:
-    """Return an error as the last event of a stream."""
+    """Return an error, encoded as the last event of a stream in TGI's form."""
     shown = failure(reason).content
     if reason.status == 503:
         shown = {"error": f"Request failed during generation: {reason.message}", "error_type": "generation"}

@@ -1,8 +1,9 @@
-"""Anthropic's ``/v1/messages``, whole and streamed, and ``/v1/messages/count_tokens``.
+"""Anthropic's ``/v1/messages``, complete and streamed, and ``/v1/messages/count_tokens``.
 
 Follows https://platform.claude.com/docs/en/api/messages. Text and tools are supported. Images, documents and
-Anthropic's own tools are refused by name. Thinking blocks in earlier turns are ignored, as are ``metadata``,
-``service_tier`` and ``cache_control``. Unknown fields, such as ``thinking``, are named in a header of the response.
+Anthropic's own tools are refused with an error that names them. Thinking blocks in earlier messages are ignored, as are
+``metadata``, ``service_tier`` and ``cache_control``. Unknown fields, such as ``thinking``, are named in a
+header of the response.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ ERROR_TYPES = {
     504: "timeout_error",
 }
 BLOCK_SEPARATOR = "\n\n"
-"""Separator between text blocks that are joined."""
+"""Separator between the texts of text blocks that are joined."""
 
 
 class Message(Struct):
-    """One message. ``content`` may be a list of blocks."""
+    """One message of a conversation. ``content`` is a text or a list of content blocks."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[dict[str, Any]]
@@ -48,11 +49,11 @@ class Tool(Struct):
     input_schema: dict[str, Any] | None = None
     type: str | None = None
     cache_control: Any = None
-    """Accepted: prefixes are cached anyway."""
+    """Accepted without an effect: prefixes of prompts are always cached."""
 
 
 class ToolChoice(Struct):
-    """Whether the model may or must call tools, and which."""
+    """Whether the model may or must call tools, and which one."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -60,7 +61,7 @@ class ToolChoice(Struct):
 
 
 class OutputConfig(Struct):
-    """The format of the answer."""
+    """The format that the answer must have, such as a JSON schema."""
 
     format: dict[str, Any] | None = None
 
@@ -75,7 +76,7 @@ class CountBody(Struct, kw_only=True):
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
     cache_control: Any = None
-    """Accepted: prefixes are cached anyway."""
+    """Accepted without an effect: prefixes of prompts are always cached."""
     chat_template_kwargs: dict[str, Any] | None = None  # as vLLM's route takes it
 
 
@@ -97,7 +98,7 @@ class MessagesBody(CountBody, kw_only=True):
 
 
 def to_request(body: CountBody, model: str) -> GenerationRequest:
-    """Return the generation request of a body.
+    """Convert a body to a generation request for the model named ``model``.
 
     Raises:
         InvalidMessages, InvalidParameter: a message or a parameter is invalid.
@@ -134,10 +135,13 @@ def _sampling(body: MessagesBody) -> dict[str, Any]:
 
 
 def turns(index: int, message: Message) -> Iterator[dict[str, Any]]:
-    """Yield the turns of one message: one for each tool result in it, and one for its text and tool calls.
+    """Convert one message of Anthropic's API to messages as chat completions have them.
+
+    There is one for each tool result in it, and one for its text and tool calls. ``index`` is the message's place in
+    the request, for error messages.
 
     Raises:
-        InvalidMessages: a block has an unsupported type, or not the fields of its type.
+        InvalidMessages: a block has an unsupported type, or lacks a field of its type.
     """
     role, where = message.role, f"messages[{index}]"
     if isinstance(message.content, str):
@@ -240,7 +244,7 @@ def _grammar(config: OutputConfig | None) -> tuple[str, Any] | None:
 
 
 async def messages(context: RequestContext) -> AnyResponse:
-    """Answer a conversation."""
+    """Handle ``/v1/messages``: answer a conversation, as a complete response or as a stream."""
     body: MessagesBody = context.body
     request = to_request(body, openai.model_name(context, body.model))
     events = await context.generate(request)
@@ -252,13 +256,16 @@ async def messages(context: RequestContext) -> AnyResponse:
 
 
 async def count(context: RequestContext) -> AnyResponse:
-    """Return the number of tokens of a conversation."""
+    """Handle ``/v1/messages/count_tokens``: return the number of tokens of a conversation's prompt."""
     request = to_request(context.body, openai.model_name(context, context.body.model))
     return Response({"input_tokens": len(await context.backend.tokenize(request))})
 
 
 class ContentBlocks:
-    """The content blocks of an answer so far. ``add`` and ``close`` yield the events of a stream."""
+    """The content blocks of an answer so far.
+
+    ``add`` and ``close`` change the blocks and yield the encoded stream events for the change.
+    """
 
     def __init__(self) -> None:
         self.blocks: list[dict[str, Any]] = []
@@ -306,14 +313,14 @@ class ContentBlocks:
             yield frame("content_block_stop", index=len(self.blocks) - 1)
 
     def whole(self) -> list[dict[str, Any]]:
-        """Return the blocks as a complete response shows them."""
+        """Return the content blocks for a complete response, with the arguments of tool calls as objects."""
         return [
             block | {"input": parse_partial(block["input"])} if "input" in block else block for block in self.blocks
         ]
 
 
 class Writer:
-    """Turns the events of one request into Anthropic's response objects."""
+    """Turns the events of one generation into Anthropic's response: an object (``whole``) or a stream (``frames``)."""
 
     def __init__(self, model: str) -> None:
         self._head = {"id": openai.new_id("msg", "_"), "type": "message", "role": "assistant", "model": model}
@@ -348,7 +355,7 @@ class Writer:
 
 
 def stop_fields(finished: Finished) -> dict[str, Any]:
-    """Return Anthropic's ``stop_reason`` and ``stop_sequence`` of an answer."""
+    """Return the fields ``stop_reason`` and ``stop_sequence`` of Anthropic's response for an answer that has ended."""
     reason = "end_turn"
     if finished.reason == "length":
         reason = "max_tokens"
@@ -360,7 +367,7 @@ def stop_fields(finished: Finished) -> dict[str, Any]:
 
 
 def usage(finished: Finished) -> dict[str, int]:
-    """Return the token usage of an answer. ``input_tokens`` are those that were not in the cache."""
+    """Return Anthropic's ``usage`` object. ``input_tokens`` counts the prompt tokens that were not in the cache."""
     return _usage(finished.prompt_tokens - finished.cached_tokens, finished.cached_tokens, finished.generated_tokens)
 
 
@@ -374,25 +381,28 @@ def _usage(read: int, cached: int, written: int) -> dict[str, int]:
 
 
 def frame(kind: str, **fields: Any) -> bytes:
-    """Return an event of a stream in Anthropic's form."""
+    """Return an encoded stream event of the type ``kind``, in Anthropic's form. ``fields`` are its other data."""
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode({"type": kind, **fields}))
 
 
 def failure(failure: Failure) -> Any:
-    """Return an error as Anthropic's clients read it."""
+    """Return the body of an error response in Anthropic's form."""
     kind = ERROR_TYPES.get(failure.status, "api_error" if failure.status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": _message_of(failure)}}
 
 
 def _message_of(failure: Failure) -> str:
-    """Return the message of an error. Clients look for Anthropic's own words about a prompt that is too long."""
+    """Return the message of an error.
+
+    If the prompt is too long, it begins with Anthropic's own words, because clients look for them.
+    """
     if failure.tokens is None or failure.limit is None:
         return failure.message
     return f"prompt is too long: {failure.tokens} tokens > {failure.limit} maximum. {failure.message}"
 
 
 def broken(reason: Failure) -> bytes:
-    """Return an error as the last event of a stream."""
+    """Return an error, encoded as the last event of a stream in Anthropic's form."""
     return frame("error", error=failure(reason)["error"])
 
 

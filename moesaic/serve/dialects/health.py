@@ -7,7 +7,7 @@ from moesaic.serve.endpoint import AnyResponse, Endpoint, Response, openai_failu
 
 
 async def health(context: RequestContext) -> AnyResponse:
-    """Answer 200 while the models can answer; otherwise an orchestrator should restart the process."""
+    """Answer 200 while the engines of all models are alive, else 503: the process should then be restarted."""
     dead = [name for name, stats in context.backend.stats().items() if not stats.alive]
     if dead:
         return Response({"status": "dead", "error": "unhealthy", "error_type": "healthcheck"}, 503)
@@ -15,7 +15,10 @@ async def health(context: RequestContext) -> AnyResponse:
 
 
 async def ready(context: RequestContext) -> AnyResponse:
-    """Answer 200 if the server accepts requests and makes progress; 503 tells a load balancer to choose another."""
+    """Answer 200 if the server accepts requests and its engines make progress, else 503 with the reason.
+
+    With 503, a load balancer should send requests to another server.
+    """
     why = context.services.readiness.why_not()
     if context.services.state.draining:
         why = "draining"
@@ -28,7 +31,7 @@ async def metrics(context: RequestContext) -> AnyResponse:
 
 
 async def load(context: RequestContext) -> AnyResponse:
-    """Return the number of requests, as vLLM does, and the statistics of each model."""
+    """Return the number of running and waiting requests, as vLLM's ``/load`` does, and each model's statistics."""
     models = context.backend.stats()
     return Response({"server_load": sum(stats.running + stats.waiting for stats in models.values()), "models": models})
 

@@ -34,7 +34,7 @@ class ChatBody(openai.SamplingFields, kw_only=True):
 
 
 def to_request(body: ChatBody, model: str) -> GenerationRequest:
-    """Return the generation request of a body.
+    """Convert a body to a generation request for the model named ``model``.
 
     Raises:
         InvalidMessages, InvalidParameter: a message or a parameter is invalid.
@@ -60,7 +60,7 @@ def to_request(body: ChatBody, model: str) -> GenerationRequest:
 
 
 async def chat(context: RequestContext) -> AnyResponse:
-    """Answer a conversation."""
+    """Handle ``/v1/chat/completions``: answer a conversation, as a complete response or as a stream."""
     body: ChatBody = context.body
     request = to_request(body, openai.model_name(context, body.model))
     events = await context.generate(request)
@@ -71,7 +71,7 @@ async def chat(context: RequestContext) -> AnyResponse:
 
 
 class Writer:
-    """Turns the events of one request into OpenAI's response objects."""
+    """Turns the events of one generation into OpenAI's response: an object (``whole``) or a stream (``frames``)."""
 
     def __init__(self, body: ChatBody, model: str) -> None:
         self._body, self._top = body, body.top_logprobs or 0
@@ -85,7 +85,7 @@ class Writer:
         self._usage = self._running_usage.included
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
-        """Return the complete response."""
+        """Read all events of the generation and return the complete response object."""
         count = self._body.n or 1
         texts: list[list[str]] = [[] for _ in range(count)]
         tokens: list[list[Any]] = [[] for _ in range(count)]
@@ -137,7 +137,7 @@ class Writer:
         return {"content": [openai.token_logprob(token, self._top, as_ids=as_ids) for token in tokens]}
 
     async def frames(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
-        """Yield the events of the stream."""
+        """Yield the encoded events of the streamed response, from the events of the generation."""
         finished: list[Finished] = []
         async for event in events:
             self._running_usage.add(event)

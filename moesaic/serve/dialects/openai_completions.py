@@ -1,4 +1,4 @@
-"""OpenAI's ``/v1/completions``: text or token ids are continued; ``echo`` scores prompts, as lm-eval needs."""
+"""OpenAI's ``/v1/completions``: continues texts or token ids. With ``echo``, prompts are scored, as lm-eval needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionBody(openai.SamplingFields, kw_only=True):
-    """The body of a completion."""
+    """The body of a completion request."""
 
     prompt: str | list[Any]
     """A text, token ids, or a list of either; ``parse_prompts`` distinguishes them."""
@@ -36,19 +36,19 @@ class CompletionBody(openai.SamplingFields, kw_only=True):
     response_format: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
-    """Whether names of special tokens in a text prompt are these tokens; the default is true, as on TGI's routes."""
+    """Whether names of special tokens in a text prompt are read as these tokens. Default: true, as on TGI's routes."""
 
     @property
     def limit(self) -> int | None:
-        """Return the most tokens of an answer; None: the default."""
+        """Return the largest number of tokens of an answer that the body sets; None: it sets none."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 def parse_prompts(body: CompletionBody, limit: int) -> list[str | tuple[int, ...]]:
-    """Return the prompts of a body.
+    """Return the prompts of a body, each as a text or as token ids.
 
     Raises:
-        InvalidParameter: they are neither texts nor token ids, or there are more than ``limit``.
+        InvalidParameter: the prompts are neither texts nor token ids, or there are more than ``limit``.
     """
     prompts = body.prompt
     if isinstance(prompts, str):
@@ -70,7 +70,7 @@ def _token_ids(values: Any) -> tuple[int, ...]:
 
 
 def to_request(body: CompletionBody, model: str) -> GenerationRequest:
-    """Return the generation request of a body, without its prompt.
+    """Convert a body, without its prompt, to a generation request for the model named ``model``.
 
     Raises:
         InvalidParameter: a parameter is invalid.
@@ -102,7 +102,7 @@ def to_request(body: CompletionBody, model: str) -> GenerationRequest:
 
 
 async def complete(context: RequestContext) -> AnyResponse:
-    """Continue one or more prompts."""
+    """Handle ``/v1/completions``: continue one or more prompts, as a complete response or as a stream."""
     body: CompletionBody = context.body
     request = to_request(body, openai.model_name(context, body.model))
     prompts = parse_prompts(body, context.settings.prompts)
@@ -116,7 +116,7 @@ async def complete(context: RequestContext) -> AnyResponse:
 
 
 async def _prompt_text(context: RequestContext, request: GenerationRequest) -> str:
-    """Return the text of a prompt as the model reads it: of a truncated prompt, what is left of it."""
+    """Return the text of a request's prompt as the model reads it: after truncation, if the request sets one."""
     prompt, backend = request.prompt or (), context.backend
     if request.truncate is None:
         return prompt if isinstance(prompt, str) else await backend.detokenize(request.model, prompt)
@@ -131,7 +131,7 @@ async def _prompt_text(context: RequestContext, request: GenerationRequest) -> s
 
 @dataclass
 class Choice:
-    """One answer so far."""
+    """One answer so far: its text, its tokens, and how it ended. ``ended`` is None while it is running."""
 
     text: str = ""
     tokens: list[TokenInfo] = field(default_factory=list)
@@ -139,13 +139,16 @@ class Choice:
 
     @property
     def likelihood(self) -> float:
-        """Return the mean log-probability of the tokens."""
+        """Return the mean log-probability of the answer's tokens; -inf if none is known."""
         values = [token.logprob for token in self.tokens if token.logprob is not None]
         return sum(values) / len(values) if values else float("-inf")
 
 
 class Writer:
-    """Turns the events of requests into OpenAI's response objects. Answer i of prompt p is choice p * n + i."""
+    """Turns the events of generations, one per prompt, into one OpenAI response, complete or streamed.
+
+    Answer i of prompt p is the choice with the index p * n + i.
+    """
 
     def __init__(self, body: CompletionBody, request: GenerationRequest, echoed: Sequence[str]) -> None:
         self._body, self._echoed = body, echoed
@@ -161,7 +164,7 @@ class Writer:
         }
 
     async def whole(self, running: Sequence[AsyncIterator[Event]]) -> dict[str, Any]:
-        """Return the complete response."""
+        """Read all events of the generations and return the complete response object."""
         choices, finished = [], []
         for number, match in enumerate(await gather_all([self._read(events) for events in running])):
             prompt, answers = match
@@ -220,7 +223,7 @@ class Writer:
         return used
 
     async def frames(self, running: Sequence[AsyncIterator[Event]]) -> AsyncIterator[bytes]:
-        """Yield the events of the stream."""
+        """Yield the encoded events of the streamed response, from the events of the generations."""
         finished: list[Finished] = []
         async for number, event in _merged(running):
             self._running_usage.add(event, number)
@@ -262,10 +265,10 @@ class Writer:
 
 
 def prompt_offsets(tokens: Sequence[TokenInfo], text: str) -> list[int]:
-    """Return the index in a prompt's text at which each token begins.
+    """Return, for each token of a prompt, the index in ``text``, the prompt's text, at which the token begins.
 
-    A special token takes place only if the text has its name, and SentencePiece's leading space only if the text has
-    that space. A part of a character has the index of the character.
+    A special token has a length only if the text contains its name, and SentencePiece's leading space only if the text
+    contains this space. A token that is a part of a character has the index of the character.
     """
     data, position, offsets = text.encode(), 0, []
     for token in tokens:
@@ -276,12 +279,16 @@ def prompt_offsets(tokens: Sequence[TokenInfo], text: str) -> list[int]:
 
 
 def answer_offsets(tokens: Sequence[TokenInfo], echoed: str) -> list[int]:
-    """Return the index at which each token of an answer begins in the text that follows the echoed prompt."""
+    """Return, for each token of an answer, the index at which it begins in the text of echoed prompt and answer."""
     return [len(echoed) + token.offset for token in tokens]
 
 
 def top_logprobs(token: TokenInfo, *, as_ids: bool) -> dict[str, float | None] | None:
-    """Return the log-probability of each likely token by its text; by ``token_id:...`` if another one has its text."""
+    """Return the log-probabilities of a token and its most likely alternatives by their text, the highest first.
+
+    An alternative whose text is taken already, and with ``as_ids`` every token, is named ``token_id:...``. None: the
+    token has no log-probability or no alternatives.
+    """
     if token.logprob is None or not token.top:
         return None
     shown: dict[str, float | None] = {openai.token_text(token, as_id=as_ids): token.logprob}
@@ -293,7 +300,7 @@ def top_logprobs(token: TokenInfo, *, as_ids: bool) -> dict[str, float | None] |
 
 
 async def _merged(running: Sequence[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:
-    """Yield the events of several requests as they come, each with its request's index."""
+    """Yield the events of several generations as they come, each with the index of its generation in ``running``."""
     if len(running) == 1:
         async for event in running[0]:
             yield 0, event

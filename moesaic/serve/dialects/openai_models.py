@@ -20,7 +20,7 @@ STARTED_AT = openai.now()
 
 
 class EmbeddingBody(Struct):
-    """The body of an embedding request: texts or token ids."""
+    """The body of an embedding request. ``input`` is a text, token ids, or a list of either."""
 
     input: str | list[Any]
     model: str | None = None
@@ -45,7 +45,7 @@ class DetokenizeBody(Struct):
 
 
 def model_entry(model: ModelInfo) -> dict[str, Any]:
-    """Return a model as OpenAI lists it, with vLLM's, Anthropic's and our fields."""
+    """Return a model's entry in the list of models: OpenAI's fields, and those of vLLM, of Anthropic and of our own."""
     return {
         "id": model.name,
         "object": "model",
@@ -68,19 +68,19 @@ def model_entry(model: ModelInfo) -> dict[str, Any]:
 
 
 async def models(context: RequestContext) -> AnyResponse:
-    """List the models, in the form of OpenAI and of Anthropic's only page."""
+    """Handle ``/v1/models``: list all models on one page, with the fields of OpenAI's and of Anthropic's list."""
     data = [model_entry(model) for model in context.backend.models()]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
     return Response({"object": "list", "data": data, "has_more": False} | ends)
 
 
 async def model(context: RequestContext) -> AnyResponse:
-    """Show one model."""
+    """Handle ``/v1/models/{name}``: return the entry of one model."""
     return Response(model_entry(openai.find_model(context.backend, context.path_parameters["name"])))
 
 
 async def embeddings(context: RequestContext) -> AnyResponse:
-    """Return the embedding of each text."""
+    """Handle ``/v1/embeddings``: return the embedding vector of each input."""
     body: EmbeddingBody = context.body
     name = openai.model_name(context, body.model)
     texts = _texts(body.input, context.settings.embedding_inputs)
@@ -122,7 +122,7 @@ def _texts(values: str | list[Any], limit: int) -> list[str | list[int]]:
 
 
 def _truncated(vector: list[float], size: int) -> list[float]:
-    """Return the first ``size`` values of a vector, normalized to length 1."""
+    """Return the first ``size`` values of a vector, scaled to the Euclidean length 1."""
     prefix = vector[:size]
     length = sum(value * value for value in prefix) ** 0.5 or 1.0
     return [value / length for value in prefix]
@@ -133,7 +133,7 @@ def _base64(vector: list[float]) -> str:
 
 
 async def classify(context: RequestContext) -> AnyResponse:
-    """Return the probability of each class for each text."""
+    """Handle ``/v1/classify``: return, for each text, the most likely class and the probabilities of all classes."""
     body: ClassifyBody = context.body
     texts = [body.input] if isinstance(body.input, str) else body.input
     if len(texts) > context.settings.prompts:
@@ -148,13 +148,13 @@ async def classify(context: RequestContext) -> AnyResponse:
 
 
 async def detokenize(context: RequestContext) -> AnyResponse:
-    """Return the text of token ids."""
+    """Handle ``/detokenize``: return the text of token ids."""
     body: DetokenizeBody = context.body
     return Response({"prompt": await context.backend.detokenize(openai.model_name(context, body.model), body.tokens)})
 
 
 async def version(_: RequestContext) -> AnyResponse:
-    """Return the server's version."""
+    """Handle ``/version``: return the server's version."""
     return Response({"version": __version__})
 
 

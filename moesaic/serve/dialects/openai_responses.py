@@ -28,7 +28,7 @@ Label = Annotated[str, Meta(max_length=512)]
 
 
 class TextConfig(Struct):
-    """The format of the text."""
+    """The field ``text`` of a request: the format of the answer's text."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None
@@ -57,17 +57,19 @@ class ResponseBody(openai.SamplingFields, kw_only=True):
 
     @property
     def form(self) -> dict[str, Any] | None:
-        """Return the requested format, or None."""
+        """Return ``text.format``, the format that the answer must have; None: the body sets none."""
         return self.text.format if self.text else None
 
     @property
     def top(self) -> int | None:
-        """Return the requested number of alternatives for each token; None: no log-probabilities."""
+        """Return the requested number of alternatives for each token; None: log-probabilities are not requested."""
         return self.top_logprobs or (0 if LOGPROBS in (self.include or ()) else None)
 
 
 def to_request(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, Any]]) -> GenerationRequest:
-    """Return the generation request of a body, which continues the ``earlier`` messages.
+    """Convert a body to a generation request for the model named ``model``.
+
+    ``earlier`` has the messages of the conversation that the body continues.
 
     Raises:
         InvalidMessages, InvalidParameter: an item or a parameter is invalid.
@@ -106,7 +108,7 @@ def to_request(body: ResponseBody, model: str, earlier: Sequence[Mapping[str, An
 
 
 async def create(context: RequestContext) -> AnyResponse:
-    """Answer items, and keep the response unless ``store`` is false."""
+    """Handle ``/v1/responses``: answer the input items, and keep the response unless ``store`` is false."""
     body: ResponseBody = context.body
     kept, owner = context.services.responses, context.key.sha256
     earlier = _earlier(context, body.previous_response_id)
@@ -138,9 +140,10 @@ def _earlier(context: RequestContext, name: str | None) -> tuple[Mapping[str, An
 
 
 async def fitted(context: RequestContext, request: GenerationRequest) -> GenerationRequest:
-    """Return the request with as few of its oldest turns removed as necessary to fit the model's context.
+    """Return the request, without its oldest messages if it would not fit the model's context.
 
-    Leading system messages stay, and the first turn that stays is a user's.
+    As few messages as possible are removed. Leading system messages stay, and the first message after them is a
+    user's.
     """
     window = openai.find_model(context.backend, request.model).context
     turns = request.messages or ()
@@ -172,7 +175,7 @@ async def fitted(context: RequestContext, request: GenerationRequest) -> Generat
 
 
 def shown(body: ResponseBody, model: str) -> dict[str, Any]:
-    """Return the fields of a response that are known before it is generated."""
+    """Return the response object as it is before the generation: with the fields that the request decides."""
     return {
         "id": openai.new_id("resp", "_"),
         "object": "response",
@@ -212,14 +215,14 @@ def _entry(context: RequestContext) -> StoredResponse:
 
 
 async def retrieve(context: RequestContext) -> AnyResponse:
-    """Return a kept response."""
+    """Handle GET ``/v1/responses/{id}``: return a kept response."""
     if context.query.get("stream") == "true":
         raise InvalidParameter("stream", "a kept response cannot be streamed again")
     return Response(_entry(context).shown)
 
 
 async def delete(context: RequestContext) -> AnyResponse:
-    """Delete a kept response."""
+    """Handle DELETE ``/v1/responses/{id}``: delete a kept response."""
     name = context.path_parameters["id"]
     context.services.responses.drop(context.key.sha256, name)
     return Response({"id": name, "object": "response", "deleted": True})
@@ -232,7 +235,7 @@ async def cancel(context: RequestContext) -> AnyResponse:
 
 
 async def input_items(context: RequestContext) -> AnyResponse:
-    """List the input items of a response, the last first unless ``order`` is ``asc``."""
+    """List the input items of a kept response, the last first unless the query has ``order=asc``."""
     values, query = list(_entry(context).input_items), context.query
     order, limit = query.get("order", "desc"), query.get("limit", "20")
     if order not in ("asc", "desc"):
@@ -252,7 +255,10 @@ async def input_items(context: RequestContext) -> AnyResponse:
 
 
 def failure(reason: Failure) -> Any:
-    """Return an error as OpenAI does on routes without a model."""
+    """Return the body of an error response in OpenAI's form. With status 404, its ``code`` is null.
+
+    The usual code, ``model_not_found``, would be wrong for a response that does not exist.
+    """
     error = openai_failure(reason)["error"]
     return {"error": error | ({"code": None} if reason.status == 404 else {})}
 

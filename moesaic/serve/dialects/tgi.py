@@ -26,15 +26,15 @@ from moesaic.serve.endpoint import AnyResponse, Endpoint, EventStream, Response
 
 @dataclass
 class Timing:
-    """Times of a request on the monotonic clock, in seconds."""
+    """Times of a request on the monotonic clock, in seconds: when it was received, accepted and started; 0: not yet."""
 
     received: float = field(default_factory=time.monotonic)
     accepted: float = 0.0
     started: float = 0.0
-    """When the first events came."""
+    """When the first events of the generation came; 0: none came yet."""
 
     def headers(self, prompt_tokens: int, generated: int) -> dict[str, str]:
-        """Return TGI's timing headers."""
+        """Return TGI's response headers with times and token counts. ``generated`` counts generated tokens."""
         now = time.monotonic()
         started = self.started or now
         spans = {
@@ -51,7 +51,7 @@ class Timing:
 
 @dataclass
 class GenerateJob:
-    """A checked request."""
+    """A request whose parameters were checked, with what is needed to answer it."""
 
     inputs: str
     parameters: CheckedParameters
@@ -64,23 +64,28 @@ class GenerateJob:
         return [replace(self.request, sampling={**sampling, "seed": seed}) for seed in self.parameters.seeds]
 
     def headers(self, backend: Backend) -> dict[str, str]:
-        """Return the headers that are known before the answer. The model is loaded by then."""
+        """Return the response headers that are known before the answer.
+
+        They name the device of the model, so they are made after the model was loaded.
+        """
         kind = openai.find_model(backend, self.request.model).about.get("device") or "unknown"
         return {"x-compute-type": str(kind), "x-compute-characters": str(len(self.inputs))}
 
     def shown(self, text: str) -> str:
-        """Return an answer's text, after the prompt if the full text was requested."""
+        """Return ``text``, the text of an answer, with the prompt before it if ``return_full_text`` was requested."""
         return self.inputs + text if self.parameters.full_text else text
 
     def seed(self, index: int) -> int | None:
-        """Return the seed of an answer; None for a greedy one."""
+        """Return the seed of the candidate answer with this index; None if answers are greedy."""
         return None if self.parameters.greedy else self.parameters.seeds[index]
 
 
 def make_job(
     context: RequestContext, body: GenerateBody, *, stream: bool = False, full_text: bool = False
 ) -> GenerateJob:
-    """Return the checked request of a body. The backend checks its length when it tokenizes the prompt.
+    """Check the parameters of a body and return the request. The backend checks the length of the prompt later.
+
+    ``stream`` and ``full_text`` are as for ``check_parameters``.
 
     Raises:
         InvalidRequest: a parameter is invalid.
@@ -108,10 +113,10 @@ def make_job(
 
 
 class TokenWriter:
-    """Turns events into TGI's tokens, each with its text.
+    """Turns events of a generation into tokens in TGI's form, each with its text.
 
-    Text that was held back until it was complete belongs to the token that completed it. A stop string, which TGI
-    counts as part of the answer, belongs to the last token.
+    A text of several tokens, such as the parts of one character, is given to the token that completes it. A stop
+    string, which TGI counts as part of the answer, belongs to the last token.
     """
 
     def __init__(self, top: int) -> None:
@@ -122,7 +127,10 @@ class TokenWriter:
         self.prompt: tuple[TokenInfo, ...] = ()
 
     def add(self, events: Sequence[Event]) -> list[dict[str, Any]]:
-        """Return the tokens of these events, each as ``{"token", "top_tokens"?}``. The end brings at least one."""
+        """Return the tokens of these events in TGI's form: objects with ``token``, and ``top_tokens`` if requested.
+
+        If the end of the answer is among the events, at least one token is returned.
+        """
         match: list[tuple[TokenInfo, str]] = []
         for event in events:
             if isinstance(event, PromptDone):
@@ -173,7 +181,7 @@ def _finish_reason(finished: Finished) -> str:
 
 @dataclass
 class Candidate:
-    """A complete answer and its seed."""
+    """One candidate answer to a prompt (``best_of``). ``seed`` is None if the answer is greedy."""
 
     tokens: TokenWriter
     entries: list[dict[str, Any]]
@@ -181,12 +189,12 @@ class Candidate:
 
     @property
     def likelihood(self) -> float:
-        """Return the mean log-probability of the tokens, which decides between candidates."""
+        """Return the mean log-probability of the answer's tokens. The candidate with the highest is the best answer."""
         values = [value for item in self.entries if (value := item["token"]["logprob"]) is not None]
         return sum(values) / len(values) if values else float("-inf")
 
     def details(self) -> dict[str, Any]:
-        """Return TGI's ``details`` of the answer."""
+        """Return the object ``details`` of TGI's response for this answer."""
         finished = self.tokens.ended
         assert finished is not None, "a stream ended with neither Finished nor an error"
         prefill = [{"id": m.id, "text": m.text, "logprob": m.logprob} for m in self.tokens.prompt]
@@ -202,7 +210,7 @@ class Candidate:
 
 
 async def best_answer(context: RequestContext, job: GenerateJob) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the best answer, complete, and its headers."""
+    """Generate all candidate answers. Return the response body with the most likely one, and the response headers."""
     running = [await context.generate_in_batches(request) for request in job.requests()]
     job.timing.accepted = time.monotonic()
     answers = await gather_all([_read(job, index, batches) for index, batches in enumerate(running)])
@@ -230,7 +238,7 @@ async def _read(job: GenerateJob, index: int, batches: AsyncIterator[list[Event]
 
 
 async def frames(job: GenerateJob, batches: AsyncIterator[list[Event]]) -> AsyncIterator[bytes]:
-    """Yield an event for each token; the last one has the text and the details."""
+    """Yield an encoded event for each token. The last one also has the answer's whole text and the details."""
     tokens, index = TokenWriter(job.parameters.sampling["logprobs"]), 0
     async for batch in batches:
         shown = tokens.add(batch)
@@ -257,13 +265,13 @@ def _end(job: GenerateJob, tokens: TokenWriter) -> dict[str, Any]:
 
 
 async def generate(context: RequestContext) -> AnyResponse:
-    """Continue a text."""
+    """Handle ``/generate``: continue a text."""
     content, headers = await best_answer(context, make_job(context, context.body))
     return Response(content, headers=headers)
 
 
 async def generate_stream(context: RequestContext) -> AnyResponse:
-    """Continue a text, token by token."""
+    """Handle ``/generate_stream``: continue a text, with one event for each token."""
     return await _streamed(context, make_job(context, context.body, stream=True))
 
 
@@ -273,7 +281,7 @@ async def _streamed(context: RequestContext, job: GenerateJob) -> EventStream:
 
 
 async def compat(context: RequestContext) -> AnyResponse:
-    """Continue a text in the form of Hugging Face's inference API: a list of one answer, or a stream."""
+    """Handle ``/``: continue a text as Hugging Face's inference API does, with a list of one answer or a stream."""
     return await compatible(context, context.body)
 
 
@@ -285,11 +293,11 @@ async def compatible(context: RequestContext, body: GenerateBody) -> AnyResponse
 
 
 OTHER_ROUTES = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
-"""Keys of a body by which SageMaker's route selects another route."""
+"""Routes that ``/invocations`` (SageMaker) selects for a body, by the field that such a body has."""
 
 
 async def invocations(context: RequestContext) -> AnyResponse:
-    """Answer a body of ``/``, of the chat or of the completions route (SageMaker)."""
+    """Handle ``/invocations`` (SageMaker): answer a body of TGI's ``/``, of chat completions or of completions."""
     for key, path in OTHER_ROUTES.items():
         if key in context.body:
             endpoint = next(item for item in context.services.endpoints if item.path == path)
@@ -304,7 +312,7 @@ class VertexBody(Struct):
 
 
 async def vertex(context: RequestContext) -> AnyResponse:
-    """Continue several texts (Vertex AI)."""
+    """Handle ``/vertex`` (Google's Vertex AI): continue several texts."""
     instances = context.body.instances
     if len(instances) > context.settings.prompts:
         raise InvalidParameter("instances", f"has {len(instances)} entries; the limit is {context.settings.prompts}")

@@ -34,9 +34,9 @@ class TokenizeBody(Struct):
     model: str | None = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
-    """Whether names of special tokens in a text are these tokens; the default is true."""
+    """Whether names of special tokens in a text are read as these tokens; the default is true."""
     return_token_strs: bool | None = None
-    """vLLM's; the texts of the tokens are returned unless it is false."""
+    """vLLM's field: whether the response has the texts of the tokens; the default is true."""
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -54,14 +54,14 @@ class ChatTokenizeBody(Struct):
 
 
 async def health(context: RequestContext) -> AnyResponse:
-    """Answer 200 without a body while the models can answer."""
+    """Answer 200 without a body while the engines of all models are alive, else 503."""
     if all(stats.alive for stats in context.backend.stats().values()):
         return Response(b"")
     return Response({"error": "unhealthy", "error_type": "healthcheck"}, 503)
 
 
 async def info(context: RequestContext) -> AnyResponse:
-    """Return the default model and the server's limits, with the fields of TGI 1.3 and 3.3."""
+    """Handle ``/info``: return the default model and the server's limits, with the fields of TGI 1.3 and 3.3."""
     settings, bounds = context.settings, context.settings.tgi
     model = openai.find_model(context.backend, None)
     longest = tgi.input_tokens(bounds, model.context)
@@ -91,7 +91,7 @@ async def info(context: RequestContext) -> AnyResponse:
 
 
 async def tokenize(context: RequestContext) -> AnyResponse:
-    """Return the tokens of a text, in TGI's or vLLM's form."""
+    """Handle ``/tokenize``: return the tokens of a text or conversation, in TGI's form or in vLLM's."""
     body: TokenizeBody = context.body
     name = openai.model_name(context, body.model)
     bos, parse = body.add_special_tokens is not False, body.parse_special is not False
@@ -116,7 +116,7 @@ async def tokenize(context: RequestContext) -> AnyResponse:
 
 
 async def chat_tokenize(context: RequestContext) -> AnyResponse:
-    """Return the templated text of a conversation and its tokens."""
+    """Handle ``/chat_tokenize``: return a conversation's prompt in the chat format, as a text and as tokens."""
     body: ChatTokenizeBody = context.body
     name = openai.model_name(context, body.model)
     tokens = await context.backend.tokenize(GenerationRequest(name, **conversation(body.messages, body)))
@@ -125,7 +125,7 @@ async def chat_tokenize(context: RequestContext) -> AnyResponse:
 
 
 async def tokenizer_info(context: RequestContext) -> AnyResponse:
-    """Return the tokenizer's special tokens, as vLLM does."""
+    """Handle ``/tokenizer_info``: return the special tokens of the default model's tokenizer, in vLLM's form."""
     model = openai.find_model(context.backend, None)
     return Response(
         {
@@ -140,9 +140,10 @@ async def tokenizer_info(context: RequestContext) -> AnyResponse:
 
 
 def token_spans(tokens: Sequence[TokenInfo], text: str) -> list[dict[str, Any]]:
-    """Return tokens with their spans of characters in the text. A special token that is not in the text has none.
+    """Return tokens in TGI's form, each with its span of characters in ``text`` (``start`` and ``stop``).
 
-    Tokens that are parts of one character share the span of the whole character.
+    Tokens that are parts of one character share the span of the whole character. A special token whose name is not in
+    the text has the empty span from 0 to 0.
     """
     at, spans = 0, [(0, 0)] * len(tokens)
     parts: list[int] = []  # indexes of tokens that are parts of characters
@@ -165,7 +166,10 @@ def token_spans(tokens: Sequence[TokenInfo], text: str) -> list[dict[str, Any]]:
 
 
 def _span(token: TokenInfo, text: str, at: int, after_parts: bool) -> tuple[int, int]:
-    """Return the span of a token in the text from ``at`` on; (-1, -1) if its text is not there."""
+    """Return start and stop of a token's text in ``text``, searched from the index ``at`` on; (-1, -1): not found.
+
+    ``after_parts`` is whether the tokens just before are parts of a character that ends before this token.
+    """
     pieces = [piece for piece in (token.text, token.text.removeprefix(" ")) if piece]  # SentencePiece adds a blank
     if not after_parts:
         for piece in pieces:
