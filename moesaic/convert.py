@@ -2,8 +2,8 @@
 
 The conversion connects a reader and a writer of ``checkpoints``. Values and dtypes stay the same; tensor names, row
 order and configuration keys are translated. Nothing is lost: a checkpoint is refused before anything is written if a
-tensor of its configuration is missing, or if a tensor has no place in the new layout. This module does not depend on
-any layout.
+tensor that its configuration requires is missing, or if the new layout cannot hold one of its tensors. This module does
+not depend on any layout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SIZES = (
 ).split()
 """Keys of config.json that define the names and shapes of tensors."""
 _QUANTIZATION = ("quantization_config", "compression_config", "quantization")
-"""Keys of config.json that replace the tensors of the architecture with others."""
+"""Keys of config.json that mean that the weights are quantized, so that the tensors are not those of the architecture.
+"""
 
 
 def convert(
@@ -48,8 +49,8 @@ def convert(
         NotFound: the folder or the layout does not exist.
         InvalidParameter: ``dst`` is not empty, or the weights cannot be split into ``shards`` files.
         ConfigError: the layout cannot express a setting that changes the computation.
-        CheckpointError: ``src`` is damaged, has a missing tensor or one that would be lost, or ``dst`` cannot be
-            written.
+        CheckpointError: ``src`` is damaged, lacks a tensor, or has one that the layout cannot hold; or ``dst`` cannot
+            be written.
     """
     source, target = Path(src), Path(dst)
     layout = registry.load("checkpoints", to)
@@ -73,7 +74,8 @@ def convert(
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a tensor that the configuration requires is missing or has the wrong shape.
 
-    What an architecture that this build does not have requires is not known; its tensors are copied unchanged.
+    For an architecture that is not supported, the required tensors are not known. Nothing is checked then, and the
+    tensors are copied unchanged.
     """
     config = checkpoint.config
     if config.get("model_type") not in models.types() or any(config.get(key) for key in _QUANTIZATION):

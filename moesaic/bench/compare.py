@@ -1,8 +1,9 @@
-"""Compare our engine with others on one model: speed, memory, and the effect of a busy neighbour process.
+"""Compare Moesaic with other engines on one model: speed, memory, and the effect of a busy neighbour process.
 
-A row is an engine with weights in one format. In each round, every row runs all cells, in a process of its own, one
-process at a time. Rounds are interleaved, so that a slow phase of the machine affects all rows. This module knows the
-measurements and the limits of the machine. It does not know any engine; those are in ``peers``.
+A row is an engine with weights in one format. A cell is one measurement, such as a prompt of 512 tokens. In each round,
+every row runs all cells, in a process of its own, one process at a time. Rounds are interleaved, so that a slow phase
+of the machine affects all rows. This module knows the measurements and the limits of the machine. It does not know any
+engine; those are in ``peers``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ WARM_UP_STEPS = 2  # the same as in peers/_child.py
 COMPARED_TOKENS = 20
 """Number of most likely tokens that are compared between two engines."""
 REFERENCES = ("transformers", "vllm", "moesaic")
-"""Engines whose most likely tokens can be the reference; the first that was measured in bfloat16 is taken."""
+"""Engines whose most likely tokens can be the reference for others. The first one that was measured in bfloat16 is
+taken."""
 
 Report = Callable[[str], object]
 
@@ -40,9 +42,9 @@ class Cell:
 
     tokens: int
     batch: int = 0
-    """Number of sequences; 0 for a prompt."""
+    """Number of sequences in a decoding step; 0 for a prompt."""
     busy: bool = False
-    """Whether another process keeps a core busy."""
+    """Whether another process keeps a core busy during the measurement."""
 
     @property
     def name(self) -> str:
@@ -51,13 +53,13 @@ class Cell:
 
     @property
     def counted(self) -> int:
-        """Number of tokens that one execution of the cell computes."""
+        """Number of tokens that one execution of the measurement computes."""
         return self.batch or self.tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells to measure, and how often.
+    """The measurements of a comparison, and how often they are repeated.
 
     Raises:
         InvalidParameter: ``rounds`` or ``threads`` is less than 1.
@@ -72,7 +74,7 @@ class Plan:
     rounds: int = 3
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     busy: bool = False
-    """Whether some cells are measured again beside a busy neighbour process: the shortest prompt, and the smallest and
+    """Whether some measurements are repeated beside a busy neighbour process: the shortest prompt, and the smallest and
     the largest batch after the shortest context."""
 
     def __post_init__(self) -> None:
@@ -82,18 +84,18 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Maximum tokens that a sequence of these measurements reaches."""
+        """Maximum number of tokens that a sequence reaches in these measurements."""
         return max(*self.prompts, *self.contexts) + WARM_UP_STEPS + self.steps + 1
 
     def cells(self) -> list[Cell]:
-        """Return all cells to measure, in the order of the table."""
+        """Return all measurements, in the order of the report's table."""
         prompts = [Cell(tokens) for tokens in self.prompts]
         decodes = [Cell(context, batch) for context in self.contexts for batch in self.batches]
         busy = [Cell(cell.tokens, cell.batch, busy=True) for cell in (*prompts, *decodes) if self.repeats_busy(cell)]
         return [*prompts, *decodes, *busy]
 
     def repeats_busy(self, cell: Cell) -> bool:
-        """Return whether ``cell`` is measured again beside a busy neighbour process."""
+        """Return whether the measurement ``cell`` is repeated beside a busy neighbour process."""
         if cell.batch:
             selected = cell.tokens == min(self.contexts) and cell.batch in (min(self.batches), max(self.batches))
         else:
@@ -103,7 +105,7 @@ class Plan:
 
 @dataclass
 class Row:
-    """An engine with weights in one format, and its measurements."""
+    """One line of the report: an engine with weights in one format, and its measurements."""
 
     peer: str
     format: str
@@ -111,29 +113,29 @@ class Row:
     about: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     bits: float = 0.0
-    """Average bits per weight, over the weights that steps read."""
+    """Average number of bits per weight, over the weights that steps read."""
     load_seconds: float = 0.0
     peak_bytes: int | None = None
     """Peak memory of the process, including the resident part of mapped files."""
     likeliest: list[int] = field(default_factory=list)
-    """Ids of the most likely next tokens after a prompt that is the same for all engines."""
+    """Ids of the engine's most likely next tokens after a prompt that is the same for all engines."""
     agrees: int | None = None
-    """How many of ``likeliest`` are also those of the reference engine; None without a reference."""
+    """Number of ids in ``likeliest`` that the reference engine has there too; None if there is no reference."""
     samples: dict[str, list[float]] = field(default_factory=dict)
-    """Tokens per second in each round, by cell."""
+    """Tokens per second in each round, by the name of the measurement (``Cell.name``)."""
     limits: dict[str, float] = field(default_factory=dict)
-    """Tokens per second that memory bandwidth and multiplication would allow, by cell."""
+    """Tokens per second that memory bandwidth and multiplication would allow, by the name of the measurement."""
 
     @property
     def name(self) -> str:
         return f"{self.label}, {self.format}"
 
     def speed(self, cell: Cell) -> float:
-        """Return the median speed of the rounds, in tokens per second."""
+        """Return the median speed of the measurement ``cell`` over all rounds, in tokens per second."""
         return statistics.median(self.samples[cell.name])
 
     def spread(self, cell: Cell) -> float:
-        """Return the difference between the fastest and the slowest round, relative to the median."""
+        """Return the difference between the fastest and the slowest round of ``cell``, relative to the median."""
         samples = self.samples[cell.name]
         return (max(samples) - min(samples)) / self.speed(cell)
 
@@ -147,12 +149,12 @@ class Comparison:
     limits: Limits | None
     rows: list[Row]
     left_out: dict[str, str]
-    """Engines that are not installed, with the command that installs them."""
+    """Engines that were not measured, by name, each with the reason: for example the command that installs it."""
     failed: dict[str, str]
-    """Rows that could not be measured, with the reason."""
+    """Rows that could not be measured, by name, each with the reason."""
 
     def figures(self) -> dict[str, Any]:
-        """Return all results as a dictionary for a results file."""
+        """Return all results as a dictionary that can be written as JSON."""
         cells = {cell.name: cell for cell in self.plan.cells()}
         rows = []
         for row in self.rows:
@@ -169,12 +171,12 @@ class Comparison:
 
 
 def choose(only: str | None) -> list[tuple[str, str]]:
-    """Parse the engines to compare, such as "moesaic:q4,vllm", into (peer, format) pairs; None: all pairs.
+    """Parse the engines to compare, such as "moesaic:q4,vllm", into (engine, format) pairs; None: all pairs.
 
-    A peer is an engine, by the name of its file in ``bench/peers``. Without ":format", all its formats are taken.
+    An engine (a peer) has the name of its file in ``bench/peers``. Without ":format", all its formats are taken.
 
     Raises:
-        NotFound: there is no such peer.
+        NotFound: there is no such engine.
         InvalidParameter: the format after a colon is missing.
     """
     pairs = []
@@ -190,10 +192,10 @@ def choose(only: str | None) -> list[tuple[str, str]]:
 
 
 def interpreters(arguments: Sequence[str]) -> dict[str, Path]:
-    """Parse arguments of the form "peer=path" into the Python interpreter of each peer.
+    """Parse arguments of the form "peer=path" into {engine: path of the Python interpreter that has it installed}.
 
     Raises:
-        NotFound: there is no such peer.
+        NotFound: there is no such engine.
         InvalidParameter: an argument has no path, or there is no file.
     """
     paths = {}
@@ -216,15 +218,16 @@ def compare(
     limits: Callable[[], Limits] | None = None,
     report: Report = str,
 ) -> Comparison:
-    """Measure all ``pairs`` of a peer and a format; after Ctrl-C, return the results so far.
+    """Measure all ``pairs`` of an engine and a format, and return the results; after Ctrl-C, the results so far.
 
     Args:
         pairs: result of ``choose``.
         folder: folder for the model's files in all formats; existing files are used again.
         shape: sizes of the model; by default Mixtral 8x7B's with two layers.
         plan: the measurements.
-        pythons: interpreter of each peer that is not installed in this one.
-        limits: measures the machine; called only if there is something to measure.
+        pythons: by engine, the Python interpreter in which it is installed; by default the current one.
+        limits: function that measures the limits of the machine; called only if there is something to measure. None:
+            the results have no limits.
         report: called with a line of progress from time to time.
 
     Raises:
@@ -258,7 +261,7 @@ def compare(
 
 
 class _Session:
-    """State of a running comparison of engines."""
+    """State of a running comparison: its settings, and the engines and rows that were not measured."""
 
     def __init__(self, folder: Path, shape: Shape, plan: Plan, pythons: Mapping[str, Path], report: Report) -> None:
         self.folder, self.shape, self.plan, self.pythons, self.report = folder, shape, plan, pythons, report
@@ -274,7 +277,7 @@ class _Session:
         return registry.load(PEERS, name)
 
     def installed(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
-        """Return a row for each pair whose peer is installed; add the other peers to ``left_out``."""
+        """Return a row for each pair (engine, format) with an installed engine; add other engines to ``left_out``."""
         rows = []
         versions: dict[str, dict[str, str]] = {}
         for name in dict.fromkeys(name for name, _ in pairs):
@@ -298,7 +301,7 @@ class _Session:
         return rows
 
     def files(self, rows: Sequence[Row], source: Path) -> dict[str, str]:
-        """Return, by name of the row, the model file or folder that its engine loads.
+        """Return, by name of the row, the model file or folder that the engine of each row loads.
 
         Files that do not exist are created from the Hugging Face checkpoint ``source``. A row whose engine fails is
         added to ``failed``.
@@ -315,7 +318,7 @@ class _Session:
         return paths
 
     def round(self, row: Row, path: str) -> None:
-        """Measure all cells of a row once; ``path`` is the model that its engine loads."""
+        """Run all measurements of a row once; ``path`` is the model that its engine loads."""
         try:
             with self.process(row.peer, row.format) as process:
                 for cell, seconds in self.cells(process, row, path):
@@ -324,7 +327,10 @@ class _Session:
             self.fail(row, error)
 
     def cells(self, process: Process, row: Row, path: str) -> Iterator[tuple[Cell, float]]:
-        """Load the model in ``process``, yield each cell with its duration in seconds, then record the peak memory."""
+        """Load the model, and yield each measurement with its duration in seconds.
+
+        At the end, record the peak memory of the process in ``row``.
+        """
         plan, sequences = self.plan, max(self.plan.batches)
         loaded = process.ask(
             "load",
@@ -348,7 +354,11 @@ class _Session:
         row.peak_bytes = max(process.ask("peak") or 0, row.peak_bytes or 0) or None
 
     def measure(self, cell: Cell, process: Process, command: str, **arguments: int) -> Iterator[tuple[Cell, float]]:
-        """Yield the duration of a cell in seconds, then that of its repetition beside a busy neighbour, if planned."""
+        """Yield a measurement with its duration in seconds.
+
+        If the plan repeats it beside a busy neighbour process, then yield the repetition. ``command`` and ``arguments``
+        are the request to the engine's process.
+        """
         for busy in (False, True) if self.plan.repeats_busy(cell) else (False,):
             with neighbour() if busy else nullcontext():
                 yield Cell(cell.tokens, cell.batch, busy), process.ask(command, **arguments)
@@ -359,7 +369,7 @@ class _Session:
 
 
 def _finish(row: Row, rows: Sequence[Row], shape: Shape, plan: Plan, limits: Limits | None) -> None:
-    """Set the fields of ``row`` that follow from its measurements: bits, agrees and limits."""
+    """Set the fields ``bits``, ``agrees`` and ``limits`` of ``row``, which follow from its measurements."""
     expert_bytes, other_bytes = row.about["expert_bytes"], row.about["other_bytes"]
     row.bits = 8 * (expert_bytes + other_bytes) / (shape.expert_parameters + shape.other_parameters)
     references = {other.peer: other for other in rows if other.format == "bfloat16"}
@@ -374,10 +384,11 @@ def _finish(row: Row, rows: Sequence[Row], shape: Shape, plan: Plan, limits: Lim
 
 
 def limit(cell: Cell, shape: Shape, limits: Limits, weight_format: str, expert_bytes: int, other_bytes: int) -> float:
-    """Return the tokens per second of a cell if only the slower of memory bandwidth and multiplication took time.
+    """Return the tokens per second that a measurement could reach on this machine at most.
 
-    A step reads every weight that it needs, and the cache, once, at the measured bandwidth. Multiplications are those
-    of bytes, or of bfloat16 for bfloat16 weights. The number of experts that a step reads is that of random choices.
+    This holds if only the slower of memory bandwidth and multiplication took time. A step reads every weight that it
+    needs, and the cache, once, at the measured bandwidth. Multiplications are those of bytes, or of bfloat16 for
+    bfloat16 weights. The number of experts that a step reads is that of random choices.
 
     Args:
         cell: the measurement.

@@ -8,9 +8,9 @@ A module ``checkpoints/<name>.py`` defines
     open_checkpoint(path) -> Checkpoint         the checkpoint, with its tensors described but not read
     write(source, path, shards, on_write)       optional: writes a checkpoint completely or not at all
 
-All layouts present the same view of a checkpoint: Hugging Face's classic tensor names, query and key rows in
-half-split rotary order, and a configuration in the vocabulary of config.json. This package does not depend on
-models: ``load_weights`` copies tensors into the slots that a model declares.
+All layouts present the same view of a checkpoint: Hugging Face's classic tensor names, query and key rows in half-split
+rotary order, and a configuration with the keys of config.json. This package does not depend on models. A model declares
+slots, each of which names a tensor and stores it in a parameter. ``load_weights`` fills the slots.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     Attributes:
         layout: name of the layout.
         path: folder or file of the checkpoint.
-        config: configuration in the vocabulary of config.json, with unchanged values.
+        config: configuration with the keys of config.json and unchanged values.
         generation: content of generation_config.json; empty if there is none.
-        tensors: shape, dtype and file of every tensor by its classic name, in the order on disk.
-        preferred_dtype: name of the dtype to load weights in if the user does not choose one; None: the dtype in
-            which most bytes are stored.
+        tensors: shape, dtype and file of every tensor by its classic (Hugging Face's) name, in the order on disk.
+        preferred_dtype: name of the dtype to load weights in if the user does not choose one; None: the dtype in which
+            most bytes are stored.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
 
 
 def detect_layout(path: Path) -> ModuleType:
-    """Return the module of the layout that the folder or file ``path`` is in.
+    """Return the module in ``checkpoints`` that reads the layout of the folder or file ``path``.
 
     A folder can hold the same weights in two layouts, as Mistral's releases do. The ``PRIORITY`` of the layouts then
     decides: hf before meta before mistral before gguf.
 
     Raises:
         NotFound: the folder or file does not exist.
-        CheckpointError: the path holds an adapter, or no known layout; the message names the files of all layouts.
+        CheckpointError: the path holds a PEFT adapter, or no known layout; the message names the files of all layouts.
     """
     if not path.exists():
         raise NotFound(f"{path}: no such folder or file")
@@ -135,17 +135,18 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def ignored_reason(name: str) -> str | None:
-    """Return the reason why a tensor that no model needs may be in a checkpoint, or None if it may not."""
+    """Return why a checkpoint may hold the tensor ``name`` although no model needs it; None if it may not."""
     return next((reason for pattern, reason in IGNORED_TENSORS.items() if pattern.fullmatch(name)), None)
 
 
 def load_weights(
     slots: Iterable[Slot], checkpoint: Checkpoint, *, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Store the tensors of ``checkpoint`` in the slots of a model, in disk order, one tensor in memory at a time.
+    """Store the tensors of ``checkpoint`` in the parameters of a model, in disk order, one tensor in memory at a time.
 
     Args:
-        slots: the slots of the model; several slots may take the same tensor.
+        slots: the slots of the model. Each names a tensor, or a part of it, and stores it in a parameter. Several slots
+            may name the same tensor.
         checkpoint: the open checkpoint.
         progress: called after each tensor with the bytes read so far and in total.
 
@@ -167,9 +168,10 @@ def load_weights(
 
 
 def check_complete(slots: Iterable[Slot], checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless ``checkpoint`` has the tensor of every slot, in its shape, and no second head.
+    """Raise CheckpointError unless ``checkpoint`` has the tensor of every slot, in the right shape.
 
-    Other tensors and all dtypes are accepted: this is the check of a copy, which keeps them.
+    Also raise it if the head is tied to the embedding, but differs from it. Other tensors and all dtypes are accepted:
+    this is the check of a copy, which keeps them.
     """
     wanted = _by_name(slots)
     _check_missing(wanted, checkpoint)
@@ -185,7 +187,7 @@ def _by_name(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
 
 
 def _check_tensors(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless names, shapes and dtypes of the tensors are those that the slots expect."""
+    """Raise CheckpointError unless names, shapes and dtypes of the tensors are those that the model's slots expect."""
     tensors = checkpoint.tensors
     _check_missing(wanted, checkpoint)
     check_head(checkpoint)
@@ -228,9 +230,9 @@ def _check_shapes(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> N
 
 
 def check_head(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the head is tied to the embedding, but the checkpoint has another head of its own.
+    """Raise CheckpointError if the checkpoint has a head that differs from the embedding, although the two are tied.
 
-    Which of the two was meant is not known, so neither is passed over. Data is read only if there are both.
+    It is not known which of the two was meant, so neither is ignored. Data is read only if there are both tensors.
     """
     if not _tied_with_head(checkpoint):
         return
@@ -255,12 +257,12 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _is_ignored(name: str, checkpoint: Checkpoint) -> bool:
-    """Return whether a tensor that no slot takes may be ignored; a tied head was compared by ``check_head``."""
+    """Return whether the tensor ``name``, which no slot takes, may be ignored; ``check_head`` compares a tied head."""
     return (name == HEAD and _tied_with_head(checkpoint)) or ignored_reason(name) is not None
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> bool:
-    """Return whether two tensors are equal; ``rows`` rows are compared at a time."""
+    """Return whether the tensors ``one`` and ``other`` are equal; they are read ``rows`` rows at a time."""
     shape = checkpoint.tensors[one].shape
     if shape != checkpoint.tensors[other].shape:
         return False
@@ -269,7 +271,7 @@ def _equal(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> bo
 
 
 def _nbytes(slot: Slot, checkpoint: Checkpoint) -> int:
-    """Return the bytes of the part of a tensor that a slot takes, as stored on disk."""
+    """Return the number of bytes on disk of the part of a tensor that a slot takes."""
     lengths = [len(range(*part.indices(size))) for part, size in zip(slot.index, slot.shape, strict=False)]
     return torch.Size((*lengths, *slot.shape[len(lengths) :])).numel() * checkpoint.tensors[slot.name].dtype.itemsize
 
@@ -282,7 +284,11 @@ def _check_finite(tensor: Tensor, file: Path, name: str) -> None:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype to load weights in: the preferred one, or the one of most bytes; float64 counts as float32."""
+    """Return the name of the dtype to load weights in.
+
+    It is ``preferred_dtype``, or else the dtype in which most bytes are stored. If the latter is not float32, bfloat16
+    or float16, return "float32".
+    """
     if checkpoint.preferred_dtype is not None:
         return checkpoint.preferred_dtype
     sizes: dict[str, int] = {}

@@ -1,7 +1,7 @@
-"""Configuration of a decoder, independent of the vocabulary in which a file writes it.
+"""Configuration of a decoder-only model, independent of the keys that a file uses for it.
 
-This module reads and writes the vocabulary of config.json. A layout with another vocabulary translates between that
-and ``DecoderConfig``, and refuses keys that it cannot translate. This module does not depend on tensors.
+This module reads and writes the keys of config.json. A layout with other keys translates between those and
+``DecoderConfig``, and refuses keys that it cannot translate. This module does not depend on tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and constants of a decoder; a feature that the decoder does not have is None."""
+    """Sizes and constants of a decoder-only model; a feature that the model does not have is None."""
 
     hidden: int
     intermediate: int
@@ -52,7 +52,7 @@ class DecoderConfig:
     experts_per_token: int | None = None
 
     def to_config(self, model_type: str, dtype: str) -> dict[str, Any]:
-        """Return this configuration in the vocabulary of config.json, for weights in ``dtype``."""
+        """Return this configuration with the keys of config.json, for a model family and weights in ``dtype``."""
         config: dict[str, Any] = {
             "architectures": [ARCHITECTURES[model_type]],
             "model_type": model_type,
@@ -86,10 +86,10 @@ class DecoderConfig:
 
 
 def parse_config(config: Mapping[str, Any], path: Path) -> DecoderConfig:
-    """Parse a configuration in the vocabulary of config.json.
+    """Parse a configuration with the keys of config.json.
 
     Raises:
-        ConfigError: a key is missing, or has a value that only config.json can express.
+        ConfigError: a key is missing, or has a value that only the hf layout can express.
     """
     fields = Fields(config, path)
     model_type = config.get("model_type")
@@ -129,7 +129,10 @@ def parse_config(config: Mapping[str, Any], path: Path) -> DecoderConfig:
 
 
 def _rope(fields: Fields, default: float | None) -> tuple[float, RopeScaling | None]:
-    """Take the rotary keys of the older or the newer vocabulary; return the base and the scaling."""
+    """Remove the rotary keys, in their older or newer form, from ``fields``; return the base and the scaling.
+
+    The scaling is None if there is none. ``default`` is the base if no key states it; None: a key must state it.
+    """
     base = fields.number("rope_theta", default)
     older, newer = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     rope = newer or older

@@ -1,4 +1,4 @@
-"""Strict reader for JSON objects: values are taken key by key, and keys that are left over are refused.
+"""Strict reader for JSON objects: the caller takes (removes) the keys that it knows, and other keys are refused.
 
 A key that was not taken could change the computation. This module checks types and fills in defaults. It does not
 depend on the meaning of keys: the caller names the keys that exist and those to ignore.
@@ -18,7 +18,7 @@ REQUIRED = object()
 
 
 class Fields:
-    """Keys of one JSON object that were not taken yet; a key with the value null counts as absent."""
+    """A JSON object from which the caller takes (removes) keys; a key with the value null counts as absent."""
 
     def __init__(self, raw: Mapping[str, Any], path: Path) -> None:
         self._left = {key: value for key, value in raw.items() if value is not None}
@@ -29,14 +29,24 @@ class Fields:
         return ConfigError(self.path, message)
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
-        """Take the value of ``name`` unchanged, or the default; without a default, the key is required."""
+        """Remove the key ``name`` and return its value unchanged, or ``default`` if it is absent.
+
+        Raises:
+            ConfigError: the key is absent, and there is no ``default``.
+        """
         value = self._left.pop(name, default)
         if value is REQUIRED:
             raise self.error(f"has no {name!r}, which this layout requires")
         return value
 
     def integer(self, name: str, default: Any = REQUIRED) -> Any:
-        """Take a positive integer, which may be written as a string or as 1024.0, or the default."""
+        """Remove the key ``name`` and return its value, a positive integer; ``default`` if it is absent.
+
+        The file may write the integer as a string or as 1024.0.
+
+        Raises:
+            ConfigError: the value is not a positive integer, or the key is absent and there is no ``default``.
+        """
         value = whole(self.take(name, default))
         if value is default:
             return value
@@ -47,7 +57,11 @@ class Fields:
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
-        """Take a positive finite number as a float, or the default."""
+        """Remove the key ``name`` and return its value, a positive finite float; ``default`` if it is absent.
+
+        Raises:
+            ConfigError: the value is not such a number, or the key is absent and there is no ``default``.
+        """
         value = self.take(name, default)
         if value is default:
             return value
@@ -56,13 +70,13 @@ class Fields:
         return float(value)
 
     def allow(self, name: str, *values: Any) -> None:
-        """Take a value that must be absent or one of ``values``."""
+        """Remove the key ``name``; raise ConfigError if it is present with a value that is not one of ``values``."""
         value = self.take(name, None)
         if value is not None and value not in values:
             raise self.error(f"{name} is {value!r}, which is not supported here; only {values[0]!r} is")
 
     def nested(self, name: str) -> Fields | None:
-        """Take a JSON object as fields of its own, or None if the key is absent."""
+        """Remove the key ``name`` and return its value, a JSON object, as ``Fields``; None if the key is absent."""
         value = self.take(name, None)
         if value is None:
             return None
@@ -71,7 +85,7 @@ class Fields:
         return Fields(value, self.path)
 
     def has(self, name: str) -> bool:
-        """Return whether ``name`` is present and was not taken."""
+        """Return whether the key ``name`` is present and was not taken."""
         return name in self._left
 
     @property
@@ -80,7 +94,7 @@ class Fields:
         return self._left
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Raise ConfigError if a key is left that is not ``ignored``; false and empty values are accepted."""
+        """Raise ConfigError if a key was not taken, unless it is ``ignored`` or its value is false or empty."""
         left = sorted(key for key in self._left.keys() - set(ignored) if self._left[key] not in (False, "", [], {}))
         if left:
             raise self.error(f"the key {left[0]!r} is unknown and may change the computation")

@@ -1,4 +1,4 @@
-"""Recognizes files and tensors that belong to something else than a whole model, and says what to do with them.
+"""Recognizes files and tensors that belong to something other than a whole model, and says what to do with them.
 
 Adapters, models that were saved inside a wrapper, and parts of larger models have their own names. Without this module,
 the first error about them would be that a tensor is missing. This module depends on names only.
@@ -35,32 +35,33 @@ _WRAPPED = {
     "pretrained_model": "were saved from a model inside TRL's value head: save its pretrained_model instead",
     "language_model": "belong to a model of more than text, which is not supported",
 }
-"""Parts of tensor names that no model of this build has, and what such tensors are. The first match counts."""
+"""Parts of tensor names that no supported model has, and a description of such tensors for the message. The first match
+counts."""
 _EMBEDDING = re.compile(r"(.*?)(?:model\.)?embed_tokens\.weight")
 
 
 def refuse_adapter(path: Path) -> None:
-    """Raise CheckpointError if the folder ``path`` holds the weights of an adapter, even beside a model."""
+    """Raise CheckpointError if the folder ``path`` holds the weights of a PEFT adapter, even beside a model."""
     weights = [name for name in ADAPTER_WEIGHTS if (path / name).is_file()]
     if weights:
         raise CheckpointError(path / weights[0], f"is a PEFT adapter{_base(path)}, not a whole model: {MERGE}")
 
 
 def refuse_adapter_config(path: Path) -> None:
-    """Raise CheckpointError if the folder ``path``, which holds no weights of a model, describes an adapter."""
+    """Raise CheckpointError if the folder ``path``, which holds no model, has the configuration of a PEFT adapter."""
     if (path / ADAPTER_CONFIG).is_file():
         problem = f"describes a PEFT adapter{_base(path)}, and the folder holds no weights of a model: {MERGE}"
         raise CheckpointError(path / ADAPTER_CONFIG, problem)
 
 
 def refuse_names(names: Collection[str], path: Path) -> None:
-    """Raise CheckpointError if tensors called ``names`` are no whole language model; the message says what they are."""
+    """Raise CheckpointError if the tensors ``names`` are not a whole language model; the message says what they are."""
     refuse_wrapped(names, path)
     _refuse_prefixed(names, path)
 
 
 def refuse_wrapped(names: Collection[str], path: Path) -> None:
-    """Raise CheckpointError if a tensor has the name that a wrapper or an adapter gives it."""
+    """Raise CheckpointError if a tensor has a name that a wrapper, such as torch.compile, or an adapter gives it."""
     for part, meaning in _WRAPPED.items():
         for name in names:
             if f".{part}." in f".{name}":
@@ -68,7 +69,7 @@ def refuse_wrapped(names: Collection[str], path: Path) -> None:
 
 
 def _refuse_prefixed(names: Collection[str], path: Path) -> None:
-    """Raise CheckpointError if the embedding has another name than in a whole language model."""
+    """Raise CheckpointError if the embedding's name shows that the tensors are not a whole language model."""
     if "model.embed_tokens.weight" in names:
         return
     if "tok_embeddings.weight" in names:
@@ -96,7 +97,7 @@ def refuse_pointer(file: Path) -> None:
 
 
 def _base(path: Path) -> str:
-    """Return the model that the adapter in ``path`` belongs to, for a message; empty if it is not known."""
+    """Return the words that name the adapter's base model in a message; empty if it is not known."""
     try:
         name = json.loads((path / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

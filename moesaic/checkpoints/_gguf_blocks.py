@@ -25,9 +25,9 @@ from moesaic.gguf import TYPES, BlockType
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Twice the values of the four-bit floats; the scale is halved instead."""
+"""Twice the values of the four-bit floats, so that they are integers; the scale is halved instead."""
 CHUNK = 1 << 18
-"""Weights that a thread decodes at a time: its temporary tensors then stay in the processor's cache."""
+"""Number of weights that a thread decodes at a time: its temporary tensors then stay in the processor's cache."""
 
 
 class Codes(NamedTuple):
@@ -40,7 +40,7 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockDecoder:
-    """A block type, and where its codes and scales lie: ``unpack`` turns [n, bytes] uint8 into ``Codes``."""
+    """A block type of GGUF and its decoder; ``unpack`` turns n blocks, [n, bytes] uint8, into ``Codes``."""
 
     type: BlockType
     unpack: Callable[[Tensor], Codes]
@@ -74,7 +74,10 @@ def _half(blocks: Tensor, begin: int) -> Tensor:
 
 
 def _nibbles(packed: Tensor, run: int) -> Tensor:
-    """Return the halves of bytes [n, b] as [n, 2 b]: of each ``run`` bytes first the low halves, then the high ones."""
+    """Return the four-bit halves of bytes [n, b] as [n, 2 b].
+
+    For each ``run`` bytes, the lower halves come first, then the upper ones.
+    """
     runs = packed.reshape(len(packed), -1, run)
     out = runs.new_empty(len(packed), runs.shape[1], 2, run)
     torch.bitwise_and(runs, 15, out=out[:, :, 0])
@@ -83,13 +86,16 @@ def _nibbles(packed: Tensor, run: int) -> Tensor:
 
 
 def _bits(packed: Tensor, width: int, count: int) -> Tensor:
-    """Return ``count`` planes of ``width`` bits [n, ..., count, b] of bytes [n, ..., b], the lowest bits first."""
+    """Return the bytes [n, ..., b] cut into codes of ``width`` bits: [n, ..., count, b], lowest bits first.
+
+    ``count`` is the number of codes that are taken from each byte.
+    """
     shifts = torch.arange(count, dtype=torch.uint8)[:, None] * width
     return (packed[..., None, :] >> shifts) & ((1 << width) - 1)
 
 
 def _signed(codes: Tensor, offset: int = 0) -> Tensor:
-    """Return unsigned codes below 128 as int8, reduced by ``offset``; changes ``codes``."""
+    """Return unsigned codes below 128 as int8 minus ``offset``; the tensor ``codes`` is overwritten."""
     signed = codes.view(torch.int8)
     return signed.sub_(offset) if offset else signed
 
@@ -99,7 +105,7 @@ def _lookup(codes: Tensor, values: tuple[int, ...]) -> Tensor:
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:
-    """Return the 32 bits of four bytes [n, 4], each as 16 at its place above a nibble: [n, 32]."""
+    """Return the fifth bits of 32 codes, stored in four bytes [n, 4], as 0 or 16: [n, 32]."""
     return _bits(packed[:, :, None], 1, 8).reshape(len(packed), 32) << 4
 
 
@@ -126,14 +132,21 @@ def _q8_0(blocks: Tensor) -> Codes:
 
 
 def _q2_k(blocks: Tensor) -> Codes:
-    """16 groups of 16: a byte with scale and minimum for each; each half of the block has its codes in 32 bytes."""
+    """Unpack Q2_K: 16 groups of 16 weights; each group has one byte with its scale and minimum.
+
+    The codes of each half of the block are in 32 bytes.
+    """
     scales, packed = blocks[:, :16], blocks[:, 16:80].reshape(-1, 2, 32)
     codes = _bits(packed, 2, 4).reshape(-1, 256)
     return Codes(_signed(codes), _half(blocks, 80) * (scales & 15).float(), _half(blocks, 82) * (scales >> 4).float())
 
 
 def _q3_k(blocks: Tensor) -> Codes:
-    """16 groups of 16: a plane of third bits, the lower two as in Q2_K, and scales of six bits in twelve bytes."""
+    """Unpack Q3_K: 16 groups of 16 weights.
+
+    The lower two bits of the codes are stored as in Q2_K, and the third bits apart. The scales have six bits and are in
+    twelve bytes.
+    """
     low = _bits(blocks[:, 32:96].reshape(-1, 2, 32), 2, 4).reshape(-1, 256)
     third = _bits(blocks[:, :32], 1, 8).reshape(-1, 256)
     packed = blocks[:, 96:108]
@@ -142,7 +155,7 @@ def _q3_k(blocks: Tensor) -> Codes:
 
 
 def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eight scales and eight minimums [n, 8] in the twelve bytes that Q4_K and Q5_K have for them."""
+    """Return eight scales and eight minimums, each [n, 8] float32, from the twelve bytes that Q4_K and Q5_K use."""
     first, second, last = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat((first & 63, (last & 15) | ((first >> 6) << 4)), 1)
     minimums = torch.cat((second & 63, (last >> 4) | ((second >> 6) << 4)), 1)
@@ -163,7 +176,10 @@ def _q5_k(blocks: Tensor) -> Codes:
 
 
 def _q6_k(blocks: Tensor) -> Codes:
-    """16 groups of 16: each half of the block has 64 bytes of lower nibbles and 32 bytes of upper bit pairs."""
+    """Unpack Q6_K: 16 groups of 16 weights.
+
+    Each half of the block has the lower four bits of its codes in 64 bytes, and the upper two bits in 32 bytes.
+    """
     low = _nibbles(blocks[:, :128], 64)
     high = _bits(blocks[:, 128:192].reshape(-1, 2, 32), 2, 4).reshape(-1, 256)
     scales = blocks[:, 192:208].view(torch.int8).float()
@@ -175,7 +191,10 @@ def _iq4_nl(blocks: Tensor) -> Codes:
 
 
 def _iq4_xs(blocks: Tensor) -> Codes:
-    """8 groups of 32: the scales have four bits in four bytes and two bits in the two bytes before them."""
+    """Unpack IQ4_XS: 8 groups of 32 weights with scales of six bits.
+
+    The lower four bits of the scales are in four bytes, and the upper two bits in the two bytes before them.
+    """
     low = _nibbles(blocks[:, 4:8], 1)
     high = _bits(blocks[:, 2:4, None], 2, 4).reshape(-1, 8)
     scales = (low | (high << 4)).float() - 32
@@ -183,7 +202,10 @@ def _iq4_xs(blocks: Tensor) -> Codes:
 
 
 def _mxfp4(blocks: Tensor) -> Codes:
-    """The scale is a power of two whose exponent is the first byte; halved, the two smallest are subnormal."""
+    """Unpack MXFP4: the scale is a power of two, whose exponent is the first byte.
+
+    The scale is halved, because ``MXFP4_VALUES`` are doubled. For the two smallest exponents it is a subnormal float32.
+    """
     exponent = blocks[:, :1].int()
     bits = torch.where(exponent < 2, 0x200000 << exponent.clamp(max=1), (exponent - 1) << 23)
     return Codes(_lookup(_nibbles(blocks[:, 1:], 16), MXFP4_VALUES), bits.view(torch.float32))

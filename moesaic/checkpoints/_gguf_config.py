@@ -1,4 +1,4 @@
-"""Translates the metadata of a GGUF file into the vocabulary of config.json and generation_config.json.
+"""Translates the metadata of a GGUF file into the keys of config.json and generation_config.json.
 
 Only the architecture ``llama`` is known, which llama.cpp uses for Llama, Mistral and Mixtral. A key that is not known
 here may change the computation and is refused.
@@ -21,9 +21,9 @@ from moesaic.gguf import Array, GgufFile, Text
 
 ARCHITECTURE = "llama"
 FIRST_MIXTRAL = 8, 1e6
-"""Number of experts, and the rotary base, of the first files of Mixtral, which do not contain the base."""
+"""Number of experts and rotary base of Mixtral 8x7B, whose first GGUF files do not contain the base."""
 IGNORED_KEYS = ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")
-"""Keys that do not change the computation; the embedding has as many rows as there are tokens."""
+"""Keys that do not change the computation. The number of tokens is that of the embedding's rows."""
 SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -34,28 +34,29 @@ SAMPLING = {
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
 """Names of tokens that end an answer although the file does not list them; llama.cpp knows them as well."""
 SPECIAL = (3, 4)
-"""Types of control tokens and of added texts, as which many files list control tokens."""
+"""Types of tokens that may end an answer: control tokens, and user-defined texts, as which many files list control
+tokens."""
 MAX_NAME = 200
-"""Characters of a text that are read; none that is known is longer."""
+"""Number of characters of a text value that are read; all known values are shorter."""
 MAX_IDS, MAX_LAYERS = 1 << 21, 1 << 12
-"""Limits for the lengths of arrays with a value for each token, or for each layer."""
+"""Maximum lengths of arrays that have a value for each token, or for each layer."""
 LLAMA3_BAND = 1.0, 4.0
 """``low_freq_factor`` and ``high_freq_factor`` in every configuration that Meta published."""
 DEFAULT_ORIGINAL_LENGTH, MAX_ORIGINAL_LENGTH = 8192, 1 << 30
 
 
 def read_config(file: GgufFile, vocab: int, *, tied: bool, dtype: str, factors: Tensor | None) -> dict[str, Any]:
-    """Return the configuration of the model in the vocabulary of config.json.
+    """Return the configuration of the model with the keys of config.json.
 
     Args:
-        file: the first part of the model.
+        file: the GGUF file, or the first file of a split model.
         vocab: the number of rows of the embedding.
         tied: whether the head has the weights of the embedding.
         dtype: the dtype to write into the configuration.
-        factors: content of the tensor ``rope_freqs.weight`` [D/2], or None if there is none.
+        factors: content of the tensor ``rope_freqs.weight`` [D/2] for heads of size D, or None if there is none.
 
     Raises:
-        ConfigError: the architecture is another one, or a value is missing or not understood.
+        ConfigError: the architecture is another one, or a value is missing or not supported.
     """
     architecture = file.text("general.architecture")
     if architecture != ARCHITECTURE:
@@ -75,7 +76,7 @@ def read_config(file: GgufFile, vocab: int, *, tied: bool, dtype: str, factors: 
 
 
 def read_generation(file: GgufFile) -> dict[str, Any]:
-    """Return the token ids that begin and end a text, and the recommended sampling, as in generation_config.json."""
+    """Return the ids of the tokens that begin and end a text, and the sampling, as in generation_config.json."""
     ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     names = {name.encode() for name in END_OF_TURN}
     kinds = file.numbers("tokenizer.ggml.token_type", MAX_IDS)
@@ -95,9 +96,10 @@ def read_generation(file: GgufFile) -> dict[str, Any]:
 
 
 def _model_type(file: GgufFile, decoder: DecoderConfig) -> str:
-    """Return the family of the model; without a window, only the name tells Mistral's from Llama's, and computes alike.
+    """Return the family of the model: "mixtral", "mistral" or "llama".
 
-    The family chooses the chat format of a model that has no template and no control tokens.
+    A Mistral without a window computes the same as a Llama; only the model's name distinguishes them. The family
+    chooses the chat format of a model that has no template and no control tokens.
     """
     if decoder.experts:
         return "mixtral"
@@ -106,7 +108,10 @@ def _model_type(file: GgufFile, decoder: DecoderConfig) -> str:
 
 
 def _values(file: GgufFile, prefix: str) -> dict[str, Any]:
-    """Return the metadata whose keys begin with ``prefix``, without it; equal numbers in an array are one number."""
+    """Return the metadata whose keys begin with ``prefix``, by the rest of the key.
+
+    An array with the same number for each layer becomes one number. An array with different numbers raises ConfigError.
+    """
     values: dict[str, Any] = {}
     for key, value in file.metadata.items():
         if key.startswith(prefix):
@@ -122,7 +127,7 @@ def _values(file: GgufFile, prefix: str) -> dict[str, Any]:
 
 
 def _decoder(fields: Fields, vocab: int) -> tuple[DecoderConfig, float | None]:
-    """Return the sizes of the model, and the factor of a linear rope scaling or None."""
+    """Return the sizes of the model, and the factor of a linear rope scaling (None if there is none)."""
     experts, used = _count(fields, "expert_count"), _count(fields, "expert_used_count")
     heads, hidden = fields.integer("attention.head_count"), fields.integer("embedding_length")
     head_dim = fields.integer("attention.key_length", hidden // heads)
@@ -159,7 +164,7 @@ def _decoder(fields: Fields, vocab: int) -> tuple[DecoderConfig, float | None]:
 
 
 def _count(fields: Fields, name: str) -> int | None:
-    """Take a number of things; zero, which means that the model has none, is None."""
+    """Remove the key ``name`` and return its value, a count; None for zero, which means that the model has none."""
     value = fields.take(name, 0)
     if type(value) is not int or value < 0:
         raise fields.error(f"{name} is {value!r}, expected a whole number")
@@ -167,7 +172,7 @@ def _count(fields: Fields, name: str) -> int | None:
 
 
 def _linear(fields: Fields) -> float | None:
-    """Take the keys of rope scaling; return the factor of a linear one."""
+    """Remove the keys of rope scaling from ``fields``; return the factor of a linear scaling, or None."""
     kind = fields.take("rope.scaling.type", "none")
     old = fields.number("rope.scale_linear", 1.0)
     factor = fields.number("rope.scaling.factor", old)
@@ -180,10 +185,11 @@ def _linear(fields: Fields) -> float | None:
 
 
 def _scaling(factors: Tensor, decoder: DecoderConfig, file: GgufFile) -> RopeScaling | None:
-    """Return the scaling of Llama 3.1 that gives these factors, by which the wavelengths are multiplied.
+    """Return the scaling of Llama 3.1 that gives these factors of the wavelengths; None if all factors are 1.
 
-    The file does not contain the parameters. Long wavelengths have the largest factor; a factor in the band below
-    them says how long a sequence the model had before, since the bounds of the band are the same in all models.
+    The file does not contain the parameters of the scaling. The largest factor, that of long wavelengths, is
+    ``factor``. A factor between 1 and the largest shows ``original_length``, because the two other parameters are the
+    same in all models.
     """
     if tuple(factors.shape) != (decoder.head_dim // 2,):
         raise ConfigError(file.path, f"rope_freqs.weight has shape {list(factors.shape)}")

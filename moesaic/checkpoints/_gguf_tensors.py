@@ -1,7 +1,7 @@
-"""Tensors in GGUF files as a store: only the rows that are asked for are read, and decoded to floats.
+"""Reads tensors from GGUF files: only the rows that are asked for are read, and decoded to floats.
 
-Floats keep their dtype; blocks of codes become float32, without any rounding beyond the one that the type defines.
-This module does not depend on the names of tensors.
+Floats keep their dtype; blocks of codes become float32, without any rounding beyond the one that the type defines. This
+module does not depend on the names of tensors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from moesaic.errors import CheckpointError
 from moesaic.gguf import GgufFile, StoredTensor
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-"""Types that hold floats as they are."""
+"""Types that store floats without quantization."""
 
 
 class GgufTensors:
-    """Store of the tensors in several GGUF files, in the order of the data on disk.
+    """The tensors of several GGUF files, which can be read by name, in the order of the data on disk.
 
     Raises:
         CheckpointError: a type is not supported, or two files hold the same tensor.
@@ -31,7 +31,7 @@ class GgufTensors:
     def __init__(self, opened: Sequence[GgufFile]) -> None:
         self.tensors: dict[str, TensorInfo] = {}
         self.quantized = False
-        """Whether any of the tensors is stored in blocks of codes."""
+        """Whether any of the tensors is quantized."""
         self._stored: dict[str, StoredTensor] = {}
         self._mapped: tuple[Path, Tensor] | None = None
         for file in opened:
@@ -52,7 +52,7 @@ class GgufTensors:
         self._stored[tensor.name] = tensor
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """Return the part ``index`` of tensor ``name``; plain floats share memory with the mapped file."""
+        """Return tensor ``name``, or the part that ``index`` selects; plain floats share the mapped file's memory."""
         info, stored = self.tensors[name], self._stored[name]
         part = bounds(index, info.shape)
         data = self._map(info.file)[stored.offset : stored.offset + stored.nbytes]
@@ -66,7 +66,10 @@ class GgufTensors:
         return rows[..., columns.start - first * size : columns.stop - first * size]
 
     def _map(self, path: Path) -> Tensor:
-        """Return the bytes of a file; the file mapped before is released, tensors that were read stay valid."""
+        """Return the bytes of the file ``path``, which is mapped into memory.
+
+        The file that was mapped before is released. Tensors that were read from it stay valid.
+        """
         if self._mapped is None or self._mapped[0] != path:
             try:
                 data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)

@@ -18,7 +18,7 @@ from moesaic.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAMES = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-"""File names of weights, for a single file and for an index; safetensors files are preferred."""
+"""File names of weights: that of a single file and that of an index; safetensors files are preferred."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class WeightFiles:
 
     Attributes:
         files: the files, of which some may be missing; empty if the folder has no weights.
-        index: the index; None if the files have none.
-        listed: the file of every tensor by its name, as the index lists it.
+        index: path of the index; None if the files have none.
+        listed: name of the file that holds a tensor, by the tensor's name, as the index lists it.
     """
 
     files: list[Path]
@@ -37,7 +37,7 @@ class WeightFiles:
 
     @property
     def complete(self) -> bool:
-        """Whether there are files, and none is missing."""
+        """Whether there is at least one file, and all files exist."""
         return bool(self.files) and all(file.is_file() for file in self.files)
 
     def check(self, tensors: Mapping[str, View]) -> None:
@@ -54,7 +54,9 @@ class WeightFiles:
 
 
 def find_files(path: Path) -> WeightFiles:
-    """Return the weight files in the folder ``path``; the reader of a missing file reports it.
+    """Return the weight files to read from the folder ``path``.
+
+    Files that the index lists may be missing; the reader of the files reports that.
 
     Raises:
         CheckpointError: an index is damaged, a file of a set without an index is missing, or two sets are complete.
@@ -79,12 +81,15 @@ def find_files(path: Path) -> WeightFiles:
 
 
 def _is_set(files: WeightFiles) -> bool:
-    """Return whether these files are complete, with an index or by the number in their names."""
+    """Return whether all files of the set exist, according to its index or to the total in their names."""
     return files.complete and (files.index is not None or len(files.files) == _total(files.files[0]))
 
 
 def _shards(path: Path, single: str) -> list[list[Path]]:
-    """Return the files that are parts of ``single`` by their names, grouped by the number of parts that they state."""
+    """Return the files whose names make them parts of ``single``, such as model-00001-of-00003.safetensors.
+
+    They are grouped by the total that the names state.
+    """
     groups: dict[int, list[Path]] = {}
     for file in sorted(path.glob(f"{Path(single).stem}-*-of-*{Path(single).suffix}")):
         if total := _total(file):
@@ -93,13 +98,13 @@ def _shards(path: Path, single: str) -> list[list[Path]]:
 
 
 def _total(file: Path) -> int:
-    """Return the number of parts that the name of ``file`` states; 0 if it states none."""
+    """Return the total that the name of ``file`` states, 3 for -00001-of-00003; 0 if it states none."""
     match = re.fullmatch(r".+-\d+-of-(\d+)", file.stem)
     return int(match[1]) if match else 0
 
 
 def _whole_set(path: Path, groups: list[list[Path]]) -> WeightFiles:
-    """Return the only complete group of files, or raise CheckpointError if there is none or more than one."""
+    """Return the only group that has all its files; raise CheckpointError if there is none or more than one."""
     complete = [group for group in groups if len(group) == _total(group[0])]
     if len(complete) > 1:
         names = " and ".join(group[0].name for group in complete)
@@ -112,7 +117,7 @@ def _whole_set(path: Path, groups: list[list[Path]]) -> WeightFiles:
 
 
 def _read_index(index: Path, suffix: str) -> WeightFiles:
-    """Return the files of an index, sorted by name; file names with a path are refused."""
+    """Return the files that ``index`` lists, sorted by name; a name with a path or another ``suffix`` is refused."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(index, "has no weight_map")

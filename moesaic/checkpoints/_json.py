@@ -9,7 +9,7 @@ from typing import Any
 from moesaic.errors import CheckpointError, ConfigError
 
 MAX_BYTES = 64 << 20
-"""Limit for the size of a file. The index of a model with 100,000 tensors takes ten million bytes."""
+"""Maximum size of a JSON file in bytes. The index of a model with 100,000 tensors takes ten million bytes."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _ROTARY = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
 
 
 def tensor_names(decoder: DecoderConfig) -> Iterator[tuple[str, str]]:
-    """Yield the original and the classic name of every tensor of a model with this configuration."""
+    """Yield (Meta's and Mistral's name, Hugging Face's name) for every tensor of a model with this configuration."""
     for layer in range(decoder.layers):
         for original, classic in (_LAYER | (_experts(decoder.experts) if decoder.experts else _DENSE)).items():
             yield f"layers.{layer}.{original}", f"model.layers.{layer}.{classic}"
@@ -45,7 +45,7 @@ def tensor_names(decoder: DecoderConfig) -> Iterator[tuple[str, str]]:
 
 
 def _experts(count: int) -> dict[str, str]:
-    """Return the original and classic names of a layer's router and experts, without the layer's prefix."""
+    """Return {Meta's and Mistral's name: Hugging Face's name} of a layer's router and experts, without the layer."""
     names = {"feed_forward.gate.weight": "block_sparse_moe.gate.weight"}
     for expert in range(count):
         for number in ("w1", "w2", "w3"):
@@ -55,12 +55,12 @@ def _experts(count: int) -> dict[str, str]:
 
 
 def to_classic(views: Mapping[str, View], decoder: DecoderConfig, path: Path) -> dict[str, View]:
-    """Return ``views`` under classic names, with query and key rows in half-split order; the order of views stays.
+    """Return ``views`` under Hugging Face's names, in the same order, with query and key rows in half-split order.
 
-    A tensor without a classic name keeps its own name. ``load_weights`` refuses it later.
+    A tensor that has no such name keeps its own name. ``load_weights`` refuses it later.
 
     Raises:
-        CheckpointError: a tensor of the configuration is missing, or has the wrong number of query or key rows.
+        CheckpointError: a tensor that the configuration requires is missing, or query or key rows have the wrong shape.
     """
     table = dict(tensor_names(decoder))
     missing = [name for name in table if name not in views]
@@ -72,7 +72,7 @@ def to_classic(views: Mapping[str, View], decoder: DecoderConfig, path: Path) ->
 
 
 def to_original(views: Mapping[str, View], decoder: DecoderConfig, path: Path) -> dict[str, View]:
-    """Return ``views`` under original names, with query and key rows in interleaved order, layer by layer.
+    """Return ``views`` under the names of Meta and Mistral, layer by layer, with query and key rows interleaved.
 
     Raises:
         CheckpointError: a tensor is missing, or has no original name.
@@ -87,7 +87,10 @@ def to_original(views: Mapping[str, View], decoder: DecoderConfig, path: Path) -
 
 
 def _reordered(name: str, view: View, decoder: DecoderConfig, *, half_split: bool) -> View:
-    """Return ``view`` with its rows in the other rotary order if it holds query or key rows."""
+    """Return ``view`` with its rows in another rotary order if it holds query or key rows, otherwise unchanged.
+
+    The new order is half-split if ``half_split``, and interleaved if not.
+    """
     if not _ROTARY.fullmatch(name):
         return view
     heads = decoder.heads if ".wq." in name else decoder.kv_heads

@@ -43,7 +43,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SafetensorsFiles:
-    """Store of the tensors in several safetensors files, in the order of the data on disk.
+    """The tensors of several safetensors files, which can be read by name, in the order of the data on disk.
 
     Only the file that was read last is mapped.
 
@@ -65,7 +65,7 @@ class SafetensorsFiles:
         self._map(path)  # runs the checks of the safetensors library
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """Return the part ``index`` of tensor ``name``; it shares memory with the mapped file."""
+        """Return tensor ``name``, or the part that ``index`` selects; it shares memory with the mapped file."""
         info = self.tensors[name]
         part = bounds(index, info.shape)
         file = self._map(info.file)
@@ -95,7 +95,11 @@ class SafetensorsFiles:
 
 
 def header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors that the header of ``path`` declares, in data order, checked against the size of the file."""
+    """Return the tensors that the header of ``path`` declares, in the order of their data.
+
+    Raises:
+        CheckpointError: the file cannot be read, or the header is damaged or does not fit the size of the file.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -124,7 +128,7 @@ def _entries(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int
 
 
 def _checked(path: Path, name: str, entry: Any, data: int) -> tuple[int, TensorInfo]:
-    """Return the offset and the description of one header entry, or raise CheckpointError."""
+    """Return the offset of the data and the description of one header entry, or raise CheckpointError."""
     try:
         code, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
@@ -146,7 +150,7 @@ def _checked(path: Path, name: str, entry: Any, data: int) -> tuple[int, TensorI
 
 
 def head(entries: Mapping[str, Any], aligned: int) -> bytes:
-    """Return the bytes before the data: length and header, padded to a multiple of ``aligned`` bytes."""
+    """Return the beginning of a file up to the data: length and header, padded to a multiple of ``aligned`` bytes."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % aligned)
     return struct.pack("<Q", len(text)) + text
@@ -156,7 +160,7 @@ def write_file(path: Path, views: Mapping[str, View], on_write: Callable[[int], 
     """Write ``views`` to ``path``, one tensor in memory at a time.
 
     Tensors with larger elements come first, so that each is aligned to its element size. ``on_write`` is called with
-    the bytes of each tensor.
+    the number of bytes of each tensor.
     """
     order = sorted(views, key=lambda name: -views[name].info.dtype.itemsize)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

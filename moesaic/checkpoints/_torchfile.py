@@ -24,7 +24,7 @@ from moesaic.checkpoints._views import Index, TensorInfo, bounds, sizes
 from moesaic.errors import CheckpointError
 
 TIMEOUT_SECONDS = 300.0
-"""Time without output after which the child counts as hanging; a disk that is not cached may be slow."""
+"""Seconds without output after which the child process counts as hanging; a disk that is not cached may be slow."""
 
 MAX_LINE_BYTES = 64 << 20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -33,7 +33,7 @@ ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SYSTEMROOT")
 
 
 class TorchFile:
-    """Store of the tensors in one of the files."""
+    """The tensors in one of the files of ``TorchFiles``, which can be read by name."""
 
     def __init__(self, path: Path, read_part: Callable[[str, Index], Tensor]) -> None:
         self.path = path
@@ -41,16 +41,18 @@ class TorchFile:
         self._read_part = read_part
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """Return the part ``index`` of tensor ``name``; the child sends only that part."""
+        """Return tensor ``name``, or the part that ``index`` selects; the child process sends only that part."""
         return self._read_part(name, bounds(index, self.tensors[name].shape))
 
 
 class TorchFiles:
-    """Several files of ``torch.save``, read by one child process; ``files`` has a store for each.
+    """Several files written by ``torch.save``, read by one child process.
+
+    ``files`` holds, for each, an object that returns its tensors by name.
 
     Raises:
-        CheckpointError: a file is missing, is not a plain dictionary of dense float tensors, or the child ended or
-            hung while reading it.
+        CheckpointError: a file is missing, is not a plain dictionary of dense float tensors, or the child ended or hung
+            while reading it.
     """
 
     def __init__(self, paths: Sequence[Path], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
@@ -95,7 +97,7 @@ class TorchFiles:
             raise self._child_error(file) from error
 
     def _response(self, file: Path) -> dict[str, Any]:
-        """Return the child's next line, or raise the error that it reports."""
+        """Return the next JSON line of the child process, or raise the error that it reports."""
         while b"\n" not in self._buffer:
             if len(self._buffer) > MAX_LINE_BYTES:
                 raise CheckpointError(file, "lists too many tensors for a model")
@@ -107,7 +109,7 @@ class TorchFiles:
         return response
 
     def _receive(self, target: memoryview, file: Path) -> None:
-        """Fill ``target`` with raw bytes from the child."""
+        """Fill ``target`` with raw bytes that the child process sends."""
         done = min(len(self._buffer), len(target))
         target[:done] = self._buffer[:done]
         self._buffer = self._buffer[done:]
@@ -117,7 +119,7 @@ class TorchFiles:
             done += len(data)
 
     def _read_pipe(self, max_bytes: int, file: Path) -> bytes:
-        """Return at least one byte from the child, and at most ``max_bytes``."""
+        """Return the bytes that the child process has sent: at least one, and at most ``max_bytes``."""
         assert self._child.stdout is not None
         pipe = self._child.stdout.fileno()
         if not select.select([pipe], [], [], self._timeout_seconds)[0]:
@@ -128,7 +130,7 @@ class TorchFiles:
         return data
 
     def _child_error(self, file: Path) -> CheckpointError:
-        """Return an error with the exit status of the child, which has closed its pipes."""
+        """Return an error with the exit status of the child process, which has closed its pipes."""
         deadline = time.monotonic() + 5
         while self._child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -1,7 +1,8 @@
 """Child process that unpickles: reads .pth, .pt and .bin files for its parent, with few other permissions.
 
-The script is run by its path in an isolated interpreter and imports nothing of this package. Each request is a line
-of JSON on standard input. Each response is a line of JSON on standard output, which raw bytes may follow:
+The script is run by its path in an isolated interpreter and imports nothing of this package. It first writes a list of
+all tensors. Each request for a part of a tensor is a line of JSON on standard input. Each response is a line of JSON on
+standard output, which raw bytes may follow:
 
     (at the start)                            -> {"tensors": [[file, name, dtype, shape], ...]} or {"error": s}
     {"file": 0, "name": s, "index": [[a, b]]} -> {"bytes": n} and n bytes, or {"error": s}
@@ -20,7 +21,8 @@ from typing import IO, Any
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 ADDRESS_SPACE = 32 << 30
-"""Bytes of address space in addition to the mapped files; importing torch with CUDA reserves most of it."""
+"""Bytes of address space that the process may use in addition to the mapped files; importing torch with CUDA reserves
+most of it."""
 
 
 def drop_permissions(files: list[str]) -> None:
@@ -52,7 +54,7 @@ def load(torch: Any, file: str) -> dict[str, Any]:
 
 
 def serve(torch: Any, states: list[dict[str, Any]], requests: IO[bytes], responses: IO[bytes]) -> None:
-    """Answer requests until the parent closes the pipe."""
+    """Answer requests for parts of tensors until the parent closes the pipe; ``states`` has each file's tensors."""
     for line in requests:
         request = json.loads(line)
         tensor = states[request["file"]][request["name"]]
@@ -91,7 +93,7 @@ def main() -> None:
 
 
 def listing(states: list[dict[str, Any]]) -> list[tuple[int, str, str, list[int]]]:
-    """Return (file, name, dtype, shape) of every tensor."""
+    """Return (number of the file, name, dtype, shape) of every tensor."""
     return [
         (position, name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         for position, state in enumerate(states)

@@ -36,7 +36,7 @@ class TensorInfo:
 
 
 class Store(Protocol):
-    """Named tensors that can be read in parts: a file, several files, or a checkpoint."""
+    """Interface of an object that describes tensors and reads them by name: a file, several files, or a checkpoint."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
@@ -45,7 +45,10 @@ class Store(Protocol):
 
 
 def bounds(index: Index | None, shape: Shape) -> Index:
-    """Return ``index`` with one slice for each axis of ``shape``, each with an explicit start and stop."""
+    """Return ``index`` with one slice for each axis of ``shape``, each with an explicit start and stop.
+
+    ``index`` None selects the whole tensor.
+    """
     index = index or ()
     assert len(index) <= len(shape) and all(part.step in (None, 1) for part in index)
     whole = (*index, *(slice(None) for _ in shape[len(index) :]))
@@ -59,19 +62,19 @@ def sizes(index: Index) -> Shape:
 
 
 class View(Protocol):
-    """A tensor that is not read yet."""
+    """A tensor that is described by ``info`` and read later."""
 
     @property
     def info(self) -> TensorInfo: ...
 
     def read(self, index: Index | None = None) -> Tensor:
-        """Read the part that ``index`` selects; the result may share memory with a mapped file."""
+        """Read the tensor, or the part that ``index`` selects; the result may share memory with a mapped file."""
         ...
 
 
 @dataclass(frozen=True)
 class Stored:
-    """View of a tensor in a store, unchanged."""
+    """View of the tensor ``name`` in a store, unchanged."""
 
     store: Store
     name: str
@@ -85,7 +88,10 @@ class Stored:
 
 
 class Part:
-    """View of the block ``index`` of another view; ``drop`` removes the leading axis, which must have length 1."""
+    """View of the part of another view that ``index`` selects.
+
+    ``drop`` removes the leading axis, which must have length 1.
+    """
 
     def __init__(self, whole: View, index: Index, *, drop: bool = False) -> None:
         self._whole = whole
@@ -108,7 +114,7 @@ class Part:
 
 
 class Transposed:
-    """View of the transpose of a matrix."""
+    """View of the transpose of another view, which is a matrix."""
 
     def __init__(self, other: View) -> None:
         self._other = other
@@ -121,7 +127,7 @@ class Transposed:
 
 
 class Joined:
-    """View of the concatenation of pieces along ``axis``, such as the shards of a model-parallel checkpoint."""
+    """View of other views concatenated along ``axis``, such as the shards of a model-parallel checkpoint."""
 
     def __init__(self, pieces: Sequence[View], axis: int) -> None:
         first = pieces[0].info
@@ -167,11 +173,12 @@ class Replicated:
 
 
 class Rotary:
-    """View of query or key rows in the other of the two orders that rotary embeddings use.
+    """View of query or key rows, reordered between the two orders that rotary embeddings use.
 
-    The interleaved order pairs row 2i of a head with row 2i + 1 (Su et al., RoFormer, 2021); Meta and Mistral store
-    it. The half-split order of Hugging Face pairs row i with row i + D/2. If ``half_split``, this view has the
-    half-split order and ``other`` the interleaved one; otherwise the reverse. Reading a row reads its whole head.
+    The interleaved order pairs row 2i of a head with row 2i + 1 (Su et al., RoFormer, 2021); Meta and Mistral store it.
+    The half-split order of Hugging Face pairs row i with row i + D/2, for heads of size D. If ``half_split``, this view
+    has the half-split order and ``other`` the interleaved one; otherwise the reverse. Reading a row reads its whole
+    head.
     """
 
     def __init__(self, other: View, head_dim: int, *, half_split: bool) -> None:

@@ -1,4 +1,4 @@
-"""Opens the files of one checkpoint, each with other tensors, as one set of views.
+"""Opens the files of one checkpoint, each of which holds some of the tensors, as one set of views.
 
 This module chooses the reader by the suffix of the files. It does not depend on the names of tensors.
 """
@@ -16,10 +16,10 @@ from moesaic.errors import CheckpointError
 
 
 def open_weight_files(files: Sequence[Path]) -> tuple[dict[str, View], Callable[[], None]]:
-    """Return all tensors of ``files`` in the order on disk, and a function that closes the files.
+    """Return views of all tensors of ``files`` in the order on disk, and a function that closes the files.
 
     Raises:
-        CheckpointError: a file is missing, damaged or only a pointer, or two files hold a tensor of the same name.
+        CheckpointError: a file is missing, damaged or a Git LFS pointer, or two files hold a tensor of the same name.
     """
     for path in files:
         refuse_pointer(path)

@@ -23,7 +23,7 @@ from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.gguf import GgufFile
 
 OnWrite = Callable[[int], None]
-"""Called with the bytes of each tensor written."""
+"""Function that is called with the number of bytes of each tensor written."""
 
 TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -43,6 +43,8 @@ TOKENIZER_FILES = (
 @contextmanager
 def new_folder(path: Path, source: Checkpoint) -> Iterator[Path]:
     """Yield an empty folder that is renamed to ``path`` when the block ends, and deleted when the block fails.
+
+    Before it is renamed, the tokenizer files of ``source`` are copied into it.
 
     Raises:
         InvalidParameter: ``path`` exists already and is not an empty folder.
@@ -69,12 +71,12 @@ def new_folder(path: Path, source: Checkpoint) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented for human readers."""
+    """Write the JSON object ``value`` to the file ``path``, indented for human readers."""
     path.write_text(json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def views(source: Checkpoint) -> dict[str, View]:
-    """Return all tensors of ``source`` except those that follow from its configuration."""
+    """Return views of all tensors of ``source``, without tables that can be computed from its configuration."""
     return {name: Stored(source, name) for name in source.tensors if ignored_reason(name) is None}
 
 
@@ -84,7 +86,7 @@ def views_with_head(source: Checkpoint) -> dict[str, View]:
     It is for layouts that cannot express tied embeddings.
 
     Raises:
-        CheckpointError: the two are tied, but the checkpoint has another head of its own.
+        CheckpointError: the two are tied, but the checkpoint has a head that differs from the embedding.
     """
     tensors = views(source)
     check_head(source)
@@ -94,7 +96,10 @@ def views_with_head(source: Checkpoint) -> dict[str, View]:
 
 
 def generation_config(source: Checkpoint) -> dict[str, Any]:
-    """Return generation_config.json for a layout without config.json, with its begin and end token ids."""
+    """Return the content of generation_config.json, with the begin and end token ids of config.json.
+
+    It is for layouts without config.json.
+    """
     ids = {key: source.config[key] for key in ("bos_token_id", "eos_token_id") if source.config.get(key) is not None}
     return ids | dict(source.generation)
 
@@ -102,7 +107,7 @@ def generation_config(source: Checkpoint) -> dict[str, Any]:
 def write_shards(
     folder: Path, tensors: Mapping[str, View], files: list[str], on_write: OnWrite | None
 ) -> dict[str, str]:
-    """Write ``tensors`` in order to safetensors files of about equal size; return {tensor: file name}.
+    """Write ``tensors`` in order to the safetensors ``files``, of about equal size; return {tensor: file name}.
 
     Raises:
         InvalidParameter: there are more files than tensors.
@@ -125,7 +130,7 @@ def write_shards(
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of the folders that are empty, the innermost first."""
+    """Remove those of ``folders`` that are empty; they are listed from the innermost outwards."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

@@ -1,7 +1,7 @@
-"""GGUF, the layout of llama.cpp: one file, or the parts of one, with weights, configuration and vocabulary.
+"""GGUF, the layout of llama.cpp: one file, or several of a split model, with weights, configuration and vocabulary.
 
-Experts have had three layouts: one tensor each (``blk.L.ffn_gate.E.weight``, until spring 2024), one stack of each
-kind (``blk.L.ffn_gate_exps.weight`` [E, f, d]), and stacks in which gate and up rows are merged
+Experts have had three layouts: one tensor each (``blk.L.ffn_gate.E.weight``, until spring 2024), one stack of each kind
+(``blk.L.ffn_gate_exps.weight`` [E, f, d]), and stacks in which gate and up rows are merged
 (``blk.L.ffn_gate_up_exps.weight`` [E, 2f, d], gate rows first). Query and key rows are in interleaved rotary order.
 Quantized weights are decoded to floats when they are read. Files are read, not written.
 
@@ -29,7 +29,7 @@ LOOKS_FOR = "*.gguf"
 PRIORITY = 4
 
 LARGE = 1_000_000_000
-"""Number of weights from which decoded weights are kept in bfloat16 if the user does not choose a dtype."""
+"""Number of weights from which on decoded weights are loaded in bfloat16 if the user does not choose a dtype."""
 _TOP = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 _LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -57,7 +57,7 @@ def detect(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the GGUF file at ``path``, any part of a split model, or the one model in a folder.
+    """Open the GGUF file at ``path``, any file of a split model, or the one model in a folder.
 
     Raises:
         ConfigError: the architecture or a setting is not supported.
@@ -86,7 +86,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _check_parts(parts: Sequence[GgufFile]) -> None:
-    """Raise CheckpointError unless the files are all parts of one model, in order."""
+    """Raise CheckpointError unless the files are all files of one model, in order."""
     count = parts[0].metadata.get("split.count", 0) or 1
     if count != len(parts):
         problem = f"is part of a model of {count} files, which must be named NAME-00001-of-{count:05}.gguf and so on"
@@ -101,7 +101,7 @@ def _check_parts(parts: Sequence[GgufFile]) -> None:
 
 
 def _classic_names(stored: Mapping[str, View], path: Path) -> dict[str, View]:
-    """Return the tensors under classic names."""
+    """Return the tensors under classic names, those of Hugging Face, with stacked experts one by one."""
     views: dict[str, View] = {}
     for name, view in stored.items():
         for classic, part in _classic(name, view):
@@ -135,7 +135,10 @@ def _check_sizes(views: Mapping[str, View], config: Mapping[str, Any], path: Pat
 
 
 def _classic(name: str, view: View) -> Iterator[tuple[str, View]]:
-    """Yield the tensors under classic names that one tensor in the file consists of; an unknown name stays."""
+    """Yield (classic name, view) for each tensor that the tensor ``name`` of the file consists of.
+
+    A tensor whose name is not known keeps its name.
+    """
     match = _BLOCK.fullmatch(name)
     if match is None:
         yield _TOP.get(name, name), view
@@ -150,7 +153,7 @@ def _classic(name: str, view: View) -> Iterator[tuple[str, View]]:
 
 
 def _unstack(name: str, stack: View, prefix: str, kind: str) -> Iterator[tuple[str, View]]:
-    """Yield the weights of single experts in a stack."""
+    """Yield (classic name, view) for the weights of each expert in a stack."""
     shape = stack.info.shape
     if len(shape) != 3 or (kind == "gate_up" and shape[1] % 2):
         raise CheckpointError(stack.info.file, f"{name} has shape {list(shape)}, expected experts, rows and columns")
@@ -164,7 +167,7 @@ def _unstack(name: str, stack: View, prefix: str, kind: str) -> Iterator[tuple[s
 
 
 def _half_split(name: str, view: View, config: Mapping[str, Any]) -> View:
-    """Return ``view`` with its rows in half-split rotary order if it holds query or key rows."""
+    """Return ``view`` with its rows in half-split rotary order if it holds query or key rows, otherwise unchanged."""
     match = _ROTARY.fullmatch(name)
     if match is None:
         return view

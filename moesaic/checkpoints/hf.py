@@ -34,7 +34,8 @@ _NUMBERS = {"gate": "w1", "down": "w2", "up": "w3"}
 def detect(path: Path) -> bool:
     """Return whether the folder holds weight files with Hugging Face's names.
 
-    Mistral's releases hold their weights in two layouts. If this one is incomplete, the other is read.
+    If it also holds Mistral's or Meta's files, these weight files must be complete and config.json must exist.
+    Otherwise the other layout is read.
     """
     try:
         found = find_files(path)
@@ -74,7 +75,7 @@ def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | N
         source: the checkpoint to write.
         path: a folder that does not exist yet, or is empty.
         shards: the number of files.
-        on_write: called with the bytes of each tensor written.
+        on_write: called with the number of bytes of each tensor written.
 
     Raises:
         InvalidParameter: ``path`` is not empty, or there are more shards than tensors.
@@ -93,7 +94,11 @@ def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | N
 
 
 def _open_files(path: Path) -> tuple[dict[str, View], Callable[[], None]]:
-    """Return the tensors by their names on disk, and a function that closes the files; an index is checked."""
+    """Return the tensors by their names on disk, and a function that closes the files.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the files do not hold the tensors that their index lists.
+    """
     found = find_files(path)
     tensors, close = open_weight_files(found.files)
     try:
@@ -105,7 +110,7 @@ def _open_files(path: Path) -> tuple[dict[str, View], Callable[[], None]]:
 
 
 def _classic(name: str, tensor: View) -> Iterator[tuple[str, View]]:
-    """Yield the tensors under classic names that one tensor on disk consists of."""
+    """Yield (classic name, view) for each tensor that the tensor ``name`` on disk consists of."""
     if match := _STACK.fullmatch(name):
         yield from _unstack(tensor, match[1], match[2])
     elif match := _EXPERT.fullmatch(name):
@@ -117,7 +122,7 @@ def _classic(name: str, tensor: View) -> Iterator[tuple[str, View]]:
 
 
 def _unstack(stack: View, layer: str, kind: str) -> Iterator[tuple[str, View]]:
-    """Yield the weights of single experts in a stacked tensor, under classic names."""
+    """Yield (classic name, view) for the weights of each expert in a stacked tensor."""
     if len(stack.info.shape) != 3 or (kind == "gate_up" and stack.info.shape[1] % 2):
         raise CheckpointError(stack.info.file, f"{layer}.mlp.experts.{kind}_proj has shape {list(stack.info.shape)}")
     experts, rows, _ = stack.info.shape

@@ -1,17 +1,17 @@
 """Meta's layout: params.json and consolidated.NN.pth, with one file for each model-parallel rank.
 
-Weights are split over ranks as in Megatron-LM (Shoeybi et al., arXiv:1909.08053) by fairscale. Projections into
-heads and into the feed-forward layer are split along their output, the projections back along their input. Every
-file holds all norms and routers. The embedding is split along its width up to Llama 2 and along the vocabulary
-since Llama 3; its shape shows which. Files named ``merged.{N}GPUs.NN.pth``, which AIME's converter writes for N
-ranks, are read as well.
+Weights are split over ranks as in Megatron-LM (Shoeybi et al., arXiv:1909.08053) by fairscale. Projections into heads
+and into the feed-forward layer are split along their output, the projections back along their input. Every file holds
+all norms and routers. The embedding is split along its width up to Llama 2 and along the vocabulary since Llama 3; its
+shape shows which. Files named ``merged.{N}GPUs.NN.pth``, which a converter of the company AIME writes for N ranks, are
+read as well.
 
 params.json is read as Meta writes it. Files written by this module may also contain ``moe``, ``head_dim`` and
 ``sliding_window`` as in Mistral's params.json, so that every model family can be stored in this layout.
 
 Meta's params.json does not contain the factor by which rotary wavelengths are scaled (``use_scaled_rope``). It is 8
-since Llama 3.1, and 32 in the published config.json of Llama 3.2 1B and 3B, which are recognized by their size.
-Files written by this module contain the factor under the names of Llama 4's params.json (``rope_scaling_factor``,
+since Llama 3.1, and 32 in the published config.json of Llama 3.2 1B and 3B, which are recognized by their size. Files
+written by this module contain the factor under the names of Llama 4's params.json (``rope_scaling_factor``,
 ``rope_high_freq_factor``).
 """
 
@@ -41,7 +41,7 @@ PRIORITY = 2
 
 EMBEDDING = "tok_embeddings.weight"
 UNKNOWN_VOCAB = -1
-"""``vocab_size`` in params.json of Llama 1 and 2, where the tokenizer determines it."""
+"""``vocab_size`` in params.json of Llama 1 and 2, which means that the tokenizer determines it."""
 LLAMA_2_VOCAB = 32_000
 LLAMA_3_2_SIZES = {(2048, 16), (3072, 28)}
 """``dim`` and ``n_layers`` of Llama 3.2 1B and 3B."""
@@ -50,7 +50,7 @@ _OUTPUT = re.compile(r"output\.weight|.*\.attention\.w[qkv]\.weight|.*\.feed_for
 _INPUT = re.compile(r".*\.attention\.wo\.weight|.*\.feed_forward\.(experts\.\d+\.)?w2\.weight")
 _IGNORED_KEYS = ("max_batch_size", "model_parallel_size")
 _RELEASED_SIZES = ((256, None), (256, 1.5), (1024, 1.3), (4096, 1.3), (4096, 1.2))
-"""``multiple_of`` and ``ffn_dim_multiplier`` of the models that Meta released."""
+"""Pairs of ``multiple_of`` and ``ffn_dim_multiplier`` in params.json of the models that Meta released."""
 
 
 def detect(path: Path) -> bool:
@@ -68,7 +68,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint in the folder ``path``, with any number of model-parallel files.
 
     Raises:
-        ConfigError: params.json is missing or not understood.
+        ConfigError: params.json is missing, or has a key or value that is not supported.
         CheckpointError: a file is missing or damaged, or the files do not belong to the same checkpoint.
     """
     params = Fields(read_json(path / "params.json"), path / "params.json")
@@ -93,9 +93,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | None = None) -> None:
     """Write ``source`` in this layout for ``shards`` model-parallel ranks, with one rank in memory at a time.
 
+    ``on_write`` is called with the number of bytes of each tensor; tensors that all ranks hold are counted once.
+
     Raises:
-        InvalidParameter: ``path`` is not empty, or the model cannot be split over that many ranks; the message
-            lists the possible numbers.
+        InvalidParameter: ``path`` is not empty, or the model cannot be split over that many ranks; the message lists
+            the possible numbers.
         ConfigError: the configuration cannot be expressed in params.json.
         CheckpointError: the source cannot be read, or the target cannot be written.
     """
@@ -137,7 +139,10 @@ def _save(state: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the weight files in the order of ranks; if there are several sets, Meta's own or the smallest."""
+    """Return the weight files of one set in the order of ranks; empty if there are none.
+
+    If the folder holds several sets, Meta's own is chosen, or else the one for the fewest ranks.
+    """
     sets: dict[int, list[Path]] = {}
     for file in sorted(path.glob("*.pth")):
         if match := _FILE.fullmatch(file.name):
@@ -157,7 +162,10 @@ def _check_ranks(files: Sequence[Path], path: Path) -> None:
 
 
 def _join(files: Sequence[TorchFile], hidden: int) -> dict[str, View]:
-    """Return views of the complete tensors, joined from the parts in the files of all ranks."""
+    """Return views of the complete tensors, joined from the files of all ranks.
+
+    ``hidden`` is the length of an embedding vector; it shows how the embedding is split.
+    """
     first = files[0]
     for file in files[1:]:
         if differing := sorted(file.tensors.keys() ^ first.tensors.keys()):
@@ -187,7 +195,7 @@ def _join(files: Sequence[TorchFile], hidden: int) -> dict[str, View]:
 def _split_axis(name: str, full_width: bool) -> int | None:
     """Return the axis along which a tensor is split over ranks, or None if each rank holds all of it.
 
-    ``full_width`` says whether each rank holds embedding vectors of full width.
+    ``full_width`` says whether each rank holds whole embedding vectors, of a part of the vocabulary.
     """
     if name == EMBEDDING:
         return 0 if full_width else 1
@@ -195,7 +203,10 @@ def _split_axis(name: str, full_width: bool) -> int | None:
 
 
 def _axis(name: str, decoder: DecoderConfig, shards: int) -> int | None:
-    """Return the axis along which ``write`` splits a tensor; Llama 2's code expects split embedding vectors."""
+    """Return the axis along which ``write`` splits a tensor over ranks; None if each rank gets all of it.
+
+    Embedding vectors are split only for Llama 2's vocabulary, because Llama 2's code expects it.
+    """
     full_width = decoder.vocab != LLAMA_2_VOCAB or decoder.hidden % shards != 0
     return _split_axis(name, full_width)
 
@@ -210,13 +221,13 @@ def _rank_part(name: str, view: View, rank: int, shards: int, decoder: DecoderCo
 
 
 def _possible_ranks(decoder: DecoderConfig) -> list[int]:
-    """Return the numbers of ranks that a model can be split over; file names have two digits, hence at most 99."""
+    """Return the numbers of ranks over which the model can be split; at most 99, since file names have two digits."""
     common = math.gcd(decoder.heads, decoder.kv_heads, decoder.intermediate, decoder.vocab)
     return [count for count in range(1, min(common, 99) + 1) if common % count == 0]
 
 
 def _decoder_config(params: Fields) -> DecoderConfig:
-    """Parse params.json; the vocabulary of the result may be UNKNOWN_VOCAB."""
+    """Parse params.json; the vocabulary size of the result may be ``UNKNOWN_VOCAB``."""
     hidden, heads, layers = params.integer("dim"), params.integer("n_heads"), params.integer("n_layers")
     vocab = params.take("vocab_size", UNKNOWN_VOCAB)
     if type(vocab) is not int or (vocab < 1 and vocab != UNKNOWN_VOCAB):
@@ -249,7 +260,10 @@ def _decoder_config(params: Fields) -> DecoderConfig:
 
 
 def _scaling(params: Fields, small: bool) -> RopeScaling | None:
-    """Take the rotary scaling; Meta's own files switch it on but do not contain the factor."""
+    """Remove the keys of rotary scaling from ``params``; return the scaling, or None if it is off.
+
+    Meta's files do not contain the factor. ``small`` says whether the model is Llama 3.2 1B or 3B, whose factor is 32.
+    """
     scaled = params.take("use_scaled_rope", False)
     if not isinstance(scaled, bool):
         raise params.error(f"use_scaled_rope is {scaled!r}, expected true or false")
@@ -259,7 +273,7 @@ def _scaling(params: Fields, small: bool) -> RopeScaling | None:
 
 
 def _feed_forward_size(hidden: int, multiple: int, factor: float | None) -> int:
-    """Return the feed-forward size that Meta computes from the three values of params.json."""
+    """Return the feed-forward size, which Meta computes from ``dim``, ``multiple_of`` and ``ffn_dim_multiplier``."""
     size = int(8 * hidden / 3)
     if factor is not None:
         size = int(factor * size)
@@ -267,7 +281,10 @@ def _feed_forward_size(hidden: int, multiple: int, factor: float | None) -> int:
 
 
 def _feed_forward_keys(hidden: int, intermediate: int) -> dict[str, Any]:
-    """Return the keys of params.json for a feed-forward size, with the values of a released model if they fit."""
+    """Return ``multiple_of`` and ``ffn_dim_multiplier`` of params.json that give the feed-forward size.
+
+    If the values of a model that Meta released give it, these are used.
+    """
     size = int(8 * hidden / 3)
     fallback = (intermediate, None if size <= intermediate else intermediate / size)
     multiple, factor = next(
@@ -277,7 +294,7 @@ def _feed_forward_keys(hidden: int, intermediate: int) -> dict[str, Any]:
 
 
 def _params(decoder: DecoderConfig, path: Path) -> dict[str, Any]:
-    """Return the content of params.json for this configuration."""
+    """Return the content of params.json for this configuration; ``path`` is the source that an error names."""
     params: dict[str, Any] = {
         "dim": decoder.hidden,
         "n_layers": decoder.layers,

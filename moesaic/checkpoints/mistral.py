@@ -66,7 +66,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint in the folder ``path``.
 
     Raises:
-        ConfigError: params.json is missing or not understood.
+        ConfigError: params.json is missing, or has a key or value that is not supported.
         CheckpointError: a file is damaged, or a tensor is missing.
     """
     decoder = _decoder_config(read_json(path / "params.json"), path / "params.json")
@@ -84,6 +84,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | None = None) -> None:
     """Write ``source`` in this layout, into ``shards`` safetensors files of whole tensors.
+
+    ``on_write`` is called with the number of bytes of each tensor written.
 
     Raises:
         InvalidParameter: ``path`` is not empty, or there are more shards than tensors.
@@ -113,7 +115,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _split_experts(stored: Mapping[str, View], decoder: DecoderConfig) -> dict[str, View]:
-    """Return ``stored`` with the fused experts of the first torrent split, all under the names of later files."""
+    """Return ``stored`` under the names that Mistral uses today.
+
+    The first Mixtral torrent has one tensor for all experts of a layer; it is split into one for each expert.
+    """
     views: dict[str, View] = {}
     for name, view in stored.items():
         fused = _FUSED.fullmatch(name)
@@ -134,7 +139,7 @@ def _split_experts(stored: Mapping[str, View], decoder: DecoderConfig) -> dict[s
 
 
 def _decoder_config(raw: Mapping[str, Any], path: Path) -> DecoderConfig:
-    """Parse params.json."""
+    """Return the configuration in params.json, whose content is ``raw``."""
     params = Fields({_RENAMED_KEYS.get(key, key): value for key, value in raw.items()}, path)
     for key, neutral in _NEUTRAL.items():
         params.allow(key, neutral)

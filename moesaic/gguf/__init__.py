@@ -1,8 +1,8 @@
-"""GGUF files: reads the header, which holds typed metadata and the place of each tensor.
+"""GGUF files: reads the header, which holds typed metadata and the position of each tensor.
 
 A file holds a magic number, a version, the counts of tensors and of metadata values, the metadata, the descriptions of
 the tensors, and the data of the tensors, each at a multiple of the alignment. The header is checked completely before
-anything is used: no count or length in it is trusted before it is compared with the bytes that are left. Long values
+anything is used. Each count or length in it is compared with the bytes that are left before it is used. Long values
 stay in the mapped file until they are asked for. This module does not decode tensors and does not know any model.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -41,10 +41,10 @@ VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 256 << 20
 MAX_TENSORS = MAX_VALUES = 1 << 16
 MAX_NAME_BYTES = 1 << 10
-"""Limit for the name of a tensor or of a metadata value."""
+"""Maximum length in bytes of the name of a tensor or of a metadata value."""
 MAX_TEXT_BYTES = 16 << 20
 MAX_ELEMENTS = 1 << 22
-"""Limit for the length of an array."""
+"""Maximum number of elements of an array."""
 MAX_DIMENSIONS = 4
 ALIGNMENTS = tuple(1 << bits for bits in range(3, 13))
 DEFAULT_ALIGNMENT = 32
@@ -59,7 +59,7 @@ _COUNT, _CODE = _NUMBERS[10], _NUMBERS[4]
 
 
 class Array(NamedTuple):
-    """An array in the metadata, which is not read yet: the type of its elements, their number and place."""
+    """An array in the metadata that is not read yet: type code and number of its elements, and its offset in bytes."""
 
     kind: int
     length: int
@@ -67,7 +67,7 @@ class Array(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text in the metadata, which is not read yet."""
+    """A text in the metadata that is not read yet: its offset in the file and its length, in bytes."""
 
     offset: int
     length: int
@@ -75,7 +75,10 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Description of a tensor; ``shape`` has the outermost axis first, ``offset`` counts from the file's begin."""
+    """Description of a tensor.
+
+    ``shape`` has the outermost axis first. ``offset`` is the position of the data in bytes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -88,7 +91,7 @@ class StoredTensor:
 
 
 class GgufFile(AbstractContextManager["GgufFile"]):
-    """The header of a GGUF file; values are read from the mapped file until it is closed.
+    """The header of a GGUF file. The file is mapped until it is closed, and long values are read when asked for.
 
     Attributes:
         path: the file.
@@ -130,7 +133,7 @@ class GgufFile(AbstractContextManager["GgufFile"]):
         self.tensors = _placed(found, data, len(self._map), reader)
 
     def text(self, key: str) -> str | None:
-        """Return the text ``key``, or None if there is none.
+        """Return the text that the metadata holds under ``key``, or None if there is none.
 
         Raises:
             CheckpointError: the value is not a text, or not UTF-8.
@@ -146,7 +149,7 @@ class GgufFile(AbstractContextManager["GgufFile"]):
             raise CheckpointError(self.path, f"{key} is not UTF-8: the file is damaged") from error
 
     def texts(self, key: str, limit: int) -> list[bytes]:
-        """Return the texts in the array ``key``, as bytes; an empty list if there is no such key.
+        """Return the array of texts that the metadata holds under ``key``, as bytes; empty if there is no such key.
 
         Raises:
             CheckpointError: the value is not an array of texts, or has more than ``limit`` elements.
@@ -160,7 +163,7 @@ class GgufFile(AbstractContextManager["GgufFile"]):
         return out
 
     def numbers(self, key: str, limit: int) -> tuple[Any, ...]:
-        """Return the numbers in the array ``key``; an empty tuple if there is no such key.
+        """Return the array of numbers that the metadata holds under ``key``; empty if there is no such key.
 
         Raises:
             CheckpointError: the value is not an array of numbers, or has more than ``limit`` elements.
@@ -175,7 +178,7 @@ class GgufFile(AbstractContextManager["GgufFile"]):
         return value
 
     def header_without_tensors(self) -> bytes:
-        """Return a complete GGUF file with the same metadata and no tensors."""
+        """Return the bytes of a complete GGUF file with the same metadata and no tensors."""
         head = self._map[:8] + _COUNT.pack(0) + _COUNT.pack(len(self.metadata))
         return head + self._map[self._values_begin : self._values_end]
 
@@ -188,7 +191,7 @@ class GgufFile(AbstractContextManager["GgufFile"]):
 
 
 class _Reader:
-    """Reads a header in order; every length is compared with the bytes left before it is used."""
+    """Reads a header from its beginning; every length is compared with the bytes left before it is used."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.offset = path, 0
@@ -196,7 +199,7 @@ class _Reader:
         self._end = min(len(data), MAX_HEADER_BYTES)
 
     def damaged(self, problem: str) -> CheckpointError:
-        """Return the error to raise about the file."""
+        """Return an error that says that the file is damaged, for the caller to raise."""
         return CheckpointError(self.path, f"damaged: {problem}; fetch it again")
 
     def number(self, layout: struct.Struct) -> Any:
@@ -204,7 +207,7 @@ class _Reader:
         return value
 
     def _advance(self, nbytes: int) -> int:
-        """Return the current offset and move behind ``nbytes`` bytes."""
+        """Move the position ``nbytes`` bytes forward, within the header; return the position before."""
         begin = self.offset
         if nbytes > self._end - begin:
             if self._end < len(self._data):
@@ -236,7 +239,7 @@ class _Reader:
         return tensors, values
 
     def name(self, what: str) -> str:
-        """Read the name of a value or a tensor."""
+        """Read the name of a metadata value or a tensor; ``what`` is the kind of name, for the error."""
         length = self.number(_COUNT)
         if not 0 < length <= MAX_NAME_BYTES:
             raise self.damaged(f"a {what} has {length} bytes at byte {self.offset}")
@@ -247,7 +250,7 @@ class _Reader:
             raise self.damaged(f"a {what} is not UTF-8 at byte {begin}") from error
 
     def value(self, kind: int, key: str) -> Any:
-        """Read a metadata value: a number, or the place of a text or an array."""
+        """Read the value of ``key``, of the type ``kind``: a number, or the position of a text or an array."""
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
         if kind == _TEXT:
@@ -289,7 +292,7 @@ class _Reader:
         self._advance(offset - self.offset)
 
     def tensor(self, alignment: int) -> StoredTensor:
-        """Read the description of a tensor; its offset counts from the begin of the data."""
+        """Read the description of a tensor; its offset is counted from the beginning of the data."""
         name = self.name("tensor name")
         dimensions = self.number(_CODE)
         if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -308,7 +311,7 @@ class _Reader:
 
 
 def _placed(found: Sequence[StoredTensor], data: int, size: int, reader: _Reader) -> dict[str, StoredTensor]:
-    """Return the tensors by name, with offsets from the begin of the file; check that none overlap."""
+    """Return the tensors by name, with offsets from the beginning of the file; check that none overlap."""
     placed = {
         tensor.name: StoredTensor(tensor.name, tensor.shape, tensor.type, data + tensor.offset) for tensor in found
     }

@@ -1,4 +1,4 @@
-"""Finds the GGUF files of a model: one file, the parts of a split one, or the one model in a folder."""
+"""Finds the GGUF files of a model: one file, all files of a split model, or the one model in a folder."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def files(path: Path) -> list[Path]:
-    """Return the files of the model at ``path``, in the order of its parts; an empty list if there are none.
+    """Return the files of the model at ``path``, in the order of a split model's parts; empty if there are none.
 
     Args:
-        path: a file, any part of a split model, or a folder that holds one model.
+        path: a file, any file of a split model, or a folder that holds one model.
 
     Raises:
-        CheckpointError: the folder holds several models, or a part is missing.
+        CheckpointError: the folder holds several models, or a file of a split model is missing.
     """
     if path.is_file():
         return _parts(path) if is_gguf(path) else []
@@ -52,13 +52,13 @@ def files(path: Path) -> list[Path]:
 
 
 def vocabulary(path: Path) -> Path | None:
-    """Return the GGUF file with the vocabulary and the chat template of the model at ``path``, or None."""
+    """Return the GGUF file with the vocabulary and chat template of the model at ``path``; None if there is none."""
     own = path / VOCABULARY
     return own if own.is_file() else next(iter(files(path)), None)
 
 
 def _parts(file: Path) -> list[Path]:
-    """Return all parts of the model that ``file`` is a part of."""
+    """Return all files of the split model that ``file`` belongs to, or only ``file`` if it is not split."""
     match = _PART.fullmatch(file.name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [file]

@@ -1,4 +1,4 @@
-"""The types of tensors in GGUF files, by the numbers that the files use: enum ggml_type of llama.cpp."""
+"""Storage types of tensors in GGUF files, by the numbers that the files use: enum ggml_type of llama.cpp."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class BlockType(NamedTuple):
-    """How a tensor is stored: each row in blocks of ``elements`` numbers, of ``nbytes`` bytes each."""
+    """Storage type of a tensor: each row consists of blocks, which have ``elements`` numbers in ``nbytes`` bytes."""
 
     name: str
     elements: int
@@ -47,7 +47,7 @@ TYPES = {
     40: BlockType("NVFP4", 64, 36),
     41: BlockType("Q1_0", 128, 18),
 }
-"""The types of tensors by their number in a file."""
+"""The storage types by their number in a file."""
 
 FOREIGN_TYPES = {
     4: "Q4_2, which llama.cpp removed",
@@ -57,5 +57,5 @@ FOREIGN_TYPES = {
     **dict.fromkeys((31, 32, 33), "Q4_0 repacked for ARM, which llama.cpp removed"),
     **dict.fromkeys((36, 37, 38), "IQ4_NL repacked for ARM, which llama.cpp removed"),
 }
-"""Types that are known by name only. ik_llama.cpp numbers its own types from 97 on."""
+"""Types that cannot be read, with a description for the message. ik_llama.cpp numbers its own types from 97 on."""
 FIRST_FOREIGN_TYPE = 97

@@ -1,4 +1,4 @@
-"""Chat formats in plain text that Moesaic defines or takes from AIME: ``aime`` and ``plain``."""
+"""Encoders of the chat formats ``aime``, which the AIME API server uses, and ``plain``, a dialogue in plain text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ AIME_MARKERS = re.compile(r"<<SYS>>|<</SYS>>|\[INST\]|\[/INST\]|<s>|</s>")
 def encode_aime(
     messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None, _variables: Variables
 ) -> list[int]:
-    """Return the ids with a beginning-of-text token before each exchange; markers in the messages are removed."""
+    """Return the token ids of a conversation in the form of Llama 2, which the AIME API server uses.
+
+    Each pair of a question and its answer begins with the beginning-of-text token. No end-of-text token follows the
+    last pair. Markers such as ``[INST]`` are removed from the messages.
+    """
     system, turns = without_system(messages)
     texts = [_remove_markers(turn["content"]) for turn in turns]
     if system:
@@ -38,7 +42,10 @@ def _remove_markers(text: str) -> str:
 def encode_plain(
     messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None, _variables: Variables
 ) -> list[int]:
-    """Return the ids of a dialogue in plain text, for models that were not trained on a chat format."""
+    """Return the token ids of a conversation as lines that begin with ``User:`` or ``Assistant:``.
+
+    The format is for models that were not trained on a chat format.
+    """
     names = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
     text = ""
     for turn in messages:

@@ -1,8 +1,8 @@
 """Reader of the vocabulary and the chat template in a GGUF file.
 
-There are two kinds of vocabularies: ``llama``, which is SentencePiece BPE with a score for each piece, and ``gpt2``,
-which is byte-level BPE with merges. How a text is split before merges is named in the file; an unknown name is
-refused, because its ids would be wrong.
+There are two kinds of vocabularies. ``llama`` is SentencePiece BPE with a score for each piece (the text of a token).
+``gpt2`` is byte-level BPE with a list of merges. It first splits a text into words by rules that the file names. A file
+with an unknown name is refused, because its token ids would be wrong.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from moesaic.text._vocabulary import MAX_IDS, Vocabulary, byte_alphabet, tokeniz
 UNUSED = 5
 _CONTROL_NAME = re.compile(r"<\|[^|<>]{1,80}\|>")
 MAX_SQUARES = 1 << 28
-"""Limit for the sum of the squared lengths of all pieces, which finding the merges takes; Llama 3 has 2^23."""
+"""Limit for the sum of the squared lengths of all pieces. The time to find the merges grows with this sum; Llama 3's is
+2^23."""
 KINDS = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
 LLAMA, GPT2 = "llama", "gpt2"
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a text is split before merges: by each of the patterns in turn, matches and the text between them apart.
+    """Rules that split a text into words before byte-level BPE merges the bytes of each word.
 
-    With ``whole_words``, a word that is a piece becomes that piece without merges; ``bos`` is the default of
-    ``add_bos_token``.
+    The first pattern splits the text, and each further pattern splits the results. A match becomes one word, and so
+    does the text between two matches. With ``whole_words``, a word that is in the vocabulary becomes that token without
+    merges. ``bos`` says whether a beginning-of-text token is added if the file has no ``add_bos_token``.
     """
 
     patterns: tuple[str, ...]
@@ -58,9 +60,10 @@ SPLITS: Mapping[str, Split] = {
         )
     ),
 }
-"""The splits by the value of ``tokenizer.ggml.pre``, as llama.cpp names them."""
+"""The rules by the value of ``tokenizer.ggml.pre`` in the file; llama.cpp has defined these names."""
 LLAMA3_MARK = b"<|begin_of_text|>"
-"""A piece of Llama 3. Its first files do not name their split, and the default would give other ids."""
+"""A token that identifies Llama 3. Its first GGUF files do not name their rules, and the default rules give other ids.
+"""
 
 
 def read(path: Path) -> Vocabulary:
@@ -68,7 +71,7 @@ def read(path: Path) -> Vocabulary:
 
     Raises:
         CheckpointError: the file is damaged.
-        TokenizerError: the vocabulary is missing, of an unknown kind, or cannot be encoded exactly.
+        TokenizerError: the vocabulary is missing, is of an unknown kind, or cannot be reproduced exactly.
     """
     with GgufFile(path) as file:
         pieces = _pieces(file)
@@ -93,7 +96,10 @@ def chat_template(path: Path) -> str | None:
 
 
 def _pieces(file: GgufFile) -> list[Piece]:
-    """Return the pieces of the file by id; without scores and kinds, all are normal and equally likely."""
+    """Return the entries of the vocabulary in the order of their ids.
+
+    If the file has no scores, all scores are 0. If it has no types, all entries are normal tokens.
+    """
     texts = file.texts("tokenizer.ggml.tokens", MAX_IDS)
     if not texts:
         raise TokenizerError(file.path, "has no vocabulary: fetch another file of this model")
@@ -116,15 +122,16 @@ def _pieces(file: GgufFile) -> list[Piece]:
 
 
 def _kind(text: str, kind: int) -> int:
-    """Return the kind of a piece; many files list control tokens such as <|im_end|> among the added texts.
+    """Return the type of the token ``text``, which is ``kind`` in the file.
 
-    As an added text, a control token in a user's message would end the turn.
+    A user-defined token with a name such as <|im_end|> counts as a control token. Many files list control tokens as
+    user-defined text. A user's message with that text would then end the turn.
     """
     return CONTROL if kind == USER_DEFINED and _CONTROL_NAME.fullmatch(text) else kind
 
 
 def _special(file: GgufFile, pieces: Sequence[Piece], name: str) -> str | None:
-    """Return the piece that the file names as ``name``, such as "bos", or None if it names none."""
+    """Return the text of the token that the file names as ``name`` ("bos" or "eos"); None if it names none."""
     token_id = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
     if token_id is None:
         return None
@@ -194,7 +201,7 @@ def _split(file: GgufFile, pieces: Sequence[Piece]) -> Split:
 
 
 def _bytes(pieces: Sequence[Piece]) -> list[bytes]:
-    """Return the bytes of each piece; a piece that is special or added is its own text."""
+    """Return the bytes of each token in the order of ids; for a special or added token, its text in UTF-8."""
     alphabet = byte_alphabet()
     table, characters = {ord(char): byte for byte, char in enumerate(alphabet)}, set(alphabet)
     out = []
@@ -223,7 +230,11 @@ def _core(file: GgufFile, pieces: Sequence[Piece], ids: dict[str, int], split: S
 
 
 def _merges(file: GgufFile, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return the merges, of which each is two pieces with a space between them; pieces may begin with a space."""
+    """Return the BPE merges as pairs of pieces.
+
+    In the file, a merge is one text: two pieces with a space between them. The first piece may itself begin with a
+    space.
+    """
     merges = []
     for line in file.texts("tokenizer.ggml.merges", MAX_IDS):
         text = line.decode("utf-8", "replace")

@@ -1,8 +1,8 @@
 """Chat formats of Llama 3, and of Llama 3.1 to 3.3, which support tools.
 
-The formats follow Meta's model cards and the chat templates in the checkpoints. The date in the system header is
-``date_string`` of the request, or the date of the request. The module ``chat_choice`` decides which format a checkpoint
-uses.
+The formats follow Meta's model cards and the chat templates in the checkpoints. The system turn of Llama 3.1 states a
+date: ``date_string`` from the request's ``chat_template_kwargs``, or else the current date. The module ``chat_choice``
+decides which format a checkpoint uses.
 """
 
 from __future__ import annotations
@@ -26,16 +26,20 @@ TOOL_PROMPT = (
 def encode_llama3(
     messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None, _variables: Variables
 ) -> list[int]:
-    """Return the token ids of a Llama 3 conversation; the assistant's last turn is left open."""
+    """Return the token ids of a Llama 3 conversation, up to where the model continues.
+
+    If the last message is the assistant's, the ids end with its text. Otherwise they end with the header of a new
+    assistant turn.
+    """
     return _encode_turns([_role_and_text(message) for message in messages], tokenizer)
 
 
 def encode_llama31(
     messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, variables: Variables
 ) -> list[int]:
-    """Return the token ids of a Llama 3.1 conversation; the assistant's last turn is left open.
+    """Return the token ids of a Llama 3.1 conversation, which end like those of ``encode_llama3``.
 
-    The system turn begins with the header that Llama 3.1 expects. The tools are listed in the first user turn.
+    The system turn begins with the dates that Llama 3.1 expects. The tools are listed in the first user turn.
 
     Raises:
         InvalidParameter: ``date_string`` is not a text.

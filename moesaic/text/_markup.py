@@ -1,8 +1,8 @@
 """Chat formats that put fixed texts around the turns: ChatML, Zephyr, Vicuna, Alpaca and OpenChat.
 
 A name of a special token in these texts becomes that token if the tokenizer has it, and stays text otherwise, as in the
-chat templates of the checkpoints. The text of a message never becomes a special token. The module ``chat_choice``
-takes the beginning of the text and the default system prompt from a checkpoint's own template.
+chat templates of the checkpoints. The text of a message never becomes a special token. If a checkpoint has a template,
+``chat_choice`` takes two things from it: the default system prompt, and whether a beginning-of-text token is written.
 """
 
 from __future__ import annotations
@@ -17,30 +17,34 @@ from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tools import Tools
 
 EOS = "{eos}"
-"""Stands for the name of the tokenizer's end-of-text token in a markup."""
+"""Placeholder in a fixed text for the name of the tokenizer's end-of-text token."""
 
 Around = tuple[str, str]
-"""The texts in front of a message and behind it."""
+"""The fixed texts before and after a message."""
 
 
 @dataclass(frozen=True)
 class Markup:
-    """The texts around the turns of a conversation."""
+    """The fixed texts before and after the messages of each role in one chat format."""
 
     system: Around
     user: Around
     assistant: Around
     answer: str
-    """The text that asks for an answer: the first text of ``assistant``, for some formats without its last space."""
+    """The text after the last message of the user; the model writes its answer behind it. It is the text before an
+    assistant's message, in some formats without its last space."""
     default_system: str = ""
-    """System prompt of a conversation that has none; empty: no system turn."""
+    """System prompt for a conversation that has none. If this is empty, such a conversation gets no system turn."""
     bos: bool = True
-    """Whether the text begins with the beginning-of-text token, if the tokenizer has one."""
+    """Whether the prompt begins with the beginning-of-text token, if the tokenizer has one."""
 
     def encode(
         self, messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None, _variables: Variables
     ) -> list[int]:
-        """Return the ids of a conversation; the assistant's last turn is left open."""
+        """Return the token ids of a conversation.
+
+        If the last message is the assistant's, nothing follows its text, so that the model continues it.
+        """
         guard = Guard(tokenizer)
         # The guard at each border keeps a message from completing a name that the markup begins, and the reverse.
         text = guard.text.join(self._parts(messages, tokenizer, guard))

@@ -1,7 +1,7 @@
 """Mistral's chat formats.
 
-The formats follow mistral-common for each version: which texts form one block, the order of the keys in a tool
-call, and where the tools are listed. The module ``chat_choice`` decides which version a checkpoint uses.
+The formats follow mistral-common for each tokenizer version: which texts are encoded together, the order of the keys in
+a tool call, and where the tools are listed. The module ``chat_choice`` decides which version a checkpoint uses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ DELIMITERS = {"user": ("[INST]", "[/INST]"), "system": ("[SYSTEM_PROMPT]", "[/SY
 
 
 def encode_v1(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | None, _variables: Variables) -> list[int]:
-    """Return ids with ``[INST]`` as plain text and the system text in the first user turn."""
+    """Return the token ids of a conversation in version 1 of Mistral's format.
+
+    ``[INST]`` is plain text, and the system prompt is in the first user turn. If the last message is the assistant's,
+    no end-of-text token follows it, so that the model continues it.
+    """
     system, turns = without_system(messages)
     ids = bos(tokenizer)
     for index, turn in enumerate(prepend_system(turns, 0, system)):
@@ -34,9 +38,9 @@ def encode_v1(messages: list[Message], tokenizer: Tokenizer, _tools: Tools | Non
 
 
 def encoder(version: int) -> Callable[[list[Message], Tokenizer, Tools | None, Variables], list[int]]:
-    """Return the encoder of one of the versions with control tokens, 2 and later.
+    """Return the function that encodes conversations in ``version`` 2 or later, which have control tokens.
 
-    Up to version 3 the system text is in the last user turn.
+    In versions 2 and 3, the system prompt is in the last user turn.
     """
 
     def build(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, _variables: Variables) -> list[int]:
@@ -50,7 +54,10 @@ def encoder(version: int) -> Callable[[list[Message], Tokenizer, Tools | None, V
 
 
 def _encode(messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, version: int) -> list[int]:
-    """Return the token ids of a conversation; if the last turn is the assistant's, it is left open."""
+    """Return the token ids of a conversation in one version.
+
+    If the last message is the assistant's, no end-of-text token follows it, so that the model continues it.
+    """
     writer = _Writer(tokenizer, version)
     users = [index for index, turn in enumerate(messages) if turn["role"] == "user"]
     last = users[-1] if users else -1
@@ -87,7 +94,7 @@ def _sort_results(messages: list[Message]) -> list[Message]:
 
 
 class _Writer:
-    """Encodes the parts of a conversation as one version of the format writes them."""
+    """Encodes messages, tool calls, tool results and the list of tools in one version of the format."""
 
     def __init__(self, tokenizer: Tokenizer, version: int) -> None:
         self._tokenizer, self._control, self._version = tokenizer, tokenizer.control, version
@@ -137,14 +144,18 @@ class _Writer:
 
 
 def short_id(call_id: str) -> str:
-    """Return a call id in Mistral's form, nine letters and digits; equal ids give equal results."""
+    """Return a call id with nine letters and digits, as Mistral's formats require.
+
+    An id that has this form already stays as it is. Otherwise the result is the beginning of its hash, so equal ids
+    give equal results.
+    """
     if re.fullmatch(r"[a-zA-Z0-9]{9}", call_id):
         return call_id
     return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
 
 
 def _json_or_text(text: str) -> Any:
-    """Return the value of a JSON text, or the text itself if it is not JSON."""
+    """Return the value of ``text`` if it is JSON, otherwise ``text`` itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""Child process that renders one chat template for one or several conversations; ``template`` starts it.
+"""Child process that renders one chat template for one or several conversations.
 
-The program sets Jinja's sandbox, the names that Hugging Face's templates expect, and its own resource limits. It
-imports nothing from Moesaic. It reads one JSON object from standard input and writes a list, with one object for each
-conversation, to standard output.
+The module ``template`` starts it. The program sets up Jinja's sandbox, the names that Hugging Face's templates expect,
+and its own resource limits. It imports nothing from Moesaic. It reads one JSON object from standard input. It writes a
+JSON list with one object for each conversation to standard output.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ CPU_SECONDS = 2
 
 
 class Refused(Exception):
-    """The template called ``raise_exception``."""
+    """The template called ``raise_exception`` to reject the conversation."""
 
 
 class TooLong(Exception):
-    """The output is longer than the job allows."""
+    """The rendered text is longer than the parent process allows."""
 
 
 def main() -> None:
-    """Read the job, set the resource limits, and render the template."""
+    """Read the request from standard input, set the resource limits, render the template, and write the results."""
     job = json.load(sys.stdin)
     import jinja2  # imported before the limits are set, because the import needs more than rendering does
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _attempt(jinja2: Any, call: Callable[[], str | None]) -> dict[str, Any]:
-    """Return the text of a call, or the kind and the message of its error."""
+    """Return {"text": the result of ``call``}, or {"kind", "error"} with the kind and the message of its error."""
     try:
         return {"text": call()}
     except Refused as error:
@@ -78,7 +78,7 @@ def _render(compiled: list[Any], values: dict[str, Any], limit: int) -> str:
 def _environment(now: datetime.datetime) -> Any:
     """Return Jinja's immutable sandbox with the filters and functions that Hugging Face's templates use.
 
-    ``now`` is the time that a template may state.
+    ``now`` is the time that the template's function ``strftime_now`` formats.
     """
     from jinja2 import nodes
     from jinja2.ext import Extension

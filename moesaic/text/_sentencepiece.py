@@ -1,8 +1,8 @@
-"""Reader of SentencePiece BPE files (``tokenizer.model``) of Llama 2, Mistral and Mixtral v1, v2, v3 and v7.
+"""Reader of SentencePiece BPE files (``tokenizer.model``) of Llama 2 and of Mistral's versions v1, v2, v3 and v7.
 
-The reader uses the fields of the ModelProto message that change the result, by their numbers in the published
-sentencepiece_model.proto. It rejects every model that it could not encode exactly: unigram models, character maps,
-and whitespace as a suffix. It does not depend on chat formats.
+The reader uses only the fields of the ModelProto message that change the result. It finds them by their numbers in the
+published sentencepiece_model.proto. It refuses every model that it could not encode exactly: unigram models, character
+maps, and whitespace at the end of words. It does not depend on chat formats.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from moesaic.text._vocabulary import BYTE_PIECES, MAX_IDS, SPACE, Vocabulary, me
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 BPE = 2
 UNKNOWN_SURFACE = " \u2047 "
-"""The text of the unknown piece where a file names no other."""
+"""The text that the unknown token is decoded to if the file states no other."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 Field = int | bytes
 
 
 class Piece(NamedTuple):
-    """One entry of the vocabulary, as the file stores it."""
+    """One token of the vocabulary, as the file stores it. ``kind`` is its type, such as NORMAL or BYTE."""
 
     text: str
     score: float
@@ -57,7 +57,10 @@ def read(path: Path, data: bytes) -> Vocabulary:
 
 
 def problem_of(pieces: Sequence[Piece], fallback: bool) -> str | None:
-    """Return why pieces cannot be encoded exactly, or None; ``fallback``: unknown characters become bytes."""
+    """Return why text cannot be encoded exactly with these tokens, or None if it can.
+
+    ``fallback`` says whether a character without a token is encoded as its bytes.
+    """
     texts = {piece.text for piece in pieces}
     problems = {
         "has no pieces": not pieces,
@@ -99,15 +102,15 @@ def vocabulary(
     add_prefix: bool,
     unknown_surface: str = UNKNOWN_SURFACE,
 ) -> Vocabulary:
-    """Return the vocabulary of checked pieces.
+    """Return a vocabulary of tokens that ``problem_of`` accepts.
 
     Args:
-        pieces: the pieces by id; those of another kind than the ones in this module are never used.
-        bos: the control piece that begins a text, if there is one.
-        eos: the control piece that ends a text, if there is one.
-        fallback: whether characters without a piece become bytes.
+        pieces: the tokens in the order of ids; those whose type has no name in this module are never used.
+        bos: the name of the control token that begins a text; None if there is none.
+        eos: the name of the control token that ends a text; None if there is none.
+        fallback: whether a character without a token is encoded as its bytes.
         add_prefix: whether a space is added in front of a text.
-        unknown_surface: the text of the unknown piece.
+        unknown_surface: the text that the unknown token is decoded to.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import BPE as BPEModel

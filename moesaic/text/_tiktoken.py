@@ -1,7 +1,7 @@
 """Reader of ranked byte vocabularies (tiktoken): Llama 3's ``tokenizer.model`` and Mistral's ``tekken.json``.
 
-The first file has base64 lines, the second is JSON; both have special tokens. The result is a byte-level BPE
-tokenizer that merges the lowest rank first. SentencePiece files have another reader.
+Llama 3's file has lines of base64 and rank, Mistral's file is JSON. The result is a byte-level BPE tokenizer that
+merges the pair with the lowest rank first. SentencePiece files have another reader (``_sentencepiece``).
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ TEKKEN_NAMED = (
 
 
 def is_ranks(data: bytes) -> bool:
-    """Return whether ``data`` begins with a base64 line; SentencePiece files begin with a protobuf field."""
+    """Return whether ``data`` begins with a line of base64 and rank; SentencePiece files begin otherwise."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data) is not None
 
 
 def read_ranks(path: Path, data: bytes) -> Vocabulary:
-    """Return the vocabulary of Llama 3's ``tokenizer.model``: lines of base64 and rank.
+    """Return the vocabulary of Llama 3's ``tokenizer.model``; each line has a token's bytes in base64 and its rank.
 
-    The number of ranks must be Llama 3's. The ids of the special tokens depend on it, so a file that was cut
-    between two lines would shift them.
+    The number of ranks must be Llama 3's. The ids of the special tokens follow the ranks, so they would be wrong if
+    lines at the end of the file were missing.
 
     Raises:
         TokenizerError: a line is malformed, the ranks have gaps, or the number of ranks is wrong.
@@ -81,7 +81,7 @@ def read_tekken(path: Path, data: bytes) -> Vocabulary:
     """Return the vocabulary of a ``tekken.json``.
 
     Raises:
-        TokenizerError: the file is not a tekken file, has an unknown split pattern, or its ranks have gaps.
+        TokenizerError: the file is not a tekken file, its split pattern is not known, or its ranks have gaps.
     """
     try:
         tree = json.loads(data)
@@ -137,7 +137,7 @@ def _vocabulary(
     eos: str,
     version: str | None,
 ) -> Vocabulary:
-    """Return the vocabulary in which the piece of rank r has the id r + ``offset``."""
+    """Return a vocabulary from the tokens' bytes by rank; the token of rank r gets the id r + ``offset``."""
     unique = set(pieces)
     if len(unique) != len(pieces) or b"" in unique:
         raise TokenizerError(path, "has an empty or a duplicate piece: the file is damaged; download it again")
@@ -155,7 +155,10 @@ def _vocabulary(
 
 
 def byte_level(pieces: list[bytes], offset: int, pattern: str) -> Any:
-    """Return a ``tokenizers.Tokenizer`` that merges bytes by rank within the matches of ``pattern``."""
+    """Return a ``tokenizers.Tokenizer`` that merges bytes by rank within the matches of ``pattern``.
+
+    ``pieces`` are the tokens' bytes by rank. The token of rank r gets the id r + ``offset``.
+    """
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split

@@ -1,7 +1,8 @@
-"""Reader of ``tokenizer.json``, the file of the ``tokenizers`` library, and of the two small files next to it.
+"""Reader of ``tokenizer.json``, the file of the ``tokenizers`` library.
 
-Only BPE models and the normalizers and pre-tokenizers listed here are accepted. A regular expression must equal one
-of the published patterns, because the library's engine backtracks and a crafted pattern can hang it.
+The files ``special_tokens_map.json`` and ``tokenizer_config.json`` next to it name the tokens that begin and end a
+text. Only BPE models and the normalizers and pre-tokenizers listed here are accepted. A regular expression must equal
+one of the published patterns, because the library's engine backtracks and a crafted pattern can hang it.
 Post-processors, truncation and padding are ignored: encoding returns the ids of the text and nothing else.
 """
 
@@ -50,7 +51,7 @@ def read(path: Path, data: bytes) -> Vocabulary:
 
 
 def _check(path: Path, tree: Node) -> None:
-    """Raise TokenizerError for every component that may be unsafe or cannot be decoded exactly."""
+    """Raise TokenizerError if the model, normalizer or pre-tokenizer has a component that is not accepted."""
     if tree["model"].get("type", "BPE") != "BPE":
         raise TokenizerError(path, f"a {tree['model']['type']!r} model is not supported; only BPE is")
     for kind, allowed in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS)):
@@ -97,9 +98,10 @@ def _vocabulary(path: Path, tree: Node) -> Vocabulary:
 
 
 def _check_decoders(path: Path, decoders: list[Node]) -> bool:
-    """Return whether the pieces are byte-level; otherwise they are text with U+2581 for a space.
+    """Return whether the tokens are byte-level.
 
-    The decoders are only checked: Moesaic decodes by itself.
+    If not, they are text with U+2581 for a space. Other decoders raise TokenizerError. The decoders are only checked,
+    because Moesaic decodes by itself.
     """
     kinds = {node["type"] for node in decoders}
     if kinds == {"ByteLevel"}:
@@ -151,7 +153,7 @@ def _core(path: Path, tree: Node) -> Any:
 
 
 def _without_prefix(tree: Node) -> Node:
-    """Return a copy of the tree that does not add a space in front of a text."""
+    """Return a copy of tokenizer.json's content that does not add a space in front of a text."""
     prefixless = copy.copy(tree)
     normalizer, pre_tokenizer = copy.deepcopy((tree.get("normalizer"), tree.get("pre_tokenizer")))
     if normalizer and normalizer["type"] == "Prepend":
@@ -168,7 +170,10 @@ def _without_prefix(tree: Node) -> Node:
 
 
 def _bos_and_eos(path: Path, control: dict[str, int]) -> tuple[int | None, int | None]:
-    """Return the ids of the tokens that begin and end a text, from the files next to ``path``."""
+    """Return the ids of the tokens that begin and end a text; None for a token that the vocabulary lacks.
+
+    The files next to ``path`` name these tokens; otherwise the usual names are tried.
+    """
     settings: Node = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = path.parent / name
@@ -193,5 +198,5 @@ def _object(path: Path) -> Node:
 
 
 def _content(token: Any) -> str:
-    """Return the text of a special token, which is stored as a string or as an object."""
+    """Return the text of a special token, which the JSON file stores as a string or as an object with ``content``."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")

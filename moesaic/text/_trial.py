@@ -1,8 +1,8 @@
-"""Child process that compiles one grammar under resource limits; ``compiler`` starts it.
+"""Child process that compiles one grammar under resource limits; the module ``compiler`` starts it.
 
-A few lines of JSON schema can keep the compiler busy for hours or exhaust the memory. A thread cannot be stopped,
-but a process can. The program imports nothing from Moesaic. It reads one JSON object from standard input and
-writes one to standard output.
+A few lines of JSON schema can keep the compiler busy for hours or exhaust the memory. A thread cannot be stopped, but a
+process can. The program imports nothing from Moesaic. It reads one JSON object from standard input and writes one to
+standard output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CPU_SECONDS = 1
 
 
 def main() -> None:
-    """Read the job, set the resource limits, and compile the grammar."""
+    """Read the request from standard input, set the resource limits, compile the grammar, and write its error."""
     job = json.load(sys.stdin)
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -50,7 +50,10 @@ def main() -> None:
 
 
 def _where(schema: Any, error: str, schema_error: Callable[[Any], str]) -> str:
-    """Return the JSON pointer of the smallest part of ``schema`` that causes the same error on its own."""
+    """Return the JSON pointer of the smallest subschema of ``schema`` that causes ``error`` on its own.
+
+    ``schema_error`` compiles a schema and returns its error, or an empty text.
+    """
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     path, part = "#", schema
     while True:
@@ -63,7 +66,7 @@ def _where(schema: Any, error: str, schema_error: Callable[[Any], str]) -> str:
 
 
 def _children(schema: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (step of the JSON pointer, subschema) for each direct subschema."""
+    """Yield (last part of the JSON pointer, subschema) for each direct subschema."""
     for key in ("properties", "patternProperties", "$defs", "definitions"):
         if isinstance(schema.get(key), dict):
             yield from ((f"/{key}/{name}", child) for name, child in schema[key].items() if isinstance(child, dict))

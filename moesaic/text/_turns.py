@@ -1,4 +1,8 @@
-"""Helpers that chat formats share: turns without a system role, tools in words, and the tokens around a text."""
+"""Helpers that several chat formats use.
+
+They move a system prompt into another message, write tools and calls as plain text, and return the tokens that begin
+and end a text.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +25,29 @@ TOOL_PROMPT = (
 
 @dataclass(frozen=True)
 class Variables:
-    """Values beside the conversation that a prompt may depend on."""
+    """Values that a prompt may depend on, in addition to messages and tools."""
 
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """The request's ``chat_template_kwargs``."""
     now: datetime = field(default_factory=datetime.now)
-    """The local time that a prompt may state."""
+    """The local time, which the prompt may contain."""
 
 
 def bos(tokenizer: Tokenizer) -> list[int]:
-    """Return the beginning-of-text token in a list, which is empty if there is none."""
+    """Return a list with the id of the beginning-of-text token; it is empty if the tokenizer has none."""
     return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
 def eos(tokenizer: Tokenizer) -> list[int]:
-    """Return the first end-of-text token in a list, which is empty if there is none."""
+    """Return a list with the lowest id of the end-of-text tokens; it is empty if the tokenizer has none."""
     return sorted(tokenizer.eos_ids)[:1]
 
 
 def without_system(messages: list[Message]) -> tuple[str, list[Message]]:
-    """Return the joined system texts, and turns that begin with the user's; for formats without a system role."""
+    """Return the texts of the system messages, joined, and the other messages; for formats without a system role.
+
+    If the others do not begin with a user message, an empty user message is added in front.
+    """
     system = JOIN.join(turn["content"] for turn in messages if turn["role"] == "system")
     turns = [turn for turn in messages if turn["role"] != "system"]
     if not turns or turns[0]["role"] != "user":
@@ -49,7 +56,7 @@ def without_system(messages: list[Message]) -> tuple[str, list[Message]]:
 
 
 def prepend_system(turns: Sequence[Message], index: int, system: str) -> list[Message]:
-    """Return the turns with the system text in front of the turn at ``index``."""
+    """Return the messages ``turns``, with the text ``system`` put in front of the text of the one at ``index``."""
     if not system:
         return list(turns)
     turn = turns[index]
@@ -57,7 +64,10 @@ def prepend_system(turns: Sequence[Message], index: int, system: str) -> list[Me
 
 
 def as_plain_text(turns: list[Message], tools: Tools | None) -> list[Message]:
-    """Return the conversation with calls and results as text, and the tools in the system prompt."""
+    """Return the conversation with tool calls and results written as text, and the tools described in a system message.
+
+    If ``tools`` is None, no tools are described.
+    """
     out: list[Message] = []
     for turn in turns:
         if turn["role"] == "tool":

@@ -1,7 +1,7 @@
 """Vocabulary that the readers of tokenizer files return, and helpers that the readers share.
 
-There are two families: byte-level BPE, whose pieces are byte strings, and SentencePiece BPE, whose pieces are text
-with U+2581 for a space and which falls back to single bytes. This module does not depend on any file layout.
+There are two families. In byte-level BPE, tokens are byte strings. In SentencePiece BPE, tokens are text with U+2581
+for a space, and a character without a token becomes single bytes. This module does not depend on any file layout.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ codecs.register_error("moesaic.replace_each_byte", _replace_each_byte)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Contents of a tokenizer file: all that is needed to encode and decode exactly."""
+    """Contents of a tokenizer file: all that is needed to encode and decode exactly as the original tokenizer."""
 
     core: Any
     """The ``tokenizers.Tokenizer`` that turns text without special tokens into ids."""
     pieces: Sequence[bytes | None]
-    """Bytes of each token by id; for a control token its name; None for an unused id."""
+    """Bytes of each token by id; for a control token, the bytes of its name; None for an id that no token has."""
     control: Mapping[str, int]
     """Ids of the control tokens by name."""
     bos_id: int | None
@@ -52,21 +52,21 @@ class Vocabulary:
     prefix_only_first: bool = False
     """Whether the leading space is added only at the beginning of a text, and not after a special token."""
     strip_prefix: bool = False
-    """Whether decoding removes the leading space."""
+    """Whether decoding removes the space at the beginning of a text."""
     keeps_space: frozenset[int] = frozenset()
-    """Ids whose leading space is never removed."""
+    """Ids of tokens whose leading space decoding keeps even at the beginning of a text."""
     user_defined: Mapping[str, int] = field(default_factory=dict)
-    """Pieces that are matched in the text before any merge."""
+    """Ids, by text, of the tokens that are found in a text before any merge."""
     added_ids: frozenset[int] = frozenset()
-    """Ids of tokens that were added to the vocabulary later, besides the control tokens."""
+    """Ids of the tokens that were added after the vocabulary was trained. Control tokens may be missing."""
     byte_errors: str = "replace"
-    """Name of the codec error handler for bytes that are not valid UTF-8."""
+    """Name of the codec error handler with which bytes that are not valid UTF-8 are decoded."""
     version: str | None = None
     """Version of the tokenizer as the file states it, for example "v3"; None if it states none."""
 
 
 def byte_alphabet() -> list[str]:
-    """Return the printable character that stands for each byte in byte-level BPE (GPT-2's table)."""
+    """Return, for each byte in order, the printable character that stands for it in byte-level BPE (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in table]
@@ -75,10 +75,10 @@ def byte_alphabet() -> list[str]:
 
 
 def merges(ranked: Iterable[str], vocabulary: Container[str]) -> list[tuple[str, str]]:
-    """Return the BPE merges of a vocabulary that ranks its pieces but lists no merges.
+    """Return the BPE merges of a vocabulary whose file ranks the tokens but lists no merges.
 
-    Such a file does not say from which two parts a piece is merged. Every split into two pieces of the vocabulary
-    is therefore a merge.
+    ``ranked`` has the tokens' texts, the one to merge first at the beginning. The file does not say from which two
+    parts a token is merged. Every split into two tokens of the ``vocabulary`` is therefore a merge.
     """
     return [
         (piece[:cut], piece[cut:])
@@ -108,7 +108,10 @@ def read_bounded(path: Path) -> bytes:
 
 @contextmanager
 def tokenizer_errors(path: Path) -> Iterator[None]:
-    """Convert every error of the ``tokenizers`` library, including Rust panics, into a TokenizerError."""
+    """Return a context that turns errors of the ``tokenizers`` library, also Rust panics, into TokenizerError.
+
+    ``path`` is the tokenizer file that the error names.
+    """
     try:
         yield
     except TokenizerError:

@@ -1,8 +1,8 @@
-"""Words that an answer must not have.
+"""Words that an answer must not contain.
 
-A word is found where a run of whole tokens reads as the word, or as the word with a space in front, however it is split
-into tokens. A token that has the word inside, such as "category" for "cat", is allowed. The meaning follows vLLM's
-``bad_words``, which forbids one way to split the word.
+A word is found where whole tokens, one after another, spell the word, or the word with a space in front. It does not
+matter how it is split into tokens. A token that contains the word, such as "category" for "cat", is allowed. vLLM's
+``bad_words`` has the same meaning, but forbids only one way to split the word.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ _INDEXES: WeakKeyDictionary[Tokenizer, dict[bytes, tuple[int, ...]]] = WeakKeyDi
 
 
 class BadWords:
-    """The token ids that would complete a word, for any beginning of an answer.
+    """Function from the tokens generated so far to the token ids that would complete a forbidden word.
 
-    It depends on the generated tokens only, so an answer that is continued elsewhere has the same words.
+    It keeps no state between calls, so it also works for an answer that another server continues.
     """
 
     def __init__(self, tokenizer: Tokenizer, words: Sequence[str], rows: int) -> None:
-        """Prepare for an answer of a model with this number of rows without these words."""
+        """Create the function.
+
+        Args:
+            tokenizer: the tokenizer of the model.
+            words: the forbidden words.
+            rows: number of token ids that the model has logits for; higher ids are never returned.
+        """
         self._tokenizer = tokenizer
         self._completing: dict[bytes, set[int]] = {}  # beginning of a word -> ids that complete it
         forms = {form for word in words for form in _forms(word)}
@@ -34,7 +40,7 @@ class BadWords:
                     self._completing.setdefault(form[:split], set()).update(ids)
 
     def __call__(self, generated: Sequence[int]) -> Collection[int]:
-        """Return the token ids that must not follow the generated tokens."""
+        """Return the token ids that must not follow ``generated``, because they would complete a forbidden word."""
         banned = set(self._completing.get(b"", ()))
         end = b""
         for token_id in reversed(generated):
@@ -47,7 +53,7 @@ class BadWords:
 
 
 def _ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, tuple[int, ...]]:
-    """Return the ids of the tokens that have these bytes, without special tokens. They are found once."""
+    """Return the ids of all tokens by their bytes, without special tokens; the result is cached by tokenizer."""
     if tokenizer not in _INDEXES:
         found: dict[bytes, tuple[int, ...]] = {}
         for token_id in range(tokenizer.vocab_size):
@@ -59,7 +65,7 @@ def _ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, tuple[int, ...]]:
 
 
 def _forms(word: str) -> set[bytes]:
-    """Return the bytes of a word without and with a space in front; of spaces alone, only themselves."""
+    """Return the UTF-8 bytes of ``word`` without and with a space in front; a word of only spaces stays as it is."""
     text = word.encode("utf-8", "replace")
     bare = text.lstrip(b" ")
     return {bare, b" " + bare} if bare else {text}

@@ -1,7 +1,7 @@
 """Incremental reader of one tool call that a model writes as a JSON object.
 
 The object has the name and the arguments of the call, or the arguments only. The reader decides as early as possible
-whether the object is a call, and returns the arguments while they come.
+whether the object is a call, and returns the arguments' text while the model writes it.
 """
 
 from __future__ import annotations
@@ -13,41 +13,42 @@ from typing import Any, Literal
 from moesaic.text.lenient_json import LenientJson
 
 CALL_KEYS = ("name", "type", "function", "id", "arguments", "parameters")
-"""Keys with which the object of a call may begin."""
+"""Keys that may come first in an object that is a call."""
 ARGUMENT_KEYS = ('"arguments"', '"parameters"')
 
 MAX_BLANKS = 256
-"""Maximum length of an object before its first key; a longer one, which is all white space, is not a call."""
+"""Maximum number of characters before the first key of an object. More than that is only white space, and the object is
+then not a call."""
 
 
 class NotACallError(Exception):
-    """The object is no call of an allowed tool, or has text behind the arguments that is no part of it."""
+    """The object is not a call of an allowed tool, or a character after the arguments does not belong to it."""
 
 
 class CallReader:
-    """Reader of the object of one call.
+    """Reads, character by character, the JSON object in which a model writes one tool call.
 
     The object is certainly a call as soon as an allowed name is known and the arguments have begun. From then on,
-    ``begun`` is true, also if the arguments turn out not to be JSON: what was returned cannot be taken back, so the
-    rest of such arguments is returned as the model wrote it. Arguments before the name are held back until the name
-    is known, and arguments that are written as a JSON string are held back until their end.
+    ``begun`` is true, even if the arguments turn out not to be JSON. Text that was returned cannot be taken back, so
+    the rest of invalid arguments is returned as the model wrote it. Arguments before the name are held back until the
+    name is known. Arguments that are written as a JSON string are held back until the string ends.
 
-    An object whose arguments are not an object is not a call. Neither is one with a description: that is the
-    definition of a tool, which the model repeats.
+    An object whose arguments are not an object is not a call. Neither is one with a description: that is the definition
+    of a tool, which the model repeats.
     """
 
     def __init__(self, allowed: Collection[str], name: str | None = None) -> None:
-        """Start an object.
+        """Prepare to read one object.
 
         Args:
             allowed: the names of the tools that may be called.
-            name: the name of the tool if the object has only the arguments.
+            name: the name of the tool if the object has only the arguments; None if the object has the name.
         """
         self.begun = False
         self.name = name if name in allowed else None
-        """Name of the tool; None if it is not known."""
+        """Name of the tool; None while it is not known."""
         self.id: Any = None
-        """Value of "id" as the model wrote it."""
+        """Value of "id" as the model wrote it; None while it is not known."""
         self._allowed, self._bare = allowed, name is not None
         self._json, self._length = LenientJson(), 0
         self._first_key = not self._bare  # whether the first key is not complete
@@ -58,18 +59,23 @@ class CallReader:
 
     @property
     def complete(self) -> bool:
-        """Whether the object has ended."""
+        """Whether the end of the object was read."""
         return self._json.complete
 
     def plain_run(self, text: str, start: int) -> int:
-        """Return how many characters from ``start`` on are arguments that need no reading; the caller skips them."""
+        """Return how many characters of ``text`` from ``start`` on are arguments that ``add`` would return unchanged.
+
+        The caller may return these characters itself and skip them.
+        """
         return self._json.plain_run(text, start) if self.begun and self._arguments == "object" else 0
 
     def add(self, char: str) -> str:
-        """Return the new text of the arguments that a character completes; it is strict JSON if the model's text is.
+        """Read the next character of the object; return the new text of the arguments, which may be empty.
+
+        The text is strict JSON if the model writes JSON.
 
         Raises:
-            NotACallError: this is not a call, or the call has ended already; the character is not part of it.
+            NotACallError: the object is not a call, or the call ended before this character.
         """
         reader, self._length = self._json, self._length + 1
         state, depth = reader.state, reader.depth
@@ -88,18 +94,21 @@ class CallReader:
         return self._new_arguments()
 
     def flush(self) -> str:
-        """Return the rest of the arguments; call it at the end of an answer that ends within this call."""
+        """Return the rest of the arguments' text; call it if the answer ends within this object."""
         return self._json.flush() if self.begun and self._arguments == "object" else ""
 
     def _level(self) -> int:
-        """Return the depth of the object that has the name and the arguments; 0 if there is none."""
+        """Return how many brackets are open around the name and the arguments; 0 if there is no name."""
         if self._bare:
             return 0
         reader = self._json
         return 2 if reader.depth > 1 and reader.keys[0] == '"function"' and reader.bracket(2) == "{" else 1
 
     def _tolerate(self, level: int) -> None:
-        """Accept an invalid character in the arguments of a call that has begun."""
+        """Accept an invalid character in the arguments of a call that has begun, or else raise NotACallError.
+
+        ``level`` is the result of ``_level``.
+        """
         if not self.begun or self._arguments != "object":
             raise NotACallError
         if self._json.depth <= level:
@@ -164,10 +173,10 @@ class CallReader:
 
 
 def _object_text(text: str) -> str:
-    """Return the text of an object as strict JSON; models may write an object without members as an empty text.
+    """Return the JSON object in ``text`` as strict JSON; an empty text, as some models write, becomes ``{}``.
 
     Raises:
-        NotACallError: it is not the text of an object.
+        NotACallError: ``text`` is not one JSON object.
     """
     reader, out = LenientJson(), list[str]()
     for char in text.strip() or "{}":

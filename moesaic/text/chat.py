@@ -1,13 +1,13 @@
-"""Built-in chat formats: conversations as token ids.
+"""Built-in chat formats, which encode a conversation as token ids.
 
 This module defines what a chat format is, lists the built-in ones, and truncates conversations to a token budget. The
 text of a message never becomes a control token: control tokens are inserted as ids, and the text between them is
 encoded separately. The module ``chat_choice`` decides which format a checkpoint uses.
 
-Mistral's formats follow mistral-common for each version (``_mistral``). ``llama3`` and ``llama3.1`` follow Meta's
-model cards (``_llama3``). ``aime`` follows the worker interface of AIME's API server, which uses the form of Llama 2.
-ChatML, Zephyr, Vicuna, Alpaca and OpenChat are texts around the turns (``_markup``). For formats without tool support,
-the system prompt describes the tools and asks the model to write calls as JSON.
+Mistral's formats follow mistral-common for each version (``_mistral``). ``llama3`` and ``llama3.1`` follow Meta's model
+cards (``_llama3``). ``aime`` follows the worker interface of the AIME API server, which uses the form of Llama 2.
+ChatML, Zephyr, Vicuna, Alpaca and OpenChat put fixed texts around the messages (``_markup``). For formats without tool
+support, the system prompt describes the tools and asks the model to write calls as JSON.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Encoder = Callable[[list[Message], Tokenizer, Tools | None, Variables], list[int
 class ChatFormat:
     """Chat format: how a conversation is encoded, and which tokens or strings end an answer.
 
-    ``build`` returns the ids up to the start of the answer. If the last message is the assistant's, it returns the
-    ids up to the end of that message, which is left open.
+    ``build`` returns the ids of the prompt up to the start of the answer. If the last message is the assistant's, the
+    ids end with the text of that message, so that the model continues it.
     """
 
     name: str
@@ -50,26 +50,29 @@ class ChatFormat:
     end_tokens: tuple[str, ...] = ()
     """Control tokens that end an answer, in addition to the tokenizer's end-of-text tokens."""
     stop_strings: tuple[str, ...] = ()
-    """Texts that end an answer, for tokenizers without the end token. A name of a control token here is no text."""
+    """Texts that end an answer, for tokenizers that lack the end token. A text that is the name of a control token of
+    the tokenizer is not used."""
     strip_answer: bool = False
-    """Whether white space in front of an answer belongs to the format."""
+    """Whether white space at the beginning of an answer is removed, because it belongs to the format."""
     syntax: Syntax = syntax.PLAIN
-    """Form of the tool calls."""
+    """Form in which the model writes tool calls."""
     native_tools: bool = False
-    """Whether ``build`` writes tools and calls even where ``syntax`` is plain JSON; otherwise they become words."""
+    """Whether ``build`` writes tools and calls itself if ``syntax`` is plain JSON. If not, ``encode`` first writes them
+    into the text of the messages."""
     kwargs: frozenset[str] = frozenset()
-    """Names in ``chat_template_kwargs`` that this format reads."""
+    """Names of the variables in ``chat_template_kwargs`` that this format uses."""
     loose: bool = False
-    """Whether the templates of the checkpoints differ in spaces, and in the place of the system prompt."""
+    """Whether a checkpoint's template counts as equal to this format even if spaces or the position of the system
+    prompt differ."""
     note: str = ""
-    """What a user should know about the choice of this format for a checkpoint, in one line; empty: nothing."""
+    """One line for the user about the choice of this format for a checkpoint; empty if there is nothing to say."""
 
     def supports(self, tokenizer: Tokenizer) -> bool:
         """Return whether the tokenizer has the control tokens that this format requires."""
         return all(token in tokenizer.control for token in self.required_tokens)
 
     def tool_syntax(self, tokenizer: Tokenizer) -> Syntax:
-        """Return the form of tool calls: the format's own if the tokenizer has its control tokens, else plain JSON."""
+        """Return the form of tool calls: ``syntax`` if the tokenizer has its control tokens, otherwise plain JSON."""
         native = all(token in tokenizer.control for token in self.syntax.control_tokens)
         return self.syntax if native else syntax.PLAIN
 
@@ -101,10 +104,11 @@ class ChatFormat:
         Args:
             messages: the conversation.
             tokenizer: the tokenizer of the model.
-            continue_final: whether to continue the last message, which must be the assistant's.
-            tools: the tools that the answer may call.
-            kwargs: the request's ``chat_template_kwargs``; names that the format does not read are told in the log.
-            now: the local time that the prompt may state; None: the current time.
+            continue_final: whether the model continues the last message, which must be the assistant's. The ids then
+                end with its text.
+            tools: the tools that the answer may call; None: no tools.
+            kwargs: the request's ``chat_template_kwargs``; names that the format does not use are logged.
+            now: the local time that the prompt may contain; None: the current time.
 
         Raises:
             InvalidMessages: the messages are invalid (``validate``), or the last role contradicts ``continue_final``.
@@ -129,25 +133,25 @@ class ChatFormat:
         return self.build(turns, tokenizer, tools, variables)
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Return the ids of the tokens that end an answer; a generation config may name more."""
+        """Return the ids of the tokens that end an answer, without those that only generation_config.json names."""
         return tokenizer.eos_ids | {tokenizer.control[token] for token in self.end_tokens if token in tokenizer.control}
 
     def stop_texts(self, tokenizer: Tokenizer) -> tuple[str, ...]:
-        """Return the texts that end an answer."""
+        """Return the texts that end an answer: ``stop_strings`` without names of this tokenizer's control tokens."""
         return tuple(text for text in self.stop_strings if text not in tokenizer.control)
 
 
 def truncate(
     messages: Sequence[Mapping[str, Any]], count: Callable[[list[Message]], int], budget: int
 ) -> tuple[list[Message], int]:
-    """Remove as few of the oldest messages as needed to fit a conversation into ``budget`` tokens.
+    """Remove the oldest messages, as few as possible, so that a conversation fits into ``budget`` tokens.
 
-    A user message is removed together with the answers to it. System messages and everything from the last user
-    message on are kept.
+    A user message is removed together with the answers to it. System messages and everything from the last user message
+    on are kept.
 
     Args:
         messages: the conversation.
-        count: returns the number of tokens of a conversation.
+        count: function that returns the number of tokens of a conversation.
         budget: maximum number of tokens.
 
     Returns:

@@ -1,9 +1,9 @@
 """Choice of the chat format of a checkpoint.
 
 The control tokens of the tokenizer and the text of the chat template give a guess. If the checkpoint has a template,
-the guess is checked: the template is rendered for a few short conversations (``own_template``), and a built-in format
-is used only if it writes the same. If none does, the template itself is used. A choice that a user should know about
-has a note of one line (``ChatFormat.note``).
+the guess is checked. The template is rendered for a few short conversations (``own_template``), and a built-in format
+is used only if it writes the same. If none does, the template itself is used. If a user should know about the choice,
+``ChatFormat.note`` says it in one line.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ DATE_LINE = re.compile(r"Today Date: [^\n]*")
 
 
 def is_file(name: str) -> bool:
-    """Return whether the name of a chat format is the path of a template file."""
+    """Return whether ``name``, which selects a chat format, is the path of a template file."""
     return name.endswith(template.FILE_SUFFIXES)
 
 
 def check_name(name: str) -> None:
-    """Check the name of a chat format before a model is loaded.
+    """Raise an error if ``name`` selects no chat format; the model need not be loaded yet.
 
     Raises:
         NotFound: there is no such format or template file.
@@ -49,14 +49,14 @@ def select(name: str | None, tokenizer: Tokenizer, folder: Path, architecture: s
     """Return the chat format of a checkpoint, and log its note.
 
     Args:
-        name: a built-in format, "template" for the checkpoint's own template, or the path of a template file (its
-            name ends with .jinja, .jinja2 or .j2); None: recognized from the checkpoint.
+        name: a built-in format, "template" for the checkpoint's own template, or the path of a template file (its name
+            ends with .jinja, .jinja2 or .j2); None: recognized from the checkpoint.
         tokenizer: the tokenizer of the checkpoint.
         folder: the folder of the checkpoint.
         architecture: as for ``guess``.
 
     Raises:
-        NotFound: there is no such format or file, or the checkpoint's format is neither built in nor can be run.
+        NotFound: there is no such format or file; or the checkpoint's template is in no known format and cannot be run.
         CheckpointError: the template that was asked for is missing, damaged or malformed.
     """
     if name is None:
@@ -74,10 +74,10 @@ def select(name: str | None, tokenizer: Tokenizer, folder: Path, architecture: s
 
 
 def recognize(tokenizer: Tokenizer, folder: Path, architecture: str | None = None) -> ChatFormat:
-    """Return the format that a checkpoint was trained with; its ``note`` says what a user should know about it.
+    """Return the chat format of a checkpoint; its ``note`` says, for example, that it is only a guess.
 
     Raises:
-        NotFound: the checkpoint's template has a format that is not built in, and it cannot be run.
+        NotFound: no built-in format is known for the checkpoint's template, and the template cannot be run.
     """
     source, why = None, ""
     try:
@@ -104,7 +104,10 @@ def recognize(tokenizer: Tokenizer, folder: Path, architecture: str | None = Non
 
 
 def _matching(examined: Examined, tokenizer: Tokenizer, guessed: ChatFormat | None) -> ChatFormat:
-    """Return the built-in format that equals a template, the guess before others; else the template."""
+    """Return the built-in format that writes the same as the examined template; ``guessed`` is tried first.
+
+    If no format does, return the template itself as a format.
+    """
     for form in _candidates(examined, tokenizer, guessed):
         asked = ("asked", "talked") if form.loose else ("asked", "talked", "instructed")
         if _equal(form, examined, tokenizer, [name for name in asked if name in examined.texts]):
@@ -122,7 +125,10 @@ def _matching(examined: Examined, tokenizer: Tokenizer, guessed: ChatFormat | No
 
 
 def _candidates(examined: Examined, tokenizer: Tokenizer, guessed: ChatFormat | None) -> Iterator[ChatFormat]:
-    """Yield the built-in formats that the tokenizer supports; texts around turns begin as the template does."""
+    """Yield the built-in formats that the tokenizer supports, ``guessed`` first.
+
+    A format of fixed texts gets the beginning-of-text token and the default system prompt from the template.
+    """
     for form in sorted(FORMATS.values(), key=lambda form: form is not guessed):
         if form.supports(tokenizer):
             markup = MARKUPS.get(form.name)
@@ -130,7 +136,7 @@ def _candidates(examined: Examined, tokenizer: Tokenizer, guessed: ChatFormat | 
 
 
 def _fitted(markup: Markup, examined: Examined, tokenizer: Tokenizer) -> Markup:
-    """Return a markup with the beginning-of-text token and the default system prompt of a template."""
+    """Return ``markup`` with the beginning-of-text token and default system prompt that the template writes."""
     asked = examined.texts.get("asked", "")
     bos = template.special_names(tokenizer)["bos"]
     begins = bool(bos) and asked.startswith(bos) and not markup.user[0].startswith(bos)
@@ -142,7 +148,10 @@ def _fitted(markup: Markup, examined: Examined, tokenizer: Tokenizer) -> Markup:
 
 
 def _equal(form: ChatFormat, examined: Examined, tokenizer: Tokenizer, names: Sequence[str]) -> bool:
-    """Return whether the template renders these conversations, at least one, and a format writes the same."""
+    """Return whether ``form`` writes the same as the template in all conversations called ``names``.
+
+    False if there are no names, or if the template could not be rendered for one of them.
+    """
     return bool(names) and all(
         name in examined.texts and _same(form, CONVERSATIONS[name], examined.texts[name], tokenizer) for name in names
     )
@@ -162,7 +171,7 @@ def _same(form: ChatFormat, conversation: list[Message], text: str, tokenizer: T
 
 
 def guess(tokenizer: Tokenizer, *, architecture: str | None = None, template: str | None = None) -> ChatFormat | None:
-    """Return the format that a checkpoint was probably trained with; None if its template has an unknown one.
+    """Return the format that a checkpoint was probably trained with; None if its template is in no known format.
 
     The control tokens of the tokenizer decide. If it has none, the text of the chat template decides; the template is
     not run. If there is no template, ``architecture`` ("MixtralForCausalLM" or "mixtral") decides: Mistral's oldest

@@ -1,11 +1,11 @@
 """Compiler of grammars for a vocabulary, and matchers that follow an answer through its grammar.
 
-The compiler uses llguidance, an optional dependency that is imported on first use. This module does not depend on
-the engine; ``Matcher`` implements its protocol ``engine.request.Constraint``.
+The compiler uses llguidance, an optional dependency that is imported on first use. This module does not depend on the
+engine; ``Matcher`` implements its protocol ``engine.request.Constraint``.
 
-Grammars come from requests, so their cost is limited in four ways: their size (``grammar``), a compilation in a
-child process with resource limits (``_trial``), the first few tokens of an answer in the caller's thread, and a budget
-of processor time for the answer.
+Grammars come from requests, so their cost is limited in four ways. Their size is limited (``grammar``). Each is first
+compiled in a child process with resource limits (``_trial``). A few tokens are generated as a test. Each answer has a
+budget of processor time.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ MAX_PARTS = 16  # parts that are compiled to find the one that causes an error
 WAIT_SECONDS = 10.0
 
 LIMITS: dict[str, Any] = {"max_lexer_states": 20_000, "verbose_errors": False}
-"""Limits of llguidance: a lexer state takes one or two kilobytes; the other limits keep their defaults."""
+"""Options of llguidance. A lexer state takes one or two kilobytes; limits that are not listed keep their defaults."""
 
 BUDGET_SECONDS, BUDGET_SECONDS_PER_TOKEN = 0.5, 0.005
-"""Processor time that an answer may use for masks, since all running answers wait for it. Usual: one percent."""
+"""Processor seconds that an answer may use to compute masks: a fixed part, and a part for each token. All running
+answers wait for this work. A usual answer needs one percent of the budget."""
 
 PROBE_TOKENS = 8
-"""Tokens that are generated to test a grammar; a grammar that is too costly shows it within a few tokens."""
+"""Number of tokens that are generated to test a grammar; a grammar that is too costly shows it within a few tokens."""
 
 
 class Compiler:
     """Thread-safe compiler of grammars for one vocabulary, with a cache of recent grammars.
 
-    The first call builds the tables of the vocabulary, which takes some tenths of a second.
+    The first call of ``compile`` builds the tables of the vocabulary, which takes some tenths of a second.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -58,7 +59,8 @@ class Compiler:
 
         Args:
             tokenizer: the tokenizer of the model.
-            vocab_size: the model's vocabulary size; ids that the tokenizer lacks are never allowed.
+            vocab_size: number of token ids that the model has logits for; ids that the tokenizer lacks are never
+                allowed.
         """
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._tables: _Tables | None = None
@@ -67,7 +69,7 @@ class Compiler:
         self._slots = threading.BoundedSemaphore(MAX_CONCURRENT)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Return the compiled grammar, which creates a matcher for each answer.
+        """Return the compiled grammar; call it once for each answer to get a ``Matcher``.
 
         Raises:
             InvalidParameter: the grammar is malformed, not supported, or too costly; the message says where.
@@ -171,7 +173,7 @@ def compile_in_child(grammar: Grammar) -> None:
 
 
 def _one_line(error: str) -> str:
-    """Return llguidance's error message as one line, with positions in words."""
+    """Return llguidance's error message as one line, with positions in words ("at line 2, character 5")."""
     error = error.replace("<non-verbose/>", "")
     if error.startswith("NoExtension"):
         return "no text matches it"
@@ -183,7 +185,7 @@ def _one_line(error: str) -> str:
 
 
 def _probe(grammar: Grammar, compiled: CompiledGrammar) -> None:
-    """Generate a few tokens, to reject early a grammar that matches nothing or is too costly."""
+    """Generate a few tokens; raise InvalidParameter if the grammar allows nothing or is too costly."""
     matcher = compiled()
     try:
         for step in range(PROBE_TOKENS):
@@ -203,9 +205,9 @@ def _probe(grammar: Grammar, compiled: CompiledGrammar) -> None:
 class _Vocabulary:
     """Adapter from a tokenizer to llguidance's interface: the bytes of each id, and a function that encodes text.
 
-    The end of an answer is one additional token after the model's, because a grammar does not depend on which ids end
-    an answer. With ``first``, the tokens are those at the beginning of a text, where SentencePiece drops a leading
-    space: the token " yes" stands for "yes".
+    One id after the model's last id stands for the end of an answer, because a grammar does not depend on which tokens
+    end an answer. With ``first``, each token has the bytes that it adds at the beginning of a text. SentencePiece drops
+    a leading space there, so the token " yes" stands for "yes".
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int, first: bool) -> None:
@@ -226,7 +228,7 @@ class _Vocabulary:
         return [part for token_id in ids for part in self._spelled(token_id)]
 
     def _spelled(self, token_id: int) -> list[int]:
-        """Return tokens of single bytes for an added token that the model lacks, or else the token itself."""
+        """Return the token itself in a list, or, if the model lacks this added token, tokens for its single bytes."""
         if token_id < self._size:
             return [token_id]
         data = self._tokenizer.bytes(token_id)
@@ -236,9 +238,9 @@ class _Vocabulary:
 class _Tables:
     """Vocabulary tables of llguidance: ``first`` for the first token of a text, ``body`` for all others.
 
-    ``first`` is None if the tokenizer treats the beginning of a text like the rest. ``special`` is a bit mask of the
-    control tokens. ``blank`` is a bit mask of the tokens that show nothing at the beginning of a text: SentencePiece
-    writes a single space there if no piece with a leading space matches.
+    ``first`` is None if a token has the same bytes at the beginning of a text as elsewhere. ``special`` is a bit mask
+    of the control tokens. ``blank`` is a bit mask of the tokens that add nothing to the text if they come first: a
+    single space, which SentencePiece writes there if no token with a leading space matches.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
@@ -270,9 +272,10 @@ def _table(tokenizer: Tokenizer, size: int, *, first: bool) -> LLTokenizer:
 
 
 class CompiledGrammar:
-    """Compiled grammar; call it once per answer to get a ``Matcher``.
+    """Compiled grammar; call it once for each answer to get a ``Matcher``.
 
-    ``begins`` states whether the answer begins a text, which drops a leading space, or continues one.
+    ``begins`` says whether the answer begins a text; SentencePiece then drops a leading space. Otherwise the answer
+    continues a text.
     """
 
     def __init__(self, tables: _Tables, matchers: list[LLMatcher]) -> None:
@@ -284,7 +287,7 @@ class CompiledGrammar:
 
 
 class Matcher:
-    """Position of one answer in its grammar; implements ``engine.request.Constraint``."""
+    """State of one answer in its grammar: which tokens may come next. Implements ``engine.request.Constraint``."""
 
     def __init__(self, tables: _Tables, matchers: list[LLMatcher]) -> None:
         self._tables = tables
@@ -293,17 +296,19 @@ class Matcher:
         self._tokens, self._seconds = 0, 0.0
 
     def mask(self) -> NDArray[np.int32]:
-        """Return a bit mask of the tokens that may come next: [V / 32, rounded up].
+        """Return a bit mask of the tokens that may come next: int32 [V / 32, rounded up], lowest bit first.
+
+        V is the number of token ids that the model has logits for.
 
         Raises:
-            GrammarError: the answer needs more processor time or states than it may use.
+            GrammarError: the answer has used more processor time or lexer states than it may.
         """
         if self._mask is None:
             self._mask = self._compute()
         return self._mask
 
     def accept(self, token_id: int) -> None:
-        """Advance by the next token of the answer."""
+        """Add ``token_id``, the next token of the answer, to the state."""
         self._mask = None
         self._tokens += 1
         if self._first is None:
@@ -318,12 +323,12 @@ class Matcher:
 
     @property
     def may_end(self) -> bool:
-        """Whether the answer is complete and may end here."""
+        """Whether the answer so far matches the whole grammar, so that it may end here."""
         return self._current.is_accepting()
 
     @property
     def done(self) -> bool:
-        """Whether the answer is complete and no token can follow."""
+        """Whether the answer so far matches the whole grammar, and no token can follow."""
         if not self.may_end:
             return False
         try:

@@ -21,7 +21,8 @@ MAX_REGEX_BYTES = 4 << 10
 MAX_CHOICES = 512
 
 STYLE = {"whitespace_pattern": "[ ]?"}
-"""Allow one space where JSON allows white space; with no limit, a model could write white space without end."""
+"""Options of llguidance for JSON: at most one space where JSON allows white space. Without a limit, a model could write
+white space without end."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Grammar:
 
     The type of ``value`` depends on ``kind``. For json_schema it is the schema (a mapping, or its JSON text); for
     json_object None; for regex and lark a string (Rust's regex syntax; llguidance's Lark dialect); for choice a
-    sequence of strings. Errors use ``param`` as the name of the grammar. ``parts`` are the grammars that this one
-    was made from; if it is rejected, the error names the part that causes it.
+    sequence of strings. ``param`` is the name of the request's field, which errors about the grammar state. ``parts``
+    are the grammars that this one was made from; if it is rejected, the error names the part that causes it.
 
     Raises:
         InvalidParameter: the kind is unknown, the value has the wrong type, or it exceeds a limit.
@@ -60,7 +61,7 @@ class Grammar:
 
     @property
     def source(self) -> str:
-        """Complete text of the grammar: two grammars are equal if their sources are equal."""
+        """Kind and complete text of the grammar in one string; two grammars are equal if their sources are equal."""
         return f"{self.kind}:{self.value if isinstance(self.value, str) else json.dumps(self.value)}"
 
     def _no_value(self, value: Any) -> None:
@@ -95,7 +96,7 @@ class Grammar:
         return tuple(value)
 
     def _schema(self, value: Any) -> str:
-        """Return the schema as JSON text; the order of its properties, which the answer must follow, is kept."""
+        """Return the schema as JSON text. Its properties stay in order, because the answer must follow this order."""
         try:
             if isinstance(value, str):
                 value = json.loads(self._text(value, MAX_BYTES))
@@ -114,7 +115,7 @@ class Grammar:
 
 
 def too_deep(value: Any, max_depth: int) -> str | None:
-    """Return the JSON pointer of a part below ``max_depth`` levels; None if the value is not that deep."""
+    """Return the JSON pointer of an object or list in ``value`` that is nested deeper than ``max_depth``, or None."""
     level = [("#", value)]
     for _ in range(max_depth):
         level = [

@@ -1,4 +1,4 @@
-"""The length of prompts: a bound that is checked before tokenizing, and truncation to a number of tokens."""
+"""Limits for prompts: a check of the number of characters before tokenizing, and truncation to a number of tokens."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Sequence
 from moesaic.errors import PromptTooLong
 
 MAX_CHARACTERS_PER_TOKEN = 16
-"""Upper bound for any text. A prompt that cannot fit is refused by its length, before it is tokenized."""
+"""Assumed maximum of characters per token. A prompt with too many characters for its limit of tokens is refused before
+it is tokenized."""
 
 MODEL_LIMIT = -1
-"""Number of tokens that stands for as many as the model supports, as in vLLM's ``truncate_prompt_tokens``."""
+"""Value of ``truncate_prompt_tokens`` that means as many tokens as the model supports, as in vLLM."""
 
 
 def check_characters(characters: int, limit: int, *, answer: int = 1) -> None:
-    """Refuse a prompt that has too many characters to fit.
+    """Raise PromptTooLong if a prompt has too many characters for its limit of tokens.
 
     Args:
-        characters: the number of characters of the prompt.
-        limit: the most tokens of the prompt.
-        answer: the tokens of the context length that an answer needs.
+        characters: number of characters of the prompt.
+        limit: maximum number of tokens of the prompt.
+        answer: number of tokens that are reserved for an answer.
 
     Raises:
-        PromptTooLong: it has too many; the number of tokens in the error is an estimate.
+        PromptTooLong: the prompt has too many characters; the number of tokens in the error is an estimate.
     """
     if characters > MAX_CHARACTERS_PER_TOKEN * (limit + answer):
         tokens = -(-characters // MAX_CHARACTERS_PER_TOKEN)
@@ -30,9 +31,10 @@ def check_characters(characters: int, limit: int, *, answer: int = 1) -> None:
 
 
 def truncate(ids: Sequence[int], count: int, bos_id: int | None) -> list[int]:
-    """Return at most ``count`` token ids of a prompt: the last ones, behind its beginning-of-text token if it has one.
+    """Return at most ``count`` token ids of a prompt: the last ones.
 
-    The prompt is tokenized as a whole before, so the kept tokens are those that the model would have read anyway.
+    If the prompt begins with the beginning-of-text token, this token is kept as the first. The prompt is tokenized as a
+    whole before, so the kept tokens are those that the model would have read anyway.
     """
     if len(ids) <= count:
         return list(ids)

@@ -16,31 +16,32 @@ from typing import Literal
 MAX_DEPTH = 512
 """Maximum number of nested objects and lists; parsers of JSON have limits of this order."""
 MAX_SCALAR = 4300
-"""Maximum length of a number; Python's ``int`` has the same limit."""
+"""Maximum number of characters of a number; Python's ``int`` has the same limit."""
 MAX_KEY = 80
-"""Length from which on a key is not recorded; the keys that a caller compares are shorter."""
+"""Number of characters after which the rest of a key is not recorded; the keys that a caller compares are shorter."""
 
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 PLAIN = re.compile(r"""[^"'\\\x00-\x1f]+""")
-"""Characters of a string that neither end it nor are changed."""
+"""Characters inside a string that neither end it nor are changed."""
 LITERALS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}
 WHITE_SPACE = " \t\r\n"
 AFTER_SCALAR = frozenset(WHITE_SPACE + ",}]")
 CLOSING = {"{": "}", "[": "]"}
 ESCAPE_LENGTHS = {"u": 6, "x": 4, "U": 10}
-"""Lengths of the escape sequences that have hexadecimal digits; JSON has only the first."""
+"""Lengths of the escape sequences that have hexadecimal digits, with the backslash. In JSON only the first one exists.
+"""
 
 State = Literal["value", "first value", "first key", "key", "in key", "colon", "in string", "in scalar", "next", "end"]
 
 
 class LenientJson:
-    """Reader of one object.
+    """Reads one JSON object character by character and returns it as strict JSON.
 
     Attributes:
-        state: what may come next.
-        keys: for each open bracket, the key of its current member, as a string in JSON; "" in a list.
-        invalid: whether a character was no part of an object. From that character on, text is returned as it is, and
-            only brackets are counted.
+        state: what the reader expects next, such as a key or a value.
+        keys: for each open bracket, the key of the member that is being read, with its quotes; "" in a list.
+        invalid: whether a character was read that cannot be part of the object. From that character on, text is
+            returned as it is, and only brackets are counted.
     """
 
     def __init__(self) -> None:
@@ -54,27 +55,27 @@ class LenientJson:
 
     @property
     def depth(self) -> int:
-        """Number of open brackets."""
+        """Number of objects and lists that are open."""
         return len(self._open)
 
     def bracket(self, depth: int) -> str:
-        """Return the open bracket at a depth, from 1 on."""
+        """Return the open bracket, { or [, at ``depth``; depth 1 is the outermost object."""
         return self._open[depth - 1]
 
     @property
     def complete(self) -> bool:
-        """Whether the object has ended."""
+        """Whether the whole object was read and is valid."""
         return self.state == "end" and not self.invalid
 
     def plain_run(self, text: str, start: int) -> int:
-        """Return how many characters from ``start`` on are part of a string and would be returned as they are."""
+        """Return how many characters from ``start`` on are inside a string and would be returned unchanged."""
         if self.state != "in string" or self.invalid or self._held or self._surrogate:
             return 0
         match = PLAIN.match(text, start)
         return match.end() - start if match else 0
 
     def add(self, char: str) -> str:
-        """Return the text that a character completes; it must not be called after the end."""
+        """Read the next character; return the strict JSON that it completes, often none. Not allowed after the end."""
         if self.invalid:
             return self._add_invalid(char)
         if self.state in ("in string", "in key"):
@@ -93,14 +94,14 @@ class LenientJson:
         return text
 
     def flush(self) -> str:
-        """Return the beginning of a number or a literal that is held back; call it at the end of the text."""
+        """Return a held-back part of a number, true, false or null; call it if the text ends within the object."""
         if self.invalid or self.state != "in scalar":
             return ""
         held, self._held = self._held, ""
         return next((value[: len(held)] for word, value in LITERALS.items() if word.startswith(held)), held)
 
     def recover(self) -> None:
-        """Read on as if the value that was closed last, which was invalid, had been valid."""
+        """Leave the state ``invalid``: read on as if the value that was closed last had been valid."""
         self.invalid = False
         self.state = "next" if self._open else "end"
 
@@ -113,10 +114,10 @@ class LenientJson:
         return text
 
     def _add_structure(self, char: str) -> str:
-        """Read a character outside strings and scalars.
+        """Read a character outside strings, numbers and literals; return the text for it.
 
         Raises:
-            _InvalidError: the character must not come here; nothing was changed.
+            _InvalidError: the character is not allowed at this position; nothing was changed.
         """
         value = self.state in ("value", "first value")
         if char in CLOSING and value and (char == "{" or self._open) and self.depth < MAX_DEPTH:
@@ -151,10 +152,12 @@ class LenientJson:
         self.keys.pop()
 
     def _end_scalar(self) -> str:
-        """Return the scalar that was held back; it stays held until the character behind it is found to be valid.
+        """Return the number or literal that was held back, as strict JSON.
+
+        It stays in ``_held`` until the character behind it is found to be valid.
 
         Raises:
-            _InvalidError: it is neither a number that a double can express nor a literal.
+            _InvalidError: it is neither a literal nor a number that float64 can express.
         """
         text = self._held
         if text in LITERALS:
@@ -212,9 +215,10 @@ class LenientJson:
         return self._paired(held if kind == "u" else json.dumps(chr(code))[1:-1], code)
 
     def _paired(self, text: str, code: int = 0) -> str:
-        """Return a piece of a string, behind the high surrogate that waited for it.
+        """Return ``text`` of a string, with the high surrogate that was held back in front of it.
 
-        A surrogate without its other half becomes U+FFFD: text with it could not be encoded.
+        ``code`` is the character's code if ``text`` is an escape sequence, otherwise 0. A high surrogate is held back
+        until its other half comes. A surrogate without its other half becomes U+FFFD, because it could not be encoded.
         """
         if not (self._surrogate or 0xD800 <= code < 0xE000):
             return text
@@ -227,9 +231,9 @@ class LenientJson:
 
 
 def _escaped(char: str) -> str:
-    """Return a character of a string as JSON has it."""
+    """Return ``char`` as JSON writes it inside a string."""
     return json.dumps(char)[1:-1] if char < " " or char == '"' else char
 
 
 class _InvalidError(ValueError):
-    """A character is no part of an object."""
+    """A character cannot be part of a JSON object at its position."""

@@ -32,13 +32,13 @@ class Message(TypedDict):
 
 
 def validate(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Return the conversation with consecutive messages of the same role joined by an empty line.
+    """Check a conversation; return it with consecutive messages of the same role joined by an empty line.
 
     Tool results are not joined. Validating the returned conversation again does not change it.
 
     Raises:
         InvalidMessages: there are no messages, a role is unknown, content is missing or not a string, a tool result
-            has no call, or a call has no result before the next question.
+            refers to no call, or a call has no result before the next question.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise InvalidMessages("messages must be a list of objects with role and content")
@@ -77,7 +77,10 @@ def _join(turn: Message, more: Message) -> None:
 
 
 def _match_result(index: int, turn: Message, open_calls: dict[str, str]) -> None:
-    """Remove the call that a tool result belongs to from ``open_calls``, and name the result after it."""
+    """Remove the call that the tool result ``turn`` answers from ``open_calls``, which maps call ids to tool names.
+
+    A result without a ``name`` gets the name of the tool.
+    """
     call_id = turn["tool_call_id"]
     if call_id not in open_calls:
         raise InvalidMessages(f"messages[{index}] is the result of {call_id!r:.80}, but no open tool call has this id")

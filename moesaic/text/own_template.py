@@ -1,9 +1,9 @@
-"""A chat template as a chat format: what a template can express, and how the answers to its prompts end.
+"""Makes a chat format of a chat template (Jinja).
 
-``examine`` renders a template once for a few short conversations. From the texts it takes whether the template writes
-tools and tool calls, which token or text ends an answer, and the form of the model's tool calls. ``chat_format`` makes
-a ``ChatFormat`` of that. If a built-in format equals the template, it encodes the conversations that it can express
-(no process is started for them), and the template encodes those with tools or with variables that only it reads.
+``examine`` renders a template once for a few short conversations. The results show whether the template writes tools
+and tool calls, which token or text ends an answer, and how the model writes tool calls. ``chat_format`` makes a
+``ChatFormat`` of that. If a built-in format equals the template, it encodes the conversations that it can express,
+without starting a process. The template encodes those with tools, or with variables that only it reads.
 """
 
 from __future__ import annotations
@@ -54,27 +54,28 @@ CONVERSATIONS: Mapping[str, list[Message]] = {
     "instructed": [*INSTRUCTED, *ASKED],
     "instructed_talk": [*INSTRUCTED, *TALKED],
 }
-"""Conversations without tools by name; each ends with a question."""
+"""Test conversations without tools, by name. Each ends with a question."""
 
 MIN_STOP_CHARS = 3
-"""Shortest text between turns that ends an answer; a shorter one may be part of an answer."""
+"""Minimum number of characters of a stop string that is taken from a template; a shorter text may occur in an answer.
+"""
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What a template renders for the conversations of this module."""
+    """What a template renders for the test conversations of this module."""
 
     source: str
     texts: Mapping[str, str]
-    """Texts by the names of ``CONVERSATIONS``; those that the template rejects are missing."""
+    """Rendered texts by the names of ``CONVERSATIONS``, without those that the template rejects."""
     error: MoesaicError | None
-    """Why the first conversation has no text; None if it has one."""
+    """Why the first conversation could not be rendered; None if it could."""
     native_tools: bool
-    """Whether the template writes tools, calls and results."""
+    """Whether the template writes tools, tool calls and their results."""
 
 
 def examine(source: str, tokenizer: Tokenizer) -> Examined:
-    """Render a template for the conversations of this module.
+    """Render a template for the test conversations of this module.
 
     Raises:
         InvalidRequest: the child process cannot be started.
@@ -97,10 +98,10 @@ def examine(source: str, tokenizer: Tokenizer) -> Examined:
 def chat_format(
     examined: Examined, tokenizer: Tokenizer, base: ChatFormat | None = None, name: str = NAME
 ) -> ChatFormat:
-    """Return a template as a chat format.
+    """Return the chat format of an examined template.
 
     Args:
-        examined: the template.
+        examined: the result of ``examine``.
         tokenizer: the tokenizer of the model.
         base: a built-in format that equals the template for conversations without tools; None: there is none.
         name: the name of the format if there is no ``base``.
@@ -120,18 +121,21 @@ def chat_format(
 
 @dataclass(frozen=True)
 class OwnTemplate:
-    """Encoder of a template; ``base`` encodes what it can express in the same way."""
+    """Encodes conversations with a template; ``base``, a built-in format, encodes those that it can express equally."""
 
     source: str
     syntax: Syntax
     base: ChatFormat | None = None
     writes_tools: bool = False
-    """Whether the template, and not ``base``, encodes tools and calls."""
+    """Whether the template, and not ``base``, encodes conversations with tools or calls."""
 
     def build(
         self, messages: list[Message], tokenizer: Tokenizer, tools: Tools | None, variables: Variables
     ) -> list[int]:
-        """Return the ids of a conversation; the assistant's last turn is left open."""
+        """Return the token ids of a conversation.
+
+        If the last message is the assistant's, the ids end with its text, so that the model continues it.
+        """
         if self.base is not None and not self._beyond(self.base, messages, tools, variables):
             return self.base.build(messages, tokenizer, tools, variables)
         if self.syntax.short_ids:  # Mistral's templates reject other ids
@@ -142,7 +146,7 @@ class OwnTemplate:
         )
 
     def _beyond(self, base: ChatFormat, messages: list[Message], tools: Tools | None, variables: Variables) -> bool:
-        """Return whether the base cannot express something that the template can."""
+        """Return whether the template can express something in this conversation that ``base`` cannot."""
         if self.writes_tools and (tools is not None or any(turn["role"] == "tool" for turn in messages)):
             return True
         return any(re.search(rf"\b{re.escape(name)}\b", self.source) for name in variables.kwargs.keys() - base.kwargs)
@@ -158,7 +162,10 @@ def _with_short_ids(turn: Message) -> Message:
 
 
 def call_syntax(source: str, tokenizer: Tokenizer) -> Syntax:
-    """Return the form of the calls that a model with this template writes, as far as its control tokens tell."""
+    """Return the form in which a model with this template writes tool calls.
+
+    The control tokens and tags in the template decide; without any, the form is plain JSON.
+    """
 
     def has(*names: str) -> bool:
         return all(name in source and name in tokenizer.control for name in names)
@@ -173,7 +180,7 @@ def call_syntax(source: str, tokenizer: Tokenizer) -> Syntax:
 
 
 def _ends(examined: Examined, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """Return the tokens and texts that end an answer, and whether white space in front of it belongs to the format."""
+    """Return (control tokens that end an answer, texts that end it, value of ``ChatFormat.strip_answer``)."""
     talk = examined.texts.get("talked") or examined.texts.get("instructed_talk") or ""
     before, found, rest = talk.partition(ANSWER)
     if not found:

@@ -16,10 +16,10 @@ FIRST_SURROGATE, SURROGATES = 0xD800, 0x800
 
 
 class Detokenizer:
-    """Incremental decoder: the texts that it returns, joined, equal ``tokenizer.decode`` of all ids.
+    """Incremental decoder: it gets token ids one by one and returns the text that they complete.
 
-    An incomplete character is held back until its last byte comes. Bytes that cannot become a valid character are
-    returned as U+FFFD as soon as that is certain.
+    All returned texts joined equal ``tokenizer.decode`` of all ids. An incomplete character is held back until its last
+    byte comes. Bytes that cannot become a valid character are returned as U+FFFD as soon as that is certain.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, begins: bool = True) -> None:
@@ -37,14 +37,14 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.byte_errors)
 
     def bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to the text if it is the next one; none for a special token left out."""
+        """Return the bytes that ``token_id`` would add to the text next; none if it is a token left out."""
         special = self._tokenizer.is_special(token_id)
         return (
             b"" if special and self._skip_special else self._tokenizer.bytes(token_id, self._at_start and not special)
         )
 
     def add(self, token_id: int) -> str:
-        """Return the characters that a token completes."""
+        """Add a token to the text; return the characters that it completes."""
         if not self._tokenizer.is_special(token_id):
             text = self._utf8.decode(self._tokenizer.bytes(token_id, self._at_start))
             self._at_start = False
@@ -57,12 +57,12 @@ class Detokenizer:
         return text + self._tokenizer.piece(token_id)
 
     def finish(self) -> str:
-        """Return U+FFFD for an incomplete character at the end of the text; otherwise an empty string."""
+        """End the text; return U+FFFD if its last character is incomplete, otherwise an empty string."""
         return self._utf8.decode(b"", final=True)
 
 
 class StopStrings:
-    """Filter that returns text up to the first stop string, however the text is cut into pieces.
+    """Returns a text up to the first stop string, although the text comes in pieces.
 
     If several stop strings occur, the one that begins first ends the text. It is not returned. Text that may be the
     beginning of a stop string is held back until this is decided.
@@ -78,7 +78,7 @@ class StopStrings:
         self.stopped: str | None = None  # the stop string that ended the text
 
     def add(self, text: str) -> tuple[str, bool]:
-        """Return (text to show, whether a stop string was met); text after a stop string is dropped."""
+        """Add text; return (text that can be shown, whether a stop string was found). Text after it is dropped."""
         if self.stopped is not None:
             return "", True
         if not self._held and self._first_chars.isdisjoint(text):  # the usual case
@@ -93,7 +93,7 @@ class StopStrings:
         return text[:end], False
 
     def finish(self) -> str:
-        """Return the text that was held back, up to a stop string in it.
+        """End the text; return what was held back, up to a stop string in it.
 
         The held text can contain a complete stop string, if a longer one begins earlier and is incomplete.
         """
@@ -110,7 +110,7 @@ class StopStrings:
         return text[:start]
 
     def _partial_match(self, text: str) -> int:
-        """Return the start of the earliest incomplete stop string at the end of ``text``, or its length."""
+        """Return where the earliest incomplete stop string at the end of ``text`` starts, or the length of ``text``."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
             if text[start] in self._first_chars and any(
                 stop.startswith(text[start:]) and len(stop) > len(text) - start for stop in self._stops
@@ -122,13 +122,13 @@ class StopStrings:
 class _HiddenNames:
     """Lets stop strings match the names of special tokens that are left out of the text.
 
-    Each special token that a stop string names is one unpaired surrogate in the text that is searched; such a character
-    cannot occur in decoded text. A stop string with a name has a second form, with surrogates in place of names: the
-    model may generate the token or spell its name.
+    In the text that is searched, one unpaired surrogate stands for each special token that a stop string names. Such a
+    character cannot occur in decoded text. A stop string with a name has a second form, with surrogates in place of
+    names: the model may generate the token or spell its name.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]) -> None:
-        """``tokenizer`` is None if no special token is left out of the text."""
+        """Find the special tokens that ``stops`` name; ``tokenizer`` is None if special tokens are shown."""
         control = tokenizer.control if tokenizer else {}
         names = sorted({match[0] for stop in stops for match in tokenizer.find_special(stop)}) if tokenizer else []
         marks = {name: chr(FIRST_SURROGATE + index) for index, name in enumerate(names[:SURROGATES])}
@@ -139,11 +139,11 @@ class _HiddenNames:
         self.stops = (*stops, *(stop for stop in marked if stop not in stops))
 
     def hide(self, text: str) -> str:
-        """Return a searched text as it is shown."""
+        """Return ``text``, which was searched, without the surrogates for special tokens."""
         return text.translate(self._remove) if self._remove else text
 
     def name(self, stop: str) -> str:
-        """Return a stop string as the request states it."""
+        """Return ``stop`` with names in place of surrogates, as the request states it."""
         return stop.translate(self._names)
 
 
@@ -154,7 +154,7 @@ def _replace_all(text: str, replacements: dict[str, str]) -> str:
 
 
 class TextStream:
-    """Detokenizer and stop strings of one sequence: turns token ids into text that can be shown."""
+    """Turns the token ids of one sequence into text that can be shown, up to a stop string."""
 
     def __init__(
         self,
@@ -171,14 +171,14 @@ class TextStream:
             tokenizer, skip_special, begins: as for ``Detokenizer``.
             stops: strings that end the text. One that names a special token matches that token, also if it is left out
                 of the text.
-            included: stop strings that are part of the text if they end it.
+            included: stop strings that are kept in the text if they end it.
         """
         self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special, begins=begins)
         self._hidden = _HiddenNames(tokenizer if skip_special else None, stops)
         self._stops = StopStrings(self._hidden.stops)
         self._included = included
         self.decoded = 0
-        """Number of characters that were decoded, including those that are held back."""
+        """Number of characters that were decoded so far, including those that are held back."""
 
     @property
     def stopped(self) -> str | None:
@@ -187,17 +187,17 @@ class TextStream:
         return None if stop is None else self._hidden.name(stop)
 
     def bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to the text if it is the next one."""
+        """Return the bytes that the text would get if ``token_id`` came next."""
         return self._detokenizer.bytes(token_id)
 
     def add(self, token_id: int) -> tuple[str, bool]:
-        """Return (text to show, whether a stop string was met)."""
+        """Add a token; return (text that can be shown now, whether a stop string was found)."""
         text = self._detokenizer.add(token_id)
         self.decoded += len(text)
         return self._search(text + self._hidden.marks.get(token_id, "")), self._ended
 
     def finish(self) -> str:
-        """Return the rest of the text; call it once, after the last token. It is empty after a stop string."""
+        """End the text, once, after the last token; return what was held back. It is empty after a stop string."""
         return self._search(self._detokenizer.finish(), last=True)
 
     @property
@@ -205,7 +205,7 @@ class TextStream:
         return self._stops.stopped is not None
 
     def _search(self, text: str, *, last: bool = False) -> str:
-        """Return the text to show, after ``text`` was added to the searched text."""
+        """Add ``text`` to the searched text; return what can be shown now. With ``last``, nothing is held back."""
         ended = self._ended
         shown, _ = self._stops.add(text)
         shown = self._hidden.hide(shown + self._stops.finish() if last else shown)

@@ -38,13 +38,13 @@ class Syntax:
     arguments_token: str | None = None
     """Control token before the arguments of a call; None if there is none."""
     separator: str | None = "\n"
-    """Text between two objects; None if an answer has only one call."""
+    """Text between the JSON objects of two calls; None if an answer can have only one call."""
     short_ids: bool = False
     """Whether call ids have exactly nine letters and digits."""
     opening: str = ""
-    """Text in front of each object, such as a tag; it may be a control token, which is then not shown."""
+    """Text in front of each JSON object, such as a tag. If it is a control token, it is not shown."""
     closing: str = ""
-    """Text behind each object."""
+    """Text behind each JSON object."""
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class Syntax:
         return tuple(filter(None, (self.start_token, self.id_token, self.arguments_token)))
 
     def new_id(self) -> str:
-        """Return a new random call id."""
+        """Return a new random call id in the form that the model family uses."""
         letters = string.ascii_letters + string.digits
         return ("" if self.short_ids else "call_") + "".join(
             secrets.choice(letters) for _ in range(9 if self.short_ids else 24)
@@ -68,7 +68,9 @@ MISTRAL_13 = Syntax("each", start_token="[TOOL_CALLS]", arguments_token="[ARGS]"
 
 
 def forced_grammar(syntax: Syntax, tools: Tools, control: Mapping[str, int]) -> Grammar:
-    """Return the grammar of an answer that calls an allowed tool, or several if parallel calls are allowed.
+    """Return the grammar of an answer that must call an allowed tool, or several if parallel calls are allowed.
+
+    ``control`` maps the names of the tokenizer's control tokens to their ids.
 
     Raises:
         InvalidParameter: the schemas of the tools are too long for one grammar.
@@ -97,7 +99,7 @@ def _start_rule(syntax: Syntax, tools: Tools, control: Mapping[str, int]) -> str
 
 
 def _call_rule(syntax: Syntax, tool: Tool, arguments: str, control: Mapping[str, int]) -> str:
-    """Return the Lark rule for a call of one tool in the form that the model was trained on."""
+    """Return the Lark rule for a call of ``tool``; ``arguments`` is the name of the rule for its arguments."""
     if syntax.form != "each":
         head = f'{{"name": "{tool.name}", "{syntax.arguments_key}": '
         opening, closing = _tagged(syntax.opening, control), _tagged(syntax.closing, control)
@@ -108,7 +110,7 @@ def _call_rule(syntax: Syntax, tool: Tool, arguments: str, control: Mapping[str,
 
 
 def _tagged(text: str, control: Mapping[str, int]) -> str:
-    """Return the Lark terms of a text around an object; a tag in it may be a control token."""
+    """Return the Lark terms for the text before or after a call's object; its tag may be a control token."""
     if not text:
         return ""
     tag = text.strip()

@@ -1,6 +1,7 @@
-"""Tool calls between tags, such as Hermes' ``<tool_call>`` and ``</tool_call>``, as a filter before the parser.
+"""Parser of tool calls between tags, such as Hermes' ``<tool_call>`` and ``</tool_call>``.
 
-The tags are removed from the text, cut at any position, and what is between them is parsed as lines of JSON.
+The tags are removed from the text, even if it comes in pieces. ``ToolCallParser`` reads the text between them as lines
+of JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class TaggedCallParser(ToolCallParser):
         self._after_tag = False  # white space behind an opening tag is part of the tag
 
     def add_text(self, text: str) -> list[Part]:
-        """Return the text and the calls that ``text`` completes."""
+        """Add text of the answer; return the text and the parts of calls that can be returned now."""
         text = self._tail + text
         cut = self._partial_tag(text)
         self._tail, text = text[cut:], text[:cut].replace(self._tags[1], "")
@@ -41,12 +42,15 @@ class TaggedCallParser(ToolCallParser):
         return text
 
     def finish(self, *, cut: bool = False) -> list[Part]:
-        """Return what was held back; call it once, at the end of the answer. A tag that was cut is no text."""
+        """End the answer; return the text and the parts of calls that were held back.
+
+        ``cut`` says whether the answer is incomplete. The beginning of a tag at its end is then dropped.
+        """
         rest, self._tail = "" if cut else self._tail, ""
         return [*super().add_text(rest), *super().finish(cut=cut)]
 
     def _partial_tag(self, text: str) -> int:
-        """Return the start of an incomplete tag at the end of ``text``, or its length."""
+        """Return where an incomplete tag at the end of ``text`` starts, or the length of ``text``."""
         for start in range(max(0, len(text) - max(map(len, self._tags))), len(text)):
             if any(tag.startswith(text[start:]) and len(tag) > len(text) - start for tag in self._tags):
                 return start

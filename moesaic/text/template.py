@@ -30,7 +30,7 @@ MAX_TEMPLATE_CHARS = 256 << 10
 OUTPUT_SPARE = 64 << 10  # maximum output is four times the input plus this number of characters
 WALL_SECONDS = 10.0  # the limit on processor time applies first, unless the machine is overloaded
 FILE_SUFFIXES = (".jinja", ".jinja2", ".j2")
-"""How the names of template files end."""
+"""Suffixes of the names of template files."""
 
 
 def load(folder: Path) -> str:
@@ -73,7 +73,7 @@ def find(folder: Path) -> str | None:
 
 
 def load_file(path: Path) -> str:
-    """Return the chat template in a file.
+    """Return the chat template in the file ``path``.
 
     Raises:
         NotFound: there is no such file.
@@ -100,7 +100,10 @@ def values(
     tools: Sequence[Mapping[str, Any]] | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the variables of a template, as transformers sets them; ``bos`` and ``eos`` are names of tokens."""
+    """Return the variables of a template, with the names that transformers uses.
+
+    ``bos`` and ``eos`` are the names of the tokens that begin and end a text.
+    """
     return {
         **(kwargs or {}),
         "messages": list(messages),
@@ -113,7 +116,7 @@ def values(
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the names of the tokens that begin and end a text, as ``values`` takes them."""
+    """Return the names of the tokens that begin and end a text, as arguments of ``values``; "" if there is none."""
     names = {token_id: name for name, token_id in tokenizer.control.items()}
     return {
         "bos": "" if tokenizer.bos_id is None else names.get(tokenizer.bos_id, ""),
@@ -149,7 +152,9 @@ def render(
 def render_all(
     template: str, renderings: Sequence[Mapping[str, Any]], now: datetime | None = None
 ) -> list[str | InvalidMessages | TemplateError]:
-    """Return the text, or the error, of a template for each of several sets of variables, in one child process.
+    """Render a template for several sets of variables (``values``) in one child process.
+
+    Return, for each set, the text or the error of the template. ``now`` is the local time that the template may state.
 
     Raises:
         InvalidRequest: the child process cannot be started.
@@ -181,10 +186,11 @@ def encode(
     tools: Tools | None = None,
     variables: Variables | None = None,
 ) -> list[int]:
-    """Return the token ids of a rendered conversation.
+    """Return the token ids of the text that ``template`` renders for a conversation.
 
-    Names of special tokens in the template become special tokens; elsewhere they stay text. With ``continue_final``
-    the prompt ends with the text of the last message, as with ``continue_final_message`` of transformers.
+    Names of special tokens in the template become special tokens. In messages, tools and variables they stay text. With
+    ``continue_final`` the prompt ends with the text of the last message, as with ``continue_final_message`` of
+    transformers.
 
     Raises:
         InvalidMessages: the messages are invalid (``messages.validate``), the template rejects them, or it does not
@@ -209,7 +215,10 @@ def encode(
 
 
 def _before_mark(text: str, mark: str) -> str:
-    """Return the text up to the mark; without its last spaces if the template removes spaces around a message."""
+    """Return the text up to ``mark``, which was put behind the last message.
+
+    If the template has removed the space at the end of the mark, white space before the mark is removed as well.
+    """
     end = text.rfind(mark.strip())
     if end < 0:
         raise InvalidMessages("the chat template does not show the last message, so it cannot be continued")
@@ -242,7 +251,7 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
 
 
 def _in_child(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run ``_render`` for one job in a child process and return its reports."""
+    """Run the program ``_render`` in a child process for one request; return its result for each set of variables."""
     # Isolated mode (-I) ignores environment variables, the user's packages and the current directory. The file is
     # started by its path, so the child imports nothing from Moesaic.
     command = [sys.executable, "-I", str(Path(_render.__file__))]

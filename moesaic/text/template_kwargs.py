@@ -19,19 +19,23 @@ MAX_DEPTH = 16
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"}) | frozenset(
     {"bos_token", "eos_token", "raise_exception", "strftime_now", "namespace", "range", "dict", "self", "loop"}
 )
-"""Names that a request sets by other fields, or that the renderer defines."""
+"""Names that other fields of a request decide, or that the renderer defines."""
 MAX_TOLD = 256
-"""Ignored names that are logged; the names come from clients, so there may be any number."""
+"""Maximum number of ignored names that are logged. Clients choose the names, so there may be any number."""
 
 _told: set[tuple[str, str]] = set()
 _telling = threading.Lock()
 
 
 def check(kwargs: Mapping[str, Any] | None, chat_format: str, known: Collection[str]) -> Mapping[str, Any]:
-    """Return the variables of a request; None counts as none. Each one that is not ``known`` is logged once.
+    """Check the variables of a request and return them; None gives an empty mapping.
+
+    A variable that the chat format does not use (that is not ``known``) is logged once. ``chat_format`` is the name of
+    the format, for the log.
 
     Raises:
-        InvalidParameter: they are no object, too large, too deep, or use a name that is not a variable's or reserved.
+        InvalidParameter: the variables are not an object, are too large or nested too deep, or one has a name that is
+            reserved or is not valid for a variable.
     """
     if not kwargs:
         return {}

@@ -25,10 +25,10 @@ FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tekken*.json", "*.
 class Tokenizer:
     """Tokenizer that encodes and decodes exactly like the one that the checkpoint was trained with.
 
-    ``vocab_size`` is the highest id plus one, and ``base_size`` the same without added tokens. ``control`` maps the
-    names of special tokens to their ids. ``eos_ids`` are the end-of-text tokens that the tokenizer's files name; a
-    generation config may name more. ``version`` is Mistral's tokenizer version if the file states one. Instances are
-    thread-safe.
+    ``vocab_size`` is the highest id plus one, and ``base_size`` is the same without added tokens. ``control`` maps the
+    names of special tokens to their ids. ``bos_id`` is the beginning-of-text token, or None. ``eos_ids`` are the
+    end-of-text tokens that the tokenizer's files name; generation_config.json may name more. ``version`` is Mistral's
+    tokenizer version if the file states one, otherwise None. Instances are thread-safe.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -53,7 +53,8 @@ class Tokenizer:
         """Return the tokenizer in a file or in the directory of a checkpoint.
 
         Raises:
-            TokenizerError: there is no tokenizer, there are several of the same kind, or it cannot be read exactly.
+            TokenizerError: there is no tokenizer, there are several of the same kind, or it cannot be reproduced
+                exactly.
         """
         file = _find(path) if path.is_dir() else path
         if not file.is_file():
@@ -121,13 +122,13 @@ class Tokenizer:
         return "".join(parts)
 
     def is_special(self, token_id: int) -> bool:
-        """Return whether an id is a special token or no token at all; a model may have more rows than pieces."""
+        """Return whether ``token_id`` is a special token or no token at all; a model may have logits for more ids."""
         if token_id in self._special or not 0 <= token_id < self.vocab_size:
             return True
         return self._vocabulary.pieces[token_id] is None
 
     def bytes(self, token_id: int, first: bool = False) -> bytes:
-        """Return the bytes of a token, the name of a special token, or no bytes for an id that is not a token.
+        """Return the bytes of a token, or of the name of a special token; none for an id that is not a token.
 
         ``first`` means that the token begins a text: SentencePiece then drops a leading space.
         """
@@ -154,7 +155,9 @@ class Tokenizer:
 
 
 def gguf_file(path: Path) -> Path | None:
-    """Return the GGUF file that the vocabulary of the checkpoint at ``path`` is in; None if another file has it.
+    """Return the GGUF file that holds the vocabulary of the checkpoint at ``path``.
+
+    Return None if the folder has another tokenizer file, or no GGUF file.
 
     Raises:
         CheckpointError: a folder without another vocabulary holds several GGUF models, or a part is missing.
@@ -165,7 +168,7 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
-    """Return a pattern that matches and captures any of the names, the longest first; None if there are none."""
+    """Return a regular expression that captures any of the names, the longest first; None if there are no names."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 

@@ -27,7 +27,7 @@ class ToolCallParser:
     def __init__(self, syntax: Syntax, tools: Tools) -> None:
         self.control_tokens = syntax.control_tokens
         self.satisfied = False
-        """Whether the answer has a call and may not have more."""
+        """Whether the answer has a call and may not have another; further text is then ignored."""
         self._syntax, self._parallel, self._required = syntax, tools.parallel, tools.call_required
         self._names = {tool.name for tool in tools.allowed}
         self._ids: list[str] = []  # of the calls that have begun
@@ -40,7 +40,7 @@ class ToolCallParser:
         self._call = CallReader(self._names)
 
     def add_text(self, text: str) -> list[Part]:
-        """Return the new text, and the new parts of calls, that ``text`` completes."""
+        """Add text of the answer; return the text and the parts of calls that can be returned now."""
         out: list[Part] = []
         position = 0
         while position < len(text) and not self.satisfied:
@@ -53,7 +53,7 @@ class ToolCallParser:
         return _join_parts(out)
 
     def add_control_token(self, name: str) -> list[Part]:
-        """Return the new text, and the new parts of calls, that a control token completes."""
+        """Add the control token ``name``; return the text and the parts of calls that can be returned now."""
         out: list[Part] = []
         if self.satisfied:
             return out
@@ -74,10 +74,10 @@ class ToolCallParser:
         return _join_parts(out)
 
     def finish(self, *, cut: bool = False) -> list[Part]:
-        """Return what was held back; call it once, at the end of the answer.
+        """End the answer; return the text and the parts of calls that were held back. Call it once.
 
-        Text that may be the beginning of a call is returned as text, unless the answer was cut or had to be a call.
-        It is then a call without arguments if the name is known, and is dropped if not.
+        Text that may be the beginning of a call is returned as text, unless the answer was cut or had to be a call. In
+        these cases it becomes a call without arguments if the name is known, and is dropped if not.
 
         Args:
             cut: whether the answer is incomplete, as with ``max_tokens``.
@@ -163,7 +163,7 @@ class ToolCallParser:
         self.satisfied = not self._parallel
 
     def _break_off(self, out: list[Part]) -> bool:
-        """End a call that has begun, or release the held text; return whether there was a call."""
+        """End the call that has begun, or else append the held text to ``out``; return whether there was a call."""
         if self._state != "value" or not self._call.begun:
             self._release(out)
             return False
@@ -173,13 +173,13 @@ class ToolCallParser:
         return True
 
     def _show_cut_call(self, out: list[Part]) -> None:
-        """Begin the call in the held text if its name is known; the text is dropped."""
+        """Drop the held text; append a call without arguments to ``out`` if the text has the name of a tool."""
         name = self._call.name if self._state == "value" else self._name.strip() if self._state == "id" else None
         if name in self._names:
             self._begin_call(str(name), None, "", out)
 
     def _call_id(self, written: Any) -> str:
-        """Return the id that the model wrote, if it is valid and unused; otherwise a new id."""
+        """Return ``written``, the id that the model wrote, if it is valid and unused; otherwise a new id."""
         pattern = r"[a-zA-Z0-9]{9}" if self._syntax.short_ids else r"[\w-]{1,64}"
         if isinstance(written, str) and re.fullmatch(pattern, written) and written not in self._ids:
             return written
@@ -188,20 +188,20 @@ class ToolCallParser:
     # Text
 
     def _emit(self, text: str, out: list[Part]) -> None:
-        """Append text to ``out``; an object may begin on the next line."""
+        """Append text to ``out`` as text of the answer; after a line break, the next character may begin a call."""
         if text:
             out.append(text)
             self._has_text = True
             self._state = self._outside if text.endswith("\n") else "text"
 
     def _release(self, out: list[Part]) -> None:
-        """Append the held text to ``out``: it is not a call."""
+        """Append the held text to ``out`` as text of the answer, because it is not a call."""
         held, self._held, self._state = "".join(self._held), [], "text"
         self._emit(held, out)
 
 
 def _join_parts(parts: list[Part]) -> list[Part]:
-    """Return the parts with adjacent texts, and adjacent parts of one call, joined."""
+    """Return ``parts`` with adjacent texts joined into one, and adjacent parts of the same call joined into one."""
     out: list[Part] = []
     for part in parts:
         last = out[-1] if out else None

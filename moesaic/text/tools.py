@@ -24,9 +24,9 @@ Choice = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """Tool call: ``arguments`` is the text of a JSON object; the result of the call refers to ``id``.
+    """Call of a tool. ``arguments`` is the text of a JSON object; the message with the result refers to ``id``.
 
-    The arguments may be incomplete, or invalid JSON, in a call whose answer was cut or whose model wrote it so.
+    The arguments are incomplete if the answer was cut, and invalid JSON if the model wrote invalid JSON.
     """
 
     id: str
@@ -35,7 +35,7 @@ class ToolCall:
 
     @property
     def whole(self) -> bool:
-        """Whether ``arguments`` is the text of a JSON object, and not only its beginning."""
+        """Whether ``arguments`` is the complete text of a JSON object."""
         try:
             return isinstance(json.loads(self.arguments, parse_constant=_reject_constant), dict)
         except (ValueError, RecursionError):
@@ -44,17 +44,20 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class CallPart:
-    """The beginning of a tool call, which has its id and its name, or a further part of its arguments."""
+    """Part of a tool call that a model is writing.
+
+    The first part of a call has its id and its name. Each part may have some text of the arguments.
+    """
 
     index: int
-    """Index of the call among the answer's calls."""
+    """Index of the call among the calls of the answer, from 0 on."""
     arguments: str = ""
     id: str = ""
     name: str = ""
 
 
 def join_calls(parts: Iterable[CallPart]) -> tuple[ToolCall, ...]:
-    """Return the tool calls that consist of these parts."""
+    """Return the tool calls that ``parts`` form when joined, in the order of the answer."""
     heads: dict[int, CallPart] = {}
     arguments: dict[int, list[str]] = {}
     for part in parts:
@@ -96,7 +99,7 @@ class Tool:
         return schema
 
     def to_openai(self, *, always: bool = False) -> dict[str, Any]:
-        """Return the definition in OpenAI's form; with ``always``, omitted fields are present and empty."""
+        """Return the definition in OpenAI's form; with ``always``, fields that the request omits are empty."""
         function: dict[str, Any] = {"name": self.name}
         if always or self.description is not None:
             function["description"] = self.description or ""
@@ -112,13 +115,13 @@ class Tools:
     offered: tuple[Tool, ...]
     choice: Choice = "auto"
     only: str | None = None
-    """Name of the tool that must be called; ``choice`` is then "required"."""
+    """Name of the only tool that may be called, and must be; ``choice`` is then "required". None: any tool."""
     parallel: bool = True
     """Whether one answer may have several calls."""
 
     @classmethod
     def from_request(cls, tools: Any, choice: Any = None, parallel: bool = True) -> Tools | None:
-        """Return the tools of a request in OpenAI's form; None if the model should see no tools.
+        """Parse the tools and tool choice of a request in OpenAI's form; None if the model should see no tools.
 
         Args:
             tools: [{"type": "function", "function": {"name", "description", "parameters"}}, ...] or None.
@@ -145,7 +148,7 @@ class Tools:
 
     @property
     def allowed(self) -> tuple[Tool, ...]:
-        """The tools that may be called."""
+        """The tools that the answer may call; a subset of ``offered``."""
         return tuple(tool for tool in self.offered if self.only in (None, tool.name))
 
     @property

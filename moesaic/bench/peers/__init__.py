@@ -1,4 +1,4 @@
-"""Engines that ours is compared with: each file is one peer, which runs in a process of its own.
+"""Engines that the benchmark compares, called peers: each file adapts one engine, which runs in its own process.
 
 A file ``peers/<name>.py`` defines
 
@@ -21,8 +21,9 @@ and a ``Peer`` has
     step(ids)                           run one step with the tokens ``ids``; a whole engine uses its own tokens instead
     end()                               return to the state after ``fill``
 
-``_child.py`` loads such a file by its path in the interpreter that has the peer. The file therefore imports nothing of
-Moesaic (except in our own two peers), and imports its library only inside functions. A file may also define
+``_child.py`` loads such a file by its path, in the Python interpreter in which the engine is installed. The file
+therefore imports nothing of Moesaic (except for Moesaic's own two engines), and imports its library only inside
+functions. A file may also define
 
     environment(python)                 environment variables for the process with the interpreter ``python``
 """

@@ -1,4 +1,4 @@
-"""The model that every peer runs: a Mixtral of any size with random weights, on disk.
+"""The model that every engine of the benchmark runs: a Mixtral of any size with random weights, on disk.
 
 The model is written as a Hugging Face checkpoint, one tensor in memory at a time, with a tokenizer of meaningless
 pieces. The same shape always gives the same file.
@@ -28,7 +28,10 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Mixtral; by default those of 8x7B with two layers."""
+    """Sizes of a Mixtral; by default those of 8x7B with two layers.
+
+    ``inner`` is the feed-forward size of an expert, and ``chosen`` the number of experts that compute each token.
+    """
 
     hidden: int = 4096
     inner: int = 14336
@@ -41,7 +44,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Name of the shape with all its sizes, for a folder."""
+        """Name of a folder for this shape, made of all its sizes."""
         return "mixtral-" + "-".join(str(value) for value in vars(self).values())
 
     @property
@@ -50,18 +53,18 @@ class Shape:
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of all experts in all layers."""
+        """Number of parameters of all experts in all layers."""
         return self.layers * self.experts * 3 * self.hidden * self.inner
 
     @property
     def other_parameters(self) -> int:
-        """Parameters of the other matrices that every step reads: attention, router and head, but not the embedding."""
+        """Number of parameters of attention, routers and head, which every step reads; without the embedding."""
         attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_size
         return self.layers * (attention + self.experts * self.hidden) + self.vocab * self.hidden
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the cache per token, at two bytes per value."""
+        """Bytes of the key/value cache per token, over all layers, at two bytes per value."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_size
 
     def experts_read(self, tokens: int) -> float:
@@ -69,7 +72,7 @@ class Shape:
         return self.experts * (1 - (1 - self.chosen / self.experts) ** tokens)
 
     def operations(self, tokens: int, context: float, heads: int) -> float:
-        """Return the multiplications and additions of a step.
+        """Return the number of multiplications and additions of one step.
 
         Args:
             tokens: number of tokens that the step computes.
@@ -83,7 +86,7 @@ class Shape:
 
 
 def write(shape: Shape, folder: Path) -> Path:
-    """Return the folder of the checkpoint inside ``folder``; write the checkpoint if it does not exist."""
+    """Write the model as a checkpoint inside ``folder``, if it does not exist; return the checkpoint's folder."""
     target = folder / "hf"
     if not target.exists():
         part = folder / "hf.part"
@@ -98,7 +101,7 @@ def write(shape: Shape, folder: Path) -> Path:
 
 
 class _Random:
-    """A tensor that is generated when it is read: normally distributed, or ones for the vectors of norms."""
+    """A tensor with random values that are generated when it is read; weights of norms are ones."""
 
     def __init__(self, name: str, shape: tuple[int, ...], file: Path) -> None:
         self.info = TensorInfo(shape, torch.bfloat16, file)

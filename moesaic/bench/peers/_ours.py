@@ -1,4 +1,4 @@
-"""Shared parts of our two peers, the model step and the whole LLM. They run where Moesaic is installed."""
+"""Helpers for Moesaic's own two engines, the model step and the whole LLM. They run where Moesaic is installed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from moesaic.registry import names
 
 
 def packed_folder(source: Path, folder: Path, weight_format: str) -> Path:
-    """Return the packed folder of ``source`` in a format, inside ``folder``; create it if it does not exist.
+    """Return the folder inside ``folder`` with ``source`` packed in a weight format; create it if it does not exist.
 
-    Return ``source`` itself if the format is not quantized.
+    If the format is not quantized, return ``source`` itself.
     """
     if weight_format in names("formats") and weight_format in ("float32", "bfloat16", "float16"):
         return source
@@ -28,14 +28,14 @@ def packed_folder(source: Path, folder: Path, weight_format: str) -> Path:
 
 
 def use_threads(threads: int, torch_threads: int | None) -> None:
-    """Set the number of threads of the kernels, and of torch (None: the same number)."""
+    """Set the number of threads of the kernels to ``threads``, and of torch to ``torch_threads`` (None: the same)."""
     if native.why_not("rms_norm", "cpu", None) is None:
         native.set_threads(threads)
     torch.set_num_threads(torch_threads or threads)
 
 
 def about(model: Decoder) -> dict[str, Any]:
-    """Return the kernels, formats and data type that run the model."""
+    """Return the kernels' instruction set, the weight formats and the data type with which the model runs."""
     compiled = native.why_not("rms_norm", "cpu", None) is None
     formats = {module.name for module in model.modules() if isinstance(module, Packed)}
     isa = native.instruction_set() if compiled else "none: torch"
@@ -43,7 +43,7 @@ def about(model: Decoder) -> dict[str, Any]:
 
 
 def weights(model: Decoder) -> tuple[int, int]:
-    """Return the bytes of all experts, and of all other weights that every step reads."""
+    """Return (bytes of all experts, bytes of all other weights that every step reads)."""
     sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     embedding = sum(size for name, size in sizes.items() if name.startswith("embed."))

@@ -1,6 +1,7 @@
-"""A peer's process as its parent sees it: start, request, end; and a neighbour process that keeps a core busy.
+"""Starts the process of one engine (a peer), sends it requests and ends it.
 
-This module knows the protocol of ``_child.py``. It does not know what is measured.
+It can also start a process that keeps a core busy. This module knows the protocol of ``_child.py``. It does not know
+what is measured.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from types import ModuleType
 from typing import Any
 
 ANSWER_TIMEOUT_SECONDS = 1800.0
-"""Time without an answer after which a peer counts as hanging; a prompt or a conversion may take minutes."""
+"""Seconds without an answer after which the process of an engine counts as hanging; a prompt or a conversion may take
+minutes."""
 
 BUSY_LOOP = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print(flush=True)\nwhile True: pass"
 
 
 class PeerFailed(Exception):
-    """A peer's process ended, hung or reported an error; the message is one line."""
+    """The process of an engine ended, hung or reported an error; the message is one line."""
 
 
 class Process(AbstractContextManager["Process"]):
-    """Process of one peer.
+    """Process of one engine, which is killed at the end of the ``with`` block.
 
     Args:
-        peer: the peer's module, of which only the path and ``environment`` are used.
+        peer: the engine's module in ``bench/peers``, of which only the path and ``environment`` are used.
         python: Python interpreter of the process.
-        threads: number of threads that the peer may use.
-        log: file for the output of the peer.
+        threads: number of threads that the engine may use.
+        log: file for the output of the engine.
 
     Raises:
         PeerFailed: the interpreter cannot be started.
@@ -61,10 +63,11 @@ class Process(AbstractContextManager["Process"]):
                 raise PeerFailed(f"{python} cannot be started: {error.strerror}") from error
 
     def ask(self, command: str, **arguments: Any) -> Any:
-        """Send a request and return the peer's answer.
+        """Call the method ``command`` of ``_child.Server`` in the process, and return its result.
 
         Raises:
-            PeerFailed: the peer reports an error, has ended, or does not answer in ``ANSWER_TIMEOUT_SECONDS``.
+            PeerFailed: the engine reports an error, its process has ended, or there is no answer for
+                ``ANSWER_TIMEOUT_SECONDS``.
         """
         assert self._child.stdin is not None
         try:
@@ -77,7 +80,7 @@ class Process(AbstractContextManager["Process"]):
         return answer["ok"]
 
     def __exit__(self, *exception: object) -> None:
-        """Kill the process."""
+        """Kill the engine's process."""
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 pipe.close()
@@ -110,9 +113,9 @@ class Process(AbstractContextManager["Process"]):
 
 @contextmanager
 def neighbour() -> Iterator[int]:
-    """Return a context in which another process keeps the last of this process's cores busy.
+    """Return a context in which another process keeps one core busy: the last one that this process may use.
 
-    Its value is the id of the other process.
+    The value of the context is the id of the other process.
     """
     core = max(os.sched_getaffinity(0))
     process = subprocess.Popen([sys.executable, "-c", BUSY_LOOP, str(core)], stdout=subprocess.PIPE)

@@ -23,11 +23,14 @@ INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python gguf'
 FORMATS = ("Q8_0", "Q8_0-norepack", "Q4_0", "Q4_0-norepack", "Q4_K_S", "Q4_K_S-norepack", "Q2_K", "Q2_K-norepack")
 
 MAX_BATCH_TOKENS = 2048
-"""Maximum tokens in a call: llama.cpp's default."""
+"""Maximum number of tokens in one call of ``llama_decode``: llama.cpp's default."""
 
 
 def make(source: Path, folder: Path, weight_format: str) -> Path:
-    """Return the GGUF file of a format; it is quantized from a bfloat16 file, which is created first."""
+    """Return the GGUF file of a weight format inside ``folder``; create it if it does not exist.
+
+    It is quantized from a bfloat16 file, which is created first from the Hugging Face checkpoint ``source``.
+    """
     kind = weight_format.removesuffix("-norepack")
     target, plain = folder / f"llama-{kind}.gguf", folder / "llama-BF16.gguf"
     if target.exists():
@@ -44,7 +47,7 @@ def make(source: Path, folder: Path, weight_format: str) -> Path:
 
 
 class Peer:
-    """A llama.cpp context in which every sequence has its own memory."""
+    """A model in llama.cpp; each sequence has its own memory for keys and values."""
 
     def __init__(self, path: Path, weight_format: str, threads: int, context: int, sequences: int) -> None:
         import llama_cpp
@@ -108,7 +111,10 @@ class Peer:
         self._lib.llama_memory_seq_rm(self._memory, -1, self._length, -1)
 
     def _decode(self, tokens: list[tuple[int, int, int]], logits_row: int | None = -1) -> None:
-        """Run tokens (id, position, sequence) and compute the logits of one row, of all rows (-1) or of none (None)."""
+        """Compute tokens, each (id, position, sequence), in one call.
+
+        ``logits_row`` is the index of the token whose logits are computed; -1: those of all tokens; None: of none.
+        """
         batch = self._batch
         batch.n_tokens = len(tokens)
         for row, (token_id, position, sequence) in enumerate(tokens):
@@ -143,14 +149,17 @@ def _quantize(source: Path, target: Path, kind: str) -> None:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the GGUF file, and its source: one tensor of the checkpoint, or one per expert."""
+    """A tensor of the GGUF file.
+
+    ``parts`` has the name of its source in the checkpoint: one tensor, or one for each expert.
+    """
 
     name: str
     parts: list[str]
     rotary_heads: int = 0
-    """Number of heads whose rotary rows change from half-split to interleaved; 0: rows do not move."""
+    """Number of heads whose rotary rows are reordered from half-split to interleaved; 0: no rows are reordered."""
     plain: bool = False
-    """Whether the tensor is stored in float32, which llama.cpp requires for norms and router."""
+    """Whether the tensor is stored in float32, which llama.cpp requires for norms and routers."""
 
 
 def _tensors(config: dict[str, Any]) -> Iterator[_Tensor]:

@@ -1,6 +1,6 @@
-"""Our model, step by step: kernels and model without scheduler, sampler and text.
+"""Moesaic's model alone, step by step: kernels and model without scheduler, sampler and text.
 
-Prompts run in chunks of the size that the engine computes at once.
+Prompts run in chunks of the size that Moesaic's engine computes at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK_SIZE = 16
 
 
 def environment(python: Path) -> dict[str, str]:
-    """Return environment variables with which the interpreter that runs now imports the source that runs now.
+    """Return environment variables with which ``python`` imports this source tree, if it is the current interpreter.
 
     Another interpreter has its own installation of Moesaic, so the result is empty for it.
     """
@@ -26,14 +26,17 @@ def environment(python: Path) -> dict[str, str]:
 
 
 def make(source: Path, folder: Path, weight_format: str) -> Path:
-    """Return the folder to load: ``source`` packed in the format, or ``source`` if the format is not quantized."""
+    """Return the folder that ``Peer`` loads: ``source`` packed in the weight format, inside ``folder``.
+
+    If the format is not quantized, return ``source`` itself.
+    """
     from moesaic.bench.peers import _ours
 
     return _ours.packed_folder(source, folder, weight_format)
 
 
 class Peer:
-    """The model and its cache, in which each sequence has a contiguous range of blocks."""
+    """The model and its key/value cache, in which each sequence has a contiguous range of blocks."""
 
     def __init__(self, path: Path, weight_format: str, threads: int, context: int, sequences: int) -> None:
         import torch
@@ -74,7 +77,7 @@ class Peer:
         self._position += 1
 
     def end(self) -> None:
-        """Do nothing: the next decode overwrites the tokens after the prompts."""
+        """Do nothing: the next measurement overwrites the tokens after the prompts."""
 
     def _prompt(self, ids: list[int]) -> Any:
         for start in range(0, len(ids), self._chunk):
@@ -82,7 +85,10 @@ class Peer:
         return logits[0]
 
     def _run(self, chunks: list[list[int]], start: int) -> Any:
-        """Run a chunk of each sequence from position ``start``; return the logits of the last token of each chunk."""
+        """Compute one chunk of token ids for each sequence, from position ``start``.
+
+        Return the logits of the last token of each chunk.
+        """
         from moesaic.ops import Batch
 
         torch, count = self._torch, len(chunks[0])

@@ -1,7 +1,7 @@
-"""Our engine as users get it: ``LLM`` with its scheduler, sampler, streams and text.
+"""Moesaic's whole engine, as users get it: ``LLM`` with its scheduler, sampler, streams and text.
 
-The prefix cache keeps the prompts, each in blocks of its own. A decode submits them again and computes only the last
-block of each.
+The prefix cache keeps the prompts, each in blocks of its own. To decode, the prompts are submitted again, and only the
+last block of each is computed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ INSTALL = "pip install moesaic"
 FORMATS = ("q8", "q4", "q2", "bfloat16")
 
 MAX_DELAYED_STEPS = 4
-"""Maximum number of steps by which a request of a batch starts later than the first one."""
+"""Maximum number of steps by which a request of a batch starts later than the first request."""
 
 
 def environment(python: Path) -> dict[str, str]:
-    """Return environment variables with which the interpreter that runs now imports the source that runs now.
+    """Return environment variables with which ``python`` imports this source tree, if it is the current interpreter.
 
     Another interpreter has its own installation of Moesaic, so the result is empty for it.
     """
@@ -28,14 +28,17 @@ def environment(python: Path) -> dict[str, str]:
 
 
 def make(source: Path, folder: Path, weight_format: str) -> Path:
-    """Return the folder to load: ``source`` packed in the format, or ``source`` if the format is not quantized."""
+    """Return the folder that ``Peer`` loads: ``source`` packed in the weight format, inside ``folder``.
+
+    If the format is not quantized, return ``source`` itself.
+    """
     from moesaic.bench.peers import _ours
 
     return _ours.packed_folder(source, folder, weight_format)
 
 
 class Peer:
-    """An LLM and its running requests."""
+    """An ``LLM`` and its running requests."""
 
     def __init__(self, path: Path, weight_format: str, threads: int, context: int, sequences: int) -> None:
         from moesaic.bench.peers import _ours

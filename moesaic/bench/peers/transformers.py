@@ -1,6 +1,7 @@
 """Transformers on torch's CPU kernels, called step by step with its own cache.
 
-``bfloat16-NAME`` selects an implementation of the experts; plain ``bfloat16`` uses the library's default.
+The format ``bfloat16-NAME`` selects the implementation NAME of the experts; plain ``bfloat16`` uses the library's
+default.
 """
 
 from __future__ import annotations

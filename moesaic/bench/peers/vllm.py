@@ -1,6 +1,6 @@
 """vLLM's CPU build: its whole engine without a tokenizer, stepped in this process.
 
-Like our whole LLM, it keeps prompts in its prefix cache, and a decode submits them again.
+Like Moesaic's whole engine, it keeps prompts in its prefix cache. To decode, the prompts are submitted again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMATS = ("bfloat16",)
 
 
 def environment(python: Path) -> dict[str, str]:
-    """Return environment variables that preload the libraries that vLLM recommends, as far as they are installed."""
+    """Return environment variables that preload those libraries recommended by vLLM that are installed."""
     openmp = python.parent.parent / "lib" / "libiomp5.so"
     tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
     libraries = [*([tcmalloc] if tcmalloc else []), *([str(openmp)] if openmp.exists() else [])]
