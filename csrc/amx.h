@@ -12,17 +12,18 @@ namespace moesaic::MOESAIC_ISA {
 MOESAIC_INLINE void compiler_barrier(const void* address) { __asm__ volatile("" : : "r"(address) : "memory"); }
 
 // Configures the tile registers of this thread for its lifetime; after it, the system need not save them.
+// Registers 4 and 5 hold `depth` bytes of 16 tokens, 6 and 7 those of 16 rows; 0 to 3 hold their sums.
 class TileRegisters {
   public:
-    MOESAIC_INLINE TileRegisters() {
+    MOESAIC_INLINE explicit TileRegisters(int depth = 64) {
         struct alignas(64) {
             uint8_t palette = 1, row = 0, unused[14] = {};
             uint16_t bytes[16] = {};  // of a row of each tile
             uint8_t rows[16] = {};
         } shape;
         for (int i = 0; i < 8; ++i) {
-            shape.bytes[i] = 64;
-            shape.rows[i] = 16;
+            shape.bytes[i] = uint16_t(i == 4 || i == 5 ? depth : 64);
+            shape.rows[i] = uint8_t(i == 6 || i == 7 ? depth / 4 : 16);
         }
         compiler_barrier(&shape);
         _tile_loadconfig(&shape);

@@ -19,18 +19,6 @@ constexpr int64_t IN_PLACE_ROWS = 8;        // with at most this many rows, keys
 constexpr float MASKED = -1e30f;            // score of a masked key; finite, so that no difference is NaN
 constexpr float MIN_MAGNITUDE = 0x1p-100f;  // heads whose largest magnitude is not above this are stored as zeros, so that 127 / x is finite
 
-#if defined(__aarch64__)
-typedef __fp16 Half;  // On AArch64, GCC supports _Float16 only since version 13.
-#else
-typedef _Float16 Half;
-#endif
-
-MOESAIC_INLINE float half_to_float(uint16_t x) {
-    Half h;
-    memcpy(&h, &x, 2);
-    return float(h);
-}
-
 MOESAIC_INLINE uint16_t float_to_half(float f) {
     const Half h = Half(f);
     uint16_t x;

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "grouped.h"
 #include "measure.h"
 #include "plain.h"
 #include "pool.h"
@@ -90,7 +91,7 @@ template <class Format>
 void linear(const LinearArgs& a) {
     using P = Products<Format>;
     using Tokens = typename P::Tokens;
-    const Matrix m = {a.weight, a.out, a.columns};
+    const Matrix m = {a.weight, a.out, a.columns, a.grouping};
     const int64_t max_tiles = tile_count(a.tokens);
     Tokens* tiles = (Tokens*)scratch(0, sizeof(Tokens) * max_tiles);
     int64_t* firsts = (int64_t*)scratch(1, sizeof(int64_t) * (max_tiles + 1));
@@ -197,8 +198,8 @@ ExpertBatch<Tokens> gather_by_expert(const ExpertsArgs& a) {
 
 // The matrix [out, columns] of one expert in a stack.
 template <class P>
-Matrix matrix_of(const uint8_t* stack, int64_t expert, int64_t out, int64_t columns) {
-    return {stack + expert * P::bytes({stack, out, columns}), out, columns};
+Matrix matrix_of(const uint8_t* stack, int64_t expert, int64_t out, int64_t columns, const Grouping* grouping) {
+    return {stack + expert * P::bytes({stack, out, columns, grouping}), out, columns, grouping};
 }
 
 // hidden = silu(gate x) * (up x), rounded. A task computes 256 rows, which share one scale of the hidden activations.
@@ -208,8 +209,8 @@ void gate_and_up(const ExpertsArgs& a, const ExpertBatch<typename P::Tokens>& ba
     parallel_for_or_inline(batch.pass_count * inner_supers, 2 * work, [&](int64_t task, int worker) {
         const ExpertTokens& pass = batch.passes[task / inner_supers];
         const int64_t s = task % inner_supers;
-        const Matrix gates = matrix_of<P>(a.gate, pass.expert, a.inner, a.size);
-        const Matrix ups = matrix_of<P>(a.up, pass.expert, a.inner, a.size);
+        const Matrix gates = matrix_of<P>(a.gate, pass.expert, a.inner, a.size, a.gate_grouping);
+        const Matrix ups = matrix_of<P>(a.up, pass.expert, a.inner, a.size, a.up_grouping);
         const int64_t tokens = batch.firsts[pass.end] - batch.firsts[pass.begin];
         const int tiles = int(pass.end - pass.begin);
         const int64_t extra = P::workspace_bytes(a.size, int(BLOCKS_PER_TASK * tiles));
@@ -251,7 +252,7 @@ void down_and_sum(const ExpertsArgs& a, const ExpertBatch<typename P::Tokens>& b
         memset(answers, 0, sizeof(float) * a.tokens * blocks * ROWS);
         for (int64_t p = 0; p < batch.pass_count; ++p) {
             const ExpertTokens& pass = batch.passes[p];
-            const Matrix downs = matrix_of<P>(a.down, pass.expert, a.size, a.inner);
+            const Matrix downs = matrix_of<P>(a.down, pass.expert, a.size, a.inner, a.down_grouping);
             P::gemm(downs, first, int(blocks), batch.hidden + pass.begin, int(pass.end - pass.begin), workspace, sums);
             const float* sum = sums;
             for (int64_t b = 0; b < blocks; ++b) {

@@ -9,12 +9,29 @@ enum class Format : int {
 #define MOESAIC_FORMAT(name, Type) name,
 #include "formats/formats.def"
 };
+
+// How a weight of the format `grouped` is stored; moesaic/formats/grouped.py describes the memory.
+struct Grouping {
+    enum Scale : int { FLOAT16, BFLOAT16, FLOAT32, SUPER_INT8, SUPER_INT4 };
+    enum Offset : int { NONE, VALUE, ZERO };
+
+    int bits, group;
+    Scale scale;
+    Offset offset;
+    // Without tables, the level follows from the code; else it is the sum of steps[i] * levels[i][code]. Two tables
+    // hold floating-point levels with 14 bits; then the entries of each span less than 128.
+    int tables;
+    int8_t levels[2][16];
+    float steps[2];
+};
+
 enum class Type : int { float32, bfloat16, float16, int8 };  // int8: only in a cache
 
 // y [tokens, out] = x [tokens, columns] times weight [out, columns] transposed.
 struct LinearArgs {
     Format format;
     Type type;
+    const Grouping* grouping;  // of the format `grouped`
     int64_t tokens, columns, out;
     const void* x;
     const uint8_t* weight;
@@ -22,10 +39,11 @@ struct LinearArgs {
 };
 
 // y[t] = sum over j of scores[t, j] * down[e] (silu(gate[e] x[t]) * (up[e] x[t])), e = ids[t, j]. All three stacks have
-// the same format.
+// the same format, but each may have its own grouping.
 struct ExpertsArgs {
     Format format;
     Type type;
+    const Grouping *gate_grouping, *up_grouping, *down_grouping;  // of the format `grouped`
     int64_t tokens, size, inner, experts, choices;
     const void* x;  // [tokens, size]
     const uint8_t *gate, *up, *down;

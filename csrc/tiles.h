@@ -8,6 +8,7 @@
 
 #include "amx.h"
 #include "formats/formats.def"
+#include "kernels.h"
 #include "vec.h"
 
 namespace moesaic::MOESAIC_ISA {
@@ -46,6 +47,7 @@ constexpr int64_t block_bytes(int64_t columns) {
 struct Matrix {
     const uint8_t* data;
     int64_t out, columns;
+    const Grouping* grouping;  // null for formats other than `grouped`
 
     int64_t blocks() const { return (out + ROWS - 1) / ROWS; }
 };

@@ -28,6 +28,10 @@
 #define MOESAIC_ISA portable
 #endif
 
+#ifndef MOESAIC_AMX
+#define MOESAIC_AMX 0
+#endif
+
 #define MOESAIC_INLINE inline __attribute__((always_inline))
 
 namespace moesaic::MOESAIC_ISA {
@@ -71,6 +75,18 @@ MOESAIC_INLINE uint16_t float_to_bf16(float f) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+#if defined(__aarch64__)
+typedef __fp16 Half;  // On AArch64, GCC supports _Float16 only since version 13.
+#else
+typedef _Float16 Half;
+#endif
+
+MOESAIC_INLINE float half_to_float(uint16_t x) {
+    Half h;
+    memcpy(&h, &x, 2);
+    return float(h);
+}
+
 MOESAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 #if MOESAIC_AVX512
@@ -100,6 +116,8 @@ MOESAIC_INLINE I negate(I a) { return _mm512_sub_epi32(_mm512_setzero_si512(), a
 MOESAIC_INLINE I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
 MOESAIC_INLINE I multiply_words(I a, I b) { return _mm512_mullo_epi16(a, b); }
 MOESAIC_INLINE I subtract_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
+// Return entry i of a table of 16 bytes, which is repeated in each 16 bytes of `table`, for each byte i < 16.
+MOESAIC_INLINE I lookup(I table, I index) { return _mm512_shuffle_epi8(table, index); }
 // Return acc + the sum of four products in each lane: u has unsigned bytes, s signed bytes.
 MOESAIC_INLINE I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
 // Weights v are passed to dot_biased as v + BIAS.
@@ -119,6 +137,7 @@ MOESAIC_INLINE void store_float(float* p, F x) { _mm512_storeu_ps(p, x); }
 MOESAIC_INLINE F load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+MOESAIC_INLINE F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 MOESAIC_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 MOESAIC_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
 MOESAIC_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -127,6 +146,9 @@ MOESAIC_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 MOESAIC_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }  // b where one is NaN
 MOESAIC_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 MOESAIC_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
+MOESAIC_INLINE int32_t largest(I x) { return _mm512_reduce_max_epi32(x); }
+MOESAIC_INLINE int32_t sum_of(I x) { return _mm512_reduce_add_epi32(x); }
+MOESAIC_INLINE void store_low_bytes(void* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
 MOESAIC_INLINE I bits(F a) { return _mm512_castps_si512(a); }
 MOESAIC_INLINE F from_bits(I a) { return _mm512_castsi512_ps(a); }
 
@@ -171,6 +193,9 @@ MOESAIC_BOTH(multiply_words, _mm256_mullo_epi16)
 MOESAIC_BOTH(subtract_bytes, _mm256_sub_epi8)
 MOESAIC_BOTH(max, _mm256_max_epi32)
 #undef MOESAIC_BOTH
+MOESAIC_INLINE I lookup(I table, I index) {
+    return {_mm256_shuffle_epi8(table.a, index.a), _mm256_shuffle_epi8(table.b, index.b)};
+}
 template <int N>
 MOESAIC_INLINE I shift_right(I x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
 template <int N>
@@ -219,6 +244,23 @@ MOESAIC_INLINE F load_bf16(const uint16_t* p) {
     const __m128i* q = (const __m128i*)p;
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
             _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16))};
+}
+MOESAIC_INLINE F load_f16(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+MOESAIC_INLINE __m128i sum_or_max(__m256i x, bool is_sum) {
+    const auto combine = [&](__m128i a, __m128i b) { return is_sum ? _mm_add_epi32(a, b) : _mm_max_epi32(a, b); };
+    __m128i four = combine(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    four = combine(four, _mm_shuffle_epi32(four, 0x4e));
+    return combine(four, _mm_shuffle_epi32(four, 0xb1));
+}
+MOESAIC_INLINE int32_t largest(I x) { return _mm_cvtsi128_si32(sum_or_max(_mm256_max_epi32(x.a, x.b), false)); }
+MOESAIC_INLINE int32_t sum_of(I x) { return _mm_cvtsi128_si32(sum_or_max(_mm256_add_epi32(x.a, x.b), true)); }
+MOESAIC_INLINE void store_low_bytes(void* p, I x) {
+    const __m256i low = _mm256_set1_epi32(0xff);  // the conversions below would saturate
+    const __m256i words = _mm256_packus_epi32(_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low));
+    const __m256i order = _mm256_permute4x64_epi64(words, 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1)));
 }
 MOESAIC_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 MOESAIC_INLINE F fms(F x, F y, F z) { return {_mm256_fmsub_ps(x.a, y.a, z.a), _mm256_fmsub_ps(x.b, y.b, z.b)}; }
@@ -287,6 +329,13 @@ MOESAIC_INLINE I subtract_bytes(I a, I b) {
     const U x = U(a), y = U(b);
     return I(((x | 0x80808080u) - (y & 0x7f7f7f7fu)) ^ ((x ^ ~y) & 0x80808080u));
 }
+MOESAIC_INLINE I lookup(I table, I index) {
+    uint8_t entries[64], bytes[64];
+    store(entries, table);
+    store(bytes, index);
+    for (int i = 0; i < 64; ++i) bytes[i] = entries[bytes[i]];
+    return load(bytes);
+}
 MOESAIC_INLINE I dot(I acc, I u, I s) {
     for (int j = 0; j < 32; j += 8) acc += I(U(u) >> j & 255) * (I(U(s) << (24 - j)) >> 24);
     return acc;
@@ -329,6 +378,11 @@ MOESAIC_INLINE F load_bf16(const uint16_t* p) {
     for (int i = 0; i < 16; ++i) x[i] = bf16_to_float(p[i]);
     return x;
 }
+MOESAIC_INLINE F load_f16(const uint16_t* p) {
+    F x;
+    for (int i = 0; i < 16; ++i) x[i] = half_to_float(p[i]);
+    return x;
+}
 __attribute__((noinline)) inline F fma(F a, F b, F c) {
     for (int i = 0; i < 16; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return a;
@@ -343,6 +397,21 @@ MOESAIC_INLINE I choose(I mask, I a, I b) { return (mask & a) | (~mask & b); }
 MOESAIC_INLINE F min(F a, F b) { return from_bits(choose(I(a < b), bits(a), bits(b))); }
 MOESAIC_INLINE F max(F a, F b) { return from_bits(choose(I(a > b), bits(a), bits(b))); }
 MOESAIC_INLINE I max(I a, I b) { return choose(I(a > b), a, b); }
+MOESAIC_INLINE int32_t largest(I x) {
+    int32_t v[16], most;
+    store(v, x);
+    most = v[0];
+    for (int i = 1; i < 16; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+}
+MOESAIC_INLINE int32_t sum_of(I x) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += x[i];
+    return sum;
+}
+MOESAIC_INLINE void store_low_bytes(void* p, I x) {
+    for (int i = 0; i < 16; ++i) ((uint8_t*)p)[i] = uint8_t(x[i]);
+}
 // Return in lane i the sum of all lanes of x[i]: lanes 8 apart are added first, then 4, 2 and 1 apart.
 MOESAIC_INLINE F sums_of(const F* x) {
     F sums;
@@ -373,14 +442,6 @@ MOESAIC_INLINE F dot_bf16(F acc, I a, I b) {
     acc = fma(from_bits(shift_left<16>(a)), from_bits(shift_left<16>(b)), acc);
     return fma(from_bits(bit_and(a, high)), from_bits(bit_and(b, high)), acc);
 #endif
-}
-
-MOESAIC_INLINE int32_t largest(I x) {
-    int32_t v[16], most;
-    store(v, x);
-    most = v[0];
-    for (int i = 1; i < 16; ++i) most = v[i] > most ? v[i] : most;
-    return most;
 }
 
 // Return e^x within 2 ulp; 0 below -87.3, infinity above 88.7, NaN for NaN.

@@ -21,26 +21,12 @@ from moesaic.errors import CheckpointError, InvalidRequest, NotFound
 from moesaic.formats import WeightFormat
 from moesaic.serve.endpoint import Endpoint as HttpEndpoint
 from moesaic.serve.endpoint import Failure
+from tests.support import grouped
 from tests.support.models import moesaic_model, transformers_model
 from tests.support.scripted_server import CONTEXT, TEMPLATE, Script, serving
 
-GROUPED = (
-    *("grouped:offset=value", "grouped:bits=8", "grouped:bits=5", "grouped:bits=5:offset=value"),
-    *(
-        "grouped:scale=super:offset=value",
-        "grouped:bits=6:group=16:scale=super",
-        "grouped:bits=3:group=128:offset=zero",
-    ),
-    *(
-        "grouped:scale=super:levels=iq4_nl",
-        "grouped:scale=bfloat16:levels=mxfp4",
-        "grouped:group=64:scale=float32:levels=nf4",
-    ),
-)
-"""Formats of files: with parameters."""
 
-
-@pytest.fixture(params=[*registry.names("formats"), *GROUPED])
+@pytest.fixture(params=[*registry.names("formats"), *grouped.TEXTS])
 def weight_format(request) -> WeightFormat:
     return formats.load(request.param)
 

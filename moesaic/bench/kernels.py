@@ -204,7 +204,7 @@ def line(row: Row) -> str:
     """Return a row as a line of text."""
     context = f" at {row.context}" if row.context else ""
     return (
-        f"{row.op:<10}{row.format:<9}{row.tokens:>5} tokens{context:<8}{row.milliseconds:>10.3f} ms"
+        f"{row.op:<10}{row.format:<9} {row.tokens:>5} tokens{context:<8}{row.milliseconds:>10.3f} ms"
         f"{row.gb_s:>8.1f} GB/s ({row.read_share:>4.0%}){row.gop_s:>9.0f} GOP/s ({row.peak_share:>4.0%})"
     )
 

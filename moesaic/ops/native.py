@@ -2,7 +2,8 @@
 
 The library is built when the package is installed. At run time it chooses the best instruction set of the processor:
 AMX, AVX-512 with VNNI, AVX2, or portable C++. Activations are rounded to 8 bits for a weight in an integer format,
-with one scale for each token and 256 columns (see ``formats/_tiles.py``), and to bfloat16 for a bfloat16 weight.
+with one scale for each token and 256 columns (see ``formats/_tiles.py``); in the same way, with one scale for each
+token and 32 columns, for a weight in the format ``grouped``; and to bfloat16 for a bfloat16 weight.
 
 These ops are not differentiable. If a gradient is needed, ``ops`` chooses the reference backend.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
-from moesaic.ops import OPS, Batch, FormatName
+from moesaic.ops import OPS, Batch, FormatName, _grouping
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -42,12 +43,14 @@ def _struct(op: str, *fields: tuple[str, Any]) -> type[_Arguments]:
 
 _Linear = _struct(
     "linear",
-    *(("format", c_int), ("type", c_int), ("tokens", c_int64), ("columns", c_int64), ("out", c_int64)),
+    *(("format", c_int), ("type", c_int), ("grouping", c_void_p)),
+    *((name, c_int64) for name in ("tokens", "columns", "out")),
     *((name, c_void_p) for name in ("x", "weight", "y")),
 )
 _Experts = _struct(
     "experts",
     *(("format", c_int), ("type", c_int)),
+    *((name, c_void_p) for name in ("gate_grouping", "up_grouping", "down_grouping")),
     *((name, c_int64) for name in ("tokens", "size", "inner", "experts", "choices")),
     *((name, c_void_p) for name in ("x", "gate", "up", "down", "ids", "scores", "y")),
 )
@@ -186,10 +189,22 @@ def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
     if device != "cpu":
         return "it runs on the CPU only"
     if isinstance(weight_format, tuple):
-        return f"it needs one format for gate, up and down, not {', '.join(weight_format)}"
-    if op in ("linear", "experts") and weight_format not in formats():
+        if any(_stem(name) != _grouping.NAME for name in weight_format):
+            return f"it needs one format for gate, up and down, not {', '.join(weight_format)}"
+        weight_format = _grouping.NAME
+    if op in ("linear", "experts") and _stem(weight_format or "") not in formats():
         return f"it does not read {weight_format}"
     return None if op in OPS else "it has no such op"
+
+
+def _stem(name: str) -> str:
+    """Return the name of a format without its parameters."""
+    return name.partition(":")[0]
+
+
+@functools.cache
+def _number(name: str) -> int:
+    return formats()[_stem(name)]
 
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
@@ -199,7 +214,10 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
     [data] = weight._parameters.values()  # parts() would copy the dictionary
     assert data is not None
     _run(
-        _Linear(formats()[weight.name], TYPES[x.dtype], tokens, columns, out, _address(x), _address(data), _address(y))
+        _Linear(
+            *(_number(weight.name), TYPES[x.dtype], _grouping.address(weight.name), tokens, columns, out),
+            *(_address(x), _address(data), _address(y)),
+        )
     )
     return _as(dtype, y)
 
@@ -208,12 +226,12 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     dtype, x = x.dtype, _native(x)
     y = _answer(x, tuple(x.shape))
     ids, scores = ids.contiguous(), _float(scores)
-    assert gate.name == up.name == down.name, "why_not() refuses mixed formats"
     stacks = [data for stack in (gate, up, down) for data in stack.parts().values()]
+    groupings = [_grouping.address(stack.name) for stack in (gate, up, down)]
     (count, inner, size), (tokens, choices) = gate.shape, ids.shape
     _run(
         _Experts(
-            *(formats()[gate.name], TYPES[x.dtype], tokens, size, inner, count, choices),
+            *(_number(gate.name), TYPES[x.dtype], *groupings, tokens, size, inner, count, choices),
             *(_address(tensor) for tensor in (x, *stacks, ids, scores, y)),
         )
     )

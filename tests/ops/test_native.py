@@ -15,12 +15,15 @@ import pytest
 import torch
 
 from moesaic import formats, registry
-from moesaic.ops import Batch, Cache, native, reference
+from moesaic.ops import Batch, Cache, _grouping, native, reference
+from tests.support import grouped
 from tests.support.require import require
 
 require(shutil.which("c++") or not native.why_not("linear", "cpu", "int4"), "no C++ compiler is installed")
 
 FORMATS = sorted(native.formats())
+EXACT = [*(name for name in FORMATS if name.startswith("int")), *grouped.TEXTS]
+"""Formats whose results are the same bits on every instruction set."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,7 +46,7 @@ def weights(weight_format, experts=4, d=320, f=200):
     return [packed.pack(torch.randn(experts, *shape) / 8) for shape in ((f, d), (f, d), (d, f))]
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", [*FORMATS, *grouped.KINDS[1:]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_bits_do_not_depend_on_the_batch(weight_format, dtype):
     weight = formats.load(weight_format).pack(torch.randn(70, 900))
@@ -55,7 +58,7 @@ def test_linear_bits_do_not_depend_on_the_batch(weight_format, dtype):
             assert torch.equal(native.linear(x[begin : begin + count], weight), together[begin : begin + count])
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", [*FORMATS, *grouped.KINDS[1:]])
 def test_experts_bits_do_not_depend_on_the_batch(weight_format):
     gate, up, down = weights(weight_format)
     x, scores = torch.randn(50, 320), torch.rand(50, 2)
@@ -66,7 +69,7 @@ def test_experts_bits_do_not_depend_on_the_batch(weight_format):
         assert torch.equal(native.experts(x[part], gate, up, down, ids[part], scores[part]), together[part])
 
 
-@pytest.mark.parametrize("weight_format", [name for name in FORMATS if name.startswith("int")])
+@pytest.mark.parametrize("weight_format", EXACT)
 def test_experts_bits_do_not_depend_on_isa_or_threads(weight_format):
     gate, up, down = weights(weight_format)
     for tokens in (1, 2, 4, 30):
@@ -83,8 +86,33 @@ def test_experts_bits_do_not_depend_on_isa_or_threads(weight_format):
         assert all(torch.equal(each, found[0]) for each in found)
 
 
-def test_nan_and_infinity_affect_only_their_token():
-    weight = formats.load("int4").pack(torch.randn(40, 300))
+@pytest.mark.parametrize("weight_format", grouped.TEXTS)
+def test_a_grouped_weight_equals_its_plain_weight_times_rounded_activations(weight_format):
+    """Every instruction set, with activations that 8 bits hold exactly: a scale of 1 for each 32 columns."""
+    weight = formats.load(weight_format).pack(torch.randn(70, 400))
+    x = torch.randint(-126, 127, (27, 400)).float()
+    x[:, ::16] = 127
+    expected = x.double() @ weight.dequantize().double().T
+    for isa in native.INSTRUCTION_SETS:
+        if native.use_instruction_set(isa):
+            error = native.linear(x, weight).double() - expected
+            assert error.norm() <= (2e-4 if "nf4" in weight_format else 1e-6) * expected.norm()
+
+
+def test_byte_tables_hold_levels_within_14_bits():
+    for levels in formats.grouped.TABLES.values():
+        tables = _grouping.byte_tables(levels)
+        found = [sum(entries[code] * step for entries, step in tables) for code in range(16)]
+        assert all(-128 <= entry <= 127 for entries, _ in tables for entry in entries)
+        error = max(abs(one - other) for one, other in zip(found, levels, strict=True))
+        assert error <= 6.2e-5 * max(map(abs, levels))
+        assert len(tables) == 1 or all(max(entries) - min(entries) < 128 for entries, _ in tables)
+    assert len(_grouping.byte_tables(formats.grouped.TABLES["mxfp4"])) == 1
+
+
+@pytest.mark.parametrize("weight_format", ["int4", "grouped", "grouped:bits=8:offset=value"])
+def test_nan_and_infinity_affect_only_their_token(weight_format):
+    weight = formats.load(weight_format).pack(torch.randn(40, 300))
     x = torch.randn(20, 300)
     clean = native.linear(x, weight)
     x[3, 7], x[11, 299] = math.nan, math.inf
@@ -94,10 +122,11 @@ def test_nan_and_infinity_affect_only_their_token():
     assert torch.equal(found[others], clean[others])
 
 
-def test_zero_weights_and_zero_activations():
-    weight = formats.load("int4").pack(torch.zeros(40, 300))
+@pytest.mark.parametrize("weight_format", ["int4", "grouped", "grouped:offset=value"])
+def test_zero_weights_and_zero_activations(weight_format):
+    weight = formats.load(weight_format).pack(torch.zeros(40, 300))
     assert not native.linear(torch.randn(3, 300), weight).any()
-    weight = formats.load("int4").pack(torch.randn(40, 300))
+    weight = formats.load(weight_format).pack(torch.randn(40, 300))
     assert not native.linear(torch.zeros(3, 300), weight).any()
 
 
