@@ -85,7 +85,10 @@ class LocalResponseStream:
         self._waiter: asyncio.Future[None] | None = None
 
     def pump(self, reply: Reply) -> bool:
-        """Collect the new events of ``reply``, one answer; return whether it has ended, normally or by an error."""
+        """Append the new events of ``reply``, one of the answers, to those that wait for the reader.
+
+        Return whether the answer has ended, normally or by an error.
+        """
         if self._failed:
             return True
         try:

@@ -174,7 +174,7 @@ class GgufFile(AbstractContextManager["GgufFile"]):
     def _array(self, key: str, kinds: Collection[int], limit: int) -> Array:
         value = self.metadata.get(key, Array(min(kinds), 0, 0))
         if not isinstance(value, Array) or value.kind not in kinds or value.length > limit:
-            raise CheckpointError(self.path, f"{key} is {value!r}, expected another type or at most {limit} elements")
+            raise CheckpointError(self.path, f"{key} has a wrong type, or more than {limit} elements: {value!r}")
         return value
 
     def header_without_tensors(self) -> bytes:

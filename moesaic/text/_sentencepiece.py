@@ -181,7 +181,7 @@ def _text(fields: dict[int, Field], number: int, default: str) -> str:
 def _as_bytes(value: Field) -> bytes:
     if isinstance(value, bytes):
         return value
-    raise ValueError("a field holds a number instead of text")
+    raise ValueError("a field of the vocabulary file holds a number instead of text")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Field]]:

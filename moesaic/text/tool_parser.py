@@ -53,7 +53,10 @@ class ToolCallParser:
         return _join_parts(out)
 
     def add_control_token(self, name: str) -> list[Part]:
-        """Add the control token ``name``; return the text and the parts of calls that can be returned now."""
+        """Process the control token ``name`` that the model has generated.
+
+        Return the text, and the parts of tool calls, that are now certain.
+        """
         out: list[Part] = []
         if self.satisfied:
             return out

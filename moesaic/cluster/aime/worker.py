@@ -162,7 +162,7 @@ class Connection:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise TemporaryFailure(str(error) or type(error).__name__) from error
         if reply.status in (502, 503, 504):
-            raise TemporaryFailure(f"status {reply.status}")
+            raise TemporaryFailure(f"{path} was answered with status {reply.status}")
         try:
             return reply.status, msgspec.json.decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError):

@@ -36,7 +36,7 @@ class ReplayFilter:
     """Drops the events of a continued request that repeat what readers already have."""
 
     def __init__(self, log: Iterable[Event]) -> None:
-        """Create a filter. ``log`` are the events that readers already have."""
+        """Create a filter that drops events which readers already have; these are the events in ``log``."""
         self._answers: dict[int, _AnswerReplay] = {}
         for event in log:
             answer = self._answer(event)
