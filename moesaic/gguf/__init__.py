@@ -174,7 +174,9 @@ class GgufFile(AbstractContextManager["GgufFile"]):
     def _array(self, key: str, kinds: Collection[int], limit: int) -> Array:
         value = self.metadata.get(key, Array(min(kinds), 0, 0))
         if not isinstance(value, Array) or value.kind not in kinds or value.length > limit:
-            raise CheckpointError(self.path, f"{key} has a wrong type, or more than {limit} elements: {value!r}")
+            raise CheckpointError(
+                self.path, f"{key} is {value!r}, expected an array of the documented type with at most {limit} elements"
+            )
         return value
 
     def header_without_tensors(self) -> bytes:
