@@ -241,29 +241,46 @@ class Format(WeightFormat):
         plain = torch.cat(pieces, dim=-1).reshape(*stack, tiles.shape[-2] * ROWS, -1)
         return plain[..., :out, :columns].to(dtype)
 
+    def rows(self, parts: Mapping[str, Tensor], shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        blocks, places = (ids // ROWS).unique(return_inverse=True)
+        plain = self.unpack({"tiles": parts["tiles"][blocks]}, (len(blocks) * ROWS, shape[1]), dtype)
+        return plain[places * ROWS + ids % ROWS]
+
     def _plain(self, tile: Tensor, width: int) -> Tensor:
         """Return float32 weights [blocks, 32, width] of the bytes [blocks, n] of a superblock."""
         groups = width // self.group
         supers, scales, offsets, codes = tile.split(self._sections(width), dim=1)
 
-        def by_row(data: Tensor, dtype: torch.dtype) -> Tensor:  # [blocks, 32, groups, 1]
-            return data.contiguous().view(dtype).reshape(len(data), groups, ROWS).transpose(1, 2)[..., None].float()
+        def by_row(data: Tensor, dtype: torch.dtype) -> Tensor:  # [blocks, 32, groups]
+            return data.contiguous().view(dtype).reshape(len(data), groups, ROWS).transpose(1, 2)
 
+        offset = None
         if self.scale == "super4":
             scale, offset = by_row(scales & 15, torch.uint8), by_row(scales >> 4, torch.uint8)
         else:
             scale = by_row(scales, self._scale_dtype)
-            offset = by_row(offsets, self._offset_dtype) if self.offset != "none" else scale.new_zeros(())
+            offset = by_row(offsets, self._offset_dtype) if self.offset != "none" else None
+        factors = [None, None]
         if self.is_super:
-            factors = supers.contiguous().view(torch.float16).reshape(len(tile), -1, ROWS).float()
-            scale = scale * factors[:, 0, :, None, None]
-            offset = offset * factors[:, 1, :, None, None] if self.offset == "value" else offset
-        level = self._level(_planes.unpack(codes, self.bits, width)).reshape(len(tile), ROWS, groups, self.group)
-        if self.offset == "zero":
-            plain: Tensor = scale * (level - offset)
+            both = supers.contiguous().view(torch.float16).reshape(len(tile), -1, ROWS, 1)
+            factors = [both[:, 0], both[:, 1] if self.offset == "value" else None]
+        return self.dequantize(Codes(_planes.unpack(codes, self.bits, width), scale, offset, *factors))
+
+    def dequantize(self, codes: Codes) -> Tensor:
+        """Return the float32 weights [..., rows, columns] that ``codes`` stand for."""
+        scale = codes.scale.float()
+        offset = None if codes.offset is None else codes.offset.float()
+        if codes.super_scale is not None:
+            scale = _by_super(scale, codes.super_scale)
+        if codes.super_offset is not None and offset is not None:
+            offset = _by_super(offset, codes.super_offset)
+        level = self._level(codes.codes).unflatten(-1, (scale.shape[-1], -1))
+        if self.offset == "zero" and offset is not None:
+            plain: Tensor = scale[..., None] * (level - offset[..., None])
         else:
-            plain = scale * level - offset
-        return plain.flatten(2)
+            plain = scale[..., None] * level
+            plain = plain if offset is None else plain.sub_(offset[..., None])
+        return plain.flatten(-2)
 
     def _level(self, codes: Tensor) -> Tensor:
         if self.levels != "linear":
@@ -286,3 +303,9 @@ def _two_levels(values: Tensor, count: int, most: int) -> tuple[Tensor, Tensor, 
     steps = supers.to(torch.float16)
     step = steps.float().repeat_interleave(count, -1)[..., : values.shape[-1]]
     return (values / _nonzero(step)).round().clamp(0, most).to(torch.int8), steps, step
+
+
+def _by_super(values: Tensor, factors: Tensor) -> Tensor:
+    """Return values [..., groups] times the float16 factor of their superblock [..., supers]."""
+    scaled: Tensor = values.unflatten(-1, (factors.shape[-1], -1)) * factors.float()[..., None]
+    return scaled.flatten(-2)
