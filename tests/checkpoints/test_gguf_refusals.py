@@ -30,7 +30,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
         ({"llama.attention.value_length": 32}, "value_length is 32"),
         ({"llama.rope.dimension_count": 32}, "dimension_count is 32"),
         ({"llama.attention.head_count_kv": [2, 1]}, "differs between layers"),
-        ({"llama.attention.head_count_kv": ["2"]}, "expected another type"),
+        ({"llama.attention.head_count_kv": ["2"]}, "expected an array of the documented type"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "expected a positive number"),
         ({"llama.attention.head_count": 0}, "head_count is 0, expected a positive integer"),
         ({"llama.attention.head_count": 3}, "q_proj.weight has the wrong shape"),
