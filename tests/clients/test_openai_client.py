@@ -69,7 +69,7 @@ def test_refusals(seen):
         "model": ["NotFoundError", 404, None, "model_not_found"],
         "value": ["BadRequestError", 400, "temperature", None],
         "role": ["BadRequestError", 400, None, None],
-        "long": ["BadRequestError", 400, None, None],
+        "long": ["BadRequestError", 400, None, "context_length_exceeded"],
     }
 
 
