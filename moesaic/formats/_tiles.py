@@ -22,20 +22,17 @@ Scales are padded to 64 bytes, offsets to a whole pair; int8 has neither.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from moesaic.formats import Layout, Shape, WeightFormat, _planes
+from moesaic.formats import _planes
+from moesaic.formats._blocks import PAD, SUPER, Blocked, nonzero
+from moesaic.formats._planes import ROWS
 from moesaic.formats._threads import for_each
 
-ROWS = 32
-SUPER = 256
-PAD = 64
-"""The columns of a weight are padded to a multiple of this number."""
 LARGEST_SCALE = 15
 HEADROOM = 120
 """Upper bound of |weight / step|, so that rounding away from 0 stays within -128 .. 127."""
@@ -44,7 +41,7 @@ SLICE = 1 << 22
 
 
 @dataclass(frozen=True)
-class Tiled(WeightFormat):
+class Tiled(Blocked):
     """Base of a format that stores a weight in tiles of 32 rows; a subclass only sets the numbers below."""
 
     bits: ClassVar[int]
@@ -53,23 +50,6 @@ class Tiled(WeightFormat):
     """Columns of a row that share a scale and an offset; 0: there are no scales, and codes are the integers v."""
     factor: ClassVar[int] = 1
     """Constant by which every scale is multiplied."""
-
-    def layout(self, shape: Shape) -> Layout:
-        *stack, out, columns = shape
-        return {"tiles": ((*stack, -(-out // ROWS), self.block_bytes(columns)), torch.uint8)}
-
-    def block_bytes(self, columns: int) -> int:
-        """Return the bytes of one block of 32 rows with this number of columns."""
-        return sum(end - begin for begin, end, _ in self._superblocks(columns))
-
-    def _superblocks(self, columns: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (first byte, end, number of columns) of each superblock in a block with this number of columns."""
-        at, left = 0, -(-columns // PAD) * PAD
-        while left:
-            width = min(SUPER, left)
-            end = at + sum(self._sections(width))
-            yield at, end, width
-            at, left = end, left - width
 
     def _sections(self, width: int) -> tuple[int, int, int, int]:
         """Return the bytes of the steps, scales, offsets and codes of a superblock of ``width`` columns."""
@@ -91,19 +71,6 @@ class Tiled(WeightFormat):
         for_each(tile, places, weight.device)
         return {"tiles": tiles.reshape(shape)}
 
-    def unpack(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
-        tiles, (*stack, out, columns) = parts["tiles"], shape
-        pieces = []
-        for begin, end, width in self._superblocks(columns):
-            pieces.append(self._untile(tiles[..., begin:end].reshape(-1, end - begin), width))
-        plain = torch.cat(pieces, dim=-1).reshape(*stack, tiles.shape[-2] * ROWS, -1)
-        return plain[..., :out, :columns].to(dtype)
-
-    def rows(self, parts: Mapping[str, Tensor], shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        blocks, places = (ids // ROWS).unique(return_inverse=True)
-        plain = self.unpack({"tiles": parts["tiles"][blocks]}, (len(blocks) * ROWS, shape[1]), dtype)
-        return plain[places * ROWS + ids % ROWS]
-
     def _tile(self, plain: Tensor) -> Tensor:
         """Return the bytes [blocks, bytes] that store the padded plain weights [32 * blocks, columns]."""
         pieces = []
@@ -114,7 +81,6 @@ class Tiled(WeightFormat):
         return torch.cat(pieces, dim=1)
 
     def _untile(self, tile: Tensor, width: int) -> Tensor:
-        """Return the plain float32 weights [blocks, 32, width] that one superblock's bytes [blocks, bytes] store."""
         steps, scales, offsets, codes = tile.split(self._sections(width), dim=1)
         step = steps.contiguous().view(torch.bfloat16).float()[:, :, None]
         q = _planes.unpack(codes, self.bits, width).float()
@@ -138,7 +104,7 @@ class Tiled(WeightFormat):
         """
         if not self.group:
             step = _upwards(part.abs().amax(1) / 127)
-            codes = (part / _nonzero(step)[:, None]).round().clamp(-127, 127) + 128
+            codes = (part / nonzero(step)[:, None]).round().clamp(-127, 127) + 128
             return step, part.new_zeros(len(part), 0), part.new_zeros(len(part), 0), codes
         levels = (1 << self.bits) - 1
         w = part.reshape(len(part), -1, self.group)
@@ -147,7 +113,7 @@ class Tiled(WeightFormat):
             (high - low).amax(1) / (LARGEST_SCALE * levels * self.factor), part.abs().amax(1) / HEADROOM
         )
         step = _upwards(reach)
-        w = w / _nonzero(step)[:, None, None]
+        w = w / nonzero(step)[:, None, None]
         low, high = w.amin(2), w.amax(2)
         widest = ((high - low) / (levels * self.factor)).ceil().clamp(1, LARGEST_SCALE)
         best: tuple[Tensor, ...] | None = None
@@ -210,10 +176,6 @@ def _upwards(x: Tensor) -> Tensor:
     rounded = x.to(torch.bfloat16)
     bits = rounded.view(torch.int16)
     return torch.where(rounded.float() < x, (bits + 1).view(torch.bfloat16), rounded).float()
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, 1.0)
 
 
 def _padded(size: int) -> int:

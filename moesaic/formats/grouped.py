@@ -26,7 +26,7 @@ Files: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, ``ggml-common.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Layout, Shape, WeightFormat, _planes
+from moesaic.formats import _planes
+from moesaic.formats._blocks import PAD, SUPER, Blocked, nonzero
+from moesaic.formats._planes import ROWS
 
-ROWS, SUPER = 32, 256
 Scale = Literal["float16", "bfloat16", "float32", "super", "super4"]
 Offset = Literal["none", "value", "zero"]
 
@@ -74,7 +75,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Format(WeightFormat):
+class Format(Blocked):
     """Codes with a scale for each group of columns."""
 
     name = "grouped"
@@ -114,7 +115,7 @@ class Format(WeightFormat):
     @property
     def padding(self) -> int:
         """Columns are padded to a multiple of this."""
-        return max(64, self.group)
+        return max(PAD, self.group)
 
     @property
     def _scale_dtype(self) -> torch.dtype:
@@ -123,18 +124,6 @@ class Format(WeightFormat):
     @property
     def _offset_dtype(self) -> torch.dtype:
         return torch.uint8 if self.is_super or self.offset == "zero" else self._scale_dtype
-
-    def layout(self, shape: Shape) -> Layout:
-        *stack, out, columns = shape
-        block = sum(sum(self._sections(width)) for width in self._widths(columns))
-        return {"tiles": ((*stack, -(-out // ROWS), block), torch.uint8)}
-
-    def _widths(self, columns: int) -> Iterator[int]:
-        """Yield the number of columns of each superblock."""
-        left = -(-columns // self.padding) * self.padding
-        while left > 0:
-            yield min(SUPER, left)
-            left -= SUPER
 
     def _sections(self, width: int) -> tuple[int, int, int, int]:
         """Return the bytes of the sections of a superblock: super, scales, offsets and codes."""
@@ -168,13 +157,13 @@ class Format(WeightFormat):
         else:
             scale = scale.to(self._scale_dtype)
         if self.offset == "zero":
-            offset = (offset / _nonzero(scale.float())).round().clamp(0, 255).to(torch.uint8)
+            offset = (offset / nonzero(scale.float())).round().clamp(0, 255).to(torch.uint8)
         elif not self.is_super:
             offset = offset.to(self._scale_dtype)
         real_scale, real_offset = scale.float() * steps[0], offset.float() * steps[1]
         if self.offset == "zero":
             real_offset = real_offset * real_scale
-        target = (groups + real_offset[..., None]) / _nonzero(real_scale)[..., None]
+        target = (groups + real_offset[..., None]) / nonzero(real_scale)[..., None]
         codes = self._nearest(target).flatten(-2)[..., : weight.shape[-1]]
         if self.offset != "value":
             supers.pop("super_offset", None)
@@ -193,20 +182,11 @@ class Format(WeightFormat):
         *stack, rows, columns = codes.codes.shape
         values = {name: tensor for name, tensor in vars(codes).items() if tensor is not None}
         flat = {name: tensor.reshape(-1, *tensor.shape[-2:]) for name, tensor in values.items()}
-        blocks = -(-rows // ROWS)
-        tiles = torch.cat(
-            [
-                torch.cat([self._superblock(index, flat, begin, width) for begin, width in self._spans(columns)], dim=1)
-                for index in range(len(flat["codes"]))
-            ]
-        )
-        return {"tiles": tiles.reshape(*stack, blocks, -1)}
-
-    def _spans(self, columns: int) -> Iterator[tuple[int, int]]:
-        begin = 0
-        for width in self._widths(columns):
-            yield begin, width
-            begin += width
+        tiles = []
+        for index in range(len(flat["codes"])):
+            spans = [(SUPER * number, width) for number, (_, _, width) in enumerate(self._superblocks(columns))]
+            tiles.append(torch.cat([self._superblock(index, flat, begin, width) for begin, width in spans], dim=1))
+        return {"tiles": torch.cat(tiles).reshape(*stack, -(-rows // ROWS), -1)}
 
     def _superblock(self, index: int, values: Mapping[str, Tensor], begin: int, width: int) -> Tensor:
         """Return the bytes [blocks, n] of one superblock of matrix ``index``."""
@@ -231,23 +211,7 @@ class Format(WeightFormat):
                 pieces.append(_bytes(by_group("offset").to(self._offset_dtype)))
         return torch.cat([*pieces, _planes.pack(cut("codes", begin, width), self.bits)], dim=1)
 
-    def unpack(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
-        tiles, (*stack, out, columns) = parts["tiles"], shape
-        pieces, begin = [], 0
-        for width in self._widths(columns):
-            end = begin + sum(self._sections(width))
-            pieces.append(self._plain(tiles[..., begin:end].reshape(-1, end - begin), width))
-            begin = end
-        plain = torch.cat(pieces, dim=-1).reshape(*stack, tiles.shape[-2] * ROWS, -1)
-        return plain[..., :out, :columns].to(dtype)
-
-    def rows(self, parts: Mapping[str, Tensor], shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        blocks, places = (ids // ROWS).unique(return_inverse=True)
-        plain = self.unpack({"tiles": parts["tiles"][blocks]}, (len(blocks) * ROWS, shape[1]), dtype)
-        return plain[places * ROWS + ids % ROWS]
-
-    def _plain(self, tile: Tensor, width: int) -> Tensor:
-        """Return float32 weights [blocks, 32, width] of the bytes [blocks, n] of a superblock."""
+    def _untile(self, tile: Tensor, width: int) -> Tensor:
         groups = width // self.group
         supers, scales, offsets, codes = tile.split(self._sections(width), dim=1)
 
@@ -293,16 +257,12 @@ def _bytes(part: Tensor) -> Tensor:
     return part.contiguous().view(torch.uint8).flatten(1)
 
 
-def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x != 0, x, 1.0)
-
-
 def _two_levels(values: Tensor, count: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return values [..., groups] >= 0 as integers 0 .. most and float16 steps [..., supers], and the step of each."""
     supers = torch.nn.functional.pad(values, (0, -values.shape[-1] % count)).unflatten(-1, (-1, count)).amax(-1) / most
     steps = supers.to(torch.float16)
     step = steps.float().repeat_interleave(count, -1)[..., : values.shape[-1]]
-    return (values / _nonzero(step)).round().clamp(0, most).to(torch.int8), steps, step
+    return (values / nonzero(step)).round().clamp(0, most).to(torch.int8), steps, step
 
 
 def _by_super(values: Tensor, factors: Tensor) -> Tensor:
