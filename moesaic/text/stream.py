@@ -73,7 +73,6 @@ class StopStrings:
             raise InvalidParameter("stop", "a stop string must not be empty")
         self._stops = tuple(stops)
         self._first_chars = frozenset(stop[0] for stop in stops)
-        self._longest = max(map(len, stops), default=1)
         self._held = ""
         self.stopped: str | None = None  # the stop string that ended the text
 
@@ -86,7 +85,7 @@ class StopStrings:
         text = self._held + text
         match = self._first_match(text)
         # A longer stop string that begins earlier may be incomplete; it has priority over a match that begins later.
-        end = self._partial_match(text)
+        end = partial_match(text, self._stops)
         if match and match[0] <= end:
             return self._stop(text, *match), True
         self._held = text[end:]
@@ -109,14 +108,19 @@ class StopStrings:
         self._held, self.stopped = "", stop
         return text[:start]
 
-    def _partial_match(self, text: str) -> int:
-        """Return where the earliest incomplete stop string at the end of ``text`` starts, or the length of ``text``."""
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if text[start] in self._first_chars and any(
-                stop.startswith(text[start:]) and len(stop) > len(text) - start for stop in self._stops
-            ):
-                return start
-        return len(text)
+
+def partial_match(text: str, wanted: Collection[str]) -> int:
+    """Return where the earliest incomplete one of ``wanted`` at the end of ``text`` starts, or the length of ``text``.
+
+    None of ``wanted`` is empty.
+    """
+    first_chars, longest = {string[0] for string in wanted}, max(map(len, wanted), default=1)
+    for start in range(max(0, len(text) - longest + 1), len(text)):
+        if text[start] in first_chars and any(
+            string.startswith(text[start:]) and len(string) > len(text) - start for string in wanted
+        ):
+            return start
+    return len(text)
 
 
 class _HiddenNames:

@@ -6,6 +6,7 @@ of JSON.
 
 from __future__ import annotations
 
+from moesaic.text.stream import partial_match
 from moesaic.text.syntax import Syntax
 from moesaic.text.tool_parser import Part, ToolCallParser
 from moesaic.text.tools import Tools
@@ -24,7 +25,7 @@ class TaggedCallParser(ToolCallParser):
     def add_text(self, text: str) -> list[Part]:
         """Add text of the answer; return the text and the parts of calls that can be returned now."""
         text = self._tail + text
-        cut = self._partial_tag(text)
+        cut = partial_match(text, self._tags)
         self._tail, text = text[cut:], text[:cut].replace(self._tags[1], "")
         first, *rest = text.split(self._tags[0])
         shown = self._outside_tags(first)
@@ -48,10 +49,3 @@ class TaggedCallParser(ToolCallParser):
         """
         rest, self._tail = "" if cut else self._tail, ""
         return [*super().add_text(rest), *super().finish(cut=cut)]
-
-    def _partial_tag(self, text: str) -> int:
-        """Return where an incomplete tag at the end of ``text`` starts, or the length of ``text``."""
-        for start in range(max(0, len(text) - max(map(len, self._tags))), len(text)):
-            if any(tag.startswith(text[start:]) and len(tag) > len(text) - start for tag in self._tags):
-                return start
-        return len(text)
