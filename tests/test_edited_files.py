@@ -109,7 +109,7 @@ def test_endpoint_file_of_aime(tmp_path: Path) -> None:
 
 def test_chat_template(tmp_path: Path) -> None:
     edited(tmp_path / "chat_template.jinja", "{{ bos_token }}")
-    assert template.load(tmp_path) == "{{ bos_token }}"
+    assert template.load(tmp_path) == "{{ bos_token }}" == template.load_file(tmp_path / "chat_template.jinja")
 
 
 def test_configuration_of_a_checkpoint(tmp_path: Path, tales_copy: Path) -> None:

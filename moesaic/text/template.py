@@ -83,7 +83,7 @@ def load_file(path: Path) -> str:
     if not path.is_file():
         raise NotFound(f"{path}: no such chat template; name an existing file or a chat format")
     try:
-        template = read_bounded(path).decode()
+        template = read_bounded(path).decode("utf-8-sig")
     except ValueError as error:
         raise TemplateError(path, "is not UTF-8 text") from error
     if not template.strip():
