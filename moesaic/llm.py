@@ -56,12 +56,17 @@ class LLM(AbstractContextManager["LLM"]):
     """
 
     def __init__(
-        self, loaded: Loaded, tokenizer: Tokenizer, engine: Engine, chat_format: ChatFormat, name: str
+        self,
+        loaded: Loaded,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        chat_format: ChatFormat,
+        name: str,
+        defaults: Mapping[str, Any],
     ) -> None:
         self.loaded, self.tokenizer, self.engine = loaded, tokenizer, engine
         self.format, self.name = chat_format, name
-        self.context = engine.capacity
-        self.defaults = sampling_defaults(loaded.generation, loaded.generation_file)
+        self.context, self.defaults = engine.capacity, dict(defaults)
         self._grammars = Compiler(tokenizer, loaded.model.vocab_size)
 
     @classmethod
@@ -142,7 +147,7 @@ class LLM(AbstractContextManager["LLM"]):
         if loaded.model.shape.labels:
             raise InvalidRequest(f"{loaded.path} holds a classifier, which cannot chat: use Classifier.load")
         check_tokenizer(tokenizer, loaded.model.vocab_size, loaded.path)
-        sampling_defaults(loaded.generation, loaded.generation_file)  # refused before the engine starts
+        defaults = sampling_defaults(loaded.generation, loaded.generation_file)  # refused before the engine starts
         dtype = cache_dtype(loaded.model, kv_cache_dtype)
         context, cache_tokens = plan_cache(loaded.model, context, cache_tokens, block_size, dtype)
         selected_format = chat_choice.select(chat_format, tokenizer, loaded.path, loaded.config.get("model_type"))
@@ -155,7 +160,7 @@ class LLM(AbstractContextManager["LLM"]):
             dtype=dtype,
             torch_threads=torch_threads(loaded.model),
         )
-        return cls(loaded, tokenizer, engine, selected_format, name)
+        return cls(loaded, tokenizer, engine, selected_format, name, defaults)
 
     def close(self) -> None:
         """Stop the engine. Reading a reply that is still running then raises EngineStopped."""

@@ -133,7 +133,7 @@ class AnswerDecoder:
         else:
             parts = self._split(self._text.add(token.id)[0])
         self._satisfied = self._calls is not None and self._calls.satisfied
-        return replace(self._show(parts), tokens=(token,), places=(place,))
+        return self._show(parts, (token,), (place,))
 
     def _place(self, token: Token) -> TokenPlace | None:
         if token.logprob is None:
@@ -154,12 +154,14 @@ class AnswerDecoder:
     def _split(self, text: str) -> list[Part]:
         return self._calls.add_text(text) if self._calls else [text]
 
-    def _show(self, parts: list[Part]) -> Text:
+    def _show(
+        self, parts: list[Part], tokens: tuple[Token, ...] = (), places: tuple[TokenPlace | None, ...] = ()
+    ) -> Text:
         text = "".join(part for part in parts if isinstance(part, str))
         if self._strip:
             text = text.lstrip()
             self._strip = not text
-        return Text(text, calls=tuple(part for part in parts if isinstance(part, CallPart)))
+        return Text(text, tokens, tuple(part for part in parts if isinstance(part, CallPart)), places)
 
 
 def _without_leading_space(data: bytes) -> bytes:

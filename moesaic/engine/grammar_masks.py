@@ -50,9 +50,9 @@ def _mask(sequence: Sequence, vocab: int) -> Mask:
     """
     request, ends = sequence.request, list(sequence.request.stop_ids)
     mask = _grammar_mask(sequence, vocab)
-    if (allowed := request.sampling.allowed_token_ids) is not None:
+    if request.allowed_ids is not None:
         kept = np.zeros(vocab, dtype=np.bool_)
-        kept[np.fromiter(allowed, np.int64, len(allowed))] = True
+        kept[request.allowed_ids] = True
         mask &= kept
     if request.forbidden is not None:
         mask[list(request.forbidden(sequence.ids[sequence.prompt :]))] = False

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from moesaic.errors import InvalidParameter
@@ -264,6 +265,14 @@ class Request:
     def masked(self) -> bool:
         """Whether answers have forbidden tokens, so that ``grammar_masks`` computes a mask for each next token."""
         return not (self.constraint is None and self.forbidden is None and self.sampling.allowed_token_ids is None)
+
+    @cached_property
+    def allowed_ids(self) -> NDArray[np.int64] | None:
+        """``Sampling.allowed_token_ids`` as an array; None if all are allowed."""
+        import numpy as np  # a command that prints its help does without
+
+        ids = self.sampling.allowed_token_ids
+        return None if ids is None else np.array(ids, dtype=np.int64)
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -24,6 +24,7 @@ class Grouping(ctypes.Structure):
     )
 
 
+@functools.cache
 def address(name: str) -> int | None:
     """Return the address of the parameters of a format ``grouped:...``; None for other formats."""
     parameters = _parameters(name)
