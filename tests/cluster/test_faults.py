@@ -285,7 +285,7 @@ def _ask(prompt: str, tenant: str) -> Any:
 def test_many_workers_reconnect_without_a_storm(tmp_path, monkeypatch, count, jobs):
     """F15."""
     begun = list[tuple[str, int]]()
-    tries = 0
+    tries, lease = 0, 40.0  # all workers share one process with the gateways, so they need long to register
     was, register = Worker._start, Worker._register
 
     def begin(self: Worker, lease: Any) -> None:
@@ -301,7 +301,7 @@ def test_many_workers_reconnect_without_a_storm(tmp_path, monkeypatch, count, jo
     monkeypatch.setattr(Worker, "_register", counted)
     where = tmp_path / "jobs.sqlite"
     with running_cluster(tmp_path / "beside.sqlite") as other_cluster:
-        with running_cluster(where) as first:
+        with running_cluster(where, lease=lease) as first:
             handles = [
                 other_cluster.start_worker(FakeBackend(seconds=SLOW), urls=[first.url], slots=1, wait=False)
                 for _ in range(count)
@@ -315,8 +315,8 @@ def test_many_workers_reconnect_without_a_storm(tmp_path, monkeypatch, count, jo
         time.sleep(1.5)
         attempts = 8 + 2 * (time.monotonic() - closed)  # the pauses between attempts grow to about a second
         assert tries <= attempts * count, "the workers reconnect without pauses"
-        with running_cluster(where, port=first.port) as second:
-            eventually(lambda: len(second.gateway.workers.sessions) == count, 40)
+        with running_cluster(where, lease=lease, port=first.port) as second:
+            eventually(lambda: len(second.gateway.workers.sessions) == count, 2 * lease)
             again = [Stream(second.client, f"{n}", 60, idempotency_key=f"k{n}") for n in range(jobs)]
             for n, stream in enumerate(again):
                 assert stream.end().text == answer(f"{n}", count=60) and stream.done
@@ -324,6 +324,23 @@ def test_many_workers_reconnect_without_a_storm(tmp_path, monkeypatch, count, jo
             assert second.gateway.leases.expired == 0
             for handle in handles:
                 other_cluster.server.call(handle.worker.stopped.set)
+
+
+def test_pauses_between_attempts_stay_short_of_a_lease(tmp_path, monkeypatch):
+    """Else the leases of a worker would expire although its gateway is back after a long outage."""
+    pauses = list[float]()
+
+    def longest(low: float, high: float) -> float:
+        pauses.append(high)
+        return 0.001
+
+    with running_cluster(tmp_path / "jobs.sqlite", lease=5.0) as cluster:
+        monkeypatch.setattr("moesaic.cluster.worker.agent.random.uniform", longest)
+        handle = cluster.start_worker(FakeBackend(), urls=[cluster.url])
+        handle.worker._gateways = ["http://127.0.0.1:1"]
+        cluster.run(cluster.gateway.leases.unregister(handle.worker._name))
+        eventually(lambda: len(pauses) >= 12)
+    assert pauses[0] < pauses[2] < 1.0 == max(pauses)
 
 
 # TLS

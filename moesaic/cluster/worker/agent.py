@@ -31,6 +31,10 @@ SEND_SECONDS = 0.02
 """Minimum seconds between two messages with events."""
 LEASE_WAIT_SECONDS = 20.0
 """Duration of a long poll for jobs, in seconds."""
+RETRY_FRACTION = 0.2
+"""The longest pause between two attempts to reach a gateway, as a fraction of a lease's duration.
+
+A gateway that is back after a long outage must hear from its workers before their leases expire."""
 ABANDON_LEASES = 6
 """The worker cancels its jobs when no gateway has renewed its leases for this number of lease durations.
 
@@ -139,7 +143,8 @@ class Worker:
                 if self.stopped.is_set():  # an error in a task group can hide a simultaneous cancellation
                     return
             tries = min(tries + 1, 10)
-            await asyncio.sleep(random.uniform(0.05, min(10.0, 0.1 * 2**tries)))  # full jitter
+            longest = min(self._lease_seconds * RETRY_FRACTION, 0.1 * 2**tries)
+            await asyncio.sleep(random.uniform(0.05, longest))  # full jitter
 
     def _log_disconnect(self, error: BaseException) -> None:
         """Log why there is no connection to a gateway: as a warning if the reason is new, else for debugging."""
