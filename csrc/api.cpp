@@ -12,6 +12,7 @@
 #endif
 
 #include "kernels.h"
+#include "packing.h"
 #include "pool.h"
 
 using namespace moesaic;
@@ -135,6 +136,12 @@ MOESAIC_OP(rms_norm, NormArgs)
 MOESAIC_OP(rope, RopeArgs)
 MOESAIC_OP(truncate, TruncateArgs)
 MOESAIC_OP(draw, DrawArgs)
+
+int moesaic_store_codes(const StoreCodesArgs* a) {
+    OpLock lock;
+    store_codes(*a);
+    return OK;
+}
 
 void moesaic_read(const uint8_t* memory, int64_t bytes, int streams, int ahead) {
     OpLock lock;

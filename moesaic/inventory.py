@@ -6,7 +6,7 @@ The rows come from the registry folders; this module formats each as one line of
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from moesaic import registry
 
@@ -41,6 +41,13 @@ def _chat_formats() -> Iterator[Row]:
     yield {"name": "FILE.jinja", "about": "the Jinja template in this file, rendered in a child process with limits"}
 
 
+def _weight_formats(op: str) -> Sequence[str | None]:
+    """Return the formats of the weights that an op reads or writes; None for an op without weights."""
+    if op == "store_codes":
+        return ["grouped"]
+    return registry.names("formats") if op in ("linear", "experts") else [None]
+
+
 def _ops() -> Iterator[Row]:
     """Yield one row per op, device and weight format; ops without weights have no format."""
     import torch
@@ -49,7 +56,7 @@ def _ops() -> Iterator[Row]:
 
     for op in ops.OPS:
         for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-            for weights in registry.names("formats") if op in ("linear", "experts") else [None]:
+            for weights in _weight_formats(op):
                 reasons = {
                     name: reason for name, reason in ops.explain(op, device, weights).items() if reason is not None
                 }

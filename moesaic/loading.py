@@ -6,6 +6,7 @@ This module depends on checkpoints, models, weight formats and memory. It does n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
-from moesaic import checkpoints, config_keys, memory, models, ops, packed
+from moesaic import checkpoints, config_keys, formats, memory, models, ops, packed
+from moesaic.checkpoints import Checkpoint
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Packed, _threads
+from moesaic.formats import Packed, WeightFormat, _threads
 from moesaic.models import Decoder
 from moesaic.ops import native
 
@@ -29,6 +31,8 @@ Progress = Callable[[int, int], None]
 
 CACHED_CONTEXTS = 16
 """Requests of maximum length that the cache holds if memory allows; in a smaller cache they preempt each other."""
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def load_model(
     *,
     dtype: str = "auto",
     weight_format: str | None = None,
+    requantize: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Loaded:
@@ -96,14 +101,15 @@ def load_model(
         dtype: float32, bfloat16 or float16, for activations and plain weights; auto: the dtype that the checkpoint
             is stored in.
         weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: weights stay
-            plain.
+            plain, and quantized weights keep their codes.
+        requantize: whether ``weight_format`` may round weights that are quantized already.
         device: the device that the model is loaded to.
         progress: called with the bytes read so far and in total.
 
     Raises:
         NotFound: the folder does not exist.
         CheckpointError: the checkpoint is incomplete, damaged or not understood.
-        InvalidParameter: the dtype, format or device is unknown.
+        InvalidParameter: the dtype, format or device is unknown, or the format would round quantized weights.
     """
     target = _check(dtype, weight_format, device)
     if packed.is_packed(path):
@@ -113,7 +119,7 @@ def load_model(
             model.to(target)
         return Loaded(path, "packed", model, manifest.config, manifest.generation)
     with checkpoints.open_checkpoint(path) as checkpoint:
-        model = _build(checkpoint, dtype, weight_format, target)
+        model = _build(checkpoint, dtype, weight_format, requantize, target)
         if target.type == "cpu":
             for parameter in model.parameters():
                 native.huge_pages(parameter)  # the advice has no effect on pages that were written before
@@ -126,6 +132,7 @@ def memory_needed(
     *,
     dtype: str = "auto",
     weight_format: str | None = None,
+    requantize: bool = False,
     device: str = "cpu",
     context: int | None = None,
     cache_tokens: int | None = None,
@@ -140,7 +147,8 @@ def memory_needed(
     Args:
         path: folder or GGUF file of a checkpoint in any layout, or a packed folder.
         dtype: dtype of activations and plain weights, as for ``load_model``.
-        weight_format: formats that weights are quantized to, as for ``load_model``; ignored for a classifier.
+        weight_format, requantize: formats that weights are quantized to, as for ``load_model``; ignored for a
+            classifier.
         device: the device that the model is loaded to.
         context: maximum tokens of a request; None: as many as the model and the cache allow.
         cache_tokens: tokens that the cache holds; None: enough for CACHED_CONTEXTS requests, if memory allows.
@@ -160,7 +168,7 @@ def memory_needed(
         model = packed.build(path, _read_manifest(path, dtype, weight_format))
     else:
         with checkpoints.open_checkpoint(path) as checkpoint:
-            model = _build(checkpoint, dtype, weight_format, torch.device("meta"))
+            model = _build(checkpoint, dtype, weight_format, requantize, torch.device("meta"))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if model.shape.labels:
         return weights
@@ -184,11 +192,31 @@ def _check(dtype: str, weight_format: str | None, device: str) -> torch.device:
         raise InvalidParameter("device", f"is {device!r}, but torch has no such device") from error
 
 
-def _build(checkpoint: checkpoints.Checkpoint, dtype: str, weight_format: str | None, device: torch.device) -> Decoder:
+def _build(
+    checkpoint: Checkpoint, dtype: str, weight_format: str | None, requantize: bool, device: torch.device
+) -> Decoder:
     """Return the model that ``checkpoint`` describes, its weights allocated on ``device`` but not read."""
     name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
-    roles = models.choose(weight_format or name, name)
-    return models.build(checkpoint.config, checkpoint.path, roles, dtype=getattr(torch, name), device=device)
+    if weight_format is None:
+        chosen: models.Formats | Mapping[str, WeightFormat] = _stored_formats(checkpoint, formats.load(name))
+    else:
+        chosen = models.choose(weight_format, name)
+        if not requantize:
+            packed.refuse_second_rounding(checkpoint, chosen)
+    return models.build(checkpoint.config, checkpoint.path, chosen, dtype=getattr(torch, name), device=device)
+
+
+def _stored_formats(checkpoint: Checkpoint, plain: WeightFormat) -> models.Formats:
+    """Return the function that chooses the format of each weight: that of its codes, or else ``plain``.
+
+    A stack of experts has one format: if the formats of its experts differ, it is plain.
+    """
+    found: dict[str, set[WeightFormat]] = {}
+    for name in checkpoint.tensors:
+        coded = checkpoint.coded.get(name)
+        found.setdefault(_EXPERT.sub(".experts.0.", name), set()).add(plain if coded is None else coded.format)
+    chosen = {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
+    return lambda _role, name: chosen.get(name, plain)
 
 
 def _read_manifest(path: Path, dtype: str, weight_format: str | None) -> packed.PackedManifest:

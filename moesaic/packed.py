@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from moesaic import checkpoints, formats, memory, models
 from moesaic.checkpoints import _safetensors, _write
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, InvalidParameter
+from moesaic.formats import WeightFormat
 from moesaic.models import Decoder, Experts
 
 MANIFEST, WEIGHTS = "moesaic.json", "weights.safetensors"
@@ -51,7 +52,13 @@ def is_packed(path: Path) -> bool:
 
 
 def pack(
-    src: Path | str, dst: Path | str, weight_format: str, dtype: str = "auto", progress: Progress | None = None
+    src: Path | str,
+    dst: Path | str,
+    weight_format: str,
+    dtype: str = "auto",
+    *,
+    requantize: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Quantize the checkpoint in ``src`` into the new folder ``dst``.
 
@@ -62,17 +69,20 @@ def pack(
         dst: a folder that does not exist yet, or is empty.
         weight_format: formats that weights are quantized to, as ``models.choose`` reads them.
         dtype: dtype of activations and plain weights; auto: the dtype that the checkpoint is stored in.
+        requantize: whether weights that are quantized already may be rounded a second time.
         progress: called with the bytes read so far and in total.
 
     Raises:
         NotFound: the folder ``src`` does not exist.
-        InvalidParameter: the format is unknown, or ``dst`` is not empty.
+        InvalidParameter: the format is unknown or would round quantized weights, or ``dst`` is not empty.
         CheckpointError: ``src`` is damaged, or ``dst`` cannot be written.
     """
     models.choose(weight_format, "float32")  # refuses an unknown format before anything is read
     with checkpoints.open_checkpoint(src) as checkpoint:
         name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
         roles = models.choose(weight_format, name)
+        if not requantize:
+            refuse_second_rounding(checkpoint, roles)
         with _write.new_folder(Path(dst), checkpoint) as folder:
             names = {role: str(chosen) for role, chosen in roles.items()}
             manifest = PackedManifest(name, names, dict(checkpoint.config), _write.generation_config(checkpoint))
@@ -81,6 +91,14 @@ def pack(
                 checkpoints.load_weights(model.slots(), checkpoint, progress=progress)
 
             create(folder, manifest, store_weights)
+
+
+def refuse_second_rounding(checkpoint: checkpoints.Checkpoint, roles: Mapping[str, WeightFormat]) -> None:
+    """Raise InvalidParameter if the formats of ``roles`` would round weights that are quantized already."""
+    rounding = sorted({str(chosen) for chosen in roles.values()} - {"float32"})
+    if checkpoint.coded and rounding:
+        problem = f"{rounding[0]} would round weights a second time: those of {checkpoint.path} are quantized already"
+        raise InvalidParameter("format", f"{problem}; leave it out to keep them, or add --requantize")
 
 
 def create(folder: Path, manifest: PackedManifest, store_weights: Callable[[Decoder], object]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moesaic import registry
 from moesaic.checkpoints._foreign import refuse_adapter, refuse_adapter_config, refuse_names
-from moesaic.checkpoints._views import Index, TensorInfo, View
+from moesaic.checkpoints._views import CodedView, Index, TensorInfo, View
 from moesaic.errors import CheckpointError, NotFound
 from moesaic.formats import Slot
 
@@ -56,6 +56,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         config: configuration with the keys of config.json and unchanged values.
         generation: content of generation_config.json; empty if there is none.
         tensors: shape, dtype and file of every tensor by its classic (Hugging Face's) name, in the order on disk.
+        coded: views of the quantized tensors whose codes a format of ours can keep, by name.
         preferred_dtype: name of the dtype to load weights in if the user does not choose one; None: the dtype in which
             most bytes are stored.
     """
@@ -75,6 +76,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         self.config = MappingProxyType(dict(config))
         self.generation = MappingProxyType(dict(generation))
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in views.items()}
+        self.coded: Mapping[str, CodedView] = {n: view for n, view in views.items() if isinstance(view, CodedView)}
         self.preferred_dtype = preferred_dtype
         self._views = views
         self._close = close
@@ -146,7 +148,7 @@ def load_weights(
 
     Args:
         slots: the slots of the model. Each names a tensor, or a part of it, and stores it in a parameter. Several slots
-            may name the same tensor.
+            may name the same tensor. A quantized tensor in the format of its slot keeps its codes.
         checkpoint: the open checkpoint.
         progress: called after each tensor with the bytes read so far and in total.
 
@@ -159,12 +161,24 @@ def load_weights(
     parts = [(name, slot) for name in checkpoint.tensors for slot in wanted.get(name, ())]
     total, done = sum(_nbytes(slot, checkpoint) for _, slot in parts), 0
     for name, slot in parts:
-        tensor = checkpoint.read(name, slot.index)
-        _check_finite(tensor, checkpoint.tensors[name].file, name)
-        slot.store(tensor)
-        done += tensor.nbytes
+        _load(name, slot, checkpoint)
+        done += _nbytes(slot, checkpoint)
         if progress is not None:
             progress(done, total)
+
+
+def _load(name: str, slot: Slot, checkpoint: Checkpoint) -> None:
+    """Store a tensor in its slot: as its codes if it has the format of the slot, otherwise as floats."""
+    info, coded = checkpoint.tensors[name], checkpoint.coded.get(name)
+    if coded is not None and coded.format == slot.format and slot.store_codes is not None:
+        codes = coded.codes(slot.index)
+        for scale in codes.scales():
+            _check_finite(scale, info.file, f"a scale of {name}")
+        slot.store_codes(codes)
+        return
+    tensor = checkpoint.read(name, slot.index)
+    _check_finite(tensor, info.file, name)
+    slot.store(tensor)
 
 
 def check_complete(slots: Iterable[Slot], checkpoint: Checkpoint) -> None:

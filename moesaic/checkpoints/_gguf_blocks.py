@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moesaic.formats._threads import for_each
-from moesaic.formats.grouped import Codes, Format
+from moesaic.formats import Codes
+from moesaic.formats.grouped import Format
 from moesaic.gguf import TYPES, BlockType
 
 CHUNK = 1 << 18
@@ -33,22 +34,30 @@ class BlockDecoder:
     unpack: Callable[[Tensor], Codes]
     """Returns the codes [n, e], scales and offsets [n, g] of n blocks [n, bytes] uint8."""
 
-    def decode(self, blocks: Tensor) -> Tensor:
-        """Return the weights [n, e] float32 of blocks [n, bytes] uint8."""
-        return self.format.dequantize(self.unpack(blocks))
-
     def decode_rows(self, rows: Tensor) -> Tensor:
         """Return the weights [..., columns] float32 of rows [..., blocks in a row, bytes] uint8."""
-        blocks = rows.reshape(-1, self.type.nbytes)
-        out = torch.empty(len(blocks), self.type.elements)
-        step = CHUNK // self.type.elements
+        [weights] = self._decode(rows, lambda blocks: {"weights": self.format.dequantize(self.unpack(blocks))}).values()
+        return weights
 
-        def decode(begin: int) -> None:
-            out[begin : begin + step] = self.decode(blocks[begin : begin + step])
+    def unpack_rows(self, rows: Tensor) -> Codes:
+        """Return the codes, scales and offsets of rows [..., blocks in a row, bytes] uint8."""
+        return Codes(**self._decode(rows, lambda blocks: self.unpack(blocks).tensors()))
+
+    def _decode(self, rows: Tensor, decode: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the tensors [..., columns] that ``decode`` makes of blocks [n, bytes] as [n, columns], by name.
+
+        Large inputs are decoded in pieces, by several threads.
+        """
+        blocks, step = rows.reshape(-1, self.type.nbytes), CHUNK // self.type.elements
+        empty = {name: tensor.new_empty(len(blocks), tensor.shape[1]) for name, tensor in decode(blocks[:1]).items()}
+
+        def decode_piece(begin: int) -> None:
+            for name, tensor in decode(blocks[begin : begin + step]).items():
+                empty[name][begin : begin + step] = tensor
 
         if len(blocks):
-            for_each(decode, range(0, len(blocks), step), out.device)
-        return out.reshape(*rows.shape[:-2], rows.shape[-2] * self.type.elements)
+            for_each(decode_piece, range(0, len(blocks), step), blocks.device)
+        return {name: part.reshape(*rows.shape[:-2], rows.shape[-2] * part.shape[1]) for name, part in empty.items()}
 
 
 def _half(blocks: Tensor, begin: int) -> Tensor:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import CheckpointError
+from moesaic.formats import Codes
+from moesaic.formats.grouped import Format
 
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
@@ -69,6 +71,22 @@ class View(Protocol):
 
     def read(self, index: Index | None = None) -> Tensor:
         """Read the tensor, or the part that ``index`` selects; the result may share memory with a mapped file."""
+        ...
+
+
+@runtime_checkable
+class CodedView(View, Protocol):
+    """A view of quantized weights whose codes and scales a format of ours can keep."""
+
+    @property
+    def format(self) -> Format: ...
+
+    def codes(self, index: Index | None = None) -> Codes:
+        """Return the codes and scales of the weights, or of the part that ``index`` selects.
+
+        Raises:
+            CheckpointError: the part cuts a group of weights that share a scale.
+        """
         ...
 
 

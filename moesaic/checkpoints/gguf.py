@@ -3,13 +3,14 @@
 Experts have had three layouts: one tensor each (``blk.L.ffn_gate.E.weight``, until spring 2024), one stack of each kind
 (``blk.L.ffn_gate_exps.weight`` [E, f, d]), and stacks in which gate and up rows are merged
 (``blk.L.ffn_gate_up_exps.weight`` [E, 2f, d], gate rows first). Query and key rows are in interleaved rotary order.
-Quantized weights are decoded to floats when they are read. Files are read, not written.
+Quantized weights are decoded to floats when they are read, or keep their codes. Files are read, not written.
 
 Legend: L layer, E experts, f intermediate size, d hidden size.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,8 +21,8 @@ from moesaic import gguf
 from moesaic.checkpoints import EMBEDDING, HEAD, Checkpoint
 from moesaic.checkpoints._decoder import common_dtype
 from moesaic.checkpoints._gguf_config import read_config, read_generation
-from moesaic.checkpoints._gguf_tensors import GgufTensors
-from moesaic.checkpoints._views import Part, Rotary, Stored, View
+from moesaic.checkpoints._gguf_tensors import GgufTensors, rearranged
+from moesaic.checkpoints._views import Part, Rotary, View
 from moesaic.errors import CheckpointError
 from moesaic.gguf import GgufFile
 
@@ -67,7 +68,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         parts = [stack.enter_context(GgufFile(file)) for file in gguf.files(path)]
         _check_parts(parts)
         store = GgufTensors(parts)
-        stored: dict[str, View] = {name: Stored(store, name) for name in store.tensors}
+        stored = {name: store.view(name) for name in store.tensors}
         factors = stored.pop(_ROPE_FACTORS, None)
         views = _classic_names(stored, parts[0].path)
         config = read_config(
@@ -163,7 +164,8 @@ def _unstack(name: str, stack: View, prefix: str, kind: str) -> Iterator[tuple[s
         cuts = {_NUMBERS[kind]: slice(0, rows)}
     for expert in range(shape[0]):
         for number, cut in cuts.items():
-            yield f"{prefix}.{expert}.{number}.weight", Part(stack, (slice(expert, expert + 1), cut), drop=True)
+            part = functools.partial(Part, index=(slice(expert, expert + 1), cut), drop=True)
+            yield f"{prefix}.{expert}.{number}.weight", rearranged(stack, part)
 
 
 def _half_split(name: str, view: View, config: Mapping[str, Any]) -> View:
@@ -175,4 +177,4 @@ def _half_split(name: str, view: View, config: Mapping[str, Any]) -> View:
     expected, found = [heads * size, config["hidden_size"]], list(view.info.shape)
     if found != expected:
         raise CheckpointError(view.info.file, f"{name} has the wrong shape: expected {expected}, found {found}")
-    return Rotary(view, size, half_split=True)
+    return rearranged(view, lambda rows: Rotary(rows, size, half_split=True))

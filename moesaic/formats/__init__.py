@@ -27,6 +27,9 @@ from torch.nn import functional as F
 
 from moesaic import registry
 from moesaic.errors import InvalidParameter, NotFound
+from moesaic.formats._codes import Codes
+
+__all__ = ["Codes", "Layout", "Packed", "Shape", "Slot", "WeightFormat", "load"]
 
 Shape = tuple[int, ...]
 Layout = Mapping[str, tuple[Shape, torch.dtype]]
@@ -165,7 +168,12 @@ class Packed(nn.Module):
     @torch.no_grad()
     def store(self, weight: Tensor, index: int | None = None) -> None:
         """Overwrite this weight, or entry ``index`` of a stack, with ``weight`` quantized to its format."""
-        for part, tensor in self.format.quantize(weight).items():
+        self.overwrite(self.format.quantize(weight), index)
+
+    @torch.no_grad()
+    def overwrite(self, parts: Mapping[str, Tensor], index: int | None = None) -> None:
+        """Overwrite the parts of this weight, or of entry ``index`` of a stack, with ``parts`` of the same layout."""
+        for part, tensor in parts.items():
             target = self.parts()[part]
             (target if index is None else target[index]).copy_(tensor)
 
@@ -185,6 +193,10 @@ class Slot:
     """Slice of the tensor that this rank holds."""
     store: Callable[[Tensor], None]
     """Function that stores the slice in the model, quantized to the format of the model's weight."""
+    format: WeightFormat | None = None
+    """Format of the model's weight; None: a float32 parameter."""
+    store_codes: Callable[[Codes], None] | None = None
+    """Function that stores the codes of a slice that the file has in ``format``; None for a float32 parameter."""
 
 
 def load(text: str) -> WeightFormat:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import InvalidParameter
-from moesaic.formats import _planes
+from moesaic.formats import Codes, Shape, _planes
 from moesaic.formats._blocks import PAD, SUPER, Blocked, nonzero
 from moesaic.formats._planes import ROWS
 
@@ -54,24 +54,6 @@ TABLES: Mapping[str, tuple[float, ...]] = {
     # bitsandbytes' FP4: sign, and a table of the other three bits.
     "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A quantized matrix [rows, columns], or a stack of them, as a file has it.
-
-    Attributes:
-        codes: [..., rows, columns] uint8.
-        scale: [..., rows, groups], in the scale's dtype; int8 for a super scale.
-        offset: [..., rows, groups], in the scale's dtype or uint8; None if there is none.
-        super_scale, super_offset: [..., rows, supers] float16; None unless the scale is super.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor | None = None
-    super_scale: Tensor | None = None
-    super_offset: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -177,11 +159,30 @@ class Format(Blocked):
         levels, order = torch.tensor(TABLES[self.levels], device=target.device).sort()
         return order[torch.bucketize(target, (levels[1:] + levels[:-1]) / 2)].to(torch.uint8)
 
+    def fitted(self, codes: Codes, shape: Shape) -> Codes:
+        """Return ``codes`` of a weight of ``shape`` [rows, columns] in the dtypes of this format.
+
+        Raises:
+            InvalidParameter: a tensor is missing, unexpected or of another shape.
+        """
+        rows, columns = shape
+        groups, supers = (rows, -(-columns // self.group)), (rows, -(-columns // SUPER))
+        expected = {"codes": ((rows, columns), torch.uint8), "scale": (groups, self._scale_dtype)}
+        if self.offset != "none":
+            expected["offset"] = (groups, self._offset_dtype)
+        if self.is_super:
+            names = ("super_scale", "super_offset") if self.offset == "value" else ("super_scale",)
+            expected |= dict.fromkeys(names, (supers, torch.float16))
+        shapes = {name: tuple(tensor.shape) for name, tensor in codes.tensors().items()}
+        if shapes != {name: shape for name, (shape, _) in expected.items()}:
+            wanted = {name: shape for name, (shape, _) in expected.items()}
+            raise InvalidParameter("codes", f"have shapes {shapes}; expected for {self}: {wanted}")
+        return Codes(**{name: tensor.to(expected[name][1]) for name, tensor in codes.tensors().items()})
+
     def adopt(self, codes: Codes) -> dict[str, Tensor]:
         """Return the parts of a weight that a file holds in this format; no number is rounded."""
         *stack, rows, columns = codes.codes.shape
-        values = {name: tensor for name, tensor in vars(codes).items() if tensor is not None}
-        flat = {name: tensor.reshape(-1, *tensor.shape[-2:]) for name, tensor in values.items()}
+        flat = {name: tensor.reshape(-1, *tensor.shape[-2:]) for name, tensor in codes.tensors().items()}
         tiles = []
         for index in range(len(flat["codes"])):
             spans = [(SUPER * number, width) for number, (_, _, width) in enumerate(self._superblocks(columns))]

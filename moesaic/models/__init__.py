@@ -26,7 +26,7 @@ from moesaic.models._config import Keys
 from moesaic.models._layers import Decoder, Experts, Formats
 from moesaic.ops import Group
 
-__all__ = ["Decoder", "Experts", "build", "choose", "parameters", "types"]
+__all__ = ["Decoder", "Experts", "Formats", "build", "choose", "parameters", "types"]
 
 ROLES = ("embedding", "attention", "mlp", "experts", "head")
 QUANTIZED = ROLES[1:]

@@ -10,6 +10,7 @@ heads, D head size, E experts, k experts per token; sizes inside a layer are tho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -60,7 +61,7 @@ class Linear(nn.Module):
         return self.group.sum(y) if self.summed else y
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot(f"{self.name}.weight", self.full, self.index, self.weight.store)
+        yield _slot(self.name, self.full, self.index, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -114,7 +115,7 @@ class Embedding(nn.Module):
         return self.group.sum(x * local[:, None])
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot(f"{self.name}.weight", self.full, (self.share, ALL), self.weight.store)
+        yield _slot(self.name, self.full, (self.share, ALL), self.weight)
 
 
 class Attention(nn.Module):
@@ -191,9 +192,9 @@ class Experts(nn.Module):
         name = self.name
         wide, tall = (self.inner, self.size), (self.size, self.inner)
         for e in range(self.experts):
-            yield Slot(f"{name}.{e}.w1.weight", wide, (self.share, ALL), _entry(self.gate, e))
-            yield Slot(f"{name}.{e}.w2.weight", tall, (ALL, self.share), _entry(self.down, e))
-            yield Slot(f"{name}.{e}.w3.weight", wide, (self.share, ALL), _entry(self.up, e))
+            yield _slot(f"{name}.{e}.w1", wide, (self.share, ALL), self.gate, e)
+            yield _slot(f"{name}.{e}.w2", tall, (ALL, self.share), self.down, e)
+            yield _slot(f"{name}.{e}.w3", wide, (self.share, ALL), self.up, e)
 
 
 class Block(nn.Module):
@@ -335,5 +336,8 @@ def _copy(target: Tensor) -> Callable[[Tensor], None]:
     return store
 
 
-def _entry(stack: Packed, index: int) -> Callable[[Tensor], None]:
-    return lambda tensor: stack.store(tensor, index)
+def _slot(name: str, shape: tuple[int, ...], index: tuple[slice, ...], weight: Packed, entry: int | None = None) -> Slot:
+    """Return the slot of a weight, or of ``entry`` in a stack of weights, which the layer ``name`` has."""
+    store = functools.partial(weight.store, index=entry)
+    store_codes = functools.partial(ops.store_codes, weight, index=entry)
+    return Slot(f"{name}.weight", shape, index, store, weight.format, store_codes)

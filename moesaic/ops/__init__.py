@@ -29,14 +29,14 @@ from torch import Tensor
 
 from moesaic import registry
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Packed, Shape
+from moesaic.formats import Codes, Packed, Shape, grouped
 
 FormatName = str | tuple[str, str, str] | None
 """Name of the format of an op's weight, or None for an op without one.
 
 For ``experts`` with different formats, it has the names of those of gate, up and down."""
 
-OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw")
+OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw", "store_codes")
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,26 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     if numbers.shape != logits.shape[:1] or logits.dim() != 2:
         raise _mismatch("numbers", numbers.shape, f"[R] for logits [R, V] of shape {tuple(logits.shape)}")
     return cast(Tensor, op(logits, numbers))
+
+
+@torch.no_grad()
+def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:
+    """Overwrite ``weight`` [out, in], or entry ``index`` of a stack [E, out, in], with codes of a file, unchanged.
+
+    Args:
+        weight: a weight in the format ``grouped``.
+        codes: the codes [out, in], with their scales and offsets as the weight's format describes them.
+        index: number of the entry.
+
+    Raises:
+        InvalidParameter: the weight has another format, or the codes do not fit it.
+    """
+    if not isinstance(weight.format, grouped.Format):
+        raise InvalidParameter("weight", f"has format {weight.name}, which cannot store the codes of a file")
+    if len(weight.shape) != (2 if index is None else 3):
+        raise _mismatch("weight", weight.shape, "[out, in] without an index, or [E, out, in] with one")
+    fitted = weight.format.fitted(codes, weight.shape[-2:])
+    _pick("store_codes", weight.device, weight.name, trained=False)(weight, fitted, index)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Packed
+from moesaic.formats import Codes, Packed
 from moesaic.ops import OPS, Batch, FormatName, _grouping
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
@@ -96,6 +96,11 @@ _Draw = _struct(
     *((name, c_int64) for name in ("rows", "vocabulary")),
     *((name, c_void_p) for name in ("logits", "numbers", "ids")),
 )
+_StoreCodes = _struct(
+    "store_codes",
+    *(("grouping", c_void_p), ("rows", c_int64), ("columns", c_int64), ("block_bytes", c_int64)),
+    *((name, c_void_p) for name in ("codes", "scale", "offset", "super_scale", "super_offset", "weight")),
+)
 
 
 @functools.cache
@@ -107,7 +112,7 @@ def _library() -> ctypes.CDLL | None:
     library = ctypes.CDLL(spec.origin)
     library.moesaic_isa.restype = library.moesaic_formats.restype = ctypes.c_char_p
     library.moesaic_multiply.restype = library.moesaic_multiply_bf16.restype = c_int64
-    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope, _Truncate, _Draw):
+    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope, _Truncate, _Draw, _StoreCodes):
         getattr(library, f"moesaic_{struct.op}").argtypes = [POINTER(struct)]
     set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, library)
     return library
@@ -192,6 +197,8 @@ def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
         if any(_stem(name) != _grouping.NAME for name in weight_format):
             return f"it needs one format for gate, up and down, not {', '.join(weight_format)}"
         weight_format = _grouping.NAME
+    if op == "store_codes" and _stem(weight_format or "") != _grouping.NAME:
+        return f"it stores codes only in the format {_grouping.NAME}"
     if op in ("linear", "experts") and _stem(weight_format or "") not in formats():
         return f"it does not read {weight_format}"
     return None if op in OPS else "it has no such op"
@@ -288,6 +295,20 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     ids = torch.empty(len(logits), dtype=torch.int64)
     _run(_Draw(*logits.shape, _address(logits), _address(numbers), _address(ids)))
     return ids
+
+
+def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:
+    [data] = weight.parts().values()
+    target = data if index is None else data[index]
+    kept = {name: tensor.contiguous() for name, tensor in codes.tensors().items()}
+    fields = ("codes", "scale", "offset", "super_scale", "super_offset")
+    _run(
+        _StoreCodes(
+            *(_grouping.address(weight.name), *weight.shape[-2:], target.shape[-1]),
+            *(_address(kept[name]) if name in kept else None for name in fields),
+            _address(target),
+        )
+    )
 
 
 # These helpers run for every op of every step. They avoid calls of torch: even a no-op takes a microsecond.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Packed
+from moesaic.formats import Codes, Packed, grouped
 from moesaic.ops import Batch, Cache, FormatName
 
 REMOVED = float("-inf")
@@ -221,3 +221,8 @@ TRUNCATIONS = ((temper, float("nan")), (top_k, 0.0), (top_p, 1.0), (min_p, 0.0),
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     mass = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # float32 would lose the tail
     return torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True)[:, 0]
+
+
+def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:
+    assert isinstance(weight.format, grouped.Format)
+    weight.overwrite(weight.format.adopt(codes), index)
