@@ -98,7 +98,8 @@ def _add_chat(commands: Commands) -> None:
         "If standard input is not a terminal, its whole text is the message, and the command prints only the answer.",
         "moesaic chat",
         "moesaic chat mistralai/Mixtral-8x7B-Instruct-v0.1 --temperature 0.7 --top-p 0.9",
-        'echo "Tell me a story about a rabbit." | moesaic chat',
+        'echo "What is the capital of France?" | moesaic chat',
+        'moesaic chat tales -m "Tell me a story about a rabbit."',
         'moesaic chat ./model -m "Hello!" --json',
     )
     add_model(parser)
@@ -158,7 +159,7 @@ def _chat(args: argparse.Namespace) -> int:
         if text is None:
             from moesaic.console.session import Session
 
-            local = args.model is None or Path(args.model).exists()  # the folder of a hub model is named by a digest
+            local = Path(args.model).exists()  # the folder of a hub model is named by a digest
             return Session(conversation, llm.name if local else args.model).run()
         from moesaic.console import one_shot
 
@@ -178,12 +179,14 @@ def _message(argument: str | None) -> str:
 
 
 def _load(args: argparse.Namespace) -> LLM:
+    from moesaic import builtin
     from moesaic.console.progress import bar
     from moesaic.llm import LLM
     from moesaic.text import chat_choice
 
     if args.chat_format is not None:
         chat_choice.check_name(args.chat_format)  # before a model is fetched
+    args.model = args.model or builtin.default()
     path = folder(args.model)
     with bar("loading") as progress:
         return LLM.load(
@@ -281,7 +284,6 @@ def _pack(args: argparse.Namespace) -> int:
     from moesaic.console.progress import bar
 
     path = folder(args.model)
-    assert path is not None
     with bar("packing") as progress:
         packed.pack(path, args.dst, args.format, args.dtype, progress)
     return 0
