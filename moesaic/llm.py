@@ -76,6 +76,7 @@ class LLM(AbstractContextManager["LLM"]):
         block_size: int = 16,
         chat_format: str | None = None,
         limits: Limits | None = None,
+        lazy_cache: bool = True,
         progress: Progress | None = None,
     ) -> Self:
         """Load a model and start its engine.
@@ -97,6 +98,7 @@ class LLM(AbstractContextManager["LLM"]):
             chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, or
                 the path of a template file (.jinja), both run in a sandbox; None: recognized from the checkpoint.
             limits: limits for running and waiting requests; None: the defaults.
+            lazy_cache: take the memory of the key/value cache as tokens are stored; False: at once, for servers.
             progress: called with the numbers of bytes read so far and in total.
 
         Raises:
@@ -122,6 +124,7 @@ class LLM(AbstractContextManager["LLM"]):
             block_size=block_size,
             chat_format=chat_format,
             limits=limits,
+            lazy_cache=lazy_cache,
         )
 
     @classmethod
@@ -137,6 +140,7 @@ class LLM(AbstractContextManager["LLM"]):
         block_size: int = 16,
         chat_format: str | None = None,
         limits: Limits | None = None,
+        lazy_cache: bool = True,
     ) -> Self:
         """Start an engine for a model that is loaded already. ``name`` names it; the rest is as for ``LLM.load``."""
         if loaded.model.shape.labels:
@@ -154,6 +158,7 @@ class LLM(AbstractContextManager["LLM"]):
             limits=limits,
             dtype=dtype,
             torch_threads=torch_threads(loaded.model),
+            lazy_cache=lazy_cache,
         )
         return cls(loaded, tokenizer, engine, selected_format, name, defaults)
 

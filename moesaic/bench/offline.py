@@ -186,6 +186,7 @@ def run(
         block_size=BLOCK_SIZE,
         chat_format="plain",
         limits=work.limits,
+        lazy_cache=False,  # page faults are no part of the speed
     ) as llm:
         return figures(llm, work, machine, *measure(llm, work))
 

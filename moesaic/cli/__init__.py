@@ -24,6 +24,7 @@ from moesaic.cli.cluster import add_gateway, add_worker
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, MODEL_HELP, Commands, add_command, add_model, folder
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
+from moesaic.cli.loading import collection_paused
 from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
 
@@ -151,10 +152,12 @@ def _chat(args: argparse.Namespace) -> int:
     interactive = args.message is None and sys.stdin.isatty()
     if interactive and (args.json or args.stats):
         raise InvalidRequest("--json and --stats need a single message: pass -m TEXT, or pipe a message in")
-    text = None if interactive else _message(args.message)
+    with collection_paused():
+        text = None if interactive else _message(args.message)
+        llm = _load(args)
     from moesaic.console.conversation import Conversation
 
-    with _load(args) as llm:
+    with llm:
         conversation = Conversation(llm, system=args.system, settings=settings, plain=args.plain_text)
         if text is None:
             from moesaic.console.session import Session

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moesaic.cli import server_options, tgi_launcher
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, folder
+from moesaic.cli.loading import collection_paused
 from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, NotFound
 
@@ -170,12 +171,13 @@ async def open_model(args: argparse.Namespace, path: Path, name: str, many_strea
     """Load the model in ``path`` as the flags say, and return its backend."""
     import asyncio
 
-    from moesaic.classifier import Classifier
-    from moesaic.classifier_backend import LocalClassifierBackend
-    from moesaic.engine import Limits
-    from moesaic.llm import LLM
-    from moesaic.loading import is_classifier
-    from moesaic.local_backend import MANY_STREAMS, LocalBackend
+    with collection_paused():
+        from moesaic.classifier import Classifier
+        from moesaic.classifier_backend import LocalClassifierBackend
+        from moesaic.engine import Limits
+        from moesaic.llm import LLM
+        from moesaic.loading import is_classifier
+        from moesaic.local_backend import MANY_STREAMS, LocalBackend
 
     limits = Limits()
     if args.sequences is not None:
@@ -198,6 +200,7 @@ async def open_model(args: argparse.Namespace, path: Path, name: str, many_strea
             kv_cache_dtype=args.kv_cache_dtype,
             chat_format=args.chat_format,
             limits=limits,
+            lazy_cache=False,  # memory that is short fails the start of a server, not an answer
         )
 
     model = await asyncio.get_running_loop().run_in_executor(None, load)
