@@ -61,7 +61,7 @@ def test_it_is_the_default_model_with_the_sampling_of_its_model_card(llm, path):
     assert (llm.sampling().temperature, llm.sampling(temperature=1).temperature) == (0.2, 1)
 
 
-def test_the_first_example_of_the_readme(monkeypatch, capsys):
+def test_the_first_example_of_the_readme(path, monkeypatch, capsys):
     command, answer = blocks("console", README.read_text())[0].splitlines()
     asked = re.fullmatch(r'\$ echo "(.+)" \| make -s chat ARGS="(.+)"', command)
     assert asked is not None

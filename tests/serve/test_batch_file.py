@@ -195,14 +195,14 @@ async def open_model(*_):
     return ScriptedBackend(Script(pieces=("word",) * 4, pause=0.01))
 
 serving.open_model = open_model
-sys.exit(cli.main(["run-batch", *sys.argv[1:], "tales"]))
+sys.exit(cli.main(["run-batch", *sys.argv[1:]]))
 """
 
 
 def test_killed_runs_answer_every_request_once(files):
     count = 60
     write(files[0], *[line(f"r{n}") for n in range(count)], "no request")
-    command = [sys.executable, "-c", PROGRAM, str(files[0]), str(files[1]), "--concurrency", "3"]
+    command = [sys.executable, "-c", PROGRAM, str(files[0]), str(files[1]), "tales", "--concurrency", "3"]
     kills = 0
     while True:
         lines_before = files[1].read_bytes().count(b"\n") if files[1].exists() else 0
