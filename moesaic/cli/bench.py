@@ -149,7 +149,7 @@ def _add_offline(kinds: Commands) -> None:
         "moesaic bench offline --geometry mixtral-8x7b --format q2",
         "moesaic bench offline ./mixtral-q4 --batch 8 --out offline.json",
     )
-    offline.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP} (default)")
+    offline.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP}; default: smollm2")
     offline.add_argument("--geometry", metavar="NAME", help=f"sizes of the model: {', '.join(GEOMETRIES)}")
     offline.add_argument("--layers", type=int, metavar="N", help="with --geometry: number of layers; default: all")
     offline.add_argument(
