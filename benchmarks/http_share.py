@@ -60,7 +60,7 @@ def direct(chats: int, tokens: int) -> Iterator[Turn]:
 
 def run_engine(chats: int, tokens: int) -> None:
     """Run the chats of every round whose number comes on standard input, and print the round's tokens per second."""
-    with LLM.load() as llm:
+    with LLM.load("tales") as llm:
         sampling = llm.sampling(max_tokens=tokens, min_tokens=tokens, ignore_eos=True)
         for line in sys.stdin:
             prompts = [llm.encode_chat(chat(int(line) * chats + number)) for number in range(chats)]
@@ -100,16 +100,16 @@ async def _read_stream(session: aiohttp.ClientSession, url: str, messages: Any, 
 
 @contextlib.contextmanager
 def run_server(*, gateway: bool) -> Iterator[str]:
-    """Run a server of the built-in model, or a gateway with a worker; yield its address."""
+    """Run a server of the model tales, or a gateway with a worker; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url, quiet = f"http://127.0.0.1:{port}", ["--log-level", "warning"]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        server = ["gateway", "--jobs", f"{folder}/jobs.sqlite"] if gateway else ["serve"]
+        server = ["gateway", "--jobs", f"{folder}/jobs.sqlite"] if gateway else ["serve", "tales"]
         commands = [[*server, "--port", str(port)]]
         if gateway:
-            commands.append(["worker", "--gateway", url])
+            commands.append(["worker", "tales", "--gateway", url])
         for command in commands:
             child = stack.enter_context(subprocess.Popen([sys.executable, "-m", "moesaic.cli", *command, *quiet]))
             stack.callback(child.terminate)

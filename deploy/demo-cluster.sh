@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a gateway and two workers with the built-in model, and open the chat in a browser: `make demo-cluster`.
+# Start a gateway and two workers with the model tales, and open the chat in a browser: `make demo-cluster`.
 # Kill one of them in the middle of an answer: it is started again, and the answer continues. Ctrl-C stops all.
 set -euo pipefail
 bin=${BIN:-.venv/bin}
@@ -33,7 +33,7 @@ supervise "the gateway" gateway --jobs "$jobs/jobs.sqlite" --port "${PORT:-8000}
 gateway=$!
 loops=("$gateway")
 for name in one two; do
-    supervise "worker $name" worker --gateway "$url" --name "$name" &
+    supervise "worker $name" worker tales --gateway "$url" --name "$name" &
     loops+=($!)
 done
 trap stop_all EXIT

@@ -1,4 +1,4 @@
-"""Ask the built-in model for a story and print it as it is generated.
+"""Ask the default model for a story and print it as it is generated.
 
 python examples/chat_stream.py "Tell me a story about a fox."
 """

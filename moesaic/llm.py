@@ -1,10 +1,7 @@
 """Chat and completion with a model in this process: a model, its tokenizer and an engine behind one class.
 
-This module does not depend on terminals or HTTP.
-
-    llm = LLM.load()                                           # the built-in model
-    answer = llm.chat([{"role": "user", "content": "Tell me a story."}], max_tokens=200)
-    print(answer.text)
+llm = LLM.load()                                           # the default model, smollm2
+print(llm.chat([{"role": "user", "content": "What is the capital of France?"}], max_tokens=200).text)
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
-from moesaic import embedding, loading
+from moesaic import builtin, embedding, loading
 from moesaic.engine import Engine, Limits, Request, Sampling
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
 from moesaic.loading import Loaded, Progress, cache_dtype, limited_torch_threads, load_model, plan_cache, torch_threads
@@ -32,10 +29,6 @@ from moesaic.text.grammar import Grammar
 from moesaic.text.tokenizer import Tokenizer
 from moesaic.text.tools import Tools
 from moesaic.token_rows import check_ids, check_tokenizer
-
-BUILT_IN = Path(__file__).parent / "builtin" / "tales"
-"""Folder of the built-in model: a small Mixtral, trained on stories."""
-
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -83,12 +76,14 @@ class LLM(AbstractContextManager["LLM"]):
         block_size: int = 16,
         chat_format: str | None = None,
         limits: Limits | None = None,
+        lazy_cache: bool = True,
         progress: Progress | None = None,
     ) -> Self:
         """Load a model and start its engine.
 
         Args:
-            model: a folder in any layout, a GGUF file, or None for the built-in model.
+            model: a folder in any layout, a GGUF file, or the name of a built-in model: "smollm2" or "tales"; None:
+                smollm2 if its package is installed, else tales.
             dtype: float32, bfloat16, float16, or auto: the dtype that the checkpoint is stored in.
             format: formats that weights are quantized to while they are read: q8, q4, q3, q2, the name of a format,
                 or role=format, ...; None: weights are not quantized.
@@ -103,6 +98,7 @@ class LLM(AbstractContextManager["LLM"]):
             chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, or
                 the path of a template file (.jinja), both run in a sandbox; None: recognized from the checkpoint.
             limits: limits for running and waiting requests; None: the defaults.
+            lazy_cache: take the memory of the key/value cache as tokens are stored; False: at once, for servers.
             progress: called with the numbers of bytes read so far and in total.
 
         Raises:
@@ -110,23 +106,25 @@ class LLM(AbstractContextManager["LLM"]):
             CheckpointError: the checkpoint or its tokenizer is missing, damaged or not understood.
             InvalidParameter: a value is unknown or out of range.
             InvalidRequest: the model is a classifier, or does not match its tokenizer.
+            NotInstalled: the package of the built-in model is not installed.
         """
-        path = BUILT_IN if model is None else Path(model)
+        path, name = builtin.resolve(model)
         if not path.exists():
             raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
         loading.check_layout(path)
         tokenizer = Tokenizer.open(path)
         loaded = load_model(path, dtype=dtype, weight_format=format, device=device, progress=progress)
         return cls.from_loaded(
-            loaded,
+            replace(loaded, generation={**builtin.recommended_sampling(path), **loaded.generation}),
             tokenizer,
-            "built-in" if model is None else path.name,
+            name,
             context=context,
             cache_tokens=cache_tokens,
             kv_cache_dtype=kv_cache_dtype,
             block_size=block_size,
             chat_format=chat_format,
             limits=limits,
+            lazy_cache=lazy_cache,
         )
 
     @classmethod
@@ -142,6 +140,7 @@ class LLM(AbstractContextManager["LLM"]):
         block_size: int = 16,
         chat_format: str | None = None,
         limits: Limits | None = None,
+        lazy_cache: bool = True,
     ) -> Self:
         """Start an engine for a model that is loaded already. ``name`` names it; the rest is as for ``LLM.load``."""
         if loaded.model.shape.labels:
@@ -159,6 +158,7 @@ class LLM(AbstractContextManager["LLM"]):
             limits=limits,
             dtype=dtype,
             torch_threads=torch_threads(loaded.model),
+            lazy_cache=lazy_cache,
         )
         return cls(loaded, tokenizer, engine, selected_format, name, defaults)
 

@@ -87,11 +87,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def tales() -> Iterator[Server]:
-    """Server of the built-in model."""
+    """Server of the model tales, which is fast and deterministic."""
     from moesaic.llm import LLM
     from moesaic.local_backend import LocalBackend
 
-    llm = LLM.load()
+    llm = LLM.load("tales")
     with running(lambda: LocalBackend(llm)) as server:
         yield server
 

@@ -49,6 +49,21 @@ assert not slow, slow
         assert done.returncode == 0, done.stderr
 
 
+def test_modules_of_a_model_are_frozen_once_and_the_collector_goes_on() -> None:
+    program = """
+import gc
+from moesaic.cli.loading import collection_paused
+for first in (True, False):
+    before = gc.get_freeze_count()
+    with collection_paused():
+        assert not gc.isenabled()
+        import torch
+    assert gc.isenabled() and (gc.get_freeze_count() > before + 100_000) == first
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])

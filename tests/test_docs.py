@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import moesaic
-from moesaic import cli, registry
+from moesaic import builtin, cli, registry
 from moesaic.serve.settings import Settings
 from tests.support.documents import blocks
 from tools import generate_reference
@@ -109,8 +109,12 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.fixture
 def output_of(tmp_path, monkeypatch, capsys) -> Callable[[Path], str]:
-    """Return a function that runs a program in this process, which has imported torch, and returns its output."""
+    """Return a function that runs a program in this process, which has imported torch, and returns its output.
+
+    The default model is tales, which is faster.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(builtin, "PACKAGE", "no_such_package")
 
     def run(path: Path) -> str:
         monkeypatch.setattr("sys.argv", [str(path)])

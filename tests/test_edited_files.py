@@ -122,6 +122,6 @@ def test_configuration_of_a_checkpoint(tmp_path: Path, tales_copy: Path) -> None
 def tales_copy(tmp_path: Path) -> Path:
     import shutil
 
-    from moesaic.llm import BUILT_IN
+    from moesaic.builtin import TALES_FOLDER
 
-    return Path(shutil.copytree(BUILT_IN, tmp_path / "copy"))
+    return Path(shutil.copytree(TALES_FOLDER, tmp_path / "copy"))

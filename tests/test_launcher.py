@@ -77,7 +77,7 @@ def test_small_cache_size_is_used():
 
 def test_cache_larger_than_memory_is_refused():
     with pytest.raises(InvalidParameter, match=r"cache_tokens: is \d+, which needs [\d.]+ GB, but the device has"):
-        LLM.load(cache_tokens=10**12)
+        LLM.load("tales", cache_tokens=10**12)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ MAY = {
     "ops": {"formats"},
     "config_keys": set(),
     "gguf": set(),
+    "builtin": set(),
     "models": {"ops", "formats", "config_keys"},
     "checkpoints": {"formats", "config_keys", "gguf"},
     "text": {"gguf"},
@@ -35,6 +36,7 @@ MAY = {
     "token_rows": {"text"},
     "sampling_defaults": {"engine"},
     "llm": {
+        "builtin",
         "reply",
         "embedding",
         "sampling_defaults",
@@ -50,6 +52,7 @@ MAY = {
     },
     "classifier": {"loading", "text", "token_rows", "ops"},
     "bench": {
+        "builtin",
         "client",
         "llm",
         "loading",

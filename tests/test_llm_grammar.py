@@ -1,4 +1,4 @@
-"""Answers with a grammar, on the built-in model and on a random one."""
+"""Answers with a grammar, on the model tales and on a random one."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ SCHEMAS = {
 WAYS = [{"temperature": 0}, {"temperature": 1.5, "seed": 1}, {"temperature": 1.5, "seed": 2, "top_p": 0.9}]
 
 
-@pytest.fixture(scope="module", params=["built-in", "random"])
+@pytest.fixture(scope="module", params=["tales", "random"])
 def llm(request, talker):
-    with LLM.load(None if request.param == "built-in" else talker, context=512) as llm:
+    with LLM.load("tales" if request.param == "tales" else talker, context=512) as llm:
         yield llm
 
 

@@ -35,8 +35,8 @@ def llm(talker):
 
 
 @pytest.fixture(scope="module")
-def built_in():
-    with LLM.load() as llm:
+def tales_llm():
+    with LLM.load("tales") as llm:
         yield llm
 
 
@@ -169,7 +169,7 @@ def test_any_answers_resume_from_every_position(llm, data):
         assert whole(llm, ids, sampling, resume=resume, salt=salt, **options) == first
 
 
-@pytest.mark.parametrize("which", ["llm", "built_in"])
+@pytest.mark.parametrize("which", ["llm", "tales_llm"])
 def test_json_resumes_from_every_position(which, request):
     llm = request.getfixturevalue(which)
     sampling = llm.sampling(temperature=1.5, seed=2, max_tokens=80)

@@ -30,10 +30,10 @@ BAD = {"type": "function", "function": {"name": "f", "parameters": {"properties"
 WAYS = [{"temperature": 0}, {"temperature": 1.5, "seed": 1}, {"temperature": 1.5, "seed": 2}]
 
 
-@pytest.fixture(scope="module", params=["built-in", "mistral-v1", "mistral-v3"])
+@pytest.fixture(scope="module", params=["tales", "mistral-v1", "mistral-v3"])
 def llm(request, talker, mistral3):
-    folder = {"built-in": None, "mistral-v1": talker, "mistral-v3": mistral3}[request.param]
-    with LLM.load(folder, **({} if folder is None else {"chat_format": request.param})) as llm:
+    folder = {"tales": "tales", "mistral-v1": talker, "mistral-v3": mistral3}[request.param]
+    with LLM.load(folder, chat_format=None if folder == "tales" else request.param) as llm:
         yield llm
 
 

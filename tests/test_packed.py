@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from moesaic import LLM, checkpoints, memory, packed
+from moesaic.builtin import TALES_FOLDER
 from moesaic.errors import CheckpointError, InvalidParameter
-from moesaic.llm import BUILT_IN
 from moesaic.loading import load_model
 from tests.support.memory import resident
 
@@ -199,10 +199,10 @@ def test_packing_evicts_the_new_file(tmp_path, monkeypatch):
     """Data in the page cache is mapped in pages of 4 KiB; only data that is read from disk gets large pages."""
     kept = []
     monkeypatch.setattr(memory, "evict", kept.append)
-    packed.pack(BUILT_IN, tmp_path / "kept", "q8")
+    packed.pack(TALES_FOLDER, tmp_path / "kept", "q8")
     assert [path.name for path in kept] == [packed.WEIGHTS]
     monkeypatch.undo()
-    packed.pack(BUILT_IN, tmp_path / "evicted", "q8")
+    packed.pack(TALES_FOLDER, tmp_path / "evicted", "q8")
     if resident(memory.map_file(tmp_path / "evicted" / packed.WEIGHTS)):
         memory.evict(tmp_path / "kept" / packed.WEIGHTS)
         assert resident(memory.map_file(tmp_path / "kept" / packed.WEIGHTS))

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from moesaic import models, packed
+from moesaic.builtin import TALES_FOLDER
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Packed, WeightFormat
-from moesaic.llm import BUILT_IN
 from moesaic.loading import Loaded, cache_bytes_per_token, cache_dtype
 from moesaic.models import Decoder
 from moesaic.ops import native
@@ -181,7 +181,7 @@ def build(
 def pack(
     config: Mapping[str, Any], folder: Path, format_name: str, dtype: str, progress: Progress | None = None
 ) -> None:
-    """Write a model with random weights to a new packed folder, with the built-in model's tokenizer.
+    """Write a model with random weights to a new packed folder, with the tokenizer of tales.
 
     The weights may be larger than memory.
 
@@ -197,7 +197,7 @@ def pack(
         if size > (free := shutil.disk_usage(folder).free):
             folder.rmdir()
             raise InvalidParameter("packed", f"takes {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left")
-        for source in BUILT_IN.glob("tokenizer*"):
+        for source in TALES_FOLDER.glob("tokenizer*"):
             shutil.copyfile(source, folder / source.name)
         kinds = {role: str(chosen) for role, chosen in models.choose(format_name, dtype).items()}
         packed.create(folder, packed.PackedManifest(dtype, kinds, config, {}), lambda model: randomize(model, progress))

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from moesaic import engine, memory, models
 from moesaic.bench import geometry, limits, report
+from moesaic.builtin import TALES_FOLDER
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
-from moesaic.llm import BUILT_IN, LLM, Reply
+from moesaic.llm import LLM, Reply
 from moesaic.loading import Loaded, Progress, cache_bytes_per_token, load_model
 from moesaic.models import Experts
 from moesaic.ops import native
@@ -150,7 +151,7 @@ def run(
     """Measure the machine, then the model, and return everything for docs/results.
 
     Args:
-        path: a checkpoint's folder; None: the built-in model, unless ``options`` has a geometry.
+        path: a checkpoint's folder or file; None if ``options`` has a geometry.
         options: the model and how to load it.
         work: the requests.
         show: called with a line for each figure of the machine.
@@ -167,7 +168,8 @@ def run(
         name = "layers" if options.layers is not None else "packed"
         raise InvalidParameter(name, "requires a geometry; it does not apply to a checkpoint")
     else:
-        load = _checkpoint(path or BUILT_IN, options, progress)
+        assert path is not None, "without a geometry, there is a path"
+        load = _checkpoint(path, options, progress)
     machine = None
     if native.why_not("linear", "cpu", "int8") is None:  # the model can be measured without the kernels too
         machine = limits.measure(buffer, report=show)
@@ -184,6 +186,7 @@ def run(
         block_size=BLOCK_SIZE,
         chat_format="plain",
         limits=work.limits,
+        lazy_cache=False,  # page faults are no part of the speed
     ) as llm:
         return figures(llm, work, machine, *measure(llm, work))
 
@@ -209,7 +212,7 @@ def _random(options: Options, work: Work, progress: Progress | None) -> Loader:
         return load_model(folder)
 
     # Any tokenizer will do: it has a text, perhaps an empty one, for each id.
-    return lambda: (load(), Tokenizer.open(BUILT_IN), name)
+    return lambda: (load(), Tokenizer.open(TALES_FOLDER), name)
 
 
 def _checkpoint(path: Path, options: Options, progress: Progress | None) -> Loader:

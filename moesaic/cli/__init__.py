@@ -24,6 +24,7 @@ from moesaic.cli.cluster import add_gateway, add_worker
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, MODEL_HELP, Commands, add_command, add_model, folder
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
+from moesaic.cli.loading import collection_paused
 from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
 
@@ -98,7 +99,8 @@ def _add_chat(commands: Commands) -> None:
         "If standard input is not a terminal, its whole text is the message, and the command prints only the answer.",
         "moesaic chat",
         "moesaic chat mistralai/Mixtral-8x7B-Instruct-v0.1 --temperature 0.7 --top-p 0.9",
-        'echo "Tell me a story about a rabbit." | moesaic chat',
+        'echo "What is the capital of France?" | moesaic chat',
+        'moesaic chat tales -m "Tell me a story about a rabbit."',
         'moesaic chat ./model -m "Hello!" --json',
     )
     add_model(parser)
@@ -150,15 +152,17 @@ def _chat(args: argparse.Namespace) -> int:
     interactive = args.message is None and sys.stdin.isatty()
     if interactive and (args.json or args.stats):
         raise InvalidRequest("--json and --stats need a single message: pass -m TEXT, or pipe a message in")
-    text = None if interactive else _message(args.message)
+    with collection_paused():
+        text = None if interactive else _message(args.message)
+        llm = _load(args)
     from moesaic.console.conversation import Conversation
 
-    with _load(args) as llm:
+    with llm:
         conversation = Conversation(llm, system=args.system, settings=settings, plain=args.plain_text)
         if text is None:
             from moesaic.console.session import Session
 
-            local = args.model is None or Path(args.model).exists()  # the folder of a hub model is named by a digest
+            local = Path(args.model).exists()  # the folder of a hub model is named by a digest
             return Session(conversation, llm.name if local else args.model).run()
         from moesaic.console import one_shot
 
@@ -178,12 +182,14 @@ def _message(argument: str | None) -> str:
 
 
 def _load(args: argparse.Namespace) -> LLM:
+    from moesaic import builtin
     from moesaic.console.progress import bar
     from moesaic.llm import LLM
     from moesaic.text import chat_choice
 
     if args.chat_format is not None:
         chat_choice.check_name(args.chat_format)  # before a model is fetched
+    args.model = args.model or builtin.default()
     path = folder(args.model)
     with bar("loading") as progress:
         return LLM.load(
@@ -281,7 +287,6 @@ def _pack(args: argparse.Namespace) -> int:
     from moesaic.console.progress import bar
 
     path = folder(args.model)
-    assert path is not None
     with bar("packing") as progress:
         packed.pack(path, args.dst, args.format, args.dtype, progress)
     return 0

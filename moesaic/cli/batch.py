@@ -49,7 +49,9 @@ def _run_batch(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"--concurrency: is {args.concurrency}, expected at least 1")
     if not args.source.is_file():
         raise InvalidRequest(f"{args.source}: no such file")
-    args.models = [args.model] if args.model else []
+    from moesaic import builtin
+
+    args.models = [args.model or builtin.default()]
     args.sequences, args.queue = args.concurrency, 8 * args.concurrency + 256
     args.batch_tokens = None
     counts = run_async(_answer(args))
@@ -65,7 +67,7 @@ async def _answer(args: argparse.Namespace) -> BatchCounts:
     from moesaic.serve.settings import Settings
 
     [entry] = serving.model_entries(args)
-    backend = await serving.open_model(args, folder(args.model), entry.info.name)
+    backend = await serving.open_model(args, folder(*args.models), entry.info.name)
     try:
         app = App(backend, Settings(request_seconds=0, queue_seconds=0, body_bytes=1 << 30))
         with bar("requests", count=True) as progress:

@@ -45,17 +45,16 @@ def add_perplexity(commands: Commands) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> int:
-    from moesaic import models
+    from moesaic import builtin, models
     from moesaic.bench import quality, report
     from moesaic.console.progress import bar
-    from moesaic.llm import BUILT_IN
     from moesaic.loading import cache_dtype, check_layout, load_model
     from moesaic.text.tokenizer import Tokenizer
 
     for format_name in args.format or []:
         models.choose(format_name, "float32")  # check all names before the first measurement
     texts = quality.read_texts(args.file)
-    path = folder(args.model) or BUILT_IN
+    path = folder(args.model or builtin.default())
     check_layout(path)
     tokenizer, rows = Tokenizer.open(path), []
     for format_name in args.format or [None]:
@@ -150,7 +149,7 @@ def _add_offline(kinds: Commands) -> None:
         "moesaic bench offline --geometry mixtral-8x7b --format q2",
         "moesaic bench offline ./mixtral-q4 --batch 8 --out offline.json",
     )
-    offline.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP} (default)")
+    offline.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP}; default: smollm2")
     offline.add_argument("--geometry", metavar="NAME", help=f"sizes of the model: {', '.join(GEOMETRIES)}")
     offline.add_argument("--layers", type=int, metavar="N", help="with --geometry: number of layers; default: all")
     offline.add_argument(
@@ -220,6 +219,7 @@ def _bench_peers(args: argparse.Namespace) -> int:
 
 
 def _bench_offline(args: argparse.Namespace) -> int:
+    from moesaic import builtin
     from moesaic.bench import offline, report
     from moesaic.console.progress import bar
 
@@ -229,7 +229,7 @@ def _bench_offline(args: argparse.Namespace) -> int:
     )
     if args.geometry and args.model:
         raise InvalidRequest("--geometry and MODEL exclude each other: a geometry has random weights")
-    path = None if args.geometry else folder(args.model)
+    path = None if args.geometry else folder(args.model or builtin.default())
     with bar("loading") as progress:
         figures = offline.run(path, options, work, lambda line: print(line, file=sys.stderr), progress)
     print("\n".join(offline.lines(figures)))

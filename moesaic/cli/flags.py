@@ -13,9 +13,7 @@ from typing import Any
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "int8")
 HELP_WIDTH = 79
-BUILT_IN_NAME = "tales"
-"""Name of the built-in model on the command line."""
-MODEL_HELP = "a folder, a GGUF file, org/name on the Hugging Face hub, or tales, the built-in model"
+MODEL_HELP = "a folder, a GGUF file, org/name on the Hugging Face hub, or a built-in model: smollm2 or tales"
 
 Commands = Any
 """What ``ArgumentParser.add_subparsers`` returns; argparse gives its type no public name."""
@@ -57,7 +55,7 @@ def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None
         "model",
         metavar="MODEL",
         nargs="?",
-        help=f"{MODEL_HELP} (default)",
+        help=f"{MODEL_HELP}; default: smollm2",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="data type of activations; default: as the checkpoint is stored"
@@ -70,22 +68,20 @@ def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
 
-def folder(model: str | None) -> Path | None:
-    """Return the folder of the model that the argument MODEL names, after a download if it is a name on the hub.
+def folder(model: str) -> Path:
+    """Return the folder or file of the model that the argument MODEL names; download it if it is a name on the hub.
 
-    Without an argument, return None.
+    A path that exists comes before the name of a built-in model, and before one on the hub.
 
-    A path that exists comes before the name of the built-in model, and before one on the hub.
+    Raises:
+        NotInstalled: the package of the built-in model is not installed.
     """
-    from moesaic import pull
+    from moesaic import builtin, pull
     from moesaic.console.progress import bar
 
-    if model is None:
-        return None
-    if model == BUILT_IN_NAME and not Path(model).exists():
-        from moesaic.llm import BUILT_IN
-
-        return BUILT_IN
+    named = builtin.find(model)
+    if named is not None:
+        return named
     if Path(model).exists() or not pull.HUB_ID.fullmatch(model) or model.startswith(("./", "../")):
         return Path(model)
     with bar(f"fetching {model}") as progress:

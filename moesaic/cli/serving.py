@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moesaic.cli import server_options, tgi_launcher
 from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, folder
+from moesaic.cli.loading import collection_paused
 from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, NotFound
 
@@ -27,7 +28,7 @@ def add_serve(commands: Commands) -> None:
         _serve,
         "serve models over HTTP: the APIs of OpenAI, TGI and Anthropic, and a web chat",
         "The first MODEL is the default and is loaded at the start; the others are loaded when they are requested. "
-        "Write NAME=MODEL to give a model a name, such as story=tales. Without --host, only this machine can connect.",
+        "Write NAME=MODEL to give a model a name, such as small=tales. Without --host, only this machine can connect.",
         "moesaic serve",
         "moesaic serve ./mixtral-q4 --port 8080",
         "moesaic serve chat=./mixtral small=./mistral-7b --memory 20 --host 0.0.0.0 --keys keys.json",
@@ -49,7 +50,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        help="folders, names on the Hugging Face hub (org/name), or tales, the built-in model (default)",
+        help="folders, GGUF files, org/name on the Hugging Face hub, or built-in models: smollm2 (default), tales",
     )
     model = parser.add_argument_group("models")
     model.add_argument(
@@ -127,20 +128,22 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
     Raises:
         InvalidRequest: two models have the same name.
         NotFound: a model's folder does not exist.
+        NotInstalled: the package of a built-in model is not installed.
     """
+    from moesaic import builtin
     from moesaic.backend import ModelInfo
     from moesaic.serve.model_manager import ModelEntry
 
     entries = []
-    for argument in args.models or [None]:
+    for argument in args.models or [builtin.default()]:
         # A path that contains "=" needs a name in front of it.
-        name, _, model = argument.partition("=") if argument and "=" in argument else ("", "", argument)
+        name, _, model = argument.partition("=") if "=" in argument else ("", "", argument)
         path = folder(model)
-        if path is not None and not path.exists():
+        if not path.exists():
             raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
-        source = model if model is None or Path(model).exists() else model.partition("@")[0]
-        shown = name or (source.rstrip("/").split("/")[-1] if source else "built-in")
-        aliases = tuple({source} - {shown, None}) if source and "/" in source and not Path(source).exists() else ()
+        source = model if Path(model).exists() else model.partition("@")[0]
+        shown = name or source.rstrip("/").split("/")[-1]
+        aliases = tuple({source} - {shown}) if "/" in source and not Path(source).exists() else ()
         size = _memory_needed(args, path) if getattr(args, "memory", None) is not None else 0
         info = ModelInfo(shown, aliases, state="unloaded")
         entries.append(ModelEntry(info, partial(open_model, args, path, shown, many_streams), size))
@@ -149,13 +152,12 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
     return entries
 
 
-def _memory_needed(args: argparse.Namespace, path: Path | None) -> int:
+def _memory_needed(args: argparse.Namespace, path: Path) -> int:
     """Return the bytes that a model takes when it is loaded with these arguments."""
-    from moesaic.llm import BUILT_IN
     from moesaic.loading import memory_needed
 
     return memory_needed(
-        path or BUILT_IN,
+        path,
         dtype=args.dtype,
         weight_format=args.format,
         device=args.device,
@@ -165,18 +167,17 @@ def _memory_needed(args: argparse.Namespace, path: Path | None) -> int:
     )
 
 
-async def open_model(
-    args: argparse.Namespace, path: Path | None, name: str, many_streams: int | None = None
-) -> Backend:
-    """Load the model in ``path`` (None: the built-in model) as the flags say, and return its backend."""
+async def open_model(args: argparse.Namespace, path: Path, name: str, many_streams: int | None = None) -> Backend:
+    """Load the model in ``path`` as the flags say, and return its backend."""
     import asyncio
 
-    from moesaic.classifier import Classifier
-    from moesaic.classifier_backend import LocalClassifierBackend
-    from moesaic.engine import Limits
-    from moesaic.llm import LLM
-    from moesaic.loading import is_classifier
-    from moesaic.local_backend import MANY_STREAMS, LocalBackend
+    with collection_paused():
+        from moesaic.classifier import Classifier
+        from moesaic.classifier_backend import LocalClassifierBackend
+        from moesaic.engine import Limits
+        from moesaic.llm import LLM
+        from moesaic.loading import is_classifier
+        from moesaic.local_backend import MANY_STREAMS, LocalBackend
 
     limits = Limits()
     if args.sequences is not None:
@@ -187,7 +188,7 @@ async def open_model(
         limits = replace(limits, sequences=min(limits.sequences, args.batch_tokens), batch_tokens=args.batch_tokens)
 
     def load() -> LLM | Classifier:
-        if path is not None and is_classifier(path):
+        if is_classifier(path):
             return Classifier.load(path, dtype=args.dtype, device=args.device)
         return LLM.load(
             path,
@@ -199,6 +200,7 @@ async def open_model(
             kv_cache_dtype=args.kv_cache_dtype,
             chat_format=args.chat_format,
             limits=limits,
+            lazy_cache=False,  # memory that is short fails the start of a server, not an answer
         )
 
     model = await asyncio.get_running_loop().run_in_executor(None, load)

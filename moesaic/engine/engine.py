@@ -126,6 +126,7 @@ class Engine(AbstractContextManager["Engine"]):
         dtype: torch.dtype = torch.float32,
         thread: bool = True,
         torch_threads: int | None = None,
+        lazy_cache: bool = False,
         poison: bool = False,
     ) -> None:
         """Allocate the key/value cache and start the loop that runs step after step.
@@ -140,6 +141,8 @@ class Engine(AbstractContextManager["Engine"]):
             dtype: dtype of the cache: a floating-point dtype, or int8 with scales, as ``ops.Cache`` describes.
             thread: run the loop in its own thread. Otherwise reading a stream runs the loop, and so does ``step``.
             torch_threads: number of torch threads in the loop's thread; None: torch's default.
+            lazy_cache: take the memory of a cache on the CPU when tokens are stored in it. Otherwise it is taken now,
+                so that it cannot run out later.
             poison: fill the cache with NaN first, so that tests detect reads of unwritten memory.
 
         Raises:
@@ -154,7 +157,7 @@ class Engine(AbstractContextManager["Engine"]):
             raise InvalidParameter("context", f"is {context}, but the model supports 2 to {model.max_length} tokens")
         device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
         blocks = Blocks(cache_tokens // block_size, block_size)
-        self._runner = Runner(model, blocks.count, block_size, dtype, device, poison=poison)
+        self._runner = Runner(model, blocks.count, block_size, dtype, device, lazy=lazy_cache, poison=poison)
         self._scheduler = Scheduler(blocks, limits or Limits(), context or model.max_length, model.window)
         self.cache_dtype = dtype
         """Dtype of the key/value cache."""

@@ -54,8 +54,8 @@ class Model(Protocol):
 class Runner:
     """Runs the scheduler's steps on a model, and owns its key/value cache of ``blocks`` blocks.
 
-    A block holds ``block_size`` tokens; ``dtype`` is that of the cache. With ``poison``, the cache is filled with NaN
-    first, so that tests detect reads of unwritten memory.
+    A block holds ``block_size`` tokens; ``dtype`` is that of the cache. ``lazy`` is as for ``Cache.zeros``. With
+    ``poison``, the cache is filled with NaN first, so that tests detect reads of unwritten memory.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class Runner:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        lazy: bool = False,
         poison: bool = False,
     ) -> None:
         self.model, self.device = model, device
-        self.cache = Cache.zeros(model.cache_shapes, blocks, block_size, dtype, device)
+        self.cache = Cache.zeros(model.cache_shapes, blocks, block_size, dtype, device, lazy=lazy)
         if poison:
             for part in self.cache.tensors():
                 part.fill_(UNWRITTEN if part.dtype == torch.int8 else torch.nan)

@@ -19,6 +19,8 @@ E experts, k experts per token, H query heads, G key/value heads, D head size, B
 from __future__ import annotations
 
 import functools
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -64,11 +66,18 @@ class Cache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        *,
+        lazy: bool = False,
     ) -> Cache:
-        """Return a cache of zeros. ``shapes`` has (G, D) of each layer; ``dtype`` is a floating-point dtype or int8."""
+        """Return a cache of zeros. ``shapes`` has (G, D) of each layer; ``dtype`` is a floating-point dtype or int8.
+
+        With ``lazy``, a cache on the CPU takes memory page by page when it is first written.
+        """
+        lazy = lazy and torch.empty(0, device=device).device.type == "cpu"
 
         def memory(*sizes: tuple[int, ...], dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
-            return tuple(torch.zeros((blocks, block_size, *size), dtype=dtype, device=device) for size in sizes)
+            zeros = _lazy_zeros if lazy else functools.partial(torch.zeros, device=device)
+            return tuple(zeros((blocks, block_size, *size), dtype=dtype) for size in sizes)
 
         if dtype != torch.int8:
             return cls(memory(*shapes), memory(*shapes))
@@ -92,6 +101,12 @@ class Cache:
     @property
     def block_size(self) -> int:
         return self.keys[0].shape[1]
+
+
+def _lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of zeros in memory that the system provides when it is first written; ``torch.zeros`` writes."""
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)  # keeps the pages mapped
 
 
 @dataclass(frozen=True)

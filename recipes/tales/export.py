@@ -1,4 +1,4 @@
-"""Export the training state as a checkpoint: the built-in model in the hf layout, in bfloat16.
+"""Export the training state as a checkpoint: the model tales in the hf layout, in bfloat16.
 
 python recipes/tales/export.py --data WORK --state WORK/run/state.pt --out moesaic/builtin/tales
 """

@@ -1,4 +1,4 @@
-"""Measure the quality and speed of the built-in model; the result is a file for docs/results.
+"""Measure the quality and speed of the model tales; the result is a file for docs/results.
 
     python recipes/tales/measure.py --out docs/results/tales.json
 
@@ -50,15 +50,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="number of runs for each time")
     args = parser.parse_args()
     held_out = str(HERE / "tales.valid.jsonl.xz")
-    quality = subprocess.run([*MOESAIC, "perplexity", held_out, "--json"], capture_output=True, text=True, check=True)
-    with LLM.load() as llm:
+    quality = subprocess.run(
+        [*MOESAIC, "perplexity", held_out, "tales", "--json"], capture_output=True, text=True, check=True
+    )
+    with LLM.load("tales") as llm:
         speed(llm, 1, 8)  # warm-up
         speeds = {n: statistics.median(speed(llm, n) for _ in range(args.runs)) for n in (1, 4, 16)}
     figures = {
         "held_out": json.loads(quality.stdout),
         "help_seconds": statistics.median(seconds_until([*MOESAIC, "--help"], -1) for _ in range(args.runs)),
         "first_token_seconds_from_cold_start": statistics.median(
-            seconds_until([*MOESAIC, "chat", "-m", QUESTION]) for _ in range(args.runs)
+            seconds_until([*MOESAIC, "chat", "tales", "-m", QUESTION]) for _ in range(args.runs)
         ),
         "answers_at_once_to_tokens_per_second": speeds,
     }

@@ -1,4 +1,4 @@
-"""Train the built-in model, a small Mixtral that tells tales.
+"""Train the model tales, a small Mixtral that tells tales.
 
     python recipes/tales/train.py --data WORK --out WORK/run
 

@@ -42,7 +42,7 @@ def page_port() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def served(page_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of ``moesaic serve`` with the built-in model, which lets one page of another origin ask."""
+    """The address of ``moesaic serve`` with the model tales, which lets one page of another origin ask."""
     log = tmp_path_factory.mktemp("serve") / "log"
-    with serving(log, "--cors-origin", f"http://127.0.0.1:{page_port}") as url:
+    with serving(log, "tales", "--cors-origin", f"http://127.0.0.1:{page_port}") as url:
         yield url

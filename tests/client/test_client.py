@@ -53,14 +53,14 @@ def test_import_needs_neither_torch_nor_httpx():
     assert done.stdout == "['client', 'engine', 'errors'] moesaic.client needs httpx: pip install 'moesaic[client]'\n"
 
 
-# Our server with the built-in model
+# Our server with the model tales
 
 
-def test_the_built_in_model(served):
+def test_a_real_model(served):
     ask = "Tell a story about a king."
-    with Client(served + "/v1/", model="built-in") as client:
+    with Client(served + "/v1/", model="tales") as client:
         whole = client.chat(ask, **GREEDY, logprobs=2)
-        assert whole.text and whole.reason == "length" and whole.model == "built-in" and whole.request_id
+        assert whole.text and whole.reason == "length" and whole.model == "tales" and whole.request_id
         assert whole.usage.completion_tokens == 12 and whole.usage.total_tokens == 12 + whole.usage.prompt_tokens
         assert len(whole.logprobs) == 12 and all(len(each.top) == 2 for each in whole.logprobs)
         assert "".join(each.token for each in whole.logprobs).strip() == whole.text.strip()
@@ -79,7 +79,7 @@ def test_the_built_in_model(served):
         held = client.chat("A name?", response_format={"type": "json_object"}, max_tokens=200, seed=1)
         assert held.reason == "length" or isinstance(held.parsed(), dict)
         [model] = client.models()
-        assert (model.id, model.task) == ("built-in", "chat") and model.context > 100
+        assert (model.id, model.task) == ("tales", "chat") and model.context > 100
         found = client.embed(["a king", "a queen"])
         assert len(found.vectors) == 2 and len(found.vectors[0]) > 10 and found.usage.prompt_tokens > 0
         assert len(client.embed("a king", dimensions=7).vectors[0]) == 7
@@ -89,7 +89,7 @@ def test_the_built_in_model(served):
         assert len(client.tokenize([{"role": "user", "content": "a king"}])) > len(tokens)
 
 
-def test_the_built_in_model_with_asyncio(served):
+def test_a_real_model_with_asyncio(served):
     async def main() -> None:
         async with AsyncClient(served) as client:
             ask = "Tell a story about a king."
@@ -100,7 +100,7 @@ def test_the_built_in_model_with_asyncio(served):
             assert (await stream.answer()).usage.completion_tokens == 12
             whole = await client.complete("Once", **GREEDY)
             assert (await client.complete("Once", **GREEDY, stream=True).answer()).text == whole.text
-            assert [model.id for model in await client.models()] == ["built-in"]
+            assert [model.id for model in await client.models()] == ["tales"]
             assert len((await client.embed("a king")).vectors) == 1
             assert len(await client.tokenize("a king")) > 1
             with pytest.raises(errors.NotFound):

@@ -124,7 +124,7 @@ def test_in_a_browser(page, served, page_port):
     page.goto(f"http://127.0.0.1:{page_port}/")
     found = page.evaluate(CHAT, [served, "Tell a story about a king."])
     assert found["text"] and "".join(found["pieces"]) == found["text"] and len(found["pieces"]) > 3
-    assert (found["told"], found["aborted"], found["models"]) == (200, "AbortError", ["built-in"])
+    assert (found["told"], found["aborted"], found["models"]) == (200, "AbortError", ["tales"])
     assert found["missing"] == [True, 404, True] and found["requestId"]
 
 

@@ -11,6 +11,6 @@ from tests.support.server import serving
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server with the built-in model."""
-    with serving(tmp_path_factory.mktemp("serve") / "log") as url:
+    """The address of a server with the model tales."""
+    with serving(tmp_path_factory.mktemp("serve") / "log", "tales") as url:
         yield url

@@ -24,7 +24,7 @@ def test_messages(python, served):
     block = ["content_block_start", "content_block_delta", "content_block_stop"]
     assert found["kinds"] == ["message_start", *block, "message_delta", "message_stop"]  # it swallows the ping
     assert found["goes_on"] and found["stopped"] == ["stop_sequence", "the", False]
-    assert found["models"] == ["built-in"] and found["created"] >= 2026
+    assert found["models"] == ["tales"] and found["created"] >= 2026
     assert found["model"] == ["NotFoundError", 404, "not_found_error"]
     assert found["value"] == found["image"] == ["BadRequestError", 400, "invalid_request_error"]
 

@@ -51,7 +51,7 @@ def locked(origin, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     written, key = keys.new("page")
     keys.write(folder / "keys.json", (key,))
-    with serving(folder / "log", "--cors-origin", origin, "--keys", str(folder / "keys.json")) as url:
+    with serving(folder / "log", "tales", "--cors-origin", origin, "--keys", str(folder / "keys.json")) as url:
         yield url, written
 
 
@@ -65,16 +65,16 @@ def page(browser, origin):
 
 
 def test_openai_in_a_browser(page, locked):
-    found = page.evaluate(CALL, ["openai", *locked, "built-in"])
+    found = page.evaluate(CALL, ["openai", *locked, "tales"])
     assert found["text"] and found["text"] == found["streamed"] == found["response"]
-    assert found["id"] and 0 < found["pieces"] < MANY and found["models"] == ["built-in"]
+    assert found["id"] and 0 < found["pieces"] < MANY and found["models"] == ["tales"]
     assert found["missing"] == ["NotFoundError", 404, True]
     assert found["value"] == ["BadRequestError", 400, True]
     assert found["locked"] == ["AuthenticationError", 401, True]
 
 
 def test_anthropic_in_a_browser(page, locked):
-    found = page.evaluate(CALL, ["anthropic", *locked, "built-in"])
+    found = page.evaluate(CALL, ["anthropic", *locked, "tales"])
     assert found["text"] and found["text"] == found["streamed"] == found["final"]
     assert found["id"] and 0 < found["events"] < MANY and found["counted"] == found["read"] > 0
     assert found["missing"] == ["NotFoundError", 404, True]

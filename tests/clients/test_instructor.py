@@ -32,5 +32,5 @@ def test_modes(python, scripted, mode):
         assert ask.grammar[0] == ("json_schema" if mode == "JSON_SCHEMA" else "json_object")
 
 
-def test_the_built_in_model(python, served):
-    assert set(run(python, "instructor_client.py", served, "JSON_SCHEMA", "built-in")) == {"name", "people"}
+def test_a_real_model(python, served):
+    assert set(run(python, "instructor_client.py", served, "JSON_SCHEMA", "tales")) == {"name", "people"}

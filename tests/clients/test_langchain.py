@@ -17,8 +17,8 @@ def python():
     return environment("langchain", "langchain-openai==1.7.3")
 
 
-def test_the_built_in_model(python, served):
-    found = run(python, "langchain_client.py", served, "model", "built-in")
+def test_a_real_model(python, served):
+    found = run(python, "langchain_client.py", served, "model", "tales")
     assert found["text"] and found["alike"] and found["response"] and found["response_stream"]
     assert (found["tokens"], found["streamed_tokens"], found["reason"]) == (24, 24, "length")
     assert found["vectors"] == [256, 256]
@@ -45,5 +45,5 @@ def test_structured_output(python, scripted):
     assert run(python, "langchain_client.py", scripted.url, "function", "scripted") == OSLO
 
 
-def test_structured_output_of_the_built_in_model(python, served):
-    assert set(run(python, "langchain_client.py", served, "parse", "built-in")) == {"name", "people"}
+def test_structured_output_of_a_real_model(python, served):
+    assert set(run(python, "langchain_client.py", served, "parse", "tales")) == {"name", "people"}

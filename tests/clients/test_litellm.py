@@ -17,7 +17,7 @@ def python():
     return environment("litellm", "litellm==1.106.2", "mcp==2.3.0")  # it asks for mcp where tools are
 
 
-def test_the_built_in_model(python, served):
+def test_a_real_model(python, served):
     found = run(python, "litellm_client.py", served, "model", **OFFLINE)
     assert found["text"] and found["texts"] == [found["text"]] * 4
     assert found["usage"] == [24, 24] and found["reasons"] == ["length", "length"]

@@ -29,7 +29,7 @@ def test_scores_and_answers(python, served, tokenizer, tmp_path):
     assert len(found["answers"]) == 6 and all(found["answers"])
     assert not any("." in answer for answer in found["answers"])
     lines = (SCRIPTS / "lm_eval_tasks/choices.jsonl").read_text().splitlines()
-    llm = LLM.load()
+    llm = LLM.load("tales")
     for line, scores in zip(lines, found["likelihoods"], strict=True):
         doc = json.loads(line)
         for choice, (score, _) in zip(doc["choices"], scores, strict=True):

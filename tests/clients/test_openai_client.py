@@ -46,7 +46,7 @@ def test_completions(seen):
 
 
 def test_models_and_embeddings(seen):
-    assert seen["models"] == ["built-in"] and seen["model"] == "built-in"
+    assert seen["models"] == ["tales"] and seen["model"] == "tales"
     assert seen["embed"] == {"same": True, "count": 2}
 
 
@@ -93,13 +93,13 @@ def test_parsed_answers(python, scripted):
         assert kind == "json_schema" and set(schema["properties"]) == {"name", "people"}
 
 
-def test_parsed_answers_of_the_built_in_model(python, served):
-    found = run(python, "openai_scripted.py", served, "parse", "built-in")
+def test_parsed_answers_of_a_real_model(python, served):
+    found = run(python, "openai_scripted.py", served, "parse", "tales")
     assert set(found["chat"]) == set(found["response"]) == {"name", "people"}
 
 
-def test_the_built_in_model_calls_a_tool_if_it_must(python, served):
-    found = run(python, "openai_scripted.py", served, "forced", "built-in")
+def test_a_real_model_calls_a_tool_if_it_must(python, served):
+    found = run(python, "openai_scripted.py", served, "forced", "tales")
     assert found["chat"][0] == found["response"][0] == "weather"
     for _, arguments in found.values():
         assert set(json.loads(arguments)) == {"city"}

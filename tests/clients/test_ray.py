@@ -1,4 +1,4 @@
-"""Ray as what starts workers: two nodes, workers with the built-in model, and both kinds of process killed at work."""
+"""Ray as what starts workers: two nodes, workers with the model tales, and both kinds of process killed at work."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ def launched(ray: Ray, cluster: ManagedCluster, log: Path, replicas: int) -> Ite
     key = cluster.key_file.with_name("worker.key")
     key.write_text(cluster.key_texts["rack"])
     command = [str(ray.python), "-m", "moesaic.cli", "launch", "ray", "--replicas", str(replicas), "--cpus", "1"]
-    command += ["--address", ray.address, "--worker", "--gateway", cluster.url, "--key-file", str(key), "--slots", "4"]
+    command += ["--address", ray.address, "--worker", "tales", "--gateway", cluster.url]
+    command += ["--key-file", str(key), "--slots", "4"]
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=ray.environment, stdout=out, stderr=out)
     try:

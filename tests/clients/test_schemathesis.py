@@ -44,8 +44,8 @@ def check(url: str, tmp_path: Path, *flags: str, described: str = "") -> str:
     return done.stdout
 
 
-def test_the_built_in_model(tmp_path):
-    with serving(tmp_path / "log", "--context", "64") as url:
+def test_a_real_model(tmp_path):
+    with serving(tmp_path / "log", "tales", "--context", "64") as url:
         check(url, tmp_path)
     log = (tmp_path / "log").read_text()
     assert '"trace"' not in log and '"status": 500' not in log

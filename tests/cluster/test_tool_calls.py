@@ -64,10 +64,10 @@ def direct(tales) -> Iterator[httpx.Client]:
 
 
 def start_worker(cluster: Cluster, kind: type[LocalBackend]) -> WorkerHandle:
-    """Have a worker come with the built-in model."""
+    """Have a worker come with the model tales."""
 
     async def made() -> LocalBackend:
-        return kind(LLM.load())
+        return kind(LLM.load("tales"))
 
     return cluster.start_worker(cluster.run(made()))
 

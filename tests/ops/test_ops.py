@@ -13,6 +13,7 @@ from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.ops import Batch, Cache, Group, reference
 from tests.support import grouped
+from tests.support.memory import resident
 
 BACKENDS = registry.names("ops")
 
@@ -143,13 +144,23 @@ def test_non_finite_values_survive_the_cache(backend, bad, cache_dtype, which):
     assert sound[3:].all() and sound[:, :2].all()
 
 
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_cache_size_is_bytes_per_token(dtype):
+def test_cache_size_is_bytes_per_token(dtype, lazy):
     shapes = [(2, 8), (3, 16)]
-    cache = Cache.zeros(shapes, 5, 4, dtype)
+    cache = Cache.zeros(shapes, 5, 4, dtype, lazy=lazy)
     assert sum(part.nbytes for part in cache.tensors()) == 5 * 4 * Cache.bytes_per_token(shapes, dtype)
     assert all(len(part) == 5 and not part.any() for part in cache.tensors())
     assert cache.block_size == 4
+
+
+def test_a_lazy_cache_takes_memory_when_it_is_written():
+    keys = Cache.zeros([(2, 64)], 1024, 16, torch.float32, lazy=True).keys[0]
+    assert resident(keys) == 0
+    keys[3] = 1
+    assert 0 < resident(keys) <= keys.nbytes // 4  # pages may be large
+    assert keys[3].all() and not keys[2].any()
+    assert Cache.zeros([(2, 64)], 1, 16, torch.float32, "meta", lazy=True).keys[0].device.type == "meta"
 
 
 @pytest.mark.parametrize("weight_format", [*registry.names("formats"), *grouped.KINDS[2:6:3]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,17 @@ from tokenizers import Tokenizer as Reference
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from moesaic import checkpoints, ops
+from moesaic import builtin, checkpoints, cli, ops
 from moesaic.llm import LLM
 from moesaic.text import template
 from moesaic.text.tokenizer import Tokenizer
+from tests.support.documents import blocks
 from tests.support.gguf_files import LAYER
 from tests.support.require import package_folder, require
 from tests.text.test_tokenizer import TEXTS
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+README = Path(__file__).parents[2] / "README.md"
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -49,6 +53,21 @@ def llm(path: Path) -> Iterator[LLM]:
 def test_it_knows_the_capital_of_france(llm):
     answer = llm.chat(FRANCE, temperature=0, max_tokens=16)
     assert answer.text == "The capital of France is Paris." and answer.reason == "stop"
+
+
+def test_it_is_the_default_model_with_the_sampling_of_its_model_card(llm, path):
+    assert builtin.resolve(None) == builtin.resolve("smollm2") == (path, "smollm2")
+    assert llm.defaults == {"temperature": 0.2, "top_p": 0.9}
+    assert (llm.sampling().temperature, llm.sampling(temperature=1).temperature) == (0.2, 1)
+
+
+def test_the_first_example_of_the_readme(path, monkeypatch, capsys):
+    command, answer = blocks("console", README.read_text())[0].splitlines()
+    asked = re.fullmatch(r'\$ echo "(.+)" \| make -s chat ARGS="(.+)"', command)
+    assert asked is not None
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(asked[1].encode() + b"\n")))
+    assert cli.main(["chat", *asked[2].split()]) == 0
+    assert capsys.readouterr().out == answer + "\n"
 
 
 def test_the_built_in_format_gives_the_ids_of_its_template(llm, path):

@@ -202,7 +202,7 @@ sys.exit(cli.main(["run-batch", *sys.argv[1:]]))
 def test_killed_runs_answer_every_request_once(files):
     count = 60
     write(files[0], *[line(f"r{n}") for n in range(count)], "no request")
-    command = [sys.executable, "-c", PROGRAM, str(files[0]), str(files[1]), "--concurrency", "3"]
+    command = [sys.executable, "-c", PROGRAM, str(files[0]), str(files[1]), "tales", "--concurrency", "3"]
     kills = 0
     while True:
         lines_before = files[1].read_bytes().count(b"\n") if files[1].exists() else 0
@@ -223,14 +223,14 @@ def test_killed_runs_answer_every_request_once(files):
     assert sorted(filter(None, custom_ids)) == sorted(f"r{n}" for n in range(count)) and len(custom_ids) == count + 1
 
 
-def test_with_the_built_in_model(files, capsys):
+def test_with_a_real_model(files, capsys):
     text = {"prompt": "Once upon", "max_tokens": 4, "temperature": 0}
     write(files[0], line("a", text, "/v1/completions"), line("b", CHAT | {"max_tokens": 3}))
-    assert cli.main(["run-batch", str(files[0]), str(files[1]), "--concurrency", "2"]) == 0
+    assert cli.main(["run-batch", str(files[0]), str(files[1]), "tales", "--concurrency", "2"]) == 0
     assert "2 answered, 0 failed" in capsys.readouterr().err
     [entry] = [entry for entry in results(files[1]) if entry["custom_id"] == "a"]
     assert entry["response"]["body"]["choices"][0]["text"].startswith(" a")
-    assert cli.main(["run-batch", str(files[0]), str(files[1])]) == 0
+    assert cli.main(["run-batch", str(files[0]), str(files[1]), "tales"]) == 0
     assert "2 of them before" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Tests of grammars and tool calls over HTTP, with the built-in model."""
+"""Tests of grammars and tool calls over HTTP, with the model tales."""
 
 from __future__ import annotations
 

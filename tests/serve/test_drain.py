@@ -38,7 +38,7 @@ async def open_model(*_):
     return backend
 
 serving.open_model = open_model
-sys.exit(cli.main(["serve", "--port", "0", *sys.argv[2:]]))
+sys.exit(cli.main(["serve", "tales", "--port", "0", *sys.argv[2:]]))
 """
 """Runs ``moesaic serve`` with a model that sends one word and then waits until a file exists."""
 

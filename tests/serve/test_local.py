@@ -24,7 +24,7 @@ ANNA, BEN = {"authorization": "Bearer a"}, {"authorization": "Bearer b"}
 
 @pytest.fixture(scope="module")
 def real_server():
-    llm = LLM.load(limits=Limits(sequences=4, queue=4))
+    llm = LLM.load("tales", limits=Limits(sequences=4, queue=4))
     with running(lambda: LocalBackend(llm), Settings(reader_seconds=2), KEYS) as server:
         server.llm = llm
         yield server

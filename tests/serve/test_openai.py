@@ -219,7 +219,7 @@ def test_streamed_and_whole_replies_are_equal(tales):
     assert post(tales, "/v1/completions", prompt).json()["choices"][0]["text"].startswith("Once upon a")
 
 
-def test_built_in_embeddings_are_normalized(tales):
+def test_embeddings_of_a_real_model_are_normalized(tales):
     reply = post(tales, "/v1/embeddings", {"input": ["a king", "a queen", "the sea"]}).json()
     vectors = [entry["embedding"] for entry in reply["data"]]
     assert all(abs(sum(x * x for x in vector) - 1) < 1e-3 for vector in vectors)

@@ -466,7 +466,7 @@ def test_json_grammars():
     assert of({"type": "json_object"}) == ("json_object", {})
 
 
-# The built-in model
+# The model tales
 
 STORY = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 30, "details": True}}
 

@@ -29,8 +29,8 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory):
-    """A gateway with one worker, which has the built-in model."""
-    llm = LLM.load()
+    """A gateway with one worker, which has the model tales."""
+    llm = LLM.load("tales")
 
     async def backend():
         return LocalBackend(llm)

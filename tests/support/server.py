@@ -106,7 +106,7 @@ def running(
 
 @contextlib.contextmanager
 def serving(log: Path, *flags: str) -> Iterator[str]:
-    """Run ``moesaic serve`` with the built-in model in a process, and yield its address."""
+    """Run ``moesaic serve`` with these models and flags in a process, and yield its address."""
     command = [sys.executable, "-m", "moesaic.cli", "serve", "--port", "0", *flags]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file)

@@ -63,7 +63,7 @@ class ToolAnswer:
 def ask(client: httpx.Client, api: str, max_tokens: int, **more: Any) -> ToolAnswer:
     """Return the answer of an API; with ``stream``, it is joined from the events."""
     path, body, limit = APIS[api]
-    response = client.post(path, json={"model": "built-in", **body, limit: max_tokens, **more}, timeout=120)
+    response = client.post(path, json={"model": "tales", **body, limit: max_tokens, **more}, timeout=120)
     assert response.status_code == 200, response.text
     kind = "chat" if api == "invocations" else api
     if more.get("stream"):

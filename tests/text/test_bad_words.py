@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.llm import BUILT_IN
+from moesaic.builtin import TALES_FOLDER
 from moesaic.text.bad_words import BadWords
 from moesaic.text.tokenizer import Tokenizer
 from tests.support.require import package_folder
 
 FILES = {
-    "built-in": lambda: BUILT_IN,
+    "tales": lambda: TALES_FOLDER,
     "sentencepiece": lambda: package_folder("mistral_common") / "data/tokenizer.model.v1",
     "tekken": lambda: package_folder("mistral_common") / "data/tekken_240911.json",
 }
@@ -49,7 +49,7 @@ def test_tokens_without_a_row_are_left_out(tokenizer):
     assert token_id not in BadWords(tokenizer, ("a",), token_id)(())
 
 
-TALES = Tokenizer.open(BUILT_IN)
+TALES = Tokenizer.open(TALES_FOLDER)
 SOME = TALES.encode("Once there was a king who had a ship and a queen", prefix=False)
 FORBIDDEN = BadWords(TALES, ("a king", "ship", "en"), TALES.vocab_size)
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesaic.builtin import TALES_FOLDER
 from moesaic.errors import GrammarError, InvalidParameter, NotInstalled, Overloaded
-from moesaic.llm import BUILT_IN
 from moesaic.text import compiler as module
 from moesaic.text.compiler import Compiler, Matcher
 from moesaic.text.grammar import Grammar
@@ -22,14 +22,14 @@ from moesaic.text.stream import TextStream
 from moesaic.text.tokenizer import Tokenizer
 
 Opened = Callable[[str], Tokenizer]
-ALL = ("v1", "v3", "tekken", "llama3", "built-in")
+ALL = ("v1", "v3", "tekken", "llama3", "tales")
 CHOICES = [" leading", "ab", "abc", "été 🙂", "日本語", 'quo"te\\', "a\nb", "x" * 40, "  two", "</s>[INST]", "\u0001\t"]
 SPARE = 7  # rows of the model that the tokenizer lacks
 
 
 @pytest.fixture(scope="module")
 def compilers(opened: Opened) -> dict[str, tuple[Tokenizer, Compiler]]:
-    tokenizers = {name: Tokenizer.open(BUILT_IN) if name == "built-in" else opened(name) for name in ALL}
+    tokenizers = {name: Tokenizer.open(TALES_FOLDER) if name == "tales" else opened(name) for name in ALL}
     return {name: (t, Compiler(t, t.vocab_size + SPARE)) for name, t in tokenizers.items()}
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.llm import BUILT_IN
+from moesaic.builtin import TALES_FOLDER
 from moesaic.text import syntax
 from moesaic.text.chat import FORMATS
 from moesaic.text.compiler import Compiler
@@ -239,7 +239,7 @@ CLOCK = {"type": "function", "function": {"name": "clock"}}
 @pytest.mark.parametrize("name", ["plain", "mistral-v3", "llama3.1", "mistral-v11", "mistral-v13"])
 def test_forced_calls_are_parsed_back(name: str) -> None:
     """Generate answers by a random walk through the grammar, and parse them."""
-    builtin = Tokenizer.open(BUILT_IN)
+    builtin = Tokenizer.open(TALES_FOLDER)
     form = FORMATS[name]
     control = {**builtin.control, **{token: 4 + index for index, token in enumerate(form.syntax.control_tokens)}}
     tokenizer: Any = Renamed(builtin, control)

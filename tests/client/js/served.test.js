@@ -1,18 +1,18 @@
-/** The client and `moesaic serve` with the built-in model, at SERVED. */
+/** The client and `moesaic serve` with the model tales, at SERVED. */
 
 import assert from "node:assert/strict";
 import test from "node:test";
 import { Client, InvalidParameter, NotFound, StreamBroken } from "../../../moesaic/serve/web/client/index.js";
 
 const baseUrl = process.env.SERVED;
-const client = new Client({ baseUrl: `${baseUrl}/v1/`, model: "built-in" });
+const client = new Client({ baseUrl: `${baseUrl}/v1/`, model: "tales" });
 const ASK = [{ role: "user", content: "Tell a story about a king." }];
 const GREEDY = { temperature: 0, max_tokens: 12 };
 
 test("whole and streamed answers are alike", async () => {
   const whole = await client.chat(ASK, { ...GREEDY, logprobs: 2 });
   assert.ok(whole.text && whole.requestId && whole.id);
-  assert.deepEqual([whole.reason, whole.model, whole.usage.completion_tokens], ["length", "built-in", 12]);
+  assert.deepEqual([whole.reason, whole.model, whole.usage.completion_tokens], ["length", "tales", 12]);
   assert.ok(whole.logprobs.length === 12 && whole.logprobs.every(({ top }) => top.length === 2));
   const stream = client.chat(ASK, { ...GREEDY, logprobs: 2, stream: true });
   let text = "";
@@ -30,7 +30,7 @@ test("completions, models, embeddings, tokens", async () => {
   const streamed = await client.complete("Once upon a", { stream: true, ...GREEDY }).answer();
   assert.equal("Once upon a" + streamed.text, whole.text);
   const [model] = await client.models();
-  assert.deepEqual([model.id, model.task], ["built-in", "chat"]);
+  assert.deepEqual([model.id, model.task], ["tales", "chat"]);
   const { vectors, usage } = await client.embed(["a king", "a queen"], { dimensions: 7 });
   assert.ok(vectors.length === 2 && vectors[0].length === 7 && usage.prompt_tokens > 0);
   const tokens = await client.tokenize("a king");

@@ -18,14 +18,12 @@ def streamed(**options):
 
 
 def model():
-    whole = litellm.completion("openai/built-in", max_tokens=24, **ASK, **OPENAI)
-    other = litellm.completion("anthropic/built-in", max_tokens=24, **ASK, **ANTHROPIC)
-    text = litellm.text_completion(
-        model="text-completion-openai/built-in", prompt="Once upon a", max_tokens=4, **OPENAI
-    )
-    vectors = litellm.embedding("openai/built-in", input=["a king", "a queen"], **OPENAI)
+    whole = litellm.completion("openai/tales", max_tokens=24, **ASK, **OPENAI)
+    other = litellm.completion("anthropic/tales", max_tokens=24, **ASK, **ANTHROPIC)
+    text = litellm.text_completion(model="text-completion-openai/tales", prompt="Once upon a", max_tokens=4, **OPENAI)
+    vectors = litellm.embedding("openai/tales", input=["a king", "a queen"], **OPENAI)
     newer = litellm.responses(
-        model="openai/built-in", input="Tell a story about a king.", max_output_tokens=24, temperature=0, **OPENAI
+        model="openai/tales", input="Tell a story about a king.", max_output_tokens=24, temperature=0, **OPENAI
     )
     return {
         "version": version("litellm"),
@@ -35,8 +33,8 @@ def model():
         "reasons": [whole.choices[0].finish_reason, other.choices[0].finish_reason],
         "texts": [
             other.choices[0].message.content,
-            streamed(model="openai/built-in", max_tokens=24, **ASK, **OPENAI),
-            streamed(model="anthropic/built-in", max_tokens=24, **ASK, **ANTHROPIC),
+            streamed(model="openai/tales", max_tokens=24, **ASK, **OPENAI),
+            streamed(model="anthropic/tales", max_tokens=24, **ASK, **ANTHROPIC),
             newer.output[0].content[0].text,
         ],
         "completion": bool(text.choices[0].text),

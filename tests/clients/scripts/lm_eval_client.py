@@ -17,7 +17,7 @@ shutil.copy(source / "choices.jsonl", folder)
 
 
 def evaluate(model, task, **options):
-    arguments = {"model": "built-in", "num_concurrent": 1, "max_retries": 1, **options}
+    arguments = {"model": "tales", "num_concurrent": 1, "max_retries": 1, **options}
     return lm_eval.simple_evaluate(
         model=model,
         model_args=arguments,

@@ -6,7 +6,7 @@ import sys
 import openai
 
 client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="any", max_retries=0)
-MODEL = "built-in"
+MODEL = "tales"
 ASK = [{"role": "user", "content": "Tell a story about a king."}]
 GREEDY = {"model": MODEL, "temperature": 0}
 

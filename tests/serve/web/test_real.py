@@ -1,4 +1,4 @@
-"""The chat page with the real server, with the built-in model and with a scripted one."""
+"""The chat page with the real server, with the model tales and with a scripted one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests.support.server import running
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest) -> Iterator[Real]:
-    if getattr(request, "param", "") == "built-in":
+    if getattr(request, "param", "") == "tales":
         yield request.getfixturevalue("tales")
     else:
         with running() as found:
             yield found
 
 
-@pytest.mark.parametrize("server", ["built-in"], indirect=True)
-def test_built_in_model_answers_and_a_reload_keeps_it(open_chat: Open, server: Real) -> None:
+@pytest.mark.parametrize("server", ["tales"], indirect=True)
+def test_a_real_model_answers_and_a_reload_keeps_it(open_chat: Open, server: Real) -> None:
     chat = open_chat()
     chat.ask("Tell me a story about a rabbit.")
     asked, told = chat.said
