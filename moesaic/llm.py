@@ -1,7 +1,7 @@
 """Chat and completion with a model in this process: a model, its tokenizer and an engine behind one class.
 
 llm = LLM.load()                                           # the default model, smollm2
-print(llm.chat([{"role": "user", "content": "What is the capital of France?"}], max_tokens=200).text)
+print(llm.chat([{"role": "user", "content": "What is the capital of Germany?"}], max_tokens=200).text)
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class LLM(AbstractContextManager["LLM"]):
         *,
         dtype: str = "auto",
         format: str | None = None,  # noqa: A002  # a public name
+        requantize: bool = False,
         device: str = "cpu",
         context: int | None = None,
         cache_tokens: int | None = None,
@@ -82,18 +83,16 @@ class LLM(AbstractContextManager["LLM"]):
         """Load a model and start its engine.
 
         Args:
-            model: a folder in any layout, a GGUF file, or the name of a built-in model: "smollm2" or "tales"; None:
-                smollm2 if its package is installed, else tales.
+            model: a folder, a GGUF file, or "smollm2" or "tales"; None: smollm2 if its package is installed, else tales.
             dtype: float32, bfloat16, float16, or auto: the dtype that the checkpoint is stored in.
-            format: formats that weights are quantized to while they are read: q8, q4, q3, q2, the name of a format,
-                or role=format, ...; None: weights are not quantized.
+            format: q8, q4, q3, q2, a format, or role=format, ...; None: weights stay as the checkpoint has them.
+            requantize: whether ``format`` may round weights that are quantized already.
             device: the device that the model runs on.
-            context: the largest number of tokens of prompt and answer together; None: as many as the model supports, if
-                a quarter of the available memory holds their key/value cache.
-            cache_tokens: tokens in the key/value cache, which all running requests share; None: sixteen contexts, but
-                at most a quarter of the available memory.
-            kv_cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, int8, or auto, the dtype of
-                activations.
+            context: maximum tokens of prompt and answer together; None: as many as the model supports and a quarter of
+                the available memory holds.
+            cache_tokens: tokens in the key/value cache, which all requests share; None: sixteen contexts, but at most a
+                quarter of the available memory.
+            kv_cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, int8, or auto (of activations).
             block_size: number of tokens in a block of the key/value cache.
             chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, or
                 the path of a template file (.jinja), both run in a sandbox; None: recognized from the checkpoint.
@@ -113,7 +112,9 @@ class LLM(AbstractContextManager["LLM"]):
             raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
         loading.check_layout(path)
         tokenizer = Tokenizer.open(path)
-        loaded = load_model(path, dtype=dtype, weight_format=format, device=device, progress=progress)
+        loaded = load_model(
+            path, dtype=dtype, weight_format=format, requantize=requantize, device=device, progress=progress
+        )
         return cls.from_loaded(
             replace(loaded, generation={**builtin.recommended_sampling(path), **loaded.generation}),
             tokenizer,

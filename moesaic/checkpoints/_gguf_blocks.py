@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.formats._threads import for_each
 from moesaic.formats import Codes
+from moesaic.formats._threads import for_each
 from moesaic.formats.grouped import Format
 from moesaic.gguf import TYPES, BlockType
 
@@ -49,7 +49,8 @@ class BlockDecoder:
         Large inputs are decoded in pieces, by several threads.
         """
         blocks, step = rows.reshape(-1, self.type.nbytes), CHUNK // self.type.elements
-        empty = {name: tensor.new_empty(len(blocks), tensor.shape[1]) for name, tensor in decode(blocks[:1]).items()}
+        sample = decode(blocks.new_zeros(1, self.type.nbytes))
+        empty = {name: tensor.new_empty(len(blocks), tensor.shape[1]) for name, tensor in sample.items()}
 
         def decode_piece(begin: int) -> None:
             for name, tensor in decode(blocks[begin : begin + step]).items():

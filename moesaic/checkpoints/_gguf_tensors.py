@@ -126,7 +126,7 @@ class BlockView:
         size, nbytes = self._decoder.type.elements, self._decoder.type.nbytes
         first, last = columns.start // size, -(-columns.stop // size)
         rows = self._rows.read((*leading, slice(first * nbytes, last * nbytes)))
-        return rows.unflatten(-1, (last - first, nbytes))
+        return rows.reshape(*rows.shape[:-1], last - first, nbytes)
 
 
 def rearranged(view: View, change: Callable[[View], View]) -> View:

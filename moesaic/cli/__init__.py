@@ -21,7 +21,7 @@ from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
 from moesaic.cli.bench import add_bench, add_perplexity
 from moesaic.cli.cluster import add_gateway, add_worker
-from moesaic.cli.flags import CACHE_DTYPES, DTYPES, MODEL_HELP, Commands, add_command, add_model, folder
+from moesaic.cli.flags import CACHE_DTYPES, DTYPES, MODEL_HELP, Commands, add_command, add_model, add_requantize, folder
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
 from moesaic.cli.loading import collection_paused
@@ -99,7 +99,7 @@ def _add_chat(commands: Commands) -> None:
         "If standard input is not a terminal, its whole text is the message, and the command prints only the answer.",
         "moesaic chat",
         "moesaic chat mistralai/Mixtral-8x7B-Instruct-v0.1 --temperature 0.7 --top-p 0.9",
-        'echo "What is the capital of France?" | moesaic chat',
+        'echo "What is the capital of Germany?" | moesaic chat',
         'moesaic chat tales -m "Tell me a story about a rabbit."',
         'moesaic chat ./model -m "Hello!" --json',
     )
@@ -196,6 +196,7 @@ def _load(args: argparse.Namespace) -> LLM:
             path,
             dtype=args.dtype,
             format=args.format,
+            requantize=args.requantize,
             device=args.device,
             context=args.context,
             kv_cache_dtype=args.kv_cache_dtype,
@@ -280,6 +281,7 @@ def _add_pack(commands: Commands) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="data type of activations and of weights that are not quantized"
     )
+    add_requantize(parser)
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -288,7 +290,7 @@ def _pack(args: argparse.Namespace) -> int:
 
     path = folder(args.model)
     with bar("packing") as progress:
-        packed.pack(path, args.dst, args.format, args.dtype, progress)
+        packed.pack(path, args.dst, args.format, args.dtype, requantize=args.requantize, progress=progress)
     return 0
 
 

@@ -65,7 +65,15 @@ def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None
         parser.add_argument("--format", metavar="F", action="append", help=f"{about}; may be repeated")
     else:
         parser.add_argument("--format", metavar="F", help=about)
+    add_requantize(parser)
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+
+
+def add_requantize(parser: argparse._ActionsContainer) -> None:
+    """Add the flag that lets --format round weights that are quantized already."""
+    parser.add_argument(
+        "--requantize", action="store_true", help="let --format round weights that the file has quantized already"
+    )
 
 
 def folder(model: str) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.cli import server_options, tgi_launcher
-from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, folder
+from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_requantize, folder
 from moesaic.cli.loading import collection_paused
 from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, NotFound
@@ -61,6 +61,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="quantize the weights: q8, q4, q3, q2, a format of `moesaic list formats`, or experts=int2,...",
     )
+    add_requantize(model)
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     model.add_argument("--context", type=int, metavar="N", help="maximum tokens of prompt and answer together")
     model.add_argument(
@@ -160,6 +161,7 @@ def _memory_needed(args: argparse.Namespace, path: Path) -> int:
         path,
         dtype=args.dtype,
         weight_format=args.format,
+        requantize=args.requantize,
         device=args.device,
         context=args.context,
         cache_tokens=args.cache_tokens,
@@ -194,6 +196,7 @@ async def open_model(args: argparse.Namespace, path: Path, name: str, many_strea
             path,
             dtype=args.dtype,
             format=args.format,
+            requantize=args.requantize,
             device=args.device,
             context=args.context,
             cache_tokens=args.cache_tokens,

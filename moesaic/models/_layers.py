@@ -336,7 +336,9 @@ def _copy(target: Tensor) -> Callable[[Tensor], None]:
     return store
 
 
-def _slot(name: str, shape: tuple[int, ...], index: tuple[slice, ...], weight: Packed, entry: int | None = None) -> Slot:
+def _slot(
+    name: str, shape: tuple[int, ...], index: tuple[slice, ...], weight: Packed, entry: int | None = None
+) -> Slot:
     """Return the slot of a weight, or of ``entry`` in a stack of weights, which the layer ``name`` has."""
     store = functools.partial(weight.store, index=entry)
     store_codes = functools.partial(ops.store_codes, weight, index=entry)

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, dequantize
 
 from moesaic import checkpoints, ops
 from moesaic.checkpoints._gguf_blocks import DECODERS
-from moesaic.errors import CheckpointError, ConfigError, NotFound
+from moesaic.errors import CheckpointError, ConfigError, InvalidParameter, NotFound
 from moesaic.gguf import TYPES
 from moesaic.loading import load_model
 from moesaic.text import template
@@ -36,7 +36,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def our_logits(path: Path) -> torch.Tensor:
-    decoder = load_model(path, dtype="float32").model
+    decoder = load_model(path, dtype="float32", weight_format="float32").model
     with torch.inference_mode():
         return decoder.logits(decoder(ops.Batch.whole([IDS])))
 
@@ -75,6 +75,48 @@ def test_a_mixtral_of_each_type_equals_the_reference(kind, tmp_path):
     path = tiny.write(tmp_path / "tiny.gguf")
     assert same(read(path), tiny.weights)
     assert close(path, tiny.apply(reference("mixtral", num_local_experts=3, num_experts_per_tok=2)))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("layout", ["split_experts", "merge_experts"])
+def test_a_model_keeps_the_codes_of_the_file(kind, layout, tmp_path):
+    tiny = TinyFile(kind, experts=3)
+    getattr(tiny, layout)()
+    path = tiny.write(tmp_path / "tiny.gguf")
+    model = load_model(path).model
+    block, weights = model.blocks[1], tiny.weights
+    for part, name in ((block.mlp.experts.gate, "w1"), (block.mlp.experts.down, "w2"), (block.mlp.experts.up, "w3")):
+        assert part.format == DECODERS[kind].format
+        expected = [weights[f"model.layers.1.block_sparse_moe.experts.{e}.{name}.weight"] for e in range(3)]
+        assert torch.equal(part.dequantize(), torch.stack(expected))
+    assert torch.equal(block.attention.wq.weight.dequantize(), weights["model.layers.1.self_attn.q_proj.weight"])
+    assert torch.equal(model.head.weight.dequantize(), weights["lm_head.weight"])
+    with torch.inference_mode():
+        kept, exact = model.logits(model(ops.Batch.whole([IDS]))), our_logits(path)
+    assert (kept - exact).norm() <= 0.1 * exact.norm()  # activations are rounded to eight bits
+
+
+def test_experts_of_different_types_are_decoded(tmp_path):
+    tiny, other = TinyFile("Q4_0", experts=2), TinyFile("Q5_0", experts=2)
+    tiny.split_experts()
+    other.split_experts()
+    changed = "blk.0.ffn_up.1.weight"
+    tiny.tensors[changed] = other.tensors[changed]
+    name = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+    tiny.weights[name] = other.weights[name]
+    model = load_model(tiny.write(tmp_path / "tiny.gguf")).model
+    up = model.blocks[0].mlp.experts.up
+    assert up.name == "float32" and torch.equal(up.dequantize()[1], tiny.weights[name])
+    assert model.blocks[0].mlp.experts.gate.format == DECODERS["Q4_0"].format
+
+
+def test_quantized_weights_are_rounded_again_only_on_demand(tmp_path):
+    path = TinyFile("Q4_0").write(tmp_path / "tiny.gguf")
+    with pytest.raises(InvalidParameter, match="int4 would round weights a second time"):
+        load_model(path, weight_format="int4")
+    assert load_model(path, weight_format="int4", requantize=True).model.blocks[0].mlp.up.weight.name == "int4"
+    plain = TinyFile("F16").write(tmp_path / "plain.gguf")
+    assert load_model(plain, weight_format="int4").model.blocks[0].mlp.up.weight.name == "int4"
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q6_K"])

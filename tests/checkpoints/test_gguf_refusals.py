@@ -160,7 +160,7 @@ def test_a_file_talks(tmp_path, capsys):
 
 def test_a_packed_file_keeps_its_vocabulary(with_vocabulary, tmp_path):
     _, path = with_vocabulary
-    packed.pack(path, tmp_path / "packed", "q8")
+    packed.pack(path, tmp_path / "packed", "q8", requantize=True)
     assert load_model(tmp_path / "packed").layout == "packed"
     assert Tokenizer.open(tmp_path / "packed").encode("ab") == [263]
     assert template.load(tmp_path / "packed") == "{{ messages[0].content }}"

@@ -18,6 +18,7 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from moesaic import builtin, checkpoints, cli, ops
+from moesaic.checkpoints._gguf_blocks import DECODERS
 from moesaic.llm import LLM
 from moesaic.text import template
 from moesaic.text.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from tests.text.test_tokenizer import TEXTS
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 README = Path(__file__).parents[2] / "README.md"
-FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+GERMANY = [{"role": "user", "content": "What is the capital of Germany?"}]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,9 @@ def llm(path: Path) -> Iterator[LLM]:
         yield loaded
 
 
-def test_it_knows_the_capital_of_france(llm):
-    answer = llm.chat(FRANCE, temperature=0, max_tokens=16)
-    assert answer.text == "The capital of France is Paris." and answer.reason == "stop"
+def test_it_knows_the_capital_of_germany(llm):
+    answer = llm.chat(GERMANY, temperature=0, max_tokens=16)
+    assert answer.text == "The capital of Germany is Berlin." and answer.reason == "stop"
 
 
 def test_it_is_the_default_model_with_the_sampling_of_its_model_card(llm, path):
@@ -73,15 +74,15 @@ def test_the_first_example_of_the_readme(path, monkeypatch, capsys):
 def test_the_built_in_format_gives_the_ids_of_its_template(llm, path):
     assert llm.format is not None and llm.format.name == "chatml"
     system = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
-    own = template.encode(template.load(path), FRANCE, llm.tokenizer)
-    assert llm.encode_chat([system, *FRANCE]) == own
+    own = template.encode(template.load(path), GERMANY, llm.tokenizer)
+    assert llm.encode_chat([system, *GERMANY]) == own
 
 
 def test_its_template_has_a_default_system_prompt(llm, path):
     tokenizer = Tokenizer.open(path)
     assert "<|im_start|>" in template.load(path)
     begin, end = tokenizer.control["<|im_start|>"], tokenizer.control["<|im_end|>"]
-    ids = template.encode(template.load(path), FRANCE, tokenizer)
+    ids = template.encode(template.load(path), GERMANY, tokenizer)
     assert ids[0] == begin and ids.count(begin) == 3 and ids.count(end) == 2
     assert "You are a helpful AI assistant named SmolLM" in tokenizer.decode(ids)
     assert end in llm.loaded.eos_ids and tokenizer.bos_id is None
@@ -130,17 +131,41 @@ def decoded(reader: gguf.GGUFReader) -> dict[str, torch.Tensor]:
     return weights
 
 
+def test_its_codes_and_scales_stay_as_they_are(llm, reader):
+    names = {tensor.name: tensor for tensor in reader.tensors}
+    model = llm.loaded.model
+    for weight, name, kind in (
+        (model.embed.weight, "token_embd.weight", "Q8_0"),
+        (model.blocks[7].mlp.down.weight, "blk.7.ffn_down.weight", "Q4_1"),
+        (model.blocks[29].attention.wv.weight, "blk.29.attn_v.weight", "Q4_1"),
+    ):
+        stored = names[name]
+        assert weight.format == DECODERS[kind].format and stored.tensor_type.name == kind
+        assert torch.equal(weight.dequantize(), torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type)))
+    in_memory = sum(parameter.nbytes for parameter in model.parameters())
+    assert in_memory <= sum(tensor.data.nbytes for tensor in reader.tensors)
+
+
+def kl_divergence(expected: torch.Tensor, logits: torch.Tensor) -> float:
+    """Return the mean KL divergence of the distributions of ``logits`` from the expected ones, in nats."""
+    wanted, found = expected.log_softmax(-1), logits.log_softmax(-1)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
 @pytest.mark.slow
-def test_its_answers_are_those_of_transformers(llm, reader):
+def test_its_answers_are_those_of_transformers(llm, path, reader):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llm.loaded.config)).eval()
     assert model.load_state_dict(decoded(reader), strict=False).missing_keys == ["lm_head.weight"]
     model.tie_weights()
-    for question in ("What is the capital of France?", "Why is the sky blue?", "Write a poem about rain."):
+    exact = LLM.load(path, context=512, format="float32")
+    for question in ("What is the capital of Germany?", "Why is the sky blue?", "Write a poem about rain."):
         ids = llm.encode_chat([{"role": "user", "content": question}])
         with torch.inference_mode():
             expected = model(torch.tensor([ids])).logits[0]
-            logits = llm.loaded.model.logits(llm.loaded.model(ops.Batch.whole([ids])))
+            logits = exact.loaded.model.logits(exact.loaded.model(ops.Batch.whole([ids])))
             assert (logits - expected).abs().max() <= 1e-3
+            kept = llm.loaded.model.logits(llm.loaded.model(ops.Batch.whole([ids])))
+            assert kl_divergence(expected, kept) <= 0.01  # activations are rounded to eight bits
             theirs = model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids) :].tolist()
-        answer = llm.chat([{"role": "user", "content": question}], temperature=0, max_tokens=30)
+        answer = exact.chat([{"role": "user", "content": question}], temperature=0, max_tokens=30)
         assert [token.id for token in answer.tokens] == theirs
