@@ -3,7 +3,7 @@
 Several versions of transformers gave the same weights different names. This module presents all of them under
 classic names: Mixtral's experts one by one (``block_sparse_moe.experts.E.w1``), although newer files stack them
 (``mlp.experts.gate_up_proj`` [E, 2f, d], gate rows before up rows, and ``mlp.experts.down_proj`` [E, d, f]). It
-does not interpret the configuration.
+interprets nothing of the configuration but the settings of quantized weights.
 
 Legend: E experts, f intermediate size, d hidden size.
 """
@@ -11,12 +11,14 @@ Legend: E experts, f intermediate size, d hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from moesaic.checkpoints import Checkpoint
 from moesaic.checkpoints._hf_files import INDEX, NAMES, SINGLE, find_files
 from moesaic.checkpoints._json import read_json, read_json_if_there
+from moesaic.checkpoints._quantized import plain_views
 from moesaic.checkpoints._views import Part, View
 from moesaic.checkpoints._weight_files import open_weight_files
 from moesaic.checkpoints._write import OnWrite, new_folder, views, write_json, write_shards
@@ -57,10 +59,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ConfigError: config.json is missing, or does not hold a JSON object.
         CheckpointError: a file is missing or damaged, or the index and the files disagree.
     """
-    config = read_json(path / "config.json")
+    config: Mapping[str, Any] = read_json(path / "config.json")
     stored, close = _open_files(path)
     try:
-        classic = dict(item for name, view in stored.items() for item in _classic(name, view))
+        plain, config = plain_views(stored, config, path)
+        classic = dict(item for name, view in plain.items() for item in _classic(name, view))
     except CheckpointError:
         close()
         raise

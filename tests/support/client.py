@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,19 @@ def _root() -> Path:
     return Path(os.environ.get("MOESAIC_CLIENTS") or Path.home() / ".cache/moesaic-clients")
 
 
-def environment(name: str, *packages: str) -> Path:
-    """Return the Python of a virtual environment with these pinned packages; create it on the first call."""
+def environment(name: str, *packages: str, on_top: bool = False) -> Path:
+    """Return the Python of a virtual environment with these pinned packages; create it on the first call.
+
+    With ``on_top``, the packages of the tests' own environment are there too, such as torch.
+    """
     folder = _root() / "-".join((name, *(package.rpartition("==")[2] for package in packages)))
     python, ready = folder / "bin/python", folder / "ready"
     if not ready.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        if on_top:
+            [below] = folder.glob("lib/python*/site-packages")
+            (below / "below.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
         install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *packages]
         subprocess.run(install, check=True)
         ready.touch()

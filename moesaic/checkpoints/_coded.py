@@ -1,0 +1,136 @@
+"""Views of matrices that a file stores as codes with scales; they are decoded when they are read.
+
+A method of quantization says where its codes and scales lie: it derives a class from ``Coded``. Reading a part of a
+matrix reads the codes and scales of that part. This module does not depend on names of tensors or on settings.
+
+Legend: R rows, C columns, and G steps, runs of columns that share their scale in every row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoints._views import Index, Shape, TensorInfo, View, bounds, sizes
+from moesaic.errors import CheckpointError
+from moesaic.formats._threads import for_each
+from moesaic.formats.grouped import Codes, Format
+
+CHUNK = 1 << 18
+"""Number of weights that a thread decodes at a time: its temporary tensors then stay in the processor's cache."""
+LARGEST_STEP = 128
+GROUPS = (16, 32, 64, 128)
+"""The steps that the format ``grouped`` has groups for."""
+
+
+class Decoder(Protocol):
+    """Interface of an object that turns codes [R, C] and scales [R, G] into floats."""
+
+    def dequantize(self, codes: Codes) -> Tensor: ...
+
+
+class Coded:
+    """View of a matrix [R, C] that is stored as codes; reading it returns float32, which holds each weight exactly.
+
+    Attributes:
+        info: shape, dtype float32, and the file.
+        format: the format that keeps the codes and scales of this matrix as they are; None if there is none.
+    """
+
+    def __init__(self, codes: View, shape: Shape, step: int, decoder: Decoder) -> None:
+        """Create the view of a matrix of ``shape``, whose columns share scales in runs of ``step``."""
+        self.info = TensorInfo(shape, torch.float32, codes.info.file)
+        self.format = decoder if isinstance(decoder, Format) and step in GROUPS else None
+        self._step = step
+        self._decoder = decoder
+
+    def codes(self, index: Index | None = None) -> Codes:
+        """Read the codes and scales of the matrix, or of the part that ``index`` selects.
+
+        The columns of ``index`` begin and end at multiples of the format's ``group``.
+        """
+        rows, columns = bounds(index, self.info.shape)
+        assert columns.start % self._step == columns.stop % self._step == 0
+        return self._part(rows, columns)
+
+    def read(self, index: Index | None = None) -> Tensor:
+        """Read the matrix, or the part that ``index`` selects, as float32."""
+        rows, columns = bounds(index, self.info.shape)
+        shape = sizes((rows, columns))
+        if not math.prod(shape):
+            return torch.empty(shape)
+        # The steps that hold the columns are decoded completely, and cut afterwards.
+        begin, end = columns.start // self._step * self._step, -(-columns.stop // self._step) * self._step
+        decoded = self._decode(self._part(rows, slice(begin, end)))
+        return decoded[:, columns.start - begin : columns.stop - begin]
+
+    def _part(self, rows: slice, columns: slice) -> Codes:
+        """Return the codes [R, C] and scales [R, G] of some rows and columns; the columns are complete steps."""
+        raise NotImplementedError
+
+    def _decode(self, codes: Codes) -> Tensor:
+        count, columns = codes.codes.shape
+        out = torch.empty(count, columns)
+        size = max(CHUNK // columns, 1)
+
+        def decode(begin: int) -> None:
+            span = slice(begin, begin + size)
+            offset = None if codes.offset is None else codes.offset[span]
+            out[span] = self._decoder.dequantize(Codes(codes.codes[span], codes.scale[span], offset))
+
+        for_each(decode, range(0, count, size), out.device)
+        return out
+
+
+def common_step(*lengths: int) -> int:
+    """Return the largest number of columns, at most 128, that divides all ``lengths``; it is a power of two."""
+    return math.gcd(LARGEST_STEP, *lengths)
+
+
+def grouped(step: int, **parameters: object) -> Format:
+    """Return the format ``grouped`` with these parameters and groups of ``step`` columns.
+
+    It can decode codes with any number of columns to a scale. It can keep them only if ``step`` is in ``GROUPS``.
+    """
+    return Format(group=step if step in GROUPS else LARGEST_STEP, **parameters)  # type: ignore[arg-type]
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """Return the codes [..., n * 8 / bits] uint8 in bytes [..., n]; the lowest bits of a byte come first."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def unpack_words(view: View, bits: int, rows: slice, columns: slice) -> Tensor:
+    """Read codes [R, C] uint8 of ``bits`` bits from a matrix of int32, whose words hold 32 / bits codes of a row."""
+    count = 32 // bits
+    first, last = columns.start // count, -(-columns.stop // count)
+    words = view.read((rows, slice(first, last)))
+    if words.stride(-1) != 1:  # also a single column, which torch calls contiguous whatever its stride
+        words = words.clone(memory_format=torch.contiguous_format)
+    return unpack_bits(words.view(torch.uint8), bits)[:, columns.start - first * count : columns.stop - first * count]
+
+
+def check_matrix(name: str, view: View, shape: Shape, *dtypes: torch.dtype) -> None:
+    """Raise CheckpointError unless the tensor ``name`` has this shape and one of these dtypes."""
+    found = view.info
+    if found.shape != shape or found.dtype not in dtypes:
+        names = " or ".join(_dtype_name(dtype) for dtype in dtypes)
+        problem = f"{name} is {list(found.shape)} {_dtype_name(found.dtype)}, expected {list(shape)} {names}"
+        raise CheckpointError(found.file, problem)
+
+
+def refuse_codes(name: str, view: View, missing: str) -> None:
+    """Raise CheckpointError if the tensor ``name`` holds no plain floats, although what describes its codes is absent.
+
+    ``missing`` names what is absent.
+    """
+    if not view.info.dtype.is_floating_point or view.info.dtype.itemsize == 1:
+        raise CheckpointError(view.info.file, f"{name} holds {_dtype_name(view.info.dtype)}, but {missing} is missing")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
