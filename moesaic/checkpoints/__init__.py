@@ -258,7 +258,12 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _is_ignored(name: str, checkpoint: Checkpoint) -> bool:
     """Return whether the tensor ``name``, which no slot takes, may be ignored; ``check_head`` compares a tied head."""
-    return (name == HEAD and _tied_with_head(checkpoint)) or ignored_reason(name) is not None
+    if (name == HEAD and _tied_with_head(checkpoint)) or ignored_reason(name) is not None:
+        return True
+    # Some programs that quantize write a bias of zeros for each layer that has none.
+    layer, _, part = name.rpartition(".")
+    is_bias = part == "bias" and f"{layer}.weight" in checkpoint.tensors
+    return is_bias and checkpoint.tensors[name].dtype in PLAIN_DTYPES and not checkpoint.read(name).any()
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> bool:

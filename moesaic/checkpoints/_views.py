@@ -87,6 +87,17 @@ class Stored:
         return self.store.read(self.name, index)
 
 
+class InMemory:
+    """View of a tensor in memory that was read from ``file``."""
+
+    def __init__(self, tensor: Tensor, file: Path) -> None:
+        self._tensor = tensor
+        self.info = TensorInfo(tuple(tensor.shape), tensor.dtype, file)
+
+    def read(self, index: Index | None = None) -> Tensor:
+        return self._tensor[bounds(index, self.info.shape)]
+
+
 class Part:
     """View of the part of another view that ``index`` selects.
 
