@@ -1,9 +1,9 @@
 """Conversion of checkpoints to another layout or another number of files.
 
-The conversion connects a reader and a writer of ``checkpoints``. Values and dtypes stay the same; tensor names, row
-order and configuration keys are translated. Nothing is lost: a checkpoint is refused before anything is written if a
-tensor that its configuration requires is missing, or if the new layout cannot hold one of its tensors. This module does
-not depend on any layout.
+The conversion connects a reader and a writer of ``checkpoints``. Values and dtypes stay the same, except that quantized
+weights are decoded to float32; tensor names, row order and configuration keys are translated. Nothing is lost: a
+checkpoint is refused before anything is written if a tensor that its configuration requires is missing, or if the new
+layout cannot hold one of its tensors. This module does not depend on any layout.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _SIZES = (
     "num_hidden_layers num_attention_heads num_key_value_heads head_dim num_local_experts num_experts_per_tok"
 ).split()
 """Keys of config.json that define the names and shapes of tensors."""
-_QUANTIZATION = ("quantization_config", "compression_config", "quantization")
-"""Keys of config.json that mean that the weights are quantized, so that the tensors are not those of the architecture.
-"""
+_QUANTIZATION = ("compression_config", "quantization")
+"""Keys of config.json that mean that the weights are quantized in a way that is not read, so that the tensors are not
+those of the architecture."""
 
 
 def convert(

@@ -213,8 +213,8 @@ def _stored_formats(checkpoint: Checkpoint, plain: WeightFormat) -> models.Forma
     """
     found: dict[str, set[WeightFormat]] = {}
     for name in checkpoint.tensors:
-        coded = checkpoint.coded.get(name)
-        found.setdefault(_EXPERT.sub(".experts.0.", name), set()).add(plain if coded is None else coded.format)
+        kept = checkpoint.stored_format(name)
+        found.setdefault(_EXPERT.sub(".experts.0.", name), set()).add(kept or plain)
     chosen = {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
     return lambda _role, name: chosen.get(name, plain)
 

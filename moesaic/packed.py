@@ -96,7 +96,7 @@ def pack(
 def refuse_second_rounding(checkpoint: checkpoints.Checkpoint, roles: Mapping[str, WeightFormat]) -> None:
     """Raise InvalidParameter if the formats of ``roles`` would round weights that are quantized already."""
     rounding = sorted({str(chosen) for chosen in roles.values()} - {"float32"})
-    if checkpoint.coded and rounding:
+    if checkpoint.quantized and rounding:
         problem = f"{rounding[0]} would round weights a second time: those of {checkpoint.path} are quantized already"
         raise InvalidParameter("format", f"{problem}; leave it out to keep them, or add --requantize")
 

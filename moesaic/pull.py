@@ -45,7 +45,7 @@ MAX_MEMBERS = 10_000
 ALWAYS = (
     *("config.json", "generation_config.json", "params.json", "tokenizer.json", "tokenizer.model*", "tekken.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("LICENSE*", "README.md"),
+    *("quantize_config.json", "quant_config.json", "LICENSE*", "README.md"),
 )
 WEIGHTS = (
     ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),

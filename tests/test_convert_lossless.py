@@ -157,7 +157,7 @@ def test_a_model_that_cannot_run_here_is_copied_whole_or_refused(tmp_path, chang
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("changes", [{"model_type": "other"}, {"quantization_config": {"bits": 4}}])
+@pytest.mark.parametrize("changes", [{"model_type": "other"}, {"quantization": {"bits": 4}}])
 def test_tensors_of_an_unknown_architecture_are_copied(tmp_path, changes):
     tensors = {"body.qweight": torch.ones(4, 4, dtype=torch.int32), "language_model.w": torch.ones(2)}
     convert(checkpoints.write(tmp_path / "source", checkpoints.config() | changes, tensors), tmp_path / "target", "hf")

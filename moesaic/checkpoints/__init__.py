@@ -15,6 +15,7 @@ slots, each of which names a tensor and stores it in a parameter. ``load_weights
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -29,7 +30,7 @@ from moesaic import registry
 from moesaic.checkpoints._foreign import refuse_adapter, refuse_adapter_config, refuse_names
 from moesaic.checkpoints._views import CodedView, Index, TensorInfo, View
 from moesaic.errors import CheckpointError, NotFound
-from moesaic.formats import Slot
+from moesaic.formats import Slot, WeightFormat
 
 __all__ = ["Checkpoint", "TensorInfo", "detect_layout", "load_weights", "open_checkpoint"]
 
@@ -56,7 +57,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         config: configuration with the keys of config.json and unchanged values.
         generation: content of generation_config.json; empty if there is none.
         tensors: shape, dtype and file of every tensor by its classic (Hugging Face's) name, in the order on disk.
-        coded: views of the quantized tensors whose codes a format of ours can keep, by name.
         preferred_dtype: name of the dtype to load weights in if the user does not choose one; None: the dtype in which
             most bytes are stored.
     """
@@ -76,10 +76,22 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         self.config = MappingProxyType(dict(config))
         self.generation = MappingProxyType(dict(generation))
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in views.items()}
-        self.coded: Mapping[str, CodedView] = {n: view for n, view in views.items() if isinstance(view, CodedView)}
         self.preferred_dtype = preferred_dtype
         self._views = views
         self._close = close
+
+    @functools.cached_property
+    def quantized(self) -> Mapping[str, CodedView]:
+        """Views of the quantized tensors, by name.
+
+        Raises:
+            CheckpointError: the order of a tensor's columns is damaged.
+        """
+        return {name: view for name, view in self._views.items() if isinstance(view, CodedView)}
+
+    def stored_format(self, name: str) -> WeightFormat | None:
+        """Return the format that keeps the codes of tensor ``name``; None if there is none, or the tensor is plain."""
+        return self.quantized[name].format if name in self.quantized else None
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """Return tensor ``name``, or the part of it that ``index`` selects; only that part is read.
@@ -169,9 +181,9 @@ def load_weights(
 
 def _load(name: str, slot: Slot, checkpoint: Checkpoint) -> None:
     """Store a tensor in its slot: as its codes if it has the format of the slot, otherwise as floats."""
-    info, coded = checkpoint.tensors[name], checkpoint.coded.get(name)
-    if coded is not None and coded.format == slot.format and slot.store_codes is not None:
-        codes = coded.codes(slot.index)
+    info, kept = checkpoint.tensors[name], checkpoint.stored_format(name)
+    if kept is not None and kept == slot.format and slot.store_codes is not None:
+        codes = checkpoint.quantized[name].codes(slot.index)
         for scale in codes.scales():
             _check_finite(scale, info.file, f"a scale of {name}")
         slot.store_codes(codes)
@@ -272,7 +284,12 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _is_ignored(name: str, checkpoint: Checkpoint) -> bool:
     """Return whether the tensor ``name``, which no slot takes, may be ignored; ``check_head`` compares a tied head."""
-    return (name == HEAD and _tied_with_head(checkpoint)) or ignored_reason(name) is not None
+    if (name == HEAD and _tied_with_head(checkpoint)) or ignored_reason(name) is not None:
+        return True
+    # Some programs that quantize write a bias of zeros for each layer that has none.
+    layer, _, part = name.rpartition(".")
+    is_bias = part == "bias" and f"{layer}.weight" in checkpoint.tensors
+    return is_bias and checkpoint.tensors[name].dtype in PLAIN_DTYPES and not checkpoint.read(name).any()
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> bool:

@@ -32,7 +32,8 @@ from moesaic.checkpoints._coded import Coded, check_matrix, common_step, grouped
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._views import Shape, View
 from moesaic.errors import CheckpointError
-from moesaic.formats.grouped import TABLES, Codes
+from moesaic.formats import Codes
+from moesaic.formats.grouped import TABLES
 
 SETTINGS = frozenset(
     "quant_method load_in_4bit load_in_8bit _load_in_4bit _load_in_8bit bnb_4bit_compute_dtype bnb_4bit_quant_storage "

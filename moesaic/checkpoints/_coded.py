@@ -16,8 +16,9 @@ from torch import Tensor
 
 from moesaic.checkpoints._views import Index, Shape, TensorInfo, View, bounds, sizes
 from moesaic.errors import CheckpointError
+from moesaic.formats import Codes
 from moesaic.formats._threads import for_each
-from moesaic.formats.grouped import Codes, Format
+from moesaic.formats.grouped import Format
 
 CHUNK = 1 << 18
 """Number of weights that a thread decodes at a time: its temporary tensors then stay in the processor's cache."""

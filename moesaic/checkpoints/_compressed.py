@@ -30,7 +30,7 @@ from moesaic.checkpoints._coded import Coded, Decoder, check_matrix, common_step
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._views import Shape, Transposed, View
 from moesaic.errors import CheckpointError
-from moesaic.formats.grouped import Codes
+from moesaic.formats import Codes
 
 PACKED, FORMATS = "pack-quantized", ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 BITS = (2, 4, 8)

@@ -18,6 +18,8 @@ from moesaic import config_keys
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._views import TensorInfo
 
+LARGE = 1_000_000_000
+"""Number of weights from which on decoded weights are loaded in bfloat16 if the user does not choose a dtype."""
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
 
 
@@ -169,3 +171,8 @@ def common_dtype(tensors: Iterable[TensorInfo]) -> str:
     for info in tensors:
         sizes[info.dtype] += info.nbytes
     return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def decoded_dtype(tensors: Iterable[TensorInfo]) -> str:
+    """Return the name of the dtype to load decoded weights in: float32, or bfloat16 for a large model."""
+    return "bfloat16" if sum(info.nbytes // info.dtype.itemsize for info in tensors) >= LARGE else "float32"

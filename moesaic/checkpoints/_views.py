@@ -76,10 +76,12 @@ class View(Protocol):
 
 @runtime_checkable
 class CodedView(View, Protocol):
-    """A view of quantized weights whose codes and scales a format of ours can keep."""
+    """A view of quantized weights."""
 
     @property
-    def format(self) -> Format: ...
+    def format(self) -> Format | None:
+        """The format that keeps the codes and scales of the file; None if there is none."""
+        ...
 
     def codes(self, index: Index | None = None) -> Codes:
         """Return the codes and scales of the weights, or of the part that ``index`` selects.
@@ -103,6 +105,17 @@ class Stored:
 
     def read(self, index: Index | None = None) -> Tensor:
         return self.store.read(self.name, index)
+
+
+class InMemory:
+    """View of a tensor in memory that was read from ``file``."""
+
+    def __init__(self, tensor: Tensor, file: Path) -> None:
+        self._tensor = tensor
+        self.info = TensorInfo(tuple(tensor.shape), tensor.dtype, file)
+
+    def read(self, index: Index | None = None) -> Tensor:
+        return self._tensor[bounds(index, self.info.shape)]
 
 
 class Part:

@@ -19,7 +19,7 @@ from typing import Any
 
 from moesaic import gguf
 from moesaic.checkpoints import EMBEDDING, HEAD, Checkpoint
-from moesaic.checkpoints._decoder import common_dtype
+from moesaic.checkpoints._decoder import common_dtype, decoded_dtype
 from moesaic.checkpoints._gguf_config import read_config, read_generation
 from moesaic.checkpoints._gguf_tensors import GgufTensors, rearranged
 from moesaic.checkpoints._views import Part, Rotary, View
@@ -29,8 +29,6 @@ from moesaic.gguf import GgufFile
 LOOKS_FOR = "*.gguf"
 PRIORITY = 4
 
-LARGE = 1_000_000_000
-"""Number of weights from which on decoded weights are loaded in bfloat16 if the user does not choose a dtype."""
 _TOP = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 _LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -81,8 +79,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         generation = read_generation(parts[0])
     _check_sizes(views, config, parts[0].path)
     views = {name: _half_split(name, view, config) for name, view in views.items()}
-    large = sum(view.info.nbytes // view.info.dtype.itemsize for view in views.values()) >= LARGE
-    dtype = ("bfloat16" if large else "float32") if store.quantized else None
+    dtype = decoded_dtype(view.info for view in views.values()) if store.quantized else None
     return Checkpoint("gguf", path, config, generation, views, store.close, dtype)
 
 

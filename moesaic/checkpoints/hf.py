@@ -2,8 +2,9 @@
 
 Several versions of transformers gave the same weights different names. This module presents all of them under
 classic names: Mixtral's experts one by one (``block_sparse_moe.experts.E.w1``), although newer files stack them
-(``mlp.experts.gate_up_proj`` [E, 2f, d], gate rows before up rows, and ``mlp.experts.down_proj`` [E, d, f]). It
-interprets nothing of the configuration but the settings of quantized weights.
+(``mlp.experts.gate_up_proj`` [E, 2f, d], gate rows before up rows, and ``mlp.experts.down_proj`` [E, d, f]). Quantized
+weights are decoded to floats when they are read, or keep their codes. Of the configuration, only the settings of the
+quantization are interpreted.
 
 Legend: E experts, f intermediate size, d hidden size.
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from moesaic.checkpoints import Checkpoint
+from moesaic.checkpoints._decoder import decoded_dtype
 from moesaic.checkpoints._hf_files import INDEX, NAMES, SINGLE, find_files
 from moesaic.checkpoints._json import read_json, read_json_if_there
-from moesaic.checkpoints._quantized import plain_views
+from moesaic.checkpoints._quantized import dequantized
 from moesaic.checkpoints._views import Part, View
 from moesaic.checkpoints._weight_files import open_weight_files
 from moesaic.checkpoints._write import OnWrite, new_folder, views, write_json, write_shards
@@ -56,19 +57,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint in the folder ``path``.
 
     Raises:
-        ConfigError: config.json is missing, or does not hold a JSON object.
+        ConfigError: config.json is missing or does not hold a JSON object, or its quantization is not supported.
         CheckpointError: a file is missing or damaged, or the index and the files disagree.
     """
-    config: Mapping[str, Any] = read_json(path / "config.json")
+    config = read_json(path / "config.json")
+    generation = read_json_if_there(path / "generation_config.json")
     stored, close = _open_files(path)
     try:
-        plain, config = plain_views(stored, config, path)
-        classic = dict(item for name, view in plain.items() for item in _classic(name, view))
+        plain, settings = dequantized(stored, config, path)
+        classic = _classic_names(plain)
     except CheckpointError:
         close()
         raise
-    generation = read_json_if_there(path / "generation_config.json")
-    return Checkpoint("hf", path, config, generation, classic, close)
+    dtype = None if plain is stored else decoded_dtype(view.info for view in classic.values())
+    return Checkpoint("hf", path, settings, generation, classic, close, dtype)
 
 
 def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | None = None) -> None:
@@ -110,6 +112,17 @@ def _open_files(path: Path) -> tuple[dict[str, View], Callable[[], None]]:
         close()
         raise
     return tensors, close
+
+
+def _classic_names(stored: Mapping[str, View]) -> dict[str, View]:
+    """Return the tensors under classic names, with stacked experts one by one."""
+    views: dict[str, View] = {}
+    for name, view in stored.items():
+        for classic, part in _classic(name, view):
+            if classic in views:
+                raise CheckpointError(view.info.file, f"{name} holds {classic}, which another tensor holds as well")
+            views[classic] = part
+    return views
 
 
 def _classic(name: str, tensor: View) -> Iterator[tuple[str, View]]:

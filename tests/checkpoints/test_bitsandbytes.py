@@ -38,7 +38,7 @@ SHAPES = {
 
 
 def logits(path: Path) -> torch.Tensor:
-    decoder = load_model(path, dtype="float32").model
+    decoder = load_model(path, dtype="float32", weight_format="float32").model
     with torch.inference_mode():
         return decoder.logits(decoder(ops.Batch.whole([[1, 5, 9, 3, 2, 7]])))
 

@@ -301,6 +301,6 @@ def test_the_first_mixtrals_have_no_rope_base(tmp_path):
 def test_quantized_weights_load_as_floats_that_hold_them_exactly(kind, dtype, tmp_path, monkeypatch):
     path = TinyFile(kind).write(tmp_path / "tiny.gguf")
     assert load_model(path).model.dtype == getattr(torch, dtype)
-    monkeypatch.setattr("moesaic.checkpoints.gguf.LARGE", 1)
+    monkeypatch.setattr("moesaic.checkpoints._decoder.LARGE", 1)
     large = {"Q4_0": "bfloat16"}.get(kind, dtype)
     assert load_model(path).model.dtype == getattr(torch, large)

@@ -1,0 +1,77 @@
+"""Views of unsigned integers of a few bits that are packed into words of 32 bits.
+
+The words along one axis are one string of bits, lowest bits first. An integer whose bits cross the border of two words
+continues in the lowest bits of the next word. This module does not depend on the meaning of the integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoints._views import Index, InMemory, Part, TensorInfo, View, bounds
+
+WORD = 32
+"""Bits of a word."""
+
+
+class PackedIntegers:
+    """View of the integers, as uint8, that a view of int32 words packs along ``axis``; only whole blocks are read.
+
+    A block is the smallest number of words that holds whole integers: one word, or three words for three bits.
+
+    Args:
+        words: the words, any number of axes; a part of a block at the end of the axis is left out.
+        axis: the axis along which integers are packed.
+        bits: bits of an integer: 1 to 8.
+        order: the place of each integer of a block in its bits; None: in order.
+    """
+
+    def __init__(self, words: View, axis: int, bits: int, order: Sequence[int] | None = None) -> None:
+        self._words, self._axis, self._bits = words, axis, bits
+        self._block = math.lcm(WORD, bits) // WORD
+        self._order = order or range(self._block * WORD // bits)
+        shape = list(words.info.shape)
+        shape[axis] = shape[axis] // self._block * len(self._order)
+        self.info = TensorInfo(tuple(shape), torch.uint8, words.info.file)
+
+    def read(self, index: Index | None = None) -> Tensor:
+        blocks, rest = self._blocks(index)
+        return self._unpack(self._words.read(blocks))[rest]
+
+    def load(self, index: Index) -> View:
+        """Read the words of the part that ``index`` selects, and return a view that unpacks them from memory.
+
+        Parts of that view may be read in several threads.
+        """
+        blocks, rest = self._blocks(index)
+        words = InMemory(self._words.read(blocks), self.info.file)
+        return Part(PackedIntegers(words, self._axis, self._bits, self._order), rest)
+
+    def _blocks(self, index: Index | None) -> tuple[Index, Index]:
+        """Return the index of the whole blocks of words that hold a part, and the index of the part in them."""
+        part = list(bounds(index, self.info.shape))
+        wanted, count = part[self._axis], len(self._order)
+        first, last = wanted.start // count, -(-wanted.stop // count)
+        part[self._axis] = slice(first * self._block, last * self._block)
+        rest = [slice(None)] * len(part)
+        rest[self._axis] = slice(wanted.start - first * count, wanted.stop - first * count)
+        return tuple(part), tuple(rest)
+
+    def _unpack(self, words: Tensor) -> Tensor:
+        """Return the integers in whole blocks of words."""
+        axis, bits = self._axis, self._bits
+        blocks = words.unflatten(axis, (words.shape[axis] // self._block, self._block))
+        shape = (*blocks.shape[: axis + 1], len(self._order), *blocks.shape[axis + 2 :])
+        integers = torch.empty(shape, dtype=torch.uint8)
+        for number, place in enumerate(self._order):
+            word, shift = divmod(place * bits, WORD)
+            value = blocks.select(axis + 1, word) >> shift
+            if shift + bits > WORD:
+                lower = (1 << (WORD - shift)) - 1  # the shift has filled the upper bits with the sign
+                value = value & lower | blocks.select(axis + 1, word + 1) << (WORD - shift)
+            integers.select(axis + 1, number).copy_(value & ((1 << bits) - 1))
+        return integers.flatten(axis, axis + 1)
