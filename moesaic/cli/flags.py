@@ -15,7 +15,7 @@ CACHE_DTYPES = (*DTYPES, "int8")
 HELP_WIDTH = 79
 BUILT_IN_NAME = "tales"
 """Name of the built-in model on the command line."""
-MODEL_HELP = "a folder, a GGUF file, org/name on the Hugging Face hub, or tales, the built-in model"
+MODEL_HELP = "a folder, a GGUF file, org/name[:quantization] on the Hugging Face hub, or tales, the built-in model"
 
 Commands = Any
 """What ``ArgumentParser.add_subparsers`` returns; argparse gives its type no public name."""
@@ -71,7 +71,7 @@ def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None
 
 
 def folder(model: str | None) -> Path | None:
-    """Return the folder of the model that the argument MODEL names, after a download if it is a name on the hub.
+    """Return the folder or file of the model that the argument MODEL names, after a download if it is on the hub.
 
     Without an argument, return None.
 
@@ -79,6 +79,7 @@ def folder(model: str | None) -> Path | None:
     """
     from moesaic import pull
     from moesaic.console.progress import bar
+    from moesaic.hub_files import HubName
 
     if model is None:
         return None
@@ -86,7 +87,7 @@ def folder(model: str | None) -> Path | None:
         from moesaic.llm import BUILT_IN
 
         return BUILT_IN
-    if Path(model).exists() or not pull.HUB_ID.fullmatch(model) or model.startswith(("./", "../")):
+    if Path(model).exists() or HubName.parse(model) is None or model.startswith(("./", "../")):
         return Path(model)
     with bar(f"fetching {model}") as progress:
         return pull.pull(model, progress=progress)

@@ -129,6 +129,7 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
         NotFound: a model's folder does not exist.
     """
     from moesaic.backend import ModelInfo
+    from moesaic.hub_files import HubName
     from moesaic.serve.model_manager import ModelEntry
 
     entries = []
@@ -138,7 +139,8 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
         path = folder(model)
         if path is not None and not path.exists():
             raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
-        source = model if model is None or Path(model).exists() else model.partition("@")[0]
+        hub_name = None if model is None or Path(model).exists() else HubName.parse(model)
+        source = model if hub_name is None else hub_name.model
         shown = name or (source.rstrip("/").split("/")[-1] if source else "built-in")
         aliases = tuple({source} - {shown, None}) if source and "/" in source and not Path(source).exists() else ()
         size = _memory_needed(args, path) if getattr(args, "memory", None) is not None else 0
