@@ -6,6 +6,8 @@
 - ``kill_workers``: whether every job gets its correct answer while gateway and workers are killed at random.
 - ``paced_server``: a server that sends events at a fixed rate, to measure the load generator of
   ``moesaic bench serving``.
+- ``gguf_quality``: the predictions of a GGUF file in Moesaic and in llama.cpp, which runs
+  ``llama_cpp_reference.py`` in its own interpreter.
 
 The scripts import ``moesaic`` and each other, never the tests.
 """

@@ -83,7 +83,7 @@ class LLM(AbstractContextManager["LLM"]):
         """Load a model and start its engine.
 
         Args:
-            model: a folder, a GGUF file, or "smollm2" or "tales"; None: smollm2 if its package is installed, else tales.
+            model: a folder, a GGUF file, smollm2 or tales; None: smollm2 if its package is installed, else tales.
             dtype: float32, bfloat16, float16, or auto: the dtype that the checkpoint is stored in.
             format: q8, q4, q3, q2, a format, or role=format, ...; None: weights stay as the checkpoint has them.
             requantize: whether ``format`` may round weights that are quantized already.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import fcntl
+import glob
 import hashlib
 import http.client
 import json
@@ -22,124 +23,112 @@ import tarfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from moesaic.errors import DownloadError, InvalidParameter, NotFound
+from moesaic.hub_files import ALWAYS, WEIGHTS, HubName, select
 
 Progress = Callable[[int, int], None]
 """Callback with (bytes received, total bytes); the total is 0 if unknown."""
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60.0  # without receiving a byte
-HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_MEMBERS = 10_000
-
-# Files that are downloaded from every hub repository, and kinds of weights in order of preference.
-ALWAYS = (
-    *("config.json", "generation_config.json", "params.json", "tokenizer.json", "tokenizer.model*", "tekken.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("quantize_config.json", "quant_config.json", "LICENSE*", "README.md"),
-)
-WEIGHTS = (
-    ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-    ("consolidated.safetensors", "consolidated[.-]*.safetensors", "consolidated.safetensors.index.json"),
-    ("consolidated.[0-9][0-9].pt", "consolidated.[0-9][0-9].pth"),
-    ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
-)
 
 
 def pull(
     source: str, dest: Path | str | None = None, *, sha256: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """Download ``source`` and return the folder that contains it.
+    """Download ``source`` and return the folder that contains it, or the GGUF file (of a split model, the first).
 
     The folder appears only when the download is complete. After an error, the received bytes are kept, and the next
     call resumes the download.
 
     Args:
-        source: ``org/name`` or ``org/name@revision`` on the hub, or the http(s) URL of a .tar, .tar.gz or .tgz file,
-            optionally with ``#sha256=...``.
+        source: ``org/name[@revision][:choice]`` on the hub (see ``hub_files``), or the http(s) URL of a .tar, .tar.gz
+            or .tgz file, optionally with ``#sha256=...``.
         dest: the folder to create; by default a folder in the cache, which is reused if it exists.
         sha256: expected SHA-256 digest of the archive, in hexadecimal.
         progress: called as bytes arrive.
 
     Raises:
-        InvalidParameter: ``source`` is neither form, ``dest`` is not empty, or ``sha256`` is not a digest.
+        InvalidParameter: ``source`` is neither form or does not choose one of several GGUF models, ``dest`` is not
+            empty, or ``sha256`` is not a digest.
         NotFound: the hub has no such repository or revision.
         DownloadError: the download failed, or the file is damaged.
     """
     target = None if dest is None else Path(dest)
     if source.startswith(("http://", "https://")):
         return _download_archive(source, target, sha256, progress)
-    match = HUB_ID.fullmatch(source)
-    if not match:
-        raise InvalidParameter("source", f"{source!r} is neither org/name[@revision] nor an http(s) URL")
+    name = HubName.parse(source)
+    if name is None:
+        raise InvalidParameter("source", f"{source!r} is neither org/name[@revision][:choice] nor an http(s) URL")
     if sha256 is not None:
         raise InvalidParameter("sha256", "applies to archives only: the hub has its own checksums; leave it out")
-    return _download_from_hub(match[1], match[2], target, progress)
+    return _download_from_hub(name, target, progress)
 
 
 # The hub
 
 
-def _download_from_hub(name: str, revision: str | None, dest: Path | None, progress: Progress | None) -> Path:
+def _download_from_hub(name: HubName, dest: Path | None, progress: Progress | None) -> Path:
     """Download the required files of a hub repository; without a connection, use a complete copy in the cache."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     http_error = errors.HTTPError  # type: ignore[attr-defined]  # the class depends on the HTTP client of the version
+    repository, revision = name.repository, name.revision
     try:
         try:
-            offered = HfApi().list_repo_files(name, revision=revision)
+            offered = HfApi().list_repo_files(repository, revision=revision)
         except errors.HfHubHTTPError:
             raise
         except (http_error, OSError):  # no connection
-            return _cached(name, revision, dest)
-        files = choose_files(offered)
-        if not files:
-            raise DownloadError(f"{name}: the repository has no weights in a supported format")
+            return _cached(name, dest)
+        selection = select(name, offered)
         bar = None if progress is None else _progress_bar(progress)
-        return Path(snapshot_download(name, revision=revision, local_dir=dest, allow_patterns=files, tqdm_class=bar))
+        patterns = [glob.escape(file) for file in selection.files]
+        folder = Path(
+            snapshot_download(repository, revision=revision, local_dir=dest, allow_patterns=patterns, tqdm_class=bar)
+        )
+        return folder / selection.opened if selection.opened else folder
     except errors.GatedRepoError as error:
-        raise DownloadError(f"{name}: accept the model's terms on the hub, then log in (hf auth login)") from error
+        raise DownloadError(
+            f"{repository}: accept the model's terms on the hub, then log in (hf auth login)"
+        ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise NotFound(
-            f"the hub has no {name}{f'@{revision}' if revision else ''}, or you have no access to it"
+            f"the hub has no {repository}{f'@{revision}' if revision else ''}, or you have no access to it"
         ) from error
     except (http_error, OSError, ValueError, RuntimeError) as error:
-        raise DownloadError(f"{name}: {_first_line(error)}") from error
+        raise DownloadError(f"{repository}: {_first_line(error)}") from error
 
 
-def _cached(name: str, revision: str | None, dest: Path | None) -> Path:
-    """Return the folder of an earlier download that has all files of one kind of weights, or raise DownloadError."""
+def _cached(name: HubName, dest: Path | None) -> Path:
+    """Return the folder or GGUF file of an earlier download that has all files of the model, or raise DownloadError."""
     from huggingface_hub import errors, snapshot_download
 
-    for weights in WEIGHTS:
-        patterns = [*ALWAYS, *weights]
+    # The hub's library refuses a folder that lacks files which match the patterns. No file matches the last, empty
+    # ones: of several GGUF models, one may be complete.
+    for patterns in (*([*ALWAYS, *weights] for weights in WEIGHTS), []):
         try:
-            folder = snapshot_download(
-                name, revision=revision, local_dir=dest, allow_patterns=patterns, local_files_only=True
+            place = snapshot_download(
+                name.repository, revision=name.revision, local_dir=dest, allow_patterns=patterns, local_files_only=True
             )
-        except errors.LocalEntryNotFoundError:
+            folder = Path(place)
+            selection = select(name, [file.relative_to(folder).as_posix() for file in folder.rglob("*")])
+        except (errors.LocalEntryNotFoundError, DownloadError, InvalidParameter):
             continue
-        if choose_files([file.name for file in Path(folder).iterdir()]):
-            return Path(folder)
-    raise DownloadError(f"{name}: the hub cannot be reached, and the model is not in the cache")
-
-
-def choose_files(offered: Sequence[str]) -> list[str]:
-    """Return which of the files ``offered`` to download: configuration, tokenizer, and the safest kind of weights."""
-    top = [file for file in offered if "/" not in file]
-    for weights in WEIGHTS:
-        if any(fnmatchcase(file, pattern) for file in top for pattern in weights):
-            return [file for file in top if any(fnmatchcase(file, pattern) for pattern in (*weights, *ALWAYS))]
-    return []
+        if selection.opened:
+            return folder / selection.opened
+        if patterns:
+            return folder
+    raise DownloadError(f"{name.repository}: the hub cannot be reached, and the model is not in the cache")
 
 
 def _progress_bar(progress: Progress) -> type[Any]:

@@ -10,14 +10,14 @@ import json
 import resource
 import signal
 import tarfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from moesaic.errors import DownloadError, InvalidParameter, NotFound
-from moesaic.pull import choose_files, pull
+from moesaic.hub_files import choose_files
+from moesaic.pull import pull
+from tests.support.downloads import downloads, use_as_hub
 
 WEIGHTS = bytes(range(256)) * 2000
 
@@ -35,68 +35,10 @@ def tar(files=None, *, prefix="mistral-7B/", extra=()):
     return out.getvalue()
 
 
-class Server(ThreadingHTTPServer):
-    """HTTP server with ``body`` at /m.tar; ``ranges``, ``etag``, ``cut`` and ``headers`` control its behaviour."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/m.tar"
-        self.body, self.etag, self.ranges, self.cut = tar(), '"one"', True, None
-        self.headers, self.requests, self.sent = {}, [], 0
-        self.routes = {}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        server: Server = self.server  # type: ignore[assignment]
-        server.requests.append((self.path, dict(self.headers)))
-        path = self.path.partition("?")[0]
-        if path in server.routes:
-            self.answer(*server.routes[path])
-        elif path != "/m.tar":
-            self.answer(404, {}, b"")
-        else:
-            self.archive(server)
-
-    def archive(self, server):
-        span, body, headers, code = self.headers.get("Range"), server.body, dict(server.headers), 200
-        if server.etag:
-            headers["ETag"] = server.etag
-        start = 0
-        if span and server.ranges and self.headers.get("If-Range") in (None, server.etag):
-            start = int(span.removeprefix("bytes=").partition("-")[0])
-            if start >= len(body):
-                self.answer(416, {"Content-Range": f"bytes */{len(body)}", **headers}, b"")
-                return
-            code, headers["Content-Range"] = 206, f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self.answer(code, headers, body[start:], server.cut)
-
-    def answer(self, code, headers, body, cut=None):
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:cut])
-            self.server.sent += len(body[:cut])
-
-
 @pytest.fixture
 def server():
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with downloads(tar()) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def names(path):
@@ -353,24 +295,11 @@ def test_the_safest_kind_of_weights_is_chosen():
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     """Return a server with the routes of a hub that has one repository."""
-    commit, files = "c" * 40, {"config.json": b"{}", "model.safetensors": WEIGHTS, "run.py": b"evil", "x.bin": b"evil"}
-    repository = {"id": "org/name", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-    tree = [{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in files.items()]
-    for revision in ("main", commit):
-        server.routes[f"/api/models/org/name/revision/{revision}"] = (200, {}, json.dumps(repository).encode())
-        server.routes[f"/api/models/org/name/tree/{revision}"] = (200, {}, json.dumps(tree).encode())
-        for name, data in files.items():
-            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
-            server.routes[f"/org/name/resolve/{revision}/{name}"] = (200, headers, data)
-    server.routes["/api/models/org/name"] = server.routes["/api/models/org/name/revision/main"]
+    files = {"config.json": b"{}", "model.safetensors": WEIGHTS, "run.py": b"evil", "x.bin": b"evil"}
+    server.add_repository("org/name", files)
     server.routes["/api/models/org/none/tree/main"] = (404, {"X-Error-Code": "RepoNotFound"}, b"")
     server.routes["/api/models/org/gated/tree/main"] = (403, {"X-Error-Code": "GatedRepo"}, b"")
-    from huggingface_hub import constants
-
-    url = server.url.removesuffix("/m.tar")
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    use_as_hub(server, tmp_path / "cache", monkeypatch)
     return server
 
 

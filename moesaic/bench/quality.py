@@ -90,12 +90,12 @@ def perplexity(
     tokens, size, nats = 0, 0, 0.0
     for done, text in enumerate(texts):
         size += len(text.encode("utf-8", "replace"))
-        ids = _document(tokenizer, text, rows)
+        ids = document(tokenizer, text, rows)
         check_ids("file", ids, tokenizer, rows)
-        for steps in _steps(_windows(ids, length)):
+        for step in _steps(windows(ids, length)):
             with limited_torch_threads(loaded.model):
-                nats += _nats(loaded, steps, cache)
-            tokens += sum(len(targets) for _, targets in steps)
+                nats += _nats(loaded, step, cache)
+            tokens += sum(len(targets) for _, targets in step)
         if progress is not None:
             progress(done + 1, len(texts))
     if not tokens or not size:
@@ -105,7 +105,8 @@ def perplexity(
     return Quality(len(texts), tokens, size, nats)
 
 
-def _document(tokenizer: Tokenizer, text: str, rows: int) -> list[int]:
+def document(tokenizer: Tokenizer, text: str, rows: int) -> list[int]:
+    """Return the ids of a text between BOS and EOS, which are left out if the model, with ``rows`` ids, has none."""
     ends = sorted(token_id for token_id in tokenizer.eos_ids if token_id < rows)
     return [*tokenizer.encode(text, bos=True), *ends[:1]]
 
@@ -114,16 +115,17 @@ Window = tuple[list[int], list[int]]
 """Tokens that the model reads, and the token to predict after each of them."""
 
 
-def _windows(ids: list[int], length: int) -> Iterator[Window]:
+def windows(ids: list[int], length: int) -> Iterator[Window]:
+    """Yield the windows of at most ``length`` tokens of a document with these ids."""
     for start in range(0, len(ids) - 1, length):
         targets = ids[start + 1 : start + 1 + length]
         yield ids[start : start + len(targets)], targets
 
 
-def _steps(windows: Iterator[Window]) -> Iterator[list[Window]]:
+def _steps(document_windows: Iterator[Window]) -> Iterator[list[Window]]:
     """Group windows into steps of at most ``STEP_TOKENS`` tokens."""
     step: list[Window] = []
-    for window in windows:
+    for window in document_windows:
         if step and sum(len(ids) for ids, _ in step) + len(window[0]) > STEP_TOKENS:
             yield step
             step = []
@@ -132,13 +134,13 @@ def _steps(windows: Iterator[Window]) -> Iterator[list[Window]]:
         yield step
 
 
-def _nats(loaded: Loaded, windows: list[Window], cache: torch.dtype | None) -> float:
-    """Return the sum of -log p over the targets of the windows."""
+def _nats(loaded: Loaded, step: list[Window], cache: torch.dtype | None) -> float:
+    """Return the sum of -log p over the targets of a step's windows."""
     model = loaded.model
     device = next(model.parameters()).device
-    batch = Batch.whole([ids for ids, _ in windows], device)
+    batch = Batch.whole([ids for ids, _ in step], device)
     hidden: Tensor = model(batch if cache is None else _cached(batch, model.cache_shapes, cache))
-    expected = torch.tensor([token_id for _, targets in windows for token_id in targets], device=device)
+    expected = torch.tensor([token_id for _, targets in step for token_id in targets], device=device)
     parts = zip(hidden.split(LOGIT_ROWS), expected.split(LOGIT_ROWS), strict=True)
     losses = [F.cross_entropy(model.logits(rows).float(), ids, reduction="sum").double() for rows, ids in parts]
     return float(torch.stack(losses).sum())

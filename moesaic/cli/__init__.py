@@ -215,12 +215,14 @@ def _add_pull(commands: Commands) -> None:
         _pull,
         "download a model",
         "Files that are already there are not downloaded again, and an interrupted download continues. The command "
-        "prints the model's folder.",
+        "prints the model's folder, or its GGUF file. Of a repository with several GGUF models, name one by its "
+        "quantization or by its file.",
         "moesaic pull mistralai/Mixtral-8x7B-Instruct-v0.1",
+        "moesaic pull bartowski/SmolLM2-135M-Instruct-GGUF:Q4_K_M",
         "moesaic pull https://models.example.org/mixtral-8x7b.tar --to ./mixtral --sha256 0123...",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="org/name[@revision] on the Hugging Face hub, or the URL of a .tar"
+        "source", metavar="SOURCE", help="org/name[@revision][:choice] on the Hugging Face hub, or the URL of a .tar"
     )
     parser.add_argument("--to", type=Path, metavar="DIR", help="new folder for the model; default: in the cache")
     parser.add_argument("--sha256", metavar="HEX", help="expected SHA-256 digest of the archive")

@@ -13,7 +13,9 @@ from typing import Any
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "int8")
 HELP_WIDTH = 79
-MODEL_HELP = "a folder, a GGUF file, org/name on the Hugging Face hub, or a built-in model: smollm2 or tales"
+MODEL_HELP = (
+    "a folder, a GGUF file, org/name[:quantization] on the Hugging Face hub, or a built-in model: smollm2 or tales"
+)
 
 Commands = Any
 """What ``ArgumentParser.add_subparsers`` returns; argparse gives its type no public name."""
@@ -86,11 +88,12 @@ def folder(model: str) -> Path:
     """
     from moesaic import builtin, pull
     from moesaic.console.progress import bar
+    from moesaic.hub_files import HubName
 
     named = builtin.find(model)
     if named is not None:
         return named
-    if Path(model).exists() or not pull.HUB_ID.fullmatch(model) or model.startswith(("./", "../")):
+    if Path(model).exists() or HubName.parse(model) is None or model.startswith(("./", "../")):
         return Path(model)
     with bar(f"fetching {model}") as progress:
         return pull.pull(model, progress=progress)

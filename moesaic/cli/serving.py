@@ -133,6 +133,7 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
     """
     from moesaic import builtin
     from moesaic.backend import ModelInfo
+    from moesaic.hub_files import HubName
     from moesaic.serve.model_manager import ModelEntry
 
     entries = []
@@ -142,7 +143,8 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
         path = folder(model)
         if not path.exists():
             raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
-        source = model if Path(model).exists() else model.partition("@")[0]
+        hub_name = None if Path(model).exists() else HubName.parse(model)
+        source = model if hub_name is None else hub_name.model
         shown = name or source.rstrip("/").split("/")[-1]
         aliases = tuple({source} - {shown}) if "/" in source and not Path(source).exists() else ()
         size = _memory_needed(args, path) if getattr(args, "memory", None) is not None else 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moesaic.errors import CheckpointError
-from moesaic.gguf._files import MAGIC, VOCABULARY, candidates, files, is_gguf, vocabulary
+from moesaic.gguf._files import MAGIC, VOCABULARY, candidates, files, is_gguf, part_name, split_name, vocabulary
 from moesaic.gguf._types import FIRST_FOREIGN_TYPE, FOREIGN_TYPES, TYPES, BlockType
 
 __all__ = [
@@ -34,6 +34,8 @@ __all__ = [
     "candidates",
     "files",
     "is_gguf",
+    "part_name",
+    "split_name",
     "vocabulary",
 ]
 

@@ -13,6 +13,22 @@ VOCABULARY = "tokenizer.gguf"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
+def split_name(name: str) -> tuple[str, int, int] | None:
+    """Return (beginning of the name, number, count) of a file of a split model; None for another name.
+
+    Numbers begin with 1. ``name`` may contain folders.
+    """
+    match = _PART.fullmatch(name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return None
+    return match[1], int(match[2]), int(match[3])
+
+
+def part_name(stem: str, number: int, count: int) -> str:
+    """Return the name of file ``number`` of a model that is split into ``count`` files."""
+    return f"{stem}-{number:05d}-of-{count:05d}.gguf"
+
+
 def is_gguf(path: Path) -> bool:
     """Return whether ``path`` is a GGUF file, by its suffix or its first bytes; files of Ollama have no suffix."""
     try:
@@ -59,12 +75,13 @@ def vocabulary(path: Path) -> Path | None:
 
 def _parts(file: Path) -> list[Path]:
     """Return all files of the split model that ``file`` belongs to, or only ``file`` if it is not split."""
-    match = _PART.fullmatch(file.name)
-    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+    split = split_name(file.name)
+    if split is None:
         return [file]
+    stem, _, count = split
     parts = []
-    for number in range(1, int(match[3]) + 1):
-        parts.append(file.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf"))
+    for number in range(1, count + 1):
+        parts.append(file.with_name(part_name(stem, number, count)))
         if not parts[-1].is_file():
-            raise CheckpointError(parts[-1], f"is missing: the model has {int(match[3])} parts")
+            raise CheckpointError(parts[-1], f"is missing: the model has {count} parts")
     return parts
