@@ -21,6 +21,7 @@ from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed, WeightFormat, _threads
 from moesaic.models import Decoder
 from moesaic.ops import native
+from moesaic.weight_report import WeightGroup, weight_groups
 
 SMALL_MODEL = 100_000_000
 """Number of parameters below which starting torch's threads costs more time than they save."""
@@ -45,6 +46,7 @@ class Loaded:
         model: the model.
         config: the model's configuration with the keys of config.json, whatever the layout.
         generation: content of generation_config.json; empty if there is none.
+        weights: what loading did with the weights; empty for weights that were packed before.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Loaded:
     model: Decoder
     config: Mapping[str, Any]
     generation: Mapping[str, Any]
+    weights: tuple[WeightGroup, ...] = ()
 
     @property
     def generation_file(self) -> Path:
@@ -124,7 +127,8 @@ def load_model(
             for parameter in model.parameters():
                 native.huge_pages(parameter)  # the advice has no effect on pages that were written before
         checkpoints.load_weights(model.slots(), checkpoint, progress=progress)
-        return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation)
+        groups = weight_groups(model.slots(), checkpoint, target.type)
+        return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation, groups)
 
 
 def memory_needed(

@@ -37,10 +37,10 @@ PROGRAMS = [ROOT / "README.md", DOCS / "tutorial/first-conversation.md", DOCS / 
 
 FLAGS = {
     "chat": "chat-format context device dtype format json kv-cache-dtype max-tokens message min-p plain-text "
-    "repetition-penalty seed stats system temperature top-k top-p",
+    "repetition-penalty requantize seed stats system temperature top-k top-p",
     "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
     "insecure-no-auth keep-alive-timeout keys kv-cache-dtype log-format log-level max-body memory otel port queue "
-    "queue-timeout request-timeout sequences strict-fields strict-model-name timeout-keep-alive tls-cert tls-key "
+    "queue-timeout request-timeout requantize sequences strict-fields strict-model-name timeout-keep-alive tls-cert tls-key "
     "trusted-proxy "
     # TGI's launcher: moesaic/cli/tgi_flags.py says what each means
     "api-key cors-allow-origin cuda-graphs cuda-memory-fraction disable-custom-kernels disable-grammar-support "
@@ -55,16 +55,16 @@ FLAGS = {
     "keep-alive-timeout keys lease log-format log-level max-body model otel port queue queue-per-key queue-timeout "
     "request-timeout timeout-keep-alive strict-fields tls-cert tls-key trusted-proxy",
     "worker": "api-auth-key api-server ca cache-tokens chat-format context device drain-timeout dtype format gateway "
-    "insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name queue sequences slots",
+    "insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name queue requantize sequences slots",
     "admin": "ca insecure-plaintext json key key-file most request url",
     "launch": "address cpus gpus program replicas to worker",
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
-    "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype",
+    "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype requantize",
     "pull": "sha256 to",
     "convert": "shards to",
     "list": "json",
-    "pack": "dtype format",
-    "perplexity": "device dtype format json kv-cache-dtype length out",
+    "pack": "dtype format requantize",
+    "perplexity": "device dtype format json kv-cache-dtype length out requantize",
     "bench": "",
 }
 """The flags of each command. Adding a flag is a decision, so it is made here too."""

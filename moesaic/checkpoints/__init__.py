@@ -93,6 +93,10 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         """Return the format that keeps the codes of tensor ``name``; None if there is none, or the tensor is plain."""
         return self.quantized[name].format if name in self.quantized else None
 
+    def stored_type(self, name: str) -> str:
+        """Return the type of tensor ``name`` on disk: the kind of its codes, such as Q4_1, or its dtype."""
+        return self.quantized[name].kind if name in self.quantized else _dtype_name(self.tensors[name].dtype)
+
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """Return tensor ``name``, or the part of it that ``index`` selects; only that part is read.
 

@@ -48,6 +48,12 @@ class Coded:
         self._step = step
         self._decoder = decoder
 
+    @property
+    def kind(self) -> str:
+        if not isinstance(self._decoder, Format):
+            return type(self._decoder).__name__.lower()
+        return f"{self._decoder.bits} bits" if self._decoder.levels == "linear" else self._decoder.levels
+
     def codes(self, index: Index | None = None) -> Codes:
         """Read the codes and scales of the matrix, or of the part that ``index`` selects.
 

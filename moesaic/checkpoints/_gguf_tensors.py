@@ -99,6 +99,7 @@ class BlockView:
         columns = nbytes // decoder.type.nbytes * decoder.type.elements
         self.info = TensorInfo((*leading, columns), torch.float32, rows.info.file)
         self.format: Format = decoder.format
+        self.kind = decoder.type.name
 
     def rearranged(self, change: Callable[[View], View]) -> BlockView:
         """Return a view of the weights after ``change``, which selects or reorders rows."""

@@ -76,6 +76,10 @@ class GroupedWeight:
         self.sorted_format = Format(bits, group, SCALES[dtype], "zero")
 
     @property
+    def kind(self) -> str:
+        return f"{self.sorted_format.bits} bits" + ("" if self.order() is None else ", act-order")
+
+    @property
     def format(self) -> Format | None:
         """The format that keeps the numbers of the file; None if the columns are not in the order of their groups.
 

@@ -79,6 +79,11 @@ class CodedView(View, Protocol):
     """A view of quantized weights."""
 
     @property
+    def kind(self) -> str:
+        """The kind of quantization, for display."""
+        ...
+
+    @property
     def format(self) -> Format | None:
         """The format that keeps the codes and scales of the file; None if there is none."""
         ...

@@ -60,7 +60,12 @@ def _perplexity(args: argparse.Namespace) -> int:
     for format_name in args.format or [None]:
         with bar("loading") as progress:
             loaded = load_model(
-                path, dtype=args.dtype, weight_format=format_name, device=args.device, progress=progress
+                path,
+                dtype=args.dtype,
+                weight_format=format_name,
+                requantize=args.requantize,
+                device=args.device,
+                progress=progress,
             )
         cache = cache_dtype(loaded.model, args.kv_cache_dtype) if args.kv_cache_dtype else None
         with bar("documents", count=True) as progress:

@@ -158,6 +158,11 @@ def _stats(conversation: Conversation, _: str) -> Outcome:
     )
 
 
+def _weights(conversation: Conversation, _: str) -> Outcome:
+    groups = conversation.llm.loaded.weights
+    return Outcome("\n".join(map(str, groups)) or "the weights were packed before they were loaded")
+
+
 def _exit(_: Conversation, __: str) -> Outcome:
     return Outcome(leave=True)
 
@@ -172,6 +177,7 @@ COMMANDS = {
     "load": Command("FILE", "continue a saved conversation", _load),
     "set": Command("[NAME [VALUE]]", "show or change sampling settings; /set NAME default resets one", _set),
     "stats": Command("", "show how much of the context is used, and engine statistics", _stats),
+    "weights": Command("", "show types and formats of the weights, and the error that loading added", _weights),
     "exit": Command("", "end the chat", _exit),
 }
 

@@ -25,14 +25,22 @@ DIM, RED, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[0m"
 
 
 def banner(llm: LLM, name: str, *, plain: bool) -> str:
-    """Return the first line of a session: the model's name, size, dtype, context length and chat format."""
+    """Return the first line of a session: the model's name, size, type of weights, context and chat format."""
     model = llm.loaded.model
     count = sum(math.prod(slot.shape) for slot in model.slots())
     form = "plain text" if plain else f"format {llm.format.name}"
     return (
-        f"Moesaic {__version__} · {name} · {_short(count)} parameters · {str(model.dtype).removeprefix('torch.')}"
+        f"Moesaic {__version__} · {name} · {_short(count)} parameters · {_weights(llm)}"
         f" · context {llm.context:,} · {form} · /help for commands"
     )
+
+
+def _weights(llm: LLM) -> str:
+    """Return the type of most weights: as the file names it if they are kept, or else their format in memory."""
+    if not llm.loaded.weights:
+        return "packed"
+    most = max(llm.loaded.weights, key=lambda group: group.weights)
+    return most.format if most.error or not most.format.startswith("grouped") else most.stored
 
 
 def _short(count: int) -> str:

@@ -1,0 +1,96 @@
+"""Reports what loading did with the weights of a model: type on disk, format in memory, and the error that it added.
+
+Weights are grouped by role, type and format. This module reads no more than a few rows of each group.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moesaic import ops
+from moesaic.checkpoints import Checkpoint
+from moesaic.formats import Slot
+
+SAMPLE_ROWS = 64
+"""Rows of one tensor of a group from which the error is measured."""
+_ROLES = (
+    ("experts", re.compile(r"\.experts\.")),
+    ("attention", re.compile(r"\.self_attn\.")),
+    ("mlp", re.compile(r"\.mlp\.")),
+    ("embedding", re.compile(r"\.embed_tokens\.")),
+    ("head", re.compile(r"lm_head|score")),
+)
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights of one role with the same type on disk and the same format in memory.
+
+    Attributes:
+        role: embedding, attention, mlp, experts or head.
+        stored: type on disk, as the file names it, such as Q4_1 or bfloat16.
+        format: name of the format in memory, with its parameters.
+        kernel: the backend that multiplies these weights.
+        weights: number of weights.
+        nbytes: bytes in memory.
+        error: relative error |w' - w| / |w| that loading added, measured on the first tensor; 0 if the weights in
+            memory are exactly those of the file.
+    """
+
+    role: str
+    stored: str
+    format: str
+    kernel: str
+    weights: int
+    nbytes: int
+    error: float
+
+    def __str__(self) -> str:
+        error = f"error {self.error:.2%}" if self.error else "exact"
+        size = f"{self.weights / 1e6:,.1f}M weights, {self.nbytes / 1e6:,.1f} MB"
+        return f"{self.role:<10}{self.stored} -> {self.format}, {self.kernel} kernel, {error}, {size}"
+
+
+def weight_groups(slots: Iterable[Slot], checkpoint: Checkpoint, device: str) -> tuple[WeightGroup, ...]:
+    """Return the groups of a model's weights, the largest first. Router and norms, which stay float32, are left out.
+
+    Args:
+        slots: the slots of the model.
+        checkpoint: the open checkpoint that the model was loaded from.
+        device: type of the device that holds the weights.
+    """
+    groups: dict[tuple[str, str, str], list[Slot]] = {}
+    for slot in slots:
+        if slot.format is not None:
+            key = (_role(slot.name), checkpoint.stored_type(slot.name), str(slot.format))
+            groups.setdefault(key, []).append(slot)
+    found = [_group(*key, members, checkpoint, device) for key, members in groups.items()]
+    return tuple(sorted(found, key=lambda group: -group.weights))
+
+
+def _role(name: str) -> str:
+    return next(role for role, pattern in _ROLES if pattern.search(name))
+
+
+def _group(
+    role: str, stored: str, name: str, slots: Sequence[Slot], checkpoint: Checkpoint, device: str
+) -> WeightGroup:
+    kernel = ops.chosen("experts" if role == "experts" else "linear", device, name)
+    counts = [math.prod(slot.shape) for slot in slots]
+    nbytes = sum(slot.format.nbytes(slot.shape) for slot in slots if slot.format is not None)
+    return WeightGroup(role, stored, name, kernel, sum(counts), nbytes, _error(slots[0], checkpoint))
+
+
+def _error(slot: Slot, checkpoint: Checkpoint) -> float:
+    """Return the relative error of the first rows of the weight in a slot; 0 if it keeps the codes of the file."""
+    assert slot.format is not None
+    if checkpoint.stored_format(slot.name) == slot.format:
+        return 0.0
+    weight = checkpoint.read(slot.name, (slice(0, SAMPLE_ROWS),)).float()
+    difference = slot.format.pack(weight).dequantize(torch.float32) - weight
+    return float(difference.norm() / weight.norm()) if difference.any() else 0.0
