@@ -40,7 +40,8 @@ FLAGS = {
     "repetition-penalty requantize seed stats system temperature top-k top-p",
     "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
     "insecure-no-auth keep-alive-timeout keys kv-cache-dtype log-format log-level max-body memory otel port queue "
-    "queue-timeout request-timeout requantize sequences strict-fields strict-model-name timeout-keep-alive tls-cert tls-key "
+    "queue-timeout request-timeout requantize sequences strict-fields strict-model-name "
+    "timeout-keep-alive tls-cert tls-key "
     "trusted-proxy "
     # TGI's launcher: moesaic/cli/tgi_flags.py says what each means
     "api-key cors-allow-origin cuda-graphs cuda-memory-fraction disable-custom-kernels disable-grammar-support "
@@ -55,7 +56,8 @@ FLAGS = {
     "keep-alive-timeout keys lease log-format log-level max-body model otel port queue queue-per-key queue-timeout "
     "request-timeout timeout-keep-alive strict-fields tls-cert tls-key trusted-proxy",
     "worker": "api-auth-key api-server ca cache-tokens chat-format context device drain-timeout dtype format gateway "
-    "insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name queue requantize sequences slots",
+    "insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name queue "
+    "requantize sequences slots",
     "admin": "ca insecure-plaintext json key key-file most request url",
     "launch": "address cpus gpus program replicas to worker",
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
