@@ -6,7 +6,6 @@ This module depends on checkpoints, models, weight formats and memory. It does n
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 
-from moesaic import checkpoints, config_keys, formats, memory, models, ops, packed
+from moesaic import checkpoints, config_keys, memory, models, ops, packed
 from moesaic.checkpoints import Checkpoint
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Packed, WeightFormat, _threads
+from moesaic.formats import Packed, _threads
 from moesaic.models import Decoder
 from moesaic.ops import native
 from moesaic.weight_report import WeightGroup, weight_groups
@@ -32,8 +31,6 @@ Progress = Callable[[int, int], None]
 
 CACHED_CONTEXTS = 16
 """Requests of maximum length that the cache holds if memory allows; in a smaller cache they preempt each other."""
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -202,25 +199,12 @@ def _build(
     """Return the model that ``checkpoint`` describes, its weights allocated on ``device`` but not read."""
     name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
     if weight_format is None:
-        chosen: models.Formats | Mapping[str, WeightFormat] = _stored_formats(checkpoint, formats.load(name))
+        chosen = models.choose(name, name) | checkpoint.kept_formats()
     else:
         chosen = models.choose(weight_format, name)
         if not requantize:
             packed.refuse_second_rounding(checkpoint, chosen)
     return models.build(checkpoint.config, checkpoint.path, chosen, dtype=getattr(torch, name), device=device)
-
-
-def _stored_formats(checkpoint: Checkpoint, plain: WeightFormat) -> models.Formats:
-    """Return the function that chooses the format of each weight: that of its codes, or else ``plain``.
-
-    A stack of experts has one format: if the formats of its experts differ, it is plain.
-    """
-    found: dict[str, set[WeightFormat]] = {}
-    for name in checkpoint.tensors:
-        kept = checkpoint.stored_format(name)
-        found.setdefault(_EXPERT.sub(".experts.0.", name), set()).add(kept or plain)
-    chosen = {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
-    return lambda _role, name: chosen.get(name, plain)
 
 
 def _read_manifest(path: Path, dtype: str, weight_format: str | None) -> packed.PackedManifest:

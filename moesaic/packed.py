@@ -1,6 +1,7 @@
 """Folders of packed weights: quantized once, in the form that the kernels read, and mapped when they are loaded.
 
-    moesaic.json           {"packed": 1, "dtype": ..., "formats": {role: format}, "config": {...}, "generation": {...}}
+    moesaic.json           {"packed": 1, "dtype": ..., "formats": {...}, "config": {...}, "generation": {...}}; formats
+                           has those of roles, and of single tensors by name
     weights.safetensors    every parameter of the model by its name, each at a multiple of 64 bytes
 
 The folder also holds the tokenizer's files. Loading maps the weights and returns at once; all processes share the
@@ -54,7 +55,7 @@ def is_packed(path: Path) -> bool:
 def pack(
     src: Path | str,
     dst: Path | str,
-    weight_format: str,
+    weight_format: str | None = None,
     dtype: str = "auto",
     *,
     requantize: bool = False,
@@ -67,30 +68,42 @@ def pack(
     Args:
         src: folder of a checkpoint in any layout.
         dst: a folder that does not exist yet, or is empty.
-        weight_format: formats that weights are quantized to, as ``models.choose`` reads them.
+        weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: quantized weights
+            keep their codes.
         dtype: dtype of activations and plain weights; auto: the dtype that the checkpoint is stored in.
         requantize: whether weights that are quantized already may be rounded a second time.
         progress: called with the bytes read so far and in total.
 
     Raises:
         NotFound: the folder ``src`` does not exist.
-        InvalidParameter: the format is unknown or would round quantized weights, or ``dst`` is not empty.
+        InvalidParameter: the format is unknown, missing, or would round quantized weights, or ``dst`` is not empty.
         CheckpointError: ``src`` is damaged, or ``dst`` cannot be written.
     """
-    models.choose(weight_format, "float32")  # refuses an unknown format before anything is read
+    if weight_format is not None:
+        models.choose(weight_format, "float32")  # refuses an unknown format before anything is read
     with checkpoints.open_checkpoint(src) as checkpoint:
         name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
-        roles = models.choose(weight_format, name)
-        if not requantize:
-            refuse_second_rounding(checkpoint, roles)
+        chosen = models.choose(weight_format or name, name)
+        if weight_format is None:
+            chosen |= _kept(checkpoint)
+        elif not requantize:
+            refuse_second_rounding(checkpoint, chosen)
         with _write.new_folder(Path(dst), checkpoint) as folder:
-            names = {role: str(chosen) for role, chosen in roles.items()}
+            names = {key: str(value) for key, value in chosen.items()}
             manifest = PackedManifest(name, names, dict(checkpoint.config), _write.generation_config(checkpoint))
 
             def store_weights(model: Decoder) -> None:
                 checkpoints.load_weights(model.slots(), checkpoint, progress=progress)
 
             create(folder, manifest, store_weights)
+
+
+def _kept(checkpoint: checkpoints.Checkpoint) -> dict[str, WeightFormat]:
+    """Return the formats of the weights that keep their codes; raise InvalidParameter if there are none."""
+    kept = checkpoint.kept_formats()
+    if not kept:
+        raise InvalidParameter("format", f"is missing: {checkpoint.path} has no quantized weights that can be kept")
+    return kept
 
 
 def refuse_second_rounding(checkpoint: checkpoints.Checkpoint, roles: Mapping[str, WeightFormat]) -> None:

@@ -20,6 +20,7 @@ from moesaic import LLM, checkpoints, memory, packed
 from moesaic.builtin import TALES_FOLDER
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.loading import load_model
+from tests.support.gguf_files import TinyFile
 from tests.support.memory import resident
 
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -216,3 +217,20 @@ def test_at_most_half_of_memory_is_locked(folder, monkeypatch):
     monkeypatch.setattr(memory, "lock", lambda parts, max_bytes: calls.append((len(list(parts)), max_bytes)))
     model = packed.load(folder)
     assert calls == [(sum(".experts." not in name for name, _ in model.named_parameters()), 50_000)]
+
+
+def test_packed_weights_keep_the_codes_of_a_quantized_file(tmp_path):
+    path = TinyFile("Q5_K", experts=3).write(tmp_path / "tiny.gguf")
+    packed.pack(path, tmp_path / "packed")
+    mapped, read = (load_model(source).model for source in (tmp_path / "packed", path))
+    weights = dict(read.named_parameters())
+    assert weights.keys() == dict(mapped.named_parameters()).keys()
+    for name, parameter in mapped.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    assert mapped.blocks[1].mlp.experts.down.name == "grouped:bits=5:scale=super:offset=value"
+
+
+def test_plain_weights_are_not_packed_without_a_format(talker, tmp_path):
+    with pytest.raises(InvalidParameter, match="format: is missing: .* has no quantized weights"):
+        packed.pack(talker, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()

@@ -46,6 +46,7 @@ IGNORED_TENSORS = {
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIED = "tie_word_embeddings"
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Checkpoint(AbstractContextManager["Checkpoint"]):
@@ -92,6 +93,18 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     def stored_format(self, name: str) -> WeightFormat | None:
         """Return the format that keeps the codes of tensor ``name``; None if there is none, or the tensor is plain."""
         return self.quantized[name].format if name in self.quantized else None
+
+    def kept_formats(self) -> dict[str, WeightFormat]:
+        """Return the format of each tensor whose codes are kept, by name.
+
+        A stack of experts has one format, under the name of the first expert. If the formats of its experts differ, it
+        is left out.
+        """
+        found: dict[str, set[WeightFormat | None]] = {}
+        for name in self.tensors:
+            found.setdefault(_EXPERT.sub(".experts.0.", name), set()).add(self.stored_format(name))
+        only = {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
+        return {name: kept for name, kept in only.items() if kept is not None}
 
     def stored_type(self, name: str) -> str:
         """Return the type of tensor ``name`` on disk: the kind of its codes, such as Q4_1, or its dtype."""

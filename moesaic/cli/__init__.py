@@ -271,14 +271,14 @@ def _add_pack(commands: Commands) -> None:
         "of reading and quantizing the model again. It appears only when it is complete.",
         "moesaic pack ./mixtral ./mixtral-q4 --format q4",
         "moesaic pack ./mixtral ./mixtral-small --format experts=int2,attention=int8",
+        "moesaic pack mixtral.Q4_K_M.gguf ./mixtral-q4km",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
     parser.add_argument(
         "--format",
         metavar="F",
-        required=True,
-        help="q8, q4, q3, q2, a format of `moesaic list formats`, or role=format,...",
+        help="q8, q4, q3, q2, a format of `moesaic list formats`, or role=format,...; default: keep quantized weights",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="data type of activations and of weights that are not quantized"

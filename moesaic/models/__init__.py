@@ -86,8 +86,8 @@ def build(
     Args:
         raw: the configuration, with the keys of config.json.
         path: where the configuration comes from, for error messages.
-        weight_format: format of all weights, or of the weights of each role, or a function that returns the format of
-            each weight; router and norms are always float32.
+        weight_format: format of all weights, or of the weights of each role and of single weights by the names of their
+            tensors, or a function that returns the format of each weight; router and norms are always float32.
         dtype: dtype of the activations.
         device: device of the weights; ``meta`` takes no memory.
         group: the ranks that share the model.
@@ -112,7 +112,7 @@ def _by_weight(chosen: WeightFormat | Mapping[str, WeightFormat] | Formats) -> F
     if isinstance(chosen, WeightFormat):
         return lambda _role, _name: chosen
     if isinstance(chosen, Mapping):
-        return lambda role, _name: chosen[role]
+        return lambda role, name: chosen.get(name) or chosen[role]
     return chosen
 
 
