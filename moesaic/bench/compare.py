@@ -29,6 +29,8 @@ PEERS = "bench/peers"
 WARM_UP_STEPS = 2  # the same as in peers/_child.py
 COMPARED_TOKENS = 20
 """Number of most likely tokens that are compared between two engines."""
+FILE_FORMAT = "gguf"
+"""Format of a row whose engine loads a given GGUF file as it is."""
 REFERENCES = ("transformers", "vllm", "moesaic")
 """Engines whose most likely tokens can be the reference for others. The first one that was measured in bfloat16 is
 taken."""
@@ -191,6 +193,24 @@ def choose(only: str | None) -> list[tuple[str, str]]:
     return pairs
 
 
+def choose_for_file(only: str | None) -> list[tuple[str, str]]:
+    """Return the engines that can load a GGUF file, each with ``FILE_FORMAT``.
+
+    ``only`` names some of them, separated by commas; None: all.
+
+    Raises:
+        NotFound: there is no such engine.
+        InvalidParameter: an engine does not read GGUF files.
+    """
+    able = [name for name in registry.names(PEERS) if registry.load(PEERS, name).READS_GGUF]
+    names = [part.strip() for part in only.split(",")] if only is not None else able
+    for name in names:
+        registry.load(PEERS, name)
+        if name not in able:
+            raise InvalidParameter("only", f"{name!r} reads no GGUF files; engines that do: {', '.join(able)}")
+    return [(name, FILE_FORMAT) for name in names]
+
+
 def interpreters(arguments: Sequence[str]) -> dict[str, Path]:
     """Parse arguments of the form "peer=path" into {engine: path of the Python interpreter that has it installed}.
 
@@ -213,6 +233,7 @@ def compare(
     folder: Path,
     *,
     shape: Shape | None = None,
+    file: Path | None = None,
     plan: Plan | None = None,
     pythons: Mapping[str, Path] | None = None,
     limits: Callable[[], Limits] | None = None,
@@ -223,7 +244,8 @@ def compare(
     Args:
         pairs: result of ``choose``.
         folder: folder for the model's files in all formats; existing files are used again.
-        shape: sizes of the model; by default Mixtral 8x7B's with two layers.
+        shape: sizes of the model; by default Mixtral 8x7B's with two layers, or those of ``file``.
+        file: a GGUF file that all engines load, instead of random weights; the pairs come from ``choose_for_file``.
         plan: the measurements.
         pythons: by engine, the Python interpreter in which it is installed; by default the current one.
         limits: function that measures the limits of the machine; called only if there is something to measure. None:
@@ -233,13 +255,16 @@ def compare(
     Raises:
         InvalidRequest: nothing could be measured; the message has the reasons.
     """
-    shape, plan = shape or Shape(), plan or Plan()
+    shape, plan = shape or (_model.shape_of(file) if file else Shape()), plan or Plan()
     session = _Session(folder / shape.name, shape, plan, pythons or {}, report)
     rows = session.installed(pairs)
     machine = limits() if rows and limits is not None else None
     if rows:
-        report("creating the model's files")
-        files = session.files(rows, _model.write(shape, session.folder))
+        if file is not None:
+            files = {row.name: str(file.absolute()) for row in rows}
+        else:
+            report("creating the model's files")
+            files = session.files(rows, _model.write(shape, session.folder))
     try:
         for turn in range(plan.rounds):
             for row in rows[:: 1 if turn % 2 == 0 else -1]:  # alternating order, so that a drift affects all rows alike

@@ -122,6 +122,10 @@ def _add_peers(kinds: Commands) -> None:
         "docs/how-to/benchmark.md explains how to install the engines.",
         "moesaic bench peers --only moesaic:q4,moesaic_llm:q4,transformers",
         "moesaic bench peers --python llama_cpp=./llama/bin/python --plot peers.svg --out peers.json",
+        "moesaic bench peers --gguf model.Q4_K_M.gguf --python llama_cpp=./llama/bin/python",
+    )
+    peers.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="measure this model in the engines that read GGUF files"
     )
     peers.add_argument("--only", metavar="P[:F],...", help="engines, or formats of engines, to measure; default: all")
     peers.add_argument(
@@ -205,7 +209,8 @@ def _bench_peers(args: argparse.Namespace) -> int:
     def show(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    pairs, pythons = compare.choose(args.only), compare.interpreters(args.python)
+    pairs = compare.choose_for_file(args.only) if args.gguf else compare.choose(args.only)
+    pythons = compare.interpreters(args.python)
     plan = compare.Plan(rounds=args.rounds, busy=args.busy)
     if args.threads is not None:
         plan = replace(plan, threads=args.threads)
@@ -213,7 +218,7 @@ def _bench_peers(args: argparse.Namespace) -> int:
         plotting.check(args.plot)
     measure = partial(limits.measure, report=show) if native.why_not("linear", "cpu", "int4") is None else None
     work = args.work or pull.cache_folder() / "bench"
-    comparison = compare.compare(pairs, work, plan=plan, pythons=pythons, limits=measure, report=show)
+    comparison = compare.compare(pairs, work, file=args.gguf, plan=plan, pythons=pythons, limits=measure, report=show)
     print("\n".join(chart.tables(comparison)))
     record = report.record(args.line, comparison.figures())
     if args.out:

@@ -22,6 +22,7 @@ from moesaic.bench.peers._process import PeerFailed, Process, neighbour
 from moesaic.checkpoints import _safetensors
 from moesaic.checkpoints._views import Rotary, Stored
 from moesaic.errors import InvalidParameter, NotFound
+from tests.support.gguf_files import TinyFile
 from tests.support.require import require_package
 
 SHAPE = Shape(hidden=256, inner=256, experts=4, heads=4, kv_heads=2, vocab=300)
@@ -217,3 +218,18 @@ def test_neighbour_keeps_a_core_busy() -> None:
         state = Path(f"/proc/{process}/stat").read_text().split()[2]
         assert state == "R"
     assert not Path(f"/proc/{process}").exists()
+
+
+def test_engines_that_read_gguf_files_are_chosen_for_one():
+    assert compare.choose_for_file(None) == [("llama_cpp", "gguf"), ("moesaic", "gguf"), ("moesaic_llm", "gguf")]
+    with pytest.raises(InvalidParameter, match="'vllm' reads no GGUF files; engines that do: llama_cpp, moesaic"):
+        compare.choose_for_file("moesaic,vllm")
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_measured_as_it_is(work):
+    path = TinyFile("Q4_K", experts=3).write(work / "tiny.gguf")
+    result = compare.compare([("moesaic", "gguf")], work, file=path, plan=PLAN, limits=lambda: LIMITS)
+    [row] = result.rows
+    assert result.shape == Shape(256, 256, 3, 2, 2, 4, 2, 96)
+    assert row.about["formats"] == ["grouped:scale=super:offset=value"] and row.bits == pytest.approx(4.68, abs=0.05)

@@ -6,6 +6,7 @@ A file ``peers/<name>.py`` defines
     MODULES, PACKAGES                   modules that must be importable, and distributions whose versions are reported
     INSTALL                             command that installs them
     FORMATS                             weight formats, in the engine's own terms
+    READS_GGUF                          whether the engine loads a GGUF file as it is
     make(source, folder, weight_format) -> file or folder to load, created inside ``folder`` from the Hugging Face
                                         checkpoint ``source`` unless it exists
     Peer(path, weight_format, threads, context, sequences)

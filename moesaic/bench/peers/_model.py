@@ -18,6 +18,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from moesaic import checkpoints
 from moesaic.checkpoints import _safetensors
 from moesaic.checkpoints._views import Index, TensorInfo
 
@@ -83,6 +84,27 @@ class Shape:
         per_token = chosen + self.other_parameters - self.vocab * self.hidden
         attention = 2 * self.layers * self.heads * self.head_size * context
         return 2 * (tokens * (per_token + attention) + heads * self.vocab * self.hidden)
+
+
+def shape_of(path: Path) -> Shape:
+    """Return the sizes of the model in a GGUF file; a dense model counts as one expert.
+
+    Raises:
+        NotFound: there is no such file.
+        CheckpointError: the file is damaged, or not supported.
+    """
+    with checkpoints.open_checkpoint(path) as checkpoint:
+        config = checkpoint.config
+    return Shape(
+        config["hidden_size"],
+        config["intermediate_size"],
+        config.get("num_local_experts", 1),
+        config.get("num_experts_per_tok", 1),
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config["vocab_size"],
+    )
 
 
 def write(shape: Shape, folder: Path) -> Path:

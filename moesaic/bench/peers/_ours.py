@@ -46,5 +46,6 @@ def weights(model: Decoder) -> tuple[int, int]:
     """Return (bytes of all experts, bytes of all other weights that every step reads)."""
     sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    embedding = sum(size for name, size in sizes.items() if name.startswith("embed."))
+    looked_up = not model.shape.tied  # a tied embedding is the head, too
+    embedding = sum(size for name, size in sizes.items() if looked_up and name.startswith("embed."))
     return experts, sum(sizes.values()) - experts - embedding

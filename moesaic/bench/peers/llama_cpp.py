@@ -20,6 +20,7 @@ from typing import Any
 LABEL = "llama.cpp"
 MODULES, PACKAGES = ("llama_cpp", "gguf", "numpy"), ("llama-cpp-python", "gguf")
 INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python gguf'
+READS_GGUF = True
 FORMATS = ("Q8_0", "Q8_0-norepack", "Q4_0", "Q4_0-norepack", "Q4_K_S", "Q4_K_S-norepack", "Q2_K", "Q2_K-norepack")
 
 MAX_BATCH_TOKENS = 2048
@@ -134,7 +135,8 @@ def _weights(path: Path) -> tuple[int, int]:
 
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
     experts = sum(size for name, size in sizes.items() if "_exps." in name)
-    return experts, sum(sizes.values()) - experts - sizes["token_embd.weight"]
+    embedding = sizes["token_embd.weight"] if "output.weight" in sizes else 0  # else it is the head, too
+    return experts, sum(sizes.values()) - experts - embedding
 
 
 def _quantize(source: Path, target: Path, kind: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 LABEL = "Moesaic, model step"
 MODULES, PACKAGES = ("moesaic", "torch"), ("torch",)
 INSTALL = "pip install moesaic"
+READS_GGUF = True
 FORMATS = ("q8", "q4", "q2", "bfloat16")
 
 BLOCK_SIZE = 16

