@@ -20,17 +20,15 @@ from typing import Any
 
 from moesaic import registry
 from moesaic.bench.limits import Limits
+from moesaic.bench.peer_choice import PEERS
 from moesaic.bench.peers import _model
 from moesaic.bench.peers._model import Shape
 from moesaic.bench.peers._process import PeerFailed, Process, neighbour
 from moesaic.errors import InvalidParameter, InvalidRequest
 
-PEERS = "bench/peers"
 WARM_UP_STEPS = 2  # the same as in peers/_child.py
 COMPARED_TOKENS = 20
 """Number of most likely tokens that are compared between two engines."""
-FILE_FORMAT = "gguf"
-"""Format of a row whose engine loads a given GGUF file as it is."""
 REFERENCES = ("transformers", "vllm", "moesaic")
 """Engines whose most likely tokens can be the reference for others. The first one that was measured in bfloat16 is
 taken."""
@@ -172,62 +170,6 @@ class Comparison:
         }
 
 
-def choose(only: str | None) -> list[tuple[str, str]]:
-    """Parse the engines to compare, such as "moesaic:q4,vllm", into (engine, format) pairs; None: all pairs.
-
-    An engine (a peer) has the name of its file in ``bench/peers``. Without ":format", all its formats are taken.
-
-    Raises:
-        NotFound: there is no such engine.
-        InvalidParameter: the format after a colon is missing.
-    """
-    pairs = []
-    for part in only.split(",") if only is not None else registry.names(PEERS):
-        name, colon, weight_format = part.strip().partition(":")
-        peer = registry.load(PEERS, name)
-        if colon and not weight_format:
-            raise InvalidParameter(
-                "only", f"{part!r} has no format after the colon; formats of {name}: {', '.join(peer.FORMATS)}"
-            )
-        pairs += [(name, chosen) for chosen in ([weight_format] if weight_format else peer.FORMATS)]
-    return pairs
-
-
-def choose_for_file(only: str | None) -> list[tuple[str, str]]:
-    """Return the engines that can load a GGUF file, each with ``FILE_FORMAT``.
-
-    ``only`` names some of them, separated by commas; None: all.
-
-    Raises:
-        NotFound: there is no such engine.
-        InvalidParameter: an engine does not read GGUF files.
-    """
-    able = [name for name in registry.names(PEERS) if registry.load(PEERS, name).READS_GGUF]
-    names = [part.strip() for part in only.split(",")] if only is not None else able
-    for name in names:
-        registry.load(PEERS, name)
-        if name not in able:
-            raise InvalidParameter("only", f"{name!r} reads no GGUF files; engines that do: {', '.join(able)}")
-    return [(name, FILE_FORMAT) for name in names]
-
-
-def interpreters(arguments: Sequence[str]) -> dict[str, Path]:
-    """Parse arguments of the form "peer=path" into {engine: path of the Python interpreter that has it installed}.
-
-    Raises:
-        NotFound: there is no such engine.
-        InvalidParameter: an argument has no path, or there is no file.
-    """
-    paths = {}
-    for part in arguments:
-        name, _, path = part.partition("=")
-        registry.load(PEERS, name)
-        if not Path(path).is_file():
-            raise InvalidParameter("python", f"{part!r} does not name an interpreter: write PEER=FILE")
-        paths[name] = Path(path).absolute()
-    return paths
-
-
 def compare(
     pairs: Sequence[tuple[str, str]],
     folder: Path,
@@ -242,10 +184,11 @@ def compare(
     """Measure all ``pairs`` of an engine and a format, and return the results; after Ctrl-C, the results so far.
 
     Args:
-        pairs: result of ``choose``.
+        pairs: result of ``peer_choice.choose``.
         folder: folder for the model's files in all formats; existing files are used again.
         shape: sizes of the model; by default Mixtral 8x7B's with two layers, or those of ``file``.
-        file: a GGUF file that all engines load, instead of random weights; the pairs come from ``choose_for_file``.
+        file: a GGUF file that all engines load, instead of random weights; the pairs come from
+            ``peer_choice.choose_for_file``.
         plan: the measurements.
         pythons: by engine, the Python interpreter in which it is installed; by default the current one.
         limits: function that measures the limits of the machine; called only if there is something to measure. None:

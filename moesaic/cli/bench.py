@@ -203,14 +203,14 @@ def _bench_kernels(args: argparse.Namespace) -> int:
 
 def _bench_peers(args: argparse.Namespace) -> int:
     from moesaic import pull
-    from moesaic.bench import chart, compare, limits, plotting, report
+    from moesaic.bench import chart, compare, limits, peer_choice, plotting, report
     from moesaic.ops import native
 
     def show(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    pairs = compare.choose_for_file(args.only) if args.gguf else compare.choose(args.only)
-    pythons = compare.interpreters(args.python)
+    pairs = peer_choice.choose_for_file(args.only) if args.gguf else peer_choice.choose(args.only)
+    pythons = peer_choice.interpreters(args.python)
     plan = compare.Plan(rounds=args.rounds, busy=args.busy)
     if args.threads is not None:
         plan = replace(plan, threads=args.threads)

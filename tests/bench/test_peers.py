@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moesaic import cli, registry
-from moesaic.bench import chart, compare, report
+from moesaic.bench import chart, compare, peer_choice, report
 from moesaic.bench.compare import Cell, Comparison, Plan
 from moesaic.bench.limits import Limits
 from moesaic.bench.peers import _model
@@ -28,7 +28,7 @@ from tests.support.require import require_package
 SHAPE = Shape(hidden=256, inner=256, experts=4, heads=4, kv_heads=2, vocab=300)
 PLAN = Plan(prompts=(20,), contexts=(4, 20), batches=(1, 3), steps=2, rounds=1, threads=1, busy=True)
 LIMITS = Limits(read_gb_s=20.0, streams=1, ahead=0, int8_gop_s=500.0, bf16_gop_s=250.0, vnni_gop_s=500.0)
-PEERS = registry.names(compare.PEERS)
+PEERS = registry.names(peer_choice.PEERS)
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +149,12 @@ def test_plots_are_written(found: Comparison, tmp_path: Path) -> None:
 
 def test_invalid_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NotFound, match="has no entry 'nobody'; available: llama_cpp, moesaic"):
-        compare.choose("nobody")
+        peer_choice.choose("nobody")
     with pytest.raises(InvalidParameter, match="has no format after the colon"):
-        compare.choose("moesaic:")
-    assert compare.choose("moesaic:int4_64") == [("moesaic", "int4_64")]
+        peer_choice.choose("moesaic:")
+    assert peer_choice.choose("moesaic:int4_64") == [("moesaic", "int4_64")]
     with pytest.raises(InvalidParameter, match="does not name an interpreter"):
-        compare.interpreters(["vllm=/nowhere/python"])
+        peer_choice.interpreters(["vllm=/nowhere/python"])
     assert cli.main(["bench", "peers", "--plot", "figures.pdf"]) == 2
     assert "ends in neither .svg nor .png" in capsys.readouterr().err
     assert cli.main(["bench", "peers", "--rounds", "0"]) == 2
@@ -162,7 +162,7 @@ def test_invalid_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("name", PEERS)
 def test_peer_files_keep_the_contract(name: str) -> None:
-    file = registry.load(compare.PEERS, name).__file__
+    file = registry.load(peer_choice.PEERS, name).__file__
     assert file is not None
     code = f"import sys; sys.path.insert(0, {str(Path(file).parent)!r}); import _child; from pathlib import Path\n"
     code += f"m = _child.load(Path({file!r}))\n"
@@ -173,7 +173,7 @@ def test_peer_files_keep_the_contract(name: str) -> None:
 
 def test_our_step_equals_a_whole_prompt(work: Path) -> None:
     """What ``fill`` copies into each sequence's own blocks is what a step then reads."""
-    ours = registry.load(compare.PEERS, "moesaic")
+    ours = registry.load(peer_choice.PEERS, "moesaic")
     path = _model.write(SHAPE, work / SHAPE.name)
     peer = ours.Peer(path, "bfloat16", 2, 40, 3)
     prompt = list(range(3, 23))
@@ -185,7 +185,7 @@ def test_our_step_equals_a_whole_prompt(work: Path) -> None:
 
 
 def test_gguf_rows_are_interleaved_and_experts_stacked(work: Path) -> None:
-    theirs = registry.load(compare.PEERS, "llama_cpp")
+    theirs = registry.load(peer_choice.PEERS, "llama_cpp")
     file = _model.write(SHAPE, work / SHAPE.name) / "model.safetensors"
     tensors = {each.name: each for each in theirs._tensors(_model._config(SHAPE))}
     stored, ours = theirs._Stored(file), _safetensors.SafetensorsFiles([file])
@@ -221,9 +221,9 @@ def test_neighbour_keeps_a_core_busy() -> None:
 
 
 def test_engines_that_read_gguf_files_are_chosen_for_one():
-    assert compare.choose_for_file(None) == [("llama_cpp", "gguf"), ("moesaic", "gguf"), ("moesaic_llm", "gguf")]
+    assert peer_choice.choose_for_file(None) == [("llama_cpp", "gguf"), ("moesaic", "gguf"), ("moesaic_llm", "gguf")]
     with pytest.raises(InvalidParameter, match="'vllm' reads no GGUF files; engines that do: llama_cpp, moesaic"):
-        compare.choose_for_file("moesaic,vllm")
+        peer_choice.choose_for_file("moesaic,vllm")
 
 
 @pytest.mark.slow
