@@ -231,6 +231,6 @@ def test_packed_weights_keep_the_codes_of_a_quantized_file(tmp_path):
 
 
 def test_plain_weights_are_not_packed_without_a_format(talker, tmp_path):
-    with pytest.raises(InvalidParameter, match="format: is missing: .* has no quantized weights"):
+    with pytest.raises(InvalidParameter, match=r"format: is missing: .* has no quantized weights"):
         packed.pack(talker, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
