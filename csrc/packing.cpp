@@ -1,7 +1,7 @@
 // Writes weights of the format `grouped` from codes and scales in rows, as files have them.
 //
-// moesaic/formats/grouped.py describes the memory, and its `adopt` does the same in Python. Only bytes move here, so the
-// file is compiled once for all instruction sets.
+// moesaic/formats/grouped.py describes the memory, and its `adopt` does the same in Python. This code only moves bytes,
+// so it is compiled once for all instruction sets.
 
 #include "packing.h"
 
@@ -16,6 +16,7 @@ namespace {
 
 constexpr int ROWS = 32, SUPER = 256, PAD = 64;
 
+// A plane holds some of the bits of each code: a code of five bits is in a plane of four and a plane of one.
 struct Plane {
     int low, width;  // lowest bit and number of bits; a width of 0 means that there is no second plane
 };
@@ -36,13 +37,13 @@ Planes planes_of(int bits) {
     }
 }
 
-// The numbers of one kind, [rows][per_row] of `size` bytes each.
+// Numbers of one kind, such as scales: [rows][per_row] of `size` bytes each.
 struct Numbers {
     const uint8_t* data;
     int64_t per_row;
     int size;
 
-    // Write `count` numbers from column `first` on of rows row .. row + 31, as [count][32]; zeros where there are none.
+    // Write numbers first .. first + count - 1 of rows row .. row + 31 as [count][32]; missing numbers become 0.
     uint8_t* write(uint8_t* out, int64_t row, int64_t rows, int64_t first, int64_t count) const {
         for (int64_t i = first; i < first + count; ++i) {
             for (int64_t r = row; r < row + ROWS; ++r, out += size) {
@@ -57,7 +58,8 @@ struct Numbers {
     }
 };
 
-// Write one plane of a run of codes [32][SUPER]. Four columns of a row are handled together, as the bytes of a word.
+// Write one plane of the first `run` columns of codes [32][SUPER]. The codes of four columns of a row are handled
+// together, as the bytes of a word.
 uint8_t* write_plane(uint8_t* out, const uint8_t* codes, int run, Plane plane) {
     const int fields = 8 / plane.width;
     const uint32_t mask = ((1u << plane.width) - 1) * 0x01010101u;

@@ -1,12 +1,13 @@
-// Writes weights from codes that a file holds; no number is rounded.
+// Writes weights in the format `grouped` from the codes that a file holds; no number is rounded.
 #pragma once
 
 #include "kernels.h"
 
 namespace moesaic {
 
-// weight [blocks][block_bytes] = codes [rows][columns] with their scales and offsets [rows][groups] and, if the scale is
-// super, factors [rows][supers] float16.
+// weight [blocks][block_bytes] gets the codes [rows][columns] with their scales and offsets [rows][groups]. If scales
+// are integers (SUPER_INT8, SUPER_INT4), super_scale and super_offset [rows][supers] are the float16 factors of scales
+// and offsets. Numbers that the format does not have are null.
 struct StoreCodesArgs {
     const Grouping* grouping;
     int64_t rows, columns, block_bytes;

@@ -22,7 +22,7 @@ QUANTIZATION = re.compile(r"(?:^|[._-])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|B?F16|FP?32|
 DYNAMIC = "UD-"
 """Prefix of a quantization that chooses the type of each tensor by measurement; a name may leave it out."""
 NO_MODELS = ("mmproj", "imatrix")
-"""Words in the names of GGUF files that are no language models: an image encoder, and statistics of activations."""
+"""Words in the names of GGUF files that are not language models: an image encoder, and statistics of activations."""
 
 # Files that are downloaded from every repository, and kinds of weights in order of preference.
 ALWAYS = (
@@ -94,9 +94,10 @@ def choose_files(offered: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Model:
-    """A GGUF model of a repository: path of its file, or what the paths of all its parts begin with."""
+    """A GGUF model of a repository: one file, or several that are its parts."""
 
     stem: str
+    """Path of the file without its suffix, or the common beginning of the paths of the parts."""
     parts: int
     """Number of files; 0 if the model is one file whose name has no number."""
 

@@ -30,7 +30,7 @@ CACHE_DTYPES = ("auto", *DTYPES, "int8")
 Progress = Callable[[int, int], None]
 
 CACHED_CONTEXTS = 16
-"""Requests of maximum length that the cache holds if memory allows; in a smaller cache they preempt each other."""
+"""Requests of maximum length that the cache holds if memory allows; in a smaller cache, some are preempted."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _token_id(value: Any) -> int | None:
 
 
 def check_layout(path: Path) -> None:
-    """Raise the error of ``load_model`` if there is no model at all at ``path``, but an adapter or another file.
+    """Raise the error that ``load_model`` raises if ``path`` holds no model, but an adapter or another file.
 
     It reads no weights. Call it first, so that this error comes before errors about other files of the folder.
     """
@@ -101,7 +101,7 @@ def load_model(
         dtype: float32, bfloat16 or float16, for activations and plain weights; auto: the dtype that the checkpoint
             is stored in.
         weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: weights stay
-            plain, and quantized weights keep their codes.
+            plain, and quantized weights keep their codes if a format can.
         requantize: whether ``weight_format`` may round weights that are quantized already.
         device: the device that the model is loaded to.
         progress: called with the bytes read so far and in total.
@@ -122,7 +122,7 @@ def load_model(
         model = _build(checkpoint, dtype, weight_format, requantize, target)
         if target.type == "cpu":
             for parameter in model.parameters():
-                native.huge_pages(parameter)  # the advice has no effect on pages that were written before
+                native.huge_pages(parameter)  # before it is filled: pages that are written already stay small
         checkpoints.load_weights(model.slots(), checkpoint, progress=progress)
         groups = weight_groups(model.slots(), checkpoint, target.type)
         return Loaded(checkpoint.path, checkpoint.layout, model, checkpoint.config, checkpoint.generation, groups)
@@ -140,7 +140,7 @@ def memory_needed(
     kv_cache_dtype: str = "auto",
     block_size: int = 16,
 ) -> int:
-    """Return the bytes that the model in folder ``path`` takes once loaded: its weights and key/value cache.
+    """Return the bytes that the model at ``path`` takes once loaded: its weights and key/value cache.
 
     Weights count in the format that they will have in memory. No weights are read or allocated. Where the size
     of the cache depends on the available memory, the result holds for the memory that is available now.

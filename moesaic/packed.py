@@ -1,14 +1,14 @@
 """Folders of packed weights: quantized once, in the form that the kernels read, and mapped when they are loaded.
 
-    moesaic.json           {"packed": 1, "dtype": ..., "formats": {...}, "config": {...}, "generation": {...}}; formats
-                           has those of roles, and of single tensors by name
+    moesaic.json           {"packed": 1, "dtype": ..., "formats": {...}, "config": {...}, "generation": {...}};
+                           formats has the format of each role, and of single tensors by name
     weights.safetensors    every parameter of the model by its name, each at a multiple of 64 bytes
 
 The folder also holds the tokenizer's files. Loading maps the weights and returns at once; all processes share the
 mapped memory. A model that fits in memory is then read in the background, in large pages. A larger model runs
 slowly: weights that every token needs stay in memory, and experts are read as soon as the router chooses them.
 
-This module does not depend on single weight formats: a part is bytes with a shape and a dtype.
+This module does not depend on particular weight formats: a part of a weight is bytes with a shape and a dtype.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def pack(
     requantize: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Quantize the checkpoint in ``src`` into the new folder ``dst``.
+    """Write the checkpoint ``src``, quantized, as the new packed folder ``dst``.
 
     The folder appears complete or not at all. Packing takes the memory of one tensor, and page cache for the new file.
 
     Args:
-        src: folder of a checkpoint in any layout.
+        src: folder or GGUF file of a checkpoint in any layout.
         dst: a folder that does not exist yet, or is empty.
         weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: quantized weights
             keep their codes.
@@ -75,7 +75,7 @@ def pack(
         progress: called with the bytes read so far and in total.
 
     Raises:
-        NotFound: the folder ``src`` does not exist.
+        NotFound: ``src`` does not exist.
         InvalidParameter: the format is unknown, missing, or would round quantized weights, or ``dst`` is not empty.
         CheckpointError: ``src`` is damaged, or ``dst`` cannot be written.
     """
@@ -107,7 +107,7 @@ def _kept(checkpoint: checkpoints.Checkpoint) -> dict[str, WeightFormat]:
 
 
 def refuse_second_rounding(checkpoint: checkpoints.Checkpoint, roles: Mapping[str, WeightFormat]) -> None:
-    """Raise InvalidParameter if the formats of ``roles`` would round weights that are quantized already."""
+    """Raise InvalidParameter if the checkpoint has quantized weights, and a role has another format than float32."""
     rounding = sorted({str(chosen) for chosen in roles.values()} - {"float32"})
     if checkpoint.quantized and rounding:
         problem = f"{rounding[0]} would round weights a second time: those of {checkpoint.path} are quantized already"

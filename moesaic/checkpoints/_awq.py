@@ -6,9 +6,9 @@ A linear layer NAME with a weight [out, in] has the tensors
     NAME.qzeros     [groups, out / 8] int32, zero points packed along the second axis
     NAME.scales     [groups, out]
 
-A word holds eight rows of the weight; from the lowest bits on, these are rows 0, 2, 4, 6, 1, 3, 5 and 7. A group is a
-number of consecutive columns. Layout: awq/modules/linear/gemm.py of AutoAWQ 0.2.9. The versions GEMV and GEMV fast have
-other layouts and are refused.
+A word holds the codes of eight rows of the weight, from the lowest bits on: rows 0, 2, 4, 6, 1, 3, 5 and 7. A group
+consists of consecutive columns. Layout: awq/modules/linear/gemm.py of AutoAWQ 0.2.9. The versions GEMV and GEMV fast
+have other layouts and are refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from moesaic.checkpoints._views import View
 PARTS = ("qweight", "qzeros", "scales")
 BITS = 4
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""The place of each row of the weight in its word."""
+"""The place of each of the eight rows in a word, counted from the lowest bits."""
 _ALIASES = {"w_bit": "bits", "q_group_size": "group_size"}
-"""AutoAWQ's own names of settings, and those that transformers gives them."""
+"""AutoAWQ's own names of settings, and the names that transformers gives them."""
 
 
 def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: Path) -> dict[str, View]:

@@ -1,16 +1,16 @@
 """Weights that bitsandbytes quantized: NF4 and FP4 in blocks (QLoRA, arXiv:2305.14314), and int8 rows (LLM.int8(),
 arXiv:2208.07339).
 
-Four bits: ``X`` holds two codes in each byte of the flattened matrix, the upper half first. Blocks of consecutive codes
-share a scale, and may run over the end of a row. Beside it, the file has
+Four bits: a weight ``X`` holds two codes in each byte of the flattened matrix, the upper half of the byte first. Each
+block of consecutive codes shares a scale, and may continue in the next row. The file also has
 
     X.absmax                                   the scale of each block; uint8 codes if scales are quantized themselves
     X.quant_map                                the 16 levels
     X.nested_absmax, X.nested_quant_map        scales of blocks of scales, and the 256 levels of scales
     X.quant_state.bitsandbytes__nf4 or fp4     a JSON object as bytes: shape, block size, mean of the scales
 
-Eight bits: ``M.weight`` is int8 [R, C], and ``M.SCB`` has the largest absolute weight of each row, the weight of code
-127. The tensors say which of these holds; settings say how another program computes.
+Eight bits: ``M.weight`` is int8 [R, C], and ``M.SCB`` has the largest absolute weight of each row, the value of code
+127. The tensors show which of the two it is. The settings say how another program computes, and are not needed.
 
 Layout: https://github.com/bitsandbytes-foundation/bitsandbytes, ``QuantState.as_dict`` and ``Linear8bitLt``.
 """
@@ -83,7 +83,7 @@ def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: 
 
 
 def _owner(name: str) -> tuple[str, str] | None:
-    """Return the weight that the tensor ``name`` belongs to and its part of it; None if it is a tensor of its own."""
+    """Return the weight that tensor ``name`` describes, and the last part of ``name``; None: it describes no weight."""
     if match := _PART.fullmatch(name):
         return match[1], match[2]
     module, _, part = name.rpartition(".")
@@ -127,7 +127,7 @@ def _read_state(name: str, part: str, view: View) -> State:
     """
     info, label = view.info, f"{name}.{part}"
     if len(info.shape) != 1 or info.dtype != torch.uint8 or info.nbytes > MAX_STATE_BYTES:
-        raise CheckpointError(info.file, f"{label} is not a row of at most {MAX_STATE_BYTES} bytes uint8")
+        raise CheckpointError(info.file, f"{label} is not a uint8 vector of at most {MAX_STATE_BYTES} bytes")
     try:
         raw = json.loads(bytes(view.read().tolist()))
     except (ValueError, RecursionError) as error:
@@ -172,7 +172,7 @@ class Blocks(Coded):
         width = self.info.shape[1]
         begin, end = rows.start * width, rows.stop * width
         packed = self._read_bytes(begin // 2, -(-end // 2))
-        if width % 2 == 0:  # so is the step; of a mapped file, only the columns are touched
+        if width % 2 == 0:  # so is the step; only these columns of a mapped file are read
             return _nibbles(packed.reshape(-1, width // 2)[:, columns.start // 2 : columns.stop // 2])
         return _nibbles(packed)[begin % 2 :][: end - begin].reshape(-1, width)[:, columns]
 
@@ -229,7 +229,8 @@ def _check_scales(name: str, view: View, parts: Mapping[str, View], state: State
         return True
     rows, columns = state.shape
     turned = (columns // state.block, rows)
-    saved_on_cpu = columns % state.block == 0 and absmax.info.shape == turned  # after a forward pass
+    # A forward pass on a CPU transposes the scales of a model, which may then have been saved.
+    saved_on_cpu = columns % state.block == 0 and absmax.info.shape == turned
     check_matrix(f"{name}.absmax", absmax, turned if saved_on_cpu else (state.count,), *FLOATS)
     return False
 
@@ -266,4 +267,4 @@ def _check_order(name: str, parts: Mapping[str, View]) -> None:
     if order is None:
         return
     if math.prod(order.info.shape) != 1 or order.info.dtype != torch.uint8 or order.read().item() != _ROW_ORDER:
-        raise CheckpointError(order.info.file, f"{name} has a weight_format other than 'row' (0), which is supported")
+        raise CheckpointError(order.info.file, f"{name} has an unsupported weight_format; supported: 'row' (0)")

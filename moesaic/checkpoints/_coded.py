@@ -1,9 +1,10 @@
 """Views of matrices that a file stores as codes with scales; they are decoded when they are read.
 
-A method of quantization says where its codes and scales lie: it derives a class from ``Coded``. Reading a part of a
+Each method of quantization derives a class from ``Coded`` that says where its codes and scales lie. Reading a part of a
 matrix reads the codes and scales of that part. This module does not depend on names of tensors or on settings.
 
-Legend: R rows, C columns, and G steps, runs of columns that share their scale in every row.
+Legend: R rows, C columns, G steps. A step is a run of consecutive columns within which each row has a single scale. All
+steps of a matrix are equally long, and several of them may have the same scale.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CHUNK = 1 << 18
 """Number of weights that a thread decodes at a time: its temporary tensors then stay in the processor's cache."""
 LARGEST_STEP = 128
 GROUPS = (16, 32, 64, 128)
-"""The steps that the format ``grouped`` has groups for."""
+"""The lengths of a step that are also group sizes of the format ``grouped``."""
 
 
 class Decoder(Protocol):
@@ -42,7 +43,7 @@ class Coded:
     """
 
     def __init__(self, codes: View, shape: Shape, step: int, decoder: Decoder) -> None:
-        """Create the view of a matrix of ``shape``, whose columns share scales in runs of ``step``."""
+        """Create the view of a matrix of ``shape`` with steps of ``step`` columns."""
         self.info = TensorInfo(shape, torch.float32, codes.info.file)
         self.format = decoder if isinstance(decoder, Format) and step in GROUPS else None
         self._step = step
@@ -57,7 +58,7 @@ class Coded:
     def codes(self, index: Index | None = None) -> Codes:
         """Read the codes and scales of the matrix, or of the part that ``index`` selects.
 
-        The columns of ``index`` begin and end at multiples of the format's ``group``.
+        The columns of ``index`` begin and end at multiples of the step.
         """
         rows, columns = bounds(index, self.info.shape)
         assert columns.start % self._step == columns.stop % self._step == 0
@@ -100,7 +101,7 @@ def common_step(*lengths: int) -> int:
 def grouped(step: int, **parameters: object) -> Format:
     """Return the format ``grouped`` with these parameters and groups of ``step`` columns.
 
-    It can decode codes with any number of columns to a scale. It can keep them only if ``step`` is in ``GROUPS``.
+    Its ``dequantize`` works for steps of any length. It can store codes only if ``step`` is in ``GROUPS``.
     """
     return Format(group=step if step in GROUPS else LARGEST_STEP, **parameters)  # type: ignore[arg-type]
 
@@ -131,9 +132,9 @@ def check_matrix(name: str, view: View, shape: Shape, *dtypes: torch.dtype) -> N
 
 
 def refuse_codes(name: str, view: View, missing: str) -> None:
-    """Raise CheckpointError if the tensor ``name`` holds no plain floats, although what describes its codes is absent.
+    """Raise CheckpointError if the tensor ``name`` holds codes. Call it if the tensor that describes them is absent.
 
-    ``missing`` names what is absent.
+    ``missing`` names the absent tensor for the message.
     """
     if not view.info.dtype.is_floating_point or view.info.dtype.itemsize == 1:
         raise CheckpointError(view.info.file, f"{name} holds {_dtype_name(view.info.dtype)}, but {missing} is missing")

@@ -6,11 +6,11 @@ A module ``M`` with quantized weights [R, C] has these tensors:
     M.weight_packed        int32 [R, C * bits / 32], codes plus 2^(bits - 1), lowest bits first: format pack-quantized
     M.weight_shape         R and C, beside weight_packed
     M.weight_scale         one for the matrix, each row, each group of columns of a row, or each block
-    M.weight_zero_point    int8 like the scale, or packed along the rows; for asymmetric codes only
-    M.weight_g_idx         the group of each column (activation order), or -1 for groups of consecutive columns
+    M.weight_zero_point    int8 of the scale's shape, or int32 with rows packed; for asymmetric codes only
+    M.weight_g_idx         the group of each column (act-order), or -1 everywhere: groups are consecutive columns
 
-The settings have a config group for each kind of module. The tensors of a module tell which group describes it: the
-targets of groups name modules as some version of transformers does, often by regular expressions, and are not needed.
+The settings have a config group for each kind of module. The tensors of a module show which group describes it. The
+``targets`` of groups are not needed: their names of modules depend on the version of transformers.
 Scales of activations and of the key/value cache say how another program computes, and are ignored.
 
 Layout: https://github.com/vllm-project/compressed-tensors
@@ -51,7 +51,7 @@ class Scheme:
         packed: whether int32 words hold the codes.
         kind: int or float.
         bits: bits of a code.
-        symmetric: whether the code 0 means 0.
+        symmetric: whether the weights have no zero points: the signed integer 0 means 0.
         rows, columns: the size of the blocks that share a scale; None: all rows, or all columns.
     """
 
@@ -140,7 +140,7 @@ def _read_weights(weights: Fields, *, packed: bool) -> Scheme:
     supported = {"int": BITS, "float": () if packed else (8,)}.get(str(kind), ())
     if type(bits) is not int or bits not in supported:
         problem = f"weights of type {kind!r} with {bits!r} bits are not supported"
-        raise weights.error(f"{problem}; int with 2, 4 or 8 bits is, and unpacked float with 8 bits")
+        raise weights.error(f"{problem}; supported: int with 2, 4 or 8 bits, and unpacked float with 8 bits")
     symmetric = weights.take("symmetric", True)
     if type(symmetric) is not bool:
         raise weights.error(f"symmetric is {symmetric!r}, expected true or false")
@@ -174,7 +174,7 @@ def _view(module: str, parts: Mapping[str, View], schemes: list[Scheme]) -> View
     """Return the view of a module's weight; a plain weight is returned as it is.
 
     Raises:
-        CheckpointError: tensors are missing, or fit none of the schemes, or several that differ in meaning.
+        CheckpointError: tensors are missing, or fit none of the schemes, or fit several whose ``meaning`` differs.
     """
     if parts.keys() == {"weight"}:
         refuse_codes(f"{module}.weight", parts["weight"], "its weight_scale")
@@ -208,7 +208,7 @@ class Matrix(Coded):
     """The quantized weight of a module.
 
     Attributes:
-        meaning: what the scheme makes of these tensors; schemes that mean the same are interchangeable.
+        meaning: kind, bits and block of the codes. Schemes that agree in these decode the tensors in the same way.
     """
 
     def __init__(self, module: str, parts: Mapping[str, View], scheme: Scheme) -> None:
@@ -260,7 +260,7 @@ class Matrix(Coded):
         return Codes(codes, self._spread(self._scale, down, across), self._read_zero(rows, down, across))
 
     def _spread(self, view: View, down: Tensor, across: Tensor) -> Tensor:
-        """Return the numbers of the blocks in the rows ``down`` and the columns ``across`` of the grid of blocks."""
+        """Return the scales or zero points of the blocks in rows ``down`` and columns ``across`` of the grid."""
         rows = slice(int(down[0]), int(down[-1]) + 1)
         columns = slice(int(across.min()), int(across.max()) + 1)
         whole = view.info.shape == self._grid

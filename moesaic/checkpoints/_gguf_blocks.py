@@ -32,7 +32,7 @@ class BlockDecoder:
     format: Format
     """The format that keeps the codes and scales of this type."""
     unpack: Callable[[Tensor], Codes]
-    """Returns the codes [n, e], scales and offsets [n, g] of n blocks [n, bytes] uint8."""
+    """Returns the codes [n, e], and the scales and offsets [n, g], of n blocks [n, bytes] uint8."""
 
     def decode_rows(self, rows: Tensor) -> Tensor:
         """Return the weights [..., columns] float32 of rows [..., blocks in a row, bytes] uint8."""
@@ -44,9 +44,10 @@ class BlockDecoder:
         return Codes(**self._decode(rows, lambda blocks: self.unpack(blocks).tensors()))
 
     def _decode(self, rows: Tensor, decode: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the tensors [..., columns] that ``decode`` makes of blocks [n, bytes] as [n, columns], by name.
+        """Return the tensors [..., columns] of rows [..., blocks in a row, bytes], by name.
 
-        Large inputs are decoded in pieces, by several threads.
+        ``decode`` returns the tensors [n, columns of a block] of blocks [n, bytes], by name. Large inputs are
+        decoded in pieces, by several threads.
         """
         blocks, step = rows.reshape(-1, self.type.nbytes), CHUNK // self.type.elements
         sample = decode(blocks.new_zeros(1, self.type.nbytes))
@@ -62,7 +63,7 @@ class BlockDecoder:
 
 
 def _half(blocks: Tensor, begin: int) -> Tensor:
-    """Return the float16 at byte ``begin`` of each block as [n, 1] float32."""
+    """Return the float16 at byte ``begin`` of each block as [n, 1]."""
     return blocks[:, begin : begin + 2].contiguous().view(torch.float16)
 
 
@@ -114,14 +115,14 @@ def _q8_0(blocks: Tensor) -> Codes:
 
 
 def _q2_k(blocks: Tensor) -> Codes:
-    """16 groups of 16: a byte with scale and offset for each; each half of the block has its codes in 32 bytes."""
+    """16 groups of 16, each with one byte for scale and offset. 32 bytes hold the codes of each half of the block."""
     scales, packed = blocks[:, :16], blocks[:, 16:80].reshape(-1, 2, 32)
     codes = _bits(packed, 2, 4).reshape(-1, 256)
     return Codes(codes, scales & 15, scales >> 4, _half(blocks, 80), _half(blocks, 82))
 
 
 def _q3_k(blocks: Tensor) -> Codes:
-    """16 groups of 16: a plane of third bits, the lower two as in Q2_K, and scales of six bits in twelve bytes."""
+    """16 groups of 16: the third bits of codes, the lower two as in Q2_K, and scales of six bits in twelve bytes."""
     low = _bits(blocks[:, 32:96].reshape(-1, 2, 32), 2, 4).reshape(-1, 256)
     third = _bits(blocks[:, :32], 1, 8).reshape(-1, 256)
     packed = blocks[:, 96:108]
@@ -166,7 +167,7 @@ def _iq4_xs(blocks: Tensor) -> Codes:
 
 
 def _mxfp4(blocks: Tensor) -> Codes:
-    """The scale is a power of two whose exponent is the first byte; halved, the two smallest are subnormal."""
+    """The scale is 2^(e - 128) for the first byte e: half of MXFP4's, for doubled levels. It is subnormal if e < 2."""
     exponent = blocks[:, :1].int()
     bits = torch.where(exponent < 2, 0x200000 << exponent.clamp(max=1), (exponent - 1) << 23)
     return Codes(_nibbles(blocks[:, 1:], 16), bits.view(torch.float32).bfloat16())

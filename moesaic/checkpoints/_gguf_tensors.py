@@ -26,7 +26,7 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F6
 class GgufTensors:
     """The tensors of several GGUF files, which can be read by name, in the order of the data on disk.
 
-    A quantized tensor has the bytes of a row as its last axis; its ``view`` has the weights.
+    The last axis of a quantized tensor is the bytes of a row. ``view`` returns its weights.
 
     Raises:
         CheckpointError: a type is not supported, or two files hold the same tensor.

@@ -7,14 +7,16 @@ A linear layer NAME with a weight [out, in] has the tensors
     NAME.scales     [groups, out]
     NAME.g_idx      [in], the group of each column of the weight; may be absent
 
-Version 1 of the layout stores zero points less one, version 2 (``gptq_v2``) stores them as they are. AutoGPTQ subtracts
+Version 1 of the layout stores each zero point minus one, version 2 (``gptq_v2``) stores it as it is. AutoGPTQ subtracts
 the one from each zero point. GPTQModel subtracts a constant from each word instead, so that a zero point of 0 borrows
-from the next one. For three bits, releases before 7.0 interchange the constants of the first and the third word: zero
-points are right only if the same constants are added again. Release 7.0 and later subtract from each zero point there.
+from the next one. For three bits, its releases before 7.0 interchange the constants of the first and the third word, so
+the same constants must be added again. For three bits, release 7.0 and later subtract from each zero point.
 
-Whether columns are in act-order follows from ``g_idx`` alone. Other layouts, such as Marlin's, are refused. Sources:
-``pack`` in auto_gptq/nn_modules/qlinear/qlinear_cuda.py of AutoGPTQ 0.7.1, and ``convert_gptq_v2_to_v1_format_module``
-in gptqmodel/utils/model.py of GPTQModel 6.0.3 and 7.6.0.
+Whether columns are in act-order follows from ``g_idx``. The setting ``desc_act`` only says whether ``g_idx`` must
+exist; without it, a ``g_idx`` of zeros is ignored. Other layouts, such as Marlin's, are refused.
+
+Sources: ``pack`` in auto_gptq/nn_modules/qlinear/qlinear_cuda.py of AutoGPTQ 0.7.1, and
+``convert_gptq_v2_to_v1_format_module`` in gptqmodel/utils/model.py of GPTQModel 6.0.3 and 7.6.0.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
 _GROUP_SIZES = tuple(1 << exponent for exponent in range(4, 16))
-"""The group sizes that a module may have if the settings do not show it."""
+"""The group sizes that a module may have if the settings do not give its own."""
 _WORD_CONSTANTS = {
     2: (0x55555555,),
     3: (0x24924924, 0x92492492, 0x49249249),
     4: (0x11111111,),
     8: (0x01010101,),
 }
-"""The numbers that GPTQModel subtracts from the words of zero points, in turn."""
+"""By bits: the numbers that GPTQModel subtracts from the words of zero points; those of a row take them in turn."""
 
 
 def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: Path) -> dict[str, View]:
@@ -76,8 +78,7 @@ class _Settings:
     """Whether modules may have other bits and group sizes than these; their tensors then show which."""
     version: str
     gptqmodel: int | None
-    """Number of the release of GPTQModel that wrote the file, without what follows the first point; None: another
-    program wrote it."""
+    """Major version of the GPTQModel release that wrote the file; None: another program wrote it."""
 
     def weight(self, module: Module) -> View:
         """Return the weight of a module."""
@@ -152,7 +153,7 @@ def _settings(fields: Fields) -> _Settings:
 
 
 def _gptqmodel(meta: Any) -> int | None:
-    """Return the release of GPTQModel in the record ``meta`` of the programs that wrote a file; None if it has none."""
+    """Return the major version of GPTQModel that ``meta``, a record of the programs that wrote a file, has; or None."""
     programs = meta.get("quantizer") if isinstance(meta, Mapping) else None
     for program in programs if isinstance(programs, list) else [programs]:
         if isinstance(program, str) and (match := re.match(r"gptqmodel:(\d{1,4})\.", program)):
@@ -161,9 +162,10 @@ def _gptqmodel(meta: Any) -> int | None:
 
 
 class _Increased:
-    """View of a matrix of integers with ``amounts`` added to its columns in turn; overflowing bits are dropped.
+    """View of a matrix of integers with ``amounts`` added to its columns; overflowing bits are dropped.
 
-    ``mask`` has the bits that are kept; None: all bits of the dtype.
+    Column i gets the amount i modulo the number of amounts. ``mask`` has the bits that are kept; None: all bits of the
+    dtype.
     """
 
     def __init__(self, other: View, amounts: tuple[int, ...], mask: int | None = None) -> None:

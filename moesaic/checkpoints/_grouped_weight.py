@@ -3,7 +3,7 @@
 This is what GPTQ and AWQ have in common. A weight is ``scale * (code - zero)``. A group may have any number of columns
 that is a multiple of 16. The format ``grouped`` has groups of up to 128 columns, so a larger group becomes several with
 equal scales. The columns of a group need not be neighbours: GPTQ with "act-order" numbers the group of each column
-(``g_idx``), because it has quantized columns in the order of their importance and grouped them in that order.
+(``g_idx``), because it quantizes columns in the order of their importance and groups them in that order.
 
 This module does not depend on the names of tensors or on how codes are packed.
 """
@@ -51,7 +51,7 @@ class GroupedWeight:
 
     Attributes:
         info: shape, dtype float32, and the file.
-        sorted_format: the format that keeps the numbers of the file, with the columns in the order of their groups.
+        sorted_format: the format that keeps the numbers of the file after the columns are sorted by their groups.
 
     Args:
         name: name of the weight, for messages.
@@ -81,7 +81,7 @@ class GroupedWeight:
 
     @property
     def format(self) -> Format | None:
-        """The format that keeps the numbers of the file; None if the columns are not in the order of their groups.
+        """The format that keeps the numbers of the file; None if its columns are not sorted by their groups.
 
         Raises:
             CheckpointError: ``g_idx`` is damaged.
@@ -160,7 +160,10 @@ class GroupedWeight:
         return g_idx
 
     def _consecutive(self, columns: slice) -> Tensor:
-        """Return the stored group of each group of the format in these columns, whose groups are consecutive."""
+        """Return, for each group of the format in these columns, the group of the file that it is a part of.
+
+        The groups of the file are consecutive columns.
+        """
         return torch.arange(columns.start, columns.stop, self.sorted_format.group) // self._group_size
 
     def _scales_and_zeros(self, rows: slice, groups: Tensor) -> tuple[Tensor, Tensor]:

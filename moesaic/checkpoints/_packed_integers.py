@@ -24,10 +24,10 @@ class PackedIntegers:
     A block is the smallest number of words that holds whole integers: one word, or three words for three bits.
 
     Args:
-        words: the words, any number of axes; a part of a block at the end of the axis is left out.
+        words: the words, with any number of axes; an incomplete block at the end of ``axis`` is ignored.
         axis: the axis along which integers are packed.
         bits: bits of an integer: 1 to 8.
-        order: the place of each integer of a block in its bits; None: in order.
+        order: for each integer of a block, its place in the block, counted from the lowest bits; None: 0, 1, 2, ...
     """
 
     def __init__(self, words: View, axis: int, bits: int, order: Sequence[int] | None = None) -> None:

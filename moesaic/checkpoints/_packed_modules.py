@@ -1,7 +1,7 @@
 """Quantized modules that consist of several tensors, such as ``NAME.qweight`` and ``NAME.scales``.
 
-This module groups the tensors by module, and checks their dtypes and shapes, and values of settings. It does not depend
-on what they mean.
+This Python module groups tensors by quantized module, and checks their dtypes and shapes and the values of settings. It
+does not depend on the meaning of the tensors.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def group_size(settings: Fields, name: str = "group_size") -> int:
     """Remove the key ``name`` from the settings and return it: the columns in a group, or -1 for all columns.
 
     Raises:
-        ConfigError: the value is no such number, or the key is absent.
+        ConfigError: the value is neither -1 nor a whole number of at least 16, or the key is absent.
     """
     size = whole(settings.take(name))
     if type(size) is not int or not (size == -1 or size >= 16):

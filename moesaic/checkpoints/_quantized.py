@@ -1,13 +1,13 @@
 """Checkpoints in the hf layout whose weights are quantized: finds the settings, and chooses the method that reads them.
 
-config.json describes the quantization under one of ``KEYS``; older programs wrote it into a file of its own.
-A method is a module with a function
+config.json describes the quantization under one of ``KEYS``; older programs wrote it into a separate file. Each method
+has a module with a function
 
     weight_views(stored, settings, path) -> views
 
-that replaces the tensors of each quantized module by a view of its weight under the name that the plain weight has.
-The view returns floats; many views also have ``format`` and ``codes``, which return the numbers of the file in the
-format ``grouped``. Which modules are quantized follows from the tensors.
+that replaces the tensors of each quantized module by a view of its weight, under the name of the plain weight. The view
+is a ``CodedView``: ``read`` returns floats, and if the format ``grouped`` can keep the numbers of the file, ``codes``
+returns them. Which modules are quantized follows from the tensors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ROUTER = re.compile(r"model\.layers\.\d+\.(?:block_sparse_moe|mlp)\.gate\.weigh
 def dequantized(
     stored: Mapping[str, View], config: Mapping[str, Any], folder: Path
 ) -> tuple[Mapping[str, View], Mapping[str, Any]]:
-    """Return the tensors of a checkpoint with all weights as floats, and its configuration without the quantization.
+    """Return the tensors, quantized weights as views of floats, and the configuration without the quantization.
 
     Both are returned unchanged if the checkpoint is not quantized.
 

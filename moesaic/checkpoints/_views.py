@@ -80,7 +80,7 @@ class CodedView(View, Protocol):
 
     @property
     def kind(self) -> str:
-        """The kind of quantization, for display."""
+        """The kind of quantization, such as Q4_1, for display."""
         ...
 
     @property

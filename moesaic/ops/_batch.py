@@ -29,7 +29,8 @@ class Cache:
     An int8 cache rounds each token's key and value head by head: x = scale * q with q = round(x * 127 / max |x|), to
     nearest, ties to even, and scale = max |x| / 127 in float32. If max |x| is at most 2^-100, q is 0. If a value is
     not finite, q is 0 and the scale is NaN, so the whole head reads as NaN. A float32 scale takes two bytes per head
-    more than bfloat16, 1.5 % at D = 128, but its rounding cannot push q beyond 127, and its range covers that of x.
+    more than a bfloat16 scale (1.5% at D = 128). In return, its rounding cannot push q beyond 127, and its range covers
+    that of x.
     """
 
     keys: Sequence[Tensor]  # per layer [blocks, B, G, D]
@@ -83,7 +84,7 @@ class Cache:
 
 
 def _lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor of zeros in memory that the system provides when it is first written; ``torch.zeros`` writes."""
+    """Return a tensor of zeros; unlike that of ``torch.zeros``, a page takes memory only when it is first written."""
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)  # keeps the pages mapped
 

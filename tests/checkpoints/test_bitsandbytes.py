@@ -148,8 +148,8 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
         ("int8", {"SCB": torch.ones(7)}, r"m\.SCB is \[7\]"),
         ("int8", {"weight": torch.ones(8, 32)}, r"m\.weight is \[8, 32\] float32, expected \[8, 32\] int8"),
         ("int8", {"weight": torch.ones(8, dtype=torch.int8)}, "expected rows and columns"),
-        ("int8", {"weight_format": torch.tensor(3, dtype=torch.uint8)}, "a weight_format other than 'row'"),
-        ("int8", {"weight_format": torch.ones(0, dtype=torch.uint8)}, "a weight_format other than 'row'"),
+        ("int8", {"weight_format": torch.tensor(3, dtype=torch.uint8)}, "an unsupported weight_format"),
+        ("int8", {"weight_format": torch.ones(0, dtype=torch.uint8)}, "an unsupported weight_format"),
     ],
 )
 def test_tensors_that_do_not_fit(name, changes, message):
@@ -164,8 +164,8 @@ def test_tensors_that_do_not_fit(name, changes, message):
         (torch.tensor([255, 254], dtype=torch.uint8), "is not JSON"),
         (torch.tensor([91] * 60_000, dtype=torch.uint8), "is not JSON"),
         (torch.zeros(1 << 17, dtype=torch.uint8), "at most 65536 bytes"),
-        (torch.zeros(2, 2, dtype=torch.uint8), "is not a row"),
-        (torch.zeros(2), "is not a row"),
+        (torch.zeros(2, 2, dtype=torch.uint8), "is not a uint8 vector"),
+        (torch.zeros(2), "is not a uint8 vector"),
         (as_bytes([1]), "is not a JSON object"),
         ({"shape": None}, "has no 'shape'"),
         ({"shape": [8, 32, 1]}, r"has the shape \[8, 32, 1\]"),
