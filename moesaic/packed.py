@@ -107,11 +107,15 @@ def _kept(checkpoint: checkpoints.Checkpoint) -> dict[str, WeightFormat]:
 
 
 def refuse_second_rounding(checkpoint: checkpoints.Checkpoint, roles: Mapping[str, WeightFormat]) -> None:
-    """Raise InvalidParameter if the checkpoint has quantized weights, and a role has another format than float32."""
-    rounding = sorted({str(chosen) for chosen in roles.values()} - {"float32"})
-    if checkpoint.quantized and rounding:
-        problem = f"{rounding[0]} would round weights a second time: those of {checkpoint.path} are quantized already"
-        raise InvalidParameter("format", f"{problem}; leave it out to keep them, or add --requantize")
+    """Raise InvalidParameter if the formats of ``roles`` would round weights that are quantized already.
+
+    The format of an embedding cannot be chosen, so it is not looked at.
+    """
+    for name in checkpoint.quantized:
+        role = models.role(name)
+        if role in models.QUANTIZED and str(roles[role]) != "float32":
+            problem = f"{roles[role]} would round the {role} weights of {checkpoint.path} a second time"
+            raise InvalidParameter("format", f"{problem}; leave --format out to keep them, or add --requantize")
 
 
 def create(folder: Path, manifest: PackedManifest, store_weights: Callable[[Decoder], object]) -> None:

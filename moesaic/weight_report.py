@@ -6,25 +6,17 @@ Weights are grouped by role, type and format. This module reads no more than a f
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moesaic import ops
+from moesaic import models, ops
 from moesaic.checkpoints import Checkpoint
 from moesaic.formats import Slot
 
 SAMPLE_ROWS = 64
 """Rows of one tensor of a group from which the error is measured."""
-_ROLES = (
-    ("experts", re.compile(r"\.experts\.")),
-    ("attention", re.compile(r"\.self_attn\.")),
-    ("mlp", re.compile(r"\.mlp\.")),
-    ("embedding", re.compile(r"\.embed_tokens\.")),
-    ("head", re.compile(r"lm_head|score")),
-)
 
 
 @dataclass(frozen=True)
@@ -66,15 +58,12 @@ def weight_groups(slots: Iterable[Slot], checkpoint: Checkpoint, device: str) ->
     """
     groups: dict[tuple[str, str, str], list[Slot]] = {}
     for slot in slots:
-        if slot.format is not None:
-            key = (_role(slot.name), checkpoint.stored_type(slot.name), str(slot.format))
+        role = models.role(slot.name)
+        if slot.format is not None and role is not None:
+            key = (role, checkpoint.stored_type(slot.name), str(slot.format))
             groups.setdefault(key, []).append(slot)
     found = [_group(*key, members, checkpoint, device) for key, members in groups.items()]
     return tuple(sorted(found, key=lambda group: -group.weights))
-
-
-def _role(name: str) -> str:
-    return next(role for role, pattern in _ROLES if pattern.search(name))
 
 
 def _group(

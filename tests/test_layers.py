@@ -25,7 +25,7 @@ MAY = {
     "convert": {"checkpoints", "models", "formats"},
     "memory": set(),
     "packed": {"memory", "checkpoints", "models", "formats"},
-    "weight_report": {"checkpoints", "ops", "formats"},
+    "weight_report": {"checkpoints", "models", "ops", "formats"},
     "loading": {"memory", "packed", "weight_report", "checkpoints", "config_keys", "models", "ops", "formats"},
     "reply": {"engine", "text"},
     "embedding": {"models", "text", "ops", "formats"},

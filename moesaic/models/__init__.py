@@ -12,6 +12,7 @@ This module finds the file for a configuration. It does not read files or load w
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,20 @@ from moesaic.models._config import Keys
 from moesaic.models._layers import Decoder, Experts, Formats
 from moesaic.ops import Group
 
-__all__ = ["Decoder", "Experts", "Formats", "build", "choose", "parameters", "types"]
+__all__ = ["Decoder", "Experts", "Formats", "build", "choose", "parameters", "role", "types"]
 
 ROLES = ("embedding", "attention", "mlp", "experts", "head")
 QUANTIZED = ROLES[1:]
 """Roles whose format can be chosen; an embedding is looked up, not multiplied, and stays unquantized."""
+
+_NAMES = (
+    ("experts", re.compile(r"\.experts\.")),
+    ("attention", re.compile(r"\.self_attn\.")),
+    ("mlp", re.compile(r"\.mlp\.")),
+    ("embedding", re.compile(r"\.embed_tokens\.")),
+    ("head", re.compile(r"lm_head|score")),
+)
+"""What the names of each role's tensors contain."""
 
 PRESETS = {
     "q8": dict.fromkeys(QUANTIZED, "int8"),
@@ -65,6 +75,11 @@ def choose(text: str, plain: str) -> dict[str, WeightFormat]:
             choices = ", ".join((*(() if role else PRESETS), *available))
             raise InvalidParameter("format", f"{name!r} is unknown; available: {choices}")
     return {role: formats.load(name) for role, name in chosen.items()}
+
+
+def role(name: str) -> str | None:
+    """Return the role of the weight with this tensor name, one of ``ROLES``; None for norms, routers and others."""
+    return next((found for found, pattern in _NAMES if pattern.search(name)), None)
 
 
 def types() -> dict[str, str]:

@@ -111,11 +111,18 @@ def test_experts_of_different_types_are_decoded(tmp_path):
 
 def test_quantized_weights_are_rounded_again_only_on_demand(tmp_path):
     path = TinyFile("Q4_0").write(tmp_path / "tiny.gguf")
-    with pytest.raises(InvalidParameter, match="int4 would round weights a second time"):
+    with pytest.raises(InvalidParameter, match="int4 would round the .* weights of .* a second time"):
         load_model(path, weight_format="int4")
     assert load_model(path, weight_format="int4", requantize=True).model.blocks[0].mlp.up.weight.name == "int4"
     plain = TinyFile("F16").write(tmp_path / "plain.gguf")
     assert load_model(plain, weight_format="int4").model.blocks[0].mlp.up.weight.name == "int4"
+
+
+def test_float32_weights_of_a_large_file_are_not_rounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("moesaic.checkpoints._decoder.LARGE", 1)
+    path = TinyFile("Q4_0").write(tmp_path / "tiny.gguf")
+    model = load_model(path, weight_format="float32").model
+    assert model.dtype == torch.bfloat16 and model.blocks[0].mlp.up.weight.name == "float32"
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q6_K"])

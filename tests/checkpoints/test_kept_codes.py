@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moesaic import ops
+from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.loading import load_model
 from tests.support.gptq import Awq, Gptq, case
@@ -58,6 +59,13 @@ def test_weights_that_no_format_keeps_are_decoded(name, tmp_path):
     for key, weight in weights(quantized).items():
         assert weight.name == "float32"
         assert torch.equal(weight.dequantize(), weights(plain)[key].dequantize()), key
+
+
+def test_a_format_may_be_chosen_for_weights_that_the_file_does_not_quantize(tmp_path):
+    quantized, _ = folders(KEPT["AWQ"], "mixtral", tmp_path)
+    assert load_model(quantized, weight_format="head=int8").model.head.weight.name == "int8"
+    with pytest.raises(InvalidParameter, match="int8 would round the experts weights"):
+        load_model(quantized, weight_format="experts=int8")
 
 
 def test_a_model_with_codes_answers_as_the_plain_one(tmp_path):
