@@ -63,8 +63,8 @@ def test_killed_workers_answer_continues_without_gap_or_repeat(tmp_path):
             )
             assert stream.done
         assert streams[0].text == answer("0", count=24)
-        seen = cluster.snapshot(streams[0].job)
-        assert (seen.attempts, seen.crashes, seen.state) == (2, 1, "done")
+        snapshot = cluster.snapshot(streams[0].job)
+        assert (snapshot.attempts, snapshot.crashes, snapshot.state) == (2, 1, "done")
 
 
 def test_results_of_a_paused_worker_are_refused(tmp_path):
@@ -80,8 +80,8 @@ def test_results_of_a_paused_worker_are_refused(tmp_path):
         fork_server.signal("w1", signal.SIGSTOP)
         fork_server.spawn("w2")
         eventually(lambda: cluster.gateway.leases.expired == 1)
-        heard = len(stream.pieces)
-        eventually(lambda: len(stream.pieces) > heard)
+        piece_count = len(stream.pieces)
+        eventually(lambda: len(stream.pieces) > piece_count)
         fork_server.signal("w1", signal.SIGCONT)
         assert stream.end().text == answer("Hi", count=40) and stream.done
         eventually(lambda: cluster.gateway.leases.fenced > 0)
@@ -90,18 +90,22 @@ def test_results_of_a_paused_worker_are_refused(tmp_path):
 
 
 def test_stalled_engine_loses_its_jobs_and_gets_no_more(tmp_path):
-    bounds = StoreLimits(crashes=1)
-    with running_cluster(tmp_path / "jobs.sqlite", lease=1.0, stall=1.0, limits=bounds) as cluster:
+    limits = StoreLimits(crashes=1)
+    with running_cluster(tmp_path / "jobs.sqlite", lease=1.0, stall=1.0, limits=limits) as cluster:
         handle = cluster.start_worker()
-        hung = Stream(cluster.client, "HANG").end()
-        assert hung.error is not None and "every worker that ran" in hung.error["message"] and not hung.done
+        hung_stream = Stream(cluster.client, "HANG").end()
+        assert (
+            hung_stream.error is not None
+            and "every worker that ran" in hung_stream.error["message"]
+            and not hung_stream.done
+        )
         assert cluster.gateway.workers.sessions["w0"].stalled
-        waiting = Stream(cluster.client, "Hi")
+        waiting_stream = Stream(cluster.client, "Hi")
         eventually(lambda: cluster.depths() == (1, 0))
         time.sleep(0.5)  # it is asked to, and does not get it
         assert len(handle.backend.requests) == 1
         cluster.start_worker()
-        assert waiting.end().text == answer("Hi")
+        assert waiting_stream.end().text == answer("Hi")
 
 
 def test_worker_with_a_stalled_engine_stops(tmp_path):
@@ -116,26 +120,26 @@ def test_worker_with_a_stalled_engine_stops(tmp_path):
         stream.end()
 
 
-@pytest.mark.parametrize("how", ["EXIT", pytest.param("SEGFAULT", marks=pytest.mark.slow), "HANG"])
+@pytest.mark.parametrize("fault", ["EXIT", pytest.param("SEGFAULT", marks=pytest.mark.slow), "HANG"])
 @pytest.mark.parametrize(("count", "workers"), sizes((16, 5), (64, 7)))
-def test_one_poisoned_job_costs_few_workers(tmp_path, how, count, workers):
+def test_one_poisoned_job_costs_few_workers(tmp_path, fault, count, workers):
     """F10. Suspects are leased in halves: one poisoned job among 16 costs five workers, and among 64 seven."""
-    found_all = threading.Event()
-    made = 1
+    all_ended = threading.Event()
+    worker_count = 1
 
     def supervise(fork_server: WorkerForkServer) -> None:
-        nonlocal made
-        while not found_all.wait(0.02):
-            if not fork_server.lives(f"w{2 * made}"):
-                made += 1
-                fork_server.spawn(f"w{2 * made}")
+        nonlocal worker_count
+        while not all_ended.wait(0.02):
+            if not fork_server.lives(f"w{2 * worker_count}"):
+                worker_count += 1
+                fork_server.spawn(f"w{2 * worker_count}")
 
     with (
         running_cluster(tmp_path / "jobs.sqlite", lease=1.0, models=["fake"]) as cluster,
         running_fork_server(cluster, tmp_path, slots=count, seconds=0.01, stall=1.0) as fork_server,
     ):
         poison = count // 2 + 5
-        prompts = [how if n == poison else f"job {n}" for n in range(count)]
+        prompts = [fault if n == poison else f"job {n}" for n in range(count)]
         streams = [Stream(cluster.client, prompt, 8) for prompt in prompts]
         eventually(lambda: cluster.depths() == (count, 0))
         fork_server.spawn("w2")
@@ -145,18 +149,22 @@ def test_one_poisoned_job_costs_few_workers(tmp_path, how, count, workers):
             for stream in streams:
                 stream.end()
         finally:
-            found_all.set()
+            all_ended.set()
             supervisor.join()
         for n, stream in enumerate(streams):
             if n != poison:
                 assert stream.text == answer(prompts[n], count=8) and stream.done
-        bad = streams[poison]
-        assert bad.error is not None and "every worker that ran" in bad.error["message"] and not bad.done
-        assert cluster.snapshot(bad.job).state == "dead"
-        assert made - 1 <= workers
-        [dead] = cluster.run(cluster.gateway.store.list_jobs("dead"))
-        again = cluster.client.get(f"/v1/jobs/{dead.job.id}").json()
-        assert (again["state"], again["error"]["type"]) == ("dead", "PoisonedJob")
+        poisoned_stream = streams[poison]
+        assert (
+            poisoned_stream.error is not None
+            and "every worker that ran" in poisoned_stream.error["message"]
+            and not poisoned_stream.done
+        )
+        assert cluster.snapshot(poisoned_stream.job).state == "dead"
+        assert worker_count - 1 <= workers
+        [snapshot] = cluster.run(cluster.gateway.store.list_jobs("dead"))
+        job = cluster.client.get(f"/v1/jobs/{snapshot.job.id}").json()
+        assert (job["state"], job["error"]["type"]) == ("dead", "PoisonedJob")
 
 
 def test_failing_job_does_not_affect_others(tmp_path):
@@ -164,8 +172,10 @@ def test_failing_job_does_not_affect_others(tmp_path):
         handle = cluster.start_worker(FakeBackend(seconds=0.01), slots=16)
         prompts = ["NAN" if n == 5 else f"{n}" for n in range(16)]
         replies = in_parallel(16, lambda n: ask(cluster.client, prompts[n]))
-        assert [each.status_code for each in replies] == [500 if n == 5 else 200 for n in range(16)]
-        assert [text(each) for n, each in enumerate(replies) if n != 5] == [answer(p) for p in prompts if p != "NAN"]
+        assert [reply.status_code for reply in replies] == [500 if n == 5 else 200 for n in range(16)]
+        assert [text(reply) for n, reply in enumerate(replies) if n != 5] == [
+            answer(prompt) for prompt in prompts if prompt != "NAN"
+        ]
         assert len(handle.backend.requests) == 16 and cluster.gateway.leases.expired == 0
 
 
@@ -186,11 +196,11 @@ def test_full_disk_refuses_new_jobs_and_finishes_running_ones(tmp_path):
         stream = Stream(cluster.client, count=30)
         eventually(lambda: stream.pieces)
         pragma(cluster, f"max_page_count = {pragma(cluster, 'page_count')[0][0]}")
-        refused = ask(cluster.client, "x" * 100_000)
-        assert refused.status_code == 503 and "full" in refused.text
-        assert int(refused.headers["retry-after"]) >= 1
-        heard = len(stream.pieces)
-        eventually(lambda: len(stream.pieces) > heard + 10)  # nothing of it can be written, and it is told
+        reply = ask(cluster.client, "x" * 100_000)
+        assert reply.status_code == 503 and "full" in reply.text
+        assert int(reply.headers["retry-after"]) >= 1
+        piece_count = len(stream.pieces)
+        eventually(lambda: len(stream.pieces) > piece_count + 10)  # nothing of it can be written, and it is told
         eventually(lambda: not handle.backend.running)
         assert not handle.future.done()
         pragma(cluster, "max_page_count = 1000000")
@@ -201,12 +211,18 @@ def test_full_disk_refuses_new_jobs_and_finishes_running_ones(tmp_path):
 
 
 def test_pause_of_the_gateway_expires_no_lease(tmp_path):
-    """Nor does a gateway that stood still: no beat was seen, and none could be."""
+    """The first check after a pause sees the heartbeats of before the pause, because no worker could renew in it."""
     with running_cluster(tmp_path / "jobs.sqlite", lease=1.0) as cluster:
         handle = cluster.start_worker(FakeBackend(seconds=SLOW))
         stream = Stream(cluster.client, count=40)
         eventually(lambda: stream.pieces)
-        cluster.server.call(lambda: time.sleep(2.0))  # everything here: the gateway's loop itself
+
+        async def pause() -> None:
+            await cluster.gateway.leases.expire_silent()
+            time.sleep(1.5)  # it blocks the gateway's loop, and with it the worker
+            await cluster.gateway.leases.expire_silent()
+
+        cluster.run(pause())
         assert stream.end().text == answer("Hi", count=40) and stream.done
         assert cluster.gateway.leases.expired == 0 and len(handle.backend.requests) == 1
 
@@ -235,28 +251,28 @@ def test_wall_clock_jumps_have_no_effect(tmp_path, monkeypatch, days):
 
 def test_overload_is_refused_at_once_and_accepted_jobs_finish(tmp_path):
     """L6: five times as many requests as there is room for."""
-    bounds = StoreLimits(queued=15, queued_per_tenant=15)
-    with running_cluster(tmp_path / "jobs.sqlite", limits=bounds) as cluster:
+    limits = StoreLimits(queued=15, queued_per_tenant=15)
+    with running_cluster(tmp_path / "jobs.sqlite", limits=limits) as cluster:
         cluster.start_worker(FakeBackend(seconds=0.02), slots=4)
         replies = in_parallel(95, lambda n: ask(cluster.client, f"{n}"))
-        refused = [each for each in replies if each.status_code != 200]
+        refused = [reply for reply in replies if reply.status_code != 200]
         assert len(refused) >= 50
-        for n, each in enumerate(replies):
-            if each.status_code == 200:
-                assert text(each) == answer(f"{n}")
+        for n, reply in enumerate(replies):
+            if reply.status_code == 200:
+                assert text(reply) == answer(f"{n}")
             else:
-                assert each.status_code in (429, 503) and 1 <= int(each.headers["retry-after"]) <= 100
-                assert each.elapsed.total_seconds() < 10
+                assert reply.status_code in (429, 503) and 1 <= int(reply.headers["retry-after"]) <= 100
+                assert reply.elapsed.total_seconds() < 10
         assert cluster.depths() == (0, 0)
 
 
 def test_small_tenant_does_not_wait_behind_large_backlog(tmp_path):
     """L7: of 150 jobs that stand in line, a few go before each one of somebody else's."""
-    who = ("anna", "bert", "worker")
-    listed = tuple(keys.Key(name, keys.digest(name), worker=name == "worker") for name in who)
+    key_names = ("anna", "bert", "worker")
+    api_keys = tuple(keys.Key(name, keys.digest(name), worker=name == "worker") for name in key_names)
     slots = 4
-    with running_cluster(tmp_path / "jobs.sqlite", keys=Keys(listed), key="anna", models=["fake"]) as cluster:
-        asked = [cluster.run(cluster.gateway.submit(_ask(f"a{n}", "anna"))) for n in range(150)]
+    with running_cluster(tmp_path / "jobs.sqlite", keys=Keys(api_keys), key="anna", models=["fake"]) as cluster:
+        job_ids = [cluster.run(cluster.gateway.submit(_ask(f"a{n}", "anna"))) for n in range(150)]
         handle = cluster.start_worker(FakeBackend(seconds=0.005), slots=slots, key="worker")
         waits = []
         for n in range(6):
@@ -267,11 +283,13 @@ def test_small_tenant_does_not_wait_behind_large_backlog(tmp_path):
                 headers={"authorization": "Bearer bert"},
             )
             assert reply.status_code == 200
-            [place] = [place for place, each in enumerate(handle.backend.requests) if each.prompt == f"b{n}"]
-            waits.append(place - before)
+            [position] = [
+                position for position, request in enumerate(handle.backend.requests) if request.prompt == f"b{n}"
+            ]
+            waits.append(position - before)
             assert len(handle.backend.requests) < 150, "there was nobody to wait for any more"
         assert max(waits) <= 4 * slots, waits
-        for job_id in asked:
+        for job_id in job_ids:
             cluster.run(cluster.gateway.cancel(job_id, "anna"))
 
 
@@ -284,43 +302,43 @@ def _ask(prompt: str, tenant: str) -> Any:
 @pytest.mark.parametrize(("count", "jobs"), sizes((50, 10), (200, 40)))
 def test_many_workers_reconnect_without_a_storm(tmp_path, monkeypatch, count, jobs):
     """F15."""
-    begun = list[tuple[str, int]]()
+    started_leases = list[tuple[str, int]]()
     tries, lease = 0, 40.0  # all workers share one process with the gateways, so they need long to register
-    was, register = Worker._start, Worker._register
+    start, register = Worker._start, Worker._register
 
-    def begin(self: Worker, lease: Any) -> None:
-        begun.append((lease.id, lease.fence))
-        was(self, lease)
+    def record_start(self: Worker, lease: Any) -> None:
+        started_leases.append((lease.id, lease.fence))
+        start(self, lease)
 
-    async def counted(self: Worker) -> None:
+    async def count_attempt(self: Worker) -> None:
         nonlocal tries
         tries += 1
         await register(self)
 
-    monkeypatch.setattr(Worker, "_start", begin)
-    monkeypatch.setattr(Worker, "_register", counted)
-    where = tmp_path / "jobs.sqlite"
+    monkeypatch.setattr(Worker, "_start", record_start)
+    monkeypatch.setattr(Worker, "_register", count_attempt)
+    path = tmp_path / "jobs.sqlite"
     with running_cluster(tmp_path / "beside.sqlite") as other_cluster:
-        with running_cluster(where, lease=lease) as first:
+        with running_cluster(path, lease=lease) as first:
             handles = [
                 other_cluster.start_worker(FakeBackend(seconds=SLOW), urls=[first.url], slots=1, wait=False)
                 for _ in range(count)
             ]
             eventually(lambda: len(first.gateway.workers.sessions) == count)
             streams = [Stream(first.client, f"{n}", 60, idempotency_key=f"k{n}") for n in range(jobs)]
-            eventually(lambda: len(begun) == jobs)
+            eventually(lambda: len(started_leases) == jobs)
             tries, closed = 0, time.monotonic()
         for stream in streams:
             stream.end()
         time.sleep(1.5)
         attempts = 8 + 2 * (time.monotonic() - closed)  # the pauses between attempts grow to about a second
         assert tries <= attempts * count, "the workers reconnect without pauses"
-        with running_cluster(where, lease=lease, port=first.port) as second:
+        with running_cluster(path, lease=lease, port=first.port) as second:
             eventually(lambda: len(second.gateway.workers.sessions) == count, 2 * lease)
-            again = [Stream(second.client, f"{n}", 60, idempotency_key=f"k{n}") for n in range(jobs)]
-            for n, stream in enumerate(again):
+            new_streams = [Stream(second.client, f"{n}", 60, idempotency_key=f"k{n}") for n in range(jobs)]
+            for n, stream in enumerate(new_streams):
                 assert stream.end().text == answer(f"{n}", count=60) and stream.done
-            assert len(begun) == len(set(begun)), "two were given one lease"
+            assert len(started_leases) == len(set(started_leases)), "two were given one lease"
             assert second.gateway.leases.expired == 0
             for handle in handles:
                 other_cluster.server.call(handle.worker.stopped.set)
@@ -330,12 +348,12 @@ def test_pauses_between_attempts_stay_short_of_a_lease(tmp_path, monkeypatch):
     """Else the leases of a worker would expire although its gateway is back after a long outage."""
     pauses = list[float]()
 
-    def longest(low: float, high: float) -> float:
+    def record_pause(low: float, high: float) -> float:
         pauses.append(high)
         return 0.001
 
     with running_cluster(tmp_path / "jobs.sqlite", lease=5.0) as cluster:
-        monkeypatch.setattr("moesaic.cluster.worker.agent.random.uniform", longest)
+        monkeypatch.setattr("moesaic.cluster.worker.agent.random.uniform", record_pause)
         handle = cluster.start_worker(FakeBackend(), urls=[cluster.url])
         handle.worker._gateways = ["http://127.0.0.1:1"]
         cluster.run(cluster.gateway.leases.unregister(handle.worker._name))
@@ -349,13 +367,13 @@ def test_pauses_between_attempts_stay_short_of_a_lease(tmp_path, monkeypatch):
 CA, OTHER = trustme.CA(), trustme.CA()
 
 
-def context(certificate: trustme.LeafCert, newest: ssl.TLSVersion | None = None) -> ssl.SSLContext:
-    out = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificate.configure_cert(out)
-    if newest:
-        out.set_ciphers("ALL:@SECLEVEL=0")
-        out.minimum_version = out.maximum_version = newest
-    return out
+def context(certificate: trustme.LeafCert, tls_version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
+    ssl_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(ssl_context)
+    if tls_version:
+        ssl_context.set_ciphers("ALL:@SECLEVEL=0")
+        ssl_context.minimum_version = ssl_context.maximum_version = tls_version
+    return ssl_context
 
 
 def expired() -> trustme.LeafCert:
@@ -381,51 +399,53 @@ TLS = {
 @pytest.mark.parametrize("name", TLS)
 def test_worker_refuses_untrusted_gateways(name, tmp_path, caplog):
     """F16. The last, sound, is talked to, and refuses by itself."""
-    make, scheme, why = TLS[name]
+    make_context, scheme, pattern = TLS[name]
     CA.cert_pem.write_to_path(tmp_path / "ca.pem")
     trusted = client_options.trusted(tmp_path / "ca.pem")
-    spoken = bytearray()
+    received = bytearray()
     tries = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            spoken.extend(await reader.read(100))
+            received.extend(await reader.read(100))
             writer.write(b"HTTP/1.1 503 Busy\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
             await writer.drain()
         writer.close()
 
     async def main() -> None:
         nonlocal tries
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=make())
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=make_context())
         port = server.sockets[0].getsockname()[1]
         worker = Worker(FakeBackend(), [f"{scheme}://127.0.0.1:{port}"], name="w", key="secret", ssl=trusted)
-        lost = worker._log_disconnect
+        log_disconnect = worker._log_disconnect
 
-        def counted(error: BaseException) -> None:
+        def count_attempt(error: BaseException) -> None:
             nonlocal tries
             tries += 1
-            lost(error)
+            log_disconnect(error)
 
-        worker._log_disconnect = counted  # type: ignore[method-assign]
-        working = asyncio.ensure_future(worker.run())
+        worker._log_disconnect = count_attempt  # type: ignore[method-assign]
+        worker_task = asyncio.ensure_future(worker.run())
         await asyncio.sleep(0.4)
         async with asyncio.timeout(20):
             while not tries:
                 await asyncio.sleep(0.01)
-        assert not working.done() and not worker.connected.is_set()
+        assert not worker_task.done() and not worker.connected.is_set()
         worker.stopped.set()
-        await working
+        await worker_task
         server.close()
 
     asyncio.run(main())
-    said = [
+    warnings = [
         record for record in caplog.records if record.message.startswith("no gateway") and record.levelname == "WARNING"
     ]
     import re
 
-    assert 1 <= len(said) <= 2 and re.search(why, said[0].__dict__["why"]), [each.__dict__["why"] for each in said]
+    assert 1 <= len(warnings) <= 2 and re.search(pattern, warnings[0].__dict__["why"]), [
+        warning.__dict__["why"] for warning in warnings
+    ]
     assert 1 <= tries <= 12
-    assert (b"secret" in bytes(spoken) or b"POST /worker" in bytes(spoken)) == (name == "sound")
+    assert (b"secret" in bytes(received) or b"POST /worker" in bytes(received)) == (name == "sound")
 
 
 # The network

@@ -32,9 +32,9 @@ TOLD = 3
 """Pieces that have come of the job that the messages are about."""
 
 
-def piece(place: int) -> list[Any]:
-    job_id = token("Hi", SEED, 0, place)
-    return ["p", 0, text([job_id]), [[job_id, text([job_id])]]]
+def piece(position: int) -> list[Any]:
+    token_id = token("Hi", SEED, 0, position)
+    return ["p", 0, text([token_id]), [[token_id, text([token_id])]]]
 
 
 class Scene:
@@ -51,13 +51,13 @@ class Scene:
         self.tell(0, [["b", 0, [], 2], *map(piece, range(TOLD))])
         eventually(lambda: cluster.snapshot(self.id).logged == 1 + TOLD)
 
-    def post(self, key: str, what: str, body: Any) -> Any:
+    def post(self, key: str, operation: str, body: Any) -> Any:
         headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
         content = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        return self.cluster.client.post(f"/worker/{what}", content=content, headers=headers)
+        return self.cluster.client.post(f"/worker/{operation}", content=content, headers=headers)
 
-    def send(self, key: str, what: str, body: Any) -> Any:
-        reply = self.post(key, what, body)
+    def send(self, key: str, operation: str, body: Any) -> Any:
+        reply = self.post(key, operation, body)
         assert reply.status_code == 200, reply.text
         return reply.json()
 
@@ -65,28 +65,28 @@ class Scene:
         return self.send(GOOD, "events", {"name": "w", "batches": [[self.id, self.fence, start, events]]})
 
     def state(self) -> Any:
-        seen = self.cluster.snapshot(self.id)
-        live = self.cluster.gateway.jobs.jobs[self.id]
+        snapshot = self.cluster.snapshot(self.id)
+        job = self.cluster.gateway.jobs.jobs[self.id]
         log = self.cluster.run(self.cluster.gateway.store.log(self.id))
-        return seen, log, list(live.events), live.worker, live.ended
+        return snapshot, log, list(job.events), job.worker, job.ended
 
-    def beat(self) -> LeaseStatus:
+    def lease_status(self) -> LeaseStatus:
         [status] = self.cluster.run(self.cluster.gateway.store.active_leases())
         return status
 
 
 @pytest.fixture(scope="module")
 def scene(module_path: Path) -> Iterator[Scene]:
-    where = module_path / "jobs.sqlite"
-    with running_cluster(where, lease=600.0, keys=Keys(KEYS), key=ANNA) as cluster:
-        made = Scene(cluster)
-        yield made
-        made.tell(1 + TOLD, [piece(place) for place in range(TOLD, COUNT)])
-        done = {"name": "w", "id": made.id, "fence": made.fence, "start": 1 + COUNT}
+    path = module_path / "jobs.sqlite"
+    with running_cluster(path, lease=600.0, keys=Keys(KEYS), key=ANNA) as cluster:
+        scene = Scene(cluster)
+        yield scene
+        scene.tell(1 + TOLD, [piece(position) for position in range(TOLD, COUNT)])
+        request = {"name": "w", "id": scene.id, "fence": scene.fence, "start": 1 + COUNT}
         end = ["e", 0, "length", 2, COUNT]
-        assert made.send(GOOD, "finish", done | {"events": [end]}) == {"accepted": True}
-        assert made.send(GOOD, "finish", done | {"events": [end]}) == {"accepted": True}  # said again
-        assert made.stream.end().text == answer("Hi", count=COUNT) and made.stream.done
+        assert scene.send(GOOD, "finish", request | {"events": [end]}) == {"accepted": True}
+        assert scene.send(GOOD, "finish", request | {"events": [end]}) == {"accepted": True}  # said again
+        assert scene.stream.end().text == answer("Hi", count=COUNT) and scene.stream.done
 
 
 numbers = st.integers(-2, 6) | st.integers() | st.sampled_from([2**53, 2**63, 2**70])
@@ -100,10 +100,10 @@ events = st.lists(
 @st.composite
 def wrong(draw: st.DrawFn) -> tuple[str, str, str, Any, Any, list[Any]]:
     """A key, a route, what is wrong with the claim, a fence and a start that may be absurd, and events."""
-    what = draw(st.sampled_from(["events", "finish", "renew", "release"]))
-    flaw = draw(st.sampled_from(["owner", "fence", "id", *["start"] * (what in ("events", "finish"))]))
+    operation = draw(st.sampled_from(["events", "finish", "renew", "release"]))
+    flaw = draw(st.sampled_from(["owner", "fence", "id", *["start"] * (operation in ("events", "finish"))]))
     key = THIEF if flaw == "owner" else draw(st.sampled_from([GOOD, THIEF]))
-    return key, what, flaw, draw(numbers), draw(numbers), draw(events)
+    return key, operation, flaw, draw(numbers), draw(numbers), draw(events)
 
 
 @given(wrong())
@@ -113,8 +113,8 @@ def wrong(draw: st.DrawFn) -> tuple[str, str, str, Any, Any, list[Any]]:
 @example((THIEF, "events", "owner", 1, 4, [piece(3)]))
 @example((GOOD, "finish", "start", 1, 9, [["e", 0, "stop", 1, 1]]))
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-def test_only_the_newest_fence_can_change_a_job(scene, said):
-    key, what, flaw, fence, start, more = said
+def test_only_the_newest_fence_can_change_a_job(scene, message):
+    key, operation, flaw, fence, start, claimed_events = message
     job_id = "x" * 24 if flaw == "id" else scene.id
     if flaw != "fence":
         fence = scene.fence
@@ -122,22 +122,22 @@ def test_only_the_newest_fence_can_change_a_job(scene, said):
         fence += 1
     if flaw == "start":
         start = abs(start) + 2 + TOLD  # behind what is known
-    before, beat = scene.state(), scene.beat()
+    before, status = scene.state(), scene.lease_status()
     body = {
-        "events": {"name": "w", "batches": [[job_id, fence, start, more]]},
-        "finish": {"name": "w", "id": job_id, "fence": fence, "start": start, "events": more},
+        "events": {"name": "w", "batches": [[job_id, fence, start, claimed_events]]},
+        "finish": {"name": "w", "id": job_id, "fence": fence, "start": start, "events": claimed_events},
         "renew": {"name": "w", "leases": [[job_id, fence]], "stats": {}},
         "release": {"name": "w", "leases": [[job_id, fence]]},
-    }[what]
-    reply = scene.post(key, what, body)
+    }[operation]
+    reply = scene.post(key, operation, body)
     assert reply.status_code in (200, 400, 409), reply.text
-    if reply.status_code == 200 and what == "renew" and flaw != "start":
+    if reply.status_code == 200 and operation == "renew" and flaw != "start":
         assert reply.json() == {"states": {job_id: "fenced"}}
-    if reply.status_code == 200 and what == "finish":
+    if reply.status_code == 200 and operation == "finish":
         assert reply.json() == {"accepted": False}
     assert scene.state() == before
-    if key == THIEF or what != "events":
-        assert scene.beat() == beat, "another's lease was kept alive"
+    if key == THIEF or operation != "events":
+        assert scene.lease_status() == status, "another's lease was kept alive"
 
 
 junk = st.recursive(
@@ -160,17 +160,17 @@ bodies = (
 
 @given(st.sampled_from(["register", "lease", "renew", "events", "finish", "answer", "release"]), bodies)
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
-def test_invalid_messages_are_refused_without_effect(scene, what, body):
+def test_invalid_messages_are_refused_without_effect(scene, operation, body):
     before = scene.state()
-    if what == "lease" and isinstance(body, dict):
+    if operation == "lease" and isinstance(body, dict):
         body = body | {"wait_seconds": 0}
-    reply = scene.post(THIEF, what, body)
+    reply = scene.post(THIEF, operation, body)
     assert reply.status_code in (200, 400, 404, 409, 413, 415), (body, reply.text)
     assert scene.state() == before
 
 
 @pytest.mark.parametrize(
-    "body, why",
+    "body, reason",
     [
         (b'{"name":"w","batches":[["a",1,0,[["p",0,"",[],[],%b]]]]}' % (b"[" * 5000 + b"]" * 5000), "nested too deep"),
         (b'{"name":"w","batches":[["a",1,0,[["p",0,"\\ud800"]]]]}', "is not JSON"),
@@ -181,10 +181,10 @@ def test_invalid_messages_are_refused_without_effect(scene, what, body):
         (b'{"name":"w"', "is not JSON"),
     ],
 )
-def test_invalid_events_are_refused(scene, body, why):
+def test_invalid_events_are_refused(scene, body, reason):
     before = scene.state()
     reply = scene.post(GOOD, "events", body)
-    assert reply.status_code == 400 and why in reply.text
+    assert reply.status_code == 400 and reason in reply.text
     assert scene.state() == before
 
 
@@ -192,7 +192,7 @@ def test_worker_names_are_separate_per_key(scene):
     assert set(scene.cluster.gateway.workers.sessions) >= {"good/w", "thief/w"}
     assert scene.send(THIEF, "register", {"name": "good/w", "models": [{"name": "fake"}]})["acknowledged"] == {}
     assert "thief/good/w" in scene.cluster.gateway.workers.sessions
-    assert scene.beat().worker == "good/w"
+    assert scene.lease_status().worker == "good/w"
 
 
 def test_registering_again_gives_no_extra_slots(tmp_path):
@@ -204,21 +204,23 @@ def test_registering_again_gives_no_extra_slots(tmp_path):
         streams = [Stream(cluster.client, f"{n}") for n in range(4)]
         eventually(lambda: cluster.depths() == (4, 0))
         leases = cluster.run(gateway.leases.lease("w", 2, 0)).leases
-        holds = [LeaseToken(lease.job.id, lease.fence) for lease in leases]
-        assert len(holds) == 2
-        for run in ("1", "2"):
-            known = cluster.run(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance=run), holds))
-            assert known == {lease_token.id: (0, 0) for lease_token in holds}
+        lease_tokens = [LeaseToken(lease.job.id, lease.fence) for lease in leases]
+        assert len(lease_tokens) == 2
+        for instance in ("1", "2"):
+            acknowledged = cluster.run(
+                gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance=instance), lease_tokens)
+            )
+            assert acknowledged == {lease_token.id: (0, 0) for lease_token in lease_tokens}
             assert cluster.run(gateway.leases.lease("w", 2, 0)).leases == ()
         assert cluster.depths() == (2, 2)
         # An answer that never reached the process: nobody is to blame, and another process's loss is one.
-        cluster.run(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance="2"), holds[:1]))
-        assert cluster.snapshot(holds[1].id).crashes == 0 and gateway.leases.expired == 0
+        cluster.run(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance="2"), lease_tokens[:1]))
+        assert cluster.snapshot(lease_tokens[1].id).crashes == 0 and gateway.leases.expired == 0
         cluster.run(gateway.leases.register(WorkerInfo("w", (card,), slots=2, instance="3")))
-        assert cluster.snapshot(holds[0].id).crashes == 1 and gateway.leases.expired == 1
+        assert cluster.snapshot(lease_tokens[0].id).crashes == 1 and gateway.leases.expired == 1
         for stream in streams:
             cluster.client.delete(f"/v1/jobs/{stream.job}" if stream.headers else "/v1/jobs/x")
-        for seen in cluster.run(gateway.store.list_jobs("queued")):
-            cluster.run(gateway.cancel(seen.job.id, ""))
+        for snapshot in cluster.run(gateway.store.list_jobs("queued")):
+            cluster.run(gateway.cancel(snapshot.job.id, ""))
         for stream in streams:
             stream.end()

@@ -28,9 +28,9 @@ SECONDS = 2.0
 @pytest.fixture
 def database() -> Iterator[Database]:
     server = Server()
-    found = Database(server)
-    yield found
-    found.close()
+    database = Database(server)
+    yield database
+    database.close()
     server.remove()
 
 
@@ -52,7 +52,7 @@ class Asker:
         self.numbers = itertools.count()
         self.right: collections.Counter[str] = collections.Counter()
         """Right answers, by gateway."""
-        self.again = 0
+        self.retries = 0
         self.wrong: list[str] = []
         self.stopped = False
 
@@ -71,31 +71,31 @@ class Asker:
         count = 5 + number % 20
         body = {"model": "fake", "prompt": f"job {number}", "max_tokens": count, "seed": number}
         headers = {"idempotency-key": f"job-{number}"}
-        patience = itertools.chain([1.0], itertools.repeat(10.0))  # who asks the other soon finds the job running
-        for url, seconds in zip(itertools.islice(itertools.cycle(self.urls), number % 2, None), patience, strict=False):
+        timeouts = itertools.chain([1.0], itertools.repeat(10.0))  # a client that changes early finds its job running
+        for url, seconds in zip(itertools.islice(itertools.cycle(self.urls), number % 2, None), timeouts, strict=False):
             timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=1)
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
                 async with self.session.post(
                     f"{url}/v1/completions", json=body, headers=headers, timeout=timeout
                 ) as reply:
                     if reply.status == 200:
-                        said = (await reply.json())["choices"][0]["text"]
-                        if said == answer(f"job {number}", number, count):
+                        text = (await reply.json())["choices"][0]["text"]
+                        if text == answer(f"job {number}", number, count):
                             self.right[url] += 1
                         else:
-                            self.wrong.append(f"{number}: {said}")
+                            self.wrong.append(f"{number}: {text}")
                         return
                     if reply.status != 503:
                         self.wrong.append(f"{number}: {await reply.text()}")
                         return
-            self.again += 1
+            self.retries += 1
             await asyncio.sleep(0.1)
 
 
-async def torment(net: Network, urls: list[str], step: int) -> Asker:
-    at = net.addresses
-    workers = [at[name] for name in ("w0", "w2", "w4")]
-    gateways = [at["g1"], at["g2"]]
+async def ask_during_cuts(net: Network, urls: list[str], step: int) -> Asker:
+    addresses = net.addresses
+    workers = [addresses[name] for name in ("w0", "w2", "w4")]
+    gateways = [addresses["g1"], addresses["g2"]]
     cuts = [
         ("g1", [net.store]),
         ("g2", [net.store]),
@@ -104,7 +104,7 @@ async def torment(net: Network, urls: list[str], step: int) -> Asker:
     ]
     async with aiohttp.ClientSession() as session:
         asker = Asker(session, urls)
-        working = [asyncio.ensure_future(asker.work()) for _ in range(12)]
+        tasks = [asyncio.ensure_future(asker.work()) for _ in range(12)]
         await asker.answered_by_all()
         for name, others in cuts[::step]:
             with net.cut(name, others):
@@ -112,7 +112,7 @@ async def torment(net: Network, urls: list[str], step: int) -> Asker:
             await asker.answered_by_all()
         asker.stopped = True
         async with asyncio.timeout(60):
-            await asyncio.gather(*working)
+            await asyncio.gather(*tasks)
     return asker
 
 
@@ -120,7 +120,7 @@ async def torment(net: Network, urls: list[str], step: int) -> Asker:
 def test_network_partitions_lose_and_repeat_nothing(database, tmp_path, step):
     with network("g1", "g2", "w0", "w2", "w4") as net, contextlib.ExitStack() as stack:
         reachable(database.server, net)
-        where = f"postgresql://tests@{net.store}:{database.server.port}/{database.database}"
+        store_address = f"postgresql://tests@{net.store}:{database.server.port}/{database.database}"
         urls = [f"http://{net.addresses[name]}:8000" for name in ("g1", "g2")]
         log = stack.enter_context((tmp_path / "gateways.log").open("ab"))
 
@@ -133,7 +133,7 @@ def test_network_partitions_lose_and_repeat_nothing(database, tmp_path, step):
         for name in ("g1", "g2"):
             flags = [
                 "--jobs",
-                where,
+                store_address,
                 "--host",
                 net.addresses[name],
                 "--port",
@@ -144,21 +144,21 @@ def test_network_partitions_lose_and_repeat_nothing(database, tmp_path, step):
                 "fake",
             ]
             start(name, "moesaic.cli", "gateway", *flags, "--insecure-no-auth", "--crashes", "50")
-        for place, name in enumerate(("w0", "w2", "w4")):
-            known = ",".join(urls if place % 2 else urls[::-1])
-            arguments = [known, "4", "0.02", str(tmp_path / "log")]
+        for index, name in enumerate(("w0", "w2", "w4")):
+            gateway_urls = ",".join(urls if index % 2 else urls[::-1])
+            arguments = [gateway_urls, "4", "0.02", str(tmp_path / "log")]
             pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            nursery = start(name, "benchmarks.worker_forkserver", *arguments, **pipe)
-            assert nursery.stdin and nursery.stdout
-            stack.callback(nursery.stdout.close)
-            stack.callback(nursery.stdin.close)
-            nursery.stdin.write(name + "\n")
-            nursery.stdin.flush()
-            nursery.stdout.readline()
-        asker = asyncio.run(torment(net, urls, step))
-        done, twice, _ = count_results(Path(tmp_path / "log"))
-        said = (tmp_path / "gateways.log").read_text()
-        integrity, left = asyncio.run(check_store(database.server.address(database.database)))
-    assert not asker.wrong and asker.right.total() > 20 and asker.again > 0, asker.wrong[:3]
-    assert (twice, integrity, left) == (0, "ok", {}), done
-    assert "periodic task failed" not in said and '"trace"' not in said
+            fork_server = start(name, "benchmarks.worker_forkserver", *arguments, **pipe)
+            assert fork_server.stdin and fork_server.stdout
+            stack.callback(fork_server.stdout.close)
+            stack.callback(fork_server.stdin.close)
+            fork_server.stdin.write(name + "\n")
+            fork_server.stdin.flush()
+            fork_server.stdout.readline()
+        asker = asyncio.run(ask_during_cuts(net, urls, step))
+        job_count, duplicate_count, _ = count_results(Path(tmp_path / "log"))
+        log_text = (tmp_path / "gateways.log").read_text()
+        integrity, open_jobs = asyncio.run(check_store(database.server.address(database.database)))
+    assert not asker.wrong and asker.right.total() > 20 and asker.retries > 0, asker.wrong[:3]
+    assert (duplicate_count, integrity, open_jobs) == (0, "ok", {}), job_count
+    assert "periodic task failed" not in log_text and '"trace"' not in log_text

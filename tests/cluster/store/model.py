@@ -92,11 +92,11 @@ class Model:
         assert all(job in open_jobs for job in chosen)
         priorities = sorted(job.job.priority for job in open_jobs)
         assert [job.job.priority for job in chosen] == priorities[: len(ids)]
-        left = [job for job in open_jobs if job not in chosen]
+        unchosen = [job for job in open_jobs if job not in chosen]
         for n, job in enumerate(chosen):
             flow = (job.job.tenant, job.job.model, job.job.priority)
-            behind = [other for other in (*chosen[n + 1 :], *left) if other.place < job.place]
-            assert all((other.job.tenant, other.job.model, other.job.priority) != flow for other in behind)
+            overtaken = [other for other in (*chosen[n + 1 :], *unchosen) if other.place < job.place]
+            assert all((other.job.tenant, other.job.model, other.job.priority) != flow for other in overtaken)
 
     def may_be_next_suspects(self, ids: Sequence[str], models: Sequence[str], limit: int) -> None:
         """Assert that these suspects may be leased now."""
@@ -217,8 +217,8 @@ class Model:
 
     def tick(self) -> int:
         self.tick_count += 1
-        old = self.tick_count - self.limits.idempotency_ticks
-        self.names = {key: name for key, name in self.names.items() if name.ended is None or name.ended >= old}
+        oldest_tick = self.tick_count - self.limits.idempotency_ticks
+        self.names = {key: name for key, name in self.names.items() if name.ended is None or name.ended >= oldest_tick}
         ended = sorted(
             (expected.ended, expected.number, job_id)
             for job_id, expected in self.jobs.items()

@@ -75,9 +75,9 @@ def test_job_ends_once(store, lease_token, state):
     assert store.finish(lease_token, state, b"result", LogRecord(1, 2, b"yz")) is True
     snapshot = store.snapshot("a")
     assert (snapshot.state, snapshot.result, snapshot.logged) == (state, b"result", 3)
-    other = "failed" if state == "done" else "done"
+    other_state = "failed" if state == "done" else "done"
     assert store.finish(lease_token, state, b"result", LogRecord(1, 2, b"yz")) is True
-    assert store.finish(lease_token, other, b"another") is True
+    assert store.finish(lease_token, other_state, b"another") is True
     assert store.snapshot("a") == snapshot
     assert store.append({lease_token: LogRecord(3, 1, b"late")}) == {"a": None}
     assert store.renew([lease_token]) == {"a": "fenced"}

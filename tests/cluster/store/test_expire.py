@@ -125,15 +125,15 @@ def test_crash_by_the_network_is_forgiven(store):
 def test_one_poison_job_of_64_is_found_in_7_crashes(store, poison):
     """The 63 other jobs are done."""
     fill(store, 64)
-    dead, crashes = [], 0
+    dead_ids, crashes = [], 0
     while any(depth.queued for depth in store.depths().values()):
         leases = store.lease("w", ["m"], 64) or store.lease("w", ["m"], 64, suspects=True)
         if any(lease.job.id == f"j{poison}" for lease in leases):
-            dead += store.expire(store.active_leases())
+            dead_ids += store.expire(store.active_leases())
             crashes += 1
         else:
             assert all(store.finish(token_of(lease), "done", b"") for lease in leases)
-    assert (dead, crashes) == ([f"j{poison}"], 7)
+    assert (dead_ids, crashes) == ([f"j{poison}"], 7)
     assert len(store.list_jobs("done")) == 63
 
 

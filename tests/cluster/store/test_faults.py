@@ -21,12 +21,12 @@ from tests.support.stores import SQLiteFile, SyncStore, job, token_of
 class FailingConnection(sqlite3.Connection):
     """Connection whose k-th statement after it was armed fails; later statements succeed."""
 
-    left = 0
+    statements_left = 0
     error: Exception = sqlite3.OperationalError("disk I/O error")
 
     def _count(self) -> None:
-        FailingConnection.left -= 1
-        if FailingConnection.left == 0:
+        FailingConnection.statements_left -= 1
+        if FailingConnection.statements_left == 0:
             raise FailingConnection.error
 
     def execute(self, *values: Any) -> sqlite3.Cursor:
@@ -47,22 +47,22 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[FailingConnection]:
     return FailingConnection
 
 
-def in_one_transaction(store: SyncStore, arm: Callable[[], None], *waiting: Awaitable[Any]) -> list[Any]:
+def in_one_transaction(store: SyncStore, arm: Callable[[], None], *operations: Awaitable[Any]) -> list[Any]:
     """Queue operations behind one that blocks the database thread, so that they share a transaction."""
-    entered, go_on = threading.Event(), threading.Event()
+    started, resumption = threading.Event(), threading.Event()
 
     def gate() -> Any:
         yield Statement("SELECT 1")
-        entered.set()
-        go_on.wait()
+        started.set()
+        resumption.wait()
         return Outcome(None)
 
     async def enqueue() -> None:
-        entered.wait()
+        started.wait()
         store.loop.call_soon(arm)
-        store.loop.call_soon(go_on.set)
+        store.loop.call_soon(resumption.set)
 
-    return store.all(store.store.run(gate), enqueue(), *waiting)[2:]
+    return store.all(store.store.run(gate), enqueue(), *operations)[2:]
 
 
 def run(store: SyncStore, sql: str) -> Any:
@@ -93,7 +93,7 @@ def test_failed_statement_leaves_no_partial_operation(failing, tmp_path, error):
         x, y = (token_of(lease) for lease in store.lease("w", ["m"], 2))
 
         def arm(k: int = k) -> None:
-            failing.left = 2 + k  # the gate's own RELEASE and COMMIT go first
+            failing.statements_left = 2 + k  # the gate's own RELEASE and COMMIT go first
 
         def calls(store: SyncStore = store, x: Any = x, y: Any = y) -> list[Awaitable[Any]]:
             inner = store.store
@@ -105,17 +105,17 @@ def test_failed_statement_leaves_no_partial_operation(failing, tmp_path, error):
             ]
 
         results = in_one_transaction(store, arm, *calls())
-        failing.left = 0
+        failing.statements_left = 0
         failures.append([isinstance(result, Exception) for result in results])
         assert all(isinstance(result, Unavailable | MemoryError) for result in results if isinstance(result, Exception))
         assert store.check() == "ok"
-        happened = [
+        effects = [
             store.snapshot("b") is not None,
             store.snapshot("x").logged == 2,
             store.snapshot("y").state == "done",
             store.snapshot("z").state == "cancelled",
         ]
-        assert happened == [not failed for failed in failures[-1]]
+        assert effects == [not failed for failed in failures[-1]]
         assert store.all(*calls()) == ["b", {"x": 2}, True, "cancelled"]
         assert (store.snapshot("x").logged, store.snapshot("y").logged, store.check()) == (2, 1, "ok")
         location.close()
@@ -141,8 +141,8 @@ def test_full_disk_is_reported_and_survived(location, tmp_path):
         assert (store.snapshot(f"j{n}") is not None) == (result == f"j{n}")
     assert store.finish(status.lease_token, "done", b"small") is True  # what needs no room goes on
     run(store, "PRAGMA max_page_count = 1000000")
-    again = store.all(*(store.store.submit(job(f"j{n}", body=bytes(9000))) for n in range(8)))
-    assert again == [f"j{n}" for n in range(8)]
+    job_ids = store.all(*(store.store.submit(job(f"j{n}", body=bytes(9000))) for n in range(8)))
+    assert job_ids == [f"j{n}" for n in range(8)]
     assert store.check() == "ok"
 
 
@@ -150,11 +150,11 @@ def test_connection_is_replaced_after_a_failed_rollback(failing, file, monkeypat
     store = file.open()
     store.submit(job("a"))
     execute = failing.execute
-    broken: set[sqlite3.Connection] = set()
+    connections: set[sqlite3.Connection] = set()
 
     def fails(self: FailingConnection, sql: str, *values: Any) -> sqlite3.Cursor:
-        broken.add(self)
-        if sql in ("COMMIT", "ROLLBACK") and len(broken) == 1:
+        connections.add(self)
+        if sql in ("COMMIT", "ROLLBACK") and len(connections) == 1:
             raise sqlite3.OperationalError("disk I/O error")
         return execute(self, sql, *values)
 
@@ -163,7 +163,7 @@ def test_connection_is_replaced_after_a_failed_rollback(failing, file, monkeypat
         store.submit(job("b"))
     assert store.snapshot("b") is None
     assert store.submit(job("b")) == "b"
-    assert len(broken) == 2
+    assert len(connections) == 2
 
 
 def test_failed_connection_is_retried(failing, file, monkeypatch):
@@ -191,25 +191,25 @@ def test_commits_are_flushed(file):
 
 
 def test_file_is_opened_by_one_store(file):
-    first = file.open()
+    store = file.open()
     with pytest.raises(Unavailable, match="in use by another gateway"):
         file.open()
-    other = sqlite3.connect(file.where, timeout=0)
+    connection = sqlite3.connect(file.where, timeout=0)
     with pytest.raises(sqlite3.OperationalError, match="locked"):
-        other.execute("SELECT COUNT(*) FROM jobs")
-    other.close()
-    first.submit(job("a"))
-    first.close()
+        connection.execute("SELECT COUNT(*) FROM jobs")
+    connection.close()
+    store.submit(job("a"))
+    store.close()
     assert file.open().snapshot("a") is not None
 
 
 def test_file_used_by_another_program_is_refused(file):
     file.open().close()
-    other = sqlite3.connect(file.where)
-    other.execute("BEGIN EXCLUSIVE")
+    connection = sqlite3.connect(file.where)
+    connection.execute("BEGIN EXCLUSIVE")
     with pytest.raises(Unavailable, match="in use by another program"):
         file.open()
-    other.close()
+    connection.close()
     assert file.open().check() == "ok"
 
 
@@ -222,26 +222,26 @@ def test_file_of_another_version_is_refused(file):
 
 
 def another_database(path: Path) -> None:
-    other = sqlite3.connect(path)
-    other.execute("CREATE TABLE jobs (what TEXT)")
-    other.commit()
-    other.close()
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE jobs (what TEXT)")
+    connection.commit()
+    connection.close()
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make_file", "reason"),
     [
         (another_database, "is not a job store"),
         (lambda path: path.write_text("a diary\n" * 999), "is damaged"),
         (lambda path: path.mkdir(), "cannot be used"),
     ],
 )
-def test_other_files_are_refused_and_unchanged(file, make, says):
+def test_other_files_are_refused_and_unchanged(file, make_file, reason):
     path = Path(file.where)
-    make(path)
+    make_file(path)
     before = path.read_bytes() if path.is_file() else b""
     for _ in range(2):
-        with pytest.raises(StoreError, match=says):
+        with pytest.raises(StoreError, match=reason):
             file.open()
     assert (path.read_bytes() if path.is_file() else b"") == before
 
@@ -252,8 +252,8 @@ def test_damaged_file_is_refused(file):
         store.submit(job(f"j{n}", body=bytes(500)))
     store.close()
     path = Path(file.where)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:20480] + bytes(8192) + whole[28672:])
+    content = path.read_bytes()
+    path.write_bytes(content[:20480] + bytes(8192) + content[28672:])
     with pytest.raises(StoreError, match="is damaged"):
         file.open()
 

@@ -32,9 +32,9 @@ def lines_until_done(child: subprocess.Popen[str]) -> list[str]:
     return lines
 
 
-def reported(lines: Sequence[str], what: str) -> set[str]:
+def reported(lines: Sequence[str], event: str) -> set[str]:
     """Return the ids of jobs that a child has reported, without a line that its death cut off."""
-    return {line.split()[1] for line in lines if line.startswith(f"{what} ") and line.endswith("\n")}
+    return {line.split()[1] for line in lines if line.startswith(f"{event} ") and line.endswith("\n")}
 
 
 def check_jobs(store: SyncStore, submitted: set[str], done: set[str]) -> None:
@@ -88,10 +88,10 @@ def test_repeated_random_kills_lose_nothing(tmp_path):
     assert len(done) > 50
     check_jobs(store, submitted, done)
     store.release([status.lease_token for status in store.active_leases()])
-    left = store.lease("w", ["m"], 9999)
+    leases = store.lease("w", ["m"], 9999)
     ended = {snapshot.job.id for snapshot in store.list_jobs("done", 10**6)}
-    assert {lease.job.id for lease in left} | ended >= submitted
-    assert not {lease.job.id for lease in left} & ended
+    assert {lease.job.id for lease in leases} | ended >= submitted
+    assert not {lease.job.id for lease in leases} & ended
     location.close()
 
 

@@ -10,10 +10,10 @@ from tests.support.stores import job, token_of
 
 
 def test_lease_contains_the_job(store):
-    whole = job("a", tenant="t", cost=3, priority=2, idempotency_key="n", digest="d")
-    store.submit(whole)
+    submitted = job("a", tenant="t", cost=3, priority=2, idempotency_key="n", digest="d")
+    store.submit(submitted)
     [lease] = store.lease("w", ["m"], 5)
-    assert (lease.job, lease.fence, lease.log) == (whole, 1, ())
+    assert (lease.job, lease.fence, lease.log) == (submitted, 1, ())
     snapshot = store.snapshot("a")
     assert (snapshot.state, snapshot.fence, snapshot.worker, snapshot.attempts) == ("leased", 1, "w", 1)
     assert store.depths() == {"m": QueueDepth(leased=1)}
@@ -127,8 +127,8 @@ def test_stale_lease_writes_nothing(store):
     stale = token_of(first)
     store.append({stale: LogRecord(0, 2, b"xy")})
     store.release([stale])
-    for again in (False, True):
-        if again:
+    for leased_again in (False, True):
+        if leased_again:
             [second] = store.lease("two", ["m"], 1)
             assert second.log == (LogRecord(0, 2, b"xy"),)
         assert store.append({stale: LogRecord(2, 1, b"z")}) == {"a": None}
@@ -136,7 +136,7 @@ def test_stale_lease_writes_nothing(store):
         assert store.renew([stale]) == {"a": "fenced"}
         assert store.expire([LeaseStatus(stale, "one", 99)]) == []
         store.release([stale])
-        assert (store.snapshot("a").state, store.snapshot("a").logged) == ("leased" if again else "queued", 2)
+        assert (store.snapshot("a").state, store.snapshot("a").logged) == ("leased" if leased_again else "queued", 2)
     assert store.append({stale: LogRecord(2, 1, b"z"), token_of(second): LogRecord(2, 1, b"u")}) == {"a": 3}
     assert store.finish(token_of(second), "done", b"fresh") is True
     assert store.finish(stale, "done", b"stale") is False
@@ -147,8 +147,8 @@ def test_two_stores_share_their_state(location):
     """Two gateways share a store if its kind allows that."""
     if location.name == "sqlite":
         pytest.skip("one gateway only")
-    one, other = location.open(), location.open()
-    one.submit(job("a"))
-    assert other.lease_ids() == ["a"]
-    assert one.lease_ids() == []
-    assert [status.worker for status in one.active_leases()] == ["w"]
+    first, second = location.open(), location.open()
+    first.submit(job("a"))
+    assert second.lease_ids() == ["a"]
+    assert first.lease_ids() == []
+    assert [status.worker for status in first.active_leases()] == ["w"]

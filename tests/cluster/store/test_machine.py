@@ -32,7 +32,7 @@ STEPS = 100
 BOUNDS = StoreLimits(
     queued=14, queued_per_tenant=8, queued_cost=300, crashes=3, retention_ticks=2, max_ended=8, idempotency_ticks=3
 )
-some = st.integers(0, 10**6)
+numbers = st.integers(0, 10**6)
 
 
 class Machine(RuleBasedStateMachine):
@@ -61,15 +61,15 @@ class Machine(RuleBasedStateMachine):
         assert actual == expected, name
         return actual
 
-    def lease_token(self, which: int) -> LeaseToken:
+    def lease_token(self, choice: int) -> LeaseToken:
         """Return a lease token of the past. Every other time it is one of the last four."""
         if not self.lease_tokens:
             return LeaseToken("nobody's", 1)
-        last = self.lease_tokens[-4:] if which % 2 else self.lease_tokens
-        return last[which // 2 % len(last)]
+        last = self.lease_tokens[-4:] if choice % 2 else self.lease_tokens
+        return last[choice // 2 % len(last)]
 
-    def id(self, which: int) -> str:
-        return self.submitted[which % len(self.submitted)].id if self.submitted else "nobody's"
+    def id(self, choice: int) -> str:
+        return self.submitted[choice % len(self.submitted)].id if self.submitted else "nobody's"
 
     def check_jobs(self, *ids: str) -> None:
         """Assert that these jobs and the depths of the queues equal the model's."""
@@ -88,9 +88,9 @@ class Machine(RuleBasedStateMachine):
                 assert (snapshot.logged, snapshot.result) == (expected.logged, expected.result)
                 assert self.store.log(job_id) == expected.log
 
-    @rule(which=some)
-    def submit(self, which: int) -> None:
-        draw = random.Random(which)
+    @rule(choice=numbers)
+    def submit(self, choice: int) -> None:
+        draw = random.Random(choice)
         job = Job(
             id=f"j{len(self.submitted)}",
             model=draw.choice("mn"),
@@ -105,60 +105,63 @@ class Machine(RuleBasedStateMachine):
         self.same("submit", job)
         self.check_jobs(job.id)
 
-    @rule(which=some)
-    def submit_again(self, which: int) -> None:
+    @rule(choice=numbers)
+    def submit_again(self, choice: int) -> None:
         if self.submitted:
-            job = self.submitted[which % len(self.submitted)]
+            job = self.submitted[choice % len(self.submitted)]
             self.same("submit", job)
             self.check_jobs(job.id)
 
-    @rule(limit=st.integers(0, 5), models=st.sampled_from(["m", "n", "mn"]), suspects=st.booleans(), worker=some)
+    @rule(limit=st.integers(0, 5), models=st.sampled_from(["m", "n", "mn"]), suspects=st.booleans(), worker=numbers)
     def lease(self, limit: int, models: str, suspects: bool, worker: int) -> None:
-        who = f"w{worker % 3}"
-        leases = self.store.lease(who, list(models), limit, suspects=suspects)
+        worker_name = f"w{worker % 3}"
+        leases = self.store.lease(worker_name, list(models), limit, suspects=suspects)
         ids = [lease.job.id for lease in leases]
         if suspects:
             self.model.may_be_next_suspects(ids, models, limit)
         else:
             self.model.may_be_next(ids, models, limit)
-        self.model.lease(who, leases)
+        self.model.lease(worker_name, leases)
         self.lease_tokens += [LeaseToken(lease.job.id, lease.fence) for lease in leases]
         self.check_jobs(*ids)
 
-    @rule(which=st.lists(some, max_size=4))
-    def renew(self, which: list[int]) -> None:
-        lease_tokens = list({lease_token.id: lease_token for lease_token in map(self.lease_token, which)}.values())
+    @rule(choices=st.lists(numbers, max_size=4))
+    def renew(self, choices: list[int]) -> None:
+        lease_tokens = list({lease_token.id: lease_token for lease_token in map(self.lease_token, choices)}.values())
         self.same("renew", lease_tokens)
 
-    @rule(which=some, back=st.sampled_from([0, 0, 0, 1, 2, -1]), count=st.integers(1, 3))
-    def append(self, which: int, back: int, count: int) -> None:
+    @rule(choice=numbers, back=st.sampled_from([0, 0, 0, 1, 2, -1]), count=st.integers(1, 3))
+    def append(self, choice: int, back: int, count: int) -> None:
         """Append a record in order, again, across the end of the log, or with a gap."""
-        lease_token = self.lease_token(which)
+        lease_token = self.lease_token(choice)
         expected = self.model.jobs.get(lease_token.id)
-        record = LogRecord(max((expected.logged if expected else 0) - back, 0), count, b"%d" % which)
+        record = LogRecord(max((expected.logged if expected else 0) - back, 0), count, b"%d" % choice)
         assert self.store.append({lease_token: record}) == {lease_token.id: self.model.append(lease_token, record)}
         self.check_jobs(lease_token.id)
 
     @rule(
-        which=some, state=st.sampled_from(["done", "failed"]), back=st.sampled_from([None, None, 0, 1, -1]), count=some
+        choice=numbers,
+        state=st.sampled_from(["done", "failed"]),
+        back=st.sampled_from([None, None, 0, 1, -1]),
+        count=numbers,
     )
-    def finish(self, which: int, state: str, back: int | None, count: int) -> None:
-        lease_token = self.lease_token(which)
+    def finish(self, choice: int, state: str, back: int | None, count: int) -> None:
+        lease_token = self.lease_token(choice)
         expected = self.model.jobs.get(lease_token.id)
         start = max((expected.logged if expected else 0) - (back or 0), 0)
         last = None if back is None else LogRecord(start, 1 + count % 2, b"last")
-        self.same("finish", lease_token, state, b"%d" % which, last)
+        self.same("finish", lease_token, state, b"%d" % choice, last)
         self.check_jobs(lease_token.id)
 
-    @rule(which=st.lists(some, max_size=4))
-    def release(self, which: list[int]) -> None:
-        lease_tokens = list(map(self.lease_token, which))
+    @rule(choices=st.lists(numbers, max_size=4))
+    def release(self, choices: list[int]) -> None:
+        lease_tokens = list(map(self.lease_token, choices))
         self.same("release", lease_tokens)
         self.check_jobs(*(lease_token.id for lease_token in lease_tokens))
 
-    @rule(which=st.lists(some, max_size=4))
-    def forgive_crash(self, which: list[int]) -> None:
-        lease_tokens = list(map(self.lease_token, which))
+    @rule(choices=st.lists(numbers, max_size=4))
+    def forgive_crash(self, choices: list[int]) -> None:
+        lease_tokens = list(map(self.lease_token, choices))
         self.same("forgive_crash", lease_tokens)
         self.check_jobs(*(lease_token.id for lease_token in lease_tokens))
 
@@ -174,7 +177,7 @@ class Machine(RuleBasedStateMachine):
     def leased(self) -> list[Any]:
         return [expected for expected in self.model.jobs.values() if expected.state == "leased"]
 
-    @rule(worker=some, fresh=st.booleans())
+    @rule(worker=numbers, fresh=st.booleans())
     def expire(self, worker: int, fresh: bool) -> None:
         """Expire a worker's leases by their status now or some time ago."""
         if fresh:
@@ -183,15 +186,15 @@ class Machine(RuleBasedStateMachine):
         self.same("expire", active_leases)
         self.check_jobs(*(status.lease_token.id for status in active_leases))
 
-    @rule(which=some)
-    def cancel(self, which: int) -> None:
-        self.same("cancel", self.id(which))
-        self.check_jobs(self.id(which))
+    @rule(choice=numbers)
+    def cancel(self, choice: int) -> None:
+        self.same("cancel", self.id(choice))
+        self.check_jobs(self.id(choice))
 
-    @rule(which=some)
-    def revive(self, which: int) -> None:
+    @rule(choice=numbers)
+    def revive(self, choice: int) -> None:
         dead = [job_id for job_id, expected in self.model.jobs.items() if expected.state == "dead"]
-        job_id = dead[which % len(dead)] if dead else self.id(which)
+        job_id = dead[choice % len(dead)] if dead else self.id(choice)
         self.same("revive", job_id)
         self.check_jobs(job_id)
 
@@ -202,11 +205,11 @@ class Machine(RuleBasedStateMachine):
         assert self.store.tick(-1) == self.model.tick_count
         self.check_jobs()
 
-    @rule(which=st.integers(0, 5))
-    def crash(self, which: int) -> None:
-        if which == 0:
-            old, self.store = self.store, self.place.crash(self.store, BOUNDS)
-            old.close()
+    @rule(choice=st.integers(0, 5))
+    def crash(self, choice: int) -> None:
+        if choice == 0:
+            old_store, self.store = self.store, self.place.crash(self.store, BOUNDS)
+            old_store.close()
             self.check_everything()
 
     def check_everything(self) -> None:
@@ -253,10 +256,10 @@ class Files:
         return self._places[-1].open(limits)
 
     def crash(self, store: SyncStore, limits: StoreLimits) -> SyncStore:
-        old = Path(self._places[-1].where)
-        new = self._new()
-        for name in (old.name, f"{old.name}-wal"):
-            shutil.copy(old.with_name(name), new / name)
+        old_path = Path(self._places[-1].where)
+        folder = self._new()
+        for name in (old_path.name, f"{old_path.name}-wal"):
+            shutil.copy(old_path.with_name(name), folder / name)
         return self.open(limits)
 
     def close(self) -> None:
@@ -278,8 +281,8 @@ class Databases:
         self._database.server.sql("DROP SCHEMA IF EXISTS moesaic CASCADE", self._database.database)
 
     def crash(self, store: SyncStore, limits: StoreLimits) -> SyncStore:
-        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'moesaic'"
-        self._database.server.sql(end, self._database.database)
+        statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'moesaic'"
+        self._database.server.sql(statement, self._database.database)
         return self.open(limits)
 
 

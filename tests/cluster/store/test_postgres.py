@@ -18,11 +18,11 @@ from tests.support.stores import SyncStore, job, token_of
 DEADLINE = 60.0
 
 
-def wait_until(store: SyncStore, done: Callable[[], bool]) -> None:
+def wait_until(store: SyncStore, condition: Callable[[], bool]) -> None:
     """Wait until ``done`` returns True."""
-    until = time.monotonic() + DEADLINE
-    while not done():
-        assert time.monotonic() < until
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
         store.loop.run_until_complete(asyncio.sleep(0.02))
 
 
@@ -38,7 +38,7 @@ def test_gateways_never_share_a_job(database):
     stores = [database.open(), database.open()]
     for n in range(120):
         stores[n % 2].submit(job(f"j{n}", tenant=f"t{n % 3}"))
-    done: list[str] = []
+    finished_ids: list[str] = []
 
     async def work(store: Any, worker: str) -> None:
         while leases := await store.lease(worker, ["m"], 3):
@@ -46,39 +46,41 @@ def test_gateways_never_share_a_job(database):
                 if n == 2 and lease.fence < 4:
                     await store.release([token_of(lease)])
                 elif await store.finish(token_of(lease), "done", worker.encode()):
-                    done.append(lease.job.id)
+                    finished_ids.append(lease.job.id)
 
     store = stores[0]
     store.all(*(work(gateway_store.store, f"w{n}{i}") for n, gateway_store in enumerate(stores) for i in range(3)))
     wait_until(store, lambda: not store.active_leases())
-    assert sorted(done) == sorted(f"j{n}" for n in range(120))
+    assert sorted(finished_ids) == sorted(f"j{n}" for n in range(120))
     assert store.check() == "ok"
 
 
 def test_keys_and_limits_hold_across_gateways(database):
     limits = StoreLimits(queued_per_tenant=5)
     stores = [database.open(limits).store for _ in range(3)]
-    one = database.open(limits)
-    ids = one.all(*(stores[n % 3].submit(job(f"a{n}", tenant="t", idempotency_key="n")) for n in range(60)))
+    store = database.open(limits)
+    ids = store.all(*(stores[n % 3].submit(job(f"a{n}", tenant="t", idempotency_key="n")) for n in range(60)))
     assert len(set(ids)) == 1
-    results = one.all(*(stores[n % 3].submit(job(f"b{n}", tenant="u")) for n in range(60)))
+    results = store.all(*(stores[n % 3].submit(job(f"b{n}", tenant="u")) for n in range(60)))
     assert sum(isinstance(result, str) for result in results) == 5
-    assert one.check() == "ok"
+    assert store.check() == "ok"
 
 
 def test_gateways_notify_each_other(database):
-    one, other = database.open(), database.open()
+    first, second = database.open(), database.open()
     notified: list[str] = []
-    own: list[str] = []
-    one.listen(notified.extend)
-    other.listen(own.extend)
+    own_notified: list[str] = []
+    first.listen(notified.extend)
+    second.listen(own_notified.extend)
     ids = [f"{n}-{'x' * 300}" for n in range(60)]  # more than one notification has room for
-    other.all(*(other.store.submit(job(job_id)) for job_id in ids))
-    wait_until(one, lambda: "" in notified)
-    other.lease("w", ["m"], 60)
-    wait_until(one, lambda: set(notified) == {"", *ids})
-    one.loop.run_until_complete(asyncio.sleep(0.2))
-    assert sorted(job_id for job_id in own if job_id) == sorted(ids), "a gateway is notified once of its own changes"
+    second.all(*(second.store.submit(job(job_id)) for job_id in ids))
+    wait_until(first, lambda: "" in notified)
+    second.lease("w", ["m"], 60)
+    wait_until(first, lambda: set(notified) == {"", *ids})
+    first.loop.run_until_complete(asyncio.sleep(0.2))
+    assert sorted(job_id for job_id in own_notified if job_id) == sorted(ids), (
+        "a gateway is notified once of its own changes"
+    )
 
 
 def test_locked_row_is_skipped(database):
@@ -101,45 +103,45 @@ def test_locked_row_is_skipped(database):
 
 def test_hanging_gateway_does_not_block_others(database, monkeypatch):
     monkeypatch.setitem(postgres._SETTINGS, "idle_in_transaction_session_timeout", "500ms")
-    one, other = database.open(), database.open()
-    one.submit(job("a"))
-    connection = one.store.database._connection
-    one.loop.run_until_complete(connection.execute("BEGIN; SELECT FROM store FOR UPDATE"))
-    assert other.submit(job("b")) == "b"
-    wait_until(one, lambda: submits(one, "c"))
-    assert one.check() == "ok"
+    first, second = database.open(), database.open()
+    first.submit(job("a"))
+    connection = first.store.database._connection
+    first.loop.run_until_complete(connection.execute("BEGIN; SELECT FROM store FOR UPDATE"))
+    assert second.submit(job("b")) == "b"
+    wait_until(first, lambda: submits(first, "c"))
+    assert first.check() == "ok"
 
 
 def test_server_restart_is_survived(server, database):
-    one, other = database.open(), database.open()
+    first, second = database.open(), database.open()
     notified: list[str] = []
-    one.listen(notified.extend)
+    first.listen(notified.extend)
     for n in range(20):
-        one.submit(job(f"j{n}"))
-    leases = one.lease("w", ["m"], 5)
+        first.submit(job(f"j{n}"))
+    leases = first.lease("w", ["m"], 5)
     server.stop("immediate")
     try:
         for _ in range(2):
-            results = one.all(*(one.store.submit(job(f"k{n}")) for n in range(100)))
+            results = first.all(*(first.store.submit(job(f"k{n}")) for n in range(100)))
             assert {type(result) for result in results} == {Unavailable}
         with pytest.raises(Unavailable):
             database.open()
     finally:
         server.start()
-    for store in (one, other):
+    for store in (first, second):
         wait_until(store, lambda store=store: submits(store, "back"))
-    assert one.renew([token_of(lease) for lease in leases]) == {f"j{n}": "ok" for n in range(5)}
-    assert one.check() == "ok"
-    assert one.depths()["m"].queued == 16
+    assert first.renew([token_of(lease) for lease in leases]) == {f"j{n}": "ok" for n in range(5)}
+    assert first.check() == "ok"
+    assert first.depths()["m"].queued == 16
 
     def is_notified() -> bool:
         """Return whether the first gateway is notified of a change; its listener reconnects after a while."""
-        other.submit(job("news"))
-        other.renew([token_of(other.lease("w", ["m"], 99)[-1])])
-        other.release([status.lease_token for status in other.active_leases()])
+        second.submit(job("news"))
+        second.renew([token_of(second.lease("w", ["m"], 99)[-1])])
+        second.release([status.lease_token for status in second.active_leases()])
         return "news" in notified
 
-    wait_until(one, is_notified)
+    wait_until(first, is_notified)
 
 
 def test_connection_lost_in_a_transaction(database):
@@ -176,17 +178,17 @@ AT_COMMIT = """CREATE CONSTRAINT TRIGGER no AFTER INSERT ON moesaic.jobs DEFERRA
     FOR EACH ROW EXECUTE FUNCTION moesaic.no()"""
 
 
-@pytest.mark.parametrize("when", [AT_ONCE, AT_COMMIT], ids=["statement", "commit"])
-def test_full_disk_is_reported_and_survived(server, database, when):
+@pytest.mark.parametrize("trigger", [AT_ONCE, AT_COMMIT], ids=["statement", "commit"])
+def test_full_disk_is_reported_and_survived(server, database, trigger):
     """If a statement fails, its operation fails; if the commit fails, all operations in it fail."""
     store = database.open()
     server.sql(RAISE, database.database)
-    server.sql(when, database.database)
+    server.sql(trigger, database.database)
     ids = ["a", "bad", "b"]
     results = store.all(*(store.store.submit(job(job_id)) for job_id in ids))
-    failed = [isinstance(result, StorageFull) for result in results]
-    assert failed == ([False, True, False] if when == AT_ONCE else [True, True, True])
-    assert [store.snapshot(job_id) is None for job_id in ids] == failed
+    failures = [isinstance(result, StorageFull) for result in results]
+    assert failures == ([False, True, False] if trigger == AT_ONCE else [True, True, True])
+    assert [store.snapshot(job_id) is None for job_id in ids] == failures
     assert store.submit(job("c")) == "c"
     server.sql("DROP TRIGGER no ON moesaic.jobs", database.database)
     wait_until(store, lambda: submits(store, "bad"))
