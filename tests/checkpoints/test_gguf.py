@@ -111,7 +111,7 @@ def test_experts_of_different_types_are_decoded(tmp_path):
 
 def test_quantized_weights_are_rounded_again_only_on_demand(tmp_path):
     path = TinyFile("Q4_0").write(tmp_path / "tiny.gguf")
-    with pytest.raises(InvalidParameter, match="int4 would round the .* weights of .* a second time"):
+    with pytest.raises(InvalidParameter, match=r"int4 would round the .* weights of .* a second time"):
         load_model(path, weight_format="int4")
     assert load_model(path, weight_format="int4", requantize=True).model.blocks[0].mlp.up.weight.name == "int4"
     plain = TinyFile("F16").write(tmp_path / "plain.gguf")
