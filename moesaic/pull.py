@@ -323,7 +323,7 @@ def _receive(
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):
-    """Redirect handler that does not follow redirects from https to http, which are not protected."""
+    """Redirect handler that refuses redirects from https to http, because http is not protected."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str

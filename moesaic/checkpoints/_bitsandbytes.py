@@ -202,11 +202,13 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _check_packed(name: str, view: View, state: State) -> None:
-    """Raise CheckpointError unless the tensor has half a byte for each weight, all along its first axis."""
+    """Raise CheckpointError unless the tensor is [n, 1], in any dtype, and has half a byte for each weight."""
     info, needed = view.info, -(-math.prod(state.shape) // 2)
     if info.nbytes != needed or not info.shape or info.shape[0] * info.dtype.itemsize != needed:
         problem = f"{name} is {list(info.shape)} {str(info.dtype).removeprefix('torch.')}"
-        raise CheckpointError(info.file, f"{problem}, expected one column of {needed} bytes for {list(state.shape)}")
+        raise CheckpointError(
+            info.file, f"{problem}, expected {needed} bytes in one column for a weight {list(state.shape)}"
+        )
 
 
 def _check_scales(name: str, view: View, parts: Mapping[str, View], state: State) -> bool:

@@ -114,7 +114,7 @@ class BlockView:
         """Return the codes and scales of the weights, or of the part that ``index`` selects.
 
         Raises:
-            CheckpointError: the part cuts a block.
+            CheckpointError: the part begins or ends within a block.
         """
         columns, size = bounds(index, self.info.shape)[-1], self._decoder.type.elements
         if columns.start % size or columns.stop % size:

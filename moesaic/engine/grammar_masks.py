@@ -1,4 +1,4 @@
-"""Masks for the sequences of a step that may not continue with every token.
+"""Masks of the tokens with which the sequences of a step are allowed to continue.
 
 This module combines the grammar (a ``request.Constraint``), the allowed token ids, the forbidden continuations, stop
 ids and ``min_tokens``. It does not depend on a grammar library or on logits; ``sampler`` sets the logits of forbidden

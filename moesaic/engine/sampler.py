@@ -33,7 +33,7 @@ REMOVED = float("-inf")
 def sample(
     logits: Tensor, sequences: Listing[Sequence], allowed: Mapping[Sequence, NDArray[np.bool_]] | None = None
 ) -> dict[Sequence, list[Token]]:
-    """Return the next token of each sequence, in a list of one, from its row of ``logits`` [R, V].
+    """Draw the next token of each sequence from its row of ``logits`` [R, V]; return each as a list of one token.
 
     The logits must be finite. ``allowed`` has the mask [V] of each sequence that has one; a mask allows at least one
     token.

@@ -251,6 +251,6 @@ def write(path: Path, keys: tuple[Key, ...]) -> None:
 
 
 def from_environment(value: str) -> tuple[Key, ...]:
-    """Return the keys for the secrets in ``value``, separated by commas: the value of MOESAIC_API_KEYS."""
+    """Return a key for each of the secrets in ``value``, the comma-separated list in MOESAIC_API_KEYS."""
     secrets_given = [text.strip() for text in value.split(",") if text.strip()]
     return tuple(Key(f"{ENVIRONMENT}{number}", digest(secret)) for number, secret in enumerate(secrets_given, 1))

@@ -143,7 +143,7 @@ class _HiddenNames:
         self.stops = (*stops, *(stop for stop in marked if stop not in stops))
 
     def hide(self, text: str) -> str:
-        """Return ``text``, which was searched, without the surrogates for special tokens."""
+        """Return ``text`` without the characters that stood for special tokens while stop strings were searched."""
         return text.translate(self._remove) if self._remove else text
 
     def name(self, stop: str) -> str:

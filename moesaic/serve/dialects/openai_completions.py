@@ -284,10 +284,11 @@ def answer_offsets(tokens: Sequence[TokenInfo], echoed: str) -> list[int]:
 
 
 def top_logprobs(token: TokenInfo, *, as_ids: bool) -> dict[str, float | None] | None:
-    """Return the log-probabilities of a token and its most likely alternatives by their text, the highest first.
+    """Return the log-probabilities of a token and of its likeliest alternatives, the highest first.
 
-    An alternative whose text is taken already, and with ``as_ids`` every token, is named ``token_id:...``. None: the
-    token has no log-probability or no alternatives.
+    The keys are the texts of the tokens. If two tokens have the same text, the second has the key ``token_id:...``;
+    with ``as_ids``, every token has such a key. The result is None if the token has no log-probability or no
+    alternatives.
     """
     if token.logprob is None or not token.top:
         return None
