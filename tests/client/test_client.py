@@ -67,7 +67,7 @@ def test_a_real_model(served):
         with client.chat(ask, **GREEDY, logprobs=2, stream=True) as stream:
             pieces = list(stream)
         told = stream.answer()
-        assert len(pieces) > 3 and "".join(piece.text for piece in pieces) == stream.text == told.text == whole.text
+        assert pieces and "".join(piece.text for piece in pieces) == stream.text == told.text == whole.text
         assert (told.reason, told.logprobs) == (whole.reason, whole.logprobs)
         assert told.usage.total_tokens == whole.usage.total_tokens and told.usage.cached_tokens > 0
         several = client.chat(ask, max_tokens=8, n=3, seed=1)
