@@ -337,6 +337,8 @@ class LeaseManager:
         session = self._workers.session(worker)
         session.leaving = session.leaving or leaving
         await self._release(session, leases)
+        if leaving:  # the others never reached the worker, whose last request for jobs was cut off
+            await self._requeue([status.lease_token for status in await self._leases_of(worker)])
 
     async def _release(self, session: WorkerSession, leases: Sequence[LeaseToken]) -> None:
         own = [lease_token for lease_token in leases if await self._is_of(session.name, lease_token)]

@@ -165,6 +165,19 @@ def test_crash_is_forgiven_when_the_worker_is_alive(tmp_path, stalled):
     run(main)
 
 
+def test_leases_that_a_leaving_worker_never_received_are_no_crash(tmp_path):
+    async def main() -> None:
+        async with open_gateway(tmp_path) as gateway:
+            subscription, lease_token = await leased(gateway)
+            await gateway.leases.release("w", [], leaving=True)
+            await gateway.leases.unregister("w")
+            job = await look(gateway, lease_token)
+            assert (job.state, job.crashes) == ("queued", 0) and gateway.leases.expired == 0
+            subscription.cancel()
+
+    run(main)
+
+
 def test_repeated_network_failures_kill_no_job(tmp_path):
     async def main() -> None:
         async with open_gateway(tmp_path) as gateway:
