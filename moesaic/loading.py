@@ -198,12 +198,7 @@ def _build(
 ) -> Decoder:
     """Return the model that ``checkpoint`` describes, its weights allocated on ``device`` but not read."""
     name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
-    if weight_format is None:
-        chosen = models.choose(name, name) | checkpoint.kept_formats()
-    else:
-        chosen = models.choose(weight_format, name)
-        if not requantize:
-            packed.refuse_second_rounding(checkpoint, chosen)
+    chosen = packed.choose_formats(checkpoint, weight_format, name, requantize=requantize)
     return models.build(checkpoint.config, checkpoint.path, chosen, dtype=getattr(torch, name), device=device)
 
 

@@ -97,7 +97,6 @@ def _about(llm: LLM) -> Mapping[str, Any]:
         "layout": llm.loaded.layout,
         "dtype": str(llm.loaded.model.dtype).removeprefix("torch."),
         "device": weight.device.type,
-        "weights": [str(group) for group in llm.loaded.weights],
         "bos_token": None if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
         "eos_token": tokenizer.piece(ends[0]) if ends else None,
         "chat_format": llm.format.name,

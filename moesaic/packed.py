@@ -83,11 +83,9 @@ def pack(
         models.choose(weight_format, "float32")  # refuses an unknown format before anything is read
     with checkpoints.open_checkpoint(src) as checkpoint:
         name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
-        chosen = models.choose(weight_format or name, name)
-        if weight_format is None:
-            chosen |= _kept(checkpoint)
-        elif not requantize:
-            refuse_second_rounding(checkpoint, chosen)
+        if weight_format is None and not checkpoint.kept_formats():
+            raise InvalidParameter("format", f"is missing: {checkpoint.path} has no quantized weights that can be kept")
+        chosen = choose_formats(checkpoint, weight_format, name, requantize=requantize)
         with _write.new_folder(Path(dst), checkpoint) as folder:
             names = {key: str(value) for key, value in chosen.items()}
             manifest = PackedManifest(name, names, dict(checkpoint.config), _write.generation_config(checkpoint))
@@ -98,24 +96,30 @@ def pack(
             create(folder, manifest, store_weights)
 
 
-def _kept(checkpoint: checkpoints.Checkpoint) -> dict[str, WeightFormat]:
-    """Return the formats of the weights that keep their codes; raise InvalidParameter if there are none."""
-    kept = checkpoint.kept_formats()
-    if not kept:
-        raise InvalidParameter("format", f"is missing: {checkpoint.path} has no quantized weights that can be kept")
-    return kept
+def choose_formats(
+    checkpoint: checkpoints.Checkpoint, weight_format: str | None, plain: str, *, requantize: bool
+) -> dict[str, WeightFormat]:
+    """Return the format of each role of weights, and of single tensors by name, as ``models.build`` takes them.
 
+    Args:
+        checkpoint: the open checkpoint.
+        weight_format: formats as ``models.choose`` reads them; None: quantized weights keep their codes.
+        plain: name of the format of other weights.
+        requantize: whether ``weight_format`` may round weights that are quantized already.
 
-def refuse_second_rounding(checkpoint: checkpoints.Checkpoint, roles: Mapping[str, WeightFormat]) -> None:
-    """Raise InvalidParameter if the formats of ``roles`` would round weights that are quantized already.
-
-    The format of an embedding cannot be chosen, so it is not looked at.
+    Raises:
+        InvalidParameter: the format would round quantized weights. That of an embedding cannot be chosen, so it is not
+            looked at.
     """
-    for name in checkpoint.quantized:
+    if weight_format is None:
+        return models.choose(plain, plain) | checkpoint.kept_formats()
+    roles = models.choose(weight_format, plain)
+    for name in () if requantize else checkpoint.quantized:
         role = models.role(name)
         if role in models.QUANTIZED and str(roles[role]) != "float32":
             problem = f"{roles[role]} would round the {role} weights of {checkpoint.path} a second time"
             raise InvalidParameter("format", f"{problem}; leave --format out to keep them, or add --requantize")
+    return roles
 
 
 def create(folder: Path, manifest: PackedManifest, store_weights: Callable[[Decoder], object]) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from moesaic import registry
 from moesaic.checkpoints._foreign import refuse_adapter, refuse_adapter_config, refuse_names
-from moesaic.checkpoints._views import CodedView, Index, TensorInfo, View
+from moesaic.checkpoints._views import CodedView, Index, TensorInfo, View, dtype_name
 from moesaic.errors import CheckpointError, NotFound
 from moesaic.formats import Slot, WeightFormat
 
@@ -108,7 +108,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
 
     def stored_type(self, name: str) -> str:
         """Return the type of tensor ``name`` on disk: the kind of its codes, such as Q4_1, or its dtype."""
-        return self.quantized[name].kind if name in self.quantized else _dtype_name(self.tensors[name].dtype)
+        return self.quantized[name].kind if name in self.quantized else dtype_name(self.tensors[name].dtype)
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """Return tensor ``name``, or the part of it that ``index`` selects; only that part is read.
@@ -246,8 +246,8 @@ def _check_tensors(wanted: Mapping[str, list[Slot]], checkpoint: Checkpoint) -> 
     for name in wanted:
         info = tensors[name]
         if info.dtype not in PLAIN_DTYPES:
-            names = ", ".join(_dtype_name(dtype) for dtype in PLAIN_DTYPES)
-            problem = f"{name} has the wrong dtype: expected {names}, found {_dtype_name(info.dtype)}"
+            names = ", ".join(dtype_name(dtype) for dtype in PLAIN_DTYPES)
+            problem = f"{name} has the wrong dtype: expected {names}, found {dtype_name(info.dtype)}"
             raise CheckpointError(info.file, problem)
 
 
@@ -295,10 +295,6 @@ def _more(names: list[str]) -> str:
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _is_ignored(name: str, checkpoint: Checkpoint) -> bool:
     """Return whether the tensor ``name``, which no slot takes, may be ignored; ``check_head`` compares a tied head."""
     if (name == HEAD and _tied_with_head(checkpoint)) or ignored_reason(name) is not None:
@@ -341,7 +337,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
         return checkpoint.preferred_dtype
     sizes: dict[str, int] = {}
     for info in checkpoint.tensors.values():
-        name = _dtype_name(info.dtype)
+        name = dtype_name(info.dtype)
         sizes[name] = sizes.get(name, 0) + info.nbytes
     most_used = max(sizes, key=lambda name: sizes[name], default="float32")
     return most_used if most_used in FLOAT_DTYPES else "float32"

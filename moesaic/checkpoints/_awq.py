@@ -36,10 +36,7 @@ _ALIASES = {"w_bit": "bits", "q_group_size": "group_size"}
 def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: Path) -> dict[str, View]:
     """Return ``stored`` with the weights of quantized modules, as ``GroupedWeight``, in place of their tensors.
 
-    Args:
-        stored: all tensors of the checkpoint.
-        settings: the settings of the quantization, ``quantization_config`` of config.json.
-        path: the file that holds the settings.
+    ``_quantized`` describes the arguments.
 
     Raises:
         ConfigError: a setting is not supported.

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from moesaic.checkpoints._coded import Coded, check_matrix, common_step, grouped, refuse_codes
 from moesaic.checkpoints._fields import Fields
-from moesaic.checkpoints._views import Shape, View
+from moesaic.checkpoints._views import Shape, View, dtype_name
 from moesaic.errors import CheckpointError
 from moesaic.formats import Codes
 from moesaic.formats.grouped import TABLES
@@ -54,10 +54,7 @@ _ROW_ORDER = 0
 def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: Path) -> dict[str, View]:
     """Return the tensors of a checkpoint with one view for each quantized weight; other tensors stay as they are.
 
-    Args:
-        stored: the tensors by their names on disk.
-        settings: the value of ``quantization_config``.
-        path: the file that holds the settings.
+    ``_quantized`` describes the arguments.
 
     Raises:
         ConfigError: a key of the settings is not known.
@@ -158,7 +155,7 @@ class Blocks(Coded):
         self._packed, self._parts, self._state = view, parts, state
         scale = torch.float32 if nested else parts["absmax"].info.dtype
         step = common_step(state.shape[1], state.block)
-        decoder = grouped(step, scale=str(scale).removeprefix("torch."), levels=state.levels)
+        decoder = grouped(step, scale=dtype_name(scale), levels=state.levels)
         super().__init__(view, state.shape, step, decoder)
 
     def _part(self, rows: slice, columns: slice) -> Codes:
@@ -205,7 +202,7 @@ def _check_packed(name: str, view: View, state: State) -> None:
     """Raise CheckpointError unless the tensor is [n, 1], in any dtype, and has half a byte for each weight."""
     info, needed = view.info, -(-math.prod(state.shape) // 2)
     if info.nbytes != needed or not info.shape or info.shape[0] * info.dtype.itemsize != needed:
-        problem = f"{name} is {list(info.shape)} {str(info.dtype).removeprefix('torch.')}"
+        problem = f"{name} is {list(info.shape)} {dtype_name(info.dtype)}"
         raise CheckpointError(
             info.file, f"{problem}, expected {needed} bytes in one column for a weight {list(state.shape)}"
         )

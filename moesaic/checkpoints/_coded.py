@@ -15,14 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moesaic.checkpoints._views import Index, Shape, TensorInfo, View, bounds, sizes
+from moesaic.checkpoints._views import Index, Shape, TensorInfo, View, bounds, dtype_name, sizes
 from moesaic.errors import CheckpointError
 from moesaic.formats import Codes
-from moesaic.formats._threads import for_each
+from moesaic.formats._threads import for_each_chunk
 from moesaic.formats.grouped import Format
 
-CHUNK = 1 << 18
-"""Number of weights that a thread decodes at a time: its temporary tensors then stay in the processor's cache."""
 LARGEST_STEP = 128
 GROUPS = (16, 32, 64, 128)
 """The lengths of a step that are also group sizes of the format ``grouped``."""
@@ -80,16 +78,13 @@ class Coded:
         raise NotImplementedError
 
     def _decode(self, codes: Codes) -> Tensor:
-        count, columns = codes.codes.shape
-        out = torch.empty(count, columns)
-        size = max(CHUNK // columns, 1)
+        out = torch.empty(codes.codes.shape)
 
-        def decode(begin: int) -> None:
-            span = slice(begin, begin + size)
+        def decode(span: slice) -> None:
             offset = None if codes.offset is None else codes.offset[span]
             out[span] = self._decoder.dequantize(Codes(codes.codes[span], codes.scale[span], offset))
 
-        for_each(decode, range(0, count, size), out.device)
+        for_each_chunk(decode, out.shape, out.device)
         return out
 
 
@@ -106,28 +101,12 @@ def grouped(step: int, **parameters: object) -> Format:
     return Format(group=step if step in GROUPS else LARGEST_STEP, **parameters)  # type: ignore[arg-type]
 
 
-def unpack_bits(packed: Tensor, bits: int) -> Tensor:
-    """Return the codes [..., n * 8 / bits] uint8 in bytes [..., n]; the lowest bits of a byte come first."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
-
-
-def unpack_words(view: View, bits: int, rows: slice, columns: slice) -> Tensor:
-    """Read codes [R, C] uint8 of ``bits`` bits from a matrix of int32, whose words hold 32 / bits codes of a row."""
-    count = 32 // bits
-    first, last = columns.start // count, -(-columns.stop // count)
-    words = view.read((rows, slice(first, last)))
-    if words.stride(-1) != 1:  # also a single column, which torch calls contiguous whatever its stride
-        words = words.clone(memory_format=torch.contiguous_format)
-    return unpack_bits(words.view(torch.uint8), bits)[:, columns.start - first * count : columns.stop - first * count]
-
-
 def check_matrix(name: str, view: View, shape: Shape, *dtypes: torch.dtype) -> None:
     """Raise CheckpointError unless the tensor ``name`` has this shape and one of these dtypes."""
     found = view.info
     if found.shape != shape or found.dtype not in dtypes:
-        names = " or ".join(_dtype_name(dtype) for dtype in dtypes)
-        problem = f"{name} is {list(found.shape)} {_dtype_name(found.dtype)}, expected {list(shape)} {names}"
+        names = " or ".join(dtype_name(dtype) for dtype in dtypes)
+        problem = f"{name} is {list(found.shape)} {dtype_name(found.dtype)}, expected {list(shape)} {names}"
         raise CheckpointError(found.file, problem)
 
 
@@ -137,8 +116,4 @@ def refuse_codes(name: str, view: View, missing: str) -> None:
     ``missing`` names the absent tensor for the message.
     """
     if not view.info.dtype.is_floating_point or view.info.dtype.itemsize == 1:
-        raise CheckpointError(view.info.file, f"{name} holds {_dtype_name(view.info.dtype)}, but {missing} is missing")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        raise CheckpointError(view.info.file, f"{name} holds {dtype_name(view.info.dtype)}, but {missing} is missing")

@@ -26,9 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.checkpoints._coded import Coded, Decoder, check_matrix, common_step, grouped, refuse_codes, unpack_words
+from moesaic.checkpoints._coded import Coded, Decoder, check_matrix, common_step, grouped, refuse_codes
 from moesaic.checkpoints._fields import Fields
-from moesaic.checkpoints._views import Shape, Transposed, View
+from moesaic.checkpoints._packed_integers import PackedIntegers
+from moesaic.checkpoints._packed_modules import by_module
+from moesaic.checkpoints._views import Shape, View, dtype_name
 from moesaic.errors import CheckpointError
 from moesaic.formats import Codes
 
@@ -70,21 +72,14 @@ class Scheme:
 def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: Path) -> dict[str, View]:
     """Return the tensors of a checkpoint with one view for each quantized weight; other tensors stay as they are.
 
-    Args:
-        stored: the tensors by their names on disk.
-        settings: the value of ``quantization_config``.
-        path: the file that holds the settings.
+    ``_quantized`` describes the arguments.
 
     Raises:
         ConfigError: a setting is not known or not supported.
         CheckpointError: a tensor is missing, or does not fit the others or the settings.
     """
     schemes = _read_settings(Fields(settings, path))
-    modules: dict[str, dict[str, View]] = {}
-    for name, view in stored.items():
-        module, _, part = name.rpartition(".")
-        if part in _PARTS:
-            modules.setdefault(module, {})[part] = view
+    modules = by_module(stored, _PARTS)
     views: dict[str, View] = {}
     for name, view in stored.items():
         module, _, part = name.rpartition(".")
@@ -232,7 +227,7 @@ class Matrix(Coded):
     def _decoder_for(self, step: int, kind: str) -> Decoder:
         if kind == "float":
             return Float8()
-        dtype = str(self._scale.info.dtype).removeprefix("torch.")
+        dtype = dtype_name(self._scale.info.dtype)
         return grouped(step, bits=self._bits, scale=dtype, offset="none" if self._zero is None else "zero")
 
     def _check_zero(self, shape: Shape, scheme: Scheme) -> None:
@@ -250,7 +245,7 @@ class Matrix(Coded):
 
     def _part(self, rows: slice, columns: slice) -> Codes:
         if self._packed:
-            codes = unpack_words(self._codes, self._bits, rows, columns)
+            codes = PackedIntegers(self._codes, 1, self._bits).read((rows, columns))
         else:
             codes = self._codes.read((rows, columns))
             codes = codes.view(torch.uint8) ^ 128 if codes.dtype == torch.int8 else codes  # int8 plus 128
@@ -273,7 +268,7 @@ class Matrix(Coded):
             return None
         if self._zero.info.dtype == torch.int32:
             groups = slice(int(across.min()), int(across.max()) + 1)
-            return unpack_words(Transposed(self._zero), self._bits, groups, rows)[across - groups.start].T
+            return PackedIntegers(self._zero, 0, self._bits).read((rows, groups))[:, across - groups.start]
         zero = self._spread(self._zero, down, across).short() + (1 << (self._bits - 1))
         if int(zero.min()) < 0 or int(zero.max()) >= 1 << self._bits:
             problem = f"{self._name}.weight_zero_point holds numbers of more than {self._bits} bits"

@@ -16,7 +16,7 @@ import torch
 
 from moesaic import config_keys
 from moesaic.checkpoints._fields import Fields
-from moesaic.checkpoints._views import TensorInfo
+from moesaic.checkpoints._views import TensorInfo, dtype_name
 
 LARGE = 1_000_000_000
 """Number of weights from which on decoded weights are loaded in bfloat16 if the user does not choose a dtype."""
@@ -170,7 +170,7 @@ def common_dtype(tensors: Iterable[TensorInfo]) -> str:
     sizes: Counter[torch.dtype] = Counter()
     for info in tensors:
         sizes[info.dtype] += info.nbytes
-    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    return dtype_name(sizes.most_common(1)[0][0])
 
 
 def decoded_dtype(tensors: Iterable[TensorInfo]) -> str:

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 
 from moesaic.formats import Codes
-from moesaic.formats._threads import for_each
+from moesaic.formats._threads import for_each_chunk
 from moesaic.formats.grouped import Format
 from moesaic.gguf import TYPES, BlockType
-
-CHUNK = 1 << 18
-"""Number of weights that a thread decodes at a time: its temporary tensors then stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,15 @@ class BlockDecoder:
         ``decode`` returns the tensors [n, columns of a block] of blocks [n, bytes], by name. Large inputs are
         decoded in pieces, by several threads.
         """
-        blocks, step = rows.reshape(-1, self.type.nbytes), CHUNK // self.type.elements
+        blocks = rows.reshape(-1, self.type.nbytes)
         sample = decode(blocks.new_zeros(1, self.type.nbytes))
         empty = {name: tensor.new_empty(len(blocks), tensor.shape[1]) for name, tensor in sample.items()}
 
-        def decode_piece(begin: int) -> None:
-            for name, tensor in decode(blocks[begin : begin + step]).items():
-                empty[name][begin : begin + step] = tensor
+        def decode_piece(span: slice) -> None:
+            for name, tensor in decode(blocks[span]).items():
+                empty[name][span] = tensor
 
-        if len(blocks):
-            for_each(decode_piece, range(0, len(blocks), step), blocks.device)
+        for_each_chunk(decode_piece, (len(blocks), self.type.elements), blocks.device)
         return {name: part.reshape(*rows.shape[:-2], rows.shape[-2] * part.shape[1]) for name, part in empty.items()}
 
 

@@ -10,6 +10,7 @@ This module does not depend on the names of tensors or on how codes are packed.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,13 +21,11 @@ from moesaic.checkpoints._packed_integers import PackedIntegers
 from moesaic.checkpoints._views import Index, TensorInfo, View, bounds
 from moesaic.errors import CheckpointError
 from moesaic.formats import Codes
-from moesaic.formats._threads import for_each
+from moesaic.formats._threads import for_each_chunk
 from moesaic.formats.grouped import Format
 
 SCALES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 """Names of the dtypes that scales may have."""
-CHUNK = 1 << 18
-"""Number of weights that a thread decodes at a time: its temporary tensors then stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class GroupedWeight:
 
     @property
     def kind(self) -> str:
-        return f"{self.sorted_format.bits} bits" + ("" if self.order() is None else ", act-order")
+        return f"{self.sorted_format.bits} bits" + ("" if self._is_sorted else ", act-order")
 
     @property
     def format(self) -> Format | None:
@@ -86,7 +85,12 @@ class GroupedWeight:
         Raises:
             CheckpointError: ``g_idx`` is damaged.
         """
-        return self.sorted_format if self.order() is None else None
+        return self.sorted_format if self._is_sorted else None
+
+    @functools.cached_property
+    def _is_sorted(self) -> bool:
+        """Whether groups are consecutive columns; only this result is kept of ``g_idx``, which many weights have."""
+        return self._read_g_idx() is None
 
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(self.info.file, f"{self._name} {problem}")
@@ -133,15 +137,13 @@ class GroupedWeight:
         codes = self._parts.codes.load((span, rows))
         scales, zeros = self._scales_and_zeros(rows, groups)
         out = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
-        step = max(1, CHUNK // max(1, out.shape[1]))
 
-        def decode(first: int) -> None:
-            part = slice(first, first + step)
+        def decode(part: slice) -> None:
             plain = self.sorted_format.dequantize(Codes(codes.read((slice(None), part)).T, scales[part], zeros[part]))
             out[part] = plain[:, columns.start - span.start : columns.stop - span.start]
 
         if out.numel():
-            for_each(decode, range(0, len(out), step), out.device)
+            for_each_chunk(decode, out.shape, out.device)
         return out
 
     def _read_g_idx(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moesaic.checkpoints._fields import REQUIRED, Fields
-from moesaic.checkpoints._views import Shape, View
+from moesaic.checkpoints._views import Shape, View, dtype_name
 from moesaic.config_keys import whole
 from moesaic.errors import CheckpointError
 
@@ -45,13 +45,23 @@ class Module:
             raise self.error(part, f"is missing: the module has only {', '.join(sorted(self.tensors))}")
         info = self.tensors[part].info
         if info.dtype not in dtypes:
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            expected = ", ".join(map(dtype_name, dtypes))
             raise self.error(part, f"has the wrong dtype: expected {expected}, found {info.dtype}")
         if shape is None and (len(info.shape) != 2 or 0 in info.shape):
             raise self.error(part, f"has the wrong shape: expected a matrix, found {list(info.shape)}")
         if shape is not None and info.shape != shape:
             raise self.error(part, f"has the wrong shape: expected {list(shape)}, found {list(info.shape)}")
         return self.tensors[part]
+
+
+def by_module(stored: Mapping[str, View], parts: Collection[str]) -> dict[str, dict[str, View]]:
+    """Return, for each module, its tensors whose names end with one of ``parts``, by that part."""
+    modules: dict[str, dict[str, View]] = {}
+    for name, view in stored.items():
+        module, _, part = name.rpartition(".")
+        if part in parts:
+            modules.setdefault(module, {})[part] = view
+    return modules
 
 
 def weights(stored: Mapping[str, View], parts: Collection[str], build: Callable[[Module], View]) -> dict[str, View]:
@@ -65,11 +75,7 @@ def weights(stored: Mapping[str, View], parts: Collection[str], build: Callable[
     Raises:
         CheckpointError: a module also has a plain weight, or ``build`` raises it.
     """
-    modules: dict[str, dict[str, View]] = {}
-    for name, view in stored.items():
-        module, _, part = name.rpartition(".")
-        if part in parts:
-            modules.setdefault(module, {})[part] = view
+    modules = by_module(stored, parts)
     views: dict[str, View] = {}
     for name, view in stored.items():
         module, _, part = name.rpartition(".")

@@ -5,9 +5,10 @@ has a module with a function
 
     weight_views(stored, settings, path) -> views
 
-that replaces the tensors of each quantized module by a view of its weight, under the name of the plain weight. The view
-is a ``CodedView``: ``read`` returns floats, and if the format ``grouped`` can keep the numbers of the file, ``codes``
-returns them. Which modules are quantized follows from the tensors.
+that replaces the tensors of each quantized module by a view of its weight, under the name of the plain weight. The
+arguments are the tensors by their names on disk, the value of ``quantization_config``, and the file that holds it. The
+view is a ``CodedView``: ``read`` returns floats, and if the format ``grouped`` can keep the numbers of the file,
+``codes`` returns them. Which modules are quantized follows from the tensors.
 """
 
 from __future__ import annotations

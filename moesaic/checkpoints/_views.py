@@ -8,7 +8,7 @@ Legend: an index is one slice per leading axis, with step 1; axes that are left 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -44,6 +44,10 @@ class Store(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, index: Index | None = None) -> Tensor: ...
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def bounds(index: Index | None, shape: Shape) -> Index:
@@ -110,6 +114,21 @@ class Stored:
 
     def read(self, index: Index | None = None) -> Tensor:
         return self.store.read(self.name, index)
+
+
+def renamed(stored: Mapping[str, View], rename: Callable[[str, View], Iterable[tuple[str, View]]]) -> dict[str, View]:
+    """Return the (name, view) pairs that ``rename`` returns for each stored tensor.
+
+    Raises:
+        CheckpointError: two tensors have the same new name.
+    """
+    views: dict[str, View] = {}
+    for name, view in stored.items():
+        for other, part in rename(name, view):
+            if other in views:
+                raise CheckpointError(view.info.file, f"{name} holds {other}, which another tensor holds as well")
+            views[other] = part
+    return views
 
 
 class InMemory:

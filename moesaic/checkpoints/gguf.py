@@ -22,7 +22,7 @@ from moesaic.checkpoints import EMBEDDING, HEAD, Checkpoint
 from moesaic.checkpoints._decoder import common_dtype, decoded_dtype
 from moesaic.checkpoints._gguf_config import read_config, read_generation
 from moesaic.checkpoints._gguf_tensors import GgufTensors, rearranged
-from moesaic.checkpoints._views import Part, Rotary, View
+from moesaic.checkpoints._views import Part, Rotary, View, renamed
 from moesaic.errors import CheckpointError
 from moesaic.gguf import GgufFile
 
@@ -100,12 +100,7 @@ def _check_parts(parts: Sequence[GgufFile]) -> None:
 
 def _classic_names(stored: Mapping[str, View], path: Path) -> dict[str, View]:
     """Return the tensors under classic names, those of Hugging Face, with stacked experts one by one."""
-    views: dict[str, View] = {}
-    for name, view in stored.items():
-        for classic, part in _classic(name, view):
-            if classic in views:
-                raise CheckpointError(view.info.file, f"{name} holds {classic}, which another tensor holds as well")
-            views[classic] = part
+    views = renamed(stored, _classic)
     if EMBEDDING not in views:
         raise CheckpointError(path, "holds no weights: token_embd.weight is missing")
     return views

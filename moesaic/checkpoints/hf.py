@@ -12,7 +12,7 @@ Legend: E experts, f intermediate size, d hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moesaic.checkpoints import Checkpoint
@@ -20,7 +20,7 @@ from moesaic.checkpoints._decoder import decoded_dtype
 from moesaic.checkpoints._hf_files import INDEX, NAMES, SINGLE, find_files
 from moesaic.checkpoints._json import read_json, read_json_if_there
 from moesaic.checkpoints._quantized import dequantized
-from moesaic.checkpoints._views import Part, View
+from moesaic.checkpoints._views import Part, View, renamed
 from moesaic.checkpoints._weight_files import open_weight_files
 from moesaic.checkpoints._write import OnWrite, new_folder, views, write_json, write_shards
 from moesaic.errors import CheckpointError
@@ -65,7 +65,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     stored, close = _open_files(path)
     try:
         plain, settings = dequantized(stored, config, path)
-        classic = _classic_names(plain)
+        classic = renamed(plain, _classic)
     except CheckpointError:
         close()
         raise
@@ -112,17 +112,6 @@ def _open_files(path: Path) -> tuple[dict[str, View], Callable[[], None]]:
         close()
         raise
     return tensors, close
-
-
-def _classic_names(stored: Mapping[str, View]) -> dict[str, View]:
-    """Return the tensors under classic names, with stacked experts one by one."""
-    views: dict[str, View] = {}
-    for name, view in stored.items():
-        for classic, part in _classic(name, view):
-            if classic in views:
-                raise CheckpointError(view.info.file, f"{name} holds {classic}, which another tensor holds as well")
-            views[classic] = part
-    return views
 
 
 def _classic(name: str, tensor: View) -> Iterator[tuple[str, View]]:

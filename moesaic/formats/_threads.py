@@ -16,6 +16,8 @@ import torch
 T = TypeVar("T")
 MAX_THREADS = 16
 """Maximum threads of ``for_each``; more would wait for Python's global interpreter lock."""
+CHUNK = 1 << 18
+"""Number of elements that a call of ``for_each_chunk`` handles: its tensors then stay in the processor's cache."""
 
 
 @contextlib.contextmanager
@@ -52,3 +54,15 @@ def for_each(function: Callable[[T], object], items: Sequence[T], device: torch.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for _ in pool.map(call, items):
                 pass
+
+
+def for_each_chunk(function: Callable[[slice], object], shape: Sequence[int], device: torch.device) -> None:
+    """Call a function, as ``for_each`` does, for slices of the rows of a matrix of ``shape`` [rows, columns].
+
+    Each slice has about ``CHUNK`` elements.
+    """
+    rows, columns = shape
+    step = max(1, CHUNK // max(1, columns))
+    spans = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+    if spans:
+        for_each(function, spans, device)

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic import ops
 from moesaic.checkpoints._compressed import weight_views
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError
-from moesaic.loading import load_model
 from tests.support import checkpoints
-from tests.support.quantized import NAMINGS, Compressed, Held, files, view_of
+from tests.support.quantized import NAMINGS, Compressed, Held, assert_equals_plain, files, view_of
 
 VARIANTS = {
     "4 bits, groups of 32": Compressed(group=32),
@@ -40,21 +38,10 @@ SHAPES = {"groups": (24, 96), "narrow": (7, 20), "wide": (5, 300)}
 """Shapes of single matrices: the second and third have rows that end within words and groups."""
 
 
-def logits(path: Path) -> torch.Tensor:
-    decoder = load_model(path, dtype="float32", weight_format="float32").model
-    with torch.inference_mode():
-        return decoder.logits(decoder(ops.Batch.whole([[1, 5, 9, 3, 2, 7]])))
-
-
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_equals_the_one_with_plain_weights(name, kind, tmp_path):
-    model = files(VARIANTS[name], kind)
-    quantized, plain = model.write(tmp_path / "quantized"), model.write_plain(tmp_path / "plain")
-    read = checkpoints.read(quantized)
-    assert read.keys() == model.plain.keys()
-    assert all(torch.equal(read[key], weight) for key, weight in model.plain.items())
-    assert torch.equal(logits(quantized), logits(plain))
+    assert_equals_plain(files(VARIANTS[name], kind), tmp_path)
 
 
 @pytest.mark.parametrize("naming", NAMINGS)

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic import ops
 from moesaic.checkpoints._views import Index, TensorInfo, bounds, sizes
+from moesaic.loading import load_model
 from tests.support import checkpoints
 
 Matrix = tuple[dict[str, Tensor], Tensor]
@@ -252,6 +254,22 @@ def files(variant: Compressed | Bitsandbytes, kind: str, naming: Mapping[str, st
         parts, out.plain[name] = variant.matrix(*weight.shape, generator)
         out.stored |= {f"{renamed(module, naming)}.{part}": tensor for part, tensor in parts.items()}
     return out
+
+
+def assert_equals_plain(model: Files, folder: Path) -> None:
+    """Write a model twice, quantized and plain, and compare the decoded weights and the logits bit by bit."""
+    quantized, plain = model.write(folder / "quantized"), model.write_plain(folder / "plain")
+    read = checkpoints.read(quantized)
+    assert read.keys() == model.plain.keys()
+    assert all(torch.equal(read[key], weight) for key, weight in model.plain.items())
+    assert torch.equal(logits(quantized), logits(plain))
+
+
+def logits(path: Path) -> Tensor:
+    """Return the logits of a few tokens, from the model at ``path`` with its weights decoded to float32."""
+    decoder = load_model(path, dtype="float32", weight_format="float32").model
+    with torch.inference_mode():
+        return decoder.logits(decoder(ops.Batch.whole([[1, 5, 9, 3, 2, 7]])))
 
 
 def renamed(name: str, naming: Mapping[str, str]) -> str:
