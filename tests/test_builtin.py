@@ -13,6 +13,7 @@ import pytest
 from moesaic import builtin, cli
 from moesaic.builtin import TALES_FOLDER
 from moesaic.cli import flags
+from moesaic.cli.serving import _context as serving_context
 from moesaic.cli.serving import model_entries
 from moesaic.cli.tgi_launcher import translate
 from moesaic.errors import NotFound, NotInstalled
@@ -113,6 +114,14 @@ def test_it_is_served_by_a_name(tmp_path: Path) -> None:
         body = {"model": "story", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
         answer = httpx.post(url + "/v1/chat/completions", json=body, timeout=60).json()
     assert [model["id"] for model in models] == ["story", "other"] and answer["model"] == "story"
+
+
+def test_smollm2_is_served_with_a_short_context_unless_one_is_given(smollm2: Path) -> None:
+    def context(path: Path, *flags: str) -> int | None:
+        return serving_context(translate(cli._parser().parse_args(["serve", *flags]), {}).args, path)
+
+    assert context(smollm2) == 2048 and context(TALES_FOLDER) is None
+    assert context(smollm2, "--context", "4096") == 4096
 
 
 def test_commands_take_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_package: None) -> None:

@@ -147,6 +147,8 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
         source = model if hub_name is None else hub_name.model
         shown = name or source.rstrip("/").split("/")[-1]
         aliases = tuple({source} - {shown}) if "/" in source and not Path(source).exists() else ()
+        if not args.models:  # the name that the default model had before it had one of its own
+            aliases = ("built-in",)
         size = _memory_needed(args, path) if getattr(args, "memory", None) is not None else 0
         info = ModelInfo(shown, aliases, state="unloaded")
         entries.append(ModelEntry(info, partial(open_model, args, path, shown, many_streams), size))
@@ -165,10 +167,17 @@ def _memory_needed(args: argparse.Namespace, path: Path) -> int:
         weight_format=args.format,
         requantize=args.requantize,
         device=args.device,
-        context=args.context,
+        context=_context(args, path),
         cache_tokens=args.cache_tokens,
         kv_cache_dtype=args.kv_cache_dtype,
     )
+
+
+def _context(args: argparse.Namespace, path: Path) -> int | None:
+    from moesaic import builtin
+
+    context: int | None = args.context
+    return builtin.served_context(path) if context is None else context
 
 
 async def open_model(args: argparse.Namespace, path: Path, name: str, many_streams: int | None = None) -> Backend:
@@ -200,7 +209,7 @@ async def open_model(args: argparse.Namespace, path: Path, name: str, many_strea
             format=args.format,
             requantize=args.requantize,
             device=args.device,
-            context=args.context,
+            context=_context(args, path),
             cache_tokens=args.cache_tokens,
             kv_cache_dtype=args.kv_cache_dtype,
             chat_format=args.chat_format,

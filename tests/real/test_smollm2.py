@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import httpx
 import pytest
 import torch
 import transformers
@@ -25,6 +26,7 @@ from moesaic.text.tokenizer import Tokenizer
 from tests.support.documents import blocks
 from tests.support.gguf_files import LAYER
 from tests.support.require import package_folder, require
+from tests.support.server import serving
 from tests.text.test_tokenizer import TEXTS
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -86,6 +88,17 @@ def test_it_is_the_default_model_with_the_sampling_of_its_model_card(llm, path):
     assert builtin.resolve(None) == builtin.resolve("smollm2") == (path, "smollm2")
     assert llm.defaults == {"temperature": 0.2, "top_p": 0.9}
     assert (llm.sampling().temperature, llm.sampling(temperature=1).temperature) == (0.2, 1)
+
+
+def test_the_default_server_answers_to_its_older_name_and_refuses_what_is_too_long(path, tmp_path):
+    with serving(tmp_path / "log") as url:
+        [model] = httpx.get(url + "/v1/models").json()["data"]
+        assert (model["id"], model["max_model_len"]) == ("smollm2", 2048)
+        body = {"model": "built-in", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+        assert httpx.post(url + "/v1/chat/completions", json=body, timeout=60).status_code == 200
+        body["messages"] = [{"role": "user", "content": "word " * 3000}]
+        refused = httpx.post(url + "/v1/chat/completions", json=body, timeout=60)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_the_first_example_of_the_readme(path, monkeypatch, capsys):
