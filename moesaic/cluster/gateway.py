@@ -185,7 +185,7 @@ class Gateway:
         if kind == "generate" and stored.messages is not None:  # the same date in the prompt on each worker
             stored = replace(stored, now=datetime.now().isoformat(timespec="seconds"))
         job = Job(
-            secrets.token_urlsafe(18),
+            _new_id(),
             model,
             kind,
             pack(stored),
@@ -274,6 +274,13 @@ class Gateway:
             self.jobs.remove(job_id)  # later subscribers must wait for the new end
             self.workers.wake(model)
         return revived
+
+
+def _new_id() -> str:
+    """Return a random job id. It never begins with a hyphen: a command line would take it for a flag."""
+    while (job_id := secrets.token_urlsafe(18)).startswith("-"):
+        pass
+    return job_id
 
 
 def _constant(value: Any) -> Pack:

@@ -398,6 +398,15 @@ def test_refused_worker_stops_with_the_reason(guarded):
 # Ends and beginnings
 
 
+def test_job_ids_are_no_flags(plain, monkeypatch):
+    """A command line takes what begins with a hyphen for a flag."""
+    drawn = iter(["-flag", "-another", "fine"])
+    monkeypatch.setattr("moesaic.cluster.gateway.secrets.token_urlsafe", lambda _: next(drawn))
+    plain.start_worker()
+    assert ask(plain.client).status_code == 200 and next(drawn, None) is None
+    assert plain.snapshot("fine").state == "done"
+
+
 def test_draining_worker_finishes_its_jobs_and_takes_no_more(plain):
     handle = plain.start_worker(FakeBackend(seconds=SLOW), slots=2)
     streams = [Stream(plain.client, f"{n}", 10) for n in range(4)]
