@@ -136,6 +136,7 @@ MOESAIC_OP(rms_norm, NormArgs)
 MOESAIC_OP(rope, RopeArgs)
 MOESAIC_OP(truncate, TruncateArgs)
 MOESAIC_OP(draw, DrawArgs)
+MOESAIC_OP(quantize, QuantizeArgs)
 
 int moesaic_store_codes(const StoreCodesArgs* a) {
     OpLock lock;

@@ -542,6 +542,8 @@ void with_format(Format format, Body&& body) {
 
 }  // namespace
 
+void quantize(const QuantizeArgs& a);  // csrc/quantize.cpp
+
 #define MOESAIC_STRING(x) #x
 #define MOESAIC_NAME(x) MOESAIC_STRING(x)
 
@@ -554,6 +556,7 @@ const Kernels kernels = {
     rope,
     truncate,
     draw,
+    quantize,
     read_memory,
     multiply,
     multiply_bf16,

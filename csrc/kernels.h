@@ -103,6 +103,15 @@ struct DrawArgs {
     int64_t* ids;
 };
 
+// weight [blocks of 32 rows] = x [rows, columns] quantized to an integer format.
+struct QuantizeArgs {
+    Format format;
+    Type type;
+    int64_t rows, columns;
+    const void* x;
+    uint8_t* weight;
+};
+
 struct Kernels {
     const char* name;
     void (*linear)(const LinearArgs&);
@@ -112,6 +121,7 @@ struct Kernels {
     void (*rope)(const RopeArgs&);
     void (*truncate)(const TruncateArgs&);
     void (*draw)(const DrawArgs&);
+    void (*quantize)(const QuantizeArgs&);
     // Measurements of the machine's limits; csrc/measure.h describes them.
     void (*read)(const uint8_t* memory, int64_t bytes, int streams, int ahead);
     int64_t (*multiply)(int64_t rounds);

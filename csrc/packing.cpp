@@ -77,6 +77,7 @@ uint8_t* write_plane(uint8_t* out, const uint8_t* codes, int run, Plane plane) {
     return out;
 }
 
+// Write the codes of 32 rows, the first of which is `row`.
 uint8_t* write_codes(uint8_t* out, const StoreCodesArgs& a, int64_t row, int64_t begin, int width) {
     uint8_t codes[ROWS * SUPER];
     const int64_t columns = std::min<int64_t>(width, a.columns - begin);
@@ -84,7 +85,13 @@ uint8_t* write_codes(uint8_t* out, const StoreCodesArgs& a, int64_t row, int64_t
     for (int64_t r = row; r < std::min(row + ROWS, a.rows); ++r) {
         memcpy(codes + (r - row) * SUPER, a.codes + r * a.columns + begin, columns);
     }
-    const Planes planes = planes_of(a.grouping->bits);
+    return write_planes(out, codes, width, a.grouping->bits);
+}
+
+}  // namespace
+
+uint8_t* write_planes(uint8_t* out, const uint8_t* codes, int width, int bits) {
+    const Planes planes = planes_of(bits);
     for (int column = 0; column < width; column += planes.run) {
         for (const Plane& plane : planes.planes) {
             if (plane.width) out = write_plane(out, codes + column, planes.run, plane);
@@ -92,8 +99,6 @@ uint8_t* write_codes(uint8_t* out, const StoreCodesArgs& a, int64_t row, int64_t
     }
     return out;
 }
-
-}  // namespace
 
 void store_codes(const StoreCodesArgs& a) {
     const Grouping& g = *a.grouping;

@@ -1,4 +1,4 @@
-// Writes weights in the format `grouped` from the codes that a file holds; no number is rounded.
+// Writes codes as the kernels read them: those of files in the format `grouped`, and planes of any codes.
 #pragma once
 
 #include "kernels.h"
@@ -14,6 +14,9 @@ struct StoreCodesArgs {
     const uint8_t *codes, *scale, *offset, *super_scale, *super_offset;
     uint8_t* weight;
 };
+
+// Write codes [32][256], of which `width` columns are used, as planes (moesaic/formats/_planes.py); return their end.
+uint8_t* write_planes(uint8_t* out, const uint8_t* codes, int width, int bits);
 
 // The caller must hold an OpLock.
 void store_codes(const StoreCodesArgs& a);

@@ -1,19 +1,25 @@
 // Matrix products of integer weights with activations: blocks of 32 rows times tiles of up to TILE tokens.
 //
-// Activations are rounded to integers: x = scale * q, with one scale for each token and superblock of 256 columns.
-// Weights are integer multiples of a step within the same superblock. A product over a superblock is therefore
-// step * scale * (an integer), and the integer is exact in every order of summation. All kernels add the superblocks
-// of a row in order, in float32. One token or a hundred, one thread or many, AMX or portable C++ give the same bits.
+// Activations are rotated (csrc/rotation.h) and rounded to integers: x = scale * q, with one scale for each token and
+// superblock of 256 columns. Weights are integer multiples v of a step within the same superblock. A product over a
+// superblock is therefore step * scale * (an integer), and the integer is exact in every order of summation. All kernels
+// add the superblocks of a row in order, in float32. One token or a hundred, one thread or many, AMX or portable C++ give
+// the same bits.
+//
+// With fewer than 8 bits, v = s * level, with s = 4 .. 7 for each group of 16 columns. Kernels read a level as the
+// unsigned byte level + Format::BIAS, and start each sum at -BIAS times the sum of q over the group.
 #pragma once
 
 #include "amx.h"
 #include "formats/formats.def"
 #include "kernels.h"
+#include "rotation.h"
 #include "vec.h"
 
 namespace moesaic::MOESAIC_ISA {
 
 constexpr int ROWS = 32, SUPER = 256, PAD = 64;
+constexpr int SMALLEST_SCALE = 4, SCALE_MASK = 3;
 
 constexpr int64_t padded(int64_t columns) { return (columns + PAD - 1) / PAD * PAD; }
 constexpr int64_t supers(int64_t columns) { return (columns + SUPER - 1) / SUPER; }
@@ -21,13 +27,11 @@ constexpr int64_t supers(int64_t columns) { return (columns + SUPER - 1) / SUPER
 // Byte offsets of the sections of a superblock, and its size.
 template <class Format>
 struct Sections {
-    int scales, offsets, codes, end;
+    int scales, codes, end;
 
     constexpr explicit Sections(int width) {
-        const int groups = Format::GROUP ? width / Format::GROUP : 0;
         scales = 2 * ROWS;  // after the steps
-        offsets = scales + (groups * 16 + 63) / 64 * 64;
-        codes = offsets + (groups * ROWS + 63) / 64 * 64;
+        codes = scales + (Format::GROUP ? 4 * ROWS : 0);
         end = codes + ROWS * width * Format::BITS / 8;
     }
 };
@@ -58,63 +62,54 @@ struct TokenTile {
     int8_t* q;       // [supers][n][256]
     float* scale;    // [supers][n]
     int32_t* total;  // [supers][n]: sum of q over a superblock
-    int16_t* sums;   // [columns / 64][n][2]: sums of q over 32 columns, in pairs
-    int16_t* wide;   // [columns / 128, rounded up][n][2]: sums of q over 64 columns, in pairs
+    int16_t* sums;   // [columns / 16][n][2]: sums of q over columns 4 i, 4 i + 1 of a group, and over 4 i + 2, 4 i + 3
 
     static int64_t bytes(int64_t columns, int n) {
-        const int64_t k = padded(columns), s = supers(columns);
-        return (n * (SUPER * s + 8 * s + k / 64 * 4 + (k + 127) / 128 * 4) + 63) / 64 * 64;
+        const int64_t s = supers(columns);
+        return (n * (SUPER * s + 8 * s + padded(columns) / 16 * 4) + 63) / 64 * 64;
     }
 
     static TokenTile at(uint8_t* memory, int64_t columns, int n) {
-        const int64_t k = padded(columns), s = supers(columns);
+        const int64_t s = supers(columns);
         TokenTile t;
         t.n = n;
         t.q = (int8_t*)memory;
         t.scale = (float*)(t.q + n * SUPER * s);
         t.total = (int32_t*)(t.scale + n * s);
         t.sums = (int16_t*)(t.total + n * s);
-        t.wide = t.sums + n * (k / 32);
         return t;
     }
 
     // Round columns 256 s .. 256 s + width - 1 of token i. The caller pads x with zeros to a multiple of 64.
     void round(int i, int64_t s, int width, const float* x) const {
+        const int vectors = int(padded(width)) / 16;
+        F rotated[SUPER / 16];
+        for (int k = 0; k < vectors; ++k) rotated[k] = load_float(x + 16 * k);
+        rotate(rotated, vectors);
         I most = set(0);
-        for (int k = 0; k < padded(width); k += 16) most = max(most, bit_and(load(x + k), set(0x7fffffff)));
+        for (int k = 0; k < vectors; ++k) most = max(most, bit_and(bits(rotated[k]), set(0x7fffffff)));
         // Magnitudes are ordered like their bits and NaN is the largest, so NaN reaches the scale.
         const int32_t max_bits = largest(most);
         float magnitude;
         memcpy(&magnitude, &max_bits, 4);
-        const float inverse = magnitude > 0.0f ? 127.0f / magnitude : 0.0f;
+        const F factor = set(magnitude > 0x1p-100f ? 127.0f / magnitude : 0.0f);  // the quotient must be finite
         scale[s * n + i] = magnitude / 127.0f;
         int32_t all = 0;
-        const F factor = set(inverse);
         int8_t* to = q + (s * n + i) * SUPER;
-        for (int k = 0; k < padded(width); k += 32, to += 32) {
-            int32_t q32[32], sum = 0;
-            store(q32, to_int(mul(load_float(x + k), factor)));
-            store(q32 + 16, to_int(mul(load_float(x + k + 16), factor)));
-            for (int j = 0; j < 32; ++j) {
-                to[j] = int8_t(q32[j]);
-                sum += to[j];
-            }
-            const int64_t index = (s * SUPER + k) / 32;
-            sums[(index / 2 * n + i) * 2 + index % 2] = int16_t(sum);
+        for (int k = 0; k < vectors; ++k) {
+            const I rounded = to_int(mul(rotated[k], factor));
+            store_low_bytes(to + 16 * k, rounded);
+            const int32_t sum = sum_of(rounded), first = sum_of(bit_and(rounded, load(FIRST_PAIRS)));
+            int16_t* pair = sums + ((s * (SUPER / 16) + k) * n + i) * 2;
+            pair[0] = int16_t(first);
+            pair[1] = int16_t(sum - first);
             all += sum;
-        }
-        for (int k = 0; k < padded(width); k += 64) {
-            const int64_t index = (s * SUPER + k) / 64;
-            const int16_t* pair = sums + (index * n + i) * 2;
-            wide[(index / 2 * n + i) * 2 + index % 2] = int16_t(pair[0] + pair[1]);
-        }
-        // The second half of the last pair has no columns. Its offset is zero, but it must be initialized.
-        if (padded(width) % 128) {
-            const int64_t index = (s * SUPER + padded(width)) / 64;
-            wide[(index / 2 * n + i) * 2 + 1] = 0;
         }
         total[s * n + i] = all;
     }
+
+  private:
+    alignas(64) static constexpr int32_t FIRST_PAIRS[16] = {-1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0};
 };
 
 // Prefetch distance of weights in bytes. The hardware prefetcher stops at the end of a 4 KiB page.
@@ -123,100 +118,111 @@ constexpr int PREFETCH_BYTES = 2048;
 // Pointers to the sections of a superblock.
 template <class Format>
 struct Super {
-    const uint8_t *steps, *scales, *offsets, *codes;
+    const uint8_t *steps, *scales, *codes;
 
     MOESAIC_INLINE Super(const uint8_t* p, int width) {
         const Sections<Format> at(width);
         steps = p;
         scales = p + at.scales;
-        offsets = p + at.offsets;
         codes = p + at.codes;
     }
 
     MOESAIC_INLINE F step(int half) const { return load_bf16((const uint16_t*)steps + 16 * half); }
-    MOESAIC_INLINE I scale(int group, int half) const {
-        const I both = load_bytes(scales + 16 * group);
-        return half ? shift_right<4>(both) : bit_and(both, set(15));
-    }
-    MOESAIC_INLINE I offset_pair(int pair, int half) const { return load_words_of_bytes(offsets + 64 * pair + 32 * half); }
+    // The scales of 16 groups of each row, two bits each.
+    MOESAIC_INLINE I scales_of(int half) const { return load(scales + 64 * half); }
 };
+
+// The columns whose codes are unpacked together, in whole groups, and the number of these groups.
+template <class Format>
+constexpr int SPAN = Format::RUN > Format::GROUP ? Format::RUN : Format::GROUP;
+
+// whole[half][t] = the integer sums of a superblock of int8
+template <class Format, int N>
+MOESAIC_INLINE void add_whole_codes(const Super<Format>& super, int width, const TokenTile& x, int64_t s, I (&whole)[2][N]) {
+    constexpr int RUN_BYTES = ROWS * Format::RUN * Format::BITS / 8;
+    const int8_t* q = x.q + s * SUPER * N;
+    const uint8_t* codes = super.codes;
+    for (int t = 0; t < N; ++t) whole[0][t] = whole[1][t] = set(-BIAS * x.total[s * N + t]);
+    for (int k = 0; k < width; k += Format::RUN, codes += RUN_BYTES) {
+        prefetch(codes + PREFETCH_BYTES);
+        prefetch(codes + PREFETCH_BYTES + 64);
+        Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
+            const I back = set(int32_t(0x01010101u * (128 - BIAS)));
+            if (BIAS != 128) a = subtract_bytes(a, back), b = subtract_bytes(b, back);
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) {
+                const I four = broadcast(q + t * SUPER + k + 4 * j);
+                whole[0][t] = dot_biased(whole[0][t], a, four);
+                whole[1][t] = dot_biased(whole[1][t], b, four);
+            }
+        });
+    }
+}
+
+// whole[half][t] = the integer sums of a superblock of groups
+template <class Format, int N>
+MOESAIC_INLINE void add_whole_groups(const Super<Format>& super, int width, const TokenTile& x, int64_t s, I (&whole)[2][N]) {
+    constexpr int RUN_BYTES = ROWS * Format::RUN * Format::BITS / 8, GROUPS = SPAN<Format> / Format::GROUP;
+    const int8_t* q = x.q + s * SUPER * N;
+    const int16_t* sums = x.sums + s * (SUPER / Format::GROUP) * N * 2;
+    const uint8_t* codes = super.codes;
+    const I packed[2] = {super.scales_of(0), super.scales_of(1)};
+    for (int t = 0; t < N; ++t) whole[0][t] = whole[1][t] = set(0);
+    for (int quarter = 0; quarter < width / 64; ++quarter) {
+        const I four_scales[2] = {byte_of_words(packed[0], quarter), byte_of_words(packed[1], quarter)};
+#pragma GCC unroll 4
+        for (int k = 0; k < 64; k += SPAN<Format>) {
+            I part[GROUPS][2][N];
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUPS; ++g) {
+#pragma GCC unroll 12
+                for (int t = 0; t < N; ++t) {
+                    const I pair = broadcast(sums + ((4 * quarter + k / Format::GROUP + g) * N + t) * 2);
+                    part[g][0][t] = part[g][1][t] = start_group<Format::BIAS>(pair);
+                }
+            }
+#pragma GCC unroll 2
+            for (int run = 0; run < SPAN<Format>; run += Format::RUN, codes += RUN_BYTES) {
+                for (int line = 0; line < RUN_BYTES; line += 64) prefetch(codes + PREFETCH_BYTES + line);
+                Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
+                    const I low = Format::levels(a), high = Format::levels(b);
+                    I(&to)[2][N] = part[(run + 4 * j) / Format::GROUP];
+#pragma GCC unroll 12
+                    for (int t = 0; t < N; ++t) {
+                        const I four = broadcast(q + t * SUPER + 64 * quarter + k + run + 4 * j);
+                        to[0][t] = dot_group(to[0][t], low, four);
+                        to[1][t] = dot_group(to[1][t], high, four);
+                    }
+                });
+            }
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUPS; ++g) {
+                const I low = scale_of<SMALLEST_SCALE, SCALE_MASK>(four_scales[0], k / Format::GROUP + g);
+                const I high = scale_of<SMALLEST_SCALE, SCALE_MASK>(four_scales[1], k / Format::GROUP + g);
+#pragma GCC unroll 12
+                for (int t = 0; t < N; ++t) {
+                    whole[0][t] = add_group(whole[0][t], part[g][0][t], low);
+                    whole[1][t] = add_group(whole[1][t], part[g][1][t], high);
+                }
+            }
+        }
+    }
+}
 
 // One superblock of a GEMV with N tokens: sum[half][t] += (integer sum of the superblock) * step * scale.
 template <class Format, int N>
 MOESAIC_INLINE void gemv_superblock(const uint8_t* p, int width, const TokenTile& x, int64_t s, F (&sum)[2][N]) {
     const Super<Format> super(p, width);
-    constexpr int RUN_BYTES = ROWS * Format::RUN * Format::BITS / 8;
-    const int8_t* q = x.q + s * SUPER * N;
-    const uint8_t* codes = super.codes;
     I whole[2][N];
     if constexpr (Format::GROUP == 0) {
-        for (int t = 0; t < N; ++t) whole[0][t] = whole[1][t] = set(-BIAS * x.total[s * N + t]);
-        for (int k = 0; k < width; k += Format::RUN, codes += RUN_BYTES) {
-            prefetch(codes + PREFETCH_BYTES);
-            prefetch(codes + PREFETCH_BYTES + 64);
-            Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
-                const I back = set(int32_t(0x01010101u * (128 - BIAS)));
-                if (BIAS != 128) a = subtract_bytes(a, back), b = subtract_bytes(b, back);
-#pragma GCC unroll 12
-                for (int t = 0; t < N; ++t) {
-                    const I four = broadcast(q + t * SUPER + k + 4 * j);
-                    whole[0][t] = dot_biased(whole[0][t], a, four);
-                    whole[1][t] = dot_biased(whole[1][t], b, four);
-                }
-            });
-        }
-#pragma GCC unroll 12
-        for (int t = 0; t < N; ++t) {
-            const F scale = set(x.scale[s * N + t]);
-            for (int h = 0; h < 2; ++h) sum[h][t] = fma(to_float(whole[h][t]), mul(super.step(h), scale), sum[h][t]);
-        }
+        add_whole_codes<Format, N>(super, width, x, s, whole);
     } else {
-        const int16_t* sums = Format::GROUP == 32 ? x.sums + s * (SUPER / 32) * N : x.wide + s * (SUPER / 64) * N;
-        F scaled[2][N];
-        for (int t = 0; t < N; ++t) {
-            scaled[0][t] = scaled[1][t] = zero();
-            whole[0][t] = whole[1][t] = set(0);
-        }
-        const int groups = width / Format::GROUP;
-        for (int g = 0; g < groups; ++g) {
-            if (g % 2 == 0) {
-                const I low = super.offset_pair(g / 2, 0), high = super.offset_pair(g / 2, 1);
+        add_whole_groups<Format, N>(super, width, x, s, whole);
+    }
 #pragma GCC unroll 12
-                for (int t = 0; t < N; ++t) {
-                    const I pair = broadcast(sums + (g / 2 * N + t) * 2);
-                    whole[0][t] = dot_words(whole[0][t], low, pair);
-                    whole[1][t] = dot_words(whole[1][t], high, pair);
-                }
-            }
-            I part[2][N];
-            for (int t = 0; t < N; ++t) part[0][t] = part[1][t] = set(0);
-#pragma GCC unroll 4
-            for (int k = 0; k < Format::GROUP; k += Format::RUN, codes += RUN_BYTES) {
-                for (int line = 0; line < RUN_BYTES; line += 64) prefetch(codes + PREFETCH_BYTES + line);
-                Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
-#pragma GCC unroll 12
-                    for (int t = 0; t < N; ++t) {
-                        const I four = broadcast(q + t * SUPER + g * Format::GROUP + k + 4 * j);
-                        part[0][t] = dot(part[0][t], a, four);
-                        part[1][t] = dot(part[1][t], b, four);
-                    }
-                });
-            }
-            const F low = to_float(super.scale(g, 0)), high = to_float(super.scale(g, 1));
-#pragma GCC unroll 12
-            for (int t = 0; t < N; ++t) {
-                scaled[0][t] = fma(to_float(part[0][t]), low, scaled[0][t]);  // exact: below 2^24
-                scaled[1][t] = fma(to_float(part[1][t]), high, scaled[1][t]);
-            }
-        }
-#pragma GCC unroll 12
-        for (int t = 0; t < N; ++t) {
-            const F scale = set(x.scale[s * N + t]), factor = set(float(Format::FACTOR));
-            for (int h = 0; h < 2; ++h) {
-                const F v = fms(scaled[h][t], factor, to_float(whole[h][t]));
-                sum[h][t] = fma(v, mul(super.step(h), scale), sum[h][t]);
-            }
-        }
+    for (int t = 0; t < N; ++t) {
+        const F scale = set(x.scale[s * N + t]);
+        for (int h = 0; h < 2; ++h) sum[h][t] = fma(to_float(whole[h][t]), mul(super.step(h), scale), sum[h][t]);
     }
 }
 
@@ -232,29 +238,40 @@ __attribute__((noinline)) void unpack_superblock(const uint8_t* p, int width, ui
     const Super<Format> super(p, width);
     constexpr int RUN_BYTES = ROWS * Format::RUN * Format::BITS / 8;
     const uint8_t* codes = super.codes;
-    constexpr int GROUP = Format::GROUP ? Format::GROUP : PAD;
-    for (int g = 0; g < width / GROUP; ++g) {
-        I factor[2], offset[2];
-        for (int h = 0; h < 2; ++h) {
-            if constexpr (Format::GROUP != 0) {
-                // The product of a code and a scale fits a byte, so one 16-bit multiplication computes two products.
-                const I scale = super.scale(g, h), pair = super.offset_pair(g / 2, h);
-                factor[h] = multiply_words(bit_or(scale, shift_left<16>(scale)), set(Format::FACTOR * 0x10001));
-                const I own = bit_and(g % 2 ? shift_right<16>(pair) : pair, set(0xff));
-                const I two = bit_or(own, shift_left<8>(own));
-                offset[h] = subtract_bytes(bit_or(two, shift_left<16>(two)), set(int32_t(0x01010101u * PANEL_BIAS)));
-            } else {
-                offset[h] = set(int32_t(0x01010101u * (128 - PANEL_BIAS)));
-            }
-        }
-        for (int k = 0; k < GROUP; k += Format::RUN, codes += RUN_BYTES) {
+    if constexpr (Format::GROUP == 0) {
+        const I offset = set(int32_t(0x01010101u * (128 - PANEL_BIAS)));
+        for (int k = 0; k < width; k += Format::RUN, codes += RUN_BYTES) {
             for (int line = 0; line < RUN_BYTES; line += 64) prefetch(codes + PREFETCH_BYTES + line);
             Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
-                if constexpr (Format::GROUP != 0) a = multiply_words(a, factor[0]), b = multiply_words(b, factor[1]);
-                uint8_t* to = panel + ((g * GROUP + k) / 4 + j) * 128;
-                store(to, subtract_bytes(a, offset[0]));
-                store(to + 64, subtract_bytes(b, offset[1]));
+                store(panel + (k / 4 + j) * 128, subtract_bytes(a, offset));
+                store(panel + (k / 4 + j) * 128 + 64, subtract_bytes(b, offset));
             });
+        }
+    } else {
+        constexpr int GROUPS = SPAN<Format> / Format::GROUP;
+        const I packed[2] = {super.scales_of(0), super.scales_of(1)};
+        for (int k = 0; k < width; k += SPAN<Format>) {
+            // The product of a level and a scale fits a byte, so one 16-bit multiplication computes two products.
+            I factor[GROUPS][2], offset[GROUPS][2];
+            for (int g = 0; g < GROUPS; ++g) {
+                for (int h = 0; h < 2; ++h) {
+                    const int group = k / Format::GROUP + g;
+                    const I scale = scale_of<SMALLEST_SCALE, SCALE_MASK>(byte_of_words(packed[h], group / 4), group % 4);
+                    const I low = bit_and(scale, set(0xffff));
+                    factor[g][h] = bit_or(low, shift_left<16>(low));
+                    const I biases = multiply_words(factor[g][h], set(Format::BIAS * 0x01010101));
+                    offset[g][h] = subtract_bytes(biases, set(int32_t(0x01010101u * PANEL_BIAS)));
+                }
+            }
+            for (int run = 0; run < SPAN<Format>; run += Format::RUN, codes += RUN_BYTES) {
+                for (int line = 0; line < RUN_BYTES; line += 64) prefetch(codes + PREFETCH_BYTES + line);
+                Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
+                    const int g = (run + 4 * j) / Format::GROUP;
+                    uint8_t* to = panel + ((k + run) / 4 + j) * 128;
+                    store(to, subtract_bytes(multiply_words(Format::levels(a), factor[g][0]), offset[g][0]));
+                    store(to + 64, subtract_bytes(multiply_words(Format::levels(b), factor[g][1]), offset[g][1]));
+                });
+            }
         }
     }
 }

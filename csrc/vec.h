@@ -114,6 +114,7 @@ template <int N>
 MOESAIC_INLINE I shift_right_signed(I a) { return _mm512_srai_epi32(a, N); }
 MOESAIC_INLINE I negate(I a) { return _mm512_sub_epi32(_mm512_setzero_si512(), a); }
 MOESAIC_INLINE I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+MOESAIC_INLINE I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
 MOESAIC_INLINE I multiply_words(I a, I b) { return _mm512_mullo_epi16(a, b); }
 MOESAIC_INLINE I subtract_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
 // Return entry i of a table of 16 bytes, which is repeated in each 16 bytes of `table`, for each byte i < 16.
@@ -127,7 +128,6 @@ MOESAIC_INLINE I dot_biased(I acc, I w, I s) { return _mm512_dpbusd_epi32(acc, w
 MOESAIC_INLINE I dot_words(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
 MOESAIC_INLINE I load_bytes(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 MOESAIC_INLINE I load_signed_bytes(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-MOESAIC_INLINE I load_words_of_bytes(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 MOESAIC_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 MOESAIC_INLINE I to_int(F x) { return _mm512_cvtps_epi32(x); }  // nearest, ties to even
 MOESAIC_INLINE F zero() { return _mm512_setzero_ps(); }
@@ -139,9 +139,9 @@ MOESAIC_INLINE F load_bf16(const uint16_t* p) {
 }
 MOESAIC_INLINE F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 MOESAIC_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-MOESAIC_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
 MOESAIC_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 MOESAIC_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+MOESAIC_INLINE F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
 MOESAIC_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 MOESAIC_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }  // b where one is NaN
 MOESAIC_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -151,6 +151,16 @@ MOESAIC_INLINE int32_t sum_of(I x) { return _mm512_reduce_add_epi32(x); }
 MOESAIC_INLINE void store_low_bytes(void* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
 MOESAIC_INLINE I bits(F a) { return _mm512_castps_si512(a); }
 MOESAIC_INLINE F from_bits(I a) { return _mm512_castsi512_ps(a); }
+MOESAIC_INLINE I greater(F a, F b) { return _mm512_movm_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)); }  // -1 where a > b
+MOESAIC_INLINE I shift_right_by(I a, int n) { return _mm512_srlv_epi32(a, _mm512_set1_epi32(n)); }
+// Exchange lanes that are D apart: 8, 4, 2 or 1.
+template <int D>
+MOESAIC_INLINE F swap_lanes(F x) {
+    if constexpr (D == 8) return _mm512_shuffle_f32x4(x, x, 0x4e);
+    if constexpr (D == 4) return _mm512_shuffle_f32x4(x, x, 0xb1);
+    if constexpr (D == 2) return _mm512_permute_ps(x, 0x4e);
+    if constexpr (D == 1) return _mm512_permute_ps(x, 0xb1);
+}
 
 // Return in lane i the sum of all lanes of x[i]: lanes 8 apart are added first, then 4, 2 and 1 apart.
 MOESAIC_INLINE F sums_of(const F* x) {
@@ -189,6 +199,7 @@ MOESAIC_INLINE I broadcast(const void* p) { return set(word(p)); }
 MOESAIC_BOTH(add, _mm256_add_epi32)
 MOESAIC_BOTH(bit_and, _mm256_and_si256)
 MOESAIC_BOTH(bit_or, _mm256_or_si256)
+MOESAIC_BOTH(bit_xor, _mm256_xor_si256)
 MOESAIC_BOTH(multiply_words, _mm256_mullo_epi16)
 MOESAIC_BOTH(subtract_bytes, _mm256_sub_epi8)
 MOESAIC_BOTH(max, _mm256_max_epi32)
@@ -227,10 +238,6 @@ MOESAIC_INLINE I load_signed_bytes(const void* p) {
     return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
             _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
 }
-MOESAIC_INLINE I load_words_of_bytes(const void* p) {
-    return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
-            _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p + 1))};
-}
 MOESAIC_INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 MOESAIC_INLINE I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 MOESAIC_INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -263,14 +270,43 @@ MOESAIC_INLINE void store_low_bytes(void* p, I x) {
     _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1)));
 }
 MOESAIC_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
-MOESAIC_INLINE F fms(F x, F y, F z) { return {_mm256_fmsub_ps(x.a, y.a, z.a), _mm256_fmsub_ps(x.b, y.b, z.b)}; }
 MOESAIC_INLINE F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 MOESAIC_INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+MOESAIC_INLINE F subtract(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 MOESAIC_INLINE F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 MOESAIC_INLINE F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 MOESAIC_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 MOESAIC_INLINE I bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 MOESAIC_INLINE F from_bits(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+MOESAIC_INLINE I greater(F x, F y) {  // -1 where x > y
+    return bits({_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)});
+}
+// Exchange lanes that are D apart: 8, 4, 2 or 1.
+template <int D>
+MOESAIC_INLINE F swap_lanes(F x) {
+    if constexpr (D == 8) return {x.b, x.a};
+    if constexpr (D == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+    if constexpr (D == 2) return {_mm256_permute_ps(x.a, 0x4e), _mm256_permute_ps(x.b, 0x4e)};
+    if constexpr (D == 1) return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)};
+}
+
+// Sums of a group of 16 columns; the versions for other instruction sets are at the end of this file. Here, the sums of
+// the first and of the last two bytes of each word are in separate 16-bit words: with levels of at most 32, products fit.
+template <int BIAS_OF_LEVELS>
+MOESAIC_INLINE I start_group(I pair) { return multiply_words(pair, set(int32_t(0x10001u * uint16_t(-BIAS_OF_LEVELS)))); }
+MOESAIC_INLINE I dot_group(I acc, I u, I s) {
+    return {_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(u.a, s.a)), _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(u.b, s.b))};
+}
+MOESAIC_INLINE I byte_of_words(I x, int index) {
+    const __m256i first = _mm256_set_epi32(0x800c800c, 0x80088008, 0x80048004, 0x80008000, 0x800c800c, 0x80088008, 0x80048004, 0x80008000);
+    const __m256i at = _mm256_add_epi16(first, _mm256_set1_epi16(short(index)));
+    return {_mm256_shuffle_epi8(x.a, at), _mm256_shuffle_epi8(x.b, at)};
+}
+template <int SMALLEST, int MASK>
+MOESAIC_INLINE I scale_of(I four, int group) {
+    const I shifted = {_mm256_srli_epi16(four.a, 2 * group), _mm256_srli_epi16(four.b, 2 * group)};
+    return bit_or(bit_and(shifted, set(MASK * 0x10001)), set(SMALLEST * 0x10001));
+}
 
 // Return in lane i the sum of all lanes of x[i]: lanes 8 apart are added first, then 4, 2 and 1 apart.
 MOESAIC_INLINE __m256 sums_of_eight(const F* x) {
@@ -321,6 +357,7 @@ MOESAIC_INLINE I shift_left(I a) { return I(U(a) << N); }
 template <int N>
 MOESAIC_INLINE I shift_right_signed(I a) { return a >> N; }
 MOESAIC_INLINE I negate(I a) { return -a; }
+MOESAIC_INLINE I bit_xor(I a, I b) { return a ^ b; }
 MOESAIC_INLINE I multiply_words(I a, I b) {
     const U x = U(a), y = U(b);
     return I(((x & 0xffff) * (y & 0xffff) & 0xffff) | ((x >> 16) * (y >> 16)) << 16);
@@ -355,14 +392,6 @@ MOESAIC_INLINE I load_signed_bytes(const void* p) {
     for (int i = 0; i < 16; ++i) x[i] = ((const int8_t*)p)[i];
     return x;
 }
-MOESAIC_INLINE I load_words_of_bytes(const void* p) {
-    I x;
-    for (int i = 0; i < 16; ++i) {
-        const int32_t low = ((const int8_t*)p)[2 * i], high = ((const int8_t*)p)[2 * i + 1];
-        x[i] = int32_t(uint32_t(low & 0xffff) | uint32_t(high) << 16);
-    }
-    return x;
-}
 MOESAIC_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 MOESAIC_INLINE I to_int(F x) {
     I y;
@@ -387,12 +416,21 @@ __attribute__((noinline)) inline F fma(F a, F b, F c) {
     for (int i = 0; i < 16; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return a;
 }
-MOESAIC_INLINE F fms(F a, F b, F c) { return fma(a, b, -c); }
 MOESAIC_INLINE F mul(F a, F b) { return a * b; }
 MOESAIC_INLINE F add(F a, F b) { return a + b; }
+MOESAIC_INLINE F subtract(F a, F b) { return a - b; }
 MOESAIC_INLINE F div(F a, F b) { return a / b; }
 MOESAIC_INLINE I bits(F x) { return I(x); }
 MOESAIC_INLINE F from_bits(I x) { return F(x); }
+MOESAIC_INLINE I greater(F a, F b) { return I(a > b); }  // -1 where a > b
+MOESAIC_INLINE I shift_right_by(I a, int n) { return I(U(a) >> uint32_t(n)); }
+// Exchange lanes that are D apart: 8, 4, 2 or 1.
+template <int D>
+MOESAIC_INLINE F swap_lanes(F x) {
+    F y;
+    for (int i = 0; i < 16; ++i) y[i] = x[i ^ D];
+    return y;
+}
 MOESAIC_INLINE I choose(I mask, I a, I b) { return (mask & a) | (~mask & b); }
 MOESAIC_INLINE F min(F a, F b) { return from_bits(choose(I(a < b), bits(a), bits(b))); }
 MOESAIC_INLINE F max(F a, F b) { return from_bits(choose(I(a > b), bits(a), bits(b))); }
@@ -433,6 +471,24 @@ MOESAIC_INLINE float largest_of(F x) {
 
 #endif
 
+#if !MOESAIC_AVX2
+
+// The sum of a group of 16 columns, whose weights are s * (u - BIAS_OF_LEVELS) with unsigned bytes u. `pair` holds two
+// sums of q over the group, which together cover all columns.
+template <int BIAS_OF_LEVELS>
+MOESAIC_INLINE I start_group(I pair) { return dot_words(set(0), pair, set(int32_t(0x10001u * uint16_t(-BIAS_OF_LEVELS)))); }
+MOESAIC_INLINE I dot_group(I acc, I u, I s) { return dot(acc, u, s); }
+// Return byte number `index` of each word.
+MOESAIC_INLINE I byte_of_words(I x, int index) { return bit_and(shift_right_by(x, 8 * index), set(255)); }
+// Return scale number `group` of the four in each byte that byte_of_words returned, as a factor of add_group.
+template <int SMALLEST, int MASK>
+MOESAIC_INLINE I scale_of(I four, int group) { return bit_or(bit_and(shift_right_by(four, 2 * group), set(MASK)), set(SMALLEST)); }
+
+#endif
+
+// Return whole + the sum of a group times its scale; the sum fits 16 bits.
+MOESAIC_INLINE I add_group(I whole, I part, I scale) { return dot_words(whole, part, scale); }
+
 // Return acc + the sum of two products of bfloat16 numbers in each lane.
 MOESAIC_INLINE F dot_bf16(F acc, I a, I b) {
 #if MOESAIC_BF16
@@ -442,6 +498,16 @@ MOESAIC_INLINE F dot_bf16(F acc, I a, I b) {
     acc = fma(from_bits(shift_left<16>(a)), from_bits(shift_left<16>(b)), acc);
     return fma(from_bits(bit_and(a, high)), from_bits(bit_and(b, high)), acc);
 #endif
+}
+
+// Sixteen bytes four times, as `lookup` needs them.
+struct RepeatedBytes {
+    uint8_t bytes[64];
+};
+constexpr RepeatedBytes repeated(const uint8_t (&table)[16]) {
+    RepeatedBytes all{};
+    for (int i = 0; i < 64; ++i) all.bytes[i] = table[i % 16];
+    return all;
 }
 
 // Return e^x within 2 ulp; 0 below -87.3, infinity above 88.7, NaN for NaN.

@@ -45,6 +45,8 @@ def _weight_formats(op: str) -> Sequence[str | None]:
     """Return the formats of the weights that an op reads or writes; None for an op without weights."""
     if op == "store_codes":
         return ["grouped"]
+    if op == "quantize":
+        return registry.names("formats")
     return registry.names("formats") if op in ("linear", "experts") else [None]
 
 

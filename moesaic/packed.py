@@ -1,6 +1,6 @@
 """Folders of packed weights: quantized once, in the form that the kernels read, and mapped when they are loaded.
 
-    moesaic.json           {"packed": 1, "dtype": ..., "formats": {...}, "config": {...}, "generation": {...}};
+    moesaic.json           {"packed": 2, "dtype": ..., "formats": {...}, "config": {...}, "generation": {...}};
                            formats has the format of each role, and of single tensors by name
     weights.safetensors    every parameter of the model by its name, each at a multiple of 64 bytes
 
@@ -30,7 +30,7 @@ from moesaic.formats import WeightFormat
 from moesaic.models import Decoder, Experts
 
 MANIFEST, WEIGHTS = "moesaic.json", "weights.safetensors"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 64
 """Each parameter begins at a multiple of this number of bytes in the file."""
 

@@ -6,8 +6,10 @@
 namespace moesaic::MOESAIC_ISA {
 
 struct Int2 {
-    static constexpr int BITS = 2, GROUP = 32, FACTOR = 5;
+    static constexpr int BITS = 2, GROUP = 16, BIAS = 3;
     static constexpr int RUN = 16;
+
+    static MOESAIC_INLINE I levels(I codes) { return shift_left<1>(codes); }
 
     template <class Body>
     static MOESAIC_INLINE void run(const uint8_t* p, Body body) {

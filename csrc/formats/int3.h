@@ -6,8 +6,11 @@
 namespace moesaic::MOESAIC_ISA {
 
 struct Int3 {
-    static constexpr int BITS = 3, GROUP = 64, FACTOR = 2;
+    static constexpr int BITS = 3, GROUP = 16, BIAS = 16;
     static constexpr int RUN = 32;
+    alignas(64) static constexpr auto LEVELS = repeated({0, 6, 10, 14, 18, 22, 26, 32, 0, 0, 0, 0, 0, 0, 0, 0});
+
+    static MOESAIC_INLINE I levels(I codes) { return lookup(load(LEVELS.bytes), codes); }
 
     template <class Body>
     static MOESAIC_INLINE void run(const uint8_t* p, Body body) {

@@ -6,8 +6,11 @@
 namespace moesaic::MOESAIC_ISA {
 
 struct Int4 {
-    static constexpr int BITS = 4, GROUP = 32, FACTOR = 1;
+    static constexpr int BITS = 4, GROUP = 16, BIAS = 16;
     static constexpr int RUN = 8;
+    alignas(64) static constexpr auto LEVELS = repeated({0, 3, 6, 8, 10, 12, 14, 15, 17, 18, 20, 22, 24, 26, 29, 32});
+
+    static MOESAIC_INLINE I levels(I codes) { return lookup(load(LEVELS.bytes), codes); }
 
     template <class Body>
     static MOESAIC_INLINE void run(const uint8_t* p, Body body) {

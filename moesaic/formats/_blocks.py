@@ -45,7 +45,7 @@ class Blocked(WeightFormat):
             yield at, end, width
             at, left = end, left - width
 
-    def _sections(self, width: int) -> tuple[int, int, int, int]:
+    def _sections(self, width: int) -> tuple[int, ...]:
         """Return the bytes of the sections of a superblock of ``width`` columns."""
         raise NotImplementedError
 

@@ -1,27 +1,29 @@
 """Base of the integer formats: tiles of 32 rows that a kernel reads sequentially.
 
-A weight is ``step * v`` with an integer v, -128 <= v <= 127, and one bfloat16 step for each 256 columns of a row.
-Formats of fewer than 8 bits compute v from a code q. Each ``group`` of columns of a row has its own scale and offset:
+Weights are rotated first (``_rotation``). A rotated weight is ``step * v`` with an integer v, -127 <= v <= 127, and one
+bfloat16 step for each 256 columns of a row. Formats of fewer than 8 bits compute v from a code q. Each group of 16
+columns of a row has a scale of its own:
 
-    v = factor * scale * q - offset        q: ``bits`` bits, scale: 1 .. 15, offset: -127 .. 127
+    v = scale * levels[q]        scale: 4, 5, 6 or 7; levels: one of few integers from -16 to 16
 
 Because v is an integer, a product with integer activations is exact in every order of summation. Every kernel
 therefore gives the same bits, for one token or for many.
+
+The levels are those that lose least on normally distributed weights, which rotated weights almost are (Lloyd,
+doi:10.1109/TIT.1982.1056489). A larger number of them is near 0.
 
 The memory holds blocks of 32 rows. A block holds superblocks of 256 columns; the last one may have 64, 128 or 192.
 Missing rows and columns are zero. A superblock consists of:
 
     steps     [32] bfloat16
-    scales    [groups][16] uint8: the low four bits belong to row i, the high four to row 16 + i
-    offsets   [pairs of groups][2 halves][16 rows][2] int8; halves: rows 0 .. 15 and 16 .. 31
+    scales    [32] words; bits 2 g and 2 g + 1 of a word are the scale of group g, less 4
     codes     planes as ``_planes`` describes; a 32-bit word belongs to one row, and 16 rows fill 64 bytes
 
-Scales are padded to 64 bytes, offsets to a whole pair; int8 has neither.
+int8 has no scales.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,11 +33,14 @@ from torch import Tensor
 from moesaic.formats import _planes
 from moesaic.formats._blocks import PAD, SUPER, Blocked, nonzero
 from moesaic.formats._planes import ROWS
+from moesaic.formats._rotation import restore_weights, rotate_weights
 from moesaic.formats._threads import for_each
 
-LARGEST_SCALE = 15
-HEADROOM = 120
-"""Upper bound of |weight / step|, so that rounding away from 0 stays within -128 .. 127."""
+GROUP = 16
+"""Columns of a row that share a scale."""
+SCALES = (4, 5, 6, 7)
+TRIED_STEPS = (0.85, 0.95, 1.05, 1.2)
+"""Steps that are tried for a row of a superblock, as fractions of ``Tiled.usual_step``."""
 SLICE = 1 << 22
 """Weights that a thread quantizes at a time; bounds the temporary memory."""
 
@@ -46,15 +51,14 @@ class Tiled(Blocked):
 
     bits: ClassVar[int]
     """Bits of the code that stores a weight."""
-    group: ClassVar[int] = 0
-    """Columns of a row that share a scale and an offset; 0: there are no scales, and codes are the integers v."""
-    factor: ClassVar[int] = 1
-    """Constant by which every scale is multiplied."""
+    levels: ClassVar[tuple[int, ...]] = ()
+    """The integers that the codes stand for, times the scale; empty: the code less 128, and there are no scales."""
+    usual_step: ClassVar[float] = 0.0
+    """The step that loses least on normally distributed weights whose standard deviation is 1."""
 
-    def _sections(self, width: int) -> tuple[int, int, int, int]:
-        """Return the bytes of the steps, scales, offsets and codes of a superblock of ``width`` columns."""
-        groups = width // self.group if self.group else 0
-        return 2 * ROWS, _padded(groups * 16), _padded(groups * ROWS), ROWS * width * self.bits // 8
+    def _sections(self, width: int) -> tuple[int, int, int]:
+        """Return the bytes of the steps, scales and codes of a superblock of ``width`` columns."""
+        return 2 * ROWS, 4 * ROWS if self.levels else 0, ROWS * width * self.bits // 8
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         [(shape, dtype)] = self.layout(tuple(weight.shape)).values()
@@ -73,96 +77,88 @@ class Tiled(Blocked):
 
     def _tile(self, plain: Tensor) -> Tensor:
         """Return the bytes [blocks, bytes] that store the padded plain weights [32 * blocks, columns]."""
-        pieces = []
-        for part in plain.split(SUPER, dim=1):
-            step, scale, offset, codes = self._round(part)
-            steps = step.to(torch.bfloat16).reshape(-1, ROWS).view(torch.uint8)
-            pieces += [steps, _pack_scales(scale), _pack_offsets(offset), _planes.pack(codes, self.bits)]
+        return torch.cat([self.store(*self.nearest(rotate_weights(part))) for part in plain.split(SUPER, dim=1)], dim=1)
+
+    def store(self, step: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
+        """Return the bytes [blocks, n] of a superblock from steps [R], scales [R, groups] and codes [R, width]."""
+        steps = step.to(torch.bfloat16).reshape(-1, ROWS).view(torch.uint8)
+        pieces = [steps, _planes.pack(codes, self.bits)]
+        if self.levels:
+            pieces.insert(1, _pack_scales(scale))
         return torch.cat(pieces, dim=1)
 
     def _untile(self, tile: Tensor, width: int) -> Tensor:
-        steps, scales, offsets, codes = tile.split(self._sections(width), dim=1)
+        steps, scales, codes = tile.split(self._sections(width), dim=1)
         step = steps.contiguous().view(torch.bfloat16).float()[:, :, None]
-        q = _planes.unpack(codes, self.bits, width).float()
-        if not self.group:
-            plain: Tensor = step * (q - 128)
-            return plain
-        groups = width // self.group
-        scale = _unpack_scales(scales, groups)[..., None] * self.factor
-        offset = _unpack_offsets(offsets, groups)[..., None]
-        v = q.reshape(*q.shape[:2], groups, self.group) * scale - offset
-        plain = step * v.flatten(2)
-        return plain
+        q = _planes.unpack(codes, self.bits, width)
+        if self.levels:
+            v = torch.tensor(self.levels, device=tile.device).float()[q.long()].unflatten(-1, (-1, GROUP))
+            v = (v * _unpack_scales(scales, width // GROUP)[..., None]).flatten(-2)
+        else:
+            v = q.float() - 128
+        return restore_weights(step * v)
 
-    def _round(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Quantize plain weights [R, width] of one superblock; return step, scale, offset and codes.
+    def nearest(self, rotated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize rotated weights [R, width] of one superblock; return step, scale and codes.
 
-        Their shapes are [R], [R, groups], [R, groups] and [R, width].
-
-        Several scales are tried, and the one with the least squared error is taken. A narrower grid clips the
-        extremes of the group and is finer for the other weights.
+        Their shapes are [R], [R, groups] and [R, width]. Several steps are tried, and the one with the least squared
+        error is taken. A smaller step clips the extremes and is finer for the other weights.
         """
-        if not self.group:
-            step = _upwards(part.abs().amax(1) / 127)
-            codes = (part / nonzero(step)[:, None]).round().clamp(-127, 127) + 128
-            return step, part.new_zeros(len(part), 0), part.new_zeros(len(part), 0), codes
-        levels = (1 << self.bits) - 1
-        w = part.reshape(len(part), -1, self.group)
-        low, high = w.amin(2), w.amax(2)
-        reach = torch.maximum(
-            (high - low).amax(1) / (LARGEST_SCALE * levels * self.factor), part.abs().amax(1) / HEADROOM
-        )
-        step = _upwards(reach)
-        w = w / nonzero(step)[:, None, None]
-        low, high = w.amin(2), w.amax(2)
-        widest = ((high - low) / (levels * self.factor)).ceil().clamp(1, LARGEST_SCALE)
+        if not self.levels:
+            step = _rounded(rotated.abs().amax(1) / 127)
+            codes = (rotated * _inverse(step)[:, None]).round().clamp(-127, 127) + 128
+            return step, rotated.new_zeros(len(rotated), 0), codes
+        usual = rotated.square().mean(1).sqrt() * self.usual_step
         best: tuple[Tensor, ...] | None = None
-        for share in NARROWER[self.bits]:
-            scale = (widest * share).round().clamp(1, LARGEST_SCALE)
-            grid = scale * self.factor
-            offset = ((grid * levels - low - high) / 2).round().clamp(-127, 127)
-            most = ((127 + offset) / grid).floor().clamp(0, levels)
-            codes = ((w + offset[..., None]) / grid[..., None]).round().clamp_min(0).minimum(most[..., None])
-            error = (codes * grid[..., None] - offset[..., None] - w).square().sum(2)
-            candidate = (error, scale, offset, codes)
-            if best is None:
-                best = candidate
-            else:
-                less = error < best[0]
-                best = tuple(
-                    torch.where(less if new.dim() == 2 else less[..., None], new, old)
-                    for new, old in zip(candidate, best, strict=True)
-                )
+        for share in TRIED_STEPS:
+            step = _rounded(usual * share)
+            scale, error = self.best_scales(rotated, step)
+            candidate = error.sum(1), step, scale
+            if best is not None:
+                less = candidate[0] < best[0]
+                pairs = zip(candidate, best, strict=True)
+                candidate = tuple(torch.where(less if a.dim() == 1 else less[:, None], a, b) for a, b in pairs)
+            best = candidate
         assert best is not None
-        return step, best[1], best[2], best[3].flatten(1)
+        _, step, scale = best
+        return step, scale, self.codes(rotated, step, scale)
+
+    def best_scales(self, rotated: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale of each group that loses least with these steps [R], and its squared error: [R, groups]."""
+        levels = torch.tensor(self.levels, device=rotated.device).float()
+        errors = []
+        for scale in SCALES:
+            unit = (step * scale)[:, None]
+            nearest = levels[_nearest(rotated * _inverse(unit), levels)] * unit
+            errors.append((nearest - rotated).square().unflatten(1, (-1, GROUP)).sum(2))
+        error, index = torch.stack(errors).min(0)
+        return torch.tensor(SCALES, device=rotated.device)[index], error
+
+    def codes(self, rotated: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+        """Return the codes [R, width] whose levels are nearest to rotated weights, given steps and scales."""
+        unit = (step[:, None] * scale).repeat_interleave(GROUP, 1)
+        return _nearest(rotated * _inverse(unit), torch.tensor(self.levels, device=rotated.device).float())
 
 
-NARROWER = {2: (1.0, 0.9, 0.8, 0.7, 0.6), 3: (1.0, 0.9, 0.8), 4: (1.0, 0.93)}
-"""Scales to try, by bits of a code, as fractions of the scale that covers the extremes of a group."""
+def _inverse(step: Tensor) -> Tensor:
+    """Return 1 / step; 1 where the step is 0, because all weights are 0 then."""
+    return 1 / nonzero(step)
+
+
+def _nearest(x: Tensor, levels: Tensor) -> Tensor:
+    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
 
 
 def _pack_scales(scale: Tensor) -> Tensor:
-    """Return the padded bytes [blocks, n] that store scales [32 * blocks, groups]."""
-    halves = scale.to(torch.uint8).reshape(len(scale) // ROWS, 2, 16, scale.shape[1])
-    packed = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).flatten(1)
-    return torch.nn.functional.pad(packed, (0, _padded(packed.shape[1]) - packed.shape[1]))
+    """Return the bytes [blocks, 128] that store scales [32 * blocks, groups]."""
+    shifts = 2 * torch.arange(scale.shape[1], device=scale.device)
+    words = ((scale.long() - SCALES[0]) << shifts).sum(1)
+    return words.view(torch.int32)[::2].contiguous().reshape(-1, ROWS).view(torch.uint8)  # the lower halves
 
 
 def _unpack_scales(data: Tensor, groups: int) -> Tensor:
-    packed = data[:, : groups * 16].reshape(len(data), groups, 16)
-    return torch.cat((packed & 15, packed >> 4), dim=2).transpose(1, 2)  # [blocks, 32, groups]
-
-
-def _pack_offsets(offset: Tensor) -> Tensor:
-    """Return the bytes [blocks, n] that store offsets [32 * blocks, groups], padded to a whole pair of groups."""
-    even = torch.nn.functional.pad(offset, (0, offset.shape[1] % 2)).to(torch.int8)
-    pairs = even.reshape(len(even) // ROWS, 2, 16, even.shape[1] // 2, 2)
-    return pairs.permute(0, 3, 1, 2, 4).flatten(1).view(torch.uint8)
-
-
-def _unpack_offsets(data: Tensor, groups: int) -> Tensor:
-    pairs = data.contiguous().view(torch.int8).reshape(len(data), -(-groups // 2), 2, 16, 2)
-    return pairs.permute(0, 2, 3, 1, 4).reshape(len(data), ROWS, -1)[..., :groups]
+    words = data.contiguous().view(torch.int32).long()[..., None]  # [blocks, 32, 1]
+    return (words >> 2 * torch.arange(groups, device=data.device) & 3) + SCALES[0]
 
 
 def _padded_to_blocks(part: Tensor) -> Tensor:
@@ -171,12 +167,6 @@ def _padded_to_blocks(part: Tensor) -> Tensor:
     return torch.nn.functional.pad(part, (0, -columns % PAD, 0, -rows % ROWS))
 
 
-def _upwards(x: Tensor) -> Tensor:
-    """Round x >= 0 up to bfloat16; return float32."""
-    rounded = x.to(torch.bfloat16)
-    bits = rounded.view(torch.int16)
-    return torch.where(rounded.float() < x, (bits + 1).view(torch.bfloat16), rounded).float()
-
-
-def _padded(size: int) -> int:
-    return math.ceil(size / 64) * 64
+def _rounded(x: Tensor) -> Tensor:
+    """Return ``x`` rounded to bfloat16, as float32."""
+    return x.to(torch.bfloat16).float()

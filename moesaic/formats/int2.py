@@ -1,4 +1,4 @@
-"""Two bits per weight (2.44 with scales): for experts if memory is scarce."""
+"""Two bits per weight (2.19 with scales), for experts that otherwise do not fit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from moesaic.formats._tiles import Tiled
 
 @dataclass(frozen=True)
 class Format(Tiled):
-    """Format with codes of 2 bits; 32 columns of a row share a scale and an offset."""
+    """Format with codes of 2 bits."""
 
     name = "int2"
     bits = 2
-    group = 32
-    factor = 5
-    error = 0.4
+    levels = (-3, -1, 1, 3)
+    usual_step = 0.092
+    error = 0.34

@@ -1,4 +1,4 @@
-"""Three bits per weight (3.25 with scales)."""
+"""Three bits per weight (3.19 with scales)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from moesaic.formats._tiles import Tiled
 
 @dataclass(frozen=True)
 class Format(Tiled):
-    """Format with codes of 3 bits; 64 columns of a row share a scale and an offset."""
+    """Format with codes of 3 bits."""
 
     name = "int3"
     bits = 3
-    group = 64
-    factor = 2
-    error = 0.2
+    levels = (-16, -10, -6, -2, 2, 6, 10, 16)
+    usual_step = 0.0244
+    error = 0.17

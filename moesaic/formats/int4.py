@@ -1,4 +1,4 @@
-"""Four bits per weight (4.44 with scales), 32 columns per scale: the usual choice."""
+"""Four bits per weight (4.19 with scales): the usual choice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from moesaic.formats._tiles import Tiled
 
 @dataclass(frozen=True)
 class Format(Tiled):
-    """Format with codes of 4 bits; 32 columns of a row share a scale and an offset."""
+    """Format with codes of 4 bits."""
 
     name = "int4"
     bits = 4
-    group = 32
+    levels = (-16, -13, -10, -8, -6, -4, -2, -1, 1, 2, 4, 6, 8, 10, 13, 16)
+    usual_step = 0.031
     error = 0.09

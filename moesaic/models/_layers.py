@@ -340,6 +340,6 @@ def _slot(
     name: str, shape: tuple[int, ...], index: tuple[slice, ...], weight: Packed, entry: int | None = None
 ) -> Slot:
     """Return the slot of a weight, or of ``entry`` in a stack of weights, which the layer ``name`` has."""
-    store = functools.partial(weight.store, index=entry)
+    store = functools.partial(ops.quantize, weight, index=entry)
     store_codes = functools.partial(ops.store_codes, weight, index=entry)
     return Slot(f"{name}.weight", shape, index, store, weight.format, store_codes)

@@ -37,7 +37,7 @@ FormatName = str | tuple[str, str, str] | None
 
 For ``experts`` with different formats, it has the names of those of gate, up and down."""
 
-OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw", "store_codes")
+OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw", "quantize", "store_codes")
 
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
@@ -161,6 +161,24 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     if numbers.shape != logits.shape[:1] or logits.dim() != 2:
         raise _mismatch("numbers", numbers.shape, f"[R] for logits [R, V] of shape {tuple(logits.shape)}")
     return cast(Tensor, op(logits, numbers))
+
+
+@torch.no_grad()
+def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
+    """Overwrite ``weight`` [out, in], or entry ``index`` of a stack [E, out, in], with a plain weight, quantized.
+
+    Args:
+        weight: a weight in any format.
+        plain: the floats [out, in], or [E, out, in] for all entries.
+        index: number of the entry.
+
+    Raises:
+        InvalidParameter: the shapes differ.
+    """
+    expected = weight.shape if index is None else weight.shape[1:]
+    if tuple(plain.shape) != expected:
+        raise _mismatch("plain", plain.shape, f"{expected}")
+    _pick("quantize", weight.device, weight.name, trained=False)(weight, plain, index)
 
 
 @torch.no_grad()

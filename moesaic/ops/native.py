@@ -28,6 +28,7 @@ from moesaic.ops import OPS, Batch, FormatName, _grouping
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CACHE_TYPES = TYPES | {torch.int8: 3}
+QUANTIZED_TO = ("int8", "int4", "int3", "int2")
 OUT_OF_MEMORY, ID_OUT_OF_RANGE = 1, 2  # csrc/api.cpp, Status
 
 
@@ -96,6 +97,17 @@ _Draw = _struct(
     *((name, c_int64) for name in ("rows", "vocabulary")),
     *((name, c_void_p) for name in ("logits", "numbers", "ids")),
 )
+_Quantize = _struct(
+    "quantize",
+    *(
+        ("format", c_int),
+        ("type", c_int),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("x", c_void_p),
+        ("weight", c_void_p),
+    ),
+)
 _StoreCodes = _struct(
     "store_codes",
     *(("grouping", c_void_p), ("rows", c_int64), ("columns", c_int64), ("block_bytes", c_int64)),
@@ -112,7 +124,7 @@ def _library() -> ctypes.CDLL | None:
     library = ctypes.CDLL(spec.origin)
     library.moesaic_isa.restype = library.moesaic_formats.restype = ctypes.c_char_p
     library.moesaic_multiply.restype = library.moesaic_multiply_bf16.restype = c_int64
-    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope, _Truncate, _Draw, _StoreCodes):
+    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope, _Truncate, _Draw, _Quantize, _StoreCodes):
         getattr(library, f"moesaic_{struct.op}").argtypes = [POINTER(struct)]
     set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, library)
     return library
@@ -199,6 +211,8 @@ def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
         weight_format = _grouping.NAME
     if op == "store_codes" and _stem(weight_format or "") != _grouping.NAME:
         return f"it stores codes only in the format {_grouping.NAME}"
+    if op == "quantize" and _stem(weight_format or "") not in QUANTIZED_TO:
+        return f"it does not quantize to {weight_format}"
     if op in ("linear", "experts") and _stem(weight_format or "") not in formats():
         return f"it does not read {weight_format}"
     return None if op in OPS else "it has no such op"
@@ -295,6 +309,17 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     ids = torch.empty(len(logits), dtype=torch.int64)
     _run(_Draw(*logits.shape, _address(logits), _address(numbers), _address(ids)))
     return ids
+
+
+def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
+    [data] = weight.parts().values()
+    plain = _native(plain.to(data.device))
+    entries = [index] if index is not None else range(weight.shape[0]) if len(weight.shape) == 3 else [None]
+    for entry in entries:
+        source = plain if index is not None or entry is None else plain[entry]
+        target = data if entry is None else data[entry]
+        fields = (_number(weight.name), TYPES[source.dtype], *weight.shape[-2:])
+        _run(_Quantize(*fields, _address(source), _address(target)))
 
 
 def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:

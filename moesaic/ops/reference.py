@@ -223,6 +223,10 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     return torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True)[:, 0]
 
 
+def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
+    weight.store(plain, index)
+
+
 def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:
     assert isinstance(weight.format, grouped.Format)
     weight.overwrite(weight.format.adopt(codes), index)

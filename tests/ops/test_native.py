@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from moesaic import formats, registry
+from moesaic.formats import _rotation
 from moesaic.ops import Batch, Cache, _grouping, native, reference
 from tests.support import grouped
 from tests.support.require import require
@@ -22,7 +22,8 @@ from tests.support.require import require
 require(shutil.which("c++") or not native.why_not("linear", "cpu", "int4"), "no C++ compiler is installed")
 
 FORMATS = sorted(native.formats())
-EXACT = [*(name for name in FORMATS if name.startswith("int")), *grouped.TEXTS]
+INTEGERS = [name for name in FORMATS if name.startswith("int")]
+EXACT = [*INTEGERS, *grouped.TEXTS]
 """Formats whose results are the same bits on every instruction set."""
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +98,56 @@ def test_a_grouped_weight_equals_its_plain_weight_times_rounded_activations(weig
         if native.use_instruction_set(isa):
             error = native.linear(x, weight).double() - expected
             assert error.norm() <= (2e-4 if "nf4" in weight_format else 1e-6) * expected.norm()
+
+
+@pytest.mark.parametrize("weight_format", INTEGERS)
+def test_an_integer_weight_equals_its_plain_weight_times_rounded_activations(weight_format):
+    """Every instruction set and kernel, with activations whose rotation 8 bits hold exactly, so that the scale is 1."""
+    columns = 256 + 192
+    weight = formats.load(weight_format).pack(torch.randn(70, columns))
+    rotated = torch.randint(-126, 127, (27, columns)).float()
+    rotated[:, ::64] = 127
+    x = torch.cat([_rotation.restore_weights(part / 64) for part in rotated.split(256, dim=1)], dim=1)
+    for begin, end in ((0, 256), (256, 384), (384, 448)):  # each Hadamard matrix, divided by its size
+        x[:, begin:end] *= 64 / (end - begin)
+    expected = x.double() @ weight.dequantize().double().T
+    for isa in native.INSTRUCTION_SETS:
+        if native.use_instruction_set(isa):
+            for tokens in (1, 2, 3, 27):
+                error = native.linear(x[:tokens], weight).double() - expected[:tokens]
+                assert error.norm() <= 1e-6 * expected[:tokens].norm()
+
+
+@pytest.mark.parametrize("weight_format", INTEGERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantized_bytes_are_those_of_the_reference_on_every_isa(weight_format, dtype):
+    """Columns and rows fill no block, superblock or vector. The reference rotates in another order of sums, so that a
+    weight between two levels may get the other one."""
+    for rows, columns in ((70, 600), (33, 64), (5, 450)):
+        plain = torch.randn(rows, columns).to(dtype)
+        plain[:, 17] *= 50
+        plain[2] = 0
+        expected = formats.load(weight_format).empty((rows, columns))
+        reference.quantize(expected, plain)
+        results = []
+        for isa in native.INSTRUCTION_SETS:
+            if native.use_instruction_set(isa):
+                packed = formats.load(weight_format).empty((rows, columns))
+                packed.tiles.data.fill_(255)
+                native.quantize(packed, plain)
+                results.append(packed)
+        assert all(torch.equal(packed.tiles, results[0].tiles) for packed in results)
+        assert (results[0].tiles != expected.tiles).float().mean() < 1e-3
+        errors = [(packed.dequantize() - plain.float()).norm() for packed in (results[0], expected)]
+        torch.testing.assert_close(*errors, rtol=1e-3, atol=0)
+
+
+def test_quantize_overwrites_one_entry_or_all():
+    plain, stack = torch.randn(3, 40, 70), formats.load("int4").pack(torch.zeros(3, 40, 70))
+    native.quantize(stack, plain[1].T.contiguous().T, 1)  # the columns are not contiguous
+    assert not stack.dequantize(index=0).any() and not stack.dequantize(index=2).any()
+    native.quantize(stack, plain)
+    assert torch.equal(stack.tiles, formats.load("int4").pack(plain).tiles)
 
 
 def test_byte_tables_hold_levels_within_14_bits():
@@ -308,14 +359,3 @@ def test_every_compiled_format_has_a_header_and_a_python_format():
     headers = {path.stem for path in (ROOT / "csrc" / "formats").glob("*.h")}
     assert set(native.formats()) == headers
     assert headers <= set(registry.names("formats"))
-
-
-@pytest.mark.parametrize("weight_format", [name for name in FORMATS if name.startswith("int")])
-def test_header_and_python_format_have_the_same_numbers(weight_format):
-    packed = formats.load(weight_format)
-    header = (ROOT / "csrc" / "formats" / f"{weight_format}.h").read_text()
-    base = re.search(r"struct \w+ : (\w+)", header)
-    if base:
-        header = (ROOT / "csrc" / "formats" / f"{base[1].lower()}.h").read_text() + header
-    numbers = {name: int(value) for name, value in re.findall(r"\b(BITS|GROUP|FACTOR) = (\d+)", header)}
-    assert numbers == {"BITS": packed.bits, "GROUP": packed.group, "FACTOR": packed.factor}

@@ -382,6 +382,8 @@ def test_a_weight_refuses_parts_of_another_layout():
     for parts in ({"weight": tiles}, {"tiles": tiles[:1]}, {"tiles": tiles.to(torch.int16)}):
         with pytest.raises(InvalidParameter, match="weight: int4"):
             Packed(formats.load("int4"), (40, 300), parts)
+    with pytest.raises(InvalidParameter, match=r"plain"):
+        ops.quantize(int4, torch.randn(300, 40))
     with pytest.raises(InvalidParameter, match="weight: int4 part 'tiles'"):
         int4.tiles = torch.nn.Parameter(tiles[:, :-1], requires_grad=False)
     with pytest.raises(InvalidParameter, match="weight: bfloat16 part 'weight'"):
