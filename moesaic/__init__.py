@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic import errors
 from moesaic.engine.request import Sampling
+from moesaic.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from moesaic.classifier import Classifier
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from moesaic.text.grammar import Grammar
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Answer", "Classifier", "Grammar", "Reply", "Sampling", "Text", "errors"]
+__all__ = ["LLM", "Answer", "Classifier", "Grammar", "LoadOptions", "Reply", "Sampling", "Text", "errors"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from moesaic.errors import InvalidRequest, PromptTooLong
+from moesaic.load_options import LoadOptions
 from moesaic.loading import Loaded, Progress, limited_torch_threads, load_model
 from moesaic.ops import Batch
+from moesaic.plan import Plan, make_plan
 from moesaic.text.tokenizer import Tokenizer
 from moesaic.token_rows import check_ids, check_tokenizer
 
@@ -32,14 +34,18 @@ class Classifier:
         self.labels = loaded.model.shape.labels
 
     @classmethod
-    def load(
-        cls, model: str | Path, *, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None
-    ) -> Self:
-        """Load a classifier; arguments and errors are as for ``LLM.load``."""
-        loaded = load_model(Path(model), dtype=dtype, device=device, progress=progress)
-        if not loaded.model.shape.labels:
-            raise InvalidRequest(f"{model} has no classification head: use LLM.load")
-        tokenizer = Tokenizer.open(Path(model))
+    def load(cls, model: str | Path, *, progress: Progress | None = None, **options: Any) -> Self:
+        """Load a classifier; ``options`` are fields of ``LoadOptions``. Errors are as for ``LLM.load``."""
+        return cls.from_plan(make_plan(Path(model), LoadOptions(**options)), progress=progress)
+
+    @classmethod
+    def from_plan(cls, plan: Plan, *, progress: Progress | None = None) -> Self:
+        """Load the classifier of a plan."""
+        path = plan.spec.path
+        if not plan.labels:
+            raise InvalidRequest(f"{path} has no classification head: use LLM.load")
+        tokenizer = Tokenizer.open(path)
+        loaded = load_model(plan, progress=progress)
         check_tokenizer(tokenizer, loaded.model.vocab_size, loaded.path)
         return cls(loaded, tokenizer)
 

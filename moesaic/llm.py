@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
-from moesaic import builtin, embedding, loading
+from moesaic import builtin, embedding
 from moesaic.engine import Engine, Limits, Request, Sampling
-from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, Overloaded, PromptTooLong
-from moesaic.loading import Loaded, Progress, cache_dtype, limited_torch_threads, load_model, plan_cache, torch_threads
+from moesaic.errors import InvalidParameter, InvalidRequest, Overloaded, PromptTooLong
+from moesaic.load_options import LoadOptions
+from moesaic.loading import Loaded, Progress, limited_torch_threads, load_model, torch_threads
+from moesaic.plan import Plan, make_plan
 from moesaic.reply import Answer, AnswerDecoder, Reply, Text, finished_answers
 from moesaic.sampling_defaults import sampling_defaults
 from moesaic.text import chat_choice, length
@@ -67,38 +69,22 @@ class LLM(AbstractContextManager["LLM"]):
         cls,
         model: str | Path | None = None,
         *,
-        dtype: str = "auto",
-        format: str | None = None,  # noqa: A002  # a public name
-        requantize: bool = False,
-        device: str = "cpu",
-        context: int | None = None,
-        cache_tokens: int | None = None,
-        kv_cache_dtype: str = "auto",
-        block_size: int = 16,
         chat_format: str | None = None,
         limits: Limits | None = None,
         lazy_cache: bool = True,
         progress: Progress | None = None,
+        **options: Any,
     ) -> Self:
         """Load a model and start its engine.
 
         Args:
             model: a folder, a GGUF file, smollm2 or tales; None: smollm2 if its package is installed, else tales.
-            dtype: float32, bfloat16, float16, or auto: the dtype that the checkpoint is stored in.
-            format: q8, q4, q3, q2, a format, or role=format, ...; None: weights stay as the checkpoint has them.
-            requantize: whether ``format`` may round weights that are quantized already.
-            device: the device that the model runs on.
-            context: maximum tokens of prompt and answer together; None: as many as the model supports and a quarter of
-                the available memory holds.
-            cache_tokens: tokens in the key/value cache, which all requests share; None: sixteen contexts, but at most a
-                quarter of the available memory.
-            kv_cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, int8, or auto (of activations).
-            block_size: number of tokens in a block of the key/value cache.
             chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, or
                 the path of a template file (.jinja), both run in a sandbox; None: recognized from the checkpoint.
             limits: limits for running and waiting requests; None: the defaults.
             lazy_cache: take the memory of the key/value cache as tokens are stored; False: at once, for servers.
             progress: called with the numbers of bytes read so far and in total.
+            **options: fields of ``LoadOptions``, such as ``format``, ``device`` or ``context``.
 
         Raises:
             NotFound: the model or chat format does not exist.
@@ -108,25 +94,26 @@ class LLM(AbstractContextManager["LLM"]):
             NotInstalled: the package of the built-in model is not installed.
         """
         path, name = builtin.resolve(model)
-        if not path.exists():
-            raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
-        loading.check_layout(path)
-        tokenizer = Tokenizer.open(path)
-        loaded = load_model(
-            path, dtype=dtype, weight_format=format, requantize=requantize, device=device, progress=progress
-        )
-        return cls.from_loaded(
-            replace(loaded, generation={**builtin.recommended_sampling(path), **loaded.generation}),
-            tokenizer,
-            name,
-            context=context,
-            cache_tokens=cache_tokens,
-            kv_cache_dtype=kv_cache_dtype,
-            block_size=block_size,
-            chat_format=chat_format,
-            limits=limits,
-            lazy_cache=lazy_cache,
-        )
+        plan = make_plan(path, LoadOptions(**options))
+        engine: dict[str, Any] = {"chat_format": chat_format, "limits": limits, "lazy_cache": lazy_cache}
+        return cls.from_plan(plan, name, progress=progress, **engine)
+
+    @classmethod
+    def from_plan(cls, plan: Plan, name: str, *, progress: Progress | None = None, **engine: Any) -> Self:
+        """Load the model of a plan and start its engine.
+
+        Args:
+            plan: the plan; it has the sizes of the key/value cache too.
+            name: the name of the model.
+            progress: called with the numbers of bytes read so far and in total.
+            **engine: ``chat_format``, ``limits`` and ``lazy_cache``, as for ``LLM.load``.
+
+        Raises:
+            As for ``LLM.load``.
+        """
+        _check_chats(plan)
+        tokenizer = Tokenizer.open(plan.spec.path)  # a missing tokenizer is noticed before the weights are read
+        return cls.from_loaded(load_model(plan, progress=progress), tokenizer, name, **engine)
 
     @classmethod
     def from_loaded(
@@ -135,29 +122,24 @@ class LLM(AbstractContextManager["LLM"]):
         tokenizer: Tokenizer,
         name: str,
         *,
-        context: int | None = None,
-        cache_tokens: int | None = None,
-        kv_cache_dtype: str = "auto",
-        block_size: int = 16,
         chat_format: str | None = None,
         limits: Limits | None = None,
         lazy_cache: bool = True,
     ) -> Self:
         """Start an engine for a model that is loaded already. ``name`` names it; the rest is as for ``LLM.load``."""
-        if loaded.model.shape.labels:
-            raise InvalidRequest(f"{loaded.path} holds a classifier, which cannot chat: use Classifier.load")
+        plan = loaded.plan
+        _check_chats(plan)
         check_tokenizer(tokenizer, loaded.model.vocab_size, loaded.path)
-        defaults = sampling_defaults(loaded.generation, loaded.generation_file)  # refused before the engine starts
-        dtype = cache_dtype(loaded.model, kv_cache_dtype)
-        context, cache_tokens = plan_cache(loaded.model, context, cache_tokens, block_size, dtype)
+        generation = {**builtin.recommended_sampling(loaded.path), **loaded.generation}
+        defaults = sampling_defaults(generation, loaded.generation_file)  # refused before the engine starts
         selected_format = chat_choice.select(chat_format, tokenizer, loaded.path, loaded.config.get("model_type"))
         engine = Engine(
             loaded.model,
-            cache_tokens=cache_tokens,
-            block_size=block_size,
-            context=context,
+            cache_tokens=plan.cache_tokens,
+            block_size=plan.block_size,
+            context=plan.context,
             limits=limits,
-            dtype=dtype,
+            dtype=plan.cache_dtype,
             torch_threads=torch_threads(loaded.model),
             lazy_cache=lazy_cache,
         )
@@ -413,6 +395,12 @@ class LLM(AbstractContextManager["LLM"]):
                         raise
                     answers.append(_joined(running.popleft()))
         return answers + [_joined(replies) for replies in running]
+
+
+def _check_chats(plan: Plan) -> None:
+    """Raise InvalidRequest if the model of ``plan`` is a classifier."""
+    if plan.labels:
+        raise InvalidRequest(f"{plan.spec.path} holds a classifier, which cannot chat: use Classifier.load")
 
 
 def _joined(replies: list[Reply]) -> Answer:

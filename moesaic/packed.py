@@ -46,6 +46,10 @@ class PackedManifest:
     config: Mapping[str, Any]
     generation: Mapping[str, Any]
 
+    def weight_formats(self) -> dict[str, WeightFormat]:
+        """Return the format of each role of weights, and of single tensors by name, as ``models.build`` takes them."""
+        return {name: formats.load(text) for name, text in self.formats.items()}
+
 
 def is_packed(path: Path) -> bool:
     """Return whether ``path`` is a folder of packed weights."""
@@ -134,7 +138,8 @@ def create(folder: Path, manifest: PackedManifest, store_weights: Callable[[Deco
         ConfigError: the configuration is not understood.
         OSError: the folder cannot be written.
     """
-    model = build(folder, manifest)
+    dtype = getattr(torch, manifest.dtype)
+    model = models.build(manifest.config, folder, manifest.weight_formats(), dtype=dtype, device="meta")
     _write_header(model, folder / WEIGHTS)
     _map_weights(model, folder / WEIGHTS, shared=True)
     store_weights(model)
@@ -164,29 +169,13 @@ def read_manifest(path: Path) -> PackedManifest:
     return manifest
 
 
-def build(path: Path, manifest: PackedManifest) -> Decoder:
-    """Return the model that ``manifest`` describes on the meta device, where its weights take no memory.
+def map_weights(model: Decoder, path: Path) -> None:
+    """Map the weights of ``model``, which is on the meta device, from the packed folder ``path``.
 
     Raises:
-        ConfigError: the configuration of the model is not understood.
+        CheckpointError: the file of the weights is missing, damaged or not that of this model.
     """
-    roles = {role: formats.load(name) for role, name in manifest.formats.items()}
-    return models.build(manifest.config, path, roles, dtype=getattr(torch, manifest.dtype), device="meta")
-
-
-def load(path: Path, manifest: PackedManifest | None = None) -> Decoder:
-    """Return the model in the packed folder ``path``, with its weights mapped from the file.
-
-    Args:
-        path: the folder.
-        manifest: the folder's manifest, if it was read already.
-
-    Raises:
-        CheckpointError: a file is missing, damaged or not understood.
-    """
-    model = build(path, manifest or read_manifest(path))
     _map_weights(model, path / WEIGHTS, shared=False)
-    return model
 
 
 def _is_expert(name: str) -> bool:

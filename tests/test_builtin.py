@@ -13,8 +13,7 @@ import pytest
 from moesaic import builtin, cli
 from moesaic.builtin import TALES_FOLDER
 from moesaic.cli import flags
-from moesaic.cli.serving import _context as serving_context
-from moesaic.cli.serving import model_entries
+from moesaic.cli.serving import model_entries, served_options
 from moesaic.cli.tgi_launcher import translate
 from moesaic.errors import NotFound, NotInstalled
 from moesaic.llm import LLM
@@ -118,7 +117,8 @@ def test_it_is_served_by_a_name(tmp_path: Path) -> None:
 
 def test_smollm2_is_served_with_a_short_context_unless_one_is_given(smollm2: Path) -> None:
     def context(path: Path, *flags: str) -> int | None:
-        return serving_context(translate(cli._parser().parse_args(["serve", *flags]), {}).args, path)
+        args = translate(cli._parser().parse_args(["serve", *flags]), {}).args
+        return served_options(args, path).context
 
     assert context(smollm2) == 2048 and context(TALES_FOLDER) is None
     assert context(smollm2, "--context", "4096") == 4096

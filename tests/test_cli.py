@@ -290,10 +290,10 @@ def test_list(what: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_constants_match_the_modules() -> None:
-    from moesaic import loading
+    from moesaic import checkpoints
     from moesaic.engine import Sampling
 
-    assert ("auto", *loading.DTYPES) == cli.DTYPES
+    assert ("auto", *checkpoints.FLOAT_DTYPES) == cli.DTYPES
     assert set(cli.SAMPLING) <= set(Sampling.__dataclass_fields__)
 
 

@@ -19,8 +19,8 @@ from moesaic.checkpoints._decoder import parse_config
 from moesaic.checkpoints._original import tensor_names
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError, ConfigError
-from moesaic.loading import load_model
 from tests.support import checkpoints
+from tests.support.loading import load_model
 
 LAYOUTS = ("hf", "mistral", "meta")
 TABLE, EXTRA = "model.layers.0.self_attn.rotary_emb.inv_freq", "v_head.weight"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import re
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from moesaic.cli.tgi_flags import TABLE
 from moesaic.cli.tgi_launcher import PORT, TGI_PORT, Launch, translate
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.llm import LLM
-from moesaic.loading import memory_needed
+from moesaic.load_options import LoadOptions
+from moesaic.plan import make_plan
 from moesaic.serve.settings import TgiBounds
 
 TYPICAL = "--num-shard 2 --max-batch-total-tokens 1024000 --max-total-tokens 32000"
@@ -185,7 +187,8 @@ def test_hub_name_is_an_alias_of_the_model(tmp_path, monkeypatch):
 def test_memory_budget_counts_weights_and_cache(talker):
     line = f"--memory 20 --format q4 --cache-tokens 512 {talker}"
     [entry] = model_entries(launch(line).args)
-    assert entry.bytes == memory_needed(talker, weight_format="q4", cache_tokens=512)
+    plan = make_plan(talker, LoadOptions(format="q4", cache_tokens=512))
+    assert asyncio.run(entry.make_plan()).bytes == plan.bytes
 
 
 def test_every_flag_has_a_meaning_and_a_known_argument():

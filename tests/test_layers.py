@@ -26,7 +26,9 @@ MAY = {
     "memory": set(),
     "packed": {"memory", "checkpoints", "models", "formats"},
     "weight_report": {"checkpoints", "models", "ops", "formats"},
-    "loading": {"memory", "packed", "weight_report", "checkpoints", "config_keys", "models", "ops", "formats"},
+    "load_options": set(),
+    "plan": {"load_options", "packed", "weight_report", "checkpoints", "models", "memory", "ops", "formats"},
+    "loading": {"plan", "packed", "weight_report", "checkpoints", "config_keys", "models", "ops", "formats"},
     "reply": {"engine", "text"},
     "embedding": {"models", "text", "ops", "formats"},
     "backend": set(),
@@ -43,20 +45,22 @@ MAY = {
         "embedding",
         "sampling_defaults",
         "token_rows",
+        "load_options",
+        "plan",
         "loading",
-        "packed",
         "engine",
         "text",
-        "checkpoints",
         "models",
         "ops",
         "formats",
     },
-    "classifier": {"loading", "text", "token_rows", "ops"},
+    "classifier": {"load_options", "plan", "loading", "text", "token_rows", "ops"},
     "bench": {
         "builtin",
         "client",
         "llm",
+        "load_options",
+        "plan",
         "loading",
         "packed",
         "memory",
@@ -74,7 +78,7 @@ MAY = {
     "cli": {"*"},
     "errors": set(),
     "registry": set(),
-    "": {"engine", "llm", "classifier", "text"},  # the public names
+    "": {"engine", "load_options", "llm", "classifier", "text"},  # the public names
 }
 """The parts that each part may import, in addition to ``errors`` and ``registry``; docs/architecture.md draws them."""
 WITHIN = {"cluster.store": {"cluster.jobs"}, "cluster.launch": set()}

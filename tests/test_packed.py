@@ -19,8 +19,8 @@ import torch
 from moesaic import LLM, checkpoints, memory, packed
 from moesaic.builtin import TALES_FOLDER
 from moesaic.errors import CheckpointError, InvalidParameter
-from moesaic.loading import load_model
 from tests.support.gguf_files import TinyFile
+from tests.support.loading import load_model
 from tests.support.memory import resident
 
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -40,8 +40,8 @@ def test_packed_model_answers_as_a_quantized_one(talker, folder):
 
 
 def test_packed_parameters_equal_quantized_ones(talker, folder):
-    mapped = dict(packed.load(folder).named_parameters())
-    read = dict(load_model(talker, weight_format="experts=int2,attention=int8").model.named_parameters())
+    mapped = dict(load_model(folder).model.named_parameters())
+    read = dict(load_model(talker, format="experts=int2,attention=int8").model.named_parameters())
     assert mapped.keys() == read.keys()
     for name, parameter in read.items():
         assert mapped[name].dtype == parameter.dtype and torch.equal(mapped[name], parameter)
@@ -54,7 +54,7 @@ def test_weights_are_a_safetensors_file(folder):
     from safetensors.torch import load_file
 
     assert {name for name in load_file(folder / packed.WEIGHTS) if not name.startswith("pad.")} == {
-        name for name, _ in packed.load(folder).named_parameters()
+        name for name, _ in load_model(folder).model.named_parameters()
     }
 
 
@@ -85,7 +85,7 @@ def test_damaged_manifest_is_refused(folder, tmp_path, content):
     broken = damaged(folder, tmp_path / "broken")
     (broken / packed.MANIFEST).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"moesaic\.json: damaged"):
-        packed.load(broken)
+        load_model(broken)
 
 
 def test_later_version_is_refused(folder, tmp_path):
@@ -93,7 +93,7 @@ def test_later_version_is_refused(folder, tmp_path):
     content = json.loads((broken / packed.MANIFEST).read_text())
     (broken / packed.MANIFEST).write_text(json.dumps(content | {"packed": 2}))
     with pytest.raises(CheckpointError, match="version 2, but this build reads 1"):
-        packed.load(broken)
+        load_model(broken)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, 100_000])
@@ -101,7 +101,7 @@ def test_truncated_weights_are_refused(folder, tmp_path, keep):
     broken = damaged(folder, tmp_path / "broken")
     os.truncate(broken / packed.WEIGHTS, keep)
     with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
-        packed.load(broken)
+        load_model(broken)
 
 
 def test_weights_of_another_format_are_refused(folder, tmp_path):
@@ -110,7 +110,7 @@ def test_weights_of_another_format_are_refused(folder, tmp_path):
     content["formats"]["experts"] = "int8"
     (broken / packed.MANIFEST).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="does not match the configuration"):
-        packed.load(broken)
+        load_model(broken)
 
 
 def test_killed_packing_leaves_no_loadable_folder(talker, tmp_path):
@@ -130,14 +130,15 @@ packed.pack(sys.argv[1], sys.argv[2], "q4",
             checkpoints.open_checkpoint(left)
         assert not packed.is_packed(left)
     packed.pack(talker, new, "q4")  # the remains of the killed process do not matter
-    packed.load(new)
+    load_model(new)
 
 
 READER = """
 import sys
 from pathlib import Path
-from moesaic import packed
-model = packed.load(Path(sys.argv[1]))
+from moesaic.loading import load_model
+from moesaic.plan import make_plan
+model = load_model(make_plan(Path(sys.argv[1]))).model
 print("opened", flush=True)
 sys.stdin.readline()
 assert all(bool(part.view(-1)[::8].isfinite().all()) for part in model.parameters())
@@ -215,7 +216,7 @@ def test_at_most_half_of_memory_is_locked(folder, monkeypatch):
     monkeypatch.setattr(memory, "total", lambda: 100_000)
     calls = []
     monkeypatch.setattr(memory, "lock", lambda parts, max_bytes: calls.append((len(list(parts)), max_bytes)))
-    model = packed.load(folder)
+    model = load_model(folder).model
     assert calls == [(sum(".experts." not in name for name, _ in model.named_parameters()), 50_000)]
 
 

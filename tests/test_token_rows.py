@@ -10,12 +10,12 @@ import pytest
 
 from moesaic import LLM, Classifier, Sampling, errors
 from moesaic.bench import quality
-from moesaic.loading import load_model
 from moesaic.local_backend import LocalBackend
 from moesaic.text.grammar import Grammar
 from moesaic.text.tokenizer import Tokenizer
 from tests.support import checkpoints
 from tests.support.http import post
+from tests.support.loading import load_model
 from tests.support.server import Server, running
 
 ROWS = 258

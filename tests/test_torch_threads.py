@@ -15,7 +15,8 @@ from moesaic.bench import quality
 from moesaic.classifier import Classifier
 from moesaic.formats import _tiles
 from moesaic.llm import LLM
-from moesaic.loading import load_model, torch_threads
+from moesaic.loading import torch_threads
+from tests.support.loading import load_model
 
 THREADS = 3
 

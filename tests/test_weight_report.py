@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.loading import load_model
 from moesaic.weight_report import WeightGroup
 from tests.support.gguf_files import TinyFile
 from tests.support.gptq import Gptq, case
+from tests.support.loading import load_model
 
 
 def by_role(weights: tuple[WeightGroup, ...]) -> dict[str, WeightGroup]:
@@ -34,7 +34,7 @@ def test_kept_codes_are_exact(tmp_path):
 
 def test_rounded_weights_have_a_measured_error(tmp_path):
     path = TinyFile("Q4_0").write(tmp_path / "tiny.gguf")
-    groups = by_role(load_model(path, weight_format="mlp=int3,attention=float32", requantize=True).weights)
+    groups = by_role(load_model(path, format="mlp=int3,attention=float32", requantize=True).weights)
     assert groups["mlp"].format == "int3" and 0.05 < groups["mlp"].error < 0.3
     assert groups["attention"].format == "float32" and groups["attention"].error == 0
     plain = by_role(load_model(TinyFile("F32").write(tmp_path / "plain.gguf"), dtype="bfloat16").weights)

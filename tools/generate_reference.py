@@ -35,6 +35,7 @@ SETTINGS = {
     "TGI's routes": ("moesaic.serve.settings", "TgiBounds"),
     "The engine": ("moesaic.engine", "Limits"),
     "The job store": ("moesaic.cluster.jobs", "StoreLimits"),
+    "Loading a model": ("moesaic.load_options", "LoadOptions"),
     "Sampling": ("moesaic.engine", "Sampling"),
 }
 """The headings of the page of settings, each with the module and name of the dataclass that it shows."""

@@ -1,7 +1,7 @@
 """Models with the sizes of published models and random weights, made in place in any format, for benchmarks.
 
-This module knows the published configurations and the memory that a model needs. It fills weights without ever holding
-them in another format. It does not measure anything.
+This module knows the published configurations, and refuses models that do not fit in memory. It fills weights without
+ever holding them in another format. It does not measure anything.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import bisect
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from moesaic import models, packed
 from moesaic.builtin import TALES_FOLDER
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Packed, WeightFormat
-from moesaic.loading import Loaded, cache_bytes_per_token, cache_dtype
+from moesaic.load_options import LoadOptions
+from moesaic.loading import Loaded
 from moesaic.models import Decoder
 from moesaic.ops import native
+from moesaic.plan import PACKED, ModelSpec, Plan, plan_spec
 
 _LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 _MIXTRAL = {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -62,23 +65,6 @@ PROCESS_BYTES = 1_200_000_000
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Memory that a model needs."""
-
-    parameters: int
-    """Number of parameters."""
-    weights: int
-    """Bytes of the weights."""
-    cache: int
-    """Bytes of the key/value cache."""
-
-    @property
-    def total(self) -> int:
-        """Bytes of weights, cache and process together."""
-        return self.weights + self.cache + PROCESS_BYTES
-
-
 def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
     """Return the configuration of a published model with the keys of config.json; ``layers`` None: all its layers.
 
@@ -97,91 +83,69 @@ def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
     return config
 
 
-def estimate(
-    config: Mapping[str, Any], format_name: str, dtype: str, cache_tokens: int, cache: str = "auto"
-) -> MemoryEstimate:
-    """Return the memory that a model and its key/value cache take, without allocating either.
+def random_plan(config: Mapping[str, Any], name: str, options: LoadOptions, *, mapped: bool = False) -> Plan:
+    """Return the plan for a model with random weights.
 
     Args:
         config: result of ``configuration``.
-        format_name: weight format, as for ``models.choose``.
-        dtype: data type of activations and of weights that are not quantized.
-        cache_tokens: tokens that the cache holds.
-        cache: data type of the cache; auto: that of activations.
+        name: name of the model.
+        options: how the model is loaded; the dtype auto means bfloat16, and the format None means that of the dtype.
+        mapped: whether the weights are mapped from a packed folder.
     """
-    model = _outline(config, format_name, dtype)
-    cache_size = cache_tokens * cache_bytes_per_token(model, cache_dtype(model, cache))
-    return MemoryEstimate(models.parameters(model), sum(part.nbytes for part in model.parameters()), cache_size)
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    formats = models.choose(options.format or dtype, dtype)
+    spec = ModelSpec(Path(name), PACKED if mapped else "random", config, {}, getattr(torch, dtype), formats)
+    return plan_spec(spec, options)
 
 
-def check(
-    name: str,
-    layers: int | None,
-    format_name: str,
-    dtype: str,
-    cache_tokens: int,
-    free: int,
-    *,
-    cache: str = "auto",
-    mapped: bool = False,
-) -> None:
-    """Check that a model with the sizes of ``name`` fits in ``free`` bytes of memory.
+def checked_plan(name: str, layers: int | None, options: LoadOptions, free: int, *, mapped: bool = False) -> Plan:
+    """Return the plan for a model with the sizes of ``name`` that fits in ``free`` bytes of memory with its process.
 
-    With ``mapped``, its weights are mapped from a file and need no memory. The other arguments are as for ``estimate``.
+    The other arguments are as for ``configuration`` and ``random_plan``.
 
     Raises:
         InvalidParameter: the geometry does not fit; the message suggests options that fit.
     """
 
-    def fits(config: Mapping[str, Any], format_name: str, mapped: bool = False) -> bool:
-        needed = estimate(config, format_name, dtype, cache_tokens, cache)
-        return needed.total - mapped * needed.weights <= free
+    def fits(config: Mapping[str, Any], options: LoadOptions, mapped: bool = False) -> bool:
+        return random_plan(config, name, options, mapped=mapped).bytes + PROCESS_BYTES <= free
 
     config = configuration(name, layers)
-    if fits(config, format_name, mapped):
-        return
-    hints = [f"--format {preset}" for preset in models.PRESETS if fits(config, preset, mapped)][:1]
+    plan = random_plan(config, name, options, mapped=mapped)
+    if plan.bytes + PROCESS_BYTES <= free:
+        return plan
+    presets = (preset for preset in models.PRESETS if fits(config, replace(options, format=preset), mapped))
+    hints = [f"--format {preset}" for preset in islice(presets, 1)]
     counts = range(1, config["num_hidden_layers"])
 
     def too_many(layers: int) -> bool:
-        return not fits(config | {"num_hidden_layers": layers}, format_name, mapped)
+        return not fits(config | {"num_hidden_layers": layers}, options, mapped)
 
     fewer = bisect.bisect(counts, False, key=too_many)
     hints += [f"--layers {fewer}"] if fewer else []
-    hints += ["--packed DIR"] if fits(config, format_name, mapped=True) else []
-    needed = estimate(config, format_name, dtype, cache_tokens, cache)
-    sizes = f"takes {needed.weights / 1e9:.1f} GB of weights, {needed.cache / 1e9:.1f} GB of cache"
+    hints += ["--packed DIR"] if fits(config, options, mapped=True) else []
+    sizes = f"takes {plan.weight_bytes / 1e9:.1f} GB of weights, {plan.cache_bytes / 1e9:.1f} GB of cache"
     raise InvalidParameter(
         "geometry",
-        f"{name} in {format_name} {sizes} and {PROCESS_BYTES / 1e9:.1f} GB for the process, "
-        f"but {free / 1e9:.1f} GB are free: "
+        f"{name} in {options.format or plan.spec.dtype_name} {sizes} and {PROCESS_BYTES / 1e9:.1f} GB for the "
+        f"process, but {free / 1e9:.1f} GB are free: "
         + (f"{' or '.join(hints)} would fit" if hints else "no part of it would fit"),
     )
 
 
-def build(
-    config: Mapping[str, Any], name: str, format_name: str, dtype: str, progress: Progress | None = None
-) -> Loaded:
-    """Return a model with random weights, which are made in place so that none exists twice.
+def build(plan: Plan, progress: Progress | None = None) -> Loaded:
+    """Return the model of ``plan`` with random weights, which are made in place so that none exists twice.
 
-    All memory of the weights is written, in huge pages if the system provides them.
-
-    Args:
-        config: result of ``configuration``.
-        name: name of the model.
-        format_name: weight format, as for ``models.choose``.
-        dtype: data type of activations and of weights that are not quantized.
-        progress: called with the bytes written so far and the total.
+    All memory of the weights is written, in huge pages if the system provides them. ``progress`` is called with the
+    bytes written so far and the total.
     """
-    model = _outline(config, format_name, dtype).to_empty(device="cpu")
+    model = plan.spec.build("meta").to_empty(device="cpu")
     randomize(model, progress)
-    return Loaded(Path(name), "random", model, config, {})
+    return Loaded(plan, model)
 
 
-def pack(
-    config: Mapping[str, Any], folder: Path, format_name: str, dtype: str, progress: Progress | None = None
-) -> None:
-    """Write a model with random weights to a new packed folder, with the tokenizer of tales.
+def pack(plan: Plan, folder: Path, progress: Progress | None = None) -> None:
+    """Write the model of ``plan`` with random weights to a new packed folder, with the tokenizer of tales.
 
     The weights may be larger than memory.
 
@@ -191,7 +155,7 @@ def pack(
     """
     if folder.exists():
         raise InvalidParameter("packed", f"{folder} exists already: pass a new folder, or pass this one as MODEL")
-    size = estimate(config, format_name, dtype, 0).weights
+    size, spec = plan.weight_bytes, plan.spec
     try:
         folder.mkdir(parents=True)
         if size > (free := shutil.disk_usage(folder).free):
@@ -199,8 +163,9 @@ def pack(
             raise InvalidParameter("packed", f"takes {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left")
         for source in TALES_FOLDER.glob("tokenizer*"):
             shutil.copyfile(source, folder / source.name)
-        kinds = {role: str(chosen) for role, chosen in models.choose(format_name, dtype).items()}
-        packed.create(folder, packed.PackedManifest(dtype, kinds, config, {}), lambda model: randomize(model, progress))
+        kinds = {role: str(chosen) for role, chosen in spec.formats.items()}
+        manifest = packed.PackedManifest(spec.dtype_name, kinds, spec.config, {})
+        packed.create(folder, manifest, lambda model: randomize(model, progress))
         with (folder / packed.WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())  # a measurement after this must not wait for the disk
     except OSError as error:
@@ -245,9 +210,3 @@ def fill(weight: Packed, rows: Mapping[str, Tensor]) -> None:
         native.huge_pages(part)  # before the memory is first written
         target, pool = part.flatten(0, -2), rows[name].flatten(0, -2)
         torch.index_select(pool, 0, torch.randint(len(pool), (len(target),)), out=target)
-
-
-def _outline(config: Mapping[str, Any], format_name: str, dtype: str) -> Decoder:
-    """Return the model of ``config`` on the meta device, where it needs no memory."""
-    roles = models.choose(format_name, dtype)
-    return models.build(config, Path(str(config["model_type"])), roles, dtype=getattr(torch, dtype), device="meta")

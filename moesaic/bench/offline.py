@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic import engine, memory, models
+from moesaic import engine, memory
 from moesaic.bench import geometry, limits, report
 from moesaic.builtin import TALES_FOLDER
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.llm import LLM, Reply
-from moesaic.loading import Loaded, Progress, cache_bytes_per_token, load_model
+from moesaic.load_options import LoadOptions
+from moesaic.loading import Loaded, Progress, load_model
 from moesaic.models import Experts
 from moesaic.ops import native
+from moesaic.plan import make_plan, plan_spec
 from moesaic.text.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 8192
@@ -124,19 +126,16 @@ class Reads:
 
 @dataclass(frozen=True)
 class Options:
-    """Model to measure, and how to load it; fields without a description are as for ``LLM.load``."""
+    """Model to measure, and how to load it."""
 
     geometry: str | None = None
     """Geometry of a model with random weights; None: a checkpoint."""
     layers: int | None = None
     """Number of layers of a geometry; None: all layers."""
-    format: str | None = None
-    dtype: str = "auto"
-    context: int | None = None
-    """Tokens that the cache holds; None: 8192, or the model's maximum if that is less."""
     packed: Path | None = None
     """New folder for random weights, which are then mapped and may be larger than memory."""
-    kv_cache_dtype: str = "auto"
+    load: LoadOptions = field(default_factory=LoadOptions)
+    """Formats and sizes; the context None means 8192, or the model's maximum if that is less."""
 
 
 def run(
@@ -169,21 +168,16 @@ def run(
         raise InvalidParameter(name, "requires a geometry; it does not apply to a checkpoint")
     else:
         assert path is not None, "without a geometry, there is a path"
-        load = _checkpoint(path, options, progress)
+        load = _checkpoint(path, options, work, progress)
     machine = None
     if native.why_not("linear", "cpu", "int8") is None:  # the model can be measured without the kernels too
         machine = limits.measure(buffer, report=show)
         report.forget_peak()
     loaded, tokenizer, name = load()
-    length = _context(options, loaded.model.max_length, work)
     with LLM.from_loaded(
         loaded,
         tokenizer,
         name,
-        context=length,
-        cache_tokens=work.cache_tokens(length),
-        kv_cache_dtype=options.kv_cache_dtype,
-        block_size=BLOCK_SIZE,
         chat_format="plain",
         limits=work.limits,
         lazy_cache=False,  # page faults are no part of the speed
@@ -198,40 +192,40 @@ Loader = Callable[[], tuple[Loaded, Tokenizer, str]]
 def _random(options: Options, work: Work, progress: Progress | None) -> Loader:
     """Check the options of a geometry, and return a function that makes its model with random weights."""
     assert options.geometry is not None
-    name, dtype = options.geometry, "bfloat16" if options.dtype == "auto" else options.dtype
-    config, format_name = geometry.configuration(name, options.layers), options.format or dtype
-    cache_tokens = work.cache_tokens(_context(options, config["max_position_embeddings"], work))
-    folder, free = options.packed, memory.available()
-    cache, mapped = options.kv_cache_dtype, folder is not None
-    geometry.check(name, options.layers, format_name, dtype, cache_tokens, free, cache=cache, mapped=mapped)
+    name, folder = options.geometry, options.packed
+    longest = geometry.configuration(name, options.layers)["max_position_embeddings"]
+    sizes = _sizes(options.load, longest, work)
+    plan = geometry.checked_plan(name, options.layers, sizes, memory.available(), mapped=folder is not None)
 
     def load() -> Loaded:
         if folder is None:
-            return geometry.build(config, name, format_name, dtype, progress)
-        geometry.pack(config, folder, format_name, dtype, progress)
-        return load_model(folder)
+            return geometry.build(plan, progress)
+        geometry.pack(plan, folder, progress)
+        return load_model(make_plan(folder, replace(sizes, format=None, dtype="auto")))
 
     # Any tokenizer will do: it has a text, perhaps an empty one, for each id.
     return lambda: (load(), Tokenizer.open(TALES_FOLDER), name)
 
 
-def _checkpoint(path: Path, options: Options, progress: Progress | None) -> Loader:
+def _checkpoint(path: Path, options: Options, work: Work, progress: Progress | None) -> Loader:
     tokenizer = Tokenizer.open(path)
-    return lambda: (
-        load_model(path, dtype=options.dtype, weight_format=options.format, progress=progress),
-        tokenizer,
-        path.name,
-    )
+    outline = make_plan(path, replace(options.load, context=None))
+    plan = plan_spec(outline.spec, _sizes(options.load, outline.max_length, work))
+    return lambda: (load_model(plan, progress=progress), tokenizer, path.name)
 
 
-def _context(options: Options, longest: int, work: Work) -> int:
-    """Return the context length; raise InvalidParameter if a prompt and its answer do not fit in it."""
+def _sizes(options: LoadOptions, longest: int, work: Work) -> LoadOptions:
+    """Return ``options`` with the context and the cache of a measurement of a model with ``longest`` tokens.
+
+    Raises:
+        InvalidParameter: a prompt and its answer do not fit in the context.
+    """
     length = min(DEFAULT_CONTEXT, longest) if options.context is None else options.context
     if length > longest:
         raise InvalidParameter("context", f"is {length}, but the model was made for {longest} tokens")
     if work.length > length:
         raise InvalidParameter("context", f"is {length}, but a prompt and its answer have {work.length} tokens")
-    return length
+    return replace(options, context=length, cache_tokens=work.cache_tokens(length), block_size=BLOCK_SIZE)
 
 
 def measure(llm: LLM, work: Work, seed: int = 0) -> tuple[Speed, Reads]:
@@ -306,16 +300,15 @@ def _record_choices(model: nn.Module) -> Iterator[Choices]:
 
 def _reads(llm: LLM, work: Work, choices: dict[Experts, list[Tensor]]) -> Reads:
     """Return the bytes that a step reads; ``choices`` has, for each layer, the chosen expert ids of each step."""
-    model = llm.loaded.model
-    total = sum(part.nbytes for part in model.parameters())
+    model, plan = llm.loaded.model, llm.loaded.plan
     stacks = sum(part.nbytes for layer in choices for part in layer.parameters())
     looked_up = 0 if model.shape.tied else sum(part.nbytes for part in model.embed.parameters())
     distinct = {layer: statistics.fmean(len(ids.unique()) for ids in steps) for layer, steps in choices.items()}
     length = work.prompt + work.generated // 2
     return Reads(
-        dense=total - stacks - looked_up,
+        dense=plan.weight_bytes - stacks - looked_up,
         experts=round(sum(count * _expert_bytes(layer) for layer, count in distinct.items())),
-        cache=work.batch * min(length, model.window or length) * cache_bytes_per_token(model, llm.engine.cache_dtype),
+        cache=work.batch * min(length, model.window or length) * plan.cache_bytes_per_token,
         experts_per_layer=statistics.fmean(distinct.values()) if distinct else 0.0,
         busiest_share=max((_busiest(steps) for steps in choices.values()), default=0.0),
     )
@@ -332,7 +325,7 @@ def _busiest(steps: list[Tensor]) -> float:
 
 def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, reads: Reads) -> dict[str, Any]:
     """Return all figures as a dictionary for a results file; ``machine`` is None if it could not be measured."""
-    model = llm.loaded.model
+    model, plan = llm.loaded.model, llm.loaded.plan
     weights = Counter(module.name for module in model.modules() if isinstance(module, Packed))
     steps_s = speed.decode_tokens_s / work.batch
     return {
@@ -340,11 +333,11 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
             "name": llm.name,
             "layout": llm.loaded.layout,
             "layers": model.shape.num_layers,
-            "parameters": models.parameters(model),
+            "parameters": plan.parameters,
             "weights": dict(weights),
-            "weight_bytes": sum(part.nbytes for part in model.parameters()),
+            "weight_bytes": plan.weight_bytes,
             "context": llm.context,
-            "cache_bytes": work.cache_tokens(llm.context) * cache_bytes_per_token(model, llm.engine.cache_dtype),
+            "cache_bytes": plan.cache_bytes,
         },
         "work": asdict(work),
         "memory": report.resident(),

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic import models
 from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, NumericalError
 from moesaic.loading import Loaded, limited_torch_threads
 from moesaic.ops import Batch, Cache
@@ -163,11 +162,11 @@ def row(format_name: str | None, loaded: Loaded, measured: Quality, length: int)
 
     ``format_name`` None means the format of the checkpoint; ``length`` is the tokens of a window.
     """
-    size = sum(part.nbytes for part in loaded.model.parameters())
+    plan = loaded.plan
     return {
         "format": format_name or "as stored",
-        "model_bytes": size,
-        "bits_per_weight": 8 * size / models.parameters(loaded.model),
+        "model_bytes": plan.weight_bytes,
+        "bits_per_weight": 8 * plan.weight_bytes / plan.parameters,
         "documents": measured.documents,
         "tokens": measured.tokens,
         "bytes": measured.bytes,

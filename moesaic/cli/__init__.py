@@ -21,12 +21,13 @@ from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
 from moesaic.cli.bench import add_bench, add_perplexity
 from moesaic.cli.cluster import add_gateway, add_worker
-from moesaic.cli.flags import CACHE_DTYPES, DTYPES, MODEL_HELP, Commands, add_command, add_model, add_requantize, folder
+from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_model, add_requantize, folder, load_options
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
 from moesaic.cli.loading import collection_paused
 from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
+from moesaic.load_options import CACHE_DTYPES, DTYPES
 
 if TYPE_CHECKING:
     from moesaic.llm import LLM
@@ -185,24 +186,16 @@ def _load(args: argparse.Namespace) -> LLM:
     from moesaic import builtin
     from moesaic.console.progress import bar
     from moesaic.llm import LLM
+    from moesaic.plan import make_plan
     from moesaic.text import chat_choice
 
     if args.chat_format is not None:
         chat_choice.check_name(args.chat_format)  # before a model is fetched
     args.model = args.model or builtin.default()
-    path = folder(args.model)
+    path, options = folder(args.model), load_options(args)
     with bar("loading") as progress:
-        return LLM.load(
-            path,
-            dtype=args.dtype,
-            format=args.format,
-            requantize=args.requantize,
-            device=args.device,
-            context=args.context,
-            kv_cache_dtype=args.kv_cache_dtype,
-            chat_format=args.chat_format,
-            progress=progress,
-        )
+        plan = make_plan(path, options)
+        return LLM.from_plan(plan, path.name, chat_format=args.chat_format, progress=progress)
 
 
 # pull, convert

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from moesaic.cli import server_options, serving
 from moesaic.cli.event_loop import run_async
-from moesaic.cli.flags import CACHE_DTYPES, Commands, add_command, add_model, folder
+from moesaic.cli.flags import Commands, add_command, add_model
 from moesaic.errors import InvalidRequest
+from moesaic.load_options import CACHE_DTYPES
 
 if TYPE_CHECKING:
     from moesaic.serve.batch_file import BatchCounts
@@ -67,7 +68,7 @@ async def _answer(args: argparse.Namespace) -> BatchCounts:
     from moesaic.serve.settings import Settings
 
     [entry] = serving.model_entries(args)
-    backend = await serving.open_model(args, folder(*args.models), entry.info.name)
+    backend = await (await entry.make_plan()).load()
     try:
         app = App(backend, Settings(request_seconds=0, queue_seconds=0, body_bytes=1 << 30))
         with bar("requests", count=True) as progress:

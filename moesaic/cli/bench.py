@@ -11,8 +11,9 @@ from itertools import chain
 from pathlib import Path
 
 from moesaic.cli.bench_serving import add_serving
-from moesaic.cli.flags import CACHE_DTYPES, DTYPES, MODEL_HELP, Commands, add_command, add_model, folder
+from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_model, folder, load_options
 from moesaic.errors import InvalidRequest
+from moesaic.load_options import CACHE_DTYPES, DTYPES
 
 GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
 
@@ -45,29 +46,22 @@ def add_perplexity(commands: Commands) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> int:
-    from moesaic import builtin, models
+    from moesaic import builtin
     from moesaic.bench import quality, report
     from moesaic.console.progress import bar
-    from moesaic.loading import cache_dtype, check_layout, load_model
+    from moesaic.loading import load_model
+    from moesaic.plan import make_plan
     from moesaic.text.tokenizer import Tokenizer
 
-    for format_name in args.format or []:
-        models.choose(format_name, "float32")  # check all names before the first measurement
     texts = quality.read_texts(args.file)
-    path = folder(args.model or builtin.default())
-    check_layout(path)
+    path, names = folder(args.model or builtin.default()), args.format or [None]
+    choices = [load_options(args, format=name, kv_cache_dtype=args.kv_cache_dtype or "auto") for name in names]
+    plans = [make_plan(path, options) for options in choices]  # errors come before the first measurement
     tokenizer, rows = Tokenizer.open(path), []
-    for format_name in args.format or [None]:
+    for format_name, plan in zip(names, plans, strict=True):
         with bar("loading") as progress:
-            loaded = load_model(
-                path,
-                dtype=args.dtype,
-                weight_format=format_name,
-                requantize=args.requantize,
-                device=args.device,
-                progress=progress,
-            )
-        cache = cache_dtype(loaded.model, args.kv_cache_dtype) if args.kv_cache_dtype else None
+            loaded = load_model(plan, progress=progress)
+        cache = plan.cache_dtype if args.kv_cache_dtype else None
         with bar("documents", count=True) as progress:
             measured = quality.perplexity(loaded, tokenizer, texts, args.length, progress, cache)
         rows.append(quality.row(format_name, loaded, measured, args.length))
@@ -234,9 +228,7 @@ def _bench_offline(args: argparse.Namespace) -> int:
     from moesaic.console.progress import bar
 
     work = offline.Work(args.prompt, args.tokens, args.batch)
-    options = offline.Options(
-        args.geometry, args.layers, args.format, args.dtype, args.context, args.packed, args.kv_cache_dtype
-    )
+    options = offline.Options(args.geometry, args.layers, args.packed, load_options(args))
     if args.geometry and args.model:
         raise InvalidRequest("--geometry and MODEL exclude each other: a geometry has random weights")
     path = None if args.geometry else folder(args.model or builtin.default())

@@ -10,8 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-CACHE_DTYPES = (*DTYPES, "int8")
+from moesaic.load_options import DTYPES, LoadOptions
+
 HELP_WIDTH = 79
 MODEL_HELP = (
     "a folder, a GGUF file, org/name[:quantization] on the Hugging Face hub, or a built-in model: smollm2 or tales"
@@ -76,6 +76,16 @@ def add_requantize(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--requantize", action="store_true", help="let --format round weights that the file has quantized already"
     )
+
+
+def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
+    """Return the options of the flags that load a model, with ``changes``; a command may have only some of the flags.
+
+    Raises:
+        InvalidParameter: a value is out of range.
+    """
+    given = {name: getattr(args, name) for name in LoadOptions.__dataclass_fields__ if hasattr(args, name)}
+    return LoadOptions(**(given | changes))
 
 
 def folder(model: str) -> Path:

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.cli import server_options, tgi_launcher
-from moesaic.cli.flags import CACHE_DTYPES, DTYPES, Commands, add_command, add_requantize, folder
+from moesaic.cli.flags import Commands, add_command, add_requantize, folder, load_options
 from moesaic.cli.loading import collection_paused
 from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, NotFound
+from moesaic.load_options import CACHE_DTYPES, DTYPES, LoadOptions
 
 if TYPE_CHECKING:
     from moesaic.backend import Backend
-    from moesaic.serve.model_manager import ModelEntry, ModelManager
+    from moesaic.plan import Plan
+    from moesaic.serve.model_manager import ModelEntry, ModelManager, PlannedModel
 
 
 def add_serve(commands: Commands) -> None:
@@ -112,6 +114,8 @@ async def model_manager(args: argparse.Namespace, many_streams: int | None = Non
     from moesaic.serve.model_manager import ModelManager
 
     manager = ModelManager(model_entries(args, many_streams), None if args.memory is None else int(args.memory * 1e9))
+    if args.memory is not None:
+        await manager.plan_all()
     await manager.get(manager.models()[0].name)
     return manager
 
@@ -124,7 +128,7 @@ def _print_notes(launch: tgi_launcher.Launch) -> None:
 
 
 def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> list[ModelEntry]:
-    """Return the models of the command line, none of them loaded.
+    """Return the models of the command line, none of them planned or loaded.
 
     Raises:
         InvalidRequest: two models have the same name.
@@ -149,48 +153,41 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
         aliases = tuple({source} - {shown}) if "/" in source and not Path(source).exists() else ()
         if not args.models:  # the name that the default model had before it had one of its own
             aliases = ("built-in",)
-        size = _memory_needed(args, path) if getattr(args, "memory", None) is not None else 0
         info = ModelInfo(shown, aliases, state="unloaded")
-        entries.append(ModelEntry(info, partial(open_model, args, path, shown, many_streams), size))
+        entries.append(ModelEntry(info, partial(_plan_model, args, path, shown, many_streams)))
     if len({entry.info.name for entry in entries}) < len(entries):
         raise InvalidRequest("two models have the same name: give them names, for example a=./one b=./two")
     return entries
 
 
-def _memory_needed(args: argparse.Namespace, path: Path) -> int:
-    """Return the bytes that a model takes when it is loaded with these arguments."""
-    from moesaic.loading import memory_needed
-
-    return memory_needed(
-        path,
-        dtype=args.dtype,
-        weight_format=args.format,
-        requantize=args.requantize,
-        device=args.device,
-        context=_context(args, path),
-        cache_tokens=args.cache_tokens,
-        kv_cache_dtype=args.kv_cache_dtype,
-    )
-
-
-def _context(args: argparse.Namespace, path: Path) -> int | None:
-    from moesaic import builtin
-
-    context: int | None = args.context
-    return builtin.served_context(path) if context is None else context
-
-
-async def open_model(args: argparse.Namespace, path: Path, name: str, many_streams: int | None = None) -> Backend:
-    """Load the model in ``path`` as the flags say, and return its backend."""
+async def _plan_model(args: argparse.Namespace, path: Path, name: str, many_streams: int | None) -> PlannedModel:
+    """Plan the model in ``path`` as the flags say."""
     import asyncio
 
     with collection_paused():
-        from moesaic.classifier import Classifier
-        from moesaic.classifier_backend import LocalClassifierBackend
-        from moesaic.engine import Limits
-        from moesaic.llm import LLM
-        from moesaic.loading import is_classifier
-        from moesaic.local_backend import MANY_STREAMS, LocalBackend
+        from moesaic.plan import make_plan
+        from moesaic.serve.model_manager import PlannedModel
+
+    plan = await asyncio.get_running_loop().run_in_executor(None, make_plan, path, served_options(args, path))
+    return PlannedModel(plan.bytes, partial(open_model, plan, args, name, many_streams))
+
+
+def served_options(args: argparse.Namespace, path: Path) -> LoadOptions:
+    """Return the options of the flags, with the context that a server gives the built-in model if no flag does."""
+    from moesaic import builtin
+
+    return load_options(args, context=builtin.served_context(path) if args.context is None else args.context)
+
+
+async def open_model(plan: Plan, args: argparse.Namespace, name: str, many_streams: int | None) -> Backend:
+    """Load the model of ``plan``, with the limits and the chat format of the flags, and return its backend."""
+    import asyncio
+
+    from moesaic.classifier import Classifier
+    from moesaic.classifier_backend import LocalClassifierBackend
+    from moesaic.engine import Limits
+    from moesaic.llm import LLM
+    from moesaic.local_backend import MANY_STREAMS, LocalBackend
 
     limits = Limits()
     if args.sequences is not None:
@@ -201,17 +198,11 @@ async def open_model(args: argparse.Namespace, path: Path, name: str, many_strea
         limits = replace(limits, sequences=min(limits.sequences, args.batch_tokens), batch_tokens=args.batch_tokens)
 
     def load() -> LLM | Classifier:
-        if is_classifier(path):
-            return Classifier.load(path, dtype=args.dtype, device=args.device)
-        return LLM.load(
-            path,
-            dtype=args.dtype,
-            format=args.format,
-            requantize=args.requantize,
-            device=args.device,
-            context=_context(args, path),
-            cache_tokens=args.cache_tokens,
-            kv_cache_dtype=args.kv_cache_dtype,
+        if plan.labels:
+            return Classifier.from_plan(plan)
+        return LLM.from_plan(
+            plan,
+            name,
             chat_format=args.chat_format,
             limits=limits,
             lazy_cache=False,  # memory that is short fails the start of a server, not an answer
@@ -220,5 +211,4 @@ async def open_model(args: argparse.Namespace, path: Path, name: str, many_strea
     model = await asyncio.get_running_loop().run_in_executor(None, load)
     if isinstance(model, Classifier):
         return LocalClassifierBackend(model, name)
-    model.name = name
     return LocalBackend(model, many_streams=many_streams or MANY_STREAMS)

@@ -17,18 +17,27 @@ from moesaic.errors import MoesaicError, NotFound, Unavailable
 log = logging.getLogger("moesaic.serve")
 
 
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model whose memory is known, and the function that loads exactly what was planned."""
+
+    bytes: int
+    """Memory in bytes that the loaded model takes: weights that are not mapped, and the key/value cache."""
+    load: Callable[[], Awaitable[Backend]]
+
+
 @dataclass
 class ModelEntry:
-    """A model that can be loaded with ``load``; while it is loaded, ``backend`` is its backend."""
+    """A model that is planned with ``make_plan`` and then loaded; while it is loaded, ``backend`` is its backend."""
 
     info: ModelInfo
-    load: Callable[[], Awaitable[Backend]]
-    bytes: int = 0
-    """Memory in bytes that the loaded model takes: weights in their format, and the key/value cache."""
+    make_plan: Callable[[], Awaitable[PlannedModel]]
+    plan: PlannedModel | None = None
+    """The plan that the model is loaded by; None until it is first needed, and after loading failed."""
     backend: Backend | None = None
     loading: asyncio.Task[Backend] | None = field(default=None, repr=False)
-    holds_memory: bool = False
-    """Whether memory is in use or reserved for the model: from before it is loaded until its backend is closed."""
+    reserved: int | None = None
+    """Bytes of memory in use or reserved for the model, from before it is loaded until its backend is closed."""
     last_used: int = 0
 
 
@@ -88,43 +97,64 @@ class ModelManager:
 
     async def _load(self, entry: ModelEntry) -> Backend:
         try:
-            await self._reserve(entry)
+            plan = await self._plan(entry)
+            await self._reserve(entry, plan.bytes)
             log.info("loading model", extra={"model": entry.info.name})
-            entry.backend = await entry.load()
+            entry.backend = await plan.load()
             entry.info = replace(entry.info, state="unloaded")
             return entry.backend
-        except MoesaicError:
+        except MoesaicError as error:
             entry.info = replace(entry.info, state="failed")
+            if not isinstance(error, Unavailable):
+                entry.plan = None  # the checkpoint may be another one when it is tried again
             raise
         finally:
             entry.loading = None
-            entry.holds_memory = entry.backend is not None
+            if entry.backend is None:
+                entry.reserved = None
 
-    async def _reserve(self, wanted: ModelEntry) -> None:
-        """Reserve memory for the model ``wanted``. Unload idle models until there is enough, least recently used first.
+    async def plan_all(self) -> None:
+        """Plan all models now, so that errors are known and sizes do not depend on which models are loaded later.
 
-        Memory of models that are being loaded or unloaded counts as taken. Only one reservation is made at a time.
+        Raises:
+            MoesaicError: a model cannot be loaded.
+        """
+        for entry in self._entries.values():
+            await self._plan(entry)
+
+    async def _plan(self, entry: ModelEntry) -> PlannedModel:
+        if entry.plan is None:
+            entry.plan = await entry.make_plan()
+        return entry.plan
+
+    async def _reserve(self, wanted: ModelEntry, size: int) -> None:
+        """Reserve ``size`` bytes for the model ``wanted``.
+
+        Idle models are unloaded until there is enough, least recently used first. Memory of models that are being
+        loaded or unloaded counts as taken. Only one reservation is made at a time.
 
         Raises:
             Unavailable: the models that take the memory are busy, or are being loaded.
         """
         async with self._reserving:
             while self._budget is not None:
-                holders = [entry for entry in self._entries.values() if entry.holds_memory]
-                if not holders or sum(entry.bytes for entry in holders) + wanted.bytes <= self._budget:
+                held = [entry.reserved for entry in self._entries.values() if entry.reserved is not None]
+                if not held or sum(held) + size <= self._budget:
                     break
-                idle = [entry for entry in holders if entry.backend is not None and not _busy(entry.backend)]
+                idle = [
+                    entry for entry in self._entries.values() if entry.backend is not None and not _busy(entry.backend)
+                ]
                 if not idle:
                     raise Unavailable("no memory for another model: the loaded models are busy; try again later")
                 await self._unload(min(idle, key=lambda entry: entry.last_used))
-            wanted.holds_memory = True
+            wanted.reserved = size
 
     async def _unload(self, entry: ModelEntry) -> None:
         log.info("unloading model", extra={"model": entry.info.name})
         backend, entry.backend = entry.backend, None
         assert backend is not None
         await backend.close()
-        entry.holds_memory = False  # if it was asked for again meanwhile, its reservation waits for the lock
+        entry.reserved = None  # if it was asked for again meanwhile, its reservation waits for the lock
 
     async def generate(self, request: GenerationRequest) -> ResponseStream:
         return await (await self.get(request.model)).generate(request)

@@ -14,6 +14,7 @@ from moesaic.bench.offline import Options, Work
 from moesaic.cli import bench
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
+from moesaic.load_options import LoadOptions
 from moesaic.models import Experts
 
 TINY = {
@@ -41,6 +42,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
+def sizes(weight_format: str) -> LoadOptions:
+    """Return options of a model in a format with a cache of 8192 tokens."""
+    return LoadOptions(format=weight_format, context=8192, cache_tokens=8192)
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [  # as their authors publish them
@@ -53,10 +59,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
 )
 def test_geometries_have_the_published_parameters(name: str, count: int) -> None:
     config = geometry.configuration(name)
-    plain, small = (geometry.estimate(config, name, "bfloat16", 8192) for name in ("bfloat16", "q2"))
+    plain, small = (geometry.random_plan(config, name, sizes(form)) for form in ("bfloat16", "q2"))
     assert plain.parameters == small.parameters == count
-    assert plain.weights == pytest.approx(2 * count, rel=1e-3)
-    assert small.weights < 0.4 * plain.weights
+    assert plain.weight_bytes == pytest.approx(2 * count, rel=1e-3)
+    assert small.weight_bytes < 0.4 * plain.weight_bytes
 
 
 def test_command_line_names_every_geometry() -> None:
@@ -64,7 +70,10 @@ def test_command_line_names_every_geometry() -> None:
 
 
 def test_mixtral_8x7b_in_q2_needs_less_than_20_gb() -> None:
-    assert geometry.estimate(geometry.configuration("mixtral-8x7b"), "q2", "bfloat16", 8192).total < 20e9
+    config = geometry.configuration("mixtral-8x7b")
+    plan = geometry.random_plan(config, "mixtral-8x7b", sizes("q2"))
+    assert plan.bytes + geometry.PROCESS_BYTES < 20e9
+    assert geometry.random_plan(config, "mixtral-8x7b", sizes("q2"), mapped=True).bytes == plan.cache_bytes
 
 
 @pytest.mark.parametrize(
@@ -78,20 +87,22 @@ def test_mixtral_8x7b_in_q2_needs_less_than_20_gb() -> None:
 )
 def test_too_large_geometry_is_refused_with_hints(name: str, free: int, hint: str) -> None:
     with pytest.raises(InvalidParameter, match=f"^geometry: {name} in q4 takes .* are free: {hint}$"):
-        geometry.check(name, None, "q4", "bfloat16", 8192, free * 10**9)
+        geometry.checked_plan(name, None, sizes("q4"), free * 10**9)
 
 
 def test_suggested_options_fit() -> None:
-    geometry.check("mixtral-8x7b", None, "q3", "bfloat16", 8192, 22 * 10**9)
-    geometry.check("mixtral-8x7b", 24, "q4", "bfloat16", 8192, 22 * 10**9)
-    geometry.check("mixtral-8x7b", None, "q4", "bfloat16", 8192, 22 * 10**9, mapped=True)
+    geometry.checked_plan("mixtral-8x7b", None, sizes("q3"), 22 * 10**9)
+    geometry.checked_plan("mixtral-8x7b", 24, sizes("q4"), 22 * 10**9)
+    geometry.checked_plan("mixtral-8x7b", None, sizes("q4"), 22 * 10**9, mapped=True)
     with pytest.raises(InvalidParameter):
-        geometry.check("mixtral-8x7b", 25, "q4", "bfloat16", 8192, 22 * 10**9)
+        geometry.checked_plan("mixtral-8x7b", 25, sizes("q4"), 22 * 10**9)
 
 
 @pytest.mark.parametrize("weight_format", ["q2", "q4", "bfloat16"])
 def test_weights_are_random_and_distinct(weight_format: str) -> None:
-    model = geometry.build(TINY | {"num_hidden_layers": 2}, "tiny", weight_format, "bfloat16").model
+    plan = geometry.random_plan(TINY | {"num_hidden_layers": 2}, "tiny", LoadOptions(format=weight_format))
+    model = geometry.build(plan).model
+    assert plan.weight_bytes == sum(part.nbytes for part in model.parameters())
     weights = [module for module in model.modules() if isinstance(module, Packed)]
     plain = [weight.dequantize() for weight in weights]
     for weight in plain[1:]:  # the first is the embedding
@@ -112,7 +123,11 @@ def test_figures_of_a_random_model(tiny: str, weight_format: str, batch: int) ->
     work = Work(prompt=40, tokens=24, batch=batch)
     seen: list[tuple[int, int]] = []
     results = offline.run(
-        None, Options(tiny, format=weight_format), work, progress=lambda *step: seen.append(step), buffer=0.01
+        None,
+        Options(tiny, load=LoadOptions(format=weight_format)),
+        work,
+        progress=lambda *step: seen.append(step),
+        buffer=0.01,
     )
     json.dumps(results)
     assert seen[-1] == (results["model"]["weight_bytes"],) * 2
@@ -138,20 +153,21 @@ def test_decode_speed_counts_only_while_all_answers_run() -> None:
 
 def model_bytes(weight_format: str) -> dict[str, int]:
     """Return the bytes of the experts, and of everything that every token needs."""
-    model = geometry.build(TINY, "tiny", weight_format, "bfloat16").model
+    model = geometry.build(geometry.random_plan(TINY, "tiny", LoadOptions(format=weight_format))).model
     stacks = sum(part.nbytes for each in model.modules() if isinstance(each, Experts) for part in each.parameters())
     embedding = sum(part.nbytes for part in model.embed.parameters())
     return {"experts": stacks, "dense": sum(part.nbytes for part in model.parameters()) - stacks - embedding}
 
 
 def test_figures_of_a_checkpoint(talker: Path) -> None:
-    results = offline.run(talker, Options(format="q4", context=100), Work(prompt=20, tokens=8), buffer=0.01)
+    options = Options(load=LoadOptions(format="q4", context=100))
+    results = offline.run(talker, options, Work(prompt=20, tokens=8), buffer=0.01)
     assert results["model"]["weights"] == {"float32": 1, "int4": 14, "int8": 1}
     assert results["model"]["cache_bytes"] == 112 * 2 * 2 * 2 * 8 * 4  # whole blocks
 
 
 def test_random_weights_in_a_packed_folder(tiny: str, tmp_path: Path) -> None:
-    options, work = Options(tiny, layers=2, format="q2", packed=tmp_path / "new"), Work(prompt=20, tokens=8)
+    options, work = Options(tiny, 2, tmp_path / "new", LoadOptions(format="q2")), Work(prompt=20, tokens=8)
     made = offline.run(None, options, work, buffer=0.01)
     assert made["model"]["layout"] == "packed" and made["model"]["layers"] == 2
     again = offline.run(tmp_path / "new", Options(), work, buffer=0.01)
@@ -168,7 +184,7 @@ def test_weights_and_cache_are_written_memory() -> None:
 import json
 from moesaic.bench import geometry, offline
 geometry.GEOMETRIES["tiny"] = {TINY | {"max_position_embeddings": 32768}}
-options = offline.Options("tiny", format="q4", context=32768)
+options = offline.Options("tiny", load=offline.LoadOptions(format="q4", context=32768))
 print(json.dumps(offline.run(None, options, offline.Work(prompt=8, tokens=4), buffer=0.01)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -187,9 +203,9 @@ def test_invalid_options_are_refused(tiny: str, capsys: pytest.CaptureFixture[st
         (Options(tiny, layers=25), "expected 1 to 24, the layers of tiny"),
         (Options(layers=2), "layers: requires a geometry"),
         (Options(packed=Path("new")), "packed: requires a geometry"),
-        (Options(tiny, context=5000), "made for 4096 tokens"),
-        (Options(tiny, context=500), "prompt and its answer have 576"),
-        (Options(tiny, format="q5"), "'q5' is unknown"),
+        (Options(tiny, load=LoadOptions(context=5000)), "made for 4096 tokens"),
+        (Options(tiny, load=LoadOptions(context=500)), "prompt and its answer have 576"),
+        (Options(tiny, load=LoadOptions(format="q5")), "'q5' is unknown"),
     ):
         with pytest.raises(InvalidParameter, match=words):
             offline.run(None, options, Work(), buffer=0.01)

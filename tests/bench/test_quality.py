@@ -12,8 +12,9 @@ import transformers
 
 from moesaic.bench import quality
 from moesaic.errors import InvalidParameter, InvalidRequest, MoesaicError, NotFound
-from moesaic.loading import Loaded, load_model
+from moesaic.loading import Loaded
 from moesaic.text.tokenizer import Tokenizer
+from tests.support.loading import load_model
 
 TEXTS = ["Once upon a time there was a rabbit, and it had seven brothers.", "", "Grüße 🐇", "word " * 50]
 

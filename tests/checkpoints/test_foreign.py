@@ -13,8 +13,8 @@ from moesaic import LLM
 from moesaic import checkpoints as opened
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError
-from moesaic.loading import load_model
 from tests.support import checkpoints
+from tests.support.loading import load_model
 
 LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 

@@ -15,11 +15,11 @@ from moesaic import checkpoints, ops
 from moesaic.checkpoints._gguf_blocks import DECODERS
 from moesaic.errors import CheckpointError, ConfigError, InvalidParameter, NotFound
 from moesaic.gguf import TYPES
-from moesaic.loading import load_model
 from moesaic.text import template
 from moesaic.text.tokenizer import Tokenizer
 from tests.support import gguf_files
 from tests.support.gguf_files import KINDS, TinyFile, reference
+from tests.support.loading import load_model
 from tests.support.models import LLAMA31
 
 IDS = [1, 5, 9, 33, 2, 7]
@@ -36,7 +36,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def our_logits(path: Path) -> torch.Tensor:
-    decoder = load_model(path, dtype="float32", weight_format="float32").model
+    decoder = load_model(path, dtype="float32", format="float32").model
     with torch.inference_mode():
         return decoder.logits(decoder(ops.Batch.whole([IDS])))
 
@@ -112,16 +112,16 @@ def test_experts_of_different_types_are_decoded(tmp_path):
 def test_quantized_weights_are_rounded_again_only_on_demand(tmp_path):
     path = TinyFile("Q4_0").write(tmp_path / "tiny.gguf")
     with pytest.raises(InvalidParameter, match=r"int4 would round the .* weights of .* a second time"):
-        load_model(path, weight_format="int4")
-    assert load_model(path, weight_format="int4", requantize=True).model.blocks[0].mlp.up.weight.name == "int4"
+        load_model(path, format="int4")
+    assert load_model(path, format="int4", requantize=True).model.blocks[0].mlp.up.weight.name == "int4"
     plain = TinyFile("F16").write(tmp_path / "plain.gguf")
-    assert load_model(plain, weight_format="int4").model.blocks[0].mlp.up.weight.name == "int4"
+    assert load_model(plain, format="int4").model.blocks[0].mlp.up.weight.name == "int4"
 
 
 def test_float32_weights_of_a_large_file_are_not_rounded(tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.checkpoints._decoder.LARGE", 1)
     path = TinyFile("Q4_0").write(tmp_path / "tiny.gguf")
-    model = load_model(path, weight_format="float32").model
+    model = load_model(path, format="float32").model
     assert model.dtype == torch.bfloat16 and model.blocks[0].mlp.up.weight.name == "float32"
 
 

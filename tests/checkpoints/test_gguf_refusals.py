@@ -13,10 +13,10 @@ from moesaic import checkpoints, cli, packed
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError, ConfigError, InvalidParameter
 from moesaic.llm import LLM
-from moesaic.loading import load_model
 from moesaic.text import template
 from moesaic.text.tokenizer import Tokenizer
 from tests.support.gguf_files import TinyFile
+from tests.support.loading import load_model
 
 LONG = 1 << 31
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

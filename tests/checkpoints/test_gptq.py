@@ -17,9 +17,9 @@ from moesaic.checkpoints._grouped_weight import GroupedWeight
 from moesaic.checkpoints._views import InMemory, bounds, sizes
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError, ConfigError
-from moesaic.loading import load_model
 from tests.support import gptq
 from tests.support.gptq import Awq, Gptq, case
+from tests.support.loading import load_model
 from tests.support.models import moesaic_model
 
 GPTQ = {

@@ -11,6 +11,7 @@ from moesaic import checkpoints
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError, ConfigError
 from tests.support.gptq import Awq, Case, Gptq, case
+from tests.support.loading import load_model
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -158,8 +159,6 @@ def test_damaged_tensors_of_gptq(gptq, tmp_path, changed, problem):
 def test_damaged_tensors_of_awq(awq, tmp_path, changed, problem):
     path = awq.write(tmp_path, {f"{Q}.{part}": tensor for part, tensor in changed.items()})
     with pytest.raises(CheckpointError, match=problem):
-        from moesaic.loading import load_model
-
         load_model(path)
 
 

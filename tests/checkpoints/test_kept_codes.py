@@ -10,8 +10,8 @@ import torch
 from moesaic import ops
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
-from moesaic.loading import load_model
 from tests.support.gptq import Awq, Gptq, case
+from tests.support.loading import load_model
 from tests.support.quantized import Bitsandbytes, Compressed, files
 
 KEPT = {
@@ -63,9 +63,9 @@ def test_weights_that_no_format_keeps_are_decoded(name, tmp_path):
 
 def test_a_format_may_be_chosen_for_weights_that_the_file_does_not_quantize(tmp_path):
     quantized, _ = folders(KEPT["AWQ"], "mixtral", tmp_path)
-    assert load_model(quantized, weight_format="head=int8").model.head.weight.name == "int8"
+    assert load_model(quantized, format="head=int8").model.head.weight.name == "int8"
     with pytest.raises(InvalidParameter, match="int8 would round the experts weights of"):
-        load_model(quantized, weight_format="experts=int8")
+        load_model(quantized, format="experts=int8")
 
 
 def test_a_model_with_codes_answers_as_the_plain_one(tmp_path):
@@ -73,6 +73,6 @@ def test_a_model_with_codes_answers_as_the_plain_one(tmp_path):
     with torch.inference_mode():
         kept, exact = (
             model.logits(model(ops.Batch.whole([[1, 5, 9, 3, 2, 7]])))
-            for model in (load_model(folder).model, load_model(plain, weight_format="float32").model)
+            for model in (load_model(folder).model, load_model(plain, format="float32").model)
         )
     assert (kept - exact).norm() <= 0.05 * exact.norm()  # activations are rounded to eight bits

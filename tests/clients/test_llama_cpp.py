@@ -16,11 +16,11 @@ import torch
 from gguf import GGMLQuantizationType
 
 from moesaic import ops
-from moesaic.loading import load_model
 from moesaic.text.tokenizer import Tokenizer
 from tests.support import gguf_files
 from tests.support.client import ROOT, environment, run
 from tests.support.gguf_files import FLOATS, KINDS, TinyFile, reference
+from tests.support.loading import load_model
 from tests.support.require import package_folder, require
 from tests.text import test_gguf_vocabulary as vocabularies
 from tests.text.test_tokenizer import TEXTS
@@ -59,7 +59,7 @@ def decoded(tiny: TinyFile) -> TinyFile:
 
 
 def our_logits(path: Path) -> torch.Tensor:
-    decoder = load_model(path, dtype="float32", weight_format="float32").model
+    decoder = load_model(path, dtype="float32", format="float32").model
     with torch.inference_mode():
         return decoder.logits(decoder(ops.Batch.whole([IDS])))
 

@@ -9,7 +9,7 @@ import pytest
 
 from moesaic.backend import GenerationRequest, ModelInfo, ModelStats
 from moesaic.errors import InvalidRequest, NotFound, Unavailable
-from moesaic.serve.model_manager import ModelEntry, ModelManager
+from moesaic.serve.model_manager import ModelEntry, ModelManager, PlannedModel
 from tests.support.event_loop import async_test
 
 
@@ -39,10 +39,19 @@ class Memory:
     def __init__(self, *names: str, budget: int | None, broken: tuple[str, ...] = ()) -> None:
         self.used = self.peak = 0
         self.loads: list[str] = []
+        self.plans: list[str] = []
         self.broken = broken
         self.loaded: dict[str, Model] = {}
-        entries = [ModelEntry(ModelInfo(name, (name * 2,), state="unloaded"), self._load(name), 1) for name in names]
+        entries = [ModelEntry(ModelInfo(name, (name * 2,), state="unloaded"), self._plan(name)) for name in names]
         self.manager = ModelManager(entries, budget)
+
+    def _plan(self, name: str) -> Callable[[], Awaitable[PlannedModel]]:
+        async def plan() -> PlannedModel:
+            self.plans.append(name)
+            await asyncio.sleep(0)
+            return PlannedModel(1, self._load(name))
+
+        return plan
 
     def _load(self, name: str) -> Callable[[], Awaitable[Model]]:
         async def load() -> Model:
@@ -105,6 +114,32 @@ async def test_a_failed_load_releases_its_memory():
         await memory.request("a")
     assert memory.manager.models()[0].state == "failed"
     assert await memory.request("b") == "b"
+
+
+@async_test
+async def test_a_model_is_planned_once_and_again_after_it_failed():
+    memory = Memory("a", "b", budget=1)
+    for name in "aba":
+        await memory.request(name)
+    assert memory.plans == ["a", "b"] and memory.loads == ["a", "b", "a"]
+    memory = Memory("a", budget=1, broken=("a",))
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="broken"):
+            await memory.request("a")
+    assert memory.plans == ["a", "a"]
+
+
+@async_test
+async def test_a_refused_model_keeps_its_plan():
+    memory = Memory("a", "b", budget=1)
+    await memory.manager.plan_all()
+    assert memory.plans == ["a", "b"] and not memory.loads
+    await memory.request("a")
+    memory.loaded["a"].running = 1
+    with pytest.raises(Unavailable):
+        await memory.request("b")
+    memory.loaded["a"].running = 0
+    assert await memory.request("b") == "b" and memory.plans == ["a", "b"]
 
 
 @async_test

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moesaic import ops
 from moesaic.checkpoints._views import Index, TensorInfo, bounds, sizes
-from moesaic.loading import load_model
 from tests.support import checkpoints
+from tests.support.loading import load_model
 
 Matrix = tuple[dict[str, Tensor], Tensor]
 NF4 = torch.tensor(
@@ -267,7 +267,7 @@ def assert_equals_plain(model: Files, folder: Path) -> None:
 
 def logits(path: Path) -> Tensor:
     """Return the logits of a few tokens, from the model at ``path`` with its weights decoded to float32."""
-    decoder = load_model(path, dtype="float32", weight_format="float32").model
+    decoder = load_model(path, dtype="float32", format="float32").model
     with torch.inference_mode():
         return decoder.logits(decoder(ops.Batch.whole([[1, 5, 9, 3, 2, 7]])))
 

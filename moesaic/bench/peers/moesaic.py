@@ -46,9 +46,10 @@ class Peer:
         from moesaic.engine import Limits
         from moesaic.loading import load_model, torch_threads
         from moesaic.ops import Cache
+        from moesaic.plan import make_plan
 
         self._torch, self._chunk = torch, Limits().batch_tokens
-        self._model = load_model(path).model
+        self._model = load_model(make_plan(path)).model
         _ours.use_threads(threads, torch_threads(self._model))
         self._blocks = -(-context // BLOCK_SIZE)
         self._cache = Cache.zeros(self._model.cache_shapes, self._blocks * sequences, BLOCK_SIZE, self._model.dtype)
