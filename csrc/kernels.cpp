@@ -3,12 +3,12 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "gemm.h"
 #include "grouped.h"
 #include "measure.h"
 #include "plain.h"
 #include "pool.h"
 #include "sampling.h"
-#include "tiles.h"
 
 namespace moesaic::MOESAIC_ISA {
 namespace {

@@ -31,6 +31,9 @@
 #ifndef MOESAIC_AMX
 #define MOESAIC_AMX 0
 #endif
+#ifndef MOESAIC_AVX2
+#define MOESAIC_AVX2 0
+#endif
 
 #define MOESAIC_INLINE inline __attribute__((always_inline))
 
