@@ -19,6 +19,7 @@ from moesaic.engine import Engine, Limits
 from moesaic.errors import DownloadError, InvalidParameter, InvalidRequest, NotFound, NotInstalled
 from moesaic.llm import LLM
 from moesaic.loading import Loaded, cache_dtype, plan_cache, torch_threads
+from moesaic.sampling_defaults import sampling_defaults
 from moesaic.text import chat_choice
 from moesaic.text.tokenizer import Tokenizer
 from moesaic.token_rows import check_tokenizer
@@ -152,6 +153,7 @@ def start(
     tokenizer = Tokenizer.open(loaded.path)
     check_tokenizer(tokenizer, loaded.model.vocab_size, loaded.path)
     selected = chat_choice.select(chat_format, tokenizer, loaded.path, loaded.config.get("model_type"))
+    defaults = sampling_defaults(loaded.generation, loaded.generation_file)
     dtype = cache_dtype(loaded.model, kv_cache_dtype)
     length, cache_tokens = plan_cache(loaded.model, context, None, BLOCK_SIZE, dtype)
     engine = Engine(
@@ -164,7 +166,7 @@ def start(
         torch_threads=torch_threads(loaded.model),
         lazy_cache=True,
     )
-    return LLM(loaded, tokenizer, engine, selected, name, {})
+    return LLM(loaded, tokenizer, engine, selected, name, defaults)
 
 
 def evaluate(llm: LLM, tasks: Tasks, options: Options, at_once: int) -> dict[str, Any]:

@@ -188,7 +188,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval says no types
         return until, reply
 
     def _sampling(self, kwargs: Mapping[str, Any], until: list[str], index: int) -> Sampling:
-        """Return the sampling parameters of a task. Each request draws other numbers, also if it is repeated."""
+        """Return the sampling parameters of a task; the checkpoint recommends those that the task leaves open.
+
+        Each request draws other numbers, also if it is repeated.
+        """
         known = (*READ, *SAMPLING)
         for name in kwargs.keys() - set(known):
             if name not in NEUTRAL or kwargs[name] != NEUTRAL[name]:
@@ -196,7 +199,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval says no types
         values = {name: kwargs[name] for name in SAMPLING if kwargs.get(name) is not None}
         if not kwargs["do_sample"]:
             values["temperature"] = 0.0
-        return Sampling(
+        return self._llm.sampling(
             **values, stop=tuple(until[:ENGINE_STOPS]), max_tokens=kwargs["max_gen_toks"], seed=self._seed + index
         )
 
