@@ -10,6 +10,7 @@ import torch
 from moesaic.bench import evaluation
 from moesaic.bench.evaluation import Options
 from moesaic.bench.scoring import Continuation, likelihoods
+from moesaic.engine import Engine
 from moesaic.errors import InvalidParameter, InvalidRequest, NotInstalled
 from moesaic.llm import LLM
 from moesaic.loading import Loaded, load_model
@@ -80,11 +81,13 @@ def test_a_model_reads_as_many_tokens_as_it_was_made_for(talker: Path) -> None:
     assert found.logprob == pytest.approx(direct(loaded, context, (3, 4), length)[0], abs=1e-3)
 
 
-def test_a_shared_context_is_computed_once(llm: LLM) -> None:
+def test_a_shared_context_is_computed_once(loaded: Loaded) -> None:
     asked = [Continuation(CONTEXT, (ending, 8)) for ending in range(10)]
     asked += [Continuation((*CONTEXT[:32], 9, 9, 9), (ending,)) for ending in range(6)]
-    likelihoods(llm.engine, asked, at_once=AT_ONCE)
-    stats = llm.engine.stats()
+    # Without a thread, all requests that are submitted together run in one step.
+    with Engine(loaded.model, context=65, thread=False) as engine:
+        likelihoods(engine, asked, at_once=AT_ONCE)
+        stats = engine.stats()
     # CONTEXT fills two blocks of 16; the other context begins with the same two.
     assert stats.cached_tokens == (len(asked) - 1) * 32
     assert stats.prompt_tokens == 10 * 41 + 6 * 35
