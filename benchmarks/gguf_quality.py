@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moesaic.bench import quality, report
+from moesaic.bench.windows import document
 from moesaic.convert import convert
 from moesaic.llm import LLM
 from moesaic.ops import Batch
@@ -101,11 +102,7 @@ def perplexities(setup: Setup, llm: LLM, folder: Path) -> dict[str, Any]:
     texts = quality.read_texts(setup.texts)[: setup.documents]
     loaded, tokenizer = llm.loaded, llm.tokenizer
     measured = quality.perplexity(loaded, tokenizer, texts, setup.length)
-    windows = [
-        window
-        for text in texts
-        for window in quality.windows(quality.document(tokenizer, text, loaded.model.vocab_size), setup.length)
-    ]
+    windows = quality.prepare(loaded, tokenizer, texts, setup.length, "documents").windows
     result = ask_llama_cpp(setup.python, folder, model=str(setup.model), windows=windows)
     theirs = math.exp(sum(result["nats"]) / measured.tokens)
     return {
@@ -123,7 +120,7 @@ def divergences(setup: Setup, llm: LLM, folder: Path) -> dict[str, Any]:
     prompt = llm.encode_chat([{"role": "user", "content": QUESTION}])
     sequences, missing = [prompt], setup.kl_tokens
     for text in quality.read_texts(setup.texts):
-        ids = quality.document(llm.tokenizer, text, llm.loaded.model.vocab_size)[: min(setup.length, missing)]
+        ids = document(llm.tokenizer, text, llm.loaded.model.vocab_size)[: min(setup.length, missing)]
         sequences.append(ids)
         missing -= len(ids)
         if not missing:

@@ -70,7 +70,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"moesaic {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["chat", "pull", "convert", "pack", "list", "perplexity", "bench"])
+@pytest.mark.parametrize("command", ["chat", "pull", "convert", "pack", "list", "perplexity", "eval", "bench"])
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
@@ -242,10 +242,34 @@ def test_perplexity(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["documents"] == 1 and found["bytes"] == 36 and 1000 < found["perplexity"] < 1e6
     assert cli.main(["perplexity", str(text), str(talker), "--length", "16"]) == 0
-    assert f"perplexity {found['perplexity']:.4f} per token" in capsys.readouterr().out
+    assert f"perplexity {found['perplexity']:.4f} ± " in capsys.readouterr().out
     assert "no such file" in refused(capsys, "perplexity", tmp_path / "none.txt", talker)
     assert "'q5' is unknown" in refused(capsys, "perplexity", text, talker, "--format", "q4", "--format", "q5")
     assert "length: is 0" in refused(capsys, "perplexity", text, talker, "--length", "0")
+
+
+def test_perplexity_by_the_convention_of_llama_cpp(
+    talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a rabbit. " * 3)
+    call = ["perplexity", str(text), str(talker), "--length", "8", "--convention", "llama.cpp"]
+    assert cli.main([*call, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["convention"] == "llama.cpp" and found["tokens"] % 3 == 0 and found["perplexity_standard_error"] > 0
+    assert cli.main(call) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert f"{found['perplexity']:.4f} ± {found['perplexity_standard_error']:.4f} per token" in first
+    assert last.endswith("windows of 8 of which the second half counts, as llama.cpp's")
+    assert "needs two windows" in refused(capsys, *call[:3], "--convention", "llama.cpp")
+
+
+def test_eval_needs_lm_eval(talker: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for tasks in ("arc_easy", "list"):
+        assert "pip install 'moesaic[eval]'" in refused(capsys, "eval", talker, "--tasks", tasks)
+    assert "'q5' is unknown" in refused(capsys, "eval", talker, "--tasks", "arc_easy", "--format", "q5")
+    assert "limit: is 0.0" in refused(capsys, "eval", talker, "--tasks", "arc_easy", "--limit", "0")
 
 
 def test_perplexity_of_several_formats(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,10 +315,13 @@ def test_list(what: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_constants_match_the_modules() -> None:
     from moesaic import checkpoints
+    from moesaic.bench import windows
+    from moesaic.cli import quality
     from moesaic.engine import Sampling
 
     assert ("auto", *checkpoints.FLOAT_DTYPES) == cli.DTYPES
     assert set(cli.SAMPLING) <= set(Sampling.__dataclass_fields__)
+    assert quality.CONVENTIONS == windows.CONVENTIONS
 
 
 @pytest.mark.parametrize(

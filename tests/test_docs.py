@@ -66,7 +66,10 @@ FLAGS = {
     "convert": "shards to",
     "list": "json",
     "pack": "dtype format requantize",
-    "perplexity": "device dtype format json kv-cache-dtype length out requantize",
+    "perplexity": "convention device dtype format json kl-divergence kv-cache-dtype length out reference "
+    "reference-format requantize",
+    "eval": "apply-chat-template batch-size chat-format confirm-run-unsafe-code context device dtype format gen-kwargs "
+    "include-path json kv-cache-dtype limit num-fewshot out requantize samples-out seed system-instruction tasks",
     "bench": "",
 }
 """The flags of each command. Adding a flag is a decision, so it is made here too."""

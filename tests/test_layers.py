@@ -65,6 +65,8 @@ MAY = {
         "packed",
         "memory",
         "token_rows",
+        "sampling_defaults",
+        "reply",
         "engine",
         "text",
         "checkpoints",

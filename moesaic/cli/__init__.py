@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 from moesaic import __version__, registry
 from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
-from moesaic.cli.bench import add_bench, add_perplexity
+from moesaic.cli.bench import add_bench
 from moesaic.cli.cluster import add_gateway, add_worker
 from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_model, add_requantize, folder, load_options
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
 from moesaic.cli.loading import collection_paused
+from moesaic.cli.quality import add_eval, add_perplexity
 from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
 from moesaic.load_options import CACHE_DTYPES, DTYPES
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_pack,
         _add_list,
         add_perplexity,
+        add_eval,
         add_bench,
     ):
         add(commands)

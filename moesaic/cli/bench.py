@@ -1,9 +1,8 @@
-"""``moesaic perplexity`` and ``moesaic bench``: measurements of quality and speed."""
+"""``moesaic bench``: measurements of speed."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -11,68 +10,11 @@ from itertools import chain
 from pathlib import Path
 
 from moesaic.cli.bench_serving import add_serving
-from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_model, folder, load_options
+from moesaic.cli.flags import MODEL_HELP, Commands, add_command, folder, load_options
 from moesaic.errors import InvalidRequest
 from moesaic.load_options import CACHE_DTYPES, DTYPES
 
 GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
-
-# perplexity
-
-
-def add_perplexity(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "perplexity",
-        _perplexity,
-        "measure how well a model predicts a text",
-        "It prints the perplexity per token and the bits per byte. Each document is read in windows that do not "
-        "overlap. If --format is given more than once, it prints a table that compares each format with the first.",
-        "moesaic perplexity held-out.jsonl.xz ./model --format q4",
-        "moesaic perplexity held-out.jsonl.xz ./model --format bfloat16 --format int4 --format experts=int2,head=int8",
-    )
-    parser.add_argument(
-        "file", metavar="FILE", type=Path, help='a .txt, or a .jsonl or .jsonl.xz with a "text" on each line'
-    )
-    add_model(parser, formats=True)
-    parser.add_argument(
-        "--kv-cache-dtype", choices=CACHE_DTYPES, help="use a key/value cache of this data type; default: no cache"
-    )
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a window (default 512)")
-    parser.add_argument(
-        "--json", action="store_true", help="print a JSON object, or a list of them for several formats"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures and their origin to a JSON file")
-
-
-def _perplexity(args: argparse.Namespace) -> int:
-    from moesaic import builtin
-    from moesaic.bench import quality, report
-    from moesaic.console.progress import bar
-    from moesaic.loading import load_model
-    from moesaic.plan import make_plan
-    from moesaic.text.tokenizer import Tokenizer
-
-    texts = quality.read_texts(args.file)
-    path, names = folder(args.model or builtin.default()), args.format or [None]
-    choices = [load_options(args, format=name, kv_cache_dtype=args.kv_cache_dtype or "auto") for name in names]
-    plans = [make_plan(path, options) for options in choices]  # errors come before the first measurement
-    tokenizer, rows = Tokenizer.open(path), []
-    for format_name, plan in zip(names, plans, strict=True):
-        with bar("loading") as progress:
-            loaded = load_model(plan, progress=progress)
-        cache = plan.cache_dtype if args.kv_cache_dtype else None
-        with bar("documents", count=True) as progress:
-            measured = quality.perplexity(loaded, tokenizer, texts, args.length, progress, cache)
-        rows.append(quality.row(format_name, loaded, measured, args.length))
-        del loaded  # frees the memory before the next model is loaded
-    if args.out:
-        report.write(args.out, report.record(args.line, {"formats": rows}))
-    print(json.dumps(rows if len(rows) > 1 else rows[0]) if args.json else "\n".join(quality.lines(rows)))
-    return 0
-
-
-# bench
 
 
 def add_bench(commands: Commands) -> None:

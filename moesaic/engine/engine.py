@@ -136,7 +136,8 @@ class Engine(AbstractContextManager["Engine"]):
             cache_tokens: tokens that the key/value cache holds, rounded down to whole blocks. No request can be
                 longer, unless the model has an attention window that fits in the cache.
             block_size: tokens in a block.
-            context: maximum tokens of a request, prompt and answer together; None: the model's maximum.
+            context: maximum tokens of a request, prompt and answer together; None: the model's maximum. It may be one
+                more, because the model does not read the last token of an answer.
             limits: limits on running and waiting requests.
             dtype: dtype of the cache: a floating-point dtype, or int8 with scales, as ``ops.Cache`` describes.
             thread: run the loop in its own thread. Otherwise reading a stream runs the loop, and so does ``step``.
@@ -153,7 +154,7 @@ class Engine(AbstractContextManager["Engine"]):
             raise InvalidParameter("block_size", f"is {block_size}, expected at least 1")
         if cache_tokens < block_size:
             raise InvalidParameter("cache_tokens", f"is {cache_tokens}, expected at least {block_size}, one block")
-        if context is not None and not 2 <= context <= model.max_length:
+        if context is not None and not 2 <= context <= model.max_length + 1:
             raise InvalidParameter("context", f"is {context}, but the model supports 2 to {model.max_length} tokens")
         device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
         blocks = Blocks(cache_tokens // block_size, block_size)

@@ -83,7 +83,8 @@ class Sampling:
     logprobs: int | None = None
     """Report the log-probability of each token and this number of likeliest tokens beside it; 0 .. 20; None: off."""
     prompt_logprobs: int | None = None
-    """Like ``logprobs``, for the tokens of the prompt; such a request does not read the prefix cache."""
+    """Like ``logprobs``, for the tokens of the prompt. Such a request does not read the prefix cache, except before
+    ``Request.prompt_logprobs_start``."""
     ignore_eos: bool = False
     """Continue after EOS, up to the maximum length."""
 
@@ -248,10 +249,14 @@ class Request:
     forbidden: Callable[[Listing[int]], Collection[int]] | None = None
     """Function that returns the token ids that must not follow the generated tokens that it gets. It depends on nothing
     else. None: none is forbidden."""
+    prompt_logprobs_start: int = 0
+    """With ``Sampling.prompt_logprobs``: index of the first prompt token whose log-probability is computed. Tokens
+    before it get none, so that their keys and values may come from the prefix cache. The first token never has one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", _ids("prompt", self.ids))
         object.__setattr__(self, "eos_ids", _ids("eos_ids", self.eos_ids))
+        _integer("prompt_logprobs_start", self.prompt_logprobs_start, 0)
         _integer("priority", self.priority, -(2**31), 2**31 - 1)
         if not self.ids:
             raise InvalidParameter("prompt", "is empty; at least one token is needed")
@@ -298,7 +303,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Tokens of the prompt with log-probabilities; the first has none. This event comes before any ``Token``."""
+    """Tokens of the prompt with log-probabilities. The first has none, and neither have those before
+    ``Request.prompt_logprobs_start``. This event comes before any ``Token``."""
 
     tokens: tuple[Token, ...]
 
@@ -373,3 +379,8 @@ class Sequence:
         """
         wanted = self.request.sampling.prompt_logprobs is not None
         return wanted and self.index == 0 and not self.request.resumed_tokens(0)
+
+    @property
+    def first_scored(self) -> int:
+        """Index of the first prompt token that gets a log-probability, if ``scores_prompt``; at most ``prompt``."""
+        return min(max(1, self.request.prompt_logprobs_start), self.prompt)

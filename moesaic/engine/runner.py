@@ -103,12 +103,12 @@ class Runner:
     def _scores(self, hidden: Tensor, run: Run) -> list[Token]:
         """Return each prompt token that follows a token of ``run``, with its log-probability.
 
-        ``hidden`` begins with the rows of the run.
+        Tokens before ``first_scored`` are left out. ``hidden`` begins with the rows of the run.
         """
         sequence, out = run.sequence, list[Token]()
         top = sequence.request.sampling.prompt_logprobs or 0
         stop = min(sequence.cached + run.count, sequence.prompt - 1)
-        for begin in range(sequence.cached, stop, SCORED_ROWS):
+        for begin in range(max(sequence.cached, sequence.first_scored - 1), stop, SCORED_ROWS):
             end = min(begin + SCORED_ROWS, stop)
             logits = self.model.logits(hidden[begin - sequence.cached : end - sequence.cached])
             out += sampler.report(logits, sequence.request.ids[begin + 1 : end + 1], top)

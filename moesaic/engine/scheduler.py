@@ -81,7 +81,8 @@ class Outcome:
     tokens: Mapping[Sequence, Listing[Token]]
     """New tokens of each sequence, in the order of the answer."""
     scores: Mapping[Sequence, Listing[Token]] = field(default_factory=dict)
-    """Prompt tokens cached + 1 .. cached + count of each sequence that requests their log-probabilities, with these."""
+    """For each sequence that requests log-probabilities of its prompt: prompt tokens cached + 1 .. cached + count, with
+    these; without those before ``Sequence.first_scored``."""
     failed: frozenset[Sequence] = frozenset()
     """Sequences for which the model computed NaN or infinity."""
     refused: Mapping[Sequence, MoesaicError] = field(default_factory=dict)
@@ -280,11 +281,12 @@ class Scheduler:
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Return the blocks of the prefix cache that ``sequence`` can use.
 
-        They never include its last token, which must run to give logits.
+        They never include its last token, which must run to give logits. If log-probabilities of the prompt are still
+        to be computed, they do not include the token before the first of these either, for the same reason.
         """
-        if sequence.scores_prompt and not sequence.generated:
-            return []
-        return self.blocks.find(sequence.digests[: (len(sequence.ids) - 1) // self.blocks.size])
+        scoring = sequence.scores_prompt and not sequence.generated
+        usable = (sequence.first_scored if scoring else len(sequence.ids)) - 1
+        return self.blocks.find(sequence.digests[: usable // self.blocks.size])
 
     def _start(self, sequence: Sequence) -> None:
         sequence.table = self._cached_blocks(sequence)
@@ -364,14 +366,15 @@ class Scheduler:
 
     def _append_scores(self, sequence: Sequence, scores: Listing[Token]) -> None:
         """Append ``scores`` to the prompt's log-probabilities; skip those that a preemption repeats."""
-        known = len(sequence.prompt_logprobs) - sequence.cached
+        first = max(sequence.cached + 1, sequence.first_scored)
+        known = sequence.first_scored + len(sequence.prompt_logprobs) - first
         sequence.prompt_logprobs.extend(scores[max(0, known) :])
 
     def _append_tokens(self, sequence: Sequence, tokens: Listing[Token]) -> list[Event]:
         events: list[Event] = []
         if tokens and sequence.scores_prompt and not sequence.generated:
-            first = Token(sequence.request.ids[0])
-            events.append(PromptLogprobs((first, *sequence.prompt_logprobs)))
+            unscored = map(Token, sequence.request.ids[: sequence.first_scored])
+            events.append(PromptLogprobs((*unscored, *sequence.prompt_logprobs)))
         for token in tokens:
             events.append(token)
             if done := finish.append_token(sequence, token.id):

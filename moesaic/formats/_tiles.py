@@ -113,7 +113,7 @@ class Tiled(Blocked):
         for share in TRIED_STEPS:
             step = _rounded(usual * share)
             scale, error = self.best_scales(rotated, step)
-            candidate = error.sum(1), step, scale
+            candidate: tuple[Tensor, ...] = (error.sum(1), step, scale)
             if best is not None:
                 less = candidate[0] < best[0]
                 pairs = zip(candidate, best, strict=True)

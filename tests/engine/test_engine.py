@@ -3,6 +3,7 @@ import queue
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from moesaic.errors import (
     Overloaded,
     PromptTooLong,
 )
+from moesaic.ops import Batch
 
 BAD = 60
 NEW = 10
@@ -245,6 +247,33 @@ def test_logprobs_come_with_tokens_and_the_prompts_come_first(model, prompts):
     assert [sum(isinstance(e, PromptLogprobs) for e in stream) for stream in streams] == [1, 0]
 
 
+@pytest.mark.parametrize("start", [0, 1, 5, 12, 13, 14, 40])
+def test_prompt_logprobs_from_a_token_on_read_the_prefix_cache_before_it(model, start):
+    ids = tuple(torch.randint(60, (14,)).tolist())
+    [whole] = [next(stream) for stream in manual(model).submit(ask(ids, prompt_logprobs=1))]
+    engine = manual(model, block_size=4)
+    for found in (0, max(0, min(start, 14) - 1) // 4 * 4):  # the second time, the cache has the prompt
+        request = replace(ask(ids, max_tokens=1, prompt_logprobs=1), prompt_logprobs_start=start)
+        [stream] = engine.submit(request)
+        prompt, *_, done = stream
+        assert done.cached_tokens == found
+        assert [token.id for token in prompt.tokens] == list(ids)
+        assert all(token.logprob is None and not token.top for token in prompt.tokens[: max(1, start)])
+        for token, other in list(zip(prompt.tokens, whole.tokens, strict=True))[max(1, start) :]:
+            assert token.logprob == pytest.approx(other.logprob, abs=1e-5)
+            assert token.top[0][0] == other.top[0][0]
+
+
+def test_a_context_one_token_longer_than_the_models_has_room_for_a_last_token_that_is_not_read(model):
+    ids = torch.randint(60, (128,)).tolist()
+    with pytest.raises(PromptTooLong):
+        manual(model).submit(ask(ids))
+    [answer], [done] = run(manual(model, context=129), [ask(ids)])
+    with torch.inference_mode():
+        assert answer == [int(model.logits(model(Batch.whole([ids])))[-1].argmax())]
+    assert done.reason == "length"
+
+
 # Refusals
 
 
@@ -276,7 +305,7 @@ def test_a_full_queue_refuses_and_later_does_not(model):
     assert [len(list(stream)) for stream in streams] == [NEW + 1] * 2
 
 
-@pytest.mark.parametrize("options", [{"block_size": 0}, {"cache_tokens": 15}, {"context": 1}, {"context": 129}])
+@pytest.mark.parametrize("options", [{"block_size": 0}, {"cache_tokens": 15}, {"context": 1}, {"context": 130}])
 def test_impossible_sizes_are_refused(model, options):
     with pytest.raises(InvalidParameter):
         Engine(model, thread=False, **options)

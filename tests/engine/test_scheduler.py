@@ -33,8 +33,8 @@ class World:
         self.size, self.window, self.memory = size, window, {}
         self.live, self.events = [], {}
 
-    def submit(self, ids, priority=0, salt="", cuts=(), **sampling):
-        request = Request(tuple(ids), Sampling(**sampling), (0,), priority, salt)
+    def submit(self, ids, priority=0, salt="", cuts=(), scored_from=0, **sampling):
+        request = Request(tuple(ids), Sampling(**sampling), (0,), priority, salt, prompt_logprobs_start=scored_from)
         whole = answer(request, min(self.scheduler.capacity, len(ids) + (request.sampling.max_tokens or 200)))
         request = replace(request, resume=tuple(whole[:cut] for cut in cuts))
         sequences = self.scheduler.prepare(request, 0)
@@ -84,8 +84,10 @@ class World:
             self.tell(sequence, events)
 
     def scores(self, run):
-        """Return the prompt tokens that follow the tokens of this run."""
-        return [Token(token_id) for token_id in run.sequence.request.ids[run.sequence.cached + 1 :][: run.count]]
+        """Return the prompt tokens that follow the tokens of this run, with their places as log-probabilities."""
+        request, places = run.sequence.request, range(run.sequence.cached + 1, run.sequence.cached + run.count + 1)
+        first = max(1, request.prompt_logprobs_start)
+        return [Token(request.ids[p], float(p)) for p in places if first <= p < len(request.ids)]
 
     def tell(self, sequence, events):
         assert not any(isinstance(event, Done) for event in self.events[sequence]), "something comes after Done"
@@ -126,6 +128,9 @@ class World:
             assert len(prompts) == (sequence.scores_prompt and bool(ids))
             for prompt in prompts:
                 assert tuple(token.id for token in prompt.tokens) == sequence.request.ids
+                first = max(1, sequence.request.prompt_logprobs_start)
+                places = [float(p) if p >= first else None for p in range(sequence.prompt)]
+                assert [token.logprob for token in prompt.tokens] == places
 
 
 class Machine(RuleBasedStateMachine):
@@ -149,11 +154,13 @@ class Machine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
         scores=st.sampled_from([None, None, 0]),
+        scored_from=st.integers(0, 41),
         cuts=st.lists(st.integers(0, 20), max_size=3),
     )
-    def submit(self, ids, priority, salt, max_tokens, n, scores, cuts):
+    def submit(self, ids, priority, salt, max_tokens, n, scores, scored_from, cuts):
+        options = {"max_tokens": max_tokens, "n": n, "prompt_logprobs": scores}
         try:
-            self.world.submit(ids, priority, salt, cuts[:n], max_tokens=max_tokens, n=n, prompt_logprobs=scores)
+            self.world.submit(ids, priority, salt, cuts[:n], scored_from, **options)
         except PromptTooLong as error:
             assert len(ids) + 1 > self.world.scheduler.capacity == error.limit + 1
         except Overloaded:
