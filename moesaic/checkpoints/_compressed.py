@@ -19,20 +19,22 @@ Layout: https://github.com/vllm-project/compressed-tensors
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moesaic.checkpoints._coded import Coded, Decoder, check_matrix, common_step, grouped, refuse_codes
+from moesaic.checkpoints import _act_order
+from moesaic.checkpoints._coded import GROUPS, Coded, Decoder, check_matrix, common_step, grouped, refuse_codes
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._packed_integers import PackedIntegers
 from moesaic.checkpoints._packed_modules import by_module
-from moesaic.checkpoints._views import Shape, View, dtype_name
+from moesaic.checkpoints._views import Index, Shape, View, bounds, dtype_name
 from moesaic.errors import CheckpointError
 from moesaic.formats import Codes
+from moesaic.formats.grouped import Format
 
 PACKED, FORMATS = "pack-quantized", ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 BITS = (2, 4, 8)
@@ -216,10 +218,38 @@ class Matrix(Coded):
         self._name = module
         _check_grid(f"{module}.weight_scale", self._scale, self._grid, *FLOATS)
         self._check_zero(shape, scheme)
-        self._order = _read_order(module, parts, shape[1], self._block)
+        self._g_idx = _read_g_idx(module, parts, shape[1], self._block)
         self.meaning = (scheme.kind, self._bits, self._block)
-        step = 1 if self._order is not None else common_step(*self._widths(shape[1]))
-        super().__init__(codes, shape, step, self._decoder_for(step, scheme.kind))
+        step = common_step(*self._widths(shape[1]))
+        if self._g_idx is None:
+            super().__init__(codes, shape, step, self._decoder_for(step, scheme.kind))
+        else:  # each column is decoded as a group of its own: the columns then need no sorting
+            super().__init__(codes, shape, 1, self._decoder_for(1, scheme.kind))
+            decoder = self._decoder_for(step, scheme.kind)
+            are_equal = _act_order.have_equal_sizes(self._g_idx, self._block[1])
+            if isinstance(decoder, Format) and step in GROUPS and are_equal:
+                self.format = replace(decoder, order="act")
+
+    @property
+    def kind(self) -> str:
+        if self._g_idx is None:
+            return super().kind
+        return f"{super().kind}, act-order" + ("" if self.format else ", groups of unequal size")
+
+    def codes(self, index: Index | None = None) -> Codes:
+        """Read the codes and scales of a part, sorted by group if the matrix is in act-order.
+
+        Raises:
+            CheckpointError: the part has some columns of a matrix in act-order.
+        """
+        if self._g_idx is None:
+            return super().codes(index)
+        assert self.format is not None
+        rows, columns = bounds(index, self.info.shape)
+        _act_order.refuse_cut(columns, self.info.shape, self.info.file)
+        order = _act_order.sorted_columns(self._g_idx)
+        codes = self._read_codes(rows, columns)[:, order]
+        return Codes(codes, *self._read_numbers(rows, self._g_idx[order[:: self.format.group]]), order=order.int())
 
     def _widths(self, columns: int) -> Shape:
         return (columns,) if self._block[1] == columns else (columns, self._block[1])
@@ -244,15 +274,20 @@ class Matrix(Coded):
             _check_grid(name, zero, self._grid, torch.int8)
 
     def _part(self, rows: slice, columns: slice) -> Codes:
-        if self._packed:
-            codes = PackedIntegers(self._codes, 1, self._bits).read((rows, columns))
-        else:
-            codes = self._codes.read((rows, columns))
-            codes = codes.view(torch.uint8) ^ 128 if codes.dtype == torch.int8 else codes  # int8 plus 128
-        down = torch.arange(rows.start, rows.stop) // self._block[0]
         across = torch.arange(columns.start, columns.stop, self._step)
-        across = across // self._block[1] if self._order is None else self._order[across]
-        return Codes(codes, self._spread(self._scale, down, across), self._read_zero(rows, down, across))
+        across = across // self._block[1] if self._g_idx is None else self._g_idx[across]
+        return Codes(self._read_codes(rows, columns), *self._read_numbers(rows, across))
+
+    def _read_codes(self, rows: slice, columns: slice) -> Tensor:
+        if self._packed:
+            return PackedIntegers(self._codes, 1, self._bits).read((rows, columns))
+        codes = self._codes.read((rows, columns))
+        return codes.view(torch.uint8) ^ 128 if codes.dtype == torch.int8 else codes  # int8 plus 128
+
+    def _read_numbers(self, rows: slice, across: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the scales and the zero points of rows and of the columns ``across`` of the grid of blocks."""
+        down = torch.arange(rows.start, rows.stop) // self._block[0]
+        return self._spread(self._scale, down, across), self._read_zero(rows, down, across)
 
     def _spread(self, view: View, down: Tensor, across: Tensor) -> Tensor:
         """Return the scales or zero points of the blocks in rows ``down`` and columns ``across`` of the grid."""
@@ -315,21 +350,21 @@ def _check_grid(name: str, view: View, grid: Shape, *dtypes: torch.dtype) -> Non
     check_matrix(name, view, view.info.shape if view.info.shape in allowed else grid, *dtypes)
 
 
-def _read_order(module: str, parts: Mapping[str, View], columns: int, block: Shape) -> Tensor | None:
+def _read_g_idx(module: str, parts: Mapping[str, View], columns: int, block: Shape) -> Tensor | None:
     """Return the group [C] of each column; None if groups are consecutive columns.
 
     Raises:
-        CheckpointError: the tensor has the wrong shape or dtype, or does not assign as many columns to each group as
-            the settings say.
+        CheckpointError: the tensor has the wrong shape or dtype, or does not name the groups that the settings imply.
     """
     view = parts.get("weight_g_idx")
     if view is None:
         return None
     name = f"{module}.weight_g_idx"
     check_matrix(name, view, (columns,), torch.int32, torch.int64)
-    order, consecutive = view.read().long(), torch.arange(columns) // block[1]
-    if bool((order == -1).all()) or torch.equal(order, consecutive):
+    g_idx = view.read().long()
+    if bool((g_idx == -1).all()) or _act_order.are_consecutive(g_idx, block[1]):
         return None
-    if block[0] != 1 or not torch.equal(order.sort().values, consecutive):
-        raise CheckpointError(view.info.file, f"{name} does not assign {block[1]} columns to each group")
-    return order
+    if block[0] != 1:
+        raise CheckpointError(view.info.file, f"{name} is not supported for blocks of {block[0]} rows")
+    _act_order.check_groups(name, g_idx, -(-columns // block[1]), view.info.file)
+    return g_idx

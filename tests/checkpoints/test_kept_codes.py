@@ -18,15 +18,18 @@ KEPT = {
     "GPTQ, 4 bits": Gptq(),
     "GPTQ, 3 bits, one group": Gptq(3, -1),
     "GPTQ, 8 bits, version 2": Gptq(8, 64, version="gptq_v2"),
+    "GPTQ, act-order": Gptq(act_order=True),
+    "GPTQ, 3 bits, act-order, groups of 128": Gptq(3, 128, act_order=True),
     "AWQ": Awq(32),
     "compressed-tensors, 4 bits": Compressed(group=32),
     "compressed-tensors, 4 bits, asymmetric rows": Compressed(strategy="channel", symmetric=False),
+    "compressed-tensors, act-order": Compressed(group=32, order=True),
+    "compressed-tensors, act-order, asymmetric": Compressed(bits=8, group=32, order=True, symmetric=False),
     "compressed-tensors, int8": Compressed("int-quantized", 8, strategy="channel"),
     "bitsandbytes, NF4": Bitsandbytes("nf4"),
     "bitsandbytes, FP4 with quantized scales": Bitsandbytes("fp4", nested=True),
 }
 DECODED = {
-    "GPTQ, act-order": Gptq(act_order=True),
     "compressed-tensors, float8": Compressed("float-quantized", 8, strategy="channel"),
 }
 
@@ -68,8 +71,10 @@ def test_a_format_may_be_chosen_for_weights_that_the_file_does_not_quantize(tmp_
         load_model(quantized, weight_format="experts=int8")
 
 
-def test_a_model_with_codes_answers_as_the_plain_one(tmp_path):
-    folder, plain = folders(KEPT["GPTQ, 4 bits"], "mixtral", tmp_path)
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["GPTQ, 4 bits", "GPTQ, act-order", "compressed-tensors, act-order"])
+def test_a_model_with_codes_answers_as_the_plain_one(name, kind, tmp_path):
+    folder, plain = folders(KEPT[name], kind, tmp_path)
     with torch.inference_mode():
         kept, exact = (
             model.logits(model(ops.Batch.whole([[1, 5, 9, 3, 2, 7]])))
