@@ -217,7 +217,6 @@ def test_weights_that_are_not_supported(changes, message):
     [
         (Compressed(group=16), {"weight_packed": None}, "m.weight_packed is missing"),
         (Compressed(group=16), {"weight_scale": None}, "m.weight_scale is missing"),
-        (Compressed(group=16), {"weight_shape": None}, "m.weight_shape is missing"),
         (Compressed(group=16), {"weight": torch.ones(8, 32)}, "m.weight is unexpected"),
         (Compressed(group=16), {"weight_shape": torch.tensor([8, -32])}, "expected positive numbers"),
         (Compressed(group=16), {"weight_shape": torch.tensor([8, 2**60])}, "m.weight_packed is"),
@@ -249,6 +248,12 @@ def test_weights_that_are_not_supported(changes, message):
 def test_tensors_that_do_not_fit(variant, changes, message):
     with pytest.raises(CheckpointError, match=message):
         open_one(variant.settings(), variant, **changes)
+
+
+def test_without_a_shape_rows_fill_whole_words():
+    variant = Compressed(group=16)
+    whole, inferred = open_one(variant.settings()), open_one(variant.settings(), weight_shape=None)
+    assert inferred.info == whole.info and torch.equal(inferred.read(), whole.read())
 
 
 def test_zero_points_beyond_the_bits_are_refused():
