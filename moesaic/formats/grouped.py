@@ -28,7 +28,7 @@ Files: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, ``ggml-common.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Codes, Layout, Shape, _planes
+from moesaic.formats import Codes, Layout, Shape, WeightFormat, _planes
 from moesaic.formats._blocks import PAD, SUPER, Blocked, nonzero
 from moesaic.formats._planes import ROWS
 
@@ -200,6 +200,33 @@ class Format(Blocked):
             raise InvalidParameter("codes", f"have shapes {shapes}; expected for {self}: {wanted}")
         return Codes(**{name: tensor.to(expected[name][1]) for name, tensor in codes.tensors().items()})
 
+    def holds(self, other: WeightFormat | None) -> bool:
+        """Return whether this format can store the codes of ``other`` as other codes of the same weights."""
+        return isinstance(other, Format) and common([self, other]) == self
+
+    def converted(self, codes: Codes, source: Format) -> Codes:
+        """Return ``codes`` in the format ``source``, which this format holds, as codes of this format.
+
+        They may have more bits, smaller groups and wider scales, but stand for the same weights.
+        """
+        columns = codes.codes.shape[-1]
+        groups, parts = -(-columns // self.group), source.group // self.group
+
+        def spread(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+            return numbers.to(dtype).repeat_interleave(parts, -1)[..., :groups]
+
+        bias = (1 << self.bits >> 1) - (1 << source.bits >> 1)
+        order = codes.order
+        if self.order == "act" and order is None:
+            order = torch.arange(columns, dtype=torch.int32).expand(*codes.codes.shape[:-2], -1)
+        return replace(
+            codes,
+            codes=codes.codes + (bias if self.offset == "none" else 0),
+            scale=spread(codes.scale, self._scale_dtype),
+            offset=None if codes.offset is None else spread(codes.offset, self._offset_dtype),
+            order=order,
+        )
+
     def adopt(self, codes: Codes) -> dict[str, Tensor]:
         """Return the parts of a weight that a file holds in this format; no number is rounded."""
         *stack, rows, columns = codes.codes.shape
@@ -285,6 +312,28 @@ def _ordered(plain: Tensor, order: Tensor) -> Tensor:
 def _unordered(plain: Tensor, order: Tensor) -> Tensor:
     """Return weights whose columns ``order`` are those of ``plain``; the reverse of ``_ordered``."""
     return _ordered(plain, order.argsort(-1))
+
+
+def common(formats: Collection[Format]) -> Format | None:
+    """Return the smallest format that holds all of these formats; None if there is none.
+
+    Their offsets and levels must be alike. Scales must be alike if they are integers times a number for 256 columns.
+    """
+    first = next(iter(formats))
+    for each in formats:
+        if (each.offset, each.levels) != (first.offset, first.levels):
+            return None
+        if (each.is_super or first.is_super) and (each.scale, each.group) != (first.scale, first.group):
+            return None
+    scales = {each.scale for each in formats}
+    return Format(
+        bits=max(each.bits for each in formats),
+        group=min(each.group for each in formats),
+        scale=first.scale if len(scales) == 1 else "float32",
+        offset=first.offset,
+        levels=first.levels,
+        order="act" if any(each.order == "act" for each in formats) else "none",
+    )
 
 
 def _bytes(part: Tensor) -> Tensor:
