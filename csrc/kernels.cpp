@@ -33,13 +33,31 @@ int width_of(int64_t columns, int64_t s) {
     return int(left < SUPER ? left : SUPER);
 }
 
-// Round row `row` of x into token i of the tile.
+int64_t size_of(Type type) { return type == Type::int8 ? 1 : type == Type::float32 ? 4 : 2; }
+
+// to[i] = from[order[i]] for i < count. A damaged order selects the first number, never memory outside of the row.
+template <class Number>
+void gather(const Number* from, int64_t columns, const int32_t* order, int count, Number* to) {
+    for (int i = 0; i < count; ++i) to[i] = from[uint32_t(order[i]) < columns ? order[i] : 0];
+}
+
+// Round row `row` of x into token i of the tile. `order` is that of the columns of the weight, or null.
 template <class Tokens>
-void round_row(const void* x, Type type, int64_t row, int64_t columns, const Tokens& tile, int i) {
+void round_row(const void* x, Type type, int64_t row, int64_t columns, const int32_t* order, const Tokens& tile, int i) {
     alignas(64) float part[SUPER];
+    alignas(64) uint8_t gathered[SUPER * sizeof(float)];
     for (int64_t s = 0; s < supers(columns); ++s) {
         const int width = width_of(columns, s);
-        read(x, type, row * columns + s * SUPER, width, part, padded(width));
+        if (!order) {
+            read(x, type, row * columns + s * SUPER, width, part, padded(width));
+        } else {
+            if (size_of(type) == 4) {
+                gather((const float*)x + row * columns, columns, order + s * SUPER, width, (float*)gathered);
+            } else {
+                gather((const uint16_t*)x + row * columns, columns, order + s * SUPER, width, (uint16_t*)gathered);
+            }
+            read(gathered, type, 0, width, part, padded(width));
+        }
         tile.round(i, s, width, part);
     }
 }
@@ -98,7 +116,7 @@ void linear(const LinearArgs& a) {
     uint8_t* memory = scratch(2, bytes_of_tiles<Tokens>(max_tiles, a.columns));
     const int64_t count = lay_out_tiles(a.tokens, a.columns, tiles, firsts, memory);
     parallel_for_or_inline(count, a.tokens * a.columns * COST_PER_VALUE, [&](int64_t i, int) {
-        for (int j = 0; j < tiles[i].n; ++j) round_row(a.x, a.type, firsts[i] + j, a.columns, tiles[i], j);
+        for (int j = 0; j < tiles[i].n; ++j) round_row(a.x, a.type, firsts[i] + j, a.columns, a.order, tiles[i], j);
     });
     const int64_t passes = (count + TILES_PER_PASS - 1) / TILES_PER_PASS;
     const int64_t share = blocks_per_task(m.blocks());
@@ -138,7 +156,7 @@ template <class Tokens>
 struct ExpertBatch {
     int64_t* order;        // [all choices]: their numbers, sorted by expert
     int64_t* firsts;       // [tiles + 1]: index in `order` of the first choice of each tile
-    Tokens *tiles, *hidden;  // [tiles]: the inputs of gate and up, and the inputs of down
+    Tokens *gate, *up, *hidden;  // [tiles]: the inputs of gate, up and down; those of gate and up are often the same
     int64_t tiles_count;
     ExpertTokens* passes;  // [pass_count], in the order of experts
     int64_t pass_count;
@@ -156,6 +174,33 @@ void sort_by_expert(const ExpertsArgs& a, int64_t* order, int64_t* starts) {
     starts[0] = 0;
 }
 
+// The order of the columns of one expert in a stack, or null.
+const int32_t* order_of(const int32_t* orders, int64_t expert, int64_t columns) {
+    return orders ? orders + expert * columns : nullptr;
+}
+
+// Whether gate and up of the experts that have choices store their columns in the same order.
+bool have_same_inputs(const ExpertsArgs& a, const int64_t* starts) {
+    if (!a.gate_order || !a.up_order) return a.gate_order == a.up_order;
+    for (int64_t e = 0; e < a.experts; ++e) {
+        const int64_t at = e * a.size;
+        if (starts[e] < starts[e + 1] && memcmp(a.gate_order + at, a.up_order + at, sizeof(int32_t) * a.size)) return false;
+    }
+    return true;
+}
+
+// Round the activations of all choices into tiles, in the order of the columns that the experts have.
+template <class Tokens>
+void round_choices(const ExpertsArgs& a, const ExpertBatch<Tokens>& batch, const int32_t* orders, const Tokens* tiles) {
+    parallel_for_or_inline(batch.tiles_count, a.tokens * a.choices * a.size * COST_PER_VALUE, [&](int64_t i, int) {
+        const int64_t* choices = batch.order + batch.firsts[i];
+        const int32_t* order = order_of(orders, a.ids[choices[0]], a.size);
+        for (int j = 0; j < tiles[i].n; ++j) {
+            round_row(a.x, a.type, choices[j] / a.choices, a.size, order, tiles[i], j);
+        }
+    });
+}
+
 // Sort the choices by expert, lay out their tiles, and round the activations into them.
 template <class Tokens>
 ExpertBatch<Tokens> gather_by_expert(const ExpertsArgs& a) {
@@ -167,18 +212,22 @@ ExpertBatch<Tokens> gather_by_expert(const ExpertsArgs& a) {
     int64_t max_tiles = 0;
     for (int64_t e = 0; e < a.experts; ++e) max_tiles += tile_count(starts[e + 1] - starts[e]);
 
-    batch.tiles = (Tokens*)scratch(2, 2 * sizeof(Tokens) * max_tiles);
-    batch.hidden = batch.tiles + max_tiles;
+    const bool same = have_same_inputs(a, starts);
+    batch.gate = (Tokens*)scratch(2, 3 * sizeof(Tokens) * max_tiles);
+    batch.up = same ? batch.gate : batch.gate + max_tiles;
+    batch.hidden = batch.gate + 2 * max_tiles;
     batch.firsts = (int64_t*)scratch(3, sizeof(int64_t) * (max_tiles + 1));
     batch.passes = (ExpertTokens*)scratch(6, sizeof(ExpertTokens) * (max_tiles + 1));
-    uint8_t* memory = scratch(4, bytes_of_tiles<Tokens>(max_tiles, a.size));
+    uint8_t* gate_memory = scratch(4, bytes_of_tiles<Tokens>(max_tiles, a.size));
+    uint8_t* up_memory = same ? nullptr : scratch(7, bytes_of_tiles<Tokens>(max_tiles, a.size));
     uint8_t* hidden_memory = scratch(5, bytes_of_tiles<Tokens>(max_tiles, a.inner));
     int64_t count = 0, passes = 0;
     for (int64_t e = 0; e < a.experts; ++e) {
         const int64_t n = starts[e + 1] - starts[e], begin = count;
         if (!n) continue;
         lay_out_tiles(n, a.inner, batch.hidden + begin, batch.firsts + begin, hidden_memory);
-        const int64_t tiles = lay_out_tiles(n, a.size, batch.tiles + begin, batch.firsts + begin, memory);
+        if (!same) lay_out_tiles(n, a.size, batch.up + begin, batch.firsts + begin, up_memory);
+        const int64_t tiles = lay_out_tiles(n, a.size, batch.gate + begin, batch.firsts + begin, gate_memory);
         for (; count < begin + tiles; ++count) batch.firsts[count] += starts[e];
         const int64_t expert_passes = (tiles + TILES_PER_PASS - 1) / TILES_PER_PASS;
         for (int64_t i = 0; i < expert_passes; ++i) {
@@ -188,11 +237,8 @@ ExpertBatch<Tokens> gather_by_expert(const ExpertsArgs& a) {
     batch.firsts[count] = chosen;
     batch.tiles_count = count;
     batch.pass_count = passes;
-    parallel_for_or_inline(count, chosen * a.size * COST_PER_VALUE, [&](int64_t i, int) {
-        for (int j = 0; j < batch.tiles[i].n; ++j) {
-            round_row(a.x, a.type, batch.order[batch.firsts[i] + j] / a.choices, a.size, batch.tiles[i], j);
-        }
-    });
+    round_choices(a, batch, a.gate_order, batch.gate);
+    if (!same) round_choices(a, batch, a.up_order, batch.up);
     return batch;
 }
 
@@ -202,10 +248,12 @@ Matrix matrix_of(const uint8_t* stack, int64_t expert, int64_t out, int64_t colu
     return {stack + expert * P::bytes({stack, out, columns, grouping}), out, columns, grouping};
 }
 
-// hidden = silu(gate x) * (up x), rounded. A task computes 256 rows, which share one scale of the hidden activations.
+// hidden = silu(gate x) * (up x), rounded. A task computes 256 rows, which share one scale of the hidden activations. If
+// down stores its columns in another order, they are rounded after all of them are known.
 template <class P>
 void gate_and_up(const ExpertsArgs& a, const ExpertBatch<typename P::Tokens>& batch) {
     const int64_t inner_supers = supers(a.inner), work = a.tokens * a.choices * a.size * a.inner;
+    float* unordered = a.down_order ? (float*)scratch(8, sizeof(float) * a.tokens * a.choices * a.inner) : nullptr;
     parallel_for_or_inline(batch.pass_count * inner_supers, 2 * work, [&](int64_t task, int worker) {
         const ExpertTokens& pass = batch.passes[task / inner_supers];
         const int64_t s = task % inner_supers;
@@ -222,8 +270,8 @@ void gate_and_up(const ExpertsArgs& a, const ExpertBatch<typename P::Tokens>& ba
         for (int begin = 0; begin < blocks; begin += BLOCKS_PER_TASK) {
             const int count = int(least(BLOCKS_PER_TASK, blocks - begin));
             const int64_t first = s * (SUPER / ROWS) + begin;
-            P::gemm(gates, first, count, batch.tiles + pass.begin, tiles, workspace, gate);
-            P::gemm(ups, first, count, batch.tiles + pass.begin, tiles, workspace, up);
+            P::gemm(gates, first, count, batch.gate + pass.begin, tiles, workspace, gate);
+            P::gemm(ups, first, count, batch.up + pass.begin, tiles, workspace, up);
             const float *g = gate, *u = up;
             for (int b = begin; b < begin + count; ++b) {
                 for (int64_t t = 0; t < tokens; ++t, g += ROWS, u += ROWS) swiglu(g, u, h + t * SUPER + b * ROWS);
@@ -231,7 +279,20 @@ void gate_and_up(const ExpertsArgs& a, const ExpertBatch<typename P::Tokens>& ba
         }
         const float* from = h;
         for (int64_t i = pass.begin; i < pass.end; ++i) {
-            for (int j = 0; j < batch.hidden[i].n; ++j, from += SUPER) batch.hidden[i].round(j, s, rows, from);
+            for (int j = 0; j < batch.hidden[i].n; ++j, from += SUPER) {
+                if (unordered) {
+                    memcpy(unordered + (batch.firsts[i] + j) * a.inner + s * SUPER, from, sizeof(float) * rows);
+                } else {
+                    batch.hidden[i].round(j, s, rows, from);
+                }
+            }
+        }
+    });
+    if (!unordered) return;
+    parallel_for_or_inline(batch.tiles_count, a.tokens * a.choices * a.inner * COST_PER_VALUE, [&](int64_t i, int) {
+        const int32_t* order = order_of(a.down_order, a.ids[batch.order[batch.firsts[i]]], a.inner);
+        for (int j = 0; j < batch.hidden[i].n; ++j) {
+            round_row(unordered, Type::float32, batch.firsts[i] + j, a.inner, order, batch.hidden[i], j);
         }
     });
 }
@@ -284,8 +345,6 @@ void experts(const ExpertsArgs& a) {
 
 constexpr int64_t MAX_TASK_ROWS = 96;   // rows of a task, unless the heads of a single query are more
 constexpr int64_t MAX_SPLIT_ROWS = 16;  // with at most this many rows, a long context may be split into several tasks
-
-int64_t size_of(Type type) { return type == Type::int8 ? 1 : type == Type::float32 ? 4 : 2; }
 
 // Store the keys and values of this step in the cache.
 void store_in_cache(const AttentionArgs& a) {

@@ -28,6 +28,9 @@ struct Grouping {
 enum class Type : int { float32, bfloat16, float16, int8 };  // int8: only in a cache
 
 // y [tokens, out] = x [tokens, columns] times weight [out, columns] transposed.
+//
+// The columns of a weight of the format `grouped` may be stored in another order. Number i of `order` is then the column
+// that column i in memory is. It is null if the columns are stored in their own order.
 struct LinearArgs {
     Format format;
     Type type;
@@ -35,6 +38,7 @@ struct LinearArgs {
     int64_t tokens, columns, out;
     const void* x;
     const uint8_t* weight;
+    const int32_t* order;  // [columns], or null
     void* y;
 };
 
@@ -47,6 +51,7 @@ struct ExpertsArgs {
     int64_t tokens, size, inner, experts, choices;
     const void* x;  // [tokens, size]
     const uint8_t *gate, *up, *down;
+    const int32_t *gate_order, *up_order, *down_order;  // [experts, columns] as in LinearArgs, each may be null
     const int64_t* ids;   // [tokens, choices]
     const float* scores;  // [tokens, choices]
     void* y;              // [tokens, size]

@@ -72,8 +72,8 @@ def pack(
     Args:
         src: folder or GGUF file of a checkpoint in any layout.
         dst: a folder that does not exist yet, or is empty.
-        weight_format: formats that weights are quantized to, as ``models.choose`` reads them; None: quantized weights
-            keep their codes.
+        weight_format: formats that weights are quantized to, as ``models.choose`` reads them. Quantized weights of
+            roles that it does not name keep their codes; None: all of them do.
         dtype: dtype of activations and plain weights; auto: the dtype that the checkpoint is stored in.
         requantize: whether weights that are quantized already may be rounded a second time.
         progress: called with the bytes read so far and in total.
@@ -107,23 +107,25 @@ def choose_formats(
 
     Args:
         checkpoint: the open checkpoint.
-        weight_format: formats as ``models.choose`` reads them; None: quantized weights keep their codes.
+        weight_format: formats as ``models.choose`` reads them. Quantized weights of roles that it does not name keep
+            their codes, as all of them do if it is None.
         plain: name of the format of other weights.
         requantize: whether ``weight_format`` may round weights that are quantized already.
 
     Raises:
-        InvalidParameter: the format would round quantized weights. That of an embedding cannot be chosen, so it is not
-            looked at.
+        InvalidParameter: the format would round quantized weights.
     """
-    if weight_format is None:
-        return models.choose(plain, plain) | checkpoint.kept_formats()
-    roles = models.choose(weight_format, plain)
+    named = {} if weight_format is None else models.named(weight_format)
     for name in () if requantize else checkpoint.quantized:
         role = models.role(name)
-        if role in models.QUANTIZED and str(roles[role]) != "float32":
-            problem = f"{roles[role]} would round the {role} weights of {checkpoint.path} a second time"
+        chosen = named.get(role or "", "float32")
+        if chosen != "float32":
+            problem = f"{chosen} would round the {role} weights of {checkpoint.path} a second time"
             raise InvalidParameter("format", f"{problem}; leave --format out to keep them, or add --requantize")
-    return roles
+    if checkpoint.config.get(checkpoints.TIED) is True and named.get("head") in checkpoints.FLOAT_DTYPES:
+        named["embedding"] = plain  # a tied head is the embedding itself, which is decoded with it
+    kept = {name: kept for name, kept in checkpoint.kept_formats().items() if models.role(name) not in named}
+    return models.choose(weight_format or plain, plain) | kept
 
 
 def create(folder: Path, manifest: PackedManifest, store_weights: Callable[[Decoder], object]) -> None:

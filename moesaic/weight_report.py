@@ -94,7 +94,7 @@ def _group(role: str, stored: str, name: str, slots: Sequence[Slot], device: str
 def _error(slot: Slot, checkpoint: Checkpoint) -> float:
     """Return the relative error of the first rows of the weight in a slot; 0 if it keeps the codes of the file."""
     assert slot.format is not None
-    if checkpoint.stored_format(slot.name) == slot.format:
+    if checkpoint.keeps(slot.name, slot.format):
         return 0.0
     weight = checkpoint.read(slot.name, (slice(0, SAMPLE_ROWS),)).float()
     difference = slot.format.pack(weight).dequantize(torch.float32) - weight

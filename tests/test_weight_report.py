@@ -43,8 +43,11 @@ def test_rounded_weights_have_a_measured_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "kind", "memory"),
-    [(Gptq(), "4 bits", "grouped:offset=zero"), (Gptq(act_order=True), "4 bits, act-order", "float32")],
+    [
+        (Gptq(), "4 bits", "grouped:offset=zero"),
+        (Gptq(act_order=True), "4 bits, act-order", "grouped:offset=zero:order=act"),
+    ],
 )
-def test_weights_that_cannot_be_kept_are_named(method, kind, memory, tmp_path):
+def test_the_kind_and_the_format_of_kept_weights_are_named(method, kind, memory, tmp_path):
     groups = by_role(load_model(case(method).write(tmp_path)).weights)
     assert (groups["experts"].stored, groups["experts"].format, groups["experts"].error) == (kind, memory, 0)

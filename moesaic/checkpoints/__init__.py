@@ -30,7 +30,7 @@ from moesaic import registry
 from moesaic.checkpoints._foreign import refuse_adapter, refuse_adapter_config, refuse_names
 from moesaic.checkpoints._views import CodedView, Index, TensorInfo, View, dtype_name
 from moesaic.errors import CheckpointError, NotFound
-from moesaic.formats import Slot, WeightFormat
+from moesaic.formats import Slot, WeightFormat, grouped
 
 __all__ = ["Checkpoint", "TensorInfo", "detect_layout", "load_weights", "open_checkpoint"]
 
@@ -90,21 +90,29 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         """
         return {name: view for name, view in self._views.items() if isinstance(view, CodedView)}
 
-    def stored_format(self, name: str) -> WeightFormat | None:
+    def stored_format(self, name: str) -> grouped.Format | None:
         """Return the format that keeps the codes of tensor ``name``; None if there is none, or the tensor is plain."""
         return self.quantized[name].format if name in self.quantized else None
 
-    def kept_formats(self) -> dict[str, WeightFormat]:
+    def kept_formats(self) -> dict[str, grouped.Format]:
         """Return the format of each tensor whose codes are kept, by name.
 
         The experts of a layer share one format, which has the name of the first expert's tensor. If their formats
-        differ, they are left out.
+        differ, it is one that holds all of them; if there is none, these experts are left out.
         """
-        found: dict[str, set[WeightFormat | None]] = {}
+        found: dict[str, set[grouped.Format | None]] = {}
         for name in self.tensors:
             found.setdefault(_EXPERT.sub(".experts.0.", name), set()).add(self.stored_format(name))
-        only = {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
-        return {name: kept for name, kept in only.items() if kept is not None}
+        kept = {}
+        for name, kinds in found.items():
+            formats = {kind for kind in kinds if kind is not None}
+            if formats == kinds and (shared := grouped.common(formats)):
+                kept[name] = shared
+        return kept
+
+    def keeps(self, name: str, weight_format: WeightFormat | None) -> bool:
+        """Return whether tensor ``name`` keeps its codes in a weight of this format."""
+        return isinstance(weight_format, grouped.Format) and weight_format.holds(self.stored_format(name))
 
     def stored_type(self, name: str) -> str:
         """Return the type of tensor ``name`` on disk: the kind of its codes, such as Q4_1, or its dtype."""
@@ -197,13 +205,13 @@ def load_weights(
 
 
 def _load(name: str, slot: Slot, checkpoint: Checkpoint) -> None:
-    """Store a tensor in its slot: as its codes if it has the format of the slot, otherwise as floats."""
+    """Store a tensor in its slot: as its codes if the format of the slot holds them, otherwise as floats."""
     info, kept = checkpoint.tensors[name], checkpoint.stored_format(name)
-    if kept is not None and kept == slot.format and slot.store_codes is not None:
+    if isinstance(slot.format, grouped.Format) and kept and slot.format.holds(kept) and slot.store_codes is not None:
         codes = checkpoint.quantized[name].codes(slot.index)
         for scale in codes.scales():
             _check_finite(scale, info.file, f"a scale of {name}")
-        slot.store_codes(codes)
+        slot.store_codes(slot.format.converted(codes, kept) if slot.format != kept else codes)
         return
     tensor = checkpoint.read(name, slot.index)
     _check_finite(tensor, info.file, name)

@@ -9,6 +9,8 @@ block of consecutive codes shares a scale, and may continue in the next row. The
     X.nested_absmax, X.nested_quant_map        scales of blocks of scales, and the 256 levels of scales
     X.quant_state.bitsandbytes__nf4 or fp4     a JSON object as bytes: shape, block size, mean of the scales
 
+If the shape is [E, R, C], the weight is a stack of experts, whose name does not end with ``weight``.
+
 Eight bits: ``M.weight`` is int8 [R, C], and ``M.SCB`` has the largest absolute weight of each row, the value of code
 127. The tensors show which of the two it is. The settings say how another program computes, and are not needed.
 
@@ -21,13 +23,14 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moesaic.checkpoints import _expert_stacks
 from moesaic.checkpoints._coded import Coded, check_matrix, common_step, grouped, refuse_codes
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._views import Shape, View, dtype_name
@@ -72,7 +75,7 @@ def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: 
     views: dict[str, View] = {}
     for name, view in stored.items():
         if name in parts:
-            views[name] = _view(name, view, parts[name])
+            views |= _views(name, view, parts[name])
         elif _owner(name) is None:
             refuse_codes(name, view, "its SCB or quant_state")
             views[name] = view
@@ -87,15 +90,29 @@ def _owner(name: str) -> tuple[str, str] | None:
     return (f"{module}.weight", part) if part in ("SCB", "weight_format") else None
 
 
-def _view(name: str, view: View, parts: Mapping[str, View]) -> View:
+def _views(name: str, view: View, parts: Mapping[str, View]) -> dict[str, View]:
+    """Return the view of the weight ``name``, or the views of all experts if it is a stack of them."""
     states = [part for part in parts if part.startswith("quant_state.")]
     if "SCB" in parts and not states:
-        return Rows(name, view, parts)
+        return {name: Rows(name, view, parts)}
     if len(states) != 1 or states[0].removeprefix(_STATE) not in ("nf4", "fp4") or "SCB" in parts:
         found = ", ".join(parts)
         problem = f"{name} has {found}; expected SCB, or exactly one of {_STATE}nf4 and {_STATE}fp4"
         raise CheckpointError(view.info.file, problem)
-    return Blocks(name, view, parts, _read_state(name, states[0], parts[states[0]]))
+    state = _read_state(name, states[0], parts[states[0]])
+    stack = _expert_stacks.split_name(name)
+    fits = len(state.shape) == 2 if stack is None else _expert_stacks.is_stack(state.shape)
+    if not fits:
+        expected = "rows and columns" if stack is None else "experts, rows and columns"
+        raise CheckpointError(view.info.file, f"{name} has the shape {list(state.shape)}, expected {expected}")
+    if stack is None:
+        return {name: Blocks(name, view, parts, state)}
+    experts, rows, columns = state.shape
+    matrix = Blocks(name, view, parts, replace(state, shape=(experts * rows, columns)))
+    return {
+        f"{stack[0]}.{expert}.{stack[1]}.weight": _expert_stacks.CodedRows(matrix, slice(begin, begin + rows))
+        for expert, begin in enumerate(range(0, experts * rows, rows))
+    }
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ def _read_state(name: str, part: str, view: View) -> State:
     levels = part.removeprefix(_STATE)
     fields.allow("quant_type", levels)
     shape, block, mean = fields.take("shape"), fields.integer("blocksize"), fields.take("nested_offset", 0.0)
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+    if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(type(n) is int and n > 0 for n in shape):
         raise CheckpointError(info.file, f"{label} has the shape {shape!r}, expected rows and columns")
     if block not in BLOCK_SIZES:
         raise CheckpointError(info.file, f"{label} has the blocksize {block}, expected one of {BLOCK_SIZES}")

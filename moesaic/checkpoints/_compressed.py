@@ -4,10 +4,13 @@ A module ``M`` with quantized weights [R, C] has these tensors:
 
     M.weight               int8 or float8_e4m3fn [R, C]: formats int-quantized, float-quantized, naive-quantized
     M.weight_packed        int32 [R, C * bits / 32], codes plus 2^(bits - 1), lowest bits first: format pack-quantized
-    M.weight_shape         R and C, beside weight_packed
+    M.weight_shape         R and C, beside weight_packed; without it, each row fills whole words
     M.weight_scale         one for the matrix, each row, each group of columns of a row, or each block
     M.weight_zero_point    int8 of the scale's shape, or int32 with rows packed; for asymmetric codes only
     M.weight_g_idx         the group of each column (act-order), or -1 everywhere: groups are consecutive columns
+
+A stack of experts M has the same tensors with a first axis for the experts. Their names may be ``M``, ``M_packed``,
+``M_scale`` and so on instead.
 
 The settings have a config group for each kind of module. The tensors of a module show which group describes it. The
 ``targets`` of groups are not needed: their names of modules depend on the version of transformers.
@@ -18,55 +21,38 @@ Layout: https://github.com/vllm-project/compressed-tensors
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moesaic.checkpoints._coded import Coded, Decoder, check_matrix, common_step, grouped, refuse_codes
+from moesaic.checkpoints import _act_order, _expert_stacks
+from moesaic.checkpoints._coded import GROUPS, Coded, Decoder, check_matrix, common_step, grouped, refuse_codes
+from moesaic.checkpoints._compressed_settings import Scheme, read_settings
 from moesaic.checkpoints._fields import Fields
 from moesaic.checkpoints._packed_integers import PackedIntegers
 from moesaic.checkpoints._packed_modules import by_module
-from moesaic.checkpoints._views import Shape, View, dtype_name
+from moesaic.checkpoints._views import Index, Part, Shape, View, bounds, dtype_name
 from moesaic.errors import CheckpointError
 from moesaic.formats import Codes
+from moesaic.formats.grouped import Format
 
-PACKED, FORMATS = "pack-quantized", ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-BITS = (2, 4, 8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
+_STACKED = re.compile(
+    r"(.+\.experts\.(?:gate_up|gate|up|down)_proj)(?:\.weight)?"
+    r"(?:[._]((?:(?:in|out)put_)?(?:packed|shape|scale|zero_point|g_idx)))?"
+)
+"""The tensors of a stack of experts: the name of the module, and the last part of the name."""
 _IGNORED = frozenset(
     f"{kind}_{part}" for kind in ("input", "output", "q", "k", "v") for part in ("scale", "zero_point")
 )
 """Tensors of activations and of the key/value cache."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a config group stores weights.
-
-    Attributes:
-        packed: whether int32 words hold the codes.
-        kind: int or float.
-        bits: bits of a code.
-        symmetric: whether the weights have no zero points: the signed integer 0 means 0.
-        rows, columns: the size of the blocks that share a scale; None: all rows, or all columns.
-    """
-
-    packed: bool
-    kind: str
-    bits: int
-    symmetric: bool
-    rows: int | None
-    columns: int | None
-
-    def block(self, shape: Shape) -> Shape:
-        """Return the size of the blocks of a matrix of ``shape`` that share a scale."""
-        return min(self.rows or shape[0], shape[0]), min(self.columns or shape[1], shape[1])
 
 
 def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: Path) -> dict[str, View]:
@@ -78,7 +64,8 @@ def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: 
         ConfigError: a setting is not known or not supported.
         CheckpointError: a tensor is missing, or does not fit the others or the settings.
     """
-    schemes = _read_settings(Fields(settings, path))
+    schemes = read_settings(Fields(settings, path))
+    stored = _unstacked(stored)
     modules = by_module(stored, _PARTS)
     views: dict[str, View] = {}
     for name, view in stored.items():
@@ -92,77 +79,49 @@ def weight_views(stored: Mapping[str, View], settings: Mapping[str, Any], path: 
     return views
 
 
-def _read_settings(fields: Fields) -> list[Scheme]:
-    """Return the different schemes of the config groups.
+def _unstacked(stored: Mapping[str, View]) -> dict[str, View]:
+    """Return the tensors of a checkpoint, with those of each expert in place of the tensors of quantized stacks."""
+    stacks: dict[str, dict[str, View]] = {}
+    for name, view in stored.items():
+        if match := _STACKED.fullmatch(name):
+            parts, part = stacks.setdefault(match[1], {}), f"weight_{match[2]}" if match[2] else "weight"
+            if part in parts:
+                raise CheckpointError(view.info.file, f"{name} holds {part}, which another tensor holds as well")
+            parts[part] = view
+    quantized = {module: parts for module, parts in stacks.items() if "weight_scale" in parts}
+    views: dict[str, View] = {}
+    for name, view in stored.items():
+        match = _STACKED.fullmatch(name)
+        if match is None or match[1] not in quantized:
+            views[name] = view
+        elif parts := quantized[match[1]]:
+            views |= _unstack(match[1], parts)
+            quantized[match[1]] = {}  # all tensors of this stack are done
+    return views
+
+
+def _unstack(module: str, parts: Mapping[str, View]) -> dict[str, View]:
+    """Return the tensors of each expert, by name.
 
     Raises:
-        ConfigError: a setting is not known or not supported.
+        CheckpointError: the stack has no codes, or another tensor does not have one part for each expert.
     """
-    fields.take("quant_method", None)
-    whole = fields.take("format", None)
-    sparsity = fields.nested("sparsity_config")
-    if sparsity is not None:
-        sparsity.allow("format", "dense")
-    groups = fields.nested("config_groups")
-    if groups is None:
-        raise fields.error("has no 'config_groups' in its quantization_config")
-    schemes = []
-    for name in groups.left:
-        group = Fields(groups.left, fields.path).nested(name)
-        assert group is not None
-        schemes += _read_group(group, whole)
-    fields.finish("global_compression_ratio ignore kv_cache_scheme quantization_status run_compressed version".split())
-    return list(dict.fromkeys(schemes))
-
-
-def _read_group(group: Fields, whole: Any) -> list[Scheme]:
-    """Return the scheme of a config group as a list; an empty one if the group quantizes no weights.
-
-    ``whole`` is the format of groups that have no format of their own.
-    """
-    weights = group.nested("weights")
-    stored = group.take("format", whole)
-    group.finish(("targets", "input_activations", "output_activations"))
-    if weights is None or stored == "dense":
-        return []
-    if stored not in FORMATS:
-        raise group.error(f"the format {stored!r} of quantized weights is not supported; use one of {FORMATS}")
-    return [_read_weights(weights, packed=stored == PACKED)]
-
-
-def _read_weights(weights: Fields, *, packed: bool) -> Scheme:
-    kind, bits = weights.take("type", "int"), weights.take("num_bits", 8)
-    supported = {"int": BITS, "float": () if packed else (8,)}.get(str(kind), ())
-    if type(bits) is not int or bits not in supported:
-        problem = f"weights of type {kind!r} with {bits!r} bits are not supported"
-        raise weights.error(f"{problem}; supported: int with 2, 4 or 8 bits, and unpacked float with 8 bits")
-    symmetric = weights.take("symmetric", True)
-    if type(symmetric) is not bool:
-        raise weights.error(f"symmetric is {symmetric!r}, expected true or false")
-    weights.allow("dynamic", False)
-    rows, columns = _read_block(weights)
-    weights.finish(("actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"))
-    return Scheme(packed, str(kind), bits, symmetric, rows, columns)
-
-
-def _read_block(weights: Fields) -> tuple[int | None, int | None]:
-    """Return the rows and the columns of the blocks that share a scale; None: all."""
-    group, block = weights.take("group_size", None), weights.take("block_structure", None)
-    if group is not None and (type(group) is not int or group < -1):
-        raise weights.error(f"group_size is {group!r}, expected a positive integer or -1")
-    inferred = {None: "tensor", -1: "channel"}.get(group, "group")
-    strategy = weights.take("strategy", inferred)
-    if strategy in ("tensor", "channel"):
-        return (None if strategy == "tensor" else 1), None
-    if strategy not in ("group", "block"):
-        raise weights.error(
-            f"the strategy {strategy!r} is not supported for weights; use tensor, channel, group or block"
-        )
-    sizes = (1, group) if strategy == "group" else block
-    if not isinstance(sizes, tuple | list) or len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
-        expected = "a group_size" if strategy == "group" else "a block_structure of rows and columns"
-        raise weights.error(f"the strategy {strategy!r} needs {expected}, positive integers")
-    return sizes[0], sizes[1]
+    stack = _expert_stacks.split_name(module)
+    codes = parts.get("weight_packed", parts.get("weight"))
+    assert stack is not None
+    if codes is None or not _expert_stacks.is_stack(codes.info.shape):
+        found = ", ".join(f"{part} {list(view.info.shape)}" for part, view in parts.items())
+        raise CheckpointError(next(iter(parts.values())).info.file, f"{module} is no stack of experts: found {found}")
+    views: dict[str, View] = {}
+    for part, view in parts.items():
+        if part not in _PARTS:
+            continue  # the scale of activations
+        if part in ("weight_shape", "weight_g_idx") and len(view.info.shape) == 1:  # the same for all experts
+            matrices = [Part(view, (slice(-2, None),)) if part == "weight_shape" else view] * codes.info.shape[0]
+        else:
+            matrices = _expert_stacks.entries(f"{module}.{part}", view, codes.info.shape[0])
+        views |= {f"{stack[0]}.{expert}.{stack[1]}.{part}": matrix for expert, matrix in enumerate(matrices)}
+    return views
 
 
 def _view(module: str, parts: Mapping[str, View], schemes: list[Scheme]) -> View:
@@ -216,10 +175,38 @@ class Matrix(Coded):
         self._name = module
         _check_grid(f"{module}.weight_scale", self._scale, self._grid, *FLOATS)
         self._check_zero(shape, scheme)
-        self._order = _read_order(module, parts, shape[1], self._block)
+        self._g_idx = _read_g_idx(module, parts, shape[1], self._block)
         self.meaning = (scheme.kind, self._bits, self._block)
-        step = 1 if self._order is not None else common_step(*self._widths(shape[1]))
-        super().__init__(codes, shape, step, self._decoder_for(step, scheme.kind))
+        step = common_step(*self._widths(shape[1]))
+        if self._g_idx is None:
+            super().__init__(codes, shape, step, self._decoder_for(step, scheme.kind))
+        else:  # each column is decoded as a group of its own: the columns then need no sorting
+            super().__init__(codes, shape, 1, self._decoder_for(1, scheme.kind))
+            decoder = self._decoder_for(step, scheme.kind)
+            are_equal = _act_order.have_equal_sizes(self._g_idx, self._block[1])
+            if isinstance(decoder, Format) and step in GROUPS and are_equal:
+                self.format = replace(decoder, order="act")
+
+    @property
+    def kind(self) -> str:
+        if self._g_idx is None:
+            return super().kind
+        return f"{super().kind}, act-order" + ("" if self.format else ", groups of unequal size")
+
+    def codes(self, index: Index | None = None) -> Codes:
+        """Read the codes and scales of a part, sorted by group if the matrix is in act-order.
+
+        Raises:
+            CheckpointError: the part has some columns of a matrix in act-order.
+        """
+        if self._g_idx is None:
+            return super().codes(index)
+        assert self.format is not None
+        rows, columns = bounds(index, self.info.shape)
+        _act_order.refuse_cut(columns, self.info.shape, self.info.file)
+        order = _act_order.sorted_columns(self._g_idx)
+        codes = self._read_codes(rows, columns)[:, order]
+        return Codes(codes, *self._read_numbers(rows, self._g_idx[order[:: self.format.group]]), order=order.int())
 
     def _widths(self, columns: int) -> Shape:
         return (columns,) if self._block[1] == columns else (columns, self._block[1])
@@ -244,15 +231,20 @@ class Matrix(Coded):
             _check_grid(name, zero, self._grid, torch.int8)
 
     def _part(self, rows: slice, columns: slice) -> Codes:
-        if self._packed:
-            codes = PackedIntegers(self._codes, 1, self._bits).read((rows, columns))
-        else:
-            codes = self._codes.read((rows, columns))
-            codes = codes.view(torch.uint8) ^ 128 if codes.dtype == torch.int8 else codes  # int8 plus 128
-        down = torch.arange(rows.start, rows.stop) // self._block[0]
         across = torch.arange(columns.start, columns.stop, self._step)
-        across = across // self._block[1] if self._order is None else self._order[across]
-        return Codes(codes, self._spread(self._scale, down, across), self._read_zero(rows, down, across))
+        across = across // self._block[1] if self._g_idx is None else self._g_idx[across]
+        return Codes(self._read_codes(rows, columns), *self._read_numbers(rows, across))
+
+    def _read_codes(self, rows: slice, columns: slice) -> Tensor:
+        if self._packed:
+            return PackedIntegers(self._codes, 1, self._bits).read((rows, columns))
+        codes = self._codes.read((rows, columns))
+        return codes.view(torch.uint8) ^ 128 if codes.dtype == torch.int8 else codes  # int8 plus 128
+
+    def _read_numbers(self, rows: slice, across: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the scales and the zero points of rows and of the columns ``across`` of the grid of blocks."""
+        down = torch.arange(rows.start, rows.stop) // self._block[0]
+        return self._spread(self._scale, down, across), self._read_zero(rows, down, across)
 
     def _spread(self, view: View, down: Tensor, across: Tensor) -> Tensor:
         """Return the scales or zero points of the blocks in rows ``down`` and columns ``across`` of the grid."""
@@ -279,17 +271,17 @@ class Matrix(Coded):
 def _codes(module: str, parts: Mapping[str, View], scheme: Scheme) -> tuple[View, Shape]:
     """Return the view of the codes and the shape of the matrix; raise CheckpointError if they do not fit the scheme."""
     part = "weight_packed" if scheme.packed else "weight"
-    required = {part, "weight_scale", *(("weight_shape",) if scheme.packed else ())}
+    required, optional = {part, "weight_scale"}, {"weight_zero_point", "weight_g_idx"}
     file = next(iter(parts.values())).info.file
     missing = sorted(required - parts.keys())
     if missing:
         raise CheckpointError(file, f"{module}.{missing[0]} is missing: found {', '.join(sorted(parts))}")
-    unexpected = sorted(parts.keys() - required - {"weight_zero_point", "weight_g_idx"})
+    unexpected = sorted(parts.keys() - required - optional - ({"weight_shape"} if scheme.packed else set()))
     if unexpected:
         raise CheckpointError(file, f"{module}.{unexpected[0]} is unexpected beside {part}")
     codes, name = parts[part], f"{module}.{part}"
     if scheme.packed:
-        shape = _read_shape(f"{module}.weight_shape", parts["weight_shape"])
+        shape = _read_shape(module, parts, scheme.bits)
         check_matrix(name, codes, (shape[0], -(-shape[1] * scheme.bits // 32)), torch.int32)
     else:
         shape = codes.info.shape
@@ -299,7 +291,12 @@ def _codes(module: str, parts: Mapping[str, View], scheme: Scheme) -> tuple[View
     return codes, shape
 
 
-def _read_shape(name: str, view: View) -> Shape:
+def _read_shape(module: str, parts: Mapping[str, View], bits: int) -> Shape:
+    """Return the rows and columns of a matrix; without the tensor that has them, each row fills whole words."""
+    name, view = f"{module}.weight_shape", parts.get("weight_shape")
+    if view is None:
+        shape = parts["weight_packed"].info.shape
+        return (*shape[:-1], shape[-1] * 32 // bits) if len(shape) == 2 and 0 not in shape else (1, 1)
     check_matrix(name, view, (2,), torch.int64, torch.int32)
     rows, columns = view.read().tolist()
     if rows < 1 or columns < 1:
@@ -315,21 +312,21 @@ def _check_grid(name: str, view: View, grid: Shape, *dtypes: torch.dtype) -> Non
     check_matrix(name, view, view.info.shape if view.info.shape in allowed else grid, *dtypes)
 
 
-def _read_order(module: str, parts: Mapping[str, View], columns: int, block: Shape) -> Tensor | None:
+def _read_g_idx(module: str, parts: Mapping[str, View], columns: int, block: Shape) -> Tensor | None:
     """Return the group [C] of each column; None if groups are consecutive columns.
 
     Raises:
-        CheckpointError: the tensor has the wrong shape or dtype, or does not assign as many columns to each group as
-            the settings say.
+        CheckpointError: the tensor has the wrong shape or dtype, or does not name the groups that the settings imply.
     """
     view = parts.get("weight_g_idx")
     if view is None:
         return None
     name = f"{module}.weight_g_idx"
     check_matrix(name, view, (columns,), torch.int32, torch.int64)
-    order, consecutive = view.read().long(), torch.arange(columns) // block[1]
-    if bool((order == -1).all()) or torch.equal(order, consecutive):
+    g_idx = view.read().long()
+    if bool((g_idx == -1).all()) or _act_order.are_consecutive(g_idx, block[1]):
         return None
-    if block[0] != 1 or not torch.equal(order.sort().values, consecutive):
-        raise CheckpointError(view.info.file, f"{name} does not assign {block[1]} columns to each group")
-    return order
+    if block[0] != 1:
+        raise CheckpointError(view.info.file, f"{name} is not supported for blocks of {block[0]} rows")
+    _act_order.check_groups(name, g_idx, -(-columns // block[1]), view.info.file)
+    return g_idx

@@ -2,8 +2,7 @@
 
 This is what GPTQ and AWQ have in common. A weight is ``scale * (code - zero)``. A group may have any number of columns
 that is a multiple of 16. The format ``grouped`` has groups of up to 128 columns, so a larger group becomes several with
-equal scales. The columns of a group need not be neighbours: GPTQ with "act-order" numbers the group of each column
-(``g_idx``), because it quantizes columns in the order of their importance and groups them in that order.
+equal scales. The columns of a group need not be neighbours (``_act_order``): the codes are then sorted by group.
 
 This module does not depend on the names of tensors or on how codes are packed.
 """
@@ -12,11 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moesaic.checkpoints import _act_order
 from moesaic.checkpoints._packed_integers import PackedIntegers
 from moesaic.checkpoints._views import Index, TensorInfo, View, bounds
 from moesaic.errors import CheckpointError
@@ -24,6 +25,7 @@ from moesaic.formats import Codes
 from moesaic.formats._threads import for_each_chunk
 from moesaic.formats.grouped import Format
 
+Order = Literal["consecutive", "act-order", "act-order, groups of unequal size"]
 SCALES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 """Names of the dtypes that scales may have."""
 
@@ -50,7 +52,6 @@ class GroupedWeight:
 
     Attributes:
         info: shape, dtype float32, and the file.
-        sorted_format: the format that keeps the numbers of the file after the columns are sorted by their groups.
 
     Args:
         name: name of the weight, for messages.
@@ -72,54 +73,52 @@ class GroupedWeight:
             raise self._error(f"has scales of {dtype}, expected one of {', '.join(SCALES.values())}")
         if group < 16:
             raise self._error(f"has {columns} columns in groups of {group_size}, expected multiples of 16")
-        self.sorted_format = Format(bits, group, SCALES[dtype], "zero")
+        self._format = Format(bits, group, SCALES[dtype], "zero")
 
     @property
     def kind(self) -> str:
-        return f"{self.sorted_format.bits} bits" + ("" if self._is_sorted else ", act-order")
+        return f"{self._format.bits} bits" + ("" if self._order == "consecutive" else f", {self._order}")
 
     @property
     def format(self) -> Format | None:
-        """The format that keeps the numbers of the file; None if its columns are not sorted by their groups.
+        """The format that keeps the numbers of the file; None if its groups have unequal numbers of columns.
 
         Raises:
             CheckpointError: ``g_idx`` is damaged.
         """
-        return self.sorted_format if self._is_sorted else None
+        if self._order == "consecutive":
+            return self._format
+        return replace(self._format, order="act") if self._order == "act-order" else None
 
     @functools.cached_property
-    def _is_sorted(self) -> bool:
-        """Whether groups are consecutive columns; only this result is kept of ``g_idx``, which many weights have."""
-        return self._read_g_idx() is None
+    def _order(self) -> Order:
+        """How groups lie among the columns; only this result is kept of ``g_idx``, which many weights have."""
+        g_idx = self._read_g_idx()
+        if g_idx is None:
+            return "consecutive"
+        equal = _act_order.have_equal_sizes(g_idx, self._group_size)
+        return "act-order" if equal else "act-order, groups of unequal size"
 
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(self.info.file, f"{self._name} {problem}")
 
-    def order(self) -> Tensor | None:
-        """Return, for each column of ``codes``, the column of the weight that it is; None if the two are the same.
-
-        Raises:
-            CheckpointError: ``g_idx`` names a group that does not exist, or groups have the wrong size.
-        """
-        g_idx = self._read_g_idx()
-        return None if g_idx is None else g_idx.argsort(stable=True)
-
     def codes(self, index: Index | None = None) -> Codes:
-        """Return the codes of the part that ``index`` selects; the columns are in the order that ``order`` returns.
+        """Return the codes of the part that ``index`` selects, sorted by group if the weight is in act-order.
 
         The part must begin and end at the border of a group of the format.
 
         Raises:
-            CheckpointError: ``g_idx`` is damaged.
+            CheckpointError: ``g_idx`` is damaged, or the part has some columns of a weight in act-order.
         """
         rows, columns = bounds(index, self.info.shape)
-        assert columns.start % self.sorted_format.group == columns.stop % self.sorted_format.group == 0
-        order = self.order()
-        if order is None:
-            codes = self._parts.codes.read((columns, rows))
-        else:
-            codes = self._parts.codes.read((slice(None), rows))[order[columns]]
-        return Codes(codes.T.contiguous(), *self._scales_and_zeros(rows, self._consecutive(columns)))
+        assert columns.start % self._format.group == columns.stop % self._format.group == 0
+        codes, order, g_idx = self._parts.codes.read((columns, rows)), None, self._read_g_idx()
+        if g_idx is not None:
+            _act_order.refuse_cut(columns, self.info.shape, self.info.file)
+            order = _act_order.sorted_columns(g_idx)
+            codes = codes[order]
+        numbers = self._scales_and_zeros(rows, self._consecutive(columns))
+        return Codes(codes.T.contiguous(), *numbers, order=None if order is None else order.int())
 
     def read(self, index: Index | None = None) -> Tensor:
         """Return the weight, or the part that ``index`` selects: [rows, columns] float32.
@@ -128,7 +127,7 @@ class GroupedWeight:
             CheckpointError: ``g_idx`` is damaged.
         """
         rows, columns = bounds(index, self.info.shape)
-        g_idx, group = self._read_g_idx(), self.sorted_format.group
+        g_idx, group = self._read_g_idx(), self._format.group
         if g_idx is None:
             span = slice(columns.start // group * group, -(-columns.stop // group) * group)
             groups = self._consecutive(span)
@@ -139,7 +138,7 @@ class GroupedWeight:
         out = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
 
         def decode(part: slice) -> None:
-            plain = self.sorted_format.dequantize(Codes(codes.read((slice(None), part)).T, scales[part], zeros[part]))
+            plain = self._format.dequantize(Codes(codes.read((slice(None), part)).T, scales[part], zeros[part]))
             out[part] = plain[:, columns.start - span.start : columns.stop - span.start]
 
         if out.numel():
@@ -151,14 +150,9 @@ class GroupedWeight:
         if self._parts.g_idx is None:
             return None
         g_idx = self._parts.g_idx.read().long()
-        consecutive = torch.arange(len(g_idx)) // self._group_size
-        if torch.equal(g_idx, consecutive) or (self._zero_g_idx and not g_idx.any()):
+        if _act_order.are_consecutive(g_idx, self._group_size) or (self._zero_g_idx and not g_idx.any()):
             return None
-        low, high, last = int(g_idx.min()), int(g_idx.max()), int(consecutive[-1])
-        if low < 0 or high > last:
-            raise self._error(f"has group {high if high > last else low} in g_idx, expected 0 to {last}")
-        if not torch.equal(g_idx.sort().values, consecutive):
-            raise self._error(f"has groups of unequal size in g_idx, expected {self._group_size} columns in each")
+        _act_order.check_groups(self._name, g_idx, self._parts.scales.info.shape[0], self.info.file)
         return g_idx
 
     def _consecutive(self, columns: slice) -> Tensor:
@@ -166,7 +160,7 @@ class GroupedWeight:
 
         The groups of the file are consecutive columns.
         """
-        return torch.arange(columns.start, columns.stop, self.sorted_format.group) // self._group_size
+        return torch.arange(columns.start, columns.stop, self._format.group) // self._group_size
 
     def _scales_and_zeros(self, rows: slice, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scales and the zero points [rows, groups] of the stored ``groups``, which may be repeated."""

@@ -3,8 +3,8 @@
 Several versions of transformers gave the same weights different names. This module presents all of them under
 classic names: Mixtral's experts one by one (``block_sparse_moe.experts.E.w1``), although newer files stack them
 (``mlp.experts.gate_up_proj`` [E, 2f, d], gate rows before up rows, and ``mlp.experts.down_proj`` [E, d, f]). Quantized
-weights are decoded to floats when they are read, or keep their codes. Of the configuration, only the settings of the
-quantization are interpreted.
+stacks have become one matrix for each expert before (``_expert_stacks``). Quantized weights are decoded to floats when
+they are read, or keep their codes. Of the configuration, only the settings of the quantization are interpreted.
 
 Legend: E experts, f intermediate size, d hidden size.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from moesaic.checkpoints import Checkpoint
 from moesaic.checkpoints._decoder import decoded_dtype
+from moesaic.checkpoints._expert_stacks import cut_rows
 from moesaic.checkpoints._hf_files import INDEX, NAMES, SINGLE, find_files
 from moesaic.checkpoints._json import read_json, read_json_if_there
 from moesaic.checkpoints._quantized import dequantized
@@ -28,7 +29,9 @@ from moesaic.errors import CheckpointError
 LOOKS_FOR = " or ".join(name for names in NAMES for name in names)
 PRIORITY = 1
 
-_EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+_EXPERT = re.compile(
+    r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate_up|gate|up|down)_proj\.weight"
+)
 _STACK = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
 _ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
 _NUMBERS = {"gate": "w1", "down": "w2", "up": "w3"}
@@ -119,7 +122,9 @@ def _classic(name: str, tensor: View) -> Iterator[tuple[str, View]]:
     if match := _STACK.fullmatch(name):
         yield from _unstack(tensor, match[1], match[2])
     elif match := _EXPERT.fullmatch(name):
-        yield f"{match[1]}.block_sparse_moe.experts.{match[2]}.{_NUMBERS[match[3]]}.weight", tensor
+        expert = f"{match[1]}.block_sparse_moe.experts.{match[2]}"
+        for number, cut in _cuts(name, tensor, match[3]):
+            yield f"{expert}.{number}.weight", tensor if match[3] in _NUMBERS else cut_rows(tensor, cut)
     elif match := _ROUTER.fullmatch(name):
         yield f"{match[1]}.block_sparse_moe.gate.weight", tensor
     else:
@@ -128,11 +133,21 @@ def _classic(name: str, tensor: View) -> Iterator[tuple[str, View]]:
 
 def _unstack(stack: View, layer: str, kind: str) -> Iterator[tuple[str, View]]:
     """Yield (classic name, view) for the weights of each expert in a stacked tensor."""
-    if len(stack.info.shape) != 3 or (kind == "gate_up" and stack.info.shape[1] % 2):
-        raise CheckpointError(stack.info.file, f"{layer}.mlp.experts.{kind}_proj has shape {list(stack.info.shape)}")
-    experts, rows, _ = stack.info.shape
-    cuts = {"w2": slice(0, rows)} if kind == "down" else {"w1": slice(0, rows // 2), "w3": slice(rows // 2, rows)}
-    for expert in range(experts):
-        for number, cut in cuts.items():
+    name = f"{layer}.mlp.experts.{kind}_proj"
+    if len(stack.info.shape) != 3:
+        raise CheckpointError(stack.info.file, f"{name} has shape {list(stack.info.shape)}")
+    for expert in range(stack.info.shape[0]):
+        for number, cut in _cuts(name, stack, kind):
             part = Part(stack, (slice(expert, expert + 1), cut), drop=True)
             yield f"{layer}.block_sparse_moe.experts.{expert}.{number}.weight", part
+
+
+def _cuts(name: str, tensor: View, kind: str) -> Iterator[tuple[str, slice]]:
+    """Yield the number, such as w1, and the rows of each weight in a matrix, or in each matrix of a stack."""
+    rows = tensor.info.shape[-2] if len(tensor.info.shape) > 1 else 0
+    if kind in _NUMBERS:
+        yield _NUMBERS[kind], slice(0, rows)
+        return
+    if rows % 2 or not rows:
+        raise CheckpointError(tensor.info.file, f"{name} has shape {list(tensor.info.shape)}")
+    yield from (("w1", slice(0, rows // 2)), ("w3", slice(rows // 2, rows)))

@@ -21,7 +21,7 @@ PAD = 64
 
 @dataclass(frozen=True)
 class Blocked(WeightFormat):
-    """A format whose only part is ``tiles``; a subclass defines the sections of a superblock and how to read them."""
+    """A format that stores codes in ``tiles``; a subclass defines the sections of a superblock and how to read them."""
 
     @property
     def padding(self) -> int:
@@ -63,7 +63,7 @@ class Blocked(WeightFormat):
 
     def rows(self, parts: Mapping[str, Tensor], shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
         blocks, places = (ids // ROWS).unique(return_inverse=True)
-        plain = self.unpack({"tiles": parts["tiles"][blocks]}, (len(blocks) * ROWS, shape[1]), dtype)
+        plain = self.unpack({**parts, "tiles": parts["tiles"][blocks]}, (len(blocks) * ROWS, shape[1]), dtype)
         return plain[places * ROWS + ids % ROWS]
 
 

@@ -16,6 +16,8 @@ class Codes:
         scale: [..., rows, groups], in the scale's dtype; int8 for a super scale.
         offset: [..., rows, groups], in the scale's dtype or uint8; None if there is none.
         super_scale, super_offset: [..., rows, supers] float16; None unless the scale is super.
+        order: [..., columns] int32, for each column of ``codes`` the column of the weight that it is; None: the same.
+            Groups are consecutive columns of ``codes``.
     """
 
     codes: Tensor
@@ -23,6 +25,7 @@ class Codes:
     offset: Tensor | None = None
     super_scale: Tensor | None = None
     super_offset: Tensor | None = None
+    order: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that there are, by name."""

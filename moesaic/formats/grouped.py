@@ -12,6 +12,8 @@ are stored, so the numbers of a file are kept as they are:
               value: a number like the scale, or for a super scale, its own uint8 times its own float16
               zero: the code that means 0, a uint8 for each group
     levels    linear, or the name of a table in ``TABLES``
+    order     none, or act: the columns are sorted by their groups ("act-order" of GPTQ). For each column in memory,
+              the part ``order`` has the column of the weight that it is
 
 The memory holds blocks of 32 rows, each of superblocks of 256 columns; the last superblock may be narrower. Missing
 rows and columns have the scale 0. A superblock consists of these sections:
@@ -26,15 +28,15 @@ Files: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, ``ggml-common.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Codes, Shape, _planes
+from moesaic.formats import Codes, Layout, Shape, WeightFormat, _planes
 from moesaic.formats._blocks import PAD, SUPER, Blocked, nonzero
 from moesaic.formats._planes import ROWS
 
@@ -68,6 +70,7 @@ class Format(Blocked):
     scale: str = "float16"
     offset: str = "none"
     levels: str = "linear"
+    order: str = "none"
 
     def __post_init__(self) -> None:
         allowed: dict[str, tuple[object, ...]] = {
@@ -76,6 +79,7 @@ class Format(Blocked):
             "scale": ("float16", "bfloat16", "float32", "super", "super4"),
             "offset": ("none", "value", "zero"),
             "levels": ("linear", *TABLES),
+            "order": ("none", "act"),
         }
         for field, values in allowed.items():
             if getattr(self, field) not in values:
@@ -115,8 +119,22 @@ class Format(Blocked):
         has_offsets = self.offset != "none" and self.scale != "super4"
         return supers, scales, groups * ROWS * self._offset_dtype.itemsize * has_offsets, ROWS * width * self.bits // 8
 
+    def layout(self, shape: Shape) -> Layout:
+        tiles = super().layout(shape)
+        return {**tiles, "order": ((*shape[:-2], shape[-1]), torch.int32)} if self.order == "act" else tiles
+
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        return self.adopt(self._round(weight.float()))
+        if self.order == "none":
+            return self.adopt(self._round(weight.float()))
+        order = (
+            weight.abs().amax(-2).argsort(dim=-1, descending=True, stable=True)
+        )  # columns of like size share a scale
+        codes = self._round(_ordered(weight.float(), order))
+        return self.adopt(replace(codes, order=order.to(torch.int32)))
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+        plain = super().unpack(parts, shape, dtype)
+        return _unordered(plain, parts["order"]) if self.order == "act" else plain
 
     def _round(self, weight: Tensor) -> Codes:
         """Return the nearest codes of ``weight`` [..., rows, columns], with scales from the extremes of each group."""
@@ -167,27 +185,59 @@ class Format(Blocked):
         """
         rows, columns = shape
         groups, supers = (rows, -(-columns // self.group)), (rows, -(-columns // SUPER))
+        expected: dict[str, tuple[Shape, torch.dtype]]
         expected = {"codes": ((rows, columns), torch.uint8), "scale": (groups, self._scale_dtype)}
         if self.offset != "none":
             expected["offset"] = (groups, self._offset_dtype)
         if self.is_super:
             names = ("super_scale", "super_offset") if self.offset == "value" else ("super_scale",)
             expected |= dict.fromkeys(names, (supers, torch.float16))
+        if self.order == "act":
+            expected["order"] = ((columns,), torch.int32)
         shapes = {name: tuple(tensor.shape) for name, tensor in codes.tensors().items()}
         if shapes != {name: shape for name, (shape, _) in expected.items()}:
             wanted = {name: shape for name, (shape, _) in expected.items()}
             raise InvalidParameter("codes", f"have shapes {shapes}; expected for {self}: {wanted}")
         return Codes(**{name: tensor.to(expected[name][1]) for name, tensor in codes.tensors().items()})
 
+    def holds(self, other: WeightFormat | None) -> bool:
+        """Return whether this format can store the codes of ``other`` as other codes of the same weights."""
+        return isinstance(other, Format) and common([self, other]) == self
+
+    def converted(self, codes: Codes, source: Format) -> Codes:
+        """Return ``codes`` in the format ``source``, which this format holds, as codes of this format.
+
+        They may have more bits, smaller groups and wider scales, but stand for the same weights.
+        """
+        columns = codes.codes.shape[-1]
+        groups, parts = -(-columns // self.group), source.group // self.group
+
+        def spread(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+            return numbers.to(dtype).repeat_interleave(parts, -1)[..., :groups]
+
+        bias = (1 << self.bits >> 1) - (1 << source.bits >> 1)
+        order = codes.order
+        if self.order == "act" and order is None:
+            order = torch.arange(columns, dtype=torch.int32).expand(*codes.codes.shape[:-2], -1)
+        return replace(
+            codes,
+            codes=codes.codes + (bias if self.offset == "none" else 0),
+            scale=spread(codes.scale, self._scale_dtype),
+            offset=None if codes.offset is None else spread(codes.offset, self._offset_dtype),
+            order=order,
+        )
+
     def adopt(self, codes: Codes) -> dict[str, Tensor]:
         """Return the parts of a weight that a file holds in this format; no number is rounded."""
         *stack, rows, columns = codes.codes.shape
-        flat = {name: tensor.reshape(-1, *tensor.shape[-2:]) for name, tensor in codes.tensors().items()}
+        values = replace(codes, order=None).tensors()
+        flat = {name: tensor.reshape(-1, *tensor.shape[-2:]) for name, tensor in values.items()}
         tiles = []
         for index in range(len(flat["codes"])):
             spans = [(SUPER * number, width) for number, (_, _, width) in enumerate(self._superblocks(columns))]
             tiles.append(torch.cat([self._superblock(index, flat, begin, width) for begin, width in spans], dim=1))
-        return {"tiles": torch.cat(tiles).reshape(*stack, -(-rows // ROWS), -1)}
+        parts = {"tiles": torch.cat(tiles).reshape(*stack, -(-rows // ROWS), -1)}
+        return parts if codes.order is None else parts | {"order": codes.order}
 
     def _superblock(self, index: int, values: Mapping[str, Tensor], begin: int, width: int) -> Tensor:
         """Return the bytes [blocks, n] of one superblock of matrix ``index``."""
@@ -232,7 +282,7 @@ class Format(Blocked):
         return self.dequantize(Codes(_planes.unpack(codes, self.bits, width), scale, offset, *factors))
 
     def dequantize(self, codes: Codes) -> Tensor:
-        """Return the float32 weights [..., rows, columns] that ``codes`` stand for."""
+        """Return the float32 weights [..., rows, columns] that ``codes`` stand for, columns in their own order."""
         scale = codes.scale.float()
         offset = None if codes.offset is None else codes.offset.float()
         if codes.super_scale is not None:
@@ -245,12 +295,45 @@ class Format(Blocked):
         else:
             plain = scale[..., None] * level
             plain = plain if offset is None else plain.sub_(offset[..., None])
-        return plain.flatten(-2)
+        plain = plain.flatten(-2)
+        return plain if codes.order is None else _unordered(plain, codes.order)
 
     def _level(self, codes: Tensor) -> Tensor:
         if self.levels != "linear":
             return torch.tensor(TABLES[self.levels], device=codes.device)[codes.long()]
         return codes.float() - (1 << (self.bits - 1) if self.offset == "none" else 0)
+
+
+def _ordered(plain: Tensor, order: Tensor) -> Tensor:
+    """Return the columns ``order`` [..., columns] of weights [..., rows, columns], which are all columns."""
+    return plain.gather(-1, order.long().unsqueeze(-2).expand_as(plain))
+
+
+def _unordered(plain: Tensor, order: Tensor) -> Tensor:
+    """Return weights whose columns ``order`` are those of ``plain``; the reverse of ``_ordered``."""
+    return _ordered(plain, order.argsort(-1))
+
+
+def common(formats: Collection[Format]) -> Format | None:
+    """Return the smallest format that holds all of these formats; None if there is none.
+
+    Their offsets and levels must be alike. Scales must be alike if they are integers times a number for 256 columns.
+    """
+    first = next(iter(formats))
+    for each in formats:
+        if (each.offset, each.levels) != (first.offset, first.levels):
+            return None
+        if (each.is_super or first.is_super) and (each.scale, each.group) != (first.scale, first.group):
+            return None
+    scales = {each.scale for each in formats}
+    return Format(
+        bits=max(each.bits for each in formats),
+        group=min(each.group for each in formats),
+        scale=first.scale if len(scales) == 1 else "float32",
+        offset=first.offset,
+        levels=first.levels,
+        order="act" if any(each.order == "act" for each in formats) else "none",
+    )
 
 
 def _bytes(part: Tensor) -> Tensor:

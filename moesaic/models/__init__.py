@@ -27,7 +27,7 @@ from moesaic.models._config import Keys
 from moesaic.models._layers import Decoder, Experts, Formats
 from moesaic.ops import Group
 
-__all__ = ["Decoder", "Experts", "Formats", "build", "choose", "parameters", "role", "types"]
+__all__ = ["Decoder", "Experts", "Formats", "build", "choose", "named", "parameters", "role", "types"]
 
 ROLES = ("embedding", "attention", "mlp", "experts", "head")
 QUANTIZED = ROLES[1:]
@@ -52,17 +52,30 @@ PRESETS = {
 
 
 def choose(text: str, plain: str) -> dict[str, WeightFormat]:
-    """Return the format of each role of weights (embedding, attention, mlp, experts, head) that ``text`` specifies.
+    """Return the format of each role of weights (embedding, attention, mlp, experts, head).
+
+    Args:
+        text: formats, as ``named`` reads them.
+        plain: name of the format of the roles that ``text`` does not name.
+
+    Raises:
+        InvalidParameter: an item of ``text`` is unknown.
+    """
+    return {role: formats.load(name) for role, name in (dict.fromkeys(ROLES, plain) | named(text)).items()}
+
+
+def named(text: str) -> dict[str, str]:
+    """Return the name of the format of each role that ``text`` names; it cannot name the embedding.
 
     Args:
         text: items separated by commas: a preset, a format for all roles, or role=format. Later items override
             earlier ones.
-        plain: name of the format of the roles that ``text`` does not mention.
 
     Raises:
         InvalidParameter: an item is none of these.
     """
-    chosen, available = dict.fromkeys(ROLES, plain), registry.names("formats")
+    chosen: dict[str, str] = {}
+    available = registry.names("formats")
     for part in text.split(","):
         role, _, name = part.strip().rpartition("=")
         if role and role not in QUANTIZED:
@@ -74,7 +87,7 @@ def choose(text: str, plain: str) -> dict[str, WeightFormat]:
         else:
             choices = ", ".join((*(() if role else PRESETS), *available))
             raise InvalidParameter("format", f"{name!r} is unknown; available: {choices}")
-    return {role: formats.load(name) for role, name in chosen.items()}
+    return chosen
 
 
 def role(name: str) -> str | None:

@@ -46,14 +46,15 @@ _Linear = _struct(
     "linear",
     *(("format", c_int), ("type", c_int), ("grouping", c_void_p)),
     *((name, c_int64) for name in ("tokens", "columns", "out")),
-    *((name, c_void_p) for name in ("x", "weight", "y")),
+    *((name, c_void_p) for name in ("x", "weight", "order", "y")),
 )
 _Experts = _struct(
     "experts",
     *(("format", c_int), ("type", c_int)),
     *((name, c_void_p) for name in ("gate_grouping", "up_grouping", "down_grouping")),
     *((name, c_int64) for name in ("tokens", "size", "inner", "experts", "choices")),
-    *((name, c_void_p) for name in ("x", "gate", "up", "down", "ids", "scores", "y")),
+    *((name, c_void_p) for name in ("x", "gate", "up", "down", "gate_order", "up_order", "down_order")),
+    *((name, c_void_p) for name in ("ids", "scores", "y")),
 )
 _Attention = _struct(
     "attention",
@@ -232,12 +233,10 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
     dtype, x = x.dtype, _native(x)
     (tokens, columns), out = x.shape, weight.shape[0]
     y = _answer(x, (tokens, out))
-    [data] = weight._parameters.values()  # parts() would copy the dictionary
-    assert data is not None
     _run(
         _Linear(
             *(_number(weight.name), TYPES[x.dtype], _grouping.address(weight.name), tokens, columns, out),
-            *(_address(x), _address(data), _address(y)),
+            *(_address(x), *_parts(weight), _address(y)),
         )
     )
     return _as(dtype, y)
@@ -247,13 +246,13 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     dtype, x = x.dtype, _native(x)
     y = _answer(x, tuple(x.shape))
     ids, scores = ids.contiguous(), _float(scores)
-    stacks = [data for stack in (gate, up, down) for data in stack.parts().values()]
+    stacks, orders = zip(*(_parts(stack) for stack in (gate, up, down)), strict=True)
     groupings = [_grouping.address(stack.name) for stack in (gate, up, down)]
     (count, inner, size), (tokens, choices) = gate.shape, ids.shape
     _run(
         _Experts(
             *(_number(gate.name), TYPES[x.dtype], *groupings, tokens, size, inner, count, choices),
-            *(_address(tensor) for tensor in (x, *stacks, ids, scores, y)),
+            *(_address(x), *stacks, *orders, _address(ids), _address(scores), _address(y)),
         )
     )
     return _as(dtype, y)
@@ -323,8 +322,8 @@ def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
 
 
 def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:
-    [data] = weight.parts().values()
-    target = data if index is None else data[index]
+    tiles = weight.parts()["tiles"]
+    target = tiles if index is None else tiles[index]
     kept = {name: tensor.contiguous() for name, tensor in codes.tensors().items()}
     fields = ("codes", "scale", "offset", "super_scale", "super_offset")
     _run(
@@ -334,6 +333,8 @@ def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:
             _address(target),
         )
     )
+    if codes.order is not None:
+        weight.overwrite({"order": codes.order}, index)
 
 
 # These helpers run for every op of every step. They avoid calls of torch: even a no-op takes a microsecond.
@@ -359,6 +360,13 @@ def _answer(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _address(x: Tensor) -> int:
     return x.data_ptr()
+
+
+def _parts(weight: Packed) -> tuple[int, int | None]:
+    """Return the addresses of a weight and of the order of its columns; None: they are in their own order."""
+    data, *order = weight._parameters.values()  # parts() would copy the dictionary
+    assert data is not None
+    return data.data_ptr(), order[0].data_ptr() if order and order[0] is not None else None
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from moesaic import cli
 from moesaic.bench import divergence, quality, windows
 from moesaic.bench.divergence import Reference
 from moesaic.errors import InvalidRequest, NumericalError
-from moesaic.loading import Loaded, load_model
+from moesaic.loading import Loaded
 from moesaic.text.tokenizer import Tokenizer
 
 TEXT = "Once upon a time there was a rabbit, and it had seven brothers. " * 4
@@ -100,7 +100,7 @@ def test_a_model_does_not_differ_from_itself(talker: Path) -> None:
 
 
 def test_bfloat16_states_are_kept_exactly(talker: Path) -> None:
-    options = {"dtype": "bfloat16", "weight_format": "bfloat16"}
+    options = {"dtype": "bfloat16", "format": "bfloat16"}
     with Reference(*prepared(talker, **options), "talker", None) as reference:
         _, found = reference.compare(*prepared(talker, **options))
     assert abs(found.mean.value) < 1e-12

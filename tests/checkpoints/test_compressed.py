@@ -77,14 +77,28 @@ def test_only_the_part_is_read(name):
 def test_the_codes_are_kept(name):
     variant = VARIANTS[name]
     view, _, weight = view_of(weight_views, variant, 40, 320)
-    if variant.order or variant.kind == "float":
+    if variant.kind == "float":
         assert view.format is None
         return
     assert view.format.group == {32: 32, 16: 16, None: 64}[variant.group]
+    assert view.format.order == ("act" if variant.order else "none")
     packed = view.format.unpack(view.format.adopt(view.codes()), (40, 320), torch.float32)
     assert torch.equal(packed, weight)
-    part = view.codes((slice(8, 16), slice(64, 192)))
-    assert torch.equal(view.format.dequantize(part), weight[8:16, 64:192])
+    rows, columns = slice(8, 16), slice(None) if variant.order else slice(64, 192)
+    assert torch.equal(view.format.dequantize(view.codes((rows, columns))), weight[rows, columns])
+
+
+def test_groups_of_unequal_size_are_decoded():
+    variant = Compressed(group=16, order=True)
+    parts, _ = variant.matrix(8, 32, torch.Generator().manual_seed(2))
+    g_idx = parts["weight_g_idx"].clone()
+    g_idx[g_idx.argmax()] = 0
+    view = open_one(variant.settings(), variant, weight_g_idx=g_idx)
+    level = (parts["weight_packed"][:, :, None] >> torch.arange(0, 32, 4)).flatten(1) % 16 - 8
+    assert torch.equal(view.read(), level * parts["weight_scale"].float()[:, g_idx])
+    assert view.format is None and view.kind == "4 bits, act-order, groups of unequal size"
+    with pytest.raises(CheckpointError, match="cannot be cut at columns 16 to 32"):
+        open_one(variant.settings(), variant).codes((slice(None), slice(16, 32)))
 
 
 def test_columns_that_no_group_divides_have_no_format():
@@ -203,7 +217,6 @@ def test_weights_that_are_not_supported(changes, message):
     [
         (Compressed(group=16), {"weight_packed": None}, "m.weight_packed is missing"),
         (Compressed(group=16), {"weight_scale": None}, "m.weight_scale is missing"),
-        (Compressed(group=16), {"weight_shape": None}, "m.weight_shape is missing"),
         (Compressed(group=16), {"weight": torch.ones(8, 32)}, "m.weight is unexpected"),
         (Compressed(group=16), {"weight_shape": torch.tensor([8, -32])}, "expected positive numbers"),
         (Compressed(group=16), {"weight_shape": torch.tensor([8, 2**60])}, "m.weight_packed is"),
@@ -215,9 +228,13 @@ def test_weights_that_are_not_supported(changes, message):
         (Compressed(group=16), {"weight_scale": torch.ones(8, 2, dtype=torch.int32)}, "m.weight_scale is"),
         (Compressed(group=16, symmetric=False), {"weight_zero_point": None}, "zero_point is missing"),
         (Compressed(group=16, symmetric=False), {"weight_zero_point": torch.ones(2, 2).int()}, "zero_point is"),
-        (Compressed(group=16, order=True), {"weight_g_idx": torch.full((32,), 2).int()}, "assign 16 columns"),
-        (Compressed(group=16, order=True), {"weight_g_idx": torch.full((32,), -5).int()}, "assign 16 columns"),
-        (Compressed(group=16, order=True), {"weight_g_idx": torch.zeros(32).int()}, "assign 16 columns"),
+        (
+            Compressed(group=16, order=True),
+            {"weight_g_idx": torch.full((32,), 2).int()},
+            "has group 2 in g_idx, expected 0 to 1",
+        ),
+        (Compressed(group=16, order=True), {"weight_g_idx": torch.full((32,), -5).int()}, "has group -5 in g_idx"),
+        (Compressed(group=16, order=True), {"weight_g_idx": torch.zeros(32).int()}, "no column of group 1"),
         (Compressed(group=16, order=True), {"weight_g_idx": torch.zeros(31).int()}, "m.weight_g_idx is"),
         (Compressed(group=16, order=True), {"weight_g_idx": torch.zeros(32)}, "m.weight_g_idx is"),
         (VARIANTS["int8 rows"], {"weight": torch.ones(8, 32)}, "m.weight is .* float32, expected .* int8"),
@@ -231,6 +248,12 @@ def test_weights_that_are_not_supported(changes, message):
 def test_tensors_that_do_not_fit(variant, changes, message):
     with pytest.raises(CheckpointError, match=message):
         open_one(variant.settings(), variant, **changes)
+
+
+def test_without_a_shape_rows_fill_whole_words():
+    variant = Compressed(group=16)
+    whole, inferred = open_one(variant.settings()), open_one(variant.settings(), weight_shape=None)
+    assert inferred.info == whole.info and torch.equal(inferred.read(), whole.read())
 
 
 def test_zero_points_beyond_the_bits_are_refused():

@@ -72,27 +72,43 @@ def test_any_part_of_a_weight_is_decoded(method):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_codes_stand_for_the_same_weight(method):
     view, weight = view_of(method)
-    order = view.order()
-    assert (order is not None) == (getattr(method, "act_order", False) and method.group_size != -1)
-    assert view.format == (view.sorted_format if order is None else None)
-    sorted_weight = weight if order is None else weight[:, order]
-    assert torch.equal(view.sorted_format.dequantize(view.codes()), sorted_weight)
-    part = (slice(8, 24), slice(32, 128))
-    assert torch.equal(view.sorted_format.dequantize(view.codes(part)), sorted_weight[part])
-    assert (
-        view.sorted_format.bits == method.bits and view.sorted_format.group == 32
-    )  # 128 and 160 columns have groups of 32 in common
-    packed = view.sorted_format.unpack(view.sorted_format.adopt(view.codes()), tuple(weight.shape), torch.float32)
-    assert torch.equal(packed, sorted_weight)
+    act_order = getattr(method, "act_order", False) and method.group_size != -1
+    assert view.format is not None and view.format.order == ("act" if act_order else "none")
+    assert view.kind == f"{method.bits} bits" + (", act-order" if act_order else "")
+    assert view.format.bits == method.bits and view.format.group == 32  # 128 and 160 columns have 32 in common
+    part = (slice(8, 24), slice(0, 160) if act_order else slice(32, 128))
+    for index in ((), part):
+        codes, expected = view.codes(index), weight[index]
+        assert torch.equal(view.format.dequantize(codes), expected)
+        assert torch.equal(view.format.unpack(view.format.adopt(codes), tuple(expected.shape), torch.float32), expected)
+
+
+def test_columns_in_act_order_are_not_cut():
+    view, weight = view_of(Gptq(act_order=True))
+    assert torch.equal(view.read((slice(None), slice(32, 128))), weight[:, 32:128])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: has weights in act-order.* columns 32 to 128"):
+        view.codes((slice(None), slice(32, 128)))
+
+
+def test_groups_of_unequal_size_are_decoded(tmp_path):
+    model, name = case(Gptq(act_order=True), "llama"), "model.layers.0.self_attn.q_proj"
+    g_idx = model.stored[f"{name}.g_idx"].clone()
+    g_idx[g_idx.argmax()] = 0  # one of 32 columns
+    path = model.write(tmp_path, {f"{name}.g_idx": g_idx})
+    with checkpoints.open_checkpoint(path) as checkpoint:
+        changed = {part: model.stored[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")} | {"g_idx": g_idx}
+        assert torch.equal(checkpoint.read(f"{name}.weight"), Gptq(act_order=True).weight(changed))
+        assert checkpoint.stored_type(f"{name}.weight") == "4 bits, act-order, groups of unequal size"
+    kept = {str(group) for group in load_model(path).weights if "unequal" in group.stored}
+    assert len(kept) == 1 and "-> float32" in kept.pop()
 
 
 @pytest.mark.parametrize(("stored", "kept"), [(32, 32), (64, 64), (128, 128), (256, 128), (-1, 128), (48, 16)])
 def test_groups_become_groups_that_the_format_has(stored, kept):
     for method in (Gptq(group_size=stored), Gptq(group_size=stored, act_order=True), Awq(stored)):
         view, weight = view_of(method, columns=768)
-        assert view.sorted_format.group == kept
-        order = view.order()
-        assert torch.equal(view.sorted_format.dequantize(view.codes()), weight if order is None else weight[:, order])
+        assert view.format is not None and view.format.group == kept
+        assert torch.equal(view.format.dequantize(view.codes()), weight)
         assert torch.equal(view.read((slice(None), slice(384, 576))), weight[:, 384:576])
 
 
@@ -155,7 +171,7 @@ def test_a_g_idx_of_zeros_means_consecutive_groups_without_act_order(tmp_path):
         assert all(torch.equal(checkpoint.read(name), weight) for name, weight in model.weights.items())
     with (
         checkpoints.open_checkpoint(model.write(tmp_path / "order", zeros, desc_act=True)) as checkpoint,
-        pytest.raises(CheckpointError, match=r"q_proj\.qweight has groups of unequal size in g_idx"),
+        pytest.raises(CheckpointError, match=r"q_proj\.qweight has no column of group 1 in g_idx"),
     ):
         checkpoint.read("model.layers.0.self_attn.q_proj.weight")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from moesaic import formats, registry
-from moesaic.formats import _rotation
+from moesaic.formats import Packed, _rotation
 from moesaic.ops import Batch, Cache, _grouping, native, reference
 from tests.support import grouped
 from tests.support.require import require
@@ -89,10 +90,10 @@ def test_experts_bits_do_not_depend_on_isa_or_threads(weight_format):
 
 @pytest.mark.parametrize("weight_format", grouped.TEXTS)
 def test_a_grouped_weight_equals_its_plain_weight_times_rounded_activations(weight_format):
-    """Every instruction set, with activations that 8 bits hold exactly: a scale of 1 for each 32 columns."""
+    """Every instruction set, with activations that 8 bits hold exactly: a scale of 1 for each 32 columns in memory."""
     weight = formats.load(weight_format).pack(torch.randn(70, 400))
     x = torch.randint(-126, 127, (27, 400)).float()
-    x[:, ::16] = 127
+    x[:, weight.parts().get("order", torch.arange(400))[::16].long()] = 127
     expected = x.double() @ weight.dequantize().double().T
     for isa in native.INSTRUCTION_SETS:
         if native.use_instruction_set(isa):
@@ -148,6 +149,64 @@ def test_quantize_overwrites_one_entry_or_all():
     assert not stack.dequantize(index=0).any() and not stack.dequantize(index=2).any()
     native.quantize(stack, plain)
     assert torch.equal(stack.tiles, formats.load("int4").pack(plain).tiles)
+
+
+SORTED = formats.load("grouped:group=32:offset=zero")
+
+
+def in_order(columns: Packed, order: torch.Tensor) -> Packed:
+    """Return a weight whose columns ``order`` are those of ``columns``, a weight in the format ``SORTED``."""
+    weight_format = dataclasses.replace(SORTED, order="act")
+    return Packed(weight_format, columns.shape, {**columns.parts(), "order": order.int()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_act_order_gives_the_bits_of_sorted_columns(dtype):
+    order, columns = torch.randperm(900), SORTED.pack(torch.randn(70, 900))
+    weight = in_order(columns, order)
+    assert torch.equal(weight.dequantize()[:, order], columns.dequantize())
+    for tokens in (1, 7, 40):
+        x = torch.randn(tokens, 900).to(dtype)
+        assert torch.equal(native.linear(x, weight), native.linear(x[:, order], columns))
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("ordered", ["all", "gate and up", "down"])
+def test_experts_in_act_order_give_the_bits_of_sorted_columns(ordered, tokens):
+    """Down may have an order for each expert: the rows of gate and up are sorted in the same way."""
+    plain = [torch.randn(4, *shape) / 8 for shape in ((200, 320), (200, 320), (320, 200))]
+    inputs = torch.randperm(320) if ordered != "down" else torch.arange(320)
+    hidden = torch.stack([torch.randperm(200) if ordered != "gate and up" else torch.arange(200) for _ in range(4)])
+    gate, up, down = (SORTED.pack(weight) for weight in plain)
+    sorted_stacks = [
+        SORTED.pack(torch.stack([weight[rows] for weight, rows in zip(stack, hidden, strict=True)]))
+        for stack in plain[:2]
+    ]
+    if ordered != "down":
+        gate, up = (in_order(stack, inputs.expand(4, -1)) for stack in (gate, up))
+    ordered_down = down if ordered == "gate and up" else in_order(down, hidden)
+    x, scores = torch.randn(tokens, 320), torch.rand(tokens, 2)
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
+    found = native.experts(x, gate, up, ordered_down, ids, scores)
+    assert torch.equal(found, native.experts(x[:, inputs], *sorted_stacks, down, ids, scores))
+
+
+def test_gate_and_up_may_have_different_orders():
+    plain = [torch.randn(4, *shape) / 8 for shape in ((200, 320), (200, 320), (320, 200))]
+    stacks = [SORTED.pack(weight) for weight in plain]
+    for number in (0, 1):
+        order = torch.stack([torch.randperm(320) for _ in range(4)])
+        stacks[number] = in_order(stacks[number], order)
+        x, scores, ids = torch.randn(9, 320), torch.rand(9, 2), torch.tensor([[3, 1]]).expand(9, 2)
+        found, exact = (backend.experts(x, *stacks, ids, scores) for backend in (native, reference))
+        assert (found - exact).norm() <= 0.03 * exact.norm()
+
+
+def test_a_damaged_order_reads_no_other_memory():
+    weight = in_order(SORTED.pack(torch.randn(70, 320)), torch.full((320,), -(1 << 31)))
+    with torch.no_grad():
+        weight.order[::2] = (1 << 31) - 1
+    assert torch.equal(native.linear(torch.zeros(3, 320), weight), torch.zeros(3, 70))
 
 
 def test_byte_tables_hold_levels_within_14_bits():

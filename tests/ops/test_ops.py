@@ -30,17 +30,24 @@ def backend(request, device, monkeypatch):
     return found
 
 
-def rounded(x, backend, weight_format):
-    """Return activations [T, n] rounded as the backend rounds them for weights of this format.
+def rounded(x, backend, weight, entry=None):
+    """Return activations [T, n] rounded as the backend rounds them for a weight, or for an entry of a stack.
 
     Kernels round to 8 bits for integer weights, with a scale for each 256 columns, and for grouped weights, with a
-    scale for each 32 columns. For bfloat16, they round to bfloat16.
+    scale for each 32 columns in memory. For bfloat16, they round to bfloat16.
     """
     if backend.__name__ == "moesaic.ops.reference":
         return x
-    if not weight_format.startswith(("int", "grouped")):
-        return x.to(formats.load(weight_format).dtype).float()
-    width = 256 if weight_format.startswith("int") else 32
+    if not weight.name.startswith(("int", "grouped")):
+        return x.to(weight.format.dtype).float()
+    if (order := weight.parts().get("order")) is not None:
+        order = (order if entry is None else order[entry]).long()
+        return rounded_columns(x[:, order], 32)[:, order.argsort()]
+    return rounded_columns(x, 256 if weight.name.startswith("int") else 32)
+
+
+def rounded_columns(x, width):
+    """Return x [T, n] rounded to 8 bits, with a scale for each ``width`` columns."""
     parts = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % width)).unflatten(1, (-1, width))
     size = parts.abs().amax(2, keepdim=True)
     # torch computes 127 / size as 127 times the rounded reciprocal.
@@ -163,7 +170,7 @@ def test_a_lazy_cache_takes_memory_when_it_is_written():
     assert Cache.zeros([(2, 64)], 1, 16, torch.float32, "meta", lazy=True).keys[0].device.type == "meta"
 
 
-@pytest.mark.parametrize("weight_format", [*registry.names("formats"), *grouped.KINDS[2:6:3]])
+@pytest.mark.parametrize("weight_format", [*registry.names("formats"), *grouped.KINDS[2:6:3], grouped.KINDS[-1]])
 @pytest.mark.parametrize(
     ("tokens", "experts", "k", "d", "f"),
     [(1, 4, 1, 24, 16), (7, 8, 2, 24, 16), (5, 3, 3, 300, 33), (64, 8, 2, 64, 320), (40, 2, 1, 33, 600)],
@@ -176,14 +183,13 @@ def test_experts(backend, device, weight_format, tokens, experts, k, d, f):
     ids = torch.stack([torch.randperm(max(experts - 1, k))[:k] for _ in range(tokens)])  # the last expert gets no token
     scores = torch.rand(tokens, k)
     expected = torch.zeros(tokens, d)
-    sent = rounded(x, backend, weight_format)
     plain = [[stack.dequantize(index=e) for stack in (gate, up, down)] for e in range(experts)]
     for t in range(tokens):
         for e, score in zip(ids[t].tolist(), scores[t], strict=True):
             g, u, w = plain[e]
-            inner = g @ sent[t]
-            hidden = inner / (1 + (-inner).exp()) * (u @ sent[t])
-            expected[t] += score * (w @ rounded(hidden[None], backend, weight_format)[0])
+            inner = g @ rounded(x[t : t + 1], backend, gate, e)[0]
+            hidden = inner / (1 + (-inner).exp()) * (u @ rounded(x[t : t + 1], backend, up, e)[0])
+            expected[t] += score * (w @ rounded(hidden[None], backend, down, e)[0])
     found = backend.experts(x, gate, up, down, ids, scores)
     # A few hidden values near a rounding boundary may be rounded differently.
     assert (found - expected).norm() <= 1e-3 * expected.norm()
@@ -224,7 +230,7 @@ def test_linear(backend, device, weight_format, tokens, inp, out):
     weight = formats.load(weight_format).pack(torch.randn(out, inp))
     x = torch.randn(tokens, inp)
     plain = weight.dequantize().double()
-    expected = torch.stack([(plain * row).sum(-1) for row in rounded(x, backend, weight_format).double()])
+    expected = torch.stack([(plain * row).sum(-1) for row in rounded(x, backend, weight).double()])
     atol = 2e-2 if "nf4" in weight_format else 1e-3  # kernels round the levels of NF4 to 14 bits
     torch.testing.assert_close(backend.linear(x, weight).double(), expected, atol=atol, rtol=1e-5)
 

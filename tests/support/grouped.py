@@ -22,6 +22,7 @@ FILE_TYPES = {
     "GPTQ, 32 columns": "grouped:scale=bfloat16:offset=zero",
     "GPTQ, 3 bits": "grouped:bits=3:group=128:offset=zero",
     "GPTQ, 8 bits": "grouped:bits=8:group=128:offset=zero",
+    "GPTQ, act-order": "grouped:group=64:offset=zero:order=act",
     "AWQ": "grouped:group=64:offset=zero",
     "compressed-tensors, 4 bits": "grouped:group=128:scale=bfloat16",
     "compressed-tensors, 8 bits": "grouped:bits=8:group=128:scale=bfloat16",
@@ -30,5 +31,8 @@ FILE_TYPES = {
 TEXTS = tuple(FILE_TYPES.values())
 """All of them as format names."""
 
-KINDS = tuple(FILE_TYPES[name] for name in ("Q4_0", "Q8_0", "Q5_K", "Q6_K", "Q2_K", "IQ4_XS", "NF4", "GPTQ, 3 bits"))
-"""One for each code path of the kernels: bits, groups of 16 columns, tables, and offsets."""
+KINDS = tuple(
+    FILE_TYPES[name]
+    for name in ("Q4_0", "Q8_0", "Q5_K", "Q6_K", "Q2_K", "IQ4_XS", "NF4", "GPTQ, 3 bits", "GPTQ, act-order")
+)
+"""One for each code path of the kernels: bits, groups of 16 columns, tables, offsets, and the order of columns."""

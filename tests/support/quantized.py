@@ -256,6 +256,47 @@ def files(variant: Compressed | Bitsandbytes, kind: str, naming: Mapping[str, st
     return out
 
 
+def stacked_files(variant: Compressed | Bitsandbytes, separator: str = ".") -> Files:
+    """Return a small Mixtral whose quantized experts are stacks, one tensor for all experts of a layer.
+
+    ``separator`` is between the name of the stack and the last part of a tensor's name.
+    """
+    config = checkpoints.config("mixtral", hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    out = Files({**config, "quantization_config": variant.settings()})
+    generator, experts = torch.Generator().manual_seed(3), config["num_local_experts"]
+    for name, weight in checkpoints.weights(config).items():
+        if ".experts." not in name:
+            out.stored[name] = out.plain[name] = weight
+    layer = "model.layers.0."
+    for kind, rows, columns in (("gate_up", 192, 64), ("down", 64, 96)):
+        parts, weights = _stack(variant, (experts, rows, columns), generator)
+        for part, tensor in parts.items():
+            last = part.removeprefix("weight").lstrip("._") if separator == "_" else part
+            if isinstance(variant, Bitsandbytes):
+                last = part.removeprefix("weight").lstrip(".")
+            out.stored[f"{layer}mlp.experts.{kind}_proj{separator if last else ''}{last}"] = tensor
+        for expert, weight in enumerate(weights):
+            named = {"w2": weight} if kind == "down" else dict(zip(("w1", "w3"), weight.chunk(2), strict=True))
+            for number, matrix in named.items():
+                out.plain[f"{layer}block_sparse_moe.experts.{expert}.{number}.weight"] = matrix.clone()
+    return out
+
+
+def _stack(
+    variant: Compressed | Bitsandbytes, shape: tuple[int, int, int], generator: torch.Generator
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return random tensors of a stack of matrices, and its weights."""
+    experts, rows, columns = shape
+    if isinstance(variant, Compressed):
+        matrices, weights = zip(*(variant.matrix(rows, columns, generator) for _ in range(experts)), strict=True)
+        parts = {part: torch.stack([each[part] for each in matrices]) for part in matrices[0] if part != "weight_shape"}
+        return parts, torch.stack(weights)
+    parts, weight = variant.matrix(experts * rows, columns, generator)
+    state = f"weight.quant_state.bitsandbytes__{variant.levels}"
+    parts[state] = as_bytes(json.loads(bytes(parts[state].tolist())) | {"shape": list(shape)})
+    return parts, weight.reshape(shape)
+
+
 def assert_equals_plain(model: Files, folder: Path) -> None:
     """Write a model twice, quantized and plain, and compare the decoded weights and the logits bit by bit."""
     quantized, plain = model.write(folder / "quantized"), model.write_plain(folder / "plain")
