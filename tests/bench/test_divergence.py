@@ -18,6 +18,7 @@ from moesaic.bench.divergence import Reference
 from moesaic.errors import InvalidRequest, NumericalError
 from moesaic.loading import Loaded
 from moesaic.text.tokenizer import Tokenizer
+from tests.support.loading import load_model
 
 TEXT = "Once upon a time there was a rabbit, and it had seven brothers. " * 4
 LENGTH = 16
