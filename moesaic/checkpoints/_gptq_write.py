@@ -81,7 +81,7 @@ def _views(name: str, version: str, plan: Plan) -> Mapping[str, View]:
         return Made(TensorInfo(shape, dtype, weight.file), lambda: make(weight.read(layout)))
 
     def zeros(found: Integers) -> Tensor:
-        return pack_integers((found.zeros - (version == "gptq")).T, 1, bits)
+        return pack_integers((found.zeros - int(version == "gptq")).T, 1, bits)
 
     def g_idx(found: Integers) -> Tensor:
         return (torch.arange(columns) // (columns // groups) if found.groups is None else found.groups).int()

@@ -168,18 +168,19 @@ def _split(file: Path, tree: Mapping[str, Any]) -> str:
 def _sentencepiece_json(file: Path, tree: Mapping[str, Any], tokenizer: Tokenizer, rows: int) -> dict[str, Value]:
     """Return the metadata of a SentencePiece vocabulary in a tokenizer.json, whose merges give the scores."""
     vocab, unknown = tree["model"]["vocab"], tree["model"].get("unk_token")
-    pairs = _pairs(tree)
-    ranks = {text: rank for rank, text in reversed(list(enumerate(first + second for first, second in pairs)))}
-    added = {number: piece._replace(text=piece.text.replace(" ", SPACE)) for number, piece in _added(tree).items()}
-    pieces = dict(added)
+    pieces = {number: piece._replace(text=piece.text.replace(" ", SPACE)) for number, piece in _added(tree).items()}
     for text, number in vocab.items():
-        if text == unknown or number not in added:
-            kind = UNKNOWN if text == unknown else BYTE if text in BYTE_PIECES else NORMAL
-            pieces[number] = Piece(text, -float(ranks.get(text, len(pairs))), kind)
+        if text == unknown or number not in pieces:
+            pieces[number] = Piece(text, 0.0, UNKNOWN if text == unknown else BYTE if text in BYTE_PIECES else NORMAL)
     normal = {piece.text for piece in pieces.values() if piece.kind == NORMAL}
-    merged = sorted(ranks, key=ranks.__getitem__)
-    if set(merges(merged, normal)) != set(pairs):
+    # Programs that derive the merges from SentencePiece also list those of special tokens, which it never merges.
+    pairs = [pair for pair in _pairs(tree) if {*pair, "".join(pair)} <= normal]
+    ranks: dict[str, int] = {}
+    order = [ranks.setdefault("".join(pair), len(ranks)) for pair in pairs]
+    if order != sorted(order) or set(merges(ranks, normal)) != set(pairs):
         raise _refused(file, "it does not merge every pair of tokens that form a token, as SentencePiece does")
+    for number, piece in pieces.items():
+        pieces[number] = piece._replace(score=-float(ranks.get(piece.text, len(ranks))))
     return _sentencepiece_values(file, [pieces.get(number) for number in range(max(pieces) + 1)], tokenizer, rows)
 
 
