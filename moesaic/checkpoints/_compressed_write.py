@@ -1,6 +1,7 @@
 """Writes Hugging Face's layout with weights in the format pack-quantized of compressed-tensors.
 
-``_compressed`` describes the tensors. Embedding, head, norms and routers are written as floats.
+``_compressed`` describes the tensors. Embedding, head, norms and routers are written as floats. Act-order
+(``weight_g_idx``) is not written: compressed-tensors 0.20 no longer reads it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moesaic.checkpoints import Checkpoint
 from moesaic.checkpoints._compressed import FLOATS, PACKED
 from moesaic.checkpoints._hf_write import write_hf
-from moesaic.checkpoints._integer_weights import Integers, Layout, Made, Plan, plan, quantized_views
+from moesaic.checkpoints._integer_weights import IntegerWeight, Layout, Made, Plan, plan, quantized_views
 from moesaic.checkpoints._packed_integers import WORD, pack_integers
 from moesaic.checkpoints._views import TensorInfo, View
 from moesaic.checkpoints._write import WriteOptions
@@ -25,17 +25,21 @@ BITS = (4, 8)
 
 
 def write(source: Checkpoint, path: Path, options: WriteOptions) -> None:
-    """Write ``source`` with integers of 4 or 8 bits and a scale for each group or row; act-order is kept.
+    """Write ``source`` with integers of 4 or 8 bits and a scale for each group or row.
 
     Raises:
         InvalidParameter: ``path`` is not empty, or there are more shards than tensors.
         CheckpointError: a quantized weight is not such integers, or there is none; or the source cannot be read, or the
             target cannot be written.
     """
-    found = plan(source, "compressed-tensors", BITS, FLOATS, decode=options.decode)
+    found = plan(source, "compressed-tensors", BITS, FLOATS, decode=options.decode, fits=_problem)
     tensors = quantized_views(source, found, functools.partial(_views, plan=found))
     settings = {"quantization_config": _settings(source, found)}
     write_hf(source, path, tensors, {**source.config, **settings}, options)
+
+
+def _problem(_weight: IntegerWeight, layout: Layout) -> str | None:
+    return None if layout.ordered else "their groups are no consecutive columns (act-order), which only gptq can hold"
 
 
 def _settings(source: Checkpoint, found: Plan) -> dict[str, Any]:
@@ -62,7 +66,6 @@ def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
         "symmetric": layout.symmetric,
         "strategy": "group" if layout.group else "channel",
         "group_size": layout.group,
-        "actorder": None if layout.ordered else "group",
         "dynamic": False,
     }
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
@@ -78,10 +81,6 @@ def _views(name: str, plan: Plan) -> Mapping[str, View]:
     def made(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> View:
         return Made(TensorInfo(shape, dtype, weight.file), lambda: make(weight.read(layout)))
 
-    def order(found: Integers) -> Tensor:
-        assert found.groups is not None
-        return found.groups.int()
-
     views = {
         f"{name}.weight_packed": made(
             (rows, -(-columns * bits // WORD)), torch.int32, lambda found: pack_integers(found.codes, 1, bits)
@@ -93,6 +92,4 @@ def _views(name: str, plan: Plan) -> Mapping[str, View]:
         views[f"{name}.weight_zero_point"] = made(
             (-(-rows * bits // WORD), groups), torch.int32, lambda found: pack_integers(found.zeros, 0, bits)
         )
-    if not layout.ordered:
-        views[f"{name}.weight_g_idx"] = made((columns,), torch.int32, order)
     return views
