@@ -91,7 +91,8 @@ def new_path(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     created = [parent for parent in path.parents if not parent.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
         yield temporary
         for file in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
             _sync(file)
