@@ -1,21 +1,26 @@
-"""Conversion of checkpoints to another layout or another number of files.
+"""Conversion of checkpoints to another layout, to weights in another program's format, or to another number of files.
 
-The conversion connects a reader and a writer of ``checkpoints``. Values and dtypes stay the same, except that quantized
-weights are decoded to float32; tensor names, row order and configuration keys are translated. Nothing is lost: a
-checkpoint is refused before anything is written if a tensor that its configuration requires is missing, or if the new
-layout cannot hold one of its tensors. This module does not depend on any layout.
+The conversion connects a reader and a writer of ``checkpoints``. Tensor names, row order and configuration keys are
+translated, and values stay the same. Quantized weights keep their codes in the targets ``gguf``, ``compressed-tensors``
+and ``gptq``, and are decoded to float32 in the others. Nothing is lost: a checkpoint is refused before anything is
+written if a tensor that its configuration requires is missing, or if the target cannot hold one of its tensors. This
+module does not depend on any layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from moesaic import checkpoints, formats, models, registry
+from moesaic import checkpoints, formats, models, packed
 from moesaic.checkpoints import Checkpoint
+from moesaic.checkpoints._targets import writer
+from moesaic.checkpoints._write import WriteOptions
 from moesaic.errors import ConfigError, InvalidParameter
+from moesaic.gguf import Value
+from moesaic.text import gguf_metadata
 
 _SIZES = (
     "model_type architectures id2label num_labels tie_word_embeddings vocab_size hidden_size intermediate_size "
@@ -33,32 +38,36 @@ def convert(
     to: str,
     shards: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    decode: bool = False,
 ) -> None:
-    """Write the checkpoint in ``src`` to the new folder ``dst`` in layout ``to``, with its tokenizer files.
+    """Write the checkpoint in ``src`` to the new folder ``dst`` as ``to``, with its tokenizer.
 
     The folder appears only when it is complete. At most one shard is in memory.
 
     Args:
-        src: the folder or file of a checkpoint in any layout.
-        dst: a folder that does not exist or is empty.
-        to: the name of the layout: ``hf``, ``mistral`` or ``meta``.
+        src: the folder or file of a checkpoint in any layout, or a packed folder.
+        dst: a folder that does not exist or is empty; for ``gguf`` also a new file whose name ends with .gguf.
+        to: a layout, ``hf``, ``mistral``, ``meta`` or ``gguf``, or a method of quantization in the layout ``hf``,
+            ``compressed-tensors`` or ``gptq``.
         shards: number of files; for ``meta`` the number of model-parallel ranks, which must divide the heads.
         progress: called after each tensor with (bytes written, total bytes).
+        decode: whether quantized weights that the target cannot hold exactly are written as floats; otherwise they are
+            refused.
 
     Raises:
-        NotFound: the folder or the layout does not exist.
+        NotFound: the folder or the target does not exist.
         InvalidParameter: ``dst`` is not empty, or the weights cannot be split into ``shards`` files.
         ConfigError: the layout cannot express a setting that changes the computation.
-        CheckpointError: ``src`` is damaged, lacks a tensor, or has one that the layout cannot hold; or ``dst`` cannot
+        TokenizerError: the layout cannot express the tokenizer.
+        CheckpointError: ``src`` is damaged, lacks a tensor, or has one that the target cannot hold; or ``dst`` cannot
             be written.
     """
     source, target = Path(src), Path(dst)
-    layout = registry.load("checkpoints", to)
-    if not hasattr(layout, "write"):
-        raise InvalidParameter("to", f"is {to}, a layout that is only read; choose another one")
+    write = writer(to)
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise InvalidParameter("dst", f"{target} is inside the source folder; choose another folder")
-    with checkpoints.open_checkpoint(source) as checkpoint:
+    with _open(source) as checkpoint:
         _check_tensors(checkpoint)
         total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
 
@@ -68,7 +77,17 @@ def convert(
             if progress is not None:
                 progress(done, max(total, done))
 
-        layout.write(checkpoint, target, shards, report)
+        def vocabulary() -> Mapping[str, Value]:
+            rows = checkpoint.tensors[checkpoints.EMBEDDING].shape[0]
+            return gguf_metadata.read(checkpoint.path, rows, checkpoint.generation.get("eos_token_id"))
+
+        write(checkpoint, target, WriteOptions(shards, report, decode, vocabulary))
+        if progress is not None:
+            progress(max(total, done), max(total, done))
+
+
+def _open(source: Path) -> Checkpoint:
+    return packed.open_checkpoint(source) if packed.is_packed(source) else checkpoints.open_checkpoint(source)
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:

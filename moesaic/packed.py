@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from moesaic import checkpoints, formats, memory, models
-from moesaic.checkpoints import _safetensors, _write
+from moesaic.checkpoints import Checkpoint, _safetensors, _write
+from moesaic.checkpoints._packed_views import packed_view
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import WeightFormat
 from moesaic.models import Decoder, Experts
@@ -101,7 +102,7 @@ def pack(
 
 
 def choose_formats(
-    checkpoint: checkpoints.Checkpoint, weight_format: str | None, plain: str, *, requantize: bool
+    checkpoint: Checkpoint, weight_format: str | None, plain: str, *, requantize: bool
 ) -> dict[str, WeightFormat]:
     """Return the format of each role of weights, and of single tensors by name, as ``models.build`` takes them.
 
@@ -177,7 +178,27 @@ def map_weights(model: Decoder, path: Path) -> None:
     Raises:
         CheckpointError: the file of the weights is missing, damaged or not that of this model.
     """
+    mapped, read_by_every_token = _map_weights(model, path / WEIGHTS, shared=False)
+    # Half of memory stays for experts, the cache and other processes: the kernel cannot reclaim locked pages.
+    memory.lock(read_by_every_token, memory.total() // 2)
+    if mapped.nbytes < memory.available():
+        memory.load_in_background(mapped)
+    else:
+        _prefetch_experts(model)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the packed folder ``path`` as a checkpoint, whose weights keep their codes; the weights are mapped.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not understood.
+    """
+    manifest = read_manifest(path)
+    dtype = getattr(torch, manifest.dtype)
+    model = models.build(manifest.config, path, manifest.weight_formats(), dtype=dtype, device="meta")
     _map_weights(model, path / WEIGHTS, shared=False)
+    views = {slot.name: packed_view(slot, path / WEIGHTS) for slot in model.slots()}
+    return Checkpoint("packed", path, manifest.config, manifest.generation, views, lambda: None, manifest.dtype)
 
 
 def _is_expert(name: str) -> bool:
@@ -213,8 +234,11 @@ def _write_header(model: Decoder, file: Path) -> None:
         stream.truncate(len(head) + end)
 
 
-def _map_weights(model: Decoder, file: Path, *, shared: bool) -> None:
-    """Replace the model's parameters with views of ``file``; if ``shared``, writes to them change the file."""
+def _map_weights(model: Decoder, file: Path, *, shared: bool) -> tuple[Tensor, list[Tensor]]:
+    """Replace the model's parameters with views of ``file``; if ``shared``, writes to them change the file.
+
+    Return the bytes of the file, and the parts of them that every token reads.
+    """
     infos = _safetensors.header(file)
     mapped = _map_file(file, shared)
     with file.open("rb") as stream:
@@ -229,13 +253,7 @@ def _map_weights(model: Decoder, file: Path, *, shared: bool) -> None:
             read_by_every_token.append(part)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(part, requires_grad=False))
-    if not shared:
-        # Half of memory stays for experts, the cache and other processes: the kernel cannot reclaim locked pages.
-        memory.lock(read_by_every_token, memory.total() // 2)
-        if mapped.nbytes < memory.available():
-            memory.load_in_background(mapped)
-        else:
-            _prefetch_experts(model)
+    return mapped, read_by_every_token
 
 
 def _map_file(file: Path, shared: bool) -> Tensor:

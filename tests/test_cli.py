@@ -233,6 +233,8 @@ def test_convert(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert str(tmp_path / "new") in line
     assert "no such folder" in refused(capsys, "convert", tmp_path / "none", tmp_path / "x", "--to", "hf")
     assert not (tmp_path / "x").exists()
+    line = refused(capsys, "convert", talker, tmp_path / "x", "--to", "gptq", "--decode")
+    assert "has no quantized weights that can be written as gptq" in line and not (tmp_path / "x").exists()
 
 
 def test_perplexity(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,10 +318,12 @@ def test_list(what: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_constants_match_the_modules() -> None:
     from moesaic import checkpoints
     from moesaic.bench import windows
+    from moesaic.checkpoints import _targets
     from moesaic.cli import quality
     from moesaic.engine import Sampling
 
     assert ("auto", *checkpoints.FLOAT_DTYPES) == cli.DTYPES
+    assert tuple(_targets.QUANTIZATIONS) == cli.QUANTIZATIONS
     assert set(cli.SAMPLING) <= set(Sampling.__dataclass_fields__)
     assert quality.CONVENTIONS == windows.CONVENTIONS
 
@@ -327,7 +331,7 @@ def test_constants_match_the_modules() -> None:
 @pytest.mark.parametrize(
     ("folder", "command", "dest", "extra"),
     [
-        ("checkpoints", ["convert"], "to", set()),
+        ("checkpoints", ["convert"], "to", set(cli.QUANTIZATIONS)),
         ("cluster/launch", ["launch"], "launcher", set()),
         ("bench/endpoints", ["bench", "serving"], "dialect", {"auto"}),
     ],
@@ -338,7 +342,8 @@ def test_a_new_registry_file_becomes_a_choice(
     names = registry.names
     monkeypatch.setattr(registry, "names", lambda name: [*names(name), "brand_new"] if name == folder else names(name))
     choices = choices_of(*command, dest=dest)
-    assert choices == {name.replace("_", "-") if extra else name for name in registry.names(folder)} | extra
+    dashes = folder == "bench/endpoints"
+    assert choices == {name.replace("_", "-") if dashes else name for name in registry.names(folder)} | extra
 
 
 def choices_of(*command: str, dest: str) -> set[str]:

@@ -16,6 +16,7 @@ import torch
 from moesaic import checkpoints, formats, models, ops, registry
 from moesaic.bench import endpoints
 from moesaic.bench.endpoints import Answer, Endpoint, Request, RequestFailed, RequestOptions, _http
+from moesaic.checkpoints._write import WriteOptions
 from moesaic.cluster import launch
 from moesaic.errors import CheckpointError, InvalidRequest, NotFound
 from moesaic.formats import WeightFormat
@@ -139,7 +140,7 @@ class TestCheckpoints:
         """Folder of a tiny Mixtral in this layout, and its weights."""
         transformers_model("Mixtral", {"num_local_experts": 4}).save_pretrained(tmp_path / "source")
         with checkpoints.open_checkpoint(tmp_path / "source") as source:
-            registry.load("checkpoints", layout).write(source, tmp_path / "written", 1, lambda _count: None)
+            registry.load("checkpoints", layout).write(source, tmp_path / "written", WriteOptions())
             weights = {name: source.read(name) for name in source.tensors}
         return tmp_path / "written", weights
 

@@ -63,7 +63,7 @@ FLAGS = {
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
     "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype requantize",
     "pull": "sha256 to",
-    "convert": "shards to",
+    "convert": "decode shards to",
     "list": "json",
     "pack": "dtype format requantize",
     "perplexity": "convention device dtype format json kl-divergence kv-cache-dtype length out reference "

@@ -22,7 +22,7 @@ MAY = {
     "engine": {"ops", "formats"},
     "hub_files": {"gguf"},
     "pull": {"hub_files"},
-    "convert": {"checkpoints", "models", "formats"},
+    "convert": {"packed", "checkpoints", "models", "formats", "text", "gguf"},
     "memory": set(),
     "packed": {"memory", "checkpoints", "models", "formats"},
     "weight_report": {"checkpoints", "models", "ops", "formats"},

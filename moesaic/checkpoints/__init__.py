@@ -6,7 +6,7 @@ A module ``checkpoints/<name>.py`` defines
     PRIORITY                                    layouts with a lower number are tried first
     detect(path) -> bool                        whether a folder or a file is in this layout; never raises
     open_checkpoint(path) -> Checkpoint         the checkpoint, with its tensors described but not read
-    write(source, path, shards, on_write)       optional: writes a checkpoint completely or not at all
+    write(source, path, options)                optional: writes a checkpoint completely or not at all
 
 All layouts present the same view of a checkpoint: Hugging Face's classic tensor names, query and key rows in half-split
 rotary order, and a configuration with the keys of config.json. This package does not depend on models. A model declares

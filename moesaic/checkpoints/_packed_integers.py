@@ -1,4 +1,4 @@
-"""Views of unsigned integers of a few bits that are packed into words of 32 bits.
+"""Unsigned integers of a few bits that are packed into words of 32 bits: views of them, and their packing.
 
 The words along one axis are one string of bits, lowest bits first. An integer whose bits cross the border of two words
 continues in the lowest bits of the next word. This module does not depend on the meaning of the integers.
@@ -75,3 +75,22 @@ class PackedIntegers:
                 value = value & lower | blocks.select(axis + 1, word + 1) << (WORD - shift)
             integers.select(axis + 1, number).copy_(value & ((1 << bits) - 1))
         return integers.flatten(axis, axis + 1)
+
+
+def pack_integers(integers: Tensor, axis: int, bits: int) -> Tensor:
+    """Return a matrix of uint8 integers of ``bits`` bits as int32 words, packed along ``axis``; zeros fill them up."""
+    if axis == 0:
+        return pack_integers(integers.T, 1, bits).T.contiguous()
+    words = math.lcm(WORD, bits) // WORD
+    count = words * WORD // bits
+    rows, columns = integers.shape
+    blocks = torch.nn.functional.pad(integers, (0, -columns % count)).reshape(rows, -1, count)
+    packed = torch.zeros(rows, blocks.shape[1], words, dtype=torch.int64)
+    for place in range(count):
+        word, shift = divmod(place * bits, WORD)
+        value = blocks[:, :, place].long() << shift
+        packed[:, :, word] |= value & 0xFFFFFFFF
+        if shift + bits > WORD:
+            packed[:, :, word + 1] |= value >> WORD
+    signed = torch.where(packed >= 1 << (WORD - 1), packed - (1 << WORD), packed)
+    return signed.to(torch.int32).flatten(1)[:, : -(-columns * bits // WORD)].contiguous()

@@ -228,7 +228,7 @@ class Replicated:
 
 
 class Rotary:
-    """View of query or key rows, reordered between the two orders that rotary embeddings use.
+    """View of query or key rows, or of their biases, reordered between the two orders that rotary embeddings use.
 
     The interleaved order pairs row 2i of a head with row 2i + 1 (Su et al., RoFormer, 2021); Meta and Mistral store it.
     The half-split order of Hugging Face pairs row i with row i + D/2, for heads of size D. If ``half_split``, this view
@@ -248,7 +248,5 @@ class Rotary:
         begin, end = rows.start // size * size, -(-rows.stop // size) * size
         tensor = self._other.read((slice(begin, end), *rest))
         pairs = (size // 2, 2) if self._half_split else (2, size // 2)
-        reordered = (
-            tensor.reshape((end - begin) // size, *pairs, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
-        )
+        reordered = tensor.reshape((end - begin) // size, *pairs, -1).transpose(1, 2).reshape(tensor.shape)
         return reordered[rows.start - begin : rows.stop - begin]

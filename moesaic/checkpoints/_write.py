@@ -1,7 +1,7 @@
-"""Writes the folder of a checkpoint, completely or not at all.
+"""Writes the folder or the file of a checkpoint, completely or not at all.
 
-The folder is written under a temporary name and renamed when all files are on disk. Tokenizer files are copied
-unchanged; the vocabulary in a GGUF file becomes a GGUF file without tensors. This module does not depend on layouts.
+It is written under a temporary name and renamed when all data is on disk. Tokenizer files are copied unchanged; the
+vocabulary in a GGUF file becomes a GGUF file without tensors. This module does not depend on layouts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,25 @@ from moesaic.gguf import GgufFile
 
 OnWrite = Callable[[int], None]
 """Function that is called with the number of bytes of each tensor written."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a checkpoint is written.
+
+    Attributes:
+        shards: the number of files; for ``meta`` the number of model-parallel ranks.
+        on_write: called with the number of bytes of each tensor written.
+        decode: whether weights that the target cannot hold exactly as they are quantized are written as floats;
+            otherwise they are refused. Targets without quantized weights always write floats.
+        vocabulary: returns the tokenizer of the source as the metadata of a GGUF file; only ``gguf`` calls it.
+    """
+
+    shards: int = 1
+    on_write: OnWrite | None = None
+    decode: bool = False
+    vocabulary: Callable[[], Mapping[str, gguf.Value]] = dict
+
 
 TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -50,15 +70,31 @@ def new_folder(path: Path, source: Checkpoint) -> Iterator[Path]:
         InvalidParameter: ``path`` exists already and is not an empty folder.
         CheckpointError: the folder cannot be written.
     """
+    with new_path(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        _copy_tokenizer(source, temporary)
+
+
+@contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """Yield a path at which the block creates a file or a folder of files.
+
+    It is renamed to ``path`` when the block ends, and deleted when the block fails.
+
+    Raises:
+        InvalidParameter: ``path`` exists already and is not an empty folder.
+        CheckpointError: the file or folder cannot be written.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InvalidParameter("dst", f"{path} exists already; name a new folder")
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     created = [parent for parent in path.parents if not parent.exists()]
     try:
-        temporary.mkdir(parents=True)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
         yield temporary
-        _copy_tokenizer(source, temporary)
-        for file in (*temporary.iterdir(), temporary):
+        for file in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
             _sync(file)
         temporary.rename(path)
         _sync(path.parent)
@@ -66,6 +102,8 @@ def new_folder(path: Path, source: Checkpoint) -> Iterator[Path]:
         raise CheckpointError(path, f"could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink()
         if not path.exists():
             _remove_empty(created)
 
@@ -112,21 +150,33 @@ def write_shards(
     Raises:
         InvalidParameter: there are more files than tensors.
     """
-    if not 1 <= len(files) <= len(tensors):
-        raise InvalidParameter("shards", f"is {len(files)}, but must be 1 to {len(tensors)}, the number of tensors")
-    total, assigned = sum(view.info.nbytes for view in tensors.values()), 0
-    shards = [dict[str, View]() for _ in files]
-    index = 0
-    for position, (name, view) in enumerate(tensors.items()):
-        # Continue with the next file if this one has its share, or if every file left needs one of the tensors left.
-        full = assigned * len(files) >= total * (index + 1) or len(tensors) - position < len(files) - index
-        if shards[index] and full and index + 1 < len(files):
-            index += 1
-        shards[index][name] = view
-        assigned += view.info.nbytes
+    check_shards(len(files), len(tensors))
+    sizes = {name: view.info.nbytes for name, view in tensors.items()}
+    shards = [{name: tensors[name] for name in names} for names in balanced(sizes, len(files))]
     for file, shard in zip(files, shards, strict=True):
         write_file(folder / file, shard, on_write)
     return {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+
+
+def check_shards(count: int, tensors: int) -> None:
+    """Raise InvalidParameter if this number of tensors cannot be written into ``count`` files."""
+    if not 1 <= count <= tensors:
+        raise InvalidParameter("shards", f"is {count}, but must be 1 to {tensors}, the number of tensors")
+
+
+def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Return the names of tensors of these sizes, in order, in ``count`` parts of about equal size; none is empty."""
+    total, assigned = sum(sizes.values()), 0
+    parts: list[list[str]] = [[] for _ in range(count)]
+    index = 0
+    for position, (name, size) in enumerate(sizes.items()):
+        # Continue with the next part if this one has its share, or if every part left needs one of the tensors left.
+        full = assigned * count >= total * (index + 1) or len(sizes) - position < count - index
+        if parts[index] and full and index + 1 < count:
+            index += 1
+        parts[index].append(name)
+        assigned += size
+    return parts
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

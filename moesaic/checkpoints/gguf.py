@@ -3,7 +3,7 @@
 Experts have had three layouts: one tensor each (``blk.L.ffn_gate.E.weight``, until spring 2024), one stack of each kind
 (``blk.L.ffn_gate_exps.weight`` [E, f, d]), and stacks in which gate and up rows are merged
 (``blk.L.ffn_gate_up_exps.weight`` [E, 2f, d], gate rows first). Query and key rows are in interleaved rotary order.
-Quantized weights are decoded to floats when they are read, or keep their codes. Files are read, not written.
+Quantized weights are decoded to floats when they are read, or keep their codes.
 
 Legend: L layer, E experts, f intermediate size, d hidden size.
 """
@@ -21,33 +21,21 @@ from moesaic import gguf
 from moesaic.checkpoints import EMBEDDING, HEAD, Checkpoint
 from moesaic.checkpoints._decoder import common_dtype, decoded_dtype
 from moesaic.checkpoints._gguf_config import read_config, read_generation
+from moesaic.checkpoints._gguf_names import LAYER, NUMBERS, ROPE_FACTORS, ROTARY, TOP
 from moesaic.checkpoints._gguf_tensors import GgufTensors, rearranged
+from moesaic.checkpoints._gguf_write import write
 from moesaic.checkpoints._views import Part, Rotary, View, renamed
 from moesaic.errors import CheckpointError
 from moesaic.gguf import GgufFile
 
+__all__ = ["LOOKS_FOR", "PRIORITY", "detect", "open_checkpoint", "write"]
+
 LOOKS_FOR = "*.gguf"
 PRIORITY = 4
 
-_TOP = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
-_LAYER = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-    "ffn_gate_inp.weight": "block_sparse_moe.gate.weight",
-}
-_ROPE_FACTORS = "rope_freqs.weight"
-_NUMBERS = {"gate": "w1", "down": "w2", "up": "w3"}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"ffn_(gate|down|up)\.(\d+)\.weight")
 _STACK = re.compile(r"ffn_(gate|down|up|gate_up)_exps\.weight")
-_ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.weight")
 
 
 def detect(path: Path) -> bool:
@@ -67,7 +55,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _check_parts(parts)
         store = GgufTensors(parts)
         stored = {name: store.view(name) for name in store.tensors}
-        factors = stored.pop(_ROPE_FACTORS, None)
+        factors = stored.pop(ROPE_FACTORS, None)
         views = _classic_names(stored, parts[0].path)
         config = read_config(
             parts[0],
@@ -134,15 +122,15 @@ def _classic(name: str, view: View) -> Iterator[tuple[str, View]]:
     """
     match = _BLOCK.fullmatch(name)
     if match is None:
-        yield _TOP.get(name, name), view
+        yield TOP.get(name, name), view
         return
     layer, rest = f"model.layers.{match[1]}", match[2]
     if expert := _EXPERT.fullmatch(rest):
-        yield f"{layer}.block_sparse_moe.experts.{int(expert[2])}.{_NUMBERS[expert[1]]}.weight", view
+        yield f"{layer}.block_sparse_moe.experts.{int(expert[2])}.{NUMBERS[expert[1]]}.weight", view
     elif stack := _STACK.fullmatch(rest):
         yield from _unstack(name, view, f"{layer}.block_sparse_moe.experts", stack[1])
     else:
-        yield (f"{layer}.{_LAYER[rest]}" if rest in _LAYER else name), view
+        yield (f"{layer}.{LAYER[rest]}" if rest in LAYER else name), view
 
 
 def _unstack(name: str, stack: View, prefix: str, kind: str) -> Iterator[tuple[str, View]]:
@@ -153,7 +141,7 @@ def _unstack(name: str, stack: View, prefix: str, kind: str) -> Iterator[tuple[s
     rows = shape[1]
     cuts = {"w1": slice(0, rows // 2), "w3": slice(rows // 2, rows)}
     if kind != "gate_up":
-        cuts = {_NUMBERS[kind]: slice(0, rows)}
+        cuts = {NUMBERS[kind]: slice(0, rows)}
     for expert in range(shape[0]):
         for number, cut in cuts.items():
             part = functools.partial(Part, index=(slice(expert, expert + 1), cut), drop=True)
@@ -162,11 +150,11 @@ def _unstack(name: str, stack: View, prefix: str, kind: str) -> Iterator[tuple[s
 
 def _half_split(name: str, view: View, config: Mapping[str, Any]) -> View:
     """Return ``view`` with its rows in half-split rotary order if it holds query or key rows, otherwise unchanged."""
-    match = _ROTARY.fullmatch(name)
+    match = ROTARY.fullmatch(name)
     if match is None:
         return view
     heads, size = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"], config["head_dim"]
-    expected, found = [heads * size, config["hidden_size"]], list(view.info.shape)
+    expected, found = [heads * size, *([config["hidden_size"]] if match[2] == "weight" else [])], list(view.info.shape)
     if found != expected:
         raise CheckpointError(view.info.file, f"{name} has the wrong shape: expected {expected}, found {found}")
     return rearranged(view, lambda rows: Rotary(rows, size, half_split=True))

@@ -18,12 +18,13 @@ from pathlib import Path
 from moesaic.checkpoints import Checkpoint
 from moesaic.checkpoints._decoder import decoded_dtype
 from moesaic.checkpoints._expert_stacks import cut_rows
-from moesaic.checkpoints._hf_files import INDEX, NAMES, SINGLE, find_files
+from moesaic.checkpoints._hf_files import NAMES, find_files
+from moesaic.checkpoints._hf_write import write_hf
 from moesaic.checkpoints._json import read_json, read_json_if_there
 from moesaic.checkpoints._quantized import dequantized
 from moesaic.checkpoints._views import Part, View, renamed
 from moesaic.checkpoints._weight_files import open_weight_files
-from moesaic.checkpoints._write import OnWrite, new_folder, views, write_json, write_shards
+from moesaic.checkpoints._write import WriteOptions, views
 from moesaic.errors import CheckpointError
 
 LOOKS_FOR = " or ".join(name for names in NAMES for name in names)
@@ -76,29 +77,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint("hf", path, settings, generation, classic, close, dtype)
 
 
-def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | None = None) -> None:
-    """Write ``source`` in this layout, under classic names, into ``shards`` safetensors files.
-
-    Args:
-        source: the checkpoint to write.
-        path: a folder that does not exist yet, or is empty.
-        shards: the number of files.
-        on_write: called with the number of bytes of each tensor written.
+def write(source: Checkpoint, path: Path, options: WriteOptions) -> None:
+    """Write ``source`` in this layout, under classic names, into ``options.shards`` safetensors files.
 
     Raises:
         InvalidParameter: ``path`` is not empty, or there are more shards than tensors.
         CheckpointError: the source cannot be read, or the target cannot be written.
     """
-    tensors = views(source)
-    files = [SINGLE] if shards == 1 else [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    with new_folder(path, source) as folder:
-        file_names = write_shards(folder, tensors, files, on_write)
-        if shards != 1:
-            total = sum(view.info.nbytes for view in tensors.values())
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_names})
-        if source.generation:
-            write_json(folder / "generation_config.json", source.generation)
-        write_json(folder / "config.json", source.config)
+    write_hf(source, path, views(source), source.config, options)
 
 
 def _open_files(path: Path) -> tuple[dict[str, View], Callable[[], None]]:

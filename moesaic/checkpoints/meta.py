@@ -33,7 +33,7 @@ from moesaic.checkpoints._json import read_json, read_json_if_there
 from moesaic.checkpoints._original import to_classic, to_original
 from moesaic.checkpoints._torchfile import TorchFile, TorchFiles
 from moesaic.checkpoints._views import Joined, Part, Replicated, Stored, View
-from moesaic.checkpoints._write import OnWrite, generation_config, new_folder, views_with_head, write_json
+from moesaic.checkpoints._write import WriteOptions, generation_config, new_folder, views_with_head, write_json
 from moesaic.errors import CheckpointError, ConfigError, InvalidParameter
 
 LOOKS_FOR = "params.json without 'hidden_dim', and consolidated.NN.pth or merged.{N}GPUs.NN.pth"
@@ -90,10 +90,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint("meta", path, config, generation, views, store.close)
 
 
-def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | None = None) -> None:
-    """Write ``source`` in this layout for ``shards`` model-parallel ranks, with one rank in memory at a time.
+def write(source: Checkpoint, path: Path, options: WriteOptions) -> None:
+    """Write ``source`` in this layout for ``options.shards`` model-parallel ranks, with one rank in memory at a time.
 
-    ``on_write`` is called with the number of bytes of each tensor; tensors that all ranks hold are counted once.
+    ``options.on_write`` is called once for a tensor that all ranks hold.
 
     Raises:
         InvalidParameter: ``path`` is not empty, or the model cannot be split over that many ranks; the message lists
@@ -101,7 +101,7 @@ def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | N
         ConfigError: the configuration cannot be expressed in params.json.
         CheckpointError: the source cannot be read, or the target cannot be written.
     """
-    decoder = parse_config(source.config, source.path)
+    decoder, shards, on_write = parse_config(source.config, source.path), options.shards, options.on_write
     params = _params(decoder, source.path)
     possible = _possible_ranks(decoder)
     if shards not in possible:

@@ -25,7 +25,14 @@ from moesaic.checkpoints._json import read_json, read_json_if_there
 from moesaic.checkpoints._original import to_classic, to_original
 from moesaic.checkpoints._views import Part, Transposed, View
 from moesaic.checkpoints._weight_files import open_weight_files
-from moesaic.checkpoints._write import OnWrite, generation_config, new_folder, views_with_head, write_json, write_shards
+from moesaic.checkpoints._write import (
+    WriteOptions,
+    generation_config,
+    new_folder,
+    views_with_head,
+    write_json,
+    write_shards,
+)
 from moesaic.errors import CheckpointError, ConfigError
 
 LOOKS_FOR = "params.json with 'hidden_dim', and consolidated*.safetensors, consolidated.NN.pth or consolidated.NN.pt"
@@ -82,10 +89,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint("mistral", path, config, generation, views, close)
 
 
-def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | None = None) -> None:
-    """Write ``source`` in this layout, into ``shards`` safetensors files of whole tensors.
-
-    ``on_write`` is called with the number of bytes of each tensor written.
+def write(source: Checkpoint, path: Path, options: WriteOptions) -> None:
+    """Write ``source`` in this layout, into ``options.shards`` safetensors files of whole tensors.
 
     Raises:
         InvalidParameter: ``path`` is not empty, or there are more shards than tensors.
@@ -97,10 +102,10 @@ def write(source: Checkpoint, path: Path, shards: int = 1, on_write: OnWrite | N
         raise ConfigError(source.path, "rope scaling cannot be written in the mistral layout; use hf or meta")
     views = to_original(views_with_head(source), decoder, source.path)
     files = ["consolidated.safetensors"]
-    if shards != 1:
+    if (shards := options.shards) != 1:
         files = [f"consolidated-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     with new_folder(path, source) as folder:
-        write_shards(folder, views, files, on_write)
+        write_shards(folder, views, files, options.on_write)
         if generation := generation_config(source):
             write_json(folder / "generation_config.json", generation)
         write_json(folder / "params.json", _params(decoder))

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from moesaic.llm import LLM
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
+QUANTIZATIONS = ("compressed-tensors", "gptq")
+"""Targets of ``convert`` that are no layouts: methods of quantization in the layout hf."""
 INVENTORIES = ("models", "formats", "ops", "checkpoints", "chat-formats")
 
 
@@ -238,13 +240,23 @@ def _add_convert(commands: Commands) -> None:
         "convert",
         _convert,
         "convert a checkpoint to another layout",
-        "Values and data types do not change. The new folder appears only when it is complete.",
+        "Values do not change. Quantized weights keep their codes in gguf, compressed-tensors and gptq, and become "
+        "float32 in the other layouts. What a layout cannot hold exactly is refused. The new folder appears only when "
+        "it is complete.",
         "moesaic convert ./mixtral ./mixtral-hf --to hf --shards 8",
+        "moesaic convert ./mixtral-gptq mixtral.gguf --to gguf",
+        "moesaic convert mixtral.Q4_0.gguf ./mixtral-w4a16 --to compressed-tensors",
     )
-    parser.add_argument("src", metavar="SRC", type=Path, help="folder or GGUF file of a checkpoint in any layout")
-    parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
-    parser.add_argument("--to", choices=registry.names("checkpoints"), required=True, help="the new layout")
+    parser.add_argument("src", metavar="SRC", type=Path, help="folder or GGUF file of a checkpoint, or a packed folder")
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder to create; with --to gguf also a file NAME.gguf")
+    targets = [*registry.names("checkpoints"), *QUANTIZATIONS]
+    parser.add_argument("--to", choices=targets, required=True, help="the new layout")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of weight files (default 1)")
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="write quantized weights that the layout cannot hold exactly as float32, instead of refusing them",
+    )
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -252,7 +264,7 @@ def _convert(args: argparse.Namespace) -> int:
     from moesaic.convert import convert
 
     with bar(f"converting to {args.to}") as progress:
-        convert(args.src, args.dst, args.to, args.shards, progress)
+        convert(args.src, args.dst, args.to, args.shards, progress, decode=args.decode)
     return 0
 
 

@@ -197,6 +197,10 @@ class Slot:
     """Format of the model's weight; None: a float32 parameter."""
     store_codes: Callable[[Codes], None] | None = None
     """Function that stores the codes of a slice that the file has in ``format``; None for a float32 parameter."""
+    weight: Packed | Tensor | None = None
+    """The model's weight, or the stack of weights, that the slice is stored in."""
+    entry: int | None = None
+    """The entry of the stack; None if ``weight`` is no stack."""
 
 
 def load(text: str) -> WeightFormat:

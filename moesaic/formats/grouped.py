@@ -39,6 +39,7 @@ from moesaic.errors import InvalidParameter
 from moesaic.formats import Codes, Layout, Shape, WeightFormat, _planes
 from moesaic.formats._blocks import PAD, SUPER, Blocked, nonzero
 from moesaic.formats._planes import ROWS
+from moesaic.formats._threads import for_each
 
 Scale = Literal["float16", "bfloat16", "float32", "super", "super4"]
 Offset = Literal["none", "value", "zero"]
@@ -262,7 +263,31 @@ class Format(Blocked):
                 pieces.append(_bytes(by_group("offset").to(self._offset_dtype)))
         return torch.cat([*pieces, _planes.pack(cut("codes", begin, width), self.bits)], dim=1)
 
+    def codes(self, parts: Mapping[str, Tensor], shape: Shape) -> Codes:
+        """Return the codes and scales of a matrix of ``shape`` [rows, columns] that ``parts`` store.
+
+        This is the reverse of ``adopt``.
+        """
+        tiles, (rows, columns) = parts["tiles"], shape
+        spans, pieces = list(self._superblocks(columns)), dict[int, dict[str, Tensor]]()
+        counts = {"codes": columns} | dict.fromkeys(("scale", "offset"), -(-columns // self.group))
+
+        def read(number: int) -> None:
+            begin, end, width = spans[number]
+            pieces[number] = self._codes(tiles[:, begin:end], width).tensors()
+
+        def joined(name: str) -> Tensor:
+            whole = torch.cat([pieces[number][name] for number in range(len(spans))], dim=2).flatten(0, 1)
+            return whole[:rows, : counts.get(name, whole.shape[1])].contiguous()
+
+        for_each(read, range(len(spans)), tiles.device)
+        return Codes(**{name: joined(name) for name in pieces[0]}, order=parts.get("order"))
+
     def _untile(self, tile: Tensor, width: int) -> Tensor:
+        return self.dequantize(self._codes(tile, width))
+
+    def _codes(self, tile: Tensor, width: int) -> Codes:
+        """Return the codes [blocks, 32, width] and scales [blocks, 32, groups] of one superblock's bytes."""
         groups = width // self.group
         supers, scales, offsets, codes = tile.split(self._sections(width), dim=1)
 
@@ -279,7 +304,7 @@ class Format(Blocked):
         if self.is_super:
             both = supers.contiguous().view(torch.float16).reshape(len(tile), -1, ROWS, 1)
             factors = [both[:, 0], both[:, 1] if self.offset == "value" else None]
-        return self.dequantize(Codes(_planes.unpack(codes, self.bits, width), scale, offset, *factors))
+        return Codes(_planes.unpack(codes, self.bits, width), scale, offset, *factors)
 
     def dequantize(self, codes: Codes) -> Tensor:
         """Return the float32 weights [..., rows, columns] that ``codes`` stand for, columns in their own order."""

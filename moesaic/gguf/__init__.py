@@ -1,4 +1,4 @@
-"""GGUF files: reads the header, which holds typed metadata and the position of each tensor.
+"""GGUF files: reads and writes the header, which holds typed metadata and the position of each tensor.
 
 A file holds a magic number, a version, the counts of tensors and of metadata values, the metadata, the descriptions of
 the tensors, and the data of the tensors, each at a multiple of the alignment. The header is checked completely before
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from moesaic.errors import CheckpointError
 from moesaic.gguf._files import MAGIC, VOCABULARY, candidates, files, is_gguf, part_name, split_name, vocabulary
 from moesaic.gguf._types import FIRST_FOREIGN_TYPE, FOREIGN_TYPES, TYPES, BlockType
+from moesaic.gguf._write import NewTensor, Value, encode, header, padding, split_records
 
 __all__ = [
     "TYPES",
@@ -29,13 +30,19 @@ __all__ = [
     "Array",
     "BlockType",
     "GgufFile",
+    "NewTensor",
     "StoredTensor",
     "Text",
+    "Value",
     "candidates",
+    "encode",
     "files",
+    "header",
     "is_gguf",
+    "padding",
     "part_name",
     "split_name",
+    "split_records",
     "vocabulary",
 ]
 
@@ -119,12 +126,15 @@ class GgufFile(AbstractContextManager["GgufFile"]):
         reader = _Reader(self.path, self._map)
         tensors, values = reader.counts()
         metadata: dict[str, Any] = {}
+        self._records: dict[str, slice] = {}
         self._values_begin = reader.offset
         for _ in range(values):
+            begin = reader.offset
             key = reader.name("key")
             if key in metadata:
                 raise reader.damaged(f"it holds {key!r} twice")
             metadata[key] = reader.value(reader.number(_CODE), key)
+            self._records[key] = slice(begin, reader.offset)
         self._values_end = reader.offset
         self.metadata = metadata
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -180,6 +190,10 @@ class GgufFile(AbstractContextManager["GgufFile"]):
                 self.path, f"{key} is {value!r}, expected an array of the documented type with at most {limit} elements"
             )
         return value
+
+    def record(self, key: str) -> bytes:
+        """Return the bytes of the metadata value ``key`` with its key, as they are in the file."""
+        return self._map[self._records[key]]
 
     def header_without_tensors(self) -> bytes:
         """Return the bytes of a complete GGUF file with the same metadata and no tensors."""

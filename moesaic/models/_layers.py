@@ -76,7 +76,8 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot(f"{self.name}.weight", tuple(self.weight.shape), (ALL,), _copy(self.weight))
+        shape = tuple(self.weight.shape)
+        yield Slot(f"{self.name}.weight", shape, (ALL,), _copy(self.weight), weight=self.weight)
 
 
 class Router(nn.Module):
@@ -91,7 +92,8 @@ class Router(nn.Module):
         return F.linear(x.float(), self.weight)
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot(f"{self.name}.weight", tuple(self.weight.shape), (ALL, ALL), _copy(self.weight))
+        shape = tuple(self.weight.shape)
+        yield Slot(f"{self.name}.weight", shape, (ALL, ALL), _copy(self.weight), weight=self.weight)
 
 
 class Embedding(nn.Module):
@@ -342,4 +344,4 @@ def _slot(
     """Return the slot of a weight, or of ``entry`` in a stack of weights, which the layer ``name`` has."""
     store = functools.partial(ops.quantize, weight, index=entry)
     store_codes = functools.partial(ops.store_codes, weight, index=entry)
-    return Slot(f"{name}.weight", shape, index, store, weight.format, store_codes)
+    return Slot(f"{name}.weight", shape, index, store, weight.format, store_codes, weight, entry)

@@ -39,21 +39,26 @@ def read(path: Path, data: bytes) -> Vocabulary:
         TokenizerError: the file is truncated, is not a ModelProto, or holds a model that cannot be encoded exactly.
     """
     try:
-        pieces, trainer, normalizer = _model(data)
+        found, trainer, normalizer = _model(data)
     except (ValueError, struct.error) as error:
         raise TokenizerError(
             path, f"not a SentencePiece model, or the file is damaged ({error}); download it again"
         ) from error
     fallback = bool(trainer.get(35, 0))
-    _check(path, pieces, trainer, normalizer, fallback)
+    _check(path, found, trainer, normalizer, fallback)
     return vocabulary(
-        pieces,
+        found,
         bos=_text(trainer, 46, "<s>"),
         eos=_text(trainer, 47, "</s>"),
         fallback=fallback,
         add_prefix=bool(normalizer.get(3, 1)),
         unknown_surface=_text(trainer, 44, UNKNOWN_SURFACE),
     )
+
+
+def pieces(data: bytes) -> list[Piece]:
+    """Return the tokens of a SentencePiece model that ``read`` accepts."""
+    return _model(data)[0]
 
 
 def problem_of(pieces: Sequence[Piece], fallback: bool) -> str | None:
@@ -156,14 +161,14 @@ def _bytes(piece: Piece, unknown: bytes) -> bytes:
 
 
 def _model(data: bytes) -> tuple[list[Piece], dict[int, Field], dict[int, Field]]:
-    pieces: list[Piece] = []
+    found: list[Piece] = []
     parts: dict[int, dict[int, Field]] = {2: {}, 3: {}}
     for number, value in _fields(data):
         if number == 1:
-            pieces.append(_piece(dict(_fields(_as_bytes(value)))))
+            found.append(_piece(dict(_fields(_as_bytes(value)))))
         elif number in parts:
             parts[number] |= dict(_fields(_as_bytes(value)))
-    return pieces, parts[2], parts[3]
+    return found, parts[2], parts[3]
 
 
 def _piece(fields: dict[int, Field]) -> Piece:

@@ -55,7 +55,7 @@ def _check(path: Path, tree: Node) -> None:
     if tree["model"].get("type", "BPE") != "BPE":
         raise TokenizerError(path, f"a {tree['model']['type']!r} model is not supported; only BPE is")
     for kind, allowed in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS)):
-        for node in _walk(tree.get(kind)):
+        for node in nodes(tree.get(kind)):
             if node["type"] not in allowed:
                 raise TokenizerError(path, f"{kind} {node['type']!r} is not supported")
             pattern = node.get("pattern", {}).get("Regex")
@@ -63,13 +63,14 @@ def _check(path: Path, tree: Node) -> None:
                 raise TokenizerError(path, f"{kind} has an unknown pattern, which is not executed: {pattern[:120]!r}")
 
 
-def _walk(node: Node | None) -> Iterator[Node]:
+def nodes(node: Node | None) -> Iterator[Node]:
+    """Yield a component of a tokenizer.json, such as its decoder, and the components that it consists of."""
     if node is None:
         return
     yield node
     for key in ("normalizers", "pretokenizers", "decoders"):
         for child in node.get(key, ()):
-            yield from _walk(child)
+            yield from nodes(child)
 
 
 def _vocabulary(path: Path, tree: Node) -> Vocabulary:
@@ -78,7 +79,7 @@ def _vocabulary(path: Path, tree: Node) -> Vocabulary:
     if not ids or not all(isinstance(token_id, int) and 0 <= token_id < MAX_IDS for token_id in ids.values()):
         raise TokenizerError(path, f"has no vocabulary, or token ids outside 0 to {MAX_IDS - 1}")
     control = {text: token["id"] for text, token in added.items() if token["special"]}
-    decoders = list(_walk(tree.get("decoder")))
+    decoders = list(nodes(tree.get("decoder")))
     byte_level = _check_decoders(path, decoders)
     fallback = any(node["type"] == "ByteFallback" for node in decoders)
     prefixless = _without_prefix(tree)
@@ -90,7 +91,7 @@ def _vocabulary(path: Path, tree: Node) -> Vocabulary:
         bos_id=bos,
         eos_ids=frozenset() if eos is None else frozenset({eos}),
         core_without_prefix=None if prefixless == tree else _core(path, prefixless),
-        prefix_only_first=any(node.get("prepend_scheme") == "first" for node in _walk(tree.get("pre_tokenizer"))),
+        prefix_only_first=any(node.get("prepend_scheme") == "first" for node in nodes(tree.get("pre_tokenizer"))),
         added_ids=frozenset(ids[text] for text in added),
         strip_prefix=any(_strips_space(node) for node in decoders),
         byte_errors="moesaic.replace_each_byte" if fallback else "replace",
@@ -158,10 +159,10 @@ def _without_prefix(tree: Node) -> Node:
     normalizer, pre_tokenizer = copy.deepcopy((tree.get("normalizer"), tree.get("pre_tokenizer")))
     if normalizer and normalizer["type"] == "Prepend":
         normalizer = None
-    for node in _walk(normalizer):
+    for node in nodes(normalizer):
         if node["type"] == "Sequence":
             node["normalizers"] = [child for child in node["normalizers"] if child["type"] != "Prepend"]
-    for node in _walk(pre_tokenizer):
+    for node in nodes(pre_tokenizer):
         if node.get("prepend_scheme", "never") != "never":
             node["prepend_scheme"] = "never"
         if node.get("add_prefix_space"):

@@ -56,7 +56,7 @@ class Tokenizer:
             TokenizerError: there is no tokenizer, there are several of the same kind, or it cannot be reproduced
                 exactly.
         """
-        file = _find(path) if path.is_dir() else path
+        file = find(path) if path.is_dir() else path
         if not file.is_file():
             raise TokenizerError(file, "no such file")
         if gguf.is_gguf(file):
@@ -191,7 +191,13 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def _find(folder: Path) -> Path:
+def find(folder: Path) -> Path:
+    """Return the file that holds the tokenizer of the checkpoint in ``folder``.
+
+    Raises:
+        TokenizerError: there is no tokenizer, or there are several of the same kind.
+        CheckpointError: the folder has no vocabulary but those of several GGUF models, or a part is missing.
+    """
     for pattern in FILES:
         matches = sorted(path for path in folder.glob(pattern) if path.is_file())
         if len(matches) > 1:

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer as Reference
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from moesaic import builtin, checkpoints, cli, ops
+from moesaic import builtin, checkpoints, cli, ops, packed
 from moesaic.checkpoints._gguf_blocks import DECODERS
+from moesaic.convert import convert
 from moesaic.llm import LLM
 from moesaic.text import template
 from moesaic.text.tokenizer import Tokenizer
@@ -108,6 +109,20 @@ def test_the_first_example_of_the_readme(path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(asked[1].encode() + b"\n")))
     assert cli.main(["chat", *asked[2].split()]) == 0
     assert capsys.readouterr().out == answer + "\n"
+
+
+@pytest.mark.slow
+def test_a_packed_folder_becomes_a_file_with_the_same_bytes(path, reader, tmp_path):
+    packed.pack(path, tmp_path / "packed")
+    convert(tmp_path / "packed", tmp_path / "new.gguf", "gguf")
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "new.gguf").tensors}
+    assert found.keys() == {tensor.name for tensor in reader.tensors}
+    for tensor in reader.tensors:
+        assert found[tensor.name].tensor_type == tensor.tensor_type
+        assert found[tensor.name].data.tobytes() == tensor.data.tobytes(), tensor.name
+    ours, theirs = Tokenizer.open(tmp_path / "new.gguf"), Tokenizer.open(path)
+    assert all(ours.encode(text) == theirs.encode(text) for text in TEXTS)
+    assert template.load(tmp_path / "new.gguf") == template.load(path)
 
 
 def test_the_built_in_format_gives_the_ids_of_its_template(llm, path):
