@@ -50,24 +50,38 @@ def new_folder(path: Path, source: Checkpoint) -> Iterator[Path]:
         InvalidParameter: ``path`` exists already and is not an empty folder.
         CheckpointError: the folder cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InvalidParameter("dst", f"{path} exists already; name a new folder")
+    check_new(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     created = [parent for parent in path.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _copy_tokenizer(source, temporary)
-        for file in (*temporary.iterdir(), temporary):
-            _sync(file)
-        temporary.rename(path)
-        _sync(path.parent)
+        publish(temporary, path, source)
     except OSError as error:
         raise CheckpointError(path, f"could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if not path.exists():
             _remove_empty(created)
+
+
+def check_new(path: Path) -> None:
+    """Raise InvalidParameter if ``path`` exists already and is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InvalidParameter("dst", f"{path} exists already; name a new folder")
+
+
+def publish(temporary: Path, path: Path, source: Checkpoint) -> None:
+    """Copy the tokenizer files of ``source`` into the folder ``temporary`` and rename it to ``path``.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    _copy_tokenizer(source, temporary)
+    for file in (*temporary.iterdir(), temporary):
+        sync(file)
+    temporary.rename(path)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -146,7 +160,7 @@ def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
             (folder / gguf.VOCABULARY).write_bytes(header.header_without_tensors())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Write a file or folder from the page cache to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
