@@ -11,6 +11,7 @@
 #include <unistd.h>
 #endif
 
+#include "feedback.h"
 #include "kernels.h"
 #include "packing.h"
 #include "pool.h"
@@ -137,6 +138,16 @@ MOESAIC_OP(rope, RopeArgs)
 MOESAIC_OP(truncate, TruncateArgs)
 MOESAIC_OP(draw, DrawArgs)
 MOESAIC_OP(quantize, QuantizeArgs)
+
+int moesaic_feed_back(const FeedBackArgs* a) {
+    OpLock lock;
+    try {
+        feed_back(*a);
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
+    return OK;
+}
 
 int moesaic_store_codes(const StoreCodesArgs* a) {
     OpLock lock;

@@ -141,12 +141,35 @@ def create(folder: Path, manifest: PackedManifest, store_weights: Callable[[Deco
         ConfigError: the configuration is not understood.
         OSError: the folder cannot be written.
     """
-    dtype = getattr(torch, manifest.dtype)
-    model = models.build(manifest.config, folder, manifest.weight_formats(), dtype=dtype, device="meta")
-    _write_header(model, folder / WEIGHTS)
-    _map_weights(model, folder / WEIGHTS, shared=True)
+    model = begin(folder, manifest)
     store_weights(model)
     del model  # the page cache keeps pages that are still mapped
+    finish(folder, manifest)
+
+
+def begin(folder: Path, manifest: PackedManifest, *, resume: bool = False) -> Decoder:
+    """Return a model whose weights are mapped from the weight file of a packed folder, and change it.
+
+    Args:
+        folder: an existing folder.
+        manifest: description of the model.
+        resume: keep the weights of the file, which an earlier call has created; otherwise they are uninitialized.
+
+    Raises:
+        ConfigError: the configuration is not understood.
+        CheckpointError: the file that is kept is not that of this model.
+        OSError: the file cannot be written.
+    """
+    dtype = getattr(torch, manifest.dtype)
+    model = models.build(manifest.config, folder, manifest.weight_formats(), dtype=dtype, device="meta")
+    if not resume:
+        _write_header(model, folder / WEIGHTS)
+    _map_weights(model, folder / WEIGHTS, shared=True)
+    return model
+
+
+def finish(folder: Path, manifest: PackedManifest) -> None:
+    """Complete the packed folder whose weights are all stored; no model may map them for writing any more."""
     memory.evict(folder / WEIGHTS)
     # The manifest is written last: a folder without it is not a packed folder.
     _write.write_json(folder / MANIFEST, {"packed": VERSION} | asdict(manifest))

@@ -179,7 +179,11 @@ def ignored_reason(name: str) -> str | None:
 
 
 def load_weights(
-    slots: Iterable[Slot], checkpoint: Checkpoint, *, progress: Callable[[int, int], None] | None = None
+    slots: Iterable[Slot],
+    checkpoint: Checkpoint,
+    *,
+    later: Callable[[Slot], bool] = lambda _slot: False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Store the tensors of ``checkpoint`` in the parameters of a model, in disk order, one tensor in memory at a time.
 
@@ -187,6 +191,7 @@ def load_weights(
         slots: the slots of the model. Each names a tensor, or a part of it, and stores it in a parameter. Several slots
             may name the same tensor. A quantized tensor in the format of its slot keeps its codes.
         checkpoint: the open checkpoint.
+        later: whether a slot is only checked, because the caller fills it later.
         progress: called after each tensor with the bytes read so far and in total, counted as decoded.
 
     Raises:
@@ -195,7 +200,7 @@ def load_weights(
     """
     wanted = _by_name(slots)
     _check_tensors(wanted, checkpoint)
-    parts = [(name, slot) for name in checkpoint.tensors for slot in wanted.get(name, ())]
+    parts = [(name, slot) for name in checkpoint.tensors for slot in wanted.get(name, ()) if not later(slot)]
     total, done = sum(_nbytes(slot, checkpoint) for _, slot in parts), 0
     for name, slot in parts:
         _load(name, slot, checkpoint)
@@ -213,9 +218,18 @@ def _load(name: str, slot: Slot, checkpoint: Checkpoint) -> None:
             _check_finite(scale, info.file, f"a scale of {name}")
         slot.store_codes(slot.format.converted(codes, kept) if slot.format != kept else codes)
         return
-    tensor = checkpoint.read(name, slot.index)
-    _check_finite(tensor, info.file, name)
-    slot.store(tensor)
+    slot.store(read_plain(slot, checkpoint))
+
+
+def read_plain(slot: Slot, checkpoint: Checkpoint) -> Tensor:
+    """Return the floats of the tensor that fills a slot.
+
+    Raises:
+        CheckpointError: the tensor holds NaN or infinity, or its data cannot be read.
+    """
+    tensor = checkpoint.read(slot.name, slot.index)
+    _check_finite(tensor, checkpoint.tensors[slot.name].file, slot.name)
+    return tensor
 
 
 def check_complete(slots: Iterable[Slot], checkpoint: Checkpoint) -> None:

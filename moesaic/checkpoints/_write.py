@@ -73,7 +73,7 @@ def new_folder(path: Path, source: Checkpoint) -> Iterator[Path]:
     with new_path(path) as temporary:
         temporary.mkdir()
         yield temporary
-        _copy_tokenizer(source, temporary)
+        copy_tokenizer(source, temporary)
 
 
 @contextmanager
@@ -86,18 +86,14 @@ def new_path(path: Path) -> Iterator[Path]:
         InvalidParameter: ``path`` exists already and is not an empty folder.
         CheckpointError: the file or folder cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InvalidParameter("dst", f"{path} exists already; name a new folder")
+    check_new(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     created = [parent for parent in path.parents if not parent.exists()]
     try:
         if not path.parent.exists():
             path.parent.mkdir(parents=True)
         yield temporary
-        for file in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
-            _sync(file)
-        temporary.rename(path)
-        _sync(path.parent)
+        publish(temporary, path)
     except OSError as error:
         raise CheckpointError(path, f"could not be written: {error.strerror or error}") from error
     finally:
@@ -106,6 +102,24 @@ def new_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
         if not path.exists():
             _remove_empty(created)
+
+
+def check_new(path: Path) -> None:
+    """Raise InvalidParameter if ``path`` exists already and is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InvalidParameter("dst", f"{path} exists already; name a new folder")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a complete file or folder to ``path``, after its data is on disk.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    for file in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
+        sync(file)
+    temporary.rename(path)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -186,7 +200,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
+def copy_tokenizer(source: Checkpoint, folder: Path) -> None:
     for pattern in TOKENIZER_FILES:
         for file in source.path.glob(pattern):
             if file.is_file():
@@ -196,7 +210,7 @@ def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
             (folder / gguf.VOCABULARY).write_bytes(header.header_without_tensors())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Write a file or folder from the page cache to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -26,6 +26,7 @@ from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
 from moesaic.cli.loading import collection_paused
 from moesaic.cli.quality import add_eval, add_perplexity
+from moesaic.cli.quantize import add_quantize
 from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
 from moesaic.load_options import CACHE_DTYPES, DTYPES
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_pull,
         _add_convert,
         _add_pack,
+        add_quantize,
         _add_list,
         add_perplexity,
         add_eval,

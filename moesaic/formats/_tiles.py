@@ -105,13 +105,13 @@ class Tiled(Blocked):
         error is taken. A smaller step clips the extremes and is finer for the other weights.
         """
         if not self.levels:
-            step = _rounded(rotated.abs().amax(1) / 127)
-            codes = (rotated * _inverse(step)[:, None]).round().clamp(-127, 127) + 128
+            step = rounded(rotated.abs().amax(1) / 127)
+            codes = (rotated * inverse(step)[:, None]).round().clamp(-127, 127) + 128
             return step, rotated.new_zeros(len(rotated), 0), codes
         usual = rotated.square().mean(1).sqrt() * self.usual_step
         best: tuple[Tensor, ...] | None = None
         for share in TRIED_STEPS:
-            step = _rounded(usual * share)
+            step = rounded(usual * share)
             scale, error = self.best_scales(rotated, step)
             candidate: tuple[Tensor, ...] = (error.sum(1), step, scale)
             if best is not None:
@@ -129,7 +129,7 @@ class Tiled(Blocked):
         errors = []
         for scale in SCALES:
             unit = (step * scale)[:, None]
-            nearest = levels[_nearest(rotated * _inverse(unit), levels)] * unit
+            nearest = levels[_nearest(rotated * inverse(unit), levels)] * unit
             errors.append((nearest - rotated).square().unflatten(1, (-1, GROUP)).sum(2))
         error, index = torch.stack(errors).min(0)
         return torch.tensor(SCALES, device=rotated.device)[index], error
@@ -137,10 +137,10 @@ class Tiled(Blocked):
     def codes(self, rotated: Tensor, step: Tensor, scale: Tensor) -> Tensor:
         """Return the codes [R, width] whose levels are nearest to rotated weights, given steps and scales."""
         unit = (step[:, None] * scale).repeat_interleave(GROUP, 1)
-        return _nearest(rotated * _inverse(unit), torch.tensor(self.levels, device=rotated.device).float())
+        return _nearest(rotated * inverse(unit), torch.tensor(self.levels, device=rotated.device).float())
 
 
-def _inverse(step: Tensor) -> Tensor:
+def inverse(step: Tensor) -> Tensor:
     """Return 1 / step; 1 where the step is 0, because all weights are 0 then."""
     return 1 / nonzero(step)
 
@@ -167,6 +167,6 @@ def _padded_to_blocks(part: Tensor) -> Tensor:
     return torch.nn.functional.pad(part, (0, -columns % PAD, 0, -rows % ROWS))
 
 
-def _rounded(x: Tensor) -> Tensor:
+def rounded(x: Tensor) -> Tensor:
     """Return ``x`` rounded to bfloat16, as float32."""
     return x.to(torch.bfloat16).float()

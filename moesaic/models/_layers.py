@@ -163,6 +163,10 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1, self.head_dim)
 
+    def stages(self) -> tuple[tuple[Linear, ...], ...]:
+        """Return the linear layers in the order of their inputs; those of one stage have the same input."""
+        return (self.wq, self.wk, self.wv), (self.wo,)
+
     def slots(self) -> Iterator[Slot]:
         for linear in (self.wq, self.wk, self.wv, self.wo):
             yield from linear.slots()
@@ -288,13 +292,17 @@ class Decoder(nn.Module):
         return head
 
     def forward(self, batch: Batch) -> Tensor:
-        if self.frequencies is None:  # not a buffer: it must stay float32 and off the meta device
-            self.frequencies = self.shape.rope.frequencies(self.shape.head_dim).to(batch.tokens.device)
-        cos, sin = _rope.tables(self.frequencies, batch.positions)
+        cos, sin = self.rotary_tables(batch.positions)
         x = self.embed(batch.tokens)
         for block in self.blocks:
             x = block(x, cos, sin, batch)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cos and sin [T, D/2] of the rotary angles at ``positions`` [T]."""
+        if self.frequencies is None:  # not a buffer: it must stay float32 and off the meta device
+            self.frequencies = self.shape.rope.frequencies(self.shape.head_dim).to(positions.device)
+        return _rope.tables(self.frequencies, positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 scores of hidden states [R, d]: logits [R, V] of tokens, or scores [R, labels] of classes."""

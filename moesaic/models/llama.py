@@ -49,6 +49,10 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
+    def stages(self) -> tuple[tuple[Linear, ...], ...]:
+        """Return the linear layers in the order of their inputs; those of one stage have the same input."""
+        return (self.gate, self.up), (self.down,)
+
     def slots(self) -> Iterator[Slot]:
         for linear in (self.gate, self.up, self.down):
             yield from linear.slots()

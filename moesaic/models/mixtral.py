@@ -46,6 +46,10 @@ class MixtureOfExperts(nn.Module):
         best, ids = self.gate(x).topk(self.k, dim=-1)  # [T, k]
         return self.experts(x, ids, best.softmax(dim=-1))  # type: ignore[no-any-return]
 
+    def stages(self) -> tuple[tuple[Experts]]:
+        """Return the layers whose weights may be quantized, in the order of their inputs: the experts."""
+        return ((self.experts,),)
+
     def slots(self) -> Iterator[Slot]:
         yield from self.gate.slots()
         yield from self.experts.slots()

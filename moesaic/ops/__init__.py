@@ -28,6 +28,9 @@ from torch import Tensor
 from moesaic import registry
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Codes, Packed, Shape, grouped
+from moesaic.formats._feedback import feedback_factor as feedback_factor
+from moesaic.formats._feedback import is_fed_back as is_fed_back
+from moesaic.formats._feedback import padded_columns
 from moesaic.ops._batch import Batch as Batch
 from moesaic.ops._batch import Cache as Cache
 from moesaic.ops._batch import Group as Group
@@ -37,7 +40,18 @@ FormatName = str | tuple[str, str, str] | None
 
 For ``experts`` with different formats, it has the names of those of gate, up and down."""
 
-OPS = ("linear", "experts", "attention", "rms_norm", "rope", "truncate", "draw", "quantize", "store_codes")
+OPS = (
+    "linear",
+    "experts",
+    "attention",
+    "rms_norm",
+    "rope",
+    "truncate",
+    "draw",
+    "quantize",
+    "quantize_with_feedback",
+    "store_codes",
+)
 
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
@@ -179,6 +193,30 @@ def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
     if tuple(plain.shape) != expected:
         raise _mismatch("plain", plain.shape, f"{expected}")
     _pick("quantize", weight.device, weight.name, trained=False)(weight, plain, index)
+
+
+@torch.no_grad()
+def quantize_with_feedback(weight: Packed, plain: Tensor, factor: Tensor, index: int | None = None) -> None:
+    """Overwrite ``weight``, or entry ``index`` of a stack, with a plain weight, quantized with error feedback.
+
+    Args:
+        weight: a weight [out, in], or a stack [E, out, in], in int4, int3 or int2.
+        plain: the floats [out, in].
+        factor: what ``feedback_factor`` returns for the inputs of the weight.
+        index: number of the entry of a stack.
+
+    Raises:
+        InvalidParameter: the shapes differ, or the weight has another format.
+    """
+    if not is_fed_back(weight.format):
+        raise InvalidParameter("weight", f"has format {weight.name}, which is quantized without error feedback")
+    if len(weight.shape) != (2 if index is None else 3) or tuple(plain.shape) != weight.shape[-2:]:
+        raise _mismatch("plain", plain.shape, f"{weight.shape[-2:]}")
+    columns = padded_columns(plain.shape[1])
+    if tuple(factor.shape) != (columns, columns):
+        raise _mismatch("factor", factor.shape, f"{(columns, columns)}")
+    op = _pick("quantize_with_feedback", weight.device, weight.name, trained=False)
+    op(weight, plain, factor.float().contiguous(), index)
 
 
 @torch.no_grad()

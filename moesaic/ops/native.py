@@ -23,12 +23,15 @@ from torch import Tensor
 
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Codes, Packed
+from moesaic.formats._feedback import rotate_padded
+from moesaic.formats._tiles import TRIED_STEPS, Tiled
 from moesaic.ops import OPS, Batch, FormatName, _grouping
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CACHE_TYPES = TYPES | {torch.int8: 3}
 QUANTIZED_TO = ("int8", "int4", "int3", "int2")
+FED_BACK_TO = QUANTIZED_TO[1:]
 OUT_OF_MEMORY, ID_OUT_OF_RANGE = 1, 2  # csrc/api.cpp, Status
 
 
@@ -109,6 +112,12 @@ _Quantize = _struct(
         ("weight", c_void_p),
     ),
 )
+_FeedBack = _struct(
+    "feed_back",
+    *(("bits", c_int), ("usual_step", c_float), ("rows", c_int64), ("columns", c_int64)),
+    *(("levels", c_void_p), ("shares", c_void_p), ("tries", c_int64)),
+    *((name, c_void_p) for name in ("x", "factor", "weight")),
+)
 _StoreCodes = _struct(
     "store_codes",
     *(("grouping", c_void_p), ("rows", c_int64), ("columns", c_int64), ("block_bytes", c_int64)),
@@ -125,7 +134,7 @@ def _library() -> ctypes.CDLL | None:
     library = ctypes.CDLL(spec.origin)
     library.moesaic_isa.restype = library.moesaic_formats.restype = ctypes.c_char_p
     library.moesaic_multiply.restype = library.moesaic_multiply_bf16.restype = c_int64
-    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope, _Truncate, _Draw, _Quantize, _StoreCodes):
+    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope, _Truncate, _Draw, _Quantize, _FeedBack, _StoreCodes):
         getattr(library, f"moesaic_{struct.op}").argtypes = [POINTER(struct)]
     set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, library)
     return library
@@ -212,6 +221,8 @@ def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
         weight_format = _grouping.NAME
     if op == "store_codes" and _stem(weight_format or "") != _grouping.NAME:
         return f"it stores codes only in the format {_grouping.NAME}"
+    if op == "quantize_with_feedback":
+        return None if _stem(weight_format or "") in FED_BACK_TO else f"it has no feedback for {weight_format}"
     if op == "quantize" and _stem(weight_format or "") not in QUANTIZED_TO:
         return f"it does not quantize to {weight_format}"
     if op in ("linear", "experts") and _stem(weight_format or "") not in formats():
@@ -319,6 +330,17 @@ def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
         target = data if entry is None else data[entry]
         fields = (_number(weight.name), TYPES[source.dtype], *weight.shape[-2:])
         _run(_Quantize(*fields, _address(source), _address(target)))
+
+
+def quantize_with_feedback(weight: Packed, plain: Tensor, factor: Tensor, index: int | None = None) -> None:
+    kind = weight.format
+    assert isinstance(kind, Tiled)
+    [data] = weight.parts().values()
+    rotated = rotate_padded(plain.to(data.device)).contiguous()
+    levels, shares = torch.tensor(kind.levels).float(), torch.tensor(TRIED_STEPS)
+    addresses = (_address(levels), _address(shares), len(shares), _address(rotated), _address(factor))
+    target = data if index is None else data[index]
+    _run(_FeedBack(kind.bits, kind.usual_step, *rotated.shape, *addresses, _address(target)))
 
 
 def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Codes, Packed, grouped
+from moesaic.formats import Codes, Packed, _feedback, grouped
+from moesaic.formats._tiles import Tiled
 from moesaic.ops import Batch, Cache, FormatName
 
 REMOVED = float("-inf")
@@ -225,6 +226,11 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
 def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
     weight.store(plain, index)
+
+
+def quantize_with_feedback(weight: Packed, plain: Tensor, factor: Tensor, index: int | None = None) -> None:
+    assert isinstance(weight.format, Tiled)
+    weight.overwrite(_feedback.quantize(weight.format, plain.to(weight.device), factor), index)
 
 
 def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:

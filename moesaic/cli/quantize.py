@@ -1,0 +1,77 @@
+"""``moesaic quantize``: quantizes a model with calibration into a packed folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_requantize, folder
+from moesaic.load_options import DTYPES
+
+TOKENS = 16384
+
+
+def add_quantize(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "quantize",
+        _quantize,
+        "quantize a model with calibration into a folder that loads without conversion",
+        "Weights in int4, int3 and int2 are rounded so that the outputs on a text change least (GPTQ). This loses less "
+        "than rounding to nearest, as pack does. The folder is that of pack, and appears only when it is complete. "
+        "If the command is stopped and given again, it continues at the first layer that is not finished.",
+        "moesaic quantize ./mixtral ./mixtral-q2 --format q2",
+        "moesaic quantize ./mixtral ./mixtral-small --format experts=int2,attention=int8 --calibrate texts.jsonl.xz",
+        "moesaic quantize smollm2 ./smollm2-q3 --format q3 --requantize",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
+    parser.add_argument(
+        "--format",
+        metavar="F",
+        required=True,
+        help="q4, q3, q2, a format of `moesaic list formats`, or role=format,...",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        type=Path,
+        help='text to calibrate with: a .txt, or a .jsonl or .jsonl.xz with a "text" on each line; default: the model '
+        "writes it itself",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=TOKENS, metavar="N", help=f"calibration tokens (default {TOKENS})"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of activations and of weights that are not quantized"
+    )
+    parser.add_argument(
+        "--heat-map", type=Path, metavar="FILE", help="draw the calibration tokens of each expert to a .png or .svg"
+    )
+    add_requantize(parser)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from moesaic import calibration
+    from moesaic.bench import plotting, quality
+    from moesaic.calibration import heat_map, texts
+    from moesaic.console.progress import bar
+
+    path = folder(args.model)
+    name = str(args.calibrate.resolve()) if args.calibrate else "written by the model"
+    settings = calibration.Settings(args.format, args.dtype, args.requantize, name, args.tokens)
+    documents = quality.read_texts(args.calibrate) if args.calibrate else None
+    if args.heat_map:
+        plotting.check(args.heat_map)
+
+    def sequences() -> list[list[int]]:
+        if documents is not None:
+            return texts.from_documents(path, documents, args.tokens)
+        with bar("writing text", count=True) as progress:
+            return texts.self_written(path, args.tokens, progress)
+
+    with bar("quantizing", count=True) as progress:
+        usage = calibration.quantize(path, args.dst, settings, sequences, progress)
+    if args.heat_map:
+        heat_map.draw(usage, args.heat_map)
+    return 0
