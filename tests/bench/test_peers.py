@@ -152,7 +152,7 @@ def test_invalid_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> No
         peer_choice.choose("nobody")
     with pytest.raises(InvalidParameter, match="has no format after the colon"):
         peer_choice.choose("moesaic:")
-    assert peer_choice.choose("moesaic:int4_64") == [("moesaic", "int4_64")]
+    assert peer_choice.choose("moesaic:int3") == [("moesaic", "int3")]
     with pytest.raises(InvalidParameter, match="does not name an interpreter"):
         peer_choice.interpreters(["vllm=/nowhere/python"])
     assert cli.main(["bench", "peers", "--plot", "figures.pdf"]) == 2
