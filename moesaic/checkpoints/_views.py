@@ -248,5 +248,6 @@ class Rotary:
         begin, end = rows.start // size * size, -(-rows.stop // size) * size
         tensor = self._other.read((slice(begin, end), *rest))
         pairs = (size // 2, 2) if self._half_split else (2, size // 2)
-        reordered = tensor.reshape((end - begin) // size, *pairs, -1).transpose(1, 2).reshape(tensor.shape)
+        parts = tensor.reshape((end - begin) // size, *pairs, *tensor.shape[1:])
+        reordered = parts.transpose(1, 2).reshape(tensor.shape)
         return reordered[rows.start - begin : rows.stop - begin]

@@ -72,8 +72,8 @@ def test_other_types_are_named(kind, tmp_path):
 
 def test_unknown_and_missing_tensors_are_named(tmp_path):
     tiny = TinyFile("F16")
-    tiny.tensors["blk.0.attn_q.bias"] = np.zeros(256, np.float32), "F32"
-    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.bias is unexpected"):
+    tiny.tensors["blk.0.attn_q.bias"] = np.ones(256, np.float32), "F32"
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.bias is unexpected"):
         load_model(tiny.write(tmp_path / "bias.gguf"))
     del tiny.tensors["blk.0.attn_q.bias"], tiny.tensors["blk.1.ffn_norm.weight"]
     with pytest.raises(CheckpointError, match=r"layers\.1\.post_attention_layernorm\.weight is missing"):
@@ -166,9 +166,10 @@ def test_a_packed_file_keeps_its_vocabulary(with_vocabulary, tmp_path):
     assert template.load(tmp_path / "packed") == "{{ messages[0].content }}"
 
 
-def test_gguf_is_not_written(with_vocabulary, tmp_path):
-    with pytest.raises(InvalidParameter, match="gguf, a layout that is only read"):
-        convert(with_vocabulary[1], tmp_path / "out", "gguf")
+def test_a_layout_without_a_writer_is_only_read(with_vocabulary, tmp_path, monkeypatch):
+    monkeypatch.delattr("moesaic.checkpoints.mistral.write")
+    with pytest.raises(InvalidParameter, match="mistral, a layout that is only read"):
+        convert(with_vocabulary[1], tmp_path / "out", "mistral")
     assert not (tmp_path / "out").exists()
 
 
