@@ -79,8 +79,8 @@ def test_mixtral_8x7b_in_q2_needs_less_than_20_gb() -> None:
 @pytest.mark.parametrize(
     ("name", "free", "hint"),
     [
-        ("mixtral-8x7b", 22, "--format q3 or --layers 24 or --packed DIR would fit"),
-        ("mixtral-8x22b", 22, "--layers 14 or --packed DIR would fit"),
+        ("mixtral-8x7b", 22, "--format q3 or --layers 25 or --packed DIR would fit"),
+        ("mixtral-8x22b", 22, "--layers 15 or --packed DIR would fit"),
         ("mixtral-8x22b", 4, "--layers 1 or --packed DIR would fit"),
         ("mixtral-8x7b", 1, "no part of it would fit"),
     ],
@@ -92,10 +92,10 @@ def test_too_large_geometry_is_refused_with_hints(name: str, free: int, hint: st
 
 def test_suggested_options_fit() -> None:
     geometry.checked_plan("mixtral-8x7b", None, sizes("q3"), 22 * 10**9)
-    geometry.checked_plan("mixtral-8x7b", 24, sizes("q4"), 22 * 10**9)
+    geometry.checked_plan("mixtral-8x7b", 25, sizes("q4"), 22 * 10**9)
     geometry.checked_plan("mixtral-8x7b", None, sizes("q4"), 22 * 10**9, mapped=True)
     with pytest.raises(InvalidParameter):
-        geometry.checked_plan("mixtral-8x7b", 25, sizes("q4"), 22 * 10**9)
+        geometry.checked_plan("mixtral-8x7b", 26, sizes("q4"), 22 * 10**9)
 
 
 @pytest.mark.parametrize("weight_format", ["q2", "q4", "bfloat16"])
