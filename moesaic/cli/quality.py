@@ -225,9 +225,9 @@ def _eval(args: argparse.Namespace) -> int:
     if args.tasks == evaluation.LIST:
         print("\n".join(evaluation.task_names(args.include_path)))
         return 0
+    plans = _plans(args, folder(args.model or builtin.default()))  # errors come before the first measurement
     options = evaluation.Options(**{name: getattr(args, name) for name in evaluation.Options.__dataclass_fields__})
     tasks = evaluation.Tasks.find([name for name in args.tasks.split(",") if name], args.include_path)
-    plans = _plans(args, folder(args.model or builtin.default()))  # errors come before the first measurement
     rows, samples = [], []
     for format_name, plan in zip(args.format or [None], plans, strict=True):
         with _started(args, plan) as llm:

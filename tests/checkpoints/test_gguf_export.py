@@ -17,10 +17,10 @@ from moesaic.checkpoints import open_checkpoint
 from moesaic.checkpoints._gguf_names import gguf_name
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError, ConfigError, InvalidParameter
-from moesaic.loading import load_model
 from tests.support import checkpoints, gguf_files
 from tests.support.gguf_files import FLOATS, KINDS, SCALES, TinyFile
 from tests.support.gptq import Awq, Gptq, case
+from tests.support.loading import load_model
 from tests.support.quantized import Bitsandbytes, Compressed, files
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 1, "vocab_size": 32}
@@ -189,7 +189,7 @@ def test_own_integer_formats_are_refused(tmp_path):
         convert(tmp_path / "packed", tmp_path / "new.gguf", "gguf")
     convert(tmp_path / "packed", tmp_path / "floats", "hf")
     ours = checkpoints.read(tmp_path / "floats")
-    for slot in packed.load(tmp_path / "packed").slots():
+    for slot in load_model(tmp_path / "packed").model.slots():
         assert torch.equal(ours[slot.name].float(), slot.weight.dequantize() if slot.format else slot.weight)
 
 

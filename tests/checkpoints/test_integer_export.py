@@ -16,10 +16,10 @@ from moesaic import packed
 from moesaic.checkpoints._packed_integers import pack_integers
 from moesaic.convert import convert
 from moesaic.errors import CheckpointError
-from moesaic.loading import load_model
 from tests.support import checkpoints, gptq
 from tests.support.gguf_files import TinyFile
 from tests.support.gptq import Awq, Gptq, case
+from tests.support.loading import load_model
 from tests.support.quantized import Bitsandbytes, Compressed, files
 
 Tensors = Mapping[str, torch.Tensor]

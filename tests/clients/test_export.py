@@ -15,12 +15,12 @@ import torch
 from moesaic import ops, packed
 from moesaic.convert import convert
 from moesaic.llm import LLM
-from moesaic.loading import load_model
 from moesaic.text.tokenizer import Tokenizer
 from tests.support import checkpoints
 from tests.support.client import ROOT, environment, run
 from tests.support.gguf_files import TinyFile
 from tests.support.gptq import Awq, Gptq, case
+from tests.support.loading import load_model
 from tests.support.require import package_folder, require
 from tests.text.test_tokenizer import MADE, TEXTS
 
@@ -42,7 +42,7 @@ def ask(folder: Path, *requests: dict[str, Any]) -> list[dict[str, Any]]:
 
 def our_logits(path: Path) -> torch.Tensor:
     """Return the logits of a model with its weights decoded to float32."""
-    decoder = load_model(path, dtype="float32", weight_format="float32").model
+    decoder = load_model(path, dtype="float32", format="float32").model
     with torch.inference_mode():
         return decoder.logits(decoder(ops.Batch.whole([IDS])))
 
