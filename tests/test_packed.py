@@ -91,8 +91,8 @@ def test_damaged_manifest_is_refused(folder, tmp_path, content):
 def test_later_version_is_refused(folder, tmp_path):
     broken = damaged(folder, tmp_path / "broken")
     content = json.loads((broken / packed.MANIFEST).read_text())
-    (broken / packed.MANIFEST).write_text(json.dumps(content | {"packed": 2}))
-    with pytest.raises(CheckpointError, match="version 2, but this build reads 1"):
+    (broken / packed.MANIFEST).write_text(json.dumps(content | {"packed": packed.VERSION + 1}))
+    with pytest.raises(CheckpointError, match=r"version 3, but this build reads 2"):
         load_model(broken)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from moesaic import formats, ops, registry
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Packed
+from moesaic.formats import Packed, _rotation
 from moesaic.ops import Batch, Cache, Group, reference
 from tests.support import grouped
 from tests.support.memory import resident
@@ -33,8 +33,8 @@ def backend(request, device, monkeypatch):
 def rounded(x, backend, weight, entry=None):
     """Return activations [T, n] rounded as the backend rounds them for a weight, or for an entry of a stack.
 
-    Kernels round to 8 bits for integer weights, with a scale for each 256 columns, and for grouped weights, with a
-    scale for each 32 columns in memory. For bfloat16, they round to bfloat16.
+    Kernels rotate and round to 8 bits for integer weights, with a scale for each 256 columns. For grouped weights, they
+    round with a scale for each 32 columns in memory, and for bfloat16 to bfloat16.
     """
     if backend.__name__ == "moesaic.ops.reference":
         return x
@@ -43,7 +43,47 @@ def rounded(x, backend, weight, entry=None):
     if (order := weight.parts().get("order")) is not None:
         order = (order if entry is None else order[entry]).long()
         return rounded_columns(x[:, order], 32)[:, order.argsort()]
-    return rounded_columns(x, 256 if weight.name.startswith("int") else 32)
+    return rounded_rotation(x) if weight.name.startswith("int") else rounded_columns(x, 32)
+
+
+def multiplied(weight, backend, entry=None):
+    """Return the plain weight, or an entry of it, that the backend multiplies with ``rounded`` activations.
+
+    The kernels of integer weights also multiply the columns that fill up the last 64. They hold zeros, but a rotation
+    spreads the errors of rounding over them, on both sides.
+    """
+    if backend.__name__ == "moesaic.ops.reference" or not weight.name.startswith("int"):
+        return weight.dequantize(index=entry)
+    tiles = weight.tiles if entry is None else weight.tiles[entry]
+    rows, columns = weight.shape[-2:]
+    return weight.format.unpack({"tiles": tiles}, (rows, -(-columns // 64) * 64), torch.float32)
+
+
+def rounded_rotation(x):
+    """Return x [T, n] as it is after each 256 columns were rotated and rounded to 8 bits with one scale.
+
+    The result has the columns that fill up the last 64.
+    """
+    pieces = []
+    for part in x.split(256, dim=1):
+        padded = torch.nn.functional.pad(part, (0, -part.shape[1] % 64))
+        width = padded.shape[1]
+        signs, sizes = _rotation._all_signs()[:width], [size for size in (256, 128, 64) if width & size]
+        found = rounded_columns(hadamard(padded * signs, sizes), width).double()
+        back = torch.cat([p / size for p, size in zip(found.split(sizes, dim=1), sizes, strict=True)], dim=1)
+        pieces.append((hadamard(back, sizes) * signs).to(x.dtype))
+    return torch.cat(pieces, dim=1)
+
+
+def hadamard(x, sizes):
+    """Return the parts of x [T, n] transformed by Hadamard matrices, with the sums in the order of the kernels."""
+    parts = list(x.split(sizes, dim=1))
+    for number, size in enumerate(sizes):
+        for distance in (8, 4, 2, 1, 16, 32, 64, 128):
+            if distance < size:
+                a, b = parts[number].reshape(len(x), -1, 2, distance).unbind(2)
+                parts[number] = torch.stack([a + b, a - b], dim=2).flatten(1)
+    return torch.cat(parts, dim=1)
 
 
 def rounded_columns(x, width):
@@ -183,7 +223,7 @@ def test_experts(backend, device, weight_format, tokens, experts, k, d, f):
     ids = torch.stack([torch.randperm(max(experts - 1, k))[:k] for _ in range(tokens)])  # the last expert gets no token
     scores = torch.rand(tokens, k)
     expected = torch.zeros(tokens, d)
-    plain = [[stack.dequantize(index=e) for stack in (gate, up, down)] for e in range(experts)]
+    plain = [[multiplied(stack, backend, e) for stack in (gate, up, down)] for e in range(experts)]
     for t in range(tokens):
         for e, score in zip(ids[t].tolist(), scores[t], strict=True):
             g, u, w = plain[e]
@@ -229,7 +269,7 @@ def test_linear(backend, device, weight_format, tokens, inp, out):
     skip_unless_read(backend, "linear", device, weight_format)
     weight = formats.load(weight_format).pack(torch.randn(out, inp))
     x = torch.randn(tokens, inp)
-    plain = weight.dequantize().double()
+    plain = multiplied(weight, backend).double()
     expected = torch.stack([(plain * row).sum(-1) for row in rounded(x, backend, weight).double()])
     atol = 2e-2 if "nf4" in weight_format else 1e-3  # kernels round the levels of NF4 to 14 bits
     torch.testing.assert_close(backend.linear(x, weight).double(), expected, atol=atol, rtol=1e-5)
