@@ -108,11 +108,15 @@ struct DrawArgs {
     int64_t* ids;
 };
 
-// weight [blocks of 32 rows] = x [rows, columns] quantized to an integer format.
+// weight [blocks of 32 rows] = x [rows, columns] quantized to an integer format. For each row and superblock, steps are
+// tried that are shares [tries] of the usual one, which is usual_step times the root mean square of the weights.
 struct QuantizeArgs {
     Format format;
     Type type;
+    float usual_step;
     int64_t rows, columns;
+    const float* shares;
+    int64_t tries;
     const void* x;
     uint8_t* weight;
 };

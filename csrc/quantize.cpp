@@ -13,24 +13,20 @@ namespace moesaic::MOESAIC_ISA {
 
 namespace {
 
-constexpr float TRIED_STEPS[] = {0.85f, 0.95f, 1.05f, 1.2f};
 constexpr int VECTORS = SUPER / 16;
 
-// The positive levels of a format, which are also those of negative weights, and the step that usually loses least.
+// The positive levels of a format; the negative ones are their opposites.
 template <class Format>
-struct Levels;
-template <>
-struct Levels<Int4> {
-    static constexpr float VALUES[] = {1, 2, 4, 6, 8, 10, 13, 16}, USUAL_STEP = 0.031f;
+struct PositiveLevels {
+    static constexpr int COUNT = 1 << (Format::BITS - 1);
+    float at[COUNT];
+
+    constexpr PositiveLevels() : at{} {
+        for (int i = 0; i < COUNT; ++i) at[i] = float(Format::level(COUNT + i) - Format::BIAS);
+    }
 };
-template <>
-struct Levels<Int3> {
-    static constexpr float VALUES[] = {2, 6, 10, 16}, USUAL_STEP = 0.0244f;
-};
-template <>
-struct Levels<Int2> {
-    static constexpr float VALUES[] = {1, 3}, USUAL_STEP = 0.092f;
-};
+template <class Format>
+constexpr PositiveLevels<Format> LEVELS;
 
 MOESAIC_INLINE F absolute(F x) { return from_bits(bit_and(bits(x), set(0x7fffffff))); }
 
@@ -47,10 +43,10 @@ MOESAIC_INLINE F quotient(F x, float step) { return mul(x, set(1.0f / (step > 0.
 // Return the level nearest to a magnitude.
 template <class Format>
 MOESAIC_INLINE F nearest_level(F magnitude) {
-    constexpr auto& values = Levels<Format>::VALUES;
+    constexpr auto& values = LEVELS<Format>.at;
     F level = set(values[0]);
 #pragma GCC unroll 8
-    for (int i = 1; i < int(sizeof values / sizeof *values); ++i) {
+    for (int i = 1; i < LEVELS<Format>.COUNT; ++i) {
         const I above = greater(magnitude, set((values[i - 1] + values[i]) / 2));
         level = add(level, from_bits(bit_and(above, bits(set(values[i] - values[i - 1])))));
     }
@@ -60,8 +56,8 @@ MOESAIC_INLINE F nearest_level(F magnitude) {
 // Return the codes of the levels nearest to x.
 template <class Format>
 MOESAIC_INLINE I nearest_codes(F x) {
-    constexpr auto& values = Levels<Format>::VALUES;
-    constexpr int COUNT = int(sizeof values / sizeof *values);
+    constexpr auto& values = LEVELS<Format>.at;
+    constexpr int COUNT = LEVELS<Format>.COUNT;
     I index = set(0);
 #pragma GCC unroll 8
     for (int i = 1; i < COUNT; ++i) {
@@ -74,7 +70,7 @@ MOESAIC_INLINE I nearest_codes(F x) {
 
 // Write the step, the scales and the codes of a row of a superblock of rotated weights.
 template <class Format>
-void quantize_row(const F* rotated, int width, uint16_t& step, uint32_t& scales, uint8_t* codes) {
+void quantize_row(const QuantizeArgs& a, const F* rotated, int width, uint16_t& step, uint32_t& scales, uint8_t* codes) {
     const int vectors = width / 16;
     if constexpr (Format::GROUP == 0) {
         F most = zero();
@@ -88,11 +84,11 @@ void quantize_row(const F* rotated, int width, uint16_t& step, uint32_t& scales,
     } else {
         F squares = zero();
         for (int i = 0; i < vectors; ++i) squares = add(squares, mul(rotated[i], rotated[i]));
-        const float usual = sqrtf(sum_in_order(squares) / float(width)) * Levels<Format>::USUAL_STEP;
+        const float usual = sqrtf(sum_in_order(squares) / float(width)) * a.usual_step;
         float least = INFINITY;
         I best = set(0);
-        for (float share : TRIED_STEPS) {
-            const uint16_t rounded = float_to_bf16(usual * share);
+        for (int64_t attempt = 0; attempt < a.tries; ++attempt) {
+            const uint16_t rounded = float_to_bf16(usual * a.shares[attempt]);
             F error{};
             I scale = set(0);
             for (int s = 0; s <= SCALE_MASK; ++s) {
@@ -175,7 +171,7 @@ void quantize_block(const QuantizeArgs& a, int64_t block) {
             if (block * ROWS + r < a.rows) load_row(a, block * ROWS + r, begin, width, row);
             rotate(row, width / 16);
             scale_down(row, width / 16);
-            quantize_row<Format>(row, width, steps[r], scales[r], codes + r * SUPER);
+            quantize_row<Format>(a, row, width, steps[r], scales[r], codes + r * SUPER);
         }
         memcpy(out, steps, sizeof steps);
         if (Format::GROUP) memcpy(out + sections.scales, scales, sizeof scales);

@@ -23,13 +23,10 @@ from moesaic.formats import WeightFormat
 from moesaic.formats._blocks import PAD, SUPER
 from moesaic.formats._planes import ROWS
 from moesaic.formats._rotation import rotate_activations, rotate_weights
-from moesaic.formats._tiles import GROUP, SCALES, TRIED_STEPS, Tiled, inverse, rounded
+from moesaic.formats._tiles import GROUP, SCALES, TRIED_STEPS, Choice, Tiled, best_choice, inverse, rounded
 
 DAMPING = 0.01
 """What is added to the diagonal of a Hessian, as a fraction of its mean (arXiv:2210.17323 §3.3)."""
-
-Choice = tuple[Tensor, ...]
-"""A loss [R], and tensors [R] or [R, n] that belong to it."""
 
 
 def is_fed_back(weight_format: WeightFormat | None) -> bool:
@@ -94,19 +91,9 @@ def feed_back(weight_format: Tiled, rotated: Tensor, factor: Tensor) -> Iterator
         part, inside = rotated[:, begin:end], factor[begin:end, begin:end]
         usual = part.square().mean(1).sqrt() * weight_format.usual_step
         tried = [_superblock(weight_format, part, inside, rounded(usual * share)) for share in TRIED_STEPS]
-        _, errors, step, scale, codes = _best(tried)
+        _, errors, step, scale, codes = best_choice(tried)
         rotated[:, end:].addmm_(errors, factor[begin:end, end:], alpha=-1)
         yield step, scale, codes
-
-
-def _best(choices: list[Choice]) -> Choice:
-    """Return, for each row, the choice with the least loss."""
-    best = choices[0]
-    for choice in choices[1:]:
-        less = choice[0] < best[0]
-        pairs = zip(choice, best, strict=True)
-        best = tuple(torch.where(less if a.dim() == 1 else less[:, None], a, b) for a, b in pairs)
-    return best
 
 
 def _superblock(weight_format: Tiled, rotated: Tensor, factor: Tensor, step: Tensor) -> Choice:
@@ -115,7 +102,7 @@ def _superblock(weight_format: Tiled, rotated: Tensor, factor: Tensor, step: Ten
     for begin in range(0, rotated.shape[1], GROUP):
         end = begin + GROUP
         part, inside = left[:, begin:end], factor[begin:end, begin:end]
-        best = _best([_group(weight_format, part, inside, step, scale) for scale in SCALES])
+        best = best_choice([_group(weight_format, part, inside, step, scale) for scale in SCALES])
         left[:, end:].addmm_(best[1], factor[begin:end, end:], alpha=-1)
         groups.append(best)
     loss, errors, scale, codes = zip(*groups, strict=True)

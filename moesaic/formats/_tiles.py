@@ -24,6 +24,7 @@ int8 has no scales.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -109,18 +110,12 @@ class Tiled(Blocked):
             codes = (rotated * inverse(step)[:, None]).round().clamp(-127, 127) + 128
             return step, rotated.new_zeros(len(rotated), 0), codes
         usual = rotated.square().mean(1).sqrt() * self.usual_step
-        best: tuple[Tensor, ...] | None = None
+        tried = []
         for share in TRIED_STEPS:
             step = rounded(usual * share)
             scale, error = self.best_scales(rotated, step)
-            candidate: tuple[Tensor, ...] = (error.sum(1), step, scale)
-            if best is not None:
-                less = candidate[0] < best[0]
-                pairs = zip(candidate, best, strict=True)
-                candidate = tuple(torch.where(less if a.dim() == 1 else less[:, None], a, b) for a, b in pairs)
-            best = candidate
-        assert best is not None
-        _, step, scale = best
+            tried.append((error.sum(1), step, scale))
+        _, step, scale = best_choice(tried)
         return step, scale, self.codes(rotated, step, scale)
 
     def best_scales(self, rotated: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,6 +138,20 @@ class Tiled(Blocked):
 def inverse(step: Tensor) -> Tensor:
     """Return 1 / step; 1 where the step is 0, because all weights are 0 then."""
     return 1 / nonzero(step)
+
+
+Choice = tuple[Tensor, ...]
+"""A loss [R], and tensors [R] or [R, n] that belong to it."""
+
+
+def best_choice(choices: Sequence[Choice]) -> Choice:
+    """Return, for each row, the choice with the least loss."""
+    best = choices[0]
+    for choice in choices[1:]:
+        less = choice[0] < best[0]
+        pairs = zip(choice, best, strict=True)
+        best = tuple(torch.where(less if a.dim() == 1 else less[:, None], a, b) for a, b in pairs)
+    return best
 
 
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:

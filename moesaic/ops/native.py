@@ -103,14 +103,8 @@ _Draw = _struct(
 )
 _Quantize = _struct(
     "quantize",
-    *(
-        ("format", c_int),
-        ("type", c_int),
-        ("rows", c_int64),
-        ("columns", c_int64),
-        ("x", c_void_p),
-        ("weight", c_void_p),
-    ),
+    *(("format", c_int), ("type", c_int), ("usual_step", c_float), ("rows", c_int64), ("columns", c_int64)),
+    *(("shares", c_void_p), ("tries", c_int64), ("x", c_void_p), ("weight", c_void_p)),
 )
 _FeedBack = _struct(
     "feed_back",
@@ -322,14 +316,15 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
+    kind = weight.format
+    assert isinstance(kind, Tiled)
     [data] = weight.parts().values()
-    plain = _native(plain.to(data.device))
-    entries = [index] if index is not None else range(weight.shape[0]) if len(weight.shape) == 3 else [None]
-    for entry in entries:
-        source = plain if index is not None or entry is None else plain[entry]
-        target = data if entry is None else data[entry]
-        fields = (_number(weight.name), TYPES[source.dtype], *weight.shape[-2:])
-        _run(_Quantize(*fields, _address(source), _address(target)))
+    target, plain = data if index is None else data[index], _native(plain.to(data.device))
+    shares, sizes = torch.tensor(TRIED_STEPS), plain.shape[-2:]
+    fields = (_number(weight.name), TYPES[plain.dtype], kind.usual_step, *sizes, _address(shares), len(shares))
+    matrices = zip(plain, target, strict=True) if plain.dim() == 3 else [(plain, target)]
+    for matrix, tiles in matrices:
+        _run(_Quantize(*fields, _address(matrix), _address(tiles)))
 
 
 def quantize_with_feedback(weight: Packed, plain: Tensor, factor: Tensor, index: int | None = None) -> None:
