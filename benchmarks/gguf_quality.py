@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moesaic.bench import quality, report
+from moesaic.bench.divergence import kl_divergence
 from moesaic.bench.windows import document
 from moesaic.convert import convert
 from moesaic.llm import LLM
@@ -86,8 +87,7 @@ def divergence(expected: Tensor, found: Tensor) -> dict[str, float]:
     """Return the divergence of ``found`` from ``expected``, logits [tokens, vocabulary], in nats per token."""
     parts = []
     for p, q in zip(expected.split(ROWS), found.split(ROWS), strict=True):
-        log_p, log_q = p.double().log_softmax(1), q.double().log_softmax(1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(1))
+        parts.append(kl_divergence(p.double().log_softmax(1), q.double().log_softmax(1)))
     nats = torch.cat(parts)
     return {
         "mean": float(nats.mean()),

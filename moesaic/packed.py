@@ -51,6 +51,15 @@ class PackedManifest:
         """Return the format of each role of weights, and of single tensors by name, as ``models.build`` takes them."""
         return {name: formats.load(text) for name, text in self.formats.items()}
 
+    def build(self, path: Path) -> Decoder:
+        """Return the model on the meta device, where its weights take no memory; ``path`` is named in errors.
+
+        Raises:
+            ConfigError: the configuration of the model is not understood.
+        """
+        dtype = getattr(torch, self.dtype)
+        return models.build(self.config, path, self.weight_formats(), dtype=dtype, device="meta")
+
 
 def is_packed(path: Path) -> bool:
     """Return whether ``path`` is a folder of packed weights."""
@@ -87,18 +96,27 @@ def pack(
     if weight_format is not None:
         models.choose(weight_format, "float32")  # refuses an unknown format before anything is read
     with checkpoints.open_checkpoint(src) as checkpoint:
-        name = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
         if weight_format is None and not checkpoint.kept_formats():
             raise InvalidParameter("format", f"is missing: {checkpoint.path} has no quantized weights that can be kept")
-        chosen = choose_formats(checkpoint, weight_format, name, requantize=requantize)
+        manifest = manifest_for(checkpoint, weight_format, dtype, requantize=requantize)
         with _write.new_folder(Path(dst), checkpoint) as folder:
-            names = {key: str(value) for key, value in chosen.items()}
-            manifest = PackedManifest(name, names, dict(checkpoint.config), _write.generation_config(checkpoint))
 
             def store_weights(model: Decoder) -> None:
                 checkpoints.load_weights(model.slots(), checkpoint, progress=progress)
 
             create(folder, manifest, store_weights)
+
+
+def manifest_for(checkpoint: Checkpoint, weight_format: str | None, dtype: str, *, requantize: bool) -> PackedManifest:
+    """Return the manifest of the packed folder that ``pack`` makes of a checkpoint; arguments are those of ``pack``.
+
+    Raises:
+        InvalidParameter: the format would round quantized weights.
+    """
+    plain = checkpoints.stored_dtype(checkpoint) if dtype == "auto" else dtype
+    chosen = choose_formats(checkpoint, weight_format, plain, requantize=requantize)
+    names = {key: str(value) for key, value in chosen.items()}
+    return PackedManifest(plain, names, dict(checkpoint.config), _write.generation_config(checkpoint))
 
 
 def choose_formats(
@@ -160,8 +178,7 @@ def begin(folder: Path, manifest: PackedManifest, *, resume: bool = False) -> De
         CheckpointError: the file that is kept is not that of this model.
         OSError: the file cannot be written.
     """
-    dtype = getattr(torch, manifest.dtype)
-    model = models.build(manifest.config, folder, manifest.weight_formats(), dtype=dtype, device="meta")
+    model = manifest.build(folder)
     if not resume:
         _write_header(model, folder / WEIGHTS)
     _map_weights(model, folder / WEIGHTS, shared=True)
@@ -217,8 +234,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: a file is missing, damaged or not understood.
     """
     manifest = read_manifest(path)
-    dtype = getattr(torch, manifest.dtype)
-    model = models.build(manifest.config, path, manifest.weight_formats(), dtype=dtype, device="meta")
+    model = manifest.build(path)
     _map_weights(model, path / WEIGHTS, shared=False)
     views = {slot.name: packed_view(slot, path / WEIGHTS) for slot in model.slots()}
     return Checkpoint("packed", path, manifest.config, manifest.generation, views, lambda: None, manifest.dtype)

@@ -316,14 +316,15 @@ def test_list(what: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_constants_match_the_modules() -> None:
-    from moesaic import checkpoints
+    from moesaic import calibration, checkpoints, load_options
     from moesaic.bench import windows
     from moesaic.checkpoints import _targets
-    from moesaic.cli import quality
+    from moesaic.cli import quality, quantize
     from moesaic.engine import Sampling
 
-    assert ("auto", *checkpoints.FLOAT_DTYPES) == cli.DTYPES
+    assert ("auto", *checkpoints.FLOAT_DTYPES) == load_options.DTYPES
     assert tuple(_targets.QUANTIZATIONS) == cli.QUANTIZATIONS
+    assert calibration.Settings("q4").tokens == quantize.TOKENS
     assert set(cli.SAMPLING) <= set(Sampling.__dataclass_fields__)
     assert quality.CONVENTIONS == windows.CONVENTIONS
 

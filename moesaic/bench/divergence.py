@@ -142,10 +142,15 @@ class Values:
     """Probability of the text's token in the model, less that in the reference."""
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return the divergence [R] of the distribution q from p in nats, for log-probabilities [R, V]."""
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
 def comparison(expected: Tensor, found: Tensor, targets: Tensor) -> Tensor:
     """Return the columns of ``Values`` [R, 5] for the reference's logits [R, V], the model's, and the tokens [R]."""
     log_p, log_q = expected.double().log_softmax(1), found.to(expected.device).double().log_softmax(1)
-    divergences = (log_p.exp() * (log_p - log_q)).sum(1)
+    divergences = kl_divergence(log_p, log_q)
     log_p_target, log_q_target = (x.gather(1, targets[:, None])[:, 0] for x in (log_p, log_q))
     same = (log_p.argmax(1) == log_q.argmax(1)).double()
     differences = log_q_target.exp() - log_p_target.exp()

@@ -109,16 +109,13 @@ def quantize(
     target = Path(dst)
     _write.check_new(target)
     with checkpoints.open_checkpoint(src) as checkpoint, _unfinished(target) as (folder, file):
-        dtype = checkpoints.stored_dtype(checkpoint) if settings.dtype == "auto" else settings.dtype
-        chosen = packed.choose_formats(checkpoint, settings.format, dtype, requantize=settings.requantize)
-        given = {**asdict(settings), "dtype": dtype, "source": _identity(checkpoint)}
+        manifest = packed.manifest_for(checkpoint, settings.format, settings.dtype, requantize=settings.requantize)
+        given = {**asdict(settings), "dtype": manifest.dtype, "source": _identity(checkpoint)}
         state = _read_state(file, given)
         if state is None:
             ids = [list(sequence) for sequence in sequences()]
             if not any(ids):
                 raise InvalidParameter("calibrate", "has no text")
-            names = {key: str(value) for key, value in chosen.items()}
-            manifest = PackedManifest(dtype, names, dict(checkpoint.config), _write.generation_config(checkpoint))
             state = State(given, asdict(manifest), ids)
         _run(state, folder, file, checkpoint, progress)
         packed.finish(folder, PackedManifest(**state.manifest))

@@ -16,8 +16,14 @@ import torch
 from moesaic.checkpoints import Checkpoint
 from moesaic.checkpoints._compressed import FLOATS
 from moesaic.checkpoints._compressed_settings import PACKED
-from moesaic.checkpoints._hf_write import write_hf
-from moesaic.checkpoints._integer_weights import IntegerWeight, Layout, Made, Plan, plan, quantized_views
+from moesaic.checkpoints._integer_weights import (
+    IntegerModules,
+    IntegerWeight,
+    Layout,
+    Made,
+    integer_modules,
+    write_modules,
+)
 from moesaic.checkpoints._packed_integers import WORD, pack_integers
 from moesaic.checkpoints._views import TensorInfo, View
 from moesaic.checkpoints._write import WriteOptions
@@ -33,17 +39,16 @@ def write(source: Checkpoint, path: Path, options: WriteOptions) -> None:
         CheckpointError: a quantized weight is not such integers, or there is none; or the source cannot be read, or the
             target cannot be written.
     """
-    found = plan(source, "compressed-tensors", BITS, FLOATS, decode=options.decode, fits=_problem)
-    tensors = quantized_views(source, found, functools.partial(_views, plan=found))
-    settings = {"quantization_config": _settings(source, found)}
-    write_hf(source, path, tensors, {**source.config, **settings}, options)
+    found = integer_modules(source, "compressed-tensors", BITS, FLOATS, decode=options.decode, fits=_problem)
+    tensors = functools.partial(_views, found=found)
+    write_modules(source, path, options, found, tensors, _settings(source, found))
 
 
 def _problem(_weight: IntegerWeight, layout: Layout) -> str | None:
     return None if layout.ordered else "their groups are no consecutive columns (act-order), which only gptq can hold"
 
 
-def _settings(source: Checkpoint, found: Plan) -> dict[str, Any]:
+def _settings(source: Checkpoint, found: IntegerModules) -> dict[str, Any]:
     targets: dict[Layout, list[str]] = {}
     for name, (_, layout) in found.modules.items():
         targets.setdefault(layout, []).append(name)
@@ -72,25 +77,22 @@ def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
-def _views(name: str, plan: Plan) -> Mapping[str, View]:
+def _views(name: str, found: IntegerModules) -> Mapping[str, View]:
     """Return the tensors of the module ``name``."""
-    weight, layout = plan.modules[name]
+    weight, layout = found.modules[name]
     rows, columns = weight.shape
     groups = columns // layout.group if layout.group else 1
-    bits, scale = layout.bits, plan.scales[name]
-
-    def made(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> View:
-        return Made(TensorInfo(shape, dtype, weight.file), lambda: make(weight.read(layout)))
-
+    bits, scale = layout.bits, found.scales[name]
+    made = functools.partial(found.view, name)
     views = {
         f"{name}.weight_packed": made(
-            (rows, -(-columns * bits // WORD)), torch.int32, lambda found: pack_integers(found.codes, 1, bits)
+            (rows, -(-columns * bits // WORD)), torch.int32, lambda integers: pack_integers(integers.codes, 1, bits)
         ),
-        f"{name}.weight_scale": made((rows, groups), scale, lambda found: found.scale.to(scale)),
+        f"{name}.weight_scale": made((rows, groups), scale, lambda integers: integers.scale.to(scale)),
         f"{name}.weight_shape": Made(TensorInfo((2,), torch.int64, weight.file), lambda: torch.tensor([rows, columns])),
     }
     if not layout.symmetric:
         views[f"{name}.weight_zero_point"] = made(
-            (-(-rows * bits // WORD), groups), torch.int32, lambda found: pack_integers(found.zeros, 0, bits)
+            (-(-rows * bits // WORD), groups), torch.int32, lambda integers: pack_integers(integers.zeros, 0, bits)
         )
     return views

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moesaic.checkpoints._exact import Inexact, exact_cast
 from moesaic.checkpoints._gguf_blocks import DECODERS
 from moesaic.checkpoints._views import CodedView
 from moesaic.formats import Codes
@@ -18,10 +19,6 @@ from moesaic.formats.grouped import Format
 _BY_FORMAT = {decoder.format: name for name, decoder in DECODERS.items()}
 _GENERAL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """Types for integer codes of groups of 32 columns with a float16 scale, the smallest first."""
-
-
-class Inexact(Exception):
-    """No type holds the weights exactly. The text is a clause that says why."""
 
 
 def exact_types(view: CodedView) -> tuple[str, ...]:
@@ -44,7 +41,7 @@ def exact_types(view: CodedView) -> tuple[str, ...]:
     codes = view.codes()
     found = tuple(name for name in _GENERAL if recoded(name, view.format, codes) is not None)
     if not found:
-        exact = _cast(codes.scale, torch.float16) is not None
+        exact = exact_cast(codes.scale, torch.float16) is not None
         raise Inexact("no type has their levels and zero points" if exact else "their scales are not float16 numbers")
     return found
 
@@ -59,17 +56,17 @@ def recoded(kind: str, source: Format, codes: Codes) -> Codes | None:
     offset = None if codes.offset is None else _regrouped(codes.offset, source.group, columns)
     if scale is None or (codes.offset is not None and offset is None):
         return None
-    scale = _cast(scale, torch.float16)
+    scale = exact_cast(scale, torch.float16)
     if scale is None:
         return None
     if source.offset == "value":
-        offset = None if offset is None else _cast(offset, torch.float16)
+        offset = None if offset is None else exact_cast(offset, torch.float16)
         if target.offset != "value" or source.bits > target.bits or offset is None:
             return None
         return Codes(codes.codes, scale, offset)
     zero = torch.full_like(scale, 1 << (source.bits - 1)) if offset is None else offset
     if target.offset == "value":
-        offset = _cast(scale.float() * zero.float(), torch.float16)
+        offset = exact_cast(scale.float() * zero.float(), torch.float16)
         return None if source.bits > target.bits or offset is None else Codes(codes.codes, scale, offset)
     levels = codes.codes.short().unflatten(-1, (-1, target.group)) - zero.short()[..., None]
     shifted = levels + (1 << (target.bits - 1))
@@ -85,9 +82,3 @@ def _regrouped(numbers: Tensor, group: int, columns: int) -> Tensor | None:
             return None
         return numbers[..., ::2]
     return numbers.repeat_interleave(group // 32, -1)[..., : columns // 32]
-
-
-def _cast(numbers: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return ``numbers`` in ``dtype``; None if one of them changes."""
-    cast = numbers.to(dtype)
-    return cast if torch.equal(cast.float(), numbers.float()) else None

@@ -18,9 +18,10 @@ from torch import Tensor
 from moesaic import gguf
 from moesaic.checkpoints import Checkpoint, check_head
 from moesaic.checkpoints._decoder import DecoderConfig
+from moesaic.checkpoints._exact import Inexact
 from moesaic.checkpoints._gguf_blocks import DECODERS
 from moesaic.checkpoints._gguf_encoders import encode_rows
-from moesaic.checkpoints._gguf_exact import Inexact, exact_types, recoded
+from moesaic.checkpoints._gguf_exact import exact_types, recoded
 from moesaic.checkpoints._gguf_metadata import own_header, parse, records, rope_factors
 from moesaic.checkpoints._gguf_names import ROPE_FACTORS, ROTARY, gguf_name
 from moesaic.checkpoints._gguf_tensors import PLAIN

@@ -16,10 +16,16 @@ from torch import Tensor
 
 from moesaic.checkpoints import Checkpoint
 from moesaic.checkpoints._gptq import BITS
-from moesaic.checkpoints._hf_write import write_hf
-from moesaic.checkpoints._integer_weights import Integers, IntegerWeight, Layout, Made, Plan, plan, quantized_views
+from moesaic.checkpoints._integer_weights import (
+    IntegerModules,
+    Integers,
+    IntegerWeight,
+    Layout,
+    integer_modules,
+    write_modules,
+)
 from moesaic.checkpoints._packed_integers import WORD, pack_integers
-from moesaic.checkpoints._views import TensorInfo, View
+from moesaic.checkpoints._views import View
 from moesaic.checkpoints._write import WriteOptions
 
 SCALES = (torch.float16, torch.bfloat16)
@@ -34,11 +40,10 @@ def write(source: Checkpoint, path: Path, options: WriteOptions) -> None:
         CheckpointError: a quantized weight is not such integers, or there is none; or the source cannot be read, or the
             target cannot be written.
     """
-    found = plan(source, "gptq", BITS, SCALES, decode=options.decode, fits=_problem)
+    found = integer_modules(source, "gptq", BITS, SCALES, decode=options.decode, fits=_problem)
     version = "gptq_v2" if found.least_zero == 0 else "gptq"
-    tensors = quantized_views(source, found, functools.partial(_views, version=version, plan=found))
-    settings = {"quantization_config": _settings(source, found, version)}
-    write_hf(source, path, tensors, {**source.config, **settings}, options)
+    tensors = functools.partial(_views, version=version, found=found)
+    write_modules(source, path, options, found, tensors, _settings(source, found, version))
 
 
 def _problem(weight: IntegerWeight, layout: Layout) -> str | None:
@@ -49,7 +54,7 @@ def _problem(weight: IntegerWeight, layout: Layout) -> str | None:
     return None
 
 
-def _settings(source: Checkpoint, found: Plan, version: str) -> dict[str, Any]:
+def _settings(source: Checkpoint, found: IntegerModules, version: str) -> dict[str, Any]:
     common = found.common
     settings: dict[str, Any] = {
         "quant_method": "gptq",
@@ -70,27 +75,25 @@ def _settings(source: Checkpoint, found: Plan, version: str) -> dict[str, Any]:
     return settings | ({"dynamic": others} if others else {})
 
 
-def _views(name: str, version: str, plan: Plan) -> Mapping[str, View]:
+def _views(name: str, version: str, found: IntegerModules) -> Mapping[str, View]:
     """Return the tensors of the module ``name``."""
-    weight, layout = plan.modules[name]
+    weight, layout = found.modules[name]
     rows, columns = weight.shape
     groups = columns // layout.group if layout.group else 1
-    bits, scale = layout.bits, plan.scales[name]
+    bits, scale = layout.bits, found.scales[name]
+    made = functools.partial(found.view, name)
 
-    def made(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> View:
-        return Made(TensorInfo(shape, dtype, weight.file), lambda: make(weight.read(layout)))
+    def zeros(integers: Integers) -> Tensor:
+        return pack_integers((integers.zeros - int(version == "gptq")).T, 1, bits)
 
-    def zeros(found: Integers) -> Tensor:
-        return pack_integers((found.zeros - int(version == "gptq")).T, 1, bits)
-
-    def g_idx(found: Integers) -> Tensor:
-        return (torch.arange(columns) // (columns // groups) if found.groups is None else found.groups).int()
+    def g_idx(integers: Integers) -> Tensor:
+        return (torch.arange(columns) // (columns // groups) if integers.groups is None else integers.groups).int()
 
     return {
         f"{name}.qweight": made(
-            (columns * bits // WORD, rows), torch.int32, lambda found: pack_integers(found.codes.T, 0, bits)
+            (columns * bits // WORD, rows), torch.int32, lambda integers: pack_integers(integers.codes.T, 0, bits)
         ),
         f"{name}.qzeros": made((groups, rows * bits // WORD), torch.int32, zeros),
-        f"{name}.scales": made((groups, rows), scale, lambda found: found.scale.T.to(scale)),
+        f"{name}.scales": made((groups, rows), scale, lambda integers: integers.scale.T.to(scale)),
         f"{name}.g_idx": made((columns,), torch.int32, g_idx),
     }

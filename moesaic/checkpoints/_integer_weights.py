@@ -14,13 +14,17 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesaic.checkpoints import Checkpoint
+from moesaic.checkpoints._exact import Inexact, exact_cast
+from moesaic.checkpoints._hf_write import write_hf
 from moesaic.checkpoints._views import CodedView, Index, TensorInfo, View, bounds
-from moesaic.checkpoints._write import views
+from moesaic.checkpoints._write import WriteOptions, views
 from moesaic.errors import CheckpointError
 from moesaic.formats.grouped import Format
 
@@ -30,10 +34,6 @@ _PRODUCT = re.compile(r"lm_head\.weight|score\.weight|model\.layers\.\d+\..+\.(?
 """Names of the weights of matrix products."""
 _SHIFTED = (4, 8)
 """Bits of codes that are shifted."""
-
-
-class Inexact(Exception):
-    """The weights are no such integers. The text is a clause that says why."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Plan:
+class IntegerModules:
     """The quantized modules of a checkpoint that are written as integers.
 
     Attributes:
@@ -213,6 +213,11 @@ class Plan:
         names = [name.removesuffix(".weight") for name in source.tensors if _PRODUCT.fullmatch(name)]
         return [name for name in names if name not in self.modules]
 
+    def view(self, module: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[Integers], Tensor]) -> View:
+        """Return a view of the tensor that ``make`` returns for the integers of a module."""
+        weight, layout = self.modules[module]
+        return Made(TensorInfo(shape, dtype, weight.file), lambda: make(weight.read(layout)))
+
     @functools.cached_property
     def common(self) -> Layout:
         """The layout of most modules."""
@@ -220,16 +225,26 @@ class Plan:
         return max(dict.fromkeys(layouts), key=layouts.count)
 
 
-def quantized_views(source: Checkpoint, found: Plan, tensors: Callable[[str], Mapping[str, View]]) -> dict[str, View]:
-    """Return the tensors to write: ``tensors`` of each quantized module, and all others of ``source`` as they are."""
+def write_modules(
+    source: Checkpoint,
+    path: Path,
+    options: WriteOptions,
+    found: IntegerModules,
+    tensors: Callable[[str], Mapping[str, View]],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write Hugging Face's layout: ``tensors`` of each quantized module, and all others of ``source`` as they are.
+
+    ``settings`` become the ``quantization_config``. Errors are those of ``write_hf``.
+    """
     out: dict[str, View] = {}
     for name, view in views(source).items():
         module = name.removesuffix(".weight")
         out |= tensors(module) if module in found.modules and name != module else {name: view}
-    return out
+    write_hf(source, path, out, {**source.config, "quantization_config": settings}, options)
 
 
-def plan(
+def integer_modules(
     source: Checkpoint,
     target: str,
     widths: Collection[int],
@@ -237,7 +252,7 @@ def plan(
     *,
     decode: bool,
     fits: Callable[[IntegerWeight, Layout], str | None] = lambda _weight, _layout: None,
-) -> Plan:
+) -> IntegerModules:
     """Return the modules of ``source`` to write as integers; other weights are written as floats.
 
     All modules get groups of the same size, the largest that divides those of each, or one group for a row if that
@@ -265,7 +280,10 @@ def plan(
         weight = IntegerWeight(match[1], view, widths)
         try:
             layout, scale, zeros = weight.survey()
-            dtype = next((dtype for dtype in (scale.dtype, *dtypes) if dtype in dtypes and _holds(scale, dtype)), None)
+            dtype = next(
+                (dtype for dtype in (scale.dtype, *dtypes) if dtype in dtypes and exact_cast(scale, dtype) is not None),
+                None,
+            )
             if dtype is None:
                 raise Inexact(f"their scales are no {_names(dtypes)} numbers")
             if problem := fits(weight, layout):
@@ -284,11 +302,7 @@ def plan(
     sizes = [layout.group for _, layout in found.values() if layout.group is not None]
     group = math.gcd(*sizes, *(weight.shape[1] for weight, _ in found.values())) if sizes else None
     modules = {name: (weight, replace(layout, group=group)) for name, (weight, layout) in found.items()}
-    return Plan(modules, scales, least)
-
-
-def _holds(numbers: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(numbers.to(dtype).float(), numbers.float())
+    return IntegerModules(modules, scales, least)
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

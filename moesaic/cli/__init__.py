@@ -21,15 +21,15 @@ from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
 from moesaic.cli.bench import add_bench
 from moesaic.cli.cluster import add_gateway, add_worker
-from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_model, add_requantize, folder, load_options
+from moesaic.cli.flags import Commands, add_command, add_model, folder, load_options
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
 from moesaic.cli.loading import collection_paused
 from moesaic.cli.quality import add_eval, add_perplexity
-from moesaic.cli.quantize import add_quantize
+from moesaic.cli.quantize import add_pack, add_quantize
 from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
-from moesaic.load_options import CACHE_DTYPES, DTYPES
+from moesaic.load_options import CACHE_DTYPES
 
 if TYPE_CHECKING:
     from moesaic.llm import LLM
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         add_batch,
         _add_pull,
         _add_convert,
-        _add_pack,
+        add_pack,
         add_quantize,
         _add_list,
         add_perplexity,
@@ -267,41 +267,6 @@ def _convert(args: argparse.Namespace) -> int:
 
     with bar(f"converting to {args.to}") as progress:
         convert(args.src, args.dst, args.to, args.shards, progress, decode=args.decode)
-    return 0
-
-
-def _add_pack(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "pack",
-        _pack,
-        "quantize a model into a folder that loads without conversion",
-        "The folder has the weights in the format of the kernels, so that later commands map it into memory instead "
-        "of reading and quantizing the model again. It appears only when it is complete.",
-        "moesaic pack ./mixtral ./mixtral-q4 --format q4",
-        "moesaic pack ./mixtral ./mixtral-small --format experts=int2,attention=int8",
-        "moesaic pack mixtral.Q4_K_M.gguf ./mixtral-q4km",
-    )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
-    parser.add_argument(
-        "--format",
-        metavar="F",
-        help="q8, q4, q3, q2, a format of `moesaic list formats`, or role=format,...; default: keep quantized weights",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="data type of activations and of weights that are not quantized"
-    )
-    add_requantize(parser)
-
-
-def _pack(args: argparse.Namespace) -> int:
-    from moesaic import packed
-    from moesaic.console.progress import bar
-
-    path = folder(args.model)
-    with bar("packing") as progress:
-        packed.pack(path, args.dst, args.format, args.dtype, requantize=args.requantize, progress=progress)
     return 0
 
 

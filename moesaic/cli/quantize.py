@@ -1,4 +1,4 @@
-"""``moesaic quantize``: quantizes a model with calibration into a packed folder."""
+"""``moesaic pack`` and ``moesaic quantize``: write a model as a packed folder, rounded to nearest or calibrated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,36 @@ from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_requantize,
 from moesaic.load_options import DTYPES
 
 TOKENS = 16384
+
+
+def add_pack(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "pack",
+        _pack,
+        "quantize a model into a folder that loads without conversion",
+        "The folder has the weights in the format of the kernels, so that later commands map it into memory instead "
+        "of reading and quantizing the model again. It appears only when it is complete.",
+        "moesaic pack ./mixtral ./mixtral-q4 --format q4",
+        "moesaic pack ./mixtral ./mixtral-small --format experts=int2,attention=int8",
+        "moesaic pack mixtral.Q4_K_M.gguf ./mixtral-q4km",
+    )
+    _add_folders(parser)
+    parser.add_argument(
+        "--format",
+        metavar="F",
+        help="q8, q4, q3, q2, a format of `moesaic list formats`, or role=format,...; default: keep quantized weights",
+    )
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from moesaic import packed
+    from moesaic.console.progress import bar
+
+    path = folder(args.model)
+    with bar("packing") as progress:
+        packed.pack(path, args.dst, args.format, args.dtype, requantize=args.requantize, progress=progress)
+    return 0
 
 
 def add_quantize(commands: Commands) -> None:
@@ -24,8 +54,7 @@ def add_quantize(commands: Commands) -> None:
         "moesaic quantize ./mixtral ./mixtral-small --format experts=int2,attention=int8 --calibrate texts.jsonl.xz",
         "moesaic quantize smollm2 ./smollm2-q3 --format q3 --requantize",
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
+    _add_folders(parser)
     parser.add_argument(
         "--format",
         metavar="F",
@@ -43,12 +72,8 @@ def add_quantize(commands: Commands) -> None:
         "--tokens", type=int, default=TOKENS, metavar="N", help=f"calibration tokens (default {TOKENS})"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="data type of activations and of weights that are not quantized"
-    )
-    parser.add_argument(
         "--heat-map", type=Path, metavar="FILE", help="draw the calibration tokens of each expert to a .png or .svg"
     )
-    add_requantize(parser)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -75,3 +100,13 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.heat_map:
         heat_map.draw(usage, args.heat_map)
     return 0
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    """Add the model to read, the folder to write, and how its weights are read."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder to create")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of activations and of weights that are not quantized"
+    )
+    add_requantize(parser)
