@@ -71,12 +71,39 @@ bool valid(const Args&) {
     return true;
 }
 
-// Every expert id must be in range: it selects the memory that is read.
-bool valid(const ExpertsArgs& a) {
-    for (int64_t i = 0; i < a.tokens * a.choices; ++i) {
-        if (a.ids[i] < 0 || a.ids[i] >= a.experts) return false;
+// Every id must be in range: it selects the memory that is read.
+bool in_range(const int64_t* ids, int64_t count, int64_t end) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (ids[i] < 0 || ids[i] >= end) return false;
     }
     return true;
+}
+bool valid(const ExpertsArgs& a) { return in_range(a.ids, a.tokens * a.choices, a.experts); }
+bool valid(const EmbeddingArgs& a) { return in_range(a.ids, a.tokens, a.rows); }
+
+// Ops return one of these; moesaic/ops/native.py raises an error for each but OK.
+enum Status : int { OK, OUT_OF_MEMORY, ID_OUT_OF_RANGE };
+
+enum Op : int64_t {
+#define MOESAIC_NUMBER(op, Args) OP_##op,
+    MOESAIC_OPS(MOESAIC_NUMBER)
+#undef MOESAIC_NUMBER
+};
+
+// Run a call of any op.
+Status run(const Call& call) {
+    switch (call.op) {
+#define MOESAIC_CASE(op, Args)                                 \
+    case OP_##op: {                                            \
+        const Args& a = *static_cast<const Args*>(call.arguments); \
+        if (!valid(a)) return ID_OUT_OF_RANGE;                 \
+        kernels->op(a);                                        \
+        return OK;                                             \
+    }
+        MOESAIC_OPS(MOESAIC_CASE)
+#undef MOESAIC_CASE
+    }
+    return OK;
 }
 
 }  // namespace
@@ -116,28 +143,27 @@ void moesaic_set_threads(int count) {
     set_threads(count);
 }
 
-// Ops return one of these; moesaic/ops/native.py raises an error for each but OK.
-enum Status : int { OK, OUT_OF_MEMORY, ID_OUT_OF_RANGE };
+// Return the names of the ops in the order of their numbers, each followed by a space.
+const char* moesaic_ops() {
+    return
+#define MOESAIC_NAME_OF(op, Args) #op " "
+        MOESAIC_OPS(MOESAIC_NAME_OF)
+#undef MOESAIC_NAME_OF
+        ;
+}
 
-#define MOESAIC_OP(op, Args)                      \
-    int moesaic_##op(const Args* a) {             \
-        if (!valid(*a)) return ID_OUT_OF_RANGE;   \
-        OpLock lock;                              \
-        try {                                     \
-            kernels->op(*a);                      \
-        } catch (const std::bad_alloc&) {         \
-            return OUT_OF_MEMORY;                 \
-        }                                         \
-        return OK;                                \
+// Run calls one after another. Return the status of the first that fails; those after it are not run.
+int moesaic_run(const Call* calls, int64_t count) {
+    OpLock lock;
+    try {
+        for (int64_t i = 0; i < count; ++i) {
+            if (const Status status = run(calls[i])) return status;
+        }
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
     }
-MOESAIC_OP(linear, LinearArgs)
-MOESAIC_OP(experts, ExpertsArgs)
-MOESAIC_OP(attention, AttentionArgs)
-MOESAIC_OP(rms_norm, NormArgs)
-MOESAIC_OP(rope, RopeArgs)
-MOESAIC_OP(truncate, TruncateArgs)
-MOESAIC_OP(draw, DrawArgs)
-MOESAIC_OP(quantize, QuantizeArgs)
+    return OK;
+}
 
 int moesaic_feed_back(const FeedBackArgs* a) {
     OpLock lock;

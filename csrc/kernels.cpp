@@ -7,7 +7,9 @@
 #include "grouped.h"
 #include "measure.h"
 #include "plain.h"
+#include "pointwise.h"
 #include "pool.h"
+#include "rows.h"
 #include "sampling.h"
 
 namespace moesaic::MOESAIC_ISA {
@@ -15,23 +17,6 @@ namespace {
 
 constexpr int64_t TILES_PER_PASS = 288 / TILE;  // tiles that share one pass over the weights
 constexpr int64_t BLOCKS_PER_TASK = 4;          // blocks of a task, which share one pass over the tokens
-constexpr int64_t SERIAL_BELOW = 1 << 19;       // multiplications below which waking a thread does not pay
-constexpr int64_t COST_PER_VALUE = 32;          // cost of reading and writing a value, in multiplications
-
-// Run the tasks in parallel, or in the calling thread if their total cost is small.
-template <class Body>
-void parallel_for_or_inline(int64_t count, int64_t multiplications, Body&& body) {
-    if (multiplications <= SERIAL_BELOW) {
-        for (int64_t i = 0; i < count; ++i) body(i, 0);
-    } else {
-        parallel_for(count, body);
-    }
-}
-
-int width_of(int64_t columns, int64_t s) {
-    const int64_t left = columns - s * SUPER;
-    return int(left < SUPER ? left : SUPER);
-}
 
 int64_t size_of(Type type) { return type == Type::int8 ? 1 : type == Type::float32 ? 4 : 2; }
 
@@ -105,44 +90,103 @@ int64_t bytes_of_tiles(int64_t tiles, int64_t columns) {
     return tiles * Tokens::bytes(columns, TILE) + 16 * SUPER;
 }
 
-template <class Format>
-void linear(const LinearArgs& a) {
-    using P = Products<Format>;
-    using Tokens = typename P::Tokens;
-    const Matrix m = {a.weight, a.out, a.columns, a.grouping};
+// Call body with a value of the type that stands for a format.
+template <class Body>
+void with_format(Format format, Body&& body) {
+    switch (format) {
+#define MOESAIC_FORMAT(name, Type) case Format::name: return body(Type{});
+#include "formats/formats.def"
+    }
+}
+
+// The activations of some tokens, rounded in tiles. Tile i begins with token firsts[i].
+template <class Tokens>
+struct RoundedTokens {
+    Tokens* tiles;
+    int64_t* firsts;
+    int64_t count, passes;
+};
+
+template <class Tokens>
+RoundedTokens<Tokens> round_tokens(const LinearArgs& a) {
     const int64_t max_tiles = tile_count(a.tokens);
-    Tokens* tiles = (Tokens*)scratch(0, sizeof(Tokens) * max_tiles);
-    int64_t* firsts = (int64_t*)scratch(1, sizeof(int64_t) * (max_tiles + 1));
+    RoundedTokens<Tokens> x;
+    x.tiles = (Tokens*)scratch(0, sizeof(Tokens) * max_tiles);
+    x.firsts = (int64_t*)scratch(1, sizeof(int64_t) * (max_tiles + 1));
     uint8_t* memory = scratch(2, bytes_of_tiles<Tokens>(max_tiles, a.columns));
-    const int64_t count = lay_out_tiles(a.tokens, a.columns, tiles, firsts, memory);
-    parallel_for_or_inline(count, a.tokens * a.columns * COST_PER_VALUE, [&](int64_t i, int) {
-        for (int j = 0; j < tiles[i].n; ++j) round_row(a.x, a.type, firsts[i] + j, a.columns, a.order, tiles[i], j);
-    });
-    const int64_t passes = (count + TILES_PER_PASS - 1) / TILES_PER_PASS;
-    const int64_t share = blocks_per_task(m.blocks());
-    const int64_t shares = (m.blocks() + share - 1) / share;
-    parallel_for_or_inline(shares * passes, a.tokens * a.columns * a.out, [&](int64_t task, int worker) {
-        const int64_t pass = task / shares, begin = count * pass / passes, end = count * (pass + 1) / passes;
-        const int64_t first = task % shares * share, blocks = least(share, m.blocks() - first);
-        const int64_t tokens = firsts[end] - firsts[begin], extra = P::workspace_bytes(a.columns, int(blocks * (end - begin)));
-        float* sums = (float*)scratch(16 + worker, sizeof(float) * blocks * tokens * ROWS + extra);
-        uint8_t* workspace = (uint8_t*)(sums + blocks * tokens * ROWS);
-        P::gemm(m, first, int(blocks), tiles + begin, int(end - begin), workspace, sums);
-        for (int64_t block = first; block < first + blocks; ++block) {
-            const int width = int(least(a.out - block * ROWS, ROWS));
-            for (int64_t t = firsts[begin]; t < firsts[end]; ++t, sums += ROWS) {
-                write(a.y, a.type, t * a.out + block * ROWS, width, sums);
-            }
+    x.count = lay_out_tiles(a.tokens, a.columns, x.tiles, x.firsts, memory);
+    x.passes = (x.count + TILES_PER_PASS - 1) / TILES_PER_PASS;
+    parallel_for_or_inline(x.count, a.tokens * a.columns * COST_PER_VALUE, [&](int64_t i, int) {
+        for (int j = 0; j < x.tiles[i].n; ++j) {
+            round_row(a.x, a.type, x.firsts[i] + j, a.columns, a.order, x.tiles[i], j);
         }
+    });
+    return x;
+}
+
+// How a linear layer is divided into tasks: `share` blocks of rows for each pass over the tokens.
+struct LinearTasks {
+    int64_t blocks, share, shares, count;
+
+    LinearTasks(const LinearArgs& a, int64_t passes) {
+        blocks = (a.out + ROWS - 1) / ROWS;
+        share = blocks_per_task(blocks);
+        shares = (blocks + share - 1) / share;
+        count = shares * passes;
+    }
+};
+
+// Compute one task of a linear layer.
+template <class P>
+void multiply_task(const LinearArgs& a, const RoundedTokens<typename P::Tokens>& x, const LinearTasks& tasks, int64_t task, int worker) {
+    const Matrix m = {a.weight, a.out, a.columns, a.grouping};
+    const int64_t pass = task / tasks.shares, begin = x.count * pass / x.passes, end = x.count * (pass + 1) / x.passes;
+    const int64_t first = task % tasks.shares * tasks.share, blocks = least(tasks.share, tasks.blocks - first);
+    const int64_t tokens = x.firsts[end] - x.firsts[begin];
+    const int64_t extra = P::workspace_bytes(a.columns, int(blocks * (end - begin)));
+    float* sums = (float*)scratch(16 + worker, sizeof(float) * blocks * tokens * ROWS + extra);
+    uint8_t* workspace = (uint8_t*)(sums + blocks * tokens * ROWS);
+    P::gemm(m, first, int(blocks), x.tiles + begin, int(end - begin), workspace, sums);
+    for (int64_t block = first; block < first + blocks; ++block) {
+        const int width = int(least(a.out - block * ROWS, ROWS));
+        for (int64_t t = x.firsts[begin]; t < x.firsts[end]; ++t, sums += ROWS) {
+            write(a.y, a.y_type, t * a.out + block * ROWS, width, sums);
+        }
+    }
+}
+
+constexpr int64_t MAX_LAYERS = 8;  // linear layers of one call
+
+// The layers' formats all have these rounded tokens. Tasks are numbered over all layers.
+template <class Tokens>
+void linears(const LinearsArgs& a) {
+    const RoundedTokens<Tokens> x = round_tokens<Tokens>(a.layers[0]);
+    int64_t total = 0, work = 0, starts[MAX_LAYERS + 1] = {0};
+    for (int64_t i = 0; i < a.count; ++i) {
+        const LinearArgs& layer = a.layers[i];
+        starts[i + 1] = total += LinearTasks(layer, x.passes).count;
+        work += layer.tokens * layer.columns * layer.out;
+    }
+    parallel_for_or_inline(total, work, [&](int64_t task, int worker) {
+        int64_t i = 0;
+        while (task >= starts[i + 1]) ++i;
+        const LinearArgs& layer = a.layers[i];
+        with_format(layer.format, [&](auto f) {
+            using P = Products<decltype(f)>;
+            if constexpr (__is_same(typename P::Tokens, Tokens)) {
+                multiply_task<P>(layer, x, LinearTasks(layer, x.passes), task - starts[i], worker);
+            }
+        });
     });
 }
 
+void linears(const LinearsArgs& a) {
+    with_format(a.layers[0].format, [&](auto f) { linears<typename Products<decltype(f)>::Tokens>(a); });
+}
+
 // h[0 .. 31] = silu(gate) * up
-MOESAIC_INLINE void swiglu(const float* gate, const float* up, float* h) {
-    for (int i = 0; i < ROWS; i += 16) {
-        const F g = load_float(gate + i);
-        store_float(h + i, div(mul(g, load_float(up + i)), add(set(1.0f), exp(mul(g, set(-1.0f))))));
-    }
+MOESAIC_INLINE void gated_row(const float* gate, const float* up, float* h) {
+    for (int i = 0; i < ROWS; i += 16) store_float(h + i, gated(load_float(gate + i), load_float(up + i)));
 }
 
 // The tiles begin .. end - 1, which belong to one expert and share one pass over its weights.
@@ -274,7 +318,7 @@ void gate_and_up(const ExpertsArgs& a, const ExpertBatch<typename P::Tokens>& ba
             P::gemm(ups, first, count, batch.up + pass.begin, tiles, workspace, up);
             const float *g = gate, *u = up;
             for (int b = begin; b < begin + count; ++b) {
-                for (int64_t t = 0; t < tokens; ++t, g += ROWS, u += ROWS) swiglu(g, u, h + t * SUPER + b * ROWS);
+                for (int64_t t = 0; t < tokens; ++t, g += ROWS, u += ROWS) gated_row(g, u, h + t * SUPER + b * ROWS);
             }
         }
         const float* from = h;
@@ -538,37 +582,6 @@ void attention(const AttentionArgs& a) {
     });
 }
 
-void rms_norm(const NormArgs& a) {
-    parallel_for_or_inline(a.tokens, a.tokens * a.size * COST_PER_VALUE, [&](int64_t t, int worker) {
-        const int64_t padded_size = (a.size + 15) / 16 * 16;
-        float* x = (float*)scratch(16 + worker, sizeof(float) * padded_size);
-        read(a.x, a.type, t * a.size, a.size, x, padded_size);
-        F sum = zero();
-        for (int64_t k = 0; k < padded_size; k += 16) sum = fma(load_float(x + k), load_float(x + k), sum);
-        const float scale = 1.0f / __builtin_sqrtf(sum_of(sum) / float(a.size) + a.eps);
-        for (int64_t k = 0; k < a.size; ++k) x[k] = x[k] * scale * a.weight[k];
-        write(a.y, a.type, t * a.size, a.size, x);
-    });
-}
-
-void rope(const RopeArgs& a) {
-    const int64_t half = a.size / 2;
-    parallel_for_or_inline(a.tokens, a.tokens * a.heads * a.size * COST_PER_VALUE, [&](int64_t t, int worker) {
-        float* x = (float*)scratch(16 + worker, sizeof(float) * a.size * 2);
-        float* y = x + a.size;
-        const float *cos = a.cos + t * half, *sin = a.sin + t * half;
-        for (int64_t h = 0; h < a.heads; ++h) {
-            const int64_t at = (t * a.heads + h) * a.size;
-            read(a.x, a.type, at, a.size, x, a.size);
-            for (int64_t i = 0; i < half; ++i) {
-                y[i] = x[i] * cos[i] - x[i + half] * sin[i];
-                y[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
-            }
-            write(a.y, a.type, at, a.size, y);
-        }
-    });
-}
-
 int64_t padded_floats(int64_t count) { return (count + 15) / 16 * 16; }
 
 void truncate(const TruncateArgs& a) {
@@ -590,15 +603,6 @@ void draw(const DrawArgs& a) {
     });
 }
 
-// Call body with a value of the type that stands for a format.
-template <class Body>
-void with_format(Format format, Body&& body) {
-    switch (format) {
-#define MOESAIC_FORMAT(name, Type) case Format::name: return body(Type{});
-#include "formats/formats.def"
-    }
-}
-
 }  // namespace
 
 void quantize(const QuantizeArgs& a);  // csrc/quantize.cpp
@@ -607,18 +611,24 @@ void quantize(const QuantizeArgs& a);  // csrc/quantize.cpp
 #define MOESAIC_NAME(x) MOESAIC_STRING(x)
 
 const Kernels kernels = {
-    MOESAIC_NAME(MOESAIC_ISA),
-    [](const LinearArgs& a) { with_format(a.format, [&](auto f) { linear<decltype(f)>(a); }); },
-    [](const ExpertsArgs& a) { with_format(a.format, [&](auto f) { experts<decltype(f)>(a); }); },
-    attention,
-    rms_norm,
-    rope,
-    truncate,
-    draw,
-    quantize,
-    read_memory,
-    multiply,
-    multiply_bf16,
+    .name = MOESAIC_NAME(MOESAIC_ISA),
+    .linear = [](const LinearArgs& a) { linears({&a, 1}); },
+    .linears = linears,
+    .embedding = [](const EmbeddingArgs& a) { with_format(a.format, [&](auto f) { embedding<decltype(f)>(a); }); },
+    .experts = [](const ExpertsArgs& a) { with_format(a.format, [&](auto f) { experts<decltype(f)>(a); }); },
+    .attention = attention,
+    .rms_norm = rms_norm,
+    .rope = rope,
+    .rotary = rotary,
+    .add = add,
+    .swiglu = swiglu,
+    .route = route,
+    .truncate = truncate,
+    .draw = draw,
+    .quantize = quantize,
+    .read = read_memory,
+    .multiply = multiply,
+    .multiply_bf16 = multiply_bf16,
 };
 
 }  // namespace moesaic::MOESAIC_ISA

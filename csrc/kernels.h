@@ -33,12 +33,30 @@ enum class Type : int { float32, bfloat16, float16, int8 };  // int8: only in a 
 // that column i in memory is. It is null if the columns are stored in their own order.
 struct LinearArgs {
     Format format;
-    Type type;
+    Type type, y_type;
     const Grouping* grouping;  // of the format `grouped`
     int64_t tokens, columns, out;
     const void* x;
     const uint8_t* weight;
     const int32_t* order;  // [columns], or null
+    void* y;
+};
+
+// Several linear layers with the same x and order, whose formats round x in the same way.
+struct LinearsArgs {
+    const LinearArgs* layers;
+    int64_t count;
+};
+
+// y [tokens, columns] = rows `ids` of the weight [rows, columns]; `order` is as in LinearArgs.
+struct EmbeddingArgs {
+    Format format;
+    Type type;
+    const Grouping* grouping;  // of the format `grouped`
+    int64_t tokens, rows, columns;
+    const int64_t* ids;
+    const uint8_t* weight;
+    const int32_t* order;
     void* y;
 };
 
@@ -92,6 +110,41 @@ struct RopeArgs {
     void* y;
 };
 
+// cos and sin [tokens, size] of the angles positions[t] * frequencies[i].
+struct RotaryArgs {
+    int64_t tokens, size;
+    const int64_t* positions;
+    const float* frequencies;
+    float *cos, *sin;
+};
+
+// y = a + b
+struct AddArgs {
+    Type type;
+    int64_t count;
+    const void *a, *b;
+    void* y;
+};
+
+// y = silu(gate) * up
+struct SwigluArgs {
+    Type type;
+    int64_t count;
+    const void *gate, *up;
+    void* y;
+};
+
+// ids [tokens, choices] = the experts with the largest logits, the largest first; scores = the softmax of these logits.
+// The logits are x [tokens, size] times weight [experts, size] transposed.
+struct RouteArgs {
+    Type type;
+    int64_t tokens, size, experts, choices;
+    const void* x;
+    const float* weight;
+    int64_t* ids;
+    float* scores;
+};
+
 // y = logits after temperature and truncations, -inf for removed tokens.
 struct TruncateArgs {
     int64_t rows, vocabulary;
@@ -121,16 +174,34 @@ struct QuantizeArgs {
     uint8_t* weight;
 };
 
+// The ops that every instruction set has, with their arguments. Python reads their numbers from this order.
+#define MOESAIC_OPS(OP)              \
+    OP(linear, LinearArgs)           \
+    OP(linears, LinearsArgs)         \
+    OP(embedding, EmbeddingArgs)     \
+    OP(experts, ExpertsArgs)         \
+    OP(attention, AttentionArgs)     \
+    OP(rms_norm, NormArgs)           \
+    OP(rope, RopeArgs)               \
+    OP(rotary, RotaryArgs)           \
+    OP(add, AddArgs)                 \
+    OP(swiglu, SwigluArgs)           \
+    OP(route, RouteArgs)             \
+    OP(truncate, TruncateArgs)       \
+    OP(draw, DrawArgs)               \
+    OP(quantize, QuantizeArgs)
+
+// A call of an op, which a graph replays: its number in MOESAIC_OPS, and its arguments.
+struct Call {
+    int64_t op;
+    const void* arguments;
+};
+
 struct Kernels {
     const char* name;
-    void (*linear)(const LinearArgs&);
-    void (*experts)(const ExpertsArgs&);
-    void (*attention)(const AttentionArgs&);
-    void (*rms_norm)(const NormArgs&);
-    void (*rope)(const RopeArgs&);
-    void (*truncate)(const TruncateArgs&);
-    void (*draw)(const DrawArgs&);
-    void (*quantize)(const QuantizeArgs&);
+#define MOESAIC_POINTER(op, Args) void (*op)(const Args&);
+    MOESAIC_OPS(MOESAIC_POINTER)
+#undef MOESAIC_POINTER
     // Measurements of the machine's limits; csrc/measure.h describes them.
     void (*read)(const uint8_t* memory, int64_t bytes, int streams, int ahead);
     int64_t (*multiply)(int64_t rounds);

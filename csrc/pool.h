@@ -20,6 +20,19 @@ void parallel_for(int64_t count, const F& body) {
     parallel_for(count, task, const_cast<F*>(&body));
 }
 
+constexpr int64_t SERIAL_BELOW = 1 << 19;  // multiplications below which waking a thread does not pay
+constexpr int64_t COST_PER_VALUE = 32;     // cost of reading and writing a value, in multiplications
+
+// Run the tasks in parallel, or in the calling thread if their total cost is small.
+template <class Body>
+void parallel_for_or_inline(int64_t count, int64_t multiplications, Body&& body) {
+    if (multiplications <= SERIAL_BELOW) {
+        for (int64_t i = 0; i < count; ++i) body(i, 0);
+    } else {
+        parallel_for(count, body);
+    }
+}
+
 // Exclusive use of the threads and the scratch memory: one op runs at a time, and a second caller waits.
 class OpLock {
   public:

@@ -52,12 +52,30 @@ MOESAIC_INLINE void transform(F* x) {
     }
 }
 
-// Rotate the columns of a superblock, 16 in each of `vectors` vectors: 4, 8, 12 or 16.
-__attribute__((noinline)) inline void rotate(F* x, int vectors) {
-    for (int i = 0; i < vectors; ++i) x[i] = from_bits(bit_xor(bits(x[i]), load(SIGN_BITS.at + 16 * i)));
+// Transform the columns of a superblock, 16 in each of `vectors` vectors: 4, 8, 12 or 16.
+__attribute__((noinline)) inline void transform_superblock(F* x, int vectors) {
     if (vectors == 16) return transform<16>(x);
     if (vectors >= 8) transform<8>(x);
     if (vectors % 8) transform<4>(x + vectors - 4);
+}
+
+MOESAIC_INLINE void change_signs(F* x, int vectors) {
+    for (int i = 0; i < vectors; ++i) x[i] = from_bits(bit_xor(bits(x[i]), load(SIGN_BITS.at + 16 * i)));
+}
+
+// Rotate the columns of a superblock of activations.
+MOESAIC_INLINE void rotate(F* x, int vectors) {
+    change_signs(x, vectors);
+    transform_superblock(x, vectors);
+}
+
+// Restore the columns of a superblock of weights.
+inline void restore(float* columns, int vectors) {
+    F x[16];
+    for (int i = 0; i < vectors; ++i) x[i] = load_float(columns + 16 * i);
+    transform_superblock(x, vectors);
+    change_signs(x, vectors);
+    for (int i = 0; i < vectors; ++i) store_float(columns + 16 * i, x[i]);
 }
 
 }  // namespace moesaic::MOESAIC_ISA

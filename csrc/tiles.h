@@ -23,6 +23,11 @@ constexpr int SMALLEST_SCALE = 4, SCALE_MASK = 3;
 constexpr int64_t padded(int64_t columns) { return (columns + PAD - 1) / PAD * PAD; }
 constexpr int64_t supers(int64_t columns) { return (columns + SUPER - 1) / SUPER; }
 
+inline int width_of(int64_t columns, int64_t s) {
+    const int64_t left = columns - s * SUPER;
+    return int(left < SUPER ? left : SUPER);
+}
+
 // Byte offsets of the sections of a superblock, and its size.
 template <class Format>
 struct Sections {

@@ -1,4 +1,4 @@
-"""Converts a Step of the scheduler to the tensors of a Batch.
+"""Converts a Step of the scheduler to the tensors of a Batch, new ones or those of an earlier step.
 
 This module computes cache slots from the block tables of sequences. A cache slot is the index of a token's key and
 value in the cache. The module does not depend on models or sampling.
@@ -8,10 +8,24 @@ Legend: T tokens of the step, S sequences, B block size.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 
 from moesaic.engine.scheduler import Run, Step
 from moesaic.ops import Batch, Cache
+
+
+@dataclass
+class _Lists:
+    """The numbers of a batch: lists with the names of the tensors of ``Batch``."""
+
+    tokens: list[int]
+    positions: list[int]
+    slots: list[int]
+    tables: list[list[int]]
+    outputs: list[int]
 
 
 def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
@@ -19,35 +33,61 @@ def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
 
     ``outputs`` of the result has the row of the last token of each run that samples a token.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    starts, lengths, outputs = [0], [], []
-    for run in step.runs:
-        run_positions = range(run.sequence.cached, run.sequence.cached + run.count)
-        tokens += run.sequence.ids[run_positions.start : run_positions.stop]
-        positions += run_positions
-        slots += _slots(run, run_positions, cache.block_size)
-        starts.append(len(tokens))
-        lengths.append(run_positions.stop)
-        if run.samples:
-            outputs.append(len(tokens) - 1)
+    lengths = tuple(run.sequence.cached + run.count for run in step.runs)
+    lists = {name: _tensor(values, device) for name, values in vars(_flatten(step, cache.block_size)).items()}
+    return Batch(starts=_starts(step), lengths=lengths, cache=cache, **lists)
+
+
+class FixedBatch:
+    """A batch for steps of one shape, whose tensors keep their place in memory.
+
+    Every run has one token and samples the next one.
+    """
+
+    def __init__(self, sequences: int, blocks: int, cache: Cache, device: torch.device) -> None:
+        """``blocks`` is the maximum number of cache blocks of a sequence."""
+        lists = {
+            name: torch.zeros(sequences, dtype=torch.int64, device=device) for name in ("tokens", "positions", "slots")
+        }
+        self._block_size = cache.block_size
+        self.batch = Batch(
+            starts=tuple(range(sequences + 1)),
+            lengths=(0,) * sequences,  # ops that read it cannot be recorded
+            tables=torch.full((sequences, blocks), -1, dtype=torch.int64, device=device),
+            outputs=torch.arange(sequences, device=device),
+            cache=cache,
+            **lists,
+        )
+        _ = self.batch.offsets  # makes the tensor now
+
+    def fill(self, step: Step) -> None:
+        """Overwrite the tensors with those of ``step``."""
+        batch, lists = self.batch, _flatten(step, self._block_size)
+        for name in ("tokens", "positions", "slots"):
+            getattr(batch, name).copy_(_tensor(getattr(lists, name), batch.tokens.device))
+        batch.tables[:, : len(lists.tables[0])].copy_(_tensor(lists.tables, batch.tokens.device))
+
+
+def _flatten(step: Step, block_size: int) -> _Lists:
+    lists = _Lists([], [], [], [], [])
     width = max(len(run.sequence.table) for run in step.runs)
-    tables = [run.sequence.table + [-1] * (width - len(run.sequence.table)) for run in step.runs]
+    for run in step.runs:
+        positions = range(run.sequence.cached, run.sequence.cached + run.count)
+        lists.tokens += run.sequence.ids[positions.start : positions.stop]
+        lists.positions += positions
+        lists.slots += _slots(run, positions, block_size)
+        lists.tables.append(run.sequence.table + [-1] * (width - len(run.sequence.table)))
+        if run.samples:
+            lists.outputs.append(len(lists.tokens) - 1)
+    return lists
 
-    def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
 
-    return Batch(
-        tokens=tensor(tokens),
-        positions=tensor(positions),
-        starts=tuple(starts),
-        lengths=tuple(lengths),
-        slots=tensor(slots),
-        tables=tensor(tables),
-        outputs=tensor(outputs),
-        cache=cache,
-    )
+def _starts(step: Step) -> tuple[int, ...]:
+    return (0, *itertools.accumulate(run.count for run in step.runs))
+
+
+def _tensor(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def _slots(run: Run, positions: range, size: int) -> list[int]:

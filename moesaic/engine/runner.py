@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moesaic.engine import grammar_masks, sampler
 from moesaic.engine.batch import assemble
+from moesaic.engine.decode_graphs import DecodeGraphs
 from moesaic.engine.request import Sequence, Token
 from moesaic.engine.scheduler import Outcome, Run, Step
 from moesaic.ops import Batch, Cache
@@ -27,7 +28,11 @@ UNWRITTEN = -128
 
 
 class Model(Protocol):
-    """The interface of a model. ``moesaic.models`` implements it; any object with these members works."""
+    """The interface of a model. ``moesaic.models`` implements it; any object with these members works.
+
+    A model whose attribute ``recordable`` is true calls only ``moesaic.ops`` and makes views. Its decode steps are
+    then recorded and replayed.
+    """
 
     @property
     def vocab_size(self) -> int: ...
@@ -71,6 +76,7 @@ class Runner:
     ) -> None:
         self.model, self.device = model, device
         self.cache = Cache.zeros(model.cache_shapes, blocks, block_size, dtype, device, lazy=lazy)
+        self._graphs = DecodeGraphs(model, self.cache, device)
         if poison:
             for part in self.cache.tensors():
                 part.fill_(UNWRITTEN if part.dtype == torch.int8 else torch.nan)
@@ -78,15 +84,13 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> Outcome:
         """Run the model on ``step`` and sample the next tokens; return tokens, log-probabilities and failures."""
-        batch = assemble(step, self.cache, self.device)
-        hidden = self.model(batch)
         rows = [run.sequence for run in step.runs if run.samples]
+        hidden, logits, starts = self._forward(step)
         # Compute the masks before reading results, so that they overlap with the work of an accelerator.
         allowed, refused = grammar_masks.allowed(rows, self.model.vocab_size)
-        failed = _broken(hidden, batch.starts, step)
+        failed = _broken(hidden, starts, step)
         tokens: dict[Sequence, list[Token]] = {}
         if rows:
-            logits = self.model.logits(hidden[batch.outputs])
             failed |= {sequence for sequence, good in zip(rows, _finite(logits).tolist(), strict=True) if not good}
             good = [row for row, sequence in enumerate(rows) if sequence not in failed and sequence not in refused]
             if good:
@@ -94,11 +98,20 @@ class Runner:
                 tokens = sampler.sample(chosen, [rows[row] for row in good], allowed)
         scores = {
             run.sequence: self._scores(hidden[begin:], run)
-            for run, begin in zip(step.runs, batch.starts, strict=False)
+            for run, begin in zip(step.runs, starts, strict=False)
             if run.sequence.scores_prompt and not run.sequence.generated and run.sequence not in failed
         }
         refused = {sequence: error for sequence, error in refused.items() if sequence not in failed}
         return Outcome(tokens, scores, frozenset(failed), refused)
+
+    def _forward(self, step: Step) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Return the hidden states [T, d] of a step, the logits [R, V], and the first row of each run."""
+        if (found := self._graphs.run(step)) is not None:
+            return *found, tuple(range(len(step.runs) + 1))
+        batch = assemble(step, self.cache, self.device)
+        hidden = self.model(batch)
+        rows = hidden[batch.outputs]
+        return hidden, self.model.logits(rows) if len(rows) else rows, batch.starts
 
     def _scores(self, hidden: Tensor, run: Run) -> list[Token]:
         """Return each prompt token that follows a token of ``run``, with its log-probability.

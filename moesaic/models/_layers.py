@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moesaic import ops
 from moesaic.formats import Packed, Slot, WeightFormat
@@ -56,8 +55,9 @@ class Linear(nn.Module):
         self.weight = weight_format.empty((rows.stop - rows.start, columns.stop - columns.start))
         self.group, self.summed = group, split == "in"
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = ops.linear(x, self.weight)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return y in ``dtype``, or in x's if that is None."""
+        y = ops.linear(x, self.weight, dtype)
         return self.group.sum(y) if self.summed else y
 
     def slots(self) -> Iterator[Slot]:
@@ -81,15 +81,15 @@ class RMSNorm(nn.Module):
 
 
 class Router(nn.Module):
-    """Linear layer that returns the router logits [T, E]; its weight is float32 and never quantized."""
+    """Chooses k experts for each token: ids [T, k] and scores [T, k]. Its weight is float32 and never quantized."""
 
-    def __init__(self, name: str, experts: int, size: int) -> None:
+    def __init__(self, name: str, experts: int, k: int, size: int) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.k = name, k
         self.weight = nn.Parameter(torch.empty(experts, size, dtype=torch.float32), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.route(x, self.weight, self.k)
 
     def slots(self) -> Iterator[Slot]:
         shape = tuple(self.weight.shape)
@@ -111,9 +111,9 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
-            return self.weight.rows(ids, self.dtype)
+            return ops.embedding(ids, self.weight, self.dtype)
         local = (ids >= self.share.start) & (ids < self.share.stop)
-        x = self.weight.rows(torch.where(local, ids - self.share.start, 0), self.dtype)
+        x = ops.embedding(torch.where(local, ids - self.share.start, 0), self.weight, self.dtype)
         return self.group.sum(x * local[:, None])
 
     def slots(self) -> Iterator[Slot]:
@@ -154,9 +154,8 @@ class Attention(nn.Module):
         self.wo = linear("o_proj", size, heads * head_dim, "in")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        q = ops.rope(self._split(self.wq(x)), cos, sin)  # [T, H, D]
-        k = ops.rope(self._split(self.wk(x)), cos, sin)  # [T, G, D]
-        v = self._split(self.wv(x))  # [T, G, D]
+        q, k, v = (self._split(linear(x)) for linear in (self.wq, self.wk, self.wv))  # [T, H, D], [T, G, D], [T, G, D]
+        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         y = ops.attention(q, k, v, batch, self.layer, self.window)
         return self.wo(y.flatten(1))  # type: ignore[no-any-return]
 
@@ -213,8 +212,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", size, eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, batch)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        x = ops.add(x, self.attention(self.attention_norm(x), cos, sin, batch))
+        return ops.add(x, self.mlp(self.mlp_norm(x)))
 
     def slots(self) -> Iterator[Slot]:
         for module in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
@@ -302,16 +301,21 @@ class Decoder(nn.Module):
         """Return the cos and sin [T, D/2] of the rotary angles at ``positions`` [T]."""
         if self.frequencies is None:  # not a buffer: it must stay float32 and off the meta device
             self.frequencies = self.shape.rope.frequencies(self.shape.head_dim).to(positions.device)
-        return _rope.tables(self.frequencies, positions)
+        return ops.rotary(self.frequencies, positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 scores of hidden states [R, d]: logits [R, V] of tokens, or scores [R, labels] of classes."""
-        scores: Tensor = self.head(hidden)
-        return (scores if self.shape.labels else self.group.gather(scores)).float()
+        scores: Tensor = self.head(hidden, torch.float32)
+        return scores if self.shape.labels else self.group.gather(scores)
 
     @property
     def vocab_size(self) -> int:
         return self.shape.vocab_size
+
+    @property
+    def recordable(self) -> bool:
+        """Whether ``ops.record`` may record a step: ranks that exchange results do more than call ops."""
+        return self.group.size == 1
 
     @property
     def max_length(self) -> int:

@@ -1,4 +1,4 @@
-"""Rotary position embedding: from configuration to cos and sin.
+"""Rotary position embedding: from configuration to frequencies.
 
 RoPE is arXiv:2104.09864. Llama 3.1's scaling follows the code that Meta published with the weights: long wavelengths
 are stretched by ``factor``, short ones are unchanged, and the band between them is interpolated.
@@ -46,15 +46,6 @@ class Rope:
         low, high = self.low_freq_factor, self.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return inverse * (keep + (1 - keep) / self.factor)
-
-
-def tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines, each [T, D/2] float32, of the rotation angles at ``positions`` [T].
-
-    ``frequencies`` [D/2] is the result of ``Rope.frequencies``.
-    """
-    angles = positions[:, None].float() * frequencies[None, :]
-    return angles.cos(), angles.sin()
 
 
 def read(keys: Keys, theta: float) -> Rope:

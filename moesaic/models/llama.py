@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from moesaic import ops
 from moesaic.formats import Slot
 from moesaic.models import _shape
 from moesaic.models._config import Keys
@@ -47,7 +47,7 @@ class SwiGLU(nn.Module):
         self.down = linear("down_proj", size, inner, "in")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        return self.down(ops.swiglu(self.gate(x), self.up(x)))  # type: ignore[no-any-return]
 
     def stages(self) -> tuple[tuple[Linear, ...], ...]:
         """Return the linear layers in the order of their inputs; those of one stage have the same input."""

@@ -38,13 +38,12 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, name: str, config: Config, formats: Formats, group: Group) -> None:
         super().__init__()
         size, inner = config.shape.hidden_size, config.shape.intermediate_size
-        self.k = config.experts_per_token
-        self.gate = Router(f"{name}.gate", config.num_experts, size)
+        self.gate = Router(f"{name}.gate", config.num_experts, config.experts_per_token, size)
         self.experts = Experts(f"{name}.experts", config.num_experts, size, inner, formats, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        best, ids = self.gate(x).topk(self.k, dim=-1)  # [T, k]
-        return self.experts(x, ids, best.softmax(dim=-1))  # type: ignore[no-any-return]
+        ids, scores = self.gate(x)  # [T, k]
+        return self.experts(x, ids, scores)  # type: ignore[no-any-return]
 
     def stages(self) -> tuple[tuple[Experts]]:
         """Return the layers whose weights may be quantized, in the order of their inputs: the experts."""

@@ -7,6 +7,7 @@ depend on any model.
 A backend file defines any subset of ``OPS`` and
 
     why_not(op, device, weight_format) -> str | None      None: it can run this; otherwise the reason why not
+    record(device, compute) -> Graph | None               a graph of the ops that ``compute`` calls; None: it cannot
 
 ``weight_format`` is the name of the weight's format; None for an op without a weight; for ``experts`` whose stacks
 have different formats, the names of those of gate, up and down. A backend may trust the shapes, dtypes and devices.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -34,33 +35,62 @@ from moesaic.formats._feedback import padded_columns
 from moesaic.ops._batch import Batch as Batch
 from moesaic.ops._batch import Cache as Cache
 from moesaic.ops._batch import Group as Group
+from moesaic.ops._dispatch import OPS as OPS
+from moesaic.ops._dispatch import FormatName as FormatName
+from moesaic.ops._dispatch import backends as backends
+from moesaic.ops._dispatch import chosen as chosen
+from moesaic.ops._dispatch import explain as explain
+from moesaic.ops._dispatch import pick, pick_checked, pick_experts
+from moesaic.ops._graph import Graph as Graph
 
-FormatName = str | tuple[str, str, str] | None
-"""Name of the format of an op's weight, or None for an op without one.
+T = TypeVar("T")
 
-For ``experts`` with different formats, it has the names of those of gate, up and down."""
-
-OPS = (
-    "linear",
-    "experts",
-    "attention",
-    "rms_norm",
-    "rope",
-    "truncate",
-    "draw",
-    "quantize",
-    "quantize_with_feedback",
-    "store_codes",
-)
+# The checks run for every op of every step. Those of devices and dtypes therefore share a cached function with the
+# choice of the backend; only shapes are compared in every call. ``Packed`` has checked the parts of a weight.
 
 
-def linear(x: Tensor, weight: Packed) -> Tensor:
-    """Return x [T, in] times weight [out, in] transposed: [T, out], in x's dtype."""
+def linear(x: Tensor, weight: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    """Return x [T, in] times weight [out, in] transposed: [T, out], in ``dtype``, or in x's if that is None."""
     trained = _needs_gradient(x, weight)
-    op = _pick_checked("linear", weight.name, trained, x.dtype, x.device, weight.device)
+    op = pick_checked("linear", weight.name, trained, x.dtype, x.device, weight.device)
     if x.shape[1:] != weight.shape[1:] or len(weight.shape) != 2:
         raise _mismatch("x", x.shape, f"[T, in] for a weight of shape {weight.shape}")
-    return cast(Tensor, op(x, weight))
+    return cast(Tensor, op(x, weight, dtype))
+
+
+def embedding(ids: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
+    """Return rows ``ids`` [T] int64 of weight [rows, d], dequantized to ``dtype``: [T, d].
+
+    Raises:
+        InvalidParameter: an id is not in 0 .. rows - 1.
+    """
+    if ids.dim() != 1 or ids.dtype != torch.int64 or len(weight.shape) != 2:
+        raise _mismatch("ids", ids.shape, f"[T] int64 for a weight of shape {weight.shape}, not {ids.dtype}")
+    if ids.device != weight.device:
+        raise InvalidParameter("weight", f"is on {weight.device}, but ids is on {ids.device}")
+    return cast(Tensor, pick("embedding", ids.device, weight.name, _needs_gradient(weight))(ids, weight, dtype))
+
+
+def route(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k experts of each token with the largest router logits, the largest first, and their scores.
+
+    The logits are x times weight transposed, computed in float32. The scores are the softmax over the k logits
+    (arXiv:2401.04088 §2.1). Of equal logits, backends may take either.
+
+    Args:
+        x: [T, d].
+        weight: [E, d] float32.
+        k: number of experts for each token, at most E.
+
+    Returns:
+        ids [T, k] int64 and scores [T, k] float32.
+    """
+    op = pick_checked("route", None, _needs_gradient(x, weight), x.dtype, x.device, weight.device)
+    if weight.dim() != 2 or x.shape[1:] != weight.shape[1:] or weight.dtype != torch.float32:
+        raise _mismatch("x", x.shape, f"[T, d] for a float32 weight [E, d], not {weight.dtype} {tuple(weight.shape)}")
+    if not 1 <= k <= len(weight):
+        raise InvalidParameter("k", f"is {k}, expected 1 to {len(weight)} experts")
+    return cast(tuple[Tensor, Tensor], op(x, weight, k))
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
@@ -81,7 +111,7 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     names = (gate.name, up.name, down.name)
     mixed = names[0] != names[1] or names[0] != names[2]
     trained = _needs_gradient(x, gate, up, down, scores)
-    op = _pick_experts(
+    op = pick_experts(
         *(names if mixed else names[0], trained, x.device, x.dtype, scores.dtype, ids.dtype),
         *(gate.device, up.device, down.device, ids.device, scores.device),
     )
@@ -107,7 +137,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
         layer: index of the layer in the cache.
         window: number of positions that a token sees, itself included; None: all.
     """
-    op = _pick_checked(
+    op = pick_checked(
         *("attention", None, _needs_gradient(q, k, v), q.dtype),
         *(q.device, k.device, v.device, batch.positions.device),
     )
@@ -127,10 +157,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     RMSNorm, arXiv:1910.07467.
     """
     trained = _needs_gradient(x, weight)
-    op = _pick_checked("rms_norm", None, trained, x.dtype, x.device, weight.device)
+    op = pick_checked("rms_norm", None, trained, x.dtype, x.device, weight.device)
     if x.shape[-1:] != weight.shape:
         raise _mismatch("x", x.shape, f"[..., n] for a weight of shape {tuple(weight.shape)}")
     return cast(Tensor, op(x, weight, eps))
+
+
+def rotary(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of the angles positions[t] * frequencies[i]: each [T, n] float32.
+
+    Args:
+        frequencies: angles per position, in radians: [n] float32.
+        positions: [T] int64.
+    """
+    op = pick_checked("rotary", None, False, frequencies.dtype, frequencies.device, positions.device)
+    if frequencies.dim() != 1 or positions.dim() != 1 or positions.dtype != torch.int64:
+        raise _mismatch("positions", positions.shape, f"[T] int64, not {positions.dtype}")
+    return cast(tuple[Tensor, Tensor], op(frequencies, positions))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -139,11 +182,27 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     RoPE, arXiv:2104.09864, in Hugging Face's half-split order; computed in float32, in x's dtype.
     """
     trained = _needs_gradient(x)
-    op = _pick_checked("rope", None, trained, x.dtype, x.device, cos.device, sin.device)
+    op = pick_checked("rope", None, trained, x.dtype, x.device, cos.device, sin.device)
     tokens, _, size = x.shape
     if cos.shape != (tokens, size // 2) or sin.shape != cos.shape or size % 2:
         raise _mismatch("cos, sin", (tuple(cos.shape), tuple(sin.shape)), f"[T, D/2] for x of shape {tuple(x.shape)}")
     return cast(Tensor, op(x, cos, sin))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, two tensors of one shape and dtype, computed in float32 (arXiv:2002.05202)."""
+    op = pick_checked("swiglu", None, _needs_gradient(gate, up), gate.dtype, gate.device, up.device)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise _mismatch("up", up.shape, f"{tuple(gate.shape)} of {gate.dtype}, not {up.dtype}")
+    return cast(Tensor, op(gate, up))
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Return x + y, two tensors of one shape and dtype."""
+    op = pick_checked("add", None, _needs_gradient(x, y), x.dtype, x.device, y.device)
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise _mismatch("y", y.shape, f"{tuple(x.shape)} of {x.dtype}, not {y.dtype}")
+    return cast(Tensor, op(x, y))
 
 
 def truncate(logits: Tensor, settings: Tensor) -> Tensor:
@@ -159,7 +218,7 @@ def truncate(logits: Tensor, settings: Tensor) -> Tensor:
         logits: [R, V] float32; -inf for forbidden tokens. At least one value of each row is finite.
         settings: [R, 5] float32: temperature > 0, k (0: off), p (1: off), min-p (0: off), typical-p (1: off).
     """
-    op = _pick_checked("truncate", None, False, logits.dtype, logits.device, settings.device)
+    op = pick_checked("truncate", None, False, logits.dtype, logits.device, settings.device)
     if settings.shape != (logits.shape[0], 5) or logits.dim() != 2:
         raise _mismatch("settings", settings.shape, f"[R, 5] for logits [R, V] of shape {tuple(logits.shape)}")
     return cast(Tensor, op(logits, settings))
@@ -171,7 +230,7 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     The softmax of a row divides [0, 1) among the tokens in the order of their ids. The result is the token whose
     interval contains numbers[r]; numbers [R] is float64 in [0, 1).
     """
-    op = _pick_checked("draw", None, False, logits.dtype, logits.device, numbers.device)
+    op = pick_checked("draw", None, False, logits.dtype, logits.device, numbers.device)
     if numbers.shape != logits.shape[:1] or logits.dim() != 2:
         raise _mismatch("numbers", numbers.shape, f"[R] for logits [R, V] of shape {tuple(logits.shape)}")
     return cast(Tensor, op(logits, numbers))
@@ -192,7 +251,7 @@ def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
     expected = weight.shape if index is None else weight.shape[1:]
     if tuple(plain.shape) != expected:
         raise _mismatch("plain", plain.shape, f"{expected}")
-    _pick("quantize", weight.device, weight.name, trained=False)(weight, plain, index)
+    pick("quantize", weight.device, weight.name, trained=False)(weight, plain, index)
 
 
 @torch.no_grad()
@@ -215,7 +274,7 @@ def quantize_with_feedback(weight: Packed, plain: Tensor, factor: Tensor, index:
     columns = padded_columns(plain.shape[1])
     if tuple(factor.shape) != (columns, columns):
         raise _mismatch("factor", factor.shape, f"{(columns, columns)}")
-    op = _pick("quantize_with_feedback", weight.device, weight.name, trained=False)
+    op = pick("quantize_with_feedback", weight.device, weight.name, trained=False)
     op(weight, plain, factor.float().contiguous(), index)
 
 
@@ -236,26 +295,20 @@ def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:
     if len(weight.shape) != (2 if index is None else 3):
         raise _mismatch("weight", weight.shape, "[out, in] without an index, or [E, out, in] with one")
     fitted = weight.format.fitted(codes, weight.shape[-2:])
-    _pick("store_codes", weight.device, weight.name, trained=False)(weight, fitted, index)
+    pick("store_codes", weight.device, weight.name, trained=False)(weight, fitted, index)
 
 
-@functools.cache
-def backends() -> tuple[str, ...]:
-    """Return the backends in the order in which they are tried: by name, ``reference`` last."""
-    return tuple(sorted(registry.names("ops"), key=lambda name: (name == "reference", name)))
+def record(device: torch.device, compute: Callable[[], T]) -> Graph[T] | None:
+    """Run ``compute`` on ``device`` and record the ops that it calls, so that they run again in one call.
 
+    Everything that ``compute`` does with tensors must be an op of this module, or a view; what it reads must stay at
+    its place. Then its ops can be repeated on what these tensors hold later.
 
-def explain(op: str, device: str, weight_format: FormatName) -> dict[str, str | None]:
-    """Return, for each backend in the order of ``backends``, why it cannot run ``op``; None if it can.
-
-    ``device`` is a device type such as "cpu"; ``weight_format`` is as for ``why_not``.
+    Returns:
+        The graph, with the result of ``compute``; None if no backend can record it.
     """
-    return {name: registry.load("ops", name).why_not(op, device, weight_format) for name in backends()}
-
-
-def chosen(op: str, device: str, weight_format: FormatName) -> str:
-    """Return the name of the backend that runs ``op`` if no gradient is needed; arguments as for ``explain``."""
-    return next(name for name, why in explain(op, device, weight_format).items() if why is None)
+    found = (registry.load("ops", name).record(device, compute) for name in backends())
+    return next((graph for graph in found if graph is not None), None)
 
 
 def _needs_gradient(*inputs: Tensor | Packed) -> bool:
@@ -264,68 +317,6 @@ def _needs_gradient(*inputs: Tensor | Packed) -> bool:
         return False
     parts = [part for x in inputs for part in (x.parts().values() if isinstance(x, Packed) else (x,))]
     return any(part.requires_grad for part in parts)
-
-
-# The checks run for every op of every step. Those of devices and dtypes therefore share a cached function with the
-# choice of the backend; only shapes are compared in every call. ``Packed`` has checked the parts of a weight.
-
-
-@functools.cache
-def _pick(op: str, device: torch.device, weight_format: FormatName, trained: bool) -> Callable[..., Any]:
-    """Return the function of the first backend that can run ``op``; with ``trained``, a gradient is needed."""
-    name = "reference" if trained else chosen(op, device.type, weight_format)  # only the reference is differentiable
-    return cast(Callable[..., Any], getattr(registry.load("ops", name), op))
-
-
-ARGUMENTS = {
-    "linear": ("x", "weight"),
-    "attention": ("q", "k", "v", "batch"),
-    "rms_norm": ("x", "weight"),
-    "rope": ("x", "cos", "sin"),
-    "truncate": ("logits", "settings"),
-    "draw": ("logits", "numbers"),
-}
-"""Names of the arguments whose devices ``_pick_checked`` compares."""
-
-
-@functools.cache
-def _pick_checked(
-    op: str, weight_format: str | None, trained: bool, dtype: torch.dtype, device: torch.device, *others: torch.device
-) -> Callable[..., Any]:
-    """Return the function that runs ``op``, after checking the first argument's dtype and the devices of all.
-
-    ``dtype`` and ``device`` are those of the first argument, ``others`` the devices of the others in ``ARGUMENTS``.
-    """
-    first, *names = ARGUMENTS[op]
-    if not dtype.is_floating_point:
-        raise InvalidParameter(first, f"is {dtype}, expected a floating-point dtype")
-    for name, other in zip(names, others, strict=True):
-        if other != device:
-            raise InvalidParameter(name, f"is on {other}, but {first} is on {device}")
-    return _pick(op, device, weight_format, trained)
-
-
-@functools.cache
-def _pick_experts(
-    weight_format: FormatName,
-    trained: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    scores: torch.dtype,
-    ids: torch.dtype,
-    *devices: torch.device,
-) -> Callable[..., Any]:
-    """Return the function that runs ``experts``, after checking the devices and dtypes of its arguments."""
-    if not dtype.is_floating_point:
-        raise InvalidParameter("x", f"is {dtype}, expected a floating-point dtype")
-    if not scores.is_floating_point:
-        raise InvalidParameter("scores", f"is {scores}, expected a floating-point dtype")
-    if ids != torch.int64:
-        raise InvalidParameter("ids", f"is {ids}, expected torch.int64")
-    for name, other in zip(("gate", "up", "down", "ids", "scores"), devices, strict=True):
-        if other != device:
-            raise InvalidParameter(name, f"is on {other}, but x is on {device}")
-    return _pick("experts", device, weight_format, trained)
 
 
 @functools.cache

@@ -12,147 +12,48 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
-import os
 import sys
-from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
-from typing import Any, ClassVar
+from ctypes import c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from moesaic.errors import InvalidParameter
 from moesaic.formats import Codes, Packed
 from moesaic.formats._feedback import rotate_padded
 from moesaic.formats._tiles import TRIED_STEPS, Tiled
 from moesaic.ops import OPS, Batch, FormatName, _grouping
+from moesaic.ops._arguments import (
+    Add,
+    Attention,
+    Draw,
+    Embedding,
+    Experts,
+    FeedBack,
+    Linear,
+    Norm,
+    Quantize,
+    Rope,
+    Rotary,
+    Route,
+    StoreCodes,
+    Swiglu,
+    Truncate,
+)
+from moesaic.ops._calls import answer as _answer
+from moesaic.ops._calls import built, formats, load, run, run_other
+from moesaic.ops._calls import record as record
+from moesaic.ops._calls import set_threads as set_threads
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CACHE_TYPES = TYPES | {torch.int8: 3}
 QUANTIZED_TO = ("int8", "int4", "int3", "int2")
 FED_BACK_TO = QUANTIZED_TO[1:]
-OUT_OF_MEMORY, ID_OUT_OF_RANGE = 1, 2  # csrc/api.cpp, Status
-
-
-class _Arguments(ctypes.Structure):
-    """Base of the structs that hold an op's arguments; their fields have the order of those in csrc/kernels.h."""
-
-    op: ClassVar[str]
-
-
-def _struct(op: str, *fields: tuple[str, Any]) -> type[_Arguments]:
-    return type(op, (_Arguments,), {"op": op, "_fields_": fields})
-
-
-_Linear = _struct(
-    "linear",
-    *(("format", c_int), ("type", c_int), ("grouping", c_void_p)),
-    *((name, c_int64) for name in ("tokens", "columns", "out")),
-    *((name, c_void_p) for name in ("x", "weight", "order", "y")),
-)
-_Experts = _struct(
-    "experts",
-    *(("format", c_int), ("type", c_int)),
-    *((name, c_void_p) for name in ("gate_grouping", "up_grouping", "down_grouping")),
-    *((name, c_int64) for name in ("tokens", "size", "inner", "experts", "choices")),
-    *((name, c_void_p) for name in ("x", "gate", "up", "down", "gate_order", "up_order", "down_order")),
-    *((name, c_void_p) for name in ("ids", "scores", "y")),
-)
-_Attention = _struct(
-    "attention",
-    *(("type", c_int), ("cache_type", c_int)),
-    *((name, c_int64) for name in ("tokens", "heads", "kv_heads", "size", "sequences", "block", "width", "window")),
-    *(
-        (name, c_void_p)
-        for name in (
-            "q",
-            "k",
-            "v",
-            "keys",
-            "values",
-            "key_scales",
-            "value_scales",
-            "slots",
-            "tables",
-            "starts",
-            "positions",
-            "y",
-        )
-    ),
-)
-_Norm = _struct(
-    "rms_norm",
-    *(("type", c_int), ("tokens", c_int64), ("size", c_int64), ("eps", c_float)),
-    *((name, c_void_p) for name in ("x", "weight", "y")),
-)
-_Rope = _struct(
-    "rope",
-    *(("type", c_int), ("tokens", c_int64), ("heads", c_int64), ("size", c_int64)),
-    *((name, c_void_p) for name in ("x", "cos", "sin", "y")),
-)
-_Truncate = _struct(
-    "truncate",
-    *((name, c_int64) for name in ("rows", "vocabulary")),
-    *((name, c_void_p) for name in ("logits", "settings", "y")),
-)
-_Draw = _struct(
-    "draw",
-    *((name, c_int64) for name in ("rows", "vocabulary")),
-    *((name, c_void_p) for name in ("logits", "numbers", "ids")),
-)
-_Quantize = _struct(
-    "quantize",
-    *(("format", c_int), ("type", c_int), ("usual_step", c_float), ("rows", c_int64), ("columns", c_int64)),
-    *(("shares", c_void_p), ("tries", c_int64), ("x", c_void_p), ("weight", c_void_p)),
-)
-_FeedBack = _struct(
-    "feed_back",
-    *(("bits", c_int), ("usual_step", c_float), ("rows", c_int64), ("columns", c_int64)),
-    *(("levels", c_void_p), ("shares", c_void_p), ("tries", c_int64)),
-    *((name, c_void_p) for name in ("x", "factor", "weight")),
-)
-_StoreCodes = _struct(
-    "store_codes",
-    *(("grouping", c_void_p), ("rows", c_int64), ("columns", c_int64), ("block_bytes", c_int64)),
-    *((name, c_void_p) for name in ("codes", "scale", "offset", "super_scale", "super_offset", "weight")),
-)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """Return the compiled library, or None if it was not built."""
-    spec = importlib.util.find_spec("moesaic.ops._native")  # an editable install may put it elsewhere
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
-    library.moesaic_isa.restype = library.moesaic_formats.restype = ctypes.c_char_p
-    library.moesaic_multiply.restype = library.moesaic_multiply_bf16.restype = c_int64
-    for struct in (_Linear, _Experts, _Attention, _Norm, _Rope, _Truncate, _Draw, _Quantize, _FeedBack, _StoreCodes):
-        getattr(library, f"moesaic_{struct.op}").argtypes = [POINTER(struct)]
-    set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, library)
-    return library
-
-
-@functools.cache
-def formats() -> dict[str, int]:
-    """Return the library's number of each weight format that it reads; empty if it was not built."""
-    library = _library()
-    names = library.moesaic_formats().decode().split() if library else []
-    return {name: number for number, name in enumerate(names)}
-
-
-def set_threads(count: int, library: ctypes.CDLL | None = None) -> None:
-    """Set the number of threads that the kernels use, the calling thread included.
-
-    Without this call, it is the number of available cores. ``library`` None: the loaded library.
-    """
-    (library or _built()).moesaic_set_threads(max(1, min(count, 1024)))
 
 
 def instruction_set() -> str:
     """Return the name of the instruction set that the kernels use now, one of ``INSTRUCTION_SETS``."""
-    return str(_built().moesaic_isa().decode())
+    return str(built().moesaic_isa().decode())
 
 
 def use_instruction_set(name: str) -> bool:
@@ -160,7 +61,7 @@ def use_instruction_set(name: str) -> bool:
 
     Return False, and change nothing, if this processor lacks it.
     """
-    return bool(_built().moesaic_set_isa(name.encode()))
+    return bool(built().moesaic_set_isa(name.encode()))
 
 
 def read_memory(memory: Tensor, streams: int, ahead: int) -> None:
@@ -168,7 +69,7 @@ def read_memory(memory: Tensor, streams: int, ahead: int) -> None:
 
     A thread reads ``streams`` ranges in parallel, each with a prefetch distance of ``ahead`` bytes.
     """
-    _built().moesaic_read(c_void_p(_address(memory)), c_int64(memory.nbytes), streams, ahead)
+    built().moesaic_read(c_void_p(_address(memory)), c_int64(memory.nbytes), streams, ahead)
 
 
 def multiply(rounds: int) -> int:
@@ -176,7 +77,7 @@ def multiply(rounds: int) -> int:
 
     Return the number of operations.
     """
-    return int(_built().moesaic_multiply(c_int64(rounds)))
+    return int(built().moesaic_multiply(c_int64(rounds)))
 
 
 def multiply_bf16(rounds: int) -> int:
@@ -184,7 +85,7 @@ def multiply_bf16(rounds: int) -> int:
 
     Return the number of operations.
     """
-    return int(_built().moesaic_multiply_bf16(c_int64(rounds)))
+    return int(built().moesaic_multiply_bf16(c_int64(rounds)))
 
 
 def huge_pages(memory: Tensor) -> None:
@@ -197,15 +98,9 @@ def huge_pages(memory: Tensor) -> None:
         ctypes.CDLL(None).madvise(c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
 
-def _built() -> ctypes.CDLL:
-    library = _library()
-    assert library is not None, "the compiled kernels are missing"
-    return library
-
-
 def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
     """Return the reason why this backend cannot run ``op`` with these arguments; None if it can."""
-    if _library() is None:
+    if load() is None:
         return "it was not compiled when moesaic was installed"
     if device != "cpu":
         return "it runs on the CPU only"
@@ -219,7 +114,7 @@ def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
         return None if _stem(weight_format or "") in FED_BACK_TO else f"it has no feedback for {weight_format}"
     if op == "quantize" and _stem(weight_format or "") not in QUANTIZED_TO:
         return f"it does not quantize to {weight_format}"
-    if op in ("linear", "experts") and _stem(weight_format or "") not in formats():
+    if op in ("linear", "embedding", "experts") and _stem(weight_format or "") not in formats():
         return f"it does not read {weight_format}"
     return None if op in OPS else "it has no such op"
 
@@ -234,17 +129,37 @@ def _number(name: str) -> int:
     return formats()[_stem(name)]
 
 
-def linear(x: Tensor, weight: Packed) -> Tensor:
-    dtype, x = x.dtype, _native(x)
+def linear(x: Tensor, weight: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    dtype, x = dtype or x.dtype, _native(x)
     (tokens, columns), out = x.shape, weight.shape[0]
-    y = _answer(x, (tokens, out))
-    _run(
-        _Linear(
-            *(_number(weight.name), TYPES[x.dtype], _grouping.address(weight.name), tokens, columns, out),
-            *(_address(x), *_parts(weight), _address(y)),
+    y = _answer(x, (tokens, out), dtype if dtype in TYPES else torch.float32)
+    run(
+        Linear(
+            *(_number(weight.name), TYPES[x.dtype], TYPES[y.dtype], _grouping.address(weight.name)),
+            *(tokens, columns, out, _address(x), *_parts(weight), _address(y)),
         )
     )
     return _as(dtype, y)
+
+
+def embedding(ids: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
+    ids, (rows, columns) = ids.contiguous(), weight.shape
+    y = _answer(ids, (len(ids), columns), dtype if dtype in TYPES else torch.float32)
+    run(
+        Embedding(
+            *(_number(weight.name), TYPES[y.dtype], _grouping.address(weight.name), len(ids), rows, columns),
+            *(_address(ids), *_parts(weight), _address(y)),
+        )
+    )
+    return _as(dtype, y)
+
+
+def route(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    x, weight, shape = _native(x), _float(weight), (len(x), k)
+    ids, scores = _answer(x, shape, torch.int64), _answer(x, shape, torch.float32)
+    sizes = (*x.shape, len(weight), k)
+    run(Route(TYPES[x.dtype], *sizes, _address(x), _address(weight), _address(ids), _address(scores)))
+    return ids, scores
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
@@ -254,8 +169,8 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     stacks, orders = zip(*(_parts(stack) for stack in (gate, up, down)), strict=True)
     groupings = [_grouping.address(stack.name) for stack in (gate, up, down)]
     (count, inner, size), (tokens, choices) = gate.shape, ids.shape
-    _run(
-        _Experts(
+    run(
+        Experts(
             *(_number(gate.name), TYPES[x.dtype], *groupings, tokens, size, inner, count, choices),
             *(_address(x), *stacks, *orders, _address(ids), _address(scores), _address(y)),
         )
@@ -274,8 +189,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
         parts = (batch.cache.keys, batch.cache.values, batch.cache.key_scales, batch.cache.value_scales)
         cached = [_address(part[layer]) if part else None for part in parts]
     tables = batch.tables.contiguous()
-    _run(
-        _Attention(
+    run(
+        Attention(
             *(TYPES[q.dtype], cache_type, tokens, heads, k.shape[1], size, len(batch.lengths), block),
             *(tables.shape[1], window or 0),
             *(_address(q), _address(k), _address(v), *cached),
@@ -289,29 +204,51 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype, x, weight = x.dtype, _native(x), _float(weight)
     y = _answer(x, tuple(x.shape))
     size = x.shape[-1]
-    _run(_Norm(TYPES[x.dtype], x.numel() // size, size, eps, _address(x), _address(weight), _address(y)))
+    run(Norm(TYPES[x.dtype], x.numel() // size, size, eps, _address(x), _address(weight), _address(y)))
     return _as(dtype, y)
+
+
+def rotary(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    frequencies, positions = _float(frequencies), positions.contiguous()
+    shape = (len(positions), len(frequencies))
+    cos, sin = _answer(frequencies, shape), _answer(frequencies, shape)
+    run(Rotary(*shape, _address(positions), _address(frequencies), _address(cos), _address(sin)))
+    return cos, sin
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dtype, x, cos, sin = x.dtype, _native(x), _float(cos), _float(sin)
     y = _answer(x, tuple(x.shape))
     tokens, heads, size = x.shape
-    _run(_Rope(TYPES[x.dtype], tokens, heads, size, _address(x), _address(cos), _address(sin), _address(y)))
+    run(Rope(TYPES[x.dtype], tokens, heads, size, _address(x), _address(cos), _address(sin), _address(y)))
     return _as(dtype, y)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    dtype, gate, up = gate.dtype, _native(gate), _native(up)
+    y = _answer(gate, tuple(gate.shape))
+    run(Swiglu(TYPES[gate.dtype], gate.numel(), _address(gate), _address(up), _address(y)))
+    return _as(dtype, y)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    dtype, x, y = x.dtype, _native(x), _native(y)
+    total = _answer(x, tuple(x.shape))
+    run(Add(TYPES[x.dtype], x.numel(), _address(x), _address(y), _address(total)))
+    return _as(dtype, total)
 
 
 def truncate(logits: Tensor, settings: Tensor) -> Tensor:
     logits, settings = _float(logits), _float(settings)
     y = _answer(logits, tuple(logits.shape))
-    _run(_Truncate(*logits.shape, _address(logits), _address(settings), _address(y)))
+    run(Truncate(*logits.shape, _address(logits), _address(settings), _address(y)))
     return y
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     logits, numbers = _float(logits), numbers.double().contiguous()
-    ids = torch.empty(len(logits), dtype=torch.int64)
-    _run(_Draw(*logits.shape, _address(logits), _address(numbers), _address(ids)))
+    ids = _answer(logits, (len(logits),), torch.int64)
+    run(Draw(*logits.shape, _address(logits), _address(numbers), _address(ids)))
     return ids
 
 
@@ -324,7 +261,7 @@ def quantize(weight: Packed, plain: Tensor, index: int | None = None) -> None:
     fields = (_number(weight.name), TYPES[plain.dtype], kind.usual_step, *sizes, _address(shares), len(shares))
     matrices = zip(plain, target, strict=True) if plain.dim() == 3 else [(plain, target)]
     for matrix, tiles in matrices:
-        _run(_Quantize(*fields, _address(matrix), _address(tiles)))
+        run(Quantize(*fields, _address(matrix), _address(tiles)))
 
 
 def quantize_with_feedback(weight: Packed, plain: Tensor, factor: Tensor, index: int | None = None) -> None:
@@ -335,7 +272,7 @@ def quantize_with_feedback(weight: Packed, plain: Tensor, factor: Tensor, index:
     levels, shares = torch.tensor(kind.levels).float(), torch.tensor(TRIED_STEPS)
     addresses = (_address(levels), _address(shares), len(shares), _address(rotated), _address(factor))
     target = data if index is None else data[index]
-    _run(_FeedBack(kind.bits, kind.usual_step, *rotated.shape, *addresses, _address(target)))
+    run_other(FeedBack(kind.bits, kind.usual_step, *rotated.shape, *addresses, _address(target)))
 
 
 def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:
@@ -343,8 +280,8 @@ def store_codes(weight: Packed, codes: Codes, index: int | None = None) -> None:
     target = tiles if index is None else tiles[index]
     kept = {name: tensor.contiguous() for name, tensor in codes.tensors().items()}
     fields = ("codes", "scale", "offset", "super_scale", "super_offset")
-    _run(
-        _StoreCodes(
+    run_other(
+        StoreCodes(
             *(_grouping.address(weight.name), *weight.shape[-2:], target.shape[-1]),
             *(_address(kept[name]) if name in kept else None for name in fields),
             _address(target),
@@ -371,10 +308,6 @@ def _as(dtype: torch.dtype, y: Tensor) -> Tensor:
     return y if y.dtype is dtype else y.to(dtype)
 
 
-def _answer(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return x.new_empty(shape)
-
-
 def _address(x: Tensor) -> int:
     return x.data_ptr()
 
@@ -384,20 +317,3 @@ def _parts(weight: Packed) -> tuple[int, int | None]:
     data, *order = weight._parameters.values()  # parts() would copy the dictionary
     assert data is not None
     return data.data_ptr(), order[0].data_ptr() if order and order[0] is not None else None
-
-
-@functools.cache
-def _function(op: str) -> Any:
-    return getattr(_built(), f"moesaic_{op}")
-
-
-def _run(arguments: _Arguments) -> None:
-    """Call the library's function for the op of ``arguments``, and raise its errors.
-
-    ctypes releases the GIL during the call.
-    """
-    status = _function(arguments.op)(byref(arguments))
-    if status == OUT_OF_MEMORY:
-        raise MemoryError(f"out of memory in {arguments.op}")
-    if status == ID_OUT_OF_RANGE:
-        raise InvalidParameter("ids", f"an expert id is out of range: there are {arguments.experts} experts")

@@ -7,6 +7,7 @@ gradients flow.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,8 +26,23 @@ def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
     return None
 
 
-def linear(x: Tensor, weight: Packed) -> Tensor:
-    return F.linear(x, weight.dequantize(x.dtype))
+def record(device: torch.device, compute: Callable[[], object]) -> None:
+    """Return None: this backend records nothing."""
+
+
+def linear(x: Tensor, weight: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    return F.linear(x, weight.dequantize(x.dtype)).to(dtype or x.dtype)
+
+
+def embedding(ids: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= weight.shape[0]):
+        raise InvalidParameter("ids", f"an id is out of range: there are {weight.shape[0]} rows")
+    return weight.rows(ids, dtype)
+
+
+def route(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    best, ids = F.linear(x.float(), weight).topk(k, dim=-1)
+    return ids, best.softmax(dim=-1)
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
@@ -47,7 +63,7 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
 def _counts(ids: Tensor, experts: int) -> list[int]:
     """Return how often each expert 0, 1, ..., experts - 1 occurs in ``ids``."""
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= experts):
-        raise InvalidParameter("ids", f"an expert id is out of range: there are {experts} experts")
+        raise InvalidParameter("ids", f"an id is out of range: there are {experts} experts")
     counts: list[int] = torch.bincount(ids, minlength=experts).tolist()
     return counts
 
@@ -156,10 +172,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * weight.float()).to(x.dtype)
 
 
+def rotary(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    angles = positions[:, None].float() * frequencies[None, :].float()
+    return angles.cos(), angles.sin()
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
 
 
 def truncate(logits: Tensor, settings: Tensor) -> Tensor:

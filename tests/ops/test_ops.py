@@ -24,10 +24,12 @@ def backend(request, device, monkeypatch):
     if why := found.why_not("rms_norm", device, None):
         pytest.skip(f"{request.param}: {why}")
     if hasattr(found, "_answer"):  # values that a kernel does not write are NaN
-        monkeypatch.setattr(
-            found, "_answer", lambda x, shape: torch.full(shape, math.nan, dtype=x.dtype, device=x.device)
-        )
+        monkeypatch.setattr(found, "_answer", lambda x, shape, dtype=None: poisoned(shape, dtype or x.dtype, x.device))
     return found
+
+
+def poisoned(shape, dtype, device):
+    return torch.full(shape, math.nan if dtype.is_floating_point else -1, dtype=dtype, device=device)
 
 
 def rounded(x, backend, weight, entry=None):
@@ -275,6 +277,86 @@ def test_linear(backend, device, weight_format, tokens, inp, out):
     torch.testing.assert_close(backend.linear(x, weight).double(), expected, atol=atol, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_format", [*registry.names("formats"), *grouped.TEXTS])
+@pytest.mark.parametrize(("rows", "columns"), [(70, 40), (33, 576), (40, 1024)])
+def test_an_embedding_has_the_rows_of_the_plain_weight(backend, device, weight_format, rows, columns, dtype):
+    skip_unless_read(backend, "embedding", device, weight_format)
+    weight = formats.load(weight_format).pack(torch.randn(rows, columns))
+    ids = torch.tensor([rows - 1, 0, 17, 31, 32, 17])
+    expected = weight.dequantize(torch.float32)[ids].to(dtype)
+    atol = 1e-3 if "nf4" in weight_format else 1e-5  # kernels round the levels of NF4 to 14 bits
+    rtol = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(backend.embedding(ids, weight, dtype), expected, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("bad", [-1, 70, 2**40])
+@pytest.mark.parametrize("weight_format", ["int4", "float32"])
+def test_rows_out_of_range_are_refused(device, weight_format, bad):
+    weight = formats.load(weight_format).pack(torch.randn(70, 40))
+    with pytest.raises(InvalidParameter, match="ids: an id is out of range: there are 70 rows"):
+        ops.embedding(torch.tensor([0, bad], device=device), weight, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "experts", "k"), [(32, 8, 2), (33, 3, 3), (100, 40, 7), (5, 1, 1)])
+def test_route_takes_the_largest_logits(backend, dtype, size, experts, k):
+    x, weight = torch.randn(9, size).to(dtype), torch.randn(experts, size)
+    ids, scores = backend.route(x, weight, k)
+    for row, chosen, found in zip(x.double() @ weight.double().T, ids.tolist(), scores, strict=True):
+        assert chosen == sorted(range(experts), key=lambda e: -row[e])[:k]
+        torch.testing.assert_close(found, row[chosen].softmax(0).float(), atol=1e-5, rtol=1e-4)
+    assert ids.dtype == torch.int64 and scores.dtype == torch.float32
+
+
+def test_route_gives_valid_experts_for_nan(backend):
+    ids, scores = backend.route(torch.full((2, 8), math.nan), torch.randn(4, 8), 2)
+    assert all(0 <= a < 4 and 0 <= b < 4 and a != b for a, b in ids.tolist())
+    assert scores.isnan().all()
+
+
+def test_rotary_angles_are_positions_times_frequencies(backend):
+    frequencies, positions = torch.rand(7), torch.tensor([0, 1, 3, 4000, 131071])
+    cos, sin = backend.rotary(frequencies, positions)
+    for t, position in enumerate(positions.tolist()):
+        angles = (frequencies * float(position)).tolist()
+        torch.testing.assert_close(cos[t], torch.tensor([math.cos(angle) for angle in angles]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(sin[t], torch.tensor([math.sin(angle) for angle in angles]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (40, 700)])
+def test_add_rounds_once(backend, dtype, shape):
+    x, y = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    found = backend.add(x, y)
+    assert found.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, x + y, atol=1e-6, rtol=1e-6)
+    else:
+        assert torch.equal(found, (x.float() + y.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (40, 700)])
+def test_swiglu(backend, dtype, shape):
+    gate, up = (10 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    expected = torch.tensor(
+        [g / (1 + math.exp(-g)) * u for g, u in zip(gate.flatten().tolist(), up.flatten().tolist(), strict=True)]
+    )
+    rtol = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(backend.swiglu(gate, up).float().flatten(), expected, atol=1e-5, rtol=rtol)
+
+
+def test_linear_answers_in_the_dtype_that_is_asked_for(backend, device):
+    weight = formats.load("bfloat16").pack(torch.randn(17, 64))
+    x = torch.randn(3, 64).bfloat16()
+    exact = x.double() @ weight.dequantize(torch.float64).T
+    wide = backend.linear(x, weight, torch.float32)
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide.double(), exact, atol=5e-2, rtol=1e-2)
+    assert backend.linear(x, weight).dtype == torch.bfloat16
+
+
 def test_rms_norm(backend):
     x, weight = torch.randn(5, 33), torch.rand(33)
     expected = torch.stack([row / math.sqrt((row.double() ** 2).mean() + 1e-5) * weight for row in x])
@@ -349,7 +431,7 @@ def test_mixed_formats_show_in_the_choice_of_backend():
 @pytest.mark.parametrize("down", ["int4", "int8"])  # with int8, the formats are mixed
 def test_expert_ids_out_of_range_are_refused(device, ids, down):
     stacks = packed_experts(down=down)
-    with pytest.raises(InvalidParameter, match="ids: an expert id is out of range: there are 4 experts"):
+    with pytest.raises(InvalidParameter, match="ids: an id is out of range: there are 4 experts"):
         ops.experts(torch.randn(1, 64), *stacks, torch.tensor(ids), torch.rand(1, 2))
 
 
@@ -414,6 +496,14 @@ def test_small_ops_refuse_arguments_that_do_not_fit(device):
         lambda: ops.rms_norm(torch.randn(3, 8), torch.ones(9), 1e-5),
         lambda: ops.rms_norm(torch.randn(3, 8), torch.ones(8, device="meta"), 1e-5),
         lambda: ops.rope(x, torch.ones(3, 8), torch.ones(3, 8)),
+        lambda: ops.route(torch.randn(3, 8), torch.randn(4, 9), 2),
+        lambda: ops.route(torch.randn(3, 8), torch.randn(4, 8), 5),
+        lambda: ops.route(torch.randn(3, 8), torch.randn(4, 8).bfloat16(), 2),
+        lambda: ops.rotary(torch.ones(4), torch.ones(3)),
+        lambda: ops.add(torch.randn(3, 8), torch.randn(3, 9)),
+        lambda: ops.add(torch.randn(3, 8), torch.randn(3, 8).bfloat16()),
+        lambda: ops.swiglu(torch.randn(3, 8), torch.randn(3, 9)),
+        lambda: ops.embedding(torch.ones(3), formats.load("int4").pack(torch.randn(4, 8)), torch.float32),
         lambda: ops.rope(x, torch.ones(2, 4), torch.ones(2, 4)),
         lambda: ops.truncate(torch.randn(3, 9), torch.ones(2, 5)),
         lambda: ops.draw(torch.randn(3, 9), torch.ones(2, dtype=torch.float64)),

@@ -1,0 +1,79 @@
+"""Records decode steps, whose shapes repeat, and replays each in one call.
+
+In a decode step, every sequence computes one token and samples the next. Calling its ops one by one from Python takes
+longer than the ops of a small model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moesaic import ops
+from moesaic.engine.batch import FixedBatch
+from moesaic.engine.scheduler import Step
+from moesaic.ops import Batch, Cache, Graph
+
+MAX_SEQUENCES = 64
+"""Sequences of a step above which Python's share of the time is small."""
+MAX_BYTES = 64 << 20
+"""Memory of all graphs together; the ones that were not used for longest are dropped."""
+
+
+class Model(Protocol):
+    """The members of ``engine.runner.Model`` that a recording needs."""
+
+    @property
+    def max_length(self) -> int: ...
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+class DecodeGraphs:
+    """The graphs of a model's decode steps, one for each number of sequences."""
+
+    def __init__(self, model: Model, cache: Cache, device: torch.device) -> None:
+        self._model, self._cache, self._device = model, cache, device
+        self._graphs: OrderedDict[int, tuple[FixedBatch, Graph[tuple[Tensor, Tensor]]]] = OrderedDict()
+        self._recordable = getattr(model, "recordable", False)
+
+    def run(self, step: Step) -> tuple[Tensor, Tensor] | None:
+        """Return the hidden states [S, d] and logits [S, V] of a decode step, which the next step overwrites.
+
+        Return None if ``step`` is no decode step, or the model cannot be recorded.
+        """
+        count = len(step.runs)
+        decodes = count <= MAX_SEQUENCES and all(run.count == 1 and run.samples for run in step.runs)
+        if not self._recordable or not decodes:
+            return None
+        if count not in self._graphs:
+            return self._record(step)
+        batch, graph = self._graphs[count]
+        self._graphs.move_to_end(count)
+        batch.fill(step)
+        graph.replay()
+        return graph.result
+
+    def _record(self, step: Step) -> tuple[Tensor, Tensor] | None:
+        block_size, blocks = self._cache.block_size, len(self._cache.keys[0])
+        width = min(blocks, -(-self._model.max_length // block_size))
+        fixed = FixedBatch(len(step.runs), width, self._cache, self._device)
+        fixed.fill(step)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            hidden = self._model(fixed.batch)
+            return hidden, self._model.logits(hidden)
+
+        graph = ops.record(self._device, compute)
+        if graph is None:
+            self._recordable = False
+            return None
+        self._graphs[len(step.runs)] = fixed, graph
+        while sum(each.nbytes for _, each in self._graphs.values()) > MAX_BYTES and len(self._graphs) > 1:
+            self._graphs.popitem(last=False)
+        return graph.result
