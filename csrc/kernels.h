@@ -145,6 +145,21 @@ struct RouteArgs {
     float* scores;
 };
 
+// y[r] = whether all of x [rows, size] in row r are finite, as a byte 0 or 1.
+struct FiniteArgs {
+    Type type;
+    int64_t rows, size;
+    const void* x;
+    uint8_t* y;
+};
+
+// ids[r] = the first of the largest values of row r of x [rows, size]; none is NaN.
+struct ArgmaxArgs {
+    int64_t rows, size;
+    const float* x;
+    int64_t* ids;
+};
+
 // y = logits after temperature and truncations, -inf for removed tokens.
 struct TruncateArgs {
     int64_t rows, vocabulary;
@@ -187,6 +202,8 @@ struct QuantizeArgs {
     OP(add, AddArgs)                 \
     OP(swiglu, SwigluArgs)           \
     OP(route, RouteArgs)             \
+    OP(finite, FiniteArgs)           \
+    OP(argmax, ArgmaxArgs)           \
     OP(truncate, TruncateArgs)       \
     OP(draw, DrawArgs)               \
     OP(quantize, QuantizeArgs)

@@ -122,4 +122,31 @@ inline void route(const RouteArgs& a) {
     });
 }
 
+inline void finite(const FiniteArgs& a) {
+    parallel_for_or_inline(a.rows, a.rows * a.size, [&](int64_t r, int) {
+        float x[VALUES];
+        I most = set(0);
+        for (int64_t at = 0; at < a.size; at += VALUES) {
+            const int64_t width = a.size - at < VALUES ? a.size - at : VALUES, padded_size = (width + 15) / 16 * 16;
+            read(a.x, a.type, r * a.size + at, width, x, padded_size);
+            for (int64_t k = 0; k < padded_size; k += 16) most = max(most, bit_and(load(x + k), set(0x7fffffff)));
+        }
+        a.y[r] = largest(most) < 0x7f800000;  // magnitudes are ordered like their bits, and infinity comes after all numbers
+    });
+}
+
+inline void argmax(const ArgmaxArgs& a) {
+    parallel_for_or_inline(a.rows, a.rows * a.size, [&](int64_t r, int) {
+        const float* x = a.x + r * a.size;
+        const int64_t whole = a.size / 16 * 16;
+        F most = set(x[0]);
+        for (int64_t k = 0; k < whole; k += 16) most = max(most, load_float(x + k));
+        float best = largest_of(most);
+        for (int64_t k = whole; k < a.size; ++k) best = x[k] > best ? x[k] : best;
+        int64_t first = 0;
+        while (first + 1 < a.size && x[first] != best) ++first;
+        a.ids[r] = first;
+    });
+}
+
 }  // namespace moesaic::MOESAIC_ISA

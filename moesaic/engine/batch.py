@@ -41,31 +41,34 @@ def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
 class FixedBatch:
     """A batch for steps of one shape, whose tensors keep their place in memory.
 
-    Every run has one token and samples the next one.
+    Every run has one token and samples the next one. The tensors are on the CPU.
     """
 
-    def __init__(self, sequences: int, blocks: int, cache: Cache, device: torch.device) -> None:
+    def __init__(self, sequences: int, blocks: int, cache: Cache) -> None:
         """``blocks`` is the maximum number of cache blocks of a sequence."""
-        lists = {
-            name: torch.zeros(sequences, dtype=torch.int64, device=device) for name in ("tokens", "positions", "slots")
-        }
         self._block_size = cache.block_size
+        self._rows = torch.zeros(3, sequences, dtype=torch.int64)
+        self._tables = torch.full((sequences, blocks), -1, dtype=torch.int64)
+        tokens, positions, slots = self._rows
         self.batch = Batch(
+            tokens=tokens,
+            positions=positions,
             starts=tuple(range(sequences + 1)),
             lengths=(0,) * sequences,  # ops that read it cannot be recorded
-            tables=torch.full((sequences, blocks), -1, dtype=torch.int64, device=device),
-            outputs=torch.arange(sequences, device=device),
+            slots=slots,
+            tables=self._tables,
+            outputs=torch.arange(sequences),
             cache=cache,
-            **lists,
         )
         _ = self.batch.offsets  # makes the tensor now
+        # Numpy writes a few numbers ten times as fast as torch makes a tensor of them.
+        self._views = self._rows.numpy(), self._tables.numpy()
 
     def fill(self, step: Step) -> None:
         """Overwrite the tensors with those of ``step``."""
-        batch, lists = self.batch, _flatten(step, self._block_size)
-        for name in ("tokens", "positions", "slots"):
-            getattr(batch, name).copy_(_tensor(getattr(lists, name), batch.tokens.device))
-        batch.tables[:, : len(lists.tables[0])].copy_(_tensor(lists.tables, batch.tokens.device))
+        lists, (rows, tables) = _flatten(step, self._block_size), self._views
+        rows[:] = lists.tokens, lists.positions, lists.slots
+        tables[:, : len(lists.tables[0])] = lists.tables
 
 
 def _flatten(step: Step, block_size: int) -> _Lists:

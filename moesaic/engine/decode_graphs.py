@@ -7,6 +7,7 @@ longer than the ops of a small model.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,6 +24,16 @@ MAX_BYTES = 64 << 20
 """Memory of all graphs together; the ones that were not used for longest are dropped."""
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What the model computes in a step of T tokens, of which R have logits."""
+
+    hidden: Tensor  # [T, d]
+    finite: Tensor  # [T] bool, whether all values of the hidden state are finite
+    logits: Tensor  # [R, V] float32
+    finite_logits: Tensor  # [R] bool
+
+
 class Model(Protocol):
     """The members of ``engine.runner.Model`` that a recording needs."""
 
@@ -34,16 +45,26 @@ class Model(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
 
+def compute(model: Model, batch: Batch, rows: Tensor | None = None) -> Computed:
+    """Run the model on ``batch``; ``rows`` are those whose logits are needed, all if it is None."""
+    hidden = model(batch)
+    if rows is not None and not len(rows):  # a part of a prompt
+        logits = hidden.new_empty(0, 0, dtype=torch.float32)
+    else:
+        logits = model.logits(hidden if rows is None else hidden[rows])
+    return Computed(hidden, ops.finite(hidden), logits, ops.finite(logits))
+
+
 class DecodeGraphs:
     """The graphs of a model's decode steps, one for each number of sequences."""
 
     def __init__(self, model: Model, cache: Cache, device: torch.device) -> None:
         self._model, self._cache, self._device = model, cache, device
-        self._graphs: OrderedDict[int, tuple[FixedBatch, Graph[tuple[Tensor, Tensor]]]] = OrderedDict()
-        self._recordable = getattr(model, "recordable", False)
+        self._graphs: OrderedDict[int, tuple[FixedBatch, Graph[Computed]]] = OrderedDict()
+        self._recordable = device.type == "cpu" and getattr(model, "recordable", False)
 
-    def run(self, step: Step) -> tuple[Tensor, Tensor] | None:
-        """Return the hidden states [S, d] and logits [S, V] of a decode step, which the next step overwrites.
+    def run(self, step: Step) -> Computed | None:
+        """Return what a decode step computes, which the next step overwrites.
 
         Return None if ``step`` is no decode step, or the model cannot be recorded.
         """
@@ -59,17 +80,13 @@ class DecodeGraphs:
         graph.replay()
         return graph.result
 
-    def _record(self, step: Step) -> tuple[Tensor, Tensor] | None:
+    def _record(self, step: Step) -> Computed | None:
         block_size, blocks = self._cache.block_size, len(self._cache.keys[0])
         width = min(blocks, -(-self._model.max_length // block_size))
-        fixed = FixedBatch(len(step.runs), width, self._cache, self._device)
+        fixed = FixedBatch(len(step.runs), width, self._cache)
         fixed.fill(step)
 
-        def compute() -> tuple[Tensor, Tensor]:
-            hidden = self._model(fixed.batch)
-            return hidden, self._model.logits(hidden)
-
-        graph = ops.record(self._device, compute)
+        graph = ops.record(self._device, lambda: compute(self._model, fixed.batch))
         if graph is None:
             self._recordable = False
             return None

@@ -8,6 +8,7 @@ heads, D head size, B block size.
 
 from __future__ import annotations
 
+import itertools
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from moesaic.engine import grammar_masks, sampler
 from moesaic.engine.batch import assemble
-from moesaic.engine.decode_graphs import DecodeGraphs
+from moesaic.engine.decode_graphs import Computed, DecodeGraphs, compute
 from moesaic.engine.request import Sequence, Token
 from moesaic.engine.scheduler import Outcome, Run, Step
 from moesaic.ops import Batch, Cache
@@ -85,33 +86,28 @@ class Runner:
     def run(self, step: Step) -> Outcome:
         """Run the model on ``step`` and sample the next tokens; return tokens, log-probabilities and failures."""
         rows = [run.sequence for run in step.runs if run.samples]
-        hidden, logits, starts = self._forward(step)
+        starts = (0, *itertools.accumulate(run.count for run in step.runs))
+        found = self._graphs.run(step) or self._compute(step)
         # Compute the masks before reading results, so that they overlap with the work of an accelerator.
         allowed, refused = grammar_masks.allowed(rows, self.model.vocab_size)
-        failed = _broken(hidden, starts, step)
+        failed = _broken(found.finite.tolist(), starts, step)
+        failed |= {sequence for sequence, good in zip(rows, found.finite_logits.tolist(), strict=True) if not good}
         tokens: dict[Sequence, list[Token]] = {}
-        if rows:
-            failed |= {sequence for sequence, good in zip(rows, _finite(logits).tolist(), strict=True) if not good}
-            good = [row for row, sequence in enumerate(rows) if sequence not in failed and sequence not in refused]
-            if good:
-                chosen = logits if len(good) == len(rows) else logits[good]
-                tokens = sampler.sample(chosen, [rows[row] for row in good], allowed)
+        good = [row for row, sequence in enumerate(rows) if sequence not in failed and sequence not in refused]
+        if good:
+            chosen = found.logits if len(good) == len(rows) else found.logits[good]
+            tokens = sampler.sample(chosen, [rows[row] for row in good], allowed)
         scores = {
-            run.sequence: self._scores(hidden[begin:], run)
+            run.sequence: self._scores(found.hidden[begin:], run)
             for run, begin in zip(step.runs, starts, strict=False)
             if run.sequence.scores_prompt and not run.sequence.generated and run.sequence not in failed
         }
         refused = {sequence: error for sequence, error in refused.items() if sequence not in failed}
         return Outcome(tokens, scores, frozenset(failed), refused)
 
-    def _forward(self, step: Step) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Return the hidden states [T, d] of a step, the logits [R, V], and the first row of each run."""
-        if (found := self._graphs.run(step)) is not None:
-            return *found, tuple(range(len(step.runs) + 1))
+    def _compute(self, step: Step) -> Computed:
         batch = assemble(step, self.cache, self.device)
-        hidden = self.model(batch)
-        rows = hidden[batch.outputs]
-        return hidden, self.model.logits(rows) if len(rows) else rows, batch.starts
+        return compute(self.model, batch, batch.outputs)
 
     def _scores(self, hidden: Tensor, run: Run) -> list[Token]:
         """Return each prompt token that follows a token of ``run``, with its log-probability.
@@ -133,21 +129,13 @@ class Runner:
             part[blocks] = 0
 
 
-def _finite(x: Tensor) -> Tensor:
-    """Return, as bool [R], whether each row of x [R, n] contains only finite values."""
-    # If a value is not finite, the sum is not finite. A finite row may also overflow, so then check every value.
-    finite = torch.isfinite(x.sum(-1))
-    return finite if bool(finite.all()) else torch.isfinite(x).all(-1)
-
-
-def _broken(hidden: Tensor, starts: tuple[int, ...], step: Step) -> set[Sequence]:
-    """Return the sequences with NaN or infinity in their rows of ``hidden`` [T, d].
+def _broken(finite: list[bool], starts: tuple[int, ...], step: Step) -> set[Sequence]:
+    """Return the sequences with a hidden state that is not ``finite``.
 
     All rows are checked, not only the sampled ones. A key or value that is not finite makes the hidden state at its
     own position not finite, so a block whose tokens pass this check is safe to share.
     """
-    finite = _finite(hidden)
-    if bool(finite.all()):
+    if all(finite):
         return set()
     spans = zip(step.runs, starts, starts[1:], strict=False)
-    return {run.sequence for run, begin, end in spans if not bool(finite[begin:end].all())}
+    return {run.sequence for run, begin, end in spans if not all(finite[begin:end])}

@@ -46,7 +46,7 @@ def sample(
         rows = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.greedy is greedy]
         if rows:
             chosen = adjusted if len(rows) == len(sequences) else adjusted[rows]
-            drawn = chosen.argmax(-1).tolist() if greedy else _draw(chosen, [sequences[row] for row in rows])
+            drawn = ops.argmax(chosen).tolist() if greedy else _draw(chosen, [sequences[row] for row in rows])
             for row, token_id in zip(rows, drawn, strict=True):
                 ids[row] = token_id
     tokens = [Token(token_id) for token_id in ids]

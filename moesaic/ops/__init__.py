@@ -205,6 +205,25 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return cast(Tensor, op(x, y))
 
 
+def finite(x: Tensor) -> Tensor:
+    """Return, as bool [R], whether all values of each row of x [R, n] are finite."""
+    op = pick_checked("finite", None, False, x.dtype, x.device)
+    if x.dim() != 2:
+        raise _mismatch("x", x.shape, "[R, n]")
+    return cast(Tensor, op(x))
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Return the index of the largest value of each row of x [R, n]: [R] int64. No value is NaN, and n is at least 1.
+
+    Of equal values, backends may take any.
+    """
+    op = pick_checked("argmax", None, False, x.dtype, x.device)
+    if x.dim() != 2 or not x.shape[1]:
+        raise _mismatch("x", x.shape, "[R, n] with n >= 1")
+    return cast(Tensor, op(x))
+
+
 def truncate(logits: Tensor, settings: Tensor) -> Tensor:
     """Return logits [R, V] after temperature and truncations: float32, -inf for removed tokens.
 

@@ -88,6 +88,8 @@ Rotary = _struct(
 )
 Add = _struct("add", ("type", c_int), ("count", c_int64), *((name, c_void_p) for name in ("a", "b", "y")))
 Swiglu = _struct("swiglu", ("type", c_int), ("count", c_int64), *((name, c_void_p) for name in ("gate", "up", "y")))
+Finite = _struct("finite", ("type", c_int), ("rows", c_int64), ("size", c_int64), ("x", c_void_p), ("y", c_void_p))
+Argmax = _struct("argmax", ("rows", c_int64), ("size", c_int64), ("x", c_void_p), ("ids", c_void_p))
 Truncate = _struct(
     "truncate",
     *((name, c_int64) for name in ("rows", "vocabulary")),

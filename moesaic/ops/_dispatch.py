@@ -27,6 +27,8 @@ OPS = (
     "rope",
     "swiglu",
     "add",
+    "finite",
+    "argmax",
     "truncate",
     "draw",
     "quantize",
@@ -70,6 +72,8 @@ ARGUMENTS = {
     "rope": ("x", "cos", "sin"),
     "swiglu": ("gate", "up"),
     "add": ("x", "y"),
+    "finite": ("x",),
+    "argmax": ("x",),
     "truncate": ("logits", "settings"),
     "draw": ("logits", "numbers"),
 }

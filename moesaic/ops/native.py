@@ -24,11 +24,13 @@ from moesaic.formats._tiles import TRIED_STEPS, Tiled
 from moesaic.ops import OPS, Batch, FormatName, _grouping
 from moesaic.ops._arguments import (
     Add,
+    Argmax,
     Attention,
     Draw,
     Embedding,
     Experts,
     FeedBack,
+    Finite,
     Linear,
     Norm,
     Quantize,
@@ -236,6 +238,20 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     total = _answer(x, tuple(x.shape))
     run(Add(TYPES[x.dtype], x.numel(), _address(x), _address(y), _address(total)))
     return _as(dtype, total)
+
+
+def finite(x: Tensor) -> Tensor:
+    x = _native(x)
+    y = _answer(x, x.shape[:1], torch.bool)
+    run(Finite(TYPES[x.dtype], *x.shape, _address(x), _address(y)))
+    return y
+
+
+def argmax(x: Tensor) -> Tensor:
+    x = _float(x)
+    ids = _answer(x, x.shape[:1], torch.int64)
+    run(Argmax(*x.shape, _address(x), _address(ids)))
+    return ids
 
 
 def truncate(logits: Tensor, settings: Tensor) -> Tensor:

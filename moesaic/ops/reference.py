@@ -191,6 +191,14 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
+def finite(x: Tensor) -> Tensor:
+    return x.isfinite().all(-1)
+
+
+def argmax(x: Tensor) -> Tensor:
+    return x.argmax(-1)
+
+
 def truncate(logits: Tensor, settings: Tensor) -> Tensor:
     x = logits.float().clone()
     for column, (change, off) in enumerate(TRUNCATIONS):

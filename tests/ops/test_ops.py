@@ -347,6 +347,23 @@ def test_swiglu(backend, dtype, shape):
     torch.testing.assert_close(backend.swiglu(gate, up).float().flatten(), expected, atol=1e-5, rtol=rtol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 16, 33, 700])
+def test_finite_finds_every_bad_value(backend, dtype, size):
+    x = (torch.randn(7, size) * 1e4).to(dtype)
+    x[2, 0], x[4, size // 2], x[6, -1] = math.nan, math.inf, -math.inf
+    assert backend.finite(x).tolist() == [True, True, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("size", [1, 16, 33, 700])
+def test_argmax_finds_the_largest(backend, size):
+    x = torch.randn(5, size)
+    x[0], x[1, -1], x[2, 0], x[3] = -math.inf, 9, 9, -math.inf
+    x[3, size // 2] = -1e30
+    assert backend.argmax(x)[1:].tolist() == [size - 1, 0, size // 2, int(x[4].double().argmax())]
+    assert 0 <= backend.argmax(x)[0] < size
+
+
 def test_linear_answers_in_the_dtype_that_is_asked_for(backend, device):
     weight = formats.load("bfloat16").pack(torch.randn(17, 64))
     x = torch.randn(3, 64).bfloat16()
