@@ -34,7 +34,7 @@ bool may_use_tiles() {
 
 // The instruction sets of this processor, from the smallest to the largest.
 struct InstructionSets {
-    const Kernels* tables[5];
+    const Kernels* tables[6];
     int count;
 
     void add(const Kernels* table) { tables[count++] = table; }
@@ -45,6 +45,9 @@ struct InstructionSets {
 #if defined(MOESAIC_HAS_avx2)
         if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return;
         add(&avx2::kernels);
+#endif
+#if defined(MOESAIC_HAS_avxvnni)
+        if (__builtin_cpu_supports("avxvnni")) add(&avxvnni::kernels);
 #endif
 #if defined(MOESAIC_HAS_avx512)
         if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bw") ||

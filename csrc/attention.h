@@ -272,9 +272,9 @@ inline void online_softmax(const QueryRows& x, const SoftmaxState& state, int64_
 // scores[r + i][j] = q[r + i] . keys[j] for i < N. Each lane sums every sixteenth product; then the lanes are summed.
 template <int N, class Rows>
 __attribute__((noinline)) void score(const QueryRows& x, int64_t r, const Rows& keys, int count) {
-    constexpr int ACCUMULATORS = TILE >= 12 ? 16 : 4;  // as many as the registers hold
+    constexpr int HELD = ACCUMULATORS >= 16 ? 16 : 4;  // sums that the registers hold
     constexpr int KEYS_PER_REDUCTION = 16 / N;         // keys whose lanes are summed together
-    constexpr int KEYS_AT_ONCE = ACCUMULATORS / N;     // keys that are multiplied together
+    constexpr int KEYS_AT_ONCE = HELD / N;     // keys that are multiplied together
     const float* q = x.q + r * x.padded_size;
     for (int j = 0; j < count; j += KEYS_PER_REDUCTION) {
         F sums[16];
@@ -356,7 +356,7 @@ void attend_tile(const QueryRows& x, const SoftmaxState& state, const Rows& keys
     const float *key_scales = keys.scaled ? keys.scale : nullptr, *value_scales = values.scaled ? values.scale : nullptr;
     for_row_groups<4>(x.rows, [&](auto n, int64_t r) { score<n.value>(x, r, keys, tile.count); });
     for (int64_t r = 0; r < x.rows; ++r) online_softmax(x, state, r, tile, key_scales, value_scales);
-    for_row_groups<TILE>(x.rows, [&](auto n, int64_t r) { add_values<n.value>(x, state, r, values, tile.count); });
+    for_row_groups<ACCUMULATORS / 2>(x.rows, [&](auto n, int64_t r) { add_values<n.value>(x, state, r, values, tile.count); });
 }
 
 // Call body(i, x, tile) for each tile of the positions begin .. end - 1 and each key head i with its rows x.

@@ -12,10 +12,10 @@ constexpr int PANEL_BIAS = 0;
 constexpr int PANEL_BIAS = BIAS;
 #endif
 
-// Whether a panel holds levels and their scales apart, because AVX2 adds products of levels in 16 bits: that is twice as
-// fast as adding products of v.
+// Whether a panel holds levels and their scales apart, because plain AVX2 adds products of levels in 16 bits: that is
+// twice as fast as adding products of v.
 template <class Format>
-constexpr bool HAS_LEVELS = MOESAIC_AVX2 && Format::GROUP != 0;
+constexpr bool HAS_LEVELS = MOESAIC_WORDS && Format::GROUP != 0;
 
 // An unpacked superblock.
 struct alignas(64) Unpacked {
@@ -156,6 +156,8 @@ inline void gemm_tile(const uint8_t* p, const uint8_t* panel, int width, const T
 
 #else
 
+#if MOESAIC_WORDS
+
 // One superblock of levels times N tokens.
 template <class Format, int N>
 __attribute__((noinline)) void gemm_levels_of(const uint8_t* p, const Unpacked& panel, int width, const TokenTile& x, int64_t s, float* sum) {
@@ -173,7 +175,10 @@ __attribute__((noinline)) void gemm_levels_of(const uint8_t* p, const Unpacked& 
             for (int k = 0; k < Format::GROUP; k += 4, levels += 128, q += 4) {
                 const I a = load(levels);
 #pragma GCC unroll 12
-                for (int t = 0; t < N; ++t) part[t] = dot_group(part[t], a, broadcast(q + t * SUPER));
+                for (int t = 0; t < N; ++t) {
+                    part[t] = dot_group(part[t], a, broadcast(q + t * SUPER));
+                    pin(part[t]);
+                }
             }
             const I scale = load(scales);
 #pragma GCC unroll 12
@@ -188,24 +193,46 @@ __attribute__((noinline)) void gemm_levels_of(const uint8_t* p, const Unpacked& 
     }
 }
 
-template <int N>
-__attribute__((noinline)) void gemm_tile_of(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
+#endif
+
+// COUNT halves of the rows of an unpacked superblock, from FIRST on, times N tokens.
+template <int N, int FIRST, int COUNT>
+MOESAIC_INLINE void gemm_rows(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
     const int8_t* q = x.q + s * SUPER * N;
-    I whole[2][N];
-#pragma GCC unroll 12
-    for (int t = 0; t < N; ++t) whole[0][t] = whole[1][t] = set(-BIAS * x.total[s * N + t]);
+    I whole[COUNT][N];
+    for (int h = 0; h < COUNT; ++h) {
+        for (int t = 0; t < N; ++t) whole[h][t] = set(-BIAS * x.total[s * N + t]);
+    }
     for (int k = 0; k < width; k += 4, panel += 128, q += 4) {
-        const I a = load(panel), b = load(panel + 64);
+        I a[COUNT];
+        for (int h = 0; h < COUNT; ++h) a[h] = load(panel + 64 * (FIRST + h));
 #pragma GCC unroll 12
         for (int t = 0; t < N; ++t) {
             const I four = broadcast(q + t * SUPER);
-            whole[0][t] = dot_biased(whole[0][t], a, four);
-            whole[1][t] = dot_biased(whole[1][t], b, four);
+            for (int h = 0; h < COUNT; ++h) {
+                whole[h][t] = dot_biased(whole[h][t], a[h], four);
+                pin(whole[h][t]);
+            }
         }
     }
-    const F low = load_bf16((const uint16_t*)p), high = load_bf16((const uint16_t*)p + 16);
+    for (int h = 0; h < COUNT; ++h) {
+        const F step = load_bf16((const uint16_t*)p + 16 * (FIRST + h));
 #pragma GCC unroll 12
-    for (int t = 0; t < N; ++t, sum += ROWS) add_scaled(sum, whole[0][t], whole[1][t], low, high, x.scale[s * N + t]);
+        for (int t = 0; t < N; ++t) {
+            float* to = sum + t * ROWS + 16 * (FIRST + h);
+            store_float(to, fma(to_float(whole[h][t]), mul(step, set(x.scale[s * N + t])), load_float(to)));
+        }
+    }
+}
+
+template <int N>
+__attribute__((noinline)) void gemm_tile_of(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
+    if constexpr (2 * TILE <= ACCUMULATORS) {
+        gemm_rows<N, 0, 2>(p, panel, width, x, s, sum);
+    } else {
+        gemm_rows<N, 0, 1>(p, panel, width, x, s, sum);
+        gemm_rows<N, 1, 1>(p, panel, width, x, s, sum);
+    }
 }
 
 inline void gemm_tile(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
@@ -217,7 +244,7 @@ inline void gemm_tile(const uint8_t* p, const uint8_t* panel, int width, const T
 // One unpacked superblock times a tile of tokens, whatever the panel holds.
 template <class Format>
 void gemm_panel(const uint8_t* p, const Unpacked& panel, int width, const TokenTile& x, int64_t s, float* sum) {
-#if MOESAIC_AVX2
+#if MOESAIC_WORDS
     if constexpr (HAS_LEVELS<Format>) {
         return with_number<TILE>(x.n, [&](auto n) { gemm_levels_of<Format, n.value>(p, panel, width, x, s, sum); });
     }
@@ -225,7 +252,7 @@ void gemm_panel(const uint8_t* p, const Unpacked& panel, int width, const TokenT
     gemm_tile(p, panel.bytes, width, x, s, sum);
 }
 
-constexpr int GEMV_TOKENS = TILE < 8 ? TILE : 8;  // with at most this many tokens, codes are multiplied without unpacking to v
+constexpr int GEMV_TOKENS = ACCUMULATORS < 16 ? ACCUMULATORS / 2 : 8;  // with at most this many tokens, codes are multiplied without unpacking to v
 
 // The matrix product of an integer format; csrc/plain.h has the same interface for bfloat16.
 template <class Format>

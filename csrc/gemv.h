@@ -36,6 +36,9 @@ MOESAIC_INLINE void add_whole_groups(const Super<Format>& super, int width, cons
     const int16_t* sums = x.sums + s * (SUPER / Format::GROUP) * N * 2;
     const uint8_t* codes = super.codes;
     const I packed[2] = {super.scales_of(0), super.scales_of(1)};
+    const auto start_of = [&](int group, int t) __attribute__((always_inline)) {
+        return start_group<Format::BIAS>(broadcast(sums + (group * N + t) * 2));
+    };
     for (int h = FIRST; h < FIRST + COUNT; ++h) {
         for (int t = 0; t < N; ++t) whole[h][t] = set(0);
     }
@@ -48,21 +51,24 @@ MOESAIC_INLINE void add_whole_groups(const Super<Format>& super, int width, cons
             for (int g = 0; g < GROUPS; ++g) {
 #pragma GCC unroll 12
                 for (int t = 0; t < N; ++t) {
-                    const I pair = broadcast(sums + ((4 * quarter + k / Format::GROUP + g) * N + t) * 2);
-                    part[g][0][t] = part[g][1][t] = start_group<Format::BIAS>(pair);
+                    part[g][0][t] = part[g][1][t] = Format::DOUBLED ? set(0) : start_of(4 * quarter + k / Format::GROUP + g, t);
                 }
             }
 #pragma GCC unroll 2
             for (int run = 0; run < SPAN<Format>; run += Format::RUN, codes += RUN_BYTES) {
                 for (int line = 0; line < RUN_BYTES; line += 64) prefetch(codes + PREFETCH_BYTES + line);
                 Format::run(codes, [&](int j, I a, I b) __attribute__((always_inline)) {
-                    const I levels[2] = {Format::levels(a), Format::levels(b)};
+                    // Codes are doubled once for the whole group, instead of each.
+                    const I levels[2] = {Format::DOUBLED ? a : Format::levels(a), Format::DOUBLED ? b : Format::levels(b)};
                     I(&to)[2][N] = part[(run + 4 * j) / Format::GROUP];
 #pragma GCC unroll 12
                     for (int t = 0; t < N; ++t) {
                         const I four = broadcast(q + t * SUPER + 64 * quarter + k + run + 4 * j);
 #pragma GCC unroll 2
-                        for (int h = FIRST; h < FIRST + COUNT; ++h) to[h][t] = dot_group(to[h][t], levels[h], four);
+                        for (int h = FIRST; h < FIRST + COUNT; ++h) {
+                            to[h][t] = dot_group(to[h][t], levels[h], four);
+                            pin(to[h][t]);
+                        }
                     }
                 });
             }
@@ -72,7 +78,11 @@ MOESAIC_INLINE void add_whole_groups(const Super<Format>& super, int width, cons
                 for (int h = FIRST; h < FIRST + COUNT; ++h) {
                     const I scale = scale_of<SMALLEST_SCALE, SCALE_MASK>(four_scales[h], k / Format::GROUP + g);
 #pragma GCC unroll 12
-                    for (int t = 0; t < N; ++t) whole[h][t] = add_group(whole[h][t], part[g][h][t], scale);
+                    for (int t = 0; t < N; ++t) {
+                        I sum = part[g][h][t];
+                        if (Format::DOUBLED) sum = join_groups(double_group(sum), start_of(4 * quarter + k / Format::GROUP + g, t));
+                        whole[h][t] = add_group(whole[h][t], sum, scale);
+                    }
                 }
             }
         }

@@ -65,12 +65,23 @@ struct GroupedTile {
     }
 };
 
-// acc + the dot products of four bytes with four q. `Signed` says that the bytes are signed, which only happens with AVX2.
-template <bool Signed>
+// The bytes that are multiplied. Only plain AVX2 tells them apart: it has no signed bytes with a bias, and adds the
+// products of a stripe in 16 bits if the bytes are at most 15.
+enum Bytes { UNSIGNED, SIGNED, SMALL };
+
+// acc + the dot products of four bytes with four q; in 16 bits if they are small
+template <int KIND>
 MOESAIC_INLINE I dot_bytes(I acc, I bytes, I q) {
-    if constexpr (Signed && BIAS == 0) return dot_biased(acc, bytes, q);
+    if constexpr (KIND == SIGNED) return dot_biased(acc, bytes, q);
+    if constexpr (KIND == SMALL) return dot_group(acc, bytes, q);
     return dot(acc, bytes, q);
 }
+
+// The sum of the dot products of some columns: `first`, and what dot_bytes() added to start_dots().
+template <int KIND>
+MOESAIC_INLINE I start_dots(I first) { return KIND == SMALL ? set(0) : first; }
+template <int KIND>
+MOESAIC_INLINE I finish_dots(I dots, I first) { return KIND == SMALL ? dot_words(first, dots, set(0x00010001)) : dots; }
 
 // -bias times the sum of q over the columns of part number `at`.
 template <bool Sixteen>
@@ -133,7 +144,7 @@ __attribute__((noinline)) void subtract_offsets(const Panel& panel, const Rounde
 
 // sum [32 rows] += the superblock with these codes times one token. Codes are multiplied where they are unpacked, after
 // each of TABLES conversions.
-template <class Codes, bool Signed, bool Sixteen, int TABLES, class Convert>
+template <class Codes, int KIND, bool Sixteen, int TABLES, class Convert>
 __attribute__((noinline)) void multiply_codes(const uint8_t* codes, const Panel& panel, const RoundedColumns& x, float* sum, const Convert* convert) {
     constexpr int PARTS = Sixteen ? 2 : 1, BYTES = ROWS * Codes::RUN * Codes::BITS / 8;
     Sums<TABLES> sums;
@@ -141,7 +152,8 @@ __attribute__((noinline)) void multiply_codes(const uint8_t* codes, const Panel&
         I dots[PARTS][2][TABLES];
         for (int part = 0; part < PARTS; ++part) {
             for (int table = 0; table < TABLES; ++table) {
-                dots[part][0][table] = dots[part][1][table] = start<Sixteen>(x, PARTS * stripe + part, panel.bias[table]);
+                const I first = start<Sixteen>(x, PARTS * stripe + part, panel.bias[table]);
+                dots[part][0][table] = dots[part][1][table] = start_dots<KIND>(first);
             }
         }
 #pragma GCC unroll 8
@@ -153,8 +165,10 @@ __attribute__((noinline)) void multiply_codes(const uint8_t* codes, const Panel&
 #pragma GCC unroll 2
                 for (int table = 0; table < TABLES; ++table) {
                     I(&to)[2][TABLES] = dots[part];
-                    to[0][table] = dot_bytes<Signed>(to[0][table], convert[table](a), four);
-                    to[1][table] = dot_bytes<Signed>(to[1][table], convert[table](b), four);
+                    to[0][table] = dot_bytes<KIND>(to[0][table], convert[table](a), four);
+                    to[1][table] = dot_bytes<KIND>(to[1][table], convert[table](b), four);
+                    pin(to[0][table]);
+                    pin(to[1][table]);
                 }
             });
         }
@@ -166,7 +180,9 @@ __attribute__((noinline)) void multiply_codes(const uint8_t* codes, const Panel&
 #pragma GCC unroll 2
                 for (int part = 0; part < PARTS; ++part) {
                     const float* scales = panel.scales_at(STRIPE / PARTS * (PARTS * stripe + part));
-                    scaled = add_part<Sixteen>(scaled, dots[part][h][table], load_float(scales + 16 * h), part);
+                    const I first = start<Sixteen>(x, PARTS * stripe + part, panel.bias[table]);
+                    const I whole = finish_dots<KIND>(dots[part][h][table], first);
+                    scaled = add_part<Sixteen>(scaled, whole, load_float(scales + 16 * h), part);
                 }
                 sums.v[h][table] = fma(scaled, scale, sums.v[h][table]);
             }
@@ -180,14 +196,10 @@ __attribute__((noinline)) void multiply_codes(const uint8_t* codes, const Panel&
     if (panel.has_offsets) subtract_offsets_of<Sixteen, 1>(panel, &x, sum);
 }
 
-#if MOESAIC_AMX
-constexpr int TOKENS = 12;  // tokens whose accumulators for 32 rows fit the vector registers
-#else
-constexpr int TOKENS = TILE;
-#endif
+constexpr int TOKENS = ACCUMULATORS / 2;  // tokens whose accumulators for 32 rows fit the vector registers
 
 // sum[t] [32 rows] += panel times each of N tokens. `Sixteen` says that a group has 16 columns.
-template <bool Signed, bool Sixteen, int N>
+template <int KIND, bool Sixteen, int N>
 __attribute__((noinline)) void multiply_panel_by(const Panel& panel, int table, const RoundedColumns* x, float* sum) {
     constexpr int PARTS = Sixteen ? 2 : 1, WIDTH = STRIPE / PARTS;
     const uint8_t* codes = panel.codes;
@@ -199,14 +211,16 @@ __attribute__((noinline)) void multiply_panel_by(const Panel& panel, int table, 
             const int at = PARTS * stripe + part;
             I dots[2][N];
 #pragma GCC unroll 12
-            for (int t = 0; t < N; ++t) dots[0][t] = dots[1][t] = start<Sixteen>(x[t], at, panel.bias[table]);
+            for (int t = 0; t < N; ++t) dots[0][t] = dots[1][t] = start_dots<KIND>(start<Sixteen>(x[t], at, panel.bias[table]));
             for (int k = 0; k < WIDTH; k += 4, codes += 128) {
                 const I a = load(codes), b = load(codes + 64);
 #pragma GCC unroll 12
                 for (int t = 0; t < N; ++t) {
                     const I four = broadcast(x[t].q + WIDTH * at + k);
-                    dots[0][t] = dot_bytes<Signed>(dots[0][t], a, four);
-                    dots[1][t] = dot_bytes<Signed>(dots[1][t], b, four);
+                    dots[0][t] = dot_bytes<KIND>(dots[0][t], a, four);
+                    dots[1][t] = dot_bytes<KIND>(dots[1][t], b, four);
+                    pin(dots[0][t]);
+                    pin(dots[1][t]);
                 }
             }
             const float* scales = panel.scales_at(WIDTH * at);
@@ -214,7 +228,8 @@ __attribute__((noinline)) void multiply_panel_by(const Panel& panel, int table, 
                 const F scale = load_float(scales + 16 * h);
 #pragma GCC unroll 12
                 for (int t = 0; t < N; ++t) {
-                    scaled[h][t] = add_part<Sixteen>(scaled[h][t], dots[h][t], scale, part);
+                    const I whole = finish_dots<KIND>(dots[h][t], start<Sixteen>(x[t], at, panel.bias[table]));
+                    scaled[h][t] = add_part<Sixteen>(scaled[h][t], whole, scale, part);
                     if (part + 1 < PARTS) continue;
                     sums.v[h][t] = fma(scaled[h][t], set(x[t].scale[stripe]), sums.v[h][t]);
                 }
@@ -225,24 +240,25 @@ __attribute__((noinline)) void multiply_panel_by(const Panel& panel, int table, 
     if (panel.has_offsets) subtract_offsets<Sixteen>(panel, x, N, sum);
 }
 
-// Call body with two constants: whether bytes are signed, which only matters with AVX2, and whether groups have 16
-// columns.
+// Call body with two constants: the kind of the bytes, and whether groups have 16 columns.
 template <class Body>
 MOESAIC_INLINE void with_kind(const Grouping& g, int table, const Body& body) {
-    constexpr int SIGNED = BIAS == 0;
-    if (SIGNED && is_wide(g, table)) {
-        g.group == 16 ? body(Number<SIGNED>{}, Number<1>{}) : body(Number<SIGNED>{}, Number<0>{});
-    } else {
-        g.group == 16 ? body(Number<0>{}, Number<1>{}) : body(Number<0>{}, Number<0>{});
+    const auto with_group = [&](auto kind) { g.group == 16 ? body(kind, Number<1>{}) : body(kind, Number<0>{}); };
+    if constexpr (MOESAIC_WORDS) {
+        if (g.bits <= 4 && !g.tables) return with_group(Number<SMALL>{});
     }
+    if constexpr (BIAS == 0) {
+        if (is_wide(g, table)) return with_group(Number<SIGNED>{});
+    }
+    with_group(Number<UNSIGNED>{});
 }
 
 // sum[t] [32 rows] += panel times each of n tokens
 inline void multiply_panel(const Grouping& g, int table, const Panel& panel, const RoundedColumns* x, int n, float* sum) {
-    with_kind(g, table, [&](auto is_signed, auto sixteen) {
+    with_kind(g, table, [&](auto kind, auto sixteen) {
         for (int t = 0; t < n; t += TOKENS) {
             with_number<TOKENS>(n - t < TOKENS ? n - t : TOKENS, [&](auto count) {
-                multiply_panel_by<is_signed.value, sixteen.value, count.value>(panel, table, x + t, sum + t * ROWS);
+                multiply_panel_by<kind.value, sixteen.value, count.value>(panel, table, x + t, sum + t * ROWS);
             });
         }
     });
@@ -251,15 +267,18 @@ inline void multiply_panel(const Grouping& g, int table, const Panel& panel, con
 // sum [32 rows] += the superblock at p times one token
 inline void multiply_one(const Grouping& g, const uint8_t* p, const Panel& panel, const RoundedColumns& x, float* sum) {
     const uint8_t* codes = p + GroupedLayout{g}.codes_at(panel.width);
-    with_kind(g, 0, [&](auto is_signed, auto sixteen) {
+    with_kind(g, 0, [&](auto bytes, auto sixteen) {
         if (g.tables == 2) {
             const Looked both[2] = {lookup_of(g, 0, panel.bias[0]), lookup_of(g, 1, panel.bias[1])};
-            return multiply_codes<Int4, false, sixteen.value, 2>(codes, panel, x, sum, both);
+            return multiply_codes<Int4, UNSIGNED, sixteen.value, 2>(codes, panel, x, sum, both);
         }
         with_codes<false>(g, 0, panel.bias[0], [&](auto kind, auto convert) {
             constexpr bool LOOKED = __is_same(decltype(convert), Looked), EIGHT = kind.BITS == 8;
-            constexpr bool SIGNED = EIGHT || (LOOKED && is_signed.value);
-            multiply_codes<decltype(kind), SIGNED, sixteen.value, 1>(codes, panel, x, sum, &convert);
+            // Each type of codes is compiled with the kinds that it has.
+            constexpr int KIND = BIAS == 0 && (EIGHT || (LOOKED && bytes.value == SIGNED)) ? SIGNED
+                                 : MOESAIC_WORDS && !LOOKED && kind.BITS <= 4             ? SMALL
+                                                                                          : UNSIGNED;
+            multiply_codes<decltype(kind), KIND, sixteen.value, 1>(codes, panel, x, sum, &convert);
         });
     });
 }

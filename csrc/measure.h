@@ -50,13 +50,13 @@ inline int64_t multiply(int64_t rounds) {
         }
     });
 #else
-    constexpr int SUMS = 2 * TILE, WORTH = 64 * 2;
+    constexpr int SUMS = ACCUMULATORS, WORTH = 64 * 2;
     parallel_for(TASKS, [&](int64_t, int) {
         I sums[SUMS], a = set(sink), b = set(sink + 1);
         for (auto& sum : sums) sum = set(0);
         for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 24
-            for (int j = 0; j < SUMS; ++j) sums[j] = dot_biased(sums[j], a, b);
+            for (int j = 0; j < SUMS; ++j) sums[j] = MOESAIC_WORDS ? dot_group(sums[j], a, b) : dot_biased(sums[j], a, b);
         }
         for (int j = 1; j < SUMS; ++j) sums[0] = add(sums[0], sums[j]);
         sink = largest(sums[0]);
@@ -80,7 +80,7 @@ inline int64_t multiply_bf16(int64_t rounds) {
         }
     });
 #else
-    constexpr int SUMS = 2 * TILE, WORTH = 32 * 2;
+    constexpr int SUMS = ACCUMULATORS, WORTH = 32 * 2;
     parallel_for(TASKS, [&](int64_t, int) {
         F sums[SUMS];
         const I a = set(sink), b = set(sink + 1);

@@ -1,5 +1,5 @@
 // SIMD vectors of sixteen 32-bit lanes. A file that includes this header is compiled once for each instruction set:
-// AVX-512 with VNNI, AVX-512 with BF16, AMX, AVX2, and portable C++ (which the compiler maps to NEON and others).
+// AVX-512 with VNNI, AVX-512 with BF16, AMX, AVX2, AVX2 with VNNI, and portable C++ (which the compiler maps to NEON and others).
 //
 // Everything is in the namespace MOESAIC_ISA, so that the linker cannot mix code of two instruction sets. For the same
 // reason, nothing here may call a template of the standard library.
@@ -22,8 +22,13 @@
 #endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
-#define MOESAIC_ISA avx2
 #define MOESAIC_AVX2 1
+#if defined(__AVXVNNI__)
+#define MOESAIC_ISA avxvnni
+#else
+#define MOESAIC_ISA avx2
+#define MOESAIC_WORDS 1
+#endif
 #else
 #define MOESAIC_ISA portable
 #endif
@@ -32,7 +37,10 @@
 #define MOESAIC_AMX 0
 #endif
 #ifndef MOESAIC_AVX2
-#define MOESAIC_AVX2 0
+#define MOESAIC_AVX2 0  // there are 16 registers of 256 bits
+#endif
+#ifndef MOESAIC_WORDS
+#define MOESAIC_WORDS 0  // products of bytes are added in 16 bits: there is no instruction that adds four of them
 #endif
 
 #define MOESAIC_INLINE inline __attribute__((always_inline))
@@ -97,11 +105,8 @@ MOESAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 using I = __m512i;  // 16 int32, or 32 int16, or 64 bytes
 using F = __m512;   // 16 float
 
-#if MOESAIC_AMX
-constexpr int TILE = 32;  // tokens whose accumulators for 32 rows fit the tile registers
-#else
-constexpr int TILE = 12;  // tokens whose accumulators for 32 rows fit the registers
-#endif
+constexpr int ACCUMULATORS = 24;  // vectors that the registers hold beside what is multiplied
+constexpr int TILE = MOESAIC_AMX ? 32 : ACCUMULATORS / 2;  // tokens that are multiplied together, with 32 rows
 
 MOESAIC_INLINE I load(const void* p) { return _mm512_loadu_si512(p); }
 MOESAIC_INLINE void store(void* p, I x) { _mm512_storeu_si512(p, x); }
@@ -186,7 +191,8 @@ MOESAIC_INLINE float largest_of(F x) { return _mm512_reduce_max_ps(x); }
 struct I { __m256i a, b; };
 struct F { __m256 a, b; };
 
-constexpr int TILE = 3;
+constexpr int ACCUMULATORS = 6;
+constexpr int TILE = MOESAIC_WORDS ? 4 : ACCUMULATORS;  // with 16 rows
 
 MOESAIC_INLINE I load(const void* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
@@ -212,6 +218,9 @@ MOESAIC_INLINE I lookup(I table, I index) {
 }
 template <int N>
 MOESAIC_INLINE I shift_right(I x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
+MOESAIC_INLINE I shift_right_by(I x, int n) {
+    return {_mm256_srl_epi32(x.a, _mm_cvtsi32_si128(n)), _mm256_srl_epi32(x.b, _mm_cvtsi32_si128(n))};
+}
 template <int N>
 MOESAIC_INLINE I shift_left(I x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
 template <int N>
@@ -219,20 +228,28 @@ MOESAIC_INLINE I shift_right_signed(I x) { return {_mm256_srai_epi32(x.a, N), _m
 MOESAIC_INLINE I negate(I x) {
     return {_mm256_sub_epi32(_mm256_setzero_si256(), x.a), _mm256_sub_epi32(_mm256_setzero_si256(), x.b)};
 }
+#if MOESAIC_WORDS
 // u must be below 128, so that the sum of two products fits 16 bits.
 MOESAIC_INLINE __m256i dot(__m256i acc, __m256i u, __m256i s) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 }
-MOESAIC_INLINE I dot(I acc, I u, I s) { return {dot(acc.a, u.a, s.a), dot(acc.b, u.b, s.b)}; }
 // Here weights are passed as v itself, and the sign of v moves to the activation.
 constexpr int BIAS = 0;
 MOESAIC_INLINE __m256i dot_biased(__m256i acc, __m256i v, __m256i s) {
     return dot(acc, _mm256_abs_epi8(v), _mm256_sign_epi8(s, v));
 }
+#else
+MOESAIC_INLINE __m256i dot(__m256i acc, __m256i u, __m256i s) { return _mm256_dpbusd_avx_epi32(acc, u, s); }
+constexpr int BIAS = 128;
+MOESAIC_INLINE __m256i dot_biased(__m256i acc, __m256i w, __m256i s) { return dot(acc, w, s); }
+#endif
+MOESAIC_INLINE I dot(I acc, I u, I s) { return {dot(acc.a, u.a, s.a), dot(acc.b, u.b, s.b)}; }
 MOESAIC_INLINE I dot_biased(I acc, I v, I s) { return {dot_biased(acc.a, v.a, s.a), dot_biased(acc.b, v.b, s.b)}; }
 MOESAIC_INLINE I dot_words(I acc, I x, I y) {
     return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
 }
+// Keep the compiler from adding in another order: it would need more registers than there are.
+MOESAIC_INLINE void pin(I& x) { asm("" : "+x"(x.a), "+x"(x.b)); }
 MOESAIC_INLINE I load_bytes(const void* p) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
             _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
@@ -293,6 +310,7 @@ MOESAIC_INLINE F swap_lanes(F x) {
     if constexpr (D == 1) return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)};
 }
 
+#if MOESAIC_WORDS
 // Sums of a group of 16 columns; the versions for other instruction sets are at the end of this file. Here, the sums of
 // the first and of the last two bytes of each word are in separate 16-bit words: with levels of at most 32, products fit.
 template <int BIAS_OF_LEVELS>
@@ -300,6 +318,8 @@ MOESAIC_INLINE I start_group(I pair) { return multiply_words(pair, set(int32_t(0
 MOESAIC_INLINE I dot_group(I acc, I u, I s) {
     return {_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(u.a, s.a)), _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(u.b, s.b))};
 }
+MOESAIC_INLINE I double_group(I x) { return {_mm256_add_epi16(x.a, x.a), _mm256_add_epi16(x.b, x.b)}; }
+MOESAIC_INLINE I join_groups(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
 MOESAIC_INLINE I byte_of_words(I x, int index) {
     const __m256i first = _mm256_set_epi32(0x800c800c, 0x80088008, 0x80048004, 0x80008000, 0x800c800c, 0x80088008, 0x80048004, 0x80008000);
     const __m256i at = _mm256_add_epi16(first, _mm256_set1_epi16(short(index)));
@@ -310,6 +330,7 @@ MOESAIC_INLINE I scale_of(I four, int group) {
     const I shifted = {_mm256_srli_epi16(four.a, 2 * group), _mm256_srli_epi16(four.b, 2 * group)};
     return bit_or(bit_and(shifted, set(MASK * 0x10001)), set(SMALLEST * 0x10001));
 }
+#endif
 
 // Return in lane i the sum of all lanes of x[i]: lanes 8 apart are added first, then 4, 2 and 1 apart.
 MOESAIC_INLINE __m256 sums_of_eight(const F* x) {
@@ -337,7 +358,8 @@ typedef int32_t I __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
 typedef float F __attribute__((vector_size(64)));
 
-constexpr int TILE = 2;
+constexpr int ACCUMULATORS = 4;
+constexpr int TILE = ACCUMULATORS / 2;
 
 template <class T>
 MOESAIC_INLINE T load_as(const void* p) {
@@ -475,12 +497,18 @@ MOESAIC_INLINE float largest_of(F x) {
 #endif
 
 #if !MOESAIC_AVX2
+MOESAIC_INLINE void pin(I&) {}  // there are enough registers
+#endif
+
+#if !MOESAIC_WORDS
 
 // The sum of a group of 16 columns, whose weights are s * (u - BIAS_OF_LEVELS) with unsigned bytes u. `pair` holds two
 // sums of q over the group, which together cover all columns.
 template <int BIAS_OF_LEVELS>
 MOESAIC_INLINE I start_group(I pair) { return dot_words(set(0), pair, set(int32_t(0x10001u * uint16_t(-BIAS_OF_LEVELS)))); }
 MOESAIC_INLINE I dot_group(I acc, I u, I s) { return dot(acc, u, s); }
+MOESAIC_INLINE I double_group(I x) { return add(x, x); }
+MOESAIC_INLINE I join_groups(I x, I y) { return add(x, y); }
 // Return byte number `index` of each word.
 MOESAIC_INLINE I byte_of_words(I x, int index) { return bit_and(shift_right_by(x, 8 * index), set(255)); }
 // Return scale number `group` of the four in each byte that byte_of_words returned, as a factor of add_group.

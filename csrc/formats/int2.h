@@ -9,6 +9,8 @@ struct Int2 {
     static constexpr int BITS = 2, GROUP = 16, BIAS = 3;
     static constexpr int RUN = 16;
 
+    static constexpr bool DOUBLED = true;  // level() is twice the code
+
     static constexpr int level(int code) { return 2 * code; }
     static MOESAIC_INLINE I levels(I codes) { return shift_left<1>(codes); }
 

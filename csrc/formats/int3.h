@@ -10,6 +10,8 @@ struct Int3 {
     static constexpr int RUN = 32;
     alignas(64) static constexpr auto LEVELS = repeated({0, 6, 10, 14, 18, 22, 26, 32, 0, 0, 0, 0, 0, 0, 0, 0});
 
+    static constexpr bool DOUBLED = false;
+
     static constexpr int level(int code) { return LEVELS.bytes[code]; }
     static MOESAIC_INLINE I levels(I codes) { return lookup(load(LEVELS.bytes), codes); }
 

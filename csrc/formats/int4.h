@@ -10,6 +10,8 @@ struct Int4 {
     static constexpr int RUN = 8;
     alignas(64) static constexpr auto LEVELS = repeated({0, 3, 6, 8, 10, 12, 14, 15, 17, 18, 20, 22, 24, 26, 29, 32});
 
+    static constexpr bool DOUBLED = false;
+
     static constexpr int level(int code) { return LEVELS.bytes[code]; }
     static MOESAIC_INLINE I levels(I codes) { return lookup(load(LEVELS.bytes), codes); }
 
