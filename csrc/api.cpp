@@ -11,6 +11,10 @@
 #include <unistd.h>
 #endif
 
+#if defined(MOESAIC_HAS_neon)
+#include <sys/auxv.h>
+#endif
+
 #include "feedback.h"
 #include "kernels.h"
 #include "packing.h"
@@ -62,6 +66,8 @@ struct InstructionSets {
         if (!__builtin_cpu_supports("amx-int8") || !__builtin_cpu_supports("amx-bf16") || !may_use_tiles()) return;
         add(&amx::kernels);
 #endif
+#elif defined(MOESAIC_HAS_neon)
+        if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) add(&neon::kernels);
 #endif
     }
 };

@@ -96,7 +96,7 @@ MOESAIC_INLINE void gemv_superblock(const uint8_t* p, int width, const TokenTile
     I whole[2][N];
     if constexpr (Format::GROUP == 0) {
         add_whole_codes<Format, N>(super, width, x, s, whole);
-    } else if constexpr (MOESAIC_AVX2 && N > 1) {  // the sums of all rows do not fit 16 registers
+    } else if constexpr (ACCUMULATORS < 16 && N > 1) {  // the sums of all rows do not fit the registers
         add_whole_groups<Format, N, 0, 1>(super, width, x, s, whole);
         add_whole_groups<Format, N, 1, 1>(super, width, x, s, whole);
     } else {

@@ -228,6 +228,7 @@ struct Kernels {
 namespace amx { extern const Kernels kernels; }
 namespace avx512bf16 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace neon { extern const Kernels kernels; }
 namespace avxvnni { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace portable { extern const Kernels kernels; }

@@ -46,7 +46,7 @@ from moesaic.ops._calls import built, formats, load, run, run_other
 from moesaic.ops._calls import record as record
 from moesaic.ops._calls import set_threads as set_threads
 
-INSTRUCTION_SETS = ("portable", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
+INSTRUCTION_SETS = ("portable", "neon", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CACHE_TYPES = TYPES | {torch.int8: 3}
 QUANTIZED_TO = ("int8", "int4", "int3", "int2")
