@@ -56,7 +56,10 @@ inline int64_t multiply(int64_t rounds) {
         for (auto& sum : sums) sum = set(0);
         for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 24
-            for (int j = 0; j < SUMS; ++j) sums[j] = MOESAIC_WORDS ? dot_group(sums[j], a, b) : dot_biased(sums[j], a, b);
+            for (int j = 0; j < SUMS; ++j) {
+                pin(b);  // else the compiler multiplies only once where products and sums are two instructions
+                sums[j] = MOESAIC_WORDS ? dot_group(sums[j], a, b) : dot_biased(sums[j], a, b);
+            }
         }
         for (int j = 1; j < SUMS; ++j) sums[0] = add(sums[0], sums[j]);
         sink = largest(sums[0]);

@@ -73,6 +73,8 @@ class Plan:
     """Number of decoding steps over which the time of a step is averaged."""
     rounds: int = 3
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    instruction_set: str | None = None
+    """What Moesaic's kernels use; None: all that the processor has. Other engines do not see it."""
     busy: bool = False
     """Whether some measurements are repeated beside a busy neighbour process: the shortest prompt, and the smallest and
     the largest batch after the shortest context."""
@@ -239,7 +241,8 @@ class _Session:
     def process(self, name: str, weight_format: str = "hello") -> Process:
         peer = self.module(name)
         python = self.pythons.get(name, Path(sys.executable))
-        return Process(peer, python, self.plan.threads, self.folder / "logs" / f"{name}-{weight_format}.log")
+        log = self.folder / "logs" / f"{name}-{weight_format}.log"
+        return Process(peer, python, self.plan.threads, log, self.plan.instruction_set)
 
     def module(self, name: str) -> ModuleType:
         return registry.load(PEERS, name)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moesaic.cli.bench_serving import add_serving
 from moesaic.cli.flags import MODEL_HELP, Commands, add_command, folder, load_options
-from moesaic.errors import InvalidRequest
+from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.load_options import CACHE_DTYPES, DTYPES
 
 GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
@@ -43,6 +43,7 @@ def _add_kernels(kinds: Commands) -> None:
         "moesaic bench kernels --format int4,int2 --out kernels.json",
     )
     kernels.add_argument("--format", metavar="F,...", default="bfloat16,int8,int4,int3,int2", help="weight formats")
+    _add_instruction_set(kernels)
     kernels.add_argument("--threads", type=int, metavar="N", help="number of threads; default: the number of cores")
     kernels.add_argument("--seconds", type=float, default=1.0, metavar="S", help="seconds per figure (default 1)")
     kernels.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
@@ -74,6 +75,7 @@ def _add_peers(kinds: Commands) -> None:
     peers.add_argument(
         "--work", type=Path, metavar="DIR", help="folder for the model's files, 30 GB; default: in the cache"
     )
+    _add_instruction_set(peers)
     peers.add_argument("--rounds", type=int, default=3, metavar="N", help="number of interleaved rounds (default 3)")
     peers.add_argument("--threads", type=int, metavar="N", help="number of threads; default: the number of cores")
     peers.add_argument(
@@ -108,10 +110,34 @@ def _add_offline(kinds: Commands) -> None:
     )
     offline.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="default: as activations")
     offline.add_argument("--context", type=int, metavar="N", help="capacity of the cache in tokens (default 8192)")
+    _add_instruction_set(offline)
     offline.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
     offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
     offline.add_argument("--batch", type=int, default=1, metavar="N", help="concurrent answers (default 1)")
     offline.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
+
+
+def _add_instruction_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--instruction-set",
+        metavar="NAME",
+        help="let Moesaic's kernels use only this much of the processor: portable, neon, avx2, avxvnni, avx512, "
+        "avx512bf16 or amx; default: all that it has",
+    )
+
+
+def _use_instruction_set(name: str | None) -> None:
+    """Make the kernels use an instruction set; None: that which they use already."""
+    from moesaic.ops import native
+
+    if name is None:
+        return
+    if name not in native.INSTRUCTION_SETS:
+        raise InvalidParameter("--instruction-set", f"is {name!r}, expected {', '.join(native.INSTRUCTION_SETS)}")
+    if why := native.why_not("rms_norm", "cpu", None):
+        raise InvalidParameter("--instruction-set", f"cannot be chosen: {why}")
+    if not native.use_instruction_set(name):
+        raise InvalidParameter("--instruction-set", f"is {name}, which this processor does not have")
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
@@ -124,6 +150,7 @@ def _bench_kernels(args: argparse.Namespace) -> int:
         load(name)
         if why := native.why_not("linear", "cpu", name):
             raise InvalidRequest(f"format {name} cannot be measured with the compiled kernels: {why}")
+    _use_instruction_set(args.instruction_set)
     if args.threads is not None:
         native.set_threads(args.threads)
     machine = limits.measure(report=lambda line: print(line, flush=True))
@@ -145,9 +172,10 @@ def _bench_peers(args: argparse.Namespace) -> int:
     def show(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    _use_instruction_set(args.instruction_set)
     pairs = peer_choice.choose_for_file(args.only) if args.gguf else peer_choice.choose(args.only)
     pythons = peer_choice.interpreters(args.python)
-    plan = compare.Plan(rounds=args.rounds, busy=args.busy)
+    plan = compare.Plan(rounds=args.rounds, busy=args.busy, instruction_set=args.instruction_set)
     if args.threads is not None:
         plan = replace(plan, threads=args.threads)
     if args.plot:
@@ -169,6 +197,7 @@ def _bench_offline(args: argparse.Namespace) -> int:
     from moesaic.bench import offline, report
     from moesaic.console.progress import bar
 
+    _use_instruction_set(args.instruction_set)
     work = offline.Work(args.prompt, args.tokens, args.batch)
     options = offline.Options(args.geometry, args.layers, args.packed, load_options(args))
     if args.geometry and args.model:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moesaic import packed
+from moesaic.bench.peers._process import INSTRUCTION_SET
 from moesaic.formats import Packed
 from moesaic.models import Decoder
 from moesaic.ops import native
@@ -27,10 +29,15 @@ def packed_folder(source: Path, folder: Path, weight_format: str) -> Path:
     return target
 
 
-def use_threads(threads: int, torch_threads: int | None) -> None:
-    """Set the number of threads of the kernels to ``threads``, and of torch to ``torch_threads`` (None: the same)."""
+def set_up(threads: int, torch_threads: int | None) -> None:
+    """Set the number of threads of the kernels to ``threads``, and of torch to ``torch_threads`` (None: the same).
+
+    The environment may name the instruction set of the kernels.
+    """
     if native.why_not("rms_norm", "cpu", None) is None:
         native.set_threads(threads)
+        if isa := os.environ.get(INSTRUCTION_SET):
+            native.use_instruction_set(isa)
     torch.set_num_threads(torch_threads or threads)
 
 

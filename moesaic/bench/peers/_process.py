@@ -24,6 +24,10 @@ minutes."""
 BUSY_LOOP = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print(flush=True)\nwhile True: pass"
 
 
+INSTRUCTION_SET = "MOESAIC_BENCH_INSTRUCTION_SET"
+"""Environment variable that names the instruction set of Moesaic's kernels to ``peers/_ours.py``."""
+
+
 class PeerFailed(Exception):
     """The process of an engine ended, hung or reported an error; the message is one line."""
 
@@ -36,15 +40,20 @@ class Process(AbstractContextManager["Process"]):
         python: Python interpreter of the process.
         threads: number of threads that the engine may use.
         log: file for the output of the engine.
+        instruction_set: what Moesaic's kernels use; None: all that the processor has.
 
     Raises:
         PeerFailed: the interpreter cannot be started.
     """
 
-    def __init__(self, peer: ModuleType, python: Path, threads: int, log: Path) -> None:
+    def __init__(
+        self, peer: ModuleType, python: Path, threads: int, log: Path, instruction_set: str | None = None
+    ) -> None:
         assert peer.__file__ is not None
         self._log, self._rest = log, b""
         environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        if instruction_set is not None:
+            environment[INSTRUCTION_SET] = instruction_set
         if hasattr(peer, "environment"):
             environment |= peer.environment(python)
         command = [str(python), "-P", str(Path(__file__).with_name("_child.py")), peer.__file__]

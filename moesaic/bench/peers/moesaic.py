@@ -50,7 +50,7 @@ class Peer:
 
         self._torch, self._chunk = torch, Limits().batch_tokens
         self._model = load_model(make_plan(path)).model
-        _ours.use_threads(threads, torch_threads(self._model))
+        _ours.set_up(threads, torch_threads(self._model))
         self._blocks = -(-context // BLOCK_SIZE)
         self._cache = Cache.zeros(self._model.cache_shapes, self._blocks * sequences, BLOCK_SIZE, self._model.dtype)
         self._length = self._batch = self._position = 0

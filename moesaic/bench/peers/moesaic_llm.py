@@ -51,7 +51,7 @@ class Peer:
         context += MAX_DELAYED_STEPS
         self._llm = LLM.load(path, context=context, cache_tokens=context * (sequences + 1))
         model: Any = self._llm.loaded.model
-        _ours.use_threads(threads, torch_threads(model))
+        _ours.set_up(threads, torch_threads(model))
         self._prompts: list[list[int]] = []
         self._replies: list[Any] = []
         self.about: dict[str, Any] = _ours.about(model) | {"sampling": "greedy"}
