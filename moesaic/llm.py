@@ -82,7 +82,8 @@ class LLM(AbstractContextManager["LLM"]):
             chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, or
                 the path of a template file (.jinja), both run in a sandbox; None: recognized from the checkpoint.
             limits: limits for running and waiting requests; None: the defaults.
-            lazy_cache: take the memory of the key/value cache as tokens are stored; False: at once, for servers.
+            lazy_cache: take the memory of the key/value cache as tokens are stored; False: at once, so that it
+                cannot run out later.
             progress: called with the numbers of bytes read so far and in total.
             **options: fields of ``LoadOptions``, such as ``format``, ``device`` or ``context``.
 

@@ -200,13 +200,7 @@ async def open_model(plan: Plan, args: argparse.Namespace, name: str, many_strea
     def load() -> LLM | Classifier:
         if plan.labels:
             return Classifier.from_plan(plan)
-        return LLM.from_plan(
-            plan,
-            name,
-            chat_format=args.chat_format,
-            limits=limits,
-            lazy_cache=False,  # memory that is short fails the start of a server, not an answer
-        )
+        return LLM.from_plan(plan, name, chat_format=args.chat_format, limits=limits)
 
     model = await asyncio.get_running_loop().run_in_executor(None, load)
     if isinstance(model, Classifier):
