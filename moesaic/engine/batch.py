@@ -10,28 +10,30 @@ from __future__ import annotations
 
 import torch
 
-from moesaic.engine.scheduler import Run, Step
+from moesaic.engine.step import Run, Step
 from moesaic.ops import Batch, Cache
 
 
 def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
     """Return the input of the model for ``step`` on ``cache``, with its tensors on ``device``.
 
-    ``outputs`` of the result has the row of the last token of each run that samples a token.
+    ``outputs`` of the result has the rows of the last token of each run that samples a token, and of its proposals.
     """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    starts, lengths, outputs = [0], [], []
+    outputs: list[int] = []
+    starts, lengths = [0], []
     for run in step.runs:
         run_positions = range(run.sequence.cached, run.sequence.cached + run.count)
         tokens += run.sequence.ids[run_positions.start : run_positions.stop]
+        tokens += run.proposals
         positions += run_positions
         slots += _slots(run, run_positions, cache.block_size)
         starts.append(len(tokens))
         lengths.append(run_positions.stop)
         if run.samples:
-            outputs.append(len(tokens) - 1)
+            outputs += range(len(tokens) - 1 - len(run.proposals), len(tokens))
     width = max(len(run.sequence.table) for run in step.runs)
     tables = [run.sequence.table + [-1] * (width - len(run.sequence.table)) for run in step.runs]
 
