@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listing
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -28,15 +27,12 @@ from moesaic.engine.blocks import Blocks
 from moesaic.engine.request import Done, Event, Request, Sequence, Token
 from moesaic.engine.runner import Model, Runner
 from moesaic.engine.scheduler import Limits, Scheduler
-from moesaic.engine.speculation import Speculation
+from moesaic.engine.speculation import KINDS, Kind, Speculation
 from moesaic.engine.step import Outcome, Step
 from moesaic.errors import EngineStopped, InvalidParameter, MoesaicError, NumericalError
 
 EventQueue = queue.SimpleQueue[list[Event | MoesaicError]]
 Deliveries = list[tuple["Stream", list[Event | MoesaicError]]]
-
-SPECULATION = ("ngram", "off")
-"""Values of ``speculation``."""
 
 
 class Stream:
@@ -139,7 +135,7 @@ class Engine(AbstractContextManager["Engine"]):
         torch_threads: int | None = None,
         lazy_cache: bool = False,
         poison: bool = False,
-        speculation: Literal["ngram", "off"] = "ngram",
+        speculation: Kind = "ngram",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Allocate the key/value cache and start the loop that runs step after step.
@@ -166,8 +162,8 @@ class Engine(AbstractContextManager["Engine"]):
             InvalidParameter: the cache would not hold one block, a size is not positive, the context is longer
                 than the model's, or the kind of speculation is unknown.
         """
-        if speculation not in SPECULATION:
-            raise InvalidParameter("speculation", f"is {speculation!r}, expected {' or '.join(SPECULATION)}")
+        if speculation not in KINDS:
+            raise InvalidParameter("speculation", f"is {speculation!r}, expected {' or '.join(KINDS)}")
         if block_size < 1:
             raise InvalidParameter("block_size", f"is {block_size}, expected at least 1")
         if cache_tokens < block_size:

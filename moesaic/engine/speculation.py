@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Listing
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from moesaic.engine.drafter import Drafter
 from moesaic.engine.request import Sequence
 from moesaic.engine.step_costs import StepCosts
 
+Kind = Literal["ngram", "off"]
+"""How tokens are proposed: by the n-grams of the sequence, or not at all."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_PROPOSALS = 16
 """Maximum number of proposed tokens of a sequence in one step."""
 THRESHOLDS = (0.85, 0.7, 0.55, 0.45, 0.35, 0.25, 0.15)
