@@ -1,8 +1,8 @@
 """Speed with and without speculation, side by side, on a task that repeats its prompt and on one that repeats nothing.
 
-Both tasks have random token ids as their prompt, so they suit any model. In the first, the prompt repeats a passage. The
-answer is drawn greedily, and usually continues the repetition. In the second, the prompt repeats nothing, and the answer
-is drawn at temperature 1: there speculation can only cost time.
+Both tasks have random token ids as their prompt, so they suit any model. In the first, the prompt repeats a passage.
+The answer is drawn greedily, and usually continues the repetition. In the second, the prompt repeats nothing, and the
+answer is drawn at temperature 1: there speculation can only cost time.
 """
 
 from __future__ import annotations
