@@ -208,7 +208,7 @@ class Scheduler:
 
         Beside prompts, proposals would delay these. They use what other runs left of budget and free blocks.
         """
-        if self._proposer is None or not Step(tuple(runs)).decodes or len(runs) < len(self._running):
+        if self._proposer is None or not Step(tuple(runs)).decodes:
             return runs
         budget = self.limits.batch_tokens - len(runs)
         proposed = self._proposer.propose([run.sequence for run in runs], budget)

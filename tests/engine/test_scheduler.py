@@ -108,6 +108,10 @@ class World:
         scores = {run.sequence: self.scores(run) for run in step.runs if run.sequence.scores_prompt}
         for sequence, events in self.scheduler.update(step, Outcome(tokens, scores)):
             self.tell(sequence, events)
+        for run in step.runs:
+            used = 0 if run.sequence.ended else -(-run.sequence.cached // self.size)
+            assert len(run.sequence.table) == used, "a block without tokens is kept"
+            assert run.sequence.ended or run.sequence not in tokens or run.sequence.pending == 1
 
     def sample(self, run):
         """Return the tokens that a sampler draws, up to the first that differs from its proposal."""
@@ -146,10 +150,6 @@ class World:
         self.scheduler.blocks.check(sequence.table for sequence in self.scheduler.sequences())
         assert set(self.scheduler.sequences()) == set(self.live)
         assert self.scheduler.running <= self.scheduler.limits.sequences
-
-    def check_no_spare_blocks(self):
-        for sequence in self.live:
-            assert len(sequence.table) == -(-sequence.cached // self.size), "a block without tokens is kept"
 
     def check_answers(self):
         for sequence, events in self.events.items():
@@ -217,7 +217,6 @@ class Machine(RuleBasedStateMachine):
     def finish(self):
         self.world.finish(self.step)
         self.step = None
-        self.world.check_no_spare_blocks()
 
     @precondition(lambda self: self.world.live)
     @rule(data=st.data())
