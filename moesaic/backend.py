@@ -211,7 +211,8 @@ class ModelInfo:
 class ModelStats:
     """Current load of a model (``running``, ``waiting``, ``blocks``, ``free_blocks``), and counters since its start.
 
-    ``blocks`` are those of the KV cache. ``steps`` counts the engine's forward passes.
+    ``blocks`` are those of the KV cache. ``steps`` counts the engine's forward passes. Speculation proposed
+    ``draft_tokens``, and ``accepted_tokens`` of them became part of answers.
     """
 
     running: int = 0
@@ -224,6 +225,8 @@ class ModelStats:
     blocks: int = 0
     free_blocks: int = 0
     numerical_errors: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     alive: bool = True
     """Whether the model can still answer."""
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self, overload
 
 from moesaic import builtin, embedding
 from moesaic.engine import Engine, Limits, Request, Sampling
+from moesaic.engine.speculation import Kind
 from moesaic.errors import InvalidParameter, InvalidRequest, Overloaded, PromptTooLong
 from moesaic.load_options import LoadOptions
 from moesaic.loading import Loaded, Progress, limited_torch_threads, load_model, torch_threads
@@ -72,6 +73,7 @@ class LLM(AbstractContextManager["LLM"]):
         chat_format: str | None = None,
         limits: Limits | None = None,
         lazy_cache: bool = True,
+        speculation: Kind = "ngram",
         progress: Progress | None = None,
         **options: Any,
     ) -> Self:
@@ -82,7 +84,10 @@ class LLM(AbstractContextManager["LLM"]):
             chat_format: a name of ``moesaic list chat-formats``, "template" for the checkpoint's own template, or
                 the path of a template file (.jinja), both run in a sandbox; None: recognized from the checkpoint.
             limits: limits for running and waiting requests; None: the defaults.
-            lazy_cache: take the memory of the key/value cache as tokens are stored; False: at once, for servers.
+            lazy_cache: take the memory of the key/value cache as tokens are stored; False: at once, so that it
+                cannot run out later.
+            speculation: how the engine proposes tokens, several of which it verifies in a step: "ngram" or "off".
+                Answers do not depend on it.
             progress: called with the numbers of bytes read so far and in total.
             **options: fields of ``LoadOptions``, such as ``format``, ``device`` or ``context``.
 
@@ -95,8 +100,8 @@ class LLM(AbstractContextManager["LLM"]):
         """
         path, name = builtin.resolve(model)
         plan = make_plan(path, LoadOptions(**options))
-        engine: dict[str, Any] = {"chat_format": chat_format, "limits": limits, "lazy_cache": lazy_cache}
-        return cls.from_plan(plan, name, progress=progress, **engine)
+        engine: dict[str, Any] = {"limits": limits, "lazy_cache": lazy_cache, "speculation": speculation}
+        return cls.from_plan(plan, name, progress=progress, chat_format=chat_format, **engine)
 
     @classmethod
     def from_plan(cls, plan: Plan, name: str, *, progress: Progress | None = None, **engine: Any) -> Self:
@@ -106,7 +111,7 @@ class LLM(AbstractContextManager["LLM"]):
             plan: the plan; it has the sizes of the key/value cache too.
             name: the name of the model.
             progress: called with the numbers of bytes read so far and in total.
-            **engine: ``chat_format``, ``limits`` and ``lazy_cache``, as for ``LLM.load``.
+            **engine: ``chat_format``, ``limits``, ``lazy_cache`` and ``speculation``, as for ``LLM.load``.
 
         Raises:
             As for ``LLM.load``.
@@ -125,6 +130,7 @@ class LLM(AbstractContextManager["LLM"]):
         chat_format: str | None = None,
         limits: Limits | None = None,
         lazy_cache: bool = True,
+        speculation: Kind = "ngram",
     ) -> Self:
         """Start an engine for a model that is loaded already. ``name`` names it; the rest is as for ``LLM.load``."""
         plan = loaded.plan
@@ -142,6 +148,7 @@ class LLM(AbstractContextManager["LLM"]):
             dtype=plan.cache_dtype,
             torch_threads=torch_threads(loaded.model),
             lazy_cache=lazy_cache,
+            speculation=speculation,
         )
         return cls(loaded, tokenizer, engine, selected_format, name, defaults)
 

@@ -177,6 +177,8 @@ class LocalBackend:
                 stats.blocks,
                 stats.free_blocks,
                 stats.numerical_errors,
+                stats.draft_tokens,
+                stats.accepted_tokens,
                 alive=not self._llm.engine.stopped,
             )
         }

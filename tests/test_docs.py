@@ -37,7 +37,7 @@ PROGRAMS = [ROOT / "README.md", DOCS / "tutorial/first-conversation.md", DOCS / 
 
 FLAGS = {
     "chat": "chat-format context device dtype format json kv-cache-dtype max-tokens message min-p plain-text "
-    "repetition-penalty requantize seed stats system temperature top-k top-p",
+    "repetition-penalty requantize seed stats system temperature top-k top-p speculation",
     "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
     "insecure-no-auth keep-alive-timeout keys kv-cache-dtype log-format log-level max-body memory otel port queue "
     "queue-timeout request-timeout requantize sequences strict-fields strict-model-name "
@@ -51,13 +51,13 @@ FLAGS = {
     "max-stop-sequences max-top-n-tokens max-total-tokens max-waiting-tokens model-id ngrok ngrok-authtoken "
     "ngrok-edge num-shard otlp-endpoint otlp-service-name payload-limit prometheus-port quantize revision "
     "rope-factor rope-scaling shard-uds-path sharded speculate tokenizer-config-path trust-remote-code usage-stats "
-    "validation-workers waiting-served-ratio watermark-delta watermark-gamma weights-cache-override",
+    "validation-workers waiting-served-ratio watermark-delta watermark-gamma weights-cache-override speculation",
     "gateway": "admin-port aime-endpoints allowed-host cors-origin crashes drain-timeout host insecure-no-auth jobs "
     "keep-alive-timeout keys lease log-format log-level max-body model otel port queue queue-per-key queue-timeout "
     "request-timeout timeout-keep-alive strict-fields tls-cert tls-key trusted-proxy",
     "worker": "api-auth-key api-server ca cache-tokens chat-format context device drain-timeout dtype format gateway "
     "insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name queue "
-    "requantize sequences slots",
+    "requantize sequences slots speculation",
     "admin": "ca insecure-plaintext json key key-file most request url",
     "launch": "address cpus gpus program replicas to worker",
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",

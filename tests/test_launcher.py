@@ -106,6 +106,8 @@ def test_cache_larger_than_memory_is_refused():
         ("-g 7", "drain_timeout", 7),
         ("--json-output", "log_format", "json"),
         ("--num-shard 1 -p 7", "port", 7),
+        ("--speculate 3", "speculation", "ngram"),
+        ("--speculate 0", "speculation", "off"),
         ("--otlp-endpoint http://a:4318", "otel", True),
         ("--otel --otlp-endpoint http://a:4318", "otel", True),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -55,6 +57,30 @@ def test_more_prompts_than_the_queue_holds(talker):
         answers = [answer.text for answer in small.complete(prompts, **GREEDY)]
     with LLM.load(talker) as large:
         assert answers == [large.complete(prompt, **GREEDY).text for prompt in prompts]
+
+
+def test_answers_do_not_depend_on_speculation(llm, monkeypatch):
+    monkeypatch.setattr(llm.engine, "_clock", itertools.count().__next__)  # proposals always seem to be worthwhile
+    prompt = "one two three four five " * 8
+    options = {"temperature": 0, "max_tokens": 40}
+    plain = llm.complete(prompt, speculation=False, **options)
+    before = llm.engine.stats()
+    assert llm.complete(prompt, **options) == replace(
+        plain, cached_tokens=llm.complete(prompt, **options).cached_tokens
+    )
+    for begin in range(0, len(plain.text) - 4, 3):
+        stop = plain.text[begin : begin + 4]
+        alone = llm.complete(prompt, stop=(stop,), speculation=False, **options)
+        fast = llm.complete(prompt, stop=(stop,), **options)
+        assert (fast.text, fast.reason, fast.stop, fast.tokens) == (alone.text, "stop", stop, alone.tokens)
+    assert llm.engine.stats().accepted_tokens > before.accepted_tokens
+
+
+def test_speculation_can_be_off(talker, monkeypatch):
+    with LLM.load(talker, speculation="off") as llm:
+        monkeypatch.setattr(llm.engine, "_clock", itertools.count().__next__)
+        llm.complete("one two three four five " * 8, **GREEDY)
+        assert llm.engine.stats().draft_tokens == 0
 
 
 def test_stop_string_ends_the_answer(llm):

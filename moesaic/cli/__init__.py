@@ -21,7 +21,7 @@ from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
 from moesaic.cli.bench import add_bench
 from moesaic.cli.cluster import add_gateway, add_worker
-from moesaic.cli.flags import Commands, add_command, add_model, folder, load_options
+from moesaic.cli.flags import Commands, add_command, add_model, add_speculation, folder, load_options
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
 from moesaic.cli.loading import collection_paused
@@ -131,6 +131,7 @@ def _add_chat(commands: Commands) -> None:
         default="auto",
         help="int8 takes half the memory of bfloat16; default: the data type of activations",
     )
+    add_speculation(chat)
     sampling = parser.add_argument_group("sampling (default: the checkpoint's recommendation)")
     sampling.add_argument("--temperature", type=float, metavar="T", help="randomness; 0: always the most likely token")
     sampling.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0: off")
@@ -201,7 +202,8 @@ def _load(args: argparse.Namespace) -> LLM:
     path, options = folder(args.model), load_options(args)
     with bar("loading") as progress:
         plan = make_plan(path, options)
-        return LLM.from_plan(plan, path.name, chat_format=args.chat_format, progress=progress)
+        engine = {"chat_format": args.chat_format, "speculation": args.speculation or "ngram"}
+        return LLM.from_plan(plan, path.name, progress=progress, **engine)
 
 
 # pull, convert

@@ -78,6 +78,18 @@ def add_requantize(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_speculation(parser: argparse._ActionsContainer) -> None:
+    """Add the flag that chooses how tokens are proposed."""
+    from moesaic.engine.speculation import KINDS
+
+    parser.add_argument(
+        "--speculation",
+        choices=KINDS,
+        help="verify several tokens in a step where text repeats and this is faster; answers stay the same "
+        "(default ngram)",
+    )
+
+
 def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     """Return the options of the flags that load a model, with ``changes``; a command may have only some of the flags.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.cli import server_options, tgi_launcher
-from moesaic.cli.flags import Commands, add_command, add_requantize, folder, load_options
+from moesaic.cli.flags import Commands, add_command, add_requantize, add_speculation, folder, load_options
 from moesaic.cli.loading import collection_paused
 from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, NotFound
@@ -79,6 +79,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; or FILE.jinja; default: the model's own"
     )
+    add_speculation(model)
     model.add_argument("--memory", type=float, metavar="GB", help="maximum size of all loaded models together")
     model.add_argument("--sequences", type=int, metavar="N", help="maximum concurrent answers (default 64)")
     model.add_argument(
@@ -200,13 +201,8 @@ async def open_model(plan: Plan, args: argparse.Namespace, name: str, many_strea
     def load() -> LLM | Classifier:
         if plan.labels:
             return Classifier.from_plan(plan)
-        return LLM.from_plan(
-            plan,
-            name,
-            chat_format=args.chat_format,
-            limits=limits,
-            lazy_cache=False,  # memory that is short fails the start of a server, not an answer
-        )
+        engine = {"chat_format": args.chat_format, "limits": limits, "speculation": args.speculation or "ngram"}
+        return LLM.from_plan(plan, name, **engine)
 
     model = await asyncio.get_running_loop().run_in_executor(None, load)
     if isinstance(model, Classifier):

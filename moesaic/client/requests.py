@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
     """Only this number of the prompt's last tokens is kept; -1: as many as leave room for the answer; None: all."""
     min_tokens: int | None
     ignore_eos: bool | None
+    speculation: bool | None
     logprobs: int | None
     """Request log-probabilities, and this number of alternatives for each token; 0 requests no alternatives."""
     response_format: Mapping[str, Any] | None

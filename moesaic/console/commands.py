@@ -144,6 +144,7 @@ def _stats(conversation: Conversation, _: str) -> Outcome:
     llm, stats = conversation.llm, conversation.llm.engine.stats()
     tokens = conversation.tokens()
     used_blocks = stats.blocks - stats.free_blocks
+    share = f" ({stats.accepted_tokens / stats.draft_tokens:.0%})" if stats.draft_tokens else ""
     return Outcome(
         "\n".join(
             (
@@ -151,6 +152,7 @@ def _stats(conversation: Conversation, _: str) -> Outcome:
                 + (" (too long: the oldest messages are not sent to the model)" if tokens > llm.context else ""),
                 f"prompts        {stats.prompt_tokens:,} tokens, {stats.cached_tokens:,} of them from the cache",
                 f"answers        {stats.generated_tokens:,} tokens in {stats.steps:,} steps",
+                f"speculation    {stats.draft_tokens:,} tokens proposed, {stats.accepted_tokens:,} accepted{share}",
                 f"cache          {used_blocks:,} of {stats.blocks:,} blocks used, "
                 f"{_count(stats.preemptions, 'preemption')}",
             )

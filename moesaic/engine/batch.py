@@ -9,11 +9,12 @@ Legend: T tokens of the step, S sequences, B block size.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moesaic.engine.scheduler import Run, Step
+from moesaic.engine.step import Run, Step
 from moesaic.ops import Batch, Cache
 
 
@@ -31,7 +32,7 @@ class _Lists:
 def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
     """Return the input of the model for ``step`` on ``cache``, with its tensors on ``device``.
 
-    ``outputs`` of the result has the row of the last token of each run that samples a token.
+    ``outputs`` of the result has the rows of the last token of each run that samples a token, and of its proposals.
     """
     lengths = tuple(run.sequence.cached + run.count for run in step.runs)
     lists = {name: _tensor(values, device) for name, values in vars(_flatten(step, cache.block_size)).items()}
@@ -41,34 +42,36 @@ def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
 class FixedBatch:
     """A batch for steps of one shape, whose tensors keep their place in memory.
 
-    Every run has one token and samples the next one. The tensors are on the CPU.
+    Each run has one token of its sequence, and proposals; a token is sampled after each of them. The tensors are on the
+    CPU.
     """
 
-    def __init__(self, sequences: int, blocks: int, cache: Cache) -> None:
-        """``blocks`` is the maximum number of cache blocks of a sequence."""
+    def __init__(self, counts: Sequence[int], blocks: int, cache: Cache) -> None:
+        """``counts`` has the tokens of each run; ``blocks`` is the maximum number of cache blocks of a sequence."""
         self._block_size = cache.block_size
-        self._rows = torch.zeros(3, sequences, dtype=torch.int64)
-        self._tables = torch.full((sequences, blocks), -1, dtype=torch.int64)
-        tokens, positions, slots = self._rows
+        starts = (0, *itertools.accumulate(counts))
+        rows = torch.zeros(3, starts[-1], dtype=torch.int64)
+        tables = torch.full((len(counts), blocks), -1, dtype=torch.int64)
+        tokens, positions, slots = rows
         self.batch = Batch(
             tokens=tokens,
             positions=positions,
-            starts=tuple(range(sequences + 1)),
-            lengths=(0,) * sequences,  # ops that read it cannot be recorded
+            starts=starts,
+            lengths=(0,) * len(counts),  # ops that read it cannot be recorded
             slots=slots,
-            tables=self._tables,
-            outputs=torch.arange(sequences),
+            tables=tables,
+            outputs=torch.arange(starts[-1]),
             cache=cache,
         )
         _ = self.batch.offsets  # makes the tensor now
         # Numpy writes a few numbers ten times as fast as torch makes a tensor of them.
-        self._views = self._rows.numpy(), self._tables.numpy()
+        self._rows, self._tables = rows.numpy(), tables.numpy()
 
     def fill(self, step: Step) -> None:
         """Overwrite the tensors with those of ``step``."""
-        lists, (rows, tables) = _flatten(step, self._block_size), self._views
-        rows[:] = lists.tokens, lists.positions, lists.slots
-        tables[:, : len(lists.tables[0])] = lists.tables
+        lists = _flatten(step, self._block_size)
+        self._rows[:] = lists.tokens, lists.positions, lists.slots
+        self._tables[:, : len(lists.tables[0])] = lists.tables
 
 
 def _flatten(step: Step, block_size: int) -> _Lists:
@@ -77,11 +80,12 @@ def _flatten(step: Step, block_size: int) -> _Lists:
     for run in step.runs:
         positions = range(run.sequence.cached, run.sequence.cached + run.count)
         lists.tokens += run.sequence.ids[positions.start : positions.stop]
+        lists.tokens += run.proposals
         lists.positions += positions
         lists.slots += _slots(run, positions, block_size)
         lists.tables.append(run.sequence.table + [-1] * (width - len(run.sequence.table)))
         if run.samples:
-            lists.outputs.append(len(lists.tokens) - 1)
+            lists.outputs += range(len(lists.tokens) - 1 - len(run.proposals), len(lists.tokens))
     return lists
 
 

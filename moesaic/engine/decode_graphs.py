@@ -1,7 +1,7 @@
 """Records decode steps, whose shapes repeat, and replays each in one call.
 
-In a decode step, every sequence computes one token and samples the next. Calling its ops one by one from Python takes
-longer than the ops of a small model.
+In a decode step, every sequence computes its newest token and its proposals, and samples a token after each of them.
+Calling the ops one by one from Python takes longer than the ops of a small model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from moesaic import ops
 from moesaic.engine.batch import FixedBatch
-from moesaic.engine.scheduler import Step
+from moesaic.engine.step import Step
 from moesaic.ops import Batch, Cache, Graph
 
-MAX_SEQUENCES = 64
-"""Sequences of a step above which Python's share of the time is small."""
+MAX_TOKENS = 64
+"""Tokens of a step above which Python's share of the time is small."""
 MAX_BYTES = 64 << 20
 """Memory of all graphs together; the ones that were not used for longest are dropped."""
 
@@ -56,11 +56,11 @@ def compute(model: Model, batch: Batch, rows: Tensor | None = None) -> Computed:
 
 
 class DecodeGraphs:
-    """The graphs of a model's decode steps, one for each number of sequences."""
+    """The graphs of a model's decode steps, one for each list of the numbers of tokens of the runs."""
 
     def __init__(self, model: Model, cache: Cache, device: torch.device) -> None:
         self._model, self._cache, self._device = model, cache, device
-        self._graphs: OrderedDict[int, tuple[FixedBatch, Graph[Computed]]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, ...], tuple[FixedBatch, Graph[Computed]]] = OrderedDict()
         self._recordable = device.type == "cpu" and getattr(model, "recordable", False)
 
     def run(self, step: Step) -> Computed | None:
@@ -68,29 +68,28 @@ class DecodeGraphs:
 
         Return None if ``step`` is no decode step, or the model cannot be recorded.
         """
-        count = len(step.runs)
-        decodes = count <= MAX_SEQUENCES and all(run.count == 1 and run.samples for run in step.runs)
-        if not self._recordable or not decodes:
+        counts = tuple(run.count for run in step.runs)
+        if not self._recordable or not step.decodes or sum(counts) > MAX_TOKENS:
             return None
-        if count not in self._graphs:
-            return self._record(step)
-        batch, graph = self._graphs[count]
-        self._graphs.move_to_end(count)
+        if counts not in self._graphs:
+            return self._record(counts, step)
+        batch, graph = self._graphs[counts]
+        self._graphs.move_to_end(counts)
         batch.fill(step)
         graph.replay()
         return graph.result
 
-    def _record(self, step: Step) -> Computed | None:
+    def _record(self, counts: tuple[int, ...], step: Step) -> Computed | None:
         block_size, blocks = self._cache.block_size, len(self._cache.keys[0])
         width = min(blocks, -(-self._model.max_length // block_size))
-        fixed = FixedBatch(len(step.runs), width, self._cache)
+        fixed = FixedBatch(counts, width, self._cache)
         fixed.fill(step)
 
         graph = ops.record(self._device, lambda: compute(self._model, fixed.batch))
         if graph is None:
             self._recordable = False
             return None
-        self._graphs[len(step.runs)] = fixed, graph
+        self._graphs[counts] = fixed, graph
         while sum(each.nbytes for _, each in self._graphs.values()) > MAX_BYTES and len(self._graphs) > 1:
             self._graphs.popitem(last=False)
         return graph.result

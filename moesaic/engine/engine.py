@@ -13,6 +13,7 @@ import atexit
 import queue
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listing
@@ -25,7 +26,9 @@ from torch import nn
 from moesaic.engine.blocks import Blocks
 from moesaic.engine.request import Done, Event, Request, Sequence, Token
 from moesaic.engine.runner import Model, Runner
-from moesaic.engine.scheduler import Limits, Outcome, Scheduler, Step
+from moesaic.engine.scheduler import Limits, Scheduler
+from moesaic.engine.speculation import KINDS, Kind, Speculation
+from moesaic.engine.step import Outcome, Step
 from moesaic.errors import EngineStopped, InvalidParameter, MoesaicError, NumericalError
 
 EventQueue = queue.SimpleQueue[list[Event | MoesaicError]]
@@ -110,6 +113,10 @@ class Stats:
     """Prompt tokens of accepted requests that were found in the prefix cache."""
     preemptions: int
     numerical_errors: int
+    draft_tokens: int
+    """Tokens that were proposed by speculation and verified."""
+    accepted_tokens: int
+    """Proposed tokens that became part of an answer."""
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -128,6 +135,8 @@ class Engine(AbstractContextManager["Engine"]):
         torch_threads: int | None = None,
         lazy_cache: bool = False,
         poison: bool = False,
+        speculation: Kind = "ngram",
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Allocate the key/value cache and start the loop that runs step after step.
 
@@ -145,11 +154,16 @@ class Engine(AbstractContextManager["Engine"]):
             lazy_cache: take the memory of a cache on the CPU when tokens are stored in it. Otherwise it is taken now,
                 so that it cannot run out later.
             poison: fill the cache with NaN first, so that tests detect reads of unwritten memory.
+            speculation: how tokens are proposed, several of which are verified in a step: "ngram", from repetitions in
+                prompt and answer, where the measured times of steps make it faster; or "off".
+            clock: returns a time in seconds; speculation measures steps with it.
 
         Raises:
-            InvalidParameter: the cache would not hold one block, a size is not positive, or the context is
-                longer than the model's.
+            InvalidParameter: the cache would not hold one block, a size is not positive, the context is longer
+                than the model's, or the kind of speculation is unknown.
         """
+        if speculation not in KINDS:
+            raise InvalidParameter("speculation", f"is {speculation!r}, expected {' or '.join(KINDS)}")
         if block_size < 1:
             raise InvalidParameter("block_size", f"is {block_size}, expected at least 1")
         if cache_tokens < block_size:
@@ -159,7 +173,9 @@ class Engine(AbstractContextManager["Engine"]):
         device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
         blocks = Blocks(cache_tokens // block_size, block_size)
         self._runner = Runner(model, blocks.count, block_size, dtype, device, lazy=lazy_cache, poison=poison)
-        self._scheduler = Scheduler(blocks, limits or Limits(), context or model.max_length, model.window)
+        self._clock, self._speculation = clock, Speculation() if speculation == "ngram" else None
+        longest = context or model.max_length
+        self._scheduler = Scheduler(blocks, limits or Limits(), longest, model.window, self._speculation)
         self.cache_dtype = dtype
         """Dtype of the key/value cache."""
         self._vocab = model.vocab_size
@@ -265,6 +281,8 @@ class Engine(AbstractContextManager["Engine"]):
                 cached_tokens=scheduler.cached_prompt_tokens,
                 preemptions=scheduler.preemptions,
                 numerical_errors=self._numerical,
+                draft_tokens=scheduler.proposed,
+                accepted_tokens=scheduler.accepted,
             )
 
     def close(self) -> None:
@@ -297,16 +315,20 @@ class Engine(AbstractContextManager["Engine"]):
             return not self._stopped
 
     def _step(self) -> bool:
+        start = self._clock()
         with self._lock:
             deliveries = self._apply_cancellations()
             step = None if self._stopped else self._scheduler.schedule()
         self._deliver(deliveries)
         if step is None:
             return bool(deliveries)
+        decoding = step.decodes  # before the update changes its sequences
         outcome = self._runner.run(step)
         with self._lock:
             deliveries = self._update(step, outcome)
         self._deliver(deliveries)
+        if self._speculation is not None and decoding:
+            self._speculation.costs.record(step.tokens, self._clock() - start)
         return True
 
     def _apply_cancellations(self) -> Deliveries:

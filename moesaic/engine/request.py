@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # importing numpy takes longer than a command needs to print 
     import numpy as np
     from numpy.typing import NDArray
 
+    from moesaic.engine.drafter import Drafter
+
 MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_BIAS_ENTRIES = 300
@@ -87,6 +89,9 @@ class Sampling:
     ``Request.prompt_logprobs_start``."""
     ignore_eos: bool = False
     """Continue after EOS, up to the maximum length."""
+    speculation: bool = True
+    """Whether the engine may propose tokens and verify several in a step, if it is loaded with speculation. Answers do
+    not depend on it. Those with a grammar are never speculated."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
@@ -119,8 +124,9 @@ class Sampling:
             object.__setattr__(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:
                 raise InvalidParameter("allowed_token_ids", "is empty; at least one token is needed")
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidParameter("ignore_eos", f"is {self.ignore_eos!r}, expected true or false")
+        for name in ("ignore_eos", "speculation"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidParameter(name, f"is {getattr(self, name)!r}, expected true or false")
 
     @property
     def greedy(self) -> bool:
@@ -354,6 +360,8 @@ class Sequence:
     prompt_logprobs: list[Token] = field(default_factory=list)
     constraint: Constraint | None = None  # always at the end of ids
     resumed_events: tuple[Event, ...] = ()  # tokens that came with the request, and Done if they end the answer
+    drafter: Drafter | None = None  # proposes tokens; None until it first does
+    unspeculated: bool = False  # a step with proposals had NaN or infinity, so that no more are made
 
     @property
     def prompt(self) -> int:

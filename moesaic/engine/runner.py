@@ -9,6 +9,7 @@ heads, D head size, B block size.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -18,7 +19,8 @@ from moesaic.engine import grammar_masks, sampler
 from moesaic.engine.batch import assemble
 from moesaic.engine.decode_graphs import Computed, DecodeGraphs, compute
 from moesaic.engine.request import Sequence, Token
-from moesaic.engine.scheduler import Outcome, Run, Step
+from moesaic.engine.step import Ahead, Outcome, Row, Run, Step
+from moesaic.errors import GrammarError
 from moesaic.ops import Batch, Cache
 
 SCORED_ROWS = 64
@@ -85,25 +87,25 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> Outcome:
         """Run the model on ``step`` and sample the next tokens; return tokens, log-probabilities and failures."""
-        rows = [run.sequence for run in step.runs if run.samples]
+        rows_of = {run.sequence: _rows(run) for run in step.runs if run.samples}
+        rows = [row for rows in rows_of.values() for row in rows]
         starts = (0, *itertools.accumulate(run.count for run in step.runs))
         found = self._graphs.run(step) or self._compute(step)
         # Compute the masks before reading results, so that they overlap with the work of an accelerator.
         allowed, refused = grammar_masks.allowed(rows, self.model.vocab_size)
-        failed = _broken(found.finite.tolist(), starts, step)
-        failed |= {sequence for sequence, good in zip(rows, found.finite_logits.tolist(), strict=True) if not good}
-        tokens: dict[Sequence, list[Token]] = {}
-        good = [row for row, sequence in enumerate(rows) if sequence not in failed and sequence not in refused]
+        broken = _broken(found.finite.tolist(), starts, step, rows_of)
+        broken |= {row for row, good in zip(rows, found.finite_logits.tolist(), strict=True) if not good}
+        good = [index for index, row in enumerate(rows) if row not in broken and row not in refused]
+        drawn: dict[Row, list[Token]] = {}
         if good:
             chosen = found.logits if len(good) == len(rows) else found.logits[good]
-            tokens = sampler.sample(chosen, [rows[row] for row in good], allowed)
+            drawn = sampler.sample(chosen, [rows[index] for index in good], allowed)
         scores = {
             run.sequence: self._scores(found.hidden[begin:], run)
             for run, begin in zip(step.runs, starts, strict=False)
-            if run.sequence.scores_prompt and not run.sequence.generated and run.sequence not in failed
+            if run.sequence.scores_prompt and not run.sequence.generated and run.sequence not in broken
         }
-        refused = {sequence: error for sequence, error in refused.items() if sequence not in failed}
-        return Outcome(tokens, scores, frozenset(failed), refused)
+        return _outcome(step, rows_of, drawn, scores, broken, refused)
 
     def _compute(self, step: Step) -> Computed:
         batch = assemble(step, self.cache, self.device)
@@ -129,13 +131,62 @@ class Runner:
             part[blocks] = 0
 
 
-def _broken(finite: list[bool], starts: tuple[int, ...], step: Step) -> set[Sequence]:
-    """Return the sequences with a hidden state that is not ``finite``.
+def _rows(run: Run) -> list[Row]:
+    """Return the states of the run's sequence for which a token is sampled: now, and after each of its proposals."""
+    return [run.sequence, *(Ahead(run.sequence, run.proposals[:count]) for count in range(1, len(run.proposals) + 1))]
+
+
+def _outcome(
+    step: Step,
+    rows_of: Mapping[Sequence, list[Row]],
+    drawn: Mapping[Row, list[Token]],
+    scores: Mapping[Sequence, list[Token]],
+    broken: set[Row],
+    refused: Mapping[Row, GrammarError],
+) -> Outcome:
+    """Return the outcome for sequences, given the results for their rows.
+
+    A broken run with proposals does not fail: NaN of a proposal that is wrong may have reached the rows before it. It
+    gets no tokens, so that its token runs again without proposals.
+    """
+    tokens, failed, errors = {}, set(), {}
+    for run in step.runs:
+        sequence = run.sequence
+        if sequence in drawn:
+            tokens[sequence] = _accepted(run, rows_of[sequence], drawn)
+        elif sequence in refused and sequence not in broken:
+            errors[sequence] = refused[sequence]
+        elif sequence in broken and not run.proposals:
+            failed.add(sequence)
+    return Outcome(tokens, scores, frozenset(failed), errors)
+
+
+def _accepted(run: Run, rows: list[Row], drawn: Mapping[Row, list[Token]]) -> list[Token]:
+    """Return the tokens of ``rows`` up to the first that differs from its proposal.
+
+    A row without a token ends them too: if its proposal was right, the next step runs it again and reports why.
+    """
+    tokens: list[Token] = []
+    for row, proposal in zip(rows, (*run.proposals, None), strict=True):
+        tokens += drawn.get(row, ())
+        if row not in drawn or tokens[-1].id != proposal:
+            break
+    return tokens
+
+
+def _broken(finite: list[bool], starts: tuple[int, ...], step: Step, rows_of: Mapping[Sequence, list[Row]]) -> set[Row]:
+    """Return the sequences with a hidden state that is not ``finite``, and such states after proposals.
 
     All rows are checked, not only the sampled ones. A key or value that is not finite makes the hidden state at its
     own position not finite, so a block whose tokens pass this check is safe to share.
     """
     if all(finite):
         return set()
-    spans = zip(step.runs, starts, starts[1:], strict=False)
-    return {run.sequence for run, begin, end in spans if not all(finite[begin:end])}
+    broken: set[Row] = set()
+    for run, begin, end in zip(step.runs, starts, starts[1:], strict=False):
+        own = end - len(run.proposals)
+        if not all(finite[begin:own]):
+            broken.add(run.sequence)
+        ahead = rows_of.get(run.sequence, [])[1:]
+        broken.update(row for row, good in zip(ahead, finite[own:end], strict=True) if not good)
+    return broken

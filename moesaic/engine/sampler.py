@@ -25,18 +25,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic import ops
-from moesaic.engine.request import Sampling, Sequence, Token
+from moesaic.engine.request import Sampling, Token
+from moesaic.engine.step import Row
 
 REMOVED = float("-inf")
 
 
 def sample(
-    logits: Tensor, sequences: Listing[Sequence], allowed: Mapping[Sequence, NDArray[np.bool_]] | None = None
-) -> dict[Sequence, list[Token]]:
+    logits: Tensor, sequences: Listing[Row], allowed: Mapping[Row, NDArray[np.bool_]] | None = None
+) -> dict[Row, list[Token]]:
     """Draw the next token of each sequence from its row of ``logits`` [R, V]; return each as a list of one token.
 
-    The logits must be finite. ``allowed`` has the mask [V] of each sequence that has one; a mask allows at least one
-    token.
+    A sequence with proposed tokens (``step.Ahead``) has a row of its own for each of them. The logits must be finite.
+    ``allowed`` has the mask [V] of each sequence that has one; a mask allows at least one token.
     """
     adjusted = _adjust(logits, sequences)
     if allowed:
@@ -82,7 +83,7 @@ def _likeliest(row: Tensor, top: int) -> tuple[tuple[int, float], ...]:
 # Adjustments, which do not depend on the temperature
 
 
-def _adjust(logits: Tensor, sequences: Listing[Sequence]) -> Tensor:
+def _adjust(logits: Tensor, sequences: Listing[Row]) -> Tensor:
     """Return ``logits`` [R, V] after the bias, minimum length and penalties of each row's sequence.
 
     If no sequence has any, the result is the same tensor, otherwise a copy.
@@ -95,13 +96,13 @@ def _adjust(logits: Tensor, sequences: Listing[Sequence]) -> Tensor:
     return logits
 
 
-def _has_adjustments(sequence: Sequence) -> bool:
+def _has_adjustments(sequence: Row) -> bool:
     s = sequence.request.sampling
     penalized = s.repetition_penalty != 1 or s.frequency_penalty or s.presence_penalty
     return bool(s.logit_bias or penalized or sequence.generated < s.min_tokens)
 
 
-def adjust(row: Tensor, sequence: Sequence) -> Tensor:
+def adjust(row: Tensor, sequence: Row) -> Tensor:
     """Return the logits ``row`` [V] of ``sequence`` after its bias, minimum length and penalties.
 
     ``row`` may be changed in place.
@@ -123,7 +124,7 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
 
 
 def _forbid(
-    logits: Tensor, sequences: Listing[Sequence], allowed: Mapping[Sequence, NDArray[np.bool_]], *, fresh: bool
+    logits: Tensor, sequences: Listing[Row], allowed: Mapping[Row, NDArray[np.bool_]], *, fresh: bool
 ) -> Tensor:
     """Return logits [R, V] with -inf for each token that the sequence's mask forbids.
 
@@ -158,7 +159,7 @@ SETTINGS_OFF = [1.0, 0, 1.0, 0.0, 1.0]
 """Columns of ``settings`` with which ``ops.truncate`` does not change the probabilities of a row."""
 
 
-def _draw(logits: Tensor, sequences: Listing[Sequence]) -> list[int]:
+def _draw(logits: Tensor, sequences: Listing[Row]) -> list[int]:
     """Draw one token id for each row of ``logits`` [R, V], after temperature and truncations."""
     settings = [[setting(sequence.request.sampling) for setting in SETTINGS] for sequence in sequences]
     if any(row != SETTINGS_OFF for row in settings):
@@ -167,7 +168,7 @@ def _draw(logits: Tensor, sequences: Listing[Sequence]) -> list[int]:
     return ops.draw(logits, numbers).tolist()
 
 
-def uniform(sequence: Sequence) -> float:
+def uniform(sequence: Row) -> float:
     """Return the pseudo-random number in [0, 1) that decides the next draw of ``sequence``.
 
     It has 52 bits, so that its product with a total probability of about 1 stays below that total in float64.

@@ -15,15 +15,17 @@ lets only one thread at a time use it. Its clock is the number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from moesaic.engine import blocks as prefix
 from moesaic.engine import finish
 from moesaic.engine.blocks import Blocks
 from moesaic.engine.request import Done, Event, PromptLogprobs, Request, Sequence, Token
-from moesaic.errors import InvalidParameter, MoesaicError, Overloaded, PromptTooLong
+from moesaic.engine.speculation import Proposer
+from moesaic.engine.step import Outcome, Run, Step
+from moesaic.errors import InvalidParameter, Overloaded, PromptTooLong
 
 
 @dataclass(frozen=True)
@@ -54,51 +56,23 @@ class Limits:
             raise InvalidParameter("batch_tokens", why)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The tokens of one sequence that a step computes: [cached : cached + count]; those before are in the cache."""
-
-    sequence: Sequence
-    count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the run includes the newest token of the sequence, so that the next token is sampled."""
-        return self.count == self.sequence.pending
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One forward pass of the model: a run of tokens for each sequence in it."""
-
-    runs: tuple[Run, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the model and the sampler computed in a step."""
-
-    tokens: Mapping[Sequence, Listing[Token]]
-    """New tokens of each sequence, in the order of the answer."""
-    scores: Mapping[Sequence, Listing[Token]] = field(default_factory=dict)
-    """For each sequence that requests log-probabilities of its prompt: prompt tokens cached + 1 .. cached + count, with
-    these; without those before ``Sequence.first_scored``."""
-    failed: frozenset[Sequence] = frozenset()
-    """Sequences for which the model computed NaN or infinity."""
-    refused: Mapping[Sequence, MoesaicError] = field(default_factory=dict)
-    """Sequences whose grammar allows no next token, and the error of each."""
-
-
 class Scheduler:
     """Owner of all unfinished sequences. In a loop, call ``schedule``, run the step, and call ``update``.
 
     ``context`` is the maximum number of tokens of a sequence. ``window`` is the model's attention window in tokens, or
-    None.
+    None. ``proposer`` proposes tokens; None: there is no speculation.
     """
 
-    def __init__(self, blocks: Blocks, limits: Limits, context: int, window: int | None = None) -> None:
-        self.blocks, self.limits, self.window = blocks, limits, window
-        self.steps = self.preemptions = self.cached_prompt_tokens = 0
+    def __init__(
+        self,
+        blocks: Blocks,
+        limits: Limits,
+        context: int,
+        window: int | None = None,
+        proposer: Proposer | None = None,
+    ) -> None:
+        self.blocks, self.limits, self.window, self._proposer = blocks, limits, window, proposer
+        self.steps = self.preemptions = self.cached_prompt_tokens = self.proposed = self.accepted = 0
         self._arrivals = 0
         self._waiting: dict[Sequence, None] = {}
         self._running: dict[Sequence, None] = {}
@@ -183,7 +157,7 @@ class Scheduler:
             if count:
                 runs.append(Run(sequence, count))
         assert runs or not self._running, "sequences are running but none of them can"
-        return Step(tuple(runs)) if runs else None
+        return Step(tuple(self._speculate(runs))) if runs else None
 
     def update(self, step: Step, outcome: Outcome) -> list[tuple[Sequence, list[Event]]]:
         """Apply the results of ``step`` and return the events of each sequence, in the order of the step."""
@@ -192,11 +166,18 @@ class Scheduler:
             sequence = run.sequence
             if sequence.ended:  # cancelled or failed while the step ran
                 continue
+            tokens = outcome.tokens.get(sequence, ())
+            if run.proposals and not tokens:  # NaN or infinity: run the token again without proposals
+                sequence.unspeculated = True
+                self._drop_unused(sequence)
+                continue
             self._append_scores(sequence, outcome.scores.get(sequence, ()))
-            sequence.cached += run.count
+            sequence.cached += run.count - len(run.proposals)
             sequence.prefilled |= sequence.cached >= sequence.prompt
             self._publish(sequence)
-            events = self._append_tokens(sequence, outcome.tokens.get(sequence, ()))
+            self._observe(run, tokens)
+            events = self._append_tokens(sequence, tokens)
+            self._drop_unused(sequence)
             if events:
                 out.append((sequence, events))
         return out
@@ -219,6 +200,35 @@ class Scheduler:
         for block in _held_blocks(sequence):
             self.blocks.forget(block)
         return self._end(sequence)
+
+    # Speculation
+
+    def _speculate(self, runs: Listing[Run]) -> Listing[Run]:
+        """Return ``runs`` with proposals, if all sequences only decode.
+
+        Beside prompts, proposals would delay these. They use what other runs left of budget and free blocks.
+        """
+        if self._proposer is None or not Step(tuple(runs)).decodes:
+            return runs
+        budget = self.limits.batch_tokens - len(runs)
+        proposed = self._proposer.propose([run.sequence for run in runs], budget)
+        return [self._with_proposals(run, proposed.get(run.sequence, ())) for run in runs]
+
+    def _with_proposals(self, run: Run, proposals: tuple[int, ...]) -> Run:
+        """Allocate blocks for the proposals of ``run``, or for fewer if memory is short; return the run with them."""
+        sequence = run.sequence
+        room = min(self._capacity_for(sequence) - run.count, sequence.limit - len(sequence.ids) - 1)
+        proposals = proposals[: max(0, room)]
+        if not proposals or sequence.unspeculated:
+            return run
+        self._take_blocks(sequence, run.count + len(proposals))
+        return Run(sequence, run.count + len(proposals), proposals)
+
+    def _observe(self, run: Run, tokens: Listing[Token]) -> None:
+        if self._proposer is not None and tokens:
+            self.proposed += len(run.proposals)
+            self.accepted += len(tokens) - 1
+            self._proposer.observe(run.sequence, [token.id for token in tokens])
 
     # Admission
 
@@ -313,9 +323,17 @@ class Scheduler:
                 return 0
             self._preempt(victim)
         count = min(count, room)
+        self._take_blocks(sequence, count)
+        return count
+
+    def _take_blocks(self, sequence: Sequence, count: int) -> None:
         while len(sequence.table) * self.blocks.size < sequence.cached + count:
             sequence.table.append(self.blocks.take())
-        return count
+
+    def _drop_unused(self, sequence: Sequence) -> None:
+        """Drop the last blocks of ``sequence`` that hold rejected proposals only."""
+        while len(sequence.table) > -(-sequence.cached // self.blocks.size):
+            self.blocks.drop(sequence.table.pop())
 
     def _capacity_for(self, sequence: Sequence) -> int:
         return (len(sequence.table) + self.blocks.available) * self.blocks.size - sequence.cached
@@ -375,7 +393,10 @@ class Scheduler:
         if tokens and sequence.scores_prompt and not sequence.generated:
             unscored = map(Token, sequence.request.ids[: sequence.first_scored])
             events.append(PromptLogprobs((*unscored, *sequence.prompt_logprobs)))
-        for token in tokens:
+        for place, token in enumerate(tokens):
+            if place:  # the token before was proposed, so that its key and value are in the cache
+                sequence.cached += 1
+                self._publish(sequence)
             events.append(token)
             if done := finish.append_token(sequence, token.id):
                 self._end(sequence)

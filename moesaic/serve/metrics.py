@@ -248,6 +248,8 @@ class Metrics:
             ("prefix_cache_hits", "cached_tokens"),
             ("numerical_errors", "numerical_errors"),
             ("engine_steps", "steps"),
+            ("spec_decode_num_draft_tokens", "draft_tokens"),
+            ("spec_decode_num_accepted_tokens", "accepted_tokens"),
         ):
             family = Metric(prefix + name, "Total since the start.", "counter")
             for model, entry in stats.items():

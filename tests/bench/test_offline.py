@@ -143,6 +143,9 @@ def test_figures_of_a_random_model(tiny: str, weight_format: str, batch: int) ->
     assert reads["cache"] == batch * (40 + work.generated // 2) * 24 * 2 * 2 * 64 * 2
     text = "\n".join(offline.lines(results))
     assert "24 layers" in text and "tokens/s" in text and "experts" in text
+    assert "speculation, copying task" in text and "speculation, random task" in text
+    for row in results["speculation"].values():
+        assert row["same"] and row["tokens_s"] > 0
 
 
 def test_decode_speed_counts_only_while_all_answers_run() -> None:

@@ -67,6 +67,7 @@ FULL: dict[str, Any] = {
         "frequency_penalty": 0.5, "presence_penalty": -0.5, "logit_bias": {7: 1.5, 8: -100.0}, "stop": ("a", "b"),
         "stop_token_ids": (1, 2), "max_tokens": 9, "min_tokens": 1, "n": 2, "seed": 2**62, "logprobs": 3,
         "prompt_logprobs": 1, "ignore_eos": True, "bad_words": ("x", "y"), "allowed_token_ids": (4, 2),
+        "speculation": False,
     },
     "continue_final": True,
     "tools": ({"type": "function", "function": {"name": "f", "parameters": {}}},),

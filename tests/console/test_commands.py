@@ -99,6 +99,8 @@ def test_stats_show_the_context_in_use(conversation: Conversation) -> None:
     ask(conversation, "Hello")
     text = commands.run(conversation, "/stats").text
     assert f"2 messages, {conversation.tokens()} of 128 tokens" in text
+    stats = conversation.llm.engine.stats()
+    assert f"speculation    {stats.draft_tokens} tokens proposed, {stats.accepted_tokens} accepted" in text
 
 
 def test_exit_leaves(conversation: Conversation) -> None:

@@ -2,7 +2,7 @@ import torch
 
 from moesaic.engine.batch import assemble
 from moesaic.engine.request import Request, Sampling, Sequence
-from moesaic.engine.scheduler import Run, Step
+from moesaic.engine.step import Run, Step
 from moesaic.ops import Cache
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,19 @@ def build(kind, weight_format, dtype):
     return model
 
 
-def answers(model, cache_dtype):
-    """Return the events of requests that run together, of which one ends early, and the graphs of the engine."""
-    with Engine(model, cache_tokens=512, block_size=4, dtype=cache_dtype, thread=False, poison=True) as engine:
+def answers(model, cache_dtype, speculation="off", allowed=None):
+    """Return the events of requests that run together, of which one ends early, and the graphs of the engine.
+
+    The clock ticks once for each reading, so that all steps seem to take the same time, and proposals to be worthwhile.
+    """
+    options = {"thread": False, "poison": True, "speculation": speculation, "clock": itertools.count().__next__}
+    with Engine(model, cache_tokens=512, block_size=4, dtype=cache_dtype, **options) as engine:
         streams = []
         for number, length in enumerate((3, 17, 1, 9)):
             count = 13 if number == 1 else 20
-            sampling = Sampling(0.7 * (number % 2), max_tokens=count, seed=number, logprobs=3)
+            sampling = Sampling(
+                0.7 * (number % 2), max_tokens=count, seed=number, logprobs=3, allowed_token_ids=allowed
+            )
             streams += engine.submit(Request(tuple(range(1, 1 + length)), sampling))
         return [list(stream) for stream in streams], engine._runner._graphs._graphs
 
@@ -59,9 +66,19 @@ def test_answers_are_those_of_single_ops(kind, weight_format, dtypes, monkeypatc
     dtype, cache_dtype = dtypes
     model = build(kind, weight_format, dtype)
     replayed, graphs = answers(model, cache_dtype)
-    assert set(graphs) >= {3, 4}  # one request ends before the others
-    monkeypatch.setattr(decode_graphs, "MAX_SEQUENCES", 0)
+    assert {len(counts) for counts in graphs} >= {3, 4}  # one request ends before the others
+    monkeypatch.setattr(decode_graphs, "MAX_TOKENS", 0)
     assert answers(model, cache_dtype) == (replayed, {})
+
+
+def test_steps_with_proposals_are_replayed(monkeypatch):
+    model = build("mixtral", "int4", torch.float32)
+    few = (1, 2, 3)  # n-grams soon repeat
+    replayed, graphs = answers(model, torch.bfloat16, "ngram", few)
+    assert any(max(counts) > 1 for counts in graphs)
+    monkeypatch.setattr(decode_graphs, "MAX_TOKENS", 0)
+    assert answers(model, torch.bfloat16, "ngram", few) == (replayed, {})
+    assert answers(model, torch.bfloat16, "off", few) == (replayed, {})
 
 
 def test_a_model_that_calls_torch_runs_without_graphs():

@@ -28,6 +28,7 @@ WRONG = {
     "logprobs": [-1, 21, True, 1.0],
     "prompt_logprobs": [-1, 21, True],
     "ignore_eos": [1, None, "yes"],
+    "speculation": [1, None, "yes"],
 }
 RIGHT = {
     "temperature": [0, 0.7, 100],
@@ -50,6 +51,7 @@ RIGHT = {
     "logprobs": [None, 0, 20],
     "prompt_logprobs": [None, 0, 20],
     "ignore_eos": [True, False],
+    "speculation": [True, False],
 }
 
 

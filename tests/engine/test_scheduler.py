@@ -7,7 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from moesaic.engine import Done, Limits, PromptLogprobs, Request, Sampling, Token
 from moesaic.engine.blocks import Blocks
-from moesaic.engine.scheduler import Outcome, Scheduler
+from moesaic.engine.scheduler import Scheduler
+from moesaic.engine.step import Outcome
 from moesaic.errors import InvalidParameter, Overloaded, PromptTooLong
 
 
@@ -25,11 +26,32 @@ def answer(request, limit):
     return ids[len(request.ids) :]
 
 
+class Guesses:
+    """Proposes tokens of which some are right, a function of the ids; ``most`` in all for each sequence."""
+
+    def __init__(self, most):
+        self.most, self.seen = most, []
+
+    def propose(self, sequences, budget):
+        out = {}
+        for sequence in sequences:
+            ids = list(sequence.ids)
+            for place in range(min(self.most, budget)):
+                ids.append(says(ids) if hash((place, tuple(ids))) % 4 else 5)
+            out[sequence] = tuple(ids[len(sequence.ids) :])
+            budget -= len(out[sequence])
+        return out
+
+    def observe(self, sequence, tokens):
+        self.seen.append((list(sequence.ids), tokens))
+
+
 class World:
     """A scheduler, and a fake cache that records which prefix was written to each slot."""
 
-    def __init__(self, count, size, limits, context=200, window=None):
-        self.scheduler = Scheduler(Blocks(count, size), limits, context, window)
+    def __init__(self, count, size, limits, context=200, window=None, proposals=0):
+        guesses = Guesses(proposals) if proposals else None
+        self.scheduler = Scheduler(Blocks(count, size), limits, context, window, guesses)
         self.size, self.window, self.memory = size, window, {}
         self.live, self.events = [], {}
 
@@ -61,13 +83,17 @@ class World:
                 slot = self.slot(run.sequence, p)
                 holders = [s for s in self.scheduler.sequences() if slot // self.size in s.table]
                 assert holders == [run.sequence], "a shared block is written to"
-                self.memory[slot] = (run.sequence.request.salt, tuple(run.sequence.ids[: p + 1]))
+                self.memory[slot] = (run.sequence.request.salt, self.ids(run)[: p + 1])
         for run in step.runs:
             sequence, end = run.sequence, run.sequence.cached + run.count
+            assert len(sequence.ids) + len(run.proposals) < sequence.limit or not run.proposals
             first = 0 if self.window is None else max(0, sequence.cached - self.window + 1)
             for p in range(first, end):
                 seen = self.memory[self.slot(sequence, p)]
-                assert seen == (sequence.request.salt, tuple(sequence.ids[: p + 1])), "a slot holds another prefix"
+                assert seen == (sequence.request.salt, self.ids(run)[: p + 1]), "a slot holds another prefix"
+
+    def ids(self, run):
+        return (*run.sequence.ids, *run.proposals)
 
     def places(self, run):
         return range(run.sequence.cached, run.sequence.cached + run.count)
@@ -78,10 +104,24 @@ class World:
         return block * self.size + p % self.size
 
     def finish(self, step):
-        tokens = {run.sequence: [Token(says(run.sequence.ids))] for run in step.runs if run.samples}
+        tokens = {run.sequence: self.sample(run) for run in step.runs if run.samples}
         scores = {run.sequence: self.scores(run) for run in step.runs if run.sequence.scores_prompt}
         for sequence, events in self.scheduler.update(step, Outcome(tokens, scores)):
             self.tell(sequence, events)
+        for run in step.runs:
+            used = 0 if run.sequence.ended else -(-run.sequence.cached // self.size)
+            assert len(run.sequence.table) == used, "a block without tokens is kept"
+            assert run.sequence.ended or run.sequence not in tokens or run.sequence.pending == 1
+
+    def sample(self, run):
+        """Return the tokens that a sampler draws, up to the first that differs from its proposal."""
+        tokens, ids = [], list(run.sequence.ids)
+        for proposal in (*run.proposals, None):
+            tokens.append(Token(says(ids)))
+            ids.append(tokens[-1].id)
+            if tokens[-1].id != proposal:
+                break
+        return tokens
 
     def scores(self, run):
         """Return the prompt tokens that follow the tokens of this run, with their places as log-probabilities."""
@@ -141,10 +181,11 @@ class Machine(RuleBasedStateMachine):
         extra=st.integers(0, 20),
         aging_steps=st.integers(1, 50),
         window=st.none() | st.integers(1, 12),
+        proposals=st.integers(0, 9),
     )
-    def begin(self, count, size, sequences, extra, aging_steps, window):
+    def begin(self, count, size, sequences, extra, aging_steps, window, proposals):
         limits = Limits(sequences + extra, sequences, queue=12, aging_steps=aging_steps)
-        self.world = World(count, size, limits, context=60, window=window)
+        self.world = World(count, size, limits, context=60, window=window, proposals=proposals)
         self.step = None
 
     @rule(
@@ -211,8 +252,8 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def world(count=32, size=4, batch_tokens=16, sequences=4, context=200, window=None, **limits):
-    return World(count, size, Limits(batch_tokens, sequences, **limits), context, window)
+def world(count=32, size=4, batch_tokens=16, sequences=4, context=200, window=None, proposals=0, **limits):
+    return World(count, size, Limits(batch_tokens, sequences, **limits), context, window, proposals)
 
 
 def counts(step):
@@ -474,3 +515,46 @@ def test_an_empty_queue_accepts_one_long_prompt():
 def test_invalid_limits_are_errors(change):
     with pytest.raises(InvalidParameter):
         Limits(**({"batch_tokens": 8, "sequences": 4} | change))
+
+
+def test_proposals_run_only_while_no_prompt_does():
+    w = world(batch_tokens=8, proposals=3)
+    w.submit([1, 2], max_tokens=20, ignore_eos=True)
+    w.finish(w.start())
+    assert counts(w.start()) == {0: 4}
+
+
+def test_a_prompt_is_not_delayed_by_proposals():
+    w = world(batch_tokens=8, proposals=3)
+    w.submit([1, 2], max_tokens=20, ignore_eos=True)
+    w.finish(w.start())
+    w.submit([1] * 20, max_tokens=2)
+    assert counts(w.start()) == {0: 1, 1: 7}
+
+
+def test_proposals_never_preempt_and_return_their_blocks():
+    w = world(count=4, size=2, sequences=2, proposals=9)
+    a, b = (w.submit([n] * 2, max_tokens=2, ignore_eos=True)[0] for n in (1, 2))
+    w.finish(w.start())
+    w.drain()
+    assert (a.preemptions, b.preemptions) == (0, 0)
+    assert w.scheduler.blocks.available == 4
+
+
+def test_proposals_share_the_token_budget():
+    w = world(batch_tokens=8, proposals=9)
+    for n in (1, 2, 3):
+        w.submit([n], max_tokens=20, ignore_eos=True)
+    w.finish(w.start())
+    assert sum(counts(w.start()).values()) == 8
+
+
+def test_accepted_and_rejected_proposals_are_counted_and_observed():
+    w = world(proposals=4)
+    [a] = w.submit([1, 2], max_tokens=60, ignore_eos=True)
+    w.drain()
+    scheduler, guesses = w.scheduler, w.scheduler._proposer
+    assert 0 < scheduler.accepted < scheduler.proposed
+    assert scheduler.steps < 60
+    assert [token_id for _, tokens in guesses.seen for token_id in tokens][:60] == a.ids[2:]
+    w.check_answers()

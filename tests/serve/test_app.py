@@ -93,6 +93,15 @@ def test_out_of_range_numbers_are_400(shared_server, field, value):
     assert response.status_code == 400, response.text
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_a_request_switches_speculation_off(shared_server, path):
+    content = {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Hi"}
+    content = {"input": "Hi"} if "responses" in path else content
+    assert post(shared_server, path, content | {"speculation": False}).status_code == 200
+    assert shared_server.backend.requests[-1].sampling["speculation"] is False
+    assert post(shared_server, path, content | {"speculation": "no"}).status_code == 400
+
+
 def test_surrogate_pairs_and_deep_json_are_accepted(shared_server):
     content = '{"messages": [{"role": "user", "content": "\\ud83d\\ude00 \\u0000 \U0001f600"}], "x": %s}'
     assert send(shared_server, (content % ("[" * 28 + "]" * 28)).encode()).status_code == 200

@@ -22,7 +22,7 @@ DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 VLLM = """
 num_requests_running num_requests_waiting num_requests_swapped kv_cache_usage_perc gpu_cache_usage_perc
 prompt_tokens_total generation_tokens_total request_success_total prefix_cache_queries_total prefix_cache_hits_total
-num_preemptions_total
+num_preemptions_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
 time_to_first_token_seconds_bucket inter_token_latency_seconds_bucket time_per_output_token_seconds_bucket
 request_time_per_output_token_seconds_bucket e2e_request_latency_seconds_bucket e2e_request_latency_seconds_sum
 e2e_request_latency_seconds_count request_queue_time_seconds_sum request_inference_time_seconds_sum
@@ -30,7 +30,8 @@ request_decode_time_seconds_sum request_prompt_tokens_bucket request_generation_
 request_max_num_generation_tokens_bucket request_params_n_bucket request_params_max_tokens_bucket
 """.split()
 """vLLM's names (prefix ``vllm:``, label ``model_name``) on its example dashboards. Two groups are left out: the prefill
-time without the queue time, which a backend does not report, and the metrics of speculative decoding."""
+time without the queue time, which a backend does not report, and the drafts of speculative decoding by their number and
+position."""
 
 TGI = """
 tgi_request_count tgi_request_success tgi_request_failure tgi_request_duration_bucket tgi_request_duration_sum
@@ -163,7 +164,7 @@ def test_clients_cannot_create_series(server):
 
 
 def test_gauges_match_the_model_stats(server):
-    stats = ModelStats(3, 2, 70, 500, 90, 40, 1, 10, 4, 5)
+    stats = ModelStats(3, 2, 70, 500, 90, 40, 1, 10, 4, 5, 30, 20)
     server.backend.model_stats = {"a": stats, "b": ModelStats(running=1, blocks=0)}
     samples = scrape(server)
     for prefix in ("moesaic_", "vllm:"):
@@ -174,6 +175,8 @@ def test_gauges_match_the_model_stats(server):
         assert total(samples, prefix + "prefix_cache_hits_total") == 40
         assert total(samples, prefix + "prefix_cache_queries_total") == 500
         assert total(samples, prefix + "num_preemptions_total") == 1
+        assert total(samples, prefix + "spec_decode_num_draft_tokens_total", model_name="a") == 30
+        assert total(samples, prefix + "spec_decode_num_accepted_tokens_total", model_name="a") == 20
     assert (total(samples, "tgi_queue_size"), total(samples, "tgi_batch_current_size")) == (2, 4)
     assert total(samples, "moesaic_numerical_errors_total") == 5
 

@@ -83,6 +83,6 @@ class Peer:
                 pass
 
     def _submit(self, ids: list[int], tokens: int, **more: Any) -> Any:
-        sampling = self._sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True, **more)
+        sampling = self._sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True, speculation=False, **more)
         [reply] = self._llm.submit(ids, sampling)
         return reply

@@ -97,11 +97,13 @@ class SamplingFields(Struct, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     structured_outputs: StructuredOutputs | None = None
+    # Moesaic's own
+    speculation: bool | None = None
 
 
 PASSED_THROUGH = (
     *("n", "seed", "temperature", "frequency_penalty", "presence_penalty", "min_p", "repetition_penalty"),
-    *("min_tokens", "ignore_eos", "prompt_logprobs"),
+    *("min_tokens", "ignore_eos", "prompt_logprobs", "speculation"),
 )
 """Fields that ``moesaic.Sampling`` has under the same name."""
 

@@ -13,7 +13,7 @@ const TIMEOUTS = { firstByte: 600, silence: 60 };
 const FIELDS = [
   "model max_tokens temperature top_p top_k min_p typical_p repetition_penalty frequency_penalty presence_penalty",
   "bad_words allowed_token_ids truncate_prompt_tokens",
-  "logit_bias seed n stop stop_token_ids min_tokens ignore_eos logprobs response_format structured_outputs priority user",
+  "logit_bias seed n stop stop_token_ids min_tokens ignore_eos speculation logprobs response_format structured_outputs priority user",
 ].flatMap((line) => line.split(" "));
 const CLIENT_OPTIONS = ["stream", "signal", "extra"];
 const CHAT_OPTIONS = new Set([

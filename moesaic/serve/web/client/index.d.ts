@@ -124,6 +124,7 @@ export interface Options {
   truncate_prompt_tokens?: number;
   min_tokens?: number;
   ignore_eos?: boolean;
+  speculation?: boolean;
   /** Returns log-probabilities, with this number of alternatives for each token; 0 returns no alternatives. */
   logprobs?: number;
   response_format?: Record<string, any>;
