@@ -180,7 +180,7 @@ def measure_moesaic(setup: Setup, results: Results, name: str, formats: Sequence
                 make(Path(folder) / "model")
                 return _compared(reference[0], load(Path(folder) / "model"), key)
 
-        keys = [(name, "moesaic", text, method) for text in formats for method in (NEAREST, CALIBRATED)]
+        keys = [(name, "moesaic", text, method) for text in formats for method in (CALIBRATED, NEAREST)]
         for key in ((name, "moesaic", "float32", ""), *keys):
             make = quantizer(setup, name, *key[2:]) if key[3] else None
             if key[2:] != ("int8", CALIBRATED):  # int8 is always rounded to nearest

@@ -91,7 +91,10 @@ def test_measured_growth_predicts_the_divergence_of_each_weight(tmp_path, case):
 def test_each_weight_has_the_chosen_format(talker, tmp_path):
     outcome = calibration.quantize(talker, tmp_path / "model", calibration.Settings(None, bits=7.0), lambda: IDS)
     assert len({choice.format for choice in outcome.choices.values()}) > 1
-    slots = [slot for slot in load_model(tmp_path / "model").model.slots() if isinstance(slot.format, Tiled)]
+    loaded = load_model(tmp_path / "model")
+    slots = [slot for slot in loaded.model.slots() if isinstance(slot.format, Tiled)]
+    attention = {c.format for name, c in outcome.choices.items() if "self_attn" in name}
+    assert {group.format for group in loaded.plan.weights if group.role == "attention"} == attention
     nbytes, count = sum(s.format.nbytes(s.shape) for s in slots), sum(torch.Size(s.shape).numel() for s in slots)
     assert 8 * nbytes / count == pytest.approx(_choice.mean_bits(outcome.choices)) and 8 * nbytes <= 7.0 * count
     assert {s.name: str(s.format) for s in slots if not s.entry} == {n: c.format for n, c in outcome.choices.items()}
