@@ -350,6 +350,14 @@ def llama_cpp_size(file: Path) -> tuple[float, dict[str, float]]:
 # command line
 
 
+def write(setup: Setup, results: Results, out: Path) -> None:
+    """Write the finished rows and their origin to a JSON file."""
+    command = f"python -m benchmarks.quantization --folder work --llama-python llama/bin/python --out {out}"
+    rows = sorted(results.rows, key=lambda found: (MODELS.index(found.model), found.engine, -found.bits))
+    figures = {"documents": setup.documents, "length": setup.length, "calibration_tokens": setup.tokens}
+    report.write(out, report.record(command, figures | {"rows": [asdict(found) for found in rows]}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -374,11 +382,7 @@ def main() -> None:
         if args.llama_python and name in ("stored", "moved"):
             measure_llama_cpp(setup, results, name, args.types.split(","))
     if args.out:
-        options = "--folder work --llama-python llama/bin/python"
-        command = f"python -m benchmarks.quantization {options} --out {args.out}"
-        rows = sorted(results.rows, key=lambda found: (MODELS.index(found.model), found.engine, -found.bits))
-        figures = {"documents": setup.documents, "length": setup.length, "calibration_tokens": setup.tokens}
-        report.write(args.out, report.record(command, figures | {"rows": [asdict(found) for found in rows]}))
+        write(setup, results, args.out)
 
 
 if __name__ == "__main__":

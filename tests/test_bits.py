@@ -155,4 +155,5 @@ def test_command_prints_the_formats_as_a_table_or_json(talker, tmp_path, capsys)
     assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "lm_head"]
     assert cli.main(["quantize", str(talker), str(tmp_path / "json"), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert cli.main(["quantize", str(talker), str(tmp_path / "none"), "--format", "q4", "--json"]) == 2
     assert found["model.layers.1.block_sparse_moe.experts.0.w2.weight"]["format"].startswith("int")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_requantize, folder
+from moesaic.errors import InvalidRequest
 from moesaic.load_options import DTYPES
 
 TOKENS = 16384
@@ -95,6 +97,8 @@ def _quantize(args: argparse.Namespace) -> int:
     from moesaic.calibration import heat_map, texts
     from moesaic.console.progress import bar
 
+    if args.json and args.bits is None:
+        raise InvalidRequest("--json prints the formats that --bits chooses, but there is no --bits")
     path = folder(args.model)
     name = str(args.calibrate.resolve()) if args.calibrate else "written by the model"
     settings = calibration.Settings(args.format, args.dtype, args.requantize, name, args.tokens, args.bits)
@@ -108,7 +112,15 @@ def _quantize(args: argparse.Namespace) -> int:
         with bar("writing text", count=True) as progress:
             return texts.self_written(path, args.tokens, progress)
 
-    with bar("measuring", count=True) as measuring, bar("quantizing", count=True) as progress:
+    with bar("quantizing", count=True) as progress, ExitStack() as first:
+        show = first.enter_context(bar("measuring", count=True))
+
+        def measuring(done: int, total: int) -> None:
+            if show is not None:
+                show(done, total)
+            if done == total:
+                first.close()  # a terminal shows one bar at a time
+
         outcome = calibration.quantize(path, args.dst, settings, sequences, progress, measuring)
     if args.heat_map:
         heat_map.draw(outcome.usage, args.heat_map)
