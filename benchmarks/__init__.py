@@ -8,6 +8,8 @@
   ``moesaic bench serving``.
 - ``gguf_quality``: the predictions of a GGUF file in Moesaic and in llama.cpp, which runs
   ``llama_cpp_reference.py`` in its own interpreter.
+- ``quantization``: the quality of quantized models, to nearest, calibrated and by llama.cpp, which runs
+  ``llama_cpp_quantize.py`` and ``llama_cpp_reference.py``; ``quantization_models`` makes the models.
 
 The scripts import ``moesaic`` and each other, never the tests.
 """

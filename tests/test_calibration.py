@@ -103,7 +103,7 @@ def test_experts_are_weighted_by_probability_and_get_a_floor():
 
 def test_calibrated_model_is_closer_than_a_packed_one(talker, tmp_path):
     settings = calibration.Settings("int2")
-    usage = calibration.quantize(talker, tmp_path / "calibrated", settings, lambda: IDS)
+    usage = calibration.quantize(talker, tmp_path / "calibrated", settings, lambda: IDS).usage
     packed.pack(talker, tmp_path / "nearest", "int2")
     batch = ops.Batch.whole(IDS)
     with torch.inference_mode():
@@ -144,7 +144,7 @@ def test_stopped_run_continues_and_gives_the_same_bytes(talker, tmp_path, count)
 
 
 def test_few_tokens_leave_no_expert_without_weights(talker, tmp_path):
-    usage = calibration.quantize(talker, tmp_path / "model", calibration.Settings("int2"), lambda: [[1, 5]])
+    usage = calibration.quantize(talker, tmp_path / "model", calibration.Settings("int2"), lambda: [[1, 5]]).usage
     assert any(0 in counts for counts in usage)
     with torch.inference_mode():
         assert torch.isfinite(load_model(tmp_path / "model").model(ops.Batch.whole(IDS))).all()

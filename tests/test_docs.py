@@ -68,7 +68,7 @@ FLAGS = {
     "pack": "dtype format requantize",
     "perplexity": "convention device dtype format json kl-divergence kv-cache-dtype length out reference "
     "reference-format requantize",
-    "quantize": "calibrate dtype format heat-map requantize tokens",
+    "quantize": "bits calibrate dtype format heat-map json requantize tokens",
     "eval": "apply-chat-template batch-size chat-format confirm-run-unsafe-code context device dtype format gen-kwargs "
     "include-path json kv-cache-dtype limit num-fewshot out requantize samples-out seed system-instruction tasks",
     "bench": "",

@@ -17,6 +17,7 @@ from moesaic import formats, ops
 from moesaic.bench import geometry
 from moesaic.bench.limits import Limits, median_of
 from moesaic.formats import Packed, WeightFormat
+from moesaic.formats._tiles import Tiled
 from moesaic.ops import native
 
 TOKEN_COUNTS = (1, 2, 4, 8, 16, 64, 512)
@@ -39,6 +40,7 @@ class Row:
     format: str
     """Format of the weights, the cache or the activations, whichever the op reads most."""
     tokens: int
+    """Number of tokens; 0 for ops that quantize weights."""
     context: int
     """Length of each token's sequence in the cache; 0 for ops that do not read the cache."""
     milliseconds: float
@@ -78,6 +80,19 @@ def measure(
             size = used * 3 * weight_format.nbytes((INNER, HIDDEN))
             operations = 2 * count * EXPERTS_PER_TOKEN * 3 * INNER * HIDDEN
             yield _row("experts", name, count, 0, size, operations, limits, _experts(x, stacks, ids), seconds)
+        if isinstance(weight_format, Tiled):
+            yield from _quantizing(limits, weight_format, seconds)
+
+
+def _quantizing(limits: Limits, weight_format: Tiled, seconds: float) -> Iterator[Row]:
+    """Yield a row for rounding a matrix to nearest, and one for error feedback; an operation is one weight."""
+    name, plain = weight_format.name, torch.randn(HIDDEN, HIDDEN)
+    weight = weight_format.empty((HIDDEN, HIDDEN))
+    nearest = functools.partial(native.quantize, weight, plain)
+    yield _row("quantize", name, 0, 0, plain.nbytes, plain.numel(), limits, nearest, seconds)
+    if ops.is_fed_back(weight_format):
+        call = functools.partial(native.quantize_with_feedback, weight, plain, torch.eye(HIDDEN))
+        yield _row("feedback", name, 0, 0, plain.nbytes, plain.numel(), limits, call, seconds)
 
 
 def measure_others(limits: Limits, seconds: float = 1.0) -> Iterator[Row]:
@@ -203,6 +218,8 @@ def _row(
 def line(row: Row) -> str:
     """Return a row as a line of text."""
     context = f" at {row.context}" if row.context else ""
+    if not row.tokens:
+        return f"{row.op:<10}{row.format:<9}{row.milliseconds:>30.3f} ms{1000 * row.gop_s:>8.0f} million weights/s"
     return (
         f"{row.op:<10}{row.format:<9} {row.tokens:>5} tokens{context:<8}{row.milliseconds:>10.3f} ms"
         f"{row.gb_s:>8.1f} GB/s ({row.read_share:>4.0%}){row.gop_s:>9.0f} GOP/s ({row.peak_share:>4.0%})"

@@ -6,6 +6,10 @@ writes the packed folder ``dst``, layer by layer. Weights in the formats int4, i
 arXiv:2210.17323); all others are stored as ``packed.pack`` does. The folder is written as ``.NAME.unfinished`` beside
 its final place, with a file of its state. A run that was stopped continues at the first layer that is not finished, and
 gives the same bytes.
+
+With a number of bits in place of formats, each weight gets its own format. One pass over the calibration text measures
+how much the predictions suffer from each weight (``_sensitivity``), and the bits go to those of which they suffer most
+(``_choice``).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +29,10 @@ from typing import Any
 import torch
 
 from moesaic import checkpoints, models, ops, packed
+from moesaic.calibration._choice import MEASURED, Choice, Sensitivity, choices
+from moesaic.calibration._choice import lines as lines
 from moesaic.calibration._layers import LayerQuantizer, advance, chunks
+from moesaic.calibration._sensitivity import Measurement
 from moesaic.checkpoints import Checkpoint, _write
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Slot
@@ -34,6 +42,7 @@ from moesaic.packed import PackedManifest
 Progress = Callable[[int, int], None]
 Sequences = Sequence[Sequence[int]]
 
+CHOICES, GRADIENTS = "choices.json", "gradients.safetensors"
 
 log = logging.getLogger("moesaic.calibration")
 
@@ -44,8 +53,9 @@ class State:
 
     Attributes:
         settings: what the run was started with; a run with others does not continue it.
-        manifest: description of the packed model, as keywords of ``PackedManifest``.
+        manifest: description of the packed model, as keywords of ``PackedManifest``; empty while weights are measured.
         sequences: ids of the calibration tokens.
+        choices: what was chosen for each weight, as keywords of ``Choice``; empty if the formats were given.
         layers: number of finished layers.
         usage: tokens of each expert, for each finished layer; empty lists for dense layers.
     """
@@ -53,6 +63,7 @@ class State:
     settings: dict[str, Any]
     manifest: dict[str, Any]
     sequences: list[list[int]]
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     layers: int = 0
     usage: list[list[int]] = field(default_factory=list)
 
@@ -62,23 +73,49 @@ class Settings:
     """How a model is quantized. A run with other settings does not continue one that was stopped.
 
     Attributes:
-        format: formats that weights are quantized to, as ``models.choose`` reads them.
+        format: formats that weights are quantized to, as ``models.choose`` reads them; None if ``bits`` are given.
         dtype: dtype of activations and plain weights; auto: the dtype that the checkpoint is stored in.
         requantize: whether weights that are quantized already may be rounded a second time.
         text: name of the calibration text.
         tokens: maximum number of calibration tokens.
+        bits: bits per quantized weight, with scales, within which a format is chosen for each weight; None if
+            ``format`` is given.
     """
 
-    format: str
+    format: str | None
     dtype: str = "auto"
     requantize: bool = False
     text: str = ""
     tokens: int = 16384
+    bits: float | None = None
 
     def __post_init__(self) -> None:
-        models.choose(self.format, "float32")  # refuses an unknown format before anything is read
+        if (self.format is None) == (self.bits is None):
+            raise InvalidParameter("bits", "or format must be given, and not both")
+        models.choose(self.named_format, "float32")  # refuses an unknown format before anything is read
         if self.tokens < 1:
             raise InvalidParameter("tokens", f"is {self.tokens}, expected at least 1")
+        if self.bits is not None and not math.isfinite(self.bits):
+            raise InvalidParameter("bits", f"is {self.bits}, expected a number")
+
+    @property
+    def named_format(self) -> str:
+        """The formats; with ``bits``, the one in which weights are measured."""
+        return self.format or MEASURED
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run reports.
+
+    Attributes:
+        usage: the number of calibration tokens of each expert, for each layer; empty lists for dense layers.
+        choices: what was chosen for each weight, by the name of its tensor; those of the first expert stand for a
+            stack. Empty if the formats were given.
+    """
+
+    usage: list[list[int]]
+    choices: Mapping[str, Choice]
 
 
 def quantize(
@@ -87,7 +124,8 @@ def quantize(
     settings: Settings,
     sequences: Callable[[], Sequences],
     progress: Progress | None = None,
-) -> list[list[int]]:
+    measuring: Progress | None = None,
+) -> Outcome:
     """Write the checkpoint ``src``, quantized with calibration, as the new packed folder ``dst``.
 
     Args:
@@ -96,32 +134,47 @@ def quantize(
         settings: formats and calibration text.
         sequences: returns the ids of the calibration tokens; not called if an earlier run is continued.
         progress: called with the calibrated matrices that are finished, and their number.
-
-    Returns:
-        The number of calibration tokens of each expert, for each layer; empty lists for dense layers.
+        measuring: called with the layers whose weights are measured, and their number.
 
     Raises:
         NotFound: ``src`` does not exist.
         InvalidParameter: the format would round quantized weights; ``dst`` is not empty; an earlier run had other
-            settings; or there are no calibration tokens.
+            settings; there are no calibration tokens; or the smallest format takes more than ``bits``.
         CheckpointError: ``src`` is damaged, ``dst`` cannot be written, or another process writes it.
     """
     target = Path(dst)
     _write.check_new(target)
     with checkpoints.open_checkpoint(src) as checkpoint, _unfinished(target) as (folder, file):
-        manifest = packed.manifest_for(checkpoint, settings.format, settings.dtype, requantize=settings.requantize)
+        name, requantize = settings.named_format, settings.requantize
+        manifest = packed.manifest_for(checkpoint, name, settings.dtype, requantize=requantize)
+        if settings.bits is not None:
+            choices(_unmeasured(manifest), settings.bits)  # refuses too few bits before anything is measured
         given = {**asdict(settings), "dtype": manifest.dtype, "source": _identity(checkpoint)}
         state = _read_state(file, given)
         if state is None:
             ids = [list(sequence) for sequence in sequences()]
             if not any(ids):
                 raise InvalidParameter("calibrate", "has no text")
-            state = State(given, asdict(manifest), ids)
-        _run(state, folder, file, checkpoint, progress)
+            state = State(given, {}, ids)
+        resumed = bool(state.manifest)
+        if not resumed:
+            if settings.bits is not None:
+                _choose(state, settings.bits, folder, file, checkpoint, measuring)
+            chosen = {name: choice["format"] for name, choice in state.choices.items()}
+            state.manifest = asdict(manifest) | {"formats": {**manifest.formats, **chosen}}
+        _run(state, folder, file, checkpoint, progress, resumed=resumed)
         packed.finish(folder, PackedManifest(**state.manifest))
         _write.copy_tokenizer(checkpoint, folder)
+        if state.choices:
+            _write.write_json(folder / CHOICES, {"bits": settings.bits, "weights": state.choices})
         _write.publish(folder, target)
-    return state.usage
+    return Outcome(state.usage, {name: Choice(**choice) for name, choice in state.choices.items()})
+
+
+def _unmeasured(manifest: PackedManifest) -> dict[str, Sensitivity]:
+    """Return the weights of a packed folder that are calibrated; those of the first expert stand for a stack."""
+    slots = [slot for slot in manifest.build(Path()).slots() if _is_later(slot) and not slot.entry]
+    return {slot.name: Sensitivity(tuple(slot.weight.shape), 0.0) for slot in slots if slot.weight is not None}
 
 
 def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -180,18 +233,33 @@ def _read_state(file: Path, settings: Mapping[str, Any]) -> State | None:
     return state
 
 
-def _write_state(file: Path, state: State, weights: Path) -> None:
+def _choose(
+    state: State, bits: float, folder: Path, file: Path, checkpoint: Checkpoint, progress: Progress | None
+) -> None:
+    """Measure the weights, and choose their formats; a run that is stopped continues at the next layer."""
+    if not state.choices:
+        _write_state(file, state)
+        measurement = Measurement(checkpoint, state.sequences, folder / GRADIENTS)
+        measurement.run(progress)
+        state.choices = {name: asdict(choice) for name, choice in choices(measurement.found, bits).items()}
+    _write_state(file, state)
+
+
+def _write_state(file: Path, state: State, weights: Path | None = None) -> None:
     """Write the weights so far to disk, then the state that counts on them."""
-    _write.sync(weights)
+    if weights is not None:
+        _write.sync(weights)
     new = file.with_name(f"{file.name}.new")
     _write.write_json(new, asdict(state))
     _write.sync(new)
     new.replace(file)
 
 
-def _run(state: State, folder: Path, file: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
-    """Quantize the layers that are not finished."""
-    weights, resumed = folder / packed.WEIGHTS, file.exists()
+def _run(
+    state: State, folder: Path, file: Path, checkpoint: Checkpoint, progress: Progress | None, *, resumed: bool
+) -> None:
+    """Quantize the layers that are not finished; ``resumed`` if an earlier run has stored the other weights."""
+    weights = folder / packed.WEIGHTS
     model = packed.begin(folder, PackedManifest(**state.manifest), resume=resumed)
     if not resumed:
         checkpoints.load_weights(model.slots(), checkpoint, later=_is_later)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_requantize, folder
+from moesaic.errors import InvalidRequest
 from moesaic.load_options import DTYPES
 
 TOKENS = 16384
@@ -49,18 +53,29 @@ def add_quantize(commands: Commands) -> None:
         "quantize a model with calibration into a folder that loads without conversion",
         "Weights in int4, int3 and int2 are rounded so that the outputs on a text change least (GPTQ). This loses less "
         "than rounding to nearest, as pack does. The folder is that of pack, and appears only when it is complete. "
-        "If the command is stopped and given again, it continues at the first layer that is not finished.",
+        "If the command is stopped and given again, it continues at the first layer that is not finished.\n\n"
+        "--bits chooses a format for each weight: it measures how much the predictions suffer from each, and spends "
+        "the bits where they help most. It prints the formats, which are also in choices.json of the new folder.",
         "moesaic quantize ./mixtral ./mixtral-q2 --format q2",
         "moesaic quantize ./mixtral ./mixtral-small --format experts=int2,attention=int8 --calibrate texts.jsonl.xz",
         "moesaic quantize smollm2 ./smollm2-q3 --format q3 --requantize",
+        "moesaic quantize ./mixtral ./mixtral-small --bits 2.5",
     )
     _add_folders(parser)
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument(
         "--format",
         metavar="F",
-        required=True,
         help="q4, q3, q2, a format of `moesaic list formats`, or role=format,...",
     )
+    size.add_argument(
+        "--bits",
+        type=float,
+        metavar="N",
+        help="choose int8, int4, int3 or int2 for each weight, so that a quantized weight takes at most N bits on "
+        "average, with scales",
+    )
+    parser.add_argument("--json", action="store_true", help="print the formats that --bits chose as a JSON object")
     parser.add_argument(
         "--calibrate",
         metavar="FILE",
@@ -82,9 +97,11 @@ def _quantize(args: argparse.Namespace) -> int:
     from moesaic.calibration import heat_map, texts
     from moesaic.console.progress import bar
 
+    if args.json and args.bits is None:
+        raise InvalidRequest("--json prints the formats that --bits chooses, but there is no --bits")
     path = folder(args.model)
     name = str(args.calibrate.resolve()) if args.calibrate else "written by the model"
-    settings = calibration.Settings(args.format, args.dtype, args.requantize, name, args.tokens)
+    settings = calibration.Settings(args.format, args.dtype, args.requantize, name, args.tokens, args.bits)
     documents = quality.read_texts(args.calibrate) if args.calibrate else None
     if args.heat_map:
         plotting.check(args.heat_map)
@@ -95,10 +112,22 @@ def _quantize(args: argparse.Namespace) -> int:
         with bar("writing text", count=True) as progress:
             return texts.self_written(path, args.tokens, progress)
 
-    with bar("quantizing", count=True) as progress:
-        usage = calibration.quantize(path, args.dst, settings, sequences, progress)
+    with bar("quantizing", count=True) as progress, ExitStack() as first:
+        show = first.enter_context(bar("measuring", count=True))
+
+        def measuring(done: int, total: int) -> None:
+            if show is not None:
+                show(done, total)
+            if done == total:
+                first.close()  # a terminal shows one bar at a time
+
+        outcome = calibration.quantize(path, args.dst, settings, sequences, progress, measuring)
     if args.heat_map:
-        heat_map.draw(usage, args.heat_map)
+        heat_map.draw(outcome.usage, args.heat_map)
+    if args.json:
+        print(json.dumps({name: asdict(choice) for name, choice in outcome.choices.items()}))
+    elif outcome.choices:
+        print("\n".join(calibration.lines(outcome.choices)))
     return 0
 
 

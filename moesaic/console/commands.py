@@ -161,8 +161,10 @@ def _stats(conversation: Conversation, _: str) -> Outcome:
 
 
 def _weights(conversation: Conversation, _: str) -> Outcome:
-    groups = conversation.llm.loaded.weights
-    return Outcome("\n".join(map(str, groups)) or "the weights were packed before they were loaded")
+    loaded = conversation.llm.loaded
+    if loaded.weights:
+        return Outcome("\n".join(map(str, loaded.weights)))
+    return Outcome("\n".join(("the weights were packed before they were loaded", *map(str, loaded.plan.weights))))
 
 
 def _exit(_: Conversation, __: str) -> Outcome:

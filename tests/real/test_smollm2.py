@@ -18,10 +18,14 @@ from tokenizers import Tokenizer as Reference
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from moesaic import builtin, checkpoints, cli, ops, packed
+from moesaic import builtin, calibration, checkpoints, cli, ops, packed
+from moesaic.bench import quality
+from moesaic.calibration import texts as calibration_texts
 from moesaic.checkpoints._gguf_blocks import DECODERS
 from moesaic.convert import convert
 from moesaic.llm import LLM
+from moesaic.loading import load_model
+from moesaic.plan import make_plan
 from moesaic.text import template
 from moesaic.text.tokenizer import Tokenizer
 from tests.support.documents import blocks
@@ -31,6 +35,7 @@ from tests.support.server import serving
 from tests.text.test_tokenizer import TEXTS
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+TALES = Path(__file__).parents[2] / "recipes/tales/tales.valid.jsonl.xz"
 README = Path(__file__).parents[2] / "README.md"
 GERMANY = [{"role": "user", "content": "What is the capital of Germany?"}]
 
@@ -227,3 +232,19 @@ def test_its_answers_are_those_of_transformers(llm, path, reader):
         # Each token is the likeliest after the ones before it, so a search by transformers would give the same answer.
         for row, token_id in zip(expected[len(prompt) - 1 :], ids, strict=False):
             assert row[token_id] >= row.max() - NEAR_TIE, (question, llm.tokenizer.piece(token_id), row.topk(2))
+
+
+@pytest.mark.slow
+def test_calibration_costs_at_most_half_of_rounding_to_nearest(path, tmp_path):
+    documents = quality.read_texts(TALES)[:8]
+    settings = calibration.Settings("int3", requantize=True)
+    sequences = calibration_texts.from_documents(path, documents[2:], 1536)
+    calibration.quantize(path, tmp_path / "calibrated", settings, lambda: sequences)
+    packed.pack(path, tmp_path / "nearest", "int3", requantize=True)
+    batch = ops.Batch.whole([ids[:256] for ids in calibration_texts.from_documents(path, documents[:2], 1024)])
+    with torch.inference_mode():
+        folders = (path, tmp_path / "calibrated", tmp_path / "nearest")
+        models = [load_model(make_plan(folder)).model for folder in folders]
+        expected, *found = [model.logits(model(batch)) for model in models]
+    calibrated, nearest = (kl_divergence(expected, logits) for logits in found)
+    assert calibrated <= nearest / 2
