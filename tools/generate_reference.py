@@ -44,6 +44,7 @@ READ_HERE = {
     "MOESAIC_ADMIN_KEY": "The administrator's key for `moesaic admin`.",
     "MOESAIC_API_KEY": "The key that the Python client and `moesaic bench serving` send.",
     "MOESAIC_API_KEYS": "Client keys for a server or a gateway, separated by commas, instead of a file.",
+    "MOESAIC_BENCH_INSTRUCTION_SET": "`moesaic bench peers --instruction-set` sets it for the processes it starts.",
     "MOESAIC_BASE_URL": "The address of the server that the Python client asks.",
     "MOESAIC_WORKER_KEY": "The key that `moesaic worker` sends to its gateway, or to the AIME API server.",
     "NO_COLOR": "If set, `moesaic chat` prints no colours.",

@@ -95,8 +95,8 @@ class Reference(AbstractContextManager["Reference"]):
         self._file.readinto(data)
         hidden = torch.frombuffer(data, dtype=self._dtype).view(-1, self._width).to(self._device)
         with _threads.torch_threads(self._threads):
-            scores: Tensor = self._head(hidden)
-        return scores.float()
+            scores: Tensor = self._head(hidden, torch.float32)
+        return scores
 
     @torch.inference_mode()
     def compare(

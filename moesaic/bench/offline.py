@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesaic import engine, memory
 from moesaic.bench import geometry, limits, report, speculation
@@ -31,7 +31,7 @@ from moesaic.formats import Packed
 from moesaic.llm import LLM, Reply
 from moesaic.load_options import LoadOptions
 from moesaic.loading import Loaded, Progress, load_model
-from moesaic.models import Experts
+from moesaic.models import Decoder, Experts
 from moesaic.ops import native
 from moesaic.plan import make_plan, plan_spec
 from moesaic.text.tokenizer import Tokenizer
@@ -230,7 +230,7 @@ def _sizes(options: LoadOptions, longest: int, work: Work) -> LoadOptions:
 
 
 def measure(llm: LLM, work: Work, seed: int = 0) -> tuple[Speed, Reads]:
-    """Run the requests of ``work`` once, after a short answer as a warm-up.
+    """Run the requests of ``work`` once, after a short answer as a warm-up, and again to see which experts they choose.
 
     Raises:
         NumericalError: the model computed NaN or infinity.
@@ -242,12 +242,18 @@ def measure(llm: LLM, work: Work, seed: int = 0) -> tuple[Speed, Reads]:
         ids = torch.randint(vocabulary, (prompt,), generator=generator).tolist()
         return llm.submit(ids, Sampling(1.0, max_tokens=tokens, ignore_eos=True, seed=seed, speculation=False))[0]
 
-    _arrivals(submit(min(8, work.prompt), 2))
-    with _record_choices(llm.loaded.model) as choices, ThreadPoolExecutor(work.batch) as threads:
+    def together(tokens: int) -> list[list[float]]:
+        replies = [submit(work.prompt, tokens) for _ in range(work.batch)]
+        return list(threads.map(_arrivals, replies))
+
+    with ThreadPoolExecutor(work.batch) as threads:
+        _arrivals(submit(min(8, work.prompt), 2))
         start, read = time.perf_counter(), _disk_bytes()
-        replies = [submit(work.prompt, work.generated) for _ in range(work.batch)]
-        times = list(threads.map(_arrivals, replies))
-    speed = _speed(start, times, work, _disk_bytes() - read)
+        times = together(work.generated)
+        speed = _speed(start, times, work, _disk_bytes() - read)
+        with _record_choices(llm.loaded.model) as choices:
+            if choices:
+                together(work.generated - max(0, work.tokens - OBSERVED_TOKENS))
     decoding = {layer: [ids for ids in steps if len(ids) == work.batch] for layer, steps in choices}
     return speed, _reads(llm, work, decoding)
 
@@ -279,22 +285,30 @@ def _speed(start: float, times: list[list[float]], work: Work, disk_bytes: int) 
     )
 
 
+OBSERVED_TOKENS = 16
+"""Tokens of each answer whose experts are counted."""
+
 Choices = list[tuple[Experts, list[Tensor]]]
 """For each layer of experts, the chosen expert ids [tokens, experts per token] of every step."""
 
 
 @contextmanager
-def _record_choices(model: nn.Module) -> Iterator[Choices]:
-    """Return a context with a list to which every step of ``model`` adds the experts that it chooses."""
+def _record_choices(model: Decoder) -> Iterator[Choices]:
+    """Return a context with a list to which every step of ``model`` adds the experts that it chooses.
+
+    Steps are not replayed meanwhile, which would pass the hooks by.
+    """
     choices: Choices = [(module, []) for module in model.modules() if isinstance(module, Experts)]
 
     def recorder(steps: list[Tensor]) -> Any:
         return lambda _, inputs: steps.append(inputs[1])
 
     hooks = [layer.register_forward_pre_hook(recorder(steps)) for layer, steps in choices]
+    recordable, model.recordable = model.recordable, False
     try:
         yield choices
     finally:
+        model.recordable = recordable
         for hook in hooks:
             hook.remove()
 

@@ -61,7 +61,7 @@ class DecodeGraphs:
     def __init__(self, model: Model, cache: Cache, device: torch.device) -> None:
         self._model, self._cache, self._device = model, cache, device
         self._graphs: OrderedDict[tuple[int, ...], tuple[FixedBatch, Graph[Computed]]] = OrderedDict()
-        self._recordable = device.type == "cpu" and getattr(model, "recordable", False)
+        self._recordable = device.type == "cpu"
 
     def run(self, step: Step) -> Computed | None:
         """Return what a decode step computes, which the next step overwrites.
@@ -69,7 +69,8 @@ class DecodeGraphs:
         Return None if ``step`` is no decode step, or the model cannot be recorded.
         """
         counts = tuple(run.count for run in step.runs)
-        if not self._recordable or not step.decodes or sum(counts) > MAX_TOKENS:
+        allowed = self._recordable and getattr(self._model, "recordable", False)
+        if not allowed or not step.decodes or sum(counts) > MAX_TOKENS:
             return None
         if counts not in self._graphs:
             return self._record(counts, step)

@@ -273,6 +273,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm("model.norm", shape.hidden_size, shape.norm_eps)
         self.head = self._head(formats)
         self.frequencies: Tensor | None = None
+        self.recordable = group.size == 1  # ranks that exchange results do more than call ops
+        """Whether steps may be recorded and replayed. Without this, forward hooks see every step."""
 
     def _block(self, layer: int, mlp: Callable[[str], nn.Module], formats: Formats) -> Block:
         s, name = self.shape, f"model.layers.{layer}"
@@ -311,11 +313,6 @@ class Decoder(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.shape.vocab_size
-
-    @property
-    def recordable(self) -> bool:
-        """Whether ``ops.record`` may record a step: ranks that exchange results do more than call ops."""
-        return self.group.size == 1
 
     @property
     def max_length(self) -> int:
