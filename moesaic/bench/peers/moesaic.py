@@ -53,7 +53,8 @@ class Peer:
         _ours.set_up(threads, torch_threads(self._model))
         self._blocks = -(-context // BLOCK_SIZE)
         self._cache = Cache.zeros(self._model.cache_shapes, self._blocks * sequences, BLOCK_SIZE, self._model.dtype)
-        self._length = self._batch = self._position = 0
+        self._length = self._position = 0
+        self._graph: Any = None
         self.about: dict[str, Any] = _ours.about(self._model) | {"prompt_piece": self._chunk}
         self.weights = _ours.weights(self._model)
 
@@ -72,11 +73,29 @@ class Peer:
         self._length = len(prompts[0])
 
     def begin(self, batch: int, steps: int) -> None:
-        self._batch, self._position = batch, self._length
+        self._position, self._graph = self._length, self._record(batch)
 
     def step(self, ids: list[int]) -> None:
-        self._run([[token_id] for token_id in ids], self._position)
+        chunks = [[token_id] for token_id in ids]
+        if self._graph is None:
+            self._run(chunks, self._position)
+        else:
+            batch, graph = self._graph
+            new = self._batch_of(chunks, self._position, self._blocks)
+            for name in ("tokens", "positions", "slots"):
+                getattr(batch, name).copy_(getattr(new, name))
+            graph.replay()
         self._position += 1
+
+    def _record(self, batch: int) -> Any:
+        """Return a batch and the graph of a step on it, as the engine has them; None if it cannot be recorded."""
+        from moesaic import ops
+        from moesaic.engine.decode_graphs import compute
+
+        inputs = self._batch_of([[0]] * batch, self._length, self._blocks)
+        with self._torch.inference_mode():
+            graph = ops.record(self._torch.device("cpu"), lambda: compute(self._model, inputs))
+        return None if graph is None else (inputs, graph)
 
     def end(self) -> None:
         """Do nothing: the next measurement overwrites the tokens after the prompts."""
@@ -91,6 +110,12 @@ class Peer:
 
         Return the logits of the last token of each chunk.
         """
+        batch = self._batch_of(chunks, start, -(-(start + len(chunks[0])) // BLOCK_SIZE))
+        with self._torch.inference_mode():
+            return self._model.logits(self._model(batch)[batch.outputs])
+
+    def _batch_of(self, chunks: list[list[int]], start: int, blocks: int) -> Any:
+        """Return the batch of one chunk for each sequence, with the tables of its first ``blocks`` blocks."""
         from moesaic.ops import Batch
 
         torch, count = self._torch, len(chunks[0])
@@ -103,9 +128,9 @@ class Peer:
             starts=starts,
             lengths=(start + count,) * len(chunks),
             slots=(firsts[:, None] * BLOCK_SIZE + positions).flatten(),
-            tables=firsts[:, None] + torch.arange(-(-(start + count) // BLOCK_SIZE)),
+            tables=firsts[:, None] + torch.arange(blocks),
             outputs=torch.tensor(starts[1:]) - 1,
             cache=self._cache,
         )
-        with torch.inference_mode():
-            return self._model.logits(self._model(batch)[batch.outputs])
+        _ = batch.offsets  # makes the tensor before the step is recorded
+        return batch
