@@ -22,6 +22,8 @@ MAX_TOKENS = 64
 """Tokens of a step above which Python's share of the time is small."""
 MAX_BYTES = 64 << 20
 """Memory of all graphs together; the ones that were not used for longest are dropped."""
+MAX_SEEN = 256
+"""Shapes of steps that are remembered, to record those that come again."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +63,34 @@ class DecodeGraphs:
     def __init__(self, model: Model, cache: Cache, device: torch.device) -> None:
         self._model, self._cache, self._device = model, cache, device
         self._graphs: OrderedDict[tuple[int, ...], tuple[FixedBatch, Graph[Computed]]] = OrderedDict()
+        self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._recordable = device.type == "cpu"
 
     def run(self, step: Step) -> Computed | None:
         """Return what a decode step computes, which the next step overwrites.
 
-        Return None if ``step`` is no decode step, or the model cannot be recorded.
+        Return None if ``step`` is no decode step, no step had its shape lately, or the model cannot be recorded.
         """
         counts = tuple(run.count for run in step.runs)
         allowed = self._recordable and getattr(self._model, "recordable", False)
         if not allowed or not step.decodes or sum(counts) > MAX_TOKENS:
             return None
         if counts not in self._graphs:
-            return self._record(counts, step)
+            return self._record(counts, step) if self._comes_again(counts) else None
         batch, graph = self._graphs[counts]
         self._graphs.move_to_end(counts)
         batch.fill(step)
         graph.replay()
         return graph.result
+
+    def _comes_again(self, counts: tuple[int, ...]) -> bool:
+        """Return whether a step had this shape lately. Recording takes longer than running the ops once."""
+        known = counts in self._seen
+        self._seen[counts] = None
+        self._seen.move_to_end(counts)
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return known
 
     def _record(self, counts: tuple[int, ...], step: Step) -> Computed | None:
         block_size, blocks = self._cache.block_size, len(self._cache.keys[0])

@@ -37,7 +37,7 @@ def build(kind, weight_format, dtype):
     return model
 
 
-def answers(model, cache_dtype, speculation="off", allowed=None):
+def answers(model, cache_dtype, speculation="off", allowed=None, lengths=(3, 17, 1, 9)):
     """Return the events of requests that run together, of which one ends early, and the graphs of the engine.
 
     The clock ticks once for each reading, so that all steps seem to take the same time, and proposals to be worthwhile.
@@ -45,8 +45,8 @@ def answers(model, cache_dtype, speculation="off", allowed=None):
     options = {"thread": False, "poison": True, "speculation": speculation, "clock": itertools.count().__next__}
     with Engine(model, cache_tokens=512, block_size=4, dtype=cache_dtype, **options) as engine:
         streams = []
-        for number, length in enumerate((3, 17, 1, 9)):
-            count = 13 if number == 1 else 20
+        for number, length in enumerate(lengths):
+            count = 13 if number == 1 else 60 if len(lengths) == 1 else 20
             sampling = Sampling(
                 0.7 * (number % 2), max_tokens=count, seed=number, logprobs=3, allowed_token_ids=allowed
             )
@@ -73,17 +73,27 @@ def test_answers_are_those_of_single_ops(kind, weight_format, dtypes, monkeypatc
 
 def test_steps_with_proposals_are_replayed(monkeypatch):
     model = build("mixtral", "int4", torch.float32)
-    few = (1, 2, 3)  # n-grams soon repeat
-    replayed, graphs = answers(model, torch.bfloat16, "ngram", few)
+    options = {"allowed": (1, 2, 3), "lengths": (9,)}  # n-grams soon repeat
+    replayed, graphs = answers(model, torch.bfloat16, "ngram", **options)
     assert any(max(counts) > 1 for counts in graphs)
     monkeypatch.setattr(decode_graphs, "MAX_TOKENS", 0)
-    assert answers(model, torch.bfloat16, "ngram", few) == (replayed, {})
-    assert answers(model, torch.bfloat16, "off", few) == (replayed, {})
+    assert answers(model, torch.bfloat16, "ngram", **options) == (replayed, {})
+    assert answers(model, torch.bfloat16, "off", **options) == (replayed, {})
 
 
 def test_a_model_that_calls_torch_runs_without_graphs():
     replayed, graphs = answers(build("mixtral", "float32", torch.float32), torch.float32)
     assert all(replayed) and not graphs
+
+
+def test_a_shape_is_recorded_when_it_comes_again():
+    model = build("tied", "int4", torch.float32)
+    with Engine(model, cache_tokens=512, thread=False, speculation="off") as engine:
+        [stream] = engine.submit(Request((1, 2, 3), Sampling(max_tokens=20)))
+        recorded = []
+        while engine.step():
+            recorded.append(len(engine._runner._graphs._graphs))
+    assert recorded[:3] == [0, 0, 1] and len(list(stream)) == 21
 
 
 def test_graphs_that_were_not_used_for_longest_are_dropped(monkeypatch):
