@@ -61,7 +61,8 @@ FLAGS = {
     "admin": "ca insecure-plaintext json key key-file most request url",
     "launch": "address cpus gpus program replicas to worker",
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
-    "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype requantize",
+    "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype requantize "
+    "speculation",
     "pull": "sha256 to",
     "convert": "decode shards to",
     "list": "json",
