@@ -147,7 +147,7 @@ def record(device: torch.device, compute: Callable[[], T]) -> NativeGraph[T] | N
         return None
     _recordings.current = recording = _Recording()
     try:
-        with OnlyViews():  # type: ignore[no-untyped-call]
+        with OnlyViews():
             result = compute()
     except NotRecordable as error:
         log.info("steps are not recorded: %s", error)

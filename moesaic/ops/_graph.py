@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.overrides import TorchFunctionMode
 
 Result = TypeVar("Result", covariant=True)
 
@@ -49,7 +49,7 @@ class Arena:
         index = self._take(-(-size // ALIGNMENT) * ALIGNMENT)
         memory = self.buffers[index][:size]  # an object of its own, which the tensor and its views keep alive
         weakref.finalize(memory, self._give_back, index)
-        with _disable_current_modes():  # torch would see a constant
+        with torch._C.DisableTorchFunction():  # this is no function of the computation
             return torch.from_numpy(memory).view(dtype)[: torch.Size(shape).numel()].view(shape)
 
     @property
@@ -74,24 +74,33 @@ class NotRecordable(Exception):
     """A computation does something that a graph cannot repeat."""
 
 
-VIEWS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "alias as_strided detach expand permute select slice split split_with_sizes squeeze t transpose unbind "
-        "unsqueeze view _reshape_alias _unsafe_view"
-    ).split()
+READS_NO_DATA = frozenset(
+    "__get__ __len__ data_ptr dim element_size get_device is_complex is_contiguous is_floating_point nelement numel "
+    "size storage_offset stride untyped_storage".split()
 )
+"""Functions of tensors whose results do not depend on their numbers; ``__get__`` reads an attribute."""
 
 
-class OnlyViews(TorchDispatchMode):
-    """Allows no operation of torch but views, which are what they were when the ops of a graph run again."""
+class OnlyViews(TorchFunctionMode):
+    """Allows no function of torch but views, which are what they were when the ops of a graph run again.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func.name().partition(".")[0]
-        if name in VIEWS:
-            return func(*args, **kwargs)
-        with self:  # an operation such as flatten may consist of views
-            result = func.decompose(*args, **kwargs)
-        if result is NotImplemented:
+    A mode for dispatched operations (``TorchDispatchMode``) would see more, but it imports torch's compiler, which
+    takes a second and much memory.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        result = None if in_place else func(*args, **(kwargs or {}))
+        if in_place or not (name in READS_NO_DATA or _is_view(result, args)):
             raise NotRecordable(f"{name} is no op of moesaic.ops")
         return result
+
+
+def _is_view(result: Any, args: Any) -> bool:
+    """Return whether ``result`` has tensors, and all of them share the memory of one of the arguments."""
+    found = result if isinstance(result, tuple | list) else (result,)
+    if not found or not all(isinstance(each, Tensor) for each in found):
+        return False
+    given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+    return all(each.untyped_storage().data_ptr() in given for each in found)

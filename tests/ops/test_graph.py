@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -143,6 +145,23 @@ def test_ops_of_other_threads_are_not_recorded():
     graph = ops.record(CPU, compute)
     thread.join()
     assert len(graph._arguments) == 1
+
+
+def test_recording_does_not_import_the_compiler_of_torch():
+    program = """
+import sys, torch
+from moesaic import ops
+x = torch.ones(2, 4)
+assert ops.record(torch.device("cpu"), lambda: ops.add(x, x).flatten()) is not None
+raise SystemExit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_numbers_that_are_read_are_not_recorded():
+    x = torch.ones(2)
+    for read in (bool, torch.Tensor.tolist, lambda y: y.sum().item(), lambda y: y.mul_(2)):
+        assert ops.record(CPU, lambda read=read: read(ops.add(x, x)[:1])) is None
 
 
 def test_memory_is_used_again_when_nothing_refers_to_it():
