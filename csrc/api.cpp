@@ -1,4 +1,4 @@
-// The C functions that Python calls through moesaic/ops/native.py.
+// The C functions that Python calls through moesaic/ops/_calls.py.
 //
 // moesaic/ops/__init__.py checks shapes, dtypes and devices before it chooses a backend. The functions here check
 // only the expert ids, which are data. All other arguments are trusted.
@@ -90,7 +90,7 @@ bool in_range(const int64_t* ids, int64_t count, int64_t end) {
 bool valid(const ExpertsArgs& a) { return in_range(a.ids, a.tokens * a.choices, a.experts); }
 bool valid(const EmbeddingArgs& a) { return in_range(a.ids, a.tokens, a.rows); }
 
-// Ops return one of these; moesaic/ops/native.py raises an error for each but OK.
+// Ops return one of these; moesaic/ops/_calls.py raises an error for each but OK.
 enum Status : int { OK, OUT_OF_MEMORY, ID_OUT_OF_RANGE };
 
 enum Op : int64_t {
@@ -102,12 +102,12 @@ enum Op : int64_t {
 // Run a call of any op.
 Status run(const Call& call) {
     switch (call.op) {
-#define MOESAIC_CASE(op, Args)                                 \
-    case OP_##op: {                                            \
+#define MOESAIC_CASE(op, Args)                                     \
+    case OP_##op: {                                                \
         const Args& a = *static_cast<const Args*>(call.arguments); \
-        if (!valid(a)) return ID_OUT_OF_RANGE;                 \
-        kernels->op(a);                                        \
-        return OK;                                             \
+        if (!valid(a)) return ID_OUT_OF_RANGE;                     \
+        kernels->op(a);                                            \
+        return OK;                                                 \
     }
         MOESAIC_OPS(MOESAIC_CASE)
 #undef MOESAIC_CASE

@@ -26,6 +26,8 @@ MOESAIC_INLINE uint16_t float_to_half(float f) {
     return x;
 }
 
+constexpr int64_t padded_floats(int64_t count) { return (count + 15) / 16 * 16; }
+
 // Convert `width` values to float32, then append zeros up to `padded_size` values.
 MOESAIC_INLINE void read(const void* x, Type type, int64_t at, int64_t width, float* to, int64_t padded_size) {
     switch (type) {
@@ -237,7 +239,7 @@ struct QueryRows {
 inline void online_softmax(const QueryRows& x, const SoftmaxState& state, int64_t r, const KeyTile& tile, const float* key_scales,
                    const float* value_scales) {
     float* s = x.scores + r * TILE_KEYS;
-    const int wide = (tile.count + 15) / 16 * 16;
+    const int wide = int(padded_floats(tile.count));
     const int64_t last = x.positions[r / x.heads] - tile.at, window = x.window ? last - x.window + 1 : 0;
     const int begin = int(window < 0 ? 0 : window < TILE_KEYS ? window : TILE_KEYS);
     const int end = int(last + 1 < tile.count ? last + 1 : tile.count);
@@ -402,7 +404,7 @@ inline void attend_chunk(const QueryRows& all, const KeyValues& c, int64_t begin
         const bool scaled = c.type == Type::int8;
         FloatRows keys = {all.keys, all.padded_size, scaled, {}}, values = {all.values, all.padded_size, scaled, {}};
         for_each_tile(all, c, begin, end, until, [&](int64_t i, const QueryRows& x, const KeyTile& tile) {
-            const int64_t filled = (tile.count + 15) / 16 * 16;
+            const int64_t filled = padded_floats(tile.count);
             memset(x.keys, 0, sizeof(float) * x.padded_size * tile.first);
             memset(x.values, 0, sizeof(float) * x.padded_size * tile.first);
             for (int j = tile.first; j < tile.count; ++j) {

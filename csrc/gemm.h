@@ -89,15 +89,15 @@ __attribute__((noinline)) void unpack_superblock(const uint8_t* p, int width, ui
     }
 }
 
+// One unpacked superblock times a tile of tokens: sum[t][row] += (integer sum of the superblock) * step * scale.
+#if MOESAIC_AMX
+
 // sum[row] += (integer sum of the superblock) * step * scale
 MOESAIC_INLINE void add_scaled(float* sum, I low, I high, F low_step, F high_step, float scale) {
     const F factor = set(scale);
     store_float(sum, fma(to_float(low), mul(low_step, factor), load_float(sum)));
     store_float(sum + 16, fma(to_float(high), mul(high_step, factor), load_float(sum + 16)));
 }
-
-// One unpacked superblock times a tile of tokens: sum[t][row] += (integer sum of the superblock) * step * scale.
-#if MOESAIC_AMX
 
 inline void gemm_tile(const uint8_t* p, const uint8_t* panel, int width, const TokenTile& x, int64_t s, float* sum) {
     // Tile registers 0 to 3 accumulate, 4 and 5 hold tokens, 6 and 7 hold rows. With up to 16 tokens, two pairs of

@@ -392,7 +392,7 @@ constexpr int64_t MAX_SPLIT_ROWS = 16;  // with at most this many rows, a long c
 
 // Store the keys and values of this step in the cache.
 void store_in_cache(const AttentionArgs& a) {
-    const int64_t row = a.kv_heads * a.size, bytes = size_of(a.type), padded_size = (a.size + 15) / 16 * 16;
+    const int64_t row = a.kv_heads * a.size, bytes = size_of(a.type), padded_size = padded_floats(a.size);
     parallel_for_or_inline((a.tokens + 63) / 64, a.tokens * row * COST_PER_VALUE, [&](int64_t task, int worker) {
         float* part = (float*)scratch(16 + worker, sizeof(float) * padded_size);
         for (int64_t t = task * 64; t < (task + 1) * 64 && t < a.tokens; ++t) {
@@ -581,8 +581,6 @@ void attention(const AttentionArgs& a) {
         combine_chunks(plan, plan.splits[i], worker, states);
     });
 }
-
-int64_t padded_floats(int64_t count) { return (count + 15) / 16 * 16; }
 
 void truncate(const TruncateArgs& a) {
     parallel_for_or_inline(a.rows, a.rows * a.vocabulary * COST_PER_VALUE, [&](int64_t t, int worker) {

@@ -16,7 +16,7 @@ MOESAIC_INLINE F gated(F gate, F up) { return div(mul(gate, up), add(set(1.0f), 
 
 inline void rms_norm(const NormArgs& a) {
     parallel_for_or_inline(a.tokens, a.tokens * a.size * COST_PER_VALUE, [&](int64_t t, int worker) {
-        const int64_t padded_size = (a.size + 15) / 16 * 16;
+        const int64_t padded_size = padded_floats(a.size);
         float* x = (float*)scratch(16 + worker, sizeof(float) * padded_size);
         read(a.x, a.type, t * a.size, a.size, x, padded_size);
         F sum = zero();
@@ -62,7 +62,7 @@ template <class Body>
 void combine(Type type, int64_t count, const void* x, const void* z, void* y, const Body& body) {
     parallel_for_or_inline((count + VALUES - 1) / VALUES, count * COST_PER_VALUE, [&](int64_t task, int) {
         float a[VALUES], b[VALUES];
-        const int64_t at = task * VALUES, width = count - at < VALUES ? count - at : VALUES, padded_size = (width + 15) / 16 * 16;
+        const int64_t at = task * VALUES, width = count - at < VALUES ? count - at : VALUES, padded_size = padded_floats(width);
         read(x, type, at, width, a, padded_size);
         read(z, type, at, width, b, padded_size);
         for (int64_t k = 0; k < padded_size; k += 16) store_float(a + k, body(load_float(a + k), load_float(b + k)));
@@ -113,7 +113,7 @@ inline void choose_experts(const float* logits, const RouteArgs& a, int64_t* ids
 
 inline void route(const RouteArgs& a) {
     parallel_for_or_inline(a.tokens, a.tokens * a.size * (a.experts + COST_PER_VALUE), [&](int64_t t, int worker) {
-        const int64_t padded_size = (a.size + 15) / 16 * 16;
+        const int64_t padded_size = padded_floats(a.size);
         float* x = (float*)scratch(16 + worker, sizeof(float) * (padded_size + a.experts));
         float* logits = x + padded_size;
         read(a.x, a.type, t * a.size, a.size, x, padded_size);
@@ -127,7 +127,7 @@ inline void finite(const FiniteArgs& a) {
         float x[VALUES];
         I most = set(0);
         for (int64_t at = 0; at < a.size; at += VALUES) {
-            const int64_t width = a.size - at < VALUES ? a.size - at : VALUES, padded_size = (width + 15) / 16 * 16;
+            const int64_t width = a.size - at < VALUES ? a.size - at : VALUES, padded_size = padded_floats(width);
             read(a.x, a.type, r * a.size + at, width, x, padded_size);
             for (int64_t k = 0; k < padded_size; k += 16) most = max(most, bit_and(load(x + k), set(0x7fffffff)));
         }

@@ -104,7 +104,7 @@ template <class Format>
 void embedding(const EmbeddingArgs& a) {
     const Matrix m = {a.weight, a.rows, a.columns, a.grouping};
     parallel_for_or_inline(a.tokens, a.tokens * a.columns * COST_PER_VALUE * ROWS, [&](int64_t t, int worker) {
-        const int64_t padded_size = (a.columns + SUPER - 1) / SUPER * SUPER;
+        const int64_t padded_size = supers(a.columns) * SUPER;
         float* row = (float*)scratch(16 + worker, sizeof(float) * 2 * padded_size);
         float* ordered = row + padded_size;
         RowOf<Format>::read(m, a.ids[t], row);

@@ -36,7 +36,7 @@ def assemble(step: Step, cache: Cache, device: torch.device) -> Batch:
     """
     lengths = tuple(run.sequence.cached + run.count for run in step.runs)
     lists = {name: _tensor(values, device) for name, values in vars(_flatten(step, cache.block_size)).items()}
-    return Batch(starts=_starts(step), lengths=lengths, cache=cache, **lists)
+    return Batch(starts=step.starts, lengths=lengths, cache=cache, **lists)
 
 
 class FixedBatch:
@@ -87,10 +87,6 @@ def _flatten(step: Step, block_size: int) -> _Lists:
         if run.samples:
             lists.outputs += range(len(lists.tokens) - 1 - len(run.proposals), len(lists.tokens))
     return lists
-
-
-def _starts(step: Step) -> tuple[int, ...]:
-    return (0, *itertools.accumulate(run.count for run in step.runs))
 
 
 def _tensor(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:

@@ -8,7 +8,6 @@ heads, D head size, B block size.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -89,7 +88,7 @@ class Runner:
         """Run the model on ``step`` and sample the next tokens; return tokens, log-probabilities and failures."""
         rows_of = {run.sequence: _rows(run) for run in step.runs if run.samples}
         rows = [row for rows in rows_of.values() for row in rows]
-        starts = (0, *itertools.accumulate(run.count for run in step.runs))
+        starts = step.starts
         found = self._graphs.run(step) or self._compute(step)
         # Compute the masks before reading results, so that they overlap with the work of an accelerator.
         allowed, refused = grammar_masks.allowed(rows, self.model.vocab_size)

@@ -5,6 +5,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
@@ -37,9 +38,14 @@ class Step:
     runs: tuple[Run, ...]
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of each run among the tokens of the step; then the number of tokens."""
+        return (0, *itertools.accumulate(run.count for run in self.runs))
+
+    @property
     def tokens(self) -> int:
         """Number of tokens that the step computes."""
-        return sum(run.count for run in self.runs)
+        return self.starts[-1]
 
     @property
     def decodes(self) -> bool:
