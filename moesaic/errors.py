@@ -207,6 +207,12 @@ class Unavailable(MoesaicError):
     retry_after: float | None = None
 
 
+class NotEnoughMemory(MoesaicError):
+    """The model does not fit in the free memory; nothing was loaded, and the message says what fits."""
+
+    status = 503
+
+
 class StorageFull(Unavailable):
     """The job store has no free space; it accepts no new jobs until space is freed."""
 

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from moesaic import gguf
 from moesaic.errors import DownloadError, InvalidParameter
 
-NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([^\s:@]+))?", re.ASCII)
+NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([^\s:@]+))?", re.ASCII)
 QUANTIZATION = re.compile(r"(?:^|[._-])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|B?F16|FP?32|FP16|[MN][VX]FP4\w*))$", re.IGNORECASE)
 """End of a file's name, without its suffix and the number of its part, that says how the weights are stored."""
 DYNAMIC = "UD-"
@@ -87,6 +87,17 @@ def choose_files(offered: Sequence[str]) -> list[str]:
         if any(fnmatchcase(file, pattern) for file in top for pattern in weights):
             return [file for file in top if any(fnmatchcase(file, pattern) for pattern in (*weights, *ALWAYS))]
     return []
+
+
+def gguf_choices(offered: Sequence[str]) -> dict[str, Selection]:
+    """Return the complete GGUF models among the files ``offered``, by what chooses each of them after a colon."""
+    models = _models(offered)
+    complete = dict(zip(_choices(models), models, strict=True))
+    return {
+        name: Selection(model.files, model.first)
+        for name, model in complete.items()
+        if all(file in offered for file in model.files)
+    }
 
 
 # GGUF

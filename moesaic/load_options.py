@@ -14,6 +14,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Values of ``LoadOptions.dtype``."""
 CACHE_DTYPES = (*DTYPES, "int8")
 """Values of ``LoadOptions.kv_cache_dtype``."""
+AUTO_FORMAT = "auto"
+"""Value of ``LoadOptions.format`` that chooses by the free memory."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class LoadOptions:
     """Data type of activations and plain weights: float32, bfloat16, float16, or auto, which is the dtype that the
     checkpoint is stored in."""
     format: str | None = None
-    """Formats that weights are quantized to: q8, q4, q3, q2, a format, or role=format, ...; None: weights stay plain,
-    and quantized weights keep their codes if a format can."""
+    """Formats that weights are quantized to: q8, q4, q3, q2, a format, or role=format, ...; auto: the first of None,
+    q8, q4, q3 and q2 that fits in memory; None: weights stay plain, and quantized weights keep their codes if a
+    format can."""
     requantize: bool = False
     """Whether ``format`` may round weights that are quantized already."""
     device: str = "cpu"

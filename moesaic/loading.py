@@ -13,9 +13,10 @@ from typing import Any
 
 from moesaic import checkpoints, config_keys, ops, packed
 from moesaic.formats import Packed, _threads
+from moesaic.model_spec import PACKED
 from moesaic.models import Decoder
 from moesaic.ops import native
-from moesaic.plan import PACKED, Plan
+from moesaic.plan import Plan
 from moesaic.weight_report import WeightGroup, measure_errors
 
 SMALL_MODEL = 100_000_000

@@ -56,11 +56,9 @@ def available() -> int:
     return max(0, min(bounds))
 
 
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """Return the available and the total bytes of the memory in which tensors of ``device`` are allocated."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    return available(), total()
+def device_available(device: torch.device) -> int:
+    """Return the free bytes of the memory in which tensors of ``device`` are allocated."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
 
 
 def _cgroup_limits() -> dict[Path, int]:

@@ -10,61 +10,22 @@ not load weights and does not depend on text or the engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moesaic import checkpoints, memory, models, ops, packed
-from moesaic.errors import InvalidParameter, NotFound
-from moesaic.formats import WeightFormat
-from moesaic.load_options import LoadOptions
-from moesaic.models import Decoder
+from moesaic.errors import InvalidParameter, NotEnoughMemory, NotFound
+from moesaic.load_options import AUTO_FORMAT, LoadOptions
+from moesaic.model_sizes import ModelSizes
+from moesaic.model_spec import PACKED, ModelSpec
 from moesaic.weight_report import WeightGroup, weight_groups
 
 CACHED_CONTEXTS = 16
 """Requests of maximum length that the cache holds if memory allows; in a smaller cache, some are preempted."""
-
-PACKED = "packed"
-"""Layout of folders of packed weights, which are not among the checkpoint layouts."""
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Description from which a model is built: its configuration, dtype and weight formats.
-
-    Attributes:
-        path: folder or file of the checkpoint.
-        layout: name of the checkpoint layout, or "packed".
-        config: the model's configuration with the keys of config.json, whatever the layout.
-        generation: content of generation_config.json; empty if there is none.
-        dtype: dtype of activations and plain weights.
-        formats: format of each role of weights, and of single tensors by name, as ``models.build`` takes them.
-        stored: type of each tensor on disk, such as Q4_1 or bfloat16; empty if it is that of ``formats``.
-    """
-
-    path: Path
-    layout: str
-    config: Mapping[str, Any]
-    generation: Mapping[str, Any]
-    dtype: torch.dtype
-    formats: Mapping[str, WeightFormat] = field(repr=False)
-    stored: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    @property
-    def dtype_name(self) -> str:
-        """Name of ``dtype``, such as bfloat16."""
-        return str(self.dtype).removeprefix("torch.")
-
-    def build(self, device: torch.device | str) -> Decoder:
-        """Return the model with uninitialized weights on ``device``.
-
-        Raises:
-            ConfigError: the configuration is not understood.
-        """
-        return models.build(self.config, self.path, self.formats, dtype=self.dtype, device=device)
+LEAST_CONTEXT = 512
+"""Tokens that a cache must hold, or the model is refused; a model with a smaller maximum needs only that."""
 
 
 @dataclass(frozen=True)
@@ -117,26 +78,67 @@ class Plan:
         return self.cache_bytes + (0 if self.mapped else self.weight_bytes)
 
 
-def make_plan(path: Path, options: LoadOptions | None = None, device_memory: tuple[int, int] | None = None) -> Plan:
+def make_plan(path: Path, options: LoadOptions | None = None, available: int | None = None) -> Plan:
     """Return the plan for the model at ``path``. No weights are read or allocated.
 
     Args:
         path: folder or GGUF file of a checkpoint in any layout, or a packed folder.
         options: how the model is loaded; None: the defaults.
-        device_memory: available and total bytes of the device's memory; None: those of now.
+        available: free bytes of the device's memory; None: those of now.
 
     Raises:
         NotFound: the folder or file does not exist.
         CheckpointError: the checkpoint is incomplete, damaged or not understood.
         InvalidParameter: an option does not suit the model or the device, or the format would round quantized weights.
+        NotEnoughMemory: the device has too little free memory; the message says what fits.
+    """
+    options = options or LoadOptions()
+    automatic = options.format == AUTO_FORMAT
+    spec = describe(path, replace(options, format=None) if automatic else options)
+    return _first_that_fits(spec, options, available) if automatic else plan_spec(spec, options, available)
+
+
+def describe(path: Path, options: LoadOptions) -> ModelSpec:
+    """Return the description of the model at ``path`` with the formats and the dtype of ``options``.
+
+    Raises:
+        NotFound: the folder or file does not exist.
+        CheckpointError: the checkpoint is incomplete, damaged or not understood.
+        InvalidParameter: an option does not suit the model, or the format would round quantized weights.
     """
     if not path.exists():
         raise NotFound(f"{path}: no such folder or file; `moesaic pull {path}` fetches a model from the hub")
-    options = options or LoadOptions()
     if options.format is not None:
         models.choose(options.format, "float32")  # refuses an unknown format before anything is read
-    spec = _packed_spec(path, options) if packed.is_packed(path) else _checkpoint_spec(path, options)
-    return plan_spec(spec, options, device_memory)
+    return _packed_spec(path, options) if packed.is_packed(path) else _checkpoint_spec(path, options)
+
+
+def _first_that_fits(spec: ModelSpec, options: LoadOptions, available: int | None) -> Plan:
+    """Return the plan for the model as it is stored, or in the first format of ``models.PRESETS`` that fits.
+
+    Weights that are quantized already, in a file or a packed folder, are never rounded again without being asked.
+    """
+    try:
+        return plan_spec(spec, options, available)
+    except NotEnoughMemory:
+        chosen = [] if spec.quantized else _fitting(spec, options, _available(options.device, available))
+        if not chosen:
+            raise
+        return plan_spec(spec.in_formats(chosen[0]), options, available)
+
+
+def _fitting(spec: ModelSpec, options: LoadOptions, available: int) -> list[str]:
+    """Return the names among ``models.PRESETS`` of formats in which the model fits, the one with most bits first."""
+    sizes = ModelSizes.count(spec)
+    room = available - sizes.workspace_bytes() - _least_cache_bytes(sizes, options)
+    names = () if spec.layout == PACKED else models.PRESETS
+    return [name for name in names if sizes.weights(name).nbytes <= room]
+
+
+def _least_cache_bytes(sizes: ModelSizes, options: LoadOptions) -> int:
+    """Return the bytes of the smallest cache that ``options`` allow."""
+    tokens = options.cache_tokens or options.context or min(LEAST_CONTEXT, sizes.shape.max_length)
+    return 0 if sizes.shape.labels else tokens * sizes.cache_bytes_per_token(options.kv_cache_dtype)
 
 
 def _checkpoint_spec(path: Path, options: LoadOptions) -> ModelSpec:
@@ -168,22 +170,29 @@ def _packed_spec(path: Path, options: LoadOptions) -> ModelSpec:
     return ModelSpec(path, PACKED, manifest.config, manifest.generation, dtype, formats)
 
 
-def plan_spec(spec: ModelSpec, options: LoadOptions, device_memory: tuple[int, int] | None = None) -> Plan:
+def plan_spec(spec: ModelSpec, options: LoadOptions, available: int | None = None) -> Plan:
     """Return the plan for the model of ``spec``, with the device and the sizes of ``options``.
 
     Arguments and errors are those of ``make_plan``. The format and the dtype of ``options`` are not read.
     """
     device = _device(options.device)
-    available, total = device_memory or _device_memory(device)
+    free = _available(options.device, available)
     model = spec.build("meta")
+    sizes = ModelSizes.count(spec, model)
+    if options.context is not None and not 1 < options.context <= model.max_length:
+        raise InvalidParameter(
+            "context", f"is {options.context}, but the model supports 2 to {model.max_length} tokens"
+        )
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    if not _is_mapped(spec, device):  # mapped weights are page cache, which counts as available
-        available = max(0, available - weight_bytes)
+    # Mapped weights are page cache, which counts as free.
+    room = free - sizes.workspace_bytes() - (0 if _is_mapped(spec, device) else weight_bytes)
+    if room < _least_cache_bytes(sizes, options):
+        raise NotEnoughMemory(_problem(sizes, options, free, mapped=_is_mapped(spec, device)))
     cache_dtype = model.dtype if options.kv_cache_dtype == "auto" else getattr(torch, options.kv_cache_dtype)
     bytes_per_token = ops.Cache.bytes_per_token(model.cache_shapes, cache_dtype)
     context, cache_tokens = model.max_length, 0
     if not model.shape.labels:
-        context, cache_tokens = _cache_sizes(model.max_length, options, bytes_per_token, (available, total))
+        context, cache_tokens = _cache_sizes(model.max_length, options, bytes_per_token, room)
     return Plan(
         spec=spec,
         device=device,
@@ -200,6 +209,27 @@ def plan_spec(spec: ModelSpec, options: LoadOptions, device_memory: tuple[int, i
     )
 
 
+def _problem(sizes: ModelSizes, options: LoadOptions, available: int, *, mapped: bool) -> str:
+    """Return a message that the model does not fit in ``available`` bytes, with what does."""
+    name, weights = sizes.spec.path.name, 0 if mapped else sizes.weights().nbytes
+    cache, work = _least_cache_bytes(sizes, options), sizes.workspace_bytes()
+    parts = f"{_size(weights)} of weights, {_size(cache)} of key/value cache and {_size(work)} to work"
+    tokens = (available - weights - work) // max(1, sizes.cache_bytes_per_token(options.kv_cache_dtype))
+    changes = []
+    if tokens >= LEAST_CONTEXT and (options.cache_tokens or options.context):
+        changes.append(f"--{'cache-tokens' if options.cache_tokens else 'context'} {tokens} fits")
+    again = " --requantize" if sizes.spec.quantized else ""
+    changes += [f"--format {name}{again} fits" for name in _fitting(sizes.spec, options, available)[:1]]
+    if not changes and options.device == "cpu" and not mapped:
+        changes.append("a folder made by `moesaic pack` is mapped, so that a part of it may stay on disk")
+    found = ", or ".join(changes) or "no format of this build is small enough"
+    return f"{name} takes {parts}, but {_size(available)} of memory are free: {found}"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+
+
 def _is_mapped(spec: ModelSpec, device: torch.device) -> bool:
     return spec.layout == PACKED and device.type == "cpu"
 
@@ -211,31 +241,24 @@ def _device(name: str) -> torch.device:
         raise InvalidParameter("device", f"is {name!r}, but torch has no such device") from error
 
 
-def _device_memory(device: torch.device) -> tuple[int, int]:
-    """Return the available and total bytes of the memory of ``device``."""
+def _available(name: str, given: int | None) -> int:
+    """Return ``given``, or the free bytes of the memory of the device if it is None."""
+    if given is not None:
+        return given
     try:
-        return memory.device_memory(device)
+        return memory.device_available(_device(name))
     except (AssertionError, RuntimeError) as error:  # torch raises either, depending on how it was built
-        problem = f"is {str(device)!r}, but torch cannot use it here: {str(error).partition(chr(10))[0]}"
+        problem = f"is {name!r}, but torch cannot use it here: {str(error).partition(chr(10))[0]}"
         raise InvalidParameter("device", problem) from error
 
 
-def _cache_sizes(
-    max_length: int, options: LoadOptions, bytes_per_token: int, device_memory: tuple[int, int]
-) -> tuple[int, int]:
+def _cache_sizes(max_length: int, options: LoadOptions, bytes_per_token: int, available: int) -> tuple[int, int]:
     """Return the longest request and the size of the key/value cache, both in tokens.
 
     Given numbers are kept; the cache is rounded up to whole blocks. A size that is left open takes at most a quarter of
     the available memory.
     """
     context, cache_tokens, block_size = options.context, options.cache_tokens, options.block_size
-    available, total = device_memory
-    if context is not None and not 1 < context <= max_length:
-        raise InvalidParameter("context", f"is {context}, but the model supports 2 to {max_length} tokens")
-    if cache_tokens is not None and cache_tokens * bytes_per_token > total:
-        size, limit = cache_tokens * bytes_per_token / 1e9, total / 1e9
-        problem = f"is {cache_tokens}, which needs {size:.1f} GB, but the device has {limit:.1f} GB of memory"
-        raise InvalidParameter("cache_tokens", problem)
     affordable = max(block_size, available // 4 // bytes_per_token)
     if context is None:
         context = min(max_length, affordable)

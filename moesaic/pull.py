@@ -30,7 +30,8 @@ from email.message import Message
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from moesaic.errors import DownloadError, InvalidParameter, NotFound
+from moesaic.errors import DownloadError, InvalidParameter
+from moesaic.hub_access import first_line, hub_errors
 from moesaic.hub_files import ALWAYS, WEIGHTS, HubName, select
 
 Progress = Callable[[int, int], None]
@@ -83,7 +84,7 @@ def _download_from_hub(name: HubName, dest: Path | None, progress: Progress | No
 
     http_error = errors.HTTPError  # type: ignore[attr-defined]  # the class depends on the HTTP client of the version
     repository, revision = name.repository, name.revision
-    try:
+    with hub_errors(name):
         try:
             offered = HfApi().list_repo_files(repository, revision=revision)
         except errors.HfHubHTTPError:
@@ -97,16 +98,6 @@ def _download_from_hub(name: HubName, dest: Path | None, progress: Progress | No
             snapshot_download(repository, revision=revision, local_dir=dest, allow_patterns=patterns, tqdm_class=bar)
         )
         return folder / selection.opened if selection.opened else folder
-    except errors.GatedRepoError as error:
-        raise DownloadError(
-            f"{repository}: accept the model's terms on the hub, then log in (hf auth login)"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise NotFound(
-            f"the hub has no {repository}{f'@{revision}' if revision else ''}, or you have no access to it"
-        ) from error
-    except (http_error, OSError, ValueError, RuntimeError) as error:
-        raise DownloadError(f"{repository}: {_first_line(error)}") from error
 
 
 def _cached(name: HubName, dest: Path | None) -> Path:
@@ -189,7 +180,7 @@ def _download_archive(address: str, dest: Path | None, sha256: str | None, progr
             _state_file(part).unlink(missing_ok=True)
     except (OSError, http.client.HTTPException) as error:
         hint = "; run it again to resume the download" if part.exists() else ""
-        raise DownloadError(f"{url}: {_first_line(error)}{hint}") from error
+        raise DownloadError(f"{url}: {first_line(error)}{hint}") from error
     return target
 
 
@@ -400,9 +391,3 @@ def _extract(url: str, archive: tarfile.TarFile, member: tarfile.TarInfo, folder
     assert data is not None
     with data, (folder / path).open("xb") as file:
         shutil.copyfileobj(data, file, CHUNK_BYTES)
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error message; the class name if the message is empty."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0]

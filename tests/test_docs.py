@@ -17,6 +17,7 @@ import pytest
 
 import moesaic
 from moesaic import builtin, cli, registry
+from moesaic.cli.run import split_arguments
 from moesaic.serve.settings import Settings
 from tests.support.documents import blocks
 from tools import generate_reference
@@ -36,7 +37,7 @@ README = PAGES[0].read_text()
 PROGRAMS = [ROOT / "README.md", DOCS / "tutorial/first-conversation.md", DOCS / "how-to/use-from-python.md"]
 
 FLAGS = {
-    "chat": "chat-format context device dtype format json kv-cache-dtype max-tokens message min-p plain-text "
+    "chat": "chat-format context device dtype format json kv-cache-dtype max-tokens message min-p plain-text plan "
     "repetition-penalty requantize seed stats system temperature top-k top-p speculation",
     "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
     "insecure-no-auth keep-alive-timeout keys kv-cache-dtype log-format log-level max-body memory otel port queue "
@@ -51,18 +52,20 @@ FLAGS = {
     "max-stop-sequences max-top-n-tokens max-total-tokens max-waiting-tokens model-id ngrok ngrok-authtoken "
     "ngrok-edge num-shard otlp-endpoint otlp-service-name payload-limit prometheus-port quantize revision "
     "rope-factor rope-scaling shard-uds-path sharded speculate tokenizer-config-path trust-remote-code usage-stats "
-    "validation-workers waiting-served-ratio watermark-delta watermark-gamma weights-cache-override speculation",
+    "validation-workers waiting-served-ratio watermark-delta watermark-gamma weights-cache-override plan speculation",
     "gateway": "admin-port aime-endpoints allowed-host cors-origin crashes drain-timeout host insecure-no-auth jobs "
     "keep-alive-timeout keys lease log-format log-level max-body model otel port queue queue-per-key queue-timeout "
     "request-timeout timeout-keep-alive strict-fields tls-cert tls-key trusted-proxy",
     "worker": "api-auth-key api-server ca cache-tokens chat-format context device drain-timeout dtype format gateway "
     "insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name queue "
-    "requantize sequences slots speculation",
+    "plan requantize sequences slots speculation",
     "admin": "ca insecure-plaintext json key key-file most request url",
     "launch": "address cpus gpus program replicas to worker",
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
-    "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype requantize "
+    "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype plan requantize "
     "speculation",
+    "plan": "batch context device for format hardware json kv-cache-dtype picture",
+    "run": "context serve yes",
     "pull": "sha256 to",
     "convert": "decode shards to",
     "list": "json",
@@ -163,7 +166,7 @@ def test_moesaic_commands_are_found_in_lines():
 def test_commands_of_a_page_parse(page):
     for line in console_lines(page):
         for arguments in moesaic_commands(line):
-            cli._parser().parse_args(arguments)
+            cli._parser().parse_args(split_arguments(arguments)[0])
 
 
 def test_pages_show_commands():

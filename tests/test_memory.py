@@ -153,6 +153,6 @@ def test_container_page_cache_is_available(
 
 def test_gpu_memory_comes_from_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index, 24))
-    assert memory.device_memory(torch.device("cuda:3")) == (3, 24)
+    assert memory.device_available(torch.device("cuda:3")) == 3
     monkeypatch.setattr(memory, "available", lambda: 5)
-    assert memory.device_memory(torch.device("cpu")) == (5, memory.total())
+    assert memory.device_available(torch.device("cpu")) == 5

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from moesaic import LLM, Classifier, LoadOptions, convert, formats, loading, memory, packed
-from moesaic.errors import CheckpointError, InvalidParameter, InvalidRequest, NotFound
+from moesaic.errors import CheckpointError, InvalidParameter, InvalidRequest, NotEnoughMemory, NotFound
 from moesaic.formats import Packed
-from moesaic.plan import Plan, make_plan, plan_spec
+from moesaic.model_sizes import ModelSizes
+from moesaic.plan import LEAST_CONTEXT, Plan, make_plan, plan_spec
 from tests.support.gguf_files import TinyFile, blocks
 from tests.support.gptq import Gptq, case
 from tests.support.models import transformers_model
@@ -27,8 +28,14 @@ PER_TOKEN = 2 * 2 * (2 * 8 * 4)
 """Bytes of a token in the cache of the tiny model: 2 layers' float32 keys and values, 2 heads of 8."""
 
 
-def plan(path: Path, device_memory: tuple[int, int] | None = None, **options: Any) -> Plan:
-    return make_plan(path, LoadOptions(**options), device_memory)
+def plan(path: Path, available: int | None = None, **options: Any) -> Plan:
+    return make_plan(path, LoadOptions(**options), available)
+
+
+def needed(path: Path) -> int:
+    """Return the bytes that a model takes without its cache: its weights, and the memory of a step."""
+    planned = plan(path)
+    return (0 if planned.mapped else planned.weight_bytes) + ModelSizes.count(planned.spec).workspace_bytes()
 
 
 def nbytes(module: torch.nn.Module) -> int:
@@ -172,10 +179,10 @@ def test_keywords_of_llm_load_are_load_options(talker):
 
 
 def test_cache_takes_a_quarter_of_available_memory(talker):
-    weights = plan(talker).weight_bytes
+    available = needed(talker) + 4 * 1000 * PER_TOKEN
 
     def sizes(**options: Any) -> tuple[int, int]:
-        planned = plan(talker, (weights + 4 * 1000 * PER_TOKEN, 1 << 40), block_size=10, **options)
+        planned = plan(talker, available, block_size=10, **options)
         return planned.context, planned.cache_tokens
 
     assert sizes() == (1000, 1000)
@@ -187,32 +194,31 @@ def test_cache_takes_a_quarter_of_available_memory(talker):
 
 
 def test_control_group_bounds_the_cache(talker, tmp_path, monkeypatch):
-    limit = plan(talker).weight_bytes + 5 * 1000 * PER_TOKEN
+    limit = needed(talker) + 5 * 1000 * PER_TOKEN
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{1000 * PER_TOKEN}\n")
     monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "memory.max",))
     with LLM.load(talker, block_size=10) as llm:
         assert llm.engine._runner.cache.keys[0].shape[:2] == (100, 10)
-    tokens = limit // PER_TOKEN + 1
-    with pytest.raises(InvalidParameter, match=rf"cache_tokens: is {tokens}, which needs 0.0 GB, but the device has"):
-        LLM.load(talker, cache_tokens=tokens)
+    with pytest.raises(NotEnoughMemory, match=r"--cache-tokens 4000 fits"):
+        LLM.load(talker, cache_tokens=4001)
 
 
 def test_free_memory_of_the_gpu_bounds_its_cache(talker, monkeypatch):
-    weights = plan(talker).weight_bytes
+    weights, free = plan(talker).weight_bytes, needed(talker) + 4 * 1000 * PER_TOKEN
     free_memory(monkeypatch, 0)
     probed = []
 
     def probe(device: torch.device) -> tuple[int, int]:
         probed.append(device)
-        return weights + 4 * 1000 * PER_TOKEN, 5000 * PER_TOKEN
+        return free, 1 << 40
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", probe)
     on_gpu: dict[str, Any] = {"device": "cuda:1", "block_size": 10}
     assert plan(talker, **on_gpu).bytes == weights + 1000 * PER_TOKEN
-    assert plan(talker, **on_gpu, cache_tokens=5000).cache_tokens == 5000
-    with pytest.raises(InvalidParameter, match="cache_tokens"):
-        plan(talker, **on_gpu, cache_tokens=5001)
+    assert plan(talker, **on_gpu, cache_tokens=4000).cache_tokens == 4000
+    with pytest.raises(NotEnoughMemory, match="--cache-tokens 4000 fits"):
+        plan(talker, **on_gpu, cache_tokens=4001)
     assert set(probed) == {torch.device("cuda:1")}
 
 
@@ -222,12 +228,36 @@ def test_a_device_that_torch_cannot_use_is_refused(talker):
         plan(talker, device="cuda")
 
 
-def test_scarce_memory_is_left_to_the_weights(talker, monkeypatch):
-    weights = plan(talker).weight_bytes
-    free_memory(monkeypatch, weights + 4 * 1600 * PER_TOKEN)
-    assert plan(talker).bytes == weights + 1600 * PER_TOKEN
-    free_memory(monkeypatch, 0)
-    assert plan(talker).bytes == weights + 16 * PER_TOKEN  # one block
+def test_scarce_memory_is_left_to_the_weights(talker):
+    weights, least = plan(talker).weight_bytes, needed(talker)
+    assert plan(talker, least + 4 * 1600 * PER_TOKEN).bytes == weights + 1600 * PER_TOKEN
+    assert plan(talker, least + LEAST_CONTEXT * PER_TOKEN).context == LEAST_CONTEXT // 4
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_fits(talker, tmp_path):
+    quantized = plan(talker, format="q4")
+    available = needed(talker) - plan(talker).weight_bytes + quantized.weight_bytes + LEAST_CONTEXT * PER_TOKEN
+    with pytest.raises(NotEnoughMemory, match=r"[MG]B of memory are free: --format q4 fits$"):
+        plan(talker, available)
+    with pytest.raises(NotEnoughMemory, match=r"a folder made by `moesaic pack` is mapped"):
+        plan(talker, 0)
+    assert plan(packed_folder(talker, tmp_path), available).mapped
+    file = grouped_file(talker, tmp_path)
+    with pytest.raises(NotEnoughMemory, match=r"--format q\d --requantize fits$"):
+        plan(file, needed(file))
+
+
+def test_auto_takes_the_first_format_that_fits(talker, tmp_path):
+    work = needed(talker) - plan(talker).weight_bytes + LEAST_CONTEXT * PER_TOKEN
+    for name in (None, "q8", "q4", "q2"):
+        wanted = plan(talker, format=name)
+        assert plan(talker, work + wanted.weight_bytes, format="auto").spec.formats == wanted.spec.formats
+    with pytest.raises(NotEnoughMemory, match="pack"):
+        plan(talker, work, format="auto")
+    file = grouped_file(talker, tmp_path)  # codes of a file are not rounded again without being asked
+    assert plan(file, format="auto").spec == plan(file).spec
+    with pytest.raises(NotEnoughMemory, match="--requantize"):
+        plan(file, needed(file), format="auto")
 
 
 def test_quantized_weights_count_quantized(talker):
@@ -249,11 +279,11 @@ def test_weights_in_two_layouts_count_once(talker, tmp_path):
 
 def test_mapped_weights_take_no_memory(talker, tmp_path, monkeypatch):
     path = packed_folder(talker, tmp_path)
-    free_memory(monkeypatch, 4 * 1600 * PER_TOKEN)
+    free_memory(monkeypatch, needed(path) + 4 * 1600 * PER_TOKEN)
     planned = plan(path)
     assert planned.mapped and planned.bytes == planned.cache_bytes == 1600 * PER_TOKEN
-    assert planned.weight_bytes == plan(talker, format="experts=int2,attention=int8").weight_bytes
-    on_gpu = plan(path, (planned.weight_bytes + 4 * 1600 * PER_TOKEN, 1 << 40), device="cuda")
+    assert planned.weight_bytes == plan(talker, 1 << 40, format="experts=int2,attention=int8").weight_bytes
+    on_gpu = plan(path, memory.available() + planned.weight_bytes, device="cuda")
     assert not on_gpu.mapped and on_gpu.bytes == planned.weight_bytes + 1600 * PER_TOKEN
     with pytest.raises(InvalidParameter, match="format: cannot be changed"):
         plan(path, format="q4")

@@ -19,12 +19,12 @@ from types import ModuleType
 from typing import Any
 
 from moesaic import registry
-from moesaic.bench.limits import Limits
 from moesaic.bench.peer_choice import PEERS
 from moesaic.bench.peers import _model
 from moesaic.bench.peers._model import Shape
 from moesaic.bench.peers._process import PeerFailed, Process, neighbour
 from moesaic.errors import InvalidParameter, InvalidRequest
+from moesaic.hardware.limits import Limits
 
 WARM_UP_STEPS = 2  # the same as in peers/_child.py
 COMPARED_TOKENS = 20

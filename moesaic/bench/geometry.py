@@ -1,7 +1,7 @@
 """Models with the sizes of published models and random weights, made in place in any format, for benchmarks.
 
-This module knows the published configurations, and refuses models that do not fit in memory. It fills weights without
-ever holding them in another format. It does not measure anything.
+This module refuses models that do not fit in memory. It fills weights without ever holding them in another format. It
+does not measure anything.
 """
 
 from __future__ import annotations
@@ -24,33 +24,11 @@ from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Packed, WeightFormat
 from moesaic.load_options import LoadOptions
 from moesaic.loading import Loaded
+from moesaic.model_spec import PACKED, ModelSpec
 from moesaic.models import Decoder
 from moesaic.ops import native
-from moesaic.plan import PACKED, ModelSpec, Plan, plan_spec
-
-_LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
-_MIXTRAL = {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
-
-
-def _sizes(size: int, inner: int, layers: int, heads: int, length: int) -> dict[str, Any]:
-    return {
-        "hidden_size": size,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": length,
-    }
-
-
-GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
-    "mixtral-8x7b": _MIXTRAL | _sizes(4096, 14336, 32, 32, 32768),
-    "mixtral-8x22b": _MIXTRAL | _sizes(6144, 16384, 56, 48, 65536),
-    "mistral-7b": {"model_type": "mistral", "vocab_size": 32000} | _sizes(4096, 14336, 32, 32, 32768),
-    "llama-3-8b": _LLAMA3 | _sizes(4096, 14336, 32, 32, 8192),
-    "llama-3-70b": _LLAMA3 | _sizes(8192, 28672, 80, 64, 8192),
-}
-"""Configurations of the first release of each model, with the keys of config.json."""
+from moesaic.plan import Plan, plan_spec
+from moesaic.published import configuration
 
 SAMPLE_ROWS = 2048
 """Rows that are drawn and quantized once per format and width; weights are random selections of these rows."""
@@ -62,32 +40,17 @@ have similar states and choose the same experts."""
 PROCESS_BYTES = 1_200_000_000
 """Memory of the interpreter, its libraries and the activations of a step of 512 tokens."""
 
+UNLIMITED = 1 << 60
+"""Bytes of free memory for a plan that ``checked_plan`` compares with the memory itself."""
+
 Progress = Callable[[int, int], None]
-
-
-def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
-    """Return the configuration of a published model with the keys of config.json; ``layers`` None: all its layers.
-
-    Raises:
-        InvalidParameter: there is no such geometry, or it has fewer layers.
-    """
-    if name not in GEOMETRIES:
-        raise InvalidParameter("geometry", f"{name!r} is unknown; available geometries: {', '.join(GEOMETRIES)}")
-    config = dict(GEOMETRIES[name])
-    if layers is not None:
-        if not 1 <= layers <= config["num_hidden_layers"]:
-            raise InvalidParameter(
-                "layers", f"is {layers}, expected 1 to {config['num_hidden_layers']}, the layers of {name}"
-            )
-        config["num_hidden_layers"] = layers
-    return config
 
 
 def random_plan(config: Mapping[str, Any], name: str, options: LoadOptions, *, mapped: bool = False) -> Plan:
     """Return the plan for a model with random weights.
 
     Args:
-        config: result of ``configuration``.
+        config: result of ``published.configuration``.
         name: name of the model.
         options: how the model is loaded; the dtype auto means bfloat16, and the format None means that of the dtype.
         mapped: whether the weights are mapped from a packed folder.
@@ -95,13 +58,13 @@ def random_plan(config: Mapping[str, Any], name: str, options: LoadOptions, *, m
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     formats = models.choose(options.format or dtype, dtype)
     spec = ModelSpec(Path(name), PACKED if mapped else "random", config, {}, getattr(torch, dtype), formats)
-    return plan_spec(spec, options)
+    return plan_spec(spec, options, UNLIMITED)
 
 
 def checked_plan(name: str, layers: int | None, options: LoadOptions, free: int, *, mapped: bool = False) -> Plan:
     """Return the plan for a model with the sizes of ``name`` that fits in ``free`` bytes of memory with its process.
 
-    The other arguments are as for ``configuration`` and ``random_plan``.
+    The other arguments are as for ``published.configuration`` and ``random_plan``.
 
     Raises:
         InvalidParameter: the geometry does not fit; the message suggests options that fit.

@@ -15,9 +15,9 @@ import torch
 
 from moesaic import formats, ops
 from moesaic.bench import geometry
-from moesaic.bench.limits import Limits, median_of
 from moesaic.formats import Packed, WeightFormat
 from moesaic.formats._tiles import Tiled
+from moesaic.hardware.limits import Limits, median_of
 from moesaic.ops import native
 
 TOKEN_COUNTS = (1, 2, 4, 8, 16, 64, 512)

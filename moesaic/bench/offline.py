@@ -22,18 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic import engine, memory
-from moesaic.bench import geometry, limits, report, speculation
+from moesaic import engine, memory, published
+from moesaic.bench import geometry, report, speculation
 from moesaic.builtin import TALES_FOLDER
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
+from moesaic.hardware import limits
 from moesaic.llm import LLM, Reply
 from moesaic.load_options import LoadOptions
 from moesaic.loading import Loaded, Progress, load_model
 from moesaic.models import Decoder, Experts
 from moesaic.ops import native
-from moesaic.plan import make_plan, plan_spec
+from moesaic.plan import Plan, make_plan, plan_spec
 from moesaic.text.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 8192
@@ -145,6 +146,7 @@ def run(
     show: Callable[[str], object] = str,
     progress: Progress | None = None,
     *,
+    planned: Callable[[Plan], object] = repr,
     buffer: float = 1.0,
 ) -> dict[str, Any]:
     """Measure the machine, then the model, and return everything for docs/results.
@@ -155,6 +157,7 @@ def run(
         work: the requests.
         show: called with a line for each figure of the machine.
         progress: called with the bytes of weights made or read so far and the total.
+        planned: called with the plan of the model before it is loaded.
         buffer: gigabytes that are read to measure the machine; they are freed before the model is loaded.
 
     Raises:
@@ -162,13 +165,14 @@ def run(
         MoesaicError: the model cannot be loaded; see ``LLM.load``.
     """
     if options.geometry is not None:
-        load = _random(options, work, progress)
+        plan, load = _random(options, work, progress)
     elif options.layers is not None or options.packed is not None:
         name = "layers" if options.layers is not None else "packed"
         raise InvalidParameter(name, "requires a geometry; it does not apply to a checkpoint")
     else:
         assert path is not None, "without a geometry, there is a path"
-        load = _checkpoint(path, options, work, progress)
+        plan, load = _checkpoint(path, options, work, progress)
+    planned(plan)
     machine = None
     if native.why_not("linear", "cpu", "int8") is None:  # the model can be measured without the kernels too
         machine = limits.measure(buffer, report=show)
@@ -190,11 +194,11 @@ Loader = Callable[[], tuple[Loaded, Tokenizer, str]]
 """Loads or makes the model; returns it with its tokenizer and its name."""
 
 
-def _random(options: Options, work: Work, progress: Progress | None) -> Loader:
-    """Check the options of a geometry, and return a function that makes its model with random weights."""
+def _random(options: Options, work: Work, progress: Progress | None) -> tuple[Plan, Loader]:
+    """Check the options of a geometry, and return its plan and a function that makes its model with random weights."""
     assert options.geometry is not None
     name, folder = options.geometry, options.packed
-    longest = geometry.configuration(name, options.layers)["max_position_embeddings"]
+    longest = published.configuration(name, options.layers)["max_position_embeddings"]
     sizes = _sizes(options.load, longest, work)
     plan = geometry.checked_plan(name, options.layers, sizes, memory.available(), mapped=folder is not None)
 
@@ -205,14 +209,14 @@ def _random(options: Options, work: Work, progress: Progress | None) -> Loader:
         return load_model(make_plan(folder, replace(sizes, format=None, dtype="auto")))
 
     # Any tokenizer will do: it has a text, perhaps an empty one, for each id.
-    return lambda: (load(), Tokenizer.open(TALES_FOLDER), name)
+    return plan, lambda: (load(), Tokenizer.open(TALES_FOLDER), name)
 
 
-def _checkpoint(path: Path, options: Options, work: Work, progress: Progress | None) -> Loader:
+def _checkpoint(path: Path, options: Options, work: Work, progress: Progress | None) -> tuple[Plan, Loader]:
     tokenizer = Tokenizer.open(path)
     outline = make_plan(path, replace(options.load, context=None))
     plan = plan_spec(outline.spec, _sizes(options.load, outline.max_length, work))
-    return lambda: (load_model(plan, progress=progress), tokenizer, path.name)
+    return plan, lambda: (load_model(plan, progress=progress), tokenizer, path.name)
 
 
 def _sizes(options: LoadOptions, longest: int, work: Work) -> LoadOptions:

@@ -21,12 +21,23 @@ from moesaic.cli.admin import add_admin
 from moesaic.cli.batch import add_batch
 from moesaic.cli.bench import add_bench
 from moesaic.cli.cluster import add_gateway, add_worker
-from moesaic.cli.flags import Commands, add_command, add_model, add_speculation, folder, load_options
+from moesaic.cli.flags import (
+    Commands,
+    add_command,
+    add_model,
+    add_show_plan,
+    add_speculation,
+    folder,
+    load_options,
+    show_plan,
+)
 from moesaic.cli.keys import add_keys
 from moesaic.cli.launch import add_launch
 from moesaic.cli.loading import collection_paused
+from moesaic.cli.plan import add_plan
 from moesaic.cli.quality import add_eval, add_perplexity
 from moesaic.cli.quantize import add_pack, add_quantize
+from moesaic.cli.run import add_run, split_arguments
 from moesaic.cli.serving import add_serve
 from moesaic.errors import InvalidRequest, MoesaicError
 from moesaic.load_options import CACHE_DTYPES
@@ -42,8 +53,10 @@ INVENTORIES = ("models", "formats", "ops", "checkpoints", "chat-formats")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own, and return the exit code."""
-    args = _parser().parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, passed_on = split_arguments(words)
+    args = _parser().parse_args(own)
+    args.arguments, args.main = passed_on, main  # ``run`` runs another command
     # Benchmarks record the command line, without the folders of this machine.
     args.line = shlex.join(["moesaic", *(re.sub(r"(^|=)[~/].*/", r"\1", word) for word in words)])
     try:
@@ -81,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         add_launch,
         add_keys,
         add_batch,
+        add_plan,
+        add_run,
         _add_pull,
         _add_convert,
         add_pack,
@@ -132,6 +147,7 @@ def _add_chat(commands: Commands) -> None:
         help="int8 takes half the memory of bfloat16; default: the data type of activations",
     )
     add_speculation(chat)
+    add_show_plan(chat)
     sampling = parser.add_argument_group("sampling (default: the checkpoint's recommendation)")
     sampling.add_argument("--temperature", type=float, metavar="T", help="randomness; 0: always the most likely token")
     sampling.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0: off")
@@ -202,6 +218,7 @@ def _load(args: argparse.Namespace) -> LLM:
     path, options = folder(args.model), load_options(args)
     with bar("loading") as progress:
         plan = make_plan(path, options)
+        show_plan(args, plan)
         engine = {"chat_format": args.chat_format, "speculation": args.speculation or "ngram"}
         return LLM.from_plan(plan, path.name, progress=progress, **engine)
 

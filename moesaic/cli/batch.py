@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moesaic.cli import server_options, serving
 from moesaic.cli.event_loop import run_async
-from moesaic.cli.flags import Commands, add_command, add_model, add_speculation
+from moesaic.cli.flags import Commands, add_command, add_model, add_show_plan, add_speculation
 from moesaic.errors import InvalidRequest
 from moesaic.load_options import CACHE_DTYPES
 
@@ -42,6 +42,7 @@ def add_batch(commands: Commands) -> None:
         "--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; or FILE.jinja; default: the model's own"
     )
     add_speculation(parser)
+    add_show_plan(parser)
     parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="concurrent requests (default 32)")
 
 

@@ -10,11 +10,10 @@ from itertools import chain
 from pathlib import Path
 
 from moesaic.cli.bench_serving import add_serving
-from moesaic.cli.flags import MODEL_HELP, Commands, add_command, folder, load_options
+from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_show_plan, folder, load_options, show_plan
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.load_options import CACHE_DTYPES, DTYPES
-
-GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
+from moesaic.published import CONFIGURATIONS
 
 
 def add_bench(commands: Commands) -> None:
@@ -97,7 +96,7 @@ def _add_offline(kinds: Commands) -> None:
         "moesaic bench offline ./mixtral-q4 --batch 8 --out offline.json",
     )
     offline.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP}; default: smollm2")
-    offline.add_argument("--geometry", metavar="NAME", help=f"sizes of the model: {', '.join(GEOMETRIES)}")
+    offline.add_argument("--geometry", metavar="NAME", help=f"sizes of the model: {', '.join(CONFIGURATIONS)}")
     offline.add_argument("--layers", type=int, metavar="N", help="with --geometry: number of layers; default: all")
     offline.add_argument(
         "--packed", type=Path, metavar="DIR", help="with --geometry: create the weights in this folder and map them"
@@ -111,6 +110,7 @@ def _add_offline(kinds: Commands) -> None:
     offline.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="default: as activations")
     offline.add_argument("--context", type=int, metavar="N", help="capacity of the cache in tokens (default 8192)")
     _add_instruction_set(offline)
+    add_show_plan(offline)
     offline.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
     offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
     offline.add_argument("--batch", type=int, default=1, metavar="N", help="concurrent answers (default 1)")
@@ -141,8 +141,9 @@ def _use_instruction_set(name: str | None) -> None:
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
-    from moesaic.bench import kernels, limits, report
+    from moesaic.bench import kernels, report
     from moesaic.formats import load
+    from moesaic.hardware import limits
     from moesaic.ops import native
 
     names = args.format.split(",")
@@ -166,7 +167,8 @@ def _bench_kernels(args: argparse.Namespace) -> int:
 
 def _bench_peers(args: argparse.Namespace) -> int:
     from moesaic import pull
-    from moesaic.bench import chart, compare, limits, peer_choice, plotting, report
+    from moesaic.bench import chart, compare, peer_choice, plotting, report
+    from moesaic.hardware import limits
     from moesaic.ops import native
 
     def show(line: str) -> None:
@@ -204,7 +206,9 @@ def _bench_offline(args: argparse.Namespace) -> int:
         raise InvalidRequest("--geometry and MODEL exclude each other: a geometry has random weights")
     path = None if args.geometry else folder(args.model or builtin.default())
     with bar("loading") as progress:
-        figures = offline.run(path, options, work, lambda line: print(line, file=sys.stderr), progress)
+        figures = offline.run(
+            path, options, work, lambda line: print(line, file=sys.stderr), progress, planned=partial(show_plan, args)
+        )
     print("\n".join(offline.lines(figures)))
     if args.out:
         report.write(args.out, report.record(args.line, figures))

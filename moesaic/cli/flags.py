@@ -6,11 +6,15 @@ This module imports nothing slow, because ``moesaic --help`` imports it.
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.load_options import DTYPES, LoadOptions
+
+if TYPE_CHECKING:
+    from moesaic.plan import Plan
 
 HELP_WIDTH = 79
 MODEL_HELP = (
@@ -62,7 +66,10 @@ def add_model(parser: argparse.ArgumentParser, *, formats: bool = False) -> None
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="data type of activations; default: as the checkpoint is stored"
     )
-    about = "quantize the weights: q8, q4, q3, q2, a format of `moesaic list formats`, or experts=int2,attention=int8"
+    about = (
+        "quantize the weights: q8, q4, q3, q2, a format of `moesaic list formats`, or experts=int2,attention=int8; "
+        "auto: the first that fits in memory"
+    )
     if formats:
         parser.add_argument("--format", metavar="F", action="append", help=f"{about}; may be repeated")
     else:
@@ -90,6 +97,23 @@ def add_speculation(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_show_plan(parser: argparse._ActionsContainer) -> None:
+    """Add the flag that prints how a model will be loaded."""
+    parser.add_argument(
+        "--plan", action="store_true", help="first print how the model is loaded, its memory and the speed to expect"
+    )
+
+
+def show_plan(args: argparse.Namespace, plan: Plan) -> None:
+    """Print the plan to standard error if the flag asks for it."""
+    if args.plan:
+        from moesaic.hardware import this_machine
+        from moesaic.planner import text
+
+        machine = this_machine.describe(str(plan.device))
+        print("\n".join(text.loading_lines(plan, machine)), file=sys.stderr, flush=True)
+
+
 def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     """Return the options of the flags that load a model, with ``changes``; a command may have only some of the flags.
 
@@ -115,7 +139,7 @@ def folder(model: str) -> Path:
     named = builtin.find(model)
     if named is not None:
         return named
-    if Path(model).exists() or HubName.parse(model) is None or model.startswith(("./", "../")):
+    if Path(model).exists() or HubName.parse(model) is None:
         return Path(model)
     with bar(f"fetching {model}") as progress:
         return pull.pull(model, progress=progress)

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.cli import server_options, tgi_launcher
-from moesaic.cli.flags import Commands, add_command, add_requantize, add_speculation, folder, load_options
+from moesaic.cli.flags import (
+    Commands,
+    add_command,
+    add_requantize,
+    add_show_plan,
+    add_speculation,
+    folder,
+    load_options,
+    show_plan,
+)
 from moesaic.cli.loading import collection_paused
 from moesaic.console.visible import one_line
 from moesaic.errors import InvalidRequest, NotFound
@@ -61,7 +70,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--format",
         metavar="F",
-        help="quantize the weights: q8, q4, q3, q2, a format of `moesaic list formats`, or experts=int2,...",
+        help="quantize the weights: q8, q4, q3, q2, a format of `moesaic list formats`, or experts=int2,...; "
+        "auto: the first that fits in memory",
     )
     add_requantize(model)
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
@@ -80,6 +90,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "--chat-format", metavar="NAME", help="see `moesaic list chat-formats`; or FILE.jinja; default: the model's own"
     )
     add_speculation(model)
+    add_show_plan(model)
     model.add_argument("--memory", type=float, metavar="GB", help="maximum size of all loaded models together")
     model.add_argument("--sequences", type=int, metavar="N", help="maximum concurrent answers (default 64)")
     model.add_argument(
@@ -170,6 +181,7 @@ async def _plan_model(args: argparse.Namespace, path: Path, name: str, many_stre
         from moesaic.serve.model_manager import PlannedModel
 
     plan = await asyncio.get_running_loop().run_in_executor(None, make_plan, path, served_options(args, path))
+    show_plan(args, plan)
     return PlannedModel(plan.bytes, partial(open_model, plan, args, name, many_streams))
 
 

@@ -106,6 +106,7 @@ class GgufFile(AbstractContextManager["GgufFile"]):
         path: the file.
         metadata: every metadata value by its key; texts and arrays are read by ``text``, ``texts`` and ``numbers``.
         tensors: description of each tensor by its name, in the order of the header.
+        header_bytes: length of the header in bytes.
 
     Raises:
         CheckpointError: the file is missing, truncated, damaged, of another version, or exceeds a limit.
@@ -141,6 +142,7 @@ class GgufFile(AbstractContextManager["GgufFile"]):
         if alignment not in ALIGNMENTS:
             raise reader.damaged(f"general.alignment is {alignment!r}, not a power of two from 8 to 4096")
         found = [reader.tensor(alignment) for _ in range(tensors)]
+        self.header_bytes = reader.offset
         data = -(-reader.offset // alignment) * alignment
         self.tensors = _placed(found, data, len(self._map), reader)
 

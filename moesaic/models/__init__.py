@@ -24,10 +24,10 @@ from moesaic import formats, registry
 from moesaic.errors import ConfigError, InvalidParameter
 from moesaic.formats import Packed, WeightFormat
 from moesaic.models._config import Keys
-from moesaic.models._layers import Decoder, Experts, Formats
+from moesaic.models._layers import Decoder, Experts, Formats, Shape
 from moesaic.ops import Group
 
-__all__ = ["Decoder", "Experts", "Formats", "build", "choose", "named", "parameters", "role", "types"]
+__all__ = ["Decoder", "Experts", "Formats", "Shape", "build", "choose", "named", "parameters", "role", "types"]
 
 ROLES = ("embedding", "attention", "mlp", "experts", "head")
 QUANTIZED = ROLES[1:]

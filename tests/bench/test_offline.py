@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic import cli
+from moesaic import cli, published
 from moesaic.bench import geometry, offline
 from moesaic.bench.offline import Options, Work
-from moesaic.cli import bench
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
 from moesaic.load_options import LoadOptions
@@ -38,7 +37,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(geometry.GEOMETRIES, "tiny", TINY)  # type: ignore[arg-type]
+    monkeypatch.setitem(published.CONFIGURATIONS, "tiny", TINY)  # type: ignore[arg-type]
     return "tiny"
 
 
@@ -58,19 +57,15 @@ def sizes(weight_format: str) -> LoadOptions:
     ],
 )
 def test_geometries_have_the_published_parameters(name: str, count: int) -> None:
-    config = geometry.configuration(name)
+    config = published.configuration(name)
     plain, small = (geometry.random_plan(config, name, sizes(form)) for form in ("bfloat16", "q2"))
     assert plain.parameters == small.parameters == count
     assert plain.weight_bytes == pytest.approx(2 * count, rel=1e-3)
     assert small.weight_bytes < 0.4 * plain.weight_bytes
 
 
-def test_command_line_names_every_geometry() -> None:
-    assert tuple(geometry.GEOMETRIES) == bench.GEOMETRIES
-
-
 def test_mixtral_8x7b_in_q2_needs_less_than_20_gb() -> None:
-    config = geometry.configuration("mixtral-8x7b")
+    config = published.configuration("mixtral-8x7b")
     plan = geometry.random_plan(config, "mixtral-8x7b", sizes("q2"))
     assert plan.bytes + geometry.PROCESS_BYTES < 20e9
     assert geometry.random_plan(config, "mixtral-8x7b", sizes("q2"), mapped=True).bytes == plan.cache_bytes
@@ -185,8 +180,9 @@ def test_weights_and_cache_are_written_memory() -> None:
     """Counted by the system, in a process that has little else."""
     program = f"""
 import json
+from moesaic import published
 from moesaic.bench import geometry, offline
-geometry.GEOMETRIES["tiny"] = {TINY | {"max_position_embeddings": 32768}}
+published.CONFIGURATIONS["tiny"] = {TINY | {"max_position_embeddings": 32768}}
 options = offline.Options("tiny", load=offline.LoadOptions(format="q4", context=32768))
 print(json.dumps(offline.run(None, options, offline.Work(prompt=8, tokens=4), buffer=0.01)))
 """

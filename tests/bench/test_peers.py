@@ -15,13 +15,13 @@ import torch
 from moesaic import cli, registry
 from moesaic.bench import chart, compare, peer_choice, report
 from moesaic.bench.compare import Cell, Comparison, Plan
-from moesaic.bench.limits import Limits
 from moesaic.bench.peers import _model
 from moesaic.bench.peers._model import Shape
 from moesaic.bench.peers._process import PeerFailed, Process, neighbour
 from moesaic.checkpoints import _safetensors
 from moesaic.checkpoints._views import Rotary, Stored
 from moesaic.errors import InvalidParameter, NotFound
+from moesaic.hardware.limits import Limits
 from tests.support.gguf_files import TinyFile
 from tests.support.require import require_package
 

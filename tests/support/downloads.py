@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -45,6 +46,7 @@ class Server(ThreadingHTTPServer):
             for file, data in files.items():
                 headers = {"ETag": f'"{oids[file]}"', "X-Repo-Commit": COMMIT}
                 self.routes[f"/{name}/resolve/{revision}/{file}"] = (200, headers, data)
+                self.routes[f"/{name}/resolve/{revision}/{quote(file, safe='')}"] = (200, headers, data)
 
 
 class Handler(BaseHTTPRequestHandler):
