@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -9,9 +12,12 @@ import httpx
 import pytest
 
 from moesaic import cli
+from moesaic.cli.flags import duration
+from moesaic.serve import keys
 from moesaic.serve.settings import Settings
 from tests.support.http import events
 from tests.support.many_models import ANNA, OPS, ManyModels, body, many_models
+from tests.support.server import serving
 from tests.support.wait import eventually
 
 
@@ -204,3 +210,43 @@ def test_the_command_lists_loads_and_unloads_models(many, capsys):
     admin("unload", "two", "--force")
     assert many.states()["two"] == "unloaded"
     assert admin("presets") == "no presets\n"
+
+
+def test_the_flags_of_a_server_process(tmp_path):
+    secret, key = keys.new("ops", admin=True)
+    keys.write(tmp_path / "keys.json", (key,))
+    flags = ["one=tales", "two=tales", "--pin", "two", "--idle-unload", "1s", "--memory", "20", "--admin-port", "0"]
+    with serving(tmp_path / "log", *flags, "--keys", str(tmp_path / "keys.json")) as url:
+        admins = next(
+            json.loads(line)["admins"] for line in (tmp_path / "log").read_text().splitlines() if '"serving"' in line
+        )
+        with httpx.Client(headers={"authorization": f"Bearer {secret}"}, timeout=60) as client:
+
+            def states() -> list[str]:
+                return [model["state"] for model in client.get(f"{url}/v1/models").json()["data"]]
+
+            eventually(lambda: states() == ["unloaded", "loaded"])  # the pinned model stays
+            assert client.post(f"{url}/v1/chat/completions", json=body("one")).status_code == 200
+            assert client.get(f"{admins}/admin/models").json()["memory"] == 20e9
+            assert client.get(f"{url}/admin/models").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--pin", "three"], "unknown model 'three'; available models: tales"),
+        (["--pin", "tales", "--memory", "0.000001"], "pinned models need"),
+        (["--idle-unload", "soon"], "'soon' is no duration: write seconds, or 90s, 15m, 2h, 1d"),
+        (["--idle-unload", "0"], "'0' is no duration"),
+        (["--presets", "none.toml"], "none.toml: cannot be read"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(flags, problem):
+    command = [sys.executable, "-m", "moesaic.cli", "serve", "tales", "--port", "0", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("15m", 900), ("2h", 7200), ("1d", 86400)])
+def test_durations_have_units(text, seconds):
+    assert duration(text) == seconds
