@@ -124,8 +124,8 @@ def test_a_client_that_leaves_while_a_model_wakes_frees_everything(many):
 
 
 def test_an_unload_waits_for_the_running_answer(many):
-    endless = body("one", stream=True, max_tokens=400, ignore_eos=True)
-    with many.client.stream("POST", "/v1/chat/completions", json=endless, headers=ANNA) as response:
+    long = body("one", stream=True, max_tokens=200, ignore_eos=True, n=16)
+    with many.client.stream("POST", "/v1/chat/completions", json=long, headers=ANNA) as response:
         pieces = response.iter_text()
         next(pieces)
         thread, _ = in_background(lambda: many.admin("models/one/unload"))
@@ -136,7 +136,7 @@ def test_an_unload_waits_for_the_running_answer(many):
 
 
 def test_a_forced_unload_ends_answers_with_an_error(many):
-    endless = body("one", stream=True, max_tokens=900, ignore_eos=True)
+    endless = body("one", stream=True, max_tokens=900, ignore_eos=True, n=64)
     with many.client.stream("POST", "/v1/chat/completions", json=endless, headers=ANNA) as response:
         pieces = response.iter_text()
         next(pieces)
