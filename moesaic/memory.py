@@ -132,9 +132,12 @@ def load_in_background(mapped: Tensor) -> threading.Thread:
 def release_unused() -> None:
     """Return memory that this process no longer uses to the system: that of reference cycles, and of free blocks.
 
-    A closed model is a part of cycles, and the C library keeps freed blocks for later. Only glibc can release them.
+    A closed model is a part of cycles. The C library keeps freed blocks for later, and only glibc can release them.
+    PyTorch keeps freed blocks of GPUs.
     """
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)

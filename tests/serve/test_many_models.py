@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 
 import httpx
@@ -88,6 +89,18 @@ def test_a_stream_gets_comments_while_its_model_wakes(many):
     assert "error" not in rest and "[DONE]" in rest and len(events(rest)) > 3
 
 
+def test_a_server_whose_only_models_are_loading_is_ready(many):
+    many.admin("models/one/unload")
+    many.gate.clear()
+    calls = [in_background(lambda name=name: many.chat(name)) for name in ("one", "two")]
+    eventually(lambda: set(many.states().values()) == {"loading"})
+    ready = many.client.get("/ready")  # a load balancer must not take away the requests that wait
+    many.gate.set()
+    for thread, _ in calls:
+        thread.join(60)
+    assert ready.status_code == 200 and ready.json() == {"status": "ready", "models": {"loading": 2}}
+
+
 def test_requests_wait_for_one_load(many):
     expected = text(many.chat("one"))
     loads = many.manager.entry("two").loads
@@ -121,6 +134,16 @@ def test_a_client_that_leaves_while_a_model_wakes_frees_everything(many):
     many.gate.set()
     entry = many.manager.entry("two")
     eventually(lambda: entry.loaded is not None and not entry.loaded.busy and not entry.waiting)
+
+
+def test_an_unloaded_model_leaves_nothing_in_memory(many):
+    many.chat("one")
+    loaded = many.manager.entry("one").loaded
+    weights = weakref.ref(next(loaded.backend._llm.loaded.model.parameters()))
+    del loaded
+    assert weights() is not None
+    many.admin("models/one/unload")
+    assert weights() is None
 
 
 def test_an_unload_waits_for_the_running_answer(many):

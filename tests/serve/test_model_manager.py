@@ -346,3 +346,28 @@ async def test_memory_is_reclaimed_after_the_model_is_closed():
     await memory.request("a")
     await memory.manager.unload("a")
     assert memory.reclaimed == [0]
+
+
+@async_test
+async def test_a_model_is_not_idle_between_its_load_and_the_request_that_waits():
+    memory = Memory("a")
+    request = asyncio.ensure_future(memory.request("a"))
+    await asyncio.sleep(0.005)
+    entry, seen = memory.manager.entry("a"), []
+    entry.loading.add_done_callback(lambda _: seen.append((entry.loaded is not None, entry.idle)))
+    await request
+    assert seen == [(True, False)] and entry.idle
+
+
+@async_test
+async def test_the_idle_time_begins_when_a_call_returns():
+    memory = Memory("a", idle_seconds=10)
+    memory.held = asyncio.Event()
+    call = asyncio.ensure_future(memory.request("a"))
+    await asyncio.sleep(0.05)
+    memory.now = 9
+    memory.held.set()
+    await call
+    memory.now = 12
+    await memory.manager.sweep()
+    assert memory.state("a") == "loaded"

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from moesaic import memory
 from moesaic.backend import Backend
 from moesaic.cli import serving
 from moesaic.serve import keys, model_admin, presets
@@ -93,7 +94,7 @@ def many_models(
 
     async def make() -> PresetBackend[ModelManager]:
         entries = [gated(entry, gate) for entry in serving.model_entries(args)]
-        manager = ModelManager(entries, idle_seconds=3600, patience=patience)
+        manager = ModelManager(entries, idle_seconds=3600, patience=patience, reclaim=memory.release_unused)
         backend = PresetBackend(manager, lambda: presets.read(preset_file) if preset_file else ())
         await manager.start()
         return backend
