@@ -205,6 +205,10 @@ class ModelInfo:
     """Labels of a classifier; empty for a chat model."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Architecture, dtype, weight formats and backends of the operations, for display."""
+    parent: str | None = None
+    """Name of the model that a preset uses; None: this is a model, not a preset."""
+    description: str = ""
+    """What a preset is for, in the words of its author; "" if it has no description."""
 
 
 @dataclass(frozen=True)

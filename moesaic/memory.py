@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import mmap
 import os
 import resource
@@ -124,6 +125,20 @@ def load_in_background(mapped: Tensor) -> threading.Thread:
     thread = threading.Thread(target=populate, name="moesaic-load", daemon=True)
     thread.start()
     return thread
+
+
+def release_unused() -> None:
+    """Return memory that this process no longer uses to the system: that of reference cycles, and of free blocks.
+
+    A closed model is a part of cycles. The C library keeps freed blocks for later, and only glibc can release them.
+    PyTorch keeps freed blocks of GPUs.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    trim = _function("malloc_trim")
+    if trim is not None:
+        trim(0)
 
 
 def evict(path: Path) -> None:

@@ -39,8 +39,9 @@ PROGRAMS = [ROOT / "README.md", DOCS / "tutorial/first-conversation.md", DOCS / 
 FLAGS = {
     "chat": "chat-format context device dtype format json kv-cache-dtype max-tokens message min-p plain-text plan "
     "repetition-penalty requantize seed stats system temperature top-k top-p speculation",
-    "serve": "allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format host "
-    "insecure-no-auth keep-alive-timeout keys kv-cache-dtype log-format log-level max-body memory otel port queue "
+    "serve": "admin-port allowed-host cache-tokens chat-format context cors-origin device drain-timeout dtype format "
+    "host idle-unload insecure-no-auth keep-alive-timeout keys kv-cache-dtype log-format log-level max-body memory "
+    "otel pin port presets queue "
     "queue-timeout request-timeout requantize sequences strict-fields strict-model-name "
     "timeout-keep-alive tls-cert tls-key "
     "trusted-proxy "
@@ -57,9 +58,9 @@ FLAGS = {
     "keep-alive-timeout keys lease log-format log-level max-body model otel port queue queue-per-key queue-timeout "
     "request-timeout timeout-keep-alive strict-fields tls-cert tls-key trusted-proxy",
     "worker": "api-auth-key api-server ca cache-tokens chat-format context device drain-timeout dtype format gateway "
-    "insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name queue "
-    "plan requantize sequences slots speculation",
-    "admin": "ca insecure-plaintext json key key-file most request url",
+    "idle-unload insecure-plaintext job-type key key-file kv-cache-dtype log-format log-level memory name pin plan "
+    "presets queue requantize sequences slots speculation",
+    "admin": "ca force insecure-plaintext json key key-file most request url",
     "launch": "address cpus gpus program replicas to worker",
     "keys": "admin concurrent file model priority requests-per-minute tokens-per-minute worker",
     "run-batch": "cache-tokens chat-format concurrency context device dtype format kv-cache-dtype plan requantize "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import re
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,23 @@ def test_lock_stays_within_its_limit() -> None:
         0,
         2 * mmap.PAGESIZE,
     )  # 0 where the system does not permit locking
+
+
+def test_memory_of_cycles_is_released() -> None:
+    class Node:
+        pass
+
+    node = Node()
+    node.itself = node  # type: ignore[attr-defined]
+    alive = weakref.ref(node)
+    gc.disable()
+    try:
+        del node
+        assert alive() is not None
+        memory.release_unused()
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_container_limit_bounds_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
     python -m tools.generate_reference            write the pages
     python -m tools.generate_reference --check    exit with 1 if a page is not current
 
-Routes and metrics come from a gateway that is started for this on a free port of loopback: a gateway serves every
-route of `moesaic serve`, and its own.
+Routes and metrics come from a gateway and a server that are started for this on free ports of loopback: a gateway
+serves nearly every route of `moesaic serve`, and its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The reference pages of HTTP routes and metrics, from a gateway that is started for them."""
+"""The reference pages of HTTP routes and metrics, from a gateway and a server that are started for them."""
 
 from __future__ import annotations
 
@@ -23,24 +23,38 @@ TIMEOUT_SECONDS = 60
 
 
 def surface() -> tuple[dict[str, Any], str]:
-    """Return the OpenAPI description and the metrics of a gateway, which runs only for this call."""
+    """Return the OpenAPI description and the metrics of a gateway, and what a server has beside these.
+
+    Both run only for this call.
+    """
+    description, figures = surface_of("gateway", "--model", "model")
+    of_server, more_figures = surface_of("serve", "tales")
+    description["paths"] = of_server["paths"] | description["paths"]
+    description["components"]["schemas"] = of_server["components"]["schemas"] | description["components"]["schemas"]
+    known = set(re.findall(r"^# HELP (\S+)", figures, re.M))
+    more = [line for line in more_figures.splitlines() if line.startswith("# ") and line.split()[2] not in known]
+    return description, "\n".join([figures, *more])
+
+
+def surface_of(command: str, *arguments: str) -> tuple[dict[str, Any], str]:
+    """Return the OpenAPI description and the metrics of one process."""
     with tempfile.TemporaryDirectory() as folder:
         keys = str(Path(folder, "keys.json"))
         with contextlib.redirect_stdout(io.StringIO()) as shown:
             cli.main(["keys", "add", "reference", "--admin", "--file", keys])
         key = re.findall(r"msc-\S+", shown.getvalue())[0]
-        jobs = str(Path(folder, "jobs.sqlite"))
-        line = ["gateway", "--port", "0", "--keys", keys, "--jobs", jobs, "--model", "model"]
+        jobs = ["--jobs", str(Path(folder, "jobs.sqlite"))] if command == "gateway" else []
+        line = [command, *arguments, "--port", "0", "--keys", keys, *jobs]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("MOESAIC_")}
-        command = [sys.executable, "-c", f"from moesaic.cli import main; raise SystemExit(main({line!r}))"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=clean) as gateway:
+        program = [sys.executable, "-c", f"from moesaic.cli import main; raise SystemExit(main({line!r}))"]
+        with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=clean) as process:
             try:
-                assert gateway.stderr is not None
-                events = (json.loads(text) for text in gateway.stderr)
+                assert process.stderr is not None
+                events = (json.loads(text) for text in process.stderr)
                 url = next(event["url"] for event in events if "url" in event)
                 return json.loads(get(f"{url}/openapi.json", key)), get(f"{url}/metrics", key)
             finally:
-                gateway.terminate()
+                process.terminate()
 
 
 def get(url: str, key: str) -> str:
@@ -50,8 +64,8 @@ def get(url: str, key: str) -> str:
 
 
 def http_api(description: dict[str, Any]) -> str:
-    routes: dict[str, list[tuple[str, str, str, str]]] = {name: [] for name in ("Inference", "Jobs", "Administration")}
-    routes |= {"Workers": [], "AIME": [], "Operation": []}
+    routes: dict[str, list[tuple[str, str, str, str]]] = {name: [] for name in ("Inference", "Models", "Jobs")}
+    routes |= {"Administration": [], "Workers": [], "AIME": [], "Operation": []}
     seen = set()
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
@@ -64,8 +78,8 @@ def http_api(description: dict[str, Any]) -> str:
                 row = (f"`{method.upper()} {shown}`", summary, body_link(operation), key_of(shown, group, operation))
                 routes[group].append(row)
     parts = [
-        "`moesaic serve` has the groups Inference and Operation. `moesaic gateway` has all of them. A running server "
-        "returns this description as OpenAPI 3.1 from `GET /openapi.json`.",
+        "`moesaic serve` has the groups Inference, Models and Operation. `moesaic gateway` has all but Models. A "
+        "running server returns this description as OpenAPI 3.1 from `GET /openapi.json`.",
         "The web chat (`GET /` for browsers, and files below `/web/`) needs no key to load; its requests do.",
     ]
     for group, rows in routes.items():
@@ -78,6 +92,8 @@ def http_api(description: dict[str, Any]) -> str:
 
 
 def group_of(path: str, operation: dict[str, Any]) -> str:
+    if path.startswith(("/admin/models", "/admin/presets")):
+        return "Models"
     if path.startswith("/admin"):
         return "Administration"
     if path.startswith("/worker/"):
@@ -95,7 +111,9 @@ def key_of(path: str, group: str, operation: dict[str, Any]) -> str:
         return "worker's key or the endpoint's, in the body" if path.startswith("/worker_") else "in the body or query"
     if "security" not in operation:
         return "none"
-    return {"Workers": "worker's", "Administration": "administrator's"}.get(group, "client's")
+    if path.startswith("/admin"):
+        return "administrator's"
+    return "worker's" if group == "Workers" else "client's"
 
 
 def short(name: str) -> str:
@@ -136,13 +154,15 @@ def kind_of(schema: dict[str, Any], shown: Container[str]) -> str:
 
 def metrics(text: str) -> str:
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)", text, re.M))
-    groups: dict[str, list[tuple[str, str, str]]] = {"moesaic_": [], "moesaic_gateway_": [], "vllm:": [], "tgi_": []}
+    groups: dict[str, list[tuple[str, str, str]]] = {name: [] for name in ("moesaic_", "moesaic_model_")}
+    groups |= {"moesaic_gateway_": [], "vllm:": [], "tgi_": []}
     for name, about in re.findall(r"^# HELP (\S+) (.*)", text, re.M):
         if not name.endswith("_created"):
             prefix = max((prefix for prefix in groups if name.startswith(prefix)), key=len)
             groups[prefix].append((f"`{name}`", kinds[name], about))
     headings = {
         "moesaic_": "Names of Moesaic",
+        "moesaic_model_": "Servers only",
         "moesaic_gateway_": "Gateways only",
         "vllm:": "Names of vLLM",
         "tgi_": "Names of TGI",

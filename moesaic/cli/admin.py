@@ -1,4 +1,4 @@
-"""``moesaic admin``: inspect and control a running gateway through its admin routes.
+"""``moesaic admin``: inspect and control a running gateway or server through its admin routes.
 
 This module needs neither torch nor the packages of a server.
 """
@@ -19,6 +19,8 @@ from moesaic.errors import BadReply, ConnectionFailed, InvalidRequest, MoesaicEr
 
 KEY_VARIABLE = "MOESAIC_ADMIN_KEY"
 TIMEOUT_SECONDS = 30.0
+LOAD_SECONDS = 3600.0
+"""Time limit for loading a model, and for unloading it, which waits for its answers."""
 STATES = ("queued", "leased", "done", "failed", "cancelled", "dead")
 ACTIONS = {
     "status": "show a summary of the gateway",
@@ -34,8 +36,13 @@ ACTIONS = {
     "cancel": "cancel job NAME of any client",
     "keys": "list the API keys and their limits",
     "reload": "reload the API keys",
+    "models": "list the models of a server, their states and their memory",
+    "load": "load model NAME of a server",
+    "unload": "unload model NAME of a server after its running answers; with --force: now",
+    "presets": "list the presets of a server",
+    "reload-presets": "reload the presets of a server",
 }
-NAMED_ACTIONS = ("ban", "jobs", "job", "revive", "cancel")
+NAMED_ACTIONS = ("ban", "jobs", "job", "revive", "cancel", "load", "unload")
 STATUSES: Mapping[int, type[MoesaicError]] = {
     400: errors.InvalidRequest,
     401: errors.Unauthorized,
@@ -51,17 +58,22 @@ def add_admin(commands: Commands) -> None:
         commands,
         "admin",
         _admin,
-        "inspect and control a gateway: workers, queues, dead letters, API keys",
+        "inspect and control a gateway: workers, queues, dead letters, API keys; or the models of a server",
         "It needs an admin key: `moesaic keys add NAME --admin`.\n\n"
-        + "\n".join(f"  {name:<8}  {about}" for name, about in ACTIONS.items()),
+        + "\n".join(f"  {name:<14}  {about}" for name, about in ACTIONS.items()),
         "MOESAIC_ADMIN_KEY=msc-... moesaic admin workers",
         "moesaic admin dead --url https://chat.example.org --key-file admin.key --json",
         "moesaic admin drain rack-1/node-7",
+        "moesaic admin unload mixtral --url http://127.0.0.1:8001",
     )
     parser.add_argument("what", choices=ACTIONS, metavar="WHAT", help="one of the actions above")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="name of a worker, id of a job, or state of jobs")
     parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="address of the gateway (default http://127.0.0.1:8000)"
+        "name", metavar="NAME", nargs="?", help="a worker, a model, the id of a job, or a state of jobs"
+    )
+    parser.add_argument(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="address of the gateway or server (default http://127.0.0.1:8000)",
     )
     client_options.add_flags(parser.add_argument_group("connection"), KEY_VARIABLE, "an admin's")
     parser.add_argument("--json", action="store_true", help="print the gateway's response as JSON")
@@ -69,6 +81,7 @@ def add_admin(commands: Commands) -> None:
         "--most", type=int, default=100, metavar="N", help="with jobs and dead: list the newest N (default 100)"
     )
     parser.add_argument("--request", action="store_true", help="with job: also show the request, if the job is dead")
+    parser.add_argument("--force", action="store_true", help="with unload: end running answers with an error")
 
 
 def _admin(args: argparse.Namespace) -> int:
@@ -97,7 +110,11 @@ def _request(args: argparse.Namespace) -> tuple[str, str, Any]:
         if what == "job":
             return "GET", path + "?request=true" * args.request, None
         return ("DELETE", path, None) if what == "cancel" else ("POST", f"{path}/revive", None)
-    return ("POST", "keys/reload", None) if what == "reload" else ("GET", what, None)
+    if what in ("load", "unload"):
+        return "POST", f"models/{quote(name, safe='')}/{what}" + "?force=true" * (what == "unload" and args.force), None
+    if what in ("reload", "reload-presets"):
+        return "POST", f"{'keys' if what == 'reload' else 'presets'}/reload", None
+    return "GET", what, None
 
 
 def _send(args: argparse.Namespace, method: str, path: str, body: Any) -> Any:
@@ -109,15 +126,14 @@ def _send(args: argparse.Namespace, method: str, path: str, body: Any) -> Any:
     import http.client
 
     parts, key = urlsplit(args.url), client_options.key(args, KEY_VARIABLE)
+    seconds = LOAD_SECONDS if args.what in ("load", "unload") else TIMEOUT_SECONDS
     headers = {"authorization": f"Bearer {key}"} if key else {}
     host = str(parts.hostname)
     try:
         connection = (
-            http.client.HTTPSConnection(
-                host, parts.port, timeout=TIMEOUT_SECONDS, context=client_options.trusted(args.ca)
-            )
+            http.client.HTTPSConnection(host, parts.port, timeout=seconds, context=client_options.trusted(args.ca))
             if parts.scheme == "https"
-            else http.client.HTTPConnection(host, parts.port, timeout=TIMEOUT_SECONDS)
+            else http.client.HTTPConnection(host, parts.port, timeout=seconds)
         )
         data = None if body is None else json.dumps(body).encode()
         with contextlib.closing(connection):
@@ -198,8 +214,32 @@ COLUMNS: Mapping[str, tuple[str, Mapping[str, Callable[[Row], Any]]]] = {
             "models": lambda row: ", ".join(row["models"]) or "any",
         },
     ),
+    "models": (
+        "models",
+        {
+            "name": lambda row: row["name"],
+            "state": lambda row: row["state"] + ", pinned" * row["pinned"],
+            "GB": lambda row: "-" if row["bytes"] is None else f"{row['bytes'] / 1e9:.2f}",
+            "answers": lambda row: row["running"] + row["waiting"],
+            "idle": lambda row: "-" if row["idle"] is None else f"{row['idle']:.0f} s",
+            "loads": lambda row: row["loads"],
+            "s/load": lambda row: "-" if row["load_seconds"] is None else f"{row['load_seconds']:.1f}",
+            "unloads": lambda row: sum(row["unloads"].values()),
+            "presets": lambda row: ", ".join(row["presets"]) or "-",
+            "error": lambda row: row["error"],
+        },
+    ),
+    "presets": (
+        "presets",
+        {
+            "name": lambda row: row["name"],
+            "base": lambda row: row["base"],
+            "sampling": lambda row: ", ".join(f"{name} {value}" for name, value in row["sampling"].items()),
+            "description": lambda row: row["description"],
+        },
+    ),
 }
-ALIASES = {"dead": "jobs", "reload": "keys"}
+ALIASES = {"dead": "jobs", "reload": "keys", "reload-presets": "presets"}
 """Actions whose response is printed like that of another action."""
 
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from moesaic.cli import client_options, server_options, serving
 from moesaic.cli.event_loop import run_async
 from moesaic.cli.flags import Commands, add_command
-from moesaic.errors import EngineStopped, InvalidRequest, NotInstalled
+from moesaic.errors import EngineStopped, InvalidRequest, MoesaicError, NotInstalled
 
 if TYPE_CHECKING:
     from moesaic.backend import Backend
     from moesaic.cluster.gateway import Gateway
     from moesaic.cluster.worker.agent import Worker
     from moesaic.serve.endpoint import Endpoint
+    from moesaic.serve.presets import PresetBackend
 
 MANY_STREAMS = 4
 """Running answers above which a worker polls its engine less often: each poll costs a message to the gateway."""
@@ -81,8 +82,7 @@ def add_gateway(commands: Commands) -> None:
         help="endpoint file of an AIME API server, or a folder of such files; repeatable",
     )
     server_options.add_flags(parser)
-    about = "serve the admin routes only on this port of 127.0.0.1, not on --port (0: any free port)"
-    parser.add_argument("--admin-port", type=int, metavar="N", help=about)
+    server_options.add_admin_port(parser)
     parser.set_defaults(host="127.0.0.1", port=8000)
 
 
@@ -185,11 +185,13 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 async def _run_worker(args: argparse.Namespace, key: str | None, trusted: Any) -> int:
+    import asyncio
+
     from moesaic.cluster.launch import LOST_ENGINE
     from moesaic.cluster.worker.agent import Worker
     from moesaic.engine import Limits
 
-    models = await serving.model_manager(args, MANY_STREAMS)
+    models = await serving.open_models(args, MANY_STREAMS)
     slots = args.slots or args.sequences or Limits().sequences
     name = args.name or f"{platform.node()}-{secrets.token_hex(4)}"
     about = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
@@ -197,6 +199,7 @@ async def _run_worker(args: argparse.Namespace, key: str | None, trusted: Any) -
         return await _run_aime_worker(args, models, key or "", slots)
     worker = Worker(models, args.gateway, name=name, key=key, slots=slots, about=about, ssl=trusted)
     _drain_on_signal(worker, args.drain_timeout)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, models)
     try:
         await worker.run()
     except EngineStopped as error:
@@ -206,6 +209,18 @@ async def _run_worker(args: argparse.Namespace, key: str | None, trusted: Any) -
         os._exit(LOST_ENGINE)  # the engine's thread may never return from the model
     await models.close()
     return 0
+
+
+def _reload(presets: PresetBackend[Any]) -> None:
+    """Read the presets again. The worker announces them with its next renewal of leases."""
+    import logging
+
+    log = logging.getLogger("moesaic.worker")
+    try:
+        presets.reload()
+        log.info("presets reloaded")
+    except MoesaicError as error:
+        log.error("presets not reloaded", extra={"why": str(error)})
 
 
 async def _run_aime_worker(args: argparse.Namespace, models: Backend, key: str, slots: int) -> int:

@@ -6,6 +6,8 @@ This module imports nothing slow, because ``moesaic --help`` imports it.
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -20,6 +22,9 @@ HELP_WIDTH = 79
 MODEL_HELP = (
     "a folder, a GGUF file, org/name[:quantization] on the Hugging Face hub, or a built-in model: smollm2 or tales"
 )
+
+DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+"""Seconds of the units that ``duration`` reads."""
 
 Commands = Any
 """What ``ArgumentParser.add_subparsers`` returns; argparse gives its type no public name."""
@@ -112,6 +117,19 @@ def show_plan(args: argparse.Namespace, plan: Plan) -> None:
 
         machine = this_machine.describe(str(plan.device))
         print("\n".join(text.loading_lines(plan, machine)), file=sys.stderr, flush=True)
+
+
+def duration(text: str) -> float:
+    """Return the seconds of a duration such as ``90``, ``90s``, ``15m`` or ``2h``, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no duration above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    seconds = float(match[1]) * DURATION_UNITS[match[2]] if match else 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no duration: write seconds, or 90s, 15m, 2h, 1d")
+    return seconds
 
 
 def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:

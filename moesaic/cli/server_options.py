@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -91,6 +91,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_admin_port(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --admin-port."""
+    about = "serve the admin routes only on this port of 127.0.0.1, not on --port (0: any free port)"
+    parser.add_argument("--admin-port", type=int, metavar="N", help=about)
+
+
 def add_log_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags of the log, and return their group."""
     logs = parser.add_argument_group("logs")
@@ -141,6 +147,7 @@ def serve(
     routes: Callable[[B], Iterable[Endpoint]] = lambda _: (),
     metrics: Callable[[B], Callable[[], Iterable[Metric]]] = lambda _: tuple,
     before: Callable[[], None] = lambda: None,
+    reloads: Callable[[B], Mapping[str, Callable[[], None]]] = lambda _: {},
 ) -> int:
     """Serve until a signal stops the server; return the exit code.
 
@@ -151,6 +158,7 @@ def serve(
         routes: returns the backend's own routes, which are served beside the APIs.
         metrics: returns a collector of the backend's own Prometheus metrics.
         before: called when all flags are checked, before the port is bound.
+        reloads: returns the functions that SIGHUP calls after it has read the keys again, by what they read.
 
     Raises:
         InvalidRequest: the address, the keys or the certificate are not usable.
@@ -177,7 +185,7 @@ def serve(
                 stack.enter_context(server.bind(replace(settings, host=ADMIN_ADDRESS, port=settings.admin_port)))
             )
             settings = replace(settings, admin_port=sockets[1].getsockname()[1])
-        run_async(_run(args, settings, accepted, sockets, make_backend, routes, metrics))
+        run_async(_run(args, settings, accepted, sockets, make_backend, routes, metrics, reloads))
     return 0
 
 
@@ -189,6 +197,7 @@ async def _run(
     make_backend: Callable[[], Awaitable[B]],
     routes: Callable[[B], Iterable[Endpoint]],
     metrics: Callable[[B], Callable[[], Iterable[Metric]]],
+    reloads: Callable[[B], Mapping[str, Callable[[], None]]],
 ) -> None:
     from moesaic.serve import server
     from moesaic.serve.app import App
@@ -199,11 +208,12 @@ async def _run(
     app = App(backend, settings, keys, tracer, routes(backend), metrics(backend))
 
     def reload() -> None:
-        try:
-            keys.reload()
-            log.info("API keys reloaded")
-        except MoesaicError as error:
-            log.error("API keys not reloaded", extra={"why": str(error)})
+        for what, read_again in {"API keys": keys.reload, **reloads(backend)}.items():
+            try:
+                read_again()
+                log.info(f"{what} reloaded")
+            except MoesaicError as error:
+                log.error(f"{what} not reloaded", extra={"why": str(error)})
 
     if not settings.loopback and not args.tls_cert:
         log.warning("keys and prompts travel unencrypted: pass --tls-cert, or use a reverse proxy that encrypts")
@@ -213,7 +223,7 @@ async def _run(
     admins = {"admins": urls[1]} if urls[1:] else {}
     log.info("serving", extra={"url": urls[0], "models": [model.name for model in backend.models()], **admins})
     try:
-        await server.serve(app, *sockets, certificate=args.tls_cert, private_key=args.tls_key, reload_keys=reload)
+        await server.serve(app, *sockets, certificate=args.tls_cert, private_key=args.tls_key, reload=reload)
     finally:
         if tracer:
             tracer.close()

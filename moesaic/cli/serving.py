@@ -17,6 +17,7 @@ from moesaic.cli.flags import (
     add_requantize,
     add_show_plan,
     add_speculation,
+    duration,
     folder,
     load_options,
     show_plan,
@@ -29,7 +30,9 @@ from moesaic.load_options import CACHE_DTYPES, DTYPES, LoadOptions
 if TYPE_CHECKING:
     from moesaic.backend import Backend
     from moesaic.plan import Plan
-    from moesaic.serve.model_manager import ModelEntry, ModelManager, PlannedModel
+    from moesaic.serve.model_entry import ModelEntry, PlannedModel
+    from moesaic.serve.model_manager import ModelManager
+    from moesaic.serve.presets import PresetBackend
 
 
 def add_serve(commands: Commands) -> None:
@@ -43,10 +46,12 @@ def add_serve(commands: Commands) -> None:
         "moesaic serve",
         "moesaic serve ./mixtral-q4 --port 8080",
         "moesaic serve chat=./mixtral small=./mistral-7b --memory 20 --host 0.0.0.0 --keys keys.json",
+        "moesaic serve chat=./mixtral small=./mistral-7b --pin small --idle-unload 15m --presets presets.toml",
     )
     parser.usage = "moesaic serve [FLAGS] [MODEL ...]"
     add_models(parser)
     server_options.add_flags(parser)
+    server_options.add_admin_port(parser)
     parser.add_argument(
         "--strict-model-name",
         action="store_true",
@@ -92,6 +97,24 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     add_speculation(model)
     add_show_plan(model)
     model.add_argument("--memory", type=float, metavar="GB", help="maximum size of all loaded models together")
+    model.add_argument(
+        "--idle-unload",
+        type=duration,
+        metavar="TIME",
+        help="unload a model that is unused for this time, such as 15m; the next request loads it again",
+    )
+    model.add_argument(
+        "--pin",
+        action="append",
+        metavar="NAME",
+        help="load this model at the start and never unload it for memory or idleness; repeatable",
+    )
+    model.add_argument(
+        "--presets",
+        type=Path,
+        metavar="FILE",
+        help="TOML file of presets: a model with a system prompt and sampling values, under a name; SIGHUP reloads it",
+    )
     model.add_argument("--sequences", type=int, metavar="N", help="maximum concurrent answers (default 64)")
     model.add_argument(
         "--queue", type=int, metavar="N", help="maximum waiting answers; further requests get 429 (default 256)"
@@ -100,6 +123,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     server_options.require_packages()
+    from moesaic.serve import model_admin
+    from moesaic.serve.model_metrics import ModelCollector
     from moesaic.serve.settings import TgiBounds
 
     launch = tgi_launcher.translate(args, os.environ)
@@ -107,29 +132,48 @@ def _serve(args: argparse.Namespace) -> int:
     os.environ.update(launch.environment)  # for the libraries that read it
     settings = server_options.settings(
         args,
+        admin_port=args.admin_port,
         strict_model_name=args.strict_model_name,
         concurrent_requests=args.concurrent_requests,
         prompts=args.prompts,
         tgi=TgiBounds(**launch.bounds),
     )
 
-    return server_options.serve(args, settings, lambda: model_manager(args), before=lambda: _print_notes(launch))
+    return server_options.serve(
+        args,
+        settings,
+        lambda: open_models(args),
+        model_admin.endpoints,
+        lambda models: ModelCollector(models.backend.entries),
+        before=lambda: _print_notes(launch),
+        reloads=lambda models: {"presets": models.reload},
+    )
 
 
-async def model_manager(args: argparse.Namespace, many_streams: int | None = None) -> ModelManager:
-    """Load the first model of the command line, and return the manager of all of them.
+async def open_models(args: argparse.Namespace, many_streams: int | None = None) -> PresetBackend[ModelManager]:
+    """Load the first model of the command line and the pinned ones; return the manager of all, with the presets.
 
     Args:
         args: parsed flags of ``add_models``.
         many_streams: number of running answers above which a backend polls its engine less often; None: the default.
+
+    Raises:
+        InvalidRequest: the presets are wrong, or pinned models need more memory than there is.
+        NotFound: there is no model of the name of a pin.
+        MoesaicError: a model cannot be loaded.
     """
+    from moesaic import memory
+    from moesaic.serve import presets
     from moesaic.serve.model_manager import ModelManager
 
-    manager = ModelManager(model_entries(args, many_streams), None if args.memory is None else int(args.memory * 1e9))
-    if args.memory is not None:
-        await manager.plan_all()
-    await manager.get(manager.models()[0].name)
-    return manager
+    budget = None if args.memory is None else int(args.memory * 1e9)
+    entries = model_entries(args, many_streams)
+    manager = ModelManager(entries, budget, idle_seconds=args.idle_unload, reclaim=memory.release_unused)
+    for name in args.pin or ():
+        manager.entry(name).pinned = True
+    models = presets.PresetBackend(manager, lambda: presets.read(args.presets) if args.presets else ())
+    await manager.start()
+    return models
 
 
 def _print_notes(launch: tgi_launcher.Launch) -> None:
@@ -150,7 +194,7 @@ def model_entries(args: argparse.Namespace, many_streams: int | None = None) -> 
     from moesaic import builtin
     from moesaic.backend import ModelInfo
     from moesaic.hub_files import HubName
-    from moesaic.serve.model_manager import ModelEntry
+    from moesaic.serve.model_entry import ModelEntry
 
     entries = []
     for argument in args.models or [builtin.default()]:
@@ -178,7 +222,7 @@ async def _plan_model(args: argparse.Namespace, path: Path, name: str, many_stre
 
     with collection_paused():
         from moesaic.plan import make_plan
-        from moesaic.serve.model_manager import PlannedModel
+        from moesaic.serve.model_entry import PlannedModel
 
     plan = await asyncio.get_running_loop().run_in_executor(None, make_plan, path, served_options(args, path))
     show_plan(args, plan)

@@ -6,6 +6,7 @@ Modules, from the bottom up: ``types`` (ASGI), ``endpoint`` (routes and response
 response is sent), ``settings``, ``keys``, ``guard`` (checks before a route), ``json_body``, ``deadline``, ``metrics``,
 ``generation`` (one running generation), ``services`` (what endpoints share), ``context`` (one request), ``app``
 (routes and the order of checks), ``connection`` and ``server`` (sockets, signals, shutdown), ``model_manager`` (several
-models). One file in ``dialects`` is one API. The package does not depend on an engine: a
-gateway runs the same application over another ``Backend``.
+models), ``presets`` (names for a model with values of their own), ``model_admin`` (their routes for administrators).
+One file in ``dialects`` is one API. The package does not depend on an engine: a gateway runs the same application over
+another ``Backend``.
 """

@@ -35,6 +35,6 @@ class Readiness:
             if not stats.alive:
                 reasons.append(f"dead: {name}")
         states = [model.state for model in self._backend.models()]
-        if states and all(state in ("loading", "failed") for state in states):
-            reasons.append(states[0])
+        if states and all(state == "failed" for state in states):  # requests wait for a model that is being loaded
+            reasons.append("failed")
         return "; ".join(reasons) or None

@@ -1,7 +1,8 @@
 """The server process that runs the application: sockets, signals and shutdown.
 
 The first SIGTERM or SIGINT drains: running requests get ``drain_seconds``, new ones are refused with 503. A second
-signal stops at once. SIGHUP reads the keys again. The module ``connection`` has the limits of a single connection.
+signal stops at once. SIGHUP reads the keys and other files again. The module ``connection`` has the limits of a single
+connection.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ async def serve(
     *listeners: socket.socket,
     certificate: str | None = None,
     private_key: str | None = None,
-    reload_keys: Callable[[], None] | None = None,
+    reload: Callable[[], None] | None = None,
 ) -> None:
     """Serve the application until a signal stops it.
 
@@ -145,15 +146,15 @@ async def serve(
         listeners: sockets that already listen. The one for administrators' own port, if there is one, has no TLS.
         certificate: path of the TLS certificate; None: no TLS.
         private_key: path of the certificate's private key.
-        reload_keys: called on SIGHUP to read the API keys again; None: SIGHUP is not handled.
+        reload: called on SIGHUP to read the API keys and other files again; None: SIGHUP is not handled.
 
     Raises:
         InvalidRequest: the certificate or its private key cannot be used.
     """
     config = uvicorn_config(app, certificate, private_key)
-    if reload_keys and hasattr(signal, "SIGHUP"):
+    if reload and hasattr(signal, "SIGHUP"):
         with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # not in the main thread
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_keys)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     await Server(config, app).serve(list(listeners))
 
 

@@ -174,6 +174,26 @@ def test_sighup_reloads_the_keys(start, tmp_path):
     assert first not in str(server.lines) and second not in str(server.lines)
 
 
+def test_sighup_reloads_the_presets(start, tmp_path):
+    file = tmp_path / "presets.toml"
+    file.write_text("[one]\nbase = 'tales'\n")
+    server = start("--presets", str(file))
+
+    def names() -> list[str]:
+        return [model["id"] for model in httpx.get(server.url + "/v1/models").json()["data"]]
+
+    assert names() == ["tales", "one"]
+    for content, event, expected in (
+        ("[two]\nbase = 'tales'\n", "presets reloaded", ["tales", "two"]),
+        ("[three]\nbase = 'none'\n", "presets not reloaded", ["tales", "two"]),
+    ):
+        file.write_text(content)
+        server.signal(signal.SIGHUP)
+        line = server.read_until(event)
+        assert names() == expected
+    assert "unknown base 'none'" in line["why"]
+
+
 def test_an_empty_key_file_admits_no_request(start, tmp_path):
     keys.write(tmp_path / "keys.json", ())
     server = start("--keys", str(tmp_path / "keys.json"))

@@ -45,6 +45,10 @@ WORKER_ERRORS = (Overloaded, Unavailable)
 """Errors that are not the job's fault: the worker releases the job, so that another worker can run it."""
 
 
+class ModelsChanged(Exception):
+    """The backend offers other models than the worker has announced to its gateway."""
+
+
 class Worker:
     """A worker: runs the jobs of a gateway on a backend until it is stopped."""
 
@@ -77,6 +81,7 @@ class Worker:
         self._connection = GatewayConnection(key, ssl)
         self._instance = secrets.token_hex(8)
         self._last_failure = ""
+        self._announced: list[tuple[str, str | None, str]] = []
         self._jobs: dict[str, RunningJob] = {}
         self._to_release: set[wire.LeaseClaim] = set()  # until a gateway has acknowledged their release
         self._has_news = asyncio.Event()
@@ -133,9 +138,11 @@ class Worker:
                     return
                 self._connection.url = url.rstrip("/")
                 try:
-                    await self._register()
-                    tries = 0
-                    await self._run_together(self._fetch(), self._send(), self._renew())
+                    while True:
+                        await self._register()
+                        tries = 0
+                        with contextlib.suppress(ModelsChanged):
+                            await self._run_together(self._fetch(), self._send(), self._renew())
                 except RETRYABLE_ERRORS as error:
                     if not self._draining:  # after a drain the gateway does not know the worker
                         self._log_disconnect(error)
@@ -167,6 +174,7 @@ class Worker:
 
     async def _register(self) -> None:
         models = tuple(model for model in self._backend.models() if model.state != "failed")
+        self._announced = self._offered()
         jobs = list(self._jobs.values())
         for job in jobs:
             job.finishing = False  # the task that was sending the end is gone with the last connection
@@ -182,6 +190,10 @@ class Worker:
         self.connected.set()
         self._has_news.set()
         log.info("registered", extra={"url": self._connection.url, "models": [model.name for model in models]})
+
+    def _offered(self) -> list[tuple[str, str | None, str]]:
+        """Return what the worker announces of its models, except their states, which change with each request."""
+        return [(model.name, model.parent, model.description) for model in self._backend.models()]
 
     async def _fetch(self) -> None:
         """Long-poll the gateway for jobs, cancellations and queries, and handle them."""
@@ -203,6 +215,8 @@ class Worker:
 
     async def _renew(self) -> None:
         while True:
+            if self._offered() != self._announced:
+                raise ModelsChanged
             await self._release()
             jobs = list(self._jobs.values())
             claims = tuple(job.claim for job in jobs)

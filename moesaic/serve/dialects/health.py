@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from moesaic.serve.context import RequestContext
 from moesaic.serve.endpoint import AnyResponse, Endpoint, Response, openai_failure
 
@@ -17,12 +19,15 @@ async def health(context: RequestContext) -> AnyResponse:
 async def ready(context: RequestContext) -> AnyResponse:
     """Answer 200 if the server accepts requests and its engines make progress, else 503 with the reason.
 
-    With 503, a load balancer should send requests to another server.
+    With 503, a load balancer should send requests to another server. Both have the number of models in each state; not
+    their names, because the route needs no key.
     """
     why = context.services.readiness.why_not()
     if context.services.state.draining:
         why = "draining"
-    return Response({"status": why or "ready"}, 503 if why else 200, headers={"retry-after": "5"} if why else {})
+    states = Counter(model.state for model in context.backend.models() if model.parent is None)
+    content = {"status": why or "ready", "models": states}
+    return Response(content, 503 if why else 200, headers={"retry-after": "5"} if why else {})
 
 
 async def metrics(context: RequestContext) -> AnyResponse:

@@ -51,8 +51,8 @@ def model_entry(model: ModelInfo) -> dict[str, Any]:
         "object": "model",
         "created": STARTED_AT,
         "owned_by": "moesaic",
-        "root": model.name,
-        "parent": None,
+        "root": model.parent or model.name,
+        "parent": model.parent,
         "permission": [],
         "max_model_len": model.context,
         "type": "model",
@@ -62,6 +62,7 @@ def model_entry(model: ModelInfo) -> dict[str, Any]:
         "max_input_tokens": model.context,
         "state": model.state,
         "task": model.task,
+        "description": model.description or None,
         "chat_format": model.about.get("chat_format"),
         "chat_format_note": model.about.get("chat_format_note") or None,
     }

@@ -1,4 +1,4 @@
-/** Requests to a gateway's admin routes. This module does not know the page. */
+/** Requests to the admin routes of a gateway, or of a server that loads models itself. This module does not know the page. */
 
 import { send } from "./api.js";
 
@@ -13,7 +13,25 @@ import { send } from "./api.js";
  *   suspects: number, seconds: number, lost: number, fenced: number, dead: number}} Status
  * @typedef {{status: Status, workers: Worker[], drained: string[], banned: string[], queues: Queue[],
  *   dead: Job[]}} Gateway
+ * @typedef {{name: string, aliases: string[], state: string, pinned: boolean, bytes: number | null, reserved: number,
+ *   running: number, waiting: number, idle: number | null, loads: number, load_seconds: number | null,
+ *   failures: number, error: string, presets: string[]}} ServedModel
+ * @typedef {{models: ServedModel[], memory: number | null}} ModelServer
  */
+
+/**
+ * Returns the models of a server. A gateway has no such route.
+ * @param {string} key
+ * @returns {Promise<ModelServer>}
+ */
+export const fetchModels = (key) => send("GET", "admin/models", key);
+
+/**
+ * @param {"load" | "unload" | "unload?force=true"} action
+ * @param {string} name the model's
+ * @param {string} key
+ */
+export const controlModel = (action, name, key) => send("POST", `admin/models/${encodeURIComponent(name)}/${action}`, key);
 
 /**
  * Returns everything that the page shows.

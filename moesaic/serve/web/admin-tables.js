@@ -2,12 +2,13 @@
 
 import { element, textButton } from "./dom.js";
 
-/** @typedef {import("./admin-api.js").Gateway} Gateway */
+/** @typedef {import("./admin-api.js").Gateway} Gateway @typedef {import("./admin-api.js").ModelServer} ModelServer */
 /** @typedef {Node | string} Cell */
 
 /**
  * @typedef {{controlWorker: (action: "drain" | "resume" | "ban", name: string) => void,
- *   reviveJob: (id: string) => void}} Actions actions of the buttons
+ *   reviveJob: (id: string) => void,
+ *   controlModel: (action: "load" | "unload" | "unload?force=true", name: string) => void}} Actions actions of the buttons
  */
 
 const number = new Intl.NumberFormat();
@@ -115,10 +116,50 @@ export function deadLettersTable({ dead }, actions) {
   return table("Dead letters", heads, rows, "There are no dead letters.");
 }
 
+/** @param {number} bytes */
+const gigabytes = (bytes) => `${(bytes / 1e9).toFixed(2)} GB`;
+
+/** @param {ModelServer} server @param {Actions} actions */
+export function modelsTable({ models }, actions) {
+  const rows = models.map((model) => {
+    const { name, state, error } = model;
+    const presets = model.presets.length > 0 ? `presets: ${model.presets.join(", ")}` : "";
+    const about = [error, presets].filter((text) => text).join(" · ");
+    const buttons = {
+      loaded: [button("Unload", name, () => actions.controlModel("unload", name))],
+      unloading: [button("Unload now", name, () => actions.controlModel("unload?force=true", name))],
+      loading: [],
+    }[state] ?? [button("Load", name, () => actions.controlModel("load", name))];
+    return [
+      fragment(document.createTextNode(name), element("span", { class: "about" }, about)),
+      element("span", { class: state === "failed" ? "badge bad" : "badge" }, model.pinned ? `${state}, pinned` : state),
+      model.bytes === null ? "–" : gigabytes(model.bytes),
+      number.format(model.running + model.waiting),
+      model.idle === null ? "–" : `${number.format(Math.round(model.idle))} s`,
+      number.format(model.loads),
+      model.load_seconds === null ? "–" : model.load_seconds.toFixed(1),
+      fragment(...buttons),
+    ];
+  });
+  const heads = ["Model", "State", "#Memory", "#Answers", "#Idle", "#Loads", "#Seconds per load", ""];
+  return table("Models", heads, rows, "There are no models.");
+}
+
+/** @param {ModelServer} server @returns {HTMLElement[]} */
+export function modelFigures({ models, memory }) {
+  const used = gigabytes(models.reduce((sum, { reserved }) => sum + reserved, 0));
+  const failed = models.filter(({ state }) => state === "failed").length;
+  return figureList([
+    ["Memory", memory === null ? used : `${used} / ${gigabytes(memory)}`, false],
+    ["Loaded", number.format(models.filter(({ state }) => state === "loaded").length), false],
+    ["Failed", number.format(failed), failed > 0],
+    ["Answers", number.format(models.reduce((sum, { running, waiting }) => sum + running + waiting, 0)), false],
+  ]);
+}
+
 /** @param {Gateway} gateway @returns {HTMLElement[]} */
 export function figures({ status }) {
-  /** @type {[string, string, boolean][]} label, value, whether it is a warning */
-  const rows = [
+  return figureList([
     ["Requests", number.format(status.running), false],
     ["Queued", number.format(status.queued), false],
     ["Running", `${number.format(status.leased)} / ${number.format(status.slots)}`, false],
@@ -126,7 +167,11 @@ export function figures({ status }) {
     ["Leases expired", number.format(status.lost), status.lost > 0],
     ["Results fenced", number.format(status.fenced), false],
     ["Dead letters", number.format(status.dead), status.dead > 0],
-  ];
+  ]);
+}
+
+/** @param {[string, string, boolean][]} rows label, value, whether it is a warning @returns {HTMLElement[]} */
+function figureList(rows) {
   return rows.map(([name, value, bad]) =>
     element("div", { class: bad ? "bad" : null }, element("dt", {}, name), element("dd", {}, value)),
   );

@@ -1,7 +1,7 @@
-/** Entry point of the admin page: polls the gateway's state and sends the administrator's actions. */
+/** Entry point of the admin page: polls the state of a gateway or server and sends the administrator's actions. */
 
-import { controlGateway, controlWorker, fetchGateway, reviveJob } from "./admin-api.js";
-import { deadLettersTable, figures, queuesTable, workersTable } from "./admin-tables.js";
+import { controlGateway, controlModel, controlWorker, fetchGateway, fetchModels, reviveJob } from "./admin-api.js";
+import { deadLettersTable, figures, modelFigures, modelsTable, queuesTable, workersTable } from "./admin-tables.js";
 import { describe } from "./api.js";
 import { MoesaicError } from "./client/index.js";
 import { byId } from "./dom.js";
@@ -18,8 +18,10 @@ let timer;
 let refreshing = false;
 /** @type {string} the state shown last */
 let state = "";
+/** @type {"gateway" | "server" | null} null: not known yet */
+let kind = null;
 
-/** Shows the gateway's current state and schedules the next refresh, unless the page is hidden. */
+/** Shows the current state of the gateway or server and schedules the next refresh, unless the page is hidden. */
 async function refresh() {
   clearTimeout(timer);
   if (refreshing) return;
@@ -27,7 +29,7 @@ async function refresh() {
   /** @type {number | null} */
   let wait = POLL_MS;
   try {
-    show(await fetchGateway(readKey(ADMIN_KEY)));
+    await showState();
     showProblem("");
   } catch (error) {
     wait = await handleError(/** @type {Error} */ (error));
@@ -35,6 +37,31 @@ async function refresh() {
   refreshing = false;
   clearTimeout(timer);
   if (wait !== null && !document.hidden) timer = setTimeout(refresh, wait);
+}
+
+/** Asks for the state and shows it. Only gateways have the first route, and only servers the second. */
+async function showState() {
+  const key = readKey(ADMIN_KEY);
+  if (kind !== "server") {
+    try {
+      showGateway(await fetchGateway(key));
+      return;
+    } catch (error) {
+      if (kind === "gateway" || !(error instanceof MoesaicError && error.status === 404)) throw error;
+    }
+  }
+  showServer(await fetchModels(key));
+}
+
+/** @param {"gateway" | "server"} found */
+function setKind(found) {
+  if (kind === found) return;
+  kind = found;
+  byId("kind").textContent = found === "gateway" ? "Gateway" : "Server";
+  document.title = `${byId("kind").textContent} – Moesaic`;
+  for (const section of document.querySelectorAll("main section")) {
+    /** @type {HTMLElement} */ (section).hidden = !section.classList.contains(`of-${found}`);
+  }
 }
 
 /** @param {Error} error @returns {Promise<number | null>} milliseconds until the next refresh; null: do not refresh */
@@ -45,7 +72,7 @@ async function handleError(error) {
     showProblem(describe(error));
     return null;
   }
-  showProblem(status === 404 ? "This server has no admin routes. Only gateways have them." : describe(error));
+  showProblem(status === 404 ? "This server has no admin routes on this port." : describe(error));
   return POLL_MS;
 }
 
@@ -54,20 +81,29 @@ function showProblem(text) {
   const shown = byId("trouble");
   shown.hidden = text === "";
   if (shown.textContent !== text) shown.textContent = text;
-  if (text) showState("away", "no connection");
+  if (text) showBadge("away", "no connection");
 }
 
 /** @param {string} name @param {string} text */
-function showState(name, text) {
+function showBadge(name, text) {
   const shown = byId("state");
   shown.dataset.state = name;
   if (shown.textContent !== text) shown.textContent = text; // an unchanged text must not be announced again
 }
 
+/** @param {import("./admin-api.js").ModelServer} server */
+function showServer(server) {
+  setKind("server");
+  showBadge("serving", "serving");
+  byId("figures").replaceChildren(...modelFigures(server));
+  replace(byId("models"), modelsTable(server, actions));
+}
+
 /** @param {import("./admin-api.js").Gateway} gateway */
-function show(gateway) {
+function showGateway(gateway) {
+  setKind("gateway");
   state = gateway.status.state;
-  showState(state, STATE_LABELS[/** @type {keyof typeof STATE_LABELS} */ (state)] ?? state);
+  showBadge(state, STATE_LABELS[/** @type {keyof typeof STATE_LABELS} */ (state)] ?? state);
   const drain = byId("drain");
   drain.hidden = state === "stopping";
   drain.textContent = state === "draining" ? "Accept requests again" : "Drain the gateway";
@@ -139,6 +175,14 @@ const actions = {
     const done = { drain: "is drained", resume: "accepts jobs again", ban: "was banned" }[action];
     await act(() => controlWorker(action, name, readKey(ADMIN_KEY)), `${name} ${done}.`);
   },
+  async controlModel(action, name) {
+    const text = "Its running answers end with an error.";
+    if (action === "unload?force=true" && !(await confirmAction(`Unload ${name} now?`, text, "Unload now"))) return;
+    const done = action === "load" ? "is loaded" : "is unloaded";
+    const work = act(() => controlModel(action, name, readKey(ADMIN_KEY)), `${name} ${done}.`);
+    await refresh(); // the action may take long, and the page shows its progress
+    await work;
+  },
   reviveJob: (id) => void act(() => reviveJob(id, readKey(ADMIN_KEY)), `${id} is queued again.`),
 };
 
@@ -150,7 +194,7 @@ byId("drain").addEventListener("click", async () => {
   await act(() => controlGateway(action, readKey(ADMIN_KEY)), done);
 });
 byId("admin-key").addEventListener("click", async () => {
-  if (await askKey("The page sends this key to the gateway with every request.", ADMIN_KEY)) void refresh();
+  if (await askKey("The page sends this key with every request.", ADMIN_KEY)) void refresh();
 });
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) void refresh();

@@ -8,7 +8,8 @@ import { BadReply, Client, ConnectionFailed, MoesaicError, StreamBroken } from "
 
 /**
  * @typedef {import("./client/index.js").Usage} Usage
- * @typedef {{id: string, context: number | null, state: string}} Model
+ * @typedef {{id: string, context: number | null, state: string, parent: string | null, description: string}} Model
+ *   `parent` is the model of a preset; null: this is a model
  * @typedef {{text: string, reason: string | null, usage: Usage | null}} Piece `reason` is the finish reason
  */
 
@@ -63,7 +64,9 @@ export function describe(error) {
  */
 export async function listModels(key) {
   const models = await clientFor(key).models();
-  return models.filter(({ task }) => task === "chat");
+  return models
+    .filter(({ task }) => task === "chat")
+    .map(({ raw, ...model }) => ({ ...model, parent: raw.parent ?? null, description: raw.description ?? "" }));
 }
 
 /**

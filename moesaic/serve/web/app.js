@@ -13,12 +13,14 @@ import { notify } from "./notices.js";
 import { SettingsView } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { showThemeButtons } from "./themes.js";
+import { Waking } from "./waking.js";
 import { Welcome } from "./welcome.js";
 
 const chat = new Chat();
 const models = new Models(chat, () => composer.show());
 const composer = new Composer(chat, () => models.current);
 const messages = new MessagesView(chat);
+new Waking(chat, models, messages);
 const welcome = new Welcome(chat, (start) => {
   composer.put(start);
   settingsView.show();

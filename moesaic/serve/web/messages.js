@@ -12,7 +12,8 @@ export class MessagesView {
   #root = byId("messages");
   #spoken = byId("spoken");
   #scroller = new Scroller(byId("scroll"), byId("to-bottom"));
-  #waiting = element("div", { class: "waiting", "aria-hidden": "true" }, element("i"), element("i"), element("i"));
+  #loading = element("span");
+  #waiting = element("div", { class: "waiting", "aria-hidden": "true" }, element("i"), element("i"), element("i"), this.#loading);
   /** @type {WeakMap<Message, MessageView>} */
   #views = new WeakMap();
   #opened = "";
@@ -83,6 +84,14 @@ export class MessagesView {
     this.#viewOf(message).takeSettled(); // a continued text was read out before
     this.#root.append(this.#waiting);
     this.#spoken.replaceChildren(element("p", {}, "Answering"));
+  }
+
+  /** Shows that the answer waits for its model. @param {string} model the model's name; "": it does not wait */
+  showLoading(model) {
+    const text = model && `Loading ${model} …`;
+    if (this.#loading.textContent === text) return;
+    this.#loading.textContent = text;
+    if (text) this.#spoken.append(element("p", {}, text));
   }
 
   /** Shows new text in the next frame, because tokens can arrive faster than frames. */

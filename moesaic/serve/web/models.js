@@ -8,8 +8,17 @@ import { readKey } from "./preferences.js";
 
 const STATE_LABELS = new Map([
   ["unloaded", " (loads on first use)"],
-  ["loading", " (loading)"],
+  ["loading", " (loading …)"],
+  ["failed", " (could not be loaded)"],
 ]);
+
+/** @param {Model} model */
+function option({ id, state, description }) {
+  return element("option", { value: id, title: description || null }, id + (STATE_LABELS.get(state) ?? ""));
+}
+
+/** @param {string} label @param {HTMLElement[]} options */
+const group = (label, options) => element("optgroup", { label }, ...options);
 
 export class Models {
   #select = /** @type {HTMLSelectElement} */ (byId("model"));
@@ -22,6 +31,7 @@ export class Models {
     this.changed = changed;
     this.#select.addEventListener("change", () => {
       void chat.change({ model: this.#select.value });
+      this.show();
       changed();
     });
     chat.addEventListener("opened", () => this.show());
@@ -44,10 +54,14 @@ export class Models {
   show() {
     const { conversation } = this.chat;
     if (this.#all.length > 0 && !this.current) conversation.model = this.#all[0].id;
-    const options = this.#all.map(({ id, state }) => element("option", { value: id }, id + (STATE_LABELS.get(state) ?? "")));
-    this.#select.replaceChildren(...options);
-    this.#select.disabled = options.length === 0;
-    if (options.length === 0) this.#select.append(element("option", {}, "No model"));
+    const presets = this.#all.filter(({ parent }) => parent);
+    const models = this.#all.filter(({ parent }) => !parent).map(option);
+    this.#select.replaceChildren(
+      ...(presets.length === 0 ? models : [group("Models", models), group("Presets", presets.map(option))]),
+    );
+    this.#select.disabled = this.#all.length === 0;
+    this.#select.title = this.current?.description ?? "";
+    if (this.#all.length === 0) this.#select.append(element("option", {}, "No model"));
     else this.#select.value = conversation.model;
   }
 }
