@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moesaic import engine, memory
-from moesaic.bench import geometry, limits, report, speculation
+from moesaic.bench import geometry, limits, provenance, speculation
 from moesaic.builtin import TALES_FOLDER
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
@@ -172,7 +172,7 @@ def run(
     machine = None
     if native.why_not("linear", "cpu", "int8") is None:  # the model can be measured without the kernels too
         machine = limits.measure(buffer, report=show)
-        report.forget_peak()
+        provenance.forget_peak()
     loaded, tokenizer, name = load()
     with LLM.from_loaded(
         loaded,
@@ -355,7 +355,7 @@ def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, r
             "cache_bytes": plan.cache_bytes,
         },
         "work": asdict(work),
-        "memory": report.resident(),
+        "memory": provenance.resident(),
         "speed": asdict(speed),
         "reads": asdict(reads) | {"total": reads.total, "gb_s": reads.total * steps_s / 1e9},
         "limits": machine and asdict(machine),

@@ -141,7 +141,7 @@ def _use_instruction_set(name: str | None) -> None:
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
-    from moesaic.bench import kernels, limits, report
+    from moesaic.bench import kernels, limits, provenance
     from moesaic.formats import load
     from moesaic.ops import native
 
@@ -160,13 +160,13 @@ def _bench_kernels(args: argparse.Namespace) -> int:
         rows.append(row)
         print(kernels.line(row), flush=True)
     if args.out:
-        report.write(args.out, report.record(args.line, kernels.figures(machine, rows)))
+        provenance.write(args.out, provenance.record(args.line, kernels.figures(machine, rows)))
     return 0
 
 
 def _bench_peers(args: argparse.Namespace) -> int:
     from moesaic import pull
-    from moesaic.bench import chart, compare, limits, peer_choice, plotting, report
+    from moesaic.bench import chart, compare, limits, peer_choice, plotting, provenance
     from moesaic.ops import native
 
     def show(line: str) -> None:
@@ -184,9 +184,9 @@ def _bench_peers(args: argparse.Namespace) -> int:
     work = args.work or pull.cache_folder() / "bench"
     comparison = compare.compare(pairs, work, file=args.gguf, plan=plan, pythons=pythons, limits=measure, report=show)
     print("\n".join(chart.tables(comparison)))
-    record = report.record(args.line, comparison.figures())
+    record = provenance.record(args.line, comparison.figures())
     if args.out:
-        report.write(args.out, record)
+        provenance.write(args.out, record)
     if args.plot:
         chart.plot(comparison, args.plot, f"{record['machine']['cpu']}, {record['date']}, commit {record['commit']}")
     return 2 if comparison.failed else 0
@@ -194,7 +194,7 @@ def _bench_peers(args: argparse.Namespace) -> int:
 
 def _bench_offline(args: argparse.Namespace) -> int:
     from moesaic import builtin
-    from moesaic.bench import offline, report
+    from moesaic.bench import offline, provenance
     from moesaic.console.progress import bar
 
     _use_instruction_set(args.instruction_set)
@@ -207,5 +207,5 @@ def _bench_offline(args: argparse.Namespace) -> int:
         figures = offline.run(path, options, work, lambda line: print(line, file=sys.stderr), progress)
     print("\n".join(offline.lines(figures)))
     if args.out:
-        report.write(args.out, report.record(args.line, figures))
+        provenance.write(args.out, provenance.record(args.line, figures))
     return 0

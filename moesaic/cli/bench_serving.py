@@ -141,7 +141,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_serving(args: argparse.Namespace) -> int:
-    from moesaic.bench import latency, load_report, plotting, report
+    from moesaic.bench import latency, load_report, plotting, provenance
     from moesaic.bench.sweep import sweep
 
     loads, slos = _loads(args), latency.parse_goodput(args.goodput)
@@ -151,7 +151,7 @@ def _bench_serving(args: argparse.Namespace) -> int:
     record = result.record(without_secrets(args.line))
     print(json.dumps(record) if args.json else "\n".join(_lines(result)))
     if args.out:
-        report.write(args.out, record)
+        provenance.write(args.out, record)
     if args.requests_out:
         _write_requests(args.requests_out, result)
     if args.plot:
