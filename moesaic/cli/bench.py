@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from moesaic.cli.bench_serving import add_serving
-from moesaic.cli.flags import MODEL_HELP, Commands, add_command, folder, load_options
+from moesaic.cli.flags import MODEL_HELP, Commands, add_command, folder, load_options, numbers
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.load_options import CACHE_DTYPES, DTYPES
 
@@ -27,7 +27,7 @@ def add_bench(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds: Commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
-    for add in (_add_kernels, _add_peers, _add_offline, add_serving):
+    for add in (_add_kernels, _add_peers, _add_offline, add_serving, _add_report):
         add(kinds)
 
 
@@ -94,7 +94,7 @@ def _add_offline(kinds: Commands) -> None:
         "The model is a folder, or with --geometry a model with the sizes of a published one and random weights, which "
         "are made in memory in the packed format.",
         "moesaic bench offline --geometry mixtral-8x7b --format q2",
-        "moesaic bench offline ./mixtral-q4 --batch 8 --out offline.json",
+        "moesaic bench offline ./mixtral-q4 --prompt 8192,32768 --batch 1,8 --out offline.json",
     )
     offline.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP}; default: smollm2")
     offline.add_argument("--geometry", metavar="NAME", help=f"sizes of the model: {', '.join(GEOMETRIES)}")
@@ -109,12 +109,35 @@ def _add_offline(kinds: Commands) -> None:
         "--dtype", choices=DTYPES, default="auto", help="data type of activations; default: as stored, or bfloat16"
     )
     offline.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="default: as activations")
-    offline.add_argument("--context", type=int, metavar="N", help="capacity of the cache in tokens (default 8192)")
+    offline.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="capacity of the cache in tokens; default: 8192, or what the prompts need",
+    )
     _add_instruction_set(offline)
-    offline.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
+    offline.add_argument(
+        "--prompt", default="512", metavar="N,...", help="tokens of a prompt, such as 8192,32768 (default 512)"
+    )
     offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
-    offline.add_argument("--batch", type=int, default=1, metavar="N", help="concurrent answers (default 1)")
+    offline.add_argument("--batch", default="1", metavar="N,...", help="concurrent answers, such as 1,8 (default 1)")
     offline.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
+
+
+def _add_report(kinds: Commands) -> None:
+    report = add_command(
+        kinds,
+        "report",
+        _bench_report,
+        "draw one page of charts and tables from result files",
+        "FILES are what `bench`, `perplexity` and `eval` wrote with --out or --json. The page needs no network and "
+        "no other file; a Markdown page has its pictures beside it.",
+        "moesaic bench report offline.json serving.json quality.json",
+        "moesaic bench report docs/results/peers.json --out peers.md",
+    )
+    report.add_argument("files", metavar="FILES", nargs="+", type=Path, help="result files")
+    about = "page to write: NAME.html, or NAME.md with pictures NAME-1.svg, ... (default report.html)"
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help=about)
 
 
 def _add_instruction_set(parser: argparse.ArgumentParser) -> None:
@@ -194,18 +217,26 @@ def _bench_peers(args: argparse.Namespace) -> int:
 
 def _bench_offline(args: argparse.Namespace) -> int:
     from moesaic import builtin
-    from moesaic.bench import offline, provenance
+    from moesaic.bench import offline, offline_text, provenance
     from moesaic.console.progress import bar
 
     _use_instruction_set(args.instruction_set)
-    work = offline.Work(args.prompt, args.tokens, args.batch)
+    prompts, batches = numbers("prompt", args.prompt, int), numbers("batch", args.batch, int)
+    works = [offline.Work(prompt, args.tokens, batch) for prompt in prompts for batch in batches]
     options = offline.Options(args.geometry, args.layers, args.packed, load_options(args))
     if args.geometry and args.model:
         raise InvalidRequest("--geometry and MODEL exclude each other: a geometry has random weights")
     path = None if args.geometry else folder(args.model or builtin.default())
     with bar("loading") as progress:
-        figures = offline.run(path, options, work, lambda line: print(line, file=sys.stderr), progress)
-    print("\n".join(offline.lines(figures)))
+        figures = offline.run(path, options, works, lambda line: print(line, file=sys.stderr), progress)
+    print("\n".join(offline_text.lines(figures)))
     if args.out:
         provenance.write(args.out, provenance.record(args.line, figures))
+    return 0
+
+
+def _bench_report(args: argparse.Namespace) -> int:
+    from moesaic.bench import report
+
+    print(report.write(args.files, args.out)[-1])
     return 0
