@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -10,11 +11,14 @@ from itertools import chain
 from pathlib import Path
 
 from moesaic.cli.bench_serving import add_serving
-from moesaic.cli.flags import MODEL_HELP, Commands, add_command, folder, load_options, numbers
+from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_model, folder, load_options, numbers
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.load_options import CACHE_DTYPES, DTYPES
 
 GEOMETRIES = ("mixtral-8x7b", "mixtral-8x22b", "mistral-7b", "llama-3-8b", "llama-3-70b")
+
+
+START_MODES = ("chat", "serve")
 
 
 def add_bench(commands: Commands) -> None:
@@ -27,7 +31,7 @@ def add_bench(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds: Commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
-    for add in (_add_kernels, _add_peers, _add_offline, add_serving, _add_report):
+    for add in (_add_kernels, _add_peers, _add_offline, add_serving, _add_startup, _add_report):
         add(kinds)
 
 
@@ -122,6 +126,26 @@ def _add_offline(kinds: Commands) -> None:
     offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
     offline.add_argument("--batch", default="1", metavar="N,...", help="concurrent answers, such as 1,8 (default 1)")
     offline.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
+
+
+def _add_startup(kinds: Commands) -> None:
+    startup = add_command(
+        kinds,
+        "startup",
+        _bench_startup,
+        "measure the time from the start of a process to the first token",
+        "Each start is a process of its own: one that loads the model as `moesaic chat` does, and `moesaic serve` "
+        "until a client gets the first token. Before a cold start, the model's files are dropped from the page cache.",
+        "moesaic bench startup",
+        "moesaic bench startup ./mixtral-q4 --runs 5 --mode serve --out startup.json",
+    )
+    add_model(startup)
+    startup.add_argument("--mode", choices=START_MODES, help="measure only this kind of process; default: both")
+    startup.add_argument(
+        "--runs", type=int, default=3, metavar="N", help="starts of each kind, of which the median counts (default 3)"
+    )
+    startup.add_argument("--json", action="store_true", help="print the figures as JSON")
+    startup.add_argument("--out", type=Path, metavar="FILE", help="write the figures and their origin to a JSON file")
 
 
 def _add_report(kinds: Commands) -> None:
@@ -232,6 +256,21 @@ def _bench_offline(args: argparse.Namespace) -> int:
     print("\n".join(offline_text.lines(figures)))
     if args.out:
         provenance.write(args.out, provenance.record(args.line, figures))
+    return 0
+
+
+def _bench_startup(args: argparse.Namespace) -> int:
+    from moesaic import builtin
+    from moesaic.bench import provenance, startup
+
+    def show(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    path, modes = folder(args.model or builtin.default()), (args.mode,) if args.mode else START_MODES
+    record = provenance.record(args.line, startup.run(path, load_options(args), args.runs, modes, show))
+    print(json.dumps(record) if args.json else "\n".join(startup.lines(record["figures"])))
+    if args.out:
+        provenance.write(args.out, record)
     return 0
 
 
