@@ -242,6 +242,7 @@ def measure(llm: LLM, work: Work, seed: int = 0) -> tuple[Speed, Reads]:
     """Run the requests of ``work`` once, after a short answer as a warm-up, and again to see which experts they choose.
 
     Raises:
+        InvalidParameter: answers are too short to run at the same time.
         NumericalError: the model computed NaN or infinity.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -278,12 +279,19 @@ def _disk_bytes() -> int:
 
 
 def _speed(start: float, times: list[list[float]], work: Work, disk_bytes: int) -> Speed:
+    """Return the speed that the arrival ``times`` of each answer's tokens show.
+
+    Raises:
+        InvalidParameter: at no time did all answers run.
+    """
     first_token = min(arrivals[0] for arrivals in times)
     all_started = max(arrivals[0] for arrivals in times)
     first_end = min(arrivals[-1] for arrivals in times)
     steady = [[time for time in arrivals if all_started <= time <= first_end] for arrivals in times]
     count = sum(time > all_started for arrivals in steady for time in arrivals)
     gaps = [after - before for arrivals in steady for before, after in pairwise(arrivals)]
+    if not gaps or first_end <= all_started:
+        raise InvalidParameter("tokens", f"is {work.tokens}, but an answer ended before the last one began: take more")
     return Speed(
         first_token_seconds=first_token - start,
         prefill_tokens_s=work.batch * work.prompt / (all_started - start),

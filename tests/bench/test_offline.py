@@ -150,7 +150,7 @@ def test_figures_of_a_random_model(tiny: str, weight_format: str, batch: int) ->
 
 
 def test_several_measurements_share_one_load(tiny: str) -> None:
-    works = [Work(prompt=prompt, tokens=4, batch=batch) for prompt in (20, 40) for batch in (1, 3)]
+    works = [Work(prompt=prompt, tokens=48, batch=batch) for prompt in (20, 40) for batch in (1, 3)]
     results = offline.run(None, Options(tiny, layers=2, load=LoadOptions(format="q4")), works, buffer=0.01)
     json.dumps(results)
     found = offline_text.settings(results)
@@ -181,6 +181,11 @@ def test_decode_speed_counts_only_while_all_answers_run() -> None:
     times = [[1.0, 2.0, 3.0], [1.5, 2.25, 4.0]]  # after the second has begun, until the first ends
     speed = offline._speed(0.5, times, Work(prompt=40, tokens=3, batch=2), disk_bytes=7)
     assert speed == offline.Speed(0.5, 2 * 40 / 1.0, 3 / 1.5, 3, (1.0 + 0.75) / 2, 7)
+
+
+def test_answers_that_never_run_together_are_refused() -> None:
+    with pytest.raises(InvalidParameter, match=r"^tokens: is 2, but an answer ended before"):
+        offline._speed(0.5, [[1.0, 2.0], [2.5, 3.0]], Work(prompt=40, tokens=2, batch=2), disk_bytes=0)
 
 
 def model_bytes(weight_format: str) -> dict[str, int]:
