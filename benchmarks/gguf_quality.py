@@ -25,7 +25,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from moesaic.bench import quality, report
+from moesaic.bench import provenance, quality
 from moesaic.bench.divergence import kl_divergence
 from moesaic.bench.windows import document
 from moesaic.convert import convert
@@ -179,7 +179,7 @@ def main() -> None:
         f"python -m benchmarks.gguf_quality {setup.model.name} --python llama/bin/python --documents {setup.documents}"
         f" --length {setup.length} --kl-tokens {setup.kl_tokens} --out {args.out}"
     )
-    report.write(args.out, report.record(command, measure(setup)))
+    provenance.write(args.out, provenance.record(command, measure(setup)))
     print(args.out.read_text())
 
 

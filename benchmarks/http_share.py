@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 
 from moesaic import LLM
-from moesaic.bench import report
+from moesaic.bench import provenance
 from moesaic.cli.event_loop import run_async
 
 EXAMPLES = """examples:
@@ -174,7 +174,7 @@ def main() -> None:
     if out:
         command = f"{parser.prog} --chats {args.chats} --tokens {args.tokens} --rounds {args.rounds}"
         command = f"{command}{' --gateway' * args.gateway} --out {out.name}"
-        report.write(out, report.record(command, figures))
+        provenance.write(out, provenance.record(command, figures))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.postgres_server import PostgresServer
-from moesaic.bench import report
+from moesaic.bench import provenance
 from moesaic.cluster.jobs import Job, LeaseToken, Store, StoreLimits
 from moesaic.cluster.store import open_store
 
@@ -95,7 +95,7 @@ def main() -> None:
         server.remove()
     print(json.dumps(figures, indent=2))
     if args.out:
-        report.write(args.out, report.record(f"{parser.prog} --jobs {args.jobs}", figures))
+        provenance.write(args.out, provenance.record(f"{parser.prog} --jobs {args.jobs}", figures))
 
 
 if __name__ == "__main__":

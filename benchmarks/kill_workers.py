@@ -329,10 +329,10 @@ def main() -> None:
     figures = kill_workers(args.jobs, args.where, args.seed, show_progress=True, calm=args.calm)
     print(json.dumps(figures, indent=1))
     if args.out:
-        from moesaic.bench import report  # imports torch, which would disturb the measurement
+        from moesaic.bench import provenance  # imports torch, which would disturb the measurement
 
         command = f"python -m benchmarks.kill_workers --jobs {args.jobs}{' --calm' * args.calm}"
-        report.write(args.out, report.record(command, figures))
+        provenance.write(args.out, provenance.record(command, figures))
     late = figures["late_results_refused"] or args.calm
     sys.exit(bool(figures["lost"] or figures["wrong"] or figures["done_under_two_fences"] or not late))
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks import quantization_models as makers
 from benchmarks.gguf_quality import HERE, TEXTS, ask_llama_cpp
 from moesaic import builtin, calibration, checkpoints, convert, gguf, packed
-from moesaic.bench import quality, report
+from moesaic.bench import provenance, quality
 from moesaic.bench.divergence import Divergence, Reference, Values, comparison
 from moesaic.bench.windows import Corpus
 from moesaic.calibration import texts
@@ -355,7 +355,7 @@ def write(setup: Setup, results: Results, out: Path) -> None:
     command = f"python -m benchmarks.quantization --folder work --llama-python llama/bin/python --out {out}"
     rows = sorted(results.rows, key=lambda found: (MODELS.index(found.model), found.engine, -found.bits))
     figures = {"documents": setup.documents, "length": setup.length, "calibration_tokens": setup.tokens}
-    report.write(out, report.record(command, figures | {"rows": [asdict(found) for found in rows]}))
+    provenance.write(out, provenance.record(command, figures | {"rows": [asdict(found) for found in rows]}))
 
 
 def main() -> None:

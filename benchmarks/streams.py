@@ -159,9 +159,9 @@ def main() -> None:
     }
     print(json.dumps(figures, indent=1))
     if args.out:
-        from moesaic.bench import report  # imports torch, which this process does without while it measures
+        from moesaic.bench import provenance  # imports torch, which this process does without while it measures
 
-        report.write(args.out, report.record(" ".join([parser.prog, *sys.argv[1:]]), figures))
+        provenance.write(args.out, provenance.record(" ".join([parser.prog, *sys.argv[1:]]), figures))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,15 @@ def kilobytes(path: Path) -> Mapping[str, int]:
     return {name.rstrip(":"): int(number) * 1024 for name, number, _ in parts}
 
 
+def disk_bytes(process: Path) -> int:
+    """Return the bytes that a process, given as its folder in /proc, has read from disks so far; 0 if unknown."""
+    try:
+        lines = (process / "io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
+
+
 def map_file(path: Path) -> Tensor:
     """Return the bytes of a file, mapped copy-on-write: writes stay in this process and never reach the file.
 

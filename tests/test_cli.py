@@ -289,7 +289,9 @@ def test_perplexity_of_several_formats(talker: Path, tmp_path: Path, capsys: pyt
         alone.append(json.loads(capsys.readouterr().out))
     assert rows == alone
     record = json.loads(out.read_text())
-    assert record["figures"] == {"formats": rows} and record["command"].startswith("moesaic perplexity ")
+    assert record["figures"] == {"model": talker.name, "formats": rows} and record["command"].startswith(
+        "moesaic perplexity "
+    )
     assert cli.main(["perplexity", str(text), str(talker), *formats]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == asked and "+0.00%" in lines[1] and lines[4].startswith("1 doc")

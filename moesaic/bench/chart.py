@@ -11,6 +11,7 @@ from typing import Any
 
 from moesaic.bench.compare import Cell, Comparison, Row
 from moesaic.bench.plotting import COLOURS
+from moesaic.bench.text_tables import aligned
 
 FACTS = ("bits", "GiB", "same", "spread")
 """Columns before the speeds of a row; docs/how-to/benchmark.md explains them."""
@@ -55,10 +56,7 @@ def _table(rows: Sequence[Row], cells: Sequence[Cell], value: Value, *, facts: b
     grid = [["", *(("",) * len(FACTS) if facts else ()), *first], ["", *(FACTS if facts else ()), *second]]
     for row in rows:
         grid.append([row.name, *(_facts(row, cells) if facts else ()), *(value(row, cell) for cell in cells)])
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    for name, *others in grid:
-        line = "  ".join(f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
-        yield f"{name:<{widths[0]}}  {line}".rstrip()
+    yield from aligned(grid)
 
 
 def _facts(row: Row, cells: Sequence[Cell]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from moesaic.bench.text_tables import aligned
 from moesaic.engine import Engine, Limits
 from moesaic.errors import DownloadError, InvalidParameter, InvalidRequest, NotFound, NotInstalled
 from moesaic.llm import LLM
@@ -201,17 +202,18 @@ def row(format_name: str | None, results: Mapping[str, Any]) -> dict[str, Any]:
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield a table of the metrics of each task: one column for each of ``rows``, from ``row``."""
+    yield from aligned(grid(rows), left=3)
+
+
+def grid(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the cells of the table of ``lines``, with its heading."""
     titles = ["task", "shots", "metric", *(str(entry["format"]) for entry in rows)]
     table = [titles]
     for task, metric in _metrics(rows[0]):
         shots = str(rows[0].get("n-shot", {}).get(task, ""))
         values = [_value(entry["results"].get(task, {}), metric) for entry in rows]
         table.append([str(rows[0]["results"][task].get("alias", task)), shots, metric.removesuffix(",none"), *values])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        left = (f"{cell:<{width}}" for cell, width in zip(cells[:3], widths[:3], strict=True))
-        right = (f"{cell:>{width}}" for cell, width in zip(cells[3:], widths[3:], strict=True))
-        yield "  ".join((*left, *right)).rstrip()
+    return table
 
 
 def _metrics(entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

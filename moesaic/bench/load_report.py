@@ -12,6 +12,7 @@ from typing import Any
 from moesaic.bench.latency import METRICS, samples_ms, tokens_per_second
 from moesaic.bench.plotting import COLOURS
 from moesaic.bench.serving import Run
+from moesaic.bench.text_tables import aligned
 
 Figures = dict[str, Any]
 
@@ -101,11 +102,8 @@ def _table(results: Sequence[Figures]) -> Iterator[str]:
     columns = [column for column in COLUMNS if any(figures[column[1]] is not None for figures in results)]
     grid = [["", *(title for title, _ in columns)]]
     grid += [[load_name(figures), *(_cell(figures, key) for _, key in columns)] for figures in results]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     yield "throughput in tokens/s; times in ms; stream: tokens/s of a single answer"
-    for name, *others in grid:
-        line = "  ".join(f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
-        yield f"{name:<{widths[0]}}  {line}".rstrip()
+    yield from aligned(grid)
 
 
 def _cell(figures: Figures, key: str) -> str:

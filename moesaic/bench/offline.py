@@ -11,7 +11,7 @@ import resource
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moesaic import engine, memory, published
-from moesaic.bench import geometry, report, speculation
+from moesaic.bench import arithmetic, geometry, provenance, speculation
 from moesaic.builtin import TALES_FOLDER
 from moesaic.engine import Sampling
 from moesaic.errors import InvalidParameter
@@ -80,10 +80,10 @@ class Work:
         """Tokens of a prompt and its answer."""
         return self.prompt + self.generated
 
-    def cache_tokens(self, context: int) -> int:
-        """Return the capacity of the cache in tokens: one context, or more if the answers together need more."""
-        blocks = max(-(-context // BLOCK_SIZE), self.batch * -(-self.length // BLOCK_SIZE))
-        return blocks * BLOCK_SIZE
+    @property
+    def cache_tokens(self) -> int:
+        """Capacity of the cache in tokens that all answers together need."""
+        return self.batch * -(-self.length // BLOCK_SIZE) * BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ class Options:
     packed: Path | None = None
     """New folder for random weights, which are then mapped and may be larger than memory."""
     load: LoadOptions = field(default_factory=LoadOptions)
-    """Formats and sizes; the context None means 8192, or the model's maximum if that is less."""
+    """Formats and sizes; the context None means 8192 or as much as the requests need, up to the model's maximum."""
 
 
 def run(
     path: Path | None,
     options: Options,
-    work: Work,
+    works: Sequence[Work],
     show: Callable[[str], object] = str,
     progress: Progress | None = None,
     *,
@@ -151,10 +151,12 @@ def run(
 ) -> dict[str, Any]:
     """Measure the machine, then the model, and return everything for docs/results.
 
+    The figures of a single measurement are at the top level; those of several are in the list ``settings``.
+
     Args:
         path: a checkpoint's folder or file; None if ``options`` has a geometry.
         options: the model and how to load it.
-        work: the requests.
+        works: the requests of each measurement; the first is also that of speculation.
         show: called with a line for each figure of the machine.
         progress: called with the bytes of weights made or read so far and the total.
         planned: called with the plan of the model before it is loaded.
@@ -165,41 +167,46 @@ def run(
         MoesaicError: the model cannot be loaded; see ``LLM.load``.
     """
     if options.geometry is not None:
-        plan, load = _random(options, work, progress)
+        plan, load = _random(options, works, progress)
     elif options.layers is not None or options.packed is not None:
         name = "layers" if options.layers is not None else "packed"
         raise InvalidParameter(name, "requires a geometry; it does not apply to a checkpoint")
     else:
         assert path is not None, "without a geometry, there is a path"
-        plan, load = _checkpoint(path, options, work, progress)
+        plan, load = _checkpoint(path, options, works, progress)
     planned(plan)
     machine = None
     if native.why_not("linear", "cpu", "int8") is None:  # the model can be measured without the kernels too
         machine = limits.measure(buffer, report=show)
-        report.forget_peak()
+        provenance.forget_peak()
     loaded, tokenizer, name = load()
     with LLM.from_loaded(
         loaded,
         tokenizer,
         name,
         chat_format="plain",
-        limits=work.limits,
+        limits=max((work.limits for work in works), key=lambda limits: limits.sequences),
         lazy_cache=False,  # page faults are no part of the speed
     ) as llm:
-        results = figures(llm, work, machine, *measure(llm, work))
-        return results | {"speculation": speculation.measure(llm, work.prompt, work.tokens)}
+        settings = [figures(llm, work, machine, *measure(llm, work)) for work in works]
+        first = works[0]
+        return (
+            about(llm, machine, options.load.format)
+            | (settings[0] if len(settings) == 1 else {"settings": settings})
+            | {"speculation": speculation.measure(llm, first.prompt, first.tokens)}
+        )
 
 
 Loader = Callable[[], tuple[Loaded, Tokenizer, str]]
 """Loads or makes the model; returns it with its tokenizer and its name."""
 
 
-def _random(options: Options, work: Work, progress: Progress | None) -> tuple[Plan, Loader]:
+def _random(options: Options, works: Sequence[Work], progress: Progress | None) -> tuple[Plan, Loader]:
     """Check the options of a geometry, and return its plan and a function that makes its model with random weights."""
     assert options.geometry is not None
     name, folder = options.geometry, options.packed
     longest = published.configuration(name, options.layers)["max_position_embeddings"]
-    sizes = _sizes(options.load, longest, work)
+    sizes = _sizes(options.load, longest, works)
     plan = geometry.checked_plan(name, options.layers, sizes, memory.available(), mapped=folder is not None)
 
     def load() -> Loaded:
@@ -212,31 +219,34 @@ def _random(options: Options, work: Work, progress: Progress | None) -> tuple[Pl
     return plan, lambda: (load(), Tokenizer.open(TALES_FOLDER), name)
 
 
-def _checkpoint(path: Path, options: Options, work: Work, progress: Progress | None) -> tuple[Plan, Loader]:
+def _checkpoint(path: Path, options: Options, works: Sequence[Work], progress: Progress | None) -> tuple[Plan, Loader]:
     tokenizer = Tokenizer.open(path)
     outline = make_plan(path, replace(options.load, context=None))
-    plan = plan_spec(outline.spec, _sizes(options.load, outline.max_length, work))
+    plan = plan_spec(outline.spec, _sizes(options.load, outline.max_length, works))
     return plan, lambda: (load_model(plan, progress=progress), tokenizer, path.name)
 
 
-def _sizes(options: LoadOptions, longest: int, work: Work) -> LoadOptions:
-    """Return ``options`` with the context and the cache of a measurement of a model with ``longest`` tokens.
+def _sizes(options: LoadOptions, longest: int, works: Sequence[Work]) -> LoadOptions:
+    """Return ``options`` with the context and the cache of measurements of a model with ``longest`` tokens.
 
     Raises:
         InvalidParameter: a prompt and its answer do not fit in the context.
     """
-    length = min(DEFAULT_CONTEXT, longest) if options.context is None else options.context
+    needed = max(work.length for work in works)
+    length = min(longest, max(DEFAULT_CONTEXT, needed)) if options.context is None else options.context
     if length > longest:
         raise InvalidParameter("context", f"is {length}, but the model was made for {longest} tokens")
-    if work.length > length:
-        raise InvalidParameter("context", f"is {length}, but a prompt and its answer have {work.length} tokens")
-    return replace(options, context=length, cache_tokens=work.cache_tokens(length), block_size=BLOCK_SIZE)
+    if needed > length:
+        raise InvalidParameter("context", f"is {length}, but a prompt and its answer have {needed} tokens")
+    cache = max(-(-length // BLOCK_SIZE) * BLOCK_SIZE, *(work.cache_tokens for work in works))
+    return replace(options, context=length, cache_tokens=cache, block_size=BLOCK_SIZE)
 
 
 def measure(llm: LLM, work: Work, seed: int = 0) -> tuple[Speed, Reads]:
     """Run the requests of ``work`` once, after a short answer as a warm-up, and again to see which experts they choose.
 
     Raises:
+        InvalidParameter: answers are too short to run at the same time.
         NumericalError: the model computed NaN or infinity.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -273,12 +283,19 @@ def _disk_bytes() -> int:
 
 
 def _speed(start: float, times: list[list[float]], work: Work, disk_bytes: int) -> Speed:
+    """Return the speed that the arrival ``times`` of each answer's tokens show.
+
+    Raises:
+        InvalidParameter: at no time did all answers run.
+    """
     first_token = min(arrivals[0] for arrivals in times)
     all_started = max(arrivals[0] for arrivals in times)
     first_end = min(arrivals[-1] for arrivals in times)
     steady = [[time for time in arrivals if all_started <= time <= first_end] for arrivals in times]
     count = sum(time > all_started for arrivals in steady for time in arrivals)
     gaps = [after - before for arrivals in steady for before, after in pairwise(arrivals)]
+    if not gaps or first_end <= all_started:
+        raise InvalidParameter("tokens", f"is {work.tokens}, but an answer ended before the last one began: take more")
     return Speed(
         first_token_seconds=first_token - start,
         prefill_tokens_s=work.batch * work.prompt / (all_started - start),
@@ -342,54 +359,37 @@ def _busiest(steps: list[Tensor]) -> float:
     return max(counts.values()) / counts.total()
 
 
-def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, reads: Reads) -> dict[str, Any]:
-    """Return all figures as a dictionary for a results file; ``machine`` is None if it could not be measured."""
+def about(llm: LLM, machine: limits.Limits | None, weight_format: str | None) -> dict[str, Any]:
+    """Return what all measurements of a model share.
+
+    ``machine`` is None if it could not be measured. ``weight_format`` is the format that was asked for, if one was.
+    """
     model, plan = llm.loaded.model, llm.loaded.plan
-    weights = Counter(module.name for module in model.modules() if isinstance(module, Packed))
-    steps_s = speed.decode_tokens_s / work.batch
     return {
         "model": {
             "name": llm.name,
+            "format": weight_format or "as stored",
             "layout": llm.loaded.layout,
             "layers": model.shape.num_layers,
             "parameters": plan.parameters,
-            "weights": dict(weights),
+            "weights": dict(Counter(module.name for module in model.modules() if isinstance(module, Packed))),
             "weight_bytes": plan.weight_bytes,
             "context": llm.context,
             "cache_bytes": plan.cache_bytes,
         },
-        "work": asdict(work),
-        "memory": report.resident(),
-        "speed": asdict(speed),
-        "reads": asdict(reads) | {"total": reads.total, "gb_s": reads.total * steps_s / 1e9},
+        "memory": provenance.resident(),
         "limits": machine and asdict(machine),
-        "read_share": machine and reads.total * steps_s / 1e9 / machine.read_gb_s,
     }
 
 
-def lines(results: dict[str, Any]) -> Iterator[str]:
-    """Yield ``results``, a result of ``figures``, as lines of text."""
-    model, memory_use, speed, reads = results["model"], results["memory"], results["speed"], results["reads"]
-    kinds = ", ".join(f"{count} {name}" for name, count in model["weights"].items())
-    yield f"{model['name']}: {model['layers']} layers, {model['parameters'] / 1e9:.2f} billion parameters ({kinds})"
-    yield f"weights {model['weight_bytes'] / 1e9:.2f} GB, cache {model['cache_bytes'] / 1e9:.2f} GB"
-    if memory_use:
-        huge = (
-            f", {memory_use['huge'] / memory_use['anonymous']:.0%} of it in huge pages"
-            if memory_use.get("huge")
-            else ""
-        )
-        own = f"own {memory_use['anonymous'] / 1e9:.2f} GB{huge}; files {memory_use['file'] / 1e9:.2f} GB"
-        yield f"peak memory {memory_use['peak'] / 1e9:.2f} GB; now: {own}"
-    yield f"prompt  {speed['prefill_tokens_s']:>8.1f} tokens/s; first token after {speed['first_token_seconds']:.2f} s"
-    interval = f"{speed['token_seconds'] * 1e3:.0f} ms per token"
-    yield f"answer  {speed['decode_tokens_s']:>8.2f} tokens/s over {speed['decode_tokens']} tokens; {interval}"
-    parts = ", ".join(f"{part} {reads[part] / 1e9:.2f}" for part in ("dense", "experts", "cache"))
-    share = f" ({results['read_share']:.0%} of the measured bandwidth)" if results["read_share"] else ""
-    yield f"a step reads {reads['total'] / 1e9:.2f} GB ({parts}): {reads['gb_s']:.1f} GB/s{share}"
-    if speed["disk_bytes"]:
-        yield f"read from disk: {speed['disk_bytes'] / 1e9:.2f} GB"
-    if reads["experts"]:
-        busiest = f"the busiest expert got {reads['busiest_share']:.0%} of a layer's choices"
-        yield f"a step uses {reads['experts_per_layer']:.1f} experts per layer; {busiest}"
-    yield from speculation.lines(results["speculation"])
+def figures(llm: LLM, work: Work, machine: limits.Limits | None, speed: Speed, reads: Reads) -> dict[str, Any]:
+    """Return the figures of a measurement as a dictionary for a results file."""
+    gb_s = reads.total * speed.decode_tokens_s / work.batch / 1e9
+    prompt_limit = machine and arithmetic.prompt_limit(llm.loaded.model, work.prompt, machine)
+    return {
+        "work": asdict(work),
+        "speed": asdict(speed),
+        "reads": asdict(reads) | {"total": reads.total, "gb_s": gb_s},
+        "read_share": machine and gb_s / machine.read_gb_s,
+        "prompt_share": prompt_limit and speed.prefill_tokens_s / prompt_limit,
+    }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moesaic.bench import endpoints, latency, report, workload
+from moesaic.bench import endpoints, latency, provenance, workload
 from moesaic.bench.endpoints import AUTO, Endpoint, RequestOptions
 from moesaic.bench.serving import LoadProfile, Progress, Run, calibrate, measure
 from moesaic.bench.workload import RandomWords, Workload
@@ -83,7 +83,7 @@ class SweepResult:
         The figures of a single load are at the top level, as vLLM's benchmark writes them; those of several loads are
         in the list ``settings``.
         """
-        origin = report.record(command, {})
+        origin = provenance.record(command, {})
         del origin["figures"]
         origin["versions"]["aiohttp"] = importlib.metadata.version("aiohttp")
         figures = self.figures[0] if len(self.figures) == 1 else {"settings": self.figures}

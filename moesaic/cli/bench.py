@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -10,10 +11,22 @@ from itertools import chain
 from pathlib import Path
 
 from moesaic.cli.bench_serving import add_serving
-from moesaic.cli.flags import MODEL_HELP, Commands, add_command, add_show_plan, folder, load_options, show_plan
+from moesaic.cli.flags import (
+    MODEL_HELP,
+    Commands,
+    add_command,
+    add_model,
+    add_show_plan,
+    folder,
+    load_options,
+    numbers,
+    show_plan,
+)
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.load_options import CACHE_DTYPES, DTYPES
 from moesaic.published import CONFIGURATIONS
+
+START_MODES = ("chat", "serve")
 
 
 def add_bench(commands: Commands) -> None:
@@ -26,7 +39,7 @@ def add_bench(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds: Commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
-    for add in (_add_kernels, _add_peers, _add_offline, add_serving):
+    for add in (_add_kernels, _add_peers, _add_offline, add_serving, _add_startup, _add_report):
         add(kinds)
 
 
@@ -93,7 +106,7 @@ def _add_offline(kinds: Commands) -> None:
         "The model is a folder, or with --geometry a model with the sizes of a published one and random weights, which "
         "are made in memory in the packed format.",
         "moesaic bench offline --geometry mixtral-8x7b --format q2",
-        "moesaic bench offline ./mixtral-q4 --batch 8 --out offline.json",
+        "moesaic bench offline ./mixtral-q4 --prompt 8192,32768 --batch 1,8 --out offline.json",
     )
     offline.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP}; default: smollm2")
     offline.add_argument("--geometry", metavar="NAME", help=f"sizes of the model: {', '.join(CONFIGURATIONS)}")
@@ -108,13 +121,56 @@ def _add_offline(kinds: Commands) -> None:
         "--dtype", choices=DTYPES, default="auto", help="data type of activations; default: as stored, or bfloat16"
     )
     offline.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="default: as activations")
-    offline.add_argument("--context", type=int, metavar="N", help="capacity of the cache in tokens (default 8192)")
+    offline.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="capacity of the cache in tokens; default: 8192, or what the prompts need",
+    )
     _add_instruction_set(offline)
     add_show_plan(offline)
-    offline.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
+    offline.add_argument(
+        "--prompt", default="512", metavar="N,...", help="tokens of a prompt, such as 8192,32768 (default 512)"
+    )
     offline.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of an answer (default 64)")
-    offline.add_argument("--batch", type=int, default=1, metavar="N", help="concurrent answers (default 1)")
+    offline.add_argument("--batch", default="1", metavar="N,...", help="concurrent answers, such as 1,8 (default 1)")
     offline.add_argument("--out", type=Path, metavar="FILE", help="write the figures to a JSON file")
+
+
+def _add_startup(kinds: Commands) -> None:
+    startup = add_command(
+        kinds,
+        "startup",
+        _bench_startup,
+        "measure the time from the start of a process to the first token",
+        "Each start is a process of its own: one that loads the model as `moesaic chat` does, and `moesaic serve` "
+        "until a client gets the first token. Before a cold start, the model's files are dropped from the page cache.",
+        "moesaic bench startup",
+        "moesaic bench startup ./mixtral-q4 --runs 5 --mode serve --out startup.json",
+    )
+    add_model(startup)
+    startup.add_argument("--mode", choices=START_MODES, help="measure only this kind of process; default: both")
+    startup.add_argument(
+        "--runs", type=int, default=3, metavar="N", help="starts of each kind, of which the median counts (default 3)"
+    )
+    startup.add_argument("--json", action="store_true", help="print the figures as JSON")
+    startup.add_argument("--out", type=Path, metavar="FILE", help="write the figures and their origin to a JSON file")
+
+
+def _add_report(kinds: Commands) -> None:
+    report = add_command(
+        kinds,
+        "report",
+        _bench_report,
+        "draw one page of charts and tables from result files",
+        "FILES are what `bench`, `perplexity` and `eval` wrote with --out or --json. The page needs no network and "
+        "no other file; a Markdown page has its pictures beside it.",
+        "moesaic bench report offline.json serving.json quality.json",
+        "moesaic bench report docs/results/peers.json --out peers.md",
+    )
+    report.add_argument("files", metavar="FILES", nargs="+", type=Path, help="result files")
+    about = "page to write: NAME.html, or NAME.md with pictures NAME-1.svg, ... (default report.html)"
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help=about)
 
 
 def _add_instruction_set(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +197,7 @@ def _use_instruction_set(name: str | None) -> None:
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
-    from moesaic.bench import kernels, report
+    from moesaic.bench import kernels, provenance
     from moesaic.formats import load
     from moesaic.hardware import limits
     from moesaic.ops import native
@@ -161,13 +217,13 @@ def _bench_kernels(args: argparse.Namespace) -> int:
         rows.append(row)
         print(kernels.line(row), flush=True)
     if args.out:
-        report.write(args.out, report.record(args.line, kernels.figures(machine, rows)))
+        provenance.write(args.out, provenance.record(args.line, kernels.figures(machine, rows)))
     return 0
 
 
 def _bench_peers(args: argparse.Namespace) -> int:
     from moesaic import pull
-    from moesaic.bench import chart, compare, peer_choice, plotting, report
+    from moesaic.bench import chart, compare, peer_choice, plotting, provenance
     from moesaic.hardware import limits
     from moesaic.ops import native
 
@@ -186,9 +242,9 @@ def _bench_peers(args: argparse.Namespace) -> int:
     work = args.work or pull.cache_folder() / "bench"
     comparison = compare.compare(pairs, work, file=args.gguf, plan=plan, pythons=pythons, limits=measure, report=show)
     print("\n".join(chart.tables(comparison)))
-    record = report.record(args.line, comparison.figures())
+    record = provenance.record(args.line, comparison.figures())
     if args.out:
-        report.write(args.out, record)
+        provenance.write(args.out, record)
     if args.plot:
         chart.plot(comparison, args.plot, f"{record['machine']['cpu']}, {record['date']}, commit {record['commit']}")
     return 2 if comparison.failed else 0
@@ -196,20 +252,43 @@ def _bench_peers(args: argparse.Namespace) -> int:
 
 def _bench_offline(args: argparse.Namespace) -> int:
     from moesaic import builtin
-    from moesaic.bench import offline, report
+    from moesaic.bench import offline, offline_text, provenance
     from moesaic.console.progress import bar
 
     _use_instruction_set(args.instruction_set)
-    work = offline.Work(args.prompt, args.tokens, args.batch)
+    prompts, batches = numbers("prompt", args.prompt, int), numbers("batch", args.batch, int)
+    works = [offline.Work(prompt, args.tokens, batch) for prompt in prompts for batch in batches]
     options = offline.Options(args.geometry, args.layers, args.packed, load_options(args))
     if args.geometry and args.model:
         raise InvalidRequest("--geometry and MODEL exclude each other: a geometry has random weights")
     path = None if args.geometry else folder(args.model or builtin.default())
     with bar("loading") as progress:
         figures = offline.run(
-            path, options, work, lambda line: print(line, file=sys.stderr), progress, planned=partial(show_plan, args)
+            path, options, works, lambda line: print(line, file=sys.stderr), progress, planned=partial(show_plan, args)
         )
-    print("\n".join(offline.lines(figures)))
+    print("\n".join(offline_text.lines(figures)))
     if args.out:
-        report.write(args.out, report.record(args.line, figures))
+        provenance.write(args.out, provenance.record(args.line, figures))
+    return 0
+
+
+def _bench_startup(args: argparse.Namespace) -> int:
+    from moesaic import builtin
+    from moesaic.bench import provenance, startup
+
+    def show(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    path, modes = folder(args.model or builtin.default()), (args.mode,) if args.mode else START_MODES
+    record = provenance.record(args.line, startup.run(path, load_options(args), args.runs, modes, show))
+    print(json.dumps(record) if args.json else "\n".join(startup.lines(record["figures"])))
+    if args.out:
+        provenance.write(args.out, record)
+    return 0
+
+
+def _bench_report(args: argparse.Namespace) -> int:
+    from moesaic.bench import report
+
+    print(report.write(args.files, args.out)[-1])
     return 0

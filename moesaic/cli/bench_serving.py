@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.bench import endpoints
 from moesaic.cli.event_loop import run_async
-from moesaic.cli.flags import Commands, add_command
+from moesaic.cli.flags import Commands, add_command, numbers
 from moesaic.errors import InvalidParameter, InvalidRequest
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_serving(args: argparse.Namespace) -> int:
-    from moesaic.bench import latency, load_report, plotting, report
+    from moesaic.bench import latency, load_report, plotting, provenance
     from moesaic.bench.sweep import sweep
 
     loads, slos = _loads(args), latency.parse_goodput(args.goodput)
@@ -151,7 +151,7 @@ def _bench_serving(args: argparse.Namespace) -> int:
     record = result.record(without_secrets(args.line))
     print(json.dumps(record) if args.json else "\n".join(_lines(result)))
     if args.out:
-        report.write(args.out, record)
+        provenance.write(args.out, record)
     if args.requests_out:
         _write_requests(args.requests_out, result)
     if args.plot:
@@ -167,8 +167,8 @@ def _loads(args: argparse.Namespace) -> list[LoadProfile]:
     """Return the loads to measure: one for each value of --concurrency or --request-rate."""
     from moesaic.bench.serving import LoadProfile
 
-    rates = _numbers("request-rate", args.request_rate, float)
-    users = _numbers("concurrency", args.concurrency, int) or ([] if rates else [1])
+    rates = numbers("request-rate", args.request_rate, float)
+    users = numbers("concurrency", args.concurrency, int) or ([] if rates else [1])
     if rates and users:
         raise InvalidRequest("--concurrency and --request-rate exclude each other")
     if args.burstiness is not None and not rates:
@@ -188,15 +188,6 @@ def _loads(args: argparse.Namespace) -> list[LoadProfile]:
         )
 
     return [load(concurrency, None) for concurrency in users] + [load(None, rate) for rate in rates]
-
-
-def _numbers(name: str, text: str | None, kind: type[Any]) -> list[Any]:
-    if text is None:
-        return []
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InvalidParameter(name, f"is {text!r}, expected numbers separated by commas, such as 1,4,16") from error
 
 
 def _target(args: argparse.Namespace) -> Target:

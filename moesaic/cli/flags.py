@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.errors import InvalidParameter
 from moesaic.load_options import DTYPES, LoadOptions
 
 if TYPE_CHECKING:
@@ -140,6 +141,20 @@ def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     """
     given = {name: getattr(args, name) for name in LoadOptions.__dataclass_fields__ if hasattr(args, name)}
     return LoadOptions(**(given | changes))
+
+
+def numbers(name: str, text: str | None, kind: type[Any]) -> list[Any]:
+    """Return the numbers in the value of the flag ``name``, which are separated by commas; none if it is not given.
+
+    Raises:
+        InvalidParameter: a part is no number of this kind.
+    """
+    if text is None:
+        return []
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidParameter(name, f"is {text!r}, expected numbers separated by commas, such as 1,4,16") from error
 
 
 def folder(model: str) -> Path:

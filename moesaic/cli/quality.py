@@ -83,7 +83,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _perplexity(args: argparse.Namespace) -> int:
     from moesaic import builtin
-    from moesaic.bench import divergence, quality, report
+    from moesaic.bench import divergence, provenance, quality
 
     texts = quality.read_texts(args.file)
     path, names = folder(args.model or builtin.default()), args.format or [None]
@@ -91,7 +91,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     with _reference(args, path, texts) as reference:
         rows = [_row(args, plan, texts, reference, name) for plan, name in zip(plans, names, strict=True)]
     if args.out:
-        report.write(args.out, report.record(args.line, {"formats": rows}))
+        provenance.write(args.out, provenance.record(args.line, {"model": path.name, "formats": rows}))
     shown = [*quality.lines(rows), *(divergence.lines(rows) if reference else ())]
     print(json.dumps(rows if len(rows) > 1 else rows[0]) if args.json else "\n".join(shown))
     return 0
@@ -220,12 +220,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     from moesaic import builtin
-    from moesaic.bench import evaluation, report
+    from moesaic.bench import evaluation, provenance
 
     if args.tasks == evaluation.LIST:
         print("\n".join(evaluation.task_names(args.include_path)))
         return 0
-    plans = _plans(args, folder(args.model or builtin.default()))  # errors come before the first measurement
+    path = folder(args.model or builtin.default())
+    plans = _plans(args, path)  # errors come before the first measurement
     options = evaluation.Options(**{name: getattr(args, name) for name in evaluation.Options.__dataclass_fields__})
     tasks = evaluation.Tasks.find([name for name in args.tasks.split(",") if name], args.include_path)
     rows, samples = [], []
@@ -237,7 +238,7 @@ def _eval(args: argparse.Namespace) -> int:
     if args.samples_out:
         evaluation.write_samples(args.samples_out, samples)
     if args.out:
-        report.write(args.out, report.record(args.line, {"formats": rows}))
+        provenance.write(args.out, provenance.record(args.line, {"model": path.name, "formats": rows}))
     print(json.dumps(rows if len(rows) > 1 else rows[0]) if args.json else "\n".join(evaluation.lines(rows)))
     return 0
 

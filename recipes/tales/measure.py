@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from moesaic import LLM
-from moesaic.bench import report
+from moesaic.bench import provenance
 
 HERE = Path(__file__).parent
 MOESAIC = [sys.executable, "-m", "moesaic.cli"]
@@ -65,7 +65,7 @@ def main() -> None:
         "answers_at_once_to_tokens_per_second": speeds,
     }
     command = f"python recipes/tales/measure.py --out {args.out}"
-    report.write(args.out, report.record(command, figures))
+    provenance.write(args.out, provenance.record(command, figures))
     print(args.out.read_text())
 
 

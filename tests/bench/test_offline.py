@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from moesaic import cli, published
-from moesaic.bench import geometry, offline
+from moesaic.bench import arithmetic, geometry, offline, offline_text
 from moesaic.bench.offline import Options, Work
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed
+from moesaic.hardware.limits import Limits
 from moesaic.load_options import LoadOptions
 from moesaic.models import Experts
 
@@ -120,7 +121,7 @@ def test_figures_of_a_random_model(tiny: str, weight_format: str, batch: int) ->
     results = offline.run(
         None,
         Options(tiny, load=LoadOptions(format=weight_format)),
-        work,
+        [work],
         progress=lambda *step: seen.append(step),
         buffer=0.01,
     )
@@ -136,17 +137,50 @@ def test_figures_of_a_random_model(tiny: str, weight_format: str, batch: int) ->
     assert reads["experts"] == pytest.approx(24 * reads["experts_per_layer"] * per_expert, abs=1)
     assert reads["dense"] == model_bytes(weight_format)["dense"]
     assert reads["cache"] == batch * (40 + work.generated // 2) * 24 * 2 * 2 * 64 * 2
-    text = "\n".join(offline.lines(results))
+    text = "\n".join(offline_text.lines(results))
     assert "24 layers" in text and "tokens/s" in text and "experts" in text
     assert "speculation, copying task" in text and "speculation, random task" in text
     for row in results["speculation"].values():
         assert row["same"] and row["tokens_s"] > 0
 
 
+def test_several_measurements_share_one_load(tiny: str) -> None:
+    works = [Work(prompt=prompt, tokens=48, batch=batch) for prompt in (20, 40) for batch in (1, 3)]
+    results = offline.run(None, Options(tiny, layers=2, load=LoadOptions(format="q4")), works, buffer=0.01)
+    json.dumps(results)
+    found = offline_text.settings(results)
+    assert [(each["work"]["prompt"], each["work"]["batch"]) for each in found] == [(20, 1), (20, 3), (40, 1), (40, 3)]
+    assert found[3]["reads"]["cache"] > found[2]["reads"]["cache"] > found[0]["reads"]["cache"]
+    assert all(0 < each["prompt_share"] < 1.5 and each["read_share"] > 0 for each in found)
+    table = [line.split() for line in offline_text.lines(results) if line.startswith("prompts of")]
+    assert [row[2:4] for row in table] == [["20", "1"], ["20", "3"], ["40", "1"], ["40", "3"]]
+    assert results["model"]["format"] == "q4" and "settings" not in found[0]
+
+
+def test_cache_holds_the_largest_measurement(tiny: str) -> None:
+    options, works = LoadOptions(context=100), [Work(prompt=20, tokens=8), Work(prompt=60, tokens=8, batch=4)]
+    assert offline._sizes(options, 4096, works).cache_tokens == 4 * 80 > 112
+    assert offline._sizes(LoadOptions(), 32768, [Work(prompt=20000)]).context == 20064
+
+
+def test_prompt_limit_is_that_of_the_multiplications() -> None:
+    plan = geometry.random_plan(TINY | {"num_hidden_layers": 1}, "tiny", LoadOptions(format="bfloat16"))
+    machine = Limits(read_gb_s=1, streams=1, ahead=0, int8_gop_s=1, bf16_gop_s=1, vnni_gop_s=1)
+    weights = 256 * (256 + 2 * 128 + 256) + 2 * 3 * 256 * 512  # attention, and two of eight experts
+    attention = 4 * 256 * 10 / 2
+    found = arithmetic.prompt_limit(geometry.build(plan).model, 10, machine)
+    assert found == pytest.approx(1e9 / (2 * weights + attention))
+
+
 def test_decode_speed_counts_only_while_all_answers_run() -> None:
     times = [[1.0, 2.0, 3.0], [1.5, 2.25, 4.0]]  # after the second has begun, until the first ends
     speed = offline._speed(0.5, times, Work(prompt=40, tokens=3, batch=2), disk_bytes=7)
     assert speed == offline.Speed(0.5, 2 * 40 / 1.0, 3 / 1.5, 3, (1.0 + 0.75) / 2, 7)
+
+
+def test_answers_that_never_run_together_are_refused() -> None:
+    with pytest.raises(InvalidParameter, match=r"^tokens: is 2, but an answer ended before"):
+        offline._speed(0.5, [[1.0, 2.0], [2.5, 3.0]], Work(prompt=40, tokens=2, batch=2), disk_bytes=0)
 
 
 def model_bytes(weight_format: str) -> dict[str, int]:
@@ -159,20 +193,20 @@ def model_bytes(weight_format: str) -> dict[str, int]:
 
 def test_figures_of_a_checkpoint(talker: Path) -> None:
     options = Options(load=LoadOptions(format="q4", context=100))
-    results = offline.run(talker, options, Work(prompt=20, tokens=8), buffer=0.01)
+    results = offline.run(talker, options, [Work(prompt=20, tokens=8)], buffer=0.01)
     assert results["model"]["weights"] == {"float32": 1, "int4": 14, "int8": 1}
     assert results["model"]["cache_bytes"] == 112 * 2 * 2 * 2 * 8 * 4  # whole blocks
 
 
 def test_random_weights_in_a_packed_folder(tiny: str, tmp_path: Path) -> None:
     options, work = Options(tiny, 2, tmp_path / "new", LoadOptions(format="q2")), Work(prompt=20, tokens=8)
-    made = offline.run(None, options, work, buffer=0.01)
+    made = offline.run(None, options, [work], buffer=0.01)
     assert made["model"]["layout"] == "packed" and made["model"]["layers"] == 2
-    again = offline.run(tmp_path / "new", Options(), work, buffer=0.01)
-    assert again["model"] | {"name": tiny} == made["model"]
+    again = offline.run(tmp_path / "new", Options(), [work], buffer=0.01)
+    assert again["model"] | {"name": tiny, "format": "q2"} == made["model"]
     assert again["reads"] | {"gb_s": 0} == made["reads"] | {"gb_s": 0}  # the same tokens
     with pytest.raises(InvalidParameter, match="exists already"):
-        offline.run(None, options, work, buffer=0.01)
+        offline.run(None, options, [work], buffer=0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -184,7 +218,7 @@ from moesaic import published
 from moesaic.bench import geometry, offline
 published.CONFIGURATIONS["tiny"] = {TINY | {"max_position_embeddings": 32768}}
 options = offline.Options("tiny", load=offline.LoadOptions(format="q4", context=32768))
-print(json.dumps(offline.run(None, options, offline.Work(prompt=8, tokens=4), buffer=0.01)))
+print(json.dumps(offline.run(None, options, [offline.Work(prompt=8, tokens=4)], buffer=0.01)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     results = json.loads(done.stdout)
@@ -207,6 +241,6 @@ def test_invalid_options_are_refused(tiny: str, capsys: pytest.CaptureFixture[st
         (Options(tiny, load=LoadOptions(format="q5")), "'q5' is unknown"),
     ):
         with pytest.raises(InvalidParameter, match=words):
-            offline.run(None, options, Work(), buffer=0.01)
+            offline.run(None, options, [Work()], buffer=0.01)
     assert cli.main(["bench", "offline", "some/model", "--geometry", "mixtral-8x7b"]) == 2
     assert "exclude each other" in capsys.readouterr().err

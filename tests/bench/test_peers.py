@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moesaic import cli, registry
-from moesaic.bench import chart, compare, peer_choice, report
+from moesaic.bench import chart, compare, peer_choice, provenance
 from moesaic.bench.compare import Cell, Comparison, Plan
 from moesaic.bench.peers import _model
 from moesaic.bench.peers._model import Shape
@@ -123,7 +123,7 @@ def test_tables_and_record_have_every_row(found: Comparison, tmp_path: Path) -> 
     for row in found.rows:
         assert shown.count(row.name) >= 3  # speeds, shares of the limit, shares beside a neighbour
     assert "beyond the model's steps" not in shown  # no format has both
-    report.write(tmp_path / "peers.json", report.record("moesaic bench peers", found.figures()))
+    provenance.write(tmp_path / "peers.json", provenance.record("moesaic bench peers", found.figures()))
     content = json.loads((tmp_path / "peers.json").read_text())
     assert content["machine"] and content["commit"] and content["figures"]["limits"]["read_gb_s"] == 20.0
     first = content["figures"]["rows"][0]
