@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from moesaic import checkpoints, formats, ops
 from moesaic.calibration import _hessians
 from moesaic.calibration._choice import MEASURED, Sensitivity
-from moesaic.calibration._layers import Chunk, chunks
 from moesaic.calibration._plain import loaded, plain_model
+from moesaic.calibration._states import Chunk, chunks
 from moesaic.checkpoints import Checkpoint, _write
 from moesaic.models import Experts
 from moesaic.models._layers import Block, Linear
