@@ -99,9 +99,9 @@ def test_experts_are_weighted_by_probability_and_get_a_floor():
     unused = _hessians.hessian([tokens.weighted(2, tokens.of(2, x))])
     assert not unused.any() and tokens.weight(2) == 0
     shared = own + _hessians.hessian([tokens.weighted(0, tokens.of(0, x))])
-    floored = _hessians.with_floor(unused, 0.0, shared, tokens.total, tokens.mean)
+    floored = _hessians.with_floor(unused, 0.0, lambda: shared, tokens.total, tokens.mean)
     torch.testing.assert_close(floored, shared * 4 / 12)  # as if it had as many tokens as columns
-    assert _hessians.with_floor(own, 99.0, shared, tokens.total, tokens.mean) is own
+    assert _hessians.with_floor(own, 99.0, lambda: shared, tokens.total, tokens.mean) is own
 
 
 def drifted(tokens: int, columns: int, rows: int) -> Inputs:

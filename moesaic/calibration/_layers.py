@@ -9,6 +9,7 @@ Legend: T tokens, d hidden size, f intermediate size, k experts per token.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -140,7 +141,11 @@ class LayerQuantizer:
         pending = {part: weight for part, weight in stacks.items() if ops.is_fed_back(weight.format)}
         if not pending:
             return
-        shared = _hessians.hessian(tokens.weighted(e, parts(e).found) for e in range(experts.experts))
+
+        @functools.cache
+        def shared() -> Tensor:
+            return _hessians.hessian(tokens.weighted(e, parts(e).found) for e in range(experts.experts))
+
         for e in range(experts.experts):
             moments = Moments.of([parts(e).weighted(tokens.probabilities(e))])
             floored = _hessians.with_floor(moments.hessian, tokens.weight(e), shared, tokens.total, tokens.mean)

@@ -15,6 +15,7 @@ Legend: T tokens, d hidden size.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -170,7 +171,11 @@ class Measurement:
 
     def _measure(self, name: str, uses: Sequence[Use]) -> None:
         """Measure a weight or a stack, which has the name of its first expert's tensor, from all of its uses."""
-        shared = _hessians.hessian(use.weighted() for use in uses)
+
+        @functools.cache
+        def shared() -> Tensor:
+            return _hessians.hessian(use.weighted() for use in uses)
+
         total, count = sum(use.weight() for use in uses), sum(len(use.inputs) for use in uses)
         growth = 0.0
         for expert in sorted({use.expert for use in uses}):
