@@ -25,7 +25,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class Row:
         tokens: number of predicted tokens.
         perplexity, kl_divergence, log_ratio: value and standard error; the divergence and the logarithm of the ratio of
             perplexities compare with the unquantized weights in the same engine.
+        commit: Git commit of the source that measured the row.
     """
 
     model: str
@@ -100,6 +101,7 @@ class Row:
     perplexity: tuple[float, float]
     kl_divergence: tuple[float, float] = (0.0, 0.0)
     log_ratio: tuple[float, float] = (0.0, 0.0)
+    commit: str | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -110,13 +112,13 @@ class Results:
     """The finished rows, in a file."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
+        self._file, self._commit = file, report.commit()  # of the source that runs, also if it changes later
         self.rows = [Row(**entry) for entry in json.loads(file.read_text())] if file.exists() else []
 
     def add(self, key: tuple[str, str, str, str], measure: Callable[[], Row]) -> None:
         """Measure a row, unless it is finished."""
         if not any(row.key == key for row in self.rows):
-            row = measure()
+            row = replace(measure(), commit=self._commit)
             self.rows.append(row)
             print(*row.key, f"{row.bits:.3f}", row.perplexity[0], *row.kl_divergence, flush=True)
             self._file.write_text(json.dumps([asdict(row) for row in self.rows], indent=1))
@@ -197,8 +199,8 @@ def row(
 ) -> Row:
     """Return a row from its measurements."""
     perplexity = measured.perplexity, measured.standard_error
-    pairs = ((value.value, value.standard_error) for value in (found.mean, found.log_ratio))
-    return Row(*key, *size, measured.tokens, perplexity, *pairs)
+    divergence, ratio = ((value.value, value.standard_error) for value in (found.mean, found.log_ratio))
+    return Row(*key, *size, measured.tokens, perplexity, divergence, ratio)
 
 
 def quantizer(setup: Setup, name: str, text: str, method: str) -> Callable[[Path], object]:

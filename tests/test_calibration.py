@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from moesaic import calibration, cli, formats, ops, packed
-from moesaic.calibration import _hessians
+from moesaic import calibration, checkpoints, cli, formats, ops, packed
+from moesaic.calibration import _drift, _hessians
+from moesaic.calibration._drift import Correction, Inputs, Moments
 from moesaic.calibration._layers import Routed
+from moesaic.calibration._plain import PlainPass
 from moesaic.errors import InvalidParameter
 from moesaic.formats import Packed, _feedback
 from tests.support.loading import load_model
@@ -89,16 +92,85 @@ def test_wrong_formats_and_shapes_are_refused():
 def test_experts_are_weighted_by_probability_and_get_a_floor():
     x, ids = torch.randn(6, 4), torch.tensor([[0, 1]] * 5 + [[1, 0]])
     scores = torch.tensor([[0.75, 0.25]] * 6)
-    tokens = Routed(x, ids, scores)
-    own = _hessians.hessian([tokens.weighted(1, tokens.inputs(1))])
+    tokens = Routed(ids, scores)
+    own = _hessians.hessian([tokens.weighted(1, tokens.of(1, x))])
     p = torch.tensor([0.25] * 5 + [0.75])
     torch.testing.assert_close(own, sum(p[t] ** 2 * torch.outer(x[t], x[t]) for t in range(6)))
-    unused = _hessians.hessian([tokens.weighted(2, tokens.inputs(2))])
+    unused = _hessians.hessian([tokens.weighted(2, tokens.of(2, x))])
     assert not unused.any() and tokens.weight(2) == 0
-    shared = own + _hessians.hessian([tokens.weighted(0, tokens.inputs(0))])
-    floored = _hessians.with_floor(unused, 0.0, shared, tokens.total, tokens.mean)
+    shared = own + _hessians.hessian([tokens.weighted(0, tokens.of(0, x))])
+    floored = _hessians.with_floor(unused, 0.0, lambda: shared, tokens.total, tokens.mean)
     torch.testing.assert_close(floored, shared * 4 / 12)  # as if it had as many tokens as columns
-    assert _hessians.with_floor(own, 99.0, shared, tokens.total, tokens.mean) is own
+    assert _hessians.with_floor(own, 99.0, lambda: shared, tokens.total, tokens.mean) is own
+
+
+def drifted(tokens: int, columns: int, rows: int) -> Inputs:
+    """Inputs whose drift and missing hidden states are partly linear functions of them."""
+    x, noise = correlated(tokens, columns), 0.1 * torch.randn(tokens, columns)
+    expected = x + noise + 0.2 * x @ torch.randn(columns, columns) / columns**0.5
+    return Inputs(x, expected, x @ torch.randn(columns, rows) / columns**0.5)
+
+
+def correction(parts: Sequence[Inputs]) -> Correction:
+    moments = Moments.of(parts)
+    return Correction(moments, moments.hessian)
+
+
+def test_correction_solves_damped_normal_equations():
+    parts, weight = [drifted(300, 24, 8), drifted(200, 24, 8)], torch.randn(8, 24)
+    change = (correction(parts).apply(weight) - weight).double() / _drift.SHARE
+    tokens = [t for part in parts for t in zip(part.found, part.expected, part.missing, strict=True)]
+    hessian = sum(torch.outer(x, x) for x, _, _ in tokens).double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(24)
+    lost = sum(torch.outer(weight @ (expected - x) + missing, x) for x, expected, missing in tokens)
+    torch.testing.assert_close((change @ hessian).float(), lost, rtol=1e-3, atol=1e-2)
+
+
+def test_inputs_without_drift_change_no_weight():
+    x, weight = correlated(100, 32), torch.randn(16, 32)
+    assert torch.equal(correction([Inputs(x, x, torch.zeros(100, 16))]).apply(weight), weight)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_correction_lowers_the_error_of_a_layer_on_drifted_inputs(name):
+    part, weight = drifted(2000, 64, 40), torch.randn(40, 64) / 8
+    factor = ops.feedback_factor(part.found.T @ part.found)
+    wanted = part.expected @ weight.T + part.missing
+
+    def error(plain: Tensor) -> float:
+        found = formats.load(name).empty((40, 64))
+        ops.quantize_with_feedback(found, plain, factor)
+        return float((part.found @ found.dequantize().T - wanted).norm())
+
+    inputs_alone = correction([Inputs(part.found, part.expected)]).apply(weight)
+    assert error(correction([part]).apply(weight)) < 0.8 * error(inputs_alone)
+    assert error(inputs_alone) < 0.99 * error(weight)
+
+
+def test_correction_brings_the_hidden_states_closer(talker, tmp_path, monkeypatch):
+    errors = {}
+    with torch.inference_mode():
+        expected = load_model(talker, dtype="float32").model(ops.Batch.whole(IDS)).float()
+        for share in (0.0, _drift.SHARE):
+            monkeypatch.setattr(_drift, "SHARE", share)
+            calibration.quantize(talker, tmp_path / str(share), calibration.Settings("experts=int2"), lambda: IDS)
+            found = load_model(tmp_path / str(share)).model(ops.Batch.whole(IDS)).float()
+            errors[share] = float((found - expected).norm())
+    assert errors[_drift.SHARE] < errors[0.0]
+
+
+def test_plain_pass_computes_the_unquantized_model(talker):
+    with torch.inference_mode(), checkpoints.open_checkpoint(talker) as checkpoint:
+        plain = PlainPass(checkpoint, IDS)
+        first, second = plain.layer(0), plain.layer(1)
+        expected = load_model(talker, dtype="float32").model(ops.Batch.whole(IDS))
+        torch.testing.assert_close(torch.cat(plain.head()), expected)
+    tokens = sum(map(len, IDS))
+    for layer, found in enumerate((first, second)):
+        name = f"model.layers.{layer}"
+        names = [f"{name}.self_attn.q_proj", f"{name}.self_attn.o_proj", f"{name}.block_sparse_moe.experts"]
+        assert list(found.inputs) == list(found.hidden) == names
+        assert all(sum(map(len, parts)) == tokens for parts in (*found.inputs.values(), *found.hidden.values()))
 
 
 def test_calibrated_model_is_closer_than_a_packed_one(talker, tmp_path):

@@ -31,8 +31,10 @@ import torch
 from moesaic import checkpoints, models, ops, packed
 from moesaic.calibration._choice import MEASURED, Choice, Sensitivity, choices
 from moesaic.calibration._choice import lines as lines
-from moesaic.calibration._layers import LayerQuantizer, advance, chunks
+from moesaic.calibration._layers import LayerQuantizer
+from moesaic.calibration._plain import PlainPass
 from moesaic.calibration._sensitivity import Measurement
+from moesaic.calibration._states import advance, chunks
 from moesaic.checkpoints import Checkpoint, _write
 from moesaic.errors import CheckpointError, InvalidParameter
 from moesaic.formats import Slot
@@ -275,19 +277,20 @@ def _run(
 
     with torch.inference_mode():
         quantizer = LayerQuantizer(model, checkpoint, count)
-        states = chunks(model, state.sequences)
+        states, plain = chunks(model, state.sequences), PlainPass(checkpoint, state.sequences)
         for index, block in enumerate(model.blocks):
             assert isinstance(block, Block)
+            expected = plain.layer(index)
             if index < state.layers:
                 done += sum(_is_later(slot) for slot in block.slots()) - 1
                 count()
                 advance(block, states)
                 continue
-            quantizer.quantize_block(block, states)
+            quantizer.quantize_block(block, states, expected)
             state.usage.append(quantizer.usage)
             state.layers = index + 1
             _write_state(file, state, weights)
-        quantizer.quantize_head(model, states)
+        quantizer.quantize_head(model, states, plain.head())
 
 
 def _is_later(slot: Slot) -> bool:

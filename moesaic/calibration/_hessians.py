@@ -8,7 +8,7 @@ mean over all experts of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -23,15 +23,17 @@ def hessian(inputs: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def with_floor(own: Tensor, weight: float, shared: Tensor, shared_weight: float, mean_weight: float) -> Tensor:
+def with_floor(
+    own: Tensor, weight: float, shared: Callable[[], Tensor], shared_weight: float, mean_weight: float
+) -> Tensor:
     """Return the Hessian of an expert, filled up to as many tokens as it has columns.
 
     Args:
         own: the expert's Hessian [columns, columns]: the sum of p^2 x x^T over its tokens.
         weight: sum of p^2 over these tokens.
-        shared: the sum of the Hessians of all experts of the layer.
+        shared: returns the sum of the Hessians of all experts of the layer; called only if tokens are missing.
         shared_weight: sum of p^2 over the tokens of all experts.
         mean_weight: mean of p^2 over the tokens of all experts.
     """
     missing = max(0.0, len(own) * mean_weight - weight)
-    return own + shared * (missing / shared_weight) if missing else own
+    return own + shared() * (missing / shared_weight) if missing else own

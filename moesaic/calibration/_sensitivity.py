@@ -15,6 +15,7 @@ Legend: T tokens, d hidden size.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,8 +31,8 @@ from torch.nn import functional as F
 from moesaic import checkpoints, formats, ops
 from moesaic.calibration import _hessians
 from moesaic.calibration._choice import MEASURED, Sensitivity
-from moesaic.calibration._layers import Chunk, chunks
 from moesaic.calibration._plain import loaded, plain_model
+from moesaic.calibration._states import Chunk, chunks
 from moesaic.checkpoints import Checkpoint, _write
 from moesaic.models import Experts
 from moesaic.models._layers import Block, Linear
@@ -170,7 +171,11 @@ class Measurement:
 
     def _measure(self, name: str, uses: Sequence[Use]) -> None:
         """Measure a weight or a stack, which has the name of its first expert's tensor, from all of its uses."""
-        shared = _hessians.hessian(use.weighted() for use in uses)
+
+        @functools.cache
+        def shared() -> Tensor:
+            return _hessians.hessian(use.weighted() for use in uses)
+
         total, count = sum(use.weight() for use in uses), sum(len(use.inputs) for use in uses)
         growth = 0.0
         for expert in sorted({use.expert for use in uses}):

@@ -8,9 +8,10 @@ import numpy
 import pytest
 import torch
 
-from benchmarks import quantization
+from benchmarks import quantization, quantization_plot
 from benchmarks.quantization_models import pad, upcycle
 from moesaic import ops, packed
+from moesaic.bench import report
 from moesaic.bench.windows import Corpus, Window
 from tests.support.loading import load_model
 from tests.support.models import CASES, transformers_model
@@ -58,7 +59,19 @@ def test_finished_rows_are_not_measured_again(tmp_path):
     quantization.Results(tmp_path / "rows.json").add(row.key, lambda: row)
     again = quantization.Results(tmp_path / "rows.json")
     again.add(row.key, lambda: pytest.fail("it is finished"))
-    assert [found.key for found in again.rows] == [row.key]
+    assert [(found.key, found.commit) for found in again.rows] == [(row.key, report.commit())]
+
+
+def test_plot_draws_the_rows_with_few_bits(tmp_path):
+    places = [("int4", "calibrated", 4.2), ("int4", "to nearest", 4.2), ("Q4_0", "importance matrix", 4.5)]
+    rows = [
+        {"model": model, "name": name, "method": method, "bits": bits, "kl_divergence": (0.1, 0.01)}
+        for model in quantization_plot.PANELS
+        for name, method, bits in (*places, ("Q8_0", "importance matrix", 8.5))
+    ]
+    quantization_plot.draw(rows, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()  # each text is a comment beside its outlines
+    assert [text.count(f"<!-- {name} -->") for name in ("int4", "Q4_0", "Q8_0")] == [4, 2, 0]
 
 
 def test_importances_are_mean_squares_of_the_inputs(dense):

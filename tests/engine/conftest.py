@@ -9,10 +9,28 @@ import pytest
 import torch
 
 from moesaic import formats, models
+from moesaic.formats import Packed
 from moesaic.models._layers import Decoder
 from moesaic.ops import Batch
 
 Oracle = Callable[[Decoder, Sequence[int], int], list[int]]
+CONFIG: dict[str, object] = {
+    "model_type": "mixtral",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def _empty(name: str, **changes: object) -> Decoder:
+    """Return a model with weights of a format that have no values yet."""
+    return models.build(CONFIG | changes, Path("config.json"), formats.load(name), dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -20,19 +38,7 @@ def build() -> Callable[..., Decoder]:
     """A factory of models with the same weights; keyword arguments change configuration keys."""
 
     def make(**changes: object) -> Decoder:
-        raw = {
-            "model_type": "mixtral",
-            "vocab_size": 61,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-        }
-        model = models.build(raw | changes, Path("config.json"), formats.load("float32"), dtype=torch.float32)
+        model = _empty("float32", **changes)
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for weight in model.parameters():
@@ -45,6 +51,16 @@ def build() -> Callable[..., Decoder]:
 @pytest.fixture(scope="session")
 def model(build: Callable[..., Decoder]) -> Decoder:
     return build()
+
+
+@pytest.fixture(scope="session")
+def exact(model: Decoder) -> Decoder:
+    """The same model in int8, whose bits do not depend on the other tokens of a step: torch's float products do."""
+    quantized = _empty("int8")
+    for target, source in zip(quantized.slots(), model.slots(), strict=True):
+        weight = source.weight
+        target.store(weight.dequantize(torch.float32, source.entry) if isinstance(weight, Packed) else weight)
+    return quantized
 
 
 @pytest.fixture(scope="session")

@@ -166,13 +166,13 @@ def test_an_int8_cache_answers_the_same_whatever_the_company(which, options, pro
     st.booleans(),
 )
 def test_seeded_answers_are_the_same_alone_and_in_a_crowd(
-    model, prompts, block_size, batch_tokens, sequences, tokens, seed, window
+    exact, prompts, block_size, batch_tokens, sequences, tokens, seed, window
 ):
     request = ask(prompts[3], temperature=1.0, seed=seed, max_tokens=8, n=2, top_p=0.9, repetition_penalty=1.2)
-    alone, _ = run(manual(model), [request])
+    alone, _ = run(manual(exact), [request])
     tokens = max(tokens, 64)
     engine = manual(
-        model,
+        exact,
         block_size=block_size,
         cache_tokens=tokens // block_size * block_size,
         limits=Limits(batch_tokens, sequences),
