@@ -112,7 +112,7 @@ class Results:
     """The finished rows, in a file."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._commit = file, report.commit()  # of the source that runs, also if it changes later
+        self._file, self._commit = file, provenance.commit()  # of the source that runs, also if it changes later
         self.rows = [Row(**entry) for entry in json.loads(file.read_text())] if file.exists() else []
 
     def add(self, key: tuple[str, str, str, str], measure: Callable[[], Row]) -> None:

@@ -29,6 +29,7 @@ MAY = {
     "weight_report": {"checkpoints", "models", "ops", "formats"},
     "load_options": set(),
     "published": set(),
+    "text_tables": set(),
     "hardware": {"memory", "ops"},
     "model_spec": {"models", "formats"},
     "model_sizes": {"model_spec", "models", "ops", "formats"},
@@ -56,6 +57,7 @@ MAY = {
         "hub_files",
         "outline",
         "hub_access",
+        "text_tables",
     },
     "outline": {"hub_access", "hub_files", "gguf"},
     "loading": {
@@ -112,6 +114,7 @@ MAY = {
         "builtin",
         "hardware",
         "published",
+        "text_tables",
         "model_spec",
         "client",
         "llm",

@@ -11,7 +11,7 @@ from typing import Any
 
 from moesaic.bench.compare import Cell, Comparison, Row
 from moesaic.bench.plotting import COLOURS
-from moesaic.bench.text_tables import aligned
+from moesaic.text_tables import aligned
 
 FACTS = ("bits", "GiB", "same", "spread")
 """Columns before the speeds of a row; docs/how-to/benchmark.md explains them."""

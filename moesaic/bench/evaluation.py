@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from moesaic.bench.text_tables import aligned
 from moesaic.engine import Engine, Limits
 from moesaic.errors import DownloadError, InvalidParameter, InvalidRequest, NotFound, NotInstalled
 from moesaic.llm import LLM
@@ -23,6 +22,7 @@ from moesaic.loading import Loaded, torch_threads
 from moesaic.sampling_defaults import sampling_defaults
 from moesaic.text import chat_choice
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.text_tables import aligned
 from moesaic.token_rows import check_tokenizer
 
 STEP_TOKENS = 512

@@ -12,7 +12,7 @@ from typing import Any
 from moesaic.bench.latency import METRICS, samples_ms, tokens_per_second
 from moesaic.bench.plotting import COLOURS
 from moesaic.bench.serving import Run
-from moesaic.bench.text_tables import aligned
+from moesaic.text_tables import aligned
 
 Figures = dict[str, Any]
 

@@ -188,7 +188,10 @@ def run(
         limits=max((work.limits for work in works), key=lambda limits: limits.sequences),
         lazy_cache=False,  # page faults are no part of the speed
     ) as llm:
-        settings = [figures(llm, work, machine, *measure(llm, work)) for work in works]
+        settings = [
+            figures(llm, work, machine, *measure(llm, work, seed))  # other prompts each time: prefixes are cached
+            for seed, work in enumerate(works)
+        ]
         first = works[0]
         return (
             about(llm, machine, options.load.format)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moesaic.bench import speculation
-from moesaic.bench.text_tables import aligned, percent
+from moesaic.text_tables import aligned, percent
 
 Figures = Mapping[str, Any]
 

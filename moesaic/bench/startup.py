@@ -22,10 +22,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moesaic import memory
-from moesaic.bench.text_tables import aligned, percent
 from moesaic.errors import InvalidParameter, InvalidRequest
 from moesaic.load_options import LoadOptions
 from moesaic.plan import make_plan
+from moesaic.text_tables import aligned, percent
 
 MODES = ("chat", "serve")
 CACHES = ("cold", "warm")

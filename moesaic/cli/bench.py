@@ -16,6 +16,7 @@ from moesaic.cli.flags import (
     Commands,
     add_command,
     add_model,
+    add_requantize,
     add_show_plan,
     folder,
     load_options,
@@ -127,6 +128,7 @@ def _add_offline(kinds: Commands) -> None:
         metavar="N",
         help="capacity of the cache in tokens; default: 8192, or what the prompts need",
     )
+    add_requantize(offline)
     _add_instruction_set(offline)
     add_show_plan(offline)
     offline.add_argument(

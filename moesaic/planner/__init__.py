@@ -37,7 +37,7 @@ STORED = "as stored"
 LEAST_BITS, SLOW_BITS = 3.0, 4.0
 """Bits of a weight below which no format is recommended for its speed, and on machines slower than reading."""
 
-PROCESS_BYTES = 300_000_000
+PROCESS_BYTES = 245_000_000
 """Main memory of the interpreter with its libraries."""
 CARD_PROCESS_BYTES = 700_000_000
 """Memory of a card that CUDA, its libraries and fragmentation take."""

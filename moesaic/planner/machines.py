@@ -13,7 +13,8 @@ from moesaic.model_sizes import ModelSizes
 from moesaic.models import PRESETS
 from moesaic.planner import DEFAULT_CONTEXT, STORED, Report, Row, Wish, plan_model
 from moesaic.planner.speed import READING
-from moesaic.planner.text import aligned, speed_text
+from moesaic.planner.text import speed_text
+from moesaic.text_tables import aligned
 
 CARD_COUNTS = (1, 2, 4, 8)
 HOSTS = ("cpu:32GB@60GB/s", "cpu:64GB@60GB/s", "cpu:128GB@60GB/s", "cpu:256GB@300GB/s", "cpu:768GB@500GB/s")

@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from moesaic.hardware import Host, Machine
 from moesaic.model_sizes import ModelSizes, Weight, Weights
 
@@ -28,48 +30,56 @@ REDUCE_SECONDS = {True: 12e-6, False: 40e-6}
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of a processor's limits that the kernels reach with one instruction set.
+    """What the kernels of one kind of processor make of its limits.
 
     Attributes:
-        read: share of the bandwidth by format, for one token.
-        read_grouped: the same for formats with a float scale per group, as files of others hold them.
+        unpack: bytes of weights that are unpacked while the processor could do one operation on bytes, by format; it
+            bounds reading where memory is faster. Unquantized weights are not unpacked.
+        unpack_grouped: the same for formats with a float scale per group, as files of others hold them.
         multiply: share of the byte peak with integer formats, for a prompt.
         multiply_grouped: the same with formats that have a float scale per group.
         multiply_plain: share of the bfloat16 peak with unquantized weights.
-        attention: share of the bandwidth when keys and values are read for one token of each sequence.
+        attention: share of the bfloat16 peak when one token of each sequence reads its keys and values, by the dtype of
+            the cache.
         attention_prompt: share of the bfloat16 peak in attention of a prompt.
     """
 
-    read: Mapping[str, float]
-    read_grouped: float
+    unpack: Mapping[str, float]
+    unpack_grouped: float
     multiply: float
     multiply_grouped: float
     multiply_plain: float
-    attention: float
+    attention: Mapping[torch.dtype, float]
     attention_prompt: float
 
 
+_ATTENTION = {torch.bfloat16: 0.09, torch.float16: 0.06, torch.float32: 0.035, torch.int8: 0.11}
 _AVX512 = Shares(
-    {"int8": 0.98, "int4": 0.88, "int3": 0.85, "int2": 0.80, "bfloat16": 1.0, "float16": 0.9, "float32": 0.9},
-    read_grouped=0.80,
+    {"int8": 0.059, "int4": 0.053, "int3": 0.052, "int2": 0.050},
+    unpack_grouped=0.046,
     multiply=0.82,
     multiply_grouped=0.60,
     multiply_plain=0.53,
-    attention=0.45,
-    attention_prompt=0.30,
+    attention=_ATTENTION,
+    attention_prompt=0.28,
 )
 _AVX2 = Shares(
-    {"int8": 0.95, "int4": 0.82, "int3": 0.57, "int2": 0.73, "bfloat16": 0.9, "float16": 0.8, "float32": 0.9},
-    read_grouped=0.75,
+    {"int8": 0.090, "int4": 0.079, "int3": 0.055, "int2": 0.071},
+    unpack_grouped=0.065,
     multiply=0.75,
     multiply_grouped=0.60,
-    multiply_plain=0.6,
-    attention=0.35,
-    attention_prompt=0.25,
+    multiply_plain=0.60,
+    attention=_ATTENTION,
+    attention_prompt=0.28,
 )
+READ, READ_SMALL = 0.95, 0.45
+"""Shares of the measured bandwidth that kernels reach with weights, and ops with activations, such as norms."""
+ACTIVATIONS = (20, 8)
+"""Times that the ops of a layer read or write a token's hidden state, and the intermediate state of an expert."""
+UNQUANTIZED = ("bfloat16", "float16", "float32")
 WIDE = ("avx512", "avx512bf16", "amx")
 """Instruction sets with vectors of 512 bits."""
-LAYER_SECONDS, STEP_SECONDS, TOKEN_SECONDS = 15e-6, 250e-6, 60e-6
+LAYER_SECONDS, STEP_SECONDS, TOKEN_SECONDS = 50e-6, 700e-6, 60e-6
 """Time of a layer, of a step and of a drawn token on a processor that depends on neither bytes nor operations."""
 
 
@@ -130,7 +140,8 @@ def estimate(
         cache_dtype: dtype of the key/value cache.
         experts_on_host: whether the processor computes the experts, and cards the rest.
     """
-    model = _Model(sizes, weights, sizes.cache_bytes_per_token(cache_dtype))
+    dtype = sizes.spec.dtype if cache_dtype == "auto" else getattr(torch, cache_dtype)
+    model = _Model(sizes, weights, dtype, sizes.cache_bytes_per_token(cache_dtype))
     step = _step_seconds(model, machine, batch, batch, context, experts_on_host)
     chunk = min(context, PROMPT_CHUNK)
     chunks = context / chunk
@@ -146,6 +157,7 @@ PROMPT_CHUNK = 512
 class _Model:
     sizes: ModelSizes
     weights: Weights
+    cache_dtype: torch.dtype
     cache_bytes: int
     """Bytes of the keys and values of a token."""
 
@@ -172,6 +184,13 @@ class _Model:
     def attention_bytes(self, sequences: int, length: float) -> float:
         return self.cache_bytes * sequences * min(length, self.sizes.shape.window or length)
 
+    def activation_bytes(self, tokens: int) -> float:
+        """Return the bytes of activations that the ops of all layers read and write."""
+        sizes, (hidden, inner) = self.sizes, ACTIVATIONS
+        used = max(1, sizes.experts_per_token)
+        each = hidden * sizes.shape.hidden_size + inner * used * sizes.shape.intermediate_size
+        return float(tokens * sizes.shape.num_layers * each * sizes.spec.dtype.itemsize)
+
 
 def _step_seconds(
     model: _Model, machine: Machine, tokens: int, sequences: int, length: float, experts_on_host: bool
@@ -195,22 +214,24 @@ def _on_host(
 ) -> float:
     shares = shares_of(host)
     seconds = sum(_matrix_on_host(model, host, group, tokens, sequences) for group in groups)
+    share = shares.attention[model.cache_dtype] if tokens == sequences else shares.attention_prompt
     seconds += _overlapped(
-        model.attention_bytes(sequences, length) / (host.read_gb_s * 1e9 * shares.attention),
-        model.attention_operations(tokens, length) / (host.bf16_gop_s * 1e9 * shares.attention_prompt),
+        model.attention_bytes(sequences, length) / (host.read_gb_s * 1e9 * READ),
+        model.attention_operations(tokens, length) / (host.bf16_gop_s * 1e9 * share),
     )
+    seconds += model.activation_bytes(tokens) / (host.read_gb_s * 1e9 * READ_SMALL)
     return seconds + LAYER_SECONDS * model.sizes.shape.num_layers + STEP_SECONDS + TOKEN_SECONDS * sequences
 
 
 def _matrix_on_host(model: _Model, host: Host, group: Weight, tokens: int, sequences: int) -> float:
     shares, name = shares_of(host), group.format.name
-    read = shares.read.get(name, shares.read_grouped)
-    if name in ("bfloat16", "float16", "float32"):
-        peak = host.bf16_gop_s * shares.multiply_plain
+    if name in UNQUANTIZED:
+        rate, peak = math.inf, host.bf16_gop_s * shares.multiply_plain
     else:
-        peak = host.int8_gop_s * (shares.multiply if name in shares.read else shares.multiply_grouped)
+        rate = host.int8_gop_s * shares.unpack.get(name, shares.unpack_grouped)
+        peak = host.int8_gop_s * (shares.multiply if name in shares.unpack else shares.multiply_grouped)
     return _overlapped(
-        model.read(group, tokens) / (host.read_gb_s * 1e9 * read),
+        model.read(group, tokens) / (min(host.read_gb_s * READ, rate) * 1e9),
         model.operations(group, tokens, sequences) / (peak * 1e9),
     )
 

@@ -9,6 +9,7 @@ from moesaic.model_sizes import ModelSizes
 from moesaic.plan import Plan
 from moesaic.planner import Report, Row
 from moesaic.planner.speed import CARD_READ, READING, estimate
+from moesaic.text_tables import aligned
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -100,11 +101,3 @@ def size_text(nbytes: int) -> str:
 def speed_text(value: float) -> str:
     """Return tokens per second as text."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def aligned(grid: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield the rows of a table; the first column is aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    for first, *others in grid:
-        rest = "  ".join(f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
-        yield f"{first:<{widths[0]}}  {rest}".rstrip()

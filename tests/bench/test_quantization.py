@@ -11,7 +11,7 @@ import torch
 from benchmarks import quantization, quantization_plot
 from benchmarks.quantization_models import pad, upcycle
 from moesaic import ops, packed
-from moesaic.bench import report
+from moesaic.bench import provenance
 from moesaic.bench.windows import Corpus, Window
 from tests.support.loading import load_model
 from tests.support.models import CASES, transformers_model
@@ -59,7 +59,7 @@ def test_finished_rows_are_not_measured_again(tmp_path):
     quantization.Results(tmp_path / "rows.json").add(row.key, lambda: row)
     again = quantization.Results(tmp_path / "rows.json")
     again.add(row.key, lambda: pytest.fail("it is finished"))
-    assert [(found.key, found.commit) for found in again.rows] == [(row.key, report.commit())]
+    assert [(found.key, found.commit) for found in again.rows] == [(row.key, provenance.commit())]
 
 
 def test_plot_draws_the_rows_with_few_bits(tmp_path):

@@ -9,7 +9,7 @@ from moesaic.bench.report import speeds
 from moesaic.bench.report.blocks import Bar, Chart, Group, Page, Section, Table
 from moesaic.bench.report.records import Comparison, Kernel, Record
 from moesaic.bench.report.speeds import Entry, entries, grouped
-from moesaic.bench.text_tables import number, percent
+from moesaic.text_tables import number, percent
 
 TITLE = "Benchmark report"
 

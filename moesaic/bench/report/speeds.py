@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from moesaic.bench.report.blocks import Bar, Chart, Group, Section, Table
 from moesaic.bench.report.records import Quality, Record, Start, Throughput
-from moesaic.bench.text_tables import number, percent
+from moesaic.text_tables import number, percent
 
 T = TypeVar("T")
 Entry = tuple[int, T]

@@ -7,7 +7,7 @@ from html import escape
 
 from moesaic.bench.plotting import COLOURS
 from moesaic.bench.report.blocks import Bar, Chart, Group
-from moesaic.bench.text_tables import number, percent
+from moesaic.text_tables import number, percent
 
 STYLE = (
     "svg.chart{font:12px system-ui,sans-serif}.chart text{fill:#24292f}.chart .faint{fill:#5f6b78}"
