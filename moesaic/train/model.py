@@ -52,8 +52,9 @@ class BalancedRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(x.float(), self.base.weight)
         best, ids = logits.topk(self.base.k, dim=-1)
-        if self.kept is None:  # the second pass of activation checkpointing changes nothing
-            self.kept = logits.softmax(-1), ids
+        probabilities = logits.softmax(-1)  # in each pass: activation checkpointing wants the second like the first
+        if self.kept is None:
+            self.kept = probabilities, ids
         return ids, best.softmax(-1)
 
     def slots(self) -> Iterator[Slot]:

@@ -145,6 +145,8 @@ class _Run:
         )
         if state.progress.step:
             self._restore()
+        else:
+            self._save()  # so that the folder is known as one of a run, should it stop before its next save
 
     def finish(self, log: Log, on_step: OnStep | None) -> Outcome:
         """Run the steps that are left, and write the adapter."""
