@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): small trained matrices beside weights that stay as they are.
 
-A weight W [out, in] gets two matrices, A [r, in] and B [out, r]. Its product with x becomes W x + (alpha / r) B A x. Each
-expert of a mixture has matrices of its own. B is zero at first, so that a new adapter changes nothing.
+A weight W [out, in] gets two matrices, A [r, in] and B [out, r]. Its product with x becomes W x + (alpha / r) B A x.
+Each expert of a mixture has matrices of its own. B is zero at first, so that a new adapter changes nothing.
 
 This module attaches adapters to a model and finds them there. ``peft`` reads and writes their files.
 

@@ -1,6 +1,6 @@
 """Layers with a low-rank adapter, which stand in the place of the layers of a model.
 
-The matrices are float32, and so are their products with activations.
+The matrices are float32. Their products with activations are computed in the dtype of these.
 
 Legend: T tokens, d hidden size, f intermediate size, r rank, E experts, k experts per token.
 """
@@ -43,7 +43,7 @@ class AdaptedLinear(nn.Module):
         y: Tensor = self.base(x, dtype)
         if not self.active:
             return y
-        return (y + x.to(self.a.dtype) @ self.a.T @ self.b.T * self.scale).to(y.dtype)
+        return y + _product(x, self.a, self.b, self.scale).to(y.dtype)
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return A and B by name."""
@@ -85,7 +85,7 @@ class AdaptedExperts(nn.Module):
             return None
         a: Tensor = self.a[stack][expert]
         b: Tensor = self.b[stack][expert]
-        return x.to(a.dtype) @ a.T @ b.T * self.scale
+        return _product(x, a, b, self.scale)
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return A and B of each part by name."""
@@ -97,6 +97,11 @@ class AdaptedExperts(nn.Module):
 
     def slots(self) -> Iterator[Slot]:
         return self.base.slots()
+
+
+def _product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return scale B A x for each row of x [T, in]: [T, out]."""
+    return x @ a.T.to(x.dtype) @ (b.T * scale).to(x.dtype)
 
 
 def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> nn.Parameter:

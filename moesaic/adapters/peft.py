@@ -2,12 +2,12 @@
 
 Three ways to store adapters of experts are read:
 
-    experts.N.w1.lora_A.weight                 per expert, as PEFT with transformers 4 wrote them: A [r, in], B [out, r]
-    experts.base_layer.lora_A.weight, ...      fused, as PEFT 0.18 and later do with ``target_parameters``: A [E r, in] has
-    experts.lora_A.weight                      one expert after the other, B [out, E r] has the expert as the fastest index.
-                                               The first is for gate and up together, the second for down.
-    the same, transposed                       PEFT 0.18 read the parameters as [E, in, out]; A and B are exchanged. The
-                                               shapes tell.
+    experts.N.w1.lora_A.weight            per expert, as PEFT with transformers 4 wrote them: A [r, in], B [out, r]
+    experts.base_layer.lora_A.weight      fused, as PEFT 0.18 and later do with ``target_parameters``: A [E r, in] has
+    experts.lora_A.weight                 one expert after the other, B [out, E r] has the expert as its fastest index;
+                                          the first is for gate and up together, the second for down
+    the same, transposed                  PEFT 0.18 took the parameters for [E, in, out], so A and B are exchanged; the
+                                          shapes tell
 
 Written are the names per expert, which every reader of LoRA for Mixtral knows.
 

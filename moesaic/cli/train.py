@@ -27,7 +27,15 @@ SHOWN = 5
 
 
 def add_train(commands: Commands) -> None:
-    parser = commands.add_parser("train", help="fine-tune a model with a low-rank adapter (LoRA)", allow_abbrev=False)
+    parser = commands.add_parser(
+        "train",
+        help="fine-tune a model with a low-rank adapter (LoRA)",
+        description="Fine-tune a model with a low-rank adapter (LoRA), on conversations or on preferences.",
+        epilog="examples:\n  moesaic train sft smollm2 chats.jsonl ./my-adapter\n"
+        "  moesaic train dpo smollm2 preferences.jsonl ./my-adapter",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     more = (
         "The weights of the model stay as they are, in any format. OUT gets the adapter in the files of PEFT and a "

@@ -74,7 +74,7 @@ def experts(
         def product(name: str, stack: Packed, inputs: Tensor, expert: int = expert) -> Tensor:
             y = linear(inputs, stack.entry(expert))
             change = delta(name, expert, inputs) if delta else None
-            return y if change is None else (y + change).to(y.dtype)
+            return y if change is None else y + change.to(y.dtype)
 
         inner = F.silu(product("gate", gate, part).float()) * product("up", up, part).float()
         parts.append(product("down", down, inner.to(x.dtype)))

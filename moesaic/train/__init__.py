@@ -3,8 +3,8 @@
     train(model, Supervised(examples), Settings(epochs=2), out, base="smollm2")
 
 The weights may be in any format: gradients flow through quantized weights, which are dequantized a part at a time
-(QLoRA, arXiv:2305.14314). ``out`` becomes a folder with the adapter in the files of PEFT, a log, and the state from which a
-stopped run continues.
+(QLoRA, arXiv:2305.14314). ``out`` becomes a folder with the adapter in the files of PEFT, a log, and the state from
+which a stopped run continues.
 """
 
 from __future__ import annotations

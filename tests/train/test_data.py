@@ -74,7 +74,7 @@ def test_a_bad_line_is_named_with_its_reason(tmp_path, line, reason):
 
 
 def test_a_file_without_a_usable_line_is_refused(tmp_path):
-    with pytest.raises(InvalidRequest, match="no usable line.*line 1"):
+    with pytest.raises(InvalidRequest, match=r"no usable line.*line 1"):
         data.conversations(file(tmp_path, {"text": "a"}))
     with pytest.raises(InvalidRequest, match="no usable line"):
         data.conversations(file(tmp_path, ""))
