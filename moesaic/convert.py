@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from moesaic import checkpoints, formats, models, packed
+from moesaic.adapters.merge import merged
 from moesaic.checkpoints import Checkpoint
 from moesaic.checkpoints._targets import writer
 from moesaic.checkpoints._write import WriteOptions
@@ -40,6 +41,7 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     *,
     decode: bool = False,
+    adapter: Path | None = None,
 ) -> None:
     """Write the checkpoint in ``src`` to the new folder ``dst`` as ``to``, with its tokenizer.
 
@@ -54,10 +56,12 @@ def convert(
         progress: called after each tensor with (bytes written, total bytes).
         decode: whether quantized weights that the target cannot hold exactly are written as floats; otherwise they are
             refused.
+        adapter: folder of an adapter that is added to the weights; None: they stay the same.
 
     Raises:
-        NotFound: the folder or the target does not exist.
-        InvalidParameter: ``dst`` is not empty, or the weights cannot be split into ``shards`` files.
+        NotFound: the folder, the target or the adapter does not exist.
+        InvalidParameter: the adapter does not fit the model, ``dst`` is not empty, or the weights cannot be split into
+            ``shards`` files.
         ConfigError: the layout cannot express a setting that changes the computation.
         TokenizerError: the layout cannot express the tokenizer.
         CheckpointError: ``src`` is damaged, lacks a tensor, or has one that the target cannot hold; or ``dst`` cannot
@@ -67,7 +71,8 @@ def convert(
     write = writer(to)
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise InvalidParameter("dst", f"{target} is inside the source folder; choose another folder")
-    with _open(source) as checkpoint:
+    with _open(source) as opened:
+        checkpoint = merged(opened, adapter) if adapter else opened
         _check_tensors(checkpoint)
         total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
 

@@ -68,12 +68,13 @@ FLAGS = {
     "plan": "batch context device for format hardware json kv-cache-dtype picture",
     "run": "context serve yes",
     "pull": "sha256 to",
-    "convert": "decode shards to",
+    "convert": "adapter decode shards to",
     "list": "json",
     "pack": "dtype format requantize",
     "perplexity": "convention device dtype format json kl-divergence kv-cache-dtype length out reference "
     "reference-format requantize",
     "quantize": "bits calibrate dtype format heat-map json requantize tokens",
+    "train": "",
     "eval": "apply-chat-template batch-size chat-format confirm-run-unsafe-code context device dtype format gen-kwargs "
     "include-path json kv-cache-dtype limit num-fewshot out requantize samples-out seed system-instruction tasks",
     "bench": "",

@@ -128,6 +128,10 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
             raise CheckpointError(self.path, f"there is no tensor {name}")
         return self._views[name].read(index)
 
+    def view(self, name: str) -> View:
+        """Return a description of tensor ``name``, which it can be read from later."""
+        return self._views[name]
+
     def close(self) -> None:
         """Close the files; tensors that were read stay valid."""
         self._close()

@@ -39,6 +39,7 @@ from moesaic.cli.quality import add_eval, add_perplexity
 from moesaic.cli.quantize import add_pack, add_quantize
 from moesaic.cli.run import add_run, split_arguments
 from moesaic.cli.serving import add_serve
+from moesaic.cli.train import add_train
 from moesaic.errors import InvalidRequest, MoesaicError
 from moesaic.load_options import CACHE_DTYPES
 
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_convert,
         add_pack,
         add_quantize,
+        add_train,
         _add_list,
         add_perplexity,
         add_eval,
@@ -261,14 +263,15 @@ def _add_convert(commands: Commands) -> None:
         "convert",
         _convert,
         "convert a checkpoint to another layout",
-        "Values do not change. Quantized weights keep their codes in gguf, compressed-tensors and gptq, and become "
-        "float32 in the other layouts. What a layout cannot hold exactly is refused. The new folder appears only when "
-        "it is complete.",
+        "Values do not change, unless an adapter is added to them. Quantized weights keep their codes in gguf, "
+        "compressed-tensors and gptq, and become float32 in the other layouts. What a layout cannot hold exactly is "
+        "refused. The new folder appears only when it is complete.",
         "moesaic convert ./mixtral ./mixtral-hf --to hf --shards 8",
         "moesaic convert ./mixtral-gptq mixtral.gguf --to gguf",
         "moesaic convert mixtral.Q4_0.gguf ./mixtral-w4a16 --to compressed-tensors",
+        "moesaic convert smollm2 tuned.gguf --to gguf --adapter ./my-adapter --decode",
     )
-    parser.add_argument("src", metavar="SRC", type=Path, help="folder or GGUF file of a checkpoint, or a packed folder")
+    parser.add_argument("src", metavar="SRC", help="folder or GGUF file of a checkpoint, a packed folder, or smollm2")
     parser.add_argument("dst", metavar="DST", type=Path, help="folder to create; with --to gguf also a file NAME.gguf")
     targets = [*registry.names("checkpoints"), *QUANTIZATIONS]
     parser.add_argument("--to", choices=targets, required=True, help="the new layout")
@@ -278,6 +281,7 @@ def _add_convert(commands: Commands) -> None:
         action="store_true",
         help="write quantized weights that the layout cannot hold exactly as float32, instead of refusing them",
     )
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="add an adapter (LoRA) to the weights")
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -285,7 +289,7 @@ def _convert(args: argparse.Namespace) -> int:
     from moesaic.convert import convert
 
     with bar(f"converting to {args.to}") as progress:
-        convert(args.src, args.dst, args.to, args.shards, progress, decode=args.decode)
+        convert(folder(args.src), args.dst, args.to, args.shards, progress, decode=args.decode, adapter=args.adapter)
     return 0
 
 

@@ -161,6 +161,10 @@ class Packed(nn.Module):
             parts, shape = {part: tensor[index] for part, tensor in parts.items()}, shape[1:]
         return self.format.unpack(parts, shape, dtype)
 
+    def entry(self, index: int) -> Packed:
+        """Return entry ``index`` of this stack as a weight of its own, in the same memory."""
+        return Packed(self.format, self.shape[1:], {part: tensor[index] for part, tensor in self.parts().items()})
+
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows ``ids`` [T] of this weight [out, in], dequantized to ``dtype``: [T, in]."""
         return self.format.rows(self.parts(), self.shape, ids, dtype)

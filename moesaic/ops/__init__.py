@@ -32,6 +32,7 @@ from moesaic.formats import Codes, Packed, Shape, grouped
 from moesaic.formats._feedback import feedback_factor as feedback_factor
 from moesaic.formats._feedback import is_fed_back as is_fed_back
 from moesaic.formats._feedback import padded_columns
+from moesaic.ops import _frozen
 from moesaic.ops._batch import Batch as Batch
 from moesaic.ops._batch import Cache as Cache
 from moesaic.ops._batch import Group as Group
@@ -41,6 +42,7 @@ from moesaic.ops._dispatch import backends as backends
 from moesaic.ops._dispatch import chosen as chosen
 from moesaic.ops._dispatch import explain as explain
 from moesaic.ops._dispatch import pick, pick_checked, pick_experts
+from moesaic.ops._frozen import Delta as Delta
 from moesaic.ops._graph import Graph as Graph
 
 T = TypeVar("T")
@@ -55,6 +57,8 @@ def linear(x: Tensor, weight: Packed, dtype: torch.dtype | None = None) -> Tenso
     op = pick_checked("linear", weight.name, trained, x.dtype, x.device, weight.device)
     if x.shape[1:] != weight.shape[1:] or len(weight.shape) != 2:
         raise _mismatch("x", x.shape, f"[T, in] for a weight of shape {weight.shape}")
+    if trained and not _needs_gradient(weight):
+        return _frozen.linear(x, weight, dtype)
     return cast(Tensor, op(x, weight, dtype))
 
 
@@ -93,7 +97,9 @@ def route(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return cast(tuple[Tensor, Tensor], op(x, weight, k))
 
 
-def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
+def experts(
+    x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor, delta: Delta | None = None
+) -> Tensor:
     """Return the score-weighted sum of the chosen experts' SwiGLU for each token: [T, d].
 
     y[t] = sum over j of scores[t, j] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t])), e = ids[t, j]
@@ -104,6 +110,7 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
         down: [E, d, f]; Mixtral's w2. The three stacks may have different formats.
         ids: [T, k] int64, the chosen experts, distinct within a row.
         scores: [T, k] float32, their weights; the model computes the routing.
+        delta: adds something to the product of each matrix, such as a low-rank adapter in training.
 
     Raises:
         InvalidParameter: an expert id is not in 0 .. E - 1.
@@ -120,6 +127,8 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
             "x, ids, scores", (tuple(x.shape), tuple(ids.shape), tuple(scores.shape)), "[T, d], [T, k], [T, k]"
         )
     _check_stacks(gate.shape, up.shape, down.shape)
+    if delta is not None or (trained and not _needs_gradient(gate, up, down)):
+        return _frozen.experts(x, gate, up, down, ids, scores, delta)
     return cast(Tensor, op(x, gate, up, down, ids, scores))
 
 
