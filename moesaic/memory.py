@@ -158,6 +158,17 @@ def evict(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def map_large_allocations(nbytes: int) -> None:
+    """Let the C library take each allocation of at least ``nbytes`` from the system, and give it back when it is freed.
+
+    Otherwise glibc raises this size to 32 MB as such allocations are freed, and keeps their memory in pieces that later
+    ones may not fit in. Without glibc, nothing changes.
+    """
+    threshold = -3  # M_MMAP_THRESHOLD
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(threshold, nbytes)
+
+
 def lock(parts: Iterable[Tensor], max_bytes: int) -> int:
     """Lock the memory of tensors, up to ``max_bytes`` in all and as far as the system permits.
 

@@ -72,7 +72,7 @@ MAY = {
         "formats",
     },
     "adapters": {"models", "checkpoints", "ops", "formats"},
-    "train": {"adapters", "models", "checkpoints", "ops", "formats", "text"},
+    "train": {"adapters", "memory", "models", "checkpoints", "ops", "formats", "text"},
     "reply": {"engine", "text"},
     "embedding": {"models", "text", "ops", "formats"},
     "backend": set(),

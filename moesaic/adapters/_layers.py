@@ -78,14 +78,16 @@ class AdaptedExperts(nn.Module):
         base = self.base
         if not self.active:
             return base(x, ids, scores)  # type: ignore[no-any-return]
-        return ops.experts(x, base.gate, base.up, base.down, ids, scores, self._delta)
+        # The gradient of indexing one entry would be a stack of zeros; that of ``unbind`` is one stack for all.
+        pairs = {stack: (self.a[stack].unbind(0), self.b[stack].unbind(0)) for stack in self.a}
 
-    def _delta(self, stack: str, expert: int, x: Tensor) -> Tensor | None:
-        if stack not in self.a:
-            return None
-        a: Tensor = self.a[stack][expert]
-        b: Tensor = self.b[stack][expert]
-        return _product(x, a, b, self.scale)
+        def delta(stack: str, expert: int, x: Tensor) -> Tensor | None:
+            if stack not in pairs:
+                return None
+            a, b = pairs[stack]
+            return _product(x, a[expert], b[expert], self.scale)
+
+        return ops.experts(x, base.gate, base.up, base.down, ids, scores, delta)
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return A and B of each part by name."""

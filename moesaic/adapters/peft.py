@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moesaic.adapters import ATTENTION, DENSE, EXPERTS, AdapterConfig
 from moesaic.checkpoints import _write
+from moesaic.checkpoints._safetensors import write_file
+from moesaic.checkpoints._views import InMemory
 from moesaic.errors import CheckpointError, NotFound
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -100,7 +102,7 @@ def write(folder: Path, config: AdapterConfig, base: str, tensors: Mapping[str, 
         "use_rslora": False,
     }
     new = folder / f".{WEIGHTS}.new"
-    save_file(stored, new, {"format": "pt"})
+    write_file(new, {name: InMemory(tensor, new) for name, tensor in stored.items()})
     _write.sync(new)
     new.replace(folder / WEIGHTS)
     _write.write_json(folder / CONFIG, settings)

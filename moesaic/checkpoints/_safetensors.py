@@ -156,14 +156,19 @@ def head(entries: Mapping[str, Any], aligned: int) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_file(path: Path, views: Mapping[str, View], on_write: Callable[[int], None] | None = None) -> None:
+def write_file(
+    path: Path,
+    views: Mapping[str, View],
+    on_write: Callable[[int], None] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write ``views`` to ``path``, one tensor in memory at a time.
 
     Tensors with larger elements come first, so that each is aligned to its element size. ``on_write`` is called with
-    the number of bytes of each tensor.
+    the number of bytes of each tensor. ``metadata`` is added to that of the header.
     """
     order = sorted(views, key=lambda name: -views[name].info.dtype.itemsize)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in order:
         info = views[name].info

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.checkpoints import _write
+from moesaic.checkpoints._safetensors import write_file
+from moesaic.checkpoints._views import InMemory
 from moesaic.errors import CheckpointError
 
 STATE, LOG = "training_state.safetensors", "log.csv"
@@ -58,7 +59,8 @@ class State:
         """Write the state to ``folder``; an earlier one is replaced when the new one is on disk."""
         new = folder / f".{STATE}.new"
         content = json.dumps({"about": self.about, "progress": asdict(self.progress)})
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, new, {"moesaic": content})
+        views = {name: InMemory(tensor.detach().cpu(), new) for name, tensor in self.tensors.items()}
+        write_file(new, views, metadata={"moesaic": content})
         _write.sync(new)
         new.replace(folder / STATE)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic import adapters
+from moesaic import adapters, memory
 from moesaic.adapters import peft
 from moesaic.errors import InvalidRequest, NumericalError
 from moesaic.models import Decoder
@@ -22,6 +22,8 @@ from moesaic.train.settings import Settings
 from moesaic.train.state import LOG, STATE, Entry, Log, State
 from moesaic.train.tasks import Task, evaluate
 
+LARGE_ALLOCATION = 4 << 20
+"""Bytes of temporary tensors whose memory is given back; pieces that stay would add 300 MB for each layer of 8x7B."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BEST = "best."
 
@@ -90,6 +92,7 @@ def train(
         "held_out": len(held_out) if held_out else 0,
     }
     run = _Run(model, task, settings, out, base, held_out, _state(out, about))
+    memory.map_large_allocations(LARGE_ALLOCATION)
     log = Log(out / LOG, run.state.progress.step, tensorboard)
     try:
         return run.finish(log, on_step)
@@ -141,7 +144,10 @@ class _Run:
         prepare(model, settings)
         self._matrices = adapters.matrices(model)
         self._optimizer = torch.optim.AdamW(
-            self._matrices.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self._matrices.values(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,  # the others need temporary memory for all matrices
         )
         if state.progress.step:
             self._restore()
