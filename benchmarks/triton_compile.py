@@ -1,7 +1,7 @@
 """Compile every Triton kernel for several GPUs without having one, and check what the compiled code needs.
 
 A kernel fails if it spills registers, needs more shared memory than the architecture has, or lacks the matrix
-instructions that its ``Specialization`` expects. Triton's own ptxas, cuobjdump and nvdisasm are used; no driver is needed.
+instructions that its ``Specialization`` expects. Triton's own ptxas, cuobjdump and nvdisasm are used, and no driver.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 MAX_REGISTERS = 255
 MATRIX = re.compile(r"HMMA|IMMA|QMMA|BMMA|HGMMA|IGMMA|QGMMA|UTC[A-Z]*MMA")
 """Instructions that multiply matrices: on Ampere and Ada, on Hopper, and on Blackwell's tensor memory."""
-COUNTED = re.compile(rf"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?((?:{MATRIX.pattern})|LDL|STL|LDGSTS|UTMALDG)\b", re.M)
+COUNTED = re.compile(
+    rf"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?((?:{MATRIX.pattern})|LDL|STL|LDGSTS|UTMALDG)\b", re.M
+)
 UNSUPPORTED = re.compile(r"not supported (?:in|on) this architecture|fp8e4nv.*not supported")
 """What the compiler says of a type that an architecture lacks."""
 
@@ -97,9 +99,7 @@ def compiled(specialization: Any, target: int) -> Row:
             return Row(specialization.name, target, 0, 0, 0, {}, skipped=text.splitlines()[-1])
         raise
     registers, stack = usage(binary.asm["cubin"])
-    return Row(
-        specialization.name, target, registers, stack, binary.metadata.shared, instructions(binary.asm["cubin"])
-    )
+    return Row(specialization.name, target, registers, stack, binary.metadata.shared, instructions(binary.asm["cubin"]))
 
 
 def usage(cubin: bytes) -> tuple[int, int]:

@@ -190,8 +190,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
         *(heads, heads // groups, size, padded, 1 if cache is None else cache.block_size, cache is not None, int8),
         **sizes,
         SPLITS=splits,
-        num_warps=4,
-        num_stages=2,
     )
     if splits > 1:
         rows = tokens * heads
@@ -202,9 +200,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window:
 def block_sizes(
     dtype: torch.dtype, group: int, tokens: int, sequences: int, groups: int
 ) -> tuple[dict[str, int], tuple[int, int]]:
-    """Return the sizes of a block of queries and of keys, and the numbers of blocks of queries and of splits.
+    """Return the sizes of a program, and the numbers of blocks of queries and of splits.
 
     They depend on shapes only. For each sequence, one block may be partly filled, so the number of blocks is a bound.
+    The sizes are those at which no registers are spilled on the architectures that are compiled for.
 
     Args:
         dtype: that of the queries; products of float32 take more registers.
@@ -213,37 +212,40 @@ def block_sizes(
         groups: key/value heads.
     """
     few = tokens <= sequences * max(1, 16 // group)
-    rows = max(16 if few or dtype == torch.float32 else 64, triton.next_power_of_2(group))
+    if dtype == torch.float32:
+        rows, keys, warps = 16, 16, 8
+    else:
+        rows, keys, warps = (16, 64, 4) if few else (64, 32, 4)
+    rows = max(rows, triton.next_power_of_2(group))
     count = tokens // (rows // group) + sequences
     splits = 1
     while splits < MAX_SPLITS and 2 * splits * count * groups <= PROGRAMS:
         splits *= 2
-    return {"ROWS": rows, "KEYS": 32 if dtype == torch.float32 else 64}, (count, splits)
+    return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 2}, (count, splits)
 
 
 def specializations() -> Iterator[Specialization]:
     """Yield the kernels as Mixtral 8x7B and Llama 3 need them: 32 query heads of size 128, 8 key/value heads."""
-    for name in TYPES.values():
+    for dtype, name in TYPES.items():
         for cache in (name, "i8", None):
             kind = {"i8": "-int8", None: "-no-cache"}.get(cache, "")
-            int8 = cache == "i8"
             if cache is not None:
                 types = _types(_store, name, cache) | {"heads": "i32"}
-                constants: dict[str, Any] = {"SIZE": 128, "PADDED": 128, "INT8": int8}
+                constants: dict[str, Any] = {"SIZE": 128, "PADDED": 128, "INT8": cache == "i8"}
                 yield Specialization(f"attention-store-{name}{kind}", _store, types, constants, 1)
-            for use, rows, splits in (("prompt", 64, 1), ("decode", 16, 8)):
+            for use, tokens in (("prompt", 2048), ("decode", 1)):
                 if cache is None and use == "decode":
                     continue
+                sizes, (_, splits) = block_sizes(dtype, 4, tokens, 1, 8)
                 types = _types(_attend, name, cache or name)
                 types |= {"y": f"*{name}" if splits == 1 else "*fp32", "states": "*fp32", "scale": "fp32"}
                 types |= dict.fromkeys(("sequences", "blocks", "tokens", "window"), "i32")
-                wide = name == "fp32"
                 constants = {"HEADS": 32, "GROUP": 4, "SIZE": 128, "PADDED": 128, "BLOCK": 16, "PAGED": bool(cache)}
-                constants |= {"INT8": int8, "ROWS": 16 if wide else rows, "KEYS": 32 if wide else 64, "SPLITS": splits}
-                title = f"attention-{use}-{name}{kind}"
-                yield Specialization(title, _attend, types, constants, 4, 2, mma=not wide)
+                constants |= {"INT8": cache == "i8", "SPLITS": splits, "ROWS": sizes["ROWS"], "KEYS": sizes["KEYS"]}
+                title, mma = f"attention-{use}-{name}{kind}", dtype != torch.float32
+                yield Specialization(title, _attend, types, constants, sizes["num_warps"], sizes["num_stages"], mma)
         types = {"partial": "*fp32", "states": "*fp32", "y": f"*{name}", "rows": "i32"}
-        constants = {"SIZE": 128, "PADDED": 128, "SPLITS": 8}
+        constants = {"SIZE": 128, "PADDED": 128, "SPLITS": MAX_SPLITS}
         types |= dict.fromkeys(constants, "constexpr")
         yield Specialization(f"attention-combine-{name}", _combine, types, constants, 2)
 

@@ -47,9 +47,20 @@ def _rotary(frequencies, positions, cos, sin, size, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     position = tl.load(positions + token).to(tl.float32)
-    angle = position * tl.load(frequencies + columns, mask=columns < size, other=0.0)
-    tl.store(cos + token * size + columns, tl.cos(angle), mask=columns < size)
-    tl.store(sin + token * size + columns, tl.sin(angle), mask=columns < size)
+    angle = (position * tl.load(frequencies + columns, mask=columns < size, other=0.0)).to(tl.float64)
+    # tl.cos reduces large angles through local memory. Here, angle = quarter * pi / 2 + rest with |rest| <= pi / 4.
+    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
+    rest = angle - quarter * 1.5707963267948966
+    square = rest * rest
+    # Taylor series; the first term that is left out is below 2^-40.
+    c = 1.0 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320 - square / 3628800))))
+    s = 1.0 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880 - square / 39916800))))
+    s = s * rest
+    odd = (quarter.to(tl.int64) & 1) == 1
+    flipped = (quarter.to(tl.int64) & 2) == 2
+    real, imaginary = tl.where(odd, -s, c), tl.where(odd, c, s)
+    tl.store(cos + token * size + columns, tl.where(flipped, -real, real).to(tl.float32), mask=columns < size)
+    tl.store(sin + token * size + columns, tl.where(flipped, -imaginary, imaginary).to(tl.float32), mask=columns < size)
 
 
 @triton.jit
@@ -160,7 +171,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def embedding(ids: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
-    """Return rows of a plain weight. The row of an id that is out of range is NaN: a check would wait for the device."""
+    """Return rows of a plain weight; NaN for an id that is out of range, since a check would wait for the device."""
     rows, columns = weight.shape
     out = dtype if dtype in TYPES else torch.float32
     y = torch.empty((len(ids), columns), dtype=out, device=ids.device)

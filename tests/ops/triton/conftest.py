@@ -1,7 +1,7 @@
 """Runs the kernels under Triton's interpreter: they then compute on CPU tensors, with numpy.
 
-The variable counts when a kernel, or Triton's own library, is decorated, and when a kernel runs. It is set only then, so
-that programs which other tests start do not inherit it.
+The variable counts when a kernel, or Triton's own library, is decorated, and when a kernel runs. It is set only then,
+so that programs which other tests start do not inherit it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 
+from tests.ops import test_sampling
 from tests.support.require import require
 
 FILES = ("_attention", "_pointwise", "_sampling")
@@ -64,3 +65,9 @@ def backend(request, device, monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(_attention, "PROGRAMS", 24)  # the interpreter takes milliseconds for each
     return triton
+
+
+@pytest.fixture
+def these_kernels(backend, monkeypatch):
+    """Let the tests that compare the CPU's kernels with the reference take Triton's instead."""
+    monkeypatch.setattr(test_sampling, "native", backend)
