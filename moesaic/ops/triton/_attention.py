@@ -118,8 +118,7 @@ def _attend(
         place = tile * KEYS + tl.arange(0, KEYS)
         inside = (place >= first) & (place < last)
         if PAGED:
-            block = tl.load(tables + low.to(tl.int64) * blocks + place // BLOCK, mask=inside, other=-1)
-            inside = inside & (block >= 0)
+            block = tl.load(tables + low.to(tl.int64) * blocks + place // BLOCK, mask=inside, other=0)
             slot = block * BLOCK + place % BLOCK
         else:
             slot = begin + place
@@ -142,23 +141,20 @@ def _attend(
         tl.store(y + out_row[:, None] * SIZE + columns, out / total[:, None], mask=inside)
     else:
         at = out_row * SPLITS + split
-        if first_tile >= last_tile:
-            best = tl.full([ROWS], float("-inf"), tl.float32)  # this program saw no keys
         tl.store(y + at[:, None] * SIZE + columns, out, mask=inside)
         tl.store(states + at, best, mask=used)
         tl.store(states + tokens.to(tl.int64) * HEADS * SPLITS + at, total, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _combine(partial, states, y, rows, SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = row * SPLITS + tl.arange(0, SPLITS)
     columns = tl.arange(0, PADDED)
     best = tl.load(states + at)
-    used = best != float("-inf")
-    weights = tl.where(used, tl.exp2(best - tl.max(best, 0)), 0.0)
-    total = tl.sum(tl.where(used, tl.load(states + rows.to(tl.int64) * SPLITS + at), 0.0) * weights, 0)
-    inside = used[:, None] & (columns < SIZE)[None, :]
+    weights = tl.exp2(best - tl.max(best, 0))  # 0 for a split without keys
+    total = tl.sum(tl.load(states + rows.to(tl.int64) * SPLITS + at) * weights, 0)
+    inside = (columns < SIZE)[None, :]
     parts = tl.load(partial + at[:, None] * SIZE + columns[None, :], mask=inside, other=0.0)
     tl.store(y + row * SIZE + columns, tl.sum(parts * weights[:, None], 0) / total, mask=columns < SIZE)
 

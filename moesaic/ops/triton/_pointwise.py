@@ -121,7 +121,7 @@ def _route(x, weight, ids, scores, size, experts, k, EXPERTS: tl.constexpr, CHOI
     free = expert < experts
     slot = tl.arange(0, CHOICES)
     chosen = tl.full([CHOICES], float("-inf"), tl.float32)
-    for j in range(0, k):
+    for j in range(k):
         best = tl.max(tl.where(free, order, float("-inf")), 0)
         found = tl.min(tl.where(free & (order == best), expert, EXPERTS), 0)
         logit = tl.sum(tl.where(expert == found, logits, 0.0), 0)

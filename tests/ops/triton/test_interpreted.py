@@ -156,7 +156,7 @@ def test_int8_caches_are_rounded_as_they_promise(backend, value):
     cache = Cache.zeros([(3, 40)], 2, 4, torch.int8)
     batch = step((5,), (5,), 4, cache)
     q, k = torch.randn(5, 3, 40), torch.randn(5, 3, 40)
-    k[1, 2, 7], k[4, 0] = value, k[4, 0] * value
+    k[1, 2, 7], k[4, 0] = value, torch.linspace(-1, 1, 40) * value
     k[2, 1] = torch.arange(40) - 20.5  # ties
     backend.attention(q, k, k, batch, 0, None)
     rounded, scale = reference.round_heads(k)
@@ -167,14 +167,14 @@ def test_int8_caches_are_rounded_as_they_promise(backend, value):
 
 def test_tokens_without_a_slot_are_not_stored(backend):
     """A step that is filled up to the size of a graph has tokens whose slot is -1."""
-    cache = Cache.zeros([(2, 8)], 3, 4, torch.float32)
-    batch = step((5,), (5,), 4, cache)
+    memory = torch.zeros(2, 4, 4, 2, 8)
+    batch = step((5,), (5,), 4, Cache([memory[0, 1:]], [memory[1, 1:]]))
     batch.slots[3] = -1
-    before = [part.clone() for part in cache.tensors()]
     k = torch.randn(5, 2, 8)
     backend.attention(torch.randn(5, 2, 8), k, k, batch, 0, None)
-    changed = (cache.keys[0] != before[0]).flatten(0, 1).any(-1).any(-1)
-    assert sorted(changed.nonzero()[:, 0].tolist()) == sorted(slot for slot in batch.slots.tolist() if slot >= 0)
+    stored = sorted(4 + slot for slot in batch.slots.tolist() if slot >= 0)
+    for part in memory:
+        assert part.flatten(0, 1).flatten(1).any(-1).nonzero()[:, 0].tolist() == stored
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -185,6 +185,11 @@ def test_an_embedding_has_the_rows_of_a_plain_weight(backend, name, dtype):
     found = backend.embedding(ids, weight, dtype)
     assert found.dtype == dtype and torch.equal(found[:4], weight.dequantize(torch.float32)[ids[:4]].to(dtype))
     assert found[4:].isnan().all()
+
+
+def test_a_number_at_the_edge_of_an_interval_belongs_to_the_next_token(backend):
+    numbers = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    assert backend.draw(torch.zeros(4, 4), numbers).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
