@@ -208,10 +208,7 @@ def block_sizes(
         groups: key/value heads.
     """
     few = tokens <= sequences * max(1, 16 // group)
-    if dtype == torch.float32:
-        rows, keys, warps = 16, 16, 8
-    else:
-        rows, keys, warps = (16, 64, 4) if few else (64, 32, 4)
+    rows, keys, warps = (16, 16, 8) if dtype == torch.float32 else (16 if few else 64, 32, 4)
     rows = max(rows, triton.next_power_of_2(group))
     count = tokens // (rows // group) + sequences
     splits = 1
