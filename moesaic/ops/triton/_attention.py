@@ -208,13 +208,13 @@ def block_sizes(
         groups: key/value heads.
     """
     few = tokens <= sequences * max(1, 16 // group)
-    rows, keys, warps = (16, 16, 8) if dtype == torch.float32 else (16 if few else 64, 32, 4)
+    rows, keys, warps, stages = (16, 16, 8, 3) if dtype == torch.float32 else (16 if few else 64, 32, 4, 2)
     rows = max(rows, triton.next_power_of_2(group))
     count = tokens // (rows // group) + sequences
     splits = 1
     while splits < MAX_SPLITS and 2 * splits * count * groups <= PROGRAMS:
         splits *= 2
-    return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 2}, (count, splits)
+    return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}, (count, splits)
 
 
 def specializations() -> Iterator[Specialization]:
