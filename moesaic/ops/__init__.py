@@ -66,7 +66,8 @@ def embedding(ids: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     """Return rows ``ids`` [T] int64 of weight [rows, d], dequantized to ``dtype``: [T, d].
 
     Raises:
-        InvalidParameter: an id is not in 0 .. rows - 1.
+        InvalidParameter: an id is not in 0 .. rows - 1. A backend of GPUs may return a row of NaN for it instead,
+            since a check would wait for the device.
     """
     if ids.dim() != 1 or ids.dtype != torch.int64 or len(weight.shape) != 2:
         raise _mismatch("ids", ids.shape, f"[T] int64 for a weight of shape {weight.shape}, not {ids.dtype}")
