@@ -106,7 +106,8 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
         scores: [T, k] float32, their weights; the model computes the routing.
 
     Raises:
-        InvalidParameter: an expert id is not in 0 .. E - 1.
+        InvalidParameter: an expert id is not in 0 .. E - 1. A backend whose check would wait for the device gives
+            NaN for the token instead.
     """
     names = (gate.name, up.name, down.name)
     mixed = names[0] != names[1] or names[0] != names[2]
