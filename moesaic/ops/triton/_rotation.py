@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.formats import _rotation
+from moesaic.formats._blocks import SUPER
 
 
 def rotated(x: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def rotated(x: Tensor) -> Tensor:
 
 @functools.cache
 def _signs(device: torch.device) -> Tensor:
-    return _rotation._signs(_rotation.SUPER, device)
+    return _rotation._signs(SUPER, device)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from moesaic import formats, ops, registry
 from moesaic.errors import InvalidParameter
 from moesaic.ops import reference
 from moesaic.ops import triton as kernels
-from tests.ops.test_ops import test_experts, test_linear  # noqa: F401
+from tests.ops import test_ops
 from tests.support import grouped
 from tests.support.require import require
 
@@ -71,6 +71,20 @@ def stacks(names, experts, d, f):
     return [
         formats.load(name).pack(torch.randn(experts, *shape) / 4) for name, shape in zip(names, shapes, strict=True)
     ]
+
+
+@pytest.mark.parametrize("weight_format", [*registry.names("formats"), *grouped.TEXTS])
+@pytest.mark.parametrize(("tokens", "inp", "out"), [(1, 8, 3), (3, 320, 31), (13, 700, 65)])
+def test_linear(backend, device, weight_format, tokens, inp, out):
+    """The test of all backends, with shapes that do not take the interpreter long."""
+    test_ops.test_linear(backend, device, weight_format, tokens, inp, out)
+
+
+@pytest.mark.parametrize("weight_format", [*registry.names("formats"), grouped.KINDS[2], grouped.KINDS[-1]])
+@pytest.mark.parametrize(("tokens", "experts", "k", "d", "f"), [(1, 4, 1, 24, 16), (5, 3, 3, 300, 33)])
+def test_experts(backend, device, weight_format, tokens, experts, k, d, f):
+    """The test of all backends, with shapes that do not take the interpreter long."""
+    test_ops.test_experts(backend, device, weight_format, tokens, experts, k, d, f)
 
 
 def test_every_format_has_a_reader():
