@@ -147,9 +147,10 @@ def test_ids_out_of_range_give_nan_for_their_token_only(backend, bad, tokens):
     torch.testing.assert_close(found[others], expected[others], atol=1e-3, rtol=1e-3)
 
 
-def test_all_tokens_may_choose_one_expert(backend):
+@pytest.mark.parametrize("counts", [(0, 0, 0, 0, 0, 50), (20, 0, 17, 13)])
+def test_experts_may_have_several_items_or_none(backend, counts):
     packed, x = stacks(["float32"] * 3, 8, 16, 24), torch.randn(50, 16)
-    ids, scores = torch.full((50, 1), 5), torch.rand(50, 1)
+    ids, scores = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[:, None], torch.rand(50, 1)
     expected = reference.experts(x, *packed, ids, scores)
     torch.testing.assert_close(backend.experts(x, *packed, ids, scores), expected, atol=1e-4, rtol=1e-4)
 
