@@ -44,15 +44,16 @@ def _rotate(x, signs, out, begin, columns, padded, ROWS: tl.constexpr):
     at = begin + tl.program_id(1) * (16 * ROWS) + row[:, None] * 16 + column[None, :]
     part = tl.load(x + token * columns + at, mask=at < columns, other=0.0).to(tl.float32)
     part *= tl.load(signs + at % 256)
-    part = tl.sum(part[:, :, None] * _hadamard(column, column)[None, :, :], 1)
-    part = tl.sum(_hadamard(row, row)[:, :, None] * part[None, :, :], 1)
+    # Products with 1 and -1 would be compiled to matrix instructions in TF32, which round.
+    part = tl.sum(tl.where(_is_negative(column, column)[None, :, :], -part[:, :, None], part[:, :, None]), 1)
+    part = tl.sum(tl.where(_is_negative(row, row)[:, :, None], -part[None, :, :], part[None, :, :]), 1)
     tl.store(out + token * padded + at, (part * 0.0625).to(out.dtype.element_ty))
 
 
 @triton.jit
-def _hadamard(row, column):
-    """Return the entries of the Hadamard matrix in Sylvester's order, for up to 16 rows and columns."""
+def _is_negative(row, column):
+    """Return which entries of the Hadamard matrix in Sylvester's order are -1, for up to 16 rows and columns."""
     common = row[:, None] & column[None, :]
     common = common ^ (common >> 2)
     common = common ^ (common >> 1)
-    return 1.0 - 2.0 * (common & 1).to(tl.float32)
+    return (common & 1) == 1
