@@ -153,6 +153,7 @@ ONLY = {("cluster", "serve"): ("cluster.routes", "cluster.admin", "cluster.aime"
 REGISTRIES = (
     "formats",
     "ops",
+    "ops.triton.tiles",
     "models",
     "checkpoints",
     "bench.endpoints",
@@ -300,6 +301,7 @@ def test_an_upward_import_is_found_also_inside_a_function():
     assert not offences("moesaic.models.llama", "from moesaic.models import _layers\n")
     assert not offences("moesaic.ops.triton._attention", "from moesaic.ops.triton._pointwise import readable\n")
     assert offences("moesaic.ops.triton._attention", "from moesaic.ops.native import argmax\n")
+    assert offences("moesaic.ops.triton.tiles.int4", "from moesaic.ops.triton.tiles.int8 import read\n")
 
 
 def test_modules_do_not_import_in_circles():

@@ -114,7 +114,8 @@ def experts(
         delta: adds something to the product of each matrix, such as a low-rank adapter in training.
 
     Raises:
-        InvalidParameter: an expert id is not in 0 .. E - 1.
+        InvalidParameter: an expert id is not in 0 .. E - 1. A backend whose check would wait for the device gives
+            NaN for the token instead.
     """
     names = (gate.name, up.name, down.name)
     mixed = names[0] != names[1] or names[0] != names[2]

@@ -35,10 +35,10 @@ def poisoned(shape, dtype, device):
 def rounded(x, backend, weight, entry=None):
     """Return activations [T, n] rounded as the backend rounds them for a weight, or for an entry of a stack.
 
-    Kernels rotate and round to 8 bits for integer weights, with a scale for each 256 columns. For grouped weights, they
-    round with a scale for each 32 columns in memory, and for bfloat16 to bfloat16.
+    The CPU's kernels rotate and round to 8 bits for integer weights, with a scale for each 256 columns. For grouped
+    weights, they round with a scale for each 32 columns in memory, and for bfloat16 to bfloat16.
     """
-    if backend.__name__ == "moesaic.ops.reference":
+    if backend.__name__ != "moesaic.ops.native":
         return x
     if not weight.name.startswith(("int", "grouped")):
         return x.to(weight.format.dtype).float()
@@ -54,7 +54,7 @@ def multiplied(weight, backend, entry=None):
     The kernels of integer weights also multiply the columns that fill up the last 64. They hold zeros, but a rotation
     spreads the errors of rounding over them, on both sides.
     """
-    if backend.__name__ == "moesaic.ops.reference" or not weight.name.startswith("int"):
+    if backend.__name__ != "moesaic.ops.native" or not weight.name.startswith("int"):
         return weight.dequantize(index=entry)
     tiles = weight.tiles if entry is None else weight.tiles[entry]
     rows, columns = weight.shape[-2:]
@@ -450,6 +450,8 @@ def test_mixed_formats_show_in_the_choice_of_backend():
 @pytest.mark.parametrize("down", ["int4", "int8"])  # with int8, the formats are mixed
 def test_expert_ids_out_of_range_are_refused(device, ids, down):
     stacks = packed_experts(down=down)
+    if ops.chosen("experts", device, (stacks[0].name, stacks[1].name, stacks[2].name)) == "triton":
+        pytest.skip("the results are NaN: a check would wait for the device")
     with pytest.raises(InvalidParameter, match="ids: an id is out of range: there are 4 experts"):
         ops.experts(torch.randn(1, 64), *stacks, torch.tensor(ids), torch.rand(1, 2))
 

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+from moesaic import registry
 from moesaic.ops import FormatName
 
 PLAIN = ("float32", "bfloat16", "float16")
 FILES = {
+    "linear": "_linear",
+    "experts": "_experts",
     "attention": "_attention",
     "embedding": "_pointwise",
     "route": "_pointwise",
@@ -41,8 +44,10 @@ def why_not(op: str, device: str, weight_format: FormatName) -> str | None:
         return "it runs on NVIDIA GPUs only"
     if op not in FILES:
         return f"it has no kernel for {op}"
-    if op == "embedding" and weight_format not in PLAIN:
-        return f"it does not read {weight_format}"
+    readable = PLAIN if op == "embedding" else registry.names("ops/triton/tiles")
+    names = weight_format if isinstance(weight_format, tuple) else (weight_format,)
+    if unread := [name for name in names if name is not None and name.partition(":")[0] not in readable]:
+        return f"it does not read {', '.join(unread)}"
     return None
 
 

@@ -17,7 +17,7 @@ import torch
 from tests.ops import test_sampling
 from tests.support.require import require
 
-FILES = ("_attention", "_pointwise", "_sampling")
+FILES = ("_attention", "_experts", "_linear", "_pointwise", "_sampling")
 
 
 def interpreted():
