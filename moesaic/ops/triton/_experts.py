@@ -20,6 +20,11 @@ from moesaic.ops.triton._linear import FEW, tile
 from moesaic.ops.triton._product import COMPILED, Weight, dot_dtype, inputs, product, specialized, weight_of
 from moesaic.ops.triton._specialization import Specialization
 
+MOST = 32
+"""The most choices of an item; with more, the sums of gate and up do not fit in registers on each GPU."""
+LAUNCH = {True: {"num_warps": 8, "num_stages": 2}, False: {"num_warps": 8, "num_stages": 2}}
+"""How products are launched, with ``tl.dot`` and without."""
+
 
 class Work(NamedTuple):
     """The items that programs work on; a choice is a pair of token and expert, with number token * k + place."""
@@ -47,10 +52,10 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     scores = torch.where(known, scores.float(), torch.nan).contiguous()
     chosen = torch.where(known, ids, 0).flatten()
     few = tokens <= FEW
-    m, n = (1, 32) if few else tile(max(FEW + 1, tokens * k // entries))
+    m, n = (1, 32) if few else tile(min(MOST, max(FEW + 1, tokens * k // entries)))
     work = _single(chosen) if few else _sorted(chosen, entries, m)
     reads = [weight_of(weight) for weight in (gate, up, down)]
-    shape: dict[str, Any] = {"DOT": not few, "DTYPE": dot_dtype(x), "M": m, "N": n, "num_warps": 4, "num_stages": 3}
+    shape: dict[str, Any] = {"DOT": not few, "DTYPE": dot_dtype(x), "M": m, "N": n, **LAUNCH[not few]}
     hidden = torch.empty((tokens * k, inner), dtype=x.dtype, device=x.device)
     x_gate, x_up = inputs(x.contiguous(), *reads[:2])
     _gate_up[(triton.cdiv(inner, n), len(work.experts))](
@@ -239,13 +244,14 @@ def specializations() -> Iterator[Specialization]:
             **dict.fromkeys(("column_order", "gate_order", "up_order"), ordered),
         }
         both = {f"{key}_{side}": value for side in ("GATE", "UP") for key, value in read.items()}
-        for shape, m, n in (("gemv", 1, 32), ("dot", *tile(16)), ("dot", *tile(64))):
+        for shape, m, n in (("gemv", 1, 32), ("dot", *tile(16)), ("dot", *tile(MOST))):
             constants = {"DOT": shape == "dot", "DTYPE": tl.bfloat16, "M": m, "N": n}
             for label, kernel, own in (("gate-up", _gate_up, both), ("down", _down, read)):
                 values = {**own, **constants}
                 types = {**pointers, **weights, **dict.fromkeys(values, "constexpr")}
                 signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
                 place = f"experts-{label}-{shape}{m}-{name}"
-                yield Specialization(place, kernel, signature, values, warps=4, stages=3, mma=shape == "dot")
+                warps, stages = LAUNCH[shape == "dot"].values()
+                yield Specialization(place, kernel, signature, values, warps, stages, mma=shape == "dot")
     types = {"answers": "*fp32", "scores": "*fp32", "out": "*bf16", "k": "i32", "count": "i32", "N": "constexpr"}
     yield Specialization("experts-sum", _weighted_sum, types, {"N": 1024}, warps=4)

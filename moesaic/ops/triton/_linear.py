@@ -39,8 +39,7 @@ def linear(x: Tensor, weight: Packed, dtype: torch.dtype | None = None) -> Tenso
         DTYPE=dot_dtype(x),
         M=m,
         N=n,
-        num_warps=4,
-        num_stages=3,
+        **launch(tokens > FEW),
     )
     return out
 
@@ -50,6 +49,11 @@ def tile(tokens: int) -> tuple[int, int]:
     if tokens <= FEW:
         return triton.next_power_of_2(tokens), 32
     return min(64, max(16, triton.next_power_of_2(tokens))), 64
+
+
+def launch(dot: bool) -> dict[str, int]:
+    """Return how a product is launched; with fewer warps, ``tl.dot`` tiles spill registers."""
+    return {"num_warps": 8, "num_stages": 3} if dot else {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -103,7 +107,8 @@ def specializations() -> Iterator[Specialization]:
             types = {**signature, **parts, **dict.fromkeys(constants, "constexpr")}
             ordered = {argument: types[argument] for argument in _linear.arg_names}
             label = f"linear-{shape}{m}-{name}"
-            yield Specialization(label, _linear, ordered, constants, warps=4, stages=3, mma=shape == "dot")
+            warps, stages = launch(shape == "dot").values()
+            yield Specialization(label, _linear, ordered, constants, warps, stages, mma=shape == "dot")
     rotation = {"x": "*bf16", "signs": "*fp32", "out": "*bf16", "begin": "i32", "columns": "i32", "padded": "i32"}
     for rows in (16, 8, 4):
         yield Specialization(f"rotate{16 * rows}", _rotate, {**rotation, "ROWS": "constexpr"}, {"ROWS": rows}, warps=4)
