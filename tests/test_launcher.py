@@ -13,7 +13,7 @@ from moesaic import cli
 from moesaic.cli.serving import model_entries
 from moesaic.cli.tgi_flags import TABLE
 from moesaic.cli.tgi_launcher import PORT, TGI_PORT, Launch, translate
-from moesaic.errors import InvalidParameter, InvalidRequest
+from moesaic.errors import InvalidRequest, NotEnoughMemory
 from moesaic.llm import LLM
 from moesaic.load_options import LoadOptions
 from moesaic.plan import make_plan
@@ -78,7 +78,7 @@ def test_small_cache_size_is_used():
 
 
 def test_cache_larger_than_memory_is_refused():
-    with pytest.raises(InvalidParameter, match=r"cache_tokens: is \d+, which needs [\d.]+ GB, but the device has"):
+    with pytest.raises(NotEnoughMemory, match=r"[\d.]+ GB of key/value cache .* --cache-tokens \d+ fits"):
         LLM.load("tales", cache_tokens=10**12)
 
 

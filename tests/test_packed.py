@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic import LLM, checkpoints, memory, packed
+from moesaic import LLM, checkpoints, loading, memory, packed
 from moesaic.builtin import TALES_FOLDER
 from moesaic.errors import CheckpointError, InvalidParameter
+from moesaic.plan import make_plan
 from tests.support.gguf_files import TinyFile
 from tests.support.loading import load_model
 from tests.support.memory import resident
@@ -176,10 +177,11 @@ def test_two_processes_share_mapped_memory(folder):
 @pytest.mark.parametrize("free", ["enough", "none"])
 def test_answers_are_equal_when_weights_are_evicted(folder, monkeypatch, free):
     """All weights that are not locked are evicted from memory before each token."""
+    plan = make_plan(folder)
     if free == "none":  # experts are prefetched, and the file is not loaded in the background
         monkeypatch.setattr(memory, "available", lambda: 0)
         monkeypatch.setattr(memory, "load_in_background", None)
-    with LLM.load(folder) as llm:
+    with LLM.from_plan(plan, "model") as llm:
         expected = llm.complete("Once", **GREEDY).text
         libc, pieces, read = ctypes.CDLL(None), [], resource.getrusage(resource.RUSAGE_SELF).ru_inblock
         experts = [part for name, part in llm.loaded.model.named_parameters() if ".experts." in name]
@@ -213,10 +215,11 @@ def test_packing_evicts_the_new_file(tmp_path, monkeypatch):
 
 def test_at_most_half_of_memory_is_locked(folder, monkeypatch):
     """Every token reads all weights of a dense model; locking all of them would leave no memory to others."""
+    plan = make_plan(folder)
     monkeypatch.setattr(memory, "total", lambda: 100_000)
     calls = []
     monkeypatch.setattr(memory, "lock", lambda parts, max_bytes: calls.append((len(list(parts)), max_bytes)))
-    model = load_model(folder).model
+    model = loading.load_model(plan).model
     assert calls == [(sum(".experts." not in name for name, _ in model.named_parameters()), 50_000)]
 
 

