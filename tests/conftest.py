@@ -17,6 +17,7 @@ from httpx._transports import default
 from hypothesis import HealthCheck, settings
 
 from tests.support.browser import ARGUMENTS
+from tests.support.interpreter import import_library
 from tests.support.require import package_folder, require
 from tests.support.server import Server, running
 
@@ -30,12 +31,9 @@ settings.load_profile("moesaic")
 # Each httpx client reads the certificates of all authorities, 30 ms long; tests start more than a thousand clients.
 default.create_ssl_context = functools.cache(default.create_ssl_context)
 
-# Triton's own library is decorated when it is imported first, which transformers and PEFT do too. The kernels of
-# tests/ops/triton run in its interpreter, and so must the functions of this library that they call.
-if importlib.util.find_spec("triton") and not torch.cuda.is_available():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module("triton.language")
+# Transformers and PEFT import Triton too. The kernels of tests/ops/triton run in its interpreter, and so must the
+# functions of its library that they call.
+import_library()
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores, so more threads only add waiting
     torch.set_num_threads(1)

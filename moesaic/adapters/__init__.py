@@ -106,6 +106,25 @@ def matrices(model: Decoder) -> dict[str, nn.Parameter]:
     return {name: parameter for layer in adapted(model) for name, parameter in layer.matrices().items()}
 
 
+def by_weight(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A and B of each weight by its name, for ``tensors`` with the names of ``matrices``.
+
+    Each expert has a name of its own, such as ``experts.3.w1``.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, a in tensors.items():
+        weight, _, side = name.rpartition(".")
+        if side != "a":
+            continue
+        b = tensors[f"{weight}.b"]
+        stack, _, part = weight.rpartition(".")
+        if part in EXPERTS:
+            found |= {f"{stack}.{expert}.{part}": (a[expert], b[expert]) for expert in range(len(a))}
+        else:
+            found[weight] = a, b
+    return found
+
+
 @torch.no_grad()
 def load(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite the matrices of the adapters of ``model`` with ``tensors``, which have the names of ``matrices``.

@@ -5,14 +5,13 @@ Legend: r rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moesaic.adapters import EXPERTS, peft
+from moesaic.adapters import by_weight, peft
 from moesaic.checkpoints import Checkpoint
 from moesaic.checkpoints._views import CodedView, Index, TensorInfo, View, bounds
 from moesaic.errors import CheckpointError, InvalidParameter
@@ -50,7 +49,8 @@ def merged(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     experts, size = int(config.get("num_local_experts") or 0), int(config.get("hidden_size") or 0)
     adapter = peft.read(folder, experts, size)
     views = {name: checkpoint.view(name) for name in checkpoint.tensors}
-    for name, (a, b) in _pairs(adapter.tensors).items():
+    for weight, (a, b) in by_weight(adapter.tensors).items():
+        name = f"{weight}.weight"
         if name not in views:
             raise InvalidParameter("adapter", f"{folder} does not fit the model, which has no {name}")
         expected = (b.shape[0], a.shape[1])
@@ -69,19 +69,3 @@ def merged(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         checkpoint.close,
         checkpoint.preferred_dtype,
     )
-
-
-def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A and B of each weight, by the name of its tensor in a checkpoint."""
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in tensors:
-        if not name.endswith(".a"):
-            continue
-        weight = name.removesuffix(".a")
-        a, b = tensors[name], tensors[f"{weight}.b"]
-        stack, _, part = weight.rpartition(".")
-        if part in EXPERTS:
-            pairs |= {f"{stack}.{expert}.{part}.weight": (a[expert], b[expert]) for expert in range(len(a))}
-        else:
-            pairs[f"{weight}.weight"] = a, b
-    return pairs

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moesaic.adapters import ATTENTION, DENSE, EXPERTS, AdapterConfig
+from moesaic.adapters import ATTENTION, DENSE, TARGETS, AdapterConfig, by_weight
 from moesaic.checkpoints import _write
 from moesaic.checkpoints._safetensors import write_file
 from moesaic.checkpoints._views import InMemory
@@ -80,14 +80,9 @@ def write(folder: Path, config: AdapterConfig, base: str, tensors: Mapping[str, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        weight, _, side = name.rpartition(".")
-        stack, _, part = weight.rpartition(".")
-        names = [f"{stack}.{expert}.{part}" for expert in range(len(tensor))] if part in EXPERTS else [weight]
-        pieces = tensor.detach().cpu().unbind(0) if part in EXPERTS else [tensor.detach().cpu()]
-        for each, piece in zip(names, pieces, strict=True):
-            stored[f"{PREFIX}{each}.lora_{side.upper()}.weight"] = piece.contiguous()
-    targets = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in tensors})
+    for weight, pair in by_weight(tensors).items():
+        for side, matrix in zip("AB", pair, strict=True):
+            stored[f"{PREFIX}{weight}.lora_{side}.weight"] = matrix.detach().cpu()
     settings = {
         **{key: value for key, value in NEUTRAL.items() if value is not None},
         "peft_type": "LORA",
@@ -96,7 +91,7 @@ def write(folder: Path, config: AdapterConfig, base: str, tensors: Mapping[str, 
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": 0.0,
-        "target_modules": targets,
+        "target_modules": sorted(_targets(tensors)),
         "inference_mode": True,
         "init_lora_weights": True,
         "use_rslora": False,
@@ -121,9 +116,7 @@ def read(folder: Path, experts: int = 0, hidden_size: int = 0) -> AdapterFile:
         CheckpointError: a file is damaged, or the adapter has a part that is not supported.
     """
     settings = _settings(folder / CONFIG)
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise NotFound(f"{path}: no such file; an adapter has {CONFIG} and {WEIGHTS}")
+    path = _existing(folder / WEIGHTS)
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -136,17 +129,25 @@ def read(folder: Path, experts: int = 0, hidden_size: int = 0) -> AdapterFile:
     rank = ranks.pop()
     # Fused gate and up matrices may have twice the rank that the configuration states, and the same scale.
     scale = float(settings["lora_alpha"]) / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
-    targets = {name.rpartition(".")[0].rpartition(".")[2] for name in found}
-    ordered = tuple(name for name in (*ATTENTION, *DENSE, *EXPERTS) if name in targets)
+    ordered = tuple(name for name in TARGETS if name in _targets(found))
     config = AdapterConfig(rank, scale * rank, ordered)
     return AdapterFile(config, str(settings.get("base_model_name_or_path") or ""), found)
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _targets(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names in ``TARGETS`` of the weights that have matrices."""
+    return {weight.rpartition(".")[2] for weight in by_weight(tensors)}
+
+
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise NotFound(f"{path}: no such file; an adapter has {CONFIG} and {WEIGHTS}")
+    return path
+
+
+def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(_existing(path).read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(path, f"is no JSON: {error}") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":

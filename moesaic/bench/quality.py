@@ -8,9 +8,8 @@ compared across tokenizers.
 from __future__ import annotations
 
 import json
-import lzma
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from torch.nn import functional as F
 
 from moesaic.bench.estimates import Estimate
 from moesaic.bench.windows import Corpus, Window, corpus
-from moesaic.errors import InvalidParameter, InvalidRequest, NotFound, NumericalError
+from moesaic.errors import InvalidParameter, InvalidRequest, NumericalError
 from moesaic.loading import Loaded, limited_torch_threads
 from moesaic.ops import Batch, Cache
 from moesaic.text.tokenizer import Tokenizer
+from moesaic.text_files import open_text
 from moesaic.token_rows import check_tokenizer
 
 LOGIT_ROWS = 256
@@ -227,26 +227,17 @@ def read_texts(path: Path) -> list[str]:
         NotFound: there is no such file.
         InvalidRequest: the file has another suffix or is damaged; the message has the line's number.
     """
-    if not path.is_file():
-        raise NotFound(f"{path}: no such file")
-    try:
+    with open_text(path) as file:
         if path.name.endswith(".txt"):
-            return [path.read_text("utf-8-sig")]
-        if path.name.endswith(".jsonl"):
-            return _lines(path, path.read_text("utf-8-sig"))
-        if path.name.endswith(".jsonl.xz"):
-            with lzma.open(path, "rt", encoding="utf-8-sig") as file:
-                return _lines(path, file.read())
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path} is not UTF-8") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise InvalidRequest(f"{path} cannot be read: {error}") from error
+            return [file.read()]
+        if path.name.endswith((".jsonl", ".jsonl.xz")):
+            return _lines(path, file)
     raise InvalidRequest(f"{path}: expected a .txt, .jsonl or .jsonl.xz")
 
 
-def _lines(path: Path, content: str) -> list[str]:
+def _lines(path: Path, lines: Iterable[str]) -> list[str]:
     texts = []
-    for number, line in enumerate(content.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

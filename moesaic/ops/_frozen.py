@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from moesaic.formats import Packed
 from moesaic.formats._plain import Plain
+from moesaic.ops._by_expert import weighted_sum
 from moesaic.ops._dispatch import pick
 
 ROWS = 4096
@@ -62,23 +63,14 @@ def experts(
 
     ``delta`` adds something to the product of each matrix, such as a low-rank adapter.
     """
-    order = ids.flatten().argsort(stable=True)  # choices sorted by expert
-    token = order // ids.shape[1]
-    counts = torch.bincount(ids.flatten(), minlength=gate.shape[0]).tolist()
-    rows = x.index_select(0, token).split(counts)
-    parts = []
-    for expert, part in enumerate(rows):
-        if not counts[expert]:
-            continue
 
-        def product(name: str, stack: Packed, inputs: Tensor, expert: int = expert) -> Tensor:
-            y = linear(inputs, stack.entry(expert))
-            change = delta(name, expert, inputs) if delta else None
+    def expert(number: int, inputs: Tensor) -> Tensor:
+        def product(name: str, stack: Packed, inputs: Tensor) -> Tensor:
+            y = linear(inputs, stack.entry(number))
+            change = delta(name, number, inputs) if delta else None
             return y if change is None else y + change.to(y.dtype)
 
-        inner = F.silu(product("gate", gate, part).float()) * product("up", up, part).float()
-        parts.append(product("down", down, inner.to(x.dtype)))
-    if not parts:
-        return torch.zeros_like(x)
-    answers = torch.cat(parts).float() * scores.flatten()[order, None]
-    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, answers).to(x.dtype)
+        inner = F.silu(product("gate", gate, inputs).float()) * product("up", up, inputs).float()
+        return product("down", down, inner.to(x.dtype))
+
+    return weighted_sum(x, ids, scores, gate.shape[0], expert)

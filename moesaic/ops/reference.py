@@ -6,6 +6,7 @@ gradients flow.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from moesaic.errors import InvalidParameter
 from moesaic.formats import Codes, Packed, _feedback, grouped
 from moesaic.formats._tiles import Tiled
 from moesaic.ops import Batch, Cache, FormatName
+from moesaic.ops._by_expert import weighted_sum
 
 REMOVED = float("-inf")
 
@@ -46,38 +48,24 @@ def route(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, ids: Tensor, scores: Tensor) -> Tensor:
-    order = ids.flatten().argsort(stable=True)  # choices sorted by expert
-    token = order // ids.shape[1]
-    counts = _counts(ids.flatten(), gate.shape[0])
-    chosen = [expert for expert, count in enumerate(counts) if count]
-    weights = zip(*(_entries(stack, chosen, x.dtype) for stack in (gate, up, down)), strict=True)
-    rows = x.index_select(0, token).split([counts[expert] for expert in chosen])
-    parts = [
-        F.linear(F.silu(F.linear(part, g)) * F.linear(part, u), d)
-        for part, (g, u, d) in zip(rows, weights, strict=True)
-    ]
-    answers = torch.cat(parts).float() * scores.flatten()[order, None]
-    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, answers).to(x.dtype)
+    gates, ups, downs = (_entries(stack, x.dtype) for stack in (gate, up, down))
+
+    def expert(number: int, inputs: Tensor) -> Tensor:
+        inner = F.silu(F.linear(inputs, gates(number))) * F.linear(inputs, ups(number))
+        return F.linear(inner, downs(number))
+
+    return weighted_sum(x, ids, scores, gate.shape[0], expert)
 
 
-def _counts(ids: Tensor, experts: int) -> list[int]:
-    """Return how often each expert 0, 1, ..., experts - 1 occurs in ``ids``."""
-    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= experts):
-        raise InvalidParameter("ids", f"an id is out of range: there are {experts} experts")
-    counts: list[int] = torch.bincount(ids, minlength=experts).tolist()
-    return counts
-
-
-def _entries(stack: Packed, chosen: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """Return the dequantized weights of the entries ``chosen`` of a stack of experts, in ``dtype``.
+def _entries(stack: Packed, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """Return a function that returns the dequantized weight of an entry of a stack of experts, in ``dtype``.
 
     If a gradient is needed, the whole stack is dequantized once. The gradient of indexing one entry is a full stack
     of zeros; the gradient of ``unbind`` is a single stack for all entries.
     """
     if torch.is_grad_enabled() and any(part.requires_grad for part in stack.parts().values()):
-        entries = stack.dequantize(dtype).unbind(0)
-        return [entries[index] for index in chosen]
-    return [stack.dequantize(dtype, index) for index in chosen]
+        return stack.dequantize(dtype).unbind(0).__getitem__
+    return functools.partial(stack.dequantize, dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: int, window: int | None) -> Tensor:

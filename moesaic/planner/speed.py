@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moesaic.formats._plain import Plain
 from moesaic.hardware import Host, Machine
 from moesaic.model_sizes import ModelSizes, Weight, Weights
 
@@ -76,7 +77,6 @@ READ, READ_SMALL = 0.95, 0.45
 """Shares of the measured bandwidth that kernels reach with weights, and ops with activations, such as norms."""
 ACTIVATIONS = (20, 8)
 """Times that the ops of a layer read or write a token's hidden state, and the intermediate state of an expert."""
-UNQUANTIZED = ("bfloat16", "float16", "float32")
 WIDE = ("avx512", "avx512bf16", "amx")
 """Instruction sets with vectors of 512 bits."""
 LAYER_SECONDS, STEP_SECONDS, TOKEN_SECONDS = 50e-6, 700e-6, 60e-6
@@ -225,7 +225,7 @@ def _on_host(
 
 def _matrix_on_host(model: _Model, host: Host, group: Weight, tokens: int, sequences: int) -> float:
     shares, name = shares_of(host), group.format.name
-    if name in UNQUANTIZED:
+    if isinstance(group.format, Plain):
         rate, peak = math.inf, host.bf16_gop_s * shares.multiply_plain
     else:
         rate = host.int8_gop_s * shares.unpack.get(name, shares.unpack_grouped)

@@ -17,15 +17,15 @@ module does not depend on a tokenizer.
 from __future__ import annotations
 
 import json
-import lzma
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from moesaic.errors import InvalidRequest, MoesaicError, NotFound
+from moesaic.errors import InvalidRequest, MoesaicError
 from moesaic.text.messages import Message, validate
 from moesaic.text.tools import Tools
+from moesaic.text_files import open_text
 
 T = TypeVar("T")
 
@@ -130,20 +130,12 @@ def _records(path: Path, parse: Callable[[int, Mapping[str, Any]], T], forms: st
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the number and the text of each line that is not empty."""
-    if not path.is_file():
-        raise NotFound(f"{path}: no such file")
-    if not path.name.endswith(SUFFIXES):
-        raise InvalidRequest(f"{path}: expected a file that ends with {', '.join(SUFFIXES)}")
-    opener = lzma.open if path.name.endswith(".xz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path} is not UTF-8") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise InvalidRequest(f"{path} cannot be read: {error}") from error
+    with open_text(path) as file:
+        if not path.name.endswith(SUFFIXES):
+            raise InvalidRequest(f"{path}: expected a file that ends with {', '.join(SUFFIXES)}")
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
 
 
 def _conversation(number: int, record: Mapping[str, Any]) -> Conversation:

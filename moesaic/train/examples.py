@@ -37,8 +37,8 @@ class Example:
 
     @property
     def targets(self) -> int:
-        """Number of ids that are learned."""
-        return sum(self.learned)
+        """Number of ids that are learned; nothing predicts the first one."""
+        return sum(self.learned[1:])
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class Encoder:
         learned = [False] * len(last)
         for ids, begin in spans:
             if last[: len(ids)] != ids:
-                examples = [self._cut(ids, [False] * begin + [True] * (len(ids) - begin)) for ids, begin in spans]
-                return _with_targets(examples)
+                return _with_targets([self._from(ids, begin) for ids, begin in spans])
             learned[begin : len(ids)] = [True] * (len(ids) - begin)
         return _with_targets([self._cut(last, learned)])
 
@@ -84,7 +83,7 @@ class Encoder:
         for text in (record.chosen, record.rejected):
             answer: Message = {"role": "assistant", "content": text}
             ids, begin = self._answer((*record.prompt, answer), None)
-            pair += _with_targets([self._cut(ids, [False] * begin + [True] * (len(ids) - begin))])
+            pair += _with_targets([self._from(ids, begin)])
         return [Pair(*pair)]
 
     def _answer(self, messages: Sequence[Message], tools: Tools | None) -> tuple[list[int], int]:
@@ -104,6 +103,10 @@ class Encoder:
                 if token_id in self._stop_ids:
                     return longer[len(ids) : len(ids) + count]
         return sorted(self._tokenizer.eos_ids)[:1]
+
+    def _from(self, ids: list[int], begin: int) -> Example:
+        """Return the example in which the ids from ``begin`` on are learned."""
+        return self._cut(ids, [False] * begin + [True] * (len(ids) - begin))
 
     def _cut(self, ids: list[int], learned: list[bool]) -> Example:
         self.shortened += len(ids) > self._max_length

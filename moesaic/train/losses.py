@@ -65,9 +65,4 @@ def preference(model: Decoder, pairs: Sequence[Pair], beta: float) -> tuple[Tens
 
 def _sums(losses: Tensor, examples: Sequence[Example]) -> Tensor:
     """Return the sum of the losses of each example."""
-    return torch.stack([part.sum() for part in losses.split([targets(example) for example in examples])])
-
-
-def targets(example: Example) -> int:
-    """Return the number of tokens of an example that are predicted and learned."""
-    return sum(example.learned[1:])
+    return torch.stack([part.sum() for part in losses.split([example.targets for example in examples])])

@@ -48,7 +48,8 @@ class State:
     Attributes:
         about: settings, data and model of the run; a run about something else does not continue it.
         progress: how far it is.
-        tensors: matrices of the adapter, moments of the optimizer, and the best matrices.
+        tensors: on disk, matrices of the adapter, moments of the optimizer, and the best matrices; in a run that is
+            in progress, the best matrices only.
     """
 
     about: dict[str, Any]

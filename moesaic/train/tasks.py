@@ -51,7 +51,7 @@ class Supervised:
         return len(self.examples[item].ids)
 
     def weight(self, item: int) -> int:
-        return losses.targets(self.examples[item])
+        return self.examples[item].targets
 
     def loss(self, model: Decoder, items: Sequence[int]) -> tuple[Tensor, float]:
         return losses.supervised(model, [self.examples[item] for item in items]), 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def train(
         NumericalError: the loss is NaN or infinite.
     """
     about = {
-        "settings": _plain(asdict(settings)),
+        "settings": json.loads(json.dumps(asdict(settings))),  # as the state holds them
         "base": base,
         "task": task.kind,
         "items": len(task),
@@ -98,13 +99,6 @@ def train(
         return run.finish(log, on_step)
     finally:
         log.close()
-
-
-def _plain(value: Any) -> Any:
-    """Return ``value`` with lists in place of tuples, as JSON stores it."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _state(out: Path, about: dict[str, Any]) -> State:
@@ -169,10 +163,7 @@ class _Run:
                 if on_step is not None:
                     on_step(entry, self._total)
         best = {name: self.state.tensors[BEST + name] for name in self._matrices} if self._held_out else self._matrices
-        config = settings.adapter
-        targets = {name.rpartition(".")[0].rpartition(".")[2] for name in best}
-        config = adapters.AdapterConfig(config.rank, config.alpha, tuple(sorted(targets)))
-        peft.write(self._out, config, self._base, best)
+        peft.write(self._out, settings.adapter, self._base, best)
         (self._out / STATE).unlink(missing_ok=True)
         return Outcome(progress.step, progress.tokens, loss, progress.best, progress.best_step, progress.stopped_early)
 
@@ -256,7 +247,7 @@ class _Run:
         return loss
 
     def _save(self) -> None:
-        tensors: dict[str, Tensor] = {name: each for name, each in self.state.tensors.items() if name.startswith(BEST)}
+        tensors: dict[str, Tensor] = dict(self.state.tensors)
         for name, parameter in self._matrices.items():
             tensors[name] = parameter.detach()
             moments = self._optimizer.state.get(parameter, {})
@@ -270,3 +261,4 @@ class _Run:
         for name, parameter in self._matrices.items():
             moments = {moment: stored[f"{name}.{moment}"] for moment in MOMENTS}
             self._optimizer.state[parameter] = {"step": step.clone(), **moments}
+        self.state.tensors = {name: each for name, each in stored.items() if name.startswith(BEST)}

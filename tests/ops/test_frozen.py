@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from moesaic import formats, ops, registry
+from moesaic.errors import InvalidParameter
 from moesaic.ops import _frozen
 from tests.support import grouped
 
@@ -87,6 +88,13 @@ def test_a_delta_changes_each_matrix_of_an_expert():
         for name, each in (("gate", gate), ("up", up), ("down", down))
     ]
     assert torch.allclose(found, experts(x, *changed, ids, scores), atol=1e-4)
+
+
+def test_an_expert_out_of_range_is_refused():
+    gate, up, down = (packed("float32", 3, *shape) for shape in ((8, 16), (8, 16), (16, 8)))
+    x = torch.randn(1, 16, requires_grad=True)
+    with pytest.raises(InvalidParameter, match="ids: an id is out of range: there are 3 experts"):
+        ops.experts(x, gate, up, down, torch.tensor([[0, 3]]), torch.rand(1, 2))
 
 
 def test_no_tokens_give_no_rows():

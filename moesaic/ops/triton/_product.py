@@ -12,8 +12,11 @@ from torch import Tensor
 
 from moesaic import formats, registry
 from moesaic.errors import InvalidParameter
-from moesaic.formats import Packed, grouped
+from moesaic.formats import Packed, WeightFormat, grouped
 from moesaic.formats._blocks import Blocked
+from moesaic.formats._plain import Plain
+from moesaic.formats._tiles import Tiled
+from moesaic.ops.triton._pointwise import TYPES
 from moesaic.ops.triton._rotation import rotated
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -99,34 +102,40 @@ class Weight:
 
 def weight_of(weight: Packed) -> Weight:
     """Return what kernels need to read ``weight``."""
-    reader = registry.load("ops/triton/tiles", weight.format.name)
     parts, (rows, columns) = weight.parts(), weight.shape[-2:]
-    constants = {"READ": reader.read, "BITS": 0, "GROUP": 0, "SCALE": "", "OFFSET": "", "LEVELS": False}
-    constants["ORDERED"] = "order" in parts
+    constants = constants_of(weight.format)
+    is_rotated = _reader(weight.format).ROTATED
     if not isinstance(weight.format, Blocked):
         data = parts["weight"]
         padded = -(-columns // 64) * 64
-        return Weight(data, data, data, padded, 0, rows * columns, constants, reader.ROTATED)
+        return Weight(data, data, data, padded, 0, rows * columns, constants, is_rotated)
     data = table = parts["tiles"]
-    if isinstance(weight.format, grouped.Format):
-        constants |= grouped_constants(weight.format)
-        if constants["LEVELS"]:
-            table = levels(weight.format.levels, data.device)
+    if isinstance(weight.format, grouped.Format) and constants["LEVELS"]:
+        table = levels(weight.format.levels, data.device)
     padded = -(-columns // weight.format.padding) * weight.format.padding
     block_bytes = data.shape[-1]
     entry = data.shape[-2] * block_bytes
-    return Weight(data, table, parts.get("order", data), padded, block_bytes, entry, constants, reader.ROTATED)
+    return Weight(data, table, parts.get("order", data), padded, block_bytes, entry, constants, is_rotated)
 
 
-def grouped_constants(weight_format: grouped.Format) -> dict[str, Any]:
-    """Return the constants of ``product`` that are parameters of the format ``grouped``."""
-    return {
-        "BITS": weight_format.bits,
-        "GROUP": weight_format.group,
-        "SCALE": weight_format.scale,
-        "OFFSET": weight_format.offset,
-        "LEVELS": weight_format.levels != "linear",
-    }
+def _reader(weight_format: WeightFormat) -> Any:
+    return registry.load("ops/triton/tiles", weight_format.name)
+
+
+def constants_of(weight_format: WeightFormat) -> dict[str, Any]:
+    """Return the constants of ``product`` for a format.
+
+    LEVELS says for ``grouped`` whether there is a table of levels. For an integer format, it has them itself: hex digit
+    i is the i-th absolute level less 1. It is 0 if the codes are the integers less 128.
+    """
+    constants = {"READ": _reader(weight_format).read, "BITS": 0, "GROUP": 0, "SCALE": "", "OFFSET": "", "LEVELS": 0}
+    if isinstance(weight_format, grouped.Format):
+        constants |= {name.upper(): getattr(weight_format, name) for name in ("bits", "group", "scale", "offset")}
+        constants["LEVELS"] = weight_format.levels != "linear"
+    elif isinstance(weight_format, Tiled):
+        sizes = [level - 1 for level in weight_format.levels if level > 0]
+        constants |= {"BITS": weight_format.bits, "LEVELS": sum(size << 4 * place for place, size in enumerate(sizes))}
+    return constants | {"ORDERED": isinstance(weight_format, grouped.Format) and weight_format.order == "act"}
 
 
 _LEVELS: dict[tuple[str, torch.device], Tensor] = {}
@@ -148,13 +157,8 @@ def inputs(x: Tensor, *weights: Weight) -> list[Tensor]:
 def specialized(name: str) -> tuple[dict[str, Any], str]:
     """Return the constants of ``product`` for the format ``name``, and the type of its data, for an offline compile."""
     weight_format = formats.load(name)
-    reader = registry.load("ops/triton/tiles", weight_format.name)
-    constants = {"READ": reader.read, "BITS": 0, "GROUP": 0, "SCALE": "", "OFFSET": "", "LEVELS": False}
-    if isinstance(weight_format, grouped.Format):
-        constants |= grouped_constants(weight_format)
-    constants["ORDERED"] = isinstance(weight_format, grouped.Format) and weight_format.order == "act"
-    plain = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-    return constants, plain.get(weight_format.name, "*u8")
+    data = TYPES[weight_format.dtype] if isinstance(weight_format, Plain) else "u8"
+    return constants_of(weight_format), f"*{data}"
 
 
 COMPILED = (

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import math
 import os
 
 import pytest
@@ -16,7 +13,7 @@ from moesaic.ops import reference
 from moesaic.ops import triton as kernels
 from tests.ops import test_ops
 from tests.support import grouped
-from tests.support.require import require
+from tests.support.interpreter import use_interpreter
 
 # numpy warns of NaN, and of how the interpreter reads the bounds of a loop.
 pytestmark = [
@@ -25,29 +22,11 @@ pytestmark = [
 ]
 
 
-def interpreted():
-    """Import the kernels for the interpreter: the variable counts when Triton decorates a kernel."""
-    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
-        return False
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        found = [importlib.import_module(f"moesaic.ops.triton.{name}") for name in ("_linear", "_experts")]
-    return type(found[0]._linear).__name__ == "InterpretedFunction"
-
-
-INTERPRETED = interpreted()
-
-
 @pytest.fixture
 def backend(device, monkeypatch):
-    """The Triton backend, whose new tensors are full of NaN until a kernel writes them."""
-    if torch.cuda.is_available():
-        pytest.skip("the tests of all backends run the kernels on the GPU")
-    require(INTERPRETED, "Triton is not installed (pip install triton), or was imported without its interpreter")
+    """The Triton backend, whose new tensors are full of NaN or -1 until a kernel writes them."""
     assert os.environ.get("TRITON_INTERPRET") is None
-    empty = torch.empty
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    use_interpreter(monkeypatch)
 
     class Interpreted:
         """The backend, which runs on the CPU here although ``why_not`` refuses it."""
@@ -60,10 +39,6 @@ def backend(device, monkeypatch):
             return kernels.why_not(op, "cuda", weight_format)
 
     return Interpreted
-
-
-def poisoned(x):
-    return x.fill_(math.nan) if x.dtype.is_floating_point else x
 
 
 def stacks(names, experts, d, f):

@@ -11,5 +11,6 @@ bfloat16, so the factor is applied after the matrix instruction.
 
 Arguments: ``weight`` is the first byte of the matrix, or its first number; ``table`` the levels of a format with a
 table; ``count`` and ``columns`` the shape of the matrix; ``padded`` its columns in memory; ``block_bytes`` the bytes of
-a block of 32 rows. The constants in capitals are the parameters of ``grouped``; other formats ignore them.
+a block of 32 rows. BITS and LEVELS describe the codes of a quantized format; the other constants in capitals are
+parameters of ``grouped``. A reader ignores those that its format lacks.
 """
